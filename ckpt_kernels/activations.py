@@ -1,0 +1,83 @@
+"""The activations every block knows, by name, and how to tell which one a torch module or function means.
+
+The order of `NAMES` gives each activation the code that the compiled libraries know it by
+(`CKPT_ACTIVATIONS` in `csrc/math/activations.h`).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NAMES = (
+    "identity",
+    "relu",
+    "leaky_relu",
+    "relu_squared",
+    "elu",
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "silu",
+    "mish",
+    "sigmoid",
+    "tanh",
+    "hardswish",
+    "softplus",
+)
+CODES = {name: code for code, name in enumerate(NAMES)}
+
+Activation = str | nn.Module | Callable[[torch.Tensor], torch.Tensor]
+
+_FUNCTIONS = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.leaky_relu: "leaky_relu",
+    F.elu: "elu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+    F.mish: "mish",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    F.hardswish: "hardswish",
+    F.softplus: "softplus",
+}
+
+# What a module's settings must be for it to mean the same as the name.
+_MODULES: dict[type[nn.Module], tuple[str, dict[str, object]]] = {
+    nn.Identity: ("identity", {}),
+    nn.ReLU: ("relu", {}),
+    nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
+    nn.ELU: ("elu", {"alpha": 1.0}),
+    nn.SiLU: ("silu", {}),
+    nn.Mish: ("mish", {}),
+    nn.Sigmoid: ("sigmoid", {}),
+    nn.Tanh: ("tanh", {}),
+    nn.Hardswish: ("hardswish", {}),
+    nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
+}
+
+
+def activation_name(activation: Activation, argument: str = "activation") -> str:
+    """The name in `NAMES` for `activation`: a name, or the torch module or function that means the same.
+
+    Raises ValueError, naming `argument`, for anything else, a module with settings of its own included.
+    """
+    if isinstance(activation, str):
+        if activation in CODES:
+            return activation
+    elif isinstance(activation, nn.GELU):
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    elif type(activation) in _MODULES:
+        name, settings = _MODULES[type(activation)]
+        if all(getattr(activation, key) == value for key, value in settings.items()):
+            return name
+    elif callable(activation) and activation in _FUNCTIONS:
+        return _FUNCTIONS[activation]
+    raise ValueError(
+        f"{argument} is {activation!r}; expected one of {', '.join(NAMES)}, "
+        "or the torch module or function, at its default settings, that means the same"
+    )

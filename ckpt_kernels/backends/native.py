@@ -1,0 +1,98 @@
+"""The compiled libraries: `_C` (CPU) and `_C_cuda`, loaded where they are there and fit this torch.
+
+Both implement the ops declared here. Every op fills tensors that the caller has allocated; matrices are
+(rows, columns) with contiguous rows, weights and biases (columns,) or (groups, columns), statistics and weight
+gradients in the compute type (float32, or float64 for float64 input).
+"""
+
+import pathlib
+from collections.abc import Callable
+
+import torch
+
+from ..activations import CODES
+
+_SCHEMAS = (
+    "row_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) output, Tensor(b!)? mean,"
+    " Tensor(c!) rstd, float eps, int pre_activation, int activation, float weight_offset,"
+    " bool cast_before_weight) -> ()",
+    "row_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd,"
+    " Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, float eps, int pre_activation,"
+    " int activation, float weight_offset, bool cast_before_weight) -> ()",
+    "add_row_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed,"
+    " Tensor(a!) output, Tensor(b!) residual_out, Tensor(c!)? mean, Tensor(d!) rstd, float eps, int activation,"
+    " float weight_offset, bool cast_before_weight, float dropout_p) -> ()",
+    "add_row_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor residual_out, Tensor? weight,"
+    " Tensor? bias, Tensor? seed, Tensor? mean, Tensor rstd, Tensor(a!)? grad_input, Tensor(b!)? grad_residual,"
+    " Tensor(c!)? grad_weight, Tensor(d!)? grad_bias, float eps, int activation, float weight_offset,"
+    " bool cast_before_weight, float dropout_p) -> ()",
+    "gated_row_norm_forward(Tensor input, Tensor gate, Tensor? weight, Tensor(a!) output, Tensor(b!) rstd, float eps,"
+    " int activation, bool norm_before_gate) -> ()",
+    "gated_row_norm_backward(Tensor grad_output, Tensor input, Tensor gate, Tensor? weight, Tensor rstd,"
+    " Tensor(a!)? grad_input, Tensor(b!)? grad_gate, Tensor(c!)? grad_weight, float eps, int activation,"
+    " bool norm_before_gate) -> ()",
+    "cpu_isa() -> str",
+)
+
+_library = torch.library.Library("ckpt_kernels_native", "DEF")
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+_ops = torch.ops.ckpt_kernels_native
+
+
+def _load(stem: str) -> str | None:
+    """Loads one library; returns why that is not possible, or None."""
+    found = sorted(pathlib.Path(__file__).parent.parent.glob(f"{stem}.*so"))
+    if not found:
+        return f"the library {stem} was not built (see CKPT_KERNELS_BUILD in the README)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"the library {found[0].name} does not load: {error}"
+    return None
+
+
+def _load_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _load("_C_cuda")
+
+
+_FAILURES = {"cpu": _load("_C"), "cuda": _load_cuda()}
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve such tensors; None if it can."""
+    if device_type not in _FAILURES:
+        return f"there is no library for {device_type}"
+    if _FAILURES[device_type]:
+        return _FAILURES[device_type]
+    if dtype not in _DTYPES[device_type]:
+        return f"it does not compute in {dtype} on {device_type}"
+    return None
+
+
+def cpu_isa() -> str:
+    """The instruction set whose build of the CPU loops serves this process."""
+    return _ops.cpu_isa()
+
+
+def _launcher(op: torch._ops.OpOverload) -> Callable[..., None]:
+    """The op, taking activations by name."""
+
+    def launch(*arguments: object) -> None:
+        op(*[CODES[argument] if type(argument) is str else argument for argument in arguments])
+
+    return launch
+
+
+row_norm_forward = _launcher(_ops.row_norm_forward.default)
+row_norm_backward = _launcher(_ops.row_norm_backward.default)
+add_row_norm_forward = _launcher(_ops.add_row_norm_forward.default)
+add_row_norm_backward = _launcher(_ops.add_row_norm_backward.default)
+gated_row_norm_forward = _launcher(_ops.gated_row_norm_forward.default)
+gated_row_norm_backward = _launcher(_ops.gated_row_norm_backward.default)

@@ -1,0 +1,312 @@
+"""The maths in plain torch: the specification that the other backends are held to.
+
+The functions named after a block compute it from (rows, columns) matrices and can be differentiated any number
+of times. The functions named `*_forward` and `*_backward` are the backend interface, the same in every backend:
+they fill tensors that the caller has allocated, and their gradients here are those that autograd finds. An
+operand of None is one the block does not have; a gradient of None is one that nobody wants.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": F.silu,
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+    "softplus": F.softplus,
+}
+
+
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve such tensors: it always can."""
+    return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What `dtype` is computed in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _low_32_bits(x: Tensor) -> Tensor:
+    return x & 0xFFFFFFFF
+
+
+def philox_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
+    """32 random bits for each element of a (rows, columns) matrix, as int64.
+
+    Lane `column % 4` of Philox4x32-10 (Salmon et al., 2011) with the counter (column // 4, row, row >> 32, 0) and
+    the 64-bit `seed` as the key.
+    """
+    row = torch.arange(rows, device=seed.device).reshape(-1, 1)
+    quad = torch.arange((columns + 3) // 4, device=seed.device).reshape(1, -1)
+    zero = torch.zeros_like(row + quad)
+    words = [quad + zero, _low_32_bits(row) + zero, (row >> 32) + zero, zero]
+    key = [_low_32_bits(seed.reshape(())), _low_32_bits(seed.reshape(()) >> 32)]
+    for _ in range(10):
+        # The products wrap around to the right low 64 bits; an arithmetic shift then gives the right high word.
+        first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+        words = [
+            _low_32_bits(second >> 32) ^ words[1] ^ key[0],
+            _low_32_bits(second),
+            _low_32_bits(first >> 32) ^ words[3] ^ key[1],
+            _low_32_bits(first),
+        ]
+        key = [_low_32_bits(key[0] + 0x9E3779B9), _low_32_bits(key[1] + 0xBB67AE85)]
+    return torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns]
+
+
+def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """x / (1 - p) where the element's Philox bits are at least p * 2**32, else 0."""
+    if seed is None or p == 0:
+        return x
+    keep = philox_bits(seed, *x.shape) >= int(p * 4294967296.0)
+    return torch.where(keep, x * (1 / (1 - p) if p < 1 else 0.0), 0.0)
+
+
+def _normalize(u: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    mean = u.mean(-1, keepdim=True) if centered else None
+    if mean is not None:
+        u = u - mean
+    rstd = torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
+    return u * rstd, None if mean is None else mean.squeeze(-1), rstd.squeeze(-1)
+
+
+def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float) -> Tensor:
+    """x_hat * (weight + offset) + bias, where each row of weight and bias serves an equal share of the rows."""
+    rows, columns = x_hat.shape
+    grouped = x_hat
+    if weight is not None:
+        grouped = x_hat.reshape(weight.numel() // columns, -1, columns)
+        grouped = grouped * (weight.to(x_hat.dtype).reshape(-1, 1, columns) + weight_offset)
+    if bias is not None:
+        grouped = grouped.reshape(bias.numel() // columns, -1, columns)
+        grouped = grouped + bias.to(x_hat.dtype).reshape(-1, 1, columns)
+    return grouped.reshape(rows, columns)
+
+
+def row_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    pre_activation: str,
+    activation: str,
+    weight_offset: float,
+    cast_before_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """activation(x_hat * (weight + offset) + bias) with x_hat = (u - mean) * rstd, u = pre_activation(input).
+
+    rstd = 1 / sqrt(mean((u - mean)**2) + eps); without `centered` the mean is taken as 0. With
+    `cast_before_weight`, x_hat is rounded to the input's dtype before it meets the weight. Returns output, mean
+    (None if not centred) and rstd.
+    """
+    u = ACTIVATIONS[pre_activation](input.to(compute_dtype(input.dtype)))
+    x_hat, mean, rstd = _normalize(u, eps, centered)
+    if cast_before_weight:
+        x_hat = x_hat.to(input.dtype).to(u.dtype)
+    output = ACTIVATIONS[activation](_affine(x_hat, weight, bias, weight_offset))
+    return output.to(input.dtype), mean, rstd
+
+
+def add_row_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    centered: bool,
+    activation: str,
+    weight_offset: float,
+    cast_before_weight: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """residual_out = residual + dropout(input), and `row_norm` of it: output, residual_out, mean, rstd."""
+    compute = compute_dtype(input.dtype)
+    total = residual.to(compute) + dropout(input.to(compute), seed, dropout_p)
+    residual_out = total.to(input.dtype)
+    output, mean, rstd = row_norm(
+        residual_out, weight, bias, eps, centered, "identity", activation, weight_offset, cast_before_weight
+    )
+    return output, residual_out, mean, rstd
+
+
+def gated_row_norm(
+    input: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, norm_before_gate: bool
+) -> tuple[Tensor, Tensor]:
+    """x_hat(input) * weight * activation(gate), or x_hat(input * activation(gate)) * weight; returns output, rstd."""
+    compute = compute_dtype(input.dtype)
+    u, factor = input.to(compute), ACTIVATIONS[activation](gate.to(compute))
+    x_hat, _, rstd = _normalize(u if norm_before_gate else u * factor, eps, centered=False)
+    output = _affine(x_hat, weight, None, 0.0)
+    return (output * factor if norm_before_gate else output).to(input.dtype), rstd
+
+
+def gradients(
+    block: Callable[..., Sequence[Tensor]],
+    operands: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """The gradients of block(*operands) for the operands wanted, as autograd finds them; None for the others.
+
+    `grad_outputs` are those of the block's first outputs; None stands for zero.
+    """
+    with torch.enable_grad():
+        leaves = list(operands)
+        if not create_graph:
+            leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(leaves, wanted, strict=True)]
+        outputs = block(*leaves)
+        pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=False) if g is not None and y.requires_grad]
+        sources = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in pairs],
+                sources,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            if sources and pairs
+            else [torch.zeros_like(leaf) for leaf in sources]
+        )
+    return [next(found) if w else None for w in wanted]
+
+
+def _fill(targets: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        if target is not None and value is not None:
+            target.copy_(value.reshape(target.shape))
+
+
+def row_norm_forward(
+    input, weight, bias, output, mean, rstd, eps, pre_activation, activation, weight_offset, cast_before_weight
+):
+    """`row_norm` into output, mean (None: not centred) and rstd."""
+    options = (eps, mean is not None, pre_activation, activation, weight_offset, cast_before_weight)
+    _fill((output, mean, rstd), row_norm(input, weight, bias, *options))
+
+
+def row_norm_backward(
+    grad_output,
+    input,
+    weight,
+    bias,
+    mean,
+    rstd,
+    grad_input,
+    grad_weight,
+    grad_bias,
+    eps,
+    pre_activation,
+    activation,
+    weight_offset,
+    cast_before_weight,
+):
+    """The gradients of `row_norm`, which finds its statistics again from eps."""
+
+    def block(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
+        return row_norm(
+            input, weight, bias, eps, mean is not None, pre_activation, activation, weight_offset, cast_before_weight
+        )
+
+    targets = (grad_input, grad_weight, grad_bias)
+    operands = (input, *_wide((weight, bias), input.dtype))
+    _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
+
+
+def add_row_norm_forward(
+    input,
+    residual,
+    weight,
+    bias,
+    seed,
+    output,
+    residual_out,
+    mean,
+    rstd,
+    eps,
+    activation,
+    weight_offset,
+    cast_before_weight,
+    dropout_p,
+):
+    """`add_row_norm` into output, residual_out, mean (None: not centred) and rstd."""
+    options = (eps, mean is not None, activation, weight_offset, cast_before_weight, dropout_p)
+    _fill((output, residual_out, mean, rstd), add_row_norm(input, residual, weight, bias, seed, *options))
+
+
+def add_row_norm_backward(
+    grad_output,
+    grad_residual_out,
+    residual_out,
+    weight,
+    bias,
+    seed,
+    mean,
+    rstd,
+    grad_input,
+    grad_residual,
+    grad_weight,
+    grad_bias,
+    eps,
+    activation,
+    weight_offset,
+    cast_before_weight,
+    dropout_p,
+):
+    """The gradients of `add_row_norm` from what it keeps, residual_out.
+
+    grad_residual is None where it equals grad_input, which is where there is no dropout.
+    """
+
+    def block(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
+        options = ("identity", activation, weight_offset, cast_before_weight)
+        return row_norm(total, weight, bias, eps, mean is not None, *options)[0], total
+
+    wanted = (grad_input is not None or grad_residual is not None, grad_weight is not None, grad_bias is not None)
+    operands = (residual_out, *_wide((weight, bias), residual_out.dtype))
+    grad_total, *grad_affine = gradients(block, operands, (grad_output, grad_residual_out), wanted)
+    _fill((grad_weight, grad_bias), grad_affine)
+    if grad_total is not None:
+        kept = dropout(grad_total.to(compute_dtype(grad_total.dtype)), seed, dropout_p)
+        _fill((grad_input, grad_residual), (kept, grad_total))
+
+
+def gated_row_norm_forward(input, gate, weight, output, rstd, eps, activation, norm_before_gate):
+    """`gated_row_norm` into output and rstd."""
+    _fill((output, rstd), gated_row_norm(input, gate, weight, eps, activation, norm_before_gate))
+
+
+def gated_row_norm_backward(
+    grad_output, input, gate, weight, rstd, grad_input, grad_gate, grad_weight, eps, activation, norm_before_gate
+):
+    """The gradients of `gated_row_norm`."""
+
+    def block(input: Tensor, gate: Tensor, weight: Tensor | None) -> Sequence[Tensor]:
+        return gated_row_norm(input, gate, weight, eps, activation, norm_before_gate)
+
+    targets = (grad_input, grad_gate, grad_weight)
+    operands = (input, gate, *_wide((weight,), input.dtype))
+    _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
+
+
+def _wide(operands: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """In the compute type of `dtype`, so that their gradients come back unrounded."""
+    return [None if t is None else t.to(compute_dtype(dtype)) for t in operands]

@@ -1,0 +1,85 @@
+"""What the ops share: tensors as matrices of rows, room for results, and which gradients are wanted."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+
+
+def as_rows(tensor: Tensor, columns: int) -> Tensor:
+    """(rows, columns) with contiguous rows: a view where strides allow it, else a copy."""
+    if tensor.dim() != 2 or tensor.shape[1] != columns:
+        tensor = tensor.reshape(-1, columns)
+    return tensor if columns == 1 or tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def vector(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def statistics(input: Tensor, columns: int, centered: bool) -> tuple[Tensor, Tensor]:
+    """Room for mean (empty if not centred) and rstd, in the compute type."""
+    dtype = reference.compute_dtype(input.dtype)
+    rows = input.numel() // columns
+    mean = input.new_empty((rows if centered else 0,), dtype=dtype)
+    return mean, input.new_empty((rows,), dtype=dtype)
+
+
+def contiguous(input: Tensor) -> Tensor:
+    """Room for a result of input's shape, contiguous whatever input's strides are."""
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+def gradient_room(like: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [contiguous(t) if w and t is not None else None for t, w in zip(like, wanted, strict=True)]
+
+
+def coefficient_room(like: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> list[Tensor | None]:
+    """Room for weight gradients, in the compute type."""
+    dtype = reference.compute_dtype(input.dtype)
+    return [
+        torch.empty(t.shape, dtype=dtype, device=t.device) if w and t is not None else None
+        for t, w in zip(like, wanted, strict=True)
+    ]
+
+
+def rows_or_none(tensor: Tensor | None, columns: int) -> Tensor | None:
+    return None if tensor is None else as_rows(tensor, columns)
+
+
+def returned(gradients: Sequence[Tensor | None], operands: Sequence[Tensor | None], input: Tensor) -> tuple:
+    """As an op must return them: in their operand's dtype, and empty where not wanted."""
+    return tuple(
+        input.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True)
+    )
+
+
+def returned_fake(operands: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> tuple:
+    return tuple(
+        contiguous(t) if w and t is not None else input.new_empty(0) for t, w in zip(operands, wanted, strict=True)
+    )
+
+
+def or_none(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [g if w else None for g, w in zip(gradients, wanted, strict=True)]
+
+
+def wanted_gradients(ctx: Any, count: int) -> list[bool]:
+    """Which of the first `count` operands want a gradient."""
+    return list(ctx.needs_input_grad[:count])
+
+
+def zero(*gradients: Tensor | None) -> None:
+    """What weight gradients are where there are no rows."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+
+
+def column_sum(grad_output: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of a bias that nothing follows: it needs nothing from the forward pass."""
+    rows = grad_output.reshape(-1, bias.numel())
+    return rows.sum(0, dtype=reference.compute_dtype(rows.dtype)).to(bias.dtype).reshape(bias.shape)

@@ -1,0 +1,517 @@
+"""The row-norm ops: what each keeps for backward, and how its gradients are asked for.
+
+Every op takes tensors of any leading shape whose last dimensions, `columns` elements, are normalised, and makes
+contiguous outputs. A tensor that a backward op returns for a gradient that is not wanted is empty.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import reference
+from .operands import (
+    as_rows,
+    coefficient_room,
+    column_sum,
+    contiguous,
+    gradient_room,
+    or_none,
+    returned,
+    returned_fake,
+    rows_or_none,
+    statistics,
+    vector,
+    wanted_gradients,
+    zero,
+)
+from .registration import Op
+from .second_order import second_order
+
+# row_norm
+
+
+def _row_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    columns: int,
+    eps: float,
+    centered: bool,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = contiguous(input)
+    mean, rstd = statistics(input, columns, centered)
+    if output.numel():
+        backends.select(input).row_norm_forward(
+            as_rows(input, columns),
+            vector(weight),
+            vector(bias),
+            output.view(-1, columns),
+            mean if centered else None,
+            rstd,
+            eps,
+            *options,
+        )
+    return output, mean, rstd
+
+
+def _row_norm_fake(input, weight, bias, columns, eps, centered, *options):
+    return contiguous(input), *statistics(input, columns, centered)
+
+
+def _row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    input, weight, bias, *ctx.options = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    _, _, _, _, activation, _, _ = ctx.options
+    ctx.bias_only = activation == "identity" and not any(wanted_gradients(ctx, 2))
+    ctx.save_for_backward(*((None, None, bias, None, None) if ctx.bias_only else (input, weight, bias, mean, rstd)))
+
+
+def _row_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
+    input, weight, bias, mean, rstd = ctx.saved_tensors
+    wanted, none = wanted_gradients(ctx, 3), (None,) * len(ctx.options)
+    if grad_output is None:
+        return None, None, None, *none
+    if ctx.bias_only:
+        return None, None, column_sum(grad_output, bias), *none
+    found = row_norm_backward(grad_output, input, weight, bias, mean, rstd, *ctx.options, wanted)
+    return *or_none(found, wanted), *none
+
+
+def _row_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    columns: int,
+    eps: float,
+    centered: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    *options, wanted = options
+    operands = (input, weight, bias)
+    (grad_input,) = gradient_room((input,), wanted[:1])
+    grad_weight, grad_bias = coefficient_room((weight, bias), wanted[1:], input)
+    if input.numel():
+        backends.select(input).row_norm_backward(
+            as_rows(grad_output, columns),
+            as_rows(input, columns),
+            vector(weight),
+            vector(bias),
+            mean if centered else None,
+            rstd,
+            rows_or_none(grad_input, columns),
+            grad_weight,
+            grad_bias,
+            eps,
+            *options,
+        )
+    else:
+        zero(grad_weight, grad_bias)
+    return returned((grad_input, grad_weight, grad_bias), operands, input)
+
+
+def _row_norm_backward_fake(grad_output, input, weight, bias, mean, rstd, *options):
+    return returned_fake((input, weight, bias), options[-1], input)
+
+
+def _row_norm_first_order(grad_output, input, weight, bias, mean, rstd, columns, *options):
+    *options, wanted = options
+
+    def block(input, weight, bias):
+        return (reference.row_norm(as_rows(input, columns), weight, bias, *options)[0].reshape(input.shape),)
+
+    return reference.gradients(block, (input, weight, bias), (grad_output,), wanted, create_graph=True)
+
+
+_ROW_NORM_OPTIONS = (
+    "SymInt columns, float eps, bool centered, str pre_activation, str activation, float weight_offset,"
+    " bool cast_before_weight"
+)
+row_norm_backward = Op(
+    "row_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
+    f" {_ROW_NORM_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    _row_norm_backward,
+    _row_norm_backward_fake,
+    *second_order(_row_norm_first_order, differentiable=4),
+)
+row_norm = Op(
+    f"row_norm(Tensor input, Tensor? weight, Tensor? bias, {_ROW_NORM_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _row_norm,
+    _row_norm_fake,
+    _row_norm_setup,
+    _row_norm_backward_rule,
+)
+
+
+# modulated_row_norm: a row norm whose weight and bias differ from sample to sample
+
+
+def _modulated_coefficients(
+    scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(x_hat * weight + bias) * (1 + scale) + shift, as one weight and one bias a sample."""
+    factor = 1 + scale.to(dtype).reshape(-1, columns)
+    offset = shift.to(dtype).reshape(-1, columns)
+    if bias is not None:
+        offset = offset + factor * bias.to(dtype).reshape(columns)
+    if weight is not None:
+        factor = factor * weight.to(dtype).reshape(columns)
+    return factor, offset
+
+
+def _modulated_row_norm(input, scale, shift, weight, bias, columns, eps, centered, pre_activation, activation):
+    dtype = reference.compute_dtype(input.dtype)
+    coefficients = _modulated_coefficients(scale, shift, weight, bias, columns, dtype)
+    return _row_norm(input, *coefficients, columns, eps, centered, pre_activation, activation, 0.0, False)
+
+
+def _modulated_row_norm_fake(input, scale, shift, weight, bias, columns, eps, centered, *options):
+    return contiguous(input), *statistics(input, columns, centered)
+
+
+def _modulated_row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *operands, columns, eps, centered, pre_activation, activation = inputs
+    ctx.options = (columns, eps, centered, pre_activation, activation)
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*operands, mean, rstd)
+
+
+def _modulated_row_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
+    wanted, none = wanted_gradients(ctx, 5), (None,) * len(ctx.options)
+    if grad_output is None:
+        return (None,) * 5 + none
+    found = modulated_row_norm_backward(grad_output, *ctx.saved_tensors, *ctx.options, wanted)
+    return *or_none(found, wanted), *none
+
+
+def _modulated_row_norm_backward(
+    grad_output, input, scale, shift, weight, bias, mean, rstd, columns, eps, centered, *options
+):
+    *options, wanted = options
+    dtype = reference.compute_dtype(input.dtype)
+    factor, offset = _modulated_coefficients(scale, shift, weight, bias, columns, dtype)
+    need_factor = any(wanted[i] for i in (1, 3, 4))
+    need_offset = any(wanted[i] for i in (1, 2, 4))
+    grad_input, grad_factor, grad_offset = _row_norm_backward(
+        grad_output,
+        input,
+        factor,
+        offset,
+        mean,
+        rstd,
+        columns,
+        eps,
+        centered,
+        *options,
+        0.0,
+        False,
+        [wanted[0], need_factor, need_offset],
+    )
+    grads: list[Tensor | None] = [grad_input if wanted[0] else None, None, None, None, None]
+    if wanted[1]:
+        grads[1] = grad_factor if weight is None else grad_factor * weight.to(dtype).reshape(columns)
+        if bias is not None:
+            grads[1] = grads[1] + grad_offset * bias.to(dtype).reshape(columns)
+    if wanted[2]:
+        grads[2] = grad_offset
+    if wanted[3]:
+        grads[3] = (grad_factor * (1 + scale.to(dtype).reshape(-1, columns))).sum(0)
+    if wanted[4]:
+        grads[4] = (grad_offset * (1 + scale.to(dtype).reshape(-1, columns))).sum(0)
+    operands = (input, scale, shift, weight, bias)
+    shaped = [None if g is None else g.reshape(t.shape) for g, t in zip(grads, operands, strict=True)]
+    return returned(shaped, operands, input)
+
+
+def _modulated_row_norm_backward_fake(grad_output, input, scale, shift, weight, bias, mean, rstd, *options):
+    return returned_fake((input, scale, shift, weight, bias), options[-1], input)
+
+
+def _modulated_row_norm_first_order(
+    grad_output, input, scale, shift, weight, bias, mean, rstd, columns, eps, centered, *options
+):
+    *options, wanted = options
+
+    def block(input, scale, shift, weight, bias):
+        dtype = reference.compute_dtype(input.dtype)
+        coefficients = _modulated_coefficients(scale, shift, weight, bias, columns, dtype)
+        rows = as_rows(input, columns)
+        output, _, _ = reference.row_norm(rows, *coefficients, eps, centered, *options, 0.0, False)
+        return (output.reshape(input.shape),)
+
+    operands = (input, scale, shift, weight, bias)
+    return reference.gradients(block, operands, (grad_output,), wanted, create_graph=True)
+
+
+_MODULATED_OPTIONS = "SymInt columns, float eps, bool centered, str pre_activation, str activation"
+modulated_row_norm_backward = Op(
+    "modulated_row_norm_backward(Tensor grad_output, Tensor input, Tensor scale, Tensor shift, Tensor? weight,"
+    f" Tensor? bias, Tensor mean, Tensor rstd, {_MODULATED_OPTIONS}, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _modulated_row_norm_backward,
+    _modulated_row_norm_backward_fake,
+    *second_order(_modulated_row_norm_first_order, differentiable=6),
+)
+modulated_row_norm = Op(
+    "modulated_row_norm(Tensor input, Tensor scale, Tensor shift, Tensor? weight, Tensor? bias,"
+    f" {_MODULATED_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _modulated_row_norm,
+    _modulated_row_norm_fake,
+    _modulated_row_norm_setup,
+    _modulated_row_norm_backward_rule,
+)
+
+
+# add_row_norm
+
+
+def _add_row_norm(input, residual, weight, bias, seed, columns, eps, centered, *options):
+    output, residual_out = contiguous(input), contiguous(input)
+    mean, rstd = statistics(input, columns, centered)
+    if output.numel():
+        backends.select(input).add_row_norm_forward(
+            as_rows(input, columns),
+            as_rows(residual, columns),
+            vector(weight),
+            vector(bias),
+            seed,
+            output.view(-1, columns),
+            residual_out.view(-1, columns),
+            mean if centered else None,
+            rstd,
+            eps,
+            *options,
+        )
+    return output, residual_out, mean, rstd
+
+
+def _add_row_norm_fake(input, residual, weight, bias, seed, columns, eps, centered, *options):
+    return contiguous(input), contiguous(input), *statistics(input, columns, centered)
+
+
+def _add_row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    input, residual, weight, bias, seed, *ctx.options = inputs
+    _, residual_out, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(residual_out, weight, bias, seed, mean, rstd)
+
+
+def _add_row_norm_backward_rule(
+    ctx: Any, grad_output: Tensor | None, grad_residual_out: Tensor | None, *_: None
+) -> tuple:
+    residual_out, weight, bias, seed, mean, rstd = ctx.saved_tensors
+    wanted, none = wanted_gradients(ctx, 4), (None,) * (len(ctx.options) + 1)
+    if grad_output is None:
+        if grad_residual_out is None:
+            return (None,) * 4 + none
+        grad_output = torch.zeros_like(grad_residual_out)
+    dropped = seed is not None
+    # Without dropout the two gradients are the same tensor: it is computed, and handed on, once.
+    computed = [wanted[0] or (wanted[1] and not dropped), wanted[1] and dropped, *wanted[2:]]
+    if computed[1]:
+        computed[0] = True
+    grad_input, grad_residual, *grad_affine = or_none(
+        add_row_norm_backward(
+            grad_output, grad_residual_out, residual_out, weight, bias, seed, mean, rstd, *ctx.options, computed
+        ),
+        computed,
+    )
+    if not dropped:
+        grad_residual = grad_input
+    return *or_none((grad_input, grad_residual, *grad_affine), wanted), *none
+
+
+def _add_row_norm_backward(
+    grad_output,
+    grad_residual_out,
+    residual_out,
+    weight,
+    bias,
+    seed,
+    mean,
+    rstd,
+    columns,
+    eps,
+    centered,
+    *options,
+):
+    *options, wanted = options
+    operands = (residual_out, residual_out, weight, bias)
+    grad_input, grad_residual = gradient_room(operands[:2], wanted[:2])
+    grad_weight, grad_bias = coefficient_room((weight, bias), wanted[2:], residual_out)
+    if residual_out.numel():
+        backends.select(residual_out).add_row_norm_backward(
+            as_rows(grad_output, columns),
+            rows_or_none(grad_residual_out, columns),
+            as_rows(residual_out, columns),
+            vector(weight),
+            vector(bias),
+            seed,
+            mean if centered else None,
+            rstd,
+            rows_or_none(grad_input, columns),
+            rows_or_none(grad_residual, columns),
+            grad_weight,
+            grad_bias,
+            eps,
+            *options,
+        )
+    else:
+        zero(grad_weight, grad_bias)
+    return returned((grad_input, grad_residual, grad_weight, grad_bias), operands, residual_out)
+
+
+def _add_row_norm_backward_fake(
+    grad_output, grad_residual_out, residual_out, weight, bias, seed, mean, rstd, *options
+):
+    return returned_fake((residual_out, residual_out, weight, bias), options[-1], residual_out)
+
+
+def _add_row_norm_first_order(
+    grad_output, grad_residual_out, residual_out, weight, bias, seed, mean, rstd, columns, eps, centered, *options
+):
+    *options, dropout_p, wanted = options
+
+    def block(total, weight, bias):
+        rows = as_rows(total, columns)
+        output, _, _ = reference.row_norm(rows, weight, bias, eps, centered, "identity", *options)
+        return output.reshape(total.shape), total
+
+    grad_total, *grad_affine = reference.gradients(
+        block,
+        (residual_out, weight, bias),
+        (grad_output, grad_residual_out),
+        [wanted[0] or wanted[1], *wanted[2:]],
+        create_graph=True,
+    )
+    grad_input = grad_total
+    if wanted[0]:
+        rows = as_rows(grad_total, columns)
+        grad_input = reference.dropout(rows, seed, dropout_p).reshape(grad_total.shape)
+    return or_none((grad_input, grad_total, *grad_affine), wanted)
+
+
+_ADD_OPTIONS = (
+    "SymInt columns, float eps, bool centered, str activation, float weight_offset, bool cast_before_weight,"
+    " float dropout_p"
+)
+add_row_norm_backward = Op(
+    "add_row_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor residual_out, Tensor? weight,"
+    f" Tensor? bias, Tensor? seed, Tensor mean, Tensor rstd, {_ADD_OPTIONS}, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_row_norm_backward,
+    _add_row_norm_backward_fake,
+    *second_order(_add_row_norm_first_order, differentiable=5),
+)
+add_row_norm = Op(
+    f"add_row_norm(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, {_ADD_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _add_row_norm,
+    _add_row_norm_fake,
+    _add_row_norm_setup,
+    _add_row_norm_backward_rule,
+)
+
+
+# gated_row_norm
+
+
+def _gated_row_norm(input, gate, weight, columns, *options):
+    output = contiguous(input)
+    _, rstd = statistics(input, columns, centered=False)
+    if output.numel():
+        backends.select(input).gated_row_norm_forward(
+            as_rows(input, columns),
+            as_rows(gate, columns),
+            vector(weight),
+            output.view(-1, columns),
+            rstd,
+            *options,
+        )
+    return output, rstd
+
+
+def _gated_row_norm_fake(input, gate, weight, columns, *options):
+    return contiguous(input), statistics(input, columns, centered=False)[1]
+
+
+def _gated_row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    input, gate, weight, *ctx.options = inputs
+    _, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, gate, weight, rstd)
+
+
+def _gated_row_norm_backward_rule(ctx: Any, grad_output: Tensor | None, _: None) -> tuple:
+    wanted, none = wanted_gradients(ctx, 3), (None,) * len(ctx.options)
+    if grad_output is None:
+        return None, None, None, *none
+    found = gated_row_norm_backward(grad_output, *ctx.saved_tensors, *ctx.options, wanted)
+    return *or_none(found, wanted), *none
+
+
+def _gated_row_norm_backward(grad_output, input, gate, weight, rstd, columns, *options):
+    *options, wanted = options
+    _, _, norm_before_gate = options
+    # A gate before the norm: both gradients come out of the same products.
+    both = not norm_before_gate and (wanted[0] or wanted[1])
+    grad_input, grad_gate = gradient_room((input, gate), (True, True) if both else wanted[:2])
+    (grad_weight,) = coefficient_room((weight,), wanted[2:], input)
+    if input.numel():
+        backends.select(input).gated_row_norm_backward(
+            as_rows(grad_output, columns),
+            as_rows(input, columns),
+            as_rows(gate, columns),
+            vector(weight),
+            rstd,
+            rows_or_none(grad_input, columns),
+            rows_or_none(grad_gate, columns),
+            grad_weight,
+            *options,
+        )
+    else:
+        zero(grad_weight)
+    found = or_none((grad_input, grad_gate, grad_weight), wanted)
+    return returned(found, (input, gate, weight), input)
+
+
+def _gated_row_norm_backward_fake(grad_output, input, gate, weight, rstd, *options):
+    return returned_fake((input, gate, weight), options[-1], input)
+
+
+def _gated_row_norm_first_order(grad_output, input, gate, weight, rstd, columns, *options):
+    *options, wanted = options
+
+    def block(input, gate, weight):
+        rows = (as_rows(input, columns), as_rows(gate, columns))
+        return (reference.gated_row_norm(*rows, weight, *options)[0].reshape(input.shape),)
+
+    return reference.gradients(block, (input, gate, weight), (grad_output,), wanted, create_graph=True)
+
+
+_GATED_OPTIONS = "SymInt columns, float eps, str activation, bool norm_before_gate"
+gated_row_norm_backward = Op(
+    "gated_row_norm_backward(Tensor grad_output, Tensor input, Tensor gate, Tensor? weight, Tensor rstd,"
+    f" {_GATED_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    _gated_row_norm_backward,
+    _gated_row_norm_backward_fake,
+    *second_order(_gated_row_norm_first_order, differentiable=4),
+)
+gated_row_norm = Op(
+    f"gated_row_norm(Tensor input, Tensor gate, Tensor? weight, {_GATED_OPTIONS}) -> (Tensor, Tensor)",
+    _gated_row_norm,
+    _gated_row_norm_fake,
+    _gated_row_norm_setup,
+    _gated_row_norm_backward_rule,
+)

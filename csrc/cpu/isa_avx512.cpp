@@ -1,0 +1,34 @@
+// The row loops for AVX-512.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+
+#include "../math/scalar.h"
+#include "../math/storage.h"
+#include "isa.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#include "../math/activations.h"
+#include "../math/philox.h"
+
+#define CKPT_VECTOR_BYTES 64
+#define CKPT_F16C 1
+namespace ckpt {
+namespace avx512 {
+#include "vec.h"
+// After vec.h, which it is written in.
+#include "activation_rows.h"
+#include "row_norm_rows.h"
+}  // namespace avx512
+}  // namespace ckpt
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

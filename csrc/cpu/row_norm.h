@@ -1,0 +1,60 @@
+// What one row-norm block computes, and its gradients, as plain pointers: the contract between the op
+// (row_norm.cpp) and the row loops that are built once for each instruction set (row_norm_rows.h).
+#pragma once
+
+#include <stdint.h>
+
+#include "../math/dropout.h"
+
+namespace ckpt {
+
+enum class ScalarKind { float32, bfloat16, float16, float64 };
+
+// A matrix whose rows are contiguous; null where the block has no such operand.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride = 0;
+
+  template <class T>
+  CKPT_HD T* row(int64_t index) const {
+    return static_cast<T*>(data) + index * stride;
+  }
+  CKPT_HD explicit operator bool() const { return data != nullptr; }
+};
+
+// y = activation(x_hat * weight + bias), x_hat = (u - mean) * rstd, where u is one of
+//   input,  pre_activation(input),  residual + dropout(input),  input * activation(gate) (gate_first),
+// and y is x_hat * weight * activation(gate) where there is a gate and it does not come first.
+struct RowNorm {
+  int64_t rows = 0, columns = 0;
+  int64_t rows_per_group = 1;                        // rows that share one row of weight and bias
+  Rows input, residual, gate;                        // storage type
+  const void *weight = nullptr, *bias = nullptr;     // compute type, (groups, columns)
+  void *mean = nullptr, *rstd = nullptr;             // compute type, (rows,); mean is null if not centered
+  double eps = 0;
+  bool centered = true, cast_before_weight = false, gate_first = false;
+  int pre_activation = 0, activation = 0;
+  Dropout dropout;
+};
+
+struct RowNormForward : RowNorm {
+  Rows output, residual_out;
+};
+
+struct RowNormBackward : RowNorm {
+  Rows grad_output, grad_residual_out;
+  Rows grad_input, grad_residual, grad_gate;
+};
+
+// The row loops for one storage type in one instruction set. `scratch` holds scratch_size(columns) elements of
+// the compute type. The backward loop adds to the weight gradients of the rows it is given.
+struct RowNormLoops {
+  void (*forward)(const RowNormForward&, int64_t begin, int64_t end, void* scratch);
+  void (*backward)(const RowNormBackward&, int64_t begin, int64_t end, void* scratch, void* grad_weight,
+                   void* grad_bias);
+  void (*sum_partials)(const void* partials, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum);
+  // In elements of the compute type.
+  int64_t (*scratch_size)(int64_t columns);
+};
+
+}  // namespace ckpt

@@ -1,0 +1,404 @@
+// The row loops of the row-norm family. Included by each isa_*.cpp, inside its namespace.
+//
+// S is the compute type, T the storage type. A row's normalised operand u is read where it lies when the block
+// has nothing before the norm, and is staged in scratch (in the compute type) otherwise; U is its type.
+
+// Rows whose weight gradients are added up in registers before the partial sums are touched.
+constexpr int64_t block_rows = 4;
+
+template <class S>
+CKPT_INLINE S square_root(S x) {
+  return sizeof(S) == 4 ? S(__builtin_sqrtf(float(x))) : S(__builtin_sqrt(double(x)));
+}
+
+// An optional vector operand: the given one, or a chunk of a constant that every chunk reads again.
+template <class S>
+struct Coefficients {
+  const S* data;
+  bool given;
+  Coefficients(const void* vector, int64_t row, const RowNorm& a, const S* constant)
+      : data(vector ? static_cast<const S*>(vector) + row / a.rows_per_group * a.columns : constant), given(vector) {}
+  CKPT_INLINE const S* at(int64_t j0) const { return given ? data + j0 : data; }
+};
+
+template <class S>
+struct Constants {
+  Chunk<S> zeros, ones;
+  Constants() {
+    for (int64_t j = 0; j < chunk_columns; ++j) zeros.value[j] = 0, ones.value[j] = 1;
+  }
+};
+
+template <class S, class T>
+CKPT_INLINE void copy_to_chunk(const T* source, int64_t n, S* z) {
+  sweep<S>(n, [=](int64_t j, auto lanes, auto) { store(z + j, load(source + j, lanes), Full<S>{}); });
+}
+
+// Whether u is more than the input as it lies.
+CKPT_INLINE bool has_prologue(const RowNorm& a) { return a.pre_activation || a.residual || a.gate_first; }
+
+CKPT_INLINE bool gated_after(const RowNorm& a) { return a.gate && !a.gate_first; }
+
+// Whether the way back from the output to the norm is more than a product with the weight.
+CKPT_INLINE bool has_epilogue(const RowNorm& a) { return gated_after(a) || (a.activation && !a.gate_first); }
+
+// u for one row, into `u`. residual + dropout(input) is rounded to storage, as what is kept for backward is.
+template <class S, class T>
+void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
+  const T* x = a.input.row<const T>(row);
+  Chunk<S> factor;
+  for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
+    int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
+    S* z = u + j0;
+    copy_to_chunk(x + j0, n, z);
+    if (a.pre_activation) activate(a.pre_activation, z, n);
+    if (a.gate_first) {
+      copy_to_chunk(a.gate.row<const T>(row) + j0, n, factor.value);
+      activate(a.activation, factor.value, n);
+      sweep<S>(n, [&](int64_t j, auto, auto) {
+        Full<S> all;
+        store(z + j, load(z + j, all) * load(factor.value + j, all), all);
+      });
+    }
+    if (a.residual) {
+      const T* residual = a.residual.row<const T>(row) + j0;
+      T* sum = residual_out.row<T>(row) + j0;
+      if (a.dropout.threshold) {
+        dropout_factors(a.dropout, row, j0, n, factor.value);
+        sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+          Vec<S> kept = load(z + j, lanes) * load(factor.value + j, lanes);
+          store(sum + j, load(residual + j, lanes) + kept, lanes);
+          store(z + j, load(sum + j, lanes), Full<S>{});
+        });
+      } else {
+        sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+          store(sum + j, load(residual + j, lanes) + load(z + j, lanes), lanes);
+          store(z + j, load(sum + j, lanes), Full<S>{});
+        });
+      }
+    }
+  }
+}
+
+// Two passes over a row that lies in cache. The mean's own rounding is corrected in the second.
+template <class S, class U>
+CKPT_INLINE void row_moments(const RowNorm& a, const U* u, S* mean, S* rstd) {
+  const S columns = S(a.columns);
+  Accumulator<S> squares;
+  S center = 0, variance;
+  if (a.centered) {
+    Accumulator<S> sum, rest;
+    sweep<S>(a.columns, [&](int64_t j, auto lanes, auto slot) { sum.part[slot.index] += load(u + j, lanes); });
+    center = sum.total() / columns;
+    sweep<S>(a.columns, [&](int64_t j, auto lanes, auto slot) {
+      Vec<S> d = lanes.keep(load(u + j, lanes) - Vec<S>(center));
+      rest.part[slot.index] += d;
+      squares.part[slot.index] += d * d;
+    });
+    S correction = rest.total() / columns;
+    center += correction;
+    variance = squares.total() / columns - correction * correction;
+  } else {
+    sweep<S>(a.columns, [&](int64_t j, auto lanes, auto slot) {
+      Vec<S> v = load(u + j, lanes);
+      squares.part[slot.index] += v * v;
+    });
+    variance = squares.total() / columns;
+  }
+  *mean = center;
+  *rstd = S(1) / square_root(variance + S(a.eps));
+}
+
+template <class S, class T>
+CKPT_INLINE Vec<S> rounded_if(bool cast, Vec<S> x_hat) {
+  return cast ? round_to<S, T>(x_hat) : x_hat;
+}
+
+// y of one row from u and its statistics.
+template <class S, class T, class U>
+void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t row, const U* u, S mean, S rstd) {
+  Coefficients<S> weight(a.weight, row, a, constants.ones.value), bias(a.bias, row, a, constants.zeros.value);
+  T* output = a.output.row<T>(row);
+  const bool cast = a.cast_before_weight;
+  const Vec<S> center(mean), scale(rstd);
+  const T* next = a.input.row<const T>(row + 1 < a.rows ? row + 1 : row);
+  Chunk<S> z, factor;
+  for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
+    int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
+    const S *w = weight.at(j0), *b = bias.at(j0);
+    auto normalized = [=](int64_t j, auto lanes) {
+      prefetch(next + j0 + j);
+      Vec<S> x_hat = rounded_if<S, T>(cast, (load(u + j0 + j, lanes) - center) * scale);
+      return x_hat * load(w + j, lanes) + load(b + j, lanes);
+    };
+    if (gated_after(a)) {
+      copy_to_chunk(a.gate.row<const T>(row) + j0, n, factor.value);
+      activate(a.activation, factor.value, n);
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        store(output + j0 + j, normalized(j, lanes) * load(factor.value + j, lanes), lanes);
+      });
+    } else if (!has_epilogue(a)) {
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(output + j0 + j, normalized(j, lanes), lanes); });
+    } else {
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(z.value + j, normalized(j, lanes), Full<S>{}); });
+      activate(a.activation, z.value, n);
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(output + j0 + j, load(z.value + j, lanes), lanes); });
+    }
+  }
+}
+
+template <class S, class T, class U>
+CKPT_INLINE void forward_row(const RowNormForward& a, const Constants<S>& constants, int64_t row, const U* u) {
+  S mean, rstd;
+  row_moments(a, u, &mean, &rstd);
+  if (a.mean) static_cast<S*>(a.mean)[row] = mean;
+  static_cast<S*>(a.rstd)[row] = rstd;
+  finish_row<S, T>(a, constants, row, u, mean, rstd);
+}
+
+template <class S, class T>
+void forward_rows(const RowNormForward& a, int64_t begin, int64_t end, void* scratch) {
+  const Constants<S> constants;
+  const bool staged = has_prologue(a);
+  S* u = static_cast<S*>(scratch);
+  for (int64_t row = begin; row < end; ++row) {
+    if (staged) {
+      stage_row<S, T>(a, a.residual_out, row, u);
+      forward_row<S, T>(a, constants, row, u);
+    } else {
+      forward_row<S, T>(a, constants, row, a.input.row<const T>(row));
+    }
+  }
+}
+
+// The state of one row in a block of backward rows.
+template <class S, class U>
+struct BackwardRow {
+  int64_t index;
+  const U* u;
+  S mean, rstd;
+  S* weighted;  // scratch: the gradient of x_hat, where it is not just grad_output * weight
+  Vec<S> sum, sum_x_hat;
+
+  CKPT_INLINE BackwardRow() {}
+  template <class Lanes>
+  CKPT_INLINE Vec<S> x_hat(int64_t column, Lanes lanes) const {
+    return (load(u + column, lanes) - Vec<S>(mean)) * Vec<S>(rstd);
+  }
+};
+
+// The slope of the output with respect to what the activation or the gate was given, for one chunk of one row;
+// with it, the gradient of the gate.
+template <class S, class T, class U>
+void epilogue_slope(const RowNormBackward& a, const BackwardRow<S, U>& r, int64_t j0, int64_t n, const S* w,
+                    const S* b, S* slope) {
+  const bool cast = a.cast_before_weight;
+  if (gated_after(a)) {
+    Chunk<S> gate_slope;
+    copy_to_chunk(a.gate.row<const T>(r.index) + j0, n, slope);
+    copy_to_chunk(slope, n, gate_slope.value);
+    activate(a.activation, slope, n);
+    if (!a.grad_gate) return;
+    differentiate(a.activation, gate_slope.value, n);
+    const T* grad_output = a.grad_output.row<const T>(r.index) + j0;
+    T* grad_gate = a.grad_gate.row<T>(r.index) + j0;
+    sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+      Vec<S> normalized = rounded_if<S, T>(cast, r.x_hat(j0 + j, lanes)) * load(w + j, lanes);
+      store(grad_gate + j, load(grad_output + j, lanes) * normalized * load(gate_slope.value + j, lanes), lanes);
+    });
+  } else {
+    sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+      Vec<S> x_hat = rounded_if<S, T>(cast, r.x_hat(j0 + j, lanes));
+      store(slope + j, x_hat * load(w + j, lanes) + load(b + j, lanes), Full<S>{});
+    });
+    differentiate(a.activation, slope, n);
+  }
+}
+
+// One chunk of `count` rows: the two row sums of the norm's gradient, and the rows' share of the weight gradients.
+template <int count, bool sloped, class S, class T, class U>
+CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, U>* rows, int64_t j0, int64_t n, const S* w,
+                              const Chunk<S>* slopes, S* grad_weight, S* grad_bias) {
+  const bool cast = a.cast_before_weight;
+  const T* grad_output[count];
+  Vec<S> sum[count], sum_x_hat[count];
+  for (int i = 0; i < count; ++i) {
+    grad_output[i] = a.grad_output.row<const T>(rows[i].index) + j0;
+    sum[i] = rows[i].sum;
+    sum_x_hat[i] = rows[i].sum_x_hat;
+  }
+  step<S>(n, [&](int64_t j, auto lanes) {
+    Vec<S> weight = load(w + j, lanes), gw = load(grad_weight + j, lanes), gb = load(grad_bias + j, lanes);
+    for (int i = 0; i < count; ++i) {
+      Vec<S> x_hat = rows[i].x_hat(j0 + j, lanes);
+      Vec<S> g = load(grad_output[i] + j, lanes);
+      if (sloped) g = g * load(slopes[i].value + j, lanes);
+      gw += g * rounded_if<S, T>(cast, x_hat);
+      gb += g;
+      g = g * weight;
+      sum[i] += g;
+      sum_x_hat[i] += g * x_hat;
+      if (sloped) store(rows[i].weighted + j0 + j, g, Full<S>{});
+    }
+    store(grad_weight + j, gw, lanes);
+    store(grad_bias + j, gb, lanes);
+  });
+  for (int i = 0; i < count; ++i) rows[i].sum = sum[i], rows[i].sum_x_hat = sum_x_hat[i];
+}
+
+// The gradients of what u was made from, for one row. `ahead` is as far into the next block's rows.
+template <class S, class T, class U>
+void distribute_row(const RowNormBackward& a, const Constants<S>& constants, const BackwardRow<S, U>& r,
+                    int64_t ahead) {
+  const int64_t row = r.index;
+  Coefficients<S> weight(a.weight, row, a, constants.ones.value);
+  const bool sloped = has_epilogue(a);
+  const S mean_grad = a.centered ? sum_lanes(r.sum) / S(a.columns) : S(0);
+  const S mean_grad_x_hat = sum_lanes(r.sum_x_hat) / S(a.columns);
+  const Vec<S> center(r.mean), scale(r.rstd), offset(-mean_grad * r.rstd);
+  const Vec<S> tilt(-mean_grad_x_hat * r.rstd * r.rstd);
+  const T* grad_output = a.grad_output.row<const T>(row);
+  const T *next_input = a.input.row<const T>(ahead), *next_grad = a.grad_output.row<const T>(ahead);
+  T* grad_input = a.grad_input.row<T>(row);
+  Chunk<S> slope, gate;
+  for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
+    int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
+    const S* w = weight.at(j0);
+    // (weighted - mean_grad - x_hat * mean_grad_x_hat) * rstd
+    auto grad_u = [&](int64_t j, auto lanes) {
+      prefetch(next_input + j0 + j);
+      prefetch(next_grad + j0 + j);
+      Vec<S> g = sloped ? load(r.weighted + j0 + j, lanes) : load(grad_output + j0 + j, lanes) * load(w + j, lanes);
+      return (load(r.u + j0 + j, lanes) - center) * tilt + (g * scale + offset);
+    };
+    if (a.pre_activation) {
+      copy_to_chunk(a.input.row<const T>(row) + j0, n, slope.value);
+      differentiate(a.pre_activation, slope.value, n);
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        store(grad_input + j0 + j, grad_u(j, lanes) * load(slope.value + j, lanes), lanes);
+      });
+    } else if (a.gate_first) {
+      const T* input = a.input.row<const T>(row) + j0;
+      T* grad_gate = a.grad_gate.row<T>(row) + j0;
+      copy_to_chunk(a.gate.row<const T>(row) + j0, n, gate.value);
+      copy_to_chunk(gate.value, n, slope.value);
+      activate(a.activation, gate.value, n);
+      differentiate(a.activation, slope.value, n);
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        Vec<S> g = grad_u(j, lanes);
+        store(grad_input + j0 + j, g * load(gate.value + j, lanes), lanes);
+        store(grad_gate + j, g * load(input + j, lanes) * load(slope.value + j, lanes), lanes);
+      });
+    } else if (a.grad_residual_out) {
+      const T* above = a.grad_residual_out.row<const T>(row) + j0;
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        store(grad_input + j0 + j, grad_u(j, lanes) + load(above + j, lanes), lanes);
+      });
+    } else {
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(grad_input + j0 + j, grad_u(j, lanes), lanes); });
+    }
+    if (a.grad_residual) {
+      // grad_input so far is the gradient of the sum; the residual takes it as it is, the input through the mask.
+      T* grad_residual = a.grad_residual.row<T>(row) + j0;
+      dropout_factors(a.dropout, row, j0, n, slope.value);
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        Vec<S> g = load(grad_input + j0 + j, lanes);
+        store(grad_residual + j, g, lanes);
+        store(grad_input + j0 + j, g * load(slope.value + j, lanes), lanes);
+      });
+    }
+  }
+}
+
+template <int count, class S, class T, class U>
+void backward_block(const RowNormBackward& a, const Constants<S>& constants, BackwardRow<S, U>* rows, int64_t ahead,
+                    S* grad_weight, S* grad_bias) {
+  Chunk<S> slopes[count];
+  Chunk<S> unused;  // where the gradients go that nobody wants
+  Coefficients<S> weight(a.weight, rows[0].index, a, constants.ones.value);
+  Coefficients<S> bias(a.bias, rows[0].index, a, constants.zeros.value);
+  for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
+    int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
+    const S *w = weight.at(j0), *b = bias.at(j0);
+    S* gw = grad_weight ? grad_weight + j0 : unused.value;
+    S* gb = grad_bias ? grad_bias + j0 : unused.value;
+    if (has_epilogue(a)) {
+      for (int i = 0; i < count; ++i) epilogue_slope<S, T, U>(a, rows[i], j0, n, w, b, slopes[i].value);
+      reduce_chunk<count, true, S, T, U>(a, rows, j0, n, w, slopes, gw, gb);
+    } else {
+      reduce_chunk<count, false, S, T, U>(a, rows, j0, n, w, slopes, gw, gb);
+    }
+  }
+  if (a.grad_input)
+    for (int i = 0; i < count; ++i) distribute_row<S, T, U>(a, constants, rows[i], ahead + i < a.rows ? ahead + i : 0);
+}
+
+template <class S, class T, class U, class Source>
+CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_t end, S* weighted, S* grad_weight,
+                                 S* grad_bias, Source source) {
+  const Constants<S> constants;
+  BackwardRow<S, U> rows[block_rows];
+  for (int64_t first = begin; first < end;) {
+    const int64_t count = end - first >= block_rows ? block_rows : 1;
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i].index = first + i;
+      rows[i].u = source(first + i, i);
+      rows[i].mean = a.mean ? static_cast<const S*>(a.mean)[first + i] : S(0);
+      rows[i].rstd = static_cast<const S*>(a.rstd)[first + i];
+      rows[i].weighted = weighted + i * whole_vectors<S>(a.columns);
+      rows[i].sum = rows[i].sum_x_hat = Vec<S>(0.0);
+    }
+    first += count;
+    if (count == block_rows)
+      backward_block<block_rows, S, T, U>(a, constants, rows, first, grad_weight, grad_bias);
+    else
+      backward_block<1, S, T, U>(a, constants, rows, first, grad_weight, grad_bias);
+  }
+}
+
+// All rows from begin to end are of one group.
+template <class S, class T>
+void backward_rows(const RowNormBackward& a, int64_t begin, int64_t end, void* scratch, void* grad_weight,
+                   void* grad_bias) {
+  S* weighted = static_cast<S*>(scratch);
+  S* staged = weighted + block_rows * whole_vectors<S>(a.columns);
+  S *gw = static_cast<S*>(grad_weight), *gb = static_cast<S*>(grad_bias);
+  if (has_prologue(a))
+    backward_blocks<S, T, S>(a, begin, end, weighted, gw, gb, [=, &a](int64_t row, int64_t i) -> const S* {
+      S* u = staged + i * whole_vectors<S>(a.columns);
+      stage_row<S, T>(a, Rows{}, row, u);
+      return u;
+    });
+  else
+    backward_blocks<S, T, T>(a, begin, end, weighted, gw, gb,
+                             [&](int64_t row, int64_t) { return a.input.row<const T>(row); });
+}
+
+// Adds up `count` rows of partial sums in their order, for the columns from begin to end.
+template <class S>
+void sum_partials(const void* partials, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum) {
+  const S* source = static_cast<const S*>(partials) + begin;
+  S* target = static_cast<S*>(sum) + begin;
+  sweep<S>(end - begin, [=](int64_t j, auto lanes, auto) {
+    Vec<S> total = load(source + j, lanes);
+    for (int64_t i = 1; i < count; ++i) total += load(source + i * columns + j, lanes);
+    store(target + j, total, lanes);
+  });
+}
+
+template <class S>
+int64_t scratch_size(int64_t columns) {
+  return 2 * block_rows * whole_vectors<S>(columns);
+}
+
+template <class T>
+constexpr RowNormLoops loops_for() {
+  using S = typename ComputeType<T>::type;
+  return {forward_rows<S, T>, backward_rows<S, T>, sum_partials<S>, scratch_size<S>};
+}
+
+const RowNormLoops& row_norm_loops(ScalarKind kind) {
+  static constexpr RowNormLoops loops[] = {loops_for<float>(), loops_for<bfloat16>(), loops_for<float16>(),
+                                           loops_for<double>()};
+  return loops[int(kind)];
+}

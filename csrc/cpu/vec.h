@@ -1,0 +1,311 @@
+// Vectors of floats and doubles for one instruction set: included once by each isa_*.cpp, inside its namespace.
+//
+// CKPT_VECTOR_BYTES is the register width; CKPT_F16C says that the float16 conversions of the set may be used.
+// Nothing here may call into the standard library's templates: their out-of-line copies are shared between
+// the instruction sets, and the widest one could win at link time and crash an older processor.
+
+#define CKPT_INLINE inline __attribute__((always_inline))
+
+template <class S>
+struct Raw;
+template <>
+struct Raw<float> {
+  static constexpr int width = CKPT_VECTOR_BYTES / 4;
+  typedef float type __attribute__((vector_size(width * 4)));
+  typedef int32_t mask __attribute__((vector_size(width * 4)));
+  static constexpr int32_t magnitude = 0x7fffffff;
+  typedef uint32_t bits __attribute__((vector_size(width * 4)));
+  typedef uint16_t half __attribute__((vector_size(width * 2)));
+};
+template <>
+struct Raw<double> {
+  static constexpr int width = CKPT_VECTOR_BYTES / 8;
+  typedef double type __attribute__((vector_size(width * 8)));
+  typedef int64_t mask __attribute__((vector_size(width * 8)));
+  static constexpr int64_t magnitude = 0x7fffffffffffffff;
+};
+
+template <class S>
+struct Vec {
+  static constexpr int width = Raw<S>::width;
+  using Type = typename Raw<S>::type;
+  using Mask = typename Raw<S>::mask;
+  Type v;
+
+  CKPT_INLINE Vec() {}
+  CKPT_INLINE Vec(Type raw) : v(raw) {}
+  CKPT_INLINE explicit Vec(double scalar) : v(Type{} + S(scalar)) {}
+
+  CKPT_INLINE friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  CKPT_INLINE friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  CKPT_INLINE friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  CKPT_INLINE friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  CKPT_INLINE friend Vec operator-(Vec a) { return -a.v; }
+  CKPT_INLINE Vec& operator+=(Vec b) { return v += b.v, *this; }
+  CKPT_INLINE friend Mask operator>(Vec a, Vec b) { return a.v > b.v; }
+  CKPT_INLINE friend Mask operator>=(Vec a, Vec b) { return a.v >= b.v; }
+  CKPT_INLINE friend Mask operator<(Vec a, Vec b) { return a.v < b.v; }
+  CKPT_INLINE friend Mask operator<=(Vec a, Vec b) { return a.v <= b.v; }
+  CKPT_INLINE friend Vec select(Mask m, Vec yes, Vec no) { return m ? yes.v : no.v; }
+  CKPT_INLINE friend Vec abs(Vec a) { return Type(Mask(a.v) & Raw<S>::magnitude); }
+};
+
+// How many lanes of an access are there: all, or the first few of a row's last vector.
+template <class S>
+struct Full {
+  CKPT_INLINE Vec<S> keep(Vec<S> a) const { return a; }
+};
+template <class S>
+struct Partial {
+  int64_t count;
+  CKPT_INLINE Vec<S> keep(Vec<S> a) const {
+    for (int i = 0; i < Vec<S>::width; ++i)
+      if (i >= count) a.v[i] = 0;
+    return a;
+  }
+};
+
+// Storage to vector and back. Rounding is to nearest even; NaN becomes the quiet NaN that torch writes.
+template <class S>
+CKPT_INLINE Vec<S> load(const S* p, Full<S>) {
+  typename Raw<S>::type raw;
+  __builtin_memcpy(&raw, p, sizeof(raw));
+  return raw;
+}
+template <class S>
+CKPT_INLINE void store(S* p, Vec<S> a, Full<S>) {
+  __builtin_memcpy(p, &a.v, sizeof(a.v));
+}
+
+CKPT_INLINE Vec<float> load(const bfloat16* p, Full<float>) {
+  Raw<float>::half raw;
+  __builtin_memcpy(&raw, p, sizeof(raw));
+  return Raw<float>::type(__builtin_convertvector(raw, Raw<float>::bits) << 16);
+}
+CKPT_INLINE void store(bfloat16* p, Vec<float> a, Full<float>) {
+  Raw<float>::bits bits = Raw<float>::bits(a.v);
+  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  bits = (a.v == a.v) ? bits : Raw<float>::bits{} + 0x7fc0u;
+  Raw<float>::half raw = __builtin_convertvector(bits, Raw<float>::half);
+  __builtin_memcpy(p, &raw, sizeof(raw));
+}
+
+#if defined(CKPT_F16C) && CKPT_VECTOR_BYTES == 64
+CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
+  return Raw<float>::type(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+}
+CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(CKPT_F16C)
+CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
+  return Raw<float>::type(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+}
+CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// A product with a power of two rebuilds the exponent, denormals included; what was Inf or NaN keeps its exponent.
+CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
+  using B = Raw<float>::bits;
+  Raw<float>::half raw;
+  __builtin_memcpy(&raw, p, sizeof(raw));
+  B h = __builtin_convertvector(raw, B);
+  B sign = (h & 0x8000u) << 16;
+  B magnitude = (h & 0x7fffu) << 13;
+  B scaled = B(Raw<float>::type(magnitude) * 5.192296858534828e+33f);  // 2^112
+  scaled = (h & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : scaled;
+  return Raw<float>::type(sign | scaled);
+}
+// Adding a power of two aligned with float16's last place lets the float adder do the rounding.
+CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
+  using B = Raw<float>::bits;
+  using F = Raw<float>::type;
+  B bits = B(a.v);
+  B sign = (bits >> 16) & 0x8000u;
+  B magnitude = bits & 0x7fffffffu;
+  B normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  B denormal = B(F(magnitude) + 0.5f) - 0x3f000000u;
+  B h = magnitude < 0x38800000u ? denormal : normal;
+  h = magnitude >= 0x477ff000u ? B{} + 0x7c00u : h;
+  h = magnitude > 0x7f800000u ? B{} + 0x7e00u : h;
+  Raw<float>::half raw = __builtin_convertvector(h | sign, Raw<float>::half);
+  __builtin_memcpy(p, &raw, sizeof(raw));
+}
+#endif
+
+// The lanes that are not there read as zero and are not written.
+template <class S, class T>
+CKPT_INLINE Vec<S> load(const T* p, Partial<S> lanes) {
+  T padded[Vec<S>::width] = {};
+  for (int64_t i = 0; i < lanes.count; ++i) padded[i] = p[i];
+  return load(padded, Full<S>{});
+}
+template <class S, class T>
+CKPT_INLINE void store(T* p, Vec<S> a, Partial<S> lanes) {
+  T padded[Vec<S>::width];
+  store(padded, a, Full<S>{});
+  for (int64_t i = 0; i < lanes.count; ++i) p[i] = padded[i];
+}
+
+// The value after a round trip through storage type T.
+template <class S, class T>
+CKPT_INLINE Vec<S> round_to(Vec<S> a) {
+  T stored[Vec<S>::width];
+  store(stored, a, Full<S>{});
+  return load(stored, Full<S>{});
+}
+
+// Calls body(offset, lanes, slot) over n elements; slot is a compile-time 0 to 3 by which the body can pick one
+// of four accumulators, so that additions do not wait for one another.
+template <int k>
+struct Slot {
+  static constexpr int index = k;
+};
+template <class S, class Body>
+CKPT_INLINE void sweep(int64_t n, Body body) {
+  constexpr int W = Vec<S>::width;
+  int64_t j = 0;
+  for (; j + 4 * W <= n; j += 4 * W) {
+    body(j, Full<S>{}, Slot<0>{});
+    body(j + W, Full<S>{}, Slot<1>{});
+    body(j + 2 * W, Full<S>{}, Slot<2>{});
+    body(j + 3 * W, Full<S>{}, Slot<3>{});
+  }
+  for (; j + W <= n; j += W) body(j, Full<S>{}, Slot<0>{});
+  if (j < n) body(j, Partial<S>{n - j}, Slot<0>{});
+}
+
+// The same for a body that keeps several accumulators of its own.
+template <class S, class Body>
+CKPT_INLINE void step(int64_t n, Body body) {
+  int64_t j = 0;
+  for (; j + Vec<S>::width <= n; j += Vec<S>::width) body(j, Full<S>{});
+  if (j < n) body(j, Partial<S>{n - j});
+}
+
+template <class S>
+CKPT_INLINE S sum_lanes(Vec<S> a) {
+  for (int half = Vec<S>::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  return a.v[0];
+}
+
+CKPT_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
+template <class S>
+struct Accumulator {
+  Vec<S> part[4];
+
+  // Written out, because a constructor that the compiler makes itself is not built for the instruction set.
+  CKPT_INLINE Accumulator() {
+    for (int i = 0; i < 4; ++i) part[i] = Vec<S>(0.0);
+  }
+  CKPT_INLINE S total() const { return sum_lanes((part[0] + part[1]) + (part[2] + part[3])); }
+};
+
+// min and max that pass a NaN in x on.
+CKPT_INLINE Raw<float>::type at_least(Raw<float>::type x, float low) { return x < low ? Raw<float>::type{} + low : x; }
+CKPT_INLINE Raw<float>::type at_most(Raw<float>::type x, float high) { return x > high ? Raw<float>::type{} + high : x; }
+
+// m * 2^n for an n that holds integers, |n| <= 160.
+CKPT_INLINE Raw<float>::type scale_by_power(Raw<float>::type m, Raw<float>::type n) {
+#if CKPT_VECTOR_BYTES == 64
+  return Raw<float>::type(_mm512_scalef_ps(m, n));
+#else
+  // In two factors, because 2^n by itself may be beyond the normal numbers.
+  Raw<float>::mask k = __builtin_convertvector(n, Raw<float>::mask), half = k >> 1;
+  return m * Raw<float>::type((half + 127) << 23) * Raw<float>::type((k - half + 127) << 23);
+#endif
+}
+
+// e^x = 2^n (1 + f), with n the nearest integer to x / log 2 and f = expm1 of the rest by a polynomial.
+struct ScaledExponential {
+  Raw<float>::type n, f;
+};
+CKPT_INLINE ScaledExponential scaled_exponential(Raw<float>::type x) {
+  Raw<float>::type n = x * 1.44269504088896341f + 12582912.0f - 12582912.0f;  // 1.5 * 2^23 rounds to an integer
+  Raw<float>::type r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Raw<float>::type q = 0.001390131190419197f * r + 0.008363213390111923f;
+  q = q * r + 0.04166685417294502f;
+  q = q * r + 0.16666576266288757f;
+  q = q * r + 0.5f;
+  return {n, (q * r) * r + r};
+}
+
+CKPT_INLINE Vec<float> exp(Vec<float> x) {
+  ScaledExponential e = scaled_exponential(at_most(at_least(x.v, -104.0f), 89.0f));
+  return scale_by_power(1.0f + e.f, e.n);
+}
+
+CKPT_INLINE Vec<float> expm1_nonpositive(Vec<float> x) {
+  ScaledExponential e = scaled_exponential(at_least(x.v, -40.0f));
+  Raw<float>::type scale = scale_by_power(Raw<float>::type{} + 1.0f, e.n);
+  return scale * e.f + (scale - 1.0f);
+}
+
+// 2 atanh(s) with s = x / (2 + x).
+CKPT_INLINE Vec<float> log1p_unit(Vec<float> x) {
+  Raw<float>::type s = x.v / (2.0f + x.v);
+  Raw<float>::type z = s * s;
+  Raw<float>::type q = 0.11616778373718262f * z + 0.10852266848087311f;
+  q = q * z + 0.1429625004529953f;
+  q = q * z + 0.19999851286411285f;
+  q = q * z + 0.3333333432674408f;
+  Raw<float>::type twice = s + s;
+  return twice + twice * z * q;
+}
+
+// The upper tail beyond a = |x| is bell * p(s), where p is a minimax polynomial in s = 0.33 a / (1 + 0.33 a).
+CKPT_INLINE Vec<float> normal_cdf(Vec<float> x, Vec<float> bell) {
+  Raw<float>::type ka = at_most(0.33f * abs(x).v, 1e30f);
+  Raw<float>::type s = ka / (1.0f + ka);
+  Raw<float>::type p = 0.02582946978509426f * s - 0.0840807780623436f;
+  p = p * s + 0.06473537534475327f;
+  p = p * s + 0.02268778719007969f;
+  p = p * s + 0.06502029299736023f;
+  p = p * s - 0.1541757881641388f;
+  p = p * s - 0.317866712808609f;
+  p = p * s + 1.0867732763290405f;
+  p = p * s - 1.2089165449142456f;
+  p = p * s + 0.5f;
+  Raw<float>::type tail = bell.v * p;
+  return select(x > Vec<float>(0.0), Vec<float>(1.0f - tail), Vec<float>(tail));
+}
+
+// float64 is there for exactness, not speed: one lane at a time through libm.
+CKPT_INLINE Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::width; ++i) x.v[i] = ::exp(x.v[i]);
+  return x;
+}
+CKPT_INLINE Vec<double> expm1_nonpositive(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::width; ++i) x.v[i] = ::expm1(x.v[i]);
+  return x;
+}
+CKPT_INLINE Vec<double> log1p_unit(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::width; ++i) x.v[i] = ::log1p(x.v[i]);
+  return x;
+}
+CKPT_INLINE Vec<double> normal_cdf(Vec<double> x, Vec<double>) {
+  for (int i = 0; i < Vec<double>::width; ++i) x.v[i] = 0.5 * ::erfc(x.v[i] * -0.70710678118654752);
+  return x;
+}
+
+// What Philox is computed in: a vector of counters.
+struct Bits {
+  using Type = Raw<float>::bits;
+  static constexpr int width = Raw<float>::width;
+  Type v;
+
+  CKPT_INLINE Bits() {}
+  CKPT_INLINE Bits(Type raw) : v(raw) {}
+  CKPT_INLINE explicit Bits(uint32_t scalar) : v(Type{} + scalar) {}
+  CKPT_INLINE friend Bits operator*(Bits a, uint32_t b) { return a.v * b; }
+  CKPT_INLINE friend Bits operator^(Bits a, Bits b) { return a.v ^ b.v; }
+  CKPT_INLINE friend Bits operator^(Bits a, uint32_t b) { return a.v ^ b; }
+  CKPT_INLINE friend Bits multiply_high(Bits a, uint32_t b) {
+    typedef uint64_t Wide __attribute__((vector_size(sizeof(Type) * 2)));
+    return __builtin_convertvector((__builtin_convertvector(a.v, Wide) * uint64_t(b)) >> 32, Type);
+  }
+};

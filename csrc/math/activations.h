@@ -1,0 +1,243 @@
+// Every activation and its derivative, once for C++ and CUDA.
+//
+// T is float, double, or a vector of either (csrc/cpu/vec.h). To add an activation: a struct with `value` and
+// `derivative`, and its line in CKPT_ACTIVATIONS, whose order is that of ckpt_kernels/activations.py.
+#pragma once
+
+#include <stdint.h>
+
+#include "macros.h"
+#include "scalar.h"
+
+namespace ckpt {
+
+// 1 / (1 + exp(-x)), without overflow: the exponential is only taken of what is not positive.
+template <class T>
+CKPT_HD T logistic(T x) {
+  T e = exp(-abs(x));
+  return select(x >= T(0), T(1), e) / (T(1) + e);
+}
+
+struct Identity {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return x;
+  }
+  template <class T>
+  CKPT_HD static T derivative(T) {
+    return T(1);
+  }
+};
+
+struct Relu {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return select(x <= T(0), T(0), x);
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    return select(x <= T(0), T(0), T(1));
+  }
+};
+
+struct LeakyRelu {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return select(x > T(0), x, x * T(0.01));
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    return select(x > T(0), T(1), T(0.01));
+  }
+};
+
+struct ReluSquared {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    T r = Relu::value(x);
+    return r * r;
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    return T(2) * Relu::value(x);
+  }
+};
+
+struct Elu {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return select(x > T(0), x, expm1_nonpositive(select(x > T(0), T(0), x)));
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    return select(x > T(0), T(1), exp(select(x > T(0), T(0), x)));
+  }
+};
+
+struct Gelu {
+  template <class T>
+  CKPT_HD static T bell(T x) {
+    return exp(T(-0.5) * x * x);
+  }
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return x * normal_cdf(x, bell(x));
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    T b = bell(x);
+    return normal_cdf(x, b) + x * (b * T(0.39894228040143268));  // 1 / sqrt(2 pi)
+  }
+};
+
+// 0.5 x (1 + tanh(u)) is x * logistic(2u), which loses nothing where tanh(u) is near -1.
+struct GeluTanh {
+  template <class T>
+  CKPT_HD static T gate(T x) {
+    return logistic(x * (T(1.5957691216057308) + T(0.071354816272600890) * x * x));  // 2 sqrt(2/pi) (1, 0.044715)
+  }
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return x * gate(x);
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    T s = gate(x);
+    T slope = T(1.5957691216057308) + T(0.21406444881780267) * x * x;
+    return s + x * s * (T(1) - s) * slope;
+  }
+};
+
+struct QuickGelu {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return x * logistic(T(1.702) * x);
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    T s = logistic(T(1.702) * x);
+    return s + x * s * (T(1) - s) * T(1.702);
+  }
+};
+
+struct Silu {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return x * logistic(x);
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    T s = logistic(x);
+    return s * (T(1) + x * (T(1) - s));
+  }
+};
+
+// tanh(log(1 + e^x)) is n / d below, written in e^-|x| so that nothing overflows.
+struct Mish {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    T e = exp(-abs(x));
+    T n = select(x >= T(0), T(1) + T(2) * e, e * (e + T(2)));
+    T d = n + select(x >= T(0), T(2) * e * e, T(2));
+    return x * (n / d);
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    T e = exp(-abs(x));
+    T n = select(x >= T(0), T(1) + T(2) * e, e * (e + T(2)));
+    T rest = select(x >= T(0), T(2) * e * e, T(2));
+    T t = n / (n + rest);
+    T one_minus_t = rest / (n + rest);
+    T s = select(x >= T(0), T(1), e) / (T(1) + e);
+    return t + x * s * one_minus_t * (T(1) + t);
+  }
+};
+
+struct Sigmoid {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return logistic(x);
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    T e = exp(-abs(x));
+    T d = T(1) + e;
+    return e / (d * d);
+  }
+};
+
+struct Tanh {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    T m = expm1_nonpositive(T(-2) * abs(x));
+    T t = m / (m + T(2));
+    return select(x > T(0), -t, t);
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    T e = exp(T(-2) * abs(x));
+    T d = T(1) + e;
+    return T(4) * e / (d * d);
+  }
+};
+
+struct Hardswish {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    T inner = select(x >= T(3), x, x * ((x + T(3)) / T(6)));
+    return select(x <= T(-3), T(0), inner);
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    T inner = select(x >= T(3), T(1), x / T(3) + T(0.5));
+    return select(x <= T(-3), T(0), inner);
+  }
+};
+
+// torch's default: the identity above 20.
+struct Softplus {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    T e = exp(-abs(x));
+    return select(x > T(20), x, select(x > T(0), x, T(0)) + log1p_unit(e));
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    return select(x > T(20), T(1), logistic(x));
+  }
+};
+
+#define CKPT_ACTIVATIONS(X) \
+  X(0, Identity)            \
+  X(1, Relu)                \
+  X(2, LeakyRelu)           \
+  X(3, ReluSquared)         \
+  X(4, Elu)                 \
+  X(5, Gelu)                \
+  X(6, GeluTanh)            \
+  X(7, QuickGelu)           \
+  X(8, Silu)                \
+  X(9, Mish)                \
+  X(10, Sigmoid)            \
+  X(11, Tanh)               \
+  X(12, Hardswish)          \
+  X(13, Softplus)
+
+constexpr int activation_count = 14;
+
+// Calls `visitor(Struct{})` for the activation with this code. The codes are checked before any kernel runs.
+template <class Visitor>
+CKPT_HD void visit_activation(int activation, Visitor visitor) {
+#define CKPT_VISIT(code, name) \
+  case code:                   \
+    visitor(name{});           \
+    break;
+  switch (activation) {
+    CKPT_ACTIVATIONS(CKPT_VISIT)
+    default:
+      break;
+  }
+#undef CKPT_VISIT
+}
+
+}  // namespace ckpt

@@ -1,0 +1,33 @@
+// The elementary functions that activations.h is written in, for float and double.
+// csrc/cpu/vec.h has the same set for vectors.
+#pragma once
+
+#include <math.h>
+
+#include "macros.h"
+
+namespace ckpt {
+
+CKPT_HD float abs(float x) { return fabsf(x); }
+CKPT_HD double abs(double x) { return fabs(x); }
+CKPT_HD float exp(float x) { return expf(x); }
+CKPT_HD double exp(double x) { return ::exp(x); }
+
+template <class T>
+CKPT_HD T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+
+// exp(x) - 1 for x <= 0.
+CKPT_HD float expm1_nonpositive(float x) { return expm1f(x); }
+CKPT_HD double expm1_nonpositive(double x) { return ::expm1(x); }
+
+// log(1 + x) for 0 <= x <= 1.
+CKPT_HD float log1p_unit(float x) { return log1pf(x); }
+CKPT_HD double log1p_unit(double x) { return ::log1p(x); }
+
+// The standard normal distribution function at x. `bell` is exp(-x*x/2), which vector code needs for it.
+CKPT_HD float normal_cdf(float x, float) { return 0.5f * erfcf(-x * 0.70710678118654752f); }
+CKPT_HD double normal_cdf(double x, double) { return 0.5 * ::erfc(-x * 0.70710678118654752); }
+
+}  // namespace ckpt

@@ -1,0 +1,124 @@
+"""Builds the compiled libraries: `_C` wherever a C++ compiler is, `_C_cuda` wherever nvcc is.
+
+CKPT_KERNELS_BUILD=none|cpu|cuda forces what is built ("cuda" is both); forced, a failure stops the build, left
+alone it is a warning, and the package works without that library. Neither library uses Python's C API, and both
+use torch's stable ABI, so one build serves every Python >= 3.10 and every torch >= 2.11.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+
+from setuptools import setup
+
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
+CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+DEFINES = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA"]
+# Rounding and NaN stay as written; what is given up is errno, floating-point traps and the sign of zero.
+MATH = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+
+
+def wanted() -> str:
+    """What CKPT_KERNELS_BUILD asks for: none, cpu, cuda, or auto where it is not set."""
+    value = os.environ.get("CKPT_KERNELS_BUILD", "") or "auto"
+    if value not in ("auto", "none", "cpu", "cuda"):
+        sys.exit(f"CKPT_KERNELS_BUILD is {value!r}; expected none, cpu or cuda")
+    return value
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
+
+
+def cuda_home() -> pathlib.Path | None:
+    """The toolkit that nvcc belongs to, wherever nvcc itself, or a wrapper of it, lies."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home and (pathlib.Path(home) / "bin" / "nvcc").exists():
+            return pathlib.Path(home)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    printed = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    found = re.search(r"TOP=(\S+)", printed)
+    return pathlib.Path(found.group(1)).resolve() if found else None
+
+
+def extensions(build: str) -> list:
+    if build == "none":
+        return []
+    if compiler() is None:
+        if build != "auto":
+            sys.exit(f"CKPT_KERNELS_BUILD is {build!r}, but no C++ compiler was found")
+        warnings.warn("no C++ compiler was found: building without the compiled libraries", stacklevel=1)
+        return []
+    from torch.utils import cpp_extension
+
+    def extension(name: str, folder: str, suffix: str, flags: dict, **options: list):
+        return cpp_extension.CppExtension(
+            f"ckpt_kernels.{name}",
+            sorted(str(path) for path in pathlib.Path("csrc", folder).glob(f"*.{suffix}")),
+            depends=sorted(str(path) for path in pathlib.Path("csrc").rglob("*.*")),
+            extra_compile_args=flags,
+            py_limited_api=True,
+            **options,
+        )
+
+    cxx = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", *DEFINES, *MATH]
+    # GCC 12 warns of its own intrinsics headers.
+    cxx.append("-Wno-maybe-uninitialized")
+    found = [extension("_C", "cpu", "cpp", {"cxx": cxx})]
+    home = cuda_home()
+    if build == "cuda" and home is None:
+        sys.exit("CKPT_KERNELS_BUILD is 'cuda', but nvcc was not found")
+    if home is not None and build != "cpu":
+        cpp_extension.CUDA_HOME = str(home)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        libraries = next((home / name for name in ("lib64", "lib") if (home / name).exists()), home / "lib64")
+        nvcc = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden", *DEFINES]
+        found.append(
+            extension(
+                "_C_cuda",
+                "cuda",
+                "cu",
+                {"cxx": cxx, "nvcc": nvcc},
+                include_dirs=[str(home / "include")],
+                library_dirs=[str(libraries)],
+                libraries=["cudart_static", "dl", "rt", "pthread"],
+            )
+        )
+    return found
+
+
+def build_command(build: str) -> type:
+    from torch.utils import cpp_extension
+
+    class BuildLibraries(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            self.failed = []
+            super().build_extensions()
+            self.extensions = [extension for extension in self.extensions if extension not in self.failed]
+
+        def build_extension(self, extension) -> None:
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                if build != "auto":
+                    raise
+                self.failed.append(extension)
+                warnings.warn(f"{extension.name} could not be built, going on without it: {error}", stacklevel=1)
+
+    return BuildLibraries
+
+
+build = wanted()
+modules = extensions(build)
+setup(
+    ext_modules=modules,
+    cmdclass={"build_ext": build_command(build)} if modules else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
+)
