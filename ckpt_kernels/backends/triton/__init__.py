@@ -1,0 +1,40 @@
+"""The Triton backend. In Triton's interpreter (TRITON_INTERPRET=1) it also serves the CPU, for tests."""
+
+import torch
+from triton import knobs
+
+from .row_norm import (
+    add_row_norm_backward,
+    add_row_norm_forward,
+    gated_row_norm_backward,
+    gated_row_norm_forward,
+    row_norm_backward,
+    row_norm_forward,
+)
+
+__all__ = [
+    "add_row_norm_backward",
+    "add_row_norm_forward",
+    "gated_row_norm_backward",
+    "gated_row_norm_forward",
+    "row_norm_backward",
+    "row_norm_forward",
+    "why_not",
+]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot serve such tensors; None if it can."""
+    if dtype not in _DTYPES:
+        return f"it does not compute in {dtype}"
+    if knobs.runtime.interpret:
+        return None if device_type in ("cpu", "cuda") else f"Triton's interpreter does not serve {device_type}"
+    if device_type != "cuda":
+        return f"Triton has no code generator for {device_type} here (its interpreter does: TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (7, 5):
+        return "Triton needs a GPU of compute capability 7.5 or newer"
+    return None

@@ -1,0 +1,294 @@
+"""Every activation and its derivative as Triton functions: `name(x)` and `name_grad(x)`, on float32.
+
+`activate` and `differentiate` choose by name when a kernel is compiled. To add an activation: the two functions,
+and their two lines in each of these.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def logistic(x):
+    # The exponential is only taken of what is not positive, so that it cannot overflow.
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def expm1_nonpositive(x):
+    # e^x = 2^n (1 + f), with n the nearest integer to x / log 2 and f = expm1 of the rest by a polynomial.
+    x = tl.where(x < -40.0, -40.0, x)
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = x - n * 0.693359375
+    r = r - n * -2.12194440e-4
+    q = 0.001390131190419197 * r + 0.008363213390111923
+    q = q * r + 0.04166685417294502
+    q = q * r + 0.16666576266288757
+    q = q * r + 0.5
+    scale = tl.exp2(n)
+    return scale * ((q * r) * r + r) + (scale - 1.0)
+
+
+@triton.jit
+def log1p_unit(x):
+    # 2 atanh(s) with s = x / (2 + x), for x in [0, 1].
+    s = x / (2.0 + x)
+    z = s * s
+    q = 0.11616778373718262 * z + 0.10852266848087311
+    q = q * z + 0.1429625004529953
+    q = q * z + 0.19999851286411285
+    q = q * z + 0.3333333432674408
+    return 2.0 * s + 2.0 * s * z * q
+
+
+@triton.jit
+def normal_cdf(x, bell):
+    # The upper tail beyond a = |x| is bell * p(s), with a minimax polynomial in s = 0.33 a / (1 + 0.33 a).
+    a = tl.abs(x) * 0.33
+    a = tl.where(a > 1e30, 1e30, a)
+    s = a / (1.0 + a)
+    p = 0.02582946978509426 * s - 0.0840807780623436
+    p = p * s + 0.06473537534475327
+    p = p * s + 0.02268778719007969
+    p = p * s + 0.06502029299736023
+    p = p * s - 0.1541757881641388
+    p = p * s - 0.317866712808609
+    p = p * s + 1.0867732763290405
+    p = p * s - 1.2089165449142456
+    p = p * s + 0.5
+    tail = bell * p
+    return tl.where(x > 0, 1.0 - tail, tail)
+
+
+@triton.jit
+def identity(x):
+    return x
+
+
+@triton.jit
+def identity_grad(x):
+    return tl.full(x.shape, 1.0, x.dtype)
+
+
+@triton.jit
+def relu(x):
+    return tl.where(x <= 0, 0.0, x)
+
+
+@triton.jit
+def relu_grad(x):
+    return tl.where(x <= 0, 0.0, 1.0)
+
+
+@triton.jit
+def leaky_relu(x):
+    return tl.where(x > 0, x, x * 0.01)
+
+
+@triton.jit
+def leaky_relu_grad(x):
+    return tl.where(x > 0, 1.0, 0.01)
+
+
+@triton.jit
+def relu_squared(x):
+    r = relu(x)
+    return r * r
+
+
+@triton.jit
+def relu_squared_grad(x):
+    return 2.0 * relu(x)
+
+
+@triton.jit
+def elu(x):
+    return tl.where(x > 0, x, expm1_nonpositive(tl.where(x > 0, 0.0, x)))
+
+
+@triton.jit
+def elu_grad(x):
+    return tl.where(x > 0, 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
+
+
+@triton.jit
+def gelu(x):
+    return x * normal_cdf(x, tl.exp(-0.5 * x * x))
+
+
+@triton.jit
+def gelu_grad(x):
+    bell = tl.exp(-0.5 * x * x)
+    return normal_cdf(x, bell) + x * (bell * 0.3989422804014327)
+
+
+@triton.jit
+def gelu_tanh_gate(x):
+    # 0.5 (1 + tanh(u)) is logistic(2u), which loses nothing where tanh(u) is near -1.
+    return logistic(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
+
+
+@triton.jit
+def gelu_tanh(x):
+    return x * gelu_tanh_gate(x)
+
+
+@triton.jit
+def gelu_tanh_grad(x):
+    s = gelu_tanh_gate(x)
+    return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780074 * x * x)
+
+
+@triton.jit
+def quick_gelu(x):
+    return x * logistic(1.702 * x)
+
+
+@triton.jit
+def quick_gelu_grad(x):
+    s = logistic(1.702 * x)
+    return s + x * s * (1.0 - s) * 1.702
+
+
+@triton.jit
+def silu(x):
+    return x * logistic(x)
+
+
+@triton.jit
+def silu_grad(x):
+    s = logistic(x)
+    return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def mish(x):
+    # tanh(log(1 + e^x)) written in e^-|x|, so that nothing overflows.
+    e = tl.exp(-tl.abs(x))
+    n = tl.where(x >= 0, 1.0 + 2.0 * e, e * (e + 2.0))
+    rest = tl.where(x >= 0, 2.0 * e * e, 2.0)
+    return x * (n / (n + rest))
+
+
+@triton.jit
+def mish_grad(x):
+    e = tl.exp(-tl.abs(x))
+    n = tl.where(x >= 0, 1.0 + 2.0 * e, e * (e + 2.0))
+    rest = tl.where(x >= 0, 2.0 * e * e, 2.0)
+    t = n / (n + rest)
+    s = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    return t + x * s * (rest / (n + rest)) * (1.0 + t)
+
+
+@triton.jit
+def sigmoid(x):
+    return logistic(x)
+
+
+@triton.jit
+def sigmoid_grad(x):
+    e = tl.exp(-tl.abs(x))
+    return e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def tanh(x):
+    m = expm1_nonpositive(-2.0 * tl.abs(x))
+    t = m / (m + 2.0)
+    return tl.where(x > 0, -t, t)
+
+
+@triton.jit
+def tanh_grad(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def hardswish(x):
+    return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, x, x * ((x + 3.0) / 6.0)))
+
+
+@triton.jit
+def hardswish_grad(x):
+    return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, x / 3.0 + 0.5))
+
+
+@triton.jit
+def softplus(x):
+    # torch's default: the identity above 20.
+    return tl.where(x > 20.0, x, tl.where(x > 0, x, 0.0) + log1p_unit(tl.exp(-tl.abs(x))))
+
+
+@triton.jit
+def softplus_grad(x):
+    return tl.where(x > 20.0, 1.0, logistic(x))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "identity":
+        y = x
+    elif ACTIVATION == "relu":
+        y = relu(x)
+    elif ACTIVATION == "leaky_relu":
+        y = leaky_relu(x)
+    elif ACTIVATION == "relu_squared":
+        y = relu_squared(x)
+    elif ACTIVATION == "elu":
+        y = elu(x)
+    elif ACTIVATION == "gelu":
+        y = gelu(x)
+    elif ACTIVATION == "gelu_tanh":
+        y = gelu_tanh(x)
+    elif ACTIVATION == "quick_gelu":
+        y = quick_gelu(x)
+    elif ACTIVATION == "silu":
+        y = silu(x)
+    elif ACTIVATION == "mish":
+        y = mish(x)
+    elif ACTIVATION == "sigmoid":
+        y = sigmoid(x)
+    elif ACTIVATION == "tanh":
+        y = tanh(x)
+    elif ACTIVATION == "hardswish":
+        y = hardswish(x)
+    else:
+        tl.static_assert(ACTIVATION == "softplus")
+        y = softplus(x)
+    return y
+
+
+@triton.jit
+def differentiate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "identity":
+        y = identity_grad(x)
+    elif ACTIVATION == "relu":
+        y = relu_grad(x)
+    elif ACTIVATION == "leaky_relu":
+        y = leaky_relu_grad(x)
+    elif ACTIVATION == "relu_squared":
+        y = relu_squared_grad(x)
+    elif ACTIVATION == "elu":
+        y = elu_grad(x)
+    elif ACTIVATION == "gelu":
+        y = gelu_grad(x)
+    elif ACTIVATION == "gelu_tanh":
+        y = gelu_tanh_grad(x)
+    elif ACTIVATION == "quick_gelu":
+        y = quick_gelu_grad(x)
+    elif ACTIVATION == "silu":
+        y = silu_grad(x)
+    elif ACTIVATION == "mish":
+        y = mish_grad(x)
+    elif ACTIVATION == "sigmoid":
+        y = sigmoid_grad(x)
+    elif ACTIVATION == "tanh":
+        y = tanh_grad(x)
+    elif ACTIVATION == "hardswish":
+        y = hardswish_grad(x)
+    else:
+        tl.static_assert(ACTIVATION == "softplus")
+        y = softplus_grad(x)
+    return y

@@ -1,0 +1,73 @@
+"""How the kernels are launched: tile shapes, warps and grid sizes, from a small table instead of autotuning.
+
+A tile is ROWS rows by BLOCK columns. Reasons for the numbers: 16 elements a thread keep two 16-byte loads of
+bfloat16 in flight for each operand and leave the registers of the widest backward tile unspilled on every
+architecture; small rows are packed until a tile has 2,048 elements, because a program with less work than that
+spends its time on being scheduled; rows beyond one tile are walked in blocks.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+# The widest row that a program holds in registers at once.
+FORWARD_TILE = 16384
+BACKWARD_TILE = 8192
+_PACKED_ELEMENTS = 2048
+
+
+class Tile(NamedTuple):
+    """ROWS x BLOCK elements for a program of `warps` warps; `whole` if BLOCK covers a row."""
+
+    rows: int
+    block: int
+    warps: int
+    whole: bool
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _warps(elements: int) -> int:
+    return min(max(elements // 512, 4), 16)
+
+
+@functools.cache
+def forward_tile(columns: int) -> Tile:
+    """The tile of a forward kernel for rows of this length."""
+    block = max(_next_power_of_two(columns), 16)
+    if block > FORWARD_TILE:
+        return Tile(1, 8192, 16, False)
+    rows = max(_PACKED_ELEMENTS // block, 1)
+    return Tile(rows, block, _warps(rows * block), True)
+
+
+@functools.cache
+def backward_tile(columns: int) -> Tile:
+    """The tile of a backward kernel. Long rows go four at a time, so that a partial sum is touched once for four."""
+    block = max(_next_power_of_two(columns), 16)
+    if block > BACKWARD_TILE:
+        return Tile(4, 1024, 8, False)
+    rows = max(_PACKED_ELEMENTS // block, 1)
+    return Tile(rows, block, _warps(rows * block), True)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def backward_programs(device: torch.device, rows: int, tile: Tile) -> tuple[int, int]:
+    """How many programs share `rows` rows, and how many rows each takes: a persistent grid, fixed for a device.
+
+    Each program has a row of partial weight gradients of its own, so there are no more than fill the device.
+    """
+    tiles = -(-rows // tile.rows)
+    resident = max(64 // tile.warps // 2, 1)
+    programs = min(tiles, _processors(device) * min(resident, 4))
+    program_rows = -(-tiles // programs) * tile.rows
+    return -(-rows // program_rows), program_rows
