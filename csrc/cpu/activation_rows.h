@@ -32,15 +32,15 @@ __attribute__((noinline)) void differentiate(int activation, S* z, int64_t n) {
 
 // 0 or 1 / (1 - p) for n columns of a row from column j0, which is a multiple of four.
 template <class S>
-__attribute__((noinline)) void dropout_factors(const Dropout& dropout, int64_t row, int64_t j0, int64_t n, S* factor) {
+__attribute__((noinline)) void dropout_factors(const RowNorm& a, int64_t row, int64_t j0, int64_t n, S* factor) {
   constexpr int W = Bits::width;
   Bits::Type lane_index;
   for (int i = 0; i < W; ++i) lane_index[i] = i;
   for (int64_t j = 0; j < n; j += 4 * W) {
     Bits quad(lane_index + uint32_t((j0 + j) / 4));
     PhiloxState<Bits> bits =
-        philox4x32_10<Bits>({{quad, Bits(uint32_t(row)), Bits(uint32_t(row >> 32)), Bits(0)}}, dropout.seed);
+        philox4x32_10<Bits>({{quad, Bits(uint32_t(row)), Bits(uint32_t(row >> 32)), Bits(0)}}, uint64_t(*a.seed));
     for (int i = 0; i < W && j + 4 * i < n; ++i)
-      for (int lane = 0; lane < 4; ++lane) factor[j + 4 * i + lane] = dropout.factor<S>(bits.word[lane].v[i]);
+      for (int lane = 0; lane < 4; ++lane) factor[j + 4 * i + lane] = a.dropout.factor<S>(bits.word[lane].v[i]);
   }
 }

@@ -1,10 +1,10 @@
 // The row-norm ops on the CPU: reads the operands, shares the rows out to threads, sums the weight gradients.
-#include "row_norm.h"
+#include <string.h>
 
 #include <memory>
-#include <vector>
+#include <string>
 
-#include "../operands.h"
+#include "../row_norm_ops.h"
 #include "isa.h"
 
 namespace ckpt {
@@ -71,27 +71,6 @@ class Coefficient {
   std::unique_ptr<char[]> converted_;
 };
 
-// The operands that every block of the family has.
-void set_common(RowNorm& a, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                const OptionalTensor& mean, const Tensor& rstd) {
-  STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
-  a.rows = input.size(0);
-  a.columns = input.size(1);
-  a.input = rows_of(input, a.rows, a.columns);
-  a.mean = data_of(mean, a.rows);
-  a.rstd = data_of(rstd, a.rows);
-  a.centered = mean.has_value();
-  const int64_t groups = weight ? weight->numel() / a.columns : bias ? bias->numel() / a.columns : 1;
-  STD_TORCH_CHECK(groups > 0 && a.rows % groups == 0, "expected weight and bias to divide the rows evenly");
-  STD_TORCH_CHECK(!weight || weight->numel() == groups * a.columns, "expected a weight for every column");
-  STD_TORCH_CHECK(!bias || bias->numel() == groups * a.columns, "expected a bias for every column");
-  a.rows_per_group = a.rows / groups;
-}
-
-void set_dropout(RowNorm& a, const OptionalTensor& seed, double p) {
-  if (p > 0) a.dropout = Dropout::make(uint64_t(*static_cast<const int64_t*>(data_of(seed, 1))), p);
-}
-
 void run_forward(const RowNormForward& a, ScalarKind kind) {
   const RowNormLoops& loops = row_norm_loops(kind);
   torch::stable::parallel_for(0, a.rows, row_grain(a.columns), [&](int64_t begin, int64_t end) {
@@ -153,133 +132,21 @@ void run_backward(const RowNormBackward& a, ScalarKind kind, void* grad_weight, 
   add_up(bias_partials, grad_bias);
 }
 
-void row_norm_forward(Tensor input, OptionalTensor weight, OptionalTensor bias, Tensor output, OptionalTensor mean,
-                      Tensor rstd, double eps, int64_t pre_activation, int64_t activation, double weight_offset,
-                      bool cast_before_weight) {
-  const ScalarKind kind = kind_of(input);
-  Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
-  RowNormForward a;
-  set_common(a, input, weight, bias, mean, rstd);
-  a.weight = w.data();
-  a.bias = b.data();
-  a.output = rows_of(output, a.rows, a.columns);
-  a.eps = eps;
-  a.pre_activation = int(pre_activation);
-  a.activation = int(activation);
-  a.cast_before_weight = cast_before_weight;
-  run_forward(a, kind);
-}
-
-void row_norm_backward(Tensor grad_output, Tensor input, OptionalTensor weight, OptionalTensor bias,
-                       OptionalTensor mean, Tensor rstd, OptionalTensor grad_input, OptionalTensor grad_weight,
-                       OptionalTensor grad_bias, double /*eps*/, int64_t pre_activation, int64_t activation, double weight_offset,
-                       bool cast_before_weight) {
-  const ScalarKind kind = kind_of(input);
-  Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
-  RowNormBackward a;
-  set_common(a, input, weight, bias, mean, rstd);
-  const int64_t coefficients = a.rows / a.rows_per_group * a.columns;
-  a.weight = w.data();
-  a.bias = b.data();
-  a.grad_output = rows_of(grad_output, a.rows, a.columns);
-  a.grad_input = rows_of(grad_input, a.rows, a.columns);
-  a.pre_activation = int(pre_activation);
-  a.activation = int(activation);
-  a.cast_before_weight = cast_before_weight;
-  run_backward(a, kind, data_of(grad_weight, coefficients), data_of(grad_bias, coefficients));
-}
-
-void add_row_norm_forward(Tensor input, Tensor residual, OptionalTensor weight, OptionalTensor bias,
-                          OptionalTensor seed, Tensor output, Tensor residual_out, OptionalTensor mean, Tensor rstd,
-                          double eps, int64_t activation, double weight_offset, bool cast_before_weight,
-                          double dropout_p) {
-  const ScalarKind kind = kind_of(input);
-  Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
-  RowNormForward a;
-  set_common(a, input, weight, bias, mean, rstd);
-  set_dropout(a, seed, dropout_p);
-  a.weight = w.data();
-  a.bias = b.data();
-  a.residual = rows_of(residual, a.rows, a.columns);
-  a.output = rows_of(output, a.rows, a.columns);
-  a.residual_out = rows_of(residual_out, a.rows, a.columns);
-  a.eps = eps;
-  a.activation = int(activation);
-  a.cast_before_weight = cast_before_weight;
-  run_forward(a, kind);
-}
-
-// `residual_out` is the forward pass's sum; grad_residual is asked for only where it differs from grad_input,
-// which is where there is dropout.
-void add_row_norm_backward(Tensor grad_output, OptionalTensor grad_residual_out, Tensor residual_out,
-                           OptionalTensor weight, OptionalTensor bias, OptionalTensor seed, OptionalTensor mean,
-                           Tensor rstd, OptionalTensor grad_input, OptionalTensor grad_residual,
-                           OptionalTensor grad_weight, OptionalTensor grad_bias, double /*eps*/, int64_t activation,
-                           double weight_offset, bool cast_before_weight, double dropout_p) {
-  const ScalarKind kind = kind_of(residual_out);
-  Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
-  RowNormBackward a;
-  set_common(a, residual_out, weight, bias, mean, rstd);
-  set_dropout(a, seed, dropout_p);
-  const int64_t coefficients = a.rows / a.rows_per_group * a.columns;
-  a.weight = w.data();
-  a.bias = b.data();
-  a.grad_output = rows_of(grad_output, a.rows, a.columns);
-  a.grad_residual_out = rows_of(grad_residual_out, a.rows, a.columns);
-  a.grad_input = rows_of(grad_input, a.rows, a.columns);
-  a.grad_residual = rows_of(grad_residual, a.rows, a.columns);
-  a.activation = int(activation);
-  a.cast_before_weight = cast_before_weight;
-  run_backward(a, kind, data_of(grad_weight, coefficients), data_of(grad_bias, coefficients));
-}
-
-void gated_row_norm_forward(Tensor input, Tensor gate, OptionalTensor weight, Tensor output, Tensor rstd, double eps,
-                            int64_t activation, bool norm_before_gate) {
-  const ScalarKind kind = kind_of(input);
-  Coefficient w(weight, kind, 0);
-  RowNormForward a;
-  set_common(a, input, weight, std::nullopt, std::nullopt, rstd);
-  a.weight = w.data();
-  a.gate = rows_of(gate, a.rows, a.columns);
-  a.output = rows_of(output, a.rows, a.columns);
-  a.eps = eps;
-  a.activation = int(activation);
-  a.gate_first = !norm_before_gate;
-  run_forward(a, kind);
-}
-
-void gated_row_norm_backward(Tensor grad_output, Tensor input, Tensor gate, OptionalTensor weight, Tensor rstd,
-                             OptionalTensor grad_input, OptionalTensor grad_gate, OptionalTensor grad_weight,
-                             double /*eps*/, int64_t activation, bool norm_before_gate) {
-  const ScalarKind kind = kind_of(input);
-  Coefficient w(weight, kind, 0);
-  RowNormBackward a;
-  set_common(a, input, weight, std::nullopt, std::nullopt, rstd);
-  a.weight = w.data();
-  a.gate = rows_of(gate, a.rows, a.columns);
-  a.grad_output = rows_of(grad_output, a.rows, a.columns);
-  a.grad_input = rows_of(grad_input, a.rows, a.columns);
-  a.grad_gate = rows_of(grad_gate, a.rows, a.columns);
-  a.activation = int(activation);
-  a.gate_first = !norm_before_gate;
-  STD_TORCH_CHECK(!a.gate_first || bool(a.grad_input) == bool(a.grad_gate),
-                  "expected both gradients or neither where the gate comes before the norm");
-  run_backward(a, kind, data_of(grad_weight, a.columns), nullptr);
-}
+struct Cpu {
+  using Coefficient = ckpt::Coefficient;
+  static void run_forward(const RowNormForward& a, const Tensor&, ScalarKind kind) { ckpt::run_forward(a, kind); }
+  static void run_backward(const RowNormBackward& a, const Tensor&, ScalarKind kind, void* grad_weight,
+                           void* grad_bias) {
+    ckpt::run_backward(a, kind, grad_weight, grad_bias);
+  }
+};
 
 std::string cpu_isa() { return isa_name(); }
 
 }  // namespace
 }  // namespace ckpt
 
-STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
-  m.impl("row_norm_forward", TORCH_BOX(&ckpt::row_norm_forward));
-  m.impl("row_norm_backward", TORCH_BOX(&ckpt::row_norm_backward));
-  m.impl("add_row_norm_forward", TORCH_BOX(&ckpt::add_row_norm_forward));
-  m.impl("add_row_norm_backward", TORCH_BOX(&ckpt::add_row_norm_backward));
-  m.impl("gated_row_norm_forward", TORCH_BOX(&ckpt::gated_row_norm_forward));
-  m.impl("gated_row_norm_backward", TORCH_BOX(&ckpt::gated_row_norm_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) { ckpt::RowNormOps<ckpt::Cpu>::add_to(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&ckpt::cpu_isa));

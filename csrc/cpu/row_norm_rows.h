@@ -63,8 +63,8 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
     if (a.residual) {
       const T* residual = a.residual.row<const T>(row) + j0;
       T* sum = residual_out.row<T>(row) + j0;
-      if (a.dropout.threshold) {
-        dropout_factors(a.dropout, row, j0, n, factor.value);
+      if (a.seed) {
+        dropout_factors(a, row, j0, n, factor.value);
         sweep<S>(n, [&](int64_t j, auto lanes, auto) {
           Vec<S> kept = load(z + j, lanes) * load(factor.value + j, lanes);
           store(sum + j, load(residual + j, lanes) + kept, lanes);
@@ -300,7 +300,7 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
     if (a.grad_residual) {
       // grad_input so far is the gradient of the sum; the residual takes it as it is, the input through the mask.
       T* grad_residual = a.grad_residual.row<T>(row) + j0;
-      dropout_factors(a.dropout, row, j0, n, slope.value);
+      dropout_factors(a, row, j0, n, slope.value);
       sweep<S>(n, [&](int64_t j, auto lanes, auto) {
         Vec<S> g = load(grad_input + j0 + j, lanes);
         store(grad_residual + j, g, lanes);

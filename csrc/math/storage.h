@@ -1,7 +1,14 @@
-// The 16-bit storage types, as bits.
+// The 16-bit storage types, as bits, and their conversions one value at a time.
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#endif
+
+#include "macros.h"
 
 namespace ckpt {
 
@@ -21,5 +28,50 @@ template <>
 struct ComputeType<double> {
   using type = double;
 };
+
+CKPT_HD uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+CKPT_HD float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+CKPT_HD float to_float(float x) { return x; }
+CKPT_HD float to_float(bfloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
+CKPT_HD void from_float(float x, float* y) { *y = x; }
+// To nearest even; NaN becomes the quiet NaN that torch writes.
+CKPT_HD void from_float(float x, bfloat16* y) {
+  uint32_t bits = float_bits(x);
+  y->bits = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);
+}
+
+#if defined(__CUDA_ARCH__)
+CKPT_HD float to_float(float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+CKPT_HD void from_float(float x, float16* y) { y->bits = __half_as_ushort(__float2half_rn(x)); }
+#else
+// A product with a power of two rebuilds the exponent, denormals included.
+CKPT_HD float to_float(float16 x) {
+  uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  if (magnitude >= 0x0f800000u) return bits_float(sign | magnitude | 0x7f800000u);
+  return bits_float(sign | float_bits(bits_float(magnitude) * 5.192296858534828e+33f));  // 2^112
+}
+// Adding a power of two aligned with float16's last place lets the float adder round a denormal result.
+CKPT_HD void from_float(float x, float16* y) {
+  uint32_t bits = float_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu, h;
+  if (magnitude > 0x7f800000u)
+    h = 0x7e00u;
+  else if (magnitude >= 0x477ff000u)
+    h = 0x7c00u;
+  else if (magnitude < 0x38800000u)
+    h = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  else
+    h = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  y->bits = uint16_t(h | sign);
+}
+#endif
 
 }  // namespace ckpt

@@ -1,10 +1,10 @@
-// What one row-norm block computes, and its gradients, as plain pointers: the contract between the op
-// (row_norm.cpp) and the row loops that are built once for each instruction set (row_norm_rows.h).
+// What one row-norm block computes, and its gradients, as plain pointers: what the ops hand to the CPU's row loops
+// (cpu/row_norm_rows.h) and to the CUDA kernels (cuda/row_norm_kernels.cuh).
 #pragma once
 
 #include <stdint.h>
 
-#include "../math/dropout.h"
+#include "math/dropout.h"
 
 namespace ckpt {
 
@@ -34,6 +34,7 @@ struct RowNorm {
   double eps = 0;
   bool centered = true, cast_before_weight = false, gate_first = false;
   int pre_activation = 0, activation = 0;
+  const int64_t* seed = nullptr;                     // of the dropout; null where there is none
   Dropout dropout;
 };
 
@@ -44,17 +45,6 @@ struct RowNormForward : RowNorm {
 struct RowNormBackward : RowNorm {
   Rows grad_output, grad_residual_out;
   Rows grad_input, grad_residual, grad_gate;
-};
-
-// The row loops for one storage type in one instruction set. `scratch` holds scratch_size(columns) elements of
-// the compute type. The backward loop adds to the weight gradients of the rows it is given.
-struct RowNormLoops {
-  void (*forward)(const RowNormForward&, int64_t begin, int64_t end, void* scratch);
-  void (*backward)(const RowNormBackward&, int64_t begin, int64_t end, void* scratch, void* grad_weight,
-                   void* grad_bias);
-  void (*sum_partials)(const void* partials, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum);
-  // In elements of the compute type.
-  int64_t (*scratch_size)(int64_t columns);
 };
 
 }  // namespace ckpt

@@ -1,0 +1,332 @@
+// The row-norm kernels for CUDA. Compiled by nvcc into the library, and by the host compiler, with
+// tests/host/cuda_on_host.h in the place of CUDA's own headers, into the tests.
+//
+// A row belongs to a team: a warp where rows are short, a block where they are long. T is the storage type; a
+// thread reads and writes VEC elements at a time, 16 bytes where alignment allows it and one element otherwise.
+// Activations are a uniform run-time switch, which costs nothing at memory speed and saves compile time.
+#pragma once
+
+#include "../math/activations.h"
+#include "../math/moments.h"
+#include "../math/philox.h"
+#include "../math/storage.h"
+#include "../row_norm.h"
+
+namespace ckpt {
+
+constexpr int warp_threads = 32;
+constexpr int block_threads = 256;
+constexpr int block_warps = block_threads / warp_threads;
+
+template <class T, int VEC>
+struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Pack {
+  T value[VEC];
+};
+
+template <int VEC, class T>
+__device__ __forceinline__ void load(const T* p, float* v) {
+  const Pack<T, VEC> pack = *reinterpret_cast<const Pack<T, VEC>*>(p);
+  for (int i = 0; i < VEC; ++i) v[i] = to_float(pack.value[i]);
+}
+
+template <int VEC, class T>
+__device__ __forceinline__ void store(T* p, const float* v) {
+  Pack<T, VEC> pack;
+  for (int i = 0; i < VEC; ++i) from_float(v[i], &pack.value[i]);
+  *reinterpret_cast<Pack<T, VEC>*>(p) = pack;
+}
+
+// The threads that share a row, and their sums.
+template <bool WARP>
+struct Team {
+  static constexpr int size = WARP ? warp_threads : block_threads;
+
+  __device__ __forceinline__ static int rank() { return threadIdx.x % size; }
+  __device__ __forceinline__ static int64_t first() {
+    return int64_t(blockIdx.x) * (block_threads / size) + threadIdx.x / size;
+  }
+  __device__ __forceinline__ static int64_t count() { return int64_t(gridDim.x) * (block_threads / size); }
+
+  __device__ __forceinline__ static float sum(float x) {
+    for (int lane = warp_threads / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    if (WARP) return x;
+    __shared__ float partial[block_warps];
+    if (threadIdx.x % warp_threads == 0) partial[threadIdx.x / warp_threads] = x;
+    __syncthreads();
+    float total = 0;
+    for (int warp = 0; warp < block_warps; ++warp) total += partial[warp];
+    // The next sum writes the partial sums again.
+    __syncthreads();
+    return total;
+  }
+
+  __device__ __forceinline__ static Moments merge(Moments m) {
+    for (int lane = warp_threads / 2; lane > 0; lane /= 2) {
+      Moments other;
+      other.count = __shfl_xor_sync(0xffffffffu, m.count, lane);
+      other.mean = __shfl_xor_sync(0xffffffffu, m.mean, lane);
+      other.squares = __shfl_xor_sync(0xffffffffu, m.squares, lane);
+      // Both of a pair merge in the same order, so that every lane ends with the same bits.
+      if (threadIdx.x & lane) {
+        other.merge(m);
+        m = other;
+      } else {
+        m.merge(other);
+      }
+    }
+    if (WARP) return m;
+    __shared__ Moments partial[block_warps];
+    if (threadIdx.x % warp_threads == 0) partial[threadIdx.x / warp_threads] = m;
+    __syncthreads();
+    Moments total = partial[0];
+    for (int warp = 1; warp < block_warps; ++warp) total.merge(partial[warp]);
+    __syncthreads();
+    return total;
+  }
+};
+
+template <int VEC>
+__device__ __forceinline__ void activate(int activation, float* v) {
+  visit_activation(activation, [v](auto function) {
+    for (int i = 0; i < VEC; ++i) v[i] = function.value(v[i]);
+  });
+}
+
+template <int VEC>
+__device__ __forceinline__ void differentiate(int activation, float* v) {
+  visit_activation(activation, [v](auto function) {
+    for (int i = 0; i < VEC; ++i) v[i] = function.derivative(v[i]);
+  });
+}
+
+// 0 or 1 / (1 - p) for VEC columns from column j.
+template <int VEC>
+__device__ __forceinline__ void dropout_factors(const RowNorm& a, int64_t row, int64_t j, float* factor) {
+  for (int quad = 0; quad < (VEC + 3) / 4; ++quad) {
+    const PhiloxState<uint32_t> bits = philox4x32_10<uint32_t>(
+        {{uint32_t(j / 4) + quad, uint32_t(row), uint32_t(row >> 32), 0}}, uint64_t(*a.seed));
+    if (VEC == 1)
+      factor[0] = a.dropout.factor<float>(bits.word[j % 4]);
+    else
+      for (int lane = 0; lane < 4; ++lane) factor[quad * 4 + lane] = a.dropout.factor<float>(bits.word[lane]);
+  }
+}
+
+// What is normalised, for VEC columns of a row. Where there is a residual, its sum with the input is stored.
+template <class T, int VEC>
+__device__ __forceinline__ void load_operand(const RowNorm& a, const Rows& residual_out, int64_t row, int64_t j,
+                                             float* u) {
+  load<VEC>(a.input.row<const T>(row) + j, u);
+  if (a.pre_activation) activate<VEC>(a.pre_activation, u);
+  if (a.gate_first) {
+    float gate[VEC];
+    load<VEC>(a.gate.row<const T>(row) + j, gate);
+    activate<VEC>(a.activation, gate);
+    for (int i = 0; i < VEC; ++i) u[i] *= gate[i];
+  }
+  if (a.residual) {
+    float residual[VEC];
+    load<VEC>(a.residual.row<const T>(row) + j, residual);
+    if (a.seed) {
+      float factor[VEC];
+      dropout_factors<VEC>(a, row, j, factor);
+      for (int i = 0; i < VEC; ++i) u[i] *= factor[i];
+    }
+    for (int i = 0; i < VEC; ++i) u[i] += residual[i];
+    store<VEC>(residual_out.row<T>(row) + j, u);
+    load<VEC>(residual_out.row<const T>(row) + j, u);
+  }
+}
+
+template <int VEC>
+__device__ __forceinline__ void load_coefficients(const RowNorm& a, int64_t row, int64_t j, float* w, float* b) {
+  const int64_t offset = row / a.rows_per_group * a.columns + j;
+  for (int i = 0; i < VEC; ++i) w[i] = 1, b[i] = 0;
+  if (a.weight) load<VEC>(static_cast<const float*>(a.weight) + offset, w);
+  if (a.bias) load<VEC>(static_cast<const float*>(a.bias) + offset, b);
+}
+
+// x_hat, and x_hat as the weight sees it.
+template <class T, int VEC>
+__device__ __forceinline__ void normalize(const RowNorm& a, const float* u, float mean, float rstd, float* x_hat,
+                                          float* seen) {
+  for (int i = 0; i < VEC; ++i) {
+    x_hat[i] = seen[i] = (u[i] - mean) * rstd;
+    if (a.cast_before_weight) {
+      T rounded;
+      from_float(x_hat[i], &rounded);
+      seen[i] = to_float(rounded);
+    }
+  }
+}
+
+template <class T, int VEC, bool WARP>
+__global__ void __launch_bounds__(block_threads) row_norm_forward_kernel(RowNormForward a) {
+  using Rowteam = Team<WARP>;
+  constexpr int64_t step = Rowteam::size * VEC;
+  for (int64_t row = Rowteam::first(); row < a.rows; row += Rowteam::count()) {
+    Moments moments;
+    float u[VEC];
+    for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
+      load_operand<T, VEC>(a, a.residual_out, row, j, u);
+      if (a.centered)
+        moments.merge(Moments::of(u, VEC));
+      else
+        for (int i = 0; i < VEC; ++i) moments.squares += u[i] * u[i];
+    }
+    if (a.centered)
+      moments = Rowteam::merge(moments);
+    else
+      moments.squares = Rowteam::sum(moments.squares);
+    const float mean = moments.mean, rstd = 1 / sqrtf(moments.squares / float(a.columns) + float(a.eps));
+    if (Rowteam::rank() == 0) {
+      if (a.mean) static_cast<float*>(a.mean)[row] = mean;
+      static_cast<float*>(a.rstd)[row] = rstd;
+    }
+    for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
+      float w[VEC], b[VEC], x_hat[VEC], y[VEC];
+      // A thread reads again what it stored itself.
+      if (a.residual)
+        load<VEC>(a.residual_out.row<const T>(row) + j, u);
+      else
+        load_operand<T, VEC>(a, a.residual_out, row, j, u);
+      load_coefficients<VEC>(a, row, j, w, b);
+      normalize<T, VEC>(a, u, mean, rstd, x_hat, y);
+      for (int i = 0; i < VEC; ++i) y[i] = y[i] * w[i] + b[i];
+      if (!a.gate) {
+        activate<VEC>(a.activation, y);
+      } else if (!a.gate_first) {
+        float gate[VEC];
+        load<VEC>(a.gate.row<const T>(row) + j, gate);
+        activate<VEC>(a.activation, gate);
+        for (int i = 0; i < VEC; ++i) y[i] *= gate[i];
+      }
+      store<VEC>(a.output.row<T>(row) + j, y);
+    }
+  }
+}
+
+// The gradient before weight and bias, x_hat, and x_hat as the weight saw it, for VEC columns of a row.
+template <class T, int VEC>
+__device__ __forceinline__ void norm_gradient(const RowNormBackward& a, int64_t row, int64_t j, const float* w,
+                                              const float* b, bool store_gate, float* g, float* x_hat, float* seen) {
+  float u[VEC], slope[VEC];
+  load_operand<T, VEC>(a, Rows{}, row, j, u);
+  const float mean = a.mean ? static_cast<const float*>(a.mean)[row] : 0;
+  normalize<T, VEC>(a, u, mean, static_cast<const float*>(a.rstd)[row], x_hat, seen);
+  load<VEC>(a.grad_output.row<const T>(row) + j, g);
+  if (!a.gate) {
+    if (a.activation == 0) return;
+    for (int i = 0; i < VEC; ++i) slope[i] = seen[i] * w[i] + b[i];
+    differentiate<VEC>(a.activation, slope);
+    for (int i = 0; i < VEC; ++i) g[i] *= slope[i];
+  } else if (!a.gate_first) {
+    float gate[VEC];
+    load<VEC>(a.gate.row<const T>(row) + j, gate);
+    if (store_gate && a.grad_gate) {
+      for (int i = 0; i < VEC; ++i) slope[i] = gate[i];
+      differentiate<VEC>(a.activation, slope);
+      for (int i = 0; i < VEC; ++i) slope[i] *= g[i] * seen[i] * w[i];
+      store<VEC>(a.grad_gate.row<T>(row) + j, slope);
+    }
+    activate<VEC>(a.activation, gate);
+    for (int i = 0; i < VEC; ++i) g[i] *= gate[i];
+  }
+}
+
+// From the gradient of what was normalised to the gradients of what it was made from.
+template <class T, int VEC>
+__device__ __forceinline__ void store_input_gradients(const RowNormBackward& a, int64_t row, int64_t j, float* du) {
+  float x[VEC], other[VEC];
+  if (a.gate_first) {
+    load<VEC>(a.input.row<const T>(row) + j, x);
+    load<VEC>(a.gate.row<const T>(row) + j, other);
+    differentiate<VEC>(a.activation, other);
+    for (int i = 0; i < VEC; ++i) other[i] *= du[i] * x[i];
+    store<VEC>(a.grad_gate.row<T>(row) + j, other);
+    load<VEC>(a.gate.row<const T>(row) + j, other);
+    activate<VEC>(a.activation, other);
+    for (int i = 0; i < VEC; ++i) du[i] *= other[i];
+  } else if (a.pre_activation) {
+    load<VEC>(a.input.row<const T>(row) + j, x);
+    differentiate<VEC>(a.pre_activation, x);
+    for (int i = 0; i < VEC; ++i) du[i] *= x[i];
+  }
+  if (a.grad_residual_out) {
+    load<VEC>(a.grad_residual_out.row<const T>(row) + j, other);
+    for (int i = 0; i < VEC; ++i) du[i] += other[i];
+  }
+  if (a.grad_residual) {
+    store<VEC>(a.grad_residual.row<T>(row) + j, du);
+    load<VEC>(a.grad_residual.row<const T>(row) + j, du);
+    dropout_factors<VEC>(a, row, j, other);
+    for (int i = 0; i < VEC; ++i) du[i] *= other[i];
+  }
+  store<VEC>(a.grad_input.row<T>(row) + j, du);
+}
+
+template <class T, int VEC, bool WARP>
+__global__ void __launch_bounds__(block_threads) row_norm_backward_input_kernel(RowNormBackward a) {
+  using Rowteam = Team<WARP>;
+  constexpr int64_t step = Rowteam::size * VEC;
+  for (int64_t row = Rowteam::first(); row < a.rows; row += Rowteam::count()) {
+    float w[VEC], b[VEC], g[VEC], x_hat[VEC], seen[VEC];
+    float sum = 0, sum_x_hat = 0;
+    for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
+      load_coefficients<VEC>(a, row, j, w, b);
+      norm_gradient<T, VEC>(a, row, j, w, b, true, g, x_hat, seen);
+      for (int i = 0; i < VEC; ++i) {
+        sum += g[i] * w[i];
+        sum_x_hat += g[i] * w[i] * x_hat[i];
+      }
+    }
+    if (!a.grad_input) continue;
+    const float rstd = static_cast<const float*>(a.rstd)[row];
+    const float average = a.centered ? Rowteam::sum(sum) / float(a.columns) : 0;
+    const float tilt = Rowteam::sum(sum_x_hat) / float(a.columns);
+    for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
+      load_coefficients<VEC>(a, row, j, w, b);
+      norm_gradient<T, VEC>(a, row, j, w, b, false, g, x_hat, seen);
+      for (int i = 0; i < VEC; ++i) g[i] = (g[i] * w[i] - average - x_hat[i] * tilt) * rstd;
+      store_input_gradients<T, VEC>(a, row, j, g);
+    }
+  }
+}
+
+// Partial sums of the weight gradients: block (task, strip) walks the rows of its task in order, each thread with
+// VEC columns of its own. Sums are (tasks, columns); `group_tasks` tasks share the rows of a group.
+template <class T, int VEC>
+__global__ void __launch_bounds__(block_threads)
+    row_norm_backward_weight_kernel(RowNormBackward a, int64_t group_tasks, int64_t task_rows, int64_t strips,
+                                    float* weight_sums, float* bias_sums) {
+  const int64_t task = blockIdx.x / strips;
+  const int64_t j = (blockIdx.x % strips * block_threads + threadIdx.x) * VEC;
+  if (j >= a.columns) return;
+  const int64_t group_begin = task / group_tasks * a.rows_per_group, group_end = group_begin + a.rows_per_group;
+  const int64_t begin = group_begin + task % group_tasks * task_rows;
+  const int64_t end = begin + task_rows < group_end ? begin + task_rows : group_end;
+  float w[VEC], b[VEC], g[VEC], x_hat[VEC], seen[VEC], dw[VEC] = {}, db[VEC] = {};
+  load_coefficients<VEC>(a, group_begin, j, w, b);
+  for (int64_t row = begin; row < end; ++row) {
+    norm_gradient<T, VEC>(a, row, j, w, b, false, g, x_hat, seen);
+    for (int i = 0; i < VEC; ++i) {
+      dw[i] += g[i] * seen[i];
+      db[i] += g[i];
+    }
+  }
+  if (weight_sums) store<VEC>(weight_sums + task * a.columns + j, dw);
+  if (bias_sums) store<VEC>(bias_sums + task * a.columns + j, db);
+}
+
+// Adds up each group's rows of partial sums, in their order.
+__global__ void __launch_bounds__(block_threads)
+    sum_partials_kernel(const float* sums, int64_t group_tasks, int64_t columns, int64_t total, float* result) {
+  const int64_t k = int64_t(blockIdx.x) * block_threads + threadIdx.x;
+  if (k >= total) return;
+  const float* first = sums + k / columns * group_tasks * columns + k % columns;
+  float sum = 0;
+  for (int64_t task = 0; task < group_tasks; ++task) sum += first[task * columns];
+  result[k] = sum;
+}
+
+}  // namespace ckpt

@@ -1,0 +1,117 @@
+// How the row-norm kernels are launched: vector width, team and grid. `launch(kernel, blocks, arguments...)` is
+// given by whoever includes this: CUDA's own launch in the library, a loop over blocks in the tests.
+#pragma once
+
+#include "row_norm_kernels.cuh"
+
+namespace ckpt {
+
+// Rows up to this many columns are taken by a warp, so that eight of them share a block.
+constexpr int64_t warp_columns = 1024;
+constexpr int64_t most_blocks = 1 << 16;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class T>
+bool is_vectorizable(const Rows& rows) {
+  return !rows || (is_aligned(rows.data) && rows.stride * sizeof(T) % 16 == 0);
+}
+
+template <class T>
+bool is_vectorizable(const RowNorm& a) {
+  return a.columns * sizeof(T) % 16 == 0 && is_vectorizable<T>(a.input) && is_vectorizable<T>(a.residual) &&
+         is_vectorizable<T>(a.gate) && is_aligned(a.weight) && is_aligned(a.bias);
+}
+
+template <class T, int VEC, class Launch>
+void launch_forward(const RowNormForward& a, const Launch& launch) {
+  const bool warp = a.columns <= warp_columns;
+  int64_t blocks = warp ? divide_up(a.rows, block_warps) : a.rows;
+  if (blocks > most_blocks) blocks = most_blocks;
+  if (warp)
+    launch(row_norm_forward_kernel<T, VEC, true>, blocks, a);
+  else
+    launch(row_norm_forward_kernel<T, VEC, false>, blocks, a);
+}
+
+template <class T, class Launch>
+void launch_forward(const RowNormForward& a, const Launch& launch) {
+  if (is_vectorizable<T>(a) && is_vectorizable<T>(a.output) && is_vectorizable<T>(a.residual_out))
+    launch_forward<T, 16 / sizeof(T)>(a, launch);
+  else
+    launch_forward<T, 1>(a, launch);
+}
+
+// How the rows are shared out among the partial sums of the weight gradients.
+struct PartialSums {
+  int64_t groups, group_tasks, task_rows;
+
+  explicit PartialSums(const RowNorm& a) {
+    constexpr int64_t most_tasks = 256, least_rows = 16;
+    groups = a.rows / a.rows_per_group;
+    group_tasks = divide_up(a.rows_per_group, least_rows);
+    if (group_tasks > most_tasks) group_tasks = most_tasks;
+    task_rows = divide_up(a.rows_per_group, group_tasks);
+    group_tasks = divide_up(a.rows_per_group, task_rows);
+  }
+  int64_t elements(const RowNorm& a) const { return groups * group_tasks * a.columns; }
+};
+
+template <class T, int VEC, class Launch>
+void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_bias, float* weight_sums,
+                     float* bias_sums, const Launch& launch) {
+  if (a.grad_input || a.grad_gate) {
+    const bool warp = a.columns <= warp_columns;
+    int64_t blocks = warp ? divide_up(a.rows, block_warps) : a.rows;
+    if (blocks > most_blocks) blocks = most_blocks;
+    if (warp)
+      launch(row_norm_backward_input_kernel<T, VEC, true>, blocks, a);
+    else
+      launch(row_norm_backward_input_kernel<T, VEC, false>, blocks, a);
+  }
+  if (!grad_weight && !grad_bias) return;
+  const PartialSums shares(a);
+  const int64_t strips = divide_up(a.columns, block_threads * VEC);
+  launch(row_norm_backward_weight_kernel<T, VEC>, shares.groups * shares.group_tasks * strips, a, shares.group_tasks,
+         shares.task_rows, strips, weight_sums, bias_sums);
+  const int64_t total = shares.groups * a.columns, blocks = divide_up(total, block_threads);
+  if (grad_weight)
+    launch(sum_partials_kernel, blocks, (const float*)weight_sums, shares.group_tasks, a.columns, total, grad_weight);
+  if (grad_bias)
+    launch(sum_partials_kernel, blocks, (const float*)bias_sums, shares.group_tasks, a.columns, total, grad_bias);
+}
+
+// The sums have room for PartialSums(a).elements(a) floats each where their gradient is wanted, and are null else.
+template <class T, class Launch>
+void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_bias, float* weight_sums,
+                     float* bias_sums, const Launch& launch) {
+  const bool wide = is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) &&
+                    is_vectorizable<T>(a.grad_residual_out) && is_vectorizable<T>(a.grad_input) &&
+                    is_vectorizable<T>(a.grad_residual) && is_vectorizable<T>(a.grad_gate);
+  if (wide)
+    launch_backward<T, 16 / sizeof(T)>(a, grad_weight, grad_bias, weight_sums, bias_sums, launch);
+  else
+    launch_backward<T, 1>(a, grad_weight, grad_bias, weight_sums, bias_sums, launch);
+}
+
+// Calls body(T{}) for the storage type; CUDA's kernels know the three that are computed in float32.
+template <class Body>
+bool dispatch_storage(ScalarKind kind, Body body) {
+  switch (kind) {
+    case ScalarKind::float32:
+      body(float{});
+      return true;
+    case ScalarKind::bfloat16:
+      body(bfloat16{});
+      return true;
+    case ScalarKind::float16:
+      body(float16{});
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace ckpt

@@ -1,0 +1,112 @@
+"""A backend for the tests: the CUDA kernels of csrc/cuda, compiled by the host compiler and run as fibers."""
+
+import functools
+import pathlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from ckpt_kernels.activations import CODES
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu":
+        return "it runs on the host"
+    return None if dtype in _KINDS else f"the CUDA kernels do not compute in {dtype}"
+
+
+@functools.cache
+def _module() -> ModuleType:
+    here = pathlib.Path(__file__).parent
+    build = here.parent.parent / "build" / "cuda_on_host"
+    build.mkdir(parents=True, exist_ok=True)
+    return cpp_extension.load(
+        "ckpt_kernels_cuda_on_host",
+        [str(here / "module.cpp")],
+        extra_cflags=["-std=c++17", "-O2", "-Wno-unknown-pragmas"],
+        build_directory=str(build),
+    )
+
+
+def _operands(tensors: dict[str, Tensor | None], **options: Any) -> dict[str, Any]:
+    named = {name: (t.data_ptr(), t.stride(0)) for name, t in tensors.items() if t is not None}
+    rows, columns = tensors["input"].shape
+    groups = next((tensors[k].numel() // columns for k in ("weight", "bias") if tensors.get(k) is not None), 1)
+    return named | options | {"rows": rows, "columns": columns, "rows_per_group": rows // groups}
+
+
+def _wide(tensor: Tensor | None, offset: float = 0.0) -> Tensor | None:
+    return None if tensor is None else (tensor.float() + offset).contiguous()
+
+
+def row_norm_forward(input, weight, bias, output, mean, rstd, eps, pre, activation, offset, cast):
+    tensors = {"input": input, "weight": _wide(weight, offset), "bias": _wide(bias), "output": output}
+    tensors |= {"mean": mean, "rstd": rstd}
+    options = {"eps": eps, "pre_activation": CODES[pre], "activation": CODES[activation], "cast_before_weight": cast}
+    _module().forward(_KINDS[input.dtype], _operands(tensors, **options))
+
+
+def row_norm_backward(
+    grad_output, input, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, eps, pre, activation, offset, cast
+):
+    tensors = {"grad_output": grad_output, "input": input, "weight": _wide(weight, offset), "bias": _wide(bias)}
+    tensors |= {"mean": mean, "rstd": rstd, "grad_input": grad_input, "grad_weight": grad_weight}
+    tensors |= {"grad_bias": grad_bias}
+    options = {"pre_activation": CODES[pre], "activation": CODES[activation], "cast_before_weight": cast}
+    _module().backward(_KINDS[input.dtype], _operands(tensors, **options))
+
+
+def add_row_norm_forward(
+    input, residual, weight, bias, seed, output, residual_out, mean, rstd, eps, activation, offset, cast, dropout_p
+):
+    tensors = {"input": input, "residual": residual, "weight": _wide(weight, offset), "bias": _wide(bias)}
+    tensors |= {"seed": seed, "output": output, "residual_out": residual_out, "mean": mean, "rstd": rstd}
+    options = {"eps": eps, "activation": CODES[activation], "cast_before_weight": cast, "dropout_p": dropout_p}
+    _module().forward(_KINDS[input.dtype], _operands(tensors, **options))
+
+
+def add_row_norm_backward(
+    grad_output,
+    grad_residual_out,
+    residual_out,
+    weight,
+    bias,
+    seed,
+    mean,
+    rstd,
+    grad_input,
+    grad_residual,
+    grad_weight,
+    grad_bias,
+    eps,
+    activation,
+    offset,
+    cast,
+    dropout_p,
+):
+    tensors = {"grad_output": grad_output, "grad_residual_out": grad_residual_out, "input": residual_out}
+    tensors |= {"weight": _wide(weight, offset), "bias": _wide(bias), "seed": seed, "mean": mean, "rstd": rstd}
+    tensors |= {"grad_input": grad_input, "grad_residual": grad_residual}
+    tensors |= {"grad_weight": grad_weight, "grad_bias": grad_bias}
+    options = {"activation": CODES[activation], "cast_before_weight": cast, "dropout_p": dropout_p}
+    _module().backward(_KINDS[residual_out.dtype], _operands(tensors, **options))
+
+
+def gated_row_norm_forward(input, gate, weight, output, rstd, eps, activation, norm_before_gate):
+    tensors = {"input": input, "gate": gate, "weight": _wide(weight), "output": output, "rstd": rstd}
+    options = {"eps": eps, "activation": CODES[activation], "gate_first": not norm_before_gate}
+    _module().forward(_KINDS[input.dtype], _operands(tensors, **options))
+
+
+def gated_row_norm_backward(
+    grad_output, input, gate, weight, rstd, grad_input, grad_gate, grad_weight, eps, activation, norm_before_gate
+):
+    tensors = {"grad_output": grad_output, "input": input, "gate": gate, "weight": _wide(weight), "rstd": rstd}
+    tensors |= {"grad_input": grad_input, "grad_gate": grad_gate, "grad_weight": grad_weight}
+    options = {"activation": CODES[activation], "gate_first": not norm_before_gate}
+    _module().backward(_KINDS[input.dtype], _operands(tensors, **options))
