@@ -11,8 +11,8 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Bytes of the distinct storages that `fn(*args, **kwargs)` keeps for backward.
 
     `fn` may be a function or a module. Each storage counts once and whole, however many views of it are kept.
-    Not counted: the storages of parameters (any `nn.Parameter` that is kept) and, if `fn` is a module, of its
-    parameters and buffers. Inputs that are kept do count. The call is made once, with gradients as they are set,
+    Not counted: the storages of parameters (any `nn.Parameter` that is kept, or a view of one) and, if `fn` is a
+    module, of its parameters and buffers. Inputs that are kept do count. The call is made once, with gradients as they are set,
     and its result is dropped.
     """
     owned = set()
@@ -24,10 +24,10 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         alive.append(tensor)
-        if not isinstance(tensor, nn.Parameter):
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        else:
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             owned.add(_storage(tensor))
+        else:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -317,9 +317,8 @@ def _add_row_norm_backward_rule(
         grad_output = torch.zeros_like(grad_residual_out)
     dropped = seed is not None
     # Without dropout the two gradients are the same tensor: it is computed, and handed on, once.
-    computed = [wanted[0] or (wanted[1] and not dropped), wanted[1] and dropped, *wanted[2:]]
-    if computed[1]:
-        computed[0] = True
+    either = wanted[0] or wanted[1]
+    computed = [either, either and dropped, *wanted[2:]]
     grad_input, grad_residual, *grad_affine = or_none(
         add_row_norm_backward(
             grad_output, grad_residual_out, residual_out, weight, bias, seed, mean, rstd, *ctx.options, computed

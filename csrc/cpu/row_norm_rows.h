@@ -255,8 +255,7 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
   const bool sloped = has_epilogue(a);
   const S mean_grad = a.centered ? sum_lanes(r.sum) / S(a.columns) : S(0);
   const S mean_grad_x_hat = sum_lanes(r.sum_x_hat) / S(a.columns);
-  const Vec<S> center(r.mean), scale(r.rstd), offset(-mean_grad * r.rstd);
-  const Vec<S> tilt(-mean_grad_x_hat * r.rstd * r.rstd);
+  const Vec<S> scale(r.rstd), average(mean_grad), tilt(mean_grad_x_hat);
   const T* grad_output = a.grad_output.row<const T>(row);
   const T *next_input = a.input.row<const T>(ahead), *next_grad = a.grad_output.row<const T>(ahead);
   T* grad_input = a.grad_input.row<T>(row);
@@ -264,12 +263,11 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S* w = weight.at(j0);
-    // (weighted - mean_grad - x_hat * mean_grad_x_hat) * rstd
     auto grad_u = [&](int64_t j, auto lanes) {
       prefetch(next_input + j0 + j);
       prefetch(next_grad + j0 + j);
       Vec<S> g = sloped ? load(r.weighted + j0 + j, lanes) : load(grad_output + j0 + j, lanes) * load(w + j, lanes);
-      return (load(r.u + j0 + j, lanes) - center) * tilt + (g * scale + offset);
+      return (g - average - r.x_hat(j0 + j, lanes) * tilt) * scale;
     };
     if (a.pre_activation) {
       copy_to_chunk(a.input.row<const T>(row) + j0, n, slope.value);

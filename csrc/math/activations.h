@@ -11,12 +11,19 @@
 
 namespace ckpt {
 
-// 1 / (1 + exp(-x)), without overflow: the exponential is only taken of what is not positive.
+// 1 / (1 + exp(-x)) and its derivative. The exponential is only taken of what is not positive, so that it cannot
+// overflow, and the derivative is not a difference, so that it does not cancel.
 template <class T>
-CKPT_HD T logistic(T x) {
-  T e = exp(-abs(x));
-  return select(x >= T(0), T(1), e) / (T(1) + e);
-}
+struct Logistic {
+  T value, derivative;
+
+  CKPT_HD explicit Logistic(T x) {
+    T e = exp(-abs(x));
+    T d = T(1) / (T(1) + e);
+    value = select(x >= T(0), d, e * d);
+    derivative = e * d * d;
+  }
+};
 
 struct Identity {
   template <class T>
@@ -93,42 +100,41 @@ struct Gelu {
 // 0.5 x (1 + tanh(u)) is x * logistic(2u), which loses nothing where tanh(u) is near -1.
 struct GeluTanh {
   template <class T>
-  CKPT_HD static T gate(T x) {
-    return logistic(x * (T(1.5957691216057308) + T(0.071354816272600890) * x * x));  // 2 sqrt(2/pi) (1, 0.044715)
+  CKPT_HD static Logistic<T> gate(T x) {
+    return Logistic<T>(x * (T(1.5957691216057308) + T(0.07135481627260025) * x * x));  // 2 sqrt(2/pi) (1, 0.044715)
   }
   template <class T>
   CKPT_HD static T value(T x) {
-    return x * gate(x);
+    return x * gate(x).value;
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
-    T s = gate(x);
-    T slope = T(1.5957691216057308) + T(0.21406444881780267) * x * x;
-    return s + x * s * (T(1) - s) * slope;
+    Logistic<T> s = gate(x);
+    return s.value + x * s.derivative * (T(1.5957691216057308) + T(0.21406444881780074) * x * x);
   }
 };
 
 struct QuickGelu {
   template <class T>
   CKPT_HD static T value(T x) {
-    return x * logistic(T(1.702) * x);
+    return x * Logistic<T>(T(1.702) * x).value;
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
-    T s = logistic(T(1.702) * x);
-    return s + x * s * (T(1) - s) * T(1.702);
+    Logistic<T> s(T(1.702) * x);
+    return s.value + x * s.derivative * T(1.702);
   }
 };
 
 struct Silu {
   template <class T>
   CKPT_HD static T value(T x) {
-    return x * logistic(x);
+    return x * Logistic<T>(x).value;
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
-    T s = logistic(x);
-    return s * (T(1) + x * (T(1) - s));
+    Logistic<T> s(x);
+    return s.value + x * s.derivative;
   }
 };
 
@@ -156,13 +162,11 @@ struct Mish {
 struct Sigmoid {
   template <class T>
   CKPT_HD static T value(T x) {
-    return logistic(x);
+    return Logistic<T>(x).value;
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
-    T e = exp(-abs(x));
-    T d = T(1) + e;
-    return e / (d * d);
+    return Logistic<T>(x).derivative;
   }
 };
 
@@ -203,7 +207,7 @@ struct Softplus {
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
-    return select(x > T(20), T(1), logistic(x));
+    return select(x > T(20), T(1), Logistic<T>(x).value);
   }
 };
 

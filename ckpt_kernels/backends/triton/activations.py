@@ -10,9 +10,11 @@ import triton.language as tl
 
 @triton.jit
 def logistic(x):
+    """1 / (1 + exp(-x)) and its derivative, which is not a difference, so that it does not cancel."""
     # The exponential is only taken of what is not positive, so that it cannot overflow.
     e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    d = 1.0 / (1.0 + e)
+    return tl.where(x >= 0, d, e * d), e * d * d
 
 
 @triton.jit
@@ -131,35 +133,38 @@ def gelu_tanh_gate(x):
 
 @triton.jit
 def gelu_tanh(x):
-    return x * gelu_tanh_gate(x)
+    s, _ = gelu_tanh_gate(x)
+    return x * s
 
 
 @triton.jit
 def gelu_tanh_grad(x):
-    s = gelu_tanh_gate(x)
-    return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881780074 * x * x)
+    s, slope = gelu_tanh_gate(x)
+    return s + x * slope * (1.5957691216057308 + 0.21406444881780074 * x * x)
 
 
 @triton.jit
 def quick_gelu(x):
-    return x * logistic(1.702 * x)
+    s, _ = logistic(1.702 * x)
+    return x * s
 
 
 @triton.jit
 def quick_gelu_grad(x):
-    s = logistic(1.702 * x)
-    return s + x * s * (1.0 - s) * 1.702
+    s, slope = logistic(1.702 * x)
+    return s + x * slope * 1.702
 
 
 @triton.jit
 def silu(x):
-    return x * logistic(x)
+    s, _ = logistic(x)
+    return x * s
 
 
 @triton.jit
 def silu_grad(x):
-    s = logistic(x)
-    return s * (1.0 + x * (1.0 - s))
+    s, slope = logistic(x)
+    return s + x * slope
 
 
 @triton.jit
@@ -183,13 +188,14 @@ def mish_grad(x):
 
 @triton.jit
 def sigmoid(x):
-    return logistic(x)
+    s, _ = logistic(x)
+    return s
 
 
 @triton.jit
 def sigmoid_grad(x):
-    e = tl.exp(-tl.abs(x))
-    return e / ((1.0 + e) * (1.0 + e))
+    _, slope = logistic(x)
+    return slope
 
 
 @triton.jit
@@ -223,7 +229,8 @@ def softplus(x):
 
 @triton.jit
 def softplus_grad(x):
-    return tl.where(x > 20.0, 1.0, logistic(x))
+    s, _ = logistic(x)
+    return tl.where(x > 20.0, 1.0, s)
 
 
 @triton.jit

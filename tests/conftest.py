@@ -1,0 +1,70 @@
+"""Where there is no GPU, Triton kernels run in Triton's interpreter, which must be asked for before it is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import contextlib
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+from ckpt_kernels import backends, use_backend
+
+from .host import cuda_on_host
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("default")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("reference", "native", "triton", "cuda_on_host")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@contextlib.contextmanager
+def serving(backend: str) -> Iterator[None]:
+    """Every call in this block is served by `backend`, the tests' own `cuda_on_host` included."""
+    if backend != "cuda_on_host":
+        with use_backend(backend):
+            yield
+        return
+    select = backends.select
+    backends.select = lambda tensor: cuda_on_host
+    try:
+        yield
+    finally:
+        backends.select = select
+
+
+def unserved(backend: str, dtype: torch.dtype, device: str = DEVICE) -> str | None:
+    """Why a backend cannot serve such tensors on this machine; None if it can."""
+    if backend == "cuda_on_host":
+        return cuda_on_host.why_not(device, dtype)
+    return backends.why_not(backend, device, dtype)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    reason = unserved(request.param, torch.float32)
+    if reason:
+        pytest.skip(f"{request.param} on {DEVICE}: {reason}")
+    with serving(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def served(backend: str, dtype: torch.dtype) -> tuple[str, torch.dtype]:
+    """Every pair of backend and dtype that goes together."""
+    reason = unserved(backend, dtype)
+    if reason:
+        pytest.skip(f"{backend} on {DEVICE}: {reason}")
+    return backend, dtype

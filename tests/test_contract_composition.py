@@ -1,0 +1,193 @@
+"""The blocks in the company of the rest of torch."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ckpt_kernels import functional, nn, ops
+
+from .blocks import BLOCKS, Block, with_gradients
+from .conftest import DEVICE, serving
+
+by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+
+
+@by_block
+def test_gradcheck_and_double_backward(block: Block) -> None:
+    operands = block.operands((2, 3), 5, torch.float64, DEVICE)
+    names = list(operands)
+
+    def fn(*tensors):
+        return tuple(block.call(**dict(zip(names, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(fn, tuple(operands.values()))
+    if "cast" not in block.name:
+        assert torch.autograd.gradgradcheck(fn, tuple(operands.values()))
+
+
+@by_block
+def test_torch_compile_gives_the_same_numbers_without_a_graph_break(block: Block) -> None:
+    operands = block.operands((2, 6), 32, torch.float32, DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(block.call, fullgraph=True, backend="aot_eager")
+    eager, ours = with_gradients(block.call, operands), with_gradients(compiled, operands)
+    for name in eager:
+        assert torch.equal(eager[name], ours[name]), name
+
+
+@by_block
+def test_torch_utils_checkpoint_around_it(block: Block) -> None:
+    operands = block.operands((2, 6), 32, torch.float32, DEVICE)
+
+    def checkpointed(**tensors):
+        return checkpoint(lambda: tuple(block.call(**tensors)), use_reentrant=False)
+
+    eager, ours = with_gradients(block.call, operands), with_gradients(checkpointed, operands)
+    for name in eager:
+        assert torch.equal(eager[name], ours[name]), name
+
+
+@by_block
+def test_bitwise_the_same_from_run_to_run(block: Block, backend: str) -> None:
+    operands = block.operands((2, 50), 64, torch.float32, DEVICE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = with_gradients(block.call, operands), with_gradients(block.call, operands)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@by_block
+def test_bitwise_the_same_for_any_number_of_threads(block: Block, threads: int) -> None:
+    operands = block.operands((2, 600), 64, torch.float32, DEVICE)
+    expected = with_gradients(block.call, operands)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = with_gradients(block.call, operands)
+    finally:
+        torch.set_num_threads(before)
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+@by_block
+def test_a_row_does_not_depend_on_its_neighbours(block: Block, backend: str) -> None:
+    operands = block.operands((2, 21), 48, torch.float32, DEVICE)
+    alone = {name: t[:, 5:6] if name in block.rows else t for name, t in operands.items()}
+    for whole, part in zip(block.call(**operands), block.call(**alone), strict=True):
+        assert torch.equal(whole[:, 5:6], part)
+
+
+@by_block
+def test_nothing_given_is_written_to(block: Block, backend: str) -> None:
+    operands = block.operands((2, 5), 48, torch.float32, DEVICE)
+    copies = {name: t.detach().clone() for name, t in operands.items()}
+    outputs = block.call(**operands)
+    incoming = [torch.ones_like(y) for y in outputs]
+    torch.autograd.grad(outputs, list(operands.values()), incoming)
+    for name, tensor in operands.items():
+        assert torch.equal(tensor, copies[name]), name
+    assert all((g == 1).all() for g in incoming)
+
+
+@by_block
+def test_one_process_uses_every_backend_in_turn(block: Block) -> None:
+    if DEVICE != "cpu":
+        pytest.skip("the host backend needs CPU tensors")
+    operands = block.operands((2, 9), 64, torch.float32, DEVICE)
+    found = {}
+    for name in ("reference", "native", "triton", "cuda_on_host", "native"):
+        with serving(name):
+            found[name] = with_gradients(block.call, operands)
+    for name, results in found.items():
+        for key, value in results.items():
+            torch.testing.assert_close(value, found["reference"][key], rtol=2e-5, atol=2e-5, msg=f"{name} {key}")
+
+
+def _op_arguments(name: str) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
+
+    x, y, w, b = random(3, 4, 8), random(3, 4, 8), random(8), random(8)
+    seed = torch.tensor([7], device=DEVICE)
+    return {
+        "row_norm": (x, w, b, 8, 1e-5, True, "silu", "gelu", 0.0, False),
+        "modulated_row_norm": (x, random(3, 8), random(3, 8), w, b, 8, 1e-5, True, "identity", "silu"),
+        "add_row_norm": (x, y, w, None, seed, 8, 1e-5, False, "silu", 0.0, False, 0.25),
+        "gated_row_norm": (x, y, w, 8, 1e-5, "silu", False),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["row_norm", "modulated_row_norm", "add_row_norm", "gated_row_norm"])
+def test_opcheck(name: str) -> None:
+    assert hasattr(ops.row_norm, name)
+    torch.library.opcheck(getattr(torch.ops.ckpt_kernels, name).default, _op_arguments(name))
+
+
+def test_torch_export() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(16, activation="gelu")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x)
+
+    model, x = Model().to(DEVICE), torch.randn(4, 16, device=DEVICE)
+    exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_torch_func_grad() -> None:
+    x = torch.randn(4, 16, device=DEVICE)
+    found = torch.func.grad(lambda t: functional.layer_norm(t, 16, activation="silu").square().sum())(x)
+    leaf = x.clone().requires_grad_()
+    functional.layer_norm(leaf, 16, activation="silu").square().sum().backward()
+    torch.testing.assert_close(found, leaf.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_what_it_does_for_torchs_norms(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 16, device=DEVICE)
+    for input in (x, x.to(dtype)):
+        with torch.autocast(DEVICE, dtype):
+            ours = functional.layer_norm(input, 16, activation="relu")
+            theirs = torch.nn.functional.layer_norm(input, (16,))
+        assert ours.dtype == theirs.dtype
+
+
+MODULES = [
+    (nn.LayerNorm(16, activation="silu"), torch.nn.LayerNorm(16)),
+    (nn.RMSNorm(16, activation="gelu"), torch.nn.RMSNorm(16)),
+    (nn.AddLayerNorm(16, dropout=0.1), torch.nn.LayerNorm(16)),
+    (nn.AddRMSNorm(16, dropout=0.1), torch.nn.RMSNorm(16)),
+    (nn.GatedRMSNorm(16), torch.nn.RMSNorm(16)),
+    (nn.ModulatedLayerNorm(16), torch.nn.LayerNorm(16)),
+    (nn.ModulatedRMSNorm(16), torch.nn.RMSNorm(16)),
+]
+
+
+@pytest.mark.parametrize("ours,theirs", MODULES, ids=lambda module: type(module).__name__)
+def test_state_dict_both_ways_deepcopy_and_pickle(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert repr(again) == repr(ours)
+        for key, value in ours.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value)
+
+
+def test_every_function_is_covered() -> None:
+    """A family taken out of the registry, or never put in, is noticed here."""
+    public = {name for name, value in vars(functional).items() if callable(value) and name.endswith("_norm")}
+    public = {name for name in public if not name.startswith("_")}
+    assert public == {block.function for block in BLOCKS}

@@ -1,0 +1,112 @@
+"""Any leading shape, any strides, any incoming gradient."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from .blocks import BLOCKS, Block, with_gradients
+from .conftest import DEVICE, serving
+
+by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+
+
+def strided(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values, laid out otherwise."""
+    values = tensor.detach()
+    if layout == "sliced":
+        wide = torch.full((*values.shape[:-1], values.shape[-1] + 5), float("nan"), dtype=values.dtype)
+        wide = wide.to(values.device)
+        wide[..., 2 : 2 + values.shape[-1]] = values
+        values = wide[..., 2 : 2 + values.shape[-1]]
+    elif layout == "transposed":
+        values = values.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif layout == "leading":
+        values = values.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "every other":
+        wide = torch.full((*values.shape[:-1], 2 * values.shape[-1]), float("nan"), dtype=values.dtype)
+        wide = wide.to(values.device)
+        wide[..., ::2] = values
+        values = wide[..., ::2]
+    return values.requires_grad_()
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed", "leading", "every other"])
+@by_block
+def test_strides_do_not_matter(block: Block, layout: str, backend: str) -> None:
+    operands = block.operands((3, 4), 24, torch.float32, DEVICE)
+    laid = {name: strided(t, layout) if name in block.rows else t for name, t in operands.items()}
+    expected, found = with_gradients(block.call, operands), with_gradients(block.call, laid)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@by_block
+def test_expanded_incoming_gradients(block: Block, backend: str) -> None:
+    """sum() hands back a gradient whose strides are all zero."""
+    operands = block.operands((3, 4), 24, torch.float32, DEVICE)
+    tensors = list(operands.values())
+    summed = torch.autograd.grad(sum(y.sum() for y in block.call(**operands)), tensors)
+    outputs = block.call(**operands)
+    plain = torch.autograd.grad(outputs, tensors, [torch.ones_like(y) for y in outputs])
+    for a, b in zip(summed, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+@by_block
+def test_no_rows_at_all(block: Block, backend: str) -> None:
+    operands = block.operands((0, 4), 24, torch.float32, DEVICE)
+    results = with_gradients(block.call, operands)
+    for name, value in results.items():
+        assert value.isfinite().all(), name
+        if name.removeprefix("grad ") in block.coefficients:
+            assert value.shape == (24,) and (value == 0).all()
+
+
+@by_block
+def test_one_dimension_only(block: Block, backend: str) -> None:
+    if block.samples:
+        pytest.skip("there are no samples without a leading dimension")
+    operands = block.operands((1, 1), 24, torch.float32, DEVICE)
+    flat = {name: t.detach().reshape(24).requires_grad_() for name, t in operands.items()}
+    expected, found = with_gradients(block.call, operands), with_gradients(block.call, flat)
+    for name in expected:
+        assert torch.equal(found[name].reshape(-1), expected[name].reshape(-1)), name
+
+
+def test_normalized_shape_of_several_dimensions(backend: str) -> None:
+    from ckpt_kernels import functional
+
+    x = torch.randn(5, 3, 4, 6, device=DEVICE, requires_grad=True)
+    w, b = (torch.randn(4, 6, device=DEVICE, requires_grad=True) for _ in range(2))
+    ours = functional.layer_norm(x, (4, 6), w, b)
+    theirs = torch.nn.functional.layer_norm(x, (4, 6), w, b)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    g = torch.randn_like(ours)
+    for a, e in zip(torch.autograd.grad(ours, (x, w, b), g), torch.autograd.grad(theirs, (x, w, b), g), strict=True):
+        assert a.shape == e.shape
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@hypothesis.given(
+    data=st.data(),
+    block=st.sampled_from(BLOCKS),
+    samples=st.integers(1, 5),
+    tokens=st.integers(1, 40),
+    columns=st.integers(1, 700),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_native_is_the_reference_for_any_shape(data, block, samples, tokens, columns, dtype) -> None:
+    backend = "native" if DEVICE == "cpu" else "triton"
+    layout = data.draw(st.sampled_from(["plain", "sliced", "leading", "every other"]))
+    operands = block.operands((samples, tokens), columns, dtype, DEVICE, seed=columns)
+    laid = {name: strided(t, layout) if name in block.rows else t for name, t in operands.items()}
+    with serving("reference"):
+        expected = with_gradients(block.call, laid)
+    with serving(backend):
+        found = with_gradients(block.call, laid)
+    for name, value in expected.items():
+        # Rows of few columns have gradients that are differences of nearly equal numbers.
+        scale = 1 + value.float().abs().max() if columns > 4 else 1e3
+        error = (found[name].float() - value.float()).abs().max()
+        assert error <= 4 * torch.finfo(dtype).eps * scale * (1 if columns > 4 else 10), (name, error)

@@ -1,0 +1,73 @@
+"""What is kept for backward is exactly the floor: the operands that must be, and a few bytes a row."""
+
+import pytest
+import torch
+
+from ckpt_kernels.memory import saved_bytes
+
+from .blocks import BLOCKS, Block
+from .conftest import DEVICE
+
+ROWS = (3, 8)
+COLUMNS = 96
+
+
+def as_parameters(block: Block, operands: dict) -> dict:
+    """Weights are parameters in a model, and parameters do not count."""
+    return {
+        name: torch.nn.Parameter(t.detach(), t.requires_grad) if name in block.coefficients else t
+        for name, t in operands.items()
+    }
+
+
+def statistics_bytes(block: Block, dtype: torch.dtype) -> int:
+    return ROWS[0] * ROWS[1] * block.statistics * (8 if dtype == torch.float64 else 4)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_saved_bytes_are_the_floor(block: Block, served: tuple) -> None:
+    _, dtype = served
+    operands = as_parameters(block, block.operands(ROWS, COLUMNS, dtype, DEVICE))
+    outputs = block.call(**operands)
+    kept = sum((outputs[1] if name == "output 1" else operands[name]).nbytes for name in block.kept)
+    assert saved_bytes(block.call, **operands) == kept + statistics_bytes(block, dtype)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@pytest.mark.parametrize("frozen", ["weights", "activations"])
+def test_frozen_operands_never_raise_it(block: Block, frozen: str) -> None:
+    operands = as_parameters(block, block.operands(ROWS, COLUMNS, torch.float32, DEVICE))
+    everything = saved_bytes(block.call, **operands)
+    for name, tensor in operands.items():
+        if (name in block.coefficients) == (frozen == "weights"):
+            tensor.requires_grad_(False)
+    assert saved_bytes(block.call, **operands) <= everything
+
+
+def test_a_bias_alone_needs_nothing() -> None:
+    (block,) = [block for block in BLOCKS if block.name == "layer_norm[identity->identity]"]
+    operands = as_parameters(block, block.operands(ROWS, COLUMNS, torch.float32, DEVICE))
+    for name in ("input", "weight"):
+        operands[name].requires_grad_(False)
+    assert saved_bytes(block.call, **operands) == 0
+    (output,) = block.call(**operands)
+    output.sum().backward()
+    assert torch.equal(operands["bias"].grad, torch.full_like(operands["bias"], ROWS[0] * ROWS[1]))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_nothing_is_kept_without_gradients(block: Block) -> None:
+    operands = as_parameters(block, block.operands(ROWS, COLUMNS, torch.float32, DEVICE))
+    with torch.no_grad():
+        assert saved_bytes(block.call, **operands) == 0
+    frozen = {name: t.detach() for name, t in operands.items()}
+    assert saved_bytes(block.call, **frozen) == 0
+
+
+def test_saved_bytes_counts_storages_once_and_whole() -> None:
+    x = torch.randn(10, 4, requires_grad=True)
+    assert saved_bytes(lambda: x[:5].exp()) == 5 * 4 * 4
+    assert saved_bytes(lambda: (x * x.t().t()).sum()) == 10 * 4 * 4
+    linear = torch.nn.Linear(4, 4)
+    assert saved_bytes(linear, x) == x.nbytes
+    assert saved_bytes(lambda: torch.nn.functional.linear(x, linear.weight)) == x.nbytes

@@ -1,0 +1,130 @@
+"""Against float64 truth, every output and gradient errs no more than eager torch does on the same operands."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from .blocks import ACTIVATION_BLOCKS, BLOCKS, Block, Operands, in_float64, with_gradients
+from .conftest import DEVICE
+
+
+def ulp(scale: float, dtype: torch.dtype) -> float:
+    """One unit in the last place of `dtype` for numbers of this size."""
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(scale, 1e-30)))
+
+
+def check_against_eager(block: Block, draw: Callable[[int], Operands], backend: str, draws: int = 3) -> None:
+    """At most 1.5 times eager's error, and one unit in the last place.
+
+    The error of a result is the root mean square over its elements and a few draws of the operands. The greatest
+    error of a few hundred roundings is a matter of luck; it may be four times eager's.
+    """
+    ours, eager, truth = {}, {}, {}
+    for seed in range(draws):
+        operands = draw(seed)
+        for results, fn, given in (
+            (truth, block.eager, in_float64(operands)),
+            (eager, block.eager, operands),
+            (ours, block.call, operands),
+        ):
+            for name, value in with_gradients(fn, given).items():
+                results.setdefault(name, []).append(value)
+    assert ours.keys() == truth.keys()
+    for name in truth:
+        dtype = eager[name][0].dtype
+        assert [(t.dtype, t.shape) for t in ours[name]] == [(t.dtype, t.shape) for t in eager[name]], name
+        true, found, theirs = (torch.stack(results[name]).double() for results in (truth, ours, eager))
+        assert found.isfinite().all(), name
+        if dtype == torch.float64:
+            # The truth is no better than what is measured: a hundred roundings at the scale of the result.
+            assert (found - true).abs().max() <= 2e-14 * (1 + true.abs().max()), name
+            continue
+        # Triton's interpreter truncates to bfloat16 where hardware rounds.
+        units = 2 if backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16 else 1
+        for measure, factor in ((_root_mean_square, 1.5), (_greatest, 4.0)):
+            allowed = factor * measure(theirs - true) + units * ulp(measure(true), dtype)
+            worst = measure(found - true)
+            assert worst <= allowed, f"{name} errs by {worst:.3e}, eager by {measure(theirs - true):.3e}"
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def _greatest(values: torch.Tensor) -> float:
+    return values.abs().max().item()
+
+
+@pytest.mark.parametrize("columns", [64, 37, 300])
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_error_is_at_most_eagers(block: Block, columns: int, served: tuple) -> None:
+    backend, dtype = served
+    check_against_eager(block, lambda seed: block.operands((2, 9), columns, dtype, DEVICE, seed), backend)
+
+
+@pytest.mark.parametrize("block", ACTIVATION_BLOCKS, ids=lambda block: block.name)
+def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tuple) -> None:
+    backend, dtype = served
+    check_against_eager(block, lambda seed: block.operands((2, 5), 40, dtype, DEVICE, seed), backend)
+
+
+@pytest.mark.parametrize("lead,columns", [((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((1, 70), 16), ((1, 2), 20011)])
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_edge_sizes(block: Block, lead: tuple, columns: int, backend: str) -> None:
+    # Over one or two columns a gradient is a difference of equal numbers, so there are many draws.
+    draws = 40 if columns < 3 else 3
+    check_against_eager(block, lambda seed: block.operands(lead, columns, torch.float32, DEVICE, seed), backend, draws)
+
+
+@pytest.mark.parametrize("block", BLOCKS[:2], ids=lambda block: block.name)
+def test_a_row_of_131072(block: Block, backend: str) -> None:
+    check_against_eager(block, lambda seed: block.operands((1, 2), 131072, torch.float32, DEVICE, seed), backend, 1)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_many_rows(block: Block) -> None:
+    """Enough rows for several threads, several partial sums, and blocks of rows with some left over."""
+    check_against_eager(block, lambda seed: block.operands((3, 411), 130, torch.float32, DEVICE, seed), "auto")
+
+
+def test_huge_means_stay_accurate(backend: str) -> None:
+    """Rows of 1e4 +- 1, which a difference of sums of squares would lose."""
+    (block,) = [block for block in BLOCKS if block.name == "layer_norm[identity->identity]"]
+
+    def draw(seed: int) -> Operands:
+        operands = block.operands((2, 3), 1000, torch.float32, DEVICE, seed)
+        operands["input"] = (operands["input"].detach() + 1e4).requires_grad_()
+        return operands
+
+    check_against_eager(block, draw, backend)
+
+
+@pytest.mark.parametrize("block", BLOCKS[:4], ids=lambda block: block.name)
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_another_dtype(block: Block, weight_dtype: torch.dtype, backend: str) -> None:
+    """bfloat16 activations with float32 weights, and the other way round."""
+    input_dtype = torch.bfloat16 if weight_dtype == torch.float32 else torch.float32
+    operands = block.operands((2, 9), 48, input_dtype, DEVICE)
+    for name in block.coefficients:
+        operands[name] = operands[name].detach().to(weight_dtype).requires_grad_()
+    truth = with_gradients(block.eager, in_float64(operands))
+    ours = with_gradients(block.call, operands)
+    for name, value in ours.items():
+        dtype = weight_dtype if name.removeprefix("grad ") in block.coefficients else input_dtype
+        assert value.dtype == dtype
+        # One rounding of the result, which the interpreter's truncation may double.
+        error = (value.double() - truth[name]).abs()
+        assert (error <= 2 * ulp(truth[name].abs().max().item(), dtype) + 1e-5).all(), name
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("block", BLOCKS[:4], ids=lambda block: block.name)
+def test_nan_and_inf_pass_through_as_torchs_do(block: Block, special: float, backend: str) -> None:
+    operands = block.operands((2, 3), 40, torch.float32, DEVICE)
+    with torch.no_grad():
+        operands["input"][0, 1, 7] = special
+    eager, ours = with_gradients(block.eager, operands), with_gradients(block.call, operands)
+    for name in eager:
+        assert torch.equal(ours[name].isfinite(), eager[name].isfinite()), name

@@ -1,0 +1,176 @@
+"""What is particular to the row norms: options, dropout, and the errors that bad input gets."""
+
+import pytest
+import torch
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import nn
+
+from .conftest import DEVICE, serving, unserved
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+
+
+def test_llamas_rounding_is_matched_to_the_bit(backend: str) -> None:
+    """weight * x_hat.to(input dtype), as transformers writes it."""
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter truncates to bfloat16 where hardware rounds")
+    torch.manual_seed(0)
+    x, w = randn(8, 64, dtype=torch.bfloat16), randn(64, dtype=torch.bfloat16)
+    wide = x.float()
+    expected = w * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()
+    found = F.rms_norm(x, 64, w, 1e-6, cast_before_weight=True)
+    # x_hat itself may round to either neighbour where the two float32 values differ in the last place.
+    assert (found == expected).float().mean() > 0.99
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+
+
+def test_gemmas_offset(backend: str) -> None:
+    x, w = randn(8, 64), randn(64)
+    torch.testing.assert_close(
+        F.rms_norm(x, 64, w, 1e-6, weight_offset=1.0), torch.nn.functional.rms_norm(x, (64,), 1 + w, 1e-6)
+    )
+    assert (nn.RMSNorm(4, weight_offset=1.0).weight == 0).all()
+
+
+def test_weight_and_bias_are_each_optional(backend: str) -> None:
+    x, w, b = randn(6, 20), randn(20), randn(20)
+    for weight in (w, None):
+        for bias in (b, None):
+            ours = F.layer_norm(x, 20, weight, bias, activation="silu")
+            theirs = torch.nn.functional.silu(torch.nn.functional.layer_norm(x, (20,), weight, bias))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            wanted = [t for t in (x, weight, bias) if t is not None]
+            for a, e in zip(
+                torch.autograd.grad(ours.square().sum(), wanted),
+                torch.autograd.grad(theirs.square().sum(), wanted),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_eps_none_is_torchs() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = randn(4, 16, dtype=dtype).detach() * 1e-4
+        torch.testing.assert_close(F.rms_norm(x, 16), torch.nn.functional.rms_norm(x, (16,)))
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (3, 1, 7), (3, 5, 7)])
+def test_modulation_shapes(shape: tuple, backend: str) -> None:
+    x, scale, shift = randn(3, 5, 7), randn(*shape), randn(*shape)
+    expanded = [t if t.dim() == 3 else t[:, None] for t in (scale, shift)]
+    ours = F.modulated_layer_norm(x, scale, shift, 7)
+    theirs = torch.nn.functional.layer_norm(x, (7,)) * (1 + expanded[0]) + expanded[1]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    wanted = (x, scale, shift)
+    for a, e in zip(
+        torch.autograd.grad(ours.square().sum(), wanted),
+        torch.autograd.grad(theirs.square().sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def dropped(x: torch.Tensor, p: float, seed: int = 0, **options: object) -> torch.Tensor:
+    """residual_out for a residual of zeros: just dropout(x)."""
+    torch.manual_seed(seed)
+    return F.add_rms_norm(x, torch.zeros_like(x), x.shape[-1], dropout_p=p, **options)[1]
+
+
+def test_every_backend_draws_the_same_mask() -> None:
+    for columns in (1, 30, 257, 20000):
+        x = torch.ones(3, columns, device=DEVICE)
+        masks = []
+        for name in ("reference", "native", "triton", "cuda_on_host"):
+            if not unserved(name, x.dtype):
+                with serving(name):
+                    masks.append(dropped(x, 0.3))
+        assert len(masks) >= 2
+        for mask in masks[1:]:
+            assert torch.equal(mask, masks[0])
+
+
+def test_keep_rate_is_within_four_sigma() -> None:
+    p, x = 0.3, torch.ones(2500, 4000, device=DEVICE)
+    kept = (dropped(x, p) != 0).double().mean().item()
+    assert abs(kept - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5
+
+
+def test_dropout_of_zero_and_one_is_exact(backend: str) -> None:
+    x = randn(4, 33)
+    assert torch.equal(dropped(x, 0.0), x)
+    assert (dropped(x, 1.0) == 0).all()
+    assert torch.equal(dropped(x, 0.7, training=False), x)
+
+
+def test_dropout_gradients_use_the_forward_mask(backend: str) -> None:
+    x, residual = randn(6, 40), randn(6, 40)
+    torch.manual_seed(3)
+    _, total = F.add_layer_norm(x, residual, 40, dropout_p=0.4)
+    grad_x, grad_residual = torch.autograd.grad(total.sum(), (x, residual))
+    mask = (total - residual).detach() != 0
+    torch.testing.assert_close(grad_x, mask / 0.6)
+    assert (grad_residual == 1).all()
+
+
+def test_dropout_follows_torchs_generator_and_checkpoint() -> None:
+    x = torch.ones(16, 64, device=DEVICE)
+    assert torch.equal(dropped(x, 0.5, seed=1), dropped(x, 0.5, seed=1))
+    assert not torch.equal(dropped(x, 0.5, seed=1), dropped(x, 0.5, seed=2))
+    leaf = x.clone().requires_grad_()
+    block = nn.AddLayerNorm(64, dropout=0.5).to(DEVICE)
+    out, total = torch.utils.checkpoint.checkpoint(block, leaf, torch.zeros_like(leaf), use_reentrant=False)
+    total.sum().backward()
+    assert torch.equal(leaf.grad != 0, total != 0)
+
+
+def test_dropout_keeps_no_mask() -> None:
+    from ckpt_kernels.memory import saved_bytes
+
+    x, residual = randn(64, 256), randn(64, 256)
+    kept = saved_bytes(F.add_rms_norm, x, residual, 256, dropout_p=0.5)
+    assert kept == x.nbytes + 64 * 4 + 8
+
+
+X = torch.randn(4, 8)
+BAD = {
+    "not a tensor": (lambda: F.layer_norm([1.0], 8), TypeError, "input is list"),
+    "integers": (lambda: F.layer_norm(X.long(), 8), RuntimeError, "input has dtype torch.int64"),
+    "wrong normalized_shape": (lambda: F.layer_norm(X, 7), RuntimeError, r"input has shape \(4, 8\).*\(7,\)"),
+    "empty normalized_shape": (lambda: F.layer_norm(X, ()), RuntimeError, "normalized_shape is empty"),
+    "wrong weight": (lambda: F.rms_norm(X, 8, X[0, :7]), RuntimeError, r"weight has shape \(7,\); expected.*\(8,\)"),
+    "wrong bias": (lambda: F.layer_norm(X, 8, None, X), RuntimeError, r"bias has shape \(4, 8\)"),
+    "meta weight": (lambda: F.rms_norm(X, 8, X[0].to("meta")), RuntimeError, "weight is on meta; expected it on cpu"),
+    "unknown activation": (lambda: F.layer_norm(X, 8, activation="swish"), ValueError, "activation is 'swish'"),
+    "unknown pre_activation": (lambda: F.rms_norm(X, 8, pre_activation=3), ValueError, "pre_activation is 3"),
+    "leaky slope": (
+        lambda: F.layer_norm(X, 8, activation=torch.nn.LeakyReLU(0.2)),
+        ValueError,
+        "activation is LeakyReLU",
+    ),
+    "p of 1.5": (lambda: F.add_rms_norm(X, X, 8, dropout_p=1.5), ValueError, "dropout_p is 1.5"),
+    "p of nan": (lambda: F.add_rms_norm(X, X, 8, dropout_p=float("nan")), ValueError, "dropout_p is nan"),
+    "residual shape": (lambda: F.add_layer_norm(X, X[:3], 8), RuntimeError, r"residual has shape \(3, 8\)"),
+    "residual dtype": (lambda: F.add_layer_norm(X, X.half(), 8), RuntimeError, "residual has dtype torch.float16"),
+    "gate shape": (lambda: F.gated_rms_norm(X, X[0], 8), RuntimeError, r"gate has shape \(8,\)"),
+    "scale shape": (lambda: F.modulated_layer_norm(X, X[:3], X, 8), RuntimeError, r"scale has shape \(3, 8\)"),
+    "shift shape": (lambda: F.modulated_rms_norm(X, X, X[:, :4], 8), RuntimeError, r"shift has shape \(4, 4\)"),
+    "module dropout": (lambda: nn.AddLayerNorm(8, dropout=-1), ValueError, "dropout is -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_answered_by_its_error(case: str) -> None:
+    call, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_extra_repr_says_what_is_not_default() -> None:
+    assert "activation='gelu_tanh'" in repr(nn.LayerNorm(8, activation=torch.nn.GELU("tanh")))
+    assert repr(nn.LayerNorm(8)) == repr(torch.nn.LayerNorm(8))
+    assert "weight_offset=1.0" in repr(nn.RMSNorm(8, weight_offset=1.0))
+    assert "dropout=0.5" in repr(nn.AddRMSNorm(8, dropout=0.5))
+    assert "norm_before_gate=False" in repr(nn.GatedRMSNorm(8, norm_before_gate=False))
