@@ -79,6 +79,8 @@ def test_bitwise_the_same_for_any_number_of_threads(block: Block, threads: int) 
 
 @by_block
 def test_a_row_does_not_depend_on_its_neighbours(block: Block, backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("torch's own functions round differently at the end of a tensor")
     operands = block.operands((2, 21), 48, torch.float32, DEVICE)
     alone = {name: t[:, 5:6] if name in block.rows else t for name, t in operands.items()}
     for whole, part in zip(block.call(**operands), block.call(**alone), strict=True):

@@ -55,7 +55,7 @@ class Op:
 
 
 def _all_plain(arguments: Sequence[Any]) -> bool:
-    """Whether nothing but autograd needs to see the op: no subclass among the tensors, no mode, no transform."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    """Whether nothing but autograd needs to see the op: no subclass among the tensors, and no mode."""
+    if torch._C._len_torch_dispatch_stack():
         return False
     return all(type(a) in _PLAIN for a in arguments if isinstance(a, Tensor))

@@ -28,7 +28,12 @@ def second_order(
         for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
             arguments[place] = tensor
         wanted = [place for place in range(differentiable) if ctx.needs_input_grad[place]]
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
+            # Through a view of each, because one may be made from another (a gradient from an output, say), and
+            # the derivatives asked for are partial.
+            for place in wanted:
+                arguments[place] = arguments[place].view_as(arguments[place])
             first = first_order(*arguments)
             pairs = [
                 (g, gg)
@@ -40,7 +45,7 @@ def second_order(
                     [g for g, _ in pairs],
                     [arguments[place] for place in wanted],
                     [gg for _, gg in pairs],
-                    create_graph=torch.is_grad_enabled(),
+                    create_graph=create_graph,
                     allow_unused=True,
                 )
                 if pairs
