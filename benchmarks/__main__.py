@@ -1,0 +1,114 @@
+"""`python -m benchmarks`: the row-norm blocks against eager torch, torch.compile, checkpointing and peers."""
+
+import argparse
+import datetime
+import os
+import pathlib
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import report
+from .cases import CASES, CPU_SHAPES, GPU_SHAPES, SMALL_SHAPE
+from .measure import measure
+from .providers import providers
+
+# glibc gives large blocks back to the system when they are freed, and takes them anew, page fault by page fault,
+# for the next output; that can cost more than a kernel. With these two settings it keeps them.
+RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    parser.add_argument("--rounds", type=int, default=15, help="counted turns of each provider")
+    parser.add_argument("--case", default="", help="only blocks whose name contains this")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
+    return parser.parse_args()
+
+
+def settings(device: str) -> list[tuple[tuple[int, int], torch.dtype]]:
+    shapes = GPU_SHAPES if device == "cuda" else CPU_SHAPES
+    dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
+    return [(shape, dtype) for dtype in dtypes for shape in shapes] + [(SMALL_SHAPE, torch.float32)]
+
+
+def main() -> int:
+    options = arguments()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    raised = device == "cpu" and not options.malloc_defaults
+    if raised and any(name not in os.environ for name in RAISED_THRESHOLDS):
+        # Read by the C library when a process starts.
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | RAISED_THRESHOLDS)
+    # torch.compile prints of its own fallbacks.
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+    about = report.machine(command, datetime.date.today().isoformat())
+    about["malloc thresholds"] = "raised" if raised else "defaults"
+    cases = [case for case in CASES if options.case in case.name]
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    console.print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, malloc thresholds "
+                  f"{about['malloc thresholds']}")  # fmt: skip
+    results: list[dict[str, Any]] = []
+    bandwidths: dict[str, list[float]] = {}
+    progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    with progress:
+        todo = [(case, *setting) for setting in settings(device) for case in cases]
+        task = progress.add_task("measuring", total=len(todo))
+        for case, shape, dtype in todo:
+            name = f"{case.name} {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
+            progress.update(task, description=f"{name:<45}")
+            torch._dynamo.reset()
+            small = shape == SMALL_SHAPE
+            everyone = providers(case, device, dtype, not options.no_compile)
+            timings, copy_ms = measure(case, shape, dtype, device, everyone, options.rounds * (20 if small else 1))
+            unit = shape[0] * shape[1] * dtype.itemsize
+            for provider, timing in timings.items():
+                # A copy moves two tensors of the input's size.
+                floor = copy_ms * sum(case.traffic) / 2
+                results.append(
+                    {
+                        "case": case.name,
+                        "shape": shape,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "provider": provider,
+                        "forward_ms": timing.forward,
+                        "backward_ms": timing.backward,
+                        "total_ms": timing.total,
+                        "copy_ms": copy_ms,
+                        "copy_gb_per_s": 2 * unit / copy_ms / 1e6,
+                        "times_floor": float("nan") if small else timing.total / floor,
+                        "saved_bytes": timing.saved_bytes,
+                        "saved_inputs": timing.saved_bytes / unit,
+                    }
+                )
+            bandwidths.setdefault(f"{shape[0]}x{shape[1]} {dtype}", []).append(2 * unit / copy_ms / 1e6)
+            progress.advance(task)
+    notes = [
+        "Medians of passes taken in turn. The copy floor is the time that the copies of the same run need for the bytes "
+        "that must cross memory, forward and backward; copies go into memory that is there already."
+    ]
+    table = Table(*report.COLUMNS, title="Row norms: forward and backward", title_justify="left")
+    for previous, result in zip([None, *results], results, strict=False):
+        if previous and (previous["case"], previous["shape"], previous["dtype"]) != (
+            result["case"],
+            result["shape"],
+            result["dtype"],
+        ):
+            table.add_section()
+        table.add_row(*report.row(result), style="bold" if result["provider"].startswith("ours") else "")
+    console.print(table)
+    for name, found in bandwidths.items():
+        console.print(f"copy {name}: {min(found):.1f} to {max(found):.1f} GB/s")
+    report.write(options.out, about, results, notes)
+    console.print(f"results.json, results.md, time.png and saved.png are in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

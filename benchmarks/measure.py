@@ -1,0 +1,115 @@
+"""How it is measured: warm, in turn, over several buffers, medians; the copy bandwidth of the same run beside it."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ckpt_kernels.memory import saved_bytes
+
+from .cases import Case
+from .providers import Provider
+
+
+@dataclass
+class Timing:
+    """Medians in milliseconds."""
+
+    forward: float
+    backward: float
+    saved_bytes: int
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _buffers(bytes_each: int) -> int:
+    """Enough of them that none is in cache when its turn comes again, within reason."""
+    return max(2, min(8, 256 * 2**20 // max(bytes_each, 1)))
+
+
+class Turn:
+    """One provider's forward and backward pass, on the next of several sets of operands."""
+
+    def __init__(self, provider: Provider, operand_sets: list[list[Tensor]], device: str) -> None:
+        self.provider, self.operand_sets, self.device = provider, operand_sets, device
+        self.forward: list[float] = []
+        self.backward: list[float] = []
+        self.count = 0
+        with provider.context():
+            outputs = provider.fn(*operand_sets[0])
+        self.incoming = [torch.randn_like(y) for y in outputs]
+
+    def take(self, record: bool) -> None:
+        operands = self.operand_sets[self.count % len(self.operand_sets)]
+        self.count += 1
+        wanted = [t for t in operands if t.requires_grad]
+        with self.provider.context():
+            start = _now(self.device)
+            outputs = self.provider.fn(*operands)
+            middle = _now(self.device)
+            gradients = torch.autograd.grad(outputs, wanted, self.incoming)
+            end = _now(self.device)
+        del outputs, gradients
+        if record:
+            self.forward.append((middle - start) * 1e3)
+            self.backward.append((end - middle) * 1e3)
+
+
+class CopyTurn:
+    """A plain copy of one operand into memory that is there already: the floor's unit."""
+
+    def __init__(self, operand_sets: list[list[Tensor]], device: str) -> None:
+        self.sources = [operands[0].detach() for operands in operand_sets]
+        self.targets = [torch.zeros_like(source) for source in self.sources]
+        self.device, self.count = device, 0
+        self.times: list[float] = []
+
+    def take(self, record: bool) -> None:
+        index = self.count % len(self.sources)
+        self.count += 1
+        start = _now(self.device)
+        self.targets[index].copy_(self.sources[index])
+        if record:
+            self.times.append((_now(self.device) - start) * 1e3)
+
+
+def measure(
+    case: Case,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    providers: list[Provider],
+    rounds: int,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Timing], float]:
+    """Timings by provider, and the median milliseconds of a copy (one read, one write) of an operand."""
+    element = torch.empty((), dtype=dtype).element_size()
+    sets = [case.operands(*shape, dtype, device) for _ in range(_buffers(shape[0] * shape[1] * element * case.rows))]
+    turns = [Turn(provider, sets, device) for provider in providers]
+    copy = CopyTurn(sets, device)
+    for round in range(rounds + 3):
+        # The order changes from round to round, so that nobody always follows the same neighbour.
+        for turn in (turns[round % len(turns) :] + turns[: round % len(turns)]):
+            copy.take(record=round >= 3)
+            turn.take(record=round >= 3)
+        tick()
+    timings = {
+        turn.provider.name: Timing(
+            statistics.median(turn.forward),
+            statistics.median(turn.backward),
+            saved_bytes(turn.provider.fn, *turn.operand_sets[0]),
+        )
+        for turn in turns
+    }
+    return timings, statistics.median(copy.times)

@@ -1,0 +1,100 @@
+"""Results as JSON, Markdown and pictures."""
+
+import json
+import pathlib
+import platform
+from typing import Any
+
+import torch
+
+import ckpt_kernels
+
+
+def machine(command: str, date: str) -> dict[str, Any]:
+    """Where and how the figures were measured."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": date,
+        "command": command,
+        "ckpt_kernels": ckpt_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    """One provider's figures, formatted for a table."""
+    return [
+        result["case"],
+        "x".join(map(str, result["shape"])),
+        result["dtype"],
+        result["provider"],
+        f"{result['forward_ms']:.3f}",
+        f"{result['backward_ms']:.3f}",
+        f"{result['total_ms']:.3f}",
+        f"{result['times_floor']:.2f}",
+        f"{result['saved_bytes'] / 2**20:.2f}",
+    ]
+
+
+COLUMNS = ["block", "shape", "dtype", "provider", "forward ms", "backward ms", "total ms", "x copy floor", "saved MiB"]
+
+
+def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, Any]], notes: list[str]) -> None:
+    """results.json, results.md and one picture of times and one of saved bytes, into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"machine": about, "notes": notes, "results": results}, indent=1))
+    lines = ["# Row norms", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
+    lines += [*notes, "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row(result)) + " |" for result in results]
+    (folder / "results.md").write_text("\n".join(lines) + "\n")
+    large = [result for result in results if result["times_floor"] == result["times_floor"]]
+    _bars(large, "times_floor", "time, as a multiple of the copy floor (lower is better)", folder / "time.png")
+    _bars(large, "saved_inputs", "kept for backward, in tensors of the input's size", folder / "saved.png")
+
+
+def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.Path) -> None:
+    """A panel for each shape and dtype; in it, a group of bars for each block."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = sorted({(tuple(result["shape"]), result["dtype"]) for result in results}, key=str)
+    names = list(dict.fromkeys(result["provider"] for result in results))
+    cases = list(dict.fromkeys(result["case"] for result in results))
+    rows = (len(panels) + 1) // 2
+    figure_, axes = plt.subplots(rows, 2, figsize=(13, 3.4 * rows), squeeze=False, sharey=True, layout="constrained")
+    colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    for axis, (shape, dtype) in zip(axes.flat, panels, strict=False):
+        for index, name in enumerate(names):
+            found = {
+                result["case"]: result[figure]
+                for result in results
+                if (tuple(result["shape"]), result["dtype"], result["provider"]) == (shape, dtype, name)
+            }
+            places = [place + (index - len(names) / 2 + 0.5) * 0.8 / len(names) for place in range(len(cases))]
+            heights = [found.get(case, 0) for case in cases]
+            bars = axis.bar(places, heights, 0.8 / len(names), label=name, color=colors[name])
+            axis.bar_label(bars, [f"{h:.1f}" if h else "" for h in heights], fontsize=6, padding=1)
+        axis.set_title(f"{shape[0]} x {shape[1]}, {dtype}", fontsize=10)
+        axis.set_xticks(range(len(cases)), cases, fontsize=8, rotation=12)
+        axis.grid(axis="y", alpha=0.3)
+        axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    figure_.supylabel(label, fontsize=10)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure_.legend(handles, labels, loc="outside upper center", ncols=len(names), fontsize=9)
+    figure_.savefig(path, dpi=110)
+    plt.close(figure_)

@@ -1,0 +1,89 @@
+"""What serves calls on this machine, and why the rest does not."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import backends
+from .version import __version__
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `problem` if it keeps this installation from being all well."""
+
+    subject: str
+    text: str
+    problem: bool = False
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> Iterator[str]:
+    yield "cpu"
+    if torch.cuda.is_available():
+        yield "cuda"
+
+
+def _backend_findings(device: str) -> Iterator[Finding]:
+    try:
+        chosen = backends.selected_name(device)
+    except (RuntimeError, ValueError) as error:
+        yield Finding(f"{device} calls", str(error), problem=True)
+        chosen = None
+    reasons = {name: backends.why_not(name, device, torch.float32) for name in backends.NAMES}
+    if chosen:
+        slow = chosen == "reference"
+        detail = " (plain torch: right, but neither fast nor saving memory)" if slow else ""
+        yield Finding(f"{device} calls", f"served by {chosen}{detail}", problem=slow)
+    for name, reason in reasons.items():
+        if name != chosen:
+            yield Finding(f"  {name}", reason or "available", problem=False)
+
+
+def findings() -> list[Finding]:
+    """The whole report, in order."""
+    found = [
+        Finding("ckpt_kernels", __version__),
+        Finding("python", f"{platform.python_version()} on {platform.platform()}"),
+        Finding("torch", torch.__version__),
+        Finding("triton", _installed("triton")),
+    ]
+    for index in range(torch.cuda.device_count()):
+        found.append(Finding(f"cuda:{index}", torch.cuda.get_device_name(index)))
+    if torch.cuda.device_count() == 0:
+        found.append(Finding("cuda", "no device"))
+    native = backends.backend_module("native")
+    for stem, device in (("_C", "cpu"), ("_C_cuda", "cuda")):
+        failure = native.why_not(device, torch.float32)
+        # A library that is there but does not load does not match this torch; one that was not built is a choice.
+        mismatch = failure is not None and "does not load" in failure
+        found.append(Finding(stem, failure or f"loaded, matches torch {torch.__version__}", mismatch))
+    if native.why_not("cpu", torch.float32) is None:
+        try:
+            found.append(Finding("  instruction set", native.cpu_isa()))
+        except RuntimeError as error:
+            found.append(Finding("  instruction set", str(error).splitlines()[0], problem=True))
+    for device in _devices():
+        found += _backend_findings(device)
+    return found
+
+
+def report() -> tuple[str, bool]:
+    """The report as text, and whether all is well."""
+    found = findings()
+    width = max(len(finding.subject) for finding in found)
+    lines = [
+        f"{'!' if finding.problem else ' '} {finding.subject:<{width}}  {finding.text}".rstrip() for finding in found
+    ]
+    well = not any(finding.problem for finding in found)
+    lines.append("all is well" if well else "not all is well: see the lines marked !")
+    return "\n".join(lines), well

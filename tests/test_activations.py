@@ -1,0 +1,119 @@
+"""Every activation and its derivative, over the whole range, in every implementation."""
+
+import pathlib
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ckpt_kernels import functional
+from ckpt_kernels.activations import CODES, NAMES, activation_name
+from ckpt_kernels.backends.reference import ACTIVATIONS
+
+from .conftest import DEVICE
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def whole_range() -> torch.Tensor:
+    """From denormals to the greatest float32, both signs, with the kinks and their neighbours."""
+    magnitudes = torch.cat(
+        [
+            torch.logspace(-45, 38, 400, dtype=torch.float64).float(),
+            torch.linspace(0, 100, 2001),
+            torch.tensor([0.0, 1e-40, 20.0, 3.0, 88.7, 103.9, torch.finfo(torch.float32).max]),
+        ]
+    )
+    kinks = torch.tensor([3.0, 20.0])
+    magnitudes = torch.cat([magnitudes, torch.nextafter(kinks, torch.tensor(0.0)), torch.nextafter(kinks, kinks * 2)])
+    return torch.cat([magnitudes, -magnitudes])
+
+
+def value_and_derivative(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out of a block whose gate takes the activation of x, while all else in it is one.
+
+    A row norm over one column of ones without eps is exactly one, so what is left is the activation.
+    """
+    leaf = x.reshape(-1, 1).clone().requires_grad_()
+    y = functional.gated_rms_norm(torch.ones_like(leaf), leaf, 1, eps=0.0, activation=name)
+    (derivative,) = torch.autograd.grad(y.sum(), leaf)
+    return y.detach().reshape(-1), derivative.reshape(-1)
+
+
+def eager(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = ACTIVATIONS[name](leaf)
+    (derivative,) = torch.autograd.grad(y.sum(), leaf)
+    return y.detach(), derivative
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_derivative_over_the_whole_range(name: str, backend: str) -> None:
+    x = whole_range().to(DEVICE)
+    for found, theirs, truth in zip(
+        value_and_derivative(name, x), eager(name, x), eager(name, x.double()), strict=True
+    ):
+        # Where float32 itself overflows there is no error to compare.
+        inside = truth.abs() < 1e38
+        # Where both are of the size of the truth, some units in the last place; near nothing, nothing.
+        allowed = 2e-6 * truth.abs() + 1.5 * (theirs.double() - truth).abs() + 3e-7
+        # What is beyond the range of exp is zero to eager too.
+        wrong = inside & ~((found.double() - truth).abs() <= allowed)
+        assert not wrong.any(), list(zip(x[wrong][:5], found[wrong][:5], truth[wrong][:5], strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_infinities_and_nan_are_torchs(name: str, backend: str) -> None:
+    x = torch.tensor([float("inf"), -float("inf"), float("nan")], device=DEVICE)
+    value, _ = value_and_derivative(name, x)
+    # At infinity eager's own kernels differ from one another between NaN and a limit; one or the other it must be.
+    for found, theirs, wide in zip(value, eager(name, x)[0], eager(name, x.double())[0], strict=True):
+        assert found.isnan() if theirs.isnan() and wide.isnan() else found in (theirs, wide) or found.isnan()
+    assert value[2].isnan()
+
+
+def test_float64_is_exact() -> None:
+    x = torch.linspace(-30, 30, 4001, dtype=torch.float64)
+    for name in NAMES:
+        for found, truth in zip(value_and_derivative(name, x), eager(name, x), strict=True):
+            torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-14)
+
+
+def test_every_table_has_every_activation() -> None:
+    assert set(ACTIVATIONS) == set(NAMES)
+    header = (ROOT / "csrc" / "math" / "activations.h").read_text()
+    table = dict(re.findall(r"X\((\d+), (\w+)\)", header))
+    assert [table[str(code)].lower() for code in CODES.values()] == [name.replace("_", "") for name in NAMES]
+    assert f"activation_count = {len(NAMES)};" in header
+    triton = (ROOT / "ckpt_kernels" / "backends" / "triton" / "activations.py").read_text()
+    for name in NAMES:
+        assert f"def {name}(x):" in triton and f"def {name}_grad(x):" in triton
+        assert triton.count(f'ACTIVATION == "{name}"') == 2
+
+
+@pytest.mark.parametrize(
+    "given,name",
+    [
+        (nn.GELU(), "gelu"),
+        (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (nn.SiLU(), "silu"),
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.Softplus(), "softplus"),
+        (nn.Identity(), "identity"),
+        (F.silu, "silu"),
+        (F.gelu, "gelu"),
+        (torch.tanh, "tanh"),
+        (torch.relu, "relu"),
+        ("mish", "mish"),
+    ],
+)
+def test_torchs_own_modules_and_functions_are_understood(given: object, name: str) -> None:
+    assert activation_name(given) == name
+
+
+@pytest.mark.parametrize("given", [nn.ELU(alpha=2.0), nn.Softplus(beta=2.0), nn.PReLU(), "swish", None, 3, torch.sin])
+def test_what_means_something_else_is_refused(given: object) -> None:
+    with pytest.raises(ValueError, match="activation is"):
+        activation_name(given)

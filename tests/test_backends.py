@@ -1,0 +1,126 @@
+"""Which backend serves, what happens when one is missing, and what doctor says of it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ckpt_kernels
+from ckpt_kernels import backends, functional, use_backend
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = pathlib.Path(ckpt_kernels.__file__).parent
+
+CALL = """
+import torch, ckpt_kernels
+x = torch.randn(4, 8, requires_grad=True)
+ckpt_kernels.functional.layer_norm(x, 8, activation="silu").sum().backward()
+from ckpt_kernels import backends
+print(backends.selected_name("cpu"))
+"""
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CKPT_KERNELS_BACKEND")}
+    settings = inherited | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, *command], env=settings, capture_output=True, text=True, timeout=300)
+
+
+def test_use_backend_as_a_context_and_as_a_call() -> None:
+    before = backends.selected_name("cpu")
+    with use_backend("reference"):
+        assert backends.selected_name("cpu") == "reference"
+        with use_backend("native"):
+            assert backends.selected_name("cpu") == "native"
+        assert backends.selected_name("cpu") == "reference"
+    assert backends.selected_name("cpu") == before
+    use_backend("reference")
+    assert backends.selected_name("cpu") == "reference"
+    use_backend("auto")
+    assert backends.selected_name("cpu") == before
+
+
+def test_unknown_and_impossible_choices_say_why() -> None:
+    with pytest.raises(ValueError, match="backend is 'cudnn'; expected auto, triton, native, reference"):
+        use_backend("cudnn")
+    assert run("-c", CALL, CKPT_KERNELS_BACKEND="cudnn").stderr.count("CKPT_KERNELS_BACKEND is 'cudnn'") == 1
+    failed = run("-c", "import ckpt_kernels; ckpt_kernels.use_backend('triton')")
+    if not torch.cuda.is_available():
+        assert "backend 'triton' is not available: on cpu: Triton has no code generator for cpu" in failed.stderr
+        with use_backend("triton"), pytest.raises(RuntimeError, match="does not compute in torch.float64"):
+            functional.layer_norm(torch.randn(2, 4, dtype=torch.float64), 4)
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_the_environment_chooses(name: str) -> None:
+    assert run("-c", CALL, CKPT_KERNELS_BACKEND=name).stdout.strip() == name
+
+
+def test_works_without_triton() -> None:
+    hidden = "import sys; sys.modules['triton'] = None\n"
+    assert run("-c", hidden + CALL).stdout.strip() == "native"
+
+
+def copy_without_libraries(target: pathlib.Path) -> None:
+    for path in PACKAGE.rglob("*.py"):
+        copy = target / "ckpt_kernels" / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+
+
+def test_works_without_the_libraries_and_doctor_says_so(tmp_path: pathlib.Path) -> None:
+    copy_without_libraries(tmp_path)
+    assert run("-c", CALL, PYTHONPATH=str(tmp_path)).stdout.strip() == "reference"
+    told = run("-m", "ckpt_kernels.cli", "doctor", PYTHONPATH=str(tmp_path))
+    assert told.returncode == 1
+    assert "the library _C was not built" in told.stdout and "served by reference" in told.stdout
+
+
+def test_a_library_that_does_not_load_is_told_apart(tmp_path: pathlib.Path) -> None:
+    copy_without_libraries(tmp_path)
+    (tmp_path / "ckpt_kernels" / "_C.abi3.so").write_bytes(b"not a library")
+    assert run("-c", CALL, PYTHONPATH=str(tmp_path)).stdout.strip() == "reference"
+    told = run("-m", "ckpt_kernels.cli", "doctor", PYTHONPATH=str(tmp_path))
+    assert told.returncode == 1 and "_C.abi3.so does not load" in told.stdout
+
+
+def test_doctor_is_well_where_the_library_is() -> None:
+    told = run("-m", "ckpt_kernels.cli", "doctor")
+    assert told.returncode == 0, told.stdout
+    assert "cpu calls" in told.stdout and "served by native" in told.stdout
+    assert "instruction set" in told.stdout and "all is well" in told.stdout
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
+    program = """
+import torch
+from tests.blocks import BLOCKS, with_gradients
+from tests.conftest import serving
+from ckpt_kernels.backends import native
+print(native.cpu_isa())
+for block in BLOCKS:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for columns in (5, 64, 333, 1100):
+            operands = block.operands((2, 7), columns, dtype, "cpu")
+            with serving("reference"):
+                expected = with_gradients(block.call, operands)
+            with serving("native"):
+                found = with_gradients(block.call, operands)
+            for name, value in expected.items():
+                error = (found[name].float() - value.float()).abs().max()
+                assert error <= 8 * torch.finfo(dtype).eps * (1 + value.float().abs().max()), (block.name, name, error)
+"""
+    done = run("-c", program, CKPT_KERNELS_CPU_ISA=isa)
+    if "which this processor lacks" in done.stderr:
+        pytest.skip(f"this processor lacks {isa}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    done = run("-c", CALL, CKPT_KERNELS_CPU_ISA="sse9")
+    assert "CKPT_KERNELS_CPU_ISA is 'sse9'; expected generic, avx2 or avx512" in done.stderr
