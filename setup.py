@@ -68,7 +68,17 @@ def extensions(build: str) -> list:
             **options,
         )
 
-    cxx = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", *DEFINES, *MATH]
+    cxx = [
+        "-std=c++17",
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+        *DEFINES,
+        *MATH,
+    ]
     # GCC 12 warns of its own intrinsics headers.
     cxx.append("-Wno-maybe-uninitialized")
     found = [extension("_C", "cpu", "cpp", {"cxx": cxx})]

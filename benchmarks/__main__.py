@@ -90,8 +90,8 @@ def main() -> int:
             bandwidths.setdefault(f"{shape[0]}x{shape[1]} {dtype}", []).append(2 * unit / copy_ms / 1e6)
             progress.advance(task)
     notes = [
-        "Medians of passes taken in turn. The copy floor is the time that the copies of the same run need for the bytes "
-        "that must cross memory, forward and backward; copies go into memory that is there already."
+        "Medians of passes taken in turn. The copy floor is the time that the copies of the same run need for the "
+        "bytes that must cross memory, forward and backward; copies go into memory that is there already."
     ]
     table = Table(*report.COLUMNS, title="Row norms: forward and backward", title_justify="left")
     for previous, result in zip([None, *results], results, strict=False):

@@ -100,7 +100,7 @@ def measure(
     copy = CopyTurn(sets, device)
     for round in range(rounds + 3):
         # The order changes from round to round, so that nobody always follows the same neighbour.
-        for turn in (turns[round % len(turns) :] + turns[: round % len(turns)]):
+        for turn in turns[round % len(turns) :] + turns[: round % len(turns)]:
             copy.take(record=round >= 3)
             turn.take(record=round >= 3)
         tick()

@@ -91,9 +91,7 @@ def add_layer_norm(
     Returns (output, residual_out), both of the input's shape. Keeps residual_out, which is what the network goes
     on with, and two numbers a row; no dropout mask, which the backward kernel draws again from its seed.
     """
-    return _add_row_norm(
-        input, residual, normalized_shape, weight, bias, eps, True, activation, dropout_p, training
-    )
+    return _add_row_norm(input, residual, normalized_shape, weight, bias, eps, True, activation, dropout_p, training)
 
 
 def add_rms_norm(

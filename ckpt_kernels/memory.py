@@ -12,8 +12,8 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     `fn` may be a function or a module. Each storage counts once and whole, however many views of it are kept.
     Not counted: the storages of parameters (any `nn.Parameter` that is kept, or a view of one) and, if `fn` is a
-    module, of its parameters and buffers. Inputs that are kept do count. The call is made once, with gradients as they are set,
-    and its result is dropped.
+    module, of its parameters and buffers. Inputs that are kept do count. The call is made once, with gradients
+    as they are set, and its result is dropped.
     """
     owned = set()
     if isinstance(fn, nn.Module):

@@ -55,11 +55,9 @@ def test_value_and_derivative_over_the_whole_range(name: str, backend: str) -> N
     for found, theirs, truth in zip(
         value_and_derivative(name, x), eager(name, x), eager(name, x.double()), strict=True
     ):
-        # Where float32 itself overflows there is no error to compare.
-        inside = truth.abs() < 1e38
-        # Where both are of the size of the truth, some units in the last place; near nothing, nothing.
+        # Where float32 overflows, in the result or on eager's way to it, there is no error to compare.
+        inside = (truth.abs() < 1e38) & theirs.isfinite()
         allowed = 2e-6 * truth.abs() + 1.5 * (theirs.double() - truth).abs() + 3e-7
-        # What is beyond the range of exp is zero to eager too.
         wrong = inside & ~((found.double() - truth).abs() <= allowed)
         assert not wrong.any(), list(zip(x[wrong][:5], found[wrong][:5], truth[wrong][:5], strict=True))
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ print(backends.selected_name("cpu"))
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CKPT_KERNELS_BACKEND")}
     settings = inherited | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, *command], env=settings, capture_output=True, text=True, timeout=300)
+    # Not from the checkout, whose package would come before the one in PYTHONPATH.
+    return subprocess.run(
+        [sys.executable, *command], cwd=tempfile.gettempdir(), env=settings, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_use_backend_as_a_context_and_as_a_call() -> None:
@@ -50,7 +54,7 @@ def test_unknown_and_impossible_choices_say_why() -> None:
     failed = run("-c", "import ckpt_kernels; ckpt_kernels.use_backend('triton')")
     if not torch.cuda.is_available():
         assert "backend 'triton' is not available: on cpu: Triton has no code generator for cpu" in failed.stderr
-        with use_backend("triton"), pytest.raises(RuntimeError, match="does not compute in torch.float64"):
+        with use_backend("triton"), pytest.raises(RuntimeError, match=r"does not compute in torch\.float64"):
             functional.layer_norm(torch.randn(2, 4, dtype=torch.float64), 4)
 
 

@@ -77,7 +77,14 @@ def main() -> None:
     target = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
     results = {}
     for direction, table, whole, long, tile_for, dtypes in (
-        ("forward", FORWARD_ABSENT, row_norm_forward_kernel, long_row_norm_forward_kernel, forward_tile, FORWARD_DTYPES),
+        (
+            "forward",
+            FORWARD_ABSENT,
+            row_norm_forward_kernel,
+            long_row_norm_forward_kernel,
+            lambda columns, gated: forward_tile(columns),
+            FORWARD_DTYPES,
+        ),
         (
             "backward",
             BACKWARD_ABSENT,
@@ -88,8 +95,8 @@ def main() -> None:
         ),
     ):
         for columns in map(int, sys.argv[2].split(",")):
-            tile = tile_for(columns)
             for block, (absent, options) in table.items():
+                tile = tile_for(columns, "GATE" not in absent)
                 for dtype in ("bf16", "fp32"):
                     compiled = compile_kernel(
                         whole if tile.whole else long, absent, options, tile, dtype, dtypes, target

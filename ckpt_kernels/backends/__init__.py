@@ -19,7 +19,7 @@ NAMES = ("triton", "native", "reference")
 _AUTOMATIC = {"cpu": ("native", "reference")}
 _AUTOMATIC_ELSEWHERE = ("triton", "native", "reference")
 
-_chosen: str | None = None
+_chosen = os.environ.get("CKPT_KERNELS_BACKEND", "") or "auto"
 
 
 def backend_module(name: str) -> ModuleType:
@@ -37,12 +37,6 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return module.why_not(device_type, dtype)
 
 
-def _requested() -> str:
-    if _chosen is not None:
-        return _chosen
-    return os.environ.get("CKPT_KERNELS_BACKEND", "") or "auto"
-
-
 @functools.cache
 def _select(requested: str, device_type: str, dtype: torch.dtype) -> ModuleType:
     if requested == "auto":
@@ -58,12 +52,12 @@ def _select(requested: str, device_type: str, dtype: torch.dtype) -> ModuleType:
 
 def select(tensor: torch.Tensor) -> ModuleType:
     """The backend module that serves a call whose main input is `tensor`."""
-    return _select(_requested(), tensor.device.type, tensor.dtype)
+    return _select(_chosen, tensor.device.type, tensor.dtype)
 
 
 def selected_name(device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The name of the backend that would serve such a call; RuntimeError if the one asked for cannot."""
-    return _select(_requested(), device_type, dtype).__name__.rpartition(".")[2]
+    return _select(_chosen, device_type, dtype).__name__.rpartition(".")[2]
 
 
 def _check_name(name: str, argument: str) -> None:

@@ -10,7 +10,7 @@ from ..activations import Activation, activation_name
 
 
 def _extras(**settings: tuple[object, object]) -> str:
-    """", name=value" for every setting that is not at its default."""
+    """ ", name=value" for every setting that is not at its default."""
     return "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)
 
 
@@ -149,9 +149,7 @@ class AddLayerNorm(nn.LayerNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extras(
-            activation=(self.activation, "identity"), dropout=(self.dropout, 0.0)
-        )
+        return super().extra_repr() + _extras(activation=(self.activation, "identity"), dropout=(self.dropout, 0.0))
 
 
 class AddRMSNorm(RMSNorm):

@@ -24,8 +24,8 @@ def statistics(input: Tensor, columns: int, centered: bool) -> tuple[Tensor, Ten
     """Room for mean (empty if not centred) and rstd, in the compute type."""
     dtype = reference.compute_dtype(input.dtype)
     rows = input.numel() // columns
-    mean = input.new_empty((rows if centered else 0,), dtype=dtype)
-    return mean, input.new_empty((rows,), dtype=dtype)
+    mean = torch.empty((rows if centered else 0,), dtype=dtype, device=input.device)
+    return mean, torch.empty((rows,), dtype=dtype, device=input.device)
 
 
 def contiguous(input: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ def rows_or_none(tensor: Tensor | None, columns: int) -> Tensor | None:
 def returned(gradients: Sequence[Tensor | None], operands: Sequence[Tensor | None], input: Tensor) -> tuple:
     """As an op must return them: in their operand's dtype, and empty where not wanted."""
     return tuple(
-        input.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True)
+        input.new_empty(0) if g is None else g if g.dtype == t.dtype else g.to(t.dtype)
+        for g, t in zip(gradients, operands, strict=True)
     )
 
 

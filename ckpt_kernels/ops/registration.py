@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("ckpt_kernels", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Op:
@@ -41,21 +40,38 @@ class Op:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
         self._dispatched = getattr(torch.ops.ckpt_kernels, name).default
         self._implementation = implementation
-        rule = {"forward": implementation, "setup_context": setup_context, "backward": backward}
-        self._function = type(
-            name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in rule.items()}
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = implementation(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        self._function = _autograd_function(name, forward=forward, backward=backward)
+        self._transformable = _autograd_function(
+            name, forward=implementation, setup_context=setup_context, backward=backward
         )
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not _all_plain(arguments):
             return self._dispatched(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return self._transformable.apply(*arguments)
         if torch.is_grad_enabled():
             return self._function.apply(*arguments)
         return self._implementation(*arguments)
+
+
+def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """One with a `setup_context` works under torch.func, at the price of binding its arguments at every call."""
+    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
 
 
 def _all_plain(arguments: Sequence[Any]) -> bool:
     """Whether nothing but autograd needs to see the op: no subclass among the tensors, and no mode."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(a) in _PLAIN for a in arguments if isinstance(a, Tensor))
+    for argument in arguments:
+        kind = type(argument)
+        if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(argument, Tensor):
+            return False
+    return True

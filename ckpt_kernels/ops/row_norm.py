@@ -48,7 +48,7 @@ def _row_norm(
             as_rows(input, columns),
             vector(weight),
             vector(bias),
-            output.view(-1, columns),
+            as_rows(output, columns),
             mean if centered else None,
             rstd,
             eps,
@@ -284,8 +284,8 @@ def _add_row_norm(input, residual, weight, bias, seed, columns, eps, centered, *
             vector(weight),
             vector(bias),
             seed,
-            output.view(-1, columns),
-            residual_out.view(-1, columns),
+            as_rows(output, columns),
+            as_rows(residual_out, columns),
             mean if centered else None,
             rstd,
             eps,
@@ -370,9 +370,7 @@ def _add_row_norm_backward(
     return returned((grad_input, grad_residual, grad_weight, grad_bias), operands, residual_out)
 
 
-def _add_row_norm_backward_fake(
-    grad_output, grad_residual_out, residual_out, weight, bias, seed, mean, rstd, *options
-):
+def _add_row_norm_backward_fake(grad_output, grad_residual_out, residual_out, weight, bias, seed, mean, rstd, *options):
     return returned_fake((residual_out, residual_out, weight, bias), options[-1], residual_out)
 
 
@@ -433,7 +431,7 @@ def _gated_row_norm(input, gate, weight, columns, *options):
             as_rows(input, columns),
             as_rows(gate, columns),
             vector(weight),
-            output.view(-1, columns),
+            as_rows(output, columns),
             rstd,
             *options,
         )

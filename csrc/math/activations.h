@@ -188,8 +188,10 @@ struct Tanh {
 struct Hardswish {
   template <class T>
   CKPT_HD static T value(T x) {
-    T inner = select(x >= T(3), x, x * ((x + T(3)) / T(6)));
-    return select(x <= T(-3), T(0), inner);
+    T ramp = x + T(3);
+    ramp = select(ramp <= T(0), T(0), ramp);
+    ramp = select(ramp >= T(6), T(6), ramp);
+    return x * (ramp * T(1.0 / 6));
   }
   template <class T>
   CKPT_HD static T derivative(T x) {

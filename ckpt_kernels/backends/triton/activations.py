@@ -213,7 +213,9 @@ def tanh_grad(x):
 
 @triton.jit
 def hardswish(x):
-    return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, x, x * ((x + 3.0) / 6.0)))
+    ramp = x + 3.0
+    ramp = tl.where(ramp <= 0, 0.0, ramp)
+    return x * (tl.where(ramp >= 6.0, 6.0, ramp) * (1.0 / 6.0))
 
 
 @triton.jit

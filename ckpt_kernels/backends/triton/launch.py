@@ -39,17 +39,20 @@ def forward_tile(columns: int) -> Tile:
     """The tile of a forward kernel for rows of this length."""
     block = max(_next_power_of_two(columns), 16)
     if block > FORWARD_TILE:
-        return Tile(1, 8192, 16, False)
+        return Tile(1, 4096, 16, False)
     rows = max(_PACKED_ELEMENTS // block, 1)
     return Tile(rows, block, _warps(rows * block), True)
 
 
 @functools.cache
-def backward_tile(columns: int) -> Tile:
-    """The tile of a backward kernel. Long rows go four at a time, so that a partial sum is touched once for four."""
+def backward_tile(columns: int, gated: bool) -> Tile:
+    """The tile of a backward kernel. Long rows go four at a time, so that a partial sum is touched once for four.
+
+    A gate is one more operand to hold, which the registers have no room for beside the widest rows.
+    """
     block = max(_next_power_of_two(columns), 16)
-    if block > BACKWARD_TILE:
-        return Tile(4, 1024, 8, False)
+    if block > (BACKWARD_TILE // 2 if gated else BACKWARD_TILE):
+        return Tile(4, 512, 8, False)
     rows = max(_PACKED_ELEMENTS // block, 1)
     return Tile(rows, block, _warps(rows * block), True)
 

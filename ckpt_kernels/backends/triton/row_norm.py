@@ -188,7 +188,7 @@ def _backward(
 ) -> None:
     rows, columns = input.shape
     groups = _groups(columns, weight, bias)
-    tile = backward_tile(columns)
+    tile = backward_tile(columns, gate is not None)
     programs, program_rows = backward_programs(input.device, rows // groups, tile)
     new = torch.empty if tile.whole else torch.zeros
 
