@@ -51,7 +51,7 @@ inline void* data_of(const OptionalTensor& t, int64_t numel) {
 
 // The operands that every block of the family has.
 inline void set_common(RowNorm& a, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                const OptionalTensor& mean, const Tensor& rstd) {
+                       const OptionalTensor& mean, const Tensor& rstd) {
   STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
   a.rows = input.size(0);
   a.columns = input.size(1);

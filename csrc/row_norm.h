@@ -27,14 +27,14 @@ struct Rows {
 // and y is x_hat * weight * activation(gate) where there is a gate and it does not come first.
 struct RowNorm {
   int64_t rows = 0, columns = 0;
-  int64_t rows_per_group = 1;                        // rows that share one row of weight and bias
-  Rows input, residual, gate;                        // storage type
-  const void *weight = nullptr, *bias = nullptr;     // compute type, (groups, columns)
-  void *mean = nullptr, *rstd = nullptr;             // compute type, (rows,); mean is null if not centered
+  int64_t rows_per_group = 1;                     // rows that share one row of weight and bias
+  Rows input, residual, gate;                     // storage type
+  const void *weight = nullptr, *bias = nullptr;  // compute type, (groups, columns)
+  void *mean = nullptr, *rstd = nullptr;          // compute type, (rows,); mean is null if not centered
   double eps = 0;
   bool centered = true, cast_before_weight = false, gate_first = false;
   int pre_activation = 0, activation = 0;
-  const int64_t* seed = nullptr;                     // of the dropout; null where there is none
+  const int64_t* seed = nullptr;  // of the dropout; null where there is none
   Dropout dropout;
 };
 

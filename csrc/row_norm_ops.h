@@ -12,9 +12,9 @@ namespace ckpt {
 
 template <class Device>
 struct RowNormOps {
-  static void row_norm_forward(Tensor input, OptionalTensor weight, OptionalTensor bias, Tensor output, OptionalTensor mean,
-                        Tensor rstd, double eps, int64_t pre_activation, int64_t activation, double weight_offset,
-                        bool cast_before_weight) {
+  static void row_norm_forward(Tensor input, OptionalTensor weight, OptionalTensor bias, Tensor output,
+                               OptionalTensor mean, Tensor rstd, double eps, int64_t pre_activation, int64_t activation,
+                               double weight_offset, bool cast_before_weight) {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
     RowNormForward a;
@@ -30,9 +30,9 @@ struct RowNormOps {
   }
 
   static void row_norm_backward(Tensor grad_output, Tensor input, OptionalTensor weight, OptionalTensor bias,
-                         OptionalTensor mean, Tensor rstd, OptionalTensor grad_input, OptionalTensor grad_weight,
-                         OptionalTensor grad_bias, double /*eps*/, int64_t pre_activation, int64_t activation, double weight_offset,
-                         bool cast_before_weight) {
+                                OptionalTensor mean, Tensor rstd, OptionalTensor grad_input, OptionalTensor grad_weight,
+                                OptionalTensor grad_bias, double /*eps*/, int64_t pre_activation, int64_t activation,
+                                double weight_offset, bool cast_before_weight) {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
     RowNormBackward a;
@@ -49,9 +49,9 @@ struct RowNormOps {
   }
 
   static void add_row_norm_forward(Tensor input, Tensor residual, OptionalTensor weight, OptionalTensor bias,
-                            OptionalTensor seed, Tensor output, Tensor residual_out, OptionalTensor mean, Tensor rstd,
-                            double eps, int64_t activation, double weight_offset, bool cast_before_weight,
-                            double dropout_p) {
+                                   OptionalTensor seed, Tensor output, Tensor residual_out, OptionalTensor mean,
+                                   Tensor rstd, double eps, int64_t activation, double weight_offset,
+                                   bool cast_before_weight, double dropout_p) {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
     RowNormForward a;
@@ -71,10 +71,11 @@ struct RowNormOps {
   // `residual_out` is the forward pass's sum; grad_residual is asked for only where it differs from grad_input,
   // which is where there is dropout.
   static void add_row_norm_backward(Tensor grad_output, OptionalTensor grad_residual_out, Tensor residual_out,
-                             OptionalTensor weight, OptionalTensor bias, OptionalTensor seed, OptionalTensor mean,
-                             Tensor rstd, OptionalTensor grad_input, OptionalTensor grad_residual,
-                             OptionalTensor grad_weight, OptionalTensor grad_bias, double /*eps*/, int64_t activation,
-                             double weight_offset, bool cast_before_weight, double dropout_p) {
+                                    OptionalTensor weight, OptionalTensor bias, OptionalTensor seed,
+                                    OptionalTensor mean, Tensor rstd, OptionalTensor grad_input,
+                                    OptionalTensor grad_residual, OptionalTensor grad_weight, OptionalTensor grad_bias,
+                                    double /*eps*/, int64_t activation, double weight_offset, bool cast_before_weight,
+                                    double dropout_p) {
     const ScalarKind kind = kind_of(residual_out);
     typename Device::Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
     RowNormBackward a;
@@ -92,8 +93,8 @@ struct RowNormOps {
     Device::run_backward(a, grad_output, kind, data_of(grad_weight, coefficients), data_of(grad_bias, coefficients));
   }
 
-  static void gated_row_norm_forward(Tensor input, Tensor gate, OptionalTensor weight, Tensor output, Tensor rstd, double eps,
-                              int64_t activation, bool norm_before_gate) {
+  static void gated_row_norm_forward(Tensor input, Tensor gate, OptionalTensor weight, Tensor output, Tensor rstd,
+                                     double eps, int64_t activation, bool norm_before_gate) {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, 0);
     RowNormForward a;
@@ -108,8 +109,8 @@ struct RowNormOps {
   }
 
   static void gated_row_norm_backward(Tensor grad_output, Tensor input, Tensor gate, OptionalTensor weight, Tensor rstd,
-                               OptionalTensor grad_input, OptionalTensor grad_gate, OptionalTensor grad_weight,
-                               double /*eps*/, int64_t activation, bool norm_before_gate) {
+                                      OptionalTensor grad_input, OptionalTensor grad_gate, OptionalTensor grad_weight,
+                                      double /*eps*/, int64_t activation, bool norm_before_gate) {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, 0);
     RowNormBackward a;

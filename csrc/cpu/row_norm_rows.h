@@ -190,8 +190,8 @@ struct BackwardRow {
 // The slope of the output with respect to what the activation or the gate was given, for one chunk of one row;
 // with it, the gradient of the gate.
 template <class S, class T, class U>
-void epilogue_slope(const RowNormBackward& a, const BackwardRow<S, U>& r, int64_t j0, int64_t n, const S* w,
-                    const S* b, S* slope) {
+void epilogue_slope(const RowNormBackward& a, const BackwardRow<S, U>& r, int64_t j0, int64_t n, const S* w, const S* b,
+                    S* slope) {
   const bool cast = a.cast_before_weight;
   if (gated_after(a)) {
     Chunk<S> gate_slope;

@@ -206,7 +206,9 @@ struct Accumulator {
 
 // min and max that pass a NaN in x on.
 CKPT_INLINE Raw<float>::type at_least(Raw<float>::type x, float low) { return x < low ? Raw<float>::type{} + low : x; }
-CKPT_INLINE Raw<float>::type at_most(Raw<float>::type x, float high) { return x > high ? Raw<float>::type{} + high : x; }
+CKPT_INLINE Raw<float>::type at_most(Raw<float>::type x, float high) {
+  return x > high ? Raw<float>::type{} + high : x;
+}
 
 // m * 2^n for an n that holds integers, |n| <= 160.
 CKPT_INLINE Raw<float>::type scale_by_power(Raw<float>::type m, Raw<float>::type n) {

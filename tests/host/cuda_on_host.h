@@ -56,7 +56,8 @@ class BlockOfFibers {
         at_barrier += fibers_[i].stop == Stop::barrier;
       }
       if (live == 0) return;
-      if (at_barrier != 0 && at_barrier != live) throw std::runtime_error("not every thread of a block is at its barrier");
+      if (at_barrier != 0 && at_barrier != live)
+        throw std::runtime_error("not every thread of a block is at its barrier");
       check_warps();
     }
   }

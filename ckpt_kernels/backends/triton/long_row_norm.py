@@ -26,7 +26,7 @@ def long_row_norm_forward_kernel(
 ):  # fmt: skip
     """As `row_norm_forward_kernel`, for rows of any length."""
     # A tile never crosses a group, so that its rows share one row of weight and bias.
-    group = tl.program_id(0).to(tl.int64) // tiles
+    group = (tl.program_id(0) // tiles).to(tl.int64)
     first = group * rows_per_group + tl.program_id(0) % tiles * ROWS
     row = first + tl.arange(0, ROWS)[:, None]
     live = row < (group + 1) * rows_per_group
@@ -90,7 +90,7 @@ def long_row_norm_backward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `row_norm_backward_kernel`, for rows of any length. The caller has zeroed the partial sums."""
-    group = tl.program_id(0).to(tl.int64) // programs
+    group = (tl.program_id(0) // programs).to(tl.int64)
     begin = group * rows_per_group + tl.program_id(0) % programs * program_rows
     end = tl.minimum(begin + program_rows, (group + 1) * rows_per_group)
     partial = tl.program_id(0).to(tl.int64) * columns

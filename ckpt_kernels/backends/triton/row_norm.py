@@ -38,7 +38,7 @@ def row_norm_forward_kernel(
     The grid is `tiles` programs for each group of rows_per_group rows.
     """
     # A tile never crosses a group, so that its rows share one row of weight and bias.
-    group = tl.program_id(0).to(tl.int64) // tiles
+    group = (tl.program_id(0) // tiles).to(tl.int64)
     first = group * rows_per_group + tl.program_id(0) % tiles * ROWS
     row = first + tl.arange(0, ROWS)[:, None]
     live = row < (group + 1) * rows_per_group
@@ -77,7 +77,7 @@ def row_norm_backward_kernel(
 
     DW and DB are partial sums, one row of columns a program, in float32, which the caller adds up.
     """
-    group = tl.program_id(0).to(tl.int64) // programs
+    group = (tl.program_id(0) // programs).to(tl.int64)
     begin = group * rows_per_group + tl.program_id(0) % programs * program_rows
     end = tl.minimum(begin + program_rows, (group + 1) * rows_per_group)
     partial = tl.program_id(0).to(tl.int64) * columns
