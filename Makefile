@@ -14,7 +14,7 @@ bench: build
 
 test: export TORCH_CUDA_ARCH_LIST ?= 9.0
 test: build
-	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --durations=5 $(PYTEST_ARGS)
 
 # torch comes first and by itself: asked for as a range it may bring another build than the one pinned here.
 $(VENV)/ready: pyproject.toml Makefile

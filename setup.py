@@ -80,7 +80,7 @@ def extensions(build: str) -> list:
         *MATH,
     ]
     # GCC 12 warns of its own intrinsics headers.
-    cxx.append("-Wno-maybe-uninitialized")
+    cxx += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     found = [extension("_C", "cpu", "cpp", {"cxx": cxx})]
     home = cuda_home()
     if build == "cuda" and home is None:

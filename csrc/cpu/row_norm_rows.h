@@ -122,7 +122,7 @@ void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t 
   const bool cast = a.cast_before_weight;
   const Vec<S> center(mean), scale(rstd);
   const T* next = a.input.row<const T>(row + 1 < a.rows ? row + 1 : row);
-  Chunk<S> z, factor;
+  Chunk<S> factor;
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S *w = weight.at(j0), *b = bias.at(j0);
@@ -140,9 +140,9 @@ void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t 
     } else if (!has_epilogue(a)) {
       sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(output + j0 + j, normalized(j, lanes), lanes); });
     } else {
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(z.value + j, normalized(j, lanes), Full<S>{}); });
-      activate(a.activation, z.value, n);
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(output + j0 + j, load(z.value + j, lanes), lanes); });
+      visit_activation(a.activation, [&](auto function) {
+        step<S>(n, [&](int64_t j, auto lanes) { store(output + j0 + j, function.value(normalized(j, lanes)), lanes); });
+      });
     }
   }
 }
@@ -175,6 +175,7 @@ void forward_rows(const RowNormForward& a, int64_t begin, int64_t end, void* scr
 template <class S, class U>
 struct BackwardRow {
   int64_t index;
+  int64_t ahead;  // the row as far into the next block, which is fetched while this one is computed
   const U* u;
   S mean, rstd;
   S* weighted;  // scratch: the gradient of x_hat, where it is not just grad_output * weight
@@ -207,11 +208,14 @@ void epilogue_slope(const RowNormBackward& a, const BackwardRow<S, U>& r, int64_
       store(grad_gate + j, load(grad_output + j, lanes) * normalized * load(gate_slope.value + j, lanes), lanes);
     });
   } else {
-    sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-      Vec<S> x_hat = rounded_if<S, T>(cast, r.x_hat(j0 + j, lanes));
-      store(slope + j, x_hat * load(w + j, lanes) + load(b + j, lanes), Full<S>{});
+    const T* next = a.input.row<const T>(r.ahead) + j0;
+    visit_activation(a.activation, [&](auto function) {
+      step<S>(n, [&](int64_t j, auto lanes) {
+        Vec<S> x_hat = rounded_if<S, T>(cast, r.x_hat(j0 + j, lanes));
+        prefetch(next + j);
+        store(slope + j, function.derivative(x_hat * load(w + j, lanes) + load(b + j, lanes)), Full<S>{});
+      });
     });
-    differentiate(a.activation, slope, n);
   }
 }
 
@@ -220,16 +224,18 @@ template <int count, bool sloped, class S, class T, class U>
 CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, U>* rows, int64_t j0, int64_t n, const S* w,
                               const Chunk<S>* slopes, S* grad_weight, S* grad_bias) {
   const bool cast = a.cast_before_weight;
-  const T* grad_output[count];
+  const T *grad_output[count], *next[count];
   Vec<S> sum[count], sum_x_hat[count];
   for (int i = 0; i < count; ++i) {
     grad_output[i] = a.grad_output.row<const T>(rows[i].index) + j0;
+    next[i] = (sloped ? a.grad_output : a.input).template row<const T>(rows[i].ahead) + j0;
     sum[i] = rows[i].sum;
     sum_x_hat[i] = rows[i].sum_x_hat;
   }
   step<S>(n, [&](int64_t j, auto lanes) {
     Vec<S> weight = load(w + j, lanes), gw = load(grad_weight + j, lanes), gb = load(grad_bias + j, lanes);
     for (int i = 0; i < count; ++i) {
+      prefetch(next[i] + j);
       Vec<S> x_hat = rows[i].x_hat(j0 + j, lanes);
       Vec<S> g = load(grad_output[i] + j, lanes);
       if (sloped) g = g * load(slopes[i].value + j, lanes);
@@ -246,10 +252,9 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, U>* rows,
   for (int i = 0; i < count; ++i) rows[i].sum = sum[i], rows[i].sum_x_hat = sum_x_hat[i];
 }
 
-// The gradients of what u was made from, for one row. `ahead` is as far into the next block's rows.
+// The gradients of what u was made from, for one row.
 template <class S, class T, class U>
-void distribute_row(const RowNormBackward& a, const Constants<S>& constants, const BackwardRow<S, U>& r,
-                    int64_t ahead) {
+void distribute_row(const RowNormBackward& a, const Constants<S>& constants, const BackwardRow<S, U>& r) {
   const int64_t row = r.index;
   Coefficients<S> weight(a.weight, row, a, constants.ones.value);
   const bool sloped = has_epilogue(a);
@@ -257,15 +262,14 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
   const S mean_grad_x_hat = sum_lanes(r.sum_x_hat) / S(a.columns);
   const Vec<S> scale(r.rstd), average(mean_grad), tilt(mean_grad_x_hat);
   const T* grad_output = a.grad_output.row<const T>(row);
-  const T *next_input = a.input.row<const T>(ahead), *next_grad = a.grad_output.row<const T>(ahead);
+  const T* next = a.grad_output.row<const T>(r.ahead);
   T* grad_input = a.grad_input.row<T>(row);
   Chunk<S> slope, gate;
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S* w = weight.at(j0);
     auto grad_u = [&](int64_t j, auto lanes) {
-      prefetch(next_input + j0 + j);
-      prefetch(next_grad + j0 + j);
+      if (!sloped) prefetch(next + j0 + j);
       Vec<S> g = sloped ? load(r.weighted + j0 + j, lanes) : load(grad_output + j0 + j, lanes) * load(w + j, lanes);
       return (g - average - r.x_hat(j0 + j, lanes) * tilt) * scale;
     };
@@ -309,8 +313,8 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
 }
 
 template <int count, class S, class T, class U>
-void backward_block(const RowNormBackward& a, const Constants<S>& constants, BackwardRow<S, U>* rows, int64_t ahead,
-                    S* grad_weight, S* grad_bias) {
+void backward_block(const RowNormBackward& a, const Constants<S>& constants, BackwardRow<S, U>* rows, S* grad_weight,
+                    S* grad_bias) {
   Chunk<S> slopes[count];
   Chunk<S> unused;  // where the gradients go that nobody wants
   Coefficients<S> weight(a.weight, rows[0].index, a, constants.ones.value);
@@ -328,7 +332,7 @@ void backward_block(const RowNormBackward& a, const Constants<S>& constants, Bac
     }
   }
   if (a.grad_input)
-    for (int i = 0; i < count; ++i) distribute_row<S, T, U>(a, constants, rows[i], ahead + i < a.rows ? ahead + i : 0);
+    for (int i = 0; i < count; ++i) distribute_row<S, T, U>(a, constants, rows[i]);
 }
 
 template <class S, class T, class U, class Source>
@@ -340,6 +344,7 @@ CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_
     const int64_t count = end - first >= block_rows ? block_rows : 1;
     for (int64_t i = 0; i < count; ++i) {
       rows[i].index = first + i;
+      rows[i].ahead = first + count + i < a.rows ? first + count + i : first + i;
       rows[i].u = source(first + i, i);
       rows[i].mean = a.mean ? static_cast<const S*>(a.mean)[first + i] : S(0);
       rows[i].rstd = static_cast<const S*>(a.rstd)[first + i];
@@ -348,9 +353,9 @@ CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_
     }
     first += count;
     if (count == block_rows)
-      backward_block<block_rows, S, T, U>(a, constants, rows, first, grad_weight, grad_bias);
+      backward_block<block_rows, S, T, U>(a, constants, rows, grad_weight, grad_bias);
     else
-      backward_block<1, S, T, U>(a, constants, rows, first, grad_weight, grad_bias);
+      backward_block<1, S, T, U>(a, constants, rows, grad_weight, grad_bias);
   }
 }
 

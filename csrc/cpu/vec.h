@@ -191,7 +191,8 @@ CKPT_INLINE S sum_lanes(Vec<S> a) {
   return a.v[0];
 }
 
-CKPT_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+// Into the second level: what is wanted next must not drive out of the first what is wanted now.
+CKPT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class S>
 struct Accumulator {
@@ -204,11 +205,19 @@ struct Accumulator {
   CKPT_INLINE S total() const { return sum_lanes((part[0] + part[1]) + (part[2] + part[3])); }
 };
 
-// min and max that pass a NaN in x on.
+// min and max that pass a NaN in x on, which the instructions do for their second operand.
+#if CKPT_VECTOR_BYTES == 64
+CKPT_INLINE Raw<float>::type at_least(Raw<float>::type x, float low) { return _mm512_max_ps(_mm512_set1_ps(low), x); }
+CKPT_INLINE Raw<float>::type at_most(Raw<float>::type x, float high) { return _mm512_min_ps(_mm512_set1_ps(high), x); }
+#elif CKPT_VECTOR_BYTES == 32
+CKPT_INLINE Raw<float>::type at_least(Raw<float>::type x, float low) { return _mm256_max_ps(_mm256_set1_ps(low), x); }
+CKPT_INLINE Raw<float>::type at_most(Raw<float>::type x, float high) { return _mm256_min_ps(_mm256_set1_ps(high), x); }
+#else
 CKPT_INLINE Raw<float>::type at_least(Raw<float>::type x, float low) { return x < low ? Raw<float>::type{} + low : x; }
 CKPT_INLINE Raw<float>::type at_most(Raw<float>::type x, float high) {
   return x > high ? Raw<float>::type{} + high : x;
 }
+#endif
 
 // m * 2^n for an n that holds integers, |n| <= 160.
 CKPT_INLINE Raw<float>::type scale_by_power(Raw<float>::type m, Raw<float>::type n) {

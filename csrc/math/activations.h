@@ -11,17 +11,16 @@
 
 namespace ckpt {
 
-// 1 / (1 + exp(-x)) and its derivative. The exponential is only taken of what is not positive, so that it cannot
-// overflow, and the derivative is not a difference, so that it does not cancel.
+// 1 / (1 + exp(-x)) and its derivative, which is not a difference, so that it does not cancel; the bound keeps an
+// infinite exponential from meeting a zero.
 template <class T>
 struct Logistic {
   T value, derivative;
 
   CKPT_HD explicit Logistic(T x) {
-    T e = exp(-abs(x));
-    T d = T(1) / (T(1) + e);
-    value = select(x >= T(0), d, e * d);
-    derivative = e * d * d;
+    T e = exp(-x);
+    value = T(1) / (T(1) + e);
+    derivative = select(e > T(1e30), T(1e30), e) * value * value;
   }
 };
 

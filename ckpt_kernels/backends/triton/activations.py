@@ -11,10 +11,10 @@ import triton.language as tl
 @triton.jit
 def logistic(x):
     """1 / (1 + exp(-x)) and its derivative, which is not a difference, so that it does not cancel."""
-    # The exponential is only taken of what is not positive, so that it cannot overflow.
-    e = tl.exp(-tl.abs(x))
-    d = 1.0 / (1.0 + e)
-    return tl.where(x >= 0, d, e * d), e * d * d
+    e = tl.exp(-x)
+    value = 1.0 / (1.0 + e)
+    # The bound keeps an infinite exponential from meeting a zero.
+    return value, tl.where(e > 1e30, 1e30, e) * value * value
 
 
 @triton.jit
