@@ -110,17 +110,24 @@ def build_command(build: str) -> type:
     class BuildLibraries(cpp_extension.BuildExtension):
         def build_extensions(self) -> None:
             self.failed = []
-            super().build_extensions()
+            try:
+                super().build_extensions()
+            except Exception as error:  # of the compiler itself, before anything is compiled
+                self._give_up(list(self.extensions), error)
             self.extensions = [extension for extension in self.extensions if extension not in self.failed]
 
         def build_extension(self, extension) -> None:
             try:
                 super().build_extension(extension)
             except Exception as error:
-                if build != "auto":
-                    raise
-                self.failed.append(extension)
-                warnings.warn(f"{extension.name} could not be built, going on without it: {error}", stacklevel=1)
+                self._give_up([extension], error)
+
+        def _give_up(self, extensions: list, error: Exception) -> None:
+            if build != "auto":
+                raise error
+            self.failed += extensions
+            names = " and ".join(extension.name for extension in extensions)
+            warnings.warn(f"{names} could not be built, going on without: {error}", stacklevel=1)
 
     return BuildLibraries
 
