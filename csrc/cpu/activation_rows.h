@@ -14,19 +14,29 @@ CKPT_INLINE int64_t whole_vectors(int64_t n) {
   return (n + Vec<S>::width - 1) / Vec<S>::width * Vec<S>::width;
 }
 
-template <class S>
+// An activation and its derivative to the accuracy that storage type T shows.
+template <class T, class S, class Function>
+CKPT_INLINE Vec<S> value_of(Function function, Vec<S> z) {
+  return Vec<S>(function.value(Vec<S, sizeof(T) == 2>(z.v)).v);
+}
+template <class T, class S, class Function>
+CKPT_INLINE Vec<S> derivative_of(Function function, Vec<S> z) {
+  return Vec<S>(function.derivative(Vec<S, sizeof(T) == 2>(z.v)).v);
+}
+
+template <class T, class S>
 __attribute__((noinline)) void activate(int activation, S* z, int64_t n) {
   visit_activation(activation, [=](auto function) {
-    sweep<S>(whole_vectors<S>(n),
-             [=](int64_t j, auto lanes, auto) { store(z + j, function.value(load(z + j, lanes)), lanes); });
+    step<S>(whole_vectors<S>(n),
+            [=](int64_t j, auto lanes) { store(z + j, value_of<T>(function, load(z + j, lanes)), lanes); });
   });
 }
 
-template <class S>
+template <class T, class S>
 __attribute__((noinline)) void differentiate(int activation, S* z, int64_t n) {
   visit_activation(activation, [=](auto function) {
-    sweep<S>(whole_vectors<S>(n),
-             [=](int64_t j, auto lanes, auto) { store(z + j, function.derivative(load(z + j, lanes)), lanes); });
+    step<S>(whole_vectors<S>(n),
+            [=](int64_t j, auto lanes) { store(z + j, derivative_of<T>(function, load(z + j, lanes)), lanes); });
   });
 }
 

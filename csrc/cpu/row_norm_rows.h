@@ -51,10 +51,10 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     S* z = u + j0;
     copy_to_chunk(x + j0, n, z);
-    if (a.pre_activation) activate(a.pre_activation, z, n);
+    if (a.pre_activation) activate<T>(a.pre_activation, z, n);
     if (a.gate_first) {
       copy_to_chunk(a.gate.row<const T>(row) + j0, n, factor.value);
-      activate(a.activation, factor.value, n);
+      activate<T>(a.activation, factor.value, n);
       sweep<S>(n, [&](int64_t j, auto, auto) {
         Full<S> all;
         store(z + j, load(z + j, all) * load(factor.value + j, all), all);
@@ -80,33 +80,49 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
   }
 }
 
-// Two passes over a row that lies in cache. The mean's own rounding is corrected in the second.
+// The mean of a few elements, and then one pass over the sums of what differs from it. Where that mean is off, so
+// must be the elements that it is of: the variance's relative error is at most `segment_columns` / `guess_columns`
+// times the rounding of S. Longer rows are taken in segments, whose moments are merged (Chan, Golub and LeVeque, 1983).
+constexpr int64_t guess_columns = 64, segment_columns = 4096;
+
+template <class S, class U>
+CKPT_INLINE void segment_moments(const U* u, int64_t n, S* mean, S* squares) {
+  const int64_t few = n < guess_columns ? n : guess_columns;
+  Accumulator<S> guess, sum, sum_squares;
+  sweep_values<S>(u, few, [&](Vec<S> value, auto, auto slot) { guess.part[slot.index] += value; });
+  const S center = guess.total() / S(few);
+  sweep_values<S>(u, n, [&](Vec<S> value, auto lanes, auto slot) {
+    Vec<S> d = lanes.keep(value - Vec<S>(center));
+    sum.part[slot.index] += d;
+    sum_squares.part[slot.index] += d * d;
+  });
+  const S total = sum.total();
+  *mean = center + total / S(n);
+  *squares = sum_squares.total() - total * total / S(n);
+  if (*squares < 0) *squares = 0;
+}
+
 template <class S, class U>
 CKPT_INLINE void row_moments(const RowNorm& a, const U* u, S* mean, S* rstd) {
   const S columns = S(a.columns);
-  Accumulator<S> squares;
-  S center = 0, variance;
+  S center = 0, sum_squares;
   if (a.centered) {
-    Accumulator<S> sum, rest;
-    sweep<S>(a.columns, [&](int64_t j, auto lanes, auto slot) { sum.part[slot.index] += load(u + j, lanes); });
-    center = sum.total() / columns;
-    sweep<S>(a.columns, [&](int64_t j, auto lanes, auto slot) {
-      Vec<S> d = lanes.keep(load(u + j, lanes) - Vec<S>(center));
-      rest.part[slot.index] += d;
-      squares.part[slot.index] += d * d;
-    });
-    S correction = rest.total() / columns;
-    center += correction;
-    variance = squares.total() / columns - correction * correction;
+    segment_moments(u, a.columns < segment_columns ? a.columns : segment_columns, &center, &sum_squares);
+    for (int64_t j0 = segment_columns; j0 < a.columns; j0 += segment_columns) {
+      const int64_t n = a.columns - j0 < segment_columns ? a.columns - j0 : segment_columns;
+      S segment_center, segment_squares;
+      segment_moments(u + j0, n, &segment_center, &segment_squares);
+      const S delta = segment_center - center, share = S(n) / S(j0 + n);
+      center += delta * share;
+      sum_squares += segment_squares + delta * delta * S(j0) * share;
+    }
   } else {
-    sweep<S>(a.columns, [&](int64_t j, auto lanes, auto slot) {
-      Vec<S> v = load(u + j, lanes);
-      squares.part[slot.index] += v * v;
-    });
-    variance = squares.total() / columns;
+    Accumulator<S> squares;
+    sweep_values<S>(u, a.columns, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
+    sum_squares = squares.total();
   }
   *mean = center;
-  *rstd = S(1) / square_root(variance + S(a.eps));
+  *rstd = S(1) / square_root(sum_squares / columns + S(a.eps));
 }
 
 template <class S, class T>
@@ -122,7 +138,6 @@ void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t 
   const bool cast = a.cast_before_weight;
   const Vec<S> center(mean), scale(rstd);
   const T* next = a.input.row<const T>(row + 1 < a.rows ? row + 1 : row);
-  Chunk<S> factor;
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S *w = weight.at(j0), *b = bias.at(j0);
@@ -131,17 +146,20 @@ void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t 
       Vec<S> x_hat = rounded_if<S, T>(cast, (load(u + j0 + j, lanes) - center) * scale);
       return x_hat * load(w + j, lanes) + load(b + j, lanes);
     };
-    if (gated_after(a)) {
-      copy_to_chunk(a.gate.row<const T>(row) + j0, n, factor.value);
-      activate(a.activation, factor.value, n);
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-        store(output + j0 + j, normalized(j, lanes) * load(factor.value + j, lanes), lanes);
-      });
-    } else if (!has_epilogue(a)) {
+    if (!has_epilogue(a)) {
       sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(output + j0 + j, normalized(j, lanes), lanes); });
+    } else if (a.gate) {
+      const T* gate = a.gate.row<const T>(row) + j0;
+      visit_activation(a.activation, [&](auto function) {
+        step<S>(n, [&](int64_t j, auto lanes) {
+          store(output + j0 + j, normalized(j, lanes) * value_of<T>(function, load(gate + j, lanes)), lanes);
+        });
+      });
     } else {
       visit_activation(a.activation, [&](auto function) {
-        step<S>(n, [&](int64_t j, auto lanes) { store(output + j0 + j, function.value(normalized(j, lanes)), lanes); });
+        step<S>(n, [&](int64_t j, auto lanes) {
+          store(output + j0 + j, value_of<T>(function, normalized(j, lanes)), lanes);
+        });
       });
     }
   }
@@ -172,11 +190,13 @@ void forward_rows(const RowNormForward& a, int64_t begin, int64_t end, void* scr
 }
 
 // The state of one row in a block of backward rows.
-template <class S, class U>
+template <class S, class T, class U>
 struct BackwardRow {
   int64_t index;
   int64_t ahead;  // the row as far into the next block, which is fetched while this one is computed
   const U* u;
+  const T *grad_output, *gate;
+  T* grad_gate;
   S mean, rstd;
   S* weighted;  // scratch: the gradient of x_hat, where it is not just grad_output * weight
   Vec<S> sum, sum_x_hat;
@@ -188,80 +208,78 @@ struct BackwardRow {
   }
 };
 
-// The slope of the output with respect to what the activation or the gate was given, for one chunk of one row;
-// with it, the gradient of the gate.
-template <class S, class T, class U>
-void epilogue_slope(const RowNormBackward& a, const BackwardRow<S, U>& r, int64_t j0, int64_t n, const S* w, const S* b,
-                    S* slope) {
-  const bool cast = a.cast_before_weight;
-  if (gated_after(a)) {
-    Chunk<S> gate_slope;
-    copy_to_chunk(a.gate.row<const T>(r.index) + j0, n, slope);
-    copy_to_chunk(slope, n, gate_slope.value);
-    activate(a.activation, slope, n);
-    if (!a.grad_gate) return;
-    differentiate(a.activation, gate_slope.value, n);
-    const T* grad_output = a.grad_output.row<const T>(r.index) + j0;
-    T* grad_gate = a.grad_gate.row<T>(r.index) + j0;
-    sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-      Vec<S> normalized = rounded_if<S, T>(cast, r.x_hat(j0 + j, lanes)) * load(w + j, lanes);
-      store(grad_gate + j, load(grad_output + j, lanes) * normalized * load(gate_slope.value + j, lanes), lanes);
-    });
-  } else {
-    const T* next = a.input.row<const T>(r.ahead) + j0;
-    visit_activation(a.activation, [&](auto function) {
-      step<S>(n, [&](int64_t j, auto lanes) {
-        Vec<S> x_hat = rounded_if<S, T>(cast, r.x_hat(j0 + j, lanes));
-        prefetch(next + j);
-        store(slope + j, function.derivative(x_hat * load(w + j, lanes) + load(b + j, lanes)), Full<S>{});
-      });
-    });
+// The ways back from the output's gradient g to that of z = x_hat * weight + bias, for one vector of a row.
+struct Straight {
+  static constexpr bool sloped = false;
+  template <class Row, class V, class Lanes>
+  CKPT_INLINE V operator()(const Row&, int64_t, Lanes, V g, V, V, V) const {
+    return g;
   }
-}
+};
+template <class T, class Function>
+struct ThroughActivation {
+  static constexpr bool sloped = true;
+  template <class Row, class V, class Lanes>
+  CKPT_INLINE V operator()(const Row&, int64_t, Lanes, V g, V seen, V weight, V bias) const {
+    return g * derivative_of<T>(Function{}, seen * weight + bias);
+  }
+};
+template <class T, class Function>
+struct ThroughGate {
+  static constexpr bool sloped = true;
+  template <class Row, class V, class Lanes>
+  CKPT_INLINE V operator()(const Row& row, int64_t column, Lanes lanes, V g, V seen, V weight, V) const {
+    V gate = load(row.gate + column, lanes);
+    if (row.grad_gate)
+      store(row.grad_gate + column, g * (seen * weight) * derivative_of<T>(Function{}, gate), lanes);
+    return g * value_of<T>(Function{}, gate);
+  }
+};
 
-// One chunk of `count` rows: the two row sums of the norm's gradient, and the rows' share of the weight gradients.
-template <int count, bool sloped, class S, class T, class U>
-CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, U>* rows, int64_t j0, int64_t n, const S* w,
-                              const Chunk<S>* slopes, S* grad_weight, S* grad_bias) {
+// One chunk of a block's rows: the two row sums of the norm's gradient, and the rows' share of the weight gradients.
+template <class Way, class S, class T, class U>
+CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* rows, int64_t j0, int64_t n, const S* w,
+                              const S* b, S* grad_weight, S* grad_bias, Way way) {
   const bool cast = a.cast_before_weight;
-  const T *grad_output[count], *next[count];
-  Vec<S> sum[count], sum_x_hat[count];
-  for (int i = 0; i < count; ++i) {
-    grad_output[i] = a.grad_output.row<const T>(rows[i].index) + j0;
-    next[i] = (sloped ? a.grad_output : a.input).template row<const T>(rows[i].ahead) + j0;
+  const T *next_u[block_rows], *next_g[block_rows];
+  Vec<S> sum[block_rows], sum_x_hat[block_rows];
+  for (int i = 0; i < block_rows; ++i) {
+    next_u[i] = a.input.row<const T>(rows[i].ahead) + j0;
+    next_g[i] = a.grad_output.row<const T>(rows[i].ahead) + j0;
     sum[i] = rows[i].sum;
     sum_x_hat[i] = rows[i].sum_x_hat;
   }
   step<S>(n, [&](int64_t j, auto lanes) {
-    Vec<S> weight = load(w + j, lanes), gw = load(grad_weight + j, lanes), gb = load(grad_bias + j, lanes);
-    for (int i = 0; i < count; ++i) {
-      prefetch(next[i] + j);
-      Vec<S> x_hat = rows[i].x_hat(j0 + j, lanes);
-      Vec<S> g = load(grad_output[i] + j, lanes);
-      if (sloped) g = g * load(slopes[i].value + j, lanes);
-      gw += g * rounded_if<S, T>(cast, x_hat);
+    Vec<S> weight = load(w + j, lanes), bias = load(b + j, lanes);
+    Vec<S> gw = load(grad_weight + j, lanes), gb = load(grad_bias + j, lanes);
+    for (int i = 0; i < block_rows; ++i) {
+      prefetch(next_u[i] + j);
+      if (Way::sloped) prefetch(next_g[i] + j);
+      Vec<S> x_hat = rows[i].x_hat(j0 + j, lanes), seen = rounded_if<S, T>(cast, x_hat);
+      Vec<S> g = way(rows[i], j0 + j, lanes, load(rows[i].grad_output + j0 + j, lanes), seen, weight, bias);
+      gw += g * seen;
       gb += g;
       g = g * weight;
       sum[i] += g;
       sum_x_hat[i] += g * x_hat;
-      if (sloped) store(rows[i].weighted + j0 + j, g, Full<S>{});
+      if (Way::sloped) store(rows[i].weighted + j0 + j, g, Full<S>{});
     }
     store(grad_weight + j, gw, lanes);
     store(grad_bias + j, gb, lanes);
   });
-  for (int i = 0; i < count; ++i) rows[i].sum = sum[i], rows[i].sum_x_hat = sum_x_hat[i];
+  for (int i = 0; i < block_rows; ++i) rows[i].sum = sum[i], rows[i].sum_x_hat = sum_x_hat[i];
 }
 
 // The gradients of what u was made from, for one row.
 template <class S, class T, class U>
-void distribute_row(const RowNormBackward& a, const Constants<S>& constants, const BackwardRow<S, U>& r) {
+void distribute_row(const RowNormBackward& a, const Constants<S>& constants, const BackwardRow<S, T, U>& r) {
   const int64_t row = r.index;
   Coefficients<S> weight(a.weight, row, a, constants.ones.value);
   const bool sloped = has_epilogue(a);
   const S mean_grad = a.centered ? sum_lanes(r.sum) / S(a.columns) : S(0);
   const S mean_grad_x_hat = sum_lanes(r.sum_x_hat) / S(a.columns);
-  const Vec<S> scale(r.rstd), average(mean_grad), tilt(mean_grad_x_hat);
-  const T* grad_output = a.grad_output.row<const T>(row);
+  // (g - mean_grad - x_hat * mean_grad_x_hat) * rstd, as two products with what differs from row to row.
+  const Vec<S> mean(r.mean), scale(r.rstd), tilt(-r.rstd * r.rstd * mean_grad_x_hat), shift(-r.rstd * mean_grad);
   const T* next = a.grad_output.row<const T>(r.ahead);
   T* grad_input = a.grad_input.row<T>(row);
   Chunk<S> slope, gate;
@@ -270,12 +288,12 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
     const S* w = weight.at(j0);
     auto grad_u = [&](int64_t j, auto lanes) {
       if (!sloped) prefetch(next + j0 + j);
-      Vec<S> g = sloped ? load(r.weighted + j0 + j, lanes) : load(grad_output + j0 + j, lanes) * load(w + j, lanes);
-      return (g - average - r.x_hat(j0 + j, lanes) * tilt) * scale;
+      Vec<S> g = sloped ? load(r.weighted + j0 + j, lanes) : load(r.grad_output + j0 + j, lanes) * load(w + j, lanes);
+      return (load(r.u + j0 + j, lanes) - mean) * tilt + (g * scale + shift);
     };
     if (a.pre_activation) {
       copy_to_chunk(a.input.row<const T>(row) + j0, n, slope.value);
-      differentiate(a.pre_activation, slope.value, n);
+      differentiate<T>(a.pre_activation, slope.value, n);
       sweep<S>(n, [&](int64_t j, auto lanes, auto) {
         store(grad_input + j0 + j, grad_u(j, lanes) * load(slope.value + j, lanes), lanes);
       });
@@ -284,8 +302,8 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
       T* grad_gate = a.grad_gate.row<T>(row) + j0;
       copy_to_chunk(a.gate.row<const T>(row) + j0, n, gate.value);
       copy_to_chunk(gate.value, n, slope.value);
-      activate(a.activation, gate.value, n);
-      differentiate(a.activation, slope.value, n);
+      activate<T>(a.activation, gate.value, n);
+      differentiate<T>(a.activation, slope.value, n);
       sweep<S>(n, [&](int64_t j, auto lanes, auto) {
         Vec<S> g = grad_u(j, lanes);
         store(grad_input + j0 + j, g * load(gate.value + j, lanes), lanes);
@@ -312,50 +330,62 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
   }
 }
 
-template <int count, class S, class T, class U>
-void backward_block(const RowNormBackward& a, const Constants<S>& constants, BackwardRow<S, U>* rows, S* grad_weight,
-                    S* grad_bias) {
-  Chunk<S> slopes[count];
+// The first `live` rows of the block are there; the others are zeros, which add nothing.
+template <class S, class T, class U>
+void backward_block(const RowNormBackward& a, const Constants<S>& constants, BackwardRow<S, T, U>* rows, int64_t live,
+                    S* grad_weight, S* grad_bias) {
   Chunk<S> unused;  // where the gradients go that nobody wants
   Coefficients<S> weight(a.weight, rows[0].index, a, constants.ones.value);
   Coefficients<S> bias(a.bias, rows[0].index, a, constants.zeros.value);
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
-    const S *w = weight.at(j0), *b = bias.at(j0);
-    S* gw = grad_weight ? grad_weight + j0 : unused.value;
-    S* gb = grad_bias ? grad_bias + j0 : unused.value;
-    if (has_epilogue(a)) {
-      for (int i = 0; i < count; ++i) epilogue_slope<S, T, U>(a, rows[i], j0, n, w, b, slopes[i].value);
-      reduce_chunk<count, true, S, T, U>(a, rows, j0, n, w, slopes, gw, gb);
-    } else {
-      reduce_chunk<count, false, S, T, U>(a, rows, j0, n, w, slopes, gw, gb);
-    }
+    auto reduce = [&](auto way) {
+      reduce_chunk(a, rows, j0, n, weight.at(j0), bias.at(j0), grad_weight ? grad_weight + j0 : unused.value,
+                   grad_bias ? grad_bias + j0 : unused.value, way);
+    };
+    if (!has_epilogue(a))
+      reduce(Straight{});
+    else if (a.gate)
+      visit_activation(a.activation, [&](auto function) { reduce(ThroughGate<T, decltype(function)>{}); });
+    else
+      visit_activation(a.activation, [&](auto function) { reduce(ThroughActivation<T, decltype(function)>{}); });
   }
   if (a.grad_input)
-    for (int i = 0; i < count; ++i) distribute_row<S, T, U>(a, constants, rows[i]);
+    for (int64_t i = 0; i < live; ++i) distribute_row<S, T, U>(a, constants, rows[i]);
 }
 
+// `zeros` and `sink` are rows of scratch.
 template <class S, class T, class U, class Source>
-CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_t end, S* weighted, S* grad_weight,
-                                 S* grad_bias, Source source) {
+CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_t end, S* weighted, S* zeros, S* sink,
+                                 S* grad_weight, S* grad_bias, Source source) {
   const Constants<S> constants;
-  BackwardRow<S, U> rows[block_rows];
-  for (int64_t first = begin; first < end;) {
-    const int64_t count = end - first >= block_rows ? block_rows : 1;
-    for (int64_t i = 0; i < count; ++i) {
-      rows[i].index = first + i;
-      rows[i].ahead = first + count + i < a.rows ? first + count + i : first + i;
-      rows[i].u = source(first + i, i);
-      rows[i].mean = a.mean ? static_cast<const S*>(a.mean)[first + i] : S(0);
-      rows[i].rstd = static_cast<const S*>(a.rstd)[first + i];
-      rows[i].weighted = weighted + i * whole_vectors<S>(a.columns);
-      rows[i].sum = rows[i].sum_x_hat = Vec<S>(0.0);
+  const int64_t width = whole_vectors<S>(a.columns);
+  BackwardRow<S, T, U> rows[block_rows];
+  if ((end - begin) % block_rows) __builtin_memset(zeros, 0, width * sizeof(S));
+  for (int64_t first = begin; first < end; first += block_rows) {
+    const int64_t live = end - first < block_rows ? end - first : block_rows;
+    for (int64_t i = 0; i < block_rows; ++i) {
+      const int64_t row = first + (i < live ? i : 0), ahead = row + block_rows;
+      BackwardRow<S, T, U>& r = rows[i];
+      r.index = row;
+      r.ahead = ahead < a.rows ? ahead : row;
+      r.weighted = weighted + i * width;
+      r.sum = r.sum_x_hat = Vec<S>(0.0);
+      if (i < live) {
+        r.u = source(row, i);
+        r.grad_output = a.grad_output.row<const T>(row);
+        r.gate = gated_after(a) ? a.gate.row<const T>(row) : nullptr;
+        r.grad_gate = a.grad_gate ? a.grad_gate.row<T>(row) : nullptr;
+        r.mean = a.mean ? static_cast<const S*>(a.mean)[row] : S(0);
+        r.rstd = static_cast<const S*>(a.rstd)[row];
+      } else {
+        r.u = reinterpret_cast<const U*>(zeros);
+        r.grad_output = r.gate = reinterpret_cast<const T*>(zeros);
+        r.grad_gate = a.grad_gate ? reinterpret_cast<T*>(sink) : nullptr;
+        r.mean = r.rstd = S(0);
+      }
     }
-    first += count;
-    if (count == block_rows)
-      backward_block<block_rows, S, T, U>(a, constants, rows, grad_weight, grad_bias);
-    else
-      backward_block<1, S, T, U>(a, constants, rows, grad_weight, grad_bias);
+    backward_block(a, constants, rows, live, grad_weight, grad_bias);
   }
 }
 
@@ -363,17 +393,17 @@ CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_
 template <class S, class T>
 void backward_rows(const RowNormBackward& a, int64_t begin, int64_t end, void* scratch, void* grad_weight,
                    void* grad_bias) {
+  const int64_t width = whole_vectors<S>(a.columns);
   S* weighted = static_cast<S*>(scratch);
-  S* staged = weighted + block_rows * whole_vectors<S>(a.columns);
+  S *staged = weighted + block_rows * width, *zeros = staged + block_rows * width, *sink = zeros + width;
   S *gw = static_cast<S*>(grad_weight), *gb = static_cast<S*>(grad_bias);
   if (has_prologue(a))
-    backward_blocks<S, T, S>(a, begin, end, weighted, gw, gb, [=, &a](int64_t row, int64_t i) -> const S* {
-      S* u = staged + i * whole_vectors<S>(a.columns);
-      stage_row<S, T>(a, Rows{}, row, u);
-      return u;
+    backward_blocks<S, T, S>(a, begin, end, weighted, zeros, sink, gw, gb, [=, &a](int64_t row, int64_t i) {
+      stage_row<S, T>(a, Rows{}, row, staged + i * width);
+      return staged + i * width;
     });
   else
-    backward_blocks<S, T, T>(a, begin, end, weighted, gw, gb,
+    backward_blocks<S, T, T>(a, begin, end, weighted, zeros, sink, gw, gb,
                              [&](int64_t row, int64_t) { return a.input.row<const T>(row); });
 }
 
@@ -391,7 +421,7 @@ void sum_partials(const void* partials, int64_t count, int64_t columns, int64_t 
 
 template <class S>
 int64_t scratch_size(int64_t columns) {
-  return 2 * block_rows * whole_vectors<S>(columns);
+  return (2 * block_rows + 2) * whole_vectors<S>(columns);
 }
 
 template <class T>

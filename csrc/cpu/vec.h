@@ -25,7 +25,8 @@ struct Raw<double> {
   static constexpr int64_t magnitude = 0x7fffffffffffffff;
 };
 
-template <class S>
+// A rough vector takes elementary functions that are good to 2^-14: what is stored in 16 bits shows no more.
+template <class S, bool rough = false>
 struct Vec {
   static constexpr int width = Raw<S>::width;
   using Type = typename Raw<S>::type;
@@ -35,6 +36,7 @@ struct Vec {
   CKPT_INLINE Vec() {}
   CKPT_INLINE Vec(Type raw) : v(raw) {}
   CKPT_INLINE explicit Vec(double scalar) : v(Type{} + S(scalar)) {}
+  CKPT_INLINE explicit Vec(Vec<S, !rough> other) : v(other.v) {}
 
   CKPT_INLINE friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   CKPT_INLINE friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
@@ -77,17 +79,37 @@ CKPT_INLINE void store(S* p, Vec<S> a, Full<S>) {
   __builtin_memcpy(p, &a.v, sizeof(a.v));
 }
 
-CKPT_INLINE Vec<float> load(const bfloat16* p, Full<float>) {
+// Between 16 and 32 bits a lane; compilers make several shuffles of __builtin_convertvector for these.
+CKPT_INLINE Raw<float>::bits widen(const void* p) {
+#if CKPT_VECTOR_BYTES == 64
+  return Raw<float>::bits(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+#elif CKPT_VECTOR_BYTES == 32
+  return Raw<float>::bits(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
   Raw<float>::half raw;
   __builtin_memcpy(&raw, p, sizeof(raw));
-  return Raw<float>::type(__builtin_convertvector(raw, Raw<float>::bits) << 16);
+  return __builtin_convertvector(raw, Raw<float>::bits);
+#endif
 }
+// The bits beyond the lowest 16 must be zero.
+CKPT_INLINE void narrow(void* p, Raw<float>::bits bits) {
+#if CKPT_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bits));
+#elif CKPT_VECTOR_BYTES == 32
+  __m256i raw = (__m256i)bits;
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(raw), _mm256_extracti128_si256(raw, 1)));
+#else
+  Raw<float>::half raw = __builtin_convertvector(bits, Raw<float>::half);
+  __builtin_memcpy(p, &raw, sizeof(raw));
+#endif
+}
+
+CKPT_INLINE Vec<float> load(const bfloat16* p, Full<float>) { return Raw<float>::type(widen(p) << 16); }
 CKPT_INLINE void store(bfloat16* p, Vec<float> a, Full<float>) {
   Raw<float>::bits bits = Raw<float>::bits(a.v);
   bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   bits = (a.v == a.v) ? bits : Raw<float>::bits{} + 0x7fc0u;
-  Raw<float>::half raw = __builtin_convertvector(bits, Raw<float>::half);
-  __builtin_memcpy(p, &raw, sizeof(raw));
+  narrow(p, bits);
 }
 
 #if defined(CKPT_F16C) && CKPT_VECTOR_BYTES == 64
@@ -108,9 +130,7 @@ CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
 // A product with a power of two rebuilds the exponent, denormals included; what was Inf or NaN keeps its exponent.
 CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
   using B = Raw<float>::bits;
-  Raw<float>::half raw;
-  __builtin_memcpy(&raw, p, sizeof(raw));
-  B h = __builtin_convertvector(raw, B);
+  B h = widen(p);
   B sign = (h & 0x8000u) << 16;
   B magnitude = (h & 0x7fffu) << 13;
   B scaled = B(Raw<float>::type(magnitude) * 5.192296858534828e+33f);  // 2^112
@@ -129,10 +149,22 @@ CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
   B h = magnitude < 0x38800000u ? denormal : normal;
   h = magnitude >= 0x477ff000u ? B{} + 0x7c00u : h;
   h = magnitude > 0x7f800000u ? B{} + 0x7e00u : h;
-  Raw<float>::half raw = __builtin_convertvector(h | sign, Raw<float>::half);
-  __builtin_memcpy(p, &raw, sizeof(raw));
+  narrow(p, h | sign);
 }
 #endif
+
+// Two vectors' worth of elements in an order of their own, for sums over them.
+template <class T, class S>
+CKPT_INLINE void load_pair(const T* p, Vec<S>* first, Vec<S>* second) {
+  *first = load(p, Full<S>{});
+  *second = load(p + Vec<S>::width, Full<S>{});
+}
+CKPT_INLINE void load_pair(const bfloat16* p, Vec<float>* first, Vec<float>* second) {
+  Raw<float>::bits raw;
+  __builtin_memcpy(&raw, p, sizeof(raw));
+  *first = Raw<float>::type(raw << 16);
+  *second = Raw<float>::type(raw & 0xffff0000u);
+}
 
 // The lanes that are not there read as zero and are not written.
 template <class S, class T>
@@ -174,6 +206,24 @@ CKPT_INLINE void sweep(int64_t n, Body body) {
   }
   for (; j + W <= n; j += W) body(j, Full<S>{}, Slot<0>{});
   if (j < n) body(j, Partial<S>{n - j}, Slot<0>{});
+}
+
+// Calls body(value, lanes, slot) on the elements at p, in an order of its own.
+template <class S, class T, class Body>
+CKPT_INLINE void sweep_values(const T* p, int64_t n, Body body) {
+  constexpr int W = Vec<S>::width;
+  int64_t j = 0;
+  for (; j + 4 * W <= n; j += 4 * W) {
+    Vec<S> value[4];
+    load_pair(p + j, &value[0], &value[1]);
+    load_pair(p + j + 2 * W, &value[2], &value[3]);
+    body(value[0], Full<S>{}, Slot<0>{});
+    body(value[1], Full<S>{}, Slot<1>{});
+    body(value[2], Full<S>{}, Slot<2>{});
+    body(value[3], Full<S>{}, Slot<3>{});
+  }
+  for (; j + W <= n; j += W) body(load(p + j, Full<S>{}), Full<S>{}, Slot<0>{});
+  if (j < n) body(load(p + j, Partial<S>{n - j}), Partial<S>{n - j}, Slot<0>{});
 }
 
 // The same for a body that keeps several accumulators of its own.
@@ -219,7 +269,15 @@ CKPT_INLINE Raw<float>::type at_most(Raw<float>::type x, float high) {
 }
 #endif
 
-// m * 2^n for an n that holds integers, |n| <= 160.
+CKPT_INLINE Raw<float>::type nearest(Raw<float>::type x) {
+#if CKPT_VECTOR_BYTES == 64
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return x + 12582912.0f - 12582912.0f;  // 1.5 * 2^23 leaves no room for a fraction
+#endif
+}
+
+// m * 2^n with floor(n) for n, |n| <= 160 unless the set has an instruction for it.
 CKPT_INLINE Raw<float>::type scale_by_power(Raw<float>::type m, Raw<float>::type n) {
 #if CKPT_VECTOR_BYTES == 64
   return Raw<float>::type(_mm512_scalef_ps(m, n));
@@ -235,9 +293,13 @@ struct ScaledExponential {
   Raw<float>::type n, f;
 };
 CKPT_INLINE ScaledExponential scaled_exponential(Raw<float>::type x) {
-  Raw<float>::type n = x * 1.44269504088896341f + 12582912.0f - 12582912.0f;  // 1.5 * 2^23 rounds to an integer
+  Raw<float>::type n = nearest(x * 1.44269504088896341f);
   Raw<float>::type r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
+#if CKPT_VECTOR_BYTES == 64
+  // Of an infinity the rest is NaN, and anything will do; of a NaN the power is NaN too.
+  r = _mm512_max_ps(r, _mm512_set1_ps(-0.5f));
+#endif
   Raw<float>::type q = 0.001390131190419197f * r + 0.008363213390111923f;
   q = q * r + 0.04166685417294502f;
   q = q * r + 0.16666576266288757f;
@@ -246,9 +308,58 @@ CKPT_INLINE ScaledExponential scaled_exponential(Raw<float>::type x) {
 }
 
 CKPT_INLINE Vec<float> exp(Vec<float> x) {
-  ScaledExponential e = scaled_exponential(at_most(at_least(x.v, -104.0f), 89.0f));
+#if CKPT_VECTOR_BYTES != 64
+  x = at_most(at_least(x.v, -104.0f), 89.0f);
+#endif
+  ScaledExponential e = scaled_exponential(x.v);
   return scale_by_power(1.0f + e.f, e.n);
 }
+
+// x = floor + fraction; beyond the range of 2^x any fraction will do.
+struct FloorAndFraction {
+  Raw<float>::type floor, fraction;
+
+  CKPT_INLINE explicit FloorAndFraction(Raw<float>::type x) {
+#if CKPT_VECTOR_BYTES == 64
+    // scale_by_power takes the floor itself; the fraction of an infinity is 0.
+    floor = x;
+    fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+    x = at_most(at_least(x, -150.0f), 129.0f);
+    floor = nearest(x - 0.5f);
+    fraction = x - floor;
+#endif
+  }
+};
+
+CKPT_INLINE Vec<float> exp2(Vec<float> x) {
+  FloorAndFraction of(x.v);
+  Raw<float>::type r = of.fraction;
+  Raw<float>::type q = 0.0002161304550139567f * r + 0.0012467812152290561f;
+  q = q * r + 0.009675454874961268f;
+  q = q * r + 0.055485279192989914f;
+  q = q * r + 0.2402293058151528f;
+  q = q * r + 0.6931470444279537f;
+  return scale_by_power(q * r + 1.0f, of.floor);
+}
+
+CKPT_INLINE Vec<float, true> exp2(Vec<float, true> x) {
+  FloorAndFraction of(x.v);
+  Raw<float>::type r = of.fraction;
+  Raw<float>::type q = 0.013534170413511619f * r + 0.05201151784198876f;
+  q = q * r + 0.2414426718400436f;
+  q = q * r + 0.6930038678840404f;
+  q = q * r + 1.0000025903257852f;
+  return scale_by_power(q, of.floor);
+}
+CKPT_INLINE Vec<float, true> exp(Vec<float, true> x) { return exp2(x * Vec<float, true>(1.44269504088896341)); }
+
+// min(x, 1e30), which keeps an infinity from meeting a zero.
+template <bool rough>
+CKPT_INLINE Vec<float, rough> bounded(Vec<float, rough> x) {
+  return at_most(x.v, 1e30f);
+}
+CKPT_INLINE Vec<double> bounded(Vec<double> x) { return select(x > Vec<double>(1e30), Vec<double>(1e30), x); }
 
 CKPT_INLINE Vec<float> expm1_nonpositive(Vec<float> x) {
   ScaledExponential e = scaled_exponential(at_least(x.v, -40.0f));
@@ -285,9 +396,28 @@ CKPT_INLINE Vec<float> normal_cdf(Vec<float> x, Vec<float> bell) {
   return select(x > Vec<float>(0.0), Vec<float>(1.0f - tail), Vec<float>(tail));
 }
 
+CKPT_INLINE Vec<float, true> normal_cdf(Vec<float, true> x, Vec<float, true> bell) {
+  Raw<float>::type t = 1.0f / (0.33f * abs(x).v + 1.0f);
+  Raw<float>::type p = -0.08865411325990875f * t + 0.3185031685168183f;
+  p = p * t - 0.03654818829362204f;
+  p = p * t + 0.18286271595263165f;
+  p = p * t + 0.12334211330235831f;
+  p = p * t + 0.0005198995702081829f;
+  Raw<float>::type tail = bell.v * p;
+  return select(x > Vec<float, true>(0.0), Vec<float, true>(1.0f - tail), Vec<float, true>(tail));
+}
+CKPT_INLINE Vec<float, true> expm1_nonpositive(Vec<float, true> x) {
+  return Vec<float, true>(expm1_nonpositive(Vec<float>(x)));
+}
+CKPT_INLINE Vec<float, true> log1p_unit(Vec<float, true> x) { return Vec<float, true>(log1p_unit(Vec<float>(x))); }
+
 // float64 is there for exactness, not speed: one lane at a time through libm.
 CKPT_INLINE Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < Vec<double>::width; ++i) x.v[i] = ::exp(x.v[i]);
+  return x;
+}
+CKPT_INLINE Vec<double> exp2(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::width; ++i) x.v[i] = ::exp2(x.v[i]);
   return x;
 }
 CKPT_INLINE Vec<double> expm1_nonpositive(Vec<double> x) {

@@ -11,17 +11,17 @@
 
 namespace ckpt {
 
-// 1 / (1 + exp(-x)) and its derivative, which is not a difference, so that it does not cancel; the bound keeps an
-// infinite exponential from meeting a zero.
+// 1 / (1 + exp(-x)), and one minus that, which is not a difference, so that it does not cancel.
 template <class T>
 struct Logistic {
-  T value, derivative;
+  T value, complement;
 
   CKPT_HD explicit Logistic(T x) {
     T e = exp(-x);
     value = T(1) / (T(1) + e);
-    derivative = select(e > T(1e30), T(1e30), e) * value * value;
+    complement = bounded(e) * value;
   }
+  CKPT_HD T derivative() const { return value * complement; }
 };
 
 struct Identity {
@@ -83,7 +83,7 @@ struct Elu {
 struct Gelu {
   template <class T>
   CKPT_HD static T bell(T x) {
-    return exp(T(-0.5) * x * x);
+    return exp2(T(-0.72134752044448170) * x * x);  // exp(-x * x / 2)
   }
   template <class T>
   CKPT_HD static T value(T x) {
@@ -109,7 +109,7 @@ struct GeluTanh {
   template <class T>
   CKPT_HD static T derivative(T x) {
     Logistic<T> s = gate(x);
-    return s.value + x * s.derivative * (T(1.5957691216057308) + T(0.21406444881780074) * x * x);
+    return s.value + x * s.derivative() * (T(1.5957691216057308) + T(0.21406444881780074) * x * x);
   }
 };
 
@@ -121,7 +121,7 @@ struct QuickGelu {
   template <class T>
   CKPT_HD static T derivative(T x) {
     Logistic<T> s(T(1.702) * x);
-    return s.value + x * s.derivative * T(1.702);
+    return s.value + x * s.derivative() * T(1.702);
   }
 };
 
@@ -133,7 +133,7 @@ struct Silu {
   template <class T>
   CKPT_HD static T derivative(T x) {
     Logistic<T> s(x);
-    return s.value + x * s.derivative;
+    return s.value + x * s.derivative();
   }
 };
 
@@ -165,7 +165,7 @@ struct Sigmoid {
   }
   template <class T>
   CKPT_HD static T derivative(T x) {
-    return Logistic<T>(x).derivative;
+    return Logistic<T>(x).derivative();
   }
 };
 

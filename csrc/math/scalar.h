@@ -12,11 +12,17 @@ CKPT_HD float abs(float x) { return fabsf(x); }
 CKPT_HD double abs(double x) { return fabs(x); }
 CKPT_HD float exp(float x) { return expf(x); }
 CKPT_HD double exp(double x) { return ::exp(x); }
+CKPT_HD float exp2(float x) { return exp2f(x); }
+CKPT_HD double exp2(double x) { return ::exp2(x); }
 
 template <class T>
 CKPT_HD T select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
+
+// min(x, 1e30), which keeps an infinity from meeting a zero.
+CKPT_HD float bounded(float x) { return x > 1e30f ? 1e30f : x; }
+CKPT_HD double bounded(double x) { return x > 1e30 ? 1e30 : x; }
 
 // exp(x) - 1 for x <= 0.
 CKPT_HD float expm1_nonpositive(float x) { return expm1f(x); }
