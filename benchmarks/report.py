@@ -42,12 +42,13 @@ def row(result: dict[str, Any]) -> list[str]:
         f"{result['forward_ms']:.3f}",
         f"{result['backward_ms']:.3f}",
         f"{result['total_ms']:.3f}",
-        f"{result['times_floor']:.2f}",
+        f"{result['times_floor']:.2f}" if result["times_floor"] else "-",
+        f"{result['times_eager']:.2f}",
         f"{result['saved_bytes'] / 2**20:.2f}",
     ]
 
 
-COLUMNS = ["block", "shape", "dtype", "provider", "forward ms", "backward ms", "total ms", "x copy floor", "saved MiB"]
+COLUMNS = ["block", "shape", "dtype", "provider", "forward ms", "backward ms", "total ms", "x floor", "x eager", "saved MiB"]
 
 
 def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, Any]], notes: list[str]) -> None:
@@ -58,7 +59,7 @@ def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, A
     lines += [*notes, "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(row(result)) + " |" for result in results]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    large = [result for result in results if result["times_floor"] == result["times_floor"]]
+    large = [result for result in results if result["times_floor"]]
     _bars(large, "times_floor", "time, as a multiple of the copy floor (lower is better)", folder / "time.png")
     _bars(large, "saved_inputs", "kept for backward, in tensors of the input's size", folder / "saved.png")
 

@@ -238,7 +238,7 @@ def _add_row_norm(
     # Drawn from torch's generator of the input's device, and left there.
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=input.device) if p else None
     input, residual, weight, bias = _autocast(input, residual, weight, bias)
-    output, residual_out, _, _ = ops.row_norm.add_row_norm(
+    return ops.row_norm.add_row_norm(
         input,
         residual,
         weight,
@@ -252,7 +252,6 @@ def _add_row_norm(
         bool(cast_before_weight),
         p,
     )
-    return output, residual_out
 
 
 def _modulated(

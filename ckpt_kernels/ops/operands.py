@@ -30,7 +30,7 @@ def statistics(input: Tensor, columns: int, centered: bool) -> tuple[Tensor, Ten
 
 def contiguous(input: Tensor) -> Tensor:
     """Room for a result of input's shape, contiguous whatever input's strides are."""
-    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def gradient_room(like: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -41,7 +41,7 @@ def coefficient_room(like: Sequence[Tensor | None], wanted: Sequence[bool], inpu
     """Room for weight gradients, in the compute type."""
     dtype = reference.compute_dtype(input.dtype)
     return [
-        torch.empty(t.shape, dtype=dtype, device=t.device) if w and t is not None else None
+        torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) if w and t is not None else None
         for t, w in zip(like, wanted, strict=True)
     ]
 

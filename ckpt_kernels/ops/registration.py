@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _library = torch.library.Library("ckpt_kernels", "DEF")
 
 
@@ -13,10 +14,11 @@ class Op:
     """A differentiable op of this package, `torch.ops.ckpt_kernels.<name>`.
 
     Args:
-        schema: the op's schema, name first.
+        schema: the op's schema, name first, and its tensors before its other arguments.
         implementation: computes it on real tensors, without autograd.
         fake: makes outputs of the right shape and dtype, for torch.compile.
         setup_context, backward: the autograd rule, as for `torch.autograd.Function`.
+        results: how many of the outputs a call returns; those that follow are only kept for backward.
 
     Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
     gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
@@ -31,6 +33,7 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[[Any, tuple, Any], None],
         backward: Callable[..., Any],
+        results: int | None = None,
     ) -> None:
         name = schema.partition("(")[0]
         qualified = f"ckpt_kernels::{name}"
@@ -40,25 +43,32 @@ class Op:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
         self._dispatched = getattr(torch.ops.ckpt_kernels, name).default
         self._implementation = implementation
+        self._results = results
+        self._tensors = tensors = sum("Tensor" in argument for argument in schema.partition("->")[0].split(","))
 
-        def forward(ctx: Any, *arguments: Any) -> Any:
+        # A torch.autograd.Function pays for each argument: those that are not tensors go in one.
+        def packed_forward(ctx: Any, *arguments: Any) -> Any:
+            arguments = (*arguments[:-1], *arguments[-1])
             output = implementation(*arguments)
             setup_context(ctx, arguments, output)
-            return output
+            return output[:results]
 
-        self._function = _autograd_function(name, forward=forward, backward=backward)
+        def packed_backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+            return *backward(ctx, *gradients)[:tensors], None
+
+        self._function = _autograd_function(name, forward=packed_forward, backward=packed_backward)
         self._transformable = _autograd_function(
             name, forward=implementation, setup_context=setup_context, backward=backward
         )
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _all_plain(arguments):
-            return self._dispatched(*arguments)
+        if torch.compiler.is_compiling() or not _all_plain(arguments[: self._tensors]):
+            return self._dispatched(*arguments)[: self._results]
         if torch._C._are_functorch_transforms_active():
-            return self._transformable.apply(*arguments)
+            return self._transformable.apply(*arguments)[: self._results]
         if torch.is_grad_enabled():
-            return self._function.apply(*arguments)
-        return self._implementation(*arguments)
+            return self._function.apply(*arguments[: self._tensors], arguments[self._tensors :])
+        return self._implementation(*arguments)[: self._results]
 
 
 def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
@@ -70,8 +80,4 @@ def _all_plain(arguments: Sequence[Any]) -> bool:
     """Whether nothing but autograd needs to see the op: no subclass among the tensors, and no mode."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    for argument in arguments:
-        kind = type(argument)
-        if kind is not Tensor and kind is not torch.nn.Parameter and isinstance(argument, Tensor):
-            return False
-    return True
+    return all(type(argument) in _PLAIN for argument in arguments)

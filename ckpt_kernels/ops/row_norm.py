@@ -147,6 +147,7 @@ row_norm = Op(
     _row_norm_fake,
     _row_norm_setup,
     _row_norm_backward_rule,
+    results=1,
 )
 
 
@@ -268,6 +269,7 @@ modulated_row_norm = Op(
     _modulated_row_norm_fake,
     _modulated_row_norm_setup,
     _modulated_row_norm_backward_rule,
+    results=1,
 )
 
 
@@ -417,6 +419,7 @@ add_row_norm = Op(
     _add_row_norm_fake,
     _add_row_norm_setup,
     _add_row_norm_backward_rule,
+    results=2,
 )
 
 
@@ -450,7 +453,7 @@ def _gated_row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(input, gate, weight, rstd)
 
 
-def _gated_row_norm_backward_rule(ctx: Any, grad_output: Tensor | None, _: None) -> tuple:
+def _gated_row_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
     wanted, none = wanted_gradients(ctx, 3), (None,) * len(ctx.options)
     if grad_output is None:
         return None, None, None, *none
@@ -511,4 +514,5 @@ gated_row_norm = Op(
     _gated_row_norm_fake,
     _gated_row_norm_setup,
     _gated_row_norm_backward_rule,
+    results=1,
 )

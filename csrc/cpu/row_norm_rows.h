@@ -62,18 +62,19 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
     }
     if (a.residual) {
       const T* residual = a.residual.row<const T>(row) + j0;
-      T* sum = residual_out.row<T>(row) + j0;
+      const Written<T> sum(residual_out, row, a.rows, a.columns);
       if (a.seed) {
         dropout_factors(a, row, j0, n, factor.value);
         sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-          Vec<S> kept = load(z + j, lanes) * load(factor.value + j, lanes);
-          store(sum + j, load(residual + j, lanes) + kept, lanes);
-          store(z + j, load(sum + j, lanes), Full<S>{});
+          Vec<S> total = load(residual + j, lanes) + load(z + j, lanes) * load(factor.value + j, lanes);
+          sum.put(j0 + j, total, lanes);
+          store(z + j, round_to<S, T>(total), Full<S>{});
         });
       } else {
         sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-          store(sum + j, load(residual + j, lanes) + load(z + j, lanes), lanes);
-          store(z + j, load(sum + j, lanes), Full<S>{});
+          Vec<S> total = load(residual + j, lanes) + load(z + j, lanes);
+          sum.put(j0 + j, total, lanes);
+          store(z + j, round_to<S, T>(total), Full<S>{});
         });
       }
     }
@@ -134,7 +135,7 @@ CKPT_INLINE Vec<S> rounded_if(bool cast, Vec<S> x_hat) {
 template <class S, class T, class U>
 void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t row, const U* u, S mean, S rstd) {
   Coefficients<S> weight(a.weight, row, a, constants.ones.value), bias(a.bias, row, a, constants.zeros.value);
-  T* output = a.output.row<T>(row);
+  const Written<T> output(a.output, row, a.rows, a.columns);
   const bool cast = a.cast_before_weight;
   const Vec<S> center(mean), scale(rstd);
   const T* next = a.input.row<const T>(row + 1 < a.rows ? row + 1 : row);
@@ -147,18 +148,18 @@ void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t 
       return x_hat * load(w + j, lanes) + load(b + j, lanes);
     };
     if (!has_epilogue(a)) {
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(output + j0 + j, normalized(j, lanes), lanes); });
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) { output.put(j0 + j, normalized(j, lanes), lanes); });
     } else if (a.gate) {
       const T* gate = a.gate.row<const T>(row) + j0;
       visit_activation(a.activation, [&](auto function) {
         step<S>(n, [&](int64_t j, auto lanes) {
-          store(output + j0 + j, normalized(j, lanes) * value_of<T>(function, load(gate + j, lanes)), lanes);
+          output.put(j0 + j, normalized(j, lanes) * value_of<T>(function, load(gate + j, lanes)), lanes);
         });
       });
     } else {
       visit_activation(a.activation, [&](auto function) {
         step<S>(n, [&](int64_t j, auto lanes) {
-          store(output + j0 + j, value_of<T>(function, normalized(j, lanes)), lanes);
+          output.put(j0 + j, value_of<T>(function, normalized(j, lanes)), lanes);
         });
       });
     }
@@ -187,6 +188,7 @@ void forward_rows(const RowNormForward& a, int64_t begin, int64_t end, void* scr
       forward_row<S, T>(a, constants, row, a.input.row<const T>(row));
     }
   }
+  end_streams();
 }
 
 // The state of one row in a block of backward rows.
@@ -281,7 +283,9 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
   // (g - mean_grad - x_hat * mean_grad_x_hat) * rstd, as two products with what differs from row to row.
   const Vec<S> mean(r.mean), scale(r.rstd), tilt(-r.rstd * r.rstd * mean_grad_x_hat), shift(-r.rstd * mean_grad);
   const T* next = a.grad_output.row<const T>(r.ahead);
-  T* grad_input = a.grad_input.row<T>(row);
+  Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
+  // What is read again for the residual's gradient had better be in cache.
+  if (a.grad_residual) grad_input.streams = false;
   Chunk<S> slope, gate;
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
@@ -295,7 +299,7 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
       copy_to_chunk(a.input.row<const T>(row) + j0, n, slope.value);
       differentiate<T>(a.pre_activation, slope.value, n);
       sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-        store(grad_input + j0 + j, grad_u(j, lanes) * load(slope.value + j, lanes), lanes);
+        grad_input.put(j0 + j, grad_u(j, lanes) * load(slope.value + j, lanes), lanes);
       });
     } else if (a.gate_first) {
       const T* input = a.input.row<const T>(row) + j0;
@@ -306,25 +310,25 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
       differentiate<T>(a.activation, slope.value, n);
       sweep<S>(n, [&](int64_t j, auto lanes, auto) {
         Vec<S> g = grad_u(j, lanes);
-        store(grad_input + j0 + j, g * load(gate.value + j, lanes), lanes);
+        grad_input.put(j0 + j, g * load(gate.value + j, lanes), lanes);
         store(grad_gate + j, g * load(input + j, lanes) * load(slope.value + j, lanes), lanes);
       });
     } else if (a.grad_residual_out) {
       const T* above = a.grad_residual_out.row<const T>(row) + j0;
       sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-        store(grad_input + j0 + j, grad_u(j, lanes) + load(above + j, lanes), lanes);
+        grad_input.put(j0 + j, grad_u(j, lanes) + load(above + j, lanes), lanes);
       });
     } else {
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) { store(grad_input + j0 + j, grad_u(j, lanes), lanes); });
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) { grad_input.put(j0 + j, grad_u(j, lanes), lanes); });
     }
     if (a.grad_residual) {
       // grad_input so far is the gradient of the sum; the residual takes it as it is, the input through the mask.
       T* grad_residual = a.grad_residual.row<T>(row) + j0;
       dropout_factors(a, row, j0, n, slope.value);
       sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-        Vec<S> g = load(grad_input + j0 + j, lanes);
+        Vec<S> g = load(grad_input.row + j0 + j, lanes);
         store(grad_residual + j, g, lanes);
-        store(grad_input + j0 + j, g * load(slope.value + j, lanes), lanes);
+        store(grad_input.row + j0 + j, g * load(slope.value + j, lanes), lanes);
       });
     }
   }
@@ -387,6 +391,7 @@ CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_
     }
     backward_block(a, constants, rows, live, grad_weight, grad_bias);
   }
+  end_streams();
 }
 
 // All rows from begin to end are of one group.

@@ -74,9 +74,10 @@ CKPT_INLINE Vec<S> load(const S* p, Full<S>) {
   __builtin_memcpy(&raw, p, sizeof(raw));
   return raw;
 }
+// What is stored for a vector at p, by p's type.
 template <class S>
-CKPT_INLINE void store(S* p, Vec<S> a, Full<S>) {
-  __builtin_memcpy(p, &a.v, sizeof(a.v));
+CKPT_INLINE typename Raw<S>::type encode(const S*, Vec<S> a) {
+  return a.v;
 }
 
 // Between 16 and 32 bits a lane; compilers make several shuffles of __builtin_convertvector for these.
@@ -92,39 +93,38 @@ CKPT_INLINE Raw<float>::bits widen(const void* p) {
 #endif
 }
 // The bits beyond the lowest 16 must be zero.
-CKPT_INLINE void narrow(void* p, Raw<float>::bits bits) {
+CKPT_INLINE Raw<float>::half narrow(Raw<float>::bits bits) {
 #if CKPT_VECTOR_BYTES == 64
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bits));
+  return Raw<float>::half(_mm512_cvtepi32_epi16((__m512i)bits));
 #elif CKPT_VECTOR_BYTES == 32
   __m256i raw = (__m256i)bits;
-  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(raw), _mm256_extracti128_si256(raw, 1)));
+  return Raw<float>::half(_mm_packus_epi32(_mm256_castsi256_si128(raw), _mm256_extracti128_si256(raw, 1)));
 #else
-  Raw<float>::half raw = __builtin_convertvector(bits, Raw<float>::half);
-  __builtin_memcpy(p, &raw, sizeof(raw));
+  return __builtin_convertvector(bits, Raw<float>::half);
 #endif
 }
 
 CKPT_INLINE Vec<float> load(const bfloat16* p, Full<float>) { return Raw<float>::type(widen(p) << 16); }
-CKPT_INLINE void store(bfloat16* p, Vec<float> a, Full<float>) {
+CKPT_INLINE Raw<float>::half encode(const bfloat16*, Vec<float> a) {
   Raw<float>::bits bits = Raw<float>::bits(a.v);
   bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   bits = (a.v == a.v) ? bits : Raw<float>::bits{} + 0x7fc0u;
-  narrow(p, bits);
+  return narrow(bits);
 }
 
 #if defined(CKPT_F16C) && CKPT_VECTOR_BYTES == 64
 CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
   return Raw<float>::type(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
 }
-CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+CKPT_INLINE Raw<float>::half encode(const float16*, Vec<float> a) {
+  return Raw<float>::half(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(CKPT_F16C)
 CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
   return Raw<float>::type(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
 }
-CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+CKPT_INLINE Raw<float>::half encode(const float16*, Vec<float> a) {
+  return Raw<float>::half(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 // A product with a power of two rebuilds the exponent, denormals included; what was Inf or NaN keeps its exponent.
@@ -138,7 +138,7 @@ CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
   return Raw<float>::type(sign | scaled);
 }
 // Adding a power of two aligned with float16's last place lets the float adder do the rounding.
-CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
+CKPT_INLINE Raw<float>::half encode(const float16*, Vec<float> a) {
   using B = Raw<float>::bits;
   using F = Raw<float>::type;
   B bits = B(a.v);
@@ -149,9 +149,36 @@ CKPT_INLINE void store(float16* p, Vec<float> a, Full<float>) {
   B h = magnitude < 0x38800000u ? denormal : normal;
   h = magnitude >= 0x477ff000u ? B{} + 0x7c00u : h;
   h = magnitude > 0x7f800000u ? B{} + 0x7e00u : h;
-  narrow(p, h | sign);
+  return narrow(h | sign);
 }
 #endif
+
+template <class T, class S>
+CKPT_INLINE void store(T* p, Vec<S> a, Full<S>) {
+  auto raw = encode(p, a);
+  __builtin_memcpy(p, &raw, sizeof(raw));
+}
+
+// Past the caches, to an address aligned to the vector. What is large enough to leave the caches before it is read
+// need not be read into them before it is written.
+template <class T, class S>
+CKPT_INLINE void stream(T* p, Vec<S> a, Full<S>) {
+  auto raw = encode(p, a);
+#if CKPT_VECTOR_BYTES == 64
+  if constexpr (sizeof(raw) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)raw);
+#endif
+#if CKPT_VECTOR_BYTES >= 32
+  if constexpr (sizeof(raw) == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)raw);
+  if constexpr (sizeof(raw) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)raw);
+#endif
+  __builtin_memcpy(p, &raw, sizeof(raw));
+}
+// Other threads must see what was streamed once this one says that it is done.
+CKPT_INLINE void end_streams() {
+#if CKPT_VECTOR_BYTES >= 32
+  _mm_sfence();
+#endif
+}
 
 // Two vectors' worth of elements in an order of their own, for sums over them.
 template <class T, class S>
@@ -179,6 +206,30 @@ CKPT_INLINE void store(T* p, Vec<S> a, Partial<S> lanes) {
   store(padded, a, Full<S>{});
   for (int64_t i = 0; i < lanes.count; ++i) p[i] = padded[i];
 }
+
+template <class S, class T>
+CKPT_INLINE void stream(T* p, Vec<S> a, Partial<S> lanes) {
+  store(p, a, lanes);
+}
+
+// A matrix that is written: streamed where it is large and its rows are aligned.
+template <class T>
+struct Written {
+  T* row;
+  bool streams;
+
+  static constexpr int64_t stream_bytes = 16 << 20;
+  CKPT_INLINE Written(const Rows& rows, int64_t index, int64_t count, int64_t columns)
+      : row(rows.row<T>(index)),
+        streams(count * columns * int64_t(sizeof(T)) >= stream_bytes && reinterpret_cast<uintptr_t>(row) % 64 == 0) {}
+  template <class S, class Lanes>
+  CKPT_INLINE void put(int64_t column, Vec<S> a, Lanes lanes) const {
+    if (streams)
+      stream(row + column, a, lanes);
+    else
+      store(row + column, a, lanes);
+  }
+};
 
 // The value after a round trip through storage type T.
 template <class S, class T>
@@ -296,10 +347,6 @@ CKPT_INLINE ScaledExponential scaled_exponential(Raw<float>::type x) {
   Raw<float>::type n = nearest(x * 1.44269504088896341f);
   Raw<float>::type r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-#if CKPT_VECTOR_BYTES == 64
-  // Of an infinity the rest is NaN, and anything will do; of a NaN the power is NaN too.
-  r = _mm512_max_ps(r, _mm512_set1_ps(-0.5f));
-#endif
   Raw<float>::type q = 0.001390131190419197f * r + 0.008363213390111923f;
   q = q * r + 0.04166685417294502f;
   q = q * r + 0.16666576266288757f;
@@ -308,10 +355,7 @@ CKPT_INLINE ScaledExponential scaled_exponential(Raw<float>::type x) {
 }
 
 CKPT_INLINE Vec<float> exp(Vec<float> x) {
-#if CKPT_VECTOR_BYTES != 64
-  x = at_most(at_least(x.v, -104.0f), 89.0f);
-#endif
-  ScaledExponential e = scaled_exponential(x.v);
+  ScaledExponential e = scaled_exponential(at_most(at_least(x.v, -104.0f), 89.0f));
   return scale_by_power(1.0f + e.f, e.n);
 }
 
