@@ -117,10 +117,20 @@ def build_command(build: str) -> type:
             self.extensions = [extension for extension in self.extensions if extension not in self.failed]
 
         def build_extension(self, extension) -> None:
+            self._forget_outdated_cuda_objects(extension)
             try:
                 super().build_extension(extension)
             except Exception as error:
                 self._give_up([extension], error)
+
+        def _forget_outdated_cuda_objects(self, extension) -> None:
+            """ninja sees the headers of C++ sources, but under a CPU-only torch not those of CUDA sources."""
+            headers = [path for path in map(pathlib.Path, extension.depends) if path.suffix in (".h", ".cuh")]
+            changed = max(path.stat().st_mtime for path in headers)
+            for source in extension.sources:
+                built = pathlib.Path(self.build_temp, source).with_suffix(".o")
+                if source.endswith(".cu") and built.exists() and built.stat().st_mtime < changed:
+                    built.unlink()
 
         def _give_up(self, extensions: list, error: Exception) -> None:
             if build != "auto":

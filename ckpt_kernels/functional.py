@@ -19,6 +19,7 @@ from torch import Tensor
 from . import ops
 from .activations import Activation, activation_name
 
+_LAYOUTS = ("gate_first", "value_first", "interleaved")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -191,6 +192,63 @@ def modulated_rms_norm(
     return _modulated(input, scale, shift, normalized_shape, weight, None, eps, False, pre_activation, activation)
 
 
+def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tensor:
+    """activation(gate) * value: "silu" makes it SwiGLU, "gelu" GEGLU, "relu" ReGLU, "sigmoid" the first GLU.
+
+    Both have the same shape. They may be views, such as the two halves of one product, and are not copied as long as
+    their last dimension is contiguous. Keeps gate and value. Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    _check_tensor(gate, "gate")
+    _check_like(value, "value", gate, "gate")
+    return ops.glu.glu(gate, value, activation_name(activation))
+
+
+def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = "gate_first") -> Tensor:
+    """activation(gate) * value, where the last dimension of `input` holds both; the output's is half as long.
+
+    `layout` is "gate_first" (gate, then value: Phi-3), "value_first" (value, then gate: `torch.nn.functional.glu`), or
+    "interleaved" (gate at even places, value at odd ones). Keeps the input; its gradient is written as one tensor.
+    """
+    _check_tensor(input, "input")
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(_LAYOUTS)}")
+    if input.dim() == 0 or input.shape[-1] % 2:
+        raise RuntimeError(f"input has shape {_shape(input)}; expected a last dimension of even length")
+    return ops.glu.packed_glu(input, activation_name(activation), layout)
+
+
+def bias_act(
+    input: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "identity",
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """dropout(activation(input + bias)); the bias is that of the last dimension.
+
+    Keeps the input; for relu and leaky_relu the output instead, which whatever reads it keeps too; for the identity
+    nothing. No dropout mask: the backward kernel draws it again from its seed.
+    """
+    _check_tensor(input, "input")
+    if bias is not None:
+        _check_tensor(bias, "bias")
+        _check_device(bias, "bias", input)
+        if input.dim() == 0 or _shape(bias) != _shape(input)[-1:]:
+            raise RuntimeError(f"bias has shape {_shape(bias)}; expected that of the last dimension of {_shape(input)}")
+    name = activation_name(activation)
+    p, seed = _dropout(input, dropout_p, training)
+    return ops.bias_act.bias_act(input, bias, seed, name, p)
+
+
+def _dropout(input: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
+    """The probability, and a seed drawn from torch's generator of the input's device, and left there."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability between 0 and 1")
+    p = float(dropout_p) if training else 0.0
+    return p, torch.randint(-(2**63), 2**63 - 1, (1,), device=input.device) if p else None
+
+
 def _row_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -232,11 +290,7 @@ def _add_row_norm(
     _check_coefficient(weight, "weight", input, normalized_shape)
     _check_coefficient(bias, "bias", input, normalized_shape)
     name = activation_name(activation)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability between 0 and 1")
-    p = float(dropout_p) if training else 0.0
-    # Drawn from torch's generator of the input's device, and left there.
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=input.device) if p else None
+    p, seed = _dropout(input, dropout_p, training)
     input, residual, weight, bias = _autocast(input, residual, weight, bias)
     return ops.row_norm.add_row_norm(
         input,
@@ -321,18 +375,18 @@ def _check_input(input: Tensor, normalized_shape: int | Sequence[int]) -> int:
     return columns
 
 
-def _check_device(tensor: Tensor, argument: str, input: Tensor) -> None:
+def _check_device(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:
     if tensor.device != input.device:
-        raise RuntimeError(f"{argument} is on {tensor.device}; expected it on {input.device}, where input is")
+        raise RuntimeError(f"{argument} is on {tensor.device}; expected it on {input.device}, where {name} is")
 
 
-def _check_like(tensor: Tensor, argument: str, input: Tensor) -> None:
+def _check_like(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:
     _check_tensor(tensor, argument)
-    _check_device(tensor, argument, input)
+    _check_device(tensor, argument, input, name)
     if tensor.shape != input.shape:
-        raise RuntimeError(f"{argument} has shape {_shape(tensor)}; expected the input's, {_shape(input)}")
+        raise RuntimeError(f"{argument} has shape {_shape(tensor)}; expected the {name}'s, {_shape(input)}")
     if tensor.dtype != input.dtype:
-        raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected the input's, {input.dtype}")
+        raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected the {name}'s, {input.dtype}")
 
 
 def _check_coefficient(

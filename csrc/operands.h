@@ -10,7 +10,8 @@
 
 #include <optional>
 
-#include "row_norm.h"
+#include "math/dropout.h"
+#include "rows.h"
 
 namespace ckpt {
 
@@ -43,33 +44,22 @@ inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns) {
   return t ? rows_of(*t, rows, columns) : Rows{};
 }
 
+// A matrix of every `step`-th element of a row.
+inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns, int64_t step) {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == rows && t->size(1) == columns && (columns <= 1 || t->stride(1) == step),
+                  "expected a (", rows, ", ", columns, ") matrix of every ", step, "th element");
+  return {t->data_ptr(), t->stride(0)};
+}
+
 inline void* data_of(const OptionalTensor& t, int64_t numel) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(t->numel() == numel && t->is_contiguous(), "expected ", numel, " contiguous elements");
   return t->data_ptr();
 }
 
-// The operands that every block of the family has.
-inline void set_common(RowNorm& a, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& mean, const Tensor& rstd) {
-  STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
-  a.rows = input.size(0);
-  a.columns = input.size(1);
-  a.input = rows_of(input, a.rows, a.columns);
-  a.mean = data_of(mean, a.rows);
-  a.rstd = data_of(rstd, a.rows);
-  a.centered = mean.has_value();
-  const int64_t groups = weight ? weight->numel() / a.columns : bias ? bias->numel() / a.columns : 1;
-  STD_TORCH_CHECK(groups > 0 && a.rows % groups == 0, "expected weight and bias to divide the rows evenly");
-  STD_TORCH_CHECK(!weight || weight->numel() == groups * a.columns, "expected a weight for every column");
-  STD_TORCH_CHECK(!bias || bias->numel() == groups * a.columns, "expected a bias for every column");
-  a.rows_per_group = a.rows / groups;
-}
-
-inline void set_dropout(RowNorm& a, const OptionalTensor& seed, double p) {
-  if (!seed) return;
-  a.seed = static_cast<const int64_t*>(data_of(seed, 1));
-  a.dropout = Dropout::make(p);
+inline Dropout dropout_of(const OptionalTensor& seed, double p) {
+  return seed ? Dropout::make(p, static_cast<const int64_t*>(data_of(seed, 1))) : Dropout{};
 }
 
 }  // namespace ckpt

@@ -5,22 +5,9 @@
 #include <stdint.h>
 
 #include "math/dropout.h"
+#include "rows.h"
 
 namespace ckpt {
-
-enum class ScalarKind { float32, bfloat16, float16, float64 };
-
-// A matrix whose rows are contiguous; null where the block has no such operand.
-struct Rows {
-  void* data = nullptr;
-  int64_t stride = 0;
-
-  template <class T>
-  CKPT_HD T* row(int64_t index) const {
-    return static_cast<T*>(data) + index * stride;
-  }
-  CKPT_HD explicit operator bool() const { return data != nullptr; }
-};
 
 // y = activation(x_hat * weight + bias), x_hat = (u - mean) * rstd, where u is one of
 //   input,  pre_activation(input),  residual + dropout(input),  input * activation(gate) (gate_first),
@@ -34,7 +21,6 @@ struct RowNorm {
   double eps = 0;
   bool centered = true, cast_before_weight = false, gate_first = false;
   int pre_activation = 0, activation = 0;
-  const int64_t* seed = nullptr;  // of the dropout; null where there is none
   Dropout dropout;
 };
 

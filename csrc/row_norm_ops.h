@@ -7,8 +7,26 @@
 #pragma once
 
 #include "operands.h"
+#include "row_norm.h"
 
 namespace ckpt {
+
+// The operands that every block of the family has.
+inline void set_common(RowNorm& a, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                       const OptionalTensor& mean, const Tensor& rstd) {
+  STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
+  a.rows = input.size(0);
+  a.columns = input.size(1);
+  a.input = rows_of(input, a.rows, a.columns);
+  a.mean = data_of(mean, a.rows);
+  a.rstd = data_of(rstd, a.rows);
+  a.centered = mean.has_value();
+  const int64_t groups = weight ? weight->numel() / a.columns : bias ? bias->numel() / a.columns : 1;
+  STD_TORCH_CHECK(groups > 0 && a.rows % groups == 0, "expected weight and bias to divide the rows evenly");
+  STD_TORCH_CHECK(!weight || weight->numel() == groups * a.columns, "expected a weight for every column");
+  STD_TORCH_CHECK(!bias || bias->numel() == groups * a.columns, "expected a bias for every column");
+  a.rows_per_group = a.rows / groups;
+}
 
 template <class Device>
 struct RowNormOps {
@@ -56,7 +74,7 @@ struct RowNormOps {
     typename Device::Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
     RowNormForward a;
     set_common(a, input, weight, bias, mean, rstd);
-    set_dropout(a, seed, dropout_p);
+    a.dropout = dropout_of(seed, dropout_p);
     a.weight = w.data();
     a.bias = b.data();
     a.residual = rows_of(residual, a.rows, a.columns);
@@ -80,7 +98,7 @@ struct RowNormOps {
     typename Device::Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
     RowNormBackward a;
     set_common(a, residual_out, weight, bias, mean, rstd);
-    set_dropout(a, seed, dropout_p);
+    a.dropout = dropout_of(seed, dropout_p);
     const int64_t coefficients = a.rows / a.rows_per_group * a.columns;
     a.weight = w.data();
     a.bias = b.data();

@@ -4,7 +4,7 @@ A new family is covered by all contracts once its blocks are added to `BLOCKS`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ class Block:
 
     `call` is ours, `eager` the same in eager torch; both take the operands by name and return a tuple of outputs.
     `kept` names the operands whose bytes the block may keep for backward; "output 1" is its second output.
+    `packed` says that each row operand holds two rows of columns; `statistics` counts numbers kept for each row.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Block:
     samples: Sequence[str] = ()
     kept: Sequence[str] = ("input",)
     statistics: int = 2
-    ops: Sequence[str] = field(default=())
+    packed: bool = False
 
     def operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
         """Random operands, all wanting gradients; `lead` has at least two dimensions, of which the first is samples."""
@@ -44,7 +45,7 @@ class Block:
             values = torch.randn(shape, generator=generator, dtype=torch.float64) + around
             return values.to(dtype).to(device).requires_grad_()
 
-        found = {name: random(*lead, columns) for name in self.rows}
+        found = {name: random(*lead, 2 * columns if self.packed else columns) for name in self.rows}
         found |= {name: random(columns, around=1.0 if name == "weight" else 0.0) for name in self.coefficients}
         found |= {name: random(lead[0], *[1] * (len(lead) - 1), columns) for name in self.samples}
         return found
@@ -156,6 +157,40 @@ def _modulated_rms_norm(post: str) -> Block:
     return _block(f"modulated_rms_norm[{post}]", call, eager, "modulated_rms_norm", statistics=1, **options)
 
 
+def _glu(act: str) -> Block:
+    def call(gate, value):
+        return functional.glu(gate, value, activation=act)
+
+    def eager(gate, value):
+        return ACTIVATIONS[act](gate) * value
+
+    options = {"rows": ("gate", "value"), "coefficients": (), "kept": ("gate", "value"), "statistics": 0}
+    return _block(f"glu[{act}]", call, eager, "glu", **options)
+
+
+def _packed_glu(act: str, layout: str) -> Block:
+    def call(input):
+        return functional.packed_glu(input, activation=act, layout=layout)
+
+    def eager(input):
+        first, second = (input[..., ::2], input[..., 1::2]) if layout == "interleaved" else input.chunk(2, -1)
+        return first * ACTIVATIONS[act](second) if layout == "value_first" else ACTIVATIONS[act](first) * second
+
+    options = {"coefficients": (), "statistics": 0, "packed": True}
+    return _block(f"packed_glu[{act}, {layout}]", call, eager, "packed_glu", **options)
+
+
+def _bias_act(act: str, kept: Sequence[str], bias: bool = True) -> Block:
+    def call(input, bias=None):
+        return functional.bias_act(input, bias, activation=act)
+
+    def eager(input, bias=None):
+        return ACTIVATIONS[act](input if bias is None else input + bias)
+
+    options = {"coefficients": ("bias",) if bias else (), "kept": kept, "statistics": 0}
+    return _block(f"bias_act[{act}{'' if bias else ', no bias'}]", call, eager, "bias_act", **options)
+
+
 # One of each function, for the contracts that do not depend on the activation.
 BLOCKS = (
     _layer_norm("identity", "identity"),
@@ -173,6 +208,14 @@ BLOCKS = (
     _modulated_layer_norm("identity"),
     _modulated_layer_norm("silu"),
     _modulated_rms_norm("identity"),
+    _glu("silu"),
+    _packed_glu("gelu", "gate_first"),
+    _packed_glu("sigmoid", "value_first"),
+    _packed_glu("silu", "interleaved"),
+    _bias_act("gelu", kept=("input",)),
+    _bias_act("silu", kept=("input",), bias=False),
+    _bias_act("relu", kept=("output 0",)),
+    _bias_act("identity", kept=()),
 )
 
 # Every activation in every place that it can take.
@@ -181,6 +224,8 @@ ACTIVATION_BLOCKS = (
     *(_layer_norm(name, "identity") for name in NAMES),
     *(_gated_rms_norm(name, norm_before_gate=True) for name in NAMES),
     *(_gated_rms_norm(name, norm_before_gate=False) for name in NAMES),
+    *(_glu(name) for name in NAMES),
+    *(_bias_act(name, kept=()) for name in NAMES),
 )
 
 

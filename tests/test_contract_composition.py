@@ -1,6 +1,7 @@
 """The blocks in the company of the rest of torch."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -126,12 +127,22 @@ def _op_arguments(name: str) -> tuple:
         "modulated_row_norm": (x, random(3, 8), random(3, 8), w, b, 8, 1e-5, True, "identity", "silu"),
         "add_row_norm": (x, y, w, None, seed, 8, 1e-5, False, "silu", 0.0, False, 0.25),
         "gated_row_norm": (x, y, w, 8, 1e-5, "silu", False),
+        "glu": (x, y, "silu"),
+        "packed_glu": (x, "gelu", "interleaved"),
+        "bias_act": (x, w, seed, "silu", 0.25),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["row_norm", "modulated_row_norm", "add_row_norm", "gated_row_norm"])
+FORWARD_OPS = sorted(
+    name
+    for family in (ops.row_norm, ops.glu, ops.bias_act)
+    for name, value in vars(family).items()
+    if isinstance(value, ops.registration.Op) and not name.endswith("_backward")
+)
+
+
+@pytest.mark.parametrize("name", FORWARD_OPS)
 def test_opcheck(name: str) -> None:
-    assert hasattr(ops.row_norm, name)
     torch.library.opcheck(getattr(torch.ops.ckpt_kernels, name).default, _op_arguments(name))
 
 
@@ -175,6 +186,8 @@ MODULES = [
     (nn.GatedRMSNorm(16), torch.nn.RMSNorm(16)),
     (nn.ModulatedLayerNorm(16), torch.nn.LayerNorm(16)),
     (nn.ModulatedRMSNorm(16), torch.nn.RMSNorm(16)),
+    (nn.GLU(), torch.nn.GLU()),
+    (nn.BiasAct(16, activation="gelu"), nn.BiasAct(16)),
 ]
 
 
@@ -190,6 +203,6 @@ def test_state_dict_both_ways_deepcopy_and_pickle(ours: torch.nn.Module, theirs:
 
 def test_every_function_is_covered() -> None:
     """A family taken out of the registry, or never put in, is noticed here."""
-    public = {name for name, value in vars(functional).items() if callable(value) and name.endswith("_norm")}
-    public = {name for name in public if not name.startswith("_")}
+    public = {name for name, value in vars(functional).items() if inspect.isfunction(value) and name[0] != "_"}
+    public = {name for name in public if getattr(functional, name).__module__ == functional.__name__}
     assert public == {block.function for block in BLOCKS}

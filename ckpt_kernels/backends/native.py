@@ -1,7 +1,8 @@
 """The compiled libraries: `_C` (CPU) and `_C_cuda`, loaded where they are there and fit this torch.
 
 Both implement the ops declared here. Every op fills tensors that the caller has allocated; matrices are
-(rows, columns) with contiguous rows, weights and biases (columns,) or (groups, columns), statistics and weight
+(rows, columns) with contiguous rows (of glu, where gate and value take turns in one tensor, every other element),
+weights and biases (columns,) or (groups, columns), statistics and weight
 gradients in the compute type (float32, or float64 for float64 input).
 """
 
@@ -31,6 +32,13 @@ _SCHEMAS = (
     "gated_row_norm_backward(Tensor grad_output, Tensor input, Tensor gate, Tensor? weight, Tensor rstd,"
     " Tensor(a!)? grad_input, Tensor(b!)? grad_gate, Tensor(c!)? grad_weight, float eps, int activation,"
     " bool norm_before_gate) -> ()",
+    "glu_forward(Tensor gate, Tensor value, Tensor(a!) output, int activation) -> ()",
+    "glu_backward(Tensor grad_output, Tensor gate, Tensor value, Tensor(a!)? grad_gate, Tensor(b!)? grad_value,"
+    " int activation) -> ()",
+    "bias_act_forward(Tensor input, Tensor? bias, Tensor? seed, Tensor(a!) output, int activation, float dropout_p)"
+    " -> ()",
+    "bias_act_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor? seed, Tensor(a!)? grad_input,"
+    " Tensor(b!)? grad_bias, int activation, float dropout_p) -> ()",
     "cpu_isa() -> str",
 )
 
@@ -96,3 +104,7 @@ add_row_norm_forward = _launcher(_ops.add_row_norm_forward.default)
 add_row_norm_backward = _launcher(_ops.add_row_norm_backward.default)
 gated_row_norm_forward = _launcher(_ops.gated_row_norm_forward.default)
 gated_row_norm_backward = _launcher(_ops.gated_row_norm_backward.default)
+glu_forward = _launcher(_ops.glu_forward.default)
+glu_backward = _launcher(_ops.glu_backward.default)
+bias_act_forward = _launcher(_ops.bias_act_forward.default)
+bias_act_backward = _launcher(_ops.bias_act_backward.default)

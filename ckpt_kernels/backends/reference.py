@@ -156,6 +156,20 @@ def gated_row_norm(
     return (output * factor if norm_before_gate else output).to(input.dtype), rstd
 
 
+def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
+    """activation(gate) * value."""
+    compute = compute_dtype(gate.dtype)
+    return (ACTIVATIONS[activation](gate.to(compute)) * value.to(compute)).to(gate.dtype)
+
+
+def bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
+    """dropout(activation(input + bias))."""
+    z = input.to(compute_dtype(input.dtype))
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    return dropout(ACTIVATIONS[activation](z), seed, dropout_p).to(input.dtype)
+
+
 def gradients(
     block: Callable[..., Sequence[Tensor]],
     operands: Sequence[Tensor | None],
@@ -304,6 +318,39 @@ def gated_row_norm_backward(
 
     targets = (grad_input, grad_gate, grad_weight)
     operands = (input, gate, *_wide((weight,), input.dtype))
+    _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
+
+
+def glu_forward(gate, value, output, activation):
+    """`glu` into output."""
+    _fill((output,), (glu(gate, value, activation),))
+
+
+def glu_backward(grad_output, gate, value, grad_gate, grad_value, activation):
+    """The gradients of `glu`."""
+
+    def block(gate: Tensor, value: Tensor) -> Sequence[Tensor]:
+        return (glu(gate, value, activation),)
+
+    targets = (grad_gate, grad_value)
+    _fill(targets, gradients(block, (gate, value), (grad_output,), [t is not None for t in targets]))
+
+
+def bias_act_forward(input, bias, seed, output, activation, dropout_p):
+    """`bias_act` into output."""
+    _fill((output,), (bias_act(input, bias, seed, activation, dropout_p),))
+
+
+def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, activation, dropout_p):
+    """The gradients of `bias_act`; without a bias, that of one that is zero."""
+
+    def block(input: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
+        return (bias_act(input, bias, seed, activation, dropout_p),)
+
+    if bias is None and grad_bias is not None:
+        bias = torch.zeros_like(grad_bias)
+    targets = (grad_input, grad_bias)
+    operands = (input, *_wide((bias,), input.dtype))
     _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
 
 

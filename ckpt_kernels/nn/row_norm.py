@@ -7,11 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-
-
-def _extras(**settings: tuple[object, object]) -> str:
-    """ ", name=value" for every setting that is not at its default."""
-    return "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)
+from .extras import extras, probability
 
 
 class LayerNorm(nn.LayerNorm):
@@ -50,7 +46,7 @@ class LayerNorm(nn.LayerNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extras(
+        return super().extra_repr() + extras(
             activation=(self.activation, "identity"), pre_activation=(self.pre_activation, "identity")
         )
 
@@ -101,7 +97,7 @@ class RMSNorm(nn.RMSNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extras(
+        return super().extra_repr() + extras(
             activation=(self.activation, "identity"),
             pre_activation=(self.pre_activation, "identity"),
             weight_offset=(self.weight_offset, 0.0),
@@ -133,7 +129,7 @@ class AddLayerNorm(nn.LayerNorm):
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.activation = activation_name(activation)
-        self.dropout = _probability(dropout)
+        self.dropout = probability(dropout)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return F.add_layer_norm(
@@ -149,7 +145,7 @@ class AddLayerNorm(nn.LayerNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extras(activation=(self.activation, "identity"), dropout=(self.dropout, 0.0))
+        return super().extra_repr() + extras(activation=(self.activation, "identity"), dropout=(self.dropout, 0.0))
 
 
 class AddRMSNorm(RMSNorm):
@@ -182,7 +178,7 @@ class AddRMSNorm(RMSNorm):
             weight_offset=weight_offset,
             cast_before_weight=cast_before_weight,
         )
-        self.dropout = _probability(dropout)
+        self.dropout = probability(dropout)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return F.add_rms_norm(
@@ -199,7 +195,7 @@ class AddRMSNorm(RMSNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extras(dropout=(self.dropout, 0.0))
+        return super().extra_repr() + extras(dropout=(self.dropout, 0.0))
 
 
 class GatedRMSNorm(nn.RMSNorm):
@@ -237,7 +233,7 @@ class GatedRMSNorm(nn.RMSNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extras(
+        return super().extra_repr() + extras(
             activation=(self.activation, "silu"), norm_before_gate=(self.norm_before_gate, True)
         )
 
@@ -297,12 +293,6 @@ class ModulatedRMSNorm(nn.RMSNorm):
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extras(
+        return super().extra_repr() + extras(
             activation=(self.activation, "identity"), pre_activation=(self.pre_activation, "identity")
         )
-
-
-def _probability(dropout: float) -> float:
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout is {dropout}; expected a probability between 0 and 1")
-    return dropout

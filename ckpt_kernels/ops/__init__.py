@@ -1,5 +1,5 @@
 """One file a family: op schema, fake function and autograd rule. Which backend computes is not known here."""
 
-from . import row_norm
+from . import bias_act, glu, row_norm
 
-__all__ = ["row_norm"]
+__all__ = ["bias_act", "glu", "row_norm"]

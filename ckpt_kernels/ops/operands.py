@@ -16,6 +16,19 @@ def as_rows(tensor: Tensor, columns: int) -> Tensor:
     return tensor if columns == 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
+def as_matrices(*tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
+    """Tensors of one shape as matrices for what goes element by element: one row where all are contiguous.
+
+    Else by rows of the last dimension, or of `columns`.
+    """
+    there = [t for t in tensors if t is not None]
+    if columns is None and all(t.is_contiguous() for t in there):
+        columns = there[0].numel()
+    elif columns is None:
+        columns = there[0].shape[-1]
+    return [None if t is None else as_rows(t, columns) for t in tensors]
+
+
 def vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 

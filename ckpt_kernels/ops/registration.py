@@ -18,7 +18,7 @@ class Op:
         implementation: computes it on real tensors, without autograd.
         fake: makes outputs of the right shape and dtype, for torch.compile.
         setup_context, backward: the autograd rule, as for `torch.autograd.Function`.
-        results: how many of the outputs a call returns; those that follow are only kept for backward.
+        results: how many of several outputs a call returns; those that follow are only kept for backward.
 
     Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
     gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
@@ -51,7 +51,7 @@ class Op:
             arguments = (*arguments[:-1], *arguments[-1])
             output = implementation(*arguments)
             setup_context(ctx, arguments, output)
-            return output[:results]
+            return output if results is None else output[:results]
 
         def packed_backward(ctx: Any, *gradients: Tensor | None) -> tuple:
             return *backward(ctx, *gradients)[:tensors], None
@@ -63,12 +63,14 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not _all_plain(arguments[: self._tensors]):
-            return self._dispatched(*arguments)[: self._results]
-        if torch._C._are_functorch_transforms_active():
-            return self._transformable.apply(*arguments)[: self._results]
-        if torch.is_grad_enabled():
+            output = self._dispatched(*arguments)
+        elif torch._C._are_functorch_transforms_active():
+            output = self._transformable.apply(*arguments)
+        elif torch.is_grad_enabled():
             return self._function.apply(*arguments[: self._tensors], arguments[self._tensors :])
-        return self._implementation(*arguments)[: self._results]
+        else:
+            output = self._implementation(*arguments)
+        return output if self._results is None else output[: self._results]
 
 
 def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:

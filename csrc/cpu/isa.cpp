@@ -1,5 +1,7 @@
 #include "isa.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -44,7 +46,27 @@ Isa chosen_isa() {
 
 }  // namespace
 
-const char* isa_name() {
+#if defined(__x86_64__)
+#define CKPT_CHOOSE(Loops, name)        \
+  const Loops& name(ScalarKind kind) {  \
+    switch (chosen_isa()) {             \
+      case Isa::avx512:                 \
+        return avx512::name(kind);      \
+      case Isa::avx2:                   \
+        return avx2::name(kind);        \
+      default:                          \
+        return generic::name(kind);     \
+    }                                   \
+  }
+#else
+#define CKPT_CHOOSE(Loops, name) \
+  const Loops& name(ScalarKind kind) { return generic::name(kind); }
+#endif
+CKPT_LOOPS(CKPT_CHOOSE)
+
+namespace {
+
+std::string cpu_isa() {
   switch (chosen_isa()) {
     case Isa::avx512:
       return "avx512";
@@ -55,17 +77,9 @@ const char* isa_name() {
   }
 }
 
-const RowNormLoops& row_norm_loops(ScalarKind kind) {
-  switch (chosen_isa()) {
-#if defined(__x86_64__)
-    case Isa::avx512:
-      return avx512::row_norm_loops(kind);
-    case Isa::avx2:
-      return avx2::row_norm_loops(kind);
-#endif
-    default:
-      return generic::row_norm_loops(kind);
-  }
-}
-
+}  // namespace
 }  // namespace ckpt
+
+STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&ckpt::cpu_isa));
+}

@@ -1,34 +1,55 @@
-// The row loops as each instruction set builds them, and which set's build serves this process.
+// The loops over rows as each instruction set builds them, and which set's build serves this process.
 #pragma once
 
+#include "../bias_act.h"
+#include "../glu.h"
 #include "../row_norm.h"
 
 namespace ckpt {
 
-// The row loops for one storage type in one instruction set. `scratch` holds scratch_size(columns) elements of
-// the compute type. The backward loop adds to the weight gradients of the rows it is given.
+// The loops of a family for one storage type in one instruction set. Those that are summed over rows add to the sums
+// of the rows that they are given.
 struct RowNormLoops {
+  // `scratch` holds scratch_size(columns) elements of the compute type.
   void (*forward)(const RowNormForward&, int64_t begin, int64_t end, void* scratch);
   void (*backward)(const RowNormBackward&, int64_t begin, int64_t end, void* scratch, void* grad_weight,
                    void* grad_bias);
-  void (*sum_partials)(const void* partials, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum);
-  // In elements of the compute type.
   int64_t (*scratch_size)(int64_t columns);
 };
+struct GluLoops {
+  // For the columns from begin to end of one row.
+  void (*forward)(const GluForward&, int64_t row, int64_t begin, int64_t end);
+  void (*backward)(const GluBackward&, int64_t row, int64_t begin, int64_t end);
+};
+struct BiasActLoops {
+  void (*forward)(const BiasActForward&, int64_t row, int64_t begin, int64_t end);
+  void (*backward)(const BiasActBackward&, int64_t row, int64_t begin, int64_t end, void* grad_bias);
+};
+struct SumLoops {
+  // Adds up `count` rows in their order, for the columns from begin to end; all in the compute type.
+  void (*sum_rows)(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum);
+};
 
-#define CKPT_DECLARE_ISA(name)                         \
-  namespace name {                                     \
-  const RowNormLoops& row_norm_loops(ScalarKind kind); \
-  }
-CKPT_DECLARE_ISA(generic)
+#define CKPT_LOOPS(X)             \
+  X(RowNormLoops, row_norm_loops) \
+  X(GluLoops, glu_loops)          \
+  X(BiasActLoops, bias_act_loops) \
+  X(SumLoops, sum_loops)
+
+#define CKPT_DECLARE(Loops, name) const Loops& name(ScalarKind kind);
+// Those of the chosen set, and of each.
+CKPT_LOOPS(CKPT_DECLARE)
+namespace generic {
+CKPT_LOOPS(CKPT_DECLARE)
+}
 #if defined(__x86_64__)
-CKPT_DECLARE_ISA(avx2)
-CKPT_DECLARE_ISA(avx512)
+namespace avx2 {
+CKPT_LOOPS(CKPT_DECLARE)
+}
+namespace avx512 {
+CKPT_LOOPS(CKPT_DECLARE)
+}
 #endif
-#undef CKPT_DECLARE_ISA
-
-// The name of the chosen set: "generic", "avx2" or "avx512".
-const char* isa_name();
-const RowNormLoops& row_norm_loops(ScalarKind kind);
+#undef CKPT_DECLARE
 
 }  // namespace ckpt

@@ -63,8 +63,8 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
     if (a.residual) {
       const T* residual = a.residual.row<const T>(row) + j0;
       const Written<T> sum(residual_out, row, a.rows, a.columns);
-      if (a.seed) {
-        dropout_factors(a, row, j0, n, factor.value);
+      if (a.dropout) {
+        dropout_factors(a.dropout, row, j0, n, factor.value);
         sweep<S>(n, [&](int64_t j, auto lanes, auto) {
           Vec<S> total = load(residual + j, lanes) + load(z + j, lanes) * load(factor.value + j, lanes);
           sum.put(j0 + j, total, lanes);
@@ -324,7 +324,7 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
     if (a.grad_residual) {
       // grad_input so far is the gradient of the sum; the residual takes it as it is, the input through the mask.
       T* grad_residual = a.grad_residual.row<T>(row) + j0;
-      dropout_factors(a, row, j0, n, slope.value);
+      dropout_factors(a.dropout, row, j0, n, slope.value);
       sweep<S>(n, [&](int64_t j, auto lanes, auto) {
         Vec<S> g = load(grad_input.row + j0 + j, lanes);
         store(grad_residual + j, g, lanes);
@@ -412,31 +412,16 @@ void backward_rows(const RowNormBackward& a, int64_t begin, int64_t end, void* s
                              [&](int64_t row, int64_t) { return a.input.row<const T>(row); });
 }
 
-// Adds up `count` rows of partial sums in their order, for the columns from begin to end.
-template <class S>
-void sum_partials(const void* partials, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum) {
-  const S* source = static_cast<const S*>(partials) + begin;
-  S* target = static_cast<S*>(sum) + begin;
-  sweep<S>(end - begin, [=](int64_t j, auto lanes, auto) {
-    Vec<S> total = load(source + j, lanes);
-    for (int64_t i = 1; i < count; ++i) total += load(source + i * columns + j, lanes);
-    store(target + j, total, lanes);
-  });
-}
-
 template <class S>
 int64_t scratch_size(int64_t columns) {
   return (2 * block_rows + 2) * whole_vectors<S>(columns);
 }
 
 template <class T>
-constexpr RowNormLoops loops_for() {
+constexpr RowNormLoops row_norm_loops_for() {
   using S = typename ComputeType<T>::type;
-  return {forward_rows<S, T>, backward_rows<S, T>, sum_partials<S>, scratch_size<S>};
+  return {forward_rows<S, T>, backward_rows<S, T>, scratch_size<S>};
 }
-
 const RowNormLoops& row_norm_loops(ScalarKind kind) {
-  static constexpr RowNormLoops loops[] = {loops_for<float>(), loops_for<bfloat16>(), loops_for<float16>(),
-                                           loops_for<double>()};
-  return loops[int(kind)];
+  CKPT_BY_STORAGE(RowNormLoops, row_norm_loops_for)
 }

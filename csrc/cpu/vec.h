@@ -80,6 +80,15 @@ CKPT_INLINE typename Raw<S>::type encode(const S*, Vec<S> a) {
   return a.v;
 }
 
+template <class S>
+CKPT_INLINE int64_t count_of(Full<S>) {
+  return Vec<S>::width;
+}
+template <class S>
+CKPT_INLINE int64_t count_of(Partial<S> lanes) {
+  return lanes.count;
+}
+
 // Between 16 and 32 bits a lane; compilers make several shuffles of __builtin_convertvector for these.
 CKPT_INLINE Raw<float>::bits widen(const void* p) {
 #if CKPT_VECTOR_BYTES == 64
@@ -490,7 +499,23 @@ struct Bits {
   CKPT_INLINE friend Bits operator^(Bits a, Bits b) { return a.v ^ b.v; }
   CKPT_INLINE friend Bits operator^(Bits a, uint32_t b) { return a.v ^ b; }
   CKPT_INLINE friend Bits multiply_high(Bits a, uint32_t b) {
+#if CKPT_VECTOR_BYTES == 64
+    __m512i x = (__m512i)a.v, y = _mm512_set1_epi32(int(b));
+    __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+    return Type(_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd));
+#elif CKPT_VECTOR_BYTES == 32
+    __m256i x = (__m256i)a.v, y = _mm256_set1_epi32(int(b));
+    __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+    return Type(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+#else
     typedef uint64_t Wide __attribute__((vector_size(sizeof(Type) * 2)));
     return __builtin_convertvector((__builtin_convertvector(a.v, Wide) * uint64_t(b)) >> 32, Type);
+#endif
   }
 };
+
+// The body of a function from a kind to the loops that loops_for<storage type>() makes.
+#define CKPT_BY_STORAGE(Loops, loops_for)                                                                    \
+  static constexpr Loops loops[] = {loops_for<float>(), loops_for<bfloat16>(), loops_for<float16>(), \
+                                    loops_for<double>()};                                            \
+  return loops[int(kind)];

@@ -1,40 +1,14 @@
 // The row-norm kernels for CUDA. Compiled by nvcc into the library, and by the host compiler, with
 // tests/host/cuda_on_host.h in the place of CUDA's own headers, into the tests.
 //
-// A row belongs to a team: a warp where rows are short, a block where they are long. T is the storage type; a
-// thread reads and writes VEC elements at a time, 16 bytes where alignment allows it and one element otherwise.
-// Activations are a uniform run-time switch, which costs nothing at memory speed and saves compile time.
+// A row belongs to a team: a warp where rows are short, a block where they are long.
 #pragma once
 
-#include "../math/activations.h"
 #include "../math/moments.h"
-#include "../math/philox.h"
-#include "../math/storage.h"
 #include "../row_norm.h"
+#include "elements.cuh"
 
 namespace ckpt {
-
-constexpr int warp_threads = 32;
-constexpr int block_threads = 256;
-constexpr int block_warps = block_threads / warp_threads;
-
-template <class T, int VEC>
-struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Pack {
-  T value[VEC];
-};
-
-template <int VEC, class T>
-__device__ __forceinline__ void load(const T* p, float* v) {
-  const Pack<T, VEC> pack = *reinterpret_cast<const Pack<T, VEC>*>(p);
-  for (int i = 0; i < VEC; ++i) v[i] = to_float(pack.value[i]);
-}
-
-template <int VEC, class T>
-__device__ __forceinline__ void store(T* p, const float* v) {
-  Pack<T, VEC> pack;
-  for (int i = 0; i < VEC; ++i) from_float(v[i], &pack.value[i]);
-  *reinterpret_cast<Pack<T, VEC>*>(p) = pack;
-}
 
 // The threads that share a row, and their sums.
 template <bool WARP>
@@ -85,33 +59,6 @@ struct Team {
   }
 };
 
-template <int VEC>
-__device__ __forceinline__ void activate(int activation, float* v) {
-  visit_activation(activation, [v](auto function) {
-    for (int i = 0; i < VEC; ++i) v[i] = function.value(v[i]);
-  });
-}
-
-template <int VEC>
-__device__ __forceinline__ void differentiate(int activation, float* v) {
-  visit_activation(activation, [v](auto function) {
-    for (int i = 0; i < VEC; ++i) v[i] = function.derivative(v[i]);
-  });
-}
-
-// 0 or 1 / (1 - p) for VEC columns from column j.
-template <int VEC>
-__device__ __forceinline__ void dropout_factors(const RowNorm& a, int64_t row, int64_t j, float* factor) {
-  for (int quad = 0; quad < (VEC + 3) / 4; ++quad) {
-    const PhiloxState<uint32_t> bits =
-        philox4x32_10<uint32_t>({{uint32_t(j / 4) + quad, uint32_t(row), uint32_t(row >> 32), 0}}, uint64_t(*a.seed));
-    if (VEC == 1)
-      factor[0] = a.dropout.factor<float>(bits.word[j % 4]);
-    else
-      for (int lane = 0; lane < 4; ++lane) factor[quad * 4 + lane] = a.dropout.factor<float>(bits.word[lane]);
-  }
-}
-
 // What is normalised, for VEC columns of a row. Where there is a residual, its sum with the input is stored.
 template <class T, int VEC>
 __device__ __forceinline__ void load_operand(const RowNorm& a, const Rows& residual_out, int64_t row, int64_t j,
@@ -127,9 +74,9 @@ __device__ __forceinline__ void load_operand(const RowNorm& a, const Rows& resid
   if (a.residual) {
     float residual[VEC];
     load<VEC>(a.residual.row<const T>(row) + j, residual);
-    if (a.seed) {
+    if (a.dropout) {
       float factor[VEC];
-      dropout_factors<VEC>(a, row, j, factor);
+      dropout_factors<VEC>(a.dropout, row, j, factor);
       for (int i = 0; i < VEC; ++i) u[i] *= factor[i];
     }
     for (int i = 0; i < VEC; ++i) u[i] += residual[i];
@@ -259,7 +206,7 @@ __device__ __forceinline__ void store_input_gradients(const RowNormBackward& a, 
   if (a.grad_residual) {
     store<VEC>(a.grad_residual.row<T>(row) + j, du);
     load<VEC>(a.grad_residual.row<const T>(row) + j, du);
-    dropout_factors<VEC>(a, row, j, other);
+    dropout_factors<VEC>(a.dropout, row, j, other);
     for (int i = 0; i < VEC; ++i) du[i] *= other[i];
   }
   store<VEC>(a.grad_input.row<T>(row) + j, du);
@@ -316,17 +263,6 @@ __global__ void __launch_bounds__(block_threads)
   }
   if (weight_sums) store<VEC>(weight_sums + task * a.columns + j, dw);
   if (bias_sums) store<VEC>(bias_sums + task * a.columns + j, db);
-}
-
-// Adds up each group's rows of partial sums, in their order.
-__global__ void __launch_bounds__(block_threads)
-    sum_partials_kernel(const float* sums, int64_t group_tasks, int64_t columns, int64_t total, float* result) {
-  const int64_t k = int64_t(blockIdx.x) * block_threads + threadIdx.x;
-  if (k >= total) return;
-  const float* first = sums + k / columns * group_tasks * columns + k % columns;
-  float sum = 0;
-  for (int64_t task = 0; task < group_tasks; ++task) sum += first[task * columns];
-  result[k] = sum;
 }
 
 }  // namespace ckpt

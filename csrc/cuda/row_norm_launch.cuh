@@ -10,15 +10,6 @@ namespace ckpt {
 constexpr int64_t warp_columns = 1024;
 constexpr int64_t most_blocks = 1 << 16;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-template <class T>
-bool is_vectorizable(const Rows& rows) {
-  return !rows || (is_aligned(rows.data) && rows.stride * sizeof(T) % 16 == 0);
-}
-
 template <class T>
 bool is_vectorizable(const RowNorm& a) {
   return a.columns * sizeof(T) % 16 == 0 && is_vectorizable<T>(a.input) && is_vectorizable<T>(a.residual) &&
@@ -44,21 +35,6 @@ void launch_forward(const RowNormForward& a, const Launch& launch) {
     launch_forward<T, 1>(a, launch);
 }
 
-// How the rows are shared out among the partial sums of the weight gradients.
-struct PartialSums {
-  int64_t groups, group_tasks, task_rows;
-
-  explicit PartialSums(const RowNorm& a) {
-    constexpr int64_t most_tasks = 256, least_rows = 16;
-    groups = a.rows / a.rows_per_group;
-    group_tasks = divide_up(a.rows_per_group, least_rows);
-    if (group_tasks > most_tasks) group_tasks = most_tasks;
-    task_rows = divide_up(a.rows_per_group, group_tasks);
-    group_tasks = divide_up(a.rows_per_group, task_rows);
-  }
-  int64_t elements(const RowNorm& a) const { return groups * group_tasks * a.columns; }
-};
-
 template <class T, int VEC, class Launch>
 void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_bias, float* weight_sums,
                      float* bias_sums, const Launch& launch) {
@@ -72,7 +48,7 @@ void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_b
       launch(row_norm_backward_input_kernel<T, VEC, false>, blocks, a);
   }
   if (!grad_weight && !grad_bias) return;
-  const PartialSums shares(a);
+  const PartialSums shares(a.rows, a.rows_per_group);
   const int64_t strips = divide_up(a.columns, block_threads * VEC);
   launch(row_norm_backward_weight_kernel<T, VEC>, shares.groups * shares.group_tasks * strips, a, shares.group_tasks,
          shares.task_rows, strips, weight_sums, bias_sums);
@@ -83,7 +59,7 @@ void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_b
     launch(sum_partials_kernel, blocks, (const float*)bias_sums, shares.group_tasks, a.columns, total, grad_bias);
 }
 
-// The sums have room for PartialSums(a).elements(a) floats each where their gradient is wanted, and are null else.
+// The sums have room for PartialSums(a.rows, a.rows_per_group).elements(a.columns) floats each where their gradient is wanted, and are null else.
 template <class T, class Launch>
 void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_bias, float* weight_sums,
                      float* bias_sums, const Launch& launch) {
@@ -94,24 +70,6 @@ void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_b
     launch_backward<T, 16 / sizeof(T)>(a, grad_weight, grad_bias, weight_sums, bias_sums, launch);
   else
     launch_backward<T, 1>(a, grad_weight, grad_bias, weight_sums, bias_sums, launch);
-}
-
-// Calls body(T{}) for the storage type; CUDA's kernels know the three that are computed in float32.
-template <class Body>
-bool dispatch_storage(ScalarKind kind, Body body) {
-  switch (kind) {
-    case ScalarKind::float32:
-      body(float{});
-      return true;
-    case ScalarKind::bfloat16:
-      body(bfloat16{});
-      return true;
-    case ScalarKind::float16:
-      body(float16{});
-      return true;
-    default:
-      return false;
-  }
 }
 
 }  // namespace ckpt

@@ -35,7 +35,7 @@ def _module() -> ModuleType:
 
 def _operands(tensors: dict[str, Tensor | None], **options: Any) -> dict[str, Any]:
     named = {name: (t.data_ptr(), t.stride(0)) for name, t in tensors.items() if t is not None}
-    rows, columns = tensors["input"].shape
+    rows, columns = next(iter(tensors.values())).shape
     groups = next((tensors[k].numel() // columns for k in ("weight", "bias") if tensors.get(k) is not None), 1)
     return named | options | {"rows": rows, "columns": columns, "rows_per_group": rows // groups}
 
@@ -48,7 +48,7 @@ def row_norm_forward(input, weight, bias, output, mean, rstd, eps, pre, activati
     tensors = {"input": input, "weight": _wide(weight, offset), "bias": _wide(bias), "output": output}
     tensors |= {"mean": mean, "rstd": rstd}
     options = {"eps": eps, "pre_activation": CODES[pre], "activation": CODES[activation], "cast_before_weight": cast}
-    _module().forward(_KINDS[input.dtype], _operands(tensors, **options))
+    _module().row_norm_forward(_KINDS[input.dtype], _operands(tensors, **options))
 
 
 def row_norm_backward(
@@ -58,7 +58,7 @@ def row_norm_backward(
     tensors |= {"mean": mean, "rstd": rstd, "grad_input": grad_input, "grad_weight": grad_weight}
     tensors |= {"grad_bias": grad_bias}
     options = {"pre_activation": CODES[pre], "activation": CODES[activation], "cast_before_weight": cast}
-    _module().backward(_KINDS[input.dtype], _operands(tensors, **options))
+    _module().row_norm_backward(_KINDS[input.dtype], _operands(tensors, **options))
 
 
 def add_row_norm_forward(
@@ -67,7 +67,7 @@ def add_row_norm_forward(
     tensors = {"input": input, "residual": residual, "weight": _wide(weight, offset), "bias": _wide(bias)}
     tensors |= {"seed": seed, "output": output, "residual_out": residual_out, "mean": mean, "rstd": rstd}
     options = {"eps": eps, "activation": CODES[activation], "cast_before_weight": cast, "dropout_p": dropout_p}
-    _module().forward(_KINDS[input.dtype], _operands(tensors, **options))
+    _module().row_norm_forward(_KINDS[input.dtype], _operands(tensors, **options))
 
 
 def add_row_norm_backward(
@@ -94,13 +94,13 @@ def add_row_norm_backward(
     tensors |= {"grad_input": grad_input, "grad_residual": grad_residual}
     tensors |= {"grad_weight": grad_weight, "grad_bias": grad_bias}
     options = {"activation": CODES[activation], "cast_before_weight": cast, "dropout_p": dropout_p}
-    _module().backward(_KINDS[residual_out.dtype], _operands(tensors, **options))
+    _module().row_norm_backward(_KINDS[residual_out.dtype], _operands(tensors, **options))
 
 
 def gated_row_norm_forward(input, gate, weight, output, rstd, eps, activation, norm_before_gate):
     tensors = {"input": input, "gate": gate, "weight": _wide(weight), "output": output, "rstd": rstd}
     options = {"eps": eps, "activation": CODES[activation], "gate_first": not norm_before_gate}
-    _module().forward(_KINDS[input.dtype], _operands(tensors, **options))
+    _module().row_norm_forward(_KINDS[input.dtype], _operands(tensors, **options))
 
 
 def gated_row_norm_backward(
@@ -109,4 +109,33 @@ def gated_row_norm_backward(
     tensors = {"grad_output": grad_output, "input": input, "gate": gate, "weight": _wide(weight), "rstd": rstd}
     tensors |= {"grad_input": grad_input, "grad_gate": grad_gate, "grad_weight": grad_weight}
     options = {"activation": CODES[activation], "gate_first": not norm_before_gate}
-    _module().backward(_KINDS[input.dtype], _operands(tensors, **options))
+    _module().row_norm_backward(_KINDS[input.dtype], _operands(tensors, **options))
+
+
+def glu_forward(gate, value, output, activation):
+    tensors = {"gate": gate, "value": value, "output": output}
+    _module().glu_forward(_KINDS[gate.dtype], _operands(tensors, activation=CODES[activation], step=_step(gate)))
+
+
+def glu_backward(grad_output, gate, value, grad_gate, grad_value, activation):
+    tensors = {"grad_output": grad_output, "gate": gate, "value": value}
+    tensors |= {"grad_gate": grad_gate, "grad_value": grad_value}
+    options = {"activation": CODES[activation], "step": _step(gate)}
+    _module().glu_backward(_KINDS[gate.dtype], _operands(tensors, **options))
+
+
+def _step(gate: Tensor) -> int:
+    return gate.stride(1) if gate.shape[1] > 1 else 1
+
+
+def bias_act_forward(input, bias, seed, output, activation, dropout_p):
+    tensors = {"input": input, "bias": _wide(bias), "seed": seed, "output": output}
+    options = {"activation": CODES[activation], "dropout_p": dropout_p}
+    _module().bias_act_forward(_KINDS[input.dtype], _operands(tensors, **options))
+
+
+def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, activation, dropout_p):
+    tensors = {"grad_output": grad_output, "input": input, "bias": _wide(bias), "seed": seed}
+    tensors |= {"grad_input": grad_input, "grad_bias": grad_bias}
+    options = {"activation": CODES[activation], "dropout_p": dropout_p}
+    _module().bias_act_backward(_KINDS[input.dtype], _operands(tensors, **options))

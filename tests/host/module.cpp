@@ -1,8 +1,10 @@
-// The CUDA row-norm kernels on the host, for the tests: operands come by name, as (address, row stride).
+// The CUDA kernels on the host, for the tests: operands come by name, as (address, row stride).
 #include "cuda_on_host.h"
 
 #include <pybind11/pybind11.h>
 
+#include "../../csrc/cuda/bias_act_kernels.cuh"
+#include "../../csrc/cuda/glu_kernels.cuh"
 #include "../../csrc/cuda/row_norm_launch.cuh"
 
 namespace py = pybind11;
@@ -30,6 +32,13 @@ class Operands {
   py::dict operands_;
 };
 
+const HostLaunch host_launch{unsigned(block_threads)};
+
+Dropout read_dropout(const Operands& operands) {
+  const void* seed = operands.data("seed");
+  return seed ? Dropout::make(operands.option<double>("dropout_p", 0), static_cast<const int64_t*>(seed)) : Dropout{};
+}
+
 void read(const Operands& operands, RowNorm& a) {
   a.rows = operands.option<int64_t>("rows", 0);
   a.columns = operands.option<int64_t>("columns", 0);
@@ -41,8 +50,7 @@ void read(const Operands& operands, RowNorm& a) {
   a.bias = operands.data("bias");
   a.mean = operands.data("mean");
   a.rstd = operands.data("rstd");
-  a.seed = static_cast<const int64_t*>(operands.data("seed"));
-  a.dropout = Dropout::make(operands.option<double>("dropout_p", 0));
+  a.dropout = read_dropout(operands);
   a.eps = operands.option<double>("eps", 0);
   a.centered = a.mean != nullptr;
   a.cast_before_weight = operands.option<bool>("cast_before_weight", false);
@@ -51,17 +59,17 @@ void read(const Operands& operands, RowNorm& a) {
   a.activation = operands.option<int>("activation", 0);
 }
 
-void forward(int kind, py::dict named) {
+void row_norm_forward(int kind, py::dict named) {
   const Operands operands(std::move(named));
   RowNormForward a;
   read(operands, a);
   a.output = operands.rows("output");
   a.residual_out = operands.rows("residual_out");
   dispatch_storage(ScalarKind(kind),
-                   [&](auto storage) { launch_forward<decltype(storage)>(a, HostLaunch{unsigned(block_threads)}); });
+                   [&](auto storage) { launch_forward<decltype(storage)>(a, host_launch); });
 }
 
-void backward(int kind, py::dict named) {
+void row_norm_backward(int kind, py::dict named) {
   const Operands operands(std::move(named));
   RowNormBackward a;
   read(operands, a);
@@ -72,16 +80,78 @@ void backward(int kind, py::dict named) {
   a.grad_gate = operands.rows("grad_gate");
   auto* grad_weight = static_cast<float*>(operands.data("grad_weight"));
   auto* grad_bias = static_cast<float*>(operands.data("grad_bias"));
-  std::vector<float> weight_sums(PartialSums(a).elements(a), NAN), bias_sums(PartialSums(a).elements(a), NAN);
+  const int64_t sums = PartialSums(a.rows, a.rows_per_group).elements(a.columns);
+  std::vector<float> weight_sums(sums, NAN), bias_sums(sums, NAN);
   dispatch_storage(ScalarKind(kind), [&](auto storage) {
     launch_backward<decltype(storage)>(a, grad_weight, grad_bias, grad_weight ? weight_sums.data() : nullptr,
-                                       grad_bias ? bias_sums.data() : nullptr, HostLaunch{unsigned(block_threads)});
+                                       grad_bias ? bias_sums.data() : nullptr, host_launch);
+  });
+}
+
+void read(const Operands& operands, Glu& a) {
+  a.rows = operands.option<int64_t>("rows", 0);
+  a.columns = operands.option<int64_t>("columns", 0);
+  a.step = operands.option<int64_t>("step", 1);
+  a.gate = operands.rows("gate");
+  a.value = operands.rows("value");
+  a.activation = operands.option<int>("activation", 0);
+}
+
+void glu_forward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  GluForward a;
+  read(operands, a);
+  a.output = operands.rows("output");
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_glu<decltype(storage)>(a, host_launch); });
+}
+
+void glu_backward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  GluBackward a;
+  read(operands, a);
+  a.grad_output = operands.rows("grad_output");
+  a.grad_gate = operands.rows("grad_gate");
+  a.grad_value = operands.rows("grad_value");
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_glu<decltype(storage)>(a, host_launch); });
+}
+
+void read(const Operands& operands, BiasAct& a) {
+  a.rows = operands.option<int64_t>("rows", 0);
+  a.columns = operands.option<int64_t>("columns", 0);
+  a.input = operands.rows("input");
+  a.bias = operands.data("bias");
+  a.activation = operands.option<int>("activation", 0);
+  a.dropout = read_dropout(operands);
+}
+
+void bias_act_forward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  BiasActForward a;
+  read(operands, a);
+  a.output = operands.rows("output");
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_bias_act<decltype(storage)>(a, host_launch); });
+}
+
+void bias_act_backward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  BiasActBackward a;
+  read(operands, a);
+  a.grad_output = operands.rows("grad_output");
+  a.grad_input = operands.rows("grad_input");
+  auto* grad_bias = static_cast<float*>(operands.data("grad_bias"));
+  std::vector<float> sums(PartialSums(a.rows, a.rows).elements(a.columns), NAN);
+  dispatch_storage(ScalarKind(kind), [&](auto storage) {
+    launch_bias_act<decltype(storage)>(a, grad_bias, sums.data(), host_launch);
   });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("forward", &forward);
-  m.def("backward", &backward);
+  m.def("row_norm_forward", &row_norm_forward);
+  m.def("row_norm_backward", &row_norm_backward);
+  m.def("glu_forward", &glu_forward);
+  m.def("glu_backward", &glu_backward);
+  m.def("bias_act_forward", &bias_act_forward);
+  m.def("bias_act_backward", &bias_act_backward);
 }

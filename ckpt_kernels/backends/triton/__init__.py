@@ -3,6 +3,8 @@
 import torch
 from triton import knobs
 
+from .bias_act import bias_act_backward, bias_act_forward
+from .glu import glu_backward, glu_forward
 from .row_norm import (
     add_row_norm_backward,
     add_row_norm_forward,
@@ -15,8 +17,12 @@ from .row_norm import (
 __all__ = [
     "add_row_norm_backward",
     "add_row_norm_forward",
+    "bias_act_backward",
+    "bias_act_forward",
     "gated_row_norm_backward",
     "gated_row_norm_forward",
+    "glu_backward",
+    "glu_forward",
     "row_norm_backward",
     "row_norm_forward",
     "why_not",

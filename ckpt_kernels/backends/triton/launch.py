@@ -7,6 +7,7 @@ spends its time on being scheduled; rows beyond one tile are walked in blocks.
 """
 
 import functools
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -58,10 +59,29 @@ def backward_tile(columns: int, gated: bool) -> Tile:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def element_tile(columns: int) -> Tile:
+    """The tile of a kernel that goes element by element, columns beyond it in further tiles."""
+    block = min(max(_next_power_of_two(columns), 16), _PACKED_ELEMENTS)
+    rows = _PACKED_ELEMENTS // block
+    return Tile(rows, block, _warps(rows * block), columns <= block)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs' worth of processors the device has; a stand-in for one in the interpreter."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dropout_bits(p: float) -> tuple[int, float]:
+    """Philox bits from this threshold up are kept, and multiplied by this."""
+    return int(p * 4294967296.0), 1 / (1 - p) if p < 1 else 0.0
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on torch's current device, which need not be the tensor's."""
+    return torch.cuda.device_of(tensor)
 
 
 def backward_programs(device: torch.device, rows: int, tile: Tile) -> tuple[int, int]:
@@ -71,6 +91,6 @@ def backward_programs(device: torch.device, rows: int, tile: Tile) -> tuple[int,
     """
     tiles = -(-rows // tile.rows)
     resident = max(64 // tile.warps // 2, 1)
-    programs = min(tiles, _processors(device) * min(resident, 4))
+    programs = min(tiles, processors(device) * min(resident, 4))
     program_rows = -(-tiles // programs) * tile.rows
     return -(-rows // program_rows), program_rows

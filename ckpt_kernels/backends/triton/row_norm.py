@@ -4,14 +4,12 @@ A program works on tiles of ROWS rows by BLOCK columns. An operand that is None 
 compiled. Statistics and arithmetic are in float32.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import backward_programs, backward_tile, forward_tile
+from .launch import backward_programs, backward_tile, device_of, dropout_bits, forward_tile
 from .long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel
 from .row_norm_tiles import (
     add_residual,
@@ -124,11 +122,6 @@ def _groups(columns: int, *coefficients: Tensor | None) -> int:
     return next((t.numel() // columns for t in coefficients if t is not None), 1)
 
 
-def _dropout(p: float) -> tuple[int, float]:
-    """Philox bits from this threshold up are kept, and multiplied by this."""
-    return int(p * 4294967296.0), 1 / (1 - p) if p < 1 else 0.0
-
-
 def _forward(
     input: Tensor,
     weight: Tensor | None,
@@ -154,11 +147,11 @@ def _forward(
     tile = forward_tile(columns)
     tiles = triton.cdiv(rows // groups, tile.rows)
     kernel = row_norm_forward_kernel if tile.whole else long_row_norm_forward_kernel
-    with _device_of(input):
+    with device_of(input):
         kernel[(groups * tiles,)](
             input, residual, gate, weight, bias, seed, output, residual_out, mean, rstd,
             columns, input.stride(0), _stride(residual), _stride(gate), rows // groups, tiles,
-            eps, weight_offset, *_dropout(dropout_p),
+            eps, weight_offset, *dropout_bits(dropout_p),
             pre_activation, activation, gate_first, cast_before_weight, tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
 
@@ -197,22 +190,17 @@ def _backward(
 
     weight_sums, bias_sums = partial(grad_weight), partial(grad_bias)
     kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
-    with _device_of(input):
+    with device_of(input):
         kernel[(groups * programs,)](
             grad_output, grad_residual_out, input, gate, weight, bias, seed, mean, rstd,
             grad_input, grad_residual, grad_gate, weight_sums, bias_sums,
             columns, grad_output.stride(0), _stride(grad_residual_out), input.stride(0), _stride(gate),
-            rows // groups, programs, program_rows, weight_offset, *_dropout(dropout_p),
+            rows // groups, programs, program_rows, weight_offset, *dropout_bits(dropout_p),
             pre_activation, activation, gate_first, cast_before_weight, tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
     for gradient, sums in ((grad_weight, weight_sums), (grad_bias, bias_sums)):
         if gradient is not None:
             torch.sum(sums, 1, out=gradient.view(groups, columns))
-
-
-def _device_of(tensor: Tensor) -> Any:
-    """Triton launches on torch's current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor)
 
 
 def row_norm_forward(

@@ -1,0 +1,50 @@
+"""A bias, an activation and a dropout as one module."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..activations import Activation, activation_name
+from .extras import extras, probability
+
+
+class BiasAct(nn.Module):
+    """dropout(activation(input + bias)), as one block; see `functional.bias_act`.
+
+    Args:
+        num_features: the length of the input's last dimension.
+        bias: whether there is one; it starts at zero.
+        activation: applied to the sum.
+        dropout: the probability with which elements of the result are dropped in training.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation = "identity",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.activation = activation_name(activation)
+        self.dropout = probability(dropout)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.bias_act(
+            input, self.bias, activation=self.activation, dropout_p=self.dropout, training=self.training
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}" + extras(
+            bias=(self.bias is not None, True),
+            activation=(self.activation, "identity"),
+            dropout=(self.dropout, 0.0),
+        )

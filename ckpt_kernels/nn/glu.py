@@ -1,0 +1,43 @@
+"""Gated linear units as a module."""
+
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..activations import Activation, activation_name
+
+
+class GLU(nn.Module):
+    """activation(gate) * value, as one block; see `functional.packed_glu` and `functional.glu`.
+
+    `forward(input)` takes gate and value out of one tensor; as constructed by default it computes what
+    `torch.nn.GLU` does. `forward(gate, value)` takes them as two.
+
+    Args:
+        dim: the dimension that packs the two.
+        activation: applied to the gate.
+        layout: "value_first" as torch's, "gate_first" or "interleaved".
+    """
+
+    def __init__(
+        self, dim: int = -1, *, activation: Activation = "sigmoid", layout: str = "value_first"
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.activation = activation_name(activation)
+        self.layout = layout
+
+    def forward(self, input: Tensor, value: Tensor | None = None) -> Tensor:
+        if value is not None:
+            return F.glu(input, value, activation=self.activation)
+        dim = self.dim % input.dim()
+        if dim == input.dim() - 1:
+            return F.packed_glu(input, activation=self.activation, layout=self.layout)
+        if self.layout == "interleaved":
+            last = F.packed_glu(input.movedim(dim, -1), activation=self.activation, layout=self.layout)
+            return last.movedim(-1, dim)
+        # The halves of an inner dimension are the halves of it and all that follow.
+        halves = F.packed_glu(input.flatten(dim), activation=self.activation, layout=self.layout)
+        return halves.unflatten(dim, (input.shape[dim] // 2, *input.shape[dim + 1 :]))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, activation={self.activation!r}, layout={self.layout!r}"

@@ -1,0 +1,59 @@
+// The bias_act ops of one device: their operands read into the plain structs of bias_act.h, which the device runs.
+#pragma once
+
+#include "bias_act.h"
+#include "operands.h"
+
+namespace ckpt {
+
+// Device has Coefficient, as for the row norms, run_forward(block, tensor, kind) and
+// run_backward(block, tensor, kind, grad_bias); the tensor is on its device.
+template <class Device>
+struct BiasActOps {
+  static void set_operands(BiasAct& a, const Tensor& input, const OptionalTensor& seed, int64_t activation,
+                           double dropout_p) {
+    STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
+    a.rows = input.size(0);
+    a.columns = input.size(1);
+    a.input = rows_of(input, a.rows, a.columns);
+    a.activation = int(activation);
+    a.dropout = dropout_of(seed, dropout_p);
+  }
+
+  static const void* checked(const typename Device::Coefficient& coefficient, const OptionalTensor& bias,
+                             int64_t columns) {
+    STD_TORCH_CHECK(!bias || bias->numel() == columns, "expected a bias for every column");
+    return coefficient.data();
+  }
+
+  static void forward(Tensor input, OptionalTensor bias, OptionalTensor seed, Tensor output, int64_t activation,
+                      double dropout_p) {
+    const ScalarKind kind = kind_of(input);
+    typename Device::Coefficient b(bias, kind, 0);
+    BiasActForward a;
+    set_operands(a, input, seed, activation, dropout_p);
+    a.bias = checked(b, bias, a.columns);
+    a.output = rows_of(output, a.rows, a.columns);
+    Device::run_forward(a, input, kind);
+  }
+
+  static void backward(Tensor grad_output, Tensor input, OptionalTensor bias, OptionalTensor seed,
+                       OptionalTensor grad_input, OptionalTensor grad_bias, int64_t activation, double dropout_p) {
+    const ScalarKind kind = kind_of(input);
+    typename Device::Coefficient b(bias, kind, 0);
+    BiasActBackward a;
+    set_operands(a, input, seed, activation, dropout_p);
+    a.bias = checked(b, bias, a.columns);
+    a.grad_output = rows_of(grad_output, a.rows, a.columns);
+    a.grad_input = rows_of(grad_input, a.rows, a.columns);
+    Device::run_backward(a, input, kind, data_of(grad_bias, a.columns));
+  }
+
+  template <class Library>
+  static void add_to(Library& m) {
+    m.impl("bias_act_forward", TORCH_BOX(&forward));
+    m.impl("bias_act_backward", TORCH_BOX(&backward));
+  }
+};
+
+}  // namespace ckpt

@@ -1,0 +1,42 @@
+// The bias_act ops on the CPU: shares rows out to threads, and sums the gradient of the bias over them.
+#include "../bias_act_ops.h"
+
+#include <string.h>
+
+#include "coefficient.h"
+#include "row_tasks.h"
+
+namespace ckpt {
+namespace {
+
+struct Cpu {
+  using Coefficient = ckpt::Coefficient;
+  static void run_forward(const BiasActForward& a, const Tensor&, ScalarKind kind) {
+    for_pieces(a.rows, a.columns, [&](int64_t row, int64_t begin, int64_t end) {
+      bias_act_loops(kind).forward(a, row, begin, end);
+    });
+  }
+  static void run_backward(const BiasActBackward& a, const Tensor&, ScalarKind kind, void* grad_bias) {
+    const BiasActLoops& loops = bias_act_loops(kind);
+    if (!grad_bias) {
+      for_pieces(a.rows, a.columns, [&](int64_t row, int64_t begin, int64_t end) {
+        loops.backward(a, row, begin, end, nullptr);
+      });
+      return;
+    }
+    const RowTasks tasks(a.rows, a.rows);
+    const PartialSums sums(grad_bias, tasks, a.columns, kind);
+    torch::stable::parallel_for(0, tasks.count(), grain(a.columns * tasks.task_rows), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        void* sum = sums.of(task);
+        for (int64_t row = tasks.begin(task); row < tasks.end(task); ++row) loops.backward(a, row, 0, a.columns, sum);
+      }
+    });
+    sums.add_up();
+  }
+};
+
+}  // namespace
+}  // namespace ckpt
+
+STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) { ckpt::BiasActOps<ckpt::Cpu>::add_to(m); }

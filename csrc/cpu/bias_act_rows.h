@@ -1,0 +1,62 @@
+// The loops of the bias_act family. Included by each isa_*.cpp, inside its namespace.
+//
+// S is the compute type, T the storage type. Dropout factors are drawn for a chunk of columns at a time.
+
+// Calls body(column of the row, columns, bias, factors) for the chunks of a row's columns from begin to end; factors is
+// null where there is no dropout. `begin` is a multiple of chunk_columns.
+template <class S, class Body>
+CKPT_INLINE void for_chunks(const BiasAct& a, int64_t row, int64_t begin, int64_t end, Body body) {
+  Chunk<S> factors, zeros;
+  if (!a.bias)
+    for (int64_t j = 0; j < chunk_columns; ++j) zeros.value[j] = 0;
+  for (int64_t j0 = begin; j0 < end; j0 += chunk_columns) {
+    const int64_t n = end - j0 < chunk_columns ? end - j0 : chunk_columns;
+    if (a.dropout) dropout_factors(a.dropout, row, j0, n, factors.value);
+    body(j0, n, a.bias ? static_cast<const S*>(a.bias) + j0 : zeros.value, a.dropout ? factors.value : nullptr);
+  }
+}
+
+template <class S, class T>
+void bias_act_forward(const BiasActForward& a, int64_t row, int64_t begin, int64_t end) {
+  const T* input = a.input.row<const T>(row);
+  const Written<T> output(a.output, row, a.rows, a.columns);
+  visit_activation(a.activation, [&](auto function) {
+    for_chunks<S>(a, row, begin, end, [&](int64_t j0, int64_t n, const S* bias, const S* factor) {
+      step<S>(n, [&](int64_t j, auto lanes) {
+        Vec<S> y = value_of<T>(function, load(input + j0 + j, lanes) + load(bias + j, lanes));
+        if (factor) y = y * load(factor + j, lanes);
+        output.put(j0 + j, y, lanes);
+      });
+    });
+  });
+  end_streams();
+}
+
+template <class S, class T>
+void bias_act_backward(const BiasActBackward& a, int64_t row, int64_t begin, int64_t end, void* sums) {
+  const T* input = a.input.row<const T>(row);
+  const T* grad_output = a.grad_output.row<const T>(row);
+  const Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
+  S* grad_bias = static_cast<S*>(sums);
+  visit_activation(a.activation, [&](auto function) {
+    for_chunks<S>(a, row, begin, end, [&](int64_t j0, int64_t n, const S* bias, const S* factor) {
+      step<S>(n, [&](int64_t j, auto lanes) {
+        Vec<S> g = load(grad_output + j0 + j, lanes);
+        if (factor) g = g * load(factor + j, lanes);
+        g = g * derivative_of<T>(function, load(input + j0 + j, lanes) + load(bias + j, lanes));
+        if (grad_input.row) grad_input.put(j0 + j, g, lanes);
+        if (grad_bias) store(grad_bias + j0 + j, load(grad_bias + j0 + j, lanes) + g, lanes);
+      });
+    });
+  });
+  end_streams();
+}
+
+template <class T>
+constexpr BiasActLoops bias_act_loops_for() {
+  using S = typename ComputeType<T>::type;
+  return {bias_act_forward<S, T>, bias_act_backward<S, T>};
+}
+const BiasActLoops& bias_act_loops(ScalarKind kind) {
+  CKPT_BY_STORAGE(BiasActLoops, bias_act_loops_for)
+}

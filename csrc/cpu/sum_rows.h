@@ -1,0 +1,20 @@
+// Sums over rows of the compute type. Included by each isa_*.cpp, inside its namespace.
+
+template <class S>
+void sum_rows(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum) {
+  const S* source = static_cast<const S*>(rows) + begin;
+  S* target = static_cast<S*>(sum) + begin;
+  sweep<S>(end - begin, [=](int64_t j, auto lanes, auto) {
+    Vec<S> total = load(source + j, lanes);
+    for (int64_t i = 1; i < count; ++i) total += load(source + i * columns + j, lanes);
+    store(target + j, total, lanes);
+  });
+}
+
+template <class T>
+constexpr SumLoops sum_loops_for() {
+  return {sum_rows<typename ComputeType<T>::type>};
+}
+const SumLoops& sum_loops(ScalarKind kind) {
+  CKPT_BY_STORAGE(SumLoops, sum_loops_for)
+}

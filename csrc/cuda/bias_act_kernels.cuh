@@ -1,0 +1,118 @@
+// The bias_act kernels for CUDA, and how they are launched; see elements.cuh for what `launch` and VEC are.
+#pragma once
+
+#include "../bias_act.h"
+#include "elements.cuh"
+
+namespace ckpt {
+
+// input + bias, for VEC columns of a row.
+template <class T, int VEC>
+__device__ __forceinline__ void load_sum(const BiasAct& a, int64_t row, int64_t j, float* z) {
+  load<VEC>(a.input.row<const T>(row) + j, z);
+  if (!a.bias) return;
+  float bias[VEC];
+  load<VEC>(static_cast<const float*>(a.bias) + j, bias);
+  for (int i = 0; i < VEC; ++i) z[i] += bias[i];
+}
+
+template <int VEC>
+__device__ __forceinline__ void drop(const BiasAct& a, int64_t row, int64_t j, float* y) {
+  if (!a.dropout) return;
+  float factor[VEC];
+  dropout_factors<VEC>(a.dropout, row, j, factor);
+  for (int i = 0; i < VEC; ++i) y[i] *= factor[i];
+}
+
+template <class T, int VEC>
+__global__ void __launch_bounds__(block_threads) bias_act_forward_kernel(BiasActForward a) {
+  const int64_t packs = a.columns / VEC;
+  for (int64_t k = first_element(); k < a.rows * packs; k += grid_threads()) {
+    const int64_t row = k / packs, j = k % packs * VEC;
+    float y[VEC];
+    load_sum<T, VEC>(a, row, j, y);
+    activate<VEC>(a.activation, y);
+    drop<VEC>(a, row, j, y);
+    store<VEC>(a.output.row<T>(row) + j, y);
+  }
+}
+
+// The gradient of the input, for VEC columns of a row; stored where it is wanted.
+template <class T, int VEC>
+__device__ __forceinline__ void input_gradient(const BiasActBackward& a, int64_t row, int64_t j, float* g) {
+  float slope[VEC];
+  load_sum<T, VEC>(a, row, j, slope);
+  differentiate<VEC>(a.activation, slope);
+  load<VEC>(a.grad_output.row<const T>(row) + j, g);
+  drop<VEC>(a, row, j, g);
+  for (int i = 0; i < VEC; ++i) g[i] *= slope[i];
+  if (a.grad_input) store<VEC>(a.grad_input.row<T>(row) + j, g);
+}
+
+template <class T, int VEC>
+__global__ void __launch_bounds__(block_threads) bias_act_backward_kernel(BiasActBackward a) {
+  const int64_t packs = a.columns / VEC;
+  for (int64_t k = first_element(); k < a.rows * packs; k += grid_threads()) {
+    float g[VEC];
+    input_gradient<T, VEC>(a, k / packs, k % packs * VEC, g);
+  }
+}
+
+// The same with partial sums of the bias's gradient: block (task, strip) walks the rows of its task in order, each
+// thread with VEC columns of its own. Sums are (tasks, columns).
+template <class T, int VEC>
+__global__ void __launch_bounds__(block_threads)
+    bias_act_backward_sums_kernel(BiasActBackward a, int64_t task_rows, int64_t strips, float* sums) {
+  const int64_t task = blockIdx.x / strips;
+  const int64_t j = (blockIdx.x % strips * block_threads + threadIdx.x) * VEC;
+  if (j >= a.columns) return;
+  const int64_t begin = task * task_rows, end = begin + task_rows < a.rows ? begin + task_rows : a.rows;
+  float g[VEC], total[VEC] = {};
+  for (int64_t row = begin; row < end; ++row) {
+    input_gradient<T, VEC>(a, row, j, g);
+    for (int i = 0; i < VEC; ++i) total[i] += g[i];
+  }
+  store<VEC>(sums + task * a.columns + j, total);
+}
+
+template <class T, int VEC, class Launch>
+void launch_bias_act(const BiasActForward& a, const Launch& launch) {
+  launch(bias_act_forward_kernel<T, VEC>, blocks_for(a.rows * (a.columns / VEC)), a);
+}
+
+template <class T, int VEC, class Launch>
+void launch_bias_act(const BiasActBackward& a, float* grad_bias, float* sums, const Launch& launch) {
+  if (!grad_bias) {
+    launch(bias_act_backward_kernel<T, VEC>, blocks_for(a.rows * (a.columns / VEC)), a);
+    return;
+  }
+  const PartialSums shares(a.rows, a.rows);
+  const int64_t strips = divide_up(a.columns, block_threads * VEC);
+  launch(bias_act_backward_sums_kernel<T, VEC>, shares.group_tasks * strips, a, shares.task_rows, strips, sums);
+  launch(sum_partials_kernel, divide_up(a.columns, block_threads), (const float*)sums, shares.group_tasks, a.columns,
+         a.columns, grad_bias);
+}
+
+template <class T>
+bool is_vectorizable(const BiasAct& a) {
+  return a.columns * sizeof(T) % 16 == 0 && is_vectorizable<T>(a.input) && is_aligned(a.bias);
+}
+
+template <class T, class Launch>
+void launch_bias_act(const BiasActForward& a, const Launch& launch) {
+  if (is_vectorizable<T>(a) && is_vectorizable<T>(a.output))
+    launch_bias_act<T, 16 / sizeof(T)>(a, launch);
+  else
+    launch_bias_act<T, 1>(a, launch);
+}
+
+// `sums` has room for PartialSums(rows, rows).elements(columns) floats where there is a grad_bias.
+template <class T, class Launch>
+void launch_bias_act(const BiasActBackward& a, float* grad_bias, float* sums, const Launch& launch) {
+  if (is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) && is_vectorizable<T>(a.grad_input))
+    launch_bias_act<T, 16 / sizeof(T)>(a, grad_bias, sums, launch);
+  else
+    launch_bias_act<T, 1>(a, grad_bias, sums, launch);
+}
+
+}  // namespace ckpt

@@ -1,0 +1,130 @@
+// What the CUDA kernels of every family are made of: accesses of several elements, activations, dropout, sums.
+//
+// T is the storage type; a thread reads and writes VEC elements at a time, 16 bytes where alignment allows it and one
+// element otherwise. Activations are a uniform run-time switch, which costs nothing at memory speed and saves compile
+// time. Compiled by nvcc into the library, and by the host compiler, with tests/host/cuda_on_host.h in the place of
+// CUDA's own headers, into the tests.
+#pragma once
+
+#include "../math/activations.h"
+#include "../math/dropout.h"
+#include "../math/philox.h"
+#include "../math/storage.h"
+#include "../rows.h"
+
+namespace ckpt {
+
+constexpr int warp_threads = 32;
+constexpr int block_threads = 256;
+constexpr int block_warps = block_threads / warp_threads;
+
+// Of a loop in which the grid's threads take turns.
+__device__ __forceinline__ int64_t first_element() { return int64_t(blockIdx.x) * block_threads + threadIdx.x; }
+__device__ __forceinline__ int64_t grid_threads() { return int64_t(gridDim.x) * block_threads; }
+
+template <class T, int VEC>
+struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Pack {
+  T value[VEC];
+};
+
+template <int VEC, class T>
+__device__ __forceinline__ void load(const T* p, float* v) {
+  const Pack<T, VEC> pack = *reinterpret_cast<const Pack<T, VEC>*>(p);
+  for (int i = 0; i < VEC; ++i) v[i] = to_float(pack.value[i]);
+}
+
+template <int VEC, class T>
+__device__ __forceinline__ void store(T* p, const float* v) {
+  Pack<T, VEC> pack;
+  for (int i = 0; i < VEC; ++i) from_float(v[i], &pack.value[i]);
+  *reinterpret_cast<Pack<T, VEC>*>(p) = pack;
+}
+
+template <int VEC>
+__device__ __forceinline__ void activate(int activation, float* v) {
+  visit_activation(activation, [v](auto function) {
+    for (int i = 0; i < VEC; ++i) v[i] = function.value(v[i]);
+  });
+}
+
+template <int VEC>
+__device__ __forceinline__ void differentiate(int activation, float* v) {
+  visit_activation(activation, [v](auto function) {
+    for (int i = 0; i < VEC; ++i) v[i] = function.derivative(v[i]);
+  });
+}
+
+// 0 or 1 / (1 - p) for VEC columns from column j.
+template <int VEC>
+__device__ __forceinline__ void dropout_factors(const Dropout& dropout, int64_t row, int64_t j, float* factor) {
+  for (int quad = 0; quad < (VEC + 3) / 4; ++quad) {
+    const PhiloxState<uint32_t> bits =
+        philox4x32_10<uint32_t>({{uint32_t(j / 4) + quad, uint32_t(row), uint32_t(row >> 32), 0}}, uint64_t(*dropout.seed));
+    if (VEC == 1)
+      factor[0] = dropout.factor<float>(bits.word[j % 4]);
+    else
+      for (int lane = 0; lane < 4; ++lane) factor[quad * 4 + lane] = dropout.factor<float>(bits.word[lane]);
+  }
+}
+
+// Adds up each group's rows of partial sums, in their order.
+static __global__ void __launch_bounds__(block_threads)
+    sum_partials_kernel(const float* sums, int64_t group_tasks, int64_t columns, int64_t total, float* result) {
+  const int64_t k = int64_t(blockIdx.x) * block_threads + threadIdx.x;
+  if (k >= total) return;
+  const float* first = sums + k / columns * group_tasks * columns + k % columns;
+  float sum = 0;
+  for (int64_t task = 0; task < group_tasks; ++task) sum += first[task * columns];
+  result[k] = sum;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks for a loop over `items` in which the grid's threads take turns.
+inline int64_t blocks_for(int64_t items) {
+  constexpr int64_t most = 1 << 16;
+  const int64_t blocks = divide_up(items, block_threads);
+  return blocks < most ? blocks : most;
+}
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class T>
+bool is_vectorizable(const Rows& rows) {
+  return !rows || (is_aligned(rows.data) && rows.stride * sizeof(T) % 16 == 0);
+}
+
+// How the rows are shared out among the partial sums of what is summed over them.
+struct PartialSums {
+  int64_t groups, group_tasks, task_rows;
+
+  PartialSums(int64_t rows, int64_t rows_per_group) {
+    constexpr int64_t most_tasks = 256, least_rows = 16;
+    groups = rows / rows_per_group;
+    group_tasks = divide_up(rows_per_group, least_rows);
+    if (group_tasks > most_tasks) group_tasks = most_tasks;
+    task_rows = divide_up(rows_per_group, group_tasks);
+    group_tasks = divide_up(rows_per_group, task_rows);
+  }
+  int64_t elements(int64_t columns) const { return groups * group_tasks * columns; }
+};
+
+// Calls body(T{}) for the storage type; CUDA's kernels know the three that are computed in float32.
+template <class Body>
+bool dispatch_storage(ScalarKind kind, Body body) {
+  switch (kind) {
+    case ScalarKind::float32:
+      body(float{});
+      return true;
+    case ScalarKind::bfloat16:
+      body(bfloat16{});
+      return true;
+    case ScalarKind::float16:
+      body(float16{});
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace ckpt

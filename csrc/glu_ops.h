@@ -1,0 +1,51 @@
+// The glu ops of one device: their operands read into the plain structs of glu.h, which the device runs.
+#pragma once
+
+#include "glu.h"
+#include "operands.h"
+
+namespace ckpt {
+
+// Device has run_forward(block, tensor, kind) and run_backward(block, tensor, kind); the tensor is on its device.
+template <class Device>
+struct GluOps {
+  static void set_operands(Glu& a, const Tensor& gate, const Tensor& value, int64_t activation) {
+    STD_TORCH_CHECK(gate.dim() == 2, "expected a matrix of rows");
+    a.rows = gate.size(0);
+    a.columns = gate.size(1);
+    a.step = a.columns > 1 ? gate.stride(1) : 1;
+    if (a.step != 1) {
+      const int64_t element = static_cast<char*>(value.data_ptr()) - static_cast<char*>(gate.data_ptr());
+      STD_TORCH_CHECK(a.step == 2 && element == size_of(kind_of(gate)), "expected gate and value to take turns");
+    }
+    a.gate = rows_of(gate, a.rows, a.columns, a.step);
+    a.value = rows_of(value, a.rows, a.columns, a.step);
+    a.activation = int(activation);
+  }
+
+  static void forward(Tensor gate, Tensor value, Tensor output, int64_t activation) {
+    GluForward a;
+    set_operands(a, gate, value, activation);
+    a.output = rows_of(output, a.rows, a.columns);
+    Device::run_forward(a, gate, kind_of(gate));
+  }
+
+  static void backward(Tensor grad_output, Tensor gate, Tensor value, OptionalTensor grad_gate,
+                       OptionalTensor grad_value, int64_t activation) {
+    GluBackward a;
+    set_operands(a, gate, value, activation);
+    a.grad_output = rows_of(grad_output, a.rows, a.columns);
+    a.grad_gate = rows_of(grad_gate, a.rows, a.columns, a.step);
+    a.grad_value = rows_of(grad_value, a.rows, a.columns, a.step);
+    STD_TORCH_CHECK(a.step == 1 || (a.grad_gate && a.grad_value), "expected both gradients where the two take turns");
+    Device::run_backward(a, gate, kind_of(gate));
+  }
+
+  template <class Library>
+  static void add_to(Library& m) {
+    m.impl("glu_forward", TORCH_BOX(&forward));
+    m.impl("glu_backward", TORCH_BOX(&backward));
+  }
+};
+
+}  // namespace ckpt

@@ -1,0 +1,83 @@
+"""What is particular to the gated linear units: layouts in memory, torch's own module, and errors."""
+
+import pytest
+import torch
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import nn
+from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.ops.glu import unpack
+
+from .conftest import DEVICE, serving
+
+LAYOUTS = ("gate_first", "value_first", "interleaved")
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("columns", [1, 2, 7, 33, 128, 2100])
+def test_packed_is_the_two_halves(layout: str, columns: int, backend: str) -> None:
+    packed = randn(3, 5, 2 * columns)
+    ours = F.packed_glu(packed, layout=layout)
+    gate, value = unpack(packed, layout)
+    theirs = torch.nn.functional.silu(gate) * value
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    g = torch.randn_like(ours)
+    (a,), (e,) = torch.autograd.grad(ours, packed, g), torch.autograd.grad(theirs, packed, g)
+    torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [-1, 0, 1, -2])
+def test_the_module_is_torchs(dim: int) -> None:
+    x = randn(4, 6, 10)
+    torch.testing.assert_close(nn.GLU(dim)(x), torch.nn.GLU(dim)(x))
+    interleaved = nn.GLU(dim, layout="interleaved", activation="silu")(x)
+    gate, value = unpack(x.movedim(dim, -1), "interleaved")
+    torch.testing.assert_close(interleaved, (torch.nn.functional.silu(gate) * value).movedim(-1, dim))
+    torch.testing.assert_close(nn.GLU(activation="gelu")(x, x), torch.nn.functional.gelu(x) * x)
+
+
+def test_halves_of_one_product_are_not_copied(backend: str) -> None:
+    """Two views of one tensor keep that tensor, and each is read where it lies."""
+    product = randn(4, 3, 64).detach()
+    gate, value = (half.requires_grad_() for half in product.chunk(2, -1))
+    assert saved_bytes(F.glu, gate, value) == product.nbytes
+    torch.testing.assert_close(F.glu(gate, value), torch.nn.functional.silu(gate) * value)
+
+
+def test_a_view_that_only_begins_one_element_later_is_not_taken_for_interleaved(backend: str) -> None:
+    """Rows of one tensor, shifted by one element against each other."""
+    wide = randn(3, 65).detach()
+    gate, value = wide[:, :64], wide[:, 1:]
+    torch.testing.assert_close(F.glu(gate, value), torch.nn.functional.silu(gate) * value)
+
+
+X = torch.randn(4, 8)
+BAD = {
+    "not a tensor": (lambda: F.glu([1.0], X), TypeError, "gate is list"),
+    "shape": (lambda: F.glu(X, X[:3]), RuntimeError, r"value has shape \(3, 8\); expected the gate's, \(4, 8\)"),
+    "dtype": (lambda: F.glu(X, X.half()), RuntimeError, "value has dtype torch.float16; expected the gate's"),
+    "device": (lambda: F.glu(X, X.to("meta")), RuntimeError, "value is on meta; expected it on cpu, where gate is"),
+    "activation": (lambda: F.glu(X, X, activation="swish"), ValueError, "activation is 'swish'"),
+    "odd": (lambda: F.packed_glu(X[:, :7]), RuntimeError, r"input has shape \(4, 7\); expected a last dimension of even"),
+    "scalar": (lambda: F.packed_glu(X[0, 0]), RuntimeError, r"input has shape \(\); expected"),
+    "layout": (lambda: F.packed_glu(X, layout="mixed"), ValueError, "layout is 'mixed'; expected one of gate_first"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_answered_by_its_error(case: str) -> None:
+    call, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_every_backend_agrees_on_every_layout() -> None:
+    packed = randn(5, 74)
+    with serving("reference"):
+        expected = [F.packed_glu(packed, layout=layout) for layout in LAYOUTS]
+    for found, layout in zip(expected, LAYOUTS, strict=True):
+        torch.testing.assert_close(F.packed_glu(packed, layout=layout), found, rtol=1e-5, atol=1e-5)
