@@ -10,45 +10,78 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ckpt_kernels.backends.triton.launch import backward_tile, forward_tile
+from ckpt_kernels.backends.triton.bias_act import bias_act_backward_kernel, bias_act_forward_kernel
+from ckpt_kernels.backends.triton.glu import glu_backward_kernel, glu_forward_kernel
+from ckpt_kernels.backends.triton.launch import Tile, backward_tile, column_sum_tile, element_tile, forward_tile
 from ckpt_kernels.backends.triton.long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel
 from ckpt_kernels.backends.triton.row_norm import row_norm_backward_kernel, row_norm_forward_kernel
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FORWARD_DTYPES = {"MEAN": "fp32", "RSTD": "fp32", "SEED": "i64"}
-BACKWARD_DTYPES = FORWARD_DTYPES | {"DW": "fp32", "DB": "fp32"}
+# Operands that are not of the storage type, and arguments that are not whole numbers.
+DTYPES = {"MEAN": "fp32", "RSTD": "fp32", "SEED": "i64", "DW": "fp32", "DB": "fp32"}
 FLOATS = ("eps", "weight_offset", "scale")
-OPTIONS = {"PRE_ACTIVATION": "identity", "ACTIVATION": "identity", "GATE_FIRST": False, "CAST": False}
-
-# Which operands each block does without, and its options.
-FORWARD_ABSENT = {
-    "layer_norm+gelu": (("RESIDUAL", "GATE", "SEED", "RESIDUAL_OUT"), {"ACTIVATION": "gelu"}),
-    "silu+rms_norm": (("RESIDUAL", "GATE", "B", "SEED", "RESIDUAL_OUT", "MEAN"), {"PRE_ACTIVATION": "silu"}),
-    "add_layer_norm+dropout": (("GATE",), {}),
-    "gated_rms_norm": (("RESIDUAL", "B", "SEED", "RESIDUAL_OUT", "MEAN"), {"ACTIVATION": "silu"}),
-}
-BACKWARD_ABSENT = {
-    "layer_norm+gelu": (("DH", "GATE", "SEED", "DRESIDUAL", "DGATE"), {"ACTIVATION": "gelu"}),
-    "silu+rms_norm": (("DH", "GATE", "B", "SEED", "MEAN", "DRESIDUAL", "DGATE", "DB"), {"PRE_ACTIVATION": "silu"}),
-    "add_layer_norm+dropout": (("GATE", "DGATE"), {}),
-    "gated_rms_norm": (("DH", "B", "SEED", "MEAN", "DRESIDUAL", "DB"), {"ACTIVATION": "silu"}),
-}
 
 
-def compile_kernel(kernel, absent, options, tile, dtype, dtypes, target):
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the operands that it does without and its options."""
+
+    name: str
+    kernel: triton.JITFunction
+    tile: Tile
+    absent: Sequence[str]
+    options: dict[str, object]
+
+
+def row_norm_variants(columns: int) -> Iterator[Variant]:
+    defaults = {"PRE_ACTIVATION": "identity", "ACTIVATION": "identity", "GATE_FIRST": False, "CAST": False}
+    for block, options, without, backward_without in (
+        ("layer_norm+gelu", {"ACTIVATION": "gelu"}, "RESIDUAL GATE SEED RESIDUAL_OUT", "DH GATE SEED DRESIDUAL DGATE"),
+        (
+            "silu+rms_norm",
+            {"PRE_ACTIVATION": "silu"},
+            "RESIDUAL GATE B SEED RESIDUAL_OUT MEAN",
+            "DH GATE B SEED MEAN DRESIDUAL DGATE DB",
+        ),
+        ("add_layer_norm+dropout", {}, "GATE", "GATE DGATE"),
+        ("gated_rms_norm", {"ACTIVATION": "silu"}, "RESIDUAL B SEED RESIDUAL_OUT MEAN", "DH B SEED MEAN DRESIDUAL DB"),
+    ):
+        tile = forward_tile(columns)
+        kernel = row_norm_forward_kernel if tile.whole else long_row_norm_forward_kernel
+        yield Variant(f"{block} forward", kernel, tile, without.split(), defaults | options)
+        tile = backward_tile(columns, "GATE" not in without)
+        kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
+        yield Variant(f"{block} backward", kernel, tile, backward_without.split(), defaults | options)
+
+
+def element_variants(columns: int) -> Iterator[Variant]:
+    tile = element_tile(columns)
+    for turns in (False, True):
+        options, name = {"ACTIVATION": "silu", "TURNS": turns}, "interleaved glu" if turns else "glu"
+        yield Variant(f"{name} forward", glu_forward_kernel, tile, (), options)
+        yield Variant(f"{name} backward", glu_backward_kernel, tile, (), options)
+    for name, without in (("bias_act", ("SEED",)), ("bias_act+dropout", ())):
+        options = {"ACTIVATION": "gelu"}
+        yield Variant(f"{name} forward", bias_act_forward_kernel, tile, without, options)
+        yield Variant(f"{name} backward", bias_act_backward_kernel, column_sum_tile(columns), without, options)
+
+
+def compile_variant(variant: Variant, dtype: str, target: GPUTarget) -> object:
     signature, constants, attributes = {}, {}, {}
-    options = OPTIONS | options | {"ROWS": tile.rows, "BLOCK": tile.block}
-    for index, name in enumerate(kernel.arg_names):
-        if name in options or name in absent:
+    options = variant.options | {"ROWS": variant.tile.rows, "BLOCK": variant.tile.block}
+    for index, name in enumerate(variant.kernel.arg_names):
+        if name in options or name in variant.absent:
             signature[name] = "constexpr"
             constants[(index,)] = options.get(name)
         elif name.isupper():
-            signature[name] = "*" + dtypes.get(name, dtype)
+            signature[name] = "*" + DTYPES.get(name, dtype)
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:
             signature[name] = "fp32"
@@ -57,8 +90,8 @@ def compile_kernel(kernel, absent, options, tile, dtype, dtypes, target):
             # As the launcher finds the sizes and strides of aligned tensors.
             if name.endswith("stride") or name == "columns":
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": tile.warps})
+    source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": variant.tile.warps})
 
 
 def resources(compiled) -> dict:
@@ -76,33 +109,12 @@ def main() -> None:
     kind, _, arch = sys.argv[1].partition(":")
     target = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
     results = {}
-    for direction, table, whole, long, tile_for, dtypes in (
-        (
-            "forward",
-            FORWARD_ABSENT,
-            row_norm_forward_kernel,
-            long_row_norm_forward_kernel,
-            lambda columns, gated: forward_tile(columns),
-            FORWARD_DTYPES,
-        ),
-        (
-            "backward",
-            BACKWARD_ABSENT,
-            row_norm_backward_kernel,
-            long_row_norm_backward_kernel,
-            backward_tile,
-            BACKWARD_DTYPES,
-        ),
-    ):
-        for columns in map(int, sys.argv[2].split(",")):
-            for block, (absent, options) in table.items():
-                tile = tile_for(columns, "GATE" not in absent)
-                for dtype in ("bf16", "fp32"):
-                    compiled = compile_kernel(
-                        whole if tile.whole else long, absent, options, tile, dtype, dtypes, target
-                    )
-                    name = f"{direction} {block} {dtype} {columns}"
-                    results[name] = resources(compiled) if kind == "cuda" else {"binary": len(compiled.asm["hsaco"])}
+    for columns in map(int, sys.argv[2].split(",")):
+        for variant in (*row_norm_variants(columns), *element_variants(columns)):
+            for dtype in ("bf16", "fp32"):
+                compiled = compile_variant(variant, dtype, target)
+                used = resources(compiled) if kind == "cuda" else {"binary": len(compiled.asm["hsaco"])}
+                results[f"{variant.name} {dtype} {columns}"] = used
     print(json.dumps(results))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .activations import activate, differentiate
 from .glu import tile_of
-from .launch import device_of, dropout_bits, element_tile, processors
+from .launch import column_sum_tile, device_of, dropout_bits, element_tile, processors
 from .row_norm_tiles import dropout_factor, load_coefficient, load_rows, store_rows
 
 
@@ -80,7 +80,7 @@ def bias_act_backward(
 ) -> None:
     """The gradients of `bias_act`."""
     rows, columns = input.shape
-    tile = element_tile(columns)
+    tile = column_sum_tile(columns)
     column_tiles = triton.cdiv(columns, tile.block)
     row_tiles = triton.cdiv(rows, tile.rows)
     # With sums to keep, no more runs of rows than fill the device; without, a tile a program.

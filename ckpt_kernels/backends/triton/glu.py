@@ -15,7 +15,7 @@ from .row_norm_tiles import load_rows, store_rows
 
 @triton.jit
 def tile_of(rows, columns, column_tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows (ROWS, 1), first column, columns (1, BLOCK) and mask."""
+    """This program's rows (ROWS, 1), first column, columns (1, BLOCK), and which of all these there are."""
     row = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     start = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
@@ -24,13 +24,12 @@ def tile_of(rows, columns, column_tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def load_gate_and_value(
-    GATE, VALUE, gate_stride, value_stride, row, start, column, mask,
+    GATE, VALUE, gate_stride, value_stride, row, start, column, mask, rows, columns,
     TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if TURNS:
         both = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
-        there = tl.reshape(tl.join(mask, mask), (ROWS, 2 * BLOCK))
-        mixed = load_rows(GATE, gate_stride, row, both, there)
+        mixed = load_rows(GATE, gate_stride, row, both, (row < rows) & (both < 2 * columns))
         gate, value = tl.split(tl.reshape(mixed, (ROWS, BLOCK, 2)))
     else:
         gate = load_rows(GATE, gate_stride, row, column, mask)
@@ -45,7 +44,7 @@ def glu_forward_kernel(
 ):  # fmt: skip
     row, start, column, mask = tile_of(rows, columns, column_tiles, ROWS, BLOCK)
     gate, value = load_gate_and_value(
-        GATE, VALUE, gate_stride, value_stride, row, start, column, mask, TURNS, ROWS, BLOCK
+        GATE, VALUE, gate_stride, value_stride, row, start, column, mask, rows, columns, TURNS, ROWS, BLOCK
     )
     store_rows(Y, y_stride, row, column, mask, activate(gate, ACTIVATION) * value)
 
@@ -57,14 +56,14 @@ def glu_backward_kernel(
 ):  # fmt: skip
     row, start, column, mask = tile_of(rows, columns, column_tiles, ROWS, BLOCK)
     gate, value = load_gate_and_value(
-        GATE, VALUE, gate_stride, value_stride, row, start, column, mask, TURNS, ROWS, BLOCK
+        GATE, VALUE, gate_stride, value_stride, row, start, column, mask, rows, columns, TURNS, ROWS, BLOCK
     )
     g = load_rows(DY, dy_stride, row, column, mask)
     dgate = g * value * differentiate(gate, ACTIVATION)
     dvalue = g * activate(gate, ACTIVATION)
     if TURNS:
         both = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
-        there = tl.reshape(tl.join(mask, mask), (ROWS, 2 * BLOCK))
+        there = (row < rows) & (both < 2 * columns)
         store_rows(DGATE, dgate_stride, row, both, there, tl.reshape(tl.join(dgate, dvalue), (ROWS, 2 * BLOCK)))
     else:
         if DGATE is not None:

@@ -67,6 +67,13 @@ def element_tile(columns: int) -> Tile:
 
 
 @functools.cache
+def column_sum_tile(columns: int) -> Tile:
+    """The same where columns are summed over rows: the sums of many short rows leave room for half as many elements."""
+    tile = element_tile(columns)
+    return tile._replace(rows=tile.rows // 2) if tile.block < 128 else tile
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """How many programs' worth of processors the device has; a stand-in for one in the interpreter."""
     if device.type != "cuda":
