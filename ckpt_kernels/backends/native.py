@@ -39,6 +39,13 @@ _SCHEMAS = (
     " -> ()",
     "bias_act_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor? seed, Tensor(a!)? grad_input,"
     " Tensor(b!)? grad_bias, int activation, float dropout_p) -> ()",
+    "channel_moments(Tensor input, Tensor(a!) mean, Tensor(b!) squares, bool planes, int piece_rows) -> ()",
+    "channel_forward(Tensor input, Tensor? residual, Tensor coefficients, Tensor(a!) output, bool planes, int samples,"
+    " int activation) -> ()",
+    "channel_sums(Tensor grad_output, Tensor input, Tensor? other, Tensor coefficients, Tensor(a!) first,"
+    " Tensor(b!) second, bool planes, int piece_rows, int activation, bool by_output) -> ()",
+    "channel_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor coefficients, Tensor(a!)? grad_input,"
+    " Tensor(b!)? grad_residual, bool planes, int samples, int activation, bool by_output) -> ()",
     "cpu_isa() -> str",
 )
 
@@ -108,3 +115,7 @@ glu_forward = _launcher(_ops.glu_forward.default)
 glu_backward = _launcher(_ops.glu_backward.default)
 bias_act_forward = _launcher(_ops.bias_act_forward.default)
 bias_act_backward = _launcher(_ops.bias_act_backward.default)
+channel_moments = _launcher(_ops.channel_moments.default)
+channel_forward = _launcher(_ops.channel_forward.default)
+channel_sums = _launcher(_ops.channel_sums.default)
+channel_backward = _launcher(_ops.channel_backward.default)

@@ -170,6 +170,44 @@ def bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation
     return dropout(ACTIVATIONS[activation](z), seed, dropout_p).to(input.dtype)
 
 
+def channel_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    given_mean: Tensor | None,
+    given_var: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """activation((x - mean) / sqrt(var + eps) * weight + bias + residual) of (samples, channels, *space).
+
+    Mean and (biased) variance are those given for each channel, or over all samples for each channel (groups = 0), or
+    over each of `groups` runs of channels of a sample. Returns output, mean and variance.
+    """
+    x = input.to(compute_dtype(input.dtype))
+    samples, channels = x.shape[:2]
+    if given_mean is not None:
+        mean, var = given_mean.to(x.dtype), given_var.to(x.dtype)
+        sets, places = x.reshape(samples, channels, -1), (1, channels, 1)
+    elif groups:
+        sets, places = x.reshape(samples, groups, -1), (samples, groups, 1)
+        var, mean = torch.var_mean(sets, 2, correction=0)
+    else:
+        sets, places = x.reshape(samples, channels, -1), (1, channels, 1)
+        var, mean = torch.var_mean(sets, (0, 2), correction=0)
+    x_hat = ((sets - mean.view(places)) * torch.rsqrt(var + eps).view(places)).reshape(samples, channels, -1)
+    if weight is not None:
+        x_hat = x_hat * weight.to(x.dtype).reshape(channels, 1)
+    if bias is not None:
+        x_hat = x_hat + bias.to(x.dtype).reshape(channels, 1)
+    z = x_hat.reshape(x.shape)
+    if residual is not None:
+        z = z + residual.to(x.dtype)
+    return ACTIVATIONS[activation](z).to(input.dtype), mean, var
+
+
 def gradients(
     block: Callable[..., Sequence[Tensor]],
     operands: Sequence[Tensor | None],
@@ -352,6 +390,76 @@ def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, act
     targets = (grad_input, grad_bias)
     operands = (input, *_wide((bias,), input.dtype))
     _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
+
+
+def _channels(matrix: Tensor, planes: bool, samples: int, channels: int) -> Tensor:
+    """A matrix of channel_* as (samples, size, channels), in the compute type."""
+    matrix = matrix.to(compute_dtype(matrix.dtype))
+    return matrix.view(samples, channels, -1).transpose(1, 2) if planes else matrix.view(samples, -1, channels)
+
+
+def _rows(values: Tensor, planes: bool, shape: torch.Size) -> Tensor:
+    """Back from (samples, size, channels)."""
+    return (values.transpose(1, 2) if planes else values).reshape(shape)
+
+
+def channel_moments(x, mean, squares, planes, piece_rows):
+    """Mean and sum of squared deviations of each piece of each channel of each sample.
+
+    x is (samples * channels, size) where there are `planes`, else (samples * size, channels); mean and squares are
+    (samples, pieces, channels), of `piece_rows` rows but for the last piece of a sample.
+    """
+    values = _channels(x, planes, mean.shape[0], mean.shape[2])
+    for index, piece in enumerate(values.split(piece_rows, 1)):
+        var, center = torch.var_mean(piece, 1, correction=0)
+        mean[:, index], squares[:, index] = center, var * piece.shape[1]
+
+
+def channel_forward(x, residual, coefficients, output, planes, samples, activation):
+    """activation((x - mean) * scale + bias + residual); `coefficients` (3, samples or 1, channels) are the three."""
+    channels = coefficients.shape[2]
+    mean, scale, bias = (c.unsqueeze(1) for c in coefficients)
+    z = (_channels(x, planes, samples, channels) - mean) * scale + bias
+    if residual is not None:
+        z = z + _channels(residual, planes, samples, channels)
+    output.copy_(_rows(ACTIVATIONS[activation](z), planes, output.shape))
+
+
+def _channel_slopes(grad_output, x, other, coefficients, planes, samples, activation, by_output):
+    """g = grad_output * activation'(z), and x - mean."""
+    channels = coefficients.shape[2]
+    mean, scale, bias = (c.unsqueeze(1) for c in coefficients[:3])
+    g, d = _channels(grad_output, planes, samples, channels), _channels(x, planes, samples, channels) - mean
+    z = None if other is None else _channels(other, planes, samples, channels)
+    if not by_output:
+        z = d * scale + bias + (0 if z is None else z)
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        (g,) = torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, g)
+    return g, d
+
+
+def channel_sums(grad_output, x, other, coefficients, first, second, planes, piece_rows, activation, by_output):
+    """The sums of g and of g * (x - mean) over each piece of each channel of each sample: (samples, pieces, channels).
+
+    g = grad_output * activation'(z) with z as in `channel_forward` and `other` the residual, or, `by_output`, with
+    `other` the output in the place of z.
+    """
+    g, d = _channel_slopes(grad_output, x, other, coefficients, planes, first.shape[0], activation, by_output)
+    for index, (piece, deviations) in enumerate(zip(g.split(piece_rows, 1), d.split(piece_rows, 1), strict=True)):
+        first[:, index], second[:, index] = piece.sum(1), (piece * deviations).sum(1)
+
+
+def channel_backward(
+    grad_output, x, other, coefficients, grad_input, grad_residual, planes, samples, activation, by_output
+):
+    """grad_input = g * factor + (x - mean) * tilt + shift, grad_residual = g; `coefficients` are mean, scale, bias,
+    factor, tilt and shift, and g is that of `channel_sums`."""
+    g, d = _channel_slopes(grad_output, x, other, coefficients, planes, samples, activation, by_output)
+    factor, tilt, shift = (c.unsqueeze(1) for c in coefficients[3:])
+    for target, values in ((grad_input, g * factor + d * tilt + shift), (grad_residual, g)):
+        if target is not None:
+            target.copy_(_rows(values, planes, target.shape))
 
 
 def _wide(operands: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:

@@ -57,6 +57,4 @@ constexpr BiasActLoops bias_act_loops_for() {
   using S = typename ComputeType<T>::type;
   return {bias_act_forward<S, T>, bias_act_backward<S, T>};
 }
-const BiasActLoops& bias_act_loops(ScalarKind kind) {
-  CKPT_BY_STORAGE(BiasActLoops, bias_act_loops_for)
-}
+CKPT_DEFINE_LOOPS(BiasActLoops, bias_act_loops)

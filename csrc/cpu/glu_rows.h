@@ -97,6 +97,4 @@ constexpr GluLoops glu_loops_for() {
   using S = typename ComputeType<T>::type;
   return {glu_forward<S, T>, glu_backward<S, T>};
 }
-const GluLoops& glu_loops(ScalarKind kind) {
-  CKPT_BY_STORAGE(GluLoops, glu_loops_for)
-}
+CKPT_DEFINE_LOOPS(GluLoops, glu_loops)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../bias_act.h"
+#include "../channel_norm.h"
 #include "../glu.h"
 #include "../row_norm.h"
 
@@ -25,15 +26,23 @@ struct BiasActLoops {
   void (*forward)(const BiasActForward&, int64_t row, int64_t begin, int64_t end);
   void (*backward)(const BiasActBackward&, int64_t row, int64_t begin, int64_t end, void* grad_bias);
 };
+struct ChannelNormLoops {
+  // For planes, or pieces of rows, from begin to end; and for rows.
+  void (*moments)(const ChannelMoments&, int64_t begin, int64_t end);
+  void (*forward)(const ChannelForward&, int64_t begin, int64_t end);
+  void (*sums)(const ChannelSums&, int64_t begin, int64_t end);
+  void (*backward)(const ChannelBackward&, int64_t begin, int64_t end);
+};
 struct SumLoops {
   // Adds up `count` rows in their order, for the columns from begin to end; all in the compute type.
   void (*sum_rows)(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum);
 };
 
-#define CKPT_LOOPS(X)             \
-  X(RowNormLoops, row_norm_loops) \
-  X(GluLoops, glu_loops)          \
-  X(BiasActLoops, bias_act_loops) \
+#define CKPT_LOOPS(X)                     \
+  X(RowNormLoops, row_norm_loops)         \
+  X(GluLoops, glu_loops)                  \
+  X(BiasActLoops, bias_act_loops)         \
+  X(ChannelNormLoops, channel_norm_loops) \
   X(SumLoops, sum_loops)
 
 #define CKPT_DECLARE(Loops, name) const Loops& name(ScalarKind kind);

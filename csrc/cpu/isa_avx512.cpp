@@ -24,7 +24,10 @@ namespace avx512 {
 #include "vec.h"
 // After vec.h, which it is written in.
 #include "activation_rows.h"
+#include "moments_rows.h"
+
 #include "bias_act_rows.h"
+#include "channel_norm_rows.h"
 #include "glu_rows.h"
 #include "row_norm_rows.h"
 #include "sum_rows.h"

@@ -81,42 +81,12 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
   }
 }
 
-// The mean of a few elements, and then one pass over the sums of what differs from it. Where that mean is off, so
-// must be the elements that it is of: the variance's relative error is at most `segment_columns` / `guess_columns`
-// times the rounding of S. Longer rows are taken in segments, whose moments are merged (Chan, Golub and LeVeque, 1983).
-constexpr int64_t guess_columns = 64, segment_columns = 4096;
-
-template <class S, class U>
-CKPT_INLINE void segment_moments(const U* u, int64_t n, S* mean, S* squares) {
-  const int64_t few = n < guess_columns ? n : guess_columns;
-  Accumulator<S> guess, sum, sum_squares;
-  sweep_values<S>(u, few, [&](Vec<S> value, auto, auto slot) { guess.part[slot.index] += value; });
-  const S center = guess.total() / S(few);
-  sweep_values<S>(u, n, [&](Vec<S> value, auto lanes, auto slot) {
-    Vec<S> d = lanes.keep(value - Vec<S>(center));
-    sum.part[slot.index] += d;
-    sum_squares.part[slot.index] += d * d;
-  });
-  const S total = sum.total();
-  *mean = center + total / S(n);
-  *squares = sum_squares.total() - total * total / S(n);
-  if (*squares < 0) *squares = 0;
-}
-
 template <class S, class U>
 CKPT_INLINE void row_moments(const RowNorm& a, const U* u, S* mean, S* rstd) {
   const S columns = S(a.columns);
   S center = 0, sum_squares;
   if (a.centered) {
-    segment_moments(u, a.columns < segment_columns ? a.columns : segment_columns, &center, &sum_squares);
-    for (int64_t j0 = segment_columns; j0 < a.columns; j0 += segment_columns) {
-      const int64_t n = a.columns - j0 < segment_columns ? a.columns - j0 : segment_columns;
-      S segment_center, segment_squares;
-      segment_moments(u + j0, n, &segment_center, &segment_squares);
-      const S delta = segment_center - center, share = S(n) / S(j0 + n);
-      center += delta * share;
-      sum_squares += segment_squares + delta * delta * S(j0) * share;
-    }
+    moments_of(u, a.columns, &center, &sum_squares);
   } else {
     Accumulator<S> squares;
     sweep_values<S>(u, a.columns, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
@@ -422,6 +392,4 @@ constexpr RowNormLoops row_norm_loops_for() {
   using S = typename ComputeType<T>::type;
   return {forward_rows<S, T>, backward_rows<S, T>, scratch_size<S>};
 }
-const RowNormLoops& row_norm_loops(ScalarKind kind) {
-  CKPT_BY_STORAGE(RowNormLoops, row_norm_loops_for)
-}
+CKPT_DEFINE_LOOPS(RowNormLoops, row_norm_loops)

@@ -15,6 +15,4 @@ template <class T>
 constexpr SumLoops sum_loops_for() {
   return {sum_rows<typename ComputeType<T>::type>};
 }
-const SumLoops& sum_loops(ScalarKind kind) {
-  CKPT_BY_STORAGE(SumLoops, sum_loops_for)
-}
+CKPT_DEFINE_LOOPS(SumLoops, sum_loops)

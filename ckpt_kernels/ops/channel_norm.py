@@ -1,0 +1,346 @@
+"""The channel-norm op: batch, group and instance norm, with an activation and a residual added before it.
+
+One way to compute all of them. Every channel of every sample is a set of numbers, whose moments one kernel finds. From
+these, in small tensors, come the statistics of each norm (a batch norm merges the moments over samples, a group norm
+over the channels of a group) and for each channel of each sample the coefficients by which another kernel makes the
+output: activation((x - mean) * scale + bias + residual). Backward likewise: a kernel for two sums over each set, and one
+for the gradient from coefficients.
+
+Kept for backward: the input, and the statistics. With a residual, what says how the activation slopes: for relu and
+leaky_relu the output, whose sign is that of what the activation was given, and which whatever reads it keeps too; for
+other activations the residual; for the identity neither.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import reference
+from .operands import or_none, returned, wanted_gradients
+from .registration import Op
+from .second_order import second_order
+
+_SIGNED_BY_OUTPUT = ("relu", "leaky_relu")
+# How many pieces the rows of a channels-last tensor are summed in: enough to keep every processor busy, few enough
+# that the pieces' own sums cost nothing. Fixed for a device, so that results do not depend on the number of threads.
+_PIECES = {"cpu": 64}
+_PIECES_ELSEWHERE = 512
+_LEAST_ROWS = 64
+
+
+class Layout(NamedTuple):
+    """How (samples, channels, *space) lies in memory.
+
+    As planes, (samples * channels, size) with a channel a row; or channels last, (samples * size, channels).
+    """
+
+    planes: bool
+    samples: int
+    channels: int
+    size: int
+    piece_rows: int  # of a sample, that are summed together; a whole plane where there are planes
+
+    @property
+    def pieces(self) -> int:
+        return 1 if self.planes else -(-self.size // self.piece_rows)
+
+    def matrix(self, tensor: Tensor | None) -> Tensor | None:
+        """As a contiguous matrix: a view where `tensor` lies so, else a copy."""
+        if tensor is None:
+            return None
+        if self.planes:
+            return tensor.contiguous().view(self.samples * self.channels, self.size)
+        return tensor.movedim(1, -1).contiguous().view(self.samples * self.size, self.channels)
+
+    def room(self, like: Tensor) -> Tensor:
+        """Room for a result of this shape, laid out in this way."""
+        if self.planes:
+            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        shape = (like.shape[0], *like.shape[2:], like.shape[1])
+        return torch.empty(shape, dtype=like.dtype, device=like.device).movedim(-1, 1)
+
+    def statistics(self, count: int, like: Tensor) -> Tensor:
+        """Room for `count` numbers for each piece of each channel: (count, samples, pieces, channels)."""
+        shape = (count, self.samples, self.pieces, self.channels)
+        return torch.empty(shape, dtype=reference.compute_dtype(like.dtype), device=like.device)
+
+
+def layout_of(input: Tensor, groups: int) -> Layout:
+    """The layout to compute in; a batch norm (no groups) takes all samples of a channels-last tensor as one."""
+    samples, channels = input.shape[:2]
+    size = input[0, 0].numel() if samples and channels else 1
+    last = input.dim() == 2 or size == 1 or (not input.is_contiguous() and input.movedim(1, -1).is_contiguous())
+    if not last:
+        return Layout(True, samples, channels, size, size)
+    if groups == 0:
+        samples, size = 1, samples * size
+    most = max(_PIECES.get(input.device.type, _PIECES_ELSEWHERE) // samples, 1)
+    return Layout(False, samples, channels, size, max(-(-size // most), _LEAST_ROWS))
+
+
+def _moments(matrix: Tensor, layout: Layout, groups: int) -> tuple[Tensor, Tensor, float]:
+    """Mean and sum of squared deviations of what is normalised together, and the count of it.
+
+    (channels,) for a batch norm, (samples, groups) for a group norm. Merged as Chan, Golub and LeVeque, 1983.
+    """
+    moments = layout.statistics(2, matrix)
+    backends.select(matrix).channel_moments(matrix, *moments, layout.planes, layout.piece_rows)
+    means, squares = moments
+    counts = means.new_full((layout.pieces, 1), layout.piece_rows)
+    counts[-1] = layout.size - (layout.pieces - 1) * layout.piece_rows
+    if groups:
+        split = (layout.samples, layout.pieces, groups, -1)
+        means, squares, counts = means.view(split), squares.view(split), counts.unsqueeze(-1)
+        over, count = (1, 3), layout.size * layout.channels // groups
+    else:
+        over, count = (0, 1), layout.size * layout.samples
+    mean = (means * (counts / count)).sum(over, keepdim=True)
+    total = (squares + counts * (means - mean).square()).sum(over)
+    return mean.view(total.shape), total, count
+
+
+def _expand(statistic: Tensor, layout: Layout, groups: int) -> Tensor:
+    """A statistic as (samples or 1, channels)."""
+    if not groups:
+        return statistic.view(1, layout.channels)
+    return statistic.repeat_interleave(layout.channels // groups, 1)
+
+
+def _coefficients(
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, scale and bias for each channel of each sample (or of all): (samples or 1, channels)."""
+    mean, scale = _expand(mean, layout, groups), _expand(rstd, layout, groups)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    return mean, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
+
+
+def _apply(
+    input: Tensor, residual: Tensor | None, coefficients: tuple, layout: Layout, activation: str, matrix: Tensor
+) -> Tensor:
+    output = layout.room(input)
+    backends.select(input).channel_forward(
+        matrix,
+        layout.matrix(residual),
+        torch.stack(coefficients),
+        layout.matrix(output),
+        layout.planes,
+        layout.samples,
+        activation,
+    )
+    return output
+
+
+def _empty_statistics(input: Tensor, groups: int) -> Tensor:
+    shape = (input.shape[0], groups) if groups else (input.shape[1],)
+    return torch.empty(shape, dtype=reference.compute_dtype(input.dtype), device=input.device)
+
+
+def _channel_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    given_mean: Tensor | None,
+    given_var: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not input.numel():
+        statistics = (_empty_statistics(input, groups).zero_() for _ in range(2))
+        return layout_of(input, groups).room(input), *statistics
+    layout = layout_of(input, groups)
+    matrix = layout.matrix(input)
+    if given_mean is None:
+        mean, squares, count = _moments(matrix, layout, groups)
+        var = squares / count
+    else:
+        dtype = reference.compute_dtype(input.dtype)
+        # Copies, because what an op returns must not be what it was given.
+        mean, var = given_mean.to(dtype, copy=True), given_var.to(dtype, copy=True)
+    coefficients = _coefficients(mean, torch.rsqrt(var + eps), weight, bias, layout, groups)
+    return _apply(input, residual, coefficients, layout, activation, matrix), mean, var
+
+
+def _channel_norm_fake(input, residual, weight, bias, given_mean, given_var, groups, eps, activation):
+    statistics = (_empty_statistics(input, groups) for _ in range(2))
+    return layout_of(input, groups).room(input), *statistics
+
+
+def _slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
+    """What is kept to find the activation's slope beside the input, and whether it is the output."""
+    if residual is None or activation == "identity":
+        return None, False
+    return (output, True) if activation in _SIGNED_BY_OUTPUT else (residual, False)
+
+
+def _channel_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    input, residual, weight, bias, given_mean, _, ctx.groups, ctx.eps, ctx.activation = inputs
+    output, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.fixed = given_mean is not None
+    other, ctx.by_output = _slope_source(ctx.activation, residual, output)
+    ctx.save_for_backward(input, other, weight, bias, mean, var)
+
+
+def _channel_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
+    needs = wanted_gradients(ctx, 4)
+    if grad_output is None:
+        return (None,) * 9
+    input, other, weight, bias, mean, var = ctx.saved_tensors
+    options = (ctx.groups, ctx.eps, ctx.activation, ctx.fixed, ctx.by_output)
+    found = channel_norm_backward(grad_output, input, other, weight, bias, mean, var, *options, needs)
+    return *or_none(found, needs), *(None,) * 5
+
+
+def gradient_sums(
+    grads: Tensor, matrix: Tensor, other: Tensor | None, coefficients: tuple, layout: Layout, options: tuple
+) -> Tensor:
+    """The sums of g and of g * (x - mean) over each channel of each sample, where g is the gradient before the norm."""
+    sums = layout.statistics(2, matrix)
+    backends.select(matrix).channel_sums(
+        grads, matrix, other, torch.stack(coefficients), *sums, layout.planes, layout.piece_rows, *options
+    )
+    return sums.sum(2)
+
+
+def _channel_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    other: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    groups: int,
+    eps: float,
+    activation: str,
+    fixed: bool,
+    by_output: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    layout = layout_of(input, groups)
+    shapes = (input, input, weight, bias)
+    if not input.numel():
+        empty = [None if t is None or not w else torch.zeros_like(t) for t, w in zip(shapes, wanted, strict=True)]
+        return returned(empty, shapes, input)
+    matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
+    rstd = torch.rsqrt(var + eps)
+    coefficients = _coefficients(mean, rstd, weight, bias, layout, groups)
+    options = (activation, by_output)
+    sums = None
+    if wanted[2] or wanted[3] or (wanted[0] and not fixed):
+        sums = gradient_sums(grads, matrix, other, coefficients, layout, options)
+    grad_weight = grad_bias = None
+    if wanted[2] and weight is not None:
+        grad_weight = (sums[1] * _expand(rstd, layout, groups)).sum(0).view(weight.shape)
+    if wanted[3] and bias is not None:
+        grad_bias = sums[0].sum(0).view(bias.shape)
+    # Without groups the sums over samples are those of the weights, up to rstd.
+    if fixed:
+        tilts = None
+    elif groups:
+        weighted = sums if weight is None else sums * weight.to(sums.dtype)
+        count = layout.size * layout.channels // groups
+        tilts = weighted.view(2, layout.samples, groups, -1).sum(3) / count
+    else:
+        tilts = sums.sum(1) / (layout.size * layout.samples)
+    grad_input, grad_residual = input_gradients(
+        grads, matrix, other, coefficients, tilts, rstd, layout, groups, options, wanted, input
+    )
+    return returned((grad_input, grad_residual, grad_weight, grad_bias), shapes, input)
+
+
+def input_gradients(
+    grads: Tensor,
+    matrix: Tensor,
+    other: Tensor | None,
+    coefficients: tuple,
+    tilts: Tensor | None,
+    rstd: Tensor,
+    layout: Layout,
+    groups: int,
+    options: tuple,
+    wanted: list[bool],
+    input: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of input and residual: scale * g - (x - mean) * tilt - shift, and g.
+
+    `tilts` are the means, over what is normalised together, of g and of g * (x - mean), with the weight of each channel
+    where these differ within a group; None where the statistics were given.
+    """
+    mean, scale, bias = coefficients
+    if tilts is None:
+        tilt, shift = torch.zeros_like(scale), torch.zeros_like(scale)
+    else:
+        # A batch norm's channels have one weight for all that is normalised together; it is in their scale.
+        factor = _expand(rstd, layout, groups) if groups else scale
+        average, deviation = (_expand(t, layout, groups) for t in tilts)
+        shift = -factor * average
+        tilt = -factor * deviation * _expand(rstd, layout, groups).square()
+    grad_input = layout.room(input) if wanted[0] else None
+    grad_residual = layout.room(input) if wanted[1] else None
+    if wanted[0] or wanted[1]:
+        backends.select(matrix).channel_backward(
+            grads,
+            matrix,
+            other,
+            torch.stack((mean, scale, bias, scale, tilt, shift)),
+            layout.matrix(grad_input),
+            layout.matrix(grad_residual),
+            layout.planes,
+            layout.samples,
+            *options,
+        )
+    return grad_input, grad_residual
+
+
+def _channel_norm_backward_fake(
+    grad_output, input, other, weight, bias, mean, var, groups, eps, activation, fixed, by_output, wanted
+):
+    layout = layout_of(input, groups)
+    room = [layout.room(input) if w else input.new_empty(0) for w in wanted[:2]]
+    affine = zip((weight, bias), wanted[2:], strict=True)
+    return *room, *(torch.empty_like(t) if w and t is not None else input.new_empty(0) for t, w in affine)
+
+
+def _channel_norm_first_order(
+    grad_output, input, other, weight, bias, mean, var, groups, eps, activation, fixed, by_output, wanted
+):
+    given = (mean, var) if fixed else (None, None)
+
+    def block(input, residual, weight, bias):
+        if by_output:
+            # What added to the norm gives the output: its sign is all that matters.
+            norm = reference.channel_norm(input, None, weight, bias, *given, groups, eps, "identity")[0]
+            residual = (other - norm).detach() + residual - residual.detach()
+        return (reference.channel_norm(input, residual, weight, bias, *given, groups, eps, activation)[0],)
+
+    residual = other if other is not None and not by_output else torch.zeros_like(input) if wanted[1] else None
+    if by_output and residual is None:
+        residual = torch.zeros_like(input)
+    operands = (input, residual, weight, bias)
+    return reference.gradients(block, operands, (grad_output,), wanted, create_graph=True)
+
+
+_OPTIONS = "SymInt groups, float eps, str activation"
+channel_norm_backward = Op(
+    "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean,"
+    f" Tensor var, {_OPTIONS}, bool fixed, bool by_output, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    _channel_norm_backward,
+    _channel_norm_backward_fake,
+    *second_order(_channel_norm_first_order, differentiable=5),
+)
+channel_norm = Op(
+    "channel_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? given_mean, Tensor? given_var,"
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _channel_norm,
+    _channel_norm_fake,
+    _channel_norm_setup,
+    _channel_norm_backward_rule,
+)

@@ -1,0 +1,36 @@
+// Moments of runs of elements. Included by each isa_*.cpp, inside its namespace.
+
+// The mean of a few elements, and then one pass over the sums of what differs from it. Where that mean is off, so
+// must be the elements that it is of: the variance's relative error is at most `segment_columns` / `guess_columns`
+// times the rounding of S. Longer rows are taken in segments, whose moments are merged (Chan, Golub and LeVeque, 1983).
+constexpr int64_t guess_columns = 64, segment_columns = 4096;
+
+template <class S, class U>
+CKPT_INLINE void segment_moments(const U* u, int64_t n, S* mean, S* squares) {
+  const int64_t few = n < guess_columns ? n : guess_columns;
+  Accumulator<S> guess, sum, sum_squares;
+  sweep_values<S>(u, few, [&](Vec<S> value, auto, auto slot) { guess.part[slot.index] += value; });
+  const S center = guess.total() / S(few);
+  sweep_values<S>(u, n, [&](Vec<S> value, auto lanes, auto slot) {
+    Vec<S> d = lanes.keep(value - Vec<S>(center));
+    sum.part[slot.index] += d;
+    sum_squares.part[slot.index] += d * d;
+  });
+  const S total = sum.total();
+  *mean = center + total / S(n);
+  *squares = sum_squares.total() - total * total / S(n);
+  if (*squares < 0) *squares = 0;
+}
+
+template <class S, class U>
+CKPT_INLINE void moments_of(const U* u, int64_t columns, S* mean, S* squares) {
+  segment_moments(u, columns < segment_columns ? columns : segment_columns, mean, squares);
+  for (int64_t j0 = segment_columns; j0 < columns; j0 += segment_columns) {
+    const int64_t n = columns - j0 < segment_columns ? columns - j0 : segment_columns;
+    S segment_mean, segment_squares;
+    segment_moments(u + j0, n, &segment_mean, &segment_squares);
+    const S delta = segment_mean - *mean, share = S(n) / S(j0 + n);
+    *mean += delta * share;
+    *squares += segment_squares + delta * delta * S(j0) * share;
+  }
+}
