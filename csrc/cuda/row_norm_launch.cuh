@@ -6,10 +6,6 @@
 
 namespace ckpt {
 
-// Rows up to this many columns are taken by a warp, so that eight of them share a block.
-constexpr int64_t warp_columns = 1024;
-constexpr int64_t most_blocks = 1 << 16;
-
 template <class T>
 bool is_vectorizable(const RowNorm& a) {
   return a.columns * sizeof(T) % 16 == 0 && is_vectorizable<T>(a.input) && is_vectorizable<T>(a.residual) &&
@@ -19,8 +15,7 @@ bool is_vectorizable(const RowNorm& a) {
 template <class T, int VEC, class Launch>
 void launch_forward(const RowNormForward& a, const Launch& launch) {
   const bool warp = a.columns <= warp_columns;
-  int64_t blocks = warp ? divide_up(a.rows, block_warps) : a.rows;
-  if (blocks > most_blocks) blocks = most_blocks;
+  const int64_t blocks = blocks_for_rows(a.rows, warp);
   if (warp)
     launch(row_norm_forward_kernel<T, VEC, true>, blocks, a);
   else
@@ -40,8 +35,7 @@ void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_b
                      float* bias_sums, const Launch& launch) {
   if (a.grad_input || a.grad_gate) {
     const bool warp = a.columns <= warp_columns;
-    int64_t blocks = warp ? divide_up(a.rows, block_warps) : a.rows;
-    if (blocks > most_blocks) blocks = most_blocks;
+    const int64_t blocks = blocks_for_rows(a.rows, warp);
     if (warp)
       launch(row_norm_backward_input_kernel<T, VEC, true>, blocks, a);
     else

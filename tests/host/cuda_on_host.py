@@ -139,3 +139,41 @@ def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, act
     tensors |= {"grad_input": grad_input, "grad_bias": grad_bias}
     options = {"activation": CODES[activation], "dropout_p": dropout_p}
     _module().bias_act_backward(_KINDS[input.dtype], _operands(tensors, **options))
+
+
+def _channels(tensors: dict[str, Tensor | None], samples: int, channels: int, **options: Any) -> dict[str, Any]:
+    named = {name: (t.data_ptr(), 0) for name, t in tensors.items() if t is not None}
+    size = tensors["input"].numel() // (samples * channels)
+    return named | options | {"samples": samples, "channels": channels, "size": size}
+
+
+def channel_moments(x, mean, squares, planes, piece_rows):
+    tensors = {"input": x, "first": mean, "second": squares}
+    samples, pieces, channels = mean.shape
+    operands = _channels(tensors, samples, channels, pieces=pieces, planes=planes, piece_rows=piece_rows)
+    _module().channel_moments(_KINDS[x.dtype], operands)
+
+
+def channel_forward(x, residual, coefficients, output, planes, samples, activation):
+    tensors = {"input": x, "other": residual, "coefficients": coefficients, "output": output}
+    options = {"planes": planes, "activation": CODES[activation], "by_sample": coefficients.shape[1] > 1}
+    _module().channel_forward(_KINDS[x.dtype], _channels(tensors, samples, coefficients.shape[2], **options))
+
+
+def channel_sums(grad_output, x, other, coefficients, first, second, planes, piece_rows, activation, by_output):
+    tensors = {"grad_output": grad_output, "input": x, "other": other, "coefficients": coefficients}
+    tensors |= {"first": first, "second": second}
+    samples, pieces, channels = first.shape
+    options = {"planes": planes, "piece_rows": piece_rows, "pieces": pieces, "activation": CODES[activation]}
+    options |= {"by_output": by_output, "by_sample": coefficients.shape[1] > 1}
+    _module().channel_sums(_KINDS[x.dtype], _channels(tensors, samples, channels, **options))
+
+
+def channel_backward(
+    grad_output, x, other, coefficients, grad_input, grad_residual, planes, samples, activation, by_output
+):
+    tensors = {"grad_output": grad_output, "input": x, "other": other, "coefficients": coefficients}
+    tensors |= {"grad_input": grad_input, "grad_residual": grad_residual}
+    options = {"planes": planes, "activation": CODES[activation], "by_output": by_output}
+    options |= {"by_sample": coefficients.shape[1] > 1}
+    _module().channel_backward(_KINDS[x.dtype], _channels(tensors, samples, coefficients.shape[2], **options))

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../../csrc/cuda/bias_act_kernels.cuh"
+#include "../../csrc/cuda/channel_norm_kernels.cuh"
 #include "../../csrc/cuda/glu_kernels.cuh"
 #include "../../csrc/cuda/row_norm_launch.cuh"
 
@@ -145,6 +146,66 @@ void bias_act_backward(int kind, py::dict named) {
   });
 }
 
+void read(const Operands& operands, ChannelNorm& a) {
+  a.planes = operands.option<bool>("planes", true);
+  a.samples = operands.option<int64_t>("samples", 0);
+  a.channels = operands.option<int64_t>("channels", 0);
+  a.size = operands.option<int64_t>("size", 0);
+  a.input = operands.data("input");
+}
+
+void read(const Operands& operands, ChannelReduction& a) {
+  read(operands, static_cast<ChannelNorm&>(a));
+  a.pieces = operands.option<int64_t>("pieces", 1);
+  a.piece_rows = operands.option<int64_t>("piece_rows", 0);
+  a.first = operands.data("first");
+  a.second = operands.data("second");
+}
+
+template <class Block>
+void read_activated(const Operands& operands, Block& a) {
+  read(operands, a);
+  a.coefficients = {operands.data("coefficients"), operands.option<bool>("by_sample", false)};
+  a.other = operands.data("other");
+  a.activation = operands.option<int>("activation", 0);
+}
+
+template <class Block>
+void read_gradient(const Operands& operands, Block& a) {
+  read_activated(operands, a);
+  a.grad_output = operands.data("grad_output");
+  a.by_output = operands.option<bool>("by_output", false);
+}
+
+void channel_moments(int kind, py::dict named) {
+  ChannelMoments a;
+  read(Operands(std::move(named)), a);
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_channel_norm<decltype(storage)>(a, host_launch); });
+}
+
+void channel_forward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  ChannelForward a;
+  read_activated(operands, a);
+  a.output = operands.data("output");
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_channel_norm<decltype(storage)>(a, host_launch); });
+}
+
+void channel_sums(int kind, py::dict named) {
+  ChannelSums a;
+  read_gradient(Operands(std::move(named)), a);
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_channel_norm<decltype(storage)>(a, host_launch); });
+}
+
+void channel_backward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  ChannelBackward a;
+  read_gradient(operands, a);
+  a.grad_input = operands.data("grad_input");
+  a.grad_residual = operands.data("grad_residual");
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_channel_norm<decltype(storage)>(a, host_launch); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -154,4 +215,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("glu_backward", &glu_backward);
   m.def("bias_act_forward", &bias_act_forward);
   m.def("bias_act_backward", &bias_act_backward);
+  m.def("channel_moments", &channel_moments);
+  m.def("channel_forward", &channel_forward);
+  m.def("channel_sums", &channel_sums);
+  m.def("channel_backward", &channel_backward);
 }

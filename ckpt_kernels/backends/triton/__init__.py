@@ -4,6 +4,7 @@ import torch
 from triton import knobs
 
 from .bias_act import bias_act_backward, bias_act_forward
+from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
 from .glu import glu_backward, glu_forward
 from .row_norm import (
     add_row_norm_backward,
@@ -19,6 +20,10 @@ __all__ = [
     "add_row_norm_forward",
     "bias_act_backward",
     "bias_act_forward",
+    "channel_backward",
+    "channel_forward",
+    "channel_moments",
+    "channel_sums",
     "gated_row_norm_backward",
     "gated_row_norm_forward",
     "glu_backward",

@@ -74,6 +74,19 @@ def column_sum_tile(columns: int) -> Tile:
 
 
 @functools.cache
+def channel_tile(columns: int, planes: bool) -> Tile:
+    """The tile of a kernel that sums over planes, or over rows whose columns are channels.
+
+    Channels last, 64 columns of bfloat16 fill a memory transaction, and more rows at a time keep more of them in flight.
+    """
+    if planes:
+        return element_tile(columns)
+    block = min(max(_next_power_of_two(columns), 16), 64)
+    rows = _PACKED_ELEMENTS // block // 2
+    return Tile(rows, block, _warps(rows * block), columns <= block)
+
+
+@functools.cache
 def processors(device: torch.device) -> int:
     """How many programs' worth of processors the device has; a stand-in for one in the interpreter."""
     if device.type != "cuda":

@@ -1,0 +1,68 @@
+// The threads that share a row: a warp where rows are short, a block where they are long.
+#pragma once
+
+#include "../math/moments.h"
+#include "elements.cuh"
+
+namespace ckpt {
+
+// Rows up to this many columns are taken by a warp, so that eight of them share a block.
+constexpr int64_t warp_columns = 1024;
+
+// The threads that share a row, and their sums.
+template <bool WARP>
+struct Team {
+  static constexpr int size = WARP ? warp_threads : block_threads;
+
+  __device__ __forceinline__ static int rank() { return threadIdx.x % size; }
+  __device__ __forceinline__ static int64_t first() {
+    return int64_t(blockIdx.x) * (block_threads / size) + threadIdx.x / size;
+  }
+  __device__ __forceinline__ static int64_t count() { return int64_t(gridDim.x) * (block_threads / size); }
+
+  __device__ __forceinline__ static float sum(float x) {
+    for (int lane = warp_threads / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    if (WARP) return x;
+    __shared__ float partial[block_warps];
+    if (threadIdx.x % warp_threads == 0) partial[threadIdx.x / warp_threads] = x;
+    __syncthreads();
+    float total = 0;
+    for (int warp = 0; warp < block_warps; ++warp) total += partial[warp];
+    // The next sum writes the partial sums again.
+    __syncthreads();
+    return total;
+  }
+
+  __device__ __forceinline__ static Moments merge(Moments m) {
+    for (int lane = warp_threads / 2; lane > 0; lane /= 2) {
+      Moments other;
+      other.count = __shfl_xor_sync(0xffffffffu, m.count, lane);
+      other.mean = __shfl_xor_sync(0xffffffffu, m.mean, lane);
+      other.squares = __shfl_xor_sync(0xffffffffu, m.squares, lane);
+      // Both of a pair merge in the same order, so that every lane ends with the same bits.
+      if (threadIdx.x & lane) {
+        other.merge(m);
+        m = other;
+      } else {
+        m.merge(other);
+      }
+    }
+    if (WARP) return m;
+    __shared__ Moments partial[block_warps];
+    if (threadIdx.x % warp_threads == 0) partial[threadIdx.x / warp_threads] = m;
+    __syncthreads();
+    Moments total = partial[0];
+    for (int warp = 1; warp < block_warps; ++warp) total.merge(partial[warp]);
+    __syncthreads();
+    return total;
+  }
+};
+
+// Blocks for a loop in which teams take turns.
+inline int64_t blocks_for_rows(int64_t rows, bool warp) {
+  constexpr int64_t most = 1 << 16;
+  const int64_t blocks = warp ? divide_up(rows, block_warps) : rows;
+  return blocks < most ? blocks : most;
+}
+
+}  // namespace ckpt
