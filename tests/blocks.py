@@ -24,6 +24,8 @@ class Block:
     `call` is ours, `eager` the same in eager torch; both take the operands by name and return a tuple of outputs.
     `kept` names the operands whose bytes the block may keep for backward; "output 1" is its second output.
     `packed` says that each row operand holds two rows of columns; `statistics` counts numbers kept for each row.
+    Where there are `channels`, rows are (samples, channels, columns), the coefficients go by channel, and
+    `channel_statistics` counts numbers kept for those samples and channels.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Block:
     kept: Sequence[str] = ("input",)
     statistics: int = 2
     packed: bool = False
+    channels: bool = False
+    channel_statistics: Callable[[int, int], int] | None = None
 
     def operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
         """Random operands, all wanting gradients; `lead` has at least two dimensions, of which the first is samples."""
@@ -46,9 +50,16 @@ class Block:
             return values.to(dtype).to(device).requires_grad_()
 
         found = {name: random(*lead, 2 * columns if self.packed else columns) for name in self.rows}
-        found |= {name: random(columns, around=1.0 if name == "weight" else 0.0) for name in self.coefficients}
+        length = lead[1] if self.channels else columns
+        found |= {name: random(length, around=1.0 if name == "weight" else 0.0) for name in self.coefficients}
         found |= {name: random(lead[0], *[1] * (len(lead) - 1), columns) for name in self.samples}
         return found
+
+    def statistics_kept(self, samples: int, tokens: int) -> int:
+        """How many numbers beside the tensors it may keep for operands with that lead."""
+        if self.channel_statistics is not None:
+            return self.channel_statistics(samples, tokens)
+        return samples * tokens * self.statistics
 
 
 def _block(name: str, call: Callable, eager: Callable, function: str | None = None, **options: object) -> Block:
@@ -191,6 +202,46 @@ def _bias_act(act: str, kept: Sequence[str], bias: bool = True) -> Block:
     return _block(f"bias_act[{act}{'' if bias else ', no bias'}]", call, eager, "bias_act", **options)
 
 
+def _batch_norm(act: str, kept: Sequence[str] = ("input",), residual: bool = False) -> Block:
+    def call(input, weight, bias, residual=None):
+        options = {"activation": act, "residual": residual}
+        return functional.batch_norm(input, None, None, weight, bias, training=True, **options)
+
+    def eager(input, weight, bias, residual=None):
+        y = F.batch_norm(input, None, None, weight, bias, training=True)
+        return ACTIVATIONS[act](y if residual is None else y + residual)
+
+    options = {"rows": ("input", "residual") if residual else ("input",), "kept": kept, "channels": True}
+    options["channel_statistics"] = lambda samples, channels: 2 * channels
+    return _block(f"batch_norm[{'add ' if residual else ''}{act}]", call, eager, "batch_norm", **options)
+
+
+def _groups(channels: int) -> int:
+    return 2 if channels % 2 == 0 else 1
+
+
+def _group_norm(act: str) -> Block:
+    def call(input, weight, bias):
+        return functional.group_norm(input, _groups(input.shape[1]), weight, bias, activation=act)
+
+    def eager(input, weight, bias):
+        return ACTIVATIONS[act](F.group_norm(input, _groups(input.shape[1]), weight, bias))
+
+    options = {"channels": True, "channel_statistics": lambda samples, channels: 2 * samples * _groups(channels)}
+    return _block(f"group_norm[{act}]", call, eager, "group_norm", **options)
+
+
+def _instance_norm(act: str) -> Block:
+    def call(input, weight, bias):
+        return functional.instance_norm(input, None, None, weight, bias, activation=act)
+
+    def eager(input, weight, bias):
+        return ACTIVATIONS[act](F.instance_norm(input, None, None, weight, bias))
+
+    options = {"channels": True, "channel_statistics": lambda samples, channels: 2 * samples * channels}
+    return _block(f"instance_norm[{act}]", call, eager, "instance_norm", **options)
+
+
 # One of each function, for the contracts that do not depend on the activation.
 BLOCKS = (
     _layer_norm("identity", "identity"),
@@ -216,6 +267,14 @@ BLOCKS = (
     _bias_act("silu", kept=("input",), bias=False),
     _bias_act("relu", kept=("output 0",)),
     _bias_act("identity", kept=()),
+    _batch_norm("identity"),
+    _batch_norm("relu"),
+    _batch_norm("relu", kept=("input", "output 0"), residual=True),
+    _batch_norm("silu", kept=("input", "residual"), residual=True),
+    _batch_norm("identity", residual=True),
+    _group_norm("identity"),
+    _group_norm("silu"),
+    _instance_norm("leaky_relu"),
 )
 
 # Every activation in every place that it can take.
@@ -226,6 +285,8 @@ ACTIVATION_BLOCKS = (
     *(_gated_rms_norm(name, norm_before_gate=False) for name in NAMES),
     *(_glu(name) for name in NAMES),
     *(_bias_act(name, kept=()) for name in NAMES),
+    *(_batch_norm(name) for name in NAMES),
+    *(_batch_norm(name, residual=True) for name in NAMES),
 )
 
 

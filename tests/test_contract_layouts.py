@@ -60,13 +60,13 @@ def test_no_rows_at_all(block: Block, backend: str) -> None:
     for name, value in results.items():
         assert value.isfinite().all(), name
         if name.removeprefix("grad ") in block.coefficients:
-            assert value.shape == (24,) and (value == 0).all()
+            assert value.shape == operands[name.removeprefix("grad ")].shape and (value == 0).all()
 
 
 @by_block
 def test_one_dimension_only(block: Block, backend: str) -> None:
-    if block.samples:
-        pytest.skip("there are no samples without a leading dimension")
+    if block.samples or block.channels:
+        pytest.skip("there are no samples or channels without a leading dimension")
     operands = block.operands((1, 1), 24, torch.float32, DEVICE)
     flat = {name: t.detach().reshape(-1).requires_grad_() for name, t in operands.items()}
     expected, found = with_gradients(block.call, operands), with_gradients(block.call, flat)
@@ -97,6 +97,7 @@ def test_normalized_shape_of_several_dimensions(backend: str) -> None:
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_native_is_the_reference_for_any_shape(data, block, samples, tokens, columns, dtype) -> None:
+    hypothesis.assume(not block.channels or samples * columns > 2)
     backend = "native" if DEVICE == "cpu" else "triton"
     layout = data.draw(st.sampled_from(["plain", "sliced", "leading", "every other"]))
     operands = block.operands((samples, tokens), columns, dtype, DEVICE, seed=columns)

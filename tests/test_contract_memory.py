@@ -21,7 +21,7 @@ def as_parameters(block: Block, operands: dict) -> dict:
 
 
 def statistics_bytes(block: Block, dtype: torch.dtype) -> int:
-    return ROWS[0] * ROWS[1] * block.statistics * (8 if dtype == torch.float64 else 4)
+    return block.statistics_kept(*ROWS) * (8 if dtype == torch.float64 else 4)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)

@@ -73,6 +73,8 @@ def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tupl
 @pytest.mark.parametrize("lead,columns", [((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((1, 70), 16), ((1, 2), 20011)])
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_edge_sizes(block: Block, lead: tuple, columns: int, backend: str) -> None:
+    if block.channels and lead[0] * columns == 1:
+        pytest.skip("one value per channel is an error in training")
     # Over one or two columns a gradient is a difference of equal numbers, so there are many draws.
     draws = 40 if columns < 3 else 3
     check_against_eager(block, lambda seed: block.operands(lead, columns, torch.float32, DEVICE, seed), backend, draws)

@@ -1,6 +1,16 @@
 """The blocks as modules: torch.nn's own constructors and state_dict keys, plus `activation=`."""
 
 from .bias_act import BiasAct
+from .channel_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    SyncBatchNorm,
+)
 from .glu import GLU
 from .row_norm import AddLayerNorm, AddRMSNorm, GatedRMSNorm, LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
 
@@ -8,10 +18,18 @@ __all__ = [
     "GLU",
     "AddLayerNorm",
     "AddRMSNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "BiasAct",
     "GatedRMSNorm",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
     "RMSNorm",
+    "SyncBatchNorm",
 ]

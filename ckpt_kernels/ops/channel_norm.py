@@ -11,6 +11,7 @@ leaky_relu the output, whose sign is that of what the activation was given, and 
 other activations the residual; for the identity neither.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -70,17 +71,17 @@ class Layout(NamedTuple):
 def layout_of(input: Tensor, groups: int) -> Layout:
     """The layout to compute in; a batch norm (no groups) takes all samples of a channels-last tensor as one."""
     samples, channels = input.shape[:2]
-    size = input[0, 0].numel() if samples and channels else 1
+    size = math.prod(input.shape[2:])
     last = input.dim() == 2 or size == 1 or (not input.is_contiguous() and input.movedim(1, -1).is_contiguous())
     if not last:
         return Layout(True, samples, channels, size, size)
     if groups == 0:
         samples, size = 1, samples * size
-    most = max(_PIECES.get(input.device.type, _PIECES_ELSEWHERE) // samples, 1)
+    most = max(_PIECES.get(input.device.type, _PIECES_ELSEWHERE) // max(samples, 1), 1)
     return Layout(False, samples, channels, size, max(-(-size // most), _LEAST_ROWS))
 
 
-def _moments(matrix: Tensor, layout: Layout, groups: int) -> tuple[Tensor, Tensor, float]:
+def moments_of(matrix: Tensor, layout: Layout, groups: int) -> tuple[Tensor, Tensor, float]:
     """Mean and sum of squared deviations of what is normalised together, and the count of it.
 
     (channels,) for a batch norm, (samples, groups) for a group norm. Merged as Chan, Golub and LeVeque, 1983.
@@ -108,7 +109,7 @@ def _expand(statistic: Tensor, layout: Layout, groups: int) -> Tensor:
     return statistic.repeat_interleave(layout.channels // groups, 1)
 
 
-def _coefficients(
+def coefficients_of(
     mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """mean, scale and bias for each channel of each sample (or of all): (samples or 1, channels)."""
@@ -118,10 +119,13 @@ def _coefficients(
     return mean, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
 
 
-def _apply(
+def apply(
     input: Tensor, residual: Tensor | None, coefficients: tuple, layout: Layout, activation: str, matrix: Tensor
 ) -> Tensor:
+    """The output by these coefficients."""
     output = layout.room(input)
+    if not input.numel():
+        return output
     backends.select(input).channel_forward(
         matrix,
         layout.matrix(residual),
@@ -156,14 +160,14 @@ def _channel_norm(
     layout = layout_of(input, groups)
     matrix = layout.matrix(input)
     if given_mean is None:
-        mean, squares, count = _moments(matrix, layout, groups)
+        mean, squares, count = moments_of(matrix, layout, groups)
         var = squares / count
     else:
         dtype = reference.compute_dtype(input.dtype)
         # Copies, because what an op returns must not be what it was given.
         mean, var = given_mean.to(dtype, copy=True), given_var.to(dtype, copy=True)
-    coefficients = _coefficients(mean, torch.rsqrt(var + eps), weight, bias, layout, groups)
-    return _apply(input, residual, coefficients, layout, activation, matrix), mean, var
+    coefficients = coefficients_of(mean, torch.rsqrt(var + eps), weight, bias, layout, groups)
+    return apply(input, residual, coefficients, layout, activation, matrix), mean, var
 
 
 def _channel_norm_fake(input, residual, weight, bias, given_mean, given_var, groups, eps, activation):
@@ -171,7 +175,7 @@ def _channel_norm_fake(input, residual, weight, bias, given_mean, given_var, gro
     return layout_of(input, groups).room(input), *statistics
 
 
-def _slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
+def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
     """What is kept to find the activation's slope beside the input, and whether it is the output."""
     if residual is None or activation == "identity":
         return None, False
@@ -184,7 +188,7 @@ def _channel_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
     ctx.fixed = given_mean is not None
-    other, ctx.by_output = _slope_source(ctx.activation, residual, output)
+    other, ctx.by_output = slope_source(ctx.activation, residual, output)
     ctx.save_for_backward(input, other, weight, bias, mean, var)
 
 
@@ -231,7 +235,7 @@ def _channel_norm_backward(
         return returned(empty, shapes, input)
     matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
     rstd = torch.rsqrt(var + eps)
-    coefficients = _coefficients(mean, rstd, weight, bias, layout, groups)
+    coefficients = coefficients_of(mean, rstd, weight, bias, layout, groups)
     options = (activation, by_output)
     sums = None
     if wanted[2] or wanted[3] or (wanted[0] and not fixed):
@@ -285,7 +289,7 @@ def input_gradients(
         tilt = -factor * deviation * _expand(rstd, layout, groups).square()
     grad_input = layout.room(input) if wanted[0] else None
     grad_residual = layout.room(input) if wanted[1] else None
-    if wanted[0] or wanted[1]:
+    if input.numel() and (wanted[0] or wanted[1]):
         backends.select(matrix).channel_backward(
             grads,
             matrix,
@@ -321,9 +325,9 @@ def _channel_norm_first_order(
             residual = (other - norm).detach() + residual - residual.detach()
         return (reference.channel_norm(input, residual, weight, bias, *given, groups, eps, activation)[0],)
 
-    residual = other if other is not None and not by_output else torch.zeros_like(input) if wanted[1] else None
-    if by_output and residual is None:
-        residual = torch.zeros_like(input)
+    residual = None if by_output else other
+    if residual is None and (by_output or wanted[1]):
+        residual = torch.zeros_like(input).requires_grad_()
     operands = (input, residual, weight, bias)
     return reference.gradients(block, operands, (grad_output,), wanted, create_graph=True)
 
@@ -343,4 +347,5 @@ channel_norm = Op(
     _channel_norm_fake,
     _channel_norm_setup,
     _channel_norm_backward_rule,
+    results=3,
 )

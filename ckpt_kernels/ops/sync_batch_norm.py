@@ -1,0 +1,101 @@
+"""A batch norm whose statistics are over the batches of several processes.
+
+The same kernels as `channel_norm`; what the processes tell each other is the moments of their batches forward, and the
+two sums of the gradient backward. Processes may have batches of different sizes, or none.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends import reference
+from .channel_norm import (
+    Layout,
+    apply,
+    coefficients_of,
+    gradient_sums,
+    input_gradients,
+    layout_of,
+    moments_of,
+    slope_source,
+)
+
+
+def _merged_moments(
+    matrix: Tensor, layout: Layout, channels: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, float]:
+    """Mean, variance and count over all processes."""
+    own = torch.zeros(2 * channels + 1, dtype=reference.compute_dtype(matrix.dtype), device=matrix.device)
+    if matrix.numel():
+        mean, squares, count = moments_of(matrix, layout, 0)
+        own = torch.cat((mean, squares, own.new_full((1,), count)))
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    everyone = torch.stack(gathered)
+    means, squares, counts = everyone[:, :channels], everyone[:, channels:-1], everyone[:, -1:]
+    count = counts.sum()
+    mean = (means * (counts / count)).sum(0)
+    var = (squares + counts * (means - mean).square()).sum(0) / count
+    return mean, var, count.item()
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        activation: str,
+        group: dist.ProcessGroup,
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        layout = layout_of(input, 0)
+        matrix = layout.matrix(input)
+        mean, var, count = _merged_moments(matrix, layout, input.shape[1], group)
+        coefficients = coefficients_of(mean, torch.rsqrt(var + eps), weight, bias, layout, 0)
+        output = apply(input, residual, coefficients, layout, activation, matrix)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.eps, ctx.activation, ctx.group, ctx.count = eps, activation, group, count
+        other, ctx.by_output = slope_source(activation, residual, output)
+        ctx.save_for_backward(input, other, weight, bias, mean, var)
+        return output, mean, var, count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple:
+        input, other, weight, bias, mean, var = ctx.saved_tensors
+        layout = layout_of(input, 0)
+        matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
+        rstd = torch.rsqrt(var + ctx.eps)
+        coefficients = coefficients_of(mean, rstd, weight, bias, layout, 0)
+        options = (ctx.activation, ctx.by_output)
+        own = torch.zeros(2, input.shape[1], dtype=mean.dtype, device=input.device)
+        if input.numel():
+            own = gradient_sums(grads, matrix, other, coefficients, layout, options).sum(1)
+        everyone = own.clone()
+        dist.all_reduce(everyone, group=ctx.group)
+        wanted = list(ctx.needs_input_grad[:2])
+        grad_input, grad_residual = input_gradients(
+            grads, matrix, other, coefficients, everyone / ctx.count, rstd, layout, 0, options, wanted, input
+        )
+        # Those of the weights are of this process's batch alone, as of any other layer.
+        grad_weight = (own[1] * rstd).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        grad_bias = own[0].to(bias.dtype) if ctx.needs_input_grad[3] else None
+        return grad_input, grad_residual, grad_weight, grad_bias, None, None, None
+
+
+def sync_batch_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The output, and the mean, variance and count over the batches of all processes of `group`."""
+    return _SyncBatchNorm.apply(input, residual, weight, bias, eps, activation, group)

@@ -1,0 +1,245 @@
+"""What is particular to the channel norms: memory formats, running statistics, processes, and errors."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import nn
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE, serving
+
+SHAPES = ((4, 6, 5, 7), (3, 8, 11), (64, 10), (2, 4, 1, 1), (2, 6, 150, 3), (2, 4, 3, 3, 3), (1, 3, 2, 2500))
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def eager(x, groups, w, b):
+    return torch.nn.functional.group_norm(x, groups, w, b) if groups else torch.nn.functional.batch_norm(
+        x, None, None, w, b, training=True
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["batch", "group", "instance"])
+def test_every_shape_in_both_memory_formats(kind: str, shape: tuple, last: bool, backend: str) -> None:
+    groups = {"batch": 0, "group": 1 if shape[1] % 2 else 2, "instance": shape[1]}[kind]
+    if kind == "instance" and shape[2:] in ((), (1, 1)):
+        pytest.skip("one value in space")
+    x, g = randn(*shape), randn(*shape)
+    if last and len(shape) > 2:
+        x, g = channels_last(x), channels_last(g)
+    x.requires_grad_()
+    w, b = (randn(shape[1]) + 1).requires_grad_(), randn(shape[1]).requires_grad_()
+    if kind == "batch":
+        ours = F.batch_norm(x, None, None, w, b, training=True, activation="silu")
+    elif kind == "group":
+        ours = F.group_norm(x, groups, w, b, activation="silu")
+    else:
+        ours = F.instance_norm(x, None, None, w, b, activation="silu")
+    theirs = torch.nn.functional.silu(eager(x, groups, w, b))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    if 1 not in shape:
+        assert ours.stride() == x.stride()
+    found, expected = torch.autograd.grad(ours, (x, w, b), g), torch.autograd.grad(theirs, (x, w, b), g)
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    if 1 not in shape:
+        assert found[0].stride() == x.stride()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_huge_means_stay_accurate(last: bool, backend: str) -> None:
+    x = randn(4, 3, 40, 50) + 1e4
+    x = (channels_last(x) if last else x).requires_grad_()
+    truth = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+    ours = F.batch_norm(x, None, None, training=True)
+    theirs = torch.nn.functional.batch_norm(x, None, None, training=True)
+    # The mean itself is rounded to one in 2^-10.
+    allowed = max(1.5 * (theirs - truth).abs().max().item(), 1e-3)
+    assert (ours - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.9, None])
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_hundred_steps_and_a_switch_to_eval(momentum: float | None, track: bool, affine: bool) -> None:
+    options = {"momentum": momentum, "track_running_stats": track, "affine": affine}
+    ours, theirs = nn.BatchNorm2d(5, **options).to(DEVICE), torch.nn.BatchNorm2d(5, **options).to(DEVICE)
+    for step in range(100):
+        x = randn(3, 5, 4, 4) * (1 + step % 7) + step
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    ours.eval(), theirs.eval()
+    x = randn(3, 5, 4, 4).requires_grad_()
+    y, e = ours(x), theirs(x)
+    torch.testing.assert_close(y, e, rtol=1e-4, atol=1e-4)
+    g = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g), torch.autograd.grad(e, x, g), rtol=1e-4, atol=1e-4)
+
+
+def test_eval_gradients_of_every_operand(backend: str) -> None:
+    x, r, g = (randn(4, 6, 5, 5).requires_grad_() for _ in range(3))
+    mean, var = randn(6), randn(6).abs() + 0.5
+    w, b = randn(6).requires_grad_(), randn(6).requires_grad_()
+    ours = F.batch_norm(x, mean, var, w, b, activation="gelu", residual=r)
+    theirs = torch.nn.functional.gelu(torch.nn.functional.batch_norm(x, mean, var, w, b) + r)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    wanted = (x, r, w, b)
+    for a, e in zip(torch.autograd.grad(ours, wanted, g), torch.autograd.grad(theirs, wanted, g), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_instance_norm_moves_its_running_statistics_as_torchs() -> None:
+    ours = nn.InstanceNorm2d(4, affine=True, track_running_stats=True).to(DEVICE)
+    theirs = torch.nn.InstanceNorm2d(4, affine=True, track_running_stats=True).to(DEVICE)
+    for _ in range(5):
+        x = randn(3, 4, 6, 6) * 2 + 1
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    ours.eval(), theirs.eval()
+    x = randn(4, 6, 6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_kept(last: bool) -> None:
+    """A norm and its activation keep one tensor, shared with nobody; a ResNet's block keeps its input and its output,
+    which the next convolution keeps as well."""
+    x, r = randn(4, 8, 10, 10), randn(4, 8, 10, 10)
+    x, r = ((channels_last(t) if last else t).requires_grad_() for t in (x, r))
+    conv = torch.nn.Conv2d(8, 8, 1).to(DEVICE)
+    for norm in (nn.BatchNorm2d(8, activation="relu"), nn.BatchNorm2d(8), nn.GroupNorm(4, 8, activation="silu")):
+        assert saved_bytes(norm.to(DEVICE), x) <= x.nbytes + 4 * 4 * 8 * 4
+    norm = nn.BatchNorm2d(8, activation="relu").to(DEVICE)
+    with_conv = saved_bytes(lambda: conv(norm(x, r)))
+    assert with_conv <= 2 * x.nbytes + 2 * 8 * 4
+    eager_norm, relu = torch.nn.BatchNorm2d(8).to(DEVICE), torch.nn.functional.relu
+    assert with_conv <= saved_bytes(lambda: conv(relu(eager_norm(x) + r)))
+
+
+def test_very_large_groups_and_many_channels(backend: str) -> None:
+    for shape, groups in (((1, 2, 70000), 1), ((1, 1200, 3), 400), ((2, 520, 2, 2), 1)):
+        for x in (randn(*shape), channels_last(randn(*shape))):
+            torch.testing.assert_close(
+                F.group_norm(x, groups), torch.nn.functional.group_norm(x, groups), rtol=1e-4, atol=1e-4
+            )
+
+
+def _one_process(rank: int, port: int, sizes: tuple, results: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(sizes))
+    torch.manual_seed(0)
+    whole, residual, g = (torch.randn(sum(sizes), 4, 3, 5) for _ in range(3))
+    norm = nn.SyncBatchNorm(4, activation="relu")
+    parts = [t.split(list(sizes))[rank].clone().requires_grad_() for t in (whole, residual)]
+    y = norm(*parts)
+    y.backward(g.split(list(sizes))[rank])
+    for t in (norm.weight.grad, norm.bias.grad):
+        dist.all_reduce(t)
+    torch.save((y.detach(), *(t.grad for t in parts), norm.weight.grad, norm.state_dict()), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (5, 1)], ids=str)
+def test_sync_batch_norm_is_one_process_with_the_whole_batch(sizes: tuple, tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_one_process, (port, sizes, str(tmp_path)), nprocs=len(sizes))
+    torch.manual_seed(0)
+    whole, residual, g = (torch.randn(sum(sizes), 4, 3, 5) for _ in range(3))
+    leaves = whole.requires_grad_(), residual.requires_grad_()
+    norm = torch.nn.BatchNorm2d(4)
+    y = torch.relu(norm(leaves[0]) + leaves[1])
+    y.backward(g)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes))]
+    for index, expected in enumerate((y.detach(), leaves[0].grad, leaves[1].grad)):
+        torch.testing.assert_close(torch.cat([part[index] for part in found]), expected, rtol=1e-4, atol=1e-5)
+    for _, _, _, grad_weight, state in found:
+        torch.testing.assert_close(grad_weight, norm.weight.grad, rtol=1e-4, atol=1e-4)
+        for name, value in norm.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_sync_batch_norm_by_itself_is_a_batch_norm() -> None:
+    x = randn(4, 3, 5)
+    torch.testing.assert_close(nn.SyncBatchNorm(3).to(DEVICE)(x), torch.nn.BatchNorm1d(3).to(DEVICE)(x))
+
+
+def test_every_backend_agrees() -> None:
+    x, r, w, b = randn(3, 6, 9, 9), randn(3, 6, 9, 9), randn(6), randn(6)
+    found = {}
+    for name in ("reference", "native", "triton", "cuda_on_host") if DEVICE == "cpu" else ("reference", "native"):
+        with serving(name):
+            found[name] = F.batch_norm(x, None, None, w, b, True, activation="gelu", residual=r)
+    for value in found.values():
+        torch.testing.assert_close(value, found["reference"], rtol=1e-5, atol=1e-5)
+
+
+X = torch.randn(4, 6, 5)
+W = torch.ones(6)
+BAD = {
+    "not a tensor": (lambda: F.group_norm(3, 2), TypeError, "input is int"),
+    "one dimension": (lambda: F.batch_norm(W, None, None, training=True), RuntimeError, r"input has shape \(6,\)"),
+    "channels of weight": (
+        lambda: F.batch_norm(X, None, None, W[:5], training=True),
+        RuntimeError,
+        r"weight has shape \(5,\); expected \(6,\)",
+    ),
+    "channels of bias": (lambda: F.group_norm(X, 2, W, W[:3]), RuntimeError, r"bias has shape \(3,\)"),
+    "residual": (
+        lambda: F.batch_norm(X, None, None, training=True, residual=X[:2]),
+        RuntimeError,
+        r"residual has shape \(2, 6, 5\); expected the input's",
+    ),
+    "one value per channel": (
+        lambda: F.batch_norm(X[:1, :, :1], None, None, training=True),
+        ValueError,
+        "expected more than 1 value per channel",
+    ),
+    "one value in space": (lambda: F.instance_norm(X[:, :, :1]), ValueError, "expected more than 1 element in space"),
+    "no statistics in eval": (lambda: F.batch_norm(X, None, W), RuntimeError, "running_mean or running_var is None"),
+    "groups": (lambda: F.group_norm(X, 4), RuntimeError, "num_groups is 4; expected a divisor of the channels"),
+    "no groups": (lambda: F.group_norm(X, 0), RuntimeError, "num_groups is 0"),
+    "activation": (lambda: F.group_norm(X, 2, activation="swish"), ValueError, "activation is 'swish'"),
+    "module's dimensions": (lambda: nn.BatchNorm2d(6)(X), ValueError, "expected 4D input"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_answered_by_its_error(case: str) -> None:
+    call, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_running_statistics_are_unchanged_after_an_error() -> None:
+    norm = nn.BatchNorm1d(6)
+    norm(X)
+    before = copy.deepcopy(norm.state_dict())
+    for bad in (torch.randn(4, 7, 5), torch.randn(1, 6, 1), X.long()):
+        with pytest.raises((RuntimeError, ValueError)):
+            norm(bad)
+    with pytest.raises(RuntimeError, match=r"running_var has shape \(5,\)"):
+        F.batch_norm(X, norm.running_mean, norm.running_var[:5], training=True)
+    for name, value in before.items():
+        assert torch.equal(norm.state_dict()[name], value), name
+
+
+def test_modules_say_what_they_are() -> None:
+    assert repr(nn.GroupNorm(2, 6)) == repr(torch.nn.GroupNorm(2, 6))
+    for module in (nn.GroupNorm(2, 6, activation="silu"), nn.BatchNorm2d(6, activation="silu")):
+        assert "activation='silu'" in repr(module)
