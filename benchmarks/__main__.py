@@ -1,10 +1,12 @@
-"""`python -m benchmarks`: the row-norm blocks against eager torch, torch.compile, checkpointing and peers."""
+"""`python -m benchmarks`: the blocks against eager torch, torch.compile, checkpointing and peers."""
 
 import argparse
 import datetime
+import itertools
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from . import report
-from .cases import CASES, CPU_SHAPES, GPU_SHAPES, SMALL_SHAPE
+from .cases import CASES, Case, Setting
 from .measure import measure
 from .providers import providers
 
@@ -32,10 +34,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settings(device: str) -> list[tuple[tuple[int, int], torch.dtype]]:
-    shapes = GPU_SHAPES if device == "cuda" else CPU_SHAPES
+def plan(device: str, name: str) -> Iterator[tuple[Case, Setting, torch.dtype]]:
+    """What is measured, in the order of the report."""
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    return [(shape, dtype) for dtype in dtypes for shape in shapes] + [(SMALL_SHAPE, torch.float32)]
+    chosen = [case for case in CASES if name in case.name]
+    for family in dict.fromkeys(case.family for case in chosen):
+        cases = [case for case in chosen if case.family == family]
+        settings = dict.fromkeys(setting for case in cases for setting in case.settings(device))
+        for dtype, setting in itertools.product(dtypes, settings):
+            # What a call costs does not depend on the dtype.
+            if not setting.small or dtype == dtypes[0]:
+                yield from ((case, setting, dtype) for case in cases if setting in case.settings(device))
 
 
 def main() -> int:
@@ -50,7 +59,6 @@ def main() -> int:
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     about = report.machine(command, datetime.date.today().isoformat())
     about["malloc thresholds"] = "raised" if raised else "defaults"
-    cases = [case for case in CASES if options.case in case.name]
     console = Console(width=None if sys.stdout.isatty() else 132)
     console.print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, malloc thresholds "
                   f"{about['malloc thresholds']}")  # fmt: skip
@@ -58,23 +66,24 @@ def main() -> int:
     bandwidths: dict[str, list[float]] = {}
     progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     with progress:
-        todo = [(case, *setting) for setting in settings(device) for case in cases]
+        todo = list(plan(device, options.case))
         task = progress.add_task("measuring", total=len(todo))
-        for case, shape, dtype in todo:
-            name = f"{case.name} {shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')}"
-            progress.update(task, description=f"{name:<45}")
+        for case, setting, dtype in todo:
+            name = f"{case.name} {setting.label} {str(dtype).removeprefix('torch.')}"
+            progress.update(task, description=f"{name:<60}")
             torch._dynamo.reset()
-            small = shape == SMALL_SHAPE
+            rounds = options.rounds * (20 if setting.small else 1)
             everyone = providers(case, device, dtype, not options.no_compile)
-            timings, copy_ms = measure(case, shape, dtype, device, everyone, options.rounds * (20 if small else 1))
-            unit = shape[0] * shape[1] * dtype.itemsize
+            timings, copy_ms = measure(case, setting, dtype, device, everyone, rounds)
+            unit = torch.Size(setting.shape).numel() * dtype.itemsize
             for provider, timing in timings.items():
                 # A copy moves two tensors of the input's size.
                 floor = copy_ms * sum(case.traffic) / 2
                 results.append(
                     {
+                        "family": case.family,
                         "case": case.name,
-                        "shape": shape,
+                        "shape": setting.label,
                         "dtype": str(dtype).removeprefix("torch."),
                         "provider": provider,
                         "forward_ms": timing.forward,
@@ -82,20 +91,20 @@ def main() -> int:
                         "total_ms": timing.total,
                         "copy_ms": copy_ms,
                         "copy_gb_per_s": 2 * unit / copy_ms / 1e6,
-                        "times_floor": None if small else timing.total / floor,
+                        "times_floor": None if setting.small else timing.total / floor,
                         "times_eager": timing.total / timings["eager"].total,
                         "saved_bytes": timing.saved_bytes,
                         "saved_inputs": timing.saved_bytes / unit,
                     }
                 )
-            bandwidths.setdefault(f"{shape[0]}x{shape[1]} {dtype}", []).append(2 * unit / copy_ms / 1e6)
+            bandwidths.setdefault(f"{setting.label} {dtype}", []).append(2 * unit / copy_ms / 1e6)
             progress.advance(task)
     notes = [
         "Medians of passes taken in turn. The copy floor is the time that the copies of the same run need for the "
         "bytes that must cross memory, forward and backward; copies go into memory that is there already. At 8x64 "
         "only the overhead of a call is seen, and there is no floor to compare with."
     ]
-    table = Table(*report.COLUMNS, title="Row norms: forward and backward", title_justify="left")
+    table = Table(*report.COLUMNS, title="Blocks: forward and backward", title_justify="left")
     for previous, result in zip([None, *results], results, strict=False):
         if previous and (previous["case"], previous["shape"], previous["dtype"]) != (
             result["case"],
@@ -108,7 +117,9 @@ def main() -> int:
     for name, found in bandwidths.items():
         console.print(f"copy {name}: {min(found):.1f} to {max(found):.1f} GB/s")
     report.write(options.out, about, results, notes)
-    console.print(f"results.json, results.md, time.png and saved.png are in {options.out}")
+    console.print(
+        f"results.json, results.md and a picture of times and one of saved bytes for each family are in {options.out}"
+    )
     return 0
 
 

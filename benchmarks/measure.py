@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ckpt_kernels.memory import saved_bytes
 
-from .cases import Case
+from .cases import Case, Setting
 from .providers import Provider
 
 
@@ -67,10 +67,10 @@ class Turn:
 
 
 class CopyTurn:
-    """A plain copy of one operand into memory that is there already: the floor's unit."""
+    """A plain copy of one tensor into memory that is there already: the floor's unit."""
 
-    def __init__(self, operand_sets: list[list[Tensor]], device: str) -> None:
-        self.sources = [operands[0].detach() for operands in operand_sets]
+    def __init__(self, sources: list[Tensor], device: str) -> None:
+        self.sources = sources
         self.targets = [torch.zeros_like(source) for source in self.sources]
         self.device, self.count = device, 0
         self.times: list[float] = []
@@ -86,18 +86,18 @@ class CopyTurn:
 
 def measure(
     case: Case,
-    shape: tuple[int, int],
+    setting: Setting,
     dtype: torch.dtype,
     device: str,
     providers: list[Provider],
     rounds: int,
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Timing], float]:
-    """Timings by provider, and the median milliseconds of a copy (one read, one write) of an operand."""
-    element = torch.empty((), dtype=dtype).element_size()
-    sets = [case.operands(*shape, dtype, device) for _ in range(_buffers(shape[0] * shape[1] * element * case.rows))]
+    """Timings by provider, and the median milliseconds of a copy (one read, one write) of a tensor of that shape."""
+    bytes_each = torch.Size(setting.shape).numel() * dtype.itemsize * case.tensors * (2 if case.packed else 1)
+    sets = [case.operands(setting, dtype, device) for _ in range(_buffers(bytes_each))]
     turns = [Turn(provider, sets, device) for provider in providers]
-    copy = CopyTurn(sets, device)
+    copy = CopyTurn([torch.randn(setting.shape, device=device).to(dtype) for _ in sets], device)
     for round in range(rounds + 3):
         # The order changes from round to round, so that nobody always follows the same neighbour.
         for turn in turns[round % len(turns) :] + turns[: round % len(turns)]:

@@ -36,7 +36,7 @@ def row(result: dict[str, Any]) -> list[str]:
     """One provider's figures, formatted for a table."""
     return [
         result["case"],
-        "x".join(map(str, result["shape"])),
+        result["shape"],
         result["dtype"],
         result["provider"],
         f"{result['forward_ms']:.3f}",
@@ -48,20 +48,36 @@ def row(result: dict[str, Any]) -> list[str]:
     ]
 
 
-COLUMNS = ["block", "shape", "dtype", "provider", "forward ms", "backward ms", "total ms", "x floor", "x eager", "saved MiB"]
+COLUMNS = [
+    "block",
+    "shape",
+    "dtype",
+    "provider",
+    "forward ms",
+    "backward ms",
+    "total ms",
+    "x floor",
+    "x eager",
+    "saved MiB",
+]
 
 
 def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, Any]], notes: list[str]) -> None:
-    """results.json, results.md and one picture of times and one of saved bytes, into `folder`."""
+    """results.json, results.md and for each family a picture of times and one of saved bytes, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"machine": about, "notes": notes, "results": results}, indent=1))
-    lines = ["# Row norms", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
+    lines = ["# Blocks: forward and backward", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
     lines += [*notes, "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(row(result)) + " |" for result in results]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
     large = [result for result in results if result["times_floor"]]
-    _bars(large, "times_floor", "time, as a multiple of the copy floor (lower is better)", folder / "time.png")
-    _bars(large, "saved_inputs", "kept for backward, in tensors of the input's size", folder / "saved.png")
+    for family in dict.fromkeys(result["family"] for result in large):
+        own = [result for result in large if result["family"] == family]
+        name = family.replace(" ", "_")
+        time = f"{family}: time, as a multiple of the copy floor (lower is better)"
+        _bars(own, "times_floor", time, folder / f"time_{name}.png")
+        saved = f"{family}: kept for backward, in tensors of the input's size"
+        _bars(own, "saved_inputs", saved, folder / f"saved_{name}.png")
 
 
 def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.Path) -> None:
@@ -71,24 +87,25 @@ def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = sorted({(tuple(result["shape"]), result["dtype"]) for result in results}, key=str)
+    panels = list(dict.fromkeys((result["shape"], result["dtype"]) for result in results))
     names = list(dict.fromkeys(result["provider"] for result in results))
-    cases = list(dict.fromkeys(result["case"] for result in results))
     rows = (len(panels) + 1) // 2
     figure_, axes = plt.subplots(rows, 2, figsize=(13, 3.4 * rows), squeeze=False, sharey=True, layout="constrained")
     colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
     for axis, (shape, dtype) in zip(axes.flat, panels, strict=False):
+        here = [result for result in results if (result["shape"], result["dtype"]) == (shape, dtype)]
+        cases = list(dict.fromkeys(result["case"] for result in here))
         for index, name in enumerate(names):
             found = {
                 result["case"]: result[figure]
                 for result in results
-                if (tuple(result["shape"]), result["dtype"], result["provider"]) == (shape, dtype, name)
+                if (result["shape"], result["dtype"], result["provider"]) == (shape, dtype, name)
             }
             places = [place + (index - len(names) / 2 + 0.5) * 0.8 / len(names) for place in range(len(cases))]
             heights = [found.get(case, 0) for case in cases]
             bars = axis.bar(places, heights, 0.8 / len(names), label=name, color=colors[name])
             axis.bar_label(bars, [f"{h:.1f}" if h else "" for h in heights], fontsize=6, padding=1)
-        axis.set_title(f"{shape[0]} x {shape[1]}, {dtype}", fontsize=10)
+        axis.set_title(f"{shape}, {dtype}", fontsize=10)
         axis.set_xticks(range(len(cases)), cases, fontsize=8, rotation=12)
         axis.grid(axis="y", alpha=0.3)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")

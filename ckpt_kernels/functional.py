@@ -262,7 +262,7 @@ def batch_norm(
     `process_group` the statistics of training are over the batches of all its processes, which may differ in size.
     Contiguous and channels-last inputs are computed as they lie, and so is the output.
 
-    Keeps the input and two numbers a channel; with a residual also, for relu and leaky_relu, the output, which whatever
+    Keeps the input and five numbers a channel; with a residual also, for relu and leaky_relu, the output, which whatever
     reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running statistics as
     they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
@@ -308,8 +308,8 @@ def group_norm(
     """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, *space), by sample and group of channels.
 
     Mean and (biased) variance are over the C / num_groups channels of a group and space. Contiguous and channels-last
-    inputs are computed as they lie, and so is the output. Keeps the input and two numbers a group. Source: Wu and He,
-    "Group Normalization", 2018; `torch.nn.functional.group_norm`.
+    inputs are computed as they lie, and so is the output. Keeps the input, two numbers a group and three a channel, of
+    each sample. Source: Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
     """
     _check_channels(input, weight, bias)
     if num_groups < 1 or input.shape[1] % num_groups:
@@ -334,7 +334,7 @@ def instance_norm(
 
     With `use_input_stats` mean and (biased) variance are over space, and the running ones, if given, move by `momentum`
     towards their means over the samples, the variance unbiased; without, they are the running ones. Keeps the input and
-    two numbers for each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
+    five numbers for each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
     `torch.nn.functional.instance_norm`.
     """
     _check_channels(input, weight, bias)

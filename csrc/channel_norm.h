@@ -18,8 +18,8 @@ struct ChannelNorm {
   CKPT_HD int64_t sample_of(int64_t row) const { return row / (planes ? channels : size); }
 };
 
-// For each channel of each sample, in pieces of piece_rows of its elements (where there are planes, in one): results are
-// (count, samples, pieces, channels), in the compute type.
+// For each channel of each sample, in pieces of piece_rows of its elements (where there are planes, in one): results
+// are (count, samples, pieces, channels), in the compute type.
 struct ChannelReduction : ChannelNorm {
   int64_t pieces = 1, piece_rows = 0;
   void *first = nullptr, *second = nullptr;

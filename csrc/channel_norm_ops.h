@@ -29,8 +29,9 @@ struct ChannelNormOps {
   static void set_results(ChannelReduction& a, const Tensor& first, const Tensor& second, int64_t piece_rows) {
     a.piece_rows = piece_rows;
     a.pieces = first.size(1);
-    STD_TORCH_CHECK((a.planes ? a.pieces == 1 && piece_rows == a.size : (a.size + piece_rows - 1) / piece_rows == a.pieces),
-                    "expected the pieces to cover the rows");
+    STD_TORCH_CHECK(
+        (a.planes ? a.pieces == 1 && piece_rows == a.size : (a.size + piece_rows - 1) / piece_rows == a.pieces),
+        "expected the pieces to cover the rows");
     const int64_t numel = a.samples * a.pieces * a.channels;
     a.first = data_of(first, numel);
     a.second = data_of(second, numel);

@@ -47,8 +47,9 @@ inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns) {
 // A matrix of every `step`-th element of a row.
 inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns, int64_t step) {
   if (!t) return {};
-  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == rows && t->size(1) == columns && (columns <= 1 || t->stride(1) == step),
-                  "expected a (", rows, ", ", columns, ") matrix of every ", step, "th element");
+  STD_TORCH_CHECK(
+      t->dim() == 2 && t->size(0) == rows && t->size(1) == columns && (columns <= 1 || t->stride(1) == step),
+      "expected a (", rows, ", ", columns, ") matrix of every ", step, "th element");
   return {t->data_ptr(), t->stride(0)};
 }
 

@@ -212,7 +212,7 @@ def _batch_norm(act: str, kept: Sequence[str] = ("input",), residual: bool = Fal
         return ACTIVATIONS[act](y if residual is None else y + residual)
 
     options = {"rows": ("input", "residual") if residual else ("input",), "kept": kept, "channels": True}
-    options["channel_statistics"] = lambda samples, channels: 2 * channels
+    options["channel_statistics"] = lambda samples, channels: 5 * channels
     return _block(f"batch_norm[{'add ' if residual else ''}{act}]", call, eager, "batch_norm", **options)
 
 
@@ -227,7 +227,10 @@ def _group_norm(act: str) -> Block:
     def eager(input, weight, bias):
         return ACTIVATIONS[act](F.group_norm(input, _groups(input.shape[1]), weight, bias))
 
-    options = {"channels": True, "channel_statistics": lambda samples, channels: 2 * samples * _groups(channels)}
+    options = {
+        "channels": True,
+        "channel_statistics": lambda samples, channels: samples * (2 * _groups(channels) + 3 * channels),
+    }
     return _block(f"group_norm[{act}]", call, eager, "group_norm", **options)
 
 
@@ -238,7 +241,7 @@ def _instance_norm(act: str) -> Block:
     def eager(input, weight, bias):
         return ACTIVATIONS[act](F.instance_norm(input, None, None, weight, bias))
 
-    options = {"channels": True, "channel_statistics": lambda samples, channels: 2 * samples * channels}
+    options = {"channels": True, "channel_statistics": lambda samples, channels: 5 * samples * channels}
     return _block(f"instance_norm[{act}]", call, eager, "instance_norm", **options)
 
 

@@ -62,7 +62,11 @@ BAD = {
     "dtype": (lambda: F.glu(X, X.half()), RuntimeError, "value has dtype torch.float16; expected the gate's"),
     "device": (lambda: F.glu(X, X.to("meta")), RuntimeError, "value is on meta; expected it on cpu, where gate is"),
     "activation": (lambda: F.glu(X, X, activation="swish"), ValueError, "activation is 'swish'"),
-    "odd": (lambda: F.packed_glu(X[:, :7]), RuntimeError, r"input has shape \(4, 7\); expected a last dimension of even"),
+    "odd": (
+        lambda: F.packed_glu(X[:, :7]),
+        RuntimeError,
+        r"input has shape \(4, 7\); expected a last dimension of even",
+    ),
     "scalar": (lambda: F.packed_glu(X[0, 0]), RuntimeError, r"input has shape \(\); expected"),
     "layout": (lambda: F.packed_glu(X, layout="mixed"), ValueError, "layout is 'mixed'; expected one of gate_first"),
 }

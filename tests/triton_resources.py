@@ -18,14 +18,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ckpt_kernels.backends.triton.bias_act import bias_act_backward_kernel, bias_act_forward_kernel
+from ckpt_kernels.backends.triton.channel_norm import (
+    channel_backward_kernel,
+    channel_forward_kernel,
+    plane_moments_kernel,
+    plane_sums_kernel,
+    row_moments_kernel,
+    row_sums_kernel,
+)
 from ckpt_kernels.backends.triton.glu import glu_backward_kernel, glu_forward_kernel
-from ckpt_kernels.backends.triton.launch import Tile, backward_tile, column_sum_tile, element_tile, forward_tile
+from ckpt_kernels.backends.triton.launch import (
+    Tile,
+    backward_tile,
+    channel_tile,
+    column_sum_tile,
+    element_tile,
+    forward_tile,
+)
 from ckpt_kernels.backends.triton.long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel
 from ckpt_kernels.backends.triton.row_norm import row_norm_backward_kernel, row_norm_forward_kernel
 
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 # Operands that are not of the storage type, and arguments that are not whole numbers.
-DTYPES = {"MEAN": "fp32", "RSTD": "fp32", "SEED": "i64", "DW": "fp32", "DB": "fp32"}
+DTYPES = {"SEED": "i64"} | dict.fromkeys(("MEAN", "RSTD", "SQUARES", "DW", "DB", "C", "FIRST", "SECOND"), "fp32")
 FLOATS = ("eps", "weight_offset", "scale")
 
 
@@ -73,6 +88,21 @@ def element_variants(columns: int) -> Iterator[Variant]:
         yield Variant(f"{name} backward", bias_act_backward_kernel, column_sum_tile(columns), without, options)
 
 
+def channel_variants(columns: int) -> Iterator[Variant]:
+    """Planes of this many elements, and rows of this many channels."""
+    for planes in (True, False):
+        name = "planes" if planes else "channels last"
+        options = {"ACTIVATION": "silu", "BY_SAMPLE": not planes}
+        sums_kernel = plane_sums_kernel if planes else row_sums_kernel
+        moments_kernel = plane_moments_kernel if planes else row_moments_kernel
+        tile = channel_tile(columns, planes)
+        yield Variant(f"{name} moments", moments_kernel, tile, (), {})
+        yield Variant(f"{name} sums", sums_kernel, tile, ("OTHER",), options | {"BY_OUTPUT": False})
+        tile, options = element_tile(columns), options | {"PLANES": planes}
+        yield Variant(f"{name} forward", channel_forward_kernel, tile, (), options)
+        yield Variant(f"{name} backward", channel_backward_kernel, tile, (), options | {"BY_OUTPUT": True})
+
+
 def compile_variant(variant: Variant, dtype: str, target: GPUTarget) -> object:
     signature, constants, attributes = {}, {}, {}
     options = variant.options | {"ROWS": variant.tile.rows, "BLOCK": variant.tile.block}
@@ -110,7 +140,7 @@ def main() -> None:
     target = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
     results = {}
     for columns in map(int, sys.argv[2].split(",")):
-        for variant in (*row_norm_variants(columns), *element_variants(columns)):
+        for variant in (*row_norm_variants(columns), *element_variants(columns), *channel_variants(columns)):
             for dtype in ("bf16", "fp32"):
                 compiled = compile_variant(variant, dtype, target)
                 used = resources(compiled) if kind == "cuda" else {"binary": len(compiled.asm["hsaco"])}

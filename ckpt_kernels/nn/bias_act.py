@@ -38,9 +38,7 @@ class BiasAct(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.bias_act(
-            input, self.bias, activation=self.activation, dropout_p=self.dropout, training=self.training
-        )
+        return F.bias_act(input, self.bias, activation=self.activation, dropout_p=self.dropout, training=self.training)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}" + extras(

@@ -91,9 +91,7 @@ class GroupNorm(nn.GroupNorm):
         self.activation = activation_name(activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.group_norm(
-            input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation
-        )
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + extras(activation=(self.activation, "identity"))

@@ -18,9 +18,7 @@ class GLU(nn.Module):
         layout: "value_first" as torch's, "gate_first" or "interleaved".
     """
 
-    def __init__(
-        self, dim: int = -1, *, activation: Activation = "sigmoid", layout: str = "value_first"
-    ) -> None:
+    def __init__(self, dim: int = -1, *, activation: Activation = "sigmoid", layout: str = "value_first") -> None:
         super().__init__()
         self.dim = dim
         self.activation = activation_name(activation)

@@ -44,9 +44,7 @@ def _matrices(bias: Tensor | None, seed: Tensor | None, *tensors: Tensor | None)
     return [None if t is None else as_rows(t, columns) for t in tensors]
 
 
-def _bias_act(
-    input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float
-) -> Tensor:
+def _bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
     output = contiguous(input)
     if output.numel():
         rows, output_rows = _matrices(bias, seed, input, output)

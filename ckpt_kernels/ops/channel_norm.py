@@ -6,7 +6,7 @@ over the channels of a group) and for each channel of each sample the coefficien
 output: activation((x - mean) * scale + bias + residual). Backward likewise: a kernel for two sums over each set, and one
 for the gradient from coefficients.
 
-Kept for backward: the input, and the statistics. With a residual, what says how the activation slopes: for relu and
+Kept for backward: the input, the statistics and the coefficients. With a residual, what says how the activation slopes: for relu and
 leaky_relu the output, whose sign is that of what the activation was given, and which whatever reads it keeps too; for
 other activations the residual; for the identity neither.
 """
@@ -78,49 +78,53 @@ def layout_of(input: Tensor, groups: int) -> Layout:
     if groups == 0:
         samples, size = 1, samples * size
     most = max(_PIECES.get(input.device.type, _PIECES_ELSEWHERE) // max(samples, 1), 1)
-    return Layout(False, samples, channels, size, max(-(-size // most), _LEAST_ROWS))
+    least = min(max(-(-size // most), _LEAST_ROWS), max(size, 1))
+    # Pieces of one size where that is not much larger: they merge in fewer steps.
+    even = next((rows for rows in range(least, 2 * least) if size % rows == 0), least)
+    return Layout(False, samples, channels, size, even)
 
 
-def moments_of(matrix: Tensor, layout: Layout, groups: int) -> tuple[Tensor, Tensor, float]:
-    """Mean and sum of squared deviations of what is normalised together, and the count of it.
+def moments_of(matrix: Tensor, layout: Layout, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of what is normalised together.
 
-    (channels,) for a batch norm, (samples, groups) for a group norm. Merged as Chan, Golub and LeVeque, 1983.
+    (channels,) for a batch norm, (samples, groups) for a group norm. The moments of pieces of equal size merge into
+    their mean, and the mean of their variances plus the variance of their means.
     """
-    moments = layout.statistics(2, matrix)
-    backends.select(matrix).channel_moments(matrix, *moments, layout.planes, layout.piece_rows)
-    means, squares = moments
-    counts = means.new_full((layout.pieces, 1), layout.piece_rows)
-    counts[-1] = layout.size - (layout.pieces - 1) * layout.piece_rows
+    means, squares = layout.statistics(2, matrix)
+    backends.select(matrix).channel_moments(matrix, means, squares, layout.planes, layout.piece_rows)
     if groups:
-        split = (layout.samples, layout.pieces, groups, -1)
-        means, squares, counts = means.view(split), squares.view(split), counts.unsqueeze(-1)
+        split = (layout.samples, layout.pieces, groups, layout.channels // groups)
+        means, squares = means.view(split), squares.view(split)
         over, count = (1, 3), layout.size * layout.channels // groups
     else:
         over, count = (0, 1), layout.size * layout.samples
+    if layout.size == layout.pieces * layout.piece_rows:
+        spread, mean = torch.var_mean(means, over, correction=0)
+        return mean, squares.sum(over).div_(count).add_(spread)
+    # The last piece is smaller (Chan, Golub and LeVeque, 1983, merge by size).
+    counts = means.new_full((layout.pieces, *[1] * (means.dim() - 2)), layout.piece_rows)
+    counts[-1] = layout.size - (layout.pieces - 1) * layout.piece_rows
     mean = (means * (counts / count)).sum(over, keepdim=True)
-    total = (squares + counts * (means - mean).square()).sum(over)
-    return mean.view(total.shape), total, count
-
-
-def _expand(statistic: Tensor, layout: Layout, groups: int) -> Tensor:
-    """A statistic as (samples or 1, channels)."""
-    if not groups:
-        return statistic.view(1, layout.channels)
-    return statistic.repeat_interleave(layout.channels // groups, 1)
+    var = (squares + counts * (means - mean).square()).sum(over).div_(count)
+    return mean.view(var.shape), var
 
 
 def coefficients_of(
-    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout, groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, scale and bias for each channel of each sample (or of all): (samples or 1, channels)."""
-    mean, scale = _expand(mean, layout, groups), _expand(rstd, layout, groups)
-    if weight is not None:
-        scale = scale * weight.to(scale.dtype)
-    return mean, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout, groups: int, eps: float
+) -> Tensor:
+    """mean, scale and bias for each channel of each sample (or of all): (3, samples or 1, channels)."""
+    rows, split = (layout.samples, groups) if groups else (1, layout.channels)
+    shape = (split, layout.channels // split)
+    mean, rstd = (t.view(rows, split, 1) for t in (mean, (var + eps).rsqrt_()))
+    coefficients = mean.new_empty(3, rows, *shape)
+    coefficients[0] = mean
+    coefficients[1] = rstd if weight is None else rstd * weight.view(shape)
+    coefficients[2] = 0 if bias is None else bias.view(shape)
+    return coefficients.view(3, rows, layout.channels)
 
 
 def apply(
-    input: Tensor, residual: Tensor | None, coefficients: tuple, layout: Layout, activation: str, matrix: Tensor
+    input: Tensor, residual: Tensor | None, coefficients: Tensor, layout: Layout, activation: str, matrix: Tensor
 ) -> Tensor:
     """The output by these coefficients."""
     output = layout.room(input)
@@ -129,7 +133,7 @@ def apply(
     backends.select(input).channel_forward(
         matrix,
         layout.matrix(residual),
-        torch.stack(coefficients),
+        coefficients,
         layout.matrix(output),
         layout.planes,
         layout.samples,
@@ -138,9 +142,12 @@ def apply(
     return output
 
 
-def _empty_statistics(input: Tensor, groups: int) -> Tensor:
-    shape = (input.shape[0], groups) if groups else (input.shape[1],)
-    return torch.empty(shape, dtype=reference.compute_dtype(input.dtype), device=input.device)
+def _statistics_room(input: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for mean, variance and coefficients."""
+    samples, channels = input.shape[:2]
+    dtype = reference.compute_dtype(input.dtype)
+    shapes = ((samples, groups) if groups else (channels,),) * 2 + ((3, samples if groups else 1, channels),)
+    return tuple(torch.empty(shape, dtype=dtype, device=input.device) for shape in shapes)
 
 
 def _channel_norm(
@@ -153,26 +160,23 @@ def _channel_norm(
     groups: int,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not input.numel():
-        statistics = (_empty_statistics(input, groups).zero_() for _ in range(2))
-        return layout_of(input, groups).room(input), *statistics
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = layout_of(input, groups)
+    if not input.numel():
+        return layout.room(input), *(t.zero_() for t in _statistics_room(input, groups))
     matrix = layout.matrix(input)
     if given_mean is None:
-        mean, squares, count = moments_of(matrix, layout, groups)
-        var = squares / count
+        mean, var = moments_of(matrix, layout, groups)
     else:
         dtype = reference.compute_dtype(input.dtype)
         # Copies, because what an op returns must not be what it was given.
         mean, var = given_mean.to(dtype, copy=True), given_var.to(dtype, copy=True)
-    coefficients = coefficients_of(mean, torch.rsqrt(var + eps), weight, bias, layout, groups)
-    return apply(input, residual, coefficients, layout, activation, matrix), mean, var
+    coefficients = coefficients_of(mean, var, weight, bias, layout, groups, eps)
+    return apply(input, residual, coefficients, layout, activation, matrix), mean, var, coefficients
 
 
 def _channel_norm_fake(input, residual, weight, bias, given_mean, given_var, groups, eps, activation):
-    statistics = (_empty_statistics(input, groups) for _ in range(2))
-    return layout_of(input, groups).room(input), *statistics
+    return layout_of(input, groups).room(input), *_statistics_room(input, groups)
 
 
 def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
@@ -184,33 +188,48 @@ def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tu
 
 def _channel_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     input, residual, weight, bias, given_mean, _, ctx.groups, ctx.eps, ctx.activation = inputs
-    output, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
+    output, mean, var, coefficients = output
+    ctx.mark_non_differentiable(mean, var, coefficients)
     ctx.set_materialize_grads(False)
     ctx.fixed = given_mean is not None
     other, ctx.by_output = slope_source(ctx.activation, residual, output)
-    ctx.save_for_backward(input, other, weight, bias, mean, var)
+    ctx.save_for_backward(input, other, weight, bias, mean, var, coefficients)
 
 
 def _channel_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
     needs = wanted_gradients(ctx, 4)
     if grad_output is None:
         return (None,) * 9
-    input, other, weight, bias, mean, var = ctx.saved_tensors
     options = (ctx.groups, ctx.eps, ctx.activation, ctx.fixed, ctx.by_output)
-    found = channel_norm_backward(grad_output, input, other, weight, bias, mean, var, *options, needs)
+    found = channel_norm_backward(grad_output, *ctx.saved_tensors, *options, needs)
     return *or_none(found, needs), *(None,) * 5
 
 
 def gradient_sums(
-    grads: Tensor, matrix: Tensor, other: Tensor | None, coefficients: tuple, layout: Layout, options: tuple
+    grads: Tensor, matrix: Tensor, other: Tensor | None, coefficients: Tensor, layout: Layout, options: tuple
 ) -> Tensor:
     """The sums of g and of g * (x - mean) over each channel of each sample, where g is the gradient before the norm."""
     sums = layout.statistics(2, matrix)
     backends.select(matrix).channel_sums(
-        grads, matrix, other, torch.stack(coefficients), *sums, layout.planes, layout.piece_rows, *options
+        grads, matrix, other, coefficients, *sums, layout.planes, layout.piece_rows, *options
     )
-    return sums.sum(2)
+    return sums.sum(2) if layout.pieces > 1 else sums.squeeze(2)
+
+
+def batch_tilts(totals: Tensor, coefficients: Tensor, rstd: Tensor, count: float) -> Tensor:
+    """From the sums over a batch, (2, channels): what its gradient takes of x - mean, and what it takes off."""
+    share = coefficients[1] / -count
+    return torch.stack((share * totals[1] * rstd.square(), share * totals[0]))
+
+
+def _group_tilts(sums: Tensor, weight: Tensor | None, rstd: Tensor, layout: Layout) -> Tensor:
+    """The same for each group, from the sums over each channel of each sample, (2, samples, channels)."""
+    samples, groups = rstd.shape
+    weighted = sums if weight is None else sums * weight
+    totals = weighted.view(2, samples, groups, -1).sum(3)
+    share = rstd / -(layout.size * layout.channels // groups)
+    tilts = torch.stack((share * totals[1] * rstd.square(), share * totals[0])).unsqueeze(3)
+    return tilts.expand(2, samples, groups, layout.channels // groups).reshape(2, samples, layout.channels)
 
 
 def _channel_norm_backward(
@@ -221,6 +240,7 @@ def _channel_norm_backward(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    coefficients: Tensor,
     groups: int,
     eps: float,
     activation: str,
@@ -234,59 +254,43 @@ def _channel_norm_backward(
         empty = [None if t is None or not w else torch.zeros_like(t) for t, w in zip(shapes, wanted, strict=True)]
         return returned(empty, shapes, input)
     matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
-    rstd = torch.rsqrt(var + eps)
-    coefficients = coefficients_of(mean, rstd, weight, bias, layout, groups)
     options = (activation, by_output)
-    sums = None
+    grad_weight = grad_bias = tilts = None
     if wanted[2] or wanted[3] or (wanted[0] and not fixed):
+        rstd = (var + eps).rsqrt_()
         sums = gradient_sums(grads, matrix, other, coefficients, layout, options)
-    grad_weight = grad_bias = None
-    if wanted[2] and weight is not None:
-        grad_weight = (sums[1] * _expand(rstd, layout, groups)).sum(0).view(weight.shape)
-    if wanted[3] and bias is not None:
-        grad_bias = sums[0].sum(0).view(bias.shape)
-    # Without groups the sums over samples are those of the weights, up to rstd.
-    if fixed:
-        tilts = None
-    elif groups:
-        weighted = sums if weight is None else sums * weight.to(sums.dtype)
-        count = layout.size * layout.channels // groups
-        tilts = weighted.view(2, layout.samples, groups, -1).sum(3) / count
-    else:
-        tilts = sums.sum(1) / (layout.size * layout.samples)
-    grad_input, grad_residual = input_gradients(
-        grads, matrix, other, coefficients, tilts, rstd, layout, groups, options, wanted, input
-    )
-    return returned((grad_input, grad_residual, grad_weight, grad_bias), shapes, input)
+        if groups:
+            grad_bias = sums[0].sum(0)
+            scaled = sums[1].view(*rstd.shape, -1) * rstd.unsqueeze(2)
+            grad_weight = scaled.sum(0).view(layout.channels)
+            tilts = _group_tilts(sums, weight, rstd, layout)
+        else:
+            totals = sums.sum(1)
+            grad_bias, grad_weight = totals[0].clone(), totals[1] * rstd
+            tilts = None if fixed else batch_tilts(totals, coefficients, rstd, layout.size * layout.samples)
+    gradients = input_gradients(grads, matrix, other, coefficients, tilts, layout, options, wanted, input)
+    affine = (g if w else None for g, w in zip((grad_weight, grad_bias), wanted[2:], strict=True))
+    return returned((*gradients, *affine), shapes, input)
 
 
 def input_gradients(
     grads: Tensor,
     matrix: Tensor,
     other: Tensor | None,
-    coefficients: tuple,
+    coefficients: Tensor,
     tilts: Tensor | None,
-    rstd: Tensor,
     layout: Layout,
-    groups: int,
     options: tuple,
     wanted: list[bool],
     input: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input and residual: scale * g - (x - mean) * tilt - shift, and g.
+    """The gradients of input and residual: g * scale + (x - mean) * tilt + shift, and g.
 
-    `tilts` are the means, over what is normalised together, of g and of g * (x - mean), with the weight of each channel
-    where these differ within a group; None where the statistics were given.
+    `tilts` are tilt and shift for each channel of each sample (or of all); None where the statistics were given, and
+    both are zero.
     """
-    mean, scale, bias = coefficients
     if tilts is None:
-        tilt, shift = torch.zeros_like(scale), torch.zeros_like(scale)
-    else:
-        # A batch norm's channels have one weight for all that is normalised together; it is in their scale.
-        factor = _expand(rstd, layout, groups) if groups else scale
-        average, deviation = (_expand(t, layout, groups) for t in tilts)
-        shift = -factor * average
-        tilt = -factor * deviation * _expand(rstd, layout, groups).square()
+        tilts = torch.zeros_like(coefficients[:2])
     grad_input = layout.room(input) if wanted[0] else None
     grad_residual = layout.room(input) if wanted[1] else None
     if input.numel() and (wanted[0] or wanted[1]):
@@ -294,7 +298,7 @@ def input_gradients(
             grads,
             matrix,
             other,
-            torch.stack((mean, scale, bias, scale, tilt, shift)),
+            torch.cat((coefficients, coefficients[1:2], tilts)),
             layout.matrix(grad_input),
             layout.matrix(grad_residual),
             layout.planes,
@@ -305,7 +309,7 @@ def input_gradients(
 
 
 def _channel_norm_backward_fake(
-    grad_output, input, other, weight, bias, mean, var, groups, eps, activation, fixed, by_output, wanted
+    grad_output, input, other, weight, bias, mean, var, coefficients, groups, eps, activation, fixed, by_output, wanted
 ):
     layout = layout_of(input, groups)
     room = [layout.room(input) if w else input.new_empty(0) for w in wanted[:2]]
@@ -314,7 +318,7 @@ def _channel_norm_backward_fake(
 
 
 def _channel_norm_first_order(
-    grad_output, input, other, weight, bias, mean, var, groups, eps, activation, fixed, by_output, wanted
+    grad_output, input, other, weight, bias, mean, var, coefficients, groups, eps, activation, fixed, by_output, wanted
 ):
     given = (mean, var) if fixed else (None, None)
 
@@ -335,14 +339,14 @@ def _channel_norm_first_order(
 _OPTIONS = "SymInt groups, float eps, str activation"
 channel_norm_backward = Op(
     "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean,"
-    f" Tensor var, {_OPTIONS}, bool fixed, bool by_output, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor var, Tensor coefficients, {_OPTIONS}, bool fixed, bool by_output, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     _channel_norm_backward,
     _channel_norm_backward_fake,
     *second_order(_channel_norm_first_order, differentiable=5),
 )
 channel_norm = Op(
     "channel_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? given_mean, Tensor? given_var,"
-    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _channel_norm,
     _channel_norm_fake,
     _channel_norm_setup,

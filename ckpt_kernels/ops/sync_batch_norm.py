@@ -14,6 +14,7 @@ from ..backends import reference
 from .channel_norm import (
     Layout,
     apply,
+    batch_tilts,
     coefficients_of,
     gradient_sums,
     input_gradients,
@@ -29,16 +30,16 @@ def _merged_moments(
     """Mean, variance and count over all processes."""
     own = torch.zeros(2 * channels + 1, dtype=reference.compute_dtype(matrix.dtype), device=matrix.device)
     if matrix.numel():
-        mean, squares, count = moments_of(matrix, layout, 0)
-        own = torch.cat((mean, squares, own.new_full((1,), count)))
+        mean, var = moments_of(matrix, layout, 0)
+        own = torch.cat((mean, var, own.new_full((1,), layout.samples * layout.size)))
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     everyone = torch.stack(gathered)
-    means, squares, counts = everyone[:, :channels], everyone[:, channels:-1], everyone[:, -1:]
-    count = counts.sum()
-    mean = (means * (counts / count)).sum(0)
-    var = (squares + counts * (means - mean).square()).sum(0) / count
-    return mean, var, count.item()
+    means, variances, counts = everyone[:, :channels], everyone[:, channels:-1], everyone[:, -1:]
+    shares = counts / counts.sum()
+    mean = (means * shares).sum(0)
+    var = ((variances + (means - mean).square()) * shares).sum(0)
+    return mean, var, counts.sum().item()
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -56,35 +57,36 @@ class _SyncBatchNorm(torch.autograd.Function):
         layout = layout_of(input, 0)
         matrix = layout.matrix(input)
         mean, var, count = _merged_moments(matrix, layout, input.shape[1], group)
-        coefficients = coefficients_of(mean, torch.rsqrt(var + eps), weight, bias, layout, 0)
+        coefficients = coefficients_of(mean, var, weight, bias, layout, 0, eps)
         output = apply(input, residual, coefficients, layout, activation, matrix)
         ctx.mark_non_differentiable(mean, var)
         ctx.eps, ctx.activation, ctx.group, ctx.count = eps, activation, group, count
         other, ctx.by_output = slope_source(activation, residual, output)
-        ctx.save_for_backward(input, other, weight, bias, mean, var)
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+        ctx.save_for_backward(input, other, var, coefficients)
         return output, mean, var, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple:
-        input, other, weight, bias, mean, var = ctx.saved_tensors
+        input, other, var, coefficients = ctx.saved_tensors
         layout = layout_of(input, 0)
         matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
         rstd = torch.rsqrt(var + ctx.eps)
-        coefficients = coefficients_of(mean, rstd, weight, bias, layout, 0)
         options = (ctx.activation, ctx.by_output)
-        own = torch.zeros(2, input.shape[1], dtype=mean.dtype, device=input.device)
+        own = torch.zeros(2, input.shape[1], dtype=var.dtype, device=input.device)
         if input.numel():
             own = gradient_sums(grads, matrix, other, coefficients, layout, options).sum(1)
         everyone = own.clone()
         dist.all_reduce(everyone, group=ctx.group)
         wanted = list(ctx.needs_input_grad[:2])
+        tilts = batch_tilts(everyone, coefficients, rstd, ctx.count)
         grad_input, grad_residual = input_gradients(
-            grads, matrix, other, coefficients, everyone / ctx.count, rstd, layout, 0, options, wanted, input
+            grads, matrix, other, coefficients, tilts, layout, options, wanted, input
         )
         # Those of the weights are of this process's batch alone, as of any other layer.
-        grad_weight = (own[1] * rstd).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        grad_bias = own[0].to(bias.dtype) if ctx.needs_input_grad[3] else None
+        grad_weight = (own[1] * rstd).to(ctx.dtypes[0]) if ctx.needs_input_grad[2] else None
+        grad_bias = own[0].to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None
         return grad_input, grad_residual, grad_weight, grad_bias, None, None, None
 
 

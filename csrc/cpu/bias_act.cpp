@@ -12,16 +12,14 @@ namespace {
 struct Cpu {
   using Coefficient = ckpt::Coefficient;
   static void run_forward(const BiasActForward& a, const Tensor&, ScalarKind kind) {
-    for_pieces(a.rows, a.columns, [&](int64_t row, int64_t begin, int64_t end) {
-      bias_act_loops(kind).forward(a, row, begin, end);
-    });
+    for_pieces(a.rows, a.columns,
+               [&](int64_t row, int64_t begin, int64_t end) { bias_act_loops(kind).forward(a, row, begin, end); });
   }
   static void run_backward(const BiasActBackward& a, const Tensor&, ScalarKind kind, void* grad_bias) {
     const BiasActLoops& loops = bias_act_loops(kind);
     if (!grad_bias) {
-      for_pieces(a.rows, a.columns, [&](int64_t row, int64_t begin, int64_t end) {
-        loops.backward(a, row, begin, end, nullptr);
-      });
+      for_pieces(a.rows, a.columns,
+                 [&](int64_t row, int64_t begin, int64_t end) { loops.backward(a, row, begin, end, nullptr); });
       return;
     }
     const RowTasks tasks(a.rows, a.rows);

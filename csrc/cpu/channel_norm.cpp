@@ -16,7 +16,8 @@ void for_pieces_of(const Block& a, Loop loop) {
 
 template <class Block, class Loop>
 void for_rows_of(const Block& a, Loop loop) {
-  torch::stable::parallel_for(0, a.rows(), grain(a.columns()), [&](int64_t begin, int64_t end) { loop(a, begin, end); });
+  torch::stable::parallel_for(0, a.rows(), grain(a.columns()),
+                              [&](int64_t begin, int64_t end) { loop(a, begin, end); });
 }
 
 struct Cpu {

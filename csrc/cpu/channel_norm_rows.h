@@ -1,7 +1,7 @@
 // The loops of the channel-norm family. Included by each isa_*.cpp, inside its namespace.
 //
-// S is the compute type, T the storage type. A row is a plane, whose coefficients are single numbers, or one place of an
-// image with its channels, whose coefficients are vectors.
+// S is the compute type, T the storage type. A row is a plane, whose coefficients are single numbers, or one place of
+// an image with its channels, whose coefficients are vectors.
 
 // The coefficients of one row. Those of a plane are copied, because what is stored might overwrite them as far as the
 // compiler knows.
@@ -38,8 +38,8 @@ CKPT_INLINE Vec<S> activated(const Coefficients& c, Vec<S> d, const T* other, in
 
 // g for one vector of a row: the gradient of z.
 template <class S, class T, class Block, class Coefficients, class Function, class Lanes>
-CKPT_INLINE Vec<S> gradient(const Block& a, const Coefficients& c, Vec<S> d, const T* grad_output,
-                            const T* other, int64_t j, Function function, Lanes lanes) {
+CKPT_INLINE Vec<S> gradient(const Block& a, const Coefficients& c, Vec<S> d, const T* grad_output, const T* other,
+                            int64_t j, Function function, Lanes lanes) {
   Vec<S> z = a.by_output ? load(other + j, lanes) : activated(c, d, other, j, lanes);
   return load(grad_output + j, lanes) * derivative_of<T>(function, z);
 }
@@ -157,22 +157,23 @@ void channel_sums_of_rows(const ChannelSums& a, int64_t begin, int64_t end) {
       S* sum_deviations = static_cast<S*>(a.second) + piece * a.channels;
       __builtin_memset(sum, 0, a.channels * sizeof(S));
       __builtin_memset(sum_deviations, 0, a.channels * sizeof(S));
-      for_row_blocks(sample_begin + a.piece_begin(piece), sample_begin + a.piece_end(piece), [&](int64_t row, auto block) {
-        const T *x = row_at<T>(a.input, row, a.channels), *other = row_at<T>(a.other, row, a.channels);
-        const T* grad_output = row_at<T>(a.grad_output, row, a.channels);
-        step<S>(a.channels, [&](int64_t j, auto lanes) {
-          Vec<S> mean = c.at(0, j, lanes), s = load(sum + j, lanes), t = load(sum_deviations + j, lanes);
-          for (int i = 0; i < block.value; ++i) {
-            const int64_t k = i * a.channels;
-            Vec<S> d = load(x + k + j, lanes) - mean;
-            Vec<S> g = gradient(a, c, d, grad_output + k, other ? other + k : nullptr, j, function, lanes);
-            s += g;
-            t += g * d;
-          }
-          store(sum + j, s, lanes);
-          store(sum_deviations + j, t, lanes);
-        });
-      });
+      for_row_blocks(
+          sample_begin + a.piece_begin(piece), sample_begin + a.piece_end(piece), [&](int64_t row, auto block) {
+            const T *x = row_at<T>(a.input, row, a.channels), *other = row_at<T>(a.other, row, a.channels);
+            const T* grad_output = row_at<T>(a.grad_output, row, a.channels);
+            step<S>(a.channels, [&](int64_t j, auto lanes) {
+              Vec<S> mean = c.at(0, j, lanes), s = load(sum + j, lanes), t = load(sum_deviations + j, lanes);
+              for (int i = 0; i < block.value; ++i) {
+                const int64_t k = i * a.channels;
+                Vec<S> d = load(x + k + j, lanes) - mean;
+                Vec<S> g = gradient(a, c, d, grad_output + k, other ? other + k : nullptr, j, function, lanes);
+                s += g;
+                t += g * d;
+              }
+              store(sum + j, s, lanes);
+              store(sum_deviations + j, t, lanes);
+            });
+          });
     }
   });
 }

@@ -10,14 +10,12 @@ namespace {
 
 struct Cpu {
   static void run_forward(const GluForward& a, const Tensor&, ScalarKind kind) {
-    for_pieces(a.rows, a.columns, [&](int64_t row, int64_t begin, int64_t end) {
-      glu_loops(kind).forward(a, row, begin, end);
-    });
+    for_pieces(a.rows, a.columns,
+               [&](int64_t row, int64_t begin, int64_t end) { glu_loops(kind).forward(a, row, begin, end); });
   }
   static void run_backward(const GluBackward& a, const Tensor&, ScalarKind kind) {
-    for_pieces(a.rows, a.columns, [&](int64_t row, int64_t begin, int64_t end) {
-      glu_loops(kind).backward(a, row, begin, end);
-    });
+    for_pieces(a.rows, a.columns,
+               [&](int64_t row, int64_t begin, int64_t end) { glu_loops(kind).backward(a, row, begin, end); });
   }
 };
 

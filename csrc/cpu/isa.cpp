@@ -47,16 +47,16 @@ Isa chosen_isa() {
 }  // namespace
 
 #if defined(__x86_64__)
-#define CKPT_CHOOSE(Loops, name)        \
-  const Loops& name(ScalarKind kind) {  \
-    switch (chosen_isa()) {             \
-      case Isa::avx512:                 \
-        return avx512::name(kind);      \
-      case Isa::avx2:                   \
-        return avx2::name(kind);        \
-      default:                          \
-        return generic::name(kind);     \
-    }                                   \
+#define CKPT_CHOOSE(Loops, name)       \
+  const Loops& name(ScalarKind kind) { \
+    switch (chosen_isa()) {            \
+      case Isa::avx512:                \
+        return avx512::name(kind);     \
+      case Isa::avx2:                  \
+        return avx2::name(kind);       \
+      default:                         \
+        return generic::name(kind);    \
+    }                                  \
   }
 #else
 #define CKPT_CHOOSE(Loops, name) \

@@ -128,9 +128,8 @@ void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t 
       });
     } else {
       visit_activation(a.activation, [&](auto function) {
-        step<S>(n, [&](int64_t j, auto lanes) {
-          output.put(j0 + j, value_of<T>(function, normalized(j, lanes)), lanes);
-        });
+        step<S>(n,
+                [&](int64_t j, auto lanes) { output.put(j0 + j, value_of<T>(function, normalized(j, lanes)), lanes); });
       });
     }
   }
@@ -202,8 +201,7 @@ struct ThroughGate {
   template <class Row, class V, class Lanes>
   CKPT_INLINE V operator()(const Row& row, int64_t column, Lanes lanes, V g, V seen, V weight, V) const {
     V gate = load(row.gate + column, lanes);
-    if (row.grad_gate)
-      store(row.grad_gate + column, g * (seen * weight) * derivative_of<T>(Function{}, gate), lanes);
+    if (row.grad_gate) store(row.grad_gate + column, g * (seen * weight) * derivative_of<T>(Function{}, gate), lanes);
     return g * value_of<T>(Function{}, gate);
   }
 };

@@ -26,12 +26,13 @@ template <class Body>
 void for_pieces(int64_t rows, int64_t columns, const Body& body) {
   constexpr int64_t piece = 16384;
   const int64_t pieces = divide_up(columns, piece);
-  torch::stable::parallel_for(0, rows * pieces, grain(columns < piece ? columns : piece), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % pieces * piece;
-      body(i / pieces, first, first + piece < columns ? first + piece : columns);
-    }
-  });
+  torch::stable::parallel_for(0, rows * pieces, grain(columns < piece ? columns : piece),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const int64_t first = i % pieces * piece;
+                                  body(i / pieces, first, first + piece < columns ? first + piece : columns);
+                                }
+                              });
 }
 
 // Tasks of some rows each, none of which crosses a group: at most `most` a group, however many threads there are, so

@@ -517,16 +517,16 @@ struct Bits {
 // Defines name(kind), which gives the loops that name_for<storage type>() makes. float64 is there for exactness, not
 // speed, and has the generic build alone.
 #if CKPT_VECTOR_BYTES == 16
-#define CKPT_DEFINE_LOOPS(Loops, name)                                                                           \
-  const Loops& name(ScalarKind kind) {                                                                           \
-    static constexpr Loops loops[] = {name##_for<float>(), name##_for<bfloat16>(), name##_for<float16>(),        \
-                                      name##_for<double>()};                                                     \
-    return loops[int(kind)];                                                                                     \
+#define CKPT_DEFINE_LOOPS(Loops, name)                                                                    \
+  const Loops& name(ScalarKind kind) {                                                                    \
+    static constexpr Loops loops[] = {name##_for<float>(), name##_for<bfloat16>(), name##_for<float16>(), \
+                                      name##_for<double>()};                                              \
+    return loops[int(kind)];                                                                              \
   }
 #else
-#define CKPT_DEFINE_LOOPS(Loops, name)                                                                           \
-  const Loops& name(ScalarKind kind) {                                                                           \
-    static constexpr Loops loops[] = {name##_for<float>(), name##_for<bfloat16>(), name##_for<float16>()};       \
-    return kind == ScalarKind::float64 ? generic::name(kind) : loops[int(kind)];                                 \
+#define CKPT_DEFINE_LOOPS(Loops, name)                                                                     \
+  const Loops& name(ScalarKind kind) {                                                                     \
+    static constexpr Loops loops[] = {name##_for<float>(), name##_for<bfloat16>(), name##_for<float16>()}; \
+    return kind == ScalarKind::float64 ? generic::name(kind) : loops[int(kind)];                           \
   }
 #endif

@@ -1,8 +1,8 @@
 // The channel-norm kernels for CUDA, and how they are launched; see elements.cuh for what `launch` and VEC are.
 //
 // Planes are summed over by a team each. Where channels are last, a block takes a piece of rows and a strip of columns:
-// its threads are lines of `lanes` threads, each thread with VEC columns of its own in every so many rows, and the lines'
-// sums are added up in their order.
+// its threads are lines of `lanes` threads, each thread with VEC columns of its own in every so many rows, and the
+// lines' sums are added up in their order.
 #pragma once
 
 #include "../channel_norm.h"

@@ -58,8 +58,8 @@ __device__ __forceinline__ void differentiate(int activation, float* v) {
 template <int VEC>
 __device__ __forceinline__ void dropout_factors(const Dropout& dropout, int64_t row, int64_t j, float* factor) {
   for (int quad = 0; quad < (VEC + 3) / 4; ++quad) {
-    const PhiloxState<uint32_t> bits =
-        philox4x32_10<uint32_t>({{uint32_t(j / 4) + quad, uint32_t(row), uint32_t(row >> 32), 0}}, uint64_t(*dropout.seed));
+    const PhiloxState<uint32_t> bits = philox4x32_10<uint32_t>(
+        {{uint32_t(j / 4) + quad, uint32_t(row), uint32_t(row >> 32), 0}}, uint64_t(*dropout.seed));
     if (VEC == 1)
       factor[0] = dropout.factor<float>(bits.word[j % 4]);
     else

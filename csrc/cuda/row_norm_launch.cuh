@@ -53,7 +53,8 @@ void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_b
     launch(sum_partials_kernel, blocks, (const float*)bias_sums, shares.group_tasks, a.columns, total, grad_bias);
 }
 
-// The sums have room for PartialSums(a.rows, a.rows_per_group).elements(a.columns) floats each where their gradient is wanted, and are null else.
+// The sums have room for PartialSums(a.rows, a.rows_per_group).elements(a.columns) floats each where their gradient is
+// wanted, and are null else.
 template <class T, class Launch>
 void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_bias, float* weight_sums,
                      float* bias_sums, const Launch& launch) {

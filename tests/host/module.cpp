@@ -66,8 +66,7 @@ void row_norm_forward(int kind, py::dict named) {
   read(operands, a);
   a.output = operands.rows("output");
   a.residual_out = operands.rows("residual_out");
-  dispatch_storage(ScalarKind(kind),
-                   [&](auto storage) { launch_forward<decltype(storage)>(a, host_launch); });
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_forward<decltype(storage)>(a, host_launch); });
 }
 
 void row_norm_backward(int kind, py::dict named) {
@@ -141,9 +140,8 @@ void bias_act_backward(int kind, py::dict named) {
   a.grad_input = operands.rows("grad_input");
   auto* grad_bias = static_cast<float*>(operands.data("grad_bias"));
   std::vector<float> sums(PartialSums(a.rows, a.rows).elements(a.columns), NAN);
-  dispatch_storage(ScalarKind(kind), [&](auto storage) {
-    launch_bias_act<decltype(storage)>(a, grad_bias, sums.data(), host_launch);
-  });
+  dispatch_storage(ScalarKind(kind),
+                   [&](auto storage) { launch_bias_act<decltype(storage)>(a, grad_bias, sums.data(), host_launch); });
 }
 
 void read(const Operands& operands, ChannelNorm& a) {

@@ -77,10 +77,12 @@ def column_sum_tile(columns: int) -> Tile:
 def channel_tile(columns: int, planes: bool) -> Tile:
     """The tile of a kernel that sums over planes, or over rows whose columns are channels.
 
-    Channels last, 64 columns of bfloat16 fill a memory transaction, and more rows at a time keep more of them in flight.
+    Two sums leave room for half the elements of one. Channels last, 64 columns of bfloat16 fill a memory transaction,
+    and more rows at a time keep more of them in flight.
     """
     if planes:
-        return element_tile(columns)
+        tile = element_tile(columns)
+        return tile._replace(rows=max(tile.rows // 2, 1))
     block = min(max(_next_power_of_two(columns), 16), 64)
     rows = _PACKED_ELEMENTS // block // 2
     return Tile(rows, block, _warps(rows * block), columns <= block)
