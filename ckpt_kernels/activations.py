@@ -26,6 +26,8 @@ NAMES = (
     "hardswish",
     "softplus",
 )
+# Those whose derivative at the input is that at the output: the two have one sign.
+SIGNED_BY_OUTPUT = ("relu", "leaky_relu")
 CODES = {name: code for code, name in enumerate(NAMES)}
 
 Activation = str | nn.Module | Callable[[torch.Tensor], torch.Tensor]

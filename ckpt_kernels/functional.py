@@ -262,9 +262,9 @@ def batch_norm(
     `process_group` the statistics of training are over the batches of all its processes, which may differ in size.
     Contiguous and channels-last inputs are computed as they lie, and so is the output.
 
-    Keeps the input and five numbers a channel; with a residual also, for relu and leaky_relu, the output, which whatever
-    reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running statistics as
-    they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
+    Keeps the input and five numbers a channel; with a residual also, for relu and leaky_relu, the output, which
+    whatever reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running
+    statistics as they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
     _check_channels(input, weight, bias)
     if residual is not None:

@@ -62,6 +62,7 @@ def test_every_shape_in_both_memory_formats(kind: str, shape: tuple, last: bool,
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_huge_means_stay_accurate(last: bool, backend: str) -> None:
+    torch.manual_seed(0)
     x = randn(4, 3, 40, 50) + 1e4
     x = (channels_last(x) if last else x).requires_grad_()
     truth = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
@@ -142,6 +143,7 @@ def _one_process(rank: int, port: int, sizes: tuple, results: str) -> None:
     torch.manual_seed(0)
     whole, residual, g = (torch.randn(sum(sizes), 4, 3, 5) for _ in range(3))
     norm = nn.SyncBatchNorm(4, activation="relu")
+    torch.nn.init.normal_(norm.weight)
     parts = [t.split(list(sizes))[rank].clone().requires_grad_() for t in (whole, residual)]
     y = norm(*parts)
     y.backward(g.split(list(sizes))[rank])
@@ -161,6 +163,7 @@ def test_sync_batch_norm_is_one_process_with_the_whole_batch(sizes: tuple, tmp_p
     whole, residual, g = (torch.randn(sum(sizes), 4, 3, 5) for _ in range(3))
     leaves = whole.requires_grad_(), residual.requires_grad_()
     norm = torch.nn.BatchNorm2d(4)
+    torch.nn.init.normal_(norm.weight)
     y = torch.relu(norm(leaves[0]) + leaves[1])
     y.backward(g)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes))]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..activations import CODES
+from . import reference
 
 _SCHEMAS = (
     "row_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) output, Tensor(b!)? mean,"
@@ -40,6 +41,10 @@ _SCHEMAS = (
     "bias_act_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor? seed, Tensor(a!)? grad_input,"
     " Tensor(b!)? grad_bias, int activation, float dropout_p) -> ()",
     "channel_moments(Tensor input, Tensor(a!) mean, Tensor(b!) squares, bool planes, int piece_rows) -> ()",
+    "channel_statistics(Tensor means, Tensor squares, Tensor? weight, Tensor? bias, Tensor(a!) mean, Tensor(b!) var,"
+    " Tensor(c!) coefficients, int groups, int size, int piece_rows, float eps) -> ()",
+    "channel_tilts(Tensor first, Tensor second, Tensor var, Tensor? weight, Tensor(a!) coefficients,"
+    " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, int groups, float count, float eps, bool fixed) -> ()",
     "channel_forward(Tensor input, Tensor? residual, Tensor coefficients, Tensor(a!) output, bool planes, int samples,"
     " int activation) -> ()",
     "channel_sums(Tensor grad_output, Tensor input, Tensor? other, Tensor coefficients, Tensor(a!) first,"
@@ -119,3 +124,16 @@ channel_moments = _launcher(_ops.channel_moments.default)
 channel_forward = _launcher(_ops.channel_forward.default)
 channel_sums = _launcher(_ops.channel_sums.default)
 channel_backward = _launcher(_ops.channel_backward.default)
+
+
+def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Callable[..., None]:
+    """The op for the CPU; what CUDA has no kernel of its own for is plain torch on small tensors."""
+
+    def launch(tensor: torch.Tensor, *arguments: object) -> None:
+        (op if tensor.device.type == "cpu" else elsewhere)(tensor, *arguments)
+
+    return launch
+
+
+channel_statistics = _for_device(_ops.channel_statistics.default, reference.channel_statistics)
+channel_tilts = _for_device(_ops.channel_tilts.default, reference.channel_tilts)

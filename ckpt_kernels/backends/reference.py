@@ -415,6 +415,66 @@ def channel_moments(x, mean, squares, planes, piece_rows):
         mean[:, index], squares[:, index] = center, var * piece.shape[1]
 
 
+def channel_statistics(means, squares, weight, bias, mean, var, coefficients, groups, size, piece_rows, eps):
+    """The statistics of what is normalised together, and what the norm is made with.
+
+    `means` and `squares` are those of `channel_moments`, of `size` elements of each channel of each sample. For a batch
+    norm (groups = 0) mean and var are (channels,), else (samples, groups). Coefficients, (3, samples or 1, channels),
+    are mean, weight / sqrt(var + eps) and bias.
+    """
+    samples, pieces, channels = means.shape
+    split, over, count = (samples, pieces, channels), (0, 1), size * samples
+    if groups:
+        split, over, count = (samples, pieces, groups, channels // groups), (1, 3), size * channels // groups
+    means, squares = means.view(split), squares.view(split)
+    if size == pieces * piece_rows:
+        # Of pieces of equal size the variances' mean and the means' variance are what there is to add.
+        spread, center = torch.var_mean(means, over, correction=0)
+        mean.copy_(center)
+        var.copy_(squares.sum(over).div_(count).add_(spread))
+    else:
+        counts = means.new_full((pieces, *[1] * (len(split) - 2)), piece_rows)
+        counts[-1] = size - (pieces - 1) * piece_rows
+        center = (means * (counts / count)).sum(over, keepdim=True)
+        mean.copy_(center.view(mean.shape))
+        var.copy_((squares + counts * (means - center).square()).sum(over).div_(count))
+    rows, sets = (samples, groups) if groups else (1, channels)
+    shape = (sets, channels // sets)
+    rstd = (var + eps).rsqrt_().view(rows, sets, 1)
+    grouped = coefficients.view(3, rows, *shape)
+    grouped[0] = mean.view(rows, sets, 1)
+    grouped[1] = rstd if weight is None else rstd * weight.view(shape)
+    grouped[2] = 0 if bias is None else bias.view(shape)
+
+
+def channel_tilts(first, second, var, weight, coefficients, grad_weight, grad_bias, groups, count, eps, fixed):
+    """From the sums of `channel_sums` the gradients of weight and bias, and `channel_backward`'s coefficients.
+
+    `coefficients` is (6, samples or 1, channels), of which the first three are there, those of the forward pass.
+
+    `count` elements were normalised together; with `fixed` statistics these have no gradient.
+    """
+    sums = torch.stack((first, second)).sum(2)
+    _, samples, channels = sums.shape
+    sets = groups or channels
+    rstd = (var + eps).rsqrt_().view(-1, sets, 1)
+    for target, values in ((grad_bias, sums[0]), (grad_weight, (sums[1].view(samples, sets, -1) * rstd))):
+        if target is not None:
+            target.copy_(values.sum(0).view(channels))
+    coefficients[3] = coefficients[1]
+    if fixed:
+        coefficients[4:] = 0
+        return
+    if groups:
+        weighted = sums if weight is None else sums * weight
+        totals, share = weighted.view(2, samples, groups, -1).sum(3, keepdim=True), rstd / -count
+    else:
+        totals, share = sums.sum(1).view(2, 1, channels, 1), coefficients[1].view(1, channels, 1) / -count
+    grouped = coefficients.view(6, *rstd.shape[:2], -1)
+    grouped[4] = share * totals[1] * rstd.square()
+    grouped[5] = share * totals[0]
+
+
 def channel_forward(x, residual, coefficients, output, planes, samples, activation):
     """activation((x - mean) * scale + bias + residual); `coefficients` (3, samples or 1, channels) are the three."""
     channels = coefficients.shape[2]

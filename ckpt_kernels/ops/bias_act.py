@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import backends
+from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
 from .operands import (
     as_matrices,
@@ -27,9 +28,6 @@ from .operands import (
 )
 from .registration import Op
 from .second_order import second_order
-
-# Activations whose derivative at the input is that at the output.
-_SIGNED_BY_OUTPUT = ("relu", "leaky_relu")
 
 
 def _columns(input: Tensor) -> int:
@@ -59,7 +57,7 @@ def _bias_act_fake(input, bias, seed, activation, dropout_p):
 def _bias_act_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     input, bias, seed, activation, ctx.dropout_p = inputs
     ctx.set_materialize_grads(False)
-    by_output = activation in _SIGNED_BY_OUTPUT
+    by_output = activation in SIGNED_BY_OUTPUT
     kept = None if activation == "identity" else output if by_output else input
     ctx.activation = activation
     ctx.save_for_backward(kept, bias, seed)
@@ -89,7 +87,7 @@ def _bias_act_backward(
         grad_input = _bias_act(grad_output, None, seed, "identity", dropout_p)
         grad_bias = column_sum(grad_input, bias) if wanted[1] else None
         return returned((grad_input if wanted[0] else None, grad_bias), operands, grad_output)
-    added = None if activation in _SIGNED_BY_OUTPUT else bias
+    added = None if activation in SIGNED_BY_OUTPUT else bias
     (grad_input,) = gradient_room((kept,), wanted[:1])
     (grad_bias,) = coefficient_room((bias,), wanted[1:], kept)
     if kept.numel():
@@ -107,7 +105,7 @@ def _bias_act_backward_fake(grad_output, kept, bias, seed, activation, dropout_p
 
 
 def _bias_act_first_order(grad_output, kept, bias, seed, activation, dropout_p, wanted):
-    by_output = activation in _SIGNED_BY_OUTPUT
+    by_output = activation in SIGNED_BY_OUTPUT
     input = grad_output if kept is None else kept
 
     def block(input, bias):

@@ -3,27 +3,28 @@
 One way to compute all of them. Every channel of every sample is a set of numbers, whose moments one kernel finds. From
 these, in small tensors, come the statistics of each norm (a batch norm merges the moments over samples, a group norm
 over the channels of a group) and for each channel of each sample the coefficients by which another kernel makes the
-output: activation((x - mean) * scale + bias + residual). Backward likewise: a kernel for two sums over each set, and one
-for the gradient from coefficients.
+output: activation((x - mean) * scale + bias + residual). Backward likewise: a kernel for two sums over each set, and
+one for the gradient from coefficients.
 
-Kept for backward: the input, the statistics and the coefficients. With a residual, what says how the activation slopes: for relu and
-leaky_relu the output, whose sign is that of what the activation was given, and which whatever reads it keeps too; for
-other activations the residual; for the identity neither.
+Kept for backward: the input, the statistics and the coefficients. With a residual, what says how the activation
+slopes: for relu and leaky_relu the output, whose sign is that of what the activation was given, and which whatever
+reads it keeps too; for other activations the residual; for the identity neither.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
-from .operands import or_none, returned, wanted_gradients
+from .operands import coefficient_room, gradient_room, or_none, returned, vector, wanted_gradients, zero
 from .registration import Op
 from .second_order import second_order
 
-_SIGNED_BY_OUTPUT = ("relu", "leaky_relu")
 # How many pieces the rows of a channels-last tensor are summed in: enough to keep every processor busy, few enough
 # that the pieces' own sums cost nothing. Fixed for a device, so that results do not depend on the number of threads.
 _PIECES = {"cpu": 64}
@@ -84,43 +85,47 @@ def layout_of(input: Tensor, groups: int) -> Layout:
     return Layout(False, samples, channels, size, even)
 
 
-def moments_of(matrix: Tensor, layout: Layout, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of what is normalised together.
+class Statistics(NamedTuple):
+    """Mean and (biased) variance of what is normalised together: (channels,) for a batch norm, (samples, groups) for a
+    group norm. And mean, scale and bias for each channel of each sample (or of all): (3, samples or 1, channels)."""
 
-    (channels,) for a batch norm, (samples, groups) for a group norm. The moments of pieces of equal size merge into
-    their mean, and the mean of their variances plus the variance of their means.
-    """
-    means, squares = layout.statistics(2, matrix)
-    backends.select(matrix).channel_moments(matrix, means, squares, layout.planes, layout.piece_rows)
-    if groups:
-        split = (layout.samples, layout.pieces, groups, layout.channels // groups)
-        means, squares = means.view(split), squares.view(split)
-        over, count = (1, 3), layout.size * layout.channels // groups
-    else:
-        over, count = (0, 1), layout.size * layout.samples
-    if layout.size == layout.pieces * layout.piece_rows:
-        spread, mean = torch.var_mean(means, over, correction=0)
-        return mean, squares.sum(over).div_(count).add_(spread)
-    # The last piece is smaller (Chan, Golub and LeVeque, 1983, merge by size).
-    counts = means.new_full((layout.pieces, *[1] * (means.dim() - 2)), layout.piece_rows)
-    counts[-1] = layout.size - (layout.pieces - 1) * layout.piece_rows
-    mean = (means * (counts / count)).sum(over, keepdim=True)
-    var = (squares + counts * (means - mean).square()).sum(over).div_(count)
-    return mean.view(var.shape), var
+    mean: Tensor
+    var: Tensor
+    coefficients: Tensor
 
+    @classmethod
+    def room(cls, input: Tensor, groups: int) -> "Statistics":
+        samples, channels = input.shape[:2]
+        dtype = reference.compute_dtype(input.dtype)
+        shapes = ((samples, groups) if groups else (channels,),) * 2 + ((3, samples if groups else 1, channels),)
+        return cls(*(torch.empty(shape, dtype=dtype, device=input.device) for shape in shapes))
 
-def coefficients_of(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, layout: Layout, groups: int, eps: float
-) -> Tensor:
-    """mean, scale and bias for each channel of each sample (or of all): (3, samples or 1, channels)."""
-    rows, split = (layout.samples, groups) if groups else (1, layout.channels)
-    shape = (split, layout.channels // split)
-    mean, rstd = (t.view(rows, split, 1) for t in (mean, (var + eps).rsqrt_()))
-    coefficients = mean.new_empty(3, rows, *shape)
-    coefficients[0] = mean
-    coefficients[1] = rstd if weight is None else rstd * weight.view(shape)
-    coefficients[2] = 0 if bias is None else bias.view(shape)
-    return coefficients.view(3, rows, layout.channels)
+    @classmethod
+    def of(
+        cls,
+        input: Tensor,
+        matrix: Tensor,
+        layout: Layout,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+    ) -> "Statistics":
+        backend, found = backends.select(input), cls.room(input, groups)
+        means, squares = layout.statistics(2, matrix)
+        backend.channel_moments(matrix, means, squares, layout.planes, layout.piece_rows)
+        backend.channel_statistics(means, squares, weight, bias, *found, groups, layout.size, layout.piece_rows, eps)
+        return found
+
+    @classmethod
+    def given(
+        cls, input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> "Statistics":
+        """Those of each channel, as if of one element."""
+        found = cls.room(input, 0)
+        mean, var = (t.to(found.mean.dtype).view(1, 1, -1) for t in (mean, var))
+        backends.select(input).channel_statistics(mean, var, weight, bias, *found, 0, 1, 1, eps)
+        return found
 
 
 def apply(
@@ -142,14 +147,6 @@ def apply(
     return output
 
 
-def _statistics_room(input: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for mean, variance and coefficients."""
-    samples, channels = input.shape[:2]
-    dtype = reference.compute_dtype(input.dtype)
-    shapes = ((samples, groups) if groups else (channels,),) * 2 + ((3, samples if groups else 1, channels),)
-    return tuple(torch.empty(shape, dtype=dtype, device=input.device) for shape in shapes)
-
-
 def _channel_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -163,27 +160,24 @@ def _channel_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = layout_of(input, groups)
     if not input.numel():
-        return layout.room(input), *(t.zero_() for t in _statistics_room(input, groups))
+        return layout.room(input), *(t.zero_() for t in Statistics.room(input, groups))
     matrix = layout.matrix(input)
     if given_mean is None:
-        mean, var = moments_of(matrix, layout, groups)
+        statistics = Statistics.of(input, matrix, layout, vector(weight), vector(bias), groups, eps)
     else:
-        dtype = reference.compute_dtype(input.dtype)
-        # Copies, because what an op returns must not be what it was given.
-        mean, var = given_mean.to(dtype, copy=True), given_var.to(dtype, copy=True)
-    coefficients = coefficients_of(mean, var, weight, bias, layout, groups, eps)
-    return apply(input, residual, coefficients, layout, activation, matrix), mean, var, coefficients
+        statistics = Statistics.given(input, given_mean, given_var, vector(weight), vector(bias), eps)
+    return apply(input, residual, statistics.coefficients, layout, activation, matrix), *statistics
 
 
 def _channel_norm_fake(input, residual, weight, bias, given_mean, given_var, groups, eps, activation):
-    return layout_of(input, groups).room(input), *_statistics_room(input, groups)
+    return layout_of(input, groups).room(input), *Statistics.room(input, groups)
 
 
 def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
     """What is kept to find the activation's slope beside the input, and whether it is the output."""
     if residual is None or activation == "identity":
         return None, False
-    return (output, True) if activation in _SIGNED_BY_OUTPUT else (residual, False)
+    return (output, True) if activation in SIGNED_BY_OUTPUT else (residual, False)
 
 
 def _channel_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -208,28 +202,13 @@ def _channel_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) 
 def gradient_sums(
     grads: Tensor, matrix: Tensor, other: Tensor | None, coefficients: Tensor, layout: Layout, options: tuple
 ) -> Tensor:
-    """The sums of g and of g * (x - mean) over each channel of each sample, where g is the gradient before the norm."""
+    """The sums of g, the gradient before the norm, and of g * (x - mean) over each piece of each channel of each
+    sample: (2, samples, pieces, channels)."""
     sums = layout.statistics(2, matrix)
     backends.select(matrix).channel_sums(
         grads, matrix, other, coefficients, *sums, layout.planes, layout.piece_rows, *options
     )
-    return sums.sum(2) if layout.pieces > 1 else sums.squeeze(2)
-
-
-def batch_tilts(totals: Tensor, coefficients: Tensor, rstd: Tensor, count: float) -> Tensor:
-    """From the sums over a batch, (2, channels): what its gradient takes of x - mean, and what it takes off."""
-    share = coefficients[1] / -count
-    return torch.stack((share * totals[1] * rstd.square(), share * totals[0]))
-
-
-def _group_tilts(sums: Tensor, weight: Tensor | None, rstd: Tensor, layout: Layout) -> Tensor:
-    """The same for each group, from the sums over each channel of each sample, (2, samples, channels)."""
-    samples, groups = rstd.shape
-    weighted = sums if weight is None else sums * weight
-    totals = weighted.view(2, samples, groups, -1).sum(3)
-    share = rstd / -(layout.size * layout.channels // groups)
-    tilts = torch.stack((share * totals[1] * rstd.square(), share * totals[0])).unsqueeze(3)
-    return tilts.expand(2, samples, groups, layout.channels // groups).reshape(2, samples, layout.channels)
+    return sums
 
 
 def _channel_norm_backward(
@@ -249,28 +228,36 @@ def _channel_norm_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     layout = layout_of(input, groups)
-    shapes = (input, input, weight, bias)
+    operands = (input, input, weight, bias)
+    affine = coefficient_room((weight, bias), wanted[2:], input)
     if not input.numel():
-        empty = [None if t is None or not w else torch.zeros_like(t) for t, w in zip(shapes, wanted, strict=True)]
-        return returned(empty, shapes, input)
+        zero(*affine)
+        return returned((*gradient_room(operands[:2], wanted[:2]), *affine), operands, input)
     matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
     options = (activation, by_output)
-    grad_weight = grad_bias = tilts = None
-    if wanted[2] or wanted[3] or (wanted[0] and not fixed):
-        rstd = (var + eps).rsqrt_()
-        sums = gradient_sums(grads, matrix, other, coefficients, layout, options)
-        if groups:
-            grad_bias = sums[0].sum(0)
-            scaled = sums[1].view(*rstd.shape, -1) * rstd.unsqueeze(2)
-            grad_weight = scaled.sum(0).view(layout.channels)
-            tilts = _group_tilts(sums, weight, rstd, layout)
-        else:
-            totals = sums.sum(1)
-            grad_bias, grad_weight = totals[0].clone(), totals[1] * rstd
-            tilts = None if fixed else batch_tilts(totals, coefficients, rstd, layout.size * layout.samples)
-    gradients = input_gradients(grads, matrix, other, coefficients, tilts, layout, options, wanted, input)
-    affine = (g if w else None for g, w in zip((grad_weight, grad_bias), wanted[2:], strict=True))
-    return returned((*gradients, *affine), shapes, input)
+    count = layout.size * (layout.channels // groups if groups else layout.samples)
+    sums = gradient_sums(grads, matrix, other, coefficients, layout, options)
+    six = with_tilts(coefficients, sums, var, vector(weight), affine, groups, float(count), eps, fixed)
+    gradients = input_gradients(grads, matrix, other, six, layout, options, wanted, input)
+    return returned((*gradients, *affine), operands, input)
+
+
+def with_tilts(
+    coefficients: Tensor,
+    sums: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    affine: Sequence[Tensor | None],
+    groups: int,
+    count: float,
+    eps: float,
+    fixed: bool,
+) -> Tensor:
+    """The coefficients of the backward pass: (6, samples or 1, channels). And the gradients of weight and bias."""
+    six = coefficients.new_empty(6, *coefficients.shape[1:])
+    six[:3] = coefficients
+    backends.select(coefficients).channel_tilts(*sums, var, weight, six, *affine, groups, count, eps, fixed)
+    return six
 
 
 def input_gradients(
@@ -278,19 +265,12 @@ def input_gradients(
     matrix: Tensor,
     other: Tensor | None,
     coefficients: Tensor,
-    tilts: Tensor | None,
     layout: Layout,
     options: tuple,
     wanted: list[bool],
     input: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input and residual: g * scale + (x - mean) * tilt + shift, and g.
-
-    `tilts` are tilt and shift for each channel of each sample (or of all); None where the statistics were given, and
-    both are zero.
-    """
-    if tilts is None:
-        tilts = torch.zeros_like(coefficients[:2])
+    """The gradients of input and residual by these coefficients."""
     grad_input = layout.room(input) if wanted[0] else None
     grad_residual = layout.room(input) if wanted[1] else None
     if input.numel() and (wanted[0] or wanted[1]):
@@ -298,7 +278,7 @@ def input_gradients(
             grads,
             matrix,
             other,
-            torch.cat((coefficients, coefficients[1:2], tilts)),
+            coefficients,
             layout.matrix(grad_input),
             layout.matrix(grad_residual),
             layout.planes,
@@ -339,7 +319,8 @@ def _channel_norm_first_order(
 _OPTIONS = "SymInt groups, float eps, str activation"
 channel_norm_backward = Op(
     "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean,"
-    f" Tensor var, Tensor coefficients, {_OPTIONS}, bool fixed, bool by_output, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor var, Tensor coefficients, {_OPTIONS}, bool fixed, bool by_output, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _channel_norm_backward,
     _channel_norm_backward_fake,
     *second_order(_channel_norm_first_order, differentiable=5),

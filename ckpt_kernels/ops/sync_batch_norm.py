@@ -13,24 +13,25 @@ from torch import Tensor
 from ..backends import reference
 from .channel_norm import (
     Layout,
+    Statistics,
     apply,
-    batch_tilts,
-    coefficients_of,
     gradient_sums,
     input_gradients,
     layout_of,
-    moments_of,
     slope_source,
+    with_tilts,
 )
+from .operands import vector
 
 
 def _merged_moments(
-    matrix: Tensor, layout: Layout, channels: int, group: dist.ProcessGroup
+    input: Tensor, matrix: Tensor, layout: Layout, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, float]:
     """Mean, variance and count over all processes."""
+    channels = input.shape[1]
     own = torch.zeros(2 * channels + 1, dtype=reference.compute_dtype(matrix.dtype), device=matrix.device)
     if matrix.numel():
-        mean, var = moments_of(matrix, layout, 0)
+        mean, var, _ = Statistics.of(input, matrix, layout, None, None, 0, 0.0)
         own = torch.cat((mean, var, own.new_full((1,), layout.samples * layout.size)))
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
@@ -56,37 +57,34 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         layout = layout_of(input, 0)
         matrix = layout.matrix(input)
-        mean, var, count = _merged_moments(matrix, layout, input.shape[1], group)
-        coefficients = coefficients_of(mean, var, weight, bias, layout, 0, eps)
+        mean, var, count = _merged_moments(input, matrix, layout, group)
+        coefficients = Statistics.given(input, mean, var, vector(weight), vector(bias), eps).coefficients
         output = apply(input, residual, coefficients, layout, activation, matrix)
         ctx.mark_non_differentiable(mean, var)
         ctx.eps, ctx.activation, ctx.group, ctx.count = eps, activation, group, count
         other, ctx.by_output = slope_source(activation, residual, output)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
-        ctx.save_for_backward(input, other, var, coefficients)
+        ctx.save_for_backward(input, other, weight, var, coefficients)
         return output, mean, var, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple:
-        input, other, var, coefficients = ctx.saved_tensors
+        input, other, weight, var, coefficients = ctx.saved_tensors
         layout = layout_of(input, 0)
         matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
-        rstd = torch.rsqrt(var + ctx.eps)
         options = (ctx.activation, ctx.by_output)
-        own = torch.zeros(2, input.shape[1], dtype=var.dtype, device=input.device)
+        sums = torch.zeros(2, 1, 1, input.shape[1], dtype=var.dtype, device=input.device)
         if input.numel():
-            own = gradient_sums(grads, matrix, other, coefficients, layout, options).sum(1)
-        everyone = own.clone()
-        dist.all_reduce(everyone, group=ctx.group)
+            sums = gradient_sums(grads, matrix, other, coefficients, layout, options).sum((1, 2)).view(sums.shape)
+        # The gradients of weight and bias are of this process's batch alone, as those of any other layer.
+        affine = [torch.empty_like(var) if wanted else None for wanted in ctx.needs_input_grad[2:4]]
+        with_tilts(coefficients, sums, var, None, affine, 0, ctx.count, ctx.eps, True)
+        dist.all_reduce(sums, group=ctx.group)
+        six = with_tilts(coefficients, sums, var, vector(weight), (None, None), 0, ctx.count, ctx.eps, False)
         wanted = list(ctx.needs_input_grad[:2])
-        tilts = batch_tilts(everyone, coefficients, rstd, ctx.count)
-        grad_input, grad_residual = input_gradients(
-            grads, matrix, other, coefficients, tilts, layout, options, wanted, input
-        )
-        # Those of the weights are of this process's batch alone, as of any other layer.
-        grad_weight = (own[1] * rstd).to(ctx.dtypes[0]) if ctx.needs_input_grad[2] else None
-        grad_bias = own[0].to(ctx.dtypes[1]) if ctx.needs_input_grad[3] else None
+        grad_input, grad_residual = input_gradients(grads, matrix, other, six, layout, options, wanted, input)
+        grad_weight, grad_bias = (None if g is None else g.to(d) for g, d in zip(affine, ctx.dtypes, strict=True))
         return grad_input, grad_residual, grad_weight, grad_bias, None, None, None
 
 

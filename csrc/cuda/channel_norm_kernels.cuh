@@ -92,20 +92,28 @@ __global__ void __launch_bounds__(block_threads) channel_backward_kernel(Channel
   }
 }
 
+// About the mean of the plane's first few elements.
 template <class T, int VEC, bool WARP>
 __global__ void __launch_bounds__(block_threads) plane_moments_kernel(ChannelMoments a) {
   using Planeteam = Team<WARP>;
   for (int64_t plane = Planeteam::first(); plane < a.rows(); plane += Planeteam::count()) {
-    Moments moments;
-    float x[VEC];
+    const T* input = at<T>(a.input, plane, a.size);
+    const int64_t few = a.size < 8 ? a.size : 8;
+    float center = 0, first = 0, second = 0, x[VEC];
+    for (int64_t j = 0; j < few; ++j) center += to_float(input[j]) / float(few);
     for (int64_t j = Planeteam::rank() * VEC; j < a.size; j += Planeteam::size * VEC) {
-      load<VEC>(at<T>(a.input, plane, a.size) + j, x);
-      moments.merge(Moments::of(x, VEC));
+      load<VEC>(input + j, x);
+      for (int i = 0; i < VEC; ++i) {
+        const float d = x[i] - center;
+        first += d;
+        second += d * d;
+      }
     }
-    moments = Planeteam::merge(moments);
+    first = Planeteam::sum(first);
+    second = Planeteam::sum(second) - first * (first / float(a.size));
     if (Planeteam::rank() != 0) continue;
-    static_cast<float*>(a.first)[plane] = moments.mean;
-    static_cast<float*>(a.second)[plane] = moments.squares;
+    static_cast<float*>(a.first)[plane] = center + first / float(a.size);
+    static_cast<float*>(a.second)[plane] = second < 0 ? 0 : second;
   }
 }
 

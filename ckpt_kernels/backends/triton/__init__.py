@@ -3,6 +3,7 @@
 import torch
 from triton import knobs
 
+from ..reference import channel_statistics, channel_tilts
 from .bias_act import bias_act_backward, bias_act_forward
 from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
 from .glu import glu_backward, glu_forward
@@ -23,7 +24,9 @@ __all__ = [
     "channel_backward",
     "channel_forward",
     "channel_moments",
+    "channel_statistics",
     "channel_sums",
+    "channel_tilts",
     "gated_row_norm_backward",
     "gated_row_norm_forward",
     "glu_backward",
