@@ -117,9 +117,7 @@ def main() -> int:
     for name, found in bandwidths.items():
         console.print(f"copy {name}: {min(found):.1f} to {max(found):.1f} GB/s")
     report.write(options.out, about, results, notes)
-    console.print(
-        f"results.json, results.md and a picture of times and one of saved bytes for each family are in {options.out}"
-    )
+    console.print(f"results.json, results.md, summary.md and pictures are in {options.out}")
     return 0
 
 

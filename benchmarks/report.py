@@ -63,13 +63,14 @@ COLUMNS = [
 
 
 def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, Any]], notes: list[str]) -> None:
-    """results.json, results.md and for each family a picture of times and one of saved bytes, into `folder`."""
+    """results.json, results.md, summary.md, and for each family a picture of times and one of saved bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"machine": about, "notes": notes, "results": results}, indent=1))
     lines = ["# Blocks: forward and backward", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
     lines += [*notes, "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(row(result)) + " |" for result in results]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
+    (folder / "summary.md").write_text(_summary(results))
     large = [result for result in results if result["times_floor"]]
     for family in dict.fromkeys(result["family"] for result in large):
         own = [result for result in large if result["family"] == family]
@@ -78,6 +79,23 @@ def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, A
         _bars(own, "times_floor", time, folder / f"time_{name}.png")
         saved = f"{family}: kept for backward, in tensors of the input's size"
         _bars(own, "saved_inputs", saved, folder / f"saved_{name}.png")
+
+
+def _summary(results: list[dict[str, Any]]) -> str:
+    """A row for each block, shape and dtype: ours, and how many times as long the others take."""
+    head = ["block", "shape", "dtype", "ours ms", "x floor", "eager", "torch.compile", "keeps", "eager keeps"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for key in dict.fromkeys((result["case"], result["shape"], result["dtype"]) for result in results):
+        rows = [result for result in results if (result["case"], result["shape"], result["dtype"]) == key]
+        ours, by_name = rows[0], {result["provider"]: result for result in rows}
+        floor = f"{ours['times_floor']:.2f}" if ours["times_floor"] else "-"
+        slower = (
+            f"{by_name[name]['total_ms'] / ours['total_ms']:.2f}x" if name in by_name else "-"
+            for name in ("eager", "torch.compile")
+        )
+        kept = (f"{by_name[name]['saved_inputs']:.2f}" for name in (ours["provider"], "eager"))
+        lines.append("| " + " | ".join((*key, f"{ours['total_ms']:.2f}", floor, *slower, *kept)) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.Path) -> None:

@@ -3,7 +3,8 @@
 Each computes its whole chain in one kernel, and keeps for backward only what its docstring says; what is in
 between is computed again in the backward kernel. Arithmetic is in float32 (float64 for float64 input), whatever
 the dtype of the input (float32, bfloat16, float16, float64); outputs have the input's dtype. Weights and biases
-may be of another floating dtype. Under CUDA autocast inputs are cast to float32, as torch's own norms do.
+may be of another floating dtype. Under CUDA autocast the inputs of row norms and group norms are cast to float32, as
+those of torch's own are.
 
 An `activation` is a name (see `ckpt_kernels.activations.NAMES`), or the torch module or function that means the
 same. Errors, before anything is computed: RuntimeError for tensors of wrong shape, dtype or device; ValueError
@@ -315,6 +316,7 @@ def group_norm(
     if num_groups < 1 or input.shape[1] % num_groups:
         raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {_shape(input)}")
     name = activation_name(activation)
+    input, weight, bias = _autocast(input, weight, bias)
     return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, int(num_groups), float(eps), name)[0]
 
 
