@@ -50,7 +50,7 @@ def slope(
     DY, X, OTHER, C, stride, columns, row, column, mask, where, there,
     ACTIVATION: tl.constexpr, BY_OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """g = grad_output * activation'(z), and x - mean; both zero where the mask is off."""
+    """g = grad_output * activation'(z), and x - mean. Where the mask is off, g is zero."""
     d = load_rows(X, columns, row, column, mask) - coefficient(C, 0, stride, where, there)
     if BY_OUTPUT:
         z = load_rows(OTHER, columns, row, column, mask)
@@ -58,8 +58,7 @@ def slope(
         z = d * coefficient(C, 1, stride, where, there) + coefficient(C, 2, stride, where, there)
         if OTHER is not None:
             z += load_rows(OTHER, columns, row, column, mask)
-    g = load_rows(DY, columns, row, column, mask) * differentiate(z, ACTIVATION)
-    return tl.where(mask, g, 0.0), tl.where(mask, d, 0.0)
+    return load_rows(DY, columns, row, column, mask) * differentiate(z, ACTIVATION), d
 
 
 @triton.jit
