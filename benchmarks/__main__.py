@@ -3,9 +3,11 @@
 import argparse
 import datetime
 import itertools
+import math
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
     parser.add_argument("--rounds", type=int, default=15, help="counted turns of each provider")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="measure nothing new after this long")
     parser.add_argument("--case", default="", help="only blocks whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
@@ -68,7 +71,10 @@ def main() -> int:
     with progress:
         todo = list(plan(device, options.case))
         task = progress.add_task("measuring", total=len(todo))
+        start = time.monotonic()
         for case, setting, dtype in todo:
+            if time.monotonic() - start > options.seconds:
+                break
             name = f"{case.name} {setting.label} {str(dtype).removeprefix('torch.')}"
             progress.update(task, description=f"{name:<60}")
             torch._dynamo.reset()
@@ -104,6 +110,9 @@ def main() -> int:
         "bytes that must cross memory, forward and backward; copies go into memory that is there already. At 8x64 "
         "only the overhead of a call is seen, and there is no floor to compare with."
     ]
+    if not progress.finished:
+        notes.append(f"Stopped after {options.seconds:.0f} seconds, before all blocks were measured.")
+        console.print(notes[-1])
     table = Table(*report.COLUMNS, title="Blocks: forward and backward", title_justify="left")
     for previous, result in zip([None, *results], results, strict=False):
         if previous and (previous["case"], previous["shape"], previous["dtype"]) != (
