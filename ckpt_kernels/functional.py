@@ -20,7 +20,6 @@ from torch import Tensor
 from . import ops
 from .activations import Activation, activation_name
 
-_LAYOUTS = ("gate_first", "value_first", "interleaved")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -211,8 +210,7 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
     "interleaved" (gate at even places, value at odd ones). Keeps the input; its gradient is written as one tensor.
     """
     _check_tensor(input, "input")
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(_LAYOUTS)}")
+    ops.glu.layout_name(layout)
     if input.dim() == 0 or input.shape[-1] % 2:
         raise RuntimeError(f"input has shape {_shape(input)}; expected a last dimension of even length")
     return ops.glu.packed_glu(input, activation_name(activation), layout)

@@ -68,6 +68,10 @@ BAD = {
         r"input has shape \(4, 7\); expected a last dimension of even",
     ),
     "scalar": (lambda: F.packed_glu(X[0, 0]), RuntimeError, r"input has shape \(\); expected"),
+    "module's dim": (lambda: nn.GLU(5)(X), IndexError, "dim is 5; expected a dimension of input"),
+    "module's scalar": (lambda: nn.GLU()(X[0, 0]), IndexError, "dim is -1; expected a dimension of input"),
+    "module's odd dim": (lambda: nn.GLU(0)(X[:3]), RuntimeError, "expected dimension 0 of even length"),
+    "module's layout": (lambda: nn.GLU(layout="mixed"), ValueError, "layout is 'mixed'"),
     "layout": (lambda: F.packed_glu(X, layout="mixed"), ValueError, "layout is 'mixed'; expected one of gate_first"),
 }
 

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..ops.glu import layout_name
 
 
 class GLU(nn.Module):
@@ -22,12 +23,16 @@ class GLU(nn.Module):
         super().__init__()
         self.dim = dim
         self.activation = activation_name(activation)
-        self.layout = layout
+        self.layout = layout_name(layout)
 
     def forward(self, input: Tensor, value: Tensor | None = None) -> Tensor:
         if value is not None:
             return F.glu(input, value, activation=self.activation)
+        if not -input.dim() <= self.dim < input.dim():
+            raise IndexError(f"dim is {self.dim}; expected a dimension of input, which has shape {tuple(input.shape)}")
         dim = self.dim % input.dim()
+        if input.shape[dim] % 2:
+            raise RuntimeError(f"input has shape {tuple(input.shape)}; expected dimension {dim} of even length")
         if dim == input.dim() - 1:
             return F.packed_glu(input, activation=self.activation, layout=self.layout)
         if self.layout == "interleaved":

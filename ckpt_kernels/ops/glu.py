@@ -74,6 +74,16 @@ glu = Op(
 # packed_glu: one tensor, whose gradient is written as one
 
 
+LAYOUTS = ("gate_first", "value_first", "interleaved")
+
+
+def layout_name(layout: str) -> str:
+    """`layout`, if it is one of `LAYOUTS`; else ValueError."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
+    return layout
+
+
 def unpack(packed: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """Gate and value as views of a tensor whose last dimension packs them."""
     if layout == "interleaved":
