@@ -1,12 +1,13 @@
 """Fused activation and normalisation blocks that recompute inside the backward kernel instead of storing.
 
 - `functional`: the blocks as functions. `nn`: the same as drop-in modules.
+- `recompute.discard_outputs`: whatever reads a block's output keeps a recipe for it instead.
 - `memory.saved_bytes`: what a call keeps for backward.
 - `use_backend`: choose between the Triton, native (C++ and CUDA) and reference implementations.
 """
 
-from . import functional, memory, nn
+from . import functional, memory, nn, recompute
 from .backends import use_backend
 from .version import __version__
 
-__all__ = ["__version__", "functional", "memory", "nn", "use_backend"]
+__all__ = ["__version__", "functional", "memory", "nn", "recompute", "use_backend"]

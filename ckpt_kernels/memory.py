@@ -23,12 +23,13 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     alive: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor)
+        alive.append(tensor.detach())
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             owned.add(_storage(tensor))
         else:
             kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+        # Without its graph: a node that keeps its own output would otherwise keep itself alive.
+        return alive[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = fn(*args, **kwargs)

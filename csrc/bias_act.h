@@ -21,6 +21,7 @@ struct BiasActForward : BiasAct {
 struct BiasActBackward : BiasAct {
   Rows grad_output;
   Rows grad_input;
+  Rows output;  // written again, where whoever read it did not keep it
 };
 
 }  // namespace ckpt

@@ -38,7 +38,8 @@ struct BiasActOps {
   }
 
   static void backward(Tensor grad_output, Tensor input, OptionalTensor bias, OptionalTensor seed,
-                       OptionalTensor grad_input, OptionalTensor grad_bias, int64_t activation, double dropout_p) {
+                       OptionalTensor grad_input, OptionalTensor grad_bias, OptionalTensor output, int64_t activation,
+                       double dropout_p) {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient b(bias, kind, 0);
     BiasActBackward a;
@@ -46,6 +47,7 @@ struct BiasActOps {
     a.bias = checked(b, bias, a.columns);
     a.grad_output = rows_of(grad_output, a.rows, a.columns);
     a.grad_input = rows_of(grad_input, a.rows, a.columns);
+    a.output = rows_of(output, a.rows, a.columns);
     Device::run_backward(a, input, kind, data_of(grad_bias, a.columns));
   }
 

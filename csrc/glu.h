@@ -19,6 +19,7 @@ struct GluForward : Glu {
 struct GluBackward : Glu {
   Rows grad_output;
   Rows grad_gate, grad_value;
+  Rows output;  // written again, where whoever read it did not keep it
 };
 
 }  // namespace ckpt

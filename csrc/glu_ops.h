@@ -31,12 +31,13 @@ struct GluOps {
   }
 
   static void backward(Tensor grad_output, Tensor gate, Tensor value, OptionalTensor grad_gate,
-                       OptionalTensor grad_value, int64_t activation) {
+                       OptionalTensor grad_value, OptionalTensor output, int64_t activation) {
     GluBackward a;
     set_operands(a, gate, value, activation);
     a.grad_output = rows_of(grad_output, a.rows, a.columns);
     a.grad_gate = rows_of(grad_gate, a.rows, a.columns, a.step);
     a.grad_value = rows_of(grad_value, a.rows, a.columns, a.step);
+    a.output = rows_of(output, a.rows, a.columns);
     STD_TORCH_CHECK(a.step == 1 || (a.grad_gate && a.grad_value), "expected both gradients where the two take turns");
     Device::run_backward(a, gate, kind_of(gate));
   }

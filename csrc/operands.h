@@ -44,6 +44,19 @@ inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns) {
   return t ? rows_of(*t, rows, columns) : Rows{};
 }
 
+// The same of a tensor that is read, which may also be (outer, middle, inner, columns).
+inline Rows rows_as_they_lie(const Tensor& t, int64_t rows, int64_t columns) {
+  if (t.dim() == 2) return rows_of(t, rows, columns);
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) * t.size(1) * t.size(2) == rows && t.size(3) == columns &&
+                      (columns <= 1 || t.stride(3) == 1),
+                  "expected ", rows, " contiguous rows of ", columns, " elements on three levels");
+  return {t.data_ptr(), t.stride(0), t.size(2), t.size(1), t.stride(2), t.stride(1)};
+}
+
+inline Rows rows_as_they_lie(const OptionalTensor& t, int64_t rows, int64_t columns) {
+  return t ? rows_as_they_lie(*t, rows, columns) : Rows{};
+}
+
 // A matrix of every `step`-th element of a row.
 inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns, int64_t step) {
   if (!t) return {};

@@ -26,11 +26,13 @@ struct RowNorm {
 
 struct RowNormForward : RowNorm {
   Rows output, residual_out;
+  bool given_statistics = false;  // mean and rstd are read, not found
 };
 
 struct RowNormBackward : RowNorm {
   Rows grad_output, grad_residual_out;
   Rows grad_input, grad_residual, grad_gate;
+  Rows output;  // written again, where whoever read it did not keep it; not where there is a gate
 };
 
 }  // namespace ckpt

@@ -14,10 +14,9 @@ namespace ckpt {
 // The operands that every block of the family has.
 inline void set_common(RowNorm& a, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                        const OptionalTensor& mean, const Tensor& rstd) {
-  STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
-  a.rows = input.size(0);
-  a.columns = input.size(1);
-  a.input = rows_of(input, a.rows, a.columns);
+  a.columns = input.size(input.dim() - 1);
+  a.rows = input.numel() / a.columns;
+  a.input = rows_as_they_lie(input, a.rows, a.columns);
   a.mean = data_of(mean, a.rows);
   a.rstd = data_of(rstd, a.rows);
   a.centered = mean.has_value();
@@ -32,7 +31,7 @@ template <class Device>
 struct RowNormOps {
   static void row_norm_forward(Tensor input, OptionalTensor weight, OptionalTensor bias, Tensor output,
                                OptionalTensor mean, Tensor rstd, double eps, int64_t pre_activation, int64_t activation,
-                               double weight_offset, bool cast_before_weight) {
+                               double weight_offset, bool cast_before_weight, bool given_statistics) {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
     RowNormForward a;
@@ -44,13 +43,14 @@ struct RowNormOps {
     a.pre_activation = int(pre_activation);
     a.activation = int(activation);
     a.cast_before_weight = cast_before_weight;
+    a.given_statistics = given_statistics;
     Device::run_forward(a, input, kind);
   }
 
   static void row_norm_backward(Tensor grad_output, Tensor input, OptionalTensor weight, OptionalTensor bias,
                                 OptionalTensor mean, Tensor rstd, OptionalTensor grad_input, OptionalTensor grad_weight,
-                                OptionalTensor grad_bias, double /*eps*/, int64_t pre_activation, int64_t activation,
-                                double weight_offset, bool cast_before_weight) {
+                                OptionalTensor grad_bias, OptionalTensor output, double /*eps*/, int64_t pre_activation,
+                                int64_t activation, double weight_offset, bool cast_before_weight) {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, weight_offset), b(bias, kind, 0);
     RowNormBackward a;
@@ -58,8 +58,9 @@ struct RowNormOps {
     const int64_t coefficients = a.rows / a.rows_per_group * a.columns;
     a.weight = w.data();
     a.bias = b.data();
-    a.grad_output = rows_of(grad_output, a.rows, a.columns);
+    a.grad_output = rows_as_they_lie(grad_output, a.rows, a.columns);
     a.grad_input = rows_of(grad_input, a.rows, a.columns);
+    a.output = rows_of(output, a.rows, a.columns);
     a.pre_activation = int(pre_activation);
     a.activation = int(activation);
     a.cast_before_weight = cast_before_weight;
@@ -77,7 +78,7 @@ struct RowNormOps {
     a.dropout = dropout_of(seed, dropout_p);
     a.weight = w.data();
     a.bias = b.data();
-    a.residual = rows_of(residual, a.rows, a.columns);
+    a.residual = rows_as_they_lie(residual, a.rows, a.columns);
     a.output = rows_of(output, a.rows, a.columns);
     a.residual_out = rows_of(residual_out, a.rows, a.columns);
     a.eps = eps;
@@ -102,8 +103,8 @@ struct RowNormOps {
     const int64_t coefficients = a.rows / a.rows_per_group * a.columns;
     a.weight = w.data();
     a.bias = b.data();
-    a.grad_output = rows_of(grad_output, a.rows, a.columns);
-    a.grad_residual_out = rows_of(grad_residual_out, a.rows, a.columns);
+    a.grad_output = rows_as_they_lie(grad_output, a.rows, a.columns);
+    a.grad_residual_out = rows_as_they_lie(grad_residual_out, a.rows, a.columns);
     a.grad_input = rows_of(grad_input, a.rows, a.columns);
     a.grad_residual = rows_of(grad_residual, a.rows, a.columns);
     a.activation = int(activation);
@@ -118,7 +119,7 @@ struct RowNormOps {
     RowNormForward a;
     set_common(a, input, weight, std::nullopt, std::nullopt, rstd);
     a.weight = w.data();
-    a.gate = rows_of(gate, a.rows, a.columns);
+    a.gate = rows_as_they_lie(gate, a.rows, a.columns);
     a.output = rows_of(output, a.rows, a.columns);
     a.eps = eps;
     a.activation = int(activation);
@@ -134,8 +135,8 @@ struct RowNormOps {
     RowNormBackward a;
     set_common(a, input, weight, std::nullopt, std::nullopt, rstd);
     a.weight = w.data();
-    a.gate = rows_of(gate, a.rows, a.columns);
-    a.grad_output = rows_of(grad_output, a.rows, a.columns);
+    a.gate = rows_as_they_lie(gate, a.rows, a.columns);
+    a.grad_output = rows_as_they_lie(grad_output, a.rows, a.columns);
     a.grad_input = rows_of(grad_input, a.rows, a.columns);
     a.grad_gate = rows_of(grad_gate, a.rows, a.columns);
     a.activation = int(activation);

@@ -13,14 +13,25 @@ inline int64_t size_of(ScalarKind kind) {
   return kind == ScalarKind::float64 ? 8 : kind == ScalarKind::float32 ? 4 : 2;
 }
 
-// A matrix whose rows are contiguous; null where the block has no such operand.
+// A matrix whose rows are contiguous; null where the block has no such operand. Rows may lie on three levels, as the
+// heads of a packed projection do: then row (i * middle + j) * inner + k begins at i * stride + j * middle_stride +
+// k * inner_stride.
 struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
+  int64_t inner = 0, middle = 0;  // how many rows the lower levels have; 0 where there is one level
+  int64_t inner_stride = 0, middle_stride = 0;
 
   template <class T>
   CKPT_HD T* row(int64_t index) const {
-    return static_cast<T*>(data) + index * stride;
+    int64_t offset;
+    if (inner == 0) {
+      offset = index * stride;
+    } else {
+      const int64_t above = index / inner;
+      offset = above / middle * stride + above % middle * middle_stride + index % inner * inner_stride;
+    }
+    return static_cast<T*>(data) + offset;
   }
   CKPT_HD explicit operator bool() const { return data != nullptr; }
 };

@@ -56,7 +56,7 @@ class Variant:
 
 
 def row_norm_variants(columns: int) -> Iterator[Variant]:
-    defaults = {"PRE_ACTIVATION": "identity", "ACTIVATION": "identity", "GATE_FIRST": False, "CAST": False}
+    defaults = {"PRE_ACTIVATION": "identity", "ACTIVATION": "identity", "GATE_FIRST": False, "CAST": False, "GIVEN": False}
     for block, options, without, backward_without in (
         ("layer_norm+gelu", {"ACTIVATION": "gelu"}, "RESIDUAL GATE SEED RESIDUAL_OUT", "DH GATE SEED DRESIDUAL DGATE"),
         (
@@ -113,6 +113,11 @@ def compile_variant(variant: Variant, dtype: str, target: GPUTarget) -> object:
         elif name.isupper():
             signature[name] = "*" + DTYPES.get(name, dtype)
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name.endswith("places"):
+            # Of a plain matrix: the lower levels have one row each, which the launcher makes constants.
+            signature[name] = ("i32", "constexpr", "i32", "constexpr", "i32")
+            constants |= {(index, 1): 1, (index, 3): 1}
+            attributes |= {(index, level): [["tt.divisibility", 16]] for level in (0, 2, 4)}
         elif name in FLOATS:
             signature[name] = "fp32"
         else:

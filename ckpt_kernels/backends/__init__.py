@@ -60,6 +60,11 @@ def selected_name(device_type: str, dtype: torch.dtype = torch.float32) -> str:
     return _select(_chosen, device_type, dtype).__name__.rpartition(".")[2]
 
 
+def chosen() -> str:
+    """What was asked for, by `use_backend` or the environment: a backend, or "auto"."""
+    return _chosen
+
+
 def _check_name(name: str, argument: str) -> None:
     if name not in ("auto", *NAMES):
         raise ValueError(f"{argument} is {name!r}; expected auto, {', '.join(NAMES)}")

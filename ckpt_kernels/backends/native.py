@@ -17,10 +17,10 @@ from . import reference
 _SCHEMAS = (
     "row_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) output, Tensor(b!)? mean,"
     " Tensor(c!) rstd, float eps, int pre_activation, int activation, float weight_offset,"
-    " bool cast_before_weight) -> ()",
+    " bool cast_before_weight, bool given_statistics) -> ()",
     "row_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd,"
-    " Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, float eps, int pre_activation,"
-    " int activation, float weight_offset, bool cast_before_weight) -> ()",
+    " Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor(d!)? output, float eps,"
+    " int pre_activation, int activation, float weight_offset, bool cast_before_weight) -> ()",
     "add_row_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed,"
     " Tensor(a!) output, Tensor(b!) residual_out, Tensor(c!)? mean, Tensor(d!) rstd, float eps, int activation,"
     " float weight_offset, bool cast_before_weight, float dropout_p) -> ()",
@@ -35,11 +35,11 @@ _SCHEMAS = (
     " bool norm_before_gate) -> ()",
     "glu_forward(Tensor gate, Tensor value, Tensor(a!) output, int activation) -> ()",
     "glu_backward(Tensor grad_output, Tensor gate, Tensor value, Tensor(a!)? grad_gate, Tensor(b!)? grad_value,"
-    " int activation) -> ()",
+    " Tensor(c!)? output, int activation) -> ()",
     "bias_act_forward(Tensor input, Tensor? bias, Tensor? seed, Tensor(a!) output, int activation, float dropout_p)"
     " -> ()",
     "bias_act_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor? seed, Tensor(a!)? grad_input,"
-    " Tensor(b!)? grad_bias, int activation, float dropout_p) -> ()",
+    " Tensor(b!)? grad_bias, Tensor(c!)? output, int activation, float dropout_p) -> ()",
     "channel_moments(Tensor input, Tensor(a!) mean, Tensor(b!) squares, bool planes, int piece_rows) -> ()",
     "channel_statistics(Tensor means, Tensor squares, Tensor? weight, Tensor? bias, Tensor(a!) mean, Tensor(b!) var,"
     " Tensor(c!) coefficients, int groups, int size, int piece_rows, float eps) -> ()",

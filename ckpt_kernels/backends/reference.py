@@ -247,12 +247,35 @@ def _fill(targets: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> 
             target.copy_(value.reshape(target.shape))
 
 
+def _refill(output: Tensor | None, block: Callable[..., Sequence[Tensor]], operands: Sequence[Tensor | None]) -> None:
+    """The block's output again, where there is room for it."""
+    if output is not None:
+        _fill((output,), block(*operands))
+
+
+def _matrix(rows: Tensor | None) -> Tensor | None:
+    """Rows that lie on several levels as one matrix."""
+    return None if rows is None else rows.reshape(-1, rows.shape[-1])
+
+
 def row_norm_forward(
-    input, weight, bias, output, mean, rstd, eps, pre_activation, activation, weight_offset, cast_before_weight
+    input,
+    weight,
+    bias,
+    output,
+    mean,
+    rstd,
+    eps,
+    pre_activation,
+    activation,
+    weight_offset,
+    cast_before_weight,
+    given_statistics,
 ):
-    """`row_norm` into output, mean (None: not centred) and rstd."""
+    """`row_norm` into output, mean (None: not centred) and rstd; with `given_statistics` these are there already."""
     options = (eps, mean is not None, pre_activation, activation, weight_offset, cast_before_weight)
-    _fill((output, mean, rstd), row_norm(input, weight, bias, *options))
+    found = row_norm(_matrix(input), weight, bias, *options)
+    _fill((output,) if given_statistics else (output, mean, rstd), found)
 
 
 def row_norm_backward(
@@ -265,13 +288,14 @@ def row_norm_backward(
     grad_input,
     grad_weight,
     grad_bias,
+    output,
     eps,
     pre_activation,
     activation,
     weight_offset,
     cast_before_weight,
 ):
-    """The gradients of `row_norm`, which finds its statistics again from eps."""
+    """The gradients of `row_norm`, which finds its statistics again from eps, and its output where there is room."""
 
     def block(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
         return row_norm(
@@ -279,8 +303,9 @@ def row_norm_backward(
         )
 
     targets = (grad_input, grad_weight, grad_bias)
-    operands = (input, *_wide((weight, bias), input.dtype))
-    _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
+    operands = (_matrix(input), *_wide((weight, bias), input.dtype))
+    _fill(targets, gradients(block, operands, (_matrix(grad_output),), [t is not None for t in targets]))
+    _refill(output, block, operands)
 
 
 def add_row_norm_forward(
@@ -301,7 +326,8 @@ def add_row_norm_forward(
 ):
     """`add_row_norm` into output, residual_out, mean (None: not centred) and rstd."""
     options = (eps, mean is not None, activation, weight_offset, cast_before_weight, dropout_p)
-    _fill((output, residual_out, mean, rstd), add_row_norm(input, residual, weight, bias, seed, *options))
+    found = add_row_norm(_matrix(input), _matrix(residual), weight, bias, seed, *options)
+    _fill((output, residual_out, mean, rstd), found)
 
 
 def add_row_norm_backward(
@@ -334,7 +360,8 @@ def add_row_norm_backward(
 
     wanted = (grad_input is not None or grad_residual is not None, grad_weight is not None, grad_bias is not None)
     operands = (residual_out, *_wide((weight, bias), residual_out.dtype))
-    grad_total, *grad_affine = gradients(block, operands, (grad_output, grad_residual_out), wanted)
+    incoming = (_matrix(grad_output), _matrix(grad_residual_out))
+    grad_total, *grad_affine = gradients(block, operands, incoming, wanted)
     _fill((grad_weight, grad_bias), grad_affine)
     if grad_total is not None:
         kept = dropout(grad_total.to(compute_dtype(grad_total.dtype)), seed, dropout_p)
@@ -343,7 +370,7 @@ def add_row_norm_backward(
 
 def gated_row_norm_forward(input, gate, weight, output, rstd, eps, activation, norm_before_gate):
     """`gated_row_norm` into output and rstd."""
-    _fill((output, rstd), gated_row_norm(input, gate, weight, eps, activation, norm_before_gate))
+    _fill((output, rstd), gated_row_norm(_matrix(input), _matrix(gate), weight, eps, activation, norm_before_gate))
 
 
 def gated_row_norm_backward(
@@ -355,8 +382,8 @@ def gated_row_norm_backward(
         return gated_row_norm(input, gate, weight, eps, activation, norm_before_gate)
 
     targets = (grad_input, grad_gate, grad_weight)
-    operands = (input, gate, *_wide((weight,), input.dtype))
-    _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
+    operands = (_matrix(input), _matrix(gate), *_wide((weight,), input.dtype))
+    _fill(targets, gradients(block, operands, (_matrix(grad_output),), [t is not None for t in targets]))
 
 
 def glu_forward(gate, value, output, activation):
@@ -364,14 +391,15 @@ def glu_forward(gate, value, output, activation):
     _fill((output,), (glu(gate, value, activation),))
 
 
-def glu_backward(grad_output, gate, value, grad_gate, grad_value, activation):
-    """The gradients of `glu`."""
+def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
+    """The gradients of `glu`, and its output where there is room."""
 
     def block(gate: Tensor, value: Tensor) -> Sequence[Tensor]:
         return (glu(gate, value, activation),)
 
     targets = (grad_gate, grad_value)
     _fill(targets, gradients(block, (gate, value), (grad_output,), [t is not None for t in targets]))
+    _refill(output, block, (gate, value))
 
 
 def bias_act_forward(input, bias, seed, output, activation, dropout_p):
@@ -379,8 +407,8 @@ def bias_act_forward(input, bias, seed, output, activation, dropout_p):
     _fill((output,), (bias_act(input, bias, seed, activation, dropout_p),))
 
 
-def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, activation, dropout_p):
-    """The gradients of `bias_act`; without a bias, that of one that is zero."""
+def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, output, activation, dropout_p):
+    """The gradients of `bias_act`, without a bias that of one that is zero; and its output where there is room."""
 
     def block(input: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
         return (bias_act(input, bias, seed, activation, dropout_p),)
@@ -390,6 +418,7 @@ def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, act
     targets = (grad_input, grad_bias)
     operands = (input, *_wide((bias,), input.dtype))
     _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
+    _refill(output, block, operands)
 
 
 def _channels(matrix: Tensor, planes: bool, samples: int, channels: int) -> Tensor:

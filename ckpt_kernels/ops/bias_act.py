@@ -63,6 +63,14 @@ def _bias_act_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(kept, bias, seed)
 
 
+def _bias_act_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple | None:
+    """Where the input is kept; else the reader's copy of the output is the only tensor there is, or is kept anyway."""
+    *operands, activation, dropout_p = inputs
+    if activation == "identity" or activation in SIGNED_BY_OUTPUT:
+        return None
+    return lambda *tensors: _bias_act(*tensors, activation, dropout_p), tuple(operands)
+
+
 def _bias_act_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
     kept, bias, seed = ctx.saved_tensors
     wanted = wanted_gradients(ctx, 2)
@@ -93,7 +101,7 @@ def _bias_act_backward(
     if kept.numel():
         rows, kept_rows, grad_rows = _matrices(bias, seed, grad_output, kept, grad_input)
         backends.select(kept).bias_act_backward(
-            rows, kept_rows, vector(added), seed, grad_rows, grad_bias, activation, dropout_p
+            rows, kept_rows, vector(added), seed, grad_rows, grad_bias, None, activation, dropout_p
         )
     else:
         zero(grad_bias)
@@ -130,4 +138,5 @@ bias_act = Op(
     _bias_act_fake,
     _bias_act_setup,
     _bias_act_backward_rule,
+    recipe=_bias_act_recipe,
 )

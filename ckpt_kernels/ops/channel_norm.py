@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, recompute
 from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
 from .operands import coefficient_room, gradient_room, or_none, returned, vector, wanted_gradients, zero
@@ -174,9 +174,14 @@ def _channel_norm_fake(input, residual, weight, bias, given_mean, given_var, gro
 
 
 def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
-    """What is kept to find the activation's slope beside the input, and whether it is the output."""
+    """What is kept to find the activation's slope beside the input, and whether it is the output.
+
+    Where outputs are let go of it is the residual, which in a network another layer's recipe has, or keeps, anyway.
+    """
     if residual is None or activation == "identity":
         return None, False
+    if recompute.discarding() is not None:
+        return residual, False
     return (output, True) if activation in SIGNED_BY_OUTPUT else (residual, False)
 
 
@@ -188,6 +193,19 @@ def _channel_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.fixed = given_mean is not None
     other, ctx.by_output = slope_source(ctx.activation, residual, output)
     ctx.save_for_backward(input, other, weight, bias, mean, var, coefficients)
+
+
+def rebuilt(
+    input: Tensor, residual: Tensor | None, coefficients: Tensor, layout: Layout, activation: str
+) -> Tensor:
+    """The output again, from what is kept."""
+    return apply(input, residual, coefficients, layout, activation, layout.matrix(input))
+
+
+def _channel_norm_recipe(ctx: Any, inputs: tuple, output: tuple) -> tuple:
+    input, residual = inputs[:2]
+    layout, activation = layout_of(input, ctx.groups), ctx.activation
+    return lambda *tensors: rebuilt(*tensors, layout, activation), (input, residual, output[3])
 
 
 def _channel_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
@@ -333,4 +351,5 @@ channel_norm = Op(
     _channel_norm_setup,
     _channel_norm_backward_rule,
     results=3,
+    recipe=_channel_norm_recipe,
 )

@@ -31,6 +31,11 @@ def _glu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(gate, value)
 
 
+def _glu_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple:
+    *operands, activation = inputs
+    return lambda gate, value: _glu(gate, value, activation), tuple(operands)
+
+
 def _glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
     wanted = wanted_gradients(ctx, 2)
     if grad_output is None:
@@ -41,7 +46,7 @@ def _glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
 def _glu_backward(grad_output: Tensor, gate: Tensor, value: Tensor, activation: str, wanted: list[bool]) -> tuple:
     room = gradient_room((gate, value), wanted)
     if gate.numel():
-        backends.select(gate).glu_backward(*as_matrices(grad_output, gate, value, *room), activation)
+        backends.select(gate).glu_backward(*as_matrices(grad_output, gate, value, *room, None), activation)
     return returned(room, (gate, value), gate)
 
 
@@ -68,6 +73,7 @@ glu = Op(
     _glu_fake,
     _glu_setup,
     _glu_backward_rule,
+    recipe=_glu_recipe,
 )
 
 
@@ -121,6 +127,11 @@ def _packed_glu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(packed)
 
 
+def _packed_glu_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple:
+    packed, *options = inputs
+    return lambda packed: _packed_glu(packed, *options), (packed,)
+
+
 def _packed_glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
     if grad_output is None:
         return None, None, None
@@ -133,7 +144,7 @@ def _packed_glu_backward(grad_output: Tensor, packed: Tensor, activation: str, l
         gate, value = _matrices(packed, layout)
         (grad_output,) = as_matrices(grad_output, columns=gate.shape[1])
         gradients = _matrices(grad_packed, layout)
-        backends.select(packed).glu_backward(grad_output, gate, value, *gradients, activation)
+        backends.select(packed).glu_backward(grad_output, gate, value, *gradients, None, activation)
     return grad_packed
 
 
@@ -160,4 +171,5 @@ packed_glu = Op(
     _packed_glu_fake,
     _packed_glu_setup,
     _packed_glu_backward_rule,
+    recipe=_packed_glu_recipe,
 )

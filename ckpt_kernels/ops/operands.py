@@ -16,6 +16,29 @@ def as_rows(tensor: Tensor, columns: int) -> Tensor:
     return tensor if columns == 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
+def rows_as_they_lie(tensor: Tensor | None, columns: int) -> Tensor | None:
+    """(rows, columns), or where strides forbid that (outer, middle, inner, columns): a view in all but odd layouts.
+
+    So the heads of a packed projection, transposed or not, are read where they are. For the row norms, which read rows
+    on three levels.
+    """
+    if tensor is None:
+        return None
+    if tensor.is_contiguous() or tensor.dim() < 3 or tensor.shape[-1] != columns or tensor.stride(-1) != 1:
+        return as_rows(tensor, columns)
+    levels: list[list[int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = [levels[-1][0] * size, stride]
+        elif size != 1:
+            levels.append([size, stride])
+    if len(levels) < 2 or len(levels) > 3:
+        return as_rows(tensor, columns)
+    levels = [[1, 0]] * (3 - len(levels)) + levels
+    sizes, strides = zip(*levels, strict=True)
+    return tensor.as_strided((*sizes, columns), (*strides, 1))
+
+
 def as_matrices(*tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
     """Tensors of one shape as matrices for what goes element by element: one row where all are contiguous.
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import recompute
+
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 _library = torch.library.Library("ckpt_kernels", "DEF")
 
@@ -19,6 +21,8 @@ class Op:
         fake: makes outputs of the right shape and dtype, for torch.compile.
         setup_context, backward: the autograd rule, as for `torch.autograd.Function`.
         results: how many of several outputs a call returns; those that follow are only kept for backward.
+        recipe: of (ctx, arguments, outputs), how to make the first output again from what is kept for backward: a
+            function and the tensors it takes; None where that is not possible.
 
     Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
     gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
@@ -34,6 +38,7 @@ class Op:
         setup_context: Callable[[Any, tuple, Any], None],
         backward: Callable[..., Any],
         results: int | None = None,
+        recipe: Callable[[Any, tuple, Any], recompute.Announcement | None] | None = None,
     ) -> None:
         name = schema.partition("(")[0]
         qualified = f"ckpt_kernels::{name}"
@@ -44,6 +49,7 @@ class Op:
         self._dispatched = getattr(torch.ops.ckpt_kernels, name).default
         self._implementation = implementation
         self._results = results
+        self._recipe = recipe
         self._tensors = tensors = sum("Tensor" in argument for argument in schema.partition("->")[0].split(","))
 
         # A torch.autograd.Function pays for each argument: those that are not tensors go in one.
@@ -51,6 +57,8 @@ class Op:
             arguments = (*arguments[:-1], *arguments[-1])
             output = implementation(*arguments)
             setup_context(ctx, arguments, output)
+            if recipe is not None and recompute.is_active():
+                recompute.announce(recipe(ctx, arguments, output))
             return output if results is None else output[:results]
 
         def packed_backward(ctx: Any, *gradients: Tensor | None) -> tuple:
@@ -67,7 +75,10 @@ class Op:
         elif torch._C._are_functorch_transforms_active():
             output = self._transformable.apply(*arguments)
         elif torch.is_grad_enabled():
-            return self._function.apply(*arguments[: self._tensors], arguments[self._tensors :])
+            output = self._function.apply(*arguments[: self._tensors], arguments[self._tensors :])
+            if self._recipe is not None and recompute.is_active():
+                recompute.offer(output if isinstance(output, Tensor) else output[0])
+            return output
         else:
             output = self._implementation(*arguments)
         return output if self._results is None else output[: self._results]

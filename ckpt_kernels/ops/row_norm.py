@@ -20,6 +20,7 @@ from .operands import (
     or_none,
     returned,
     returned_fake,
+    rows_as_they_lie,
     rows_or_none,
     statistics,
     vector,
@@ -41,11 +42,26 @@ def _row_norm(
     centered: bool,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    output = contiguous(input)
     mean, rstd = statistics(input, columns, centered)
+    return _normalized(input, weight, bias, mean, rstd, columns, eps, centered, *options, False), mean, rstd
+
+
+def _normalized(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    columns: int,
+    eps: float,
+    centered: bool,
+    *options: Any,
+) -> Tensor:
+    """The output. The last option says whether the statistics are there already, or are to be found."""
+    output = contiguous(input)
     if output.numel():
         backends.select(input).row_norm_forward(
-            as_rows(input, columns),
+            rows_as_they_lie(input, columns),
             vector(weight),
             vector(bias),
             as_rows(output, columns),
@@ -54,7 +70,7 @@ def _row_norm(
             eps,
             *options,
         )
-    return output, mean, rstd
+    return output
 
 
 def _row_norm_fake(input, weight, bias, columns, eps, centered, *options):
@@ -69,6 +85,14 @@ def _row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, _, _, _, activation, _, _ = ctx.options
     ctx.bias_only = activation == "identity" and not any(wanted_gradients(ctx, 2))
     ctx.save_for_backward(*((None, None, bias, None, None) if ctx.bias_only else (input, weight, bias, mean, rstd)))
+
+
+def _row_norm_recipe(ctx: Any, inputs: tuple, output: tuple) -> tuple | None:
+    if ctx.bias_only:
+        return None
+    input, weight, bias, *options = inputs
+    _, mean, rstd = output
+    return lambda *tensors: _normalized(*tensors, *options, True), (input, weight, bias, mean, rstd)
 
 
 def _row_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
@@ -100,8 +124,8 @@ def _row_norm_backward(
     grad_weight, grad_bias = coefficient_room((weight, bias), wanted[1:], input)
     if input.numel():
         backends.select(input).row_norm_backward(
-            as_rows(grad_output, columns),
-            as_rows(input, columns),
+            rows_as_they_lie(grad_output, columns),
+            rows_as_they_lie(input, columns),
             vector(weight),
             vector(bias),
             mean if centered else None,
@@ -109,6 +133,7 @@ def _row_norm_backward(
             rows_or_none(grad_input, columns),
             grad_weight,
             grad_bias,
+            None,
             eps,
             *options,
         )
@@ -148,6 +173,7 @@ row_norm = Op(
     _row_norm_setup,
     _row_norm_backward_rule,
     results=1,
+    recipe=_row_norm_recipe,
 )
 
 
@@ -184,6 +210,11 @@ def _modulated_row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*operands, mean, rstd)
+
+
+def _modulated_row_norm_recipe(ctx: Any, inputs: tuple, output: tuple) -> tuple:
+    options = inputs[5:]
+    return lambda *tensors: _modulated_row_norm(*tensors, *options)[0], inputs[:5]
 
 
 def _modulated_row_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
@@ -270,6 +301,7 @@ modulated_row_norm = Op(
     _modulated_row_norm_setup,
     _modulated_row_norm_backward_rule,
     results=1,
+    recipe=_modulated_row_norm_recipe,
 )
 
 
@@ -281,8 +313,8 @@ def _add_row_norm(input, residual, weight, bias, seed, columns, eps, centered, *
     mean, rstd = statistics(input, columns, centered)
     if output.numel():
         backends.select(input).add_row_norm_forward(
-            as_rows(input, columns),
-            as_rows(residual, columns),
+            rows_as_they_lie(input, columns),
+            rows_as_they_lie(residual, columns),
             vector(weight),
             vector(bias),
             seed,
@@ -306,6 +338,17 @@ def _add_row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(residual_out, weight, bias, seed, mean, rstd)
+
+
+def _add_row_norm_recipe(ctx: Any, inputs: tuple, output: tuple) -> tuple:
+    """The norm of residual_out, which is kept."""
+    _, _, weight, bias, _, columns, eps, centered, *options, _ = inputs
+    _, residual_out, mean, rstd = output
+
+    def rebuild(*tensors: Tensor | None) -> Tensor:
+        return _normalized(*tensors, columns, eps, centered, "identity", *options, True)
+
+    return rebuild, (residual_out, weight, bias, mean, rstd)
 
 
 def _add_row_norm_backward_rule(
@@ -352,8 +395,8 @@ def _add_row_norm_backward(
     grad_weight, grad_bias = coefficient_room((weight, bias), wanted[2:], residual_out)
     if residual_out.numel():
         backends.select(residual_out).add_row_norm_backward(
-            as_rows(grad_output, columns),
-            rows_or_none(grad_residual_out, columns),
+            rows_as_they_lie(grad_output, columns),
+            rows_as_they_lie(grad_residual_out, columns),
             as_rows(residual_out, columns),
             vector(weight),
             vector(bias),
@@ -420,6 +463,7 @@ add_row_norm = Op(
     _add_row_norm_setup,
     _add_row_norm_backward_rule,
     results=2,
+    recipe=_add_row_norm_recipe,
 )
 
 
@@ -431,8 +475,8 @@ def _gated_row_norm(input, gate, weight, columns, *options):
     _, rstd = statistics(input, columns, centered=False)
     if output.numel():
         backends.select(input).gated_row_norm_forward(
-            as_rows(input, columns),
-            as_rows(gate, columns),
+            rows_as_they_lie(input, columns),
+            rows_as_they_lie(gate, columns),
             vector(weight),
             as_rows(output, columns),
             rstd,
@@ -453,6 +497,11 @@ def _gated_row_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(input, gate, weight, rstd)
 
 
+def _gated_row_norm_recipe(ctx: Any, inputs: tuple, output: tuple) -> tuple:
+    options = inputs[3:]
+    return lambda *tensors: _gated_row_norm(*tensors, *options)[0], inputs[:3]
+
+
 def _gated_row_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
     wanted, none = wanted_gradients(ctx, 3), (None,) * len(ctx.options)
     if grad_output is None:
@@ -470,9 +519,9 @@ def _gated_row_norm_backward(grad_output, input, gate, weight, rstd, columns, *o
     (grad_weight,) = coefficient_room((weight,), wanted[2:], input)
     if input.numel():
         backends.select(input).gated_row_norm_backward(
-            as_rows(grad_output, columns),
-            as_rows(input, columns),
-            as_rows(gate, columns),
+            rows_as_they_lie(grad_output, columns),
+            rows_as_they_lie(input, columns),
+            rows_as_they_lie(gate, columns),
             vector(weight),
             rstd,
             rows_or_none(grad_input, columns),
@@ -515,4 +564,5 @@ gated_row_norm = Op(
     _gated_row_norm_setup,
     _gated_row_norm_backward_rule,
     results=1,
+    recipe=_gated_row_norm_recipe,
 )

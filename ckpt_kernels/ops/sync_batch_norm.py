@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import recompute
 from ..backends import reference
 from .channel_norm import (
     Layout,
@@ -18,6 +19,7 @@ from .channel_norm import (
     gradient_sums,
     input_gradients,
     layout_of,
+    rebuilt,
     slope_source,
     with_tilts,
 )
@@ -65,6 +67,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         other, ctx.by_output = slope_source(activation, residual, output)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         ctx.save_for_backward(input, other, weight, var, coefficients)
+        if recompute.is_active():
+            operands = (input, residual, coefficients)
+            recompute.announce((lambda *tensors: rebuilt(*tensors, layout, activation), operands))
         return output, mean, var, count
 
     @staticmethod
@@ -98,4 +103,7 @@ def sync_batch_norm(
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """The output, and the mean, variance and count over the batches of all processes of `group`."""
-    return _SyncBatchNorm.apply(input, residual, weight, bias, eps, activation, group)
+    output, *statistics = _SyncBatchNorm.apply(input, residual, weight, bias, eps, activation, group)
+    if recompute.is_active():
+        recompute.offer(output)
+    return output, *statistics

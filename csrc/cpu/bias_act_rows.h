@@ -37,13 +37,18 @@ void bias_act_backward(const BiasActBackward& a, int64_t row, int64_t begin, int
   const T* input = a.input.row<const T>(row);
   const T* grad_output = a.grad_output.row<const T>(row);
   const Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
+  T* output = a.output ? a.output.row<T>(row) : nullptr;
   S* grad_bias = static_cast<S*>(sums);
   visit_activation(a.activation, [&](auto function) {
     for_chunks<S>(a, row, begin, end, [&](int64_t j0, int64_t n, const S* bias, const S* factor) {
       step<S>(n, [&](int64_t j, auto lanes) {
-        Vec<S> g = load(grad_output + j0 + j, lanes);
+        Vec<S> g = load(grad_output + j0 + j, lanes), z = load(input + j0 + j, lanes) + load(bias + j, lanes);
         if (factor) g = g * load(factor + j, lanes);
-        g = g * derivative_of<T>(function, load(input + j0 + j, lanes) + load(bias + j, lanes));
+        g = g * derivative_of<T>(function, z);
+        if (output) {
+          Vec<S> y = value_of<T>(function, z);
+          store(output + j0 + j, factor ? y * load(factor + j, lanes) : y, lanes);
+        }
         if (grad_input.row) grad_input.put(j0 + j, g, lanes);
         if (grad_bias) store(grad_bias + j0 + j, load(grad_bias + j0 + j, lanes) + g, lanes);
       });

@@ -72,13 +72,14 @@ void glu_backward_row(const GluBackward& a, int64_t row, int64_t begin, int64_t 
   const T* grad_output = a.grad_output.row<const T>(row) + begin;
   T* grad_gate = a.grad_gate ? a.grad_gate.row<T>(row) + begin * a.step : nullptr;
   T* grad_value = a.grad_value ? a.grad_value.row<T>(row) + begin * a.step : nullptr;
+  T* output = a.output ? a.output.row<T>(row) + begin : nullptr;
   visit_activation(a.activation, [&](auto function) {
     step<S>(end - begin, [&](int64_t j, auto lanes) {
       GateAndValue<S> x = load_pair_at<turns, S>(gate, value, j, lanes);
-      Vec<S> g = load(grad_output + j, lanes);
-      store_pair_at<turns, S>(
-          grad_gate, grad_value, j,
-          GateAndValue<S>{g * x.value * derivative_of<T>(function, x.gate), g * value_of<T>(function, x.gate)}, lanes);
+      Vec<S> g = load(grad_output + j, lanes), factor = value_of<T>(function, x.gate);
+      store_pair_at<turns, S>(grad_gate, grad_value, j,
+                              GateAndValue<S>{g * x.value * derivative_of<T>(function, x.gate), g * factor}, lanes);
+      if (output) store(output + j, factor * x.value, lanes);
     });
   });
 }

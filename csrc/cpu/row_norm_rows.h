@@ -138,9 +138,14 @@ void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t 
 template <class S, class T, class U>
 CKPT_INLINE void forward_row(const RowNormForward& a, const Constants<S>& constants, int64_t row, const U* u) {
   S mean, rstd;
-  row_moments(a, u, &mean, &rstd);
-  if (a.mean) static_cast<S*>(a.mean)[row] = mean;
-  static_cast<S*>(a.rstd)[row] = rstd;
+  if (a.given_statistics) {
+    mean = a.mean ? static_cast<const S*>(a.mean)[row] : S(0);
+    rstd = static_cast<const S*>(a.rstd)[row];
+  } else {
+    row_moments(a, u, &mean, &rstd);
+    if (a.mean) static_cast<S*>(a.mean)[row] = mean;
+    static_cast<S*>(a.rstd)[row] = rstd;
+  }
   finish_row<S, T>(a, constants, row, u, mean, rstd);
 }
 
@@ -167,7 +172,7 @@ struct BackwardRow {
   int64_t ahead;  // the row as far into the next block, which is fetched while this one is computed
   const U* u;
   const T *grad_output, *gate;
-  T* grad_gate;
+  T *grad_gate, *output;
   S mean, rstd;
   S* weighted;  // scratch: the gradient of x_hat, where it is not just grad_output * weight
   Vec<S> sum, sum_x_hat;
@@ -186,6 +191,10 @@ struct Straight {
   CKPT_INLINE V operator()(const Row&, int64_t, Lanes, V g, V, V, V) const {
     return g;
   }
+  template <class V>
+  CKPT_INLINE V output(V z) const {
+    return z;
+  }
 };
 template <class T, class Function>
 struct ThroughActivation {
@@ -193,6 +202,10 @@ struct ThroughActivation {
   template <class Row, class V, class Lanes>
   CKPT_INLINE V operator()(const Row&, int64_t, Lanes, V g, V seen, V weight, V bias) const {
     return g * derivative_of<T>(Function{}, seen * weight + bias);
+  }
+  template <class V>
+  CKPT_INLINE V output(V z) const {
+    return value_of<T>(Function{}, z);
   }
 };
 template <class T, class Function>
@@ -203,6 +216,10 @@ struct ThroughGate {
     V gate = load(row.gate + column, lanes);
     if (row.grad_gate) store(row.grad_gate + column, g * (seen * weight) * derivative_of<T>(Function{}, gate), lanes);
     return g * value_of<T>(Function{}, gate);
+  }
+  template <class V>
+  CKPT_INLINE V output(V z) const {
+    return z;
   }
 };
 
@@ -227,6 +244,7 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
       if (Way::sloped) prefetch(next_g[i] + j);
       Vec<S> x_hat = rows[i].x_hat(j0 + j, lanes), seen = rounded_if<S, T>(cast, x_hat);
       Vec<S> g = way(rows[i], j0 + j, lanes, load(rows[i].grad_output + j0 + j, lanes), seen, weight, bias);
+      if (rows[i].output) store(rows[i].output + j0 + j, way.output(seen * weight + bias), lanes);
       gw += g * seen;
       gb += g;
       g = g * weight;
@@ -348,12 +366,14 @@ CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_
         r.grad_output = a.grad_output.row<const T>(row);
         r.gate = gated_after(a) ? a.gate.row<const T>(row) : nullptr;
         r.grad_gate = a.grad_gate ? a.grad_gate.row<T>(row) : nullptr;
+        r.output = a.output ? a.output.row<T>(row) : nullptr;
         r.mean = a.mean ? static_cast<const S*>(a.mean)[row] : S(0);
         r.rstd = static_cast<const S*>(a.rstd)[row];
       } else {
         r.u = reinterpret_cast<const U*>(zeros);
         r.grad_output = r.gate = reinterpret_cast<const T*>(zeros);
         r.grad_gate = a.grad_gate ? reinterpret_cast<T*>(sink) : nullptr;
+        r.output = nullptr;
         r.mean = r.rstd = S(0);
       }
     }

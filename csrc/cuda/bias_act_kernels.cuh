@@ -37,11 +37,18 @@ __global__ void __launch_bounds__(block_threads) bias_act_forward_kernel(BiasAct
   }
 }
 
-// The gradient of the input, for VEC columns of a row; stored where it is wanted.
+// The gradient of the input, for VEC columns of a row; stored where it is wanted, and the output likewise.
 template <class T, int VEC>
 __device__ __forceinline__ void input_gradient(const BiasActBackward& a, int64_t row, int64_t j, float* g) {
   float slope[VEC];
   load_sum<T, VEC>(a, row, j, slope);
+  if (a.output) {
+    float y[VEC];
+    for (int i = 0; i < VEC; ++i) y[i] = slope[i];
+    activate<VEC>(a.activation, y);
+    drop<VEC>(a, row, j, y);
+    store<VEC>(a.output.row<T>(row) + j, y);
+  }
   differentiate<VEC>(a.activation, slope);
   load<VEC>(a.grad_output.row<const T>(row) + j, g);
   drop<VEC>(a, row, j, g);
@@ -109,7 +116,8 @@ void launch_bias_act(const BiasActForward& a, const Launch& launch) {
 // `sums` has room for PartialSums(rows, rows).elements(columns) floats where there is a grad_bias.
 template <class T, class Launch>
 void launch_bias_act(const BiasActBackward& a, float* grad_bias, float* sums, const Launch& launch) {
-  if (is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) && is_vectorizable<T>(a.grad_input))
+  if (is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) && is_vectorizable<T>(a.grad_input) &&
+      is_vectorizable<T>(a.output))
     launch_bias_act<T, 16 / sizeof(T)>(a, grad_bias, sums, launch);
   else
     launch_bias_act<T, 1>(a, grad_bias, sums, launch);

@@ -91,7 +91,8 @@ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 
 template <class T>
 bool is_vectorizable(const Rows& rows) {
-  return !rows || (is_aligned(rows.data) && rows.stride * sizeof(T) % 16 == 0);
+  return !rows || (is_aligned(rows.data) && rows.stride * sizeof(T) % 16 == 0 &&
+                   rows.middle_stride * sizeof(T) % 16 == 0 && rows.inner_stride * sizeof(T) % 16 == 0);
 }
 
 // How the rows are shared out among the partial sums of what is summed over them.

@@ -65,9 +65,11 @@ __global__ void __launch_bounds__(block_threads) glu_backward_kernel(GluBackward
     activate<VEC>(a.activation, gate);
     for (int i = 0; i < VEC; ++i) {
       slope[i] *= g[i] * value[i];
+      value[i] *= gate[i];
       gate[i] *= g[i];
     }
     store_gradients<T, VEC, TURNS>(a, row, j, slope, gate);
+    if (a.output) store<VEC>(a.output.row<T>(row) + j, value);
   }
 }
 
@@ -96,7 +98,7 @@ bool is_wide(const GluForward& a) {
 template <class T>
 bool is_wide(const GluBackward& a) {
   return is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) && is_vectorizable<T>(a.grad_gate) &&
-         (a.step == 2 || is_vectorizable<T>(a.grad_value));
+         is_vectorizable<T>(a.output) && (a.step == 2 || is_vectorizable<T>(a.grad_value));
 }
 
 template <class T, class Block, class Launch>

@@ -62,23 +62,29 @@ __global__ void __launch_bounds__(block_threads) row_norm_forward_kernel(RowNorm
   using Rowteam = Team<WARP>;
   constexpr int64_t step = Rowteam::size * VEC;
   for (int64_t row = Rowteam::first(); row < a.rows; row += Rowteam::count()) {
-    Moments moments;
-    float u[VEC];
-    for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
-      load_operand<T, VEC>(a, a.residual_out, row, j, u);
+    float u[VEC], mean, rstd;
+    if (a.given_statistics) {
+      mean = a.mean ? static_cast<const float*>(a.mean)[row] : 0;
+      rstd = static_cast<const float*>(a.rstd)[row];
+    } else {
+      Moments moments;
+      for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
+        load_operand<T, VEC>(a, a.residual_out, row, j, u);
+        if (a.centered)
+          moments.merge(Moments::of(u, VEC));
+        else
+          for (int i = 0; i < VEC; ++i) moments.squares += u[i] * u[i];
+      }
       if (a.centered)
-        moments.merge(Moments::of(u, VEC));
+        moments = Rowteam::merge(moments);
       else
-        for (int i = 0; i < VEC; ++i) moments.squares += u[i] * u[i];
-    }
-    if (a.centered)
-      moments = Rowteam::merge(moments);
-    else
-      moments.squares = Rowteam::sum(moments.squares);
-    const float mean = moments.mean, rstd = 1 / sqrtf(moments.squares / float(a.columns) + float(a.eps));
-    if (Rowteam::rank() == 0) {
-      if (a.mean) static_cast<float*>(a.mean)[row] = mean;
-      static_cast<float*>(a.rstd)[row] = rstd;
+        moments.squares = Rowteam::sum(moments.squares);
+      mean = moments.mean;
+      rstd = 1 / sqrtf(moments.squares / float(a.columns) + float(a.eps));
+      if (Rowteam::rank() == 0) {
+        if (a.mean) static_cast<float*>(a.mean)[row] = mean;
+        static_cast<float*>(a.rstd)[row] = rstd;
+      }
     }
     for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
       float w[VEC], b[VEC], x_hat[VEC], y[VEC];
@@ -175,6 +181,11 @@ __global__ void __launch_bounds__(block_threads) row_norm_backward_input_kernel(
       for (int i = 0; i < VEC; ++i) {
         sum += g[i] * w[i];
         sum_x_hat += g[i] * w[i] * x_hat[i];
+      }
+      if (a.output) {
+        for (int i = 0; i < VEC; ++i) seen[i] = seen[i] * w[i] + b[i];
+        activate<VEC>(a.activation, seen);
+        store<VEC>(a.output.row<T>(row) + j, seen);
       }
     }
     if (!a.grad_input) continue;

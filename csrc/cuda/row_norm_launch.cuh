@@ -33,7 +33,7 @@ void launch_forward(const RowNormForward& a, const Launch& launch) {
 template <class T, int VEC, class Launch>
 void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_bias, float* weight_sums,
                      float* bias_sums, const Launch& launch) {
-  if (a.grad_input || a.grad_gate) {
+  if (a.grad_input || a.grad_gate || a.output) {
     const bool warp = a.columns <= warp_columns;
     const int64_t blocks = blocks_for_rows(a.rows, warp);
     if (warp)
@@ -60,7 +60,8 @@ void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_b
                      float* bias_sums, const Launch& launch) {
   const bool wide = is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) &&
                     is_vectorizable<T>(a.grad_residual_out) && is_vectorizable<T>(a.grad_input) &&
-                    is_vectorizable<T>(a.grad_residual) && is_vectorizable<T>(a.grad_gate);
+                    is_vectorizable<T>(a.grad_residual) && is_vectorizable<T>(a.grad_gate) &&
+                    is_vectorizable<T>(a.output);
   if (wide)
     launch_backward<T, 16 / sizeof(T)>(a, grad_weight, grad_bias, weight_sums, bias_sums, launch);
   else

@@ -38,29 +38,51 @@ def _module() -> ModuleType:
 
 
 def _operands(tensors: dict[str, Tensor | None], **options: Any) -> dict[str, Any]:
-    named = {name: (t.data_ptr(), t.stride(0)) for name, t in tensors.items() if t is not None}
-    rows, columns = next(iter(tensors.values())).shape
+    named = {name: (t.data_ptr(), _levels(t)) for name, t in tensors.items() if t is not None}
+    first = next(iter(tensors.values()))
+    columns = first.shape[-1]
+    rows = first.numel() // columns
     groups = next((tensors[k].numel() // columns for k in ("weight", "bias") if tensors.get(k) is not None), 1)
     return named | options | {"rows": rows, "columns": columns, "rows_per_group": rows // groups}
+
+
+def _levels(t: Tensor) -> list[int]:
+    if t.dim() < 4:
+        return [t.stride(0)]
+    return [t.stride(0), t.shape[2], t.shape[1], t.stride(2), t.stride(1)]
 
 
 def _wide(tensor: Tensor | None, offset: float = 0.0) -> Tensor | None:
     return None if tensor is None else (tensor.float() + offset).contiguous()
 
 
-def row_norm_forward(input, weight, bias, output, mean, rstd, eps, pre, activation, offset, cast):
+def row_norm_forward(input, weight, bias, output, mean, rstd, eps, pre, activation, offset, cast, given):
     tensors = {"input": input, "weight": _wide(weight, offset), "bias": _wide(bias), "output": output}
     tensors |= {"mean": mean, "rstd": rstd}
     options = {"eps": eps, "pre_activation": CODES[pre], "activation": CODES[activation], "cast_before_weight": cast}
-    _module().row_norm_forward(_KINDS[input.dtype], _operands(tensors, **options))
+    _module().row_norm_forward(_KINDS[input.dtype], _operands(tensors, **options, given_statistics=given))
 
 
 def row_norm_backward(
-    grad_output, input, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, eps, pre, activation, offset, cast
+    grad_output,
+    input,
+    weight,
+    bias,
+    mean,
+    rstd,
+    grad_input,
+    grad_weight,
+    grad_bias,
+    output,
+    eps,
+    pre,
+    activation,
+    offset,
+    cast,
 ):
     tensors = {"grad_output": grad_output, "input": input, "weight": _wide(weight, offset), "bias": _wide(bias)}
     tensors |= {"mean": mean, "rstd": rstd, "grad_input": grad_input, "grad_weight": grad_weight}
-    tensors |= {"grad_bias": grad_bias}
+    tensors |= {"grad_bias": grad_bias, "output": output}
     options = {"pre_activation": CODES[pre], "activation": CODES[activation], "cast_before_weight": cast}
     _module().row_norm_backward(_KINDS[input.dtype], _operands(tensors, **options))
 
@@ -121,9 +143,9 @@ def glu_forward(gate, value, output, activation):
     _module().glu_forward(_KINDS[gate.dtype], _operands(tensors, activation=CODES[activation], step=_step(gate)))
 
 
-def glu_backward(grad_output, gate, value, grad_gate, grad_value, activation):
+def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
     tensors = {"grad_output": grad_output, "gate": gate, "value": value}
-    tensors |= {"grad_gate": grad_gate, "grad_value": grad_value}
+    tensors |= {"grad_gate": grad_gate, "grad_value": grad_value, "output": output}
     options = {"activation": CODES[activation], "step": _step(gate)}
     _module().glu_backward(_KINDS[gate.dtype], _operands(tensors, **options))
 
@@ -138,15 +160,15 @@ def bias_act_forward(input, bias, seed, output, activation, dropout_p):
     _module().bias_act_forward(_KINDS[input.dtype], _operands(tensors, **options))
 
 
-def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, activation, dropout_p):
+def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, output, activation, dropout_p):
     tensors = {"grad_output": grad_output, "input": input, "bias": _wide(bias), "seed": seed}
-    tensors |= {"grad_input": grad_input, "grad_bias": grad_bias}
+    tensors |= {"grad_input": grad_input, "grad_bias": grad_bias, "output": output}
     options = {"activation": CODES[activation], "dropout_p": dropout_p}
     _module().bias_act_backward(_KINDS[input.dtype], _operands(tensors, **options))
 
 
 def _channels(tensors: dict[str, Tensor | None], samples: int, channels: int, **options: Any) -> dict[str, Any]:
-    named = {name: (t.data_ptr(), 0) for name, t in tensors.items() if t is not None}
+    named = {name: (t.data_ptr(), [0]) for name, t in tensors.items() if t is not None}
     size = tensors["input"].numel() // (samples * channels)
     return named | options | {"samples": samples, "channels": channels, "size": size}
 

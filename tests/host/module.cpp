@@ -1,7 +1,8 @@
-// The CUDA kernels on the host, for the tests: operands come by name, as (address, row stride).
+// The CUDA kernels on the host, for the tests: operands come by name, as (address, strides and sizes of rows).
 #include "cuda_on_host.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "../../csrc/cuda/bias_act_kernels.cuh"
 #include "../../csrc/cuda/channel_norm_kernels.cuh"
@@ -19,8 +20,11 @@ class Operands {
 
   Rows rows(const char* name) const {
     if (!has(name)) return {};
-    auto [data, stride] = operands_[name].cast<std::pair<uintptr_t, int64_t>>();
-    return {reinterpret_cast<void*>(data), stride};
+    auto [data, levels] = operands_[name].cast<std::pair<uintptr_t, std::vector<int64_t>>>();
+    Rows rows{reinterpret_cast<void*>(data), levels[0]};
+    if (levels.size() > 1)
+      rows.inner = levels[1], rows.middle = levels[2], rows.inner_stride = levels[3], rows.middle_stride = levels[4];
+    return rows;
   }
   void* data(const char* name) const { return rows(name).data; }
   template <class T>
@@ -66,6 +70,7 @@ void row_norm_forward(int kind, py::dict named) {
   read(operands, a);
   a.output = operands.rows("output");
   a.residual_out = operands.rows("residual_out");
+  a.given_statistics = operands.option<bool>("given_statistics", false);
   dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_forward<decltype(storage)>(a, host_launch); });
 }
 
@@ -78,6 +83,7 @@ void row_norm_backward(int kind, py::dict named) {
   a.grad_input = operands.rows("grad_input");
   a.grad_residual = operands.rows("grad_residual");
   a.grad_gate = operands.rows("grad_gate");
+  a.output = operands.rows("output");
   auto* grad_weight = static_cast<float*>(operands.data("grad_weight"));
   auto* grad_bias = static_cast<float*>(operands.data("grad_bias"));
   const int64_t sums = PartialSums(a.rows, a.rows_per_group).elements(a.columns);
@@ -112,6 +118,7 @@ void glu_backward(int kind, py::dict named) {
   a.grad_output = operands.rows("grad_output");
   a.grad_gate = operands.rows("grad_gate");
   a.grad_value = operands.rows("grad_value");
+  a.output = operands.rows("output");
   dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_glu<decltype(storage)>(a, host_launch); });
 }
 
@@ -138,6 +145,7 @@ void bias_act_backward(int kind, py::dict named) {
   read(operands, a);
   a.grad_output = operands.rows("grad_output");
   a.grad_input = operands.rows("grad_input");
+  a.output = operands.rows("output");
   auto* grad_bias = static_cast<float*>(operands.data("grad_bias"));
   std::vector<float> sums(PartialSums(a.rows, a.rows).elements(a.columns), NAN);
   dispatch_storage(ScalarKind(kind),

@@ -30,7 +30,7 @@ def bias_act_forward_kernel(
 
 @triton.jit
 def bias_act_backward_kernel(
-    DY, X, B, SEED, DX, DB, rows, columns, dy_stride, x_stride, dx_stride, column_tiles, program_rows,
+    DY, X, B, SEED, DX, Y, DB, rows, columns, dy_stride, x_stride, dx_stride, y_stride, column_tiles, program_rows,
     threshold, scale, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """DB is partial sums, a row of columns for each run of rows, in float32, which the caller adds up."""
@@ -44,9 +44,17 @@ def bias_act_backward_kernel(
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (column < columns)
         g = load_rows(DY, dy_stride, row, column, mask)
+        z = load_rows(X, x_stride, row, column, mask) + b
+        if Y is not None:
+            y = activate(z, ACTIVATION)
         if SEED is not None:
-            g = g * dropout_factor(SEED, row, start, threshold, scale, ROWS, BLOCK)
-        g = tl.where(mask, g * differentiate(load_rows(X, x_stride, row, column, mask) + b, ACTIVATION), 0.0)
+            factor = dropout_factor(SEED, row, start, threshold, scale, ROWS, BLOCK)
+            g = g * factor
+            if Y is not None:
+                y = y * factor
+        if Y is not None:
+            store_rows(Y, y_stride, row, column, mask, y)
+        g = tl.where(mask, g * differentiate(z, ACTIVATION), 0.0)
         if DX is not None:
             store_rows(DX, dx_stride, row, column, mask, g)
         db += g
@@ -75,10 +83,11 @@ def bias_act_backward(
     seed: Tensor | None,
     grad_input: Tensor | None,
     grad_bias: Tensor | None,
+    output: Tensor | None,
     activation: str,
     dropout_p: float,
 ) -> None:
-    """The gradients of `bias_act`."""
+    """The gradients of `bias_act`, and its output where there is room."""
     rows, columns = input.shape
     tile = column_sum_tile(columns)
     column_tiles = triton.cdiv(columns, tile.block)
@@ -92,8 +101,8 @@ def bias_act_backward(
         sums = torch.empty((runs, columns), dtype=torch.float32, device=input.device)
     with device_of(input):
         bias_act_backward_kernel[(runs * column_tiles,)](
-            grad_output, input, bias, seed, grad_input, sums, rows, columns,
-            grad_output.stride(0), input.stride(0), 0 if grad_input is None else grad_input.stride(0),
+            grad_output, input, bias, seed, grad_input, output, sums, rows, columns,
+            grad_output.stride(0), input.stride(0), *(0 if t is None else t.stride(0) for t in (grad_input, output)),
             column_tiles, program_rows, *dropout_bits(dropout_p), activation, tile.rows, tile.block,
             num_warps=tile.warps,
         )  # fmt: skip

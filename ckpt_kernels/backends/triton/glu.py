@@ -51,8 +51,8 @@ def glu_forward_kernel(
 
 @triton.jit
 def glu_backward_kernel(
-    DY, GATE, VALUE, DGATE, DVALUE, rows, columns, dy_stride, gate_stride, value_stride, dgate_stride, dvalue_stride,
-    column_tiles, ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DY, GATE, VALUE, DGATE, DVALUE, Y, rows, columns, dy_stride, gate_stride, value_stride, dgate_stride, dvalue_stride,
+    y_stride, column_tiles, ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, start, column, mask = tile_of(rows, columns, column_tiles, ROWS, BLOCK)
     gate, value = load_gate_and_value(
@@ -60,7 +60,10 @@ def glu_backward_kernel(
     )
     g = load_rows(DY, dy_stride, row, column, mask)
     dgate = g * value * differentiate(gate, ACTIVATION)
-    dvalue = g * activate(gate, ACTIVATION)
+    factor = activate(gate, ACTIVATION)
+    dvalue = g * factor
+    if Y is not None:
+        store_rows(Y, y_stride, row, column, mask, factor * value)
     if TURNS:
         both = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
         there = (row < rows) & (both < 2 * columns)
@@ -99,15 +102,16 @@ def glu_backward(
     value: Tensor,
     grad_gate: Tensor | None,
     grad_value: Tensor | None,
+    output: Tensor | None,
     activation: str,
 ) -> None:
-    """The gradients of `glu`."""
+    """The gradients of `glu`, and its output where there is room."""
     rows, columns = gate.shape
     tile = element_tile(columns)
     column_tiles = triton.cdiv(columns, tile.block)
     with device_of(gate):
         glu_backward_kernel[(triton.cdiv(rows, tile.rows) * column_tiles,)](
-            grad_output, gate, value, grad_gate, grad_value, rows, columns,
+            grad_output, gate, value, grad_gate, grad_value, output, rows, columns,
             grad_output.stride(0), gate.stride(0), value.stride(0), _stride(grad_gate), _stride(grad_value),
-            column_tiles, activation, _take_turns(gate), tile.rows, tile.block, num_warps=tile.warps,
+            _stride(output), column_tiles, activation, _take_turns(gate), tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip

@@ -96,6 +96,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def places_of(rows: torch.Tensor | None) -> tuple[int, int, int, int, int]:
+    """Where rows begin, on three levels: (stride, middle rows, middle stride, inner rows, inner stride).
+
+    `rows` is (rows, columns), whose lower levels have one row each, or (outer, middle, inner, columns).
+    """
+    if rows is None or rows.dim() == 2:
+        return (0 if rows is None else rows.stride(0), 1, 0, 1, 0)
+    return (rows.stride(0), rows.shape[1], rows.stride(1), rows.shape[2], rows.stride(2))
+
+
 def dropout_bits(p: float) -> tuple[int, float]:
     """Philox bits from this threshold up are kept, and multiplied by this."""
     return int(p * 4294967296.0), 1 / (1 - p) if p < 1 else 0.0

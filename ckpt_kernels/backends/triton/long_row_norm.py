@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .activations import activate
 from .row_norm_tiles import (
     add_residual,
     finish,
@@ -12,6 +13,7 @@ from .row_norm_tiles import (
     load_statistics,
     norm_gradient,
     store_input_gradients,
+    store_rows,
     store_statistics,
 )
 
@@ -19,10 +21,10 @@ from .row_norm_tiles import (
 @triton.jit
 def long_row_norm_forward_kernel(
     X, RESIDUAL, GATE, W, B, SEED, Y, RESIDUAL_OUT, MEAN, RSTD,
-    columns, x_stride, residual_stride, gate_stride, rows_per_group, tiles,
+    columns, x_places, residual_places, gate_places, rows_per_group, tiles,
     eps, weight_offset, threshold, scale,
     PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GIVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `row_norm_forward_kernel`, for rows of any length."""
     # A tile never crosses a group, so that its rows share one row of weight and bias.
@@ -31,47 +33,50 @@ def long_row_norm_forward_kernel(
     row = first + tl.arange(0, ROWS)[:, None]
     live = row < (group + 1) * rows_per_group
     lane = tl.arange(0, BLOCK)[None, :]
-    # Welford's update in every lane, with blocks for samples; then one merge of the lanes.
-    lane_mean = tl.zeros((ROWS, BLOCK), tl.float32)
-    lane_m2 = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, columns, BLOCK):
-        column = start + lane
-        mask = live & (column < columns)
-        if RESIDUAL is None:
-            u = load_operand(X, x_stride, GATE, gate_stride, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
-        else:
-            u = add_residual(
-                X, x_stride, RESIDUAL, residual_stride, RESIDUAL_OUT, SEED, row, start, column, mask, columns,
-                threshold, scale, ROWS, BLOCK,
-            )  # fmt: skip
-        if MEAN is None:
-            lane_m2 += u * u
-        else:
-            delta = tl.where(mask, u - lane_mean, 0.0)
-            lane_mean += delta / (start // BLOCK + 1)
-            lane_m2 += delta * tl.where(mask, u - lane_mean, 0.0)
-    if MEAN is None:
-        mean = tl.zeros((ROWS, 1), tl.float32)
-        variance = tl.sum(lane_m2, 1)[:, None] / columns
+    if GIVEN:
+        mean, rstd = load_statistics(MEAN, RSTD, row, live, ROWS)
     else:
-        count = ((columns - lane + BLOCK - 1) // BLOCK).to(tl.float32)
-        mean = tl.sum(lane_mean * count, 1)[:, None] / columns
-        apart = lane_mean - mean
-        variance = tl.sum(lane_m2 + count * apart * apart, 1)[:, None] / columns
-    rstd = 1.0 / tl.sqrt_rn(variance + eps)
-    store_statistics(MEAN, RSTD, mean, rstd, row, live)
+        # Welford's update in every lane, with blocks for samples; then one merge of the lanes.
+        lane_mean = tl.zeros((ROWS, BLOCK), tl.float32)
+        lane_m2 = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, columns, BLOCK):
+            column = start + lane
+            mask = live & (column < columns)
+            if RESIDUAL is None:
+                u = load_operand(X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
+            else:
+                u = add_residual(
+                    X, x_places, RESIDUAL, residual_places, RESIDUAL_OUT, SEED, row, start, column, mask, columns,
+                    threshold, scale, ROWS, BLOCK,
+                )  # fmt: skip
+            if MEAN is None:
+                lane_m2 += u * u
+            else:
+                delta = tl.where(mask, u - lane_mean, 0.0)
+                lane_mean += delta / (start // BLOCK + 1)
+                lane_m2 += delta * tl.where(mask, u - lane_mean, 0.0)
+        if MEAN is None:
+            mean = tl.zeros((ROWS, 1), tl.float32)
+            variance = tl.sum(lane_m2, 1)[:, None] / columns
+        else:
+            count = ((columns - lane + BLOCK - 1) // BLOCK).to(tl.float32)
+            mean = tl.sum(lane_mean * count, 1)[:, None] / columns
+            apart = lane_mean - mean
+            variance = tl.sum(lane_m2 + count * apart * apart, 1)[:, None] / columns
+        rstd = 1.0 / tl.sqrt_rn(variance + eps)
+        store_statistics(MEAN, RSTD, mean, rstd, row, live)
     # What was stored above is read again below, by other threads of this program perhaps.
     tl.debug_barrier()
     for start in range(0, columns, BLOCK):
         column = start + lane
         mask = live & (column < columns)
         if RESIDUAL is None:
-            u = load_operand(X, x_stride, GATE, gate_stride, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
+            u = load_operand(X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
         else:
             u = load_rows(RESIDUAL_OUT, columns, row, column, mask)
         w = load_coefficient(W, group, columns, column, 1.0) + weight_offset
         b = load_coefficient(B, group, columns, column, 0.0)
-        finish(u, mean, rstd, w, b, GATE, gate_stride, Y, row, column, mask, columns, ACTIVATION, GATE_FIRST, CAST)
+        finish(u, mean, rstd, w, b, GATE, gate_places, Y, row, column, mask, columns, ACTIVATION, GATE_FIRST, CAST)
 
 
 @triton.jit
@@ -83,8 +88,8 @@ def add_to_partial(PARTIAL, offset, column, columns, value):
 
 @triton.jit
 def long_row_norm_backward_kernel(
-    DY, DH, X, GATE, W, B, SEED, MEAN, RSTD, DX, DRESIDUAL, DGATE, DW, DB,
-    columns, dy_stride, dh_stride, x_stride, gate_stride, rows_per_group, programs, program_rows,
+    DY, DH, X, GATE, W, B, SEED, MEAN, RSTD, DX, DRESIDUAL, DGATE, Y, DW, DB,
+    columns, dy_places, dh_places, x_places, gate_places, rows_per_group, programs, program_rows,
     weight_offset, threshold, scale,
     PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -106,11 +111,13 @@ def long_row_norm_backward_kernel(
             mask = live & (column < columns)
             w = load_coefficient(W, group, columns, column, 1.0) + weight_offset
             b = load_coefficient(B, group, columns, column, 0.0)
-            u = load_operand(X, x_stride, GATE, gate_stride, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
+            u = load_operand(X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
             g, x_hat, seen = norm_gradient(
-                DY, dy_stride, u, mean, rstd, w, b, GATE, gate_stride, DGATE, row, column, mask, columns,
+                DY, dy_places, u, mean, rstd, w, b, GATE, gate_places, DGATE, row, column, mask, columns,
                 ACTIVATION, GATE_FIRST, CAST, DGATE is not None, X.dtype.element_ty,
             )  # fmt: skip
+            if Y is not None:
+                store_rows(Y, columns, row, column, mask, activate(seen * w + b, ACTIVATION))
             if DW is not None:
                 add_to_partial(DW, partial, column, columns, g * seen)
             if DB is not None:
@@ -128,14 +135,14 @@ def long_row_norm_backward_kernel(
                 w = load_coefficient(W, group, columns, column, 1.0) + weight_offset
                 b = load_coefficient(B, group, columns, column, 0.0)
                 u = load_operand(
-                    X, x_stride, GATE, gate_stride, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST
+                    X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST
                 )  # fmt: skip
                 g, x_hat, seen = norm_gradient(
-                    DY, dy_stride, u, mean, rstd, w, b, GATE, gate_stride, DGATE, row, column, mask, columns,
+                    DY, dy_places, u, mean, rstd, w, b, GATE, gate_places, DGATE, row, column, mask, columns,
                     ACTIVATION, GATE_FIRST, CAST, False, X.dtype.element_ty,
                 )  # fmt: skip
                 store_input_gradients(
-                    (g * w - x_hat * tilt - average) * rstd, X, x_stride, GATE, gate_stride, SEED, DH, dh_stride,
+                    (g * w - x_hat * tilt - average) * rstd, X, x_places, GATE, gate_places, SEED, DH, dh_places,
                     DX, DRESIDUAL, DGATE, row, start, column, mask, columns, threshold, scale,
                     PRE_ACTIVATION, ACTIVATION, GATE_FIRST, ROWS, BLOCK,
                 )  # fmt: skip

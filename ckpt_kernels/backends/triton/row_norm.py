@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import backward_programs, backward_tile, device_of, dropout_bits, forward_tile
+from .activations import activate
+from .launch import backward_programs, backward_tile, device_of, dropout_bits, forward_tile, places_of
 from .long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel
 from .row_norm_tiles import (
     add_residual,
@@ -19,6 +20,7 @@ from .row_norm_tiles import (
     load_statistics,
     norm_gradient,
     store_input_gradients,
+    store_rows,
     store_statistics,
 )
 
@@ -26,10 +28,10 @@ from .row_norm_tiles import (
 @triton.jit
 def row_norm_forward_kernel(
     X, RESIDUAL, GATE, W, B, SEED, Y, RESIDUAL_OUT, MEAN, RSTD,
-    columns, x_stride, residual_stride, gate_stride, rows_per_group, tiles,
+    columns, x_places, residual_places, gate_places, rows_per_group, tiles,
     eps, weight_offset, threshold, scale,
     PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    GIVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Y = activation(x_hat * (W + offset) + B) and the row statistics; see `backends.reference` for the family.
 
@@ -43,35 +45,38 @@ def row_norm_forward_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     mask = live & (column < columns)
     if RESIDUAL is None:
-        u = load_operand(X, x_stride, GATE, gate_stride, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
+        u = load_operand(X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
     else:
         u = add_residual(
-            X, x_stride, RESIDUAL, residual_stride, RESIDUAL_OUT, SEED, row, 0, column, mask, columns,
+            X, x_places, RESIDUAL, residual_places, RESIDUAL_OUT, SEED, row, 0, column, mask, columns,
             threshold, scale, ROWS, BLOCK,
         )  # fmt: skip
-    if MEAN is None:
-        mean = tl.zeros((ROWS, 1), tl.float32)
-        variance = tl.sum(u * u, 1)[:, None] / columns
+    if GIVEN:
+        mean, rstd = load_statistics(MEAN, RSTD, row, live, ROWS)
     else:
-        mean = tl.sum(u, 1)[:, None] / columns
-        centered = tl.where(mask, u - mean, 0.0)
-        variance = tl.sum(centered * centered, 1)[:, None] / columns
-    rstd = 1.0 / tl.sqrt_rn(variance + eps)
-    store_statistics(MEAN, RSTD, mean, rstd, row, live)
+        if MEAN is None:
+            mean = tl.zeros((ROWS, 1), tl.float32)
+            variance = tl.sum(u * u, 1)[:, None] / columns
+        else:
+            mean = tl.sum(u, 1)[:, None] / columns
+            centered = tl.where(mask, u - mean, 0.0)
+            variance = tl.sum(centered * centered, 1)[:, None] / columns
+        rstd = 1.0 / tl.sqrt_rn(variance + eps)
+        store_statistics(MEAN, RSTD, mean, rstd, row, live)
     w = load_coefficient(W, group, columns, column, 1.0) + weight_offset
     b = load_coefficient(B, group, columns, column, 0.0)
-    finish(u, mean, rstd, w, b, GATE, gate_stride, Y, row, column, mask, columns, ACTIVATION, GATE_FIRST, CAST)
+    finish(u, mean, rstd, w, b, GATE, gate_places, Y, row, column, mask, columns, ACTIVATION, GATE_FIRST, CAST)
 
 
 @triton.jit
 def row_norm_backward_kernel(
-    DY, DH, X, GATE, W, B, SEED, MEAN, RSTD, DX, DRESIDUAL, DGATE, DW, DB,
-    columns, dy_stride, dh_stride, x_stride, gate_stride, rows_per_group, programs, program_rows,
+    DY, DH, X, GATE, W, B, SEED, MEAN, RSTD, DX, DRESIDUAL, DGATE, Y, DW, DB,
+    columns, dy_places, dh_places, x_places, gate_places, rows_per_group, programs, program_rows,
     weight_offset, threshold, scale,
     PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the block. Each of a group's `programs` programs takes `program_rows` rows, in order.
+    """The gradients of the block, and its output again where there is room. Each of a group's `programs` programs takes `program_rows` rows, in order.
 
     DW and DB are partial sums, one row of columns a program, in float32, which the caller adds up.
     """
@@ -89,11 +94,13 @@ def row_norm_backward_kernel(
         live = row < end
         mask = live & (column < columns)
         mean, rstd = load_statistics(MEAN, RSTD, row, live, ROWS)
-        u = load_operand(X, x_stride, GATE, gate_stride, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
+        u = load_operand(X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
         g, x_hat, seen = norm_gradient(
-            DY, dy_stride, u, mean, rstd, w, b, GATE, gate_stride, DGATE, row, column, mask, columns,
+            DY, dy_places, u, mean, rstd, w, b, GATE, gate_places, DGATE, row, column, mask, columns,
             ACTIVATION, GATE_FIRST, CAST, DGATE is not None, X.dtype.element_ty,
         )  # fmt: skip
+        if Y is not None:
+            store_rows(Y, columns, row, column, mask, activate(seen * w + b, ACTIVATION))
         if DW is not None:
             dw += g * seen
         if DB is not None:
@@ -104,17 +111,13 @@ def row_norm_backward_kernel(
             if MEAN is not None:
                 du -= tl.sum(wg, 1)[:, None] / columns
             store_input_gradients(
-                du * rstd, X, x_stride, GATE, gate_stride, SEED, DH, dh_stride, DX, DRESIDUAL, DGATE,
+                du * rstd, X, x_places, GATE, gate_places, SEED, DH, dh_places, DX, DRESIDUAL, DGATE,
                 row, 0, column, mask, columns, threshold, scale, PRE_ACTIVATION, ACTIVATION, GATE_FIRST, ROWS, BLOCK,
             )  # fmt: skip
     if DW is not None:
         tl.store(DW + partial + column, tl.sum(dw, 0)[None, :], mask=column < columns)
     if DB is not None:
         tl.store(DB + partial + column, tl.sum(db, 0)[None, :], mask=column < columns)
-
-
-def _stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
 
 
 def _groups(columns: int, *coefficients: Tensor | None) -> int:
@@ -141,8 +144,10 @@ def _forward(
     pre_activation: str = "identity",
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
+    given_statistics: bool = False,
 ) -> None:
-    rows, columns = input.shape
+    columns = input.shape[-1]
+    rows = input.numel() // columns
     groups = _groups(columns, weight, bias)
     tile = forward_tile(columns)
     tiles = triton.cdiv(rows // groups, tile.rows)
@@ -150,9 +155,9 @@ def _forward(
     with device_of(input):
         kernel[(groups * tiles,)](
             input, residual, gate, weight, bias, seed, output, residual_out, mean, rstd,
-            columns, input.stride(0), _stride(residual), _stride(gate), rows // groups, tiles,
-            eps, weight_offset, *dropout_bits(dropout_p),
-            pre_activation, activation, gate_first, cast_before_weight, tile.rows, tile.block, num_warps=tile.warps,
+            columns, places_of(input), places_of(residual), places_of(gate), rows // groups, tiles,
+            eps, weight_offset, *dropout_bits(dropout_p), pre_activation, activation, gate_first, cast_before_weight,
+            given_statistics, tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
 
 
@@ -174,12 +179,14 @@ def _backward(
     dropout_p: float = 0.0,
     gate: Tensor | None = None,
     grad_gate: Tensor | None = None,
+    output: Tensor | None = None,
     gate_first: bool = False,
     pre_activation: str = "identity",
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> None:
-    rows, columns = input.shape
+    columns = input.shape[-1]
+    rows = input.numel() // columns
     groups = _groups(columns, weight, bias)
     tile = backward_tile(columns, gate is not None)
     programs, program_rows = backward_programs(input.device, rows // groups, tile)
@@ -193,8 +200,8 @@ def _backward(
     with device_of(input):
         kernel[(groups * programs,)](
             grad_output, grad_residual_out, input, gate, weight, bias, seed, mean, rstd,
-            grad_input, grad_residual, grad_gate, weight_sums, bias_sums,
-            columns, grad_output.stride(0), _stride(grad_residual_out), input.stride(0), _stride(gate),
+            grad_input, grad_residual, grad_gate, output, weight_sums, bias_sums,
+            columns, places_of(grad_output), places_of(grad_residual_out), places_of(input), places_of(gate),
             rows // groups, programs, program_rows, weight_offset, *dropout_bits(dropout_p),
             pre_activation, activation, gate_first, cast_before_weight, tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
@@ -204,22 +211,24 @@ def _backward(
 
 
 def row_norm_forward(
-    input, weight, bias, output, mean, rstd, eps, pre_activation, activation, weight_offset, cast_before_weight
-):
-    """`backends.reference.row_norm` into output, mean (None: not centred) and rstd."""
+    input, weight, bias, output, mean, rstd, eps, pre_activation, activation, weight_offset, cast_before_weight,
+    given_statistics,
+):  # fmt: skip
+    """`backends.reference.row_norm` into output, mean (None: not centred) and rstd, which may be there already."""
     _forward(
         input, weight, bias, output, mean, rstd, eps, activation,
         pre_activation=pre_activation, weight_offset=weight_offset, cast_before_weight=cast_before_weight,
+        given_statistics=given_statistics,
     )  # fmt: skip
 
 
 def row_norm_backward(
-    grad_output, input, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, eps,
+    grad_output, input, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, output, eps,
     pre_activation, activation, weight_offset, cast_before_weight,
 ):  # fmt: skip
-    """The gradients of `row_norm`."""
+    """The gradients of `row_norm`, and its output where there is room."""
     _backward(
-        grad_output, input, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, activation,
+        grad_output, input, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, activation, output=output,
         pre_activation=pre_activation, weight_offset=weight_offset, cast_before_weight=cast_before_weight,
     )  # fmt: skip
 

@@ -28,6 +28,14 @@ def load_rows(X, stride, row, column, mask):
 
 
 @triton.jit
+def load_placed_rows(X, places, row, column, mask):
+    """The same of rows that lie on three levels; see `launch.places_of`."""
+    stride, middle, middle_stride, inner, inner_stride = places
+    start = row // inner // middle * stride + row // inner % middle * middle_stride + row % inner * inner_stride
+    return tl.load(X + start + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_rows(Y, stride, row, column, mask, value):
     tl.store(Y + row * stride + column, value.to(Y.dtype.element_ty), mask=mask)
 
@@ -44,13 +52,13 @@ def load_coefficient(W, group, columns, column, default):
 
 @triton.jit
 def load_operand(
-    X, x_stride, GATE, gate_stride, row, column, mask,
+    X, x_places, GATE, gate_places, row, column, mask,
     PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr,
 ):  # fmt: skip
     """What is normalised: pre_activation(x), or x * activation(gate) where the gate comes first."""
-    u = load_rows(X, x_stride, row, column, mask)
+    u = load_placed_rows(X, x_places, row, column, mask)
     if GATE_FIRST:
-        u = u * activate(load_rows(GATE, gate_stride, row, column, mask), ACTIVATION)
+        u = u * activate(load_placed_rows(GATE, gate_places, row, column, mask), ACTIVATION)
     elif PRE_ACTIVATION != "identity":
         # Off the mask an activation may not be zero, and the statistics must not see it.
         u = tl.where(mask, activate(u, PRE_ACTIVATION), 0.0)
@@ -59,21 +67,21 @@ def load_operand(
 
 @triton.jit
 def add_residual(
-    X, x_stride, RESIDUAL, residual_stride, RESIDUAL_OUT, SEED, row, start, column, mask, columns, threshold, scale,
+    X, x_places, RESIDUAL, residual_places, RESIDUAL_OUT, SEED, row, start, column, mask, columns, threshold, scale,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """residual + dropout(x), stored, and returned as stored."""
-    x = load_rows(X, x_stride, row, column, mask)
+    x = load_placed_rows(X, x_places, row, column, mask)
     if SEED is not None:
         x = x * dropout_factor(SEED, row, start, threshold, scale, ROWS, BLOCK)
-    total = (load_rows(RESIDUAL, residual_stride, row, column, mask) + x).to(RESIDUAL_OUT.dtype.element_ty)
+    total = (load_placed_rows(RESIDUAL, residual_places, row, column, mask) + x).to(RESIDUAL_OUT.dtype.element_ty)
     tl.store(RESIDUAL_OUT + row * columns + column, total, mask=mask)
     return total.to(tl.float32)
 
 
 @triton.jit
 def finish(
-    u, mean, rstd, w, b, GATE, gate_stride, Y, row, column, mask, columns,
+    u, mean, rstd, w, b, GATE, gate_places, Y, row, column, mask, columns,
     ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """The output from the normalised operand, stored."""
@@ -84,13 +92,13 @@ def finish(
     if GATE is None:
         y = activate(y, ACTIVATION)
     elif not GATE_FIRST:
-        y = y * activate(load_rows(GATE, gate_stride, row, column, mask), ACTIVATION)
+        y = y * activate(load_placed_rows(GATE, gate_places, row, column, mask), ACTIVATION)
     store_rows(Y, columns, row, column, mask, y)
 
 
 @triton.jit
 def norm_gradient(
-    DY, dy_stride, u, mean, rstd, w, b, GATE, gate_stride, DGATE, row, column, mask, columns,
+    DY, dy_places, u, mean, rstd, w, b, GATE, gate_places, DGATE, row, column, mask, columns,
     ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr, STORE_GATE: tl.constexpr,
     STORAGE: tl.constexpr,
 ):  # fmt: skip
@@ -99,12 +107,12 @@ def norm_gradient(
     seen = x_hat
     if CAST:
         seen = x_hat.to(STORAGE).to(tl.float32)
-    g = load_rows(DY, dy_stride, row, column, mask)
+    g = load_placed_rows(DY, dy_places, row, column, mask)
     if GATE is None:
         if ACTIVATION != "identity":
             g = tl.where(mask, g * differentiate(seen * w + b, ACTIVATION), 0.0)
     elif not GATE_FIRST:
-        gate = load_rows(GATE, gate_stride, row, column, mask)
+        gate = load_placed_rows(GATE, gate_places, row, column, mask)
         if STORE_GATE:
             store_rows(DGATE, columns, row, column, mask, g * (seen * w) * differentiate(gate, ACTIVATION))
         g = tl.where(mask, g * activate(gate, ACTIVATION), 0.0)
@@ -113,20 +121,20 @@ def norm_gradient(
 
 @triton.jit
 def store_input_gradients(
-    du, X, x_stride, GATE, gate_stride, SEED, DH, dh_stride, DX, DRESIDUAL, DGATE, row, start, column, mask, columns,
+    du, X, x_places, GATE, gate_places, SEED, DH, dh_places, DX, DRESIDUAL, DGATE, row, start, column, mask, columns,
     threshold, scale, PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of what was normalised to the gradients of what it was made from, stored."""
     if GATE_FIRST:
-        x = load_rows(X, x_stride, row, column, mask)
-        gate = load_rows(GATE, gate_stride, row, column, mask)
+        x = load_placed_rows(X, x_places, row, column, mask)
+        gate = load_placed_rows(GATE, gate_places, row, column, mask)
         store_rows(DGATE, columns, row, column, mask, du * x * differentiate(gate, ACTIVATION))
         du = du * activate(gate, ACTIVATION)
     elif PRE_ACTIVATION != "identity":
-        du = du * differentiate(load_rows(X, x_stride, row, column, mask), PRE_ACTIVATION)
+        du = du * differentiate(load_placed_rows(X, x_places, row, column, mask), PRE_ACTIVATION)
     if DH is not None:
-        du += load_rows(DH, dh_stride, row, column, mask)
+        du += load_placed_rows(DH, dh_places, row, column, mask)
     if DRESIDUAL is not None:
         store_rows(DRESIDUAL, columns, row, column, mask, du)
         du = du.to(DRESIDUAL.dtype.element_ty).to(tl.float32)
