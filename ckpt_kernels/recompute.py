@@ -184,7 +184,8 @@ class Discarder:
             output = entry.output()
             if output is not None and node.next_functions[0] == (output.grad_fn, output.output_nr):
                 if output._version == entry.version and output.shape == copy.shape:
-                    return self.register(copy, functools.partial(_cast, dtype=copy.dtype, strides=copy.stride()), (output,))
+                    cast = functools.partial(_cast, dtype=copy.dtype, strides=copy.stride())
+                    return self.register(copy, cast, (output,))
         return None
 
 

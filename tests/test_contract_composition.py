@@ -12,6 +12,7 @@ from ckpt_kernels import functional, nn, ops
 
 from .blocks import BLOCKS, Block, with_gradients
 from .conftest import DEVICE, serving
+from .pairs import PAIRS
 
 by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 
@@ -214,6 +215,6 @@ def test_state_dict_both_ways_deepcopy_and_pickle(ours: torch.nn.Module, theirs:
 
 def test_every_function_is_covered() -> None:
     """A family taken out of the registry, or never put in, is noticed here."""
-    public = {name for name, value in vars(functional).items() if inspect.isfunction(value) and name[0] != "_"}
-    public = {name for name in public if getattr(functional, name).__module__ == functional.__name__}
-    assert public == {block.function for block in BLOCKS}
+    public = {name for name, value in vars(functional).items() if inspect.isfunction(value)}
+    assert public == set(functional.__all__)
+    assert public == {block.function for block in BLOCKS} | {pair.function for pair in PAIRS}

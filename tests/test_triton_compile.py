@@ -32,7 +32,7 @@ def compiled_for(target: str, cache: pathlib.Path) -> dict[str, dict]:
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_no_spills_and_full_width_accesses(arch: str, tmp_path: pathlib.Path) -> None:
     found = compiled_for(f"cuda:{arch}", tmp_path)
-    assert len(found) == (8 + 8 + 8) * 4 * 2
+    assert len(found) == (10 + 12 + 8) * 4 * 2
     for name, used in found.items():
         assert used["STACK"] == 0 and used["LOCAL"] == 0, (name, used)
         assert 16 in used["widths"], (name, used)

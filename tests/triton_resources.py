@@ -56,7 +56,13 @@ class Variant:
 
 
 def row_norm_variants(columns: int) -> Iterator[Variant]:
-    defaults = {"PRE_ACTIVATION": "identity", "ACTIVATION": "identity", "GATE_FIRST": False, "CAST": False, "GIVEN": False}
+    defaults = {
+        "PRE_ACTIVATION": "identity",
+        "ACTIVATION": "identity",
+        "GATE_FIRST": False,
+        "CAST": False,
+        "GIVEN": False,
+    }
     for block, options, without, backward_without in (
         ("layer_norm+gelu", {"ACTIVATION": "gelu"}, "RESIDUAL GATE SEED RESIDUAL_OUT", "DH GATE SEED DRESIDUAL DGATE"),
         (
@@ -71,9 +77,15 @@ def row_norm_variants(columns: int) -> Iterator[Variant]:
         tile = forward_tile(columns)
         kernel = row_norm_forward_kernel if tile.whole else long_row_norm_forward_kernel
         yield Variant(f"{block} forward", kernel, tile, without.split(), defaults | options)
-        tile = backward_tile(columns, "GATE" not in without)
-        kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
-        yield Variant(f"{block} backward", kernel, tile, backward_without.split(), defaults | options)
+        if block.startswith("layer_norm"):
+            yield Variant(f"{block} again", kernel, tile, without.split(), defaults | options | {"GIVEN": True})
+        # A gate is one more operand to hold, and so is the output where it is written again.
+        for rewrites in (False, True) if block.startswith("layer_norm") else (False,):
+            tile = backward_tile(columns, "GATE" not in without or rewrites)
+            kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
+            name = f"{block} backward{' and output' if rewrites else ''}"
+            absent = [*backward_without.split(), *(() if rewrites else ("Y",))]
+            yield Variant(name, kernel, tile, absent, defaults | options)
 
 
 def element_variants(columns: int) -> Iterator[Variant]:
@@ -81,11 +93,14 @@ def element_variants(columns: int) -> Iterator[Variant]:
     for turns in (False, True):
         options, name = {"ACTIVATION": "silu", "TURNS": turns}, "interleaved glu" if turns else "glu"
         yield Variant(f"{name} forward", glu_forward_kernel, tile, (), options)
-        yield Variant(f"{name} backward", glu_backward_kernel, tile, (), options)
+        yield Variant(f"{name} backward", glu_backward_kernel, tile, ("Y",), options)
+        yield Variant(f"{name} backward and output", glu_backward_kernel, tile, (), options)
     for name, without in (("bias_act", ("SEED",)), ("bias_act+dropout", ())):
-        options = {"ACTIVATION": "gelu"}
+        options, tile = {"ACTIVATION": "gelu"}, element_tile(columns)
         yield Variant(f"{name} forward", bias_act_forward_kernel, tile, without, options)
-        yield Variant(f"{name} backward", bias_act_backward_kernel, column_sum_tile(columns), without, options)
+        tile = column_sum_tile(columns)
+        yield Variant(f"{name} backward", bias_act_backward_kernel, tile, (*without, "Y"), options)
+        yield Variant(f"{name} backward and output", bias_act_backward_kernel, tile, (*without, "DB"), options)
 
 
 def channel_variants(columns: int) -> Iterator[Variant]:

@@ -250,7 +250,7 @@ def _fill(targets: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> 
 def _refill(output: Tensor | None, block: Callable[..., Sequence[Tensor]], operands: Sequence[Tensor | None]) -> None:
     """The block's output again, where there is room for it."""
     if output is not None:
-        _fill((output,), block(*operands))
+        _fill((output,), block(*operands)[:1])
 
 
 def _matrix(rows: Tensor | None) -> Tensor | None:
@@ -275,7 +275,9 @@ def row_norm_forward(
     """`row_norm` into output, mean (None: not centred) and rstd; with `given_statistics` these are there already."""
     options = (eps, mean is not None, pre_activation, activation, weight_offset, cast_before_weight)
     found = row_norm(_matrix(input), weight, bias, *options)
-    _fill((output,) if given_statistics else (output, mean, rstd), found)
+    _fill((output,), found[:1])
+    if not given_statistics:
+        _fill((mean, rstd), found[1:])
 
 
 def row_norm_backward(

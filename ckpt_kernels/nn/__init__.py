@@ -12,16 +12,20 @@ from .channel_norm import (
     SyncBatchNorm,
 )
 from .glu import GLU
+from .linear import MLP, ActLinear, GatedMLP, NormLinear
 from .row_norm import AddLayerNorm, AddRMSNorm, GatedRMSNorm, LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
 
 __all__ = [
     "GLU",
+    "MLP",
+    "ActLinear",
     "AddLayerNorm",
     "AddRMSNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "BiasAct",
+    "GatedMLP",
     "GatedRMSNorm",
     "GroupNorm",
     "InstanceNorm1d",
@@ -30,6 +34,7 @@ __all__ = [
     "LayerNorm",
     "ModulatedLayerNorm",
     "ModulatedRMSNorm",
+    "NormLinear",
     "RMSNorm",
     "SyncBatchNorm",
 ]

@@ -42,7 +42,7 @@ def _matrices(bias: Tensor | None, seed: Tensor | None, *tensors: Tensor | None)
     return [None if t is None else as_rows(t, columns) for t in tensors]
 
 
-def _bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
+def forward(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
     output = contiguous(input)
     if output.numel():
         rows, output_rows = _matrices(bias, seed, input, output)
@@ -68,7 +68,7 @@ def _bias_act_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple | None:
     *operands, activation, dropout_p = inputs
     if activation == "identity" or activation in SIGNED_BY_OUTPUT:
         return None
-    return lambda *tensors: _bias_act(*tensors, activation, dropout_p), tuple(operands)
+    return lambda *tensors: forward(*tensors, activation, dropout_p), tuple(operands)
 
 
 def _bias_act_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
@@ -92,7 +92,7 @@ def _bias_act_backward(
     operands = (grad_output, bias)
     if kept is None:
         # The gradient goes the way that the input went.
-        grad_input = _bias_act(grad_output, None, seed, "identity", dropout_p)
+        grad_input = forward(grad_output, None, seed, "identity", dropout_p)
         grad_bias = column_sum(grad_input, bias) if wanted[1] else None
         return returned((grad_input if wanted[0] else None, grad_bias), operands, grad_output)
     added = None if activation in SIGNED_BY_OUTPUT else bias
@@ -106,6 +106,25 @@ def _bias_act_backward(
     else:
         zero(grad_bias)
     return returned((grad_input, grad_bias), operands, grad_output)
+
+
+def gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    seed: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    wanted: bool,
+    rewrite: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The input's gradient from the input, without a bias, and the output again if asked for."""
+    grad_input, output = gradient_room((input, input), (wanted, rewrite))
+    if input.numel():
+        rows, input_rows, *room = _matrices(None, seed, grad_output, input, grad_input, output)
+        backends.select(input).bias_act_backward(
+            rows, input_rows, None, seed, room[0], None, room[1], activation, dropout_p
+        )
+    return grad_input, output
 
 
 def _bias_act_backward_fake(grad_output, kept, bias, seed, activation, dropout_p, wanted):
@@ -134,7 +153,7 @@ bias_act_backward = Op(
 )
 bias_act = Op(
     "bias_act(Tensor input, Tensor? bias, Tensor? seed, str activation, float dropout_p) -> Tensor",
-    _bias_act,
+    forward,
     _bias_act_fake,
     _bias_act_setup,
     _bias_act_backward_rule,

@@ -195,9 +195,7 @@ def _channel_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(input, other, weight, bias, mean, var, coefficients)
 
 
-def rebuilt(
-    input: Tensor, residual: Tensor | None, coefficients: Tensor, layout: Layout, activation: str
-) -> Tensor:
+def rebuilt(input: Tensor, residual: Tensor | None, coefficients: Tensor, layout: Layout, activation: str) -> Tensor:
     """The output again, from what is kept."""
     return apply(input, residual, coefficients, layout, activation, layout.matrix(input))
 

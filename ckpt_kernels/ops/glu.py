@@ -1,5 +1,6 @@
 """The glu ops: activation(gate) * value, of two tensors, or of one that packs both."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,26 @@ from ..backends import reference
 from .operands import as_matrices, contiguous, gradient_room, or_none, returned, returned_fake, wanted_gradients
 from .registration import Op
 from .second_order import second_order
+
+
+def forward(operands: Sequence[Tensor], activation: str, layout: str) -> Tensor:
+    """The output of (gate, value), or of (packed,)."""
+    return _glu(*operands, activation) if len(operands) == 2 else _packed_glu(*operands, activation, layout)
+
+
+def gradient(
+    grad_output: Tensor, operands: Sequence[Tensor], activation: str, layout: str, wanted: Sequence[bool], rewrite: bool
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """The gradients of (gate, value), or of (packed,), and the output again if asked for."""
+    output = contiguous(grad_output) if rewrite else None
+    if len(operands) == 1:
+        return [_packed_gradient(grad_output, *operands, output, activation, layout)], output
+    room = gradient_room(operands, wanted)
+    if grad_output.numel():
+        matrices = as_matrices(grad_output, *operands, *room, output)
+        backends.select(grad_output).glu_backward(*matrices, activation)
+    return room, output
+
 
 # glu: two tensors
 
@@ -44,9 +65,7 @@ def _glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
 
 
 def _glu_backward(grad_output: Tensor, gate: Tensor, value: Tensor, activation: str, wanted: list[bool]) -> tuple:
-    room = gradient_room((gate, value), wanted)
-    if gate.numel():
-        backends.select(gate).glu_backward(*as_matrices(grad_output, gate, value, *room, None), activation)
+    room, _ = gradient(grad_output, (gate, value), activation, "", wanted, False)
     return returned(room, (gate, value), gate)
 
 
@@ -138,14 +157,20 @@ def _packed_glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
     return packed_glu_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def _packed_glu_backward(grad_output: Tensor, packed: Tensor, activation: str, layout: str) -> Tensor:
+def _packed_gradient(
+    grad_output: Tensor, packed: Tensor, output: Tensor | None, activation: str, layout: str
+) -> Tensor:
     grad_packed = contiguous(packed)
     if packed.numel():
         gate, value = _matrices(packed, layout)
-        (grad_output,) = as_matrices(grad_output, columns=gate.shape[1])
+        grad_output, output = as_matrices(grad_output, output, columns=gate.shape[1])
         gradients = _matrices(grad_packed, layout)
-        backends.select(packed).glu_backward(grad_output, gate, value, *gradients, None, activation)
+        backends.select(packed).glu_backward(grad_output, gate, value, *gradients, output, activation)
     return grad_packed
+
+
+def _packed_glu_backward(grad_output: Tensor, packed: Tensor, activation: str, layout: str) -> Tensor:
+    return _packed_gradient(grad_output, packed, None, activation, layout)
 
 
 def _packed_glu_backward_fake(grad_output, packed, activation, layout):

@@ -70,7 +70,7 @@ class Op:
         )
 
     def __call__(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _all_plain(arguments[: self._tensors]):
+        if torch.compiler.is_compiling() or not is_plain(arguments[: self._tensors]):
             output = self._dispatched(*arguments)
         elif torch._C._are_functorch_transforms_active():
             output = self._transformable.apply(*arguments)
@@ -89,7 +89,7 @@ def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.a
     return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
 
 
-def _all_plain(arguments: Sequence[Any]) -> bool:
+def is_plain(arguments: Sequence[Any]) -> bool:
     """Whether nothing but autograd needs to see the op: no subclass among the tensors, and no mode."""
     if torch._C._len_torch_dispatch_stack():
         return False

@@ -33,7 +33,7 @@ from .second_order import second_order
 # row_norm
 
 
-def _row_norm(
+def forward(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -111,16 +111,27 @@ def _row_norm_backward(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    gradients, _ = gradient(grad_output, input, weight, bias, *rest, False)
+    return returned(gradients, (input, weight, bias), input)
+
+
+def gradient(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     columns: int,
     eps: float,
     centered: bool,
     *options: Any,
-) -> tuple[Tensor, ...]:
-    *options, wanted = options
-    operands = (input, weight, bias)
-    (grad_input,) = gradient_room((input,), wanted[:1])
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """The gradients wanted, in the operands' dtypes, and the output again if asked for: the last two options."""
+    *options, wanted, rewrite = options
+    grad_input, output = gradient_room((input, input), (wanted[0], rewrite))
     grad_weight, grad_bias = coefficient_room((weight, bias), wanted[1:], input)
     if input.numel():
         backends.select(input).row_norm_backward(
@@ -133,13 +144,14 @@ def _row_norm_backward(
             rows_or_none(grad_input, columns),
             grad_weight,
             grad_bias,
-            None,
+            rows_or_none(output, columns),
             eps,
             *options,
         )
     else:
         zero(grad_weight, grad_bias)
-    return returned((grad_input, grad_weight, grad_bias), operands, input)
+    found = zip((grad_input, grad_weight, grad_bias), (input, weight, bias), strict=True)
+    return [None if g is None else g if g.dtype == t.dtype else g.to(t.dtype) for g, t in found], output
 
 
 def _row_norm_backward_fake(grad_output, input, weight, bias, mean, rstd, *options):
@@ -168,7 +180,7 @@ row_norm_backward = Op(
 )
 row_norm = Op(
     f"row_norm(Tensor input, Tensor? weight, Tensor? bias, {_ROW_NORM_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    _row_norm,
+    forward,
     _row_norm_fake,
     _row_norm_setup,
     _row_norm_backward_rule,
@@ -196,7 +208,7 @@ def _modulated_coefficients(
 def _modulated_row_norm(input, scale, shift, weight, bias, columns, eps, centered, pre_activation, activation):
     dtype = reference.compute_dtype(input.dtype)
     coefficients = _modulated_coefficients(scale, shift, weight, bias, columns, dtype)
-    return _row_norm(input, *coefficients, columns, eps, centered, pre_activation, activation, 0.0, False)
+    return forward(input, *coefficients, columns, eps, centered, pre_activation, activation, 0.0, False)
 
 
 def _modulated_row_norm_fake(input, scale, shift, weight, bias, columns, eps, centered, *options):

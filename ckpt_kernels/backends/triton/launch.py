@@ -46,13 +46,14 @@ def forward_tile(columns: int) -> Tile:
 
 
 @functools.cache
-def backward_tile(columns: int, gated: bool) -> Tile:
+def backward_tile(columns: int, one_more: bool) -> Tile:
     """The tile of a backward kernel. Long rows go two at a time, so that a partial sum is touched once for two.
 
-    A gate is one more operand to hold, which the registers have no room for beside the widest rows.
+    With one more operand to hold, a gate or an output that is written again, the registers have no room for the widest
+    rows.
     """
     block = max(_next_power_of_two(columns), 16)
-    if block > (BACKWARD_TILE // 2 if gated else BACKWARD_TILE):
+    if block > (BACKWARD_TILE // 2 if one_more else BACKWARD_TILE):
         return Tile(2, 1024, 8, False)
     rows = max(_PACKED_ELEMENTS // block, 1)
     return Tile(rows, block, _warps(rows * block), True)

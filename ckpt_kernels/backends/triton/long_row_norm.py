@@ -43,7 +43,9 @@ def long_row_norm_forward_kernel(
             column = start + lane
             mask = live & (column < columns)
             if RESIDUAL is None:
-                u = load_operand(X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
+                u = load_operand(
+                    X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST
+                )  # fmt: skip
             else:
                 u = add_residual(
                     X, x_places, RESIDUAL, residual_places, RESIDUAL_OUT, SEED, row, start, column, mask, columns,

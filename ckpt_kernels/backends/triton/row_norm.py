@@ -76,7 +76,9 @@ def row_norm_backward_kernel(
     PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the block, and its output again where there is room. Each of a group's `programs` programs takes `program_rows` rows, in order.
+    """The gradients of the block, and its output again where there is room for it.
+
+    Each of a group's `programs` programs takes `program_rows` rows, in order.
 
     DW and DB are partial sums, one row of columns a program, in float32, which the caller adds up.
     """
@@ -188,7 +190,7 @@ def _backward(
     columns = input.shape[-1]
     rows = input.numel() // columns
     groups = _groups(columns, weight, bias)
-    tile = backward_tile(columns, gate is not None)
+    tile = backward_tile(columns, gate is not None or output is not None)
     programs, program_rows = backward_programs(input.device, rows // groups, tile)
     new = torch.empty if tile.whole else torch.zeros
 

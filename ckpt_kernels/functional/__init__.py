@@ -1,0 +1,46 @@
+"""The blocks as functions: torch.nn.functional's own signatures, with keyword-only extras.
+
+Each computes its whole chain in one kernel, and keeps for backward only what its docstring says; what is in
+between is computed again in the backward kernel. Arithmetic is in float32 (float64 for float64 input), whatever
+the dtype of the input (float32, bfloat16, float16, float64); outputs have the input's dtype. Weights and biases
+may be of another floating dtype. Under CUDA autocast the inputs of row norms and group norms are cast to float32, as
+those of torch's own are.
+
+An `activation` is a name (see `ckpt_kernels.activations.NAMES`), or the torch module or function that means the
+same. Errors, before anything is computed: RuntimeError for tensors of wrong shape, dtype or device; ValueError
+for an unknown activation and for a probability outside [0, 1]; TypeError for what is not a tensor.
+"""
+
+from .bias_act import bias_act
+from .channel_norm import batch_norm, group_norm, instance_norm
+from .glu import glu, packed_glu
+from .linear import act_linear, gated_mlp, mlp, norm_linear
+from .row_norm import (
+    add_layer_norm,
+    add_rms_norm,
+    gated_rms_norm,
+    layer_norm,
+    modulated_layer_norm,
+    modulated_rms_norm,
+    rms_norm,
+)
+
+__all__ = [
+    "act_linear",
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "bias_act",
+    "gated_mlp",
+    "gated_rms_norm",
+    "glu",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "mlp",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
+    "norm_linear",
+    "packed_glu",
+    "rms_norm",
+]

@@ -1,0 +1,129 @@
+"""Channel norms: of (N, C, *space)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..activations import Activation, activation_name
+from .checks import autocast, check_channels, check_coefficient, check_like, shape_of
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = "identity",
+    residual: Tensor | None = None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
+    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual), of (N, C, *space), by channel.
+
+    In training mean and (biased) variance are over N and space, and the running ones, if given, move towards them by
+    `momentum`, the variance unbiased; else they are the running ones. `residual` has the input's shape. With a
+    `process_group` the statistics of training are over the batches of all its processes, which may differ in size.
+    Contiguous and channels-last inputs are computed as they lie, and so is the output.
+
+    Keeps the input and five numbers a channel; with a residual also, for relu and leaky_relu, the output, which
+    whatever reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running
+    statistics as they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
+    """
+    check_channels(input, weight, bias)
+    if residual is not None:
+        check_like(residual, "residual", input)
+    check_coefficient(running_mean, "running_mean", input, input.shape[1])
+    check_coefficient(running_var, "running_var", input, input.shape[1])
+    name = activation_name(activation)
+    if not training:
+        if running_mean is None or running_var is None:
+            raise RuntimeError("running_mean or running_var is None; expected both where training is False")
+        return ops.channel_norm.channel_norm(
+            input, residual, weight, bias, running_mean, running_var, 0, float(eps), name
+        )[0]
+    if process_group is not None:
+        output, mean, var, count = ops.sync_batch_norm.sync_batch_norm(
+            input, residual, weight, bias, float(eps), name, process_group
+        )
+    else:
+        count = input.numel() // max(input.shape[1], 1)
+        if count == 1:
+            raise ValueError(
+                f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
+            )
+        output, mean, var = ops.channel_norm.channel_norm(
+            input, residual, weight, bias, None, None, 0, float(eps), name
+        )
+    _move(running_mean, mean, momentum)
+    _move(running_var, var * (count / max(count - 1, 1)), momentum)
+    return output
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = "identity",
+) -> Tensor:
+    """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, *space), by sample and group of channels.
+
+    Mean and (biased) variance are over the C / num_groups channels of a group and space. Contiguous and channels-last
+    inputs are computed as they lie, and so is the output. Keeps the input, two numbers a group and three a channel, of
+    each sample. Source: Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
+    """
+    check_channels(input, weight, bias)
+    if num_groups < 1 or input.shape[1] % num_groups:
+        raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {shape_of(input)}")
+    name = activation_name(activation)
+    input, weight, bias = autocast(input, weight, bias)
+    return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, int(num_groups), float(eps), name)[0]
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = "identity",
+) -> Tensor:
+    """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, *space), by sample and channel.
+
+    With `use_input_stats` mean and (biased) variance are over space, and the running ones, if given, move by `momentum`
+    towards their means over the samples, the variance unbiased; without, they are the running ones. Keeps the input and
+    five numbers for each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
+    `torch.nn.functional.instance_norm`.
+    """
+    check_channels(input, weight, bias)
+    check_coefficient(running_mean, "running_mean", input, input.shape[1])
+    check_coefficient(running_var, "running_var", input, input.shape[1])
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps, activation=activation)
+    size = math.prod(input.shape[2:])
+    if size == 1:
+        raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 element in space")
+    output, mean, var = ops.channel_norm.channel_norm(
+        input, None, weight, bias, None, None, input.shape[1], float(eps), activation_name(activation)
+    )
+    _move(running_mean, mean.mean(0), momentum)
+    _move(running_var, var.mean(0) * (size / max(size - 1, 1)), momentum)
+    return output
+
+
+def _move(running: Tensor | None, towards: Tensor, momentum: float) -> None:
+    if running is not None:
+        with torch.no_grad():
+            running.mul_(1 - momentum).add_(towards.to(running.dtype), alpha=momentum)

@@ -1,0 +1,110 @@
+"""What the functions check before anything is computed, each error naming the argument, what came and what was
+expected; and how they read arguments that may be given in several ways."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    check_tensor(input, "input")
+    if input.dim() < 2:
+        raise RuntimeError(f"input has shape {shape_of(input)}; expected (N, C, *space)")
+    check_coefficient(weight, "weight", input, input.shape[1])
+    check_coefficient(bias, "bias", input, input.shape[1])
+
+
+def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
+    """The probability, and a seed drawn from torch's generator of the input's device, and left there."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability between 0 and 1")
+    p = float(dropout_p) if training else 0.0
+    return p, torch.randint(-(2**63), 2**63 - 1, (1,), device=input.device) if p else None
+
+
+def rms_eps(input: Tensor, eps: float | None) -> float:
+    if eps is not None:
+        return float(eps)
+    wide = isinstance(input, Tensor) and input.dtype == torch.float64
+    return torch.finfo(torch.float64 if wide else torch.float32).eps
+
+
+def autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """In float32 under CUDA autocast; torch's CPU autocast leaves norms alone."""
+    if tensors[0].device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return [None if t is None else t.float() for t in tensors]
+    return tensors
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def normalized(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+def check_tensor(tensor: Tensor, argument: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
+    if tensor.dtype not in DTYPES:
+        raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+
+
+def check_input(input: Tensor, normalized_shape: int | Sequence[int]) -> int:
+    """The number of elements that are normalised together."""
+    check_tensor(input, "input")
+    shape = normalized(normalized_shape)
+    if not shape:
+        raise RuntimeError("normalized_shape is empty; expected at least one dimension")
+    if len(shape) > input.dim() or tuple(input.shape[-len(shape) :]) != shape:
+        raise RuntimeError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
+    columns = math.prod(shape)
+    if columns == 0:
+        raise RuntimeError(f"normalized_shape is {shape}; expected at least one element")
+    return columns
+
+
+def check_device(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:
+    if tensor.device != input.device:
+        raise RuntimeError(f"{argument} is on {tensor.device}; expected it on {input.device}, where {name} is")
+
+
+def check_like(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:
+    check_tensor(tensor, argument)
+    check_device(tensor, argument, input, name)
+    if tensor.shape != input.shape:
+        raise RuntimeError(f"{argument} has shape {shape_of(tensor)}; expected the {name}'s, {shape_of(input)}")
+    if tensor.dtype != input.dtype:
+        raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected the {name}'s, {input.dtype}")
+
+
+def check_coefficient(
+    tensor: Tensor | None, argument: str, input: Tensor, normalized_shape: int | Sequence[int]
+) -> None:
+    if tensor is None:
+        return
+    check_tensor(tensor, argument)
+    check_device(tensor, argument, input)
+    shape = normalized(normalized_shape)
+    if tuple(tensor.shape) != shape:
+        raise RuntimeError(f"{argument} has shape {shape_of(tensor)}; expected {shape}")
+
+
+def check_modulation(tensor: Tensor, argument: str, input: Tensor, normalized_shape: int | Sequence[int]) -> None:
+    check_tensor(tensor, argument)
+    check_device(tensor, argument, input)
+    shape = normalized(normalized_shape)
+    lead = tuple(input.shape[: input.dim() - len(shape)])
+    samples = tuple(tensor.shape[: tensor.dim() - len(shape)])
+    while samples and samples[-1] == 1:
+        samples = samples[:-1]
+    if tuple(tensor.shape[-len(shape) :]) != shape or samples != lead[: len(samples)]:
+        raise RuntimeError(
+            f"{argument} has shape {shape_of(tensor)}; expected (*samples, *normalized_shape), where the samples are "
+            f"the first dimensions of input, which has shape {shape_of(input)} and normalized_shape {shape}"
+        )

@@ -1,0 +1,31 @@
+"""Gates."""
+
+from torch import Tensor
+
+from .. import ops
+from ..activations import Activation, activation_name
+from .checks import check_like, check_tensor, shape_of
+
+
+def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tensor:
+    """activation(gate) * value: "silu" makes it SwiGLU, "gelu" GEGLU, "relu" ReGLU, "sigmoid" the first GLU.
+
+    Both have the same shape. They may be views, such as the two halves of one product, and are not copied as long as
+    their last dimension is contiguous. Keeps gate and value. Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    check_tensor(gate, "gate")
+    check_like(value, "value", gate, "gate")
+    return ops.glu.glu(gate, value, activation_name(activation))
+
+
+def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = "gate_first") -> Tensor:
+    """activation(gate) * value, where the last dimension of `input` holds both; the output's is half as long.
+
+    `layout` is "gate_first" (gate, then value: Phi-3), "value_first" (value, then gate: `torch.nn.functional.glu`), or
+    "interleaved" (gate at even places, value at odd ones). Keeps the input; its gradient is written as one tensor.
+    """
+    check_tensor(input, "input")
+    ops.glu.layout_name(layout)
+    if input.dim() == 0 or input.shape[-1] % 2:
+        raise RuntimeError(f"input has shape {shape_of(input)}; expected a last dimension of even length")
+    return ops.glu.packed_glu(input, activation_name(activation), layout)

@@ -1,0 +1,270 @@
+"""Row norms: over the last dimensions."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import ops
+from ..activations import Activation, activation_name
+from .checks import (
+    autocast,
+    check_coefficient,
+    check_input,
+    check_like,
+    check_modulation,
+    dropout_seed,
+    rms_eps,
+    shape_of,
+)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = "identity",
+    pre_activation: Activation = "identity",
+) -> Tensor:
+    """activation(LayerNorm(pre_activation(input))): y = act((u - mean) / sqrt(var + eps) * weight + bias).
+
+    Mean and (biased) variance are over the last dimensions, which must be `normalized_shape`; `weight` and `bias`
+    have that shape. Keeps the input and two numbers a row. Source: Ba et al., "Layer Normalization", 2016;
+    `torch.nn.functional.layer_norm`.
+    """
+    return _row_norm(input, normalized_shape, weight, bias, eps, True, pre_activation, activation)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: Activation = "identity",
+    pre_activation: Activation = "identity",
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor:
+    """activation(RMSNorm(pre_activation(input))): y = act(u / sqrt(mean(u**2) + eps) * (weight_offset + weight)).
+
+    `eps=None` is the epsilon of the type that is computed in, as torch's. `weight_offset=1` is Gemma's 1 + weight;
+    `cast_before_weight` rounds the normalised value to the input's dtype before the product, as Llama does.
+    Keeps the input and one number a row. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization",
+    2019; `torch.nn.functional.rms_norm`.
+    """
+    eps = rms_eps(input, eps)
+    return _row_norm(
+        input,
+        normalized_shape,
+        weight,
+        None,
+        eps,
+        False,
+        pre_activation,
+        activation,
+        weight_offset,
+        cast_before_weight,
+    )
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = "identity",
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """residual_out = residual + dropout(input); output = activation(LayerNorm(residual_out)).
+
+    Returns (output, residual_out), both of the input's shape. Keeps residual_out, which is what the network goes
+    on with, and two numbers a row; no dropout mask, which the backward kernel draws again from its seed.
+    """
+    return _add_row_norm(input, residual, normalized_shape, weight, bias, eps, True, activation, dropout_p, training)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: Activation = "identity",
+    dropout_p: float = 0.0,
+    training: bool = True,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """residual_out = residual + dropout(input); output = activation(RMSNorm(residual_out)).
+
+    Returns (output, residual_out). Keeps residual_out and one number a row. See `rms_norm` for `eps`,
+    `weight_offset` and `cast_before_weight`.
+    """
+    eps = rms_eps(input, eps)
+    return _add_row_norm(
+        input,
+        residual,
+        normalized_shape,
+        weight,
+        None,
+        eps,
+        False,
+        activation,
+        dropout_p,
+        training,
+        weight_offset,
+        cast_before_weight,
+    )
+
+
+def gated_rms_norm(
+    input: Tensor,
+    gate: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: Activation = "silu",
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """RMSNorm(input) * activation(gate), or RMSNorm(input * activation(gate)) without `norm_before_gate`.
+
+    `gate` has the input's shape. Keeps input, gate and one number a row. Source: Dao and Gu, "Transformers are
+    SSMs" (Mamba-2), 2024.
+    """
+    columns = check_input(input, normalized_shape)
+    check_like(gate, "gate", input)
+    check_coefficient(weight, "weight", input, normalized_shape)
+    name = activation_name(activation)
+    eps = rms_eps(input, eps)
+    input, gate, weight = autocast(input, gate, weight)
+    return ops.row_norm.gated_row_norm(input, gate, weight, columns, eps, name, bool(norm_before_gate))[0]
+
+
+def modulated_layer_norm(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = "identity",
+    pre_activation: Activation = "identity",
+) -> Tensor:
+    """activation(LayerNorm(pre_activation(input)) * (1 + scale) + shift), with a scale and shift for each sample.
+
+    `scale` and `shift` have the shape (*samples, *normalized_shape), where `samples` are the input's first
+    dimensions; dimensions of 1 may stand for those in between, so (B, 1, N) and (B, N) both go with (B, T, N).
+    Keeps input, scale, shift and two numbers a row. Source: Peebles and Xie, "Scalable Diffusion Models with
+    Transformers" (DiT), 2023.
+    """
+    return _modulated(input, scale, shift, normalized_shape, weight, bias, eps, True, pre_activation, activation)
+
+
+def modulated_rms_norm(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    activation: Activation = "identity",
+    pre_activation: Activation = "identity",
+) -> Tensor:
+    """activation(RMSNorm(pre_activation(input)) * (1 + scale) + shift); see `modulated_layer_norm`."""
+    eps = rms_eps(input, eps)
+    return _modulated(input, scale, shift, normalized_shape, weight, None, eps, False, pre_activation, activation)
+
+
+def _row_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    pre_activation: Activation,
+    activation: Activation,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> Tensor:
+    columns = check_input(input, normalized_shape)
+    check_coefficient(weight, "weight", input, normalized_shape)
+    check_coefficient(bias, "bias", input, normalized_shape)
+    pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
+    input, weight, bias = autocast(input, weight, bias)
+    return ops.row_norm.row_norm(
+        input, weight, bias, columns, eps, centered, pre, post, float(weight_offset), bool(cast_before_weight)
+    )[0]
+
+
+def _add_row_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    activation: Activation,
+    dropout_p: float,
+    training: bool,
+    weight_offset: float = 0.0,
+    cast_before_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    columns = check_input(input, normalized_shape)
+    check_like(residual, "residual", input)
+    check_coefficient(weight, "weight", input, normalized_shape)
+    check_coefficient(bias, "bias", input, normalized_shape)
+    name = activation_name(activation)
+    p, seed = dropout_seed(input, dropout_p, training)
+    input, residual, weight, bias = autocast(input, residual, weight, bias)
+    return ops.row_norm.add_row_norm(
+        input,
+        residual,
+        weight,
+        bias,
+        seed,
+        columns,
+        eps,
+        centered,
+        name,
+        float(weight_offset),
+        bool(cast_before_weight),
+        p,
+    )
+
+
+def _modulated(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    pre_activation: Activation,
+    activation: Activation,
+) -> Tensor:
+    columns = check_input(input, normalized_shape)
+    check_modulation(scale, "scale", input, normalized_shape)
+    check_modulation(shift, "shift", input, normalized_shape)
+    if scale.numel() != shift.numel():
+        raise RuntimeError(f"shift has shape {shape_of(shift)}; expected that of scale, {shape_of(scale)}")
+    check_coefficient(weight, "weight", input, normalized_shape)
+    check_coefficient(bias, "bias", input, normalized_shape)
+    pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
+    input, scale, shift, weight, bias = autocast(input, scale, shift, weight, bias)
+    return ops.row_norm.modulated_row_norm(input, scale, shift, weight, bias, columns, eps, centered, pre, post)[0]

@@ -1,0 +1,238 @@
+"""Blocks with the linear layers that read them, and MLPs, as modules."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as F
+from ..activations import Activation, activation_name
+from ..functional.linear import level_name, norm_name
+from ..ops.glu import layout_name
+from .extras import extras, probability
+from .row_norm import LayerNorm, RMSNorm
+
+
+class NormLinear(nn.Module):
+    """A norm, an activation, and one linear layer, or several, of the same; see `functional.norm_linear`.
+
+    `forward(input)` returns a tensor, or a tuple where `out_features` is a sequence. Parameters: `norm`, and `linear`
+    or `linears.0`, `linears.1`, ...
+
+    Args:
+        in_features: what is normalised, the input's last dimension.
+        out_features: of the linear layer, or of each of several.
+        bias: whether the linear layers have one.
+        eps: None is the norm's default.
+        norm: "layer_norm" or "rms_norm".
+        activation: applied to the normalised input.
+        recompute: "block", "output" or "all".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | Sequence[int],
+        bias: bool = True,
+        eps: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: str = "layer_norm",
+        activation: Activation = "identity",
+        recompute: str = "output",
+    ) -> None:
+        super().__init__()
+        self.recompute = level_name(recompute)
+        factory = {"device": device, "dtype": dtype}
+        if norm_name(norm) == "layer_norm":
+            self.norm = LayerNorm(in_features, 1e-5 if eps is None else eps, activation=activation, **factory)
+        else:
+            self.norm = RMSNorm(in_features, eps, activation=activation, **factory)
+        if isinstance(out_features, int):
+            self.linear = nn.Linear(in_features, out_features, bias, **factory)
+        else:
+            self.linears = nn.ModuleList(nn.Linear(in_features, out, bias, **factory) for out in out_features)
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, ...]:
+        norm = self.norm
+        centered = isinstance(norm, LayerNorm)
+        single = hasattr(self, "linear")
+        linears = [self.linear] if single else list(self.linears)
+        outputs = F.norm_linear(
+            input,
+            norm.normalized_shape,
+            norm.weight,
+            norm.bias if centered else None,
+            [linear.weight for linear in linears],
+            [linear.bias for linear in linears],
+            norm.eps,
+            norm="layer_norm" if centered else "rms_norm",
+            activation=norm.activation,
+            recompute=self.recompute,
+        )
+        return outputs[0] if single else outputs
+
+    def extra_repr(self) -> str:
+        return f"recompute={self.recompute!r}"
+
+
+class ActLinear(nn.Linear):
+    """An activation, dropout, and the linear layer that reads it; see `functional.act_linear`.
+
+    Args: as `torch.nn.Linear`'s, and
+        activation: applied to the input.
+        dropout: the probability with which what it gives is dropped in training.
+        recompute: "block", "output" or "all".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        recompute: str = "output",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation_name(activation)
+        self.dropout = probability(dropout)
+        self.recompute = level_name(recompute)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.act_linear(
+            input,
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            dropout_p=self.dropout,
+            training=self.training,
+            recompute=self.recompute,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + extras(
+            activation=(self.activation, "identity"), dropout=(self.dropout, 0.0), recompute=(self.recompute, "output")
+        )
+
+
+class MLP(nn.Module):
+    """Linear, activation, dropout, Linear; see `functional.mlp`. Parameters: `fc1`, `fc2`.
+
+    Args:
+        in_features, hidden_features: of the first linear layer.
+        out_features: of the second; None is `in_features`.
+        bias: whether they have one.
+        activation, dropout: between them.
+        recompute: "block", "output" or "all".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation = "gelu",
+        dropout: float = 0.0,
+        recompute: str = "output",
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(in_features, hidden_features, bias, **factory)
+        self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features, bias, **factory)
+        self.activation = activation_name(activation)
+        self.dropout = probability(dropout)
+        self.recompute = level_name(recompute)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.mlp(
+            input,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            activation=self.activation,
+            dropout_p=self.dropout,
+            training=self.training,
+            recompute=self.recompute,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, dropout={self.dropout}, recompute={self.recompute!r}"
+
+
+class GatedMLP(nn.Module):
+    """Linear(activation(gate) * value), gate and value linear in the input; see `functional.gated_mlp`.
+
+    Parameters: `gate_proj`, `up_proj` (the value's) and `down_proj`, as in Llama; where packed `gate_up_proj` and
+    `down_proj`, as in Phi-3.
+
+    Args:
+        in_features, hidden_features: of the products of the input.
+        out_features: of the last; None is `in_features`.
+        bias: whether they have one.
+        activation: of the gate.
+        dropout: the probability with which what the last product reads is dropped in training.
+        packed: one weight for gate and value, in `layout`: "gate_first", "value_first" or "interleaved".
+        recompute: "block", "output" or "all".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation = "silu",
+        dropout: float = 0.0,
+        packed: bool = False,
+        layout: str = "gate_first",
+        recompute: str = "output",
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        if packed:
+            self.gate_up_proj = nn.Linear(in_features, 2 * hidden_features, bias, **factory)
+        else:
+            self.gate_proj = nn.Linear(in_features, hidden_features, bias, **factory)
+            self.up_proj = nn.Linear(in_features, hidden_features, bias, **factory)
+        out = in_features if out_features is None else out_features
+        self.down_proj = nn.Linear(hidden_features, out, bias, **factory)
+        self.activation = activation_name(activation)
+        self.dropout = probability(dropout)
+        self.packed, self.layout = packed, layout_name(layout)
+        self.recompute = level_name(recompute)
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate = self.gate_up_proj if self.packed else self.gate_proj
+        value = None if self.packed else self.up_proj
+        return F.gated_mlp(
+            input,
+            gate.weight,
+            None if value is None else value.weight,
+            self.down_proj.weight,
+            gate.bias,
+            None if value is None else value.bias,
+            self.down_proj.bias,
+            activation=self.activation,
+            layout=self.layout,
+            dropout_p=self.dropout,
+            training=self.training,
+            recompute=self.recompute,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, dropout={self.dropout}" + extras(
+            layout=(self.layout if self.packed else "", ""), recompute=(self.recompute, "")
+        )

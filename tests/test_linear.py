@@ -1,0 +1,246 @@
+"""Blocks with the linear layers that read them: the contracts, for every pair and level."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import nn
+from ckpt_kernels.activations import NAMES
+from ckpt_kernels.functional.linear import RECOMPUTE
+from ckpt_kernels.memory import saved_bytes
+
+from .blocks import Operands, with_gradients
+from .conftest import DEVICE
+from .pairs import PAIRS, Pair
+from .test_contract_numbers import check_against_eager
+
+by_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+LETTING_GO = ("output", "all")
+
+
+def assert_same_bits(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@by_pair
+def test_error_is_at_most_eagers(pair: Pair, served: tuple) -> None:
+    backend, dtype = served
+    check_against_eager(pair, lambda seed: pair.operands((2, 9), 24, dtype, DEVICE, seed), backend)
+
+
+@pytest.mark.parametrize("level", LETTING_GO)
+@pytest.mark.parametrize("lead,columns", [((2, 9), 24), ((3,), 37), ((), 8), ((0,), 8), ((1, 300), 16)])
+@by_pair
+def test_every_level_gives_the_same_bits(pair: Pair, lead: tuple, columns: int, level: str, served: tuple) -> None:
+    _, dtype = served
+    operands = pair.operands(lead, columns, dtype, DEVICE)
+    assert_same_bits(with_gradients(pair.at(level), operands), with_gradients(pair.at("block"), operands))
+
+
+@pytest.mark.parametrize("level", LETTING_GO)
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("function", ["norm_linear", "mlp", "gated_mlp"])
+def test_every_activation_and_dropout(function: str, activation: str, level: str, backend: str) -> None:
+    x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    w1, w2 = (torch.nn.Parameter(torch.randn(shape, device=DEVICE) / 4) for shape in ((32, 16), (16, 32)))
+    b1 = torch.nn.Parameter(torch.randn(32, device=DEVICE))
+
+    def run(level: str) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(3)
+        if function == "norm_linear":
+            y = F.norm_linear(x, 16, None, None, w1, b1, activation=activation, recompute=level)
+        elif function == "mlp":
+            y = F.mlp(x, w1, b1, w2, None, activation=activation, dropout_p=0.3, recompute=level)
+        else:
+            y = F.gated_mlp(x, w1, w1 * 2, w2, b1, activation=activation, dropout_p=0.3, recompute=level)
+        return y, *torch.autograd.grad(y.sin().sum(), (x, w1, b1))
+
+    for found, expected in zip(run(level), run("block"), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("level", RECOMPUTE)
+@by_pair
+def test_keeps_the_floor(pair: Pair, level: str, served: tuple) -> None:
+    _, dtype = served
+    operands = pair.operands((4, 25), 24, dtype, DEVICE)
+    wide = 8 if dtype == torch.float64 else 4
+    floor = int(pair.kept[level] * operands["input"].nbytes) + pair.statistics * wide * 100
+    assert saved_bytes(pair.at(level), **operands) == floor
+
+
+@pytest.mark.parametrize("level", LETTING_GO)
+@by_pair
+def test_frozen_weights_cost_nothing(pair: Pair, level: str) -> None:
+    """As beside a LoRA adapter: the gradient flows through, and what only the weights' gradients need is not kept."""
+    operands = pair.operands((4, 25), 24, torch.float32, DEVICE)
+    whole = with_gradients(pair.at(level), operands)
+    frozen = {name: t.detach() if name == "input" else t.requires_grad_(False) for name, t in operands.items()}
+    frozen["input"].requires_grad_()
+    found = with_gradients(pair.at(level), frozen)
+    assert torch.equal(found["grad input"], whole["grad input"])
+    # All keep what the block's own slope needs; the MLPs' input is for the first weights alone, or to run them again.
+    mlp_without_input = pair.function in ("mlp", "gated_mlp") and level == "output"
+    floor = int((pair.kept[level] - mlp_without_input) * frozen["input"].nbytes) + pair.statistics * 400
+    assert saved_bytes(pair.at(level), **frozen) <= floor
+    nothing = {name: t.detach() for name, t in frozen.items()}
+    assert saved_bytes(pair.at(level), **nothing) == 0
+
+
+@pytest.mark.parametrize("level", LETTING_GO)
+@by_pair
+def test_gradcheck_and_second_gradients(pair: Pair, level: str) -> None:
+    operands = pair.operands((3,), 4, torch.float64, "cpu")
+    names = list(operands)
+
+    def fn(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(pair.at(level)(**dict(zip(names, tensors, strict=True))))
+
+    tensors = tuple(t.detach().requires_grad_() for t in operands.values())
+    assert torch.autograd.gradcheck(fn, tensors)
+    assert torch.autograd.gradgradcheck(fn, tensors)
+
+
+def products(fn) -> int:
+    """How many matrix products fn runs."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        fn()
+    return sum(event.name in ("aten::mm", "aten::addmm", "aten::bmm") for event in found.events())
+
+
+@pytest.mark.parametrize("function,usual", [("mlp[gelu]", 6), ("gated_mlp[silu]", 9)])
+def test_all_runs_one_product_less_than_checkpointing(function: str, usual: int) -> None:
+    (pair,) = [pair for pair in PAIRS if pair.name == function]
+    operands = pair.operands((6,), 8, torch.float32, DEVICE)
+    names = list(operands)
+
+    def step(fn) -> None:
+        fn(**operands)[0].sum().backward()
+
+    def checkpointed(**operands: torch.Tensor):
+        return checkpoint(
+            lambda *t: pair.eager(**dict(zip(names, t, strict=True))), *operands.values(), use_reentrant=False
+        )
+
+    forward = usual // 3
+    assert products(lambda: step(pair.eager)) == usual
+    assert products(lambda: step(pair.at("output"))) == usual
+    assert products(lambda: step(checkpointed)) == usual + forward
+    assert products(lambda: step(pair.at("all"))) == usual + forward - 1
+
+
+@pytest.mark.parametrize("level", RECOMPUTE)
+@by_pair
+def test_autocast_does_what_it_does_for_linear(pair: Pair, level: str) -> None:
+    operands = pair.operands((2, 9), 24, torch.float32, DEVICE)
+
+    def under_autocast(fn):
+        def run(**operands):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                return fn(**operands)
+
+        return run
+
+    found = with_gradients(under_autocast(pair.at(level)), operands)
+    theirs = with_gradients(under_autocast(pair.eager), operands)
+    for name, value in theirs.items():
+        assert found[name].dtype == value.dtype, name
+    assert_same_bits(found, with_gradients(under_autocast(pair.at("block")), operands))
+    if level == "all":
+        # The input itself, and no copy that was cast.
+        statistics = pair.statistics * 4 * 18
+        assert saved_bytes(under_autocast(pair.at(level)), **operands) == operands["input"].nbytes + statistics
+
+
+@by_pair
+def test_compiles_without_a_break(pair: Pair) -> None:
+    torch._dynamo.reset()
+    operands = pair.operands((2, 9), 24, torch.float32, DEVICE)
+    compiled = torch.compile(pair.at("output"), fullgraph=True, backend="aot_eager")
+    found, expected = with_gradients(compiled, operands), with_gradients(pair.call, operands)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+@by_pair
+def test_accumulates_into_grad(pair: Pair) -> None:
+    operands = pair.operands((2, 9), 24, torch.float32, DEVICE)
+    for _ in range(2):
+        sum(y.sum() for y in pair.call(**operands)).backward()
+    twice = {name: t.grad.clone() for name, t in operands.items()}
+    for t in operands.values():
+        t.grad = None
+    sum(y.sum() for y in pair.call(**operands)).backward()
+    for name, t in operands.items():
+        torch.testing.assert_close(twice[name], 2 * t.grad)
+
+
+MODULES = [
+    (lambda r: nn.NormLinear(16, 8, activation="silu", recompute=r), {"block": 2, "output": 1, "all": 1}),
+    (
+        lambda r: nn.NormLinear(16, (8, 4), norm="rms_norm", bias=False, recompute=r),
+        {"block": 2, "output": 1, "all": 1},
+    ),
+    (lambda r: nn.ActLinear(16, 8, dropout=0.1, recompute=r), {"block": 2, "output": 1, "all": 1}),
+    (lambda r: nn.MLP(16, 64, dropout=0.1, recompute=r), {"block": 9, "output": 5, "all": 1}),
+    (lambda r: nn.GatedMLP(16, 64, recompute=r), {"block": 13, "output": 9, "all": 1}),
+    (lambda r: nn.GatedMLP(16, 64, 8, packed=True, bias=True, dropout=0.1, recompute=r), {"output": 9, "all": 1}),
+]
+
+
+@pytest.mark.parametrize("level", RECOMPUTE)
+@pytest.mark.parametrize("make,kept", MODULES)
+def test_modules(make, kept: dict, level: str) -> None:
+    torch.manual_seed(0)
+    module, plain = make(level).to(DEVICE), make("block").to(DEVICE)
+    plain.load_state_dict(module.state_dict(), strict=True)
+    x = torch.randn(50, 16, device=DEVICE, requires_grad=True)
+    results = []
+    for each in (module, plain):
+        torch.manual_seed(1)
+        outputs = each(x)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        results.append([*outputs, *torch.autograd.grad(sum(y.sum() for y in outputs), (x, *each.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert f"recompute={level!r}" in repr(module) or level == "output"
+    if level in kept:
+        # Beside the tensors a few statistics, and a dropout seed.
+        assert 0 <= saved_bytes(module, x) - kept[level] * x.nbytes <= 50 * 2 * 4 + 8
+    module.eval()
+    with torch.no_grad():
+        assert saved_bytes(module, x) == 0
+
+
+BAD = [
+    (lambda o: F.mlp(o["x"], o["w"], None, o["w"], None), "weight2 has shape"),
+    (lambda o: F.mlp(o["x"], o["w"][0], None, o["w"], None), "weight1 has shape"),
+    (lambda o: F.mlp(o["x"], o["w"], o["x"], o["w"].t(), None), "bias1 has shape"),
+    (lambda o: F.mlp(o["x"], o["w"], None, o["w"].t(), None, recompute="some"), "recompute is 'some'"),
+    (lambda o: F.mlp(o["x"], o["w"], None, o["w"].t(), None, dropout_p=2), "dropout_p is 2"),
+    (lambda o: F.mlp(o["x"], None, None, o["w"].t(), None), "weight1 is NoneType"),
+    (lambda o: F.gated_mlp(o["x"], o["w"], o["w"][:3], o["w"].t()), "value_weight has shape"),
+    (lambda o: F.gated_mlp(o["x"], o["w"][:3], None, o["w"].t()), "gate_weight has shape"),
+    (lambda o: F.gated_mlp(o["x"], o["w"], None, o["w"].t()[:, :3], layout="mixed"), "layout is 'mixed'"),
+    (lambda o: F.gated_mlp(o["x"], o["w"], None, o["w"].t()[:, :3], value_bias=o["x"][0]), "value_bias is given"),
+    (lambda o: F.norm_linear(o["x"], 4, None, None, o["w"], norm="batch"), "norm is 'batch'"),
+    (lambda o: F.norm_linear(o["x"], (2, 4), None, None, o["w"]), "normalized_shape is|expected one dimension"),
+    (lambda o: F.norm_linear(o["x"], 4, None, o["x"][0], o["w"], norm="rms_norm"), "norm_bias is given"),
+    (lambda o: F.norm_linear(o["x"], 4, None, None, [o["w"]], [None, None]), "bias has 2 tensors"),
+    (lambda o: F.norm_linear(o["x"], 4, None, None, o["w"], weight_offset=1.0), "weight_offset"),
+    (lambda o: F.act_linear(o["x"], o["w"], activation="gela"), "activation is 'gela'"),
+    (lambda o: F.act_linear(o["x"][0, 0], o["w"]), r"input has shape \(\)"),
+    (lambda o: nn.MLP(4, 8, recompute="none"), "recompute is 'none'"),
+    (lambda o: nn.GatedMLP(4, 8, layout="mixed", packed=True), "layout is 'mixed'"),
+    (lambda o: nn.NormLinear(4, 8, norm="group"), "norm is 'group'"),
+]
+
+
+@pytest.mark.parametrize("call,message", BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_named(call, message: str) -> None:
+    operands: Operands = {"x": torch.randn(2, 4, device=DEVICE), "w": torch.randn(6, 4, device=DEVICE)}
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+        call(operands)
