@@ -1,10 +1,16 @@
-"""What a call keeps for its backward pass."""
+"""What a call keeps for its backward pass: in all, by module, and with blocks' outputs let go of."""
 
-from collections.abc import Callable
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .recompute import discard_outputs
 
 
 def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -13,29 +19,226 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     `fn` may be a function or a module. Each storage counts once and whole, however many views of it are kept.
     Not counted: the storages of parameters (any `nn.Parameter` that is kept, or a view of one) and, if `fn` is a
     module, of its parameters and buffers. Inputs that are kept do count. The call is made once, with gradients
-    as they are set, and its result is dropped.
+    as they are set, and its result is dropped. A `discard_outputs` around this call has no say in it; one within
+    `fn` has.
     """
+    return sum(tensor.counted for tensor in saved_tensors(fn, *args, **kwargs))
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor that is kept: by which module ("" for the whole), and what of it counts.
+
+    `counted` is the bytes of its storage for the first who keeps it, and 0 for those who share it with the `owner`.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    dtype: str
+    counted: int
+    owner: str
+
+
+def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[SavedTensor]:
+    """What `fn(*args, **kwargs)` keeps for backward, in the order in which it is kept; see `saved_bytes`."""
+    modules: list[str] = [""]
     owned = set()
     if isinstance(fn, nn.Module):
         owned = {_storage(t) for t in (*fn.parameters(), *fn.buffers())}
-    kept: dict[int, int] = {}
-    # Alive until the end, so that no storage's address is given to another.
-    alive: list[Tensor] = []
+    packed: list[tuple[str, Tensor]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor.detach())
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             owned.add(_storage(tensor))
-        else:
-            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        # Without its graph: a node that keeps its own output would otherwise keep itself alive.
-        return alive[-1]
+        # Without its graph: a node that keeps its own output would otherwise keep itself alive. All stay alive until
+        # the end, so that no storage's address is given to another.
+        packed.append((modules[-1], tensor.detach()))
+        return packed[-1][1]
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _naming(fn, modules):
         result = fn(*args, **kwargs)
-    total = sum(size for storage, size in kept.items() if storage not in owned)
     del result
-    return total
+    found, owners = [], {}
+    for module, tensor in packed:
+        storage = _storage(tensor)
+        if storage in owned or tensor.numel() == 0:
+            continue
+        counted = 0 if storage in owners else tensor.untyped_storage().nbytes()
+        owner = owners.setdefault(storage, module)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found.append(SavedTensor(module, tuple(tensor.shape), dtype, counted, owner))
+    return found
+
+
+@contextlib.contextmanager
+def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
+    """While active, the last of `modules` is the one whose forward pass runs."""
+    handles = []
+    if isinstance(fn, nn.Module):
+        for name, module in fn.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: modules.append(name)))
+            handles.append(module.register_forward_hook(lambda *_: modules.pop() and None, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most bytes that tensors made by `fn()` take at one time, on that device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        return torch.cuda.max_memory_allocated(device) - start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+@dataclass(frozen=True)
+class ModuleMemory:
+    """Bytes that a module keeps itself, and those that it keeps within `discard_outputs`."""
+
+    name: str
+    kind: str
+    saved: int
+    discarding: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a model's forward pass keeps, and the peak of a forward and backward pass; as data, as text, as a picture.
+
+    Peaks are of what the passes make: activations, gradients, and what is in between. `discarding` is the same within
+    `recompute.discard_outputs`.
+    """
+
+    saved: int
+    discarding: int
+    peak: int
+    discarding_peak: int
+    modules: list[ModuleMemory]
+    tensors: list[SavedTensor]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self, path: str | pathlib.Path) -> None:
+        pathlib.Path(path).write_text(json.dumps(self.as_dict(), indent=1))
+
+    def __str__(self) -> str:
+        rows = [("module", "", "kept", "discarding")]
+        rows += [(m.name or "(whole)", m.kind, _size(m.saved), _size(m.discarding)) for m in self.modules]
+        rows.append(("kept for backward", "", _size(self.saved), _size(self.discarding)))
+        rows.append(("peak, forward and backward", "", _size(self.peak), _size(self.discarding_peak)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {saved:>{widths[2]}}  {discarding:>{widths[3]}}".rstrip()
+            for name, kind, saved, discarding in rows
+        ]
+        rule = "-" * max(map(len, lines))
+        shared = sum(tensor.counted == 0 for tensor in self.tensors)
+        note = f"{len(self.tensors)} tensors are kept, of which {shared} share the memory of another."
+        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], "", note])
+
+    def draw(self, path: str | pathlib.Path, most: int = 30) -> None:
+        """A PNG: a pair of bars for each of the modules that keep most. Needs matplotlib."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        chosen = sorted(self.modules, key=lambda m: m.saved, reverse=True)[:most]
+        shown = [m for m in self.modules if m in chosen]
+        figure, axis = plt.subplots(figsize=(10, 1.6 + 0.36 * len(shown)), layout="constrained")
+        places = range(len(shown))
+        for offset, attribute, color in ((-0.2, "saved", "tab:blue"), (0.2, "discarding", "tab:orange")):
+            values = [getattr(m, attribute) / 2**20 for m in shown]
+            total = getattr(self, attribute)
+            label = f"{'as it is' if attribute == 'saved' else 'within discard_outputs'}: {_size(total)} in all"
+            bars = axis.barh([place + offset for place in places], values, 0.38, label=label, color=color)
+            axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
+        axis.set_yticks(places, [f"{m.name or '(whole)'}  {m.kind}" for m in shown], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.1)
+        axis.set_xlabel("kept for backward, MiB")
+        left_out = len(self.modules) - len(shown)
+        axis.set_title("Kept by module" + (f" ({left_out} that keep less are not shown)" if left_out else ""))
+        axis.grid(axis="x", alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
+    """What `model(*inputs, **kwargs)` keeps for backward, by module and by tensor, as it is and discarding outputs.
+
+    A tensor is booked on the innermost module within whose forward pass it is kept first. Runs four forward passes and
+    two backward passes, from the sum of all outputs; gradients that the parameters have are left as they are, but
+    batch statistics and random numbers move on.
+    """
+    discarding = discard_outputs()(model.forward)
+    plain_tensors = saved_tensors(model, *inputs, **kwargs)
+    with _replaced_forward(model, discarding):
+        fewer_tensors = saved_tensors(model, *inputs, **kwargs)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    modules = []
+    for name, kind in kinds.items():
+        saved, fewer = (sum(t.counted for t in ts if t.module == name) for ts in (plain_tensors, fewer_tensors))
+        if saved or fewer:
+            modules.append(ModuleMemory(name, kind, saved, fewer))
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted += [t for t in _tensors((inputs, kwargs)) if t.requires_grad]
+    device = next((t.device for t in (*model.parameters(), *_tensors((inputs, kwargs)))), torch.device("cpu"))
+
+    def step() -> None:
+        outputs = [t for t in _tensors(model(*inputs, **kwargs)) if t.requires_grad]
+        if outputs and wanted:
+            torch.autograd.grad(sum(t.float().sum() for t in outputs), wanted, allow_unused=True)
+
+    peak = peak_bytes(step, device)
+    with _replaced_forward(model, discarding):
+        discarding_peak = peak_bytes(step, device)
+    totals = [sum(t.counted for t in tensors) for tensors in (plain_tensors, fewer_tensors)]
+    return Report(*totals, peak, discarding_peak, modules, plain_tensors)
+
+
+@contextlib.contextmanager
+def _replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = model.__dict__.get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _size(count: int) -> str:
+    """In MiB; in KiB where that is little."""
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.2f} KiB"
 
 
 def _storage(tensor: Tensor) -> int:

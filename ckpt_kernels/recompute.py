@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import backends
 
@@ -78,6 +79,10 @@ class Recipe:
         self._stream: Any = None
         self._served: set[int] = set()
 
+    def claim(self) -> None:
+        with self._lock:
+            self.claims += 1
+
     def serve(self, claim: "Claim") -> Tensor:
         with self._lock:
             value = self._value
@@ -111,24 +116,30 @@ class Recipe:
 class Claim:
     """One reader's share of a recipe: the output, or a view of it."""
 
-    __slots__ = ("__weakref__", "_offset", "_size", "_stride", "recipe")
+    __slots__ = ("__weakref__", "_geometry", "recipe")
 
     def __init__(self, recipe: Recipe, view: Tensor) -> None:
         self.recipe = recipe
-        self._size, self._stride, self._offset = view.size(), view.stride(), view.storage_offset()
-        recipe.claims += 1
+        self._geometry = view.size(), view.stride(), view.storage_offset()
+        recipe.claim()
 
     def get(self) -> Tensor:
-        return self.recipe.serve(self).as_strided(self._size, self._stride, self._offset)
+        return self.recipe.serve(self).as_strided(*self._geometry)
 
     def __del__(self) -> None:
         self.recipe.forget(self)
 
 
 class Entry(NamedTuple):
-    """An output of a block that may be discarded, as long as it is alive and unchanged."""
+    """An output of a block that may be discarded, as long as its memory is there and unchanged.
 
+    The tensor that the block returned may be gone while a view of it lives, so that it is by its memory that it is
+    known. `output` is that tensor, as long as Python has it.
+    """
+
+    storage: StorageWeakRef
     output: "weakref.ref[Tensor]"
+    dtype: torch.dtype
     version: int
     recipe: Recipe
 
@@ -143,14 +154,18 @@ class Discarder:
 
     def register(self, output: Tensor, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Recipe:
         recipe = Recipe(rebuild, [None if t is None else self.pack(t) for t in tensors])
-        key = output.untyped_storage()._cdata
         entries = self._entries
+        # Those whose memory was still in use, by a view, when the tensor itself went.
+        for key in [key for key, entry in entries.items() if entry.storage.expired()]:
+            del entries[key]
+        storage = StorageWeakRef(output.untyped_storage())
 
         def gone(reference: weakref.ref) -> None:
-            if key in entries and entries[key].output is reference:
-                del entries[key]
+            entry = entries.get(storage.cdata)
+            if entry is not None and entry.output is reference and torch._C._storage_Use_Count(storage.cdata) <= 1:
+                del entries[storage.cdata]
 
-        entries[key] = Entry(weakref.ref(output, gone), output._version, recipe)
+        entries[storage.cdata] = Entry(storage, weakref.ref(output, gone), output.dtype, output._version, recipe)
         return recipe
 
     def pack(self, tensor: Tensor) -> Kept | Foreign | Claim:
@@ -164,21 +179,19 @@ class Discarder:
         return Kept(tensor.detach(), tensor._version)
 
     def _recipe_for(self, tensor: Tensor) -> Recipe | None:
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg():
+        if not self._entries or type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg():
             return None
         entry = self._entries.get(tensor.untyped_storage()._cdata)
         if entry is None:
-            return self._recipe_of_cast(tensor) if torch.is_autocast_enabled(tensor.device.type) else None
-        output = entry.output()
-        if output is None or output.dtype != tensor.dtype or tensor._version != entry.version:
-            return None
-        return entry.recipe
+            return self._recipe_of_cast(tensor)
+        unchanged = tensor.dtype == entry.dtype and tensor._version == entry.version
+        return entry.recipe if unchanged and not entry.storage.expired() else None
 
     def _recipe_of_cast(self, tensor: Tensor) -> Recipe | None:
         """For the copy of an output that autocast makes for its reader: the output's recipe, and the cast."""
         copy = tensor if tensor._base is None else tensor._base
         node = copy.grad_fn
-        if copy._version or node is None or node.name() != "ToCopyBackward0":
+        if node is None or node.name() != "ToCopyBackward0" or copy._version:
             return None
         for entry in self._entries.values():
             output = entry.output()

@@ -5,6 +5,7 @@ import torch
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import nn
+from ckpt_kernels.ops import operands, row_norm
 
 from .conftest import DEVICE, serving, unserved
 
@@ -174,3 +175,42 @@ def test_extra_repr_says_what_is_not_default() -> None:
     assert "weight_offset=1.0" in repr(nn.RMSNorm(8, weight_offset=1.0))
     assert "dropout=0.5" in repr(nn.AddRMSNorm(8, dropout=0.5))
     assert "norm_before_gate=False" in repr(nn.GatedRMSNorm(8, norm_before_gate=False))
+
+
+def heads(layout: str, dtype: torch.dtype) -> torch.Tensor:
+    """The heads of q in (batch, tokens, heads, 32) or (batch, heads, tokens, 32), as views of one projection."""
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(2, 5, 3 * 4 * 32, generator=generator).to(DEVICE, dtype)
+    q = packed.view(2, 5, 3, 4, 32)[:, :, 0]
+    return {"packed": q, "transposed": q.transpose(1, 2), "first token": q[:, :1], "one head": q[:, :, 1]}[layout]
+
+
+@pytest.mark.parametrize("layout", ["packed", "transposed", "first token", "one head"])
+def test_strided_heads_are_read_where_they_lie(layout: str, served: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward, the incoming gradient too, which comes out of attention transposed."""
+    _, dtype = served
+    q = heads(layout, dtype)
+    weight = (torch.arange(32, device=DEVICE) / 32 + 0.5).to(dtype)
+    grad = heads(layout, dtype) * 0.5
+
+    def run(q: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        q, w = q.detach().requires_grad_(), weight.clone().requires_grad_()
+        y = F.rms_norm(q, 32, w)
+        return [y, *torch.autograd.grad(y, (q, w), grad)]
+
+    expected = run(q.contiguous(), grad.contiguous())
+    lie = operands.rows_as_they_lie
+
+    def checked(tensor: torch.Tensor, columns: int) -> torch.Tensor:
+        rows = lie(tensor, columns)
+        assert rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        return rows
+
+    monkeypatch.setattr(row_norm, "rows_as_they_lie", checked)
+    for found, wanted in zip(run(q, grad), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_rows_on_more_levels_than_three_are_copied() -> None:
+    x = torch.randn(3, 2, 4, 5, 8, device=DEVICE).permute(3, 1, 2, 0, 4).requires_grad_()
+    torch.testing.assert_close(F.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))

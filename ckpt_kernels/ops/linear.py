@@ -174,11 +174,11 @@ class _BlockLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        count = ctx.count
         needs = ctx.needs_input_grad[3:]
-        operands_count = len(needs) - 2 * count
-        operands, weights = ctx.saved_tensors[:operands_count], ctx.saved_tensors[operands_count:][:count]
-        rest = ctx.saved_tensors[operands_count + count :]
+        first = len(needs) - 2 * ctx.count
+        # Once: who unpacks may compute.
+        saved = ctx.saved_tensors
+        operands, weights, rest = saved[:first], saved[first : first + ctx.count], saved[first + ctx.count :]
         if torch.is_grad_enabled():
             found = _through_composition(_composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
         else:

@@ -1,0 +1,119 @@
+"""The memory report: what is kept, by whom, what discarding saves, and that rebuilding does not raise the peak."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+
+from ckpt_kernels import cli, memory, nn, recompute
+
+from .conftest import DEVICE
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.q, self.k = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+        self.mlp = nn.GatedMLP(64, 256)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.norm(x)
+        return {"output": self.mlp(self.q(y) * self.k(y).detach())}
+
+
+def example() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    """For the command line."""
+    torch.manual_seed(0)
+    return Model().to(DEVICE), (torch.randn(512, 64, device=DEVICE, requires_grad=True),)
+
+
+def by_name() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    model, (x,) = example()
+    return model, {"x": x}
+
+
+UNIT = 512 * 64 * 4
+
+
+def test_report_books_every_tensor_once() -> None:
+    model, (x,) = example()
+    report = memory.report(model, x)
+    saved = {m.name: m.saved for m in report.modules}
+    # The norm keeps its input and a number a row, q its output, which k keeps too. The products of gate and value share
+    # what they read.
+    assert saved == {"norm": UNIT + 512 * 4, "q": UNIT, "": UNIT, "mlp": 9 * UNIT}
+    assert report.saved == sum(saved.values()) == memory.saved_bytes(model, x)
+    assert sum(t.counted for t in report.tensors) == report.saved
+    shared = [t for t in report.tensors if t.counted == 0]
+    assert [(t.module, t.owner) for t in shared] == [("k", "q"), ("mlp", "mlp")]
+    discarding = {m.name: m.discarding for m in report.modules}
+    assert discarding == saved | {"q": 0}
+    assert report.discarding == report.saved - UNIT == memory.saved_bytes(recompute.DiscardOutputs(model), x)
+
+
+def test_report_leaves_the_model_alone() -> None:
+    model, (x,) = example()
+    model.q.weight.grad = torch.ones_like(model.q.weight)
+    memory.report(model, x=x)
+    assert "forward" not in vars(model) and not model._forward_hooks and not model.norm._forward_pre_hooks
+    assert (model.q.weight.grad == 1).all() and model.k.weight.grad is None and x.grad is None
+
+
+def test_text_data_and_picture(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    model, (x,) = example()
+    report = memory.report(model, x)
+    text = str(report)
+    assert "mlp" in text and "GatedMLP" in text and f"{report.saved / 2**20:.2f} MiB" in text
+    report.to_json(tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["saved"] == report.saved and data["tensors"][0]["module"] == "norm"
+    report.draw(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("target", ["tests.test_memory:example", "tests.test_memory:by_name"])
+def test_command(target: str, capsys: pytest.CaptureFixture, tmp_path: pathlib.Path) -> None:
+    assert cli.main(["memory", target, "--json", str(tmp_path / "report.json")]) == 0
+    assert "kept for backward" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["discarding"] > 0
+    for bad in ("tests.test_memory", "tests.test_memory:nothing", "no.such.module:x", "tests.test_memory:UNIT"):
+        assert cli.main(["memory", bad]) == 2
+        assert bad in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("level", ["block", "output", "all"])
+def test_rebuilding_does_not_raise_the_peak(level: str) -> None:
+    """Over that of eager torch's layers, in a chain long enough for what is kept to matter."""
+    torch.manual_seed(0)
+
+    class Eager(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up = torch.nn.LayerNorm(64), torch.nn.Linear(64, 256)
+            self.down = torch.nn.Linear(256, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+    class Ours(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.mlp = nn.LayerNorm(64), nn.MLP(64, 256, recompute=level)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.mlp(self.norm(x))
+
+    x = torch.randn(1024, 64, device=DEVICE, requires_grad=True)
+    eager = torch.nn.Sequential(*(Eager() for _ in range(8))).to(DEVICE)
+    ours = torch.nn.Sequential(*(Ours() for _ in range(8))).to(DEVICE)
+    if level != "block":
+        ours = recompute.DiscardOutputs(ours)
+    peaks = [memory.peak_bytes(lambda m=m: m(x).sum().backward(), DEVICE) for m in (eager, ours)]
+    saved = [memory.saved_bytes(m, x) for m in (eager, ours)]
+    assert peaks[1] <= peaks[0] * 1.01
+    if level != "block":
+        # What is not kept is not there at the peak, but for what is made again at that time.
+        assert peaks[0] - peaks[1] >= (saved[0] - saved[1]) / 2

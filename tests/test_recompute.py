@@ -1,0 +1,513 @@
+"""Letting go of blocks' outputs: the same gradients to the last bit, from less memory, in any company."""
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import nn, recompute
+from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.ops import row_norm
+
+from .conftest import DEVICE
+
+WIDTH = 16
+
+
+class Sine(torch.autograd.Function):
+    """Somebody else's op, which keeps what it reads."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+@pytest.fixture
+def p() -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter((torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(DEVICE))
+
+    return {
+        "norm": random(WIDTH),
+        "a": random(WIDTH, WIDTH),
+        "b": random(WIDTH, WIDTH),
+        "c": random(WIDTH, WIDTH),
+        "conv": random(WIDTH, WIDTH, 3),
+    }
+
+
+# What reads the output n, (2, 8, WIDTH), of a norm; each keeps n, or a part or a view of it.
+READERS: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
+    "linear": lambda n, p: TF.linear(n, p["a"]),
+    "q, k and v": lambda n, p: TF.linear(n, p["a"]) + TF.linear(n, p["b"]) * TF.linear(n, p["c"]).tanh(),
+    "convolution": lambda n, p: TF.conv1d(n.transpose(1, 2), p["conv"]),
+    "attention": lambda n, p: TF.scaled_dot_product_attention(*[n.view(2, 8, 4, 4).transpose(1, 2)] * 3),
+    "einsum": lambda n, p: torch.einsum("btd,de->bte", n, p["a"]),
+    "matmul with itself": lambda n, p: n @ n.transpose(1, 2),
+    "a slice": lambda n, p: TF.linear(n[:, 2:5, :8].sin(), p["a"][:, :8]),
+    "a gather": lambda n, p: n.gather(1, torch.zeros(2, 3, WIDTH, dtype=torch.long, device=n.device)).square(),
+    "an index": lambda n, p: n[:, [0, 0, 3]].pow(3),
+    "another's function": lambda n, p: Sine.apply(n),
+    "itself in a product": lambda n, p: n * n.exp(),
+    "a checkpoint": lambda n, p: checkpoint(
+        lambda z: TF.linear(F.rms_norm(z, WIDTH, p["norm"]), p["b"]).tanh(), n, use_reentrant=False
+    ),
+    "further blocks": lambda n, p: TF.linear(
+        F.layer_norm(F.glu(n, F.rms_norm(n, WIDTH, p["norm"])), WIDTH, p["norm"]), p["a"]
+    ),
+    "a fused mlp": lambda n, p: F.gated_mlp(n, p["a"], p["b"], p["c"]),
+    "a fused mlp that recomputes all": lambda n, p: F.mlp(n, p["a"], None, p["b"], None, recompute="all"),
+}
+by_reader = pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+
+
+def loss_of(reader: Callable, p: dict, x: Tensor, around: contextlib.AbstractContextManager) -> Tensor:
+    hidden = x * 1.5
+    with around:
+        return reader(F.rms_norm(hidden, WIDTH, p["norm"], activation="silu"), p).square().sum()
+
+
+def gradients(reader: Callable, p: dict, around: contextlib.AbstractContextManager, passes: str = "one") -> list:
+    x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+    sources = [x, *p.values()]
+    loss = loss_of(reader, p, x, around)
+    if passes == "retained":
+        torch.autograd.grad(loss, sources, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(loss, [p["norm"]], retain_graph=True)
+    if passes == "double":
+        first = torch.autograd.grad(loss, [x, p["norm"]], create_graph=True)
+        loss = sum(g.square().sum() for g in first)
+    return list(torch.autograd.grad(loss, sources, allow_unused=True))
+
+
+def assert_same_bits(found: list, expected: list) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("passes", ["one", "retained", "double"])
+@by_reader
+def test_gradients_are_the_same_bits(reader: Callable, p: dict, passes: str) -> None:
+    if passes == "double" and reader is READERS["attention"]:
+        pytest.skip("torch's fused attention has no second derivative")
+    expected = gradients(reader, p, contextlib.nullcontext(), passes)
+    assert_same_bits(gradients(reader, p, recompute.discard_outputs(), passes), expected)
+
+
+@by_reader
+def test_the_output_is_gone_after_the_forward_pass(reader: Callable, p: dict) -> None:
+    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
+    storages = []
+
+    def watched(n: Tensor, p: dict) -> Tensor:
+        storages.append(StorageWeakRef(n.untyped_storage()))
+        return reader(n, p)
+
+    loss = loss_of(watched, p, x, contextlib.nullcontext())
+    # An index reads it without keeping it.
+    assert storages[0].expired() == (reader is READERS["an index"])
+    del loss
+    loss = loss_of(watched, p, x, recompute.discard_outputs())
+    assert storages[1].expired()
+    loss.backward()
+
+
+BLOCKS: dict[str, Callable[[Tensor, dict], Tensor]] = {
+    "layer_norm": lambda x, p: F.layer_norm(x, WIDTH, p["norm"], p["norm"], activation="gelu"),
+    "add_rms_norm": lambda x, p: F.add_rms_norm(x, x.sin(), WIDTH, p["norm"], dropout_p=0.2)[0],
+    "add_layer_norm": lambda x, p: F.add_layer_norm(x, x.sin(), WIDTH, p["norm"], activation="silu")[0],
+    "gated_rms_norm": lambda x, p: F.gated_rms_norm(x, x.sin(), WIDTH, p["norm"]),
+    "gated_rms_norm, gate first": lambda x, p: F.gated_rms_norm(x, x.sin(), WIDTH, norm_before_gate=False),
+    "modulated_layer_norm": lambda x, p: F.modulated_layer_norm(x, x[:, :1].sin(), x[:, :1], WIDTH),
+    "modulated_rms_norm": lambda x, p: F.modulated_rms_norm(x, x[:, :1].sin(), x[:, :1], WIDTH),
+    "glu": lambda x, p: F.glu(x, x.sin()),
+    "packed_glu": lambda x, p: F.packed_glu(torch.cat((x, x.sin()), -1), layout="interleaved"),
+    "bias_act": lambda x, p: F.bias_act(x, p["norm"], activation="gelu", dropout_p=0.2),
+    "batch_norm": lambda x, p: F.batch_norm(x.mT, None, None, p["norm"], None, True, activation="silu").mT,
+    "batch_norm, eval": lambda x, p: F.batch_norm(x.mT, p["norm"].abs(), p["norm"].abs(), activation="silu").mT,
+    "batch_norm, add": lambda x, p: (
+        F.batch_norm(x.mT, None, None, None, None, True, activation="relu", residual=x.mT.sin()).mT
+    ),
+    "group_norm": lambda x, p: F.group_norm(x.mT, 4, p["norm"], activation="silu").mT,
+    "instance_norm": lambda x, p: F.instance_norm(x.mT.contiguous(), activation="gelu").mT,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_every_block_is_rebuilt_to_the_bit(block: Callable, dtype: torch.dtype, p: dict, backend: str) -> None:
+    def run(around: contextlib.AbstractContextManager) -> tuple[list, bool]:
+        torch.manual_seed(5)
+        x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype).requires_grad_()
+        with around:
+            y = block(x * 1.5, p)
+            storage = StorageWeakRef(y.untyped_storage())
+            z = Sine.apply(y)
+            del y
+            # Triton's interpreter leaves its operands to the collector.
+            gc.collect()
+        gone = storage.expired()
+        return [z, *torch.autograd.grad(z.float().square().sum(), [x, p["norm"]], allow_unused=True)], gone
+
+    expected, kept = run(contextlib.nullcontext())
+    found, gone = run(recompute.discard_outputs())
+    assert_same_bits(found, expected)
+    assert gone and not kept
+
+
+def test_one_rebuild_serves_all_readers(p: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    rebuild = row_norm._normalized
+    monkeypatch.setattr(row_norm, "_normalized", lambda *a: calls.append(a[-1]) or rebuild(*a))
+    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
+    loss = loss_of(READERS["q, k and v"], p, x, recompute.discard_outputs())
+    for _ in range(2):
+        assert calls == [False]
+        loss.backward(retain_graph=True)
+        assert calls == [False, True]
+        calls.pop()
+
+
+def test_a_rebuilt_output_is_freed_after_its_last_reader(p: dict) -> None:
+    """Also where some reader never asks."""
+    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
+    seen = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(StorageWeakRef(ctx.saved_tensors[0].untyped_storage()))
+            return grad
+
+    with recompute.discard_outputs():
+        n = F.rms_norm(x * 2, WIDTH, p["norm"])
+        watched, other = Watch.apply(n), TF.linear(n, p["a"])
+        del n
+    # The other reader is not run in this pass, and so does not ask.
+    torch.autograd.grad(watched.sum(), x, retain_graph=True)
+    assert seen.pop().expired()
+    (watched.sum() + other.sum()).backward()
+    assert seen.pop().expired()
+
+
+def test_a_chain_is_rebuilt_without_its_middle(p: dict) -> None:
+    x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(6):
+            x = F.bias_act(F.layer_norm(x, WIDTH, p["norm"]), activation="gelu")
+        return TF.linear(x, p["a"])
+
+    expected = torch.autograd.grad(chain(x).sum(), [x, p["norm"]])
+    discarding = recompute.discard_outputs()(chain)
+    assert_same_bits(list(torch.autograd.grad(discarding(x).sum(), [x, p["norm"]])), list(expected))
+    statistics = 6 * 2 * 64 * 4
+    assert saved_bytes(chain, x) == 13 * x.nbytes - 0 * statistics + statistics
+    # Of twelve outputs in a row the one after the longest chain is kept.
+    assert saved_bytes(discarding, x) == 2 * x.nbytes + statistics
+
+
+def test_written_in_place(p: dict) -> None:
+    """Who read before the write gets what it read; who reads afterwards keeps what there is."""
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    with recompute.discard_outputs():
+        n = F.rms_norm(x * 1, WIDTH, p["norm"])
+        before = n.sin()
+        n.mul_(2)
+        after = n.sin()
+    found = torch.autograd.grad(before.sum() + after.sum(), [x, p["norm"]])
+    n = F.rms_norm(x * 1, WIDTH, p["norm"])
+    expected = torch.autograd.grad(n.sin().sum() + (2 * n).sin().sum(), [x, p["norm"]])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("which", ["the block's input", "a kept input", "a kept output", "a weight"])
+def test_a_write_to_what_is_kept_is_an_error(which: str, p: dict) -> None:
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    with recompute.discard_outputs():
+        hidden = x * 1
+        n = F.rms_norm(hidden, WIDTH, p["norm"])
+        read = n.sin()
+        kept = read.cos().exp()
+        y = kept.square()
+    with torch.no_grad():
+        {"the block's input": hidden, "a kept input": read, "a kept output": kept, "a weight": p["norm"]}[which].mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
+        y.sum().backward()
+
+
+def test_frozen_parts_and_no_grad(p: dict) -> None:
+    x = torch.randn(4, WIDTH, device=DEVICE)
+
+    def model(x: Tensor) -> Tensor:
+        frozen = F.rms_norm(x, WIDTH, p["norm"].detach())
+        with torch.no_grad():
+            scale = F.layer_norm(x, WIDTH, p["norm"])
+        return TF.linear(F.layer_norm(TF.linear(frozen, p["a"]) * scale, WIDTH), p["b"])
+
+    expected = torch.autograd.grad(model(x).sum(), [p["a"], p["b"]])
+    discarding = recompute.discard_outputs()(model)
+    assert_same_bits(list(torch.autograd.grad(discarding(x).sum(), [p["a"], p["b"]])), list(expected))
+    with torch.no_grad(), recompute.discard_outputs():
+        assert not model(x).requires_grad
+
+
+def test_a_weights_gradient_after_the_blocks_graph_is_freed(p: dict) -> None:
+    """What the recipe is made from is the recipe's own."""
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    results = []
+    for around in (contextlib.nullcontext(), recompute.discard_outputs()):
+        with around:
+            n = F.rms_norm(x * 1, WIDTH, p["norm"])
+            first, second = TF.linear(n, p["a"]), TF.linear(n, p["b"])
+        torch.autograd.grad(first.sum(), [x, p["a"]])
+        results.append(torch.autograd.grad(second.sum(), [p["b"]])[0])
+    assert torch.equal(*results)
+
+
+@contextlib.contextmanager
+def counting_hooks(log: list) -> Iterator[None]:
+    def pack(tensor: Tensor) -> Tensor:
+        log.append(tuple(tensor.shape))
+        return tensor.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+def test_hooks_around_and_inside(p: dict) -> None:
+    reader = READERS["q, k and v"]
+    expected = gradients(reader, p, contextlib.nullcontext())
+    alone: list = []
+    with counting_hooks(alone):
+        assert_same_bits(gradients(reader, p, contextlib.nullcontext()), expected)
+    around: list = []
+    with counting_hooks(around):
+        assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
+    # All but the norm's output, which each of the three linear layers reads as a matrix, goes to the hooks around.
+    assert around.count((16, WIDTH)) == alone.count((16, WIDTH)) - 3
+    inside: list = []
+
+    def hooked(n: Tensor, p: dict) -> Tensor:
+        with counting_hooks(inside):
+            return reader(n, p)
+
+    assert_same_bits(gradients(hooked, p, recompute.discard_outputs()), expected)
+    assert inside
+    with torch.autograd.graph.save_on_cpu():
+        assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
+    with recompute.discard_outputs():
+        assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
+
+
+@by_reader
+def test_within_a_checkpoint(reader: Callable, p: dict) -> None:
+    def loss(around: Callable[[], contextlib.AbstractContextManager]) -> list:
+        x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        y = checkpoint(lambda x: loss_of(reader, p, x, around()), x, use_reentrant=False)
+        return list(torch.autograd.grad(y, [x, *p.values()], allow_unused=True))
+
+    assert_same_bits(loss(recompute.discard_outputs), loss(contextlib.nullcontext))
+
+
+def test_under_autocast_the_casts_are_let_go_too(p: dict) -> None:
+    x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            n = F.rms_norm(x * 1, WIDTH, p["norm"])
+            return TF.linear(n, p["a"]) + TF.linear(n, p["b"])
+
+    discarding = recompute.discard_outputs()(model)
+    sources = [x, p["a"], p["b"], p["norm"]]
+    expected = torch.autograd.grad(model(x).float().sum(), sources)
+    assert_same_bits(list(torch.autograd.grad(discarding(x).float().sum(), sources)), list(expected))
+    casts_of_weights = 2 * p["a"].nbytes // 2
+    statistics = 64 * 4
+    assert saved_bytes(discarding, x) == x.nbytes + statistics + casts_of_weights
+
+
+def test_threads_and_models_side_by_side(p: dict) -> None:
+    reader = READERS["further blocks"]
+    expected = gradients(reader, p, contextlib.nullcontext())
+    results: list = [None] * 6
+
+    def work(index: int) -> None:
+        around = recompute.discard_outputs() if index % 3 else contextlib.nullcontext()
+        results[index] = gradients(reader, p, around)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        assert_same_bits(result, expected)
+
+
+def test_a_graph_whose_backward_runs_on_two_threads(p: dict) -> None:
+    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
+    with recompute.discard_outputs():
+        n = F.rms_norm(x * 1, WIDTH, p["norm"])
+        halves = [TF.linear(n, p["a"]).sum(), TF.linear(n, p["b"]).sum()]
+        del n
+    expected = torch.autograd.grad(sum(halves), [p["a"], p["b"]], retain_graph=True)
+    found: list = [None, None]
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            (found[index],) = torch.autograd.grad(halves[index], [p["ab"[index]]], retain_graph=True)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same_bits(found, list(expected))
+
+
+def test_an_exception_leaves_nothing_behind(p: dict) -> None:
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    storages = []
+    try:
+        with recompute.discard_outputs():
+            n = F.rms_norm(x * 1, WIDTH, p["norm"])
+            storages.append(StorageWeakRef(n.untyped_storage()))
+            y = TF.linear(n, p["a"])
+            raise KeyError("in the middle")
+    except KeyError:
+        pass
+    assert not recompute.is_active() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    del n, y
+    assert storages[0].expired()
+    # And a block that fails after it has announced its output.
+    with recompute.discard_outputs():
+        with pytest.raises(RuntimeError):
+            F.rms_norm(x, WIDTH + 1)
+        assert F.rms_norm(x, WIDTH).sin().sum().backward() is None
+
+
+def test_decorator_wrapper_and_reentrance(p: dict) -> None:
+    module = torch.nn.Sequential(nn.LayerNorm(WIDTH, activation="gelu"), torch.nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    plain = saved_bytes(module, x)
+    assert saved_bytes(recompute.DiscardOutputs(module), x) == plain - x.nbytes
+
+    @recompute.discard_outputs()
+    def forward(x: Tensor, depth: int = 2) -> Tensor:
+        return module(x) if depth == 0 else forward(x, depth - 1)
+
+    assert saved_bytes(forward, x) == plain - x.nbytes
+    context = recompute.discard_outputs()
+    with context, context:
+        y = module(x)
+    assert torch.equal(y, module(x))
+
+
+def test_compile_takes_no_notice(p: dict) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        with recompute.discard_outputs():
+            return TF.linear(F.rms_norm(x, WIDTH, p["norm"]), p["a"])
+
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, model(x))
+    found.sum().backward()
+
+
+def test_a_thousand_steps_hold_memory_flat(p: dict) -> None:
+    """Nothing is left for the garbage collector, and nothing is left at all."""
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        with recompute.discard_outputs():
+            counts = []
+            for step in range(1000):
+                loss_of(READERS["further blocks"], p, x, contextlib.nullcontext()).backward()
+                if step in (10, 999):
+                    counts.append(sum(isinstance(o, torch.Tensor | recompute.Recipe) for o in gc.get_objects()))
+        assert counts[0] == counts[1]
+    finally:
+        gc.enable()
+
+
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["norm", "gelu", "glu", "add_norm", "linear", "mul", "view", "join", "frozen", "no_grad"]),
+        st.integers(0, 7),
+        st.integers(0, 7),
+    ),
+    min_size=3,
+    max_size=14,
+)
+
+
+def _random_graph(plan: list, p: dict, x: Tensor) -> Tensor:
+    """Branches, joins, views and reuse: each operation reads some of what there is."""
+    values = [x * 1.5]
+    for name, first, second in plan:
+        a, b = values[first % len(values)], values[second % len(values)]
+        if name == "norm":
+            values.append(F.layer_norm(a, WIDTH, p["norm"], activation="silu"))
+        elif name == "gelu":
+            values.append(F.bias_act(a, p["norm"], activation="gelu"))
+        elif name == "glu":
+            values.append(F.glu(a, b))
+        elif name == "add_norm":
+            values += F.add_rms_norm(a, b, WIDTH, p["norm"])
+        elif name == "linear":
+            values.append(TF.linear(a, p["a"] if second % 2 else p["b"]))
+        elif name == "mul":
+            values.append(a * b.tanh())
+        elif name == "view":
+            values.append(a.transpose(0, 1).reshape(8, 2, WIDTH).flip(0).transpose(0, 1))
+        elif name == "join":
+            values.append(torch.cat((a[:, :4], b[:, 4:]), 1))
+        elif name == "frozen":
+            values.append(TF.linear(F.rms_norm(a.detach(), WIDTH, p["norm"].detach()), p["c"]))
+        else:
+            with torch.no_grad():
+                values.append(F.rms_norm(a, WIDTH, p["norm"]))
+    return sum(value.sin().sum() for value in values[1:]) + x.sum()
+
+
+@settings(max_examples=150)
+@given(plan=OPERATIONS)
+def test_random_graphs(plan: list) -> None:
+    p = {"norm": torch.nn.Parameter(torch.linspace(0.5, 1.5, WIDTH, device=DEVICE))}
+    generator = torch.Generator().manual_seed(0)
+    p |= {k: torch.nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator).to(DEVICE) / 4) for k in "abc"}
+    x = torch.randn(2, 8, WIDTH, generator=generator).to(DEVICE).requires_grad_()
+    sources = [x, *p.values()]
+    expected = torch.autograd.grad(_random_graph(plan, p, x), sources, allow_unused=True)
+    with recompute.discard_outputs():
+        loss = _random_graph(plan, p, x)
+    assert_same_bits(list(torch.autograd.grad(loss, sources, allow_unused=True)), list(expected))
+    graph = lambda x: _random_graph(plan, p, x)  # noqa: E731
+    assert saved_bytes(recompute.discard_outputs()(graph), x) <= saved_bytes(graph, x)
