@@ -27,7 +27,7 @@ class Timing:
         return self.forward + self.backward
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -55,11 +55,11 @@ class Turn:
         self.count += 1
         wanted = [t for t in operands if t.requires_grad]
         with self.provider.context():
-            start = _now(self.device)
+            start = now(self.device)
             outputs = self.provider.fn(*operands)
-            middle = _now(self.device)
+            middle = now(self.device)
             gradients = torch.autograd.grad(outputs, wanted, self.incoming)
-            end = _now(self.device)
+            end = now(self.device)
         del outputs, gradients
         if record:
             self.forward.append((middle - start) * 1e3)
@@ -78,10 +78,10 @@ class CopyTurn:
     def take(self, record: bool) -> None:
         index = self.count % len(self.sources)
         self.count += 1
-        start = _now(self.device)
+        start = now(self.device)
         self.targets[index].copy_(self.sources[index])
         if record:
-            self.times.append((_now(self.device) - start) * 1e3)
+            self.times.append((now(self.device) - start) * 1e3)
 
 
 def measure(

@@ -168,6 +168,10 @@ class Discarder:
         entries[storage.cdata] = Entry(storage, weakref.ref(output, gone), output.dtype, output._version, recipe)
         return recipe
 
+    def close(self) -> None:
+        """From now on recipes live by their claims alone."""
+        self._entries.clear()
+
     def pack(self, tensor: Tensor) -> Kept | Foreign | Claim:
         recipe = self._recipe_for(tensor)
         if recipe is not None and recipe.depth <= LONGEST_CHAIN:
@@ -240,7 +244,7 @@ class discard_outputs(contextlib.ContextDecorator):
     ) -> None:
         hooks = self._entered.pop()
         if hooks is not None:
-            _active().pop()
+            _active().pop().close()
             hooks.__exit__(kind, error, trace)
 
 

@@ -440,16 +440,19 @@ def test_compile_takes_no_notice(p: dict) -> None:
     found.sum().backward()
 
 
-def test_a_thousand_steps_hold_memory_flat(p: dict) -> None:
+@pytest.mark.parametrize("entered", ["once", "every step"])
+def test_a_thousand_steps_hold_memory_flat(entered: str, p: dict) -> None:
     """Nothing is left for the garbage collector, and nothing is left at all."""
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    around = (recompute.discard_outputs(), contextlib.nullcontext())
+    outside, inside = around if entered == "once" else reversed(around)
     gc.collect()
     gc.disable()
     try:
-        with recompute.discard_outputs():
+        with outside:
             counts = []
             for step in range(1000):
-                loss_of(READERS["further blocks"], p, x, contextlib.nullcontext()).backward()
+                loss_of(READERS["further blocks"], p, x, inside).backward()
                 if step in (10, 999):
                     counts.append(sum(isinstance(o, torch.Tensor | recompute.Recipe) for o in gc.get_objects()))
         assert counts[0] == counts[1]

@@ -20,6 +20,7 @@ from .operands import (
     contiguous,
     gradient_room,
     or_none,
+    overwritten,
     returned,
     returned_fake,
     vector,
@@ -117,8 +118,12 @@ def gradient(
     wanted: bool,
     rewrite: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The input's gradient from the input, without a bias, and the output again if asked for."""
-    grad_input, output = gradient_room((input, input), (wanted, rewrite))
+    """The input's gradient from the input, without a bias, and the output again if asked for.
+
+    `grad_output` is the caller's to give away: the gradient is written over it where it fits, element by element.
+    """
+    (output,) = gradient_room((input,), (rewrite,))
+    grad_input = overwritten(grad_output, input) if wanted else None
     if input.numel():
         rows, input_rows, *room = _matrices(None, seed, grad_output, input, grad_input, output)
         backends.select(input).bias_act_backward(

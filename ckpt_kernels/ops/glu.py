@@ -8,7 +8,16 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import reference
-from .operands import as_matrices, contiguous, gradient_room, or_none, returned, returned_fake, wanted_gradients
+from .operands import (
+    as_matrices,
+    contiguous,
+    gradient_room,
+    or_none,
+    overwritten,
+    returned,
+    returned_fake,
+    wanted_gradients,
+)
 from .registration import Op
 from .second_order import second_order
 
@@ -21,11 +30,15 @@ def forward(operands: Sequence[Tensor], activation: str, layout: str) -> Tensor:
 def gradient(
     grad_output: Tensor, operands: Sequence[Tensor], activation: str, layout: str, wanted: Sequence[bool], rewrite: bool
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """The gradients of (gate, value), or of (packed,), and the output again if asked for."""
+    """The gradients of (gate, value), or of (packed,), and the output again if asked for.
+
+    `grad_output` is the caller's to give away: a gradient is written over it where it fits, element by element.
+    """
     output = contiguous(grad_output) if rewrite else None
     if len(operands) == 1:
         return [_packed_gradient(grad_output, *operands, output, activation, layout)], output
-    room = gradient_room(operands, wanted)
+    room = gradient_room(operands, (False, wanted[1]))
+    room[0] = overwritten(grad_output, operands[0]) if wanted[0] else None
     if grad_output.numel():
         matrices = as_matrices(grad_output, *operands, *room, output)
         backends.select(grad_output).glu_backward(*matrices, activation)
@@ -65,7 +78,9 @@ def _glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
 
 
 def _glu_backward(grad_output: Tensor, gate: Tensor, value: Tensor, activation: str, wanted: list[bool]) -> tuple:
-    room, _ = gradient(grad_output, (gate, value), activation, "", wanted, False)
+    room = gradient_room((gate, value), wanted)
+    if gate.numel():
+        backends.select(gate).glu_backward(*as_matrices(grad_output, gate, value, *room, None), activation)
     return returned(room, (gate, value), gate)
 
 

@@ -95,7 +95,8 @@ class Block(NamedTuple):
     """A block between products, of some operands.
 
     `forward(operands)` gives the output and what else the gradient needs; `backward(grad_output, operands, rest,
-    wanted, rewrite)` the operands' gradients and, if asked to rewrite it, the output. `composed(operands)` is the block
+    wanted, rewrite)` the operands' gradients and, if asked to rewrite it, the output; it may write over grad_output,
+    so that no more stands in memory than in eager torch's backward pass. `composed(operands)` is the block
     as the op that autograd sees.
     """
 

@@ -73,6 +73,12 @@ def gradient_room(like: Sequence[Tensor | None], wanted: Sequence[bool]) -> list
     return [contiguous(t) if w and t is not None else None for t, w in zip(like, wanted, strict=True)]
 
 
+def overwritten(given_away: Tensor, like: Tensor) -> Tensor:
+    """Room for a result of like's shape and dtype in a tensor that nobody else needs, if it is such; else new room."""
+    fits = given_away.is_contiguous() and given_away.dtype == like.dtype and given_away.shape == like.shape
+    return given_away if fits else contiguous(like)
+
+
 def coefficient_room(like: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> list[Tensor | None]:
     """Room for weight gradients, in the compute type."""
     dtype = reference.compute_dtype(input.dtype)

@@ -1,0 +1,174 @@
+"""Whole layers: what each level of recomputation keeps, and what it costs, beside what others offer."""
+
+import functools
+import statistics
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ckpt_kernels.memory import peak_bytes, saved_bytes
+
+from .measure import now
+from .networks import LEVELS, Bottleneck, GPT2Layer, LlamaLayer, UNetBlock, runner
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer, made for a level, and the shapes of what it reads; `unit` is what kept bytes are counted in."""
+
+    name: str
+    make: Callable[[str], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    unit: int
+    channels_last: bool = False
+
+    def inputs(self, device: str) -> list[Tensor]:
+        found = []
+        for shape in self.shapes:
+            x = torch.randn(shape, device=device).to(self.dtype)
+            if self.channels_last and x.dim() == 4:
+                x = x.to(memory_format=torch.channels_last)
+            found.append(x.requires_grad_())
+        return found
+
+
+def layers(device: str) -> list[Layer]:
+    """On the CPU small enough for a run to stay short."""
+    width, heads, tokens, batch = (4096, 32, 2048, 4) if device == "cuda" else (1024, 16, 512, 1)
+    hidden = int(2.69 * width)
+    images = 64 if device == "cuda" else 8
+    found = []
+    for dtype in (torch.bfloat16,) if device == "cuda" else (torch.bfloat16, torch.float32):
+        shape = (batch, tokens, width)
+        unit = batch * tokens * width * dtype.itemsize
+        name = str(dtype).removeprefix("torch.")
+        make_llama = lambda level: LlamaLayer(width, heads, hidden, tokens, level)  # noqa: E731
+        found.append(Layer(f"Llama layer, {name}", make_llama, (shape,), dtype, unit))
+    make_gpt2 = lambda level: GPT2Layer(width, heads, level)  # noqa: E731
+    found.append(Layer(f"GPT-2 layer, {name}", make_gpt2, (shape,), dtype, unit))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    image = (images, 256, 28, 28)
+    unit = torch.Size(image).numel() // 4 * dtype.itemsize
+    make = lambda level: nn.Sequential(*(Bottleneck(64, level) for _ in range(3)))  # noqa: E731
+    found.append(Layer("3 ResNet bottlenecks", make, (image,), dtype, unit, channels_last=True))
+    image = (max(images // 8, 1), 320, 32, 32)
+    unit = torch.Size(image).numel() * dtype.itemsize
+    make_unet = lambda level: UNetBlock(320, level)  # noqa: E731
+    found.append(Layer("UNet block", make_unet, (image, (image[0], 320)), dtype, unit, channels_last=True))
+    return found
+
+
+def _compiled(module: nn.Module, budget: float | None) -> Callable[..., Tensor]:
+    """With an `activation_memory_budget`, which is read when the graph is compiled: in the first call."""
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return module(*inputs)
+
+    # Compiled code is kept by code object, and must not be shared by those of different budgets.
+    own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
+    call = torch.compile(own, dynamic=False)
+
+    def with_budget(*inputs: Tensor) -> Tensor:
+        with torch._functorch.config.patch(activation_memory_budget=1.0 if budget is None else budget):
+            return call(*inputs)
+
+    return with_budget
+
+
+def providers(layer: Layer, device: str, compiled: bool) -> Iterator[tuple[str, nn.Module, Callable[..., Tensor]]]:
+    def make(level: str) -> nn.Module:
+        torch.manual_seed(0)
+        module = layer.make(level).to(device, layer.dtype)
+        return module.to(memory_format=torch.channels_last) if layer.channels_last else module
+
+    for level in LEVELS:
+        module = make(level)
+        yield "eager" if level == "eager" else f"ours, {level}", module, runner(module, level)
+    module = make("eager")
+    yield "checkpoint", module, functools.partial(checkpoint, module, use_reentrant=False)
+    if compiled:
+        for budget in (None, 0.9, 0.5):
+            module = make("eager")
+            name = "torch.compile" if budget is None else f"torch.compile, budget {budget}"
+            yield name, module, _compiled(module, budget)
+
+
+class Turn:
+    """One provider's forward and backward pass."""
+
+    def __init__(self, name: str, module: nn.Module, call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+        self.name, self.module, self.call, self.inputs = name, module, call, inputs
+        self.wanted = [*inputs, *module.parameters()]
+        self.incoming = torch.randn_like(call(*inputs))
+        self.forward: list[float] = []
+        self.backward: list[float] = []
+
+    def take(self, device: str, record: bool) -> None:
+        start = now(device)
+        output = self.call(*self.inputs)
+        middle = now(device)
+        gradients = torch.autograd.grad(output, self.wanted, self.incoming)
+        end = now(device)
+        del gradients
+        if record:
+            self.forward.append((middle - start) * 1e3)
+            self.backward.append((end - middle) * 1e3)
+
+    def saved(self) -> int:
+        """Without the module's buffers, which are no activations."""
+        owner = nn.Module()
+        for index, buffer in enumerate(self.module.buffers()):
+            owner.register_buffer(str(index), buffer)
+        owner.forward = lambda *inputs: self.call(*inputs)
+        return saved_bytes(owner, *self.inputs)
+
+
+def measure(layer: Layer, device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
+    """Medians in turn, kept bytes and peak of every provider."""
+    inputs = layer.inputs(device)
+    turns = [Turn(name, module, call, inputs) for name, module, call in providers(layer, device, compiled)]
+    for round in range(rounds + 2):
+        for turn in turns[round % len(turns) :] + turns[: round % len(turns)]:
+            turn.take(device, record=round >= 2)
+    results = []
+    for turn in turns:
+        saved = turn.saved()
+        results.append(
+            {
+                "layer": layer.name,
+                "provider": turn.name,
+                "forward_ms": statistics.median(turn.forward),
+                "backward_ms": statistics.median(turn.backward),
+                "total_ms": statistics.median(f + b for f, b in zip(turn.forward, turn.backward, strict=True)),
+                "saved_bytes": saved,
+                "saved_units": saved / layer.unit,
+                "peak_bytes": peak_bytes(lambda turn=turn: turn.take(device, record=False), device),
+            }
+        )
+    eager = results[0]
+    for result in results:
+        result["times_eager"] = result["total_ms"] / eager["total_ms"]
+    return results
+
+
+COLUMNS = ["layer", "provider", "forward ms", "backward ms", "x eager", "kept, units", "kept MiB", "peak MiB"]
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    """One provider's figures, formatted for a table."""
+    return [
+        result["layer"],
+        result["provider"],
+        f"{result['forward_ms']:.1f}",
+        f"{result['backward_ms']:.1f}",
+        f"{result['times_eager']:.2f}",
+        f"{result['saved_units']:.2f}",
+        f"{result['saved_bytes'] / 2**20:.1f}",
+        f"{result['peak_bytes'] / 2**20:.1f}",
+    ]
