@@ -10,6 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The main job: benchmarks and a short training on real text.
 bench: build
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python examples/train_lm.py
 
 test: export TORCH_CUDA_ARCH_LIST ?= 9.0

@@ -4,7 +4,6 @@ import argparse
 import datetime
 import itertools
 import math
-import os
 import pathlib
 import sys
 import time
@@ -18,12 +17,9 @@ from rich.table import Table
 
 from . import report
 from .cases import CASES, Case, Setting
+from .malloc import raise_malloc_thresholds
 from .measure import measure
 from .providers import providers
-
-# glibc gives large blocks back to the system when they are freed, and takes them anew, page fault by page fault,
-# for the next output; that can cost more than a kernel. With these two settings it keeps them.
-RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def arguments() -> argparse.Namespace:
@@ -53,12 +49,7 @@ def plan(device: str, name: str) -> Iterator[tuple[Case, Setting, torch.dtype]]:
 def main() -> int:
     options = arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    raised = device == "cpu" and not options.malloc_defaults
-    if raised and any(name not in os.environ for name in RAISED_THRESHOLDS):
-        # Read by the C library when a process starts.
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | RAISED_THRESHOLDS)
-    # torch.compile prints of its own fallbacks.
-    os.environ.setdefault("TORCH_LOGS", "-all")
+    raised = raise_malloc_thresholds("benchmarks", device, options.malloc_defaults)
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     about = report.machine(command, datetime.date.today().isoformat())
     about["malloc thresholds"] = "raised" if raised else "defaults"

@@ -1,18 +1,29 @@
-"""Whole layers: what each level of recomputation keeps, and what it costs, beside what others offer."""
+"""`python -m benchmarks.layers`: what each level of recomputation keeps in whole layers, and what it costs, beside what
+others offer."""
 
+import argparse
+import datetime
 import functools
+import json
+import pathlib
 import statistics
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
+from . import report
+from .malloc import raise_malloc_thresholds
 from .measure import now
 from .networks import LEVELS, Bottleneck, GPT2Layer, LlamaLayer, UNetBlock, runner
 
@@ -172,3 +183,86 @@ def row(result: dict[str, Any]) -> list[str]:
         f"{result['saved_bytes'] / 2**20:.1f}",
         f"{result['peak_bytes'] / 2**20:.1f}",
     ]
+
+
+def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """A panel for each layer: what every provider keeps, against the time of its step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(result["layer"] for result in results))
+    rows = (len(names) + 1) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.2 * rows), squeeze=False, layout="constrained")
+    everyone = list(dict.fromkeys(result["provider"] for result in results))
+    colors = dict(zip(everyone, plt.get_cmap("tab10").colors, strict=False))
+    for axis, name in zip(axes.flat, names, strict=False):
+        for result in (result for result in results if result["layer"] == name):
+            ours = result["provider"].startswith("ours")
+            axis.scatter(
+                result["saved_units"],
+                result["times_eager"],
+                s=110 if ours else 70,
+                marker="o" if ours else "s",
+                color=colors[result["provider"]],
+                edgecolor="black" if ours else "none",
+                label=result["provider"],
+                alpha=0.85,
+            )
+        axis.set_title(name, fontsize=11)
+        axis.set(xlabel="kept for backward, in tensors of the layer's width", ylabel="time of a step, x eager")
+        axis.set_xlim(left=0)
+        axis.margins(y=0.15)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_visible(False)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9, title="down and left is better")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    parser.add_argument("--rounds", type=int, default=7, help="counted turns of each provider")
+    parser.add_argument("--case", default="", help="only layers whose name contains this")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    raised = raise_malloc_thresholds("benchmarks.layers", device, options.malloc_defaults)
+    command = " ".join(["python -m benchmarks.layers", *sys.argv[1:]])
+    about = report.machine(command, datetime.date.today().isoformat())
+    about["malloc thresholds"] = "raised" if raised else "defaults"
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    results: list[dict[str, Any]] = []
+    table = Table(*COLUMNS, title="Layers: forward and backward", title_justify="left")
+    progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    with progress:
+        chosen = [layer for layer in layers(device) if options.case in layer.name]
+        task = progress.add_task("measuring", total=len(chosen))
+        for layer in chosen:
+            progress.update(task, description=f"{layer.name:<30}")
+            torch._dynamo.reset()
+            found = measure(layer, device, options.rounds, not options.no_compile)
+            for result in found:
+                table.add_row(*row(result), style="bold" if result["provider"].startswith("ours") else "")
+            table.add_section()
+            results += found
+            progress.advance(task)
+    console.print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "layers.json").write_text(json.dumps({"machine": about, "results": results}, indent=1))
+    lines = ["# Layers: forward and backward", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row(result)) + " |" for result in results]
+    (options.out / "layers.md").write_text("\n".join(lines) + "\n")
+    draw(results, options.out / "layers.png")
+    console.print(f"layers.json, layers.md and layers.png are in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Trains one model several times at once: with eager torch's layers, and with ours at levels of recomputation.
+
+All start from the same weights and see the same batches, so their loss curves lie on each other; what differs is the
+memory kept for backward, the peak, and the time of a step. What the examples share.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from ckpt_kernels.memory import peak_bytes, saved_bytes
+from ckpt_kernels.recompute import discard_outputs
+
+# The C library keeps freed blocks instead of giving them back to the system, for all runs alike.
+RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+LEVELS = ("block", "output", "all")
+# Of a loss: the model's, of a batch.
+Batch = tuple[Tensor, ...]
+
+
+class Run:
+    """One model, its optimiser, and what it measured."""
+
+    def __init__(self, level: str, model: nn.Module, learning_rate: float) -> None:
+        self.name = "eager" if level == "eager" else f"ours, {level}"
+        self.model = model
+        self.forward = discard_outputs()(model.forward) if level in ("output", "all") else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.saved = self.peak = 0
+
+    def step(self, batch: Batch) -> None:
+        start = time.perf_counter()
+        loss = self.forward(*batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        self.seconds.append(time.perf_counter() - start)
+
+    def measure_memory(self, batch: Batch) -> None:
+        """What a pass keeps, and the peak of what a forward and backward pass make beside the model."""
+        self.model.zero_grad(set_to_none=True)
+        # As a function of the module's own, so that its buffers are not counted.
+        owner = nn.Module()
+        for index, buffer in enumerate(self.model.buffers()):
+            owner.register_buffer(str(index), buffer)
+        owner.forward = lambda *batch: self.forward(*batch)
+        self.saved = saved_bytes(owner, *batch)
+        self.peak = peak_bytes(lambda: self.forward(*batch).backward(), batch[0].device)
+        self.model.zero_grad(set_to_none=True)
+
+
+def draw(runs: list[Run], path: pathlib.Path) -> None:
+    """Loss curves laid over each other, and what each run kept and took."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (curves, kept, peak, times) = plt.subplots(
+        1, 4, figsize=(15, 4), width_ratios=(3, 1.2, 1.2, 1.2), layout="constrained"
+    )
+    for index, run in enumerate(runs):
+        # The first, eager's, wide and pale below the others.
+        curves.plot(run.losses, label=run.name, linewidth=1.2 if index else 5, alpha=1 if index else 0.35)
+    curves.set(xlabel="step", ylabel="loss", title="Training loss")
+    curves.grid(alpha=0.3)
+    curves.legend()
+    names = [run.name for run in runs]
+    colors = plt.get_cmap("tab10").colors[: len(runs)]
+    for axis, title, values in (
+        (kept, "Kept for backward, MiB", [run.saved / 2**20 for run in runs]),
+        (peak, "Peak of a step, MiB", [run.peak / 2**20 for run in runs]),
+        (times, "Step, ms (median)", [statistics.median(run.seconds) * 1e3 for run in runs]),
+    ):
+        axis.bar_label(axis.bar(names, values, color=colors), fmt="%.1f", fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params("x", rotation=30, labelsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(
+    description: str,
+    make: Callable[[str], nn.Module],
+    draw_batch: Callable[[torch.Generator], Batch],
+    device: str,
+    steps: int,
+    learning_rate: float = 1e-3,
+) -> int:
+    """Runs the example whose models `make(level)` makes, for "eager" and the levels asked for; they return the loss."""
+    name = pathlib.Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--recompute", nargs="+", choices=LEVELS, default=["output", "all"], help="levels to run")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out") / name)
+    options = parser.parse_args()
+    if device == "cpu" and any(name not in os.environ for name in RAISED_THRESHOLDS):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RAISED_THRESHOLDS)
+    runs = []
+    for level in ("eager", *options.recompute):
+        torch.manual_seed(0)
+        runs.append(Run(level, make(level).to(device), learning_rate))
+        runs[-1].model.load_state_dict(runs[0].model.state_dict())
+
+    console = Console()
+    console.print(description)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    generator = torch.Generator().manual_seed(1)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=options.steps)
+        for step in range(options.steps):
+            batch = tuple(tensor.to(device) for tensor in draw_batch(generator))
+            # In turn, and each first when its time comes.
+            for run in runs[step % len(runs) :] + runs[: step % len(runs)]:
+                run.step(batch)
+            progress.update(task, advance=1, description=f"loss {' / '.join(f'{r.losses[-1]:.4f}' for r in runs)}")
+    for run in runs:
+        run.measure_memory(batch)
+
+    table = Table("", *(run.name for run in runs), title="Training", title_justify="left")
+    for title, values in (
+        ("final loss (mean of last 10)", [f"{statistics.mean(run.losses[-10:]):.4f}" for run in runs]),
+        ("kept for backward, MiB", [f"{run.saved / 2**20:.2f}" for run in runs]),
+        ("peak of a step, MiB", [f"{run.peak / 2**20:.2f}" for run in runs]),
+        ("step, ms (median)", [f"{statistics.median(run.seconds) * 1e3:.2f}" for run in runs]),
+        ("step, x eager", [f"{statistics.median(a / b for a, b in zip(run.seconds, runs[0].seconds, strict=True)):.3f}"
+                           for run in runs]),
+    ):  # fmt: skip
+        table.add_row(title, *values)
+    console.print(table)
+    apart = max(
+        abs(a - b) / abs(a) for run in runs[1:] for a, b in zip(runs[0].losses[:20], run.losses[:20], strict=True)
+    )
+    console.print(f"greatest relative difference of the losses over the first 20 steps: {apart:.1e}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "device": device,
+        "torch": torch.__version__,
+        "runs": {
+            run.name: {
+                "losses": run.losses,
+                "saved_bytes": run.saved,
+                "peak_bytes": run.peak,
+                "seconds": run.seconds,
+            }
+            for run in runs
+        },
+    }
+    (options.out / f"{name}.json").write_text(json.dumps(results))
+    draw(runs, options.out / f"{name}.png")
+    console.print(f"{name}.json and {name}.png are in {options.out}")
+    return 0
