@@ -15,12 +15,14 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from . import backends
 
@@ -219,7 +221,8 @@ class discard_outputs(contextlib.ContextDecorator):
     the copies that autocast makes of it. Where an output has been written to in place, what read it before gets what
     it read, and what reads it afterwards keeps it.
 
-    Under torch.compile, and where saved-tensor hooks are disabled (torch.func), it does nothing.
+    Where saved-tensor hooks are disabled (torch.func) it does nothing, and within torch.compile it does nothing either:
+    see `selective_contexts` for that.
     """
 
     def __init__(self) -> None:
@@ -258,6 +261,25 @@ class DiscardOutputs(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with discard_outputs():
             return self.module(*args, **kwargs)
+
+
+def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For torch.compile, which does not use hooks: tells its partitioner to compute blocks again, and to keep the rest.
+
+        checkpoint = functools.partial(
+            torch.utils.checkpoint.checkpoint, use_reentrant=False, context_fn=recompute.selective_contexts
+        )
+        compiled = torch.compile(lambda x: checkpoint(model, x))
+
+    The compiled model keeps what it would keep within `discard_outputs`. By itself the partitioner takes a block for an
+    op that is too dear to run again, and keeps its input and its output.
+    """
+    return create_selective_checkpoint_contexts(_keep_all_but_blocks)
+
+
+def _keep_all_but_blocks(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    ours = getattr(op, "namespace", None) == "ckpt_kernels"
+    return CheckpointPolicy.PREFER_RECOMPUTE if ours else CheckpointPolicy.MUST_SAVE
 
 
 def discarding() -> Discarder | None:

@@ -440,6 +440,27 @@ def test_compile_takes_no_notice(p: dict) -> None:
     found.sum().backward()
 
 
+def test_compile_recomputes_blocks_by_selective_contexts(p: dict) -> None:
+    """What the partitioner then keeps is what discarding keeps; gradients are those of eager code."""
+    model = torch.nn.Sequential(nn.LayerNorm(WIDTH, activation="gelu"), torch.nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
+
+    def compiled(fn: Callable) -> Callable:
+        torch._dynamo.reset()
+        found = torch.compile(fn, fullgraph=True, backend="aot_eager_decomp_partition")
+        found(x)
+        return found
+
+    statistics = 2 * 64 * 4
+    # The input and the output.
+    assert saved_bytes(compiled(lambda x: model(x)), x) == 2 * x.nbytes + statistics
+    selective = compiled(lambda x: checkpoint(model, x, use_reentrant=False, context_fn=recompute.selective_contexts))
+    assert saved_bytes(selective, x) == x.nbytes
+    sources = [x, *model.parameters()]
+    found = torch.autograd.grad(selective(x).square().sum(), sources)
+    torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), sources))
+
+
 @pytest.mark.parametrize("entered", ["once", "every step"])
 def test_a_thousand_steps_hold_memory_flat(entered: str, p: dict) -> None:
     """Nothing is left for the garbage collector, and nothing is left at all."""

@@ -61,7 +61,7 @@ def batch_norm(
             input, residual, weight, bias, None, None, 0, float(eps), name
         )
     _move(running_mean, mean, momentum)
-    _move(running_var, var * (count / max(count - 1, 1)), momentum)
+    _move(running_var, var, momentum, count / max(count - 1, 1))
     return output
 
 
@@ -119,11 +119,12 @@ def instance_norm(
         input, None, weight, bias, None, None, input.shape[1], float(eps), activation_name(activation)
     )
     _move(running_mean, mean.mean(0), momentum)
-    _move(running_var, var.mean(0) * (size / max(size - 1, 1)), momentum)
+    _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
     return output
 
 
-def _move(running: Tensor | None, towards: Tensor, momentum: float) -> None:
+def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float = 1.0) -> None:
+    """running = (1 - momentum) * running + momentum * factor * towards."""
     if running is not None:
         with torch.no_grad():
-            running.mul_(1 - momentum).add_(towards.to(running.dtype), alpha=momentum)
+            running.mul_(1 - momentum).add_(towards, alpha=momentum * factor)

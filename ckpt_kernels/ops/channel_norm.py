@@ -11,6 +11,7 @@ slopes: for relu and leaky_relu the output, whose sign is that of what the activ
 reads it keeps too; for other activations the residual; for the identity neither.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -54,14 +55,20 @@ class Layout(NamedTuple):
             return None
         if self.planes:
             return tensor.contiguous().view(self.samples * self.channels, self.size)
-        return tensor.movedim(1, -1).contiguous().view(self.samples * self.size, self.channels)
+        rows = self.samples * self.size
+        if tensor.stride() == _last_strides(tensor.shape):
+            # One view instead of three, which small inputs feel.
+            return tensor.as_strided((rows, self.channels), (self.channels, 1))
+        return tensor.movedim(1, -1).contiguous().view(rows, self.channels)
 
     def room(self, like: Tensor) -> Tensor:
-        """Room for a result of this shape, laid out in this way."""
+        """Room for a result of this shape, laid out in this way.
+
+        Not a view of anything: autograd adds gradients up in place only where nobody else has their memory.
+        """
         if self.planes:
             return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        shape = (like.shape[0], *like.shape[2:], like.shape[1])
-        return torch.empty(shape, dtype=like.dtype, device=like.device).movedim(-1, 1)
+        return torch.empty_strided(like.shape, _last_strides(like.shape), dtype=like.dtype, device=like.device)
 
     def statistics(self, count: int, like: Tensor) -> Tensor:
         """Room for `count` numbers for each piece of each channel: (count, samples, pieces, channels)."""
@@ -69,16 +76,35 @@ class Layout(NamedTuple):
         return torch.empty(shape, dtype=reference.compute_dtype(like.dtype), device=like.device)
 
 
+def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense (samples, channels, *space) with channels last."""
+    strides, step = [], shape[1]
+    for size in reversed(shape[2:]):
+        strides.append(step)
+        step = step * size
+    return (step, 1, *reversed(strides))
+
+
 def layout_of(input: Tensor, groups: int) -> Layout:
     """The layout to compute in; a batch norm (no groups) takes all samples of a channels-last tensor as one."""
-    samples, channels = input.shape[:2]
-    size = math.prod(input.shape[2:])
-    last = input.dim() == 2 or size == 1 or (not input.is_contiguous() and input.movedim(1, -1).is_contiguous())
-    if not last:
+    contiguous = input.is_contiguous()
+    last = not contiguous and (input.stride() == _last_strides(input.shape) or input.movedim(1, -1).is_contiguous())
+    arguments = (tuple(input.shape), last, groups, input.device.type)
+    try:
+        return _layout(*arguments)
+    except TypeError:  # of sizes that torch.compile knows only by name, which no cache can hold
+        return _layout.__wrapped__(*arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], last: bool, groups: int, device: str) -> Layout:
+    samples, channels = shape[:2]
+    size = math.prod(shape[2:])
+    if not (last or len(shape) == 2 or size == 1):
         return Layout(True, samples, channels, size, size)
     if groups == 0:
         samples, size = 1, samples * size
-    most = max(_PIECES.get(input.device.type, _PIECES_ELSEWHERE) // max(samples, 1), 1)
+    most = max(_PIECES.get(device, _PIECES_ELSEWHERE) // max(samples, 1), 1)
     least = min(max(-(-size // most), _LEAST_ROWS), max(size, 1))
     # Pieces of one size where that is not much larger: they merge in fewer steps.
     even = next((rows for rows in range(least, 2 * least) if size % rows == 0), least)
