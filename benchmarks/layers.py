@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels.memory import peak_bytes, saved_bytes
+from ckpt_kernels.recompute import selective_contexts
 
 from . import report
 from .malloc import raise_malloc_thresholds
@@ -54,28 +55,50 @@ def layers(device: str) -> list[Layer]:
     width, heads, tokens, batch = (4096, 32, 2048, 4) if device == "cuda" else (1024, 16, 512, 1)
     hidden = int(2.69 * width)
     images = 64 if device == "cuda" else 8
-    found = []
-    for dtype in (torch.bfloat16,) if device == "cuda" else (torch.bfloat16, torch.float32):
-        shape = (batch, tokens, width)
-        unit = batch * tokens * width * dtype.itemsize
-        name = str(dtype).removeprefix("torch.")
-        make_llama = lambda level: LlamaLayer(width, heads, hidden, tokens, level)  # noqa: E731
-        found.append(Layer(f"Llama layer, {name}", make_llama, (shape,), dtype, unit))
-    make_gpt2 = lambda level: GPT2Layer(width, heads, level)  # noqa: E731
-    found.append(Layer(f"GPT-2 layer, {name}", make_gpt2, (shape,), dtype, unit))
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    image = (images, 256, 28, 28)
-    unit = torch.Size(image).numel() // 4 * dtype.itemsize
-    make = lambda level: nn.Sequential(*(Bottleneck(64, level) for _ in range(3)))  # noqa: E731
-    found.append(Layer("3 ResNet bottlenecks", make, (image,), dtype, unit, channels_last=True))
-    image = (max(images // 8, 1), 320, 32, 32)
-    unit = torch.Size(image).numel() * dtype.itemsize
-    make_unet = lambda level: UNetBlock(320, level)  # noqa: E731
-    found.append(Layer("UNet block", make_unet, (image, (image[0], 320)), dtype, unit, channels_last=True))
-    return found
+    shape, tokens_width = (batch, tokens, width), batch * tokens * width
+
+    def images_of(*image: int) -> tuple[tuple[int, ...], int]:
+        return image, torch.Size(image).numel() * convolved.itemsize
+
+    half, full = torch.bfloat16, torch.float32
+    convolved = half if device == "cuda" else full
+    _, bottleneck = images_of(images, 64, 28, 28)
+    wide, unet = images_of(max(images // 8, 1), 320, 32, 32)
+    return [
+        Layer(
+            "Llama layer, bfloat16",
+            lambda level: LlamaLayer(width, heads, hidden, tokens, level),
+            (shape,),
+            half,
+            tokens_width * half.itemsize,
+        ),
+        Layer(
+            "GPT-2 layer, float32",
+            lambda level: GPT2Layer(width, heads, level),
+            (shape,),
+            full,
+            tokens_width * full.itemsize,
+        ),
+        Layer(
+            "3 ResNet bottlenecks",
+            lambda level: nn.Sequential(*(Bottleneck(64, level) for _ in range(3))),
+            ((images, 256, 28, 28),),
+            convolved,
+            bottleneck,
+            channels_last=True,
+        ),
+        Layer(
+            "UNet block",
+            lambda level: UNetBlock(320, level),
+            (wide, (wide[0], 320)),
+            convolved,
+            unet,
+            channels_last=True,
+        ),
+    ]
 
 
-def _compiled(module: nn.Module, budget: float | None) -> Callable[..., Tensor]:
+def _compiled(module: Callable[..., Tensor], budget: float | None) -> Callable[..., Tensor]:
     """With an `activation_memory_budget`, which is read when the graph is compiled: in the first call."""
 
     def forward(*inputs: Tensor) -> Tensor:
@@ -104,6 +127,9 @@ def providers(layer: Layer, device: str, compiled: bool) -> Iterator[tuple[str, 
     module = make("eager")
     yield "checkpoint", module, functools.partial(checkpoint, module, use_reentrant=False)
     if compiled:
+        module = make("output")
+        again = functools.partial(checkpoint, module, use_reentrant=False, context_fn=selective_contexts)
+        yield "ours, output, compiled", module, _compiled(again, None)
         for budget in (None, 0.9, 0.5):
             module = make("eager")
             name = "torch.compile" if budget is None else f"torch.compile, budget {budget}"
@@ -226,7 +252,7 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
-    parser.add_argument("--rounds", type=int, default=7, help="counted turns of each provider")
+    parser.add_argument("--rounds", type=int, default=6, help="counted turns of each provider")
     parser.add_argument("--case", default="", help="only layers whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")

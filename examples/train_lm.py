@@ -96,4 +96,4 @@ def draw_batch(generator: torch.Generator) -> tuple[Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, LanguageModel, draw_batch, DEVICE, steps=300))
+    sys.exit(main(__doc__, LanguageModel, draw_batch, DEVICE, steps=200))
