@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTH, BLOCKS, SIZE, BATCH = (64, 4, 64, 64) if DEVICE == "cuda" else (16, 2, 32, 16)
+WIDTH, BLOCKS, SIZE, BATCH = (64, 4, 64, 64) if DEVICE == "cuda" else (32, 2, 32, 16)
 CLASSES = 8
 
 
@@ -81,4 +81,4 @@ def draw_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, ResNet, draw_batch, DEVICE, steps=60))
+    sys.exit(main(__doc__, ResNet, draw_batch, DEVICE, steps=60, learning_rate=2e-4))

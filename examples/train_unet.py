@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTH, SIZE, BATCH = (128, 64, 32) if DEVICE == "cuda" else (32, 32, 8)
+WIDTH, SIZE, BATCH = (128, 64, 32) if DEVICE == "cuda" else (64, 32, 8)
 
 
 class EagerNormAct(nn.GroupNorm):
