@@ -213,6 +213,53 @@ def test_a_rebuilt_output_is_freed_after_its_last_reader(p: dict) -> None:
     assert seen.pop().expired()
 
 
+def test_a_rebuilt_output_is_freed_before_the_pass_goes_on(p: dict) -> None:
+    """When the last who asks has it, those who are gone not counted, and not only when the pass ends."""
+    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
+    seen, at_the_end = [], []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(StorageWeakRef(ctx.saved_tensors[0].untyped_storage()))
+            return grad
+
+    with recompute.discard_outputs():
+        hidden = x * 2
+        hidden.register_hook(lambda grad: at_the_end.extend(storage.expired() for storage in seen))
+        n = F.rms_norm(hidden, WIDTH, p["norm"])
+        loss = Watch.apply(n).sum() + Watch.apply(n).sum()
+        unused = TF.linear(n, p["a"])
+        del n, hidden
+    del unused
+    loss.backward()
+    assert seen[0].cdata == seen[1].cdata and at_the_end == [True, True]
+
+
+def test_nothing_outlives_the_graph(p: dict) -> None:
+    """Also where an output is alive when the context ends, and without the garbage collector."""
+    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
+    gc.collect()
+    gc.disable()
+    try:
+        with recompute.discard_outputs():
+            hidden = x * 2
+            storage = StorageWeakRef(hidden.untyped_storage())
+            n = F.rms_norm(hidden, WIDTH, p["norm"])
+            y = TF.linear(n, p["a"])
+        del hidden
+        y.sum().backward()
+        assert storage.expired()
+        del n, y
+    finally:
+        gc.enable()
+
+
 def test_a_chain_is_rebuilt_without_its_middle(p: dict) -> None:
     x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
 
