@@ -213,7 +213,8 @@ def test_a_rebuilt_output_is_freed_after_its_last_reader(p: dict) -> None:
     assert seen.pop().expired()
 
 
-def test_a_rebuilt_output_is_freed_before_the_pass_goes_on(p: dict) -> None:
+@pytest.mark.parametrize("retained", [False, True])
+def test_a_rebuilt_output_is_freed_before_the_pass_goes_on(retained: bool, p: dict) -> None:
     """When the last who asks has it, those who are gone not counted, and not only when the pass ends."""
     x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
     seen, at_the_end = [], []
@@ -237,7 +238,7 @@ def test_a_rebuilt_output_is_freed_before_the_pass_goes_on(p: dict) -> None:
         unused = TF.linear(n, p["a"])
         del n, hidden
     del unused
-    loss.backward()
+    loss.backward(retain_graph=retained)
     assert seen[0].cdata == seen[1].cdata and at_the_end == [True, True]
 
 
