@@ -182,6 +182,28 @@ def test_autocast_does_what_it_does_for_torchs_norms(dtype: torch.dtype) -> None
         assert ours.dtype == theirs.dtype
 
 
+MEETING = {
+    "residual": lambda a, b, w: functional.add_layer_norm(a, b, 16, w),
+    "gate": lambda a, b, w: functional.gated_rms_norm(a, b, 16, w),
+    "value": lambda a, b, w: functional.glu(a, b),
+    "added": lambda a, b, w: functional.batch_norm(a, None, None, w, None, True, activation="relu", residual=b),
+}
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_autocast_may_part_what_meets_in_a_block(name: str) -> None:
+    """A product in bfloat16 and a residual in float32, as in any network under autocast; without it, an error."""
+    a, b = torch.randn(4, 16, device=DEVICE).bfloat16(), torch.randn(4, 16, device=DEVICE)
+    w = torch.ones(16, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = MEETING[name](a, b, w)
+    expected = MEETING[name](a.float(), b, w)
+    for y, e in zip(*((t if isinstance(t, tuple) else (t,)) for t in (found, expected)), strict=True):
+        assert y.dtype == torch.float32 and torch.equal(y, e)
+    with pytest.raises(RuntimeError, match="has dtype"):
+        MEETING[name](a, b, w)
+
+
 MODULES = [
     (nn.LayerNorm(16, activation="silu"), torch.nn.LayerNorm(16)),
     (nn.RMSNorm(16, activation="gelu"), torch.nn.RMSNorm(16)),

@@ -4,7 +4,8 @@ Each computes its whole chain in one kernel, and keeps for backward only what it
 between is computed again in the backward kernel. Arithmetic is in float32 (float64 for float64 input), whatever
 the dtype of the input (float32, bfloat16, float16, float64); outputs have the input's dtype. Weights and biases
 may be of another floating dtype. Under CUDA autocast the inputs of row norms and group norms are cast to float32, as
-those of torch's own are.
+those of torch's own are; under any autocast two tensors that meet (input and residual, gate and value) are brought to
+their common dtype, as a sum or product of them would be.
 
 An `activation` is a name (see `ckpt_kernels.activations.NAMES`), or the torch module or function that means the
 same. Errors, before anything is computed: RuntimeError for tensors of wrong shape, dtype or device; ValueError

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..activations import Activation, activation_name
-from .checks import autocast, check_channels, check_coefficient, check_like, shape_of
+from .checks import autocast, check_channels, check_coefficient, check_like, promoted, shape_of
 
 
 def batch_norm(
@@ -35,6 +35,7 @@ def batch_norm(
     whatever reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running
     statistics as they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
+    input, residual = promoted(input, residual)
     check_channels(input, weight, bias)
     if residual is not None:
         check_like(residual, "residual", input)

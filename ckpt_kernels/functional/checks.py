@@ -33,6 +33,16 @@ def rms_eps(input: Tensor, eps: float | None) -> float:
     return torch.finfo(torch.float64 if wide else torch.float32).eps
 
 
+def promoted(tensor: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Two tensors that meet in a sum or product, in their common dtype where autocast may have parted them."""
+    if not isinstance(other, Tensor) or not isinstance(tensor, Tensor) or tensor.dtype == other.dtype:
+        return tensor, other
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return tensor, other
+    common = torch.promote_types(tensor.dtype, other.dtype)
+    return tensor.to(common), other.to(common)
+
+
 def autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     """In float32 under CUDA autocast; torch's CPU autocast leaves norms alone."""
     if tensors[0].device.type == "cuda" and torch.is_autocast_enabled("cuda"):

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import ops
 from ..activations import Activation, activation_name
-from .checks import check_like, check_tensor, shape_of
+from .checks import check_like, check_tensor, promoted, shape_of
 
 
 def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tensor:
@@ -13,6 +13,7 @@ def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tens
     Both have the same shape. They may be views, such as the two halves of one product, and are not copied as long as
     their last dimension is contiguous. Keeps gate and value. Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
+    gate, value = promoted(gate, value)
     check_tensor(gate, "gate")
     check_like(value, "value", gate, "gate")
     return ops.glu.glu(gate, value, activation_name(activation))

@@ -13,6 +13,7 @@ from .checks import (
     check_like,
     check_modulation,
     dropout_seed,
+    promoted,
     rms_eps,
     shape_of,
 )
@@ -140,6 +141,7 @@ def gated_rms_norm(
     `gate` has the input's shape. Keeps input, gate and one number a row. Source: Dao and Gu, "Transformers are
     SSMs" (Mamba-2), 2024.
     """
+    input, gate = promoted(input, gate)
     columns = check_input(input, normalized_shape)
     check_like(gate, "gate", input)
     check_coefficient(weight, "weight", input, normalized_shape)
@@ -223,6 +225,7 @@ def _add_row_norm(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    input, residual = promoted(input, residual)
     columns = check_input(input, normalized_shape)
     check_like(residual, "residual", input)
     check_coefficient(weight, "weight", input, normalized_shape)
