@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTH, LAYERS, HEADS, CONTEXT, BATCH = (768, 8, 12, 512, 16) if DEVICE == "cuda" else (128, 3, 4, 128, 8)
+WIDTH, LAYERS, HEADS, CONTEXT, BATCH = (768, 8, 12, 512, 16) if DEVICE == "cuda" else (256, 3, 4, 128, 8)
 
 
 class EagerAddNorm(nn.LayerNorm):
@@ -96,4 +96,4 @@ def draw_batch(generator: torch.Generator) -> tuple[Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, LanguageModel, draw_batch, DEVICE, steps=200))
+    sys.exit(main(__doc__, LanguageModel, draw_batch, DEVICE, steps=120))
