@@ -37,6 +37,21 @@ class Sine(torch.autograd.Function):
         return grad * ctx.saved_tensors[0].cos()
 
 
+class Watch(torch.autograd.Function):
+    """Keeps what it reads, and notes the memory of what it gets back in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        ctx.save_for_backward(x)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append(StorageWeakRef(ctx.saved_tensors[0].untyped_storage()))
+        return grad, None
+
+
 @pytest.fixture
 def p() -> dict[str, torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
@@ -191,20 +206,9 @@ def test_a_rebuilt_output_is_freed_after_its_last_reader(p: dict) -> None:
     x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
     seen = []
 
-    class Watch(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x * 1
-
-        @staticmethod
-        def backward(ctx, grad):
-            seen.append(StorageWeakRef(ctx.saved_tensors[0].untyped_storage()))
-            return grad
-
     with recompute.discard_outputs():
         n = F.rms_norm(x * 2, WIDTH, p["norm"])
-        watched, other = Watch.apply(n), TF.linear(n, p["a"])
+        watched, other = Watch.apply(n, seen), TF.linear(n, p["a"])
         del n
     # The other reader is not run in this pass, and so does not ask.
     torch.autograd.grad(watched.sum(), x, retain_graph=True)
@@ -219,22 +223,11 @@ def test_a_rebuilt_output_is_freed_before_the_pass_goes_on(retained: bool, p: di
     x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
     seen, at_the_end = [], []
 
-    class Watch(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x * 1
-
-        @staticmethod
-        def backward(ctx, grad):
-            seen.append(StorageWeakRef(ctx.saved_tensors[0].untyped_storage()))
-            return grad
-
     with recompute.discard_outputs():
         hidden = x * 2
         hidden.register_hook(lambda grad: at_the_end.extend(storage.expired() for storage in seen))
         n = F.rms_norm(hidden, WIDTH, p["norm"])
-        loss = Watch.apply(n).sum() + Watch.apply(n).sum()
+        loss = Watch.apply(n, seen).sum() + Watch.apply(n, seen).sum()
         unused = TF.linear(n, p["a"])
         del n, hidden
     del unused
