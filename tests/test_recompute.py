@@ -266,7 +266,7 @@ def test_a_chain_is_rebuilt_without_its_middle(p: dict) -> None:
     discarding = recompute.discard_outputs()(chain)
     assert_same_bits(list(torch.autograd.grad(discarding(x).sum(), [x, p["norm"]])), list(expected))
     statistics = 6 * 2 * 64 * 4
-    assert saved_bytes(chain, x) == 13 * x.nbytes - 0 * statistics + statistics
+    assert saved_bytes(chain, x) == 13 * x.nbytes + statistics
     # Of twelve outputs in a row the one after the longest chain is kept.
     assert saved_bytes(discarding, x) == 2 * x.nbytes + statistics
 
@@ -433,14 +433,11 @@ def test_a_graph_whose_backward_runs_on_two_threads(p: dict) -> None:
 def test_an_exception_leaves_nothing_behind(p: dict) -> None:
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
     storages = []
-    try:
-        with recompute.discard_outputs():
-            n = F.rms_norm(x * 1, WIDTH, p["norm"])
-            storages.append(StorageWeakRef(n.untyped_storage()))
-            y = TF.linear(n, p["a"])
-            raise KeyError("in the middle")
-    except KeyError:
-        pass
+    with contextlib.suppress(KeyError), recompute.discard_outputs():
+        n = F.rms_norm(x * 1, WIDTH, p["norm"])
+        storages.append(StorageWeakRef(n.untyped_storage()))
+        y = TF.linear(n, p["a"])
+        raise KeyError("in the middle")
     assert not recompute.is_active() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     del n, y
     assert storages[0].expired()
