@@ -103,9 +103,13 @@ def cpu_isa() -> str:
 
 def _launcher(op: torch._ops.OpOverload) -> Callable[..., None]:
     """The op, taking activations by name."""
+    places = [i for i, argument in enumerate(op._schema.arguments) if argument.name.endswith("activation")]
 
     def launch(*arguments: object) -> None:
-        op(*[CODES[argument] if type(argument) is str else argument for argument in arguments])
+        arguments = list(arguments)
+        for place in places:
+            arguments[place] = CODES[arguments[place]]
+        op(*arguments)
 
     return launch
 

@@ -71,7 +71,7 @@ def check_input(input: Tensor, normalized_shape: int | Sequence[int]) -> int:
     shape = normalized(normalized_shape)
     if not shape:
         raise RuntimeError("normalized_shape is empty; expected at least one dimension")
-    if len(shape) > input.dim() or tuple(input.shape[-len(shape) :]) != shape:
+    if len(shape) > input.dim() or input.shape[-len(shape) :] != shape:
         raise RuntimeError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
     columns = math.prod(shape)
     if columns == 0:
@@ -101,7 +101,7 @@ def check_coefficient(
     check_tensor(tensor, argument)
     check_device(tensor, argument, input)
     shape = normalized(normalized_shape)
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise RuntimeError(f"{argument} has shape {shape_of(tensor)}; expected {shape}")
 
 

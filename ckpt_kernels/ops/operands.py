@@ -60,8 +60,7 @@ def statistics(input: Tensor, columns: int, centered: bool) -> tuple[Tensor, Ten
     """Room for mean (empty if not centred) and rstd, in the compute type."""
     dtype = reference.compute_dtype(input.dtype)
     rows = input.numel() // columns
-    mean = torch.empty((rows if centered else 0,), dtype=dtype, device=input.device)
-    return mean, torch.empty((rows,), dtype=dtype, device=input.device)
+    return input.new_empty(rows if centered else 0, dtype=dtype), input.new_empty(rows, dtype=dtype)
 
 
 def contiguous(input: Tensor) -> Tensor:
@@ -92,12 +91,13 @@ def rows_or_none(tensor: Tensor | None, columns: int) -> Tensor | None:
     return None if tensor is None else as_rows(tensor, columns)
 
 
+def in_dtypes_of(operands: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True)]
+
+
 def returned(gradients: Sequence[Tensor | None], operands: Sequence[Tensor | None], input: Tensor) -> tuple:
     """As an op must return them: in their operand's dtype, and empty where not wanted."""
-    return tuple(
-        input.new_empty(0) if g is None else g if g.dtype == t.dtype else g.to(t.dtype)
-        for g, t in zip(gradients, operands, strict=True)
-    )
+    return tuple([input.new_empty(0) if g is None else g for g in in_dtypes_of(operands, gradients)])
 
 
 def returned_fake(operands: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> tuple:

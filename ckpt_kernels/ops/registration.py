@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import recompute
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _library = torch.library.Library("ckpt_kernels", "DEF")
 
 
@@ -64,7 +64,9 @@ class Op:
         def packed_backward(ctx: Any, *gradients: Tensor | None) -> tuple:
             return *backward(ctx, *gradients)[:tensors], None
 
-        self._function = _autograd_function(name, forward=packed_forward, backward=packed_backward)
+        function = _autograd_function(name, forward=packed_forward, backward=packed_backward)
+        # Past `Function.apply`'s own look for torch.func's transforms, which `__call__` has done.
+        self._apply = super(torch.autograd.Function, function).apply
         self._transformable = _autograd_function(
             name, forward=implementation, setup_context=setup_context, backward=backward
         )
@@ -75,7 +77,7 @@ class Op:
         elif torch._C._are_functorch_transforms_active():
             output = self._transformable.apply(*arguments)
         elif torch.is_grad_enabled():
-            output = self._function.apply(*arguments[: self._tensors], arguments[self._tensors :])
+            output = self._apply(*arguments[: self._tensors], arguments[self._tensors :])
             if self._recipe is not None and recompute.is_active():
                 recompute.offer(output if isinstance(output, Tensor) else output[0])
             return output
@@ -93,4 +95,7 @@ def is_plain(arguments: Sequence[Any]) -> bool:
     """Whether nothing but autograd needs to see the op: no subclass among the tensors, and no mode."""
     if torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(argument) in _PLAIN for argument in arguments)
+    for argument in arguments:
+        if type(argument) not in _PLAIN:
+            return False
+    return True

@@ -17,6 +17,7 @@ from .operands import (
     column_sum,
     contiguous,
     gradient_room,
+    in_dtypes_of,
     or_none,
     returned,
     returned_fake,
@@ -150,8 +151,7 @@ def gradient(
         )
     else:
         zero(grad_weight, grad_bias)
-    found = zip((grad_input, grad_weight, grad_bias), (input, weight, bias), strict=True)
-    return [None if g is None else g if g.dtype == t.dtype else g.to(t.dtype) for g, t in found], output
+    return in_dtypes_of((input, weight, bias), (grad_input, grad_weight, grad_bias)), output
 
 
 def _row_norm_backward_fake(grad_output, input, weight, bias, mean, rstd, *options):

@@ -41,49 +41,41 @@ __attribute__((noinline)) void differentiate(int activation, S* z, int64_t n) {
 }
 
 // The four words of W counters as factors, in the order of their columns: word 0 to 3 of the first counter come first.
-CKPT_INLINE void store_factors(const Dropout& dropout, const PhiloxState<Bits>& bits, float* factor) {
-  constexpr int W = Bits::width;
+CKPT_INLINE void store_factors(const Dropout& dropout, const PhiloxState<Counters>& bits, float* factor) {
+  constexpr int W = Counters::width;
   using V = Raw<float>::type;
-  using Index = Raw<float>::mask;
+  using B = Raw<float>::bits;
+  using Pairs = Counters::Type;
   const V scale = V{} + float(dropout.scale), none{};
-  const Bits::Type threshold = Bits::Type{} + uint32_t(dropout.threshold);
-  V word[4];
-  for (int k = 0; k < 4; ++k) word[k] = bits.word[k].v >= threshold ? scale : none;
-  Index low, high, low_pairs, high_pairs;
-  for (int i = 0; i < W; ++i) {
-    low[i] = i / 2 + i % 2 * W;
-    low_pairs[i] = i / 4 * 2 + i % 2 + i % 4 / 2 * W;
-  }
-  high = low + W / 2;
-  high_pairs = low_pairs + W / 2;
-  const V first_low = __builtin_shuffle(word[0], word[1], low), last_low = __builtin_shuffle(word[2], word[3], low);
-  const V first_high = __builtin_shuffle(word[0], word[1], high), last_high = __builtin_shuffle(word[2], word[3], high);
-  store(factor, Vec<float>(__builtin_shuffle(first_low, last_low, low_pairs)), Full<float>{});
-  store(factor + W, Vec<float>(__builtin_shuffle(first_low, last_low, high_pairs)), Full<float>{});
-  store(factor + 2 * W, Vec<float>(__builtin_shuffle(first_high, last_high, low_pairs)), Full<float>{});
-  store(factor + 3 * W, Vec<float>(__builtin_shuffle(first_high, last_high, high_pairs)), Full<float>{});
+  const B threshold = B{} + uint32_t(dropout.threshold);
+  Pairs first = (bits.word[0].v & Counters::lower) | bits.word[1].v << 32;
+  Pairs last = (bits.word[2].v & Counters::lower) | bits.word[3].v << 32;
+  Pairs low;
+  for (int i = 0; i < W; ++i) low[i] = i / 2 + i % 2 * W;
+  const B early = B(__builtin_shuffle(first, last, low)), late = B(__builtin_shuffle(first, last, low + W / 2));
+  store(factor, Vec<float>(early >= threshold ? scale : none), Full<float>{});
+  store(factor + 2 * W, Vec<float>(late >= threshold ? scale : none), Full<float>{});
 }
-CKPT_INLINE void store_factors(const Dropout& dropout, const PhiloxState<Bits>& bits, double* factor) {
-  for (int i = 0; i < Bits::width; ++i)
-    for (int k = 0; k < 4; ++k) factor[4 * i + k] = dropout.factor<double>(bits.word[k].v[i]);
+CKPT_INLINE void store_factors(const Dropout& dropout, const PhiloxState<Counters>& bits, double* factor) {
+  for (int i = 0; i < Counters::width; ++i)
+    for (int k = 0; k < 4; ++k) factor[4 * i + k] = dropout.factor<double>(uint32_t(bits.word[k].v[i]));
 }
 
 // 0 or 1 / (1 - p) for n columns of a row from column j0, which is a multiple of four, and for those beyond n up to
 // the end of the last counters.
 template <class S>
 __attribute__((noinline)) void dropout_factors(const Dropout& dropout, int64_t row, int64_t j0, int64_t n, S* factor) {
-  constexpr int W = Bits::width;
+  constexpr int W = Counters::width;
   if (dropout.threshold >> 32) {
     __builtin_memset(factor, 0, n * sizeof(S));
     return;
   }
-  Bits::Type lane_index;
+  Counters::Type lane_index;
   for (int i = 0; i < W; ++i) lane_index[i] = i;
+  const Counters low_row{uint32_t(row)}, high_row{uint32_t(row >> 32)}, zero{0u};
   for (int64_t j = 0; j < n; j += 4 * W) {
-    Bits quad(lane_index + uint32_t((j0 + j) / 4));
-    store_factors(
-        dropout,
-        philox4x32_10<Bits>({{quad, Bits(uint32_t(row)), Bits(uint32_t(row >> 32)), Bits(0)}}, uint64_t(*dropout.seed)),
-        factor + j);
+    const Counters quad(lane_index + uint64_t((j0 + j) / 4));
+    store_factors(dropout, philox4x32_10<Counters>({{quad, low_row, high_row, zero}}, uint64_t(*dropout.seed)),
+                  factor + j);
   }
 }

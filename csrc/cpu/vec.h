@@ -486,33 +486,31 @@ CKPT_INLINE Vec<double> normal_cdf(Vec<double> x, Vec<double>) {
   return x;
 }
 
-// What Philox is computed in: a vector of counters.
-struct Bits {
-  using Type = Raw<float>::bits;
-  static constexpr int width = Raw<float>::width;
+// What Philox is computed in: a vector of counters, each the lower half of a 64-bit lane. What is in the upper halves
+// does not matter, so that a product's own lower half needs no extraction.
+struct Counters {
+  typedef uint64_t Type __attribute__((vector_size(CKPT_VECTOR_BYTES)));
+  static constexpr int width = CKPT_VECTOR_BYTES / 8;
+  static constexpr uint64_t lower = 0xffffffffu;
   Type v;
 
-  CKPT_INLINE Bits() {}
-  CKPT_INLINE Bits(Type raw) : v(raw) {}
-  CKPT_INLINE explicit Bits(uint32_t scalar) : v(Type{} + scalar) {}
-  CKPT_INLINE friend Bits operator*(Bits a, uint32_t b) { return a.v * b; }
-  CKPT_INLINE friend Bits operator^(Bits a, Bits b) { return a.v ^ b.v; }
-  CKPT_INLINE friend Bits operator^(Bits a, uint32_t b) { return a.v ^ b; }
-  CKPT_INLINE friend Bits multiply_high(Bits a, uint32_t b) {
-#if CKPT_VECTOR_BYTES == 64
-    __m512i x = (__m512i)a.v, y = _mm512_set1_epi32(int(b));
-    __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-    return Type(_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd));
-#elif CKPT_VECTOR_BYTES == 32
-    __m256i x = (__m256i)a.v, y = _mm256_set1_epi32(int(b));
-    __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-    return Type(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
-#else
-    typedef uint64_t Wide __attribute__((vector_size(sizeof(Type) * 2)));
-    return __builtin_convertvector((__builtin_convertvector(a.v, Wide) * uint64_t(b)) >> 32, Type);
-#endif
-  }
+  CKPT_INLINE Counters() {}
+  CKPT_INLINE Counters(Type raw) : v(raw) {}
+  CKPT_INLINE explicit Counters(uint32_t scalar) : v(Type{} + scalar) {}
+  CKPT_INLINE friend Counters operator^(Counters a, Counters b) { return a.v ^ b.v; }
+  CKPT_INLINE friend Counters operator^(Counters a, uint32_t b) { return a.v ^ uint64_t(b); }
+  CKPT_INLINE friend Counters upper_half(Counters product) { return product.v >> 32; }
+  CKPT_INLINE friend Counters lower_half(Counters product) { return product; }
 };
+CKPT_INLINE Counters wide_product(Counters a, uint32_t b) {
+#if CKPT_VECTOR_BYTES == 64
+  return Counters::Type(_mm512_mul_epu32((__m512i)a.v, _mm512_set1_epi64(b)));
+#elif CKPT_VECTOR_BYTES == 32
+  return Counters::Type(_mm256_mul_epu32((__m256i)a.v, _mm256_set1_epi64x(b)));
+#else
+  return (a.v & Counters::lower) * uint64_t(b);
+#endif
+}
 
 // Defines name(kind), which gives the loops that name_for<storage type>() makes. float64 is there for exactness, not
 // speed, and has the generic build alone.

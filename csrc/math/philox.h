@@ -10,7 +10,9 @@
 
 namespace ckpt {
 
-CKPT_HD uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
+CKPT_HD uint64_t wide_product(uint32_t a, uint32_t b) { return uint64_t(a) * b; }
+CKPT_HD uint32_t upper_half(uint64_t product) { return uint32_t(product >> 32); }
+CKPT_HD uint32_t lower_half(uint64_t product) { return uint32_t(product); }
 
 // U is uint32_t, or a vector of them.
 template <class U>
@@ -22,12 +24,11 @@ template <class U>
 CKPT_HD PhiloxState<U> philox4x32_10(PhiloxState<U> c, uint64_t seed) {
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    U high0 = multiply_high(c.word[0], 0xD2511F53u), low0 = c.word[0] * 0xD2511F53u;
-    U high1 = multiply_high(c.word[2], 0xCD9E8D57u), low1 = c.word[2] * 0xCD9E8D57u;
-    c.word[0] = high1 ^ c.word[1] ^ key0;
-    c.word[1] = low1;
-    c.word[2] = high0 ^ c.word[3] ^ key1;
-    c.word[3] = low0;
+    const auto product0 = wide_product(c.word[0], 0xD2511F53u), product1 = wide_product(c.word[2], 0xCD9E8D57u);
+    c.word[0] = upper_half(product1) ^ c.word[1] ^ key0;
+    c.word[1] = lower_half(product1);
+    c.word[2] = upper_half(product0) ^ c.word[3] ^ key1;
+    c.word[3] = lower_half(product0);
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
