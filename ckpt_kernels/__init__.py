@@ -1,5 +1,6 @@
 """Fused activation and normalisation blocks that recompute inside the backward kernel instead of storing.
 
+- `convert`: a model's own modules, in place, by one line; `revert` undoes it.
 - `functional`: the blocks as functions. `nn`: the same as drop-in modules.
 - `recompute.discard_outputs`: whatever reads a block's output keeps a recipe for it instead.
 - `memory.saved_bytes`: what a call keeps for backward.
@@ -8,6 +9,7 @@
 
 from . import functional, memory, nn, recompute
 from .backends import use_backend
+from .convert import convert, revert
 from .version import __version__
 
-__all__ = ["__version__", "functional", "memory", "nn", "recompute", "use_backend"]
+__all__ = ["__version__", "convert", "functional", "memory", "nn", "recompute", "revert", "use_backend"]

@@ -235,6 +235,10 @@ class discard_outputs(contextlib.ContextDecorator):
         if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
+        # Within another that sees what is saved, that one goes on: outputs may cross from one to the other.
+        if discarding() is not None:
+            self._entered.append(None)
+            return self
         discarder = Discarder()
         hooks = torch.autograd.graph.saved_tensors_hooks(discarder.pack, _unpack)
         hooks.__enter__()

@@ -10,6 +10,77 @@ from ..activations import Activation, activation_name
 from .extras import extras
 
 
+def batch_norm_of(
+    module: nn.modules.batchnorm._BatchNorm,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
+) -> Tensor:
+    """What a batch norm of torch's makes of `input`, its running statistics moved as torch's forward moves them.
+
+    Once a step: where a checkpoint runs the forward pass again for the backward pass, they stay where they are.
+    """
+    module._check_input_dim(input)
+    counted = module.training and module.track_running_stats and not _recomputing()
+    momentum = 0.0 if module.momentum is None else module.momentum
+    if counted and module.num_batches_tracked is not None:
+        batches = module.num_batches_tracked + 1
+        if module.momentum is None:
+            momentum = 1.0 / float(batches)
+    # Without running statistics those of the batch serve in eval mode too.
+    training = module.training or (module.running_mean is None and module.running_var is None)
+    tracked = counted or not module.training
+    output = F.batch_norm(
+        input,
+        module.running_mean if tracked else None,
+        module.running_var if tracked else None,
+        module.weight,
+        module.bias,
+        training,
+        momentum,
+        module.eps,
+        activation=activation,
+        residual=residual,
+        process_group=process_group,
+    )
+    # An error leaves the counter, too, as it was.
+    if counted and module.num_batches_tracked is not None:
+        module.num_batches_tracked.copy_(batches)
+    return output
+
+
+def instance_norm_of(module: nn.modules.instancenorm._InstanceNorm, input: Tensor, activation: str) -> Tensor:
+    """What an instance norm of torch's makes of a batch, its running statistics moved once a step."""
+    training = module.training or not module.track_running_stats
+    tracked = not training or not _recomputing()
+    return F.instance_norm(
+        input,
+        module.running_mean if tracked else None,
+        module.running_var if tracked else None,
+        module.weight,
+        module.bias,
+        training,
+        module.momentum if module.momentum is not None else 0.0,
+        module.eps,
+        activation=activation,
+    )
+
+
+def group_of(module: nn.SyncBatchNorm) -> "torch.distributed.ProcessGroup | None":
+    """The processes that it is synchronised with; None where there are none."""
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = module.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _recomputing() -> bool:
+    """Whether this forward pass is one within a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class _BatchNorm:
     """What the batch norms add to torch's, of which they are subclasses as well."""
 
@@ -18,35 +89,7 @@ class _BatchNorm:
         self.activation = activation_name(activation)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            batches = self.num_batches_tracked + 1
-            if self.momentum is None:
-                momentum = 1.0 / float(batches)
-        # Without running statistics those of the batch serve in eval mode too.
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        tracked = not self.training or self.track_running_stats
-        output = F.batch_norm(
-            input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            training,
-            momentum,
-            self.eps,
-            activation=self.activation,
-            residual=residual,
-            process_group=self._group() if self.training else None,
-        )
-        # An error leaves the counter, too, as it was.
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.copy_(batches)
-        return output
-
-    def _group(self) -> "torch.distributed.ProcessGroup | None":
-        return None
+        return batch_norm_of(self, input, residual, self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + extras(activation=(self.activation, "identity"))
@@ -71,16 +114,12 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     mode, it is a batch norm.
     """
 
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return batch_norm_of(self, input, residual, self.activation, group_of(self) if self.training else None)
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"input has {input.dim()} dimensions; expected at least 2")
-
-    def _group(self) -> "torch.distributed.ProcessGroup | None":
-        dist = torch.distributed
-        if not dist.is_available() or not dist.is_initialized():
-            return None
-        group = self.process_group or dist.group.WORLD
-        return group if dist.get_world_size(group) > 1 else None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -105,17 +144,7 @@ class _InstanceNorm:
         self.activation = activation_name(activation)
 
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
-        return F.instance_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            self.momentum if self.momentum is not None else 0.0,
-            self.eps,
-            activation=self.activation,
-        )
+        return instance_norm_of(self, input, self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + extras(activation=(self.activation, "identity"))
