@@ -23,7 +23,7 @@ from .report import LeftAlone, Replaced, Report
 from .selection import Selection
 from .swap import Rule, Within, is_converted, is_wrapped, rule_of, swap, swap_back
 from .traced import Traced
-from .tracing import Untraceable, has_hooks, is_chain, is_constant, trace
+from .tracing import Untraceable, has_hooks, is_constant, is_simple, trace
 
 __all__ = ["LeftAlone", "Replaced", "Report", "convert", "revert"]
 
@@ -89,7 +89,7 @@ class _Conversion:
         self.replaced: list[Replaced] = []
         self.left_alone: list[LeftAlone] = []
         self.rules: dict[nn.Module, Rule] = {}
-        self.chains: set[nn.Module] = set()
+        self.simple: set[nn.Module] = set()
 
     def run(self) -> Report:
         named = {module: name for name, module in self.model.named_modules()}
@@ -139,28 +139,28 @@ class _Conversion:
         inlined = list(self._inlined(module))
         left_alone = self.selection.left_alone_below(name, module)
         reasons = []
-        for args, kwargs in _guesses(method):
+        for args, kwargs in _guesses(method, _dtype(module)):
             try:
                 graph = trace(method, module, inlined, args, kwargs)
             except Untraceable as error:
                 reasons.append(str(error))
                 continue
-            chain = inner == "forward" and is_chain(graph)
+            simple = inner == "forward" and not kwargs and is_simple(graph)
             found = fuse(graph, module, left_alone, self.recompute)
             if found:
                 self._apply(name, module, Traced(inner, inlined, left_alone, self.recompute, found))
                 return
-            if chain:
-                self.chains.add(module)
+            if simple:
+                self.simple.add(module)
                 return
         if reasons and self._could_fuse(module):
             self._leave(name, module, f"no graph of its forward: {reasons[0]}")
 
     def _inlined(self, module: nn.Module, prefix: str = "") -> Iterator[str]:
-        """Names of the modules below that fuse nothing themselves and call what they hold in a row."""
+        """Names of the modules below that fuse nothing themselves and may be part of what does."""
         for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) or (child in self.chains and not has_hooks(child)):
-                if child in self.chains:
+            if isinstance(child, nn.ModuleList) or (child in self.simple and not has_hooks(child)):
+                if child in self.simple:
                     yield prefix + name
                 yield from self._inlined(child, f"{prefix}{name}.")
 
@@ -184,9 +184,13 @@ class _Conversion:
                 yield module
 
 
-def _guesses(method: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _guesses(method: Any, dtype: torch.dtype) -> Iterator[tuple[tuple, dict[str, Any]]]:
     """Arguments that a method may be called with: tensors for those it must have, and then for all it names."""
-    tensor = torch.empty(0)
+    tensor = torch.empty(0, dtype=dtype)
     parameters = list(inspect.signature(method).parameters.values())[1:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -198,6 +202,8 @@ def _guesses(method: Any) -> Iterator[tuple[tuple, dict[str, Any]]]:
 
 
 def _guess(parameter: inspect.Parameter, tensor: torch.Tensor) -> Any:
-    """A tensor, but for what is by default a constant of another kind than None."""
+    """A tensor, but for what is by default a constant of another kind than None, and None for a dict of settings."""
     default = parameter.default
+    if "dict" in str(parameter.annotation).lower():
+        return None
     return default if default is not None and is_constant(default) else tensor

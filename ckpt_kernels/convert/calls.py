@@ -15,6 +15,7 @@ import torch.nn.functional
 from torch import Tensor, nn
 
 from .. import functional as F
+from ..ops.linear import recomputed_linear
 from .norms import BatchNorm, Norm, RowNorm
 from .pointwise import named_activation
 from .swap import rule_of
@@ -29,7 +30,7 @@ def norm_act(norm: nn.Module, act: Act, input: Tensor) -> Tensor:
     rule, name = rule_of(norm), _name(act)
     if isinstance(rule, Norm) and name is not None and not has_hooks(norm):
         return rule.compute(norm, input, name)
-    return _activated(act, norm(input))
+    return activate(act, norm(input))
 
 
 def norm_add_act(norm: nn.Module, act: Act, input: Tensor, residual: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def norm_add_act(norm: nn.Module, act: Act, input: Tensor, residual: Tensor) -> 
     fits = isinstance(residual, Tensor) and residual.shape == input.shape and residual.dtype == input.dtype
     if isinstance(rule, BatchNorm) and name is not None and fits and not has_hooks(norm):
         return rule.compute_with_residual(norm, input, residual, name)
-    return _activated(act, norm(input) + residual)
+    return activate(act, norm(input) + residual)
 
 
 def add_norm(norm: nn.Module, drop: Drop, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +71,22 @@ def modulated(norm: nn.Module, input: Tensor, scale: Tensor, shift: Tensor) -> T
     return norm(input) * (1 + scale) + shift
 
 
+def product(linear: nn.Module, input: Tensor) -> Tensor:
+    """linear(input), of which whatever keeps it keeps a recipe that runs it again."""
+    operands = _linear(linear)
+    return linear(input) if operands is None else recomputed_linear(input, *operands)
+
+
+def activate(act: Act, input: Tensor) -> Tensor:
+    """act(input)."""
+    return F.bias_act(input, activation=act) if isinstance(act, str) else act(input)
+
+
 def act_drop(act: Act, drop: Drop, input: Tensor) -> Tensor:
     """drop(act(input))."""
     name, p = _name(act), _probability(drop)
     if name is None or p is None:
-        return _dropped(drop, _activated(act, input))
+        return _dropped(drop, activate(act, input))
     return F.bias_act(input, activation=name, dropout_p=p)
 
 
@@ -82,7 +94,7 @@ def glu(act: Act, gate: Tensor, value: Tensor) -> Tensor:
     """act(gate) * value."""
     name = _name(act)
     fits = isinstance(value, Tensor) and value.shape == gate.shape and value.dtype == gate.dtype
-    return F.glu(gate, value, activation=name) if name is not None and fits else _activated(act, gate) * value
+    return F.glu(gate, value, activation=name) if name is not None and fits else activate(act, gate) * value
 
 
 def packed_glu(act: Act, layout: str, input: Tensor) -> Tensor:
@@ -91,7 +103,7 @@ def packed_glu(act: Act, layout: str, input: Tensor) -> Tensor:
     if name is not None and input.shape[-1] % 2 == 0:
         return F.packed_glu(input, activation=name, layout=layout)
     first, second = input.chunk(2, -1)
-    return _activated(act, first) * second if layout == "gate_first" else first * _activated(act, second)
+    return activate(act, first) * second if layout == "gate_first" else first * activate(act, second)
 
 
 def mlp(first: nn.Module, act: Act, drop: Drop, last: nn.Module, recompute: str, input: Tensor) -> Tensor:
@@ -148,10 +160,6 @@ def _name(act: Act) -> str | None:
     if isinstance(act, str):
         return act
     return None if has_hooks(act) else named_activation(act)
-
-
-def _activated(act: Act, input: Tensor) -> Tensor:
-    return F.bias_act(input, activation=act) if isinstance(act, str) else act(input)
 
 
 def _probability(drop: Drop) -> float | None:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from . import calls
 from .norms import BatchNorm, Norm, RowNorm
-from .pointwise import named_activation
+from .pointwise import KEPT_BY_OUTPUT, ActivationRule, named_activation
 from .swap import rule_of
 
 _ACTIVATIONS = {
@@ -56,6 +56,7 @@ class _Matcher:
         self.found: list[str] = []
 
     def run(self) -> list[str]:
+        self._drop_questions()
         self._drop_identities()
         patterns: Sequence[Callable[[fx.Node], str | None]] = (
             self._mlp,
@@ -65,13 +66,16 @@ class _Matcher:
             self._add_norm,
             self._glu,
             self._act_drop,
+            self._act,
+            self._drop,
         )
         for pattern in patterns:
             for node in reversed(self.graph.nodes):
                 found = None if node._erased else pattern(node)
                 if found:
                     self.found.append(found)
-        self._drop_questions()
+        if self.recompute == "all":
+            self._let_go_of_products()
         return self.found
 
     # What a node is
@@ -254,6 +258,30 @@ class _Matcher:
         if match is None:
             return None
         return self._replace(node, [before], calls.act_drop, (match[0], drop, match[1]), "activation, dropout")
+
+    def _act(self, node: fx.Node) -> str | None:
+        match = self._activation(node) if node.op != "call_module" else None
+        if match is None or match[0] in KEPT_BY_OUTPUT:
+            return None
+        return self._replace(node, [], calls.activate, match, f"bias_act ({match[0]})")
+
+    def _drop(self, node: fx.Node) -> str | None:
+        drop, before = self._dropout(node)
+        if not isinstance(drop, float) or not drop:
+            return None
+        return self._replace(node, [], calls.act_drop, ("identity", drop, before), "bias_act (dropout)")
+
+    def _let_go_of_products(self) -> None:
+        """Products that nothing reads but activations and gates."""
+        for node in list(self.graph.nodes):
+            if self._is_linear(node) and node.users and all(self._is_activation(user) for user in node.users):
+                self._replace(node, [], calls.product, (self._reference(node), node.args[0]), "")
+                self.found.append("linear, run again")
+
+    def _is_activation(self, node: fx.Node) -> bool:
+        if node.target in (calls.activate, calls.act_drop, calls.glu, calls.packed_glu):
+            return True
+        return isinstance(self._rule(node), ActivationRule)
 
     # Changes
 

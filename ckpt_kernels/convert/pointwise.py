@@ -15,7 +15,7 @@ from ..backends.reference import ACTIVATIONS
 from .swap import Rule, rule_of
 
 # A Linear or a convolution keeps the output of these and their own gradient needs no more: nothing to win.
-_KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu")
+KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def pointwise_of(module: nn.Module) -> Rule | None:
     if getattr(module, "inplace", False):
         return None
     name = named_activation(module)
-    return None if name is None or name in _KEPT_BY_OUTPUT else ActivationRule(name)
+    return None if name is None or name in KEPT_BY_OUTPUT else ActivationRule(name)
 
 
 def named_activation(module: nn.Module) -> str | None:

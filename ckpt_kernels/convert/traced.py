@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from .fusion import fuse
 from .swap import Rule
-from .tracing import Untraceable, is_constant, signature, trace
+from .tracing import Untraceable, has_hooks, is_constant, signature, trace
 
 # A module that is called in more ways than this is left to its original forward in all further ones.
 MOST_GRAPHS = 16
@@ -63,8 +63,10 @@ class Traced(Rule):
         return function(module, *[a for a in (*args, *kwargs.values()) if not is_constant(a)])
 
     def _made(self, method: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+        # A module that has got hooks is called as a whole.
+        inlined = [name for name in self.inlined if not has_hooks(module.get_submodule(name))]
         try:
-            graph = trace(getattr(module.original, method), module, self.inlined, args, kwargs)
+            graph = trace(getattr(module.original, method), module, inlined, args, kwargs)
         except Untraceable:
             return None
         return _compiled(graph) if fuse(graph, module, self.left_alone, self.recompute) else None

@@ -63,14 +63,18 @@ def signature(module: nn.Module, inlined: Sequence[nn.Module], args: tuple, kwar
     )
 
 
-def is_chain(graph: fx.Graph) -> bool:
-    """Whether a graph is modules called in a row, each on what the last gave."""
-    last, *calls = graph.nodes
-    for node in calls:
-        if list(node.args) != [last] or node.kwargs or node.op not in ("call_module", "output"):
-            return False
-        last = node
-    return True
+def _why(error: Exception) -> str:
+    if isinstance(error, fx.proxy.TraceError) or "symbolic tracing" in str(error):
+        return "decides or counts by values that are computed"
+    text = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {textwrap.shorten(text, 90, placeholder=' ...')}"
+
+
+def is_simple(graph: fx.Graph) -> bool:
+    """Whether it is small, of one tensor, and makes one of it."""
+    first, *others = graph.nodes
+    made = others[-1].args[0]
+    return len(others) <= 8 and all(n.op != "placeholder" for n in others) and isinstance(made, fx.Node)
 
 
 def is_constant(value: Any) -> bool:
@@ -106,8 +110,7 @@ def _trace(
     except Untraceable:
         raise
     except Exception as error:
-        text = str(error).partition("\n")[0]
-        raise Untraceable(f"{type(error).__name__}: {textwrap.shorten(text, 90, placeholder=' ...')}") from error
+        raise Untraceable(_why(error)) from error
     finally:
         drew = not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate()
         torch.set_rng_state(states[0])

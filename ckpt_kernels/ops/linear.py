@@ -9,6 +9,7 @@ Where somebody must see the ops one by one (torch.compile, torch.func, tensor su
 computes the same.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import recompute
 from . import bias_act as _bias_act_ops
 from . import glu as _glu_ops
 from . import row_norm as _row_norm_ops
@@ -86,6 +88,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _is_fused(input, weight, bias) or not torch.is_autocast_enabled(input.device.type):
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, product_dtype(input))
+
+
+def recomputed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear. Within `discard_outputs` what reads its output keeps a recipe that runs the product again."""
+    output = linear(input, weight, bias)
+    discarder = recompute.discarding()
+    if discarder is not None and output.requires_grad:
+        product = functools.partial(_product, dtype=product_dtype(input))
+        discarder.register(output, product, (input, weight, bias))
+    return output
 
 
 # Blocks
