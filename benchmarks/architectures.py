@@ -108,7 +108,14 @@ def t5() -> Built:
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=128, d_model=64, d_kv=16, d_ff=172, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=128,
+        d_model=64,
+        d_kv=16,
+        d_ff=172,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
     )
     inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(length=24), "use_cache": False}
     return transformers.T5ForConditionalGeneration(config), inputs
@@ -297,7 +304,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Built
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for attribute in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob"):
-            if isinstance(getattr(module, attribute, None), float):
+            if isinstance(vars(module).get(attribute), float):
                 setattr(module, attribute, 0.0)
     wide = {
         key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

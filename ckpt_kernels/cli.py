@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import doctor, memory
+from .convert.check import check
+from .functional.linear import RECOMPUTE
 from .version import __version__
 
 
@@ -20,28 +22,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor", help="which backend serves CPU and CUDA calls, and why the others do not; exit status 1 if not well"
     )
     kept = commands.add_parser("memory", help="what a model keeps for backward, by module")
-    kept.add_argument(
-        "target",
-        metavar="MODULE:CALLABLE",
-        help="a function without arguments that returns (model, inputs): a module, and a tuple of what it is called "
-        "with, or a dict of it by name",
-    )
+    _add_target(kept)
     kept.add_argument("--png", metavar="FILE", help="draw the table there")
     kept.add_argument("--json", metavar="FILE", help="write the report there as data")
+    compared = commands.add_parser(
+        "convert-check", help="a model as it is against itself converted: errors, what is kept, peak and time of a step"
+    )
+    _add_target(compared)
+    compared.add_argument("--recompute", choices=RECOMPUTE, default="output", help="what is kept (default: output)")
+    compared.add_argument("--turns", type=int, default=5, metavar="N", help="steps timed of each (default: 5)")
     options = parser.parse_args(arguments)
     if options.command == "memory":
         return _memory(options)
+    if options.command == "convert-check":
+        return _convert_check(options)
     text, well = doctor.report()
     print(text)
     return 0 if well else 1
 
 
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target",
+        metavar="MODULE:CALLABLE",
+        help="a function without arguments that returns (model, inputs): a module, and a tuple of what it is called "
+        "with, or a dict of it by name",
+    )
+
+
 def _memory(options: argparse.Namespace) -> int:
-    try:
-        model, inputs = _load(options.target)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        print(f"{options.target} does not give (model, inputs): {error}", file=sys.stderr)
-        return 2
+    model, inputs = _built(options.target)
     report = memory.report(model, **inputs) if isinstance(inputs, dict) else memory.report(model, *inputs)
     print(report)
     if options.json:
@@ -49,6 +59,21 @@ def _memory(options: argparse.Namespace) -> int:
     if options.png:
         report.draw(options.png)
     return 0
+
+
+def _convert_check(options: argparse.Namespace) -> int:
+    model, inputs = _built(options.target)
+    print(check(model, inputs, recompute=options.recompute, turns=options.turns))
+    return 0
+
+
+def _built(target: str) -> Any:
+    try:
+        model, inputs = _load(target)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        print(f"{target} does not give (model, inputs): {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return model, inputs
 
 
 def _load(target: str) -> Any:

@@ -72,12 +72,24 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
 
 @contextlib.contextmanager
 def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
-    """While active, the last of `modules` is the one whose forward pass runs."""
-    handles = []
-    if isinstance(fn, nn.Module):
-        for name, module in fn.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: modules.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: modules.pop() and None, always_call=True))
+    """While active, the last of `modules` is the one whose forward pass runs.
+
+    By hooks for all modules, because one that has hooks of its own may be called in another way than it is without.
+    """
+    names = {module: name for name, module in fn.named_modules()} if isinstance(fn, nn.Module) else {}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if module in names:
+            modules.append(names[module])
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            modules.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
     try:
         yield
     finally:
@@ -196,11 +208,11 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
         if saved or fewer:
             modules.append(ModuleMemory(name, kind, saved, fewer))
     wanted = [p for p in model.parameters() if p.requires_grad]
-    wanted += [t for t in _tensors((inputs, kwargs)) if t.requires_grad]
-    device = next((t.device for t in (*model.parameters(), *_tensors((inputs, kwargs)))), torch.device("cpu"))
+    wanted += [t for t in tensors_in((inputs, kwargs)) if t.requires_grad]
+    device = next((t.device for t in (*model.parameters(), *tensors_in((inputs, kwargs)))), torch.device("cpu"))
 
     def step() -> None:
-        outputs = [t for t in _tensors(model(*inputs, **kwargs)) if t.requires_grad]
+        outputs = [t for t in tensors_in(model(*inputs, **kwargs)) if t.requires_grad]
         if outputs and wanted:
             torch.autograd.grad(sum(t.float().sum() for t in outputs), wanted, allow_unused=True)
 
@@ -224,16 +236,16 @@ def _replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator
             model.forward = before
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _size(count: int) -> str:

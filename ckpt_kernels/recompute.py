@@ -49,6 +49,11 @@ class Kept(NamedTuple):
                 f"{self.tensor.dtype} {tuple(self.tensor.shape)} is at version {self.tensor._version}; "
                 f"expected version {self.version}"
             )
+        if self.tensor.untyped_storage().nbytes() == 0 < self.tensor.numel():
+            raise RuntimeError(
+                f"a weight needed to compute again, {self.tensor.dtype} {tuple(self.tensor.shape)}, has been freed; "
+                "expected it where its module's backward pass begins (is it sharded apart from what reads its product?)"
+            )
         return self.tensor
 
 
@@ -155,7 +160,7 @@ class Discarder:
         self.announced: Announcement | None = None
 
     def register(self, output: Tensor, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Recipe:
-        recipe = Recipe(rebuild, [None if t is None else self.pack(t) for t in tensors])
+        recipe = Recipe(rebuild, [None if t is None else self.pack(_outlasting(t)) for t in tensors])
         entries = self._entries
         # Those whose memory was still in use, by a view, when the tensor itself went.
         for key in [key for key, entry in entries.items() if entry.storage.expired()]:
@@ -323,6 +328,15 @@ def _active() -> list[Discarder]:
 
 def _top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _outlasting(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of a norm's weight that may be gone when the recipe is asked for: a sharded one is gathered
+    when its own module's backward pass begins, and what reads the module's output comes before."""
+    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not sharded or tensor.dim() != 1 or not (tensor.requires_grad or isinstance(tensor, nn.Parameter)):
+        return tensor
+    return tensor.detach().clone()
 
 
 def _unpack(packed: Kept | Foreign | Claim) -> Tensor:

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from ..functional.linear import level_name
+from . import expected
 from .calls import is_linear
 from .fusion import fuse
 from .norms import Norm, norm_of
 from .pointwise import named_activation, pointwise_of
 from .report import LeftAlone, Replaced, Report
 from .selection import Selection
-from .swap import Rule, Within, is_converted, is_wrapped, rule_of, swap, swap_back
+from .swap import Rule, Within, discarding, is_converted, is_wrapped, rule_of, selecting, swap, swap_back
 from .traced import Traced
 from .tracing import Untraceable, has_hooks, is_constant, is_simple, trace
 
@@ -104,16 +105,17 @@ class _Conversion:
                 rule = rule_of(module)
                 if rule is not None:
                     swap_back(module)
-                swap(module, rule or Within(), discards=True)
+                may_select = module is not self.model and not any(map(_writes, module.modules()))
+                swap(module, rule or Within(), (discarding, selecting) if may_select else (discarding,))
         order = {name: i for i, name in enumerate(named.values())}
         self.replaced.sort(key=lambda entry: order[entry.name])
         self.left_alone.sort(key=lambda entry: order[entry.name])
         return Report(self.recompute, self.replaced, self.left_alone)
 
-    def _apply(self, name: str, module: nn.Module, rule: Rule) -> None:
-        self.replaced.append(Replaced(name, type(module).__name__, str(rule)))
+    def _apply(self, name: str, module: nn.Module, rule: Rule, kept: expected.Kept) -> None:
+        self.replaced.append(Replaced(name, type(module).__name__, str(rule), *kept))
         self.rules[module] = rule
-        swap(module, rule, discards=False)
+        swap(module, rule)
 
     def _leave(self, name: str, module: nn.Module, reason: str) -> None:
         self.left_alone.append(LeftAlone(name, type(module).__name__, reason))
@@ -129,7 +131,7 @@ class _Conversion:
         elif "forward" in module.__dict__:
             self._leave(name, module, "its forward was replaced on the instance")
         else:
-            self._apply(name, module, rule)
+            self._apply(name, module, rule, expected.of_norm(module, rule, self.recompute))
 
     def _convert_composite(self, name: str, module: nn.Module) -> None:
         if not self.selection.covers(name) or "forward" in module.__dict__:
@@ -147,8 +149,9 @@ class _Conversion:
                 continue
             simple = inner == "forward" and not kwargs and is_simple(graph)
             found = fuse(graph, module, left_alone, self.recompute)
-            if found:
-                self._apply(name, module, Traced(inner, inlined, left_alone, self.recompute, found))
+            if found.names:
+                rule = Traced(inner, inlined, left_alone, self.recompute, found.names)
+                self._apply(name, module, rule, found.kept)
                 return
             if simple:
                 self.simple.add(module)
@@ -186,6 +189,11 @@ class _Conversion:
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _writes(module: nn.Module) -> bool:
+    """Whether it writes to what it was given, or to its own buffers, which must not happen twice."""
+    return bool(getattr(module, "inplace", False) or getattr(module, "track_running_stats", False))
 
 
 def _guesses(method: Any, dtype: torch.dtype) -> Iterator[tuple[tuple, dict[str, Any]]]:

@@ -5,13 +5,13 @@ What is between the parts of a pattern must have no other reader. Larger pattern
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from . import calls
+from . import calls, expected
 from .norms import BatchNorm, Norm, RowNorm
 from .pointwise import KEPT_BY_OUTPUT, ActivationRule, named_activation
 from .swap import rule_of
@@ -41,10 +41,18 @@ _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MULTIPLIES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 
 
-def fuse(graph: fx.Graph, module: nn.Module, left_alone: Sequence[str], recompute: str) -> list[str]:
-    """Replaces what fuses, in place; returns what was found, for people. `left_alone` names modules not to touch."""
+class Found(NamedTuple):
+    """What was found in a graph, for people, and what of it the MLPs are expected to keep."""
+
+    names: list[str]
+    kept: expected.Kept
+
+
+def fuse(graph: fx.Graph, module: nn.Module, left_alone: Sequence[str], recompute: str) -> Found:
+    """Replaces what fuses, in place, and says what that was. `left_alone` names modules not to touch."""
     matcher = _Matcher(graph, module, left_alone, recompute)
-    return matcher.run()
+    matcher.run()
+    return Found(matcher.found, matcher.kept)
 
 
 class _Matcher:
@@ -54,8 +62,9 @@ class _Matcher:
         self.left_alone = set(left_alone)
         self.recompute = recompute
         self.found: list[str] = []
+        self.kept = expected.NOTHING
 
-    def run(self) -> list[str]:
+    def run(self) -> None:
         self._drop_questions()
         self._drop_identities()
         patterns: Sequence[Callable[[fx.Node], str | None]] = (
@@ -76,7 +85,6 @@ class _Matcher:
                     self.found.append(found)
         if self.recompute == "all":
             self._let_go_of_products()
-        return self.found
 
     # What a node is
 
@@ -154,16 +162,25 @@ class _Matcher:
             rest = act, drop, last, self.recompute, gate.args[0]
             if layout is not None:
                 arguments = self._reference(gate), layout, *rest
-                return self._replace(node, [*inner, *between, gate], calls.packed_mlp, arguments, "packed gated MLP")
+                return self._mlp_replaced(
+                    node, [*inner, *between, gate], calls.packed_mlp, arguments, "packed gated MLP"
+                )
             if not self._is_linear(value) or gate.args != value.args:
                 return None
             arguments = self._reference(gate), self._reference(value), *rest
-            return self._replace(node, [*inner, *between, gate, value], calls.gated_mlp, arguments, "gated MLP")
+            return self._mlp_replaced(node, [*inner, *between, gate, value], calls.gated_mlp, arguments, "gated MLP")
         if (match := self._activation(before)) is not None and self._is_linear(match[1]):
             act, first = match
             arguments = self._reference(first), act, drop, last, self.recompute, first.args[0]
-            return self._replace(node, [*inner, first], calls.mlp, arguments, "MLP")
+            return self._mlp_replaced(node, [*inner, first], calls.mlp, arguments, "MLP")
         return None
+
+    def _mlp_replaced(self, node: fx.Node, *replacement: Any) -> str | None:
+        last = self._child(node)
+        name = self._replace(node, *replacement)
+        if name:
+            self.kept += expected.of_mlp(last, "gated" in name, self.recompute)
+        return name
 
     def _gate(self, node: Any) -> tuple[Any, fx.Node, fx.Node | None, str | None, list[fx.Node]] | None:
         """act(gate) * value: act, gate, value, and the nodes between. Of the halves of one tensor: act, it, None,

@@ -212,7 +212,7 @@ def _roundings(rule: RowNorm) -> Iterator[RowNorm]:
 def _agrees(module: nn.Module, rule: RowNorm, dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
     """Whether rule and module compute the same of the same. Inputs are large and so small that eps decides."""
     generator = torch.Generator().manual_seed(0)
-    shadow = _shadow(module, weight_dtype, generator)
+    shadow = shadow_of(module, weight_dtype, generator)
     columns = next((p.numel() for p in shadow._parameters.values()), _columns(module))
     for scale in (1.0, 1e-3):
         shape = (2, columns, 6, 5) if rule.channels_first else (2, 60, columns)
@@ -238,7 +238,7 @@ def _columns(module: nn.Module) -> int:
     return math.prod(shape) if isinstance(shape, tuple | list | torch.Size) else int(shape)
 
 
-def _shadow(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+def shadow_of(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
     """The module on the CPU with random parameters of that dtype, without hooks. The module itself is not touched."""
     shadow = object.__new__(type(module))
     shadow.__dict__.update(nn.Module().__dict__ | {k: v for k, v in vars(module).items() if not k.endswith("_hooks")})

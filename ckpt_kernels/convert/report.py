@@ -1,18 +1,23 @@
 """What a conversion did, for people and programs."""
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A converted module: its name, the class it is of, and what it computes with now."""
+    """A converted module: its name, the class it is of, and what it computes with now.
+
+    `before` and `after`: bytes that it is expected to keep for each row (a token, a pixel), with what reads its output;
+    0 where that cannot be told without an input.
+    """
 
     name: str
     kind: str
     by: str
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -34,25 +39,33 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"replaced, recompute={self.recompute!r}:" if self.replaced else "nothing was replaced"]
-        lines += _table(
-            (count, kind, "->", by, example) for (kind, by), count, example in _grouped(self.replaced, "by")
-        )
+        rows = []
+        for (kind, by), entries in _grouped(self.replaced, "by"):
+            before, after = (sum(getattr(e, when) for e in entries) for when in ("before", "after"))
+            kept = f"{before:,} -> {after:,}" if before else ""
+            rows.append((f"{len(entries)} x", kind, by, kept, entries[0].name or "(the model itself)"))
+        before, after = (sum(getattr(e, when) for e in self.replaced) for when in ("before", "after"))
+        if before:
+            rows.append(("", "in all", "", f"{before:,} -> {after:,}", ""))
+        if rows:
+            lines += _table([("", "module", "computes with", "bytes kept a row", "first"), *rows])
         if self.left_alone:
             lines.append("left alone:")
             groups = _grouped(self.left_alone, "reason")
-            lines += _table((count, kind, ":", reason, example) for (kind, reason), count, example in groups)
+            lines += _table(
+                [(f"{len(es)} x", kind, reason, es[0].name or "(the model itself)") for (kind, reason), es in groups]
+            )
         return "\n".join(lines)
 
 
-def _grouped(entries: list[Any], attribute: str) -> Iterator[tuple[tuple[str, str], str, str]]:
-    """Each kind with each text: how many there are, and the name of the first."""
-    counts = Counter((entry.kind, getattr(entry, attribute)) for entry in entries)
-    for key, count in counts.items():
-        first = next(e.name for e in entries if (e.kind, getattr(e, attribute)) == key)
-        yield key, f"{count} x", first or "(the model itself)"
+def _grouped(entries: Sequence[Any], attribute: str) -> list[tuple[tuple[str, str], list[Any]]]:
+    """The entries of each kind with each text."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for entry in entries:
+        groups.setdefault((entry.kind, getattr(entry, attribute)), []).append(entry)
+    return list(groups.items())
 
 
-def _table(rows: Iterator[tuple[str, ...]]) -> list[str]:
-    cells = list(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -10,12 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ..recompute import discard_outputs
+from ..recompute import discard_outputs, selective_contexts
 
 # What a converted module has in its __dict__ beyond what it had: its rule.
 ATTRIBUTE = "_ckpt_rule"
+
+Forward = Callable[..., Any]
+# Called with a forward, the module, and the forward's arguments.
+Around = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
+
+_PASSES = (Tensor, type(None), bool, int, float, str, tuple)
 
 
 class Rule:
@@ -34,7 +41,7 @@ class Rule:
 
 
 class Within(Rule):
-    """The original's forward, for modules that are converted for nothing but to run within `discard_outputs`."""
+    """The original's forward, for modules that are converted for nothing but what is around it."""
 
     methods = ()
 
@@ -46,7 +53,7 @@ class Converted:
     """The first base of every converted module's class. `original` is the class that it was of."""
 
     original: type[nn.Module]
-    discards: bool
+    around: tuple[Around, ...]
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         made, arguments, *rest = super().__reduce_ex__(protocol)
@@ -55,13 +62,33 @@ class Converted:
                 f"{self.original.__qualname__} is pickled in a way of its own; expected the usual one. "
                 "Call ckpt_kernels.revert first"
             )
-        return _made_again, (self.original, getattr(self, ATTRIBUTE), self.discards), *rest
+        return _made_again, (self.original, getattr(self, ATTRIBUTE), self.around), *rest
 
 
-def swap(module: nn.Module, rule: Rule, discards: bool) -> None:
-    """Converts one module by `rule`; with `discards` its forward runs within `discard_outputs`."""
+def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None:
+    """Converts one module by `rule`; its forward, whichever it then is, runs as the functions `around` it do."""
     module.__dict__[ATTRIBUTE] = rule
-    module.__class__ = _converted_class(type(module), rule.methods, discards)
+    module.__class__ = _converted_class(type(module), rule.methods, around)
+
+
+def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward within `discard_outputs`."""
+    if not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    with discard_outputs():
+        return forward(module, *args, **kwargs)
+
+
+def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Under torch.compile, which has no `discard_outputs`: the forward in a checkpoint that computes blocks again."""
+    if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    # A cache, say, that the forward writes to cannot pass into the checkpoint. One of the model's own is enough.
+    if getattr(module, "gradient_checkpointing", False) or not all(
+        isinstance(a, _PASSES) for a in (*args, *kwargs.values())
+    ):
+        return forward(module, *args, **kwargs)
+    return checkpoint(forward, module, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
 
 
 def swap_back(module: nn.Module) -> None:
@@ -83,22 +110,24 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 
 @functools.cache
-def _converted_class(original: type[nn.Module], methods: tuple[str, ...], discards: bool) -> type[nn.Module]:
+def _converted_class(
+    original: type[nn.Module], methods: tuple[str, ...], around: tuple[Around, ...]
+) -> type[nn.Module]:
     members: dict[str, Any] = {
         "original": original,
-        "discards": discards,
+        "around": around,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
     for method in methods:
         members[method] = _calling(original, method)
-    if discards:
-        members["forward"] = _within_discard_outputs(original, members.get("forward", original.forward))
+    for outer in around:
+        members["forward"] = _surrounded(original, outer, members.get("forward", original.forward))
     return type(original.__name__, (Converted, original), members)
 
 
-def _calling(original: type[nn.Module], method: str) -> Callable[..., Any]:
+def _calling(original: type[nn.Module], method: str) -> Forward:
     @functools.wraps(getattr(original, method))
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__[ATTRIBUTE].call(method, self, *args, **kwargs)
@@ -106,18 +135,15 @@ def _calling(original: type[nn.Module], method: str) -> Callable[..., Any]:
     return call
 
 
-def _within_discard_outputs(original: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:
+def _surrounded(original: type[nn.Module], outer: Around, forward: Forward) -> Forward:
     @functools.wraps(original.forward)
-    def discarding_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(self, *args, **kwargs)
-        with discard_outputs():
-            return forward(self, *args, **kwargs)
+    def surrounded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return outer(forward, self, args, kwargs)
 
-    return discarding_forward
+    return surrounded
 
 
-def _made_again(original: type[nn.Module], rule: Rule, discards: bool) -> nn.Module:
+def _made_again(original: type[nn.Module], rule: Rule, around: tuple[Around, ...]) -> nn.Module:
     module = original.__new__(original)
-    swap(module, rule, discards)
+    swap(module, rule, around)
     return module

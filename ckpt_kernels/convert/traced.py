@@ -69,7 +69,7 @@ class Traced(Rule):
             graph = trace(getattr(module.original, method), module, inlined, args, kwargs)
         except Untraceable:
             return None
-        return _compiled(graph) if fuse(graph, module, self.left_alone, self.recompute) else None
+        return _compiled(graph) if fuse(graph, module, self.left_alone, self.recompute).names else None
 
     def __str__(self) -> str:
         counts = {name: self.found.count(name) for name in self.found}

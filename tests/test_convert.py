@@ -1,0 +1,76 @@
+"""`convert` on real architectures: results, names, what is kept, what is said."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from benchmarks import architectures
+from ckpt_kernels import memory
+
+from .conftest import DEVICE
+
+LEVELS = ("block", "output", "all")
+
+
+def built(name: str, dtype: torch.dtype = torch.float32) -> architectures.Built:
+    model, inputs = architectures.build(name, dtype)
+    return model.to(DEVICE), {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs, and the parameters' gradients of a random projection of all outputs."""
+    model.zero_grad()
+    outputs = [y for y in architectures.outputs_of(model, inputs) if y.requires_grad]
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) / math.sqrt(y.numel()) for y in outputs]
+    sum((y * w.to(y)).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    results |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return results
+
+
+def in_float64(name: str, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The truth for that model's weights and inputs."""
+    wide, _ = built(name, torch.float64)
+    wide.load_state_dict(model.state_dict())
+    return step(
+        wide, {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    )
+
+
+def check_errors(truth: dict[str, Tensor], eager: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Ours are at most 1.5 times eager's, an ulp allowed; of gradients that should be 0, of the largest gradient."""
+    assert truth.keys() == eager.keys() == ours.keys()
+    largest = max(t.abs().max().item() for name, t in truth.items() if name.startswith("grad"))
+    for name, t in truth.items():
+        ulp = torch.finfo(eager[name].dtype).eps
+        allowed = ulp * max(t.double().norm().item(), largest if name.startswith("grad") else 0.0)
+        error, usual = ((x[name].double() - t).norm().item() for x in (ours, eager))
+        assert error <= 1.5 * usual + allowed, f"{name}: {error:.3g}; eager's {usual:.3g}, an ulp {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+def test_a_converted_model_computes_what_it_did_and_keeps_less(name: str, dtype: torch.dtype) -> None:
+    model, inputs = built(name, dtype)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    truth, eager = in_float64(name, model, inputs), step(model, inputs)
+    kept = {"eager": memory.saved_bytes(lambda: architectures.outputs_of(model, inputs))}
+    for recompute in LEVELS:
+        model.load_state_dict(state)
+        ckpt_kernels.convert(model, recompute=recompute)
+        assert dict(model.named_parameters()) == parameters and dict(model.named_modules()) == modules
+        assert list(model.state_dict()) == list(state)
+        check_errors(truth, eager, step(model, inputs))
+        kept[recompute] = memory.saved_bytes(lambda: architectures.outputs_of(model, inputs))
+    assert kept["output"] < min(kept["eager"], kept["block"]) and kept["all"] <= kept["output"]
+    model.load_state_dict(state)
+    ckpt_kernels.revert(model)
+    again = step(model, inputs)
+    assert all(torch.equal(again[key], value) for key, value in eager.items())
