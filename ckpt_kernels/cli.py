@@ -32,10 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compared.add_argument("--recompute", choices=RECOMPUTE, default="output", help="what is kept (default: output)")
     compared.add_argument("--turns", type=int, default=5, metavar="N", help="steps timed of each (default: 5)")
     options = parser.parse_args(arguments)
-    if options.command == "memory":
-        return _memory(options)
-    if options.command == "convert-check":
-        return _convert_check(options)
+    try:
+        if options.command == "memory":
+            return _memory(options)
+        if options.command == "convert-check":
+            return _convert_check(options)
+    except _BadTarget as error:
+        print(error, file=sys.stderr)
+        return 2
     text, well = doctor.report()
     print(text)
     return 0 if well else 1
@@ -71,9 +75,12 @@ def _built(target: str) -> Any:
     try:
         model, inputs = _load(target)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        print(f"{target} does not give (model, inputs): {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise _BadTarget(f"{target} does not give (model, inputs): {error}") from error
     return model, inputs
+
+
+class _BadTarget(Exception):
+    """A MODULE:CALLABLE that does not give what it should."""
 
 
 def _load(target: str) -> Any:

@@ -5,6 +5,7 @@ tried out: what it computes of a small random input, with random parameters, is 
 class's name does not count; where eps stands and what is rounded when does.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import nn as ours
 from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
-from .swap import Rule
+from .swap import Unary
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -29,10 +30,10 @@ _OURS = (
 _WEIGHTS, _BIASES = ("weight", "gamma", "scale", "g"), ("bias", "beta", "shift", "b")
 
 
-class Norm(Rule):
+class Norm(Unary):
     """A norm, for what fuses with it: `compute(module, input, activation)`."""
 
-    def call(self, method: str, module: nn.Module, input: Tensor) -> Tensor:
+    def of(self, module: nn.Module, input: Tensor) -> Tensor:
         return self.compute(module, input, "identity")
 
     def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
@@ -162,7 +163,8 @@ def _may_be_row_norm(module: nn.Module) -> bool:
         return False
     from_torch = type(module).__module__.startswith("torch.nn.modules.")
     looks = own or "norm" in type(module).__name__.lower()
-    return bool(looks) and not from_torch and len({p.numel() for p in own.values()}) <= 1
+    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    return bool(looks) and not from_torch and len({p.numel() for p in own.values()}) <= 1 and len(required) == 1
 
 
 # Trying out

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..activations import NAMES, activation_name
 from ..backends.reference import ACTIVATIONS
-from .swap import Rule, rule_of
+from .swap import Rule, Unary, rule_of
 
 # A Linear or a convolution keeps the output of these and their own gradient needs no more: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu")
 
 
 @dataclass(frozen=True)
-class ActivationRule(Rule):
+class ActivationRule(Unary):
     """An activation by its name."""
 
     name: str
 
-    def call(self, method: str, module: nn.Module, input: Tensor) -> Tensor:
+    def of(self, module: nn.Module, input: Tensor) -> Tensor:
         return F.bias_act(input, activation=self.name)
 
     def __str__(self) -> str:
@@ -32,10 +32,10 @@ class ActivationRule(Rule):
 
 
 @dataclass(frozen=True)
-class DropoutRule(Rule):
+class DropoutRule(Unary):
     """`torch.nn.Dropout`, of which no mask is kept. Its random numbers are not those that torch's would draw."""
 
-    def call(self, method: str, module: nn.Module, input: Tensor) -> Tensor:
+    def of(self, module: nn.Module, input: Tensor) -> Tensor:
         if module.p == 0.0 or not module.training:
             return input
         return F.bias_act(input, dropout_p=module.p)

@@ -40,6 +40,18 @@ class Rule:
         return type(self).__name__
 
 
+class Unary(Rule):
+    """What a module computes of one tensor. Called in another way than with that alone, its original forward runs."""
+
+    def call(self, method: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return self.of(module, args[0])
+        return module.original.forward(module, *args, **kwargs)
+
+    def of(self, module: nn.Module, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 class Within(Rule):
     """The original's forward, for modules that are converted for nothing but what is around it."""
 

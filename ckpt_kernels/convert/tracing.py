@@ -103,7 +103,7 @@ def _trace(
     tracer = _Tracer(module, args, kwargs)
     stand_in = tracer.stand_in(module, "", inlined)
     before = {id(m): dict(vars(m)) for m in tracer.shadows}
-    states = torch.get_rng_state(), random.getstate()
+    numbers = _RandomNumbers()
     try:
         result = method(stand_in, *tracer.args, **tracer.kwargs)
         tracer.graph.output(tracer.create_arg(result))
@@ -112,9 +112,7 @@ def _trace(
     except Exception as error:
         raise Untraceable(_why(error)) from error
     finally:
-        drew = not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate()
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
+        drew = numbers.restore()
     if drew:
         raise Untraceable("draws random numbers that decide what it computes")
     for shadow in tracer.shadows:
@@ -122,6 +120,27 @@ def _trace(
         if now.keys() != then.keys() or any(now[key] is not then[key] for key in now):
             raise Untraceable("sets attributes as it goes")
     return tracer.graph
+
+
+class _RandomNumbers:
+    """The state of all generators that a forward may draw from by itself."""
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._torch = torch.get_rng_state()
+        self._python = random.getstate()
+        self._numpy = None if numpy is None else numpy.random.get_state()
+
+    def restore(self) -> bool:
+        """Whether they had moved."""
+        now = _RandomNumbers()
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        moved = not torch.equal(self._torch, now._torch) or self._python != now._python
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+            moved |= self._numpy[2] != now._numpy[2] or any(self._numpy[1] != now._numpy[1])
+        return moved
 
 
 class _Tracer(fx.Tracer):

@@ -1,0 +1,499 @@
+"""What `convert` recognises, what it leaves alone and why, and what happens to a module whose parts change."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels import memory
+from ckpt_kernels.cli import main
+from ckpt_kernels.convert.check import check
+from ckpt_kernels.convert.report import Report
+
+from .conftest import DEVICE
+from .test_convert_composes import close, equal
+
+WIDTH = 32
+
+
+def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    y = model(*leaves)
+    (y * torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape)).sum().backward()
+    found = {"output": y.detach()} | {f"grad {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}
+    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by(report: Report, name: str) -> str | None:
+    return next((entry.by for entry in report.replaced if entry.name == name), None)
+
+
+def reason(report: Any, name: str) -> str | None:
+    return next((entry.reason for entry in report.left_alone if entry.name == name), None)
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+# Norms by what they compute
+
+
+class Norm(nn.Module):
+    """A root mean square norm as people write it."""
+
+    def __init__(self, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.variance_epsilon = 1e-6
+        self.offset = offset
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * (self.offset + self.weight.float())).type_as(input)
+
+
+class RoundsFirst(Norm):
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(input.dtype)
+
+
+class EpsOutside(Norm):
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        wide = wide / (wide.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+        return (wide * self.weight.float()).type_as(input)
+
+
+class OfHalf(Norm):
+    """Partial: only the first half counts."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        wide = wide * torch.rsqrt(wide[..., : WIDTH // 2].square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * self.weight.float()).type_as(input)
+
+
+class InBfloat16(Norm):
+    def forward(self, input: Tensor) -> Tensor:
+        return input * torch.rsqrt(input.square().mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+
+
+class Centered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.beta = nn.Parameter(torch.rand(WIDTH))
+        self.eps = 1e-5
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input.float(), (WIDTH,), self.gamma.float(), self.beta.float(), self.eps).type_as(input)
+
+
+class WithoutWeightNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(input)
+
+
+@pytest.mark.parametrize(
+    ("norm", "found"),
+    (
+        (Norm(), "rms_norm"),
+        (Norm(1.0), "rms_norm (weight_offset=1)"),
+        (RoundsFirst(), "rms_norm (cast_before_weight)"),
+        (Centered(), "layer_norm"),
+        (WithoutWeightNorm(), "rms_norm"),
+        (nn.RMSNorm(WIDTH), "rms_norm"),
+        (nn.LayerNorm((4, WIDTH)), "layer_norm"),
+        (nn.LayerNorm(WIDTH, elementwise_affine=False), "layer_norm"),
+    ),
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_norm_is_known_by_what_it_computes(norm: nn.Module, found: str) -> None:
+    model = nn.Sequential(norm, nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        eager = run(model, x(3, 4, WIDTH, dtype=dtype))
+        assert by(ckpt_kernels.convert(model), "0") == found
+        ours = run(model, x(3, 4, WIDTH, dtype=dtype))
+        assert close(ours, eager, 1e-5 if dtype == torch.float32 else 0.02)
+        ckpt_kernels.revert(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), ((EpsOutside, "none of our row norms"), (OfHalf, "none of our"), (InBfloat16, "rounds bfloat16"))
+)
+def test_a_norm_that_computes_something_else_is_left_alone(kind: type[nn.Module], why: str) -> None:
+    model = nn.Sequential(kind(), nn.Linear(WIDTH, WIDTH))
+    type(model[0]).__name__ = "SomeNorm"
+    report = ckpt_kernels.convert(model)
+    assert by(report, "0") is None and why in reason(report, "0")
+    assert "left alone" in str(report) and why in str(report)
+
+
+def test_scales_and_positions_are_no_norms() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input * self.gamma
+
+    report = ckpt_kernels.convert(nn.Sequential(Scale(), nn.Linear(WIDTH, WIDTH), nn.Embedding(3, 4)))
+    assert not report.replaced and not report.left_alone and str(report) == "nothing was replaced"
+
+
+# Patterns of torch.nn
+
+
+SEQUENTIALS = {
+    "norm, act": (
+        lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, 4)),
+        "layer_norm, activation",
+        (6, WIDTH),
+    ),
+    "linear, act, linear": (
+        lambda: nn.Sequential(nn.Linear(WIDTH, 64), nn.SiLU(), nn.Linear(64, WIDTH)),
+        "MLP",
+        (6, WIDTH),
+    ),
+    "linear, act, dropout, linear": (
+        lambda: nn.Sequential(nn.Linear(WIDTH, 64), nn.ReLU(inplace=True), nn.Dropout(0.0), nn.Linear(64, WIDTH)),
+        "MLP",
+        (6, WIDTH),
+    ),
+    "conv, norm, act, conv": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3)),
+        "batch_norm, activation",
+        (2, 3, 9, 9),
+    ),
+    "conv, group norm, act": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3)),
+        "group_norm, activation",
+        (2, 3, 9, 9),
+    ),
+    "instance norm, act": (
+        lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True), nn.LeakyReLU(), nn.Conv2d(3, 4, 3)),
+        "instance_norm, activation",
+        (2, 3, 9, 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENTIALS)
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+def test_sequentials(name: str, training: bool) -> None:
+    build, found, shape = SEQUENTIALS[name]
+
+    def built() -> nn.Module:
+        torch.manual_seed(0)
+        return build().to(DEVICE).train(training)
+
+    def kept(model: nn.Module) -> int:
+        return memory.saved_bytes(lambda: model(x(*shape).requires_grad_()))
+
+    eager, ours = built(), built()
+    assert by(ckpt_kernels.convert(ours), "") == found
+    assert close(run(ours, x(*shape)), run(eager, x(*shape)), 1e-5)
+    # torch's relu that writes over its input keeps no more.
+    assert kept(ours) < kept(eager) or (name == "linear, act, dropout, linear" and kept(ours) == kept(eager))
+
+
+@pytest.mark.parametrize("activation", ("relu", "gelu", nn.SiLU()))
+@pytest.mark.parametrize("norm_first", (True, False))
+@pytest.mark.parametrize("kind", (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+def test_transformer_layers_of_torch(kind: type[nn.Module], norm_first: bool, activation: Any) -> None:
+    torch.manual_seed(0)
+    layer = kind(WIDTH, 4, 64, 0.0, activation, batch_first=True, norm_first=norm_first).to(DEVICE)
+    inputs = [x(2, 5, WIDTH), x(2, 7, WIDTH)][: 1 + (kind is nn.TransformerDecoderLayer)]
+    eager, kept = run(layer, *inputs), memory.saved_bytes(lambda: layer(*[i.requires_grad_() for i in inputs]))
+    report = ckpt_kernels.convert(layer)
+    assert by(report, "") == "MLP" and by(report, "norm1") == "layer_norm"
+    assert close(run(layer, *inputs), eager, 1e-5)
+    assert memory.saved_bytes(lambda: layer(*[i.requires_grad_() for i in inputs])) < kept
+    layer.eval()
+    ours = layer(*inputs)
+    with torch.no_grad():
+        fast = layer(*inputs)
+    ckpt_kernels.revert(layer)
+    torch.testing.assert_close(ours, layer(*inputs))
+    torch.testing.assert_close(fast, layer(*inputs))
+
+
+class BasicBlock(nn.Module):
+    """A residual block as torchvision writes it."""
+
+    def __init__(self, channels: int = 8, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = activation or nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        identity = input if self.downsample is None else self.downsample(input)
+        out = self.relu(self.bn1(self.conv1(input)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+def block(**options: Any) -> BasicBlock:
+    torch.manual_seed(0)
+    return BasicBlock(**options).to(DEVICE)
+
+
+IMAGE = (2, 8, 7, 7)
+
+
+def test_a_residual_block_is_fused() -> None:
+    eager_block, converted = block(), block()
+    assert by(ckpt_kernels.convert(converted), "") == "batch_norm, add, activation; batch_norm, activation"
+    assert close(run(converted, x(*IMAGE)), run(eager_block, x(*IMAGE)), 1e-5)
+    for key, value in eager_block.state_dict().items():
+        torch.testing.assert_close(converted.state_dict()[key], value)
+
+
+def test_hooks_on_what_is_fused_are_called() -> None:
+    model = block()
+    ckpt_kernels.convert(model)
+    expected = run(model, x(*IMAGE))
+    model.load_state_dict(block().state_dict())
+    seen: list[tuple[str, tuple]] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.shape)))
+        module.register_full_backward_hook(lambda m, i, o, name=name: seen.append((f"{name} back", o[0].shape)))
+    model.relu.inplace = False
+    assert close(run(model, x(*IMAGE)), expected, 1e-5)
+    names = [name for name, _ in seen]
+    assert names.count("relu") == names.count("relu back") == 2
+    assert names.count("bn1") == names.count("bn1 back") == names.count("") == 1
+
+
+def test_a_hook_that_changes_an_output_changes_it() -> None:
+    model = block()
+    ckpt_kernels.convert(model)
+    handle = model.bn2.register_forward_hook(lambda module, inputs, output: output * 0)
+    torch.testing.assert_close(model(x(*IMAGE)), x(*IMAGE).relu())
+    handle.remove()
+    assert not torch.equal(model(x(*IMAGE)), x(*IMAGE).relu())
+
+
+def test_replacing_a_part_and_changing_settings_is_noticed() -> None:
+    model, twin = block(), block()
+    ckpt_kernels.convert(model)
+    run(model, x(*IMAGE)), run(twin, x(*IMAGE))
+    for m in (model, twin):
+        m.relu = nn.Hardtanh()
+    assert close(run(model, x(*IMAGE)), run(twin, x(*IMAGE)), 1e-5)
+    for m in (model, twin):
+        torch.manual_seed(1)
+        m.downsample = nn.Conv2d(8, 8, 1).to(DEVICE)
+        m.bn1.eps = 0.5
+        m.bn2.momentum = None
+    assert close(run(model, x(*IMAGE)), run(twin, x(*IMAGE)), 1e-5)
+    for key, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+
+
+class Decides(nn.Module):
+    """An MLP whose forward takes branches."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.calls = 0
+        self.first, self.act, self.last = nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH)
+
+    def forward(self, input: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+        y = self.last(self.act(self.first(input)))
+        if self.how == "value" and y.sum() > 0:
+            y = -y
+        if self.how == "shape" and input.shape[0] > 4:
+            y = 2 * y
+        if self.how == "training" and self.training:
+            y = 2 * y
+        if self.how == "dtype" and y.dtype == torch.float64:
+            y = 2 * y
+        if self.how == "random" and torch.rand(()).item() > 2:
+            y = -y
+        if self.how == "random too" and random.random() > 2:
+            y = -y
+        if self.how == "attribute":
+            self.calls += 1
+        if self.how == "class" and isinstance(y, Tensor):
+            y = 2 * y
+        if self.how == "new tensor":
+            y = y + torch.ones(())
+        if mask is not None:
+            y = y * mask
+        return y * scale
+
+
+@pytest.mark.parametrize("how", ("", "training", "dtype"))
+def test_branches_that_are_followed(how: str) -> None:
+    model = Decides(how).to(DEVICE)
+    calls = (
+        lambda: model(x(3, WIDTH)),
+        lambda: model(x(6, WIDTH)),
+        lambda: model(x(3, WIDTH), 3.0),
+        lambda: model(x(3, WIDTH), mask=x(3, WIDTH)),
+        lambda: model(input=x(3, WIDTH), scale=2.0),
+        lambda: model.eval()(x(3, WIDTH)),
+        lambda: model.double()(x(3, WIDTH, dtype=torch.float64)),
+    )
+    expected = [call() for call in calls]
+    model.float().train()
+    assert by(ckpt_kernels.convert(model), "") == "MLP"
+    for call, value in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call(), value)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    (
+        ("value", "by values that are computed"),
+        ("shape", "by values that are computed"),
+        ("random", "draws random numbers"),
+        ("random too", "draws random numbers"),
+        ("attribute", "sets attributes"),
+        ("class", "by the class"),
+        ("new tensor", "makes a tensor of its own"),
+    ),
+)
+def test_branches_that_are_not_are_left_alone(how: str, why: str) -> None:
+    model = Decides(how).to(DEVICE)
+    expected = [model(x(n, WIDTH)) for n in (3, 6)]
+    report = ckpt_kernels.convert(model)
+    assert by(report, "") is None and why in reason(report, "")
+    for n, value in zip((3, 6), expected, strict=True):
+        torch.testing.assert_close(model(x(n, WIDTH)), value)
+    assert model.calls in (0, 4)
+
+
+def test_a_gate_that_broadcasts_is_left_to_torch() -> None:
+    class Squeeze(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Conv2d(8, 8, 1)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input * torch.sigmoid(self.fc(input.mean((2, 3), keepdim=True)))
+
+    model = Squeeze().to(DEVICE)
+    eager = run(model, x(*IMAGE))
+    ckpt_kernels.convert(model)
+    assert close(run(model, x(*IMAGE)), eager, 1e-5)
+
+
+# What may be touched
+
+
+def mlps() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(3)])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    (
+        ({}, {"0.0", "0.2", "1.0", "1.2", "2.0", "2.2"}),
+        ({"exclude": ["1"]}, {"0.0", "0.2", "2.0", "2.2"}),
+        ({"include": ["1"]}, {"1.0", "1.2"}),
+        ({"exclude": [nn.GELU]}, {"0.0", "1.0", "2.0"}),
+        ({"include": nn.LayerNorm, "exclude": "?.0"}, set()),
+        ({"include": ["*.2"], "exclude": ["0*"]}, {"1.2", "2.2"}),
+    ),
+)
+def test_include_and_exclude(options: dict[str, Any], expected: set[str]) -> None:
+    report = ckpt_kernels.convert(mlps(), **options)
+    assert {entry.name for entry in report.replaced} == expected
+    assert {e.name for e in report.left_alone} == {f"{i}.{j}" for i in range(3) for j in (0, 2)} - expected
+
+
+def test_what_is_excluded_is_not_fused_either() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+    report = ckpt_kernels.convert(model, exclude=["1"])
+    assert not report.replaced and reason(report, "1") == "not selected"
+
+
+def test_converting_twice_and_reverting_twice_change_nothing() -> None:
+    model = mlps()
+    first, kinds = ckpt_kernels.convert(model), [type(m) for m in model.modules()]
+    assert str(ckpt_kernels.convert(model)) == str(first) and [type(m) for m in model.modules()] == kinds
+    ckpt_kernels.revert(model)
+    ckpt_kernels.revert(model)
+    fresh = mlps()
+    assert [type(m) for m in model.modules()] == [type(m) for m in fresh.modules()]
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in fresh.modules()]
+    assert equal(run(model, x(4, WIDTH)), run(fresh, x(4, WIDTH)))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match=r"model is int; expected a torch.nn.Module"):
+        ckpt_kernels.convert(3)
+    with pytest.raises(ValueError, match=r"recompute is 'some'; expected one of block, output, all"):
+        ckpt_kernels.convert(mlps(), recompute="some")
+    with pytest.raises(ValueError, match=r"exclude names 'layers.0'; expected a name"):
+        ckpt_kernels.convert(mlps(), exclude=["layers.0"])
+    with pytest.raises(TypeError, match=r"include has 3; expected names or classes"):
+        ckpt_kernels.convert(mlps(), include=[3])
+    with pytest.raises(TypeError, match=r"model is compiled already"):
+        ckpt_kernels.convert(torch.compile(mlps()))
+
+
+def test_a_forward_that_was_replaced_on_the_instance_is_left_alone() -> None:
+    model = mlps()
+    model[0][0].forward = lambda input: input
+    report = ckpt_kernels.convert(model)
+    assert reason(report, "0.0") == "its forward was replaced on the instance"
+    assert torch.equal(model[0][0](x(3, WIDTH)), x(3, WIDTH))
+
+
+# The check
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    return nn.Sequential(mlps(), nn.Dropout(0.1)), (torch.randn(64, WIDTH),)
+
+
+def test_check_leaves_the_model_as_it_was_and_says_what_it_found() -> None:
+    model, inputs = block(), {"input": x(*IMAGE)}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = check(model, inputs, turns=1)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert type(model) is BasicBlock and model.training
+    assert found.mode == "training" and found.kept[1] <= found.kept[0] and min(found.seconds) > 0
+    for errors in found.errors:
+        assert 0 < errors.eager < 1e-5 and errors.converted <= 1.5 * errors.eager + 1e-7
+        assert errors.difference <= errors.eager + errors.converted
+
+
+def test_check_command(capsys: pytest.CaptureFixture) -> None:
+    assert main(["convert-check", "tests.test_convert_rules:example", "--turns", "1"]) == 0
+    text = capsys.readouterr().out
+    for words in ("layer_norm", "in evaluation mode", "gradients", "kept for backward", "peak", "time"):
+        assert words in text
+
+
+def test_check_needs_a_gradient() -> None:
+    with pytest.raises(ValueError, match=r"outputs have no gradient"):
+        check(mlps().requires_grad_(False), (x(3, WIDTH),))
