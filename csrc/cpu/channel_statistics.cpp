@@ -27,13 +27,20 @@ struct Sets {
   }
   int64_t count() const { return rows * sets; }
   int64_t of(int64_t sample, int64_t channel) const { return (rows == 1 ? 0 : sample) * sets + channel / set_channels; }
-  // Calls body(index into (samples, pieces, channels), piece, set).
+  // Calls body(index into (samples, pieces, channels), piece, channel, set).
   template <class Body>
   void for_each(Body body) const {
     for (int64_t sample = 0; sample < samples; ++sample)
-      for (int64_t piece = 0; piece < pieces; ++piece)
-        for (int64_t channel = 0; channel < channels; ++channel)
-          body((sample * pieces + piece) * channels + channel, piece, of(sample, channel));
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t i = (sample * pieces + piece) * channels, first = of(sample, 0);
+        // Where a set is a channel, a loop that the compiler can vectorise.
+        if (set_channels == 1)
+          for (int64_t channel = 0; channel < channels; ++channel) body(i + channel, piece, channel, first + channel);
+        else
+          for (int64_t set = 0, channel = 0; set < sets; ++set)
+            for (const int64_t end = channel + set_channels; channel < end; ++channel)
+              body(i + channel, piece, channel, first + set);
+      }
   }
 };
 
@@ -45,8 +52,8 @@ void statistics(const Sets& sets, const S* means, const S* squares, const S* wei
   };
   const double count = double(size) * double(sets.samples * sets.channels) / double(sets.count());
   std::vector<double> center(sets.count()), deviation(sets.count());
-  sets.for_each([&](int64_t i, int64_t piece, int64_t set) { center[set] += elements(piece) / count * means[i]; });
-  sets.for_each([&](int64_t i, int64_t piece, int64_t set) {
+  sets.for_each([&](int64_t i, int64_t piece, int64_t, int64_t set) { center[set] += elements(piece) / count * means[i]; });
+  sets.for_each([&](int64_t i, int64_t piece, int64_t, int64_t set) {
     const double apart = means[i] - center[set];
     deviation[set] += squares[i] + elements(piece) * apart * apart;
   });
@@ -71,8 +78,7 @@ void tilts(const Sets& sets, const S* first, const S* second, const S* var, cons
   std::vector<double> rstd(sets.count()), average(sets.count()), deviation(sets.count());
   std::vector<double> weight_sum(sets.channels), bias_sum(sets.channels);
   for (int64_t set = 0; set < sets.count(); ++set) rstd[set] = 1 / std::sqrt(double(var[set]) + eps);
-  sets.for_each([&](int64_t i, int64_t, int64_t set) {
-    const int64_t channel = i % sets.channels;
+  sets.for_each([&](int64_t i, int64_t, int64_t channel, int64_t set) {
     const double w = weight ? weight[channel] : 1;
     bias_sum[channel] += first[i];
     weight_sum[channel] += second[i] * rstd[set];

@@ -1,0 +1,79 @@
+"""`python -m benchmarks.convert`: what models keep for backward, as they are and converted at each level."""
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+import warnings
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import ckpt_kernels
+from ckpt_kernels.functional.linear import RECOMPUTE
+from ckpt_kernels.memory import saved_bytes
+
+from . import report
+from .architectures import ARCHITECTURES, build, outputs_of
+
+
+def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Bytes kept by a forward pass in training mode, as it is and at each level, and what was replaced and left."""
+    model, inputs = build(name, dtype)
+
+    def kept() -> int:
+        return saved_bytes(lambda: outputs_of(model, inputs))
+
+    found: dict[str, Any] = {"architecture": name, "eager": kept()}
+    for level in RECOMPUTE:
+        conversion = ckpt_kernels.convert(model, recompute=level)
+        found[level] = kept()
+    return found | {"replaced": len(conversion.replaced), "left_alone": len(conversion.left_alone)}
+
+
+def cells(found: dict[str, Any]) -> list[str]:
+    ratios = [f"{found[level] / found['eager']:.2f}" for level in RECOMPUTE]
+    counts = [str(found["replaced"]), str(found["left_alone"])]
+    return [found["architecture"], f"{found['eager'] / 2**20:.2f}", *ratios, *counts]
+
+
+COLUMNS = ["architecture", "eager, MiB", *RECOMPUTE, "replaced", "left"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
+    parser.add_argument("architectures", nargs="*", metavar="NAME", help=f"of {', '.join(ARCHITECTURES)}; default all")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    options = parser.parse_args()
+    unknown = [name for name in options.architectures if name not in ARCHITECTURES]
+    if unknown:
+        parser.error(f"no such architecture: {', '.join(unknown)}")
+    warnings.filterwarnings("ignore", module=r"diffusers\.|transformers\.")
+    console = Console()
+    names = options.architectures or list(ARCHITECTURES)
+    results = [measure(n, getattr(torch, options.dtype)) for n in track(names, "converting", console=console)]
+    title = f"Kept for backward in {options.dtype}: as it is, and converted as a fraction of that"
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if index else "left")
+    for found in results:
+        table.add_row(*cells(found))
+    console.print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m benchmarks.convert", *sys.argv[1:]])
+    about = report.machine(command, datetime.date.today().isoformat()) | {"dtype": options.dtype}
+    (options.out / "convert.json").write_text(json.dumps({"machine": about, "results": results}, indent=1))
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    lines += ["| " + " | ".join(cells(found)) + " |" for found in results]
+    (options.out / "convert.md").write_text("\n".join(lines) + "\n")
+    console.print(f"convert.json and convert.md are in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
