@@ -51,6 +51,13 @@ _SCHEMAS = (
     " Tensor(b!) second, bool planes, int piece_rows, int activation, bool by_output) -> ()",
     "channel_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor coefficients, Tensor(a!)? grad_input,"
     " Tensor(b!)? grad_residual, bool planes, int samples, int activation, bool by_output) -> ()",
+    "channel_norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!) output,"
+    " Tensor(b!) mean, Tensor(c!) var, Tensor(d!) coefficients, bool planes, int samples, int piece_rows, int groups,"
+    " float eps, int activation) -> ()",
+    "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor var,"
+    " Tensor coefficients, Tensor(a!)? grad_input, Tensor(b!)? grad_residual, Tensor(c!)? grad_weight,"
+    " Tensor(d!)? grad_bias, bool planes, int samples, int piece_rows, int groups, float count, float eps, bool fixed,"
+    " int activation, bool by_output) -> ()",
     "cpu_isa() -> str",
 )
 
@@ -128,6 +135,10 @@ channel_moments = _launcher(_ops.channel_moments.default)
 channel_forward = _launcher(_ops.channel_forward.default)
 channel_sums = _launcher(_ops.channel_sums.default)
 channel_backward = _launcher(_ops.channel_backward.default)
+# All steps of a channel norm in one call, where there is such a thing.
+WHOLE_CHANNEL_NORMS = ("cpu",)
+channel_norm_forward = _launcher(_ops.channel_norm_forward.default)
+channel_norm_backward = _launcher(_ops.channel_norm_backward.default)
 
 
 def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Callable[..., None]:

@@ -14,6 +14,7 @@ reads it keeps too; for other activations the residual; for the identity neither
 import functools
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -188,11 +189,36 @@ def _channel_norm(
     if not input.numel():
         return layout.room(input), *(t.zero_() for t in Statistics.room(input, groups))
     matrix = layout.matrix(input)
+    if given_mean is None and (backend := _whole(input)) is not None:
+        output, statistics = layout.room(input), Statistics.room(input, groups)
+        backend.channel_norm_forward(
+            matrix,
+            layout.matrix(residual),
+            vector(weight),
+            vector(bias),
+            layout.matrix(output),
+            *statistics,
+            *_place(layout),
+            groups,
+            eps,
+            activation,
+        )
+        return output, *statistics
     if given_mean is None:
         statistics = Statistics.of(input, matrix, layout, vector(weight), vector(bias), groups, eps)
     else:
         statistics = Statistics.given(input, given_mean, given_var, vector(weight), vector(bias), eps)
     return apply(input, residual, statistics.coefficients, layout, activation, matrix), *statistics
+
+
+def _whole(input: Tensor) -> ModuleType | None:
+    """The backend that serves, if it takes all steps of such a norm in one call."""
+    backend = backends.select(input)
+    return backend if input.device.type in getattr(backend, "WHOLE_CHANNEL_NORMS", ()) else None
+
+
+def _place(layout: Layout) -> tuple[bool, int, int]:
+    return layout.planes, layout.samples, layout.piece_rows
 
 
 def _channel_norm_fake(input, residual, weight, bias, given_mean, given_var, groups, eps, activation):
@@ -278,6 +304,12 @@ def _channel_norm_backward(
     matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
     options = (activation, by_output)
     count = layout.size * (layout.channels // groups if groups else layout.samples)
+    if (backend := _whole(input)) is not None:
+        gradients = [layout.room(input) if w else None for w in wanted[:2]]
+        rooms = [layout.matrix(g) for g in gradients]
+        whole = (grads, matrix, other, vector(weight), var, coefficients, *rooms, *affine)
+        backend.channel_norm_backward(*whole, *_place(layout), groups, float(count), eps, fixed, *options)
+        return returned((*gradients, *affine), operands, input)
     sums = gradient_sums(grads, matrix, other, coefficients, layout, options)
     six = with_tilts(coefficients, sums, var, vector(weight), affine, groups, float(count), eps, fixed)
     gradients = input_gradients(grads, matrix, other, six, layout, options, wanted, input)

@@ -1,6 +1,9 @@
 // The channel-norm ops on the CPU: shares rows, or pieces of them, out to threads.
 #include "../channel_norm_ops.h"
 
+#include <cstring>
+
+#include "channel_statistics.h"
 #include "row_tasks.h"
 
 namespace ckpt {
@@ -35,7 +38,93 @@ struct Cpu {
   }
 };
 
+// The steps of a norm, or of its gradient, in one call: what small inputs pay for is calls.
+struct WholeNorm : ChannelNormOps<Cpu> {
+  // Two numbers for each piece of each channel, for the time of a call.
+  template <class S>
+  class Pieces {
+   public:
+    Pieces(ChannelReduction& a, int64_t piece_rows) {
+      a.piece_rows = piece_rows;
+      a.pieces = a.planes ? 1 : (a.size + piece_rows - 1) / piece_rows;
+      const int64_t numel = a.samples * a.pieces * a.channels;
+      values_.reset(new S[2 * numel]);
+      a.first = first = values_.get();
+      a.second = second = first + numel;
+    }
+    S *first, *second;
+
+   private:
+    std::unique_ptr<S[]> values_;
+  };
+
+  static void forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor output,
+                      Tensor mean, Tensor var, Tensor coefficients, bool planes, int64_t samples, int64_t piece_rows,
+                      int64_t groups, double eps, int64_t activation) {
+    const ScalarKind kind = kind_of(input);
+    const Coefficient w(weight, kind, 0), b(bias, kind, 0);
+    with_compute_type(kind, [&](auto compute) {
+      using S = decltype(compute);
+      ChannelMoments a;
+      set_input(a, input, planes, samples, coefficients.size(2));
+      const Pieces<S> moments(a, piece_rows);
+      Cpu::run(a, input, kind);
+      const Sets sets(a.samples, a.pieces, a.channels, groups);
+      channel_statistics(
+          sets, moments.first, moments.second, static_cast<const S*>(w.data()), static_cast<const S*>(b.data()),
+          static_cast<S*>(data_of(mean, sets.count())), static_cast<S*>(data_of(var, sets.count())),
+          static_cast<S*>(data_of(coefficients, 3 * sets.rows * sets.channels)), a.size, a.piece_rows, eps);
+    });
+    ChannelNormOps::forward(input, residual, coefficients, output, planes, samples, activation);
+  }
+
+  static void backward(Tensor grad_output, Tensor input, OptionalTensor other, OptionalTensor weight, Tensor var,
+                       Tensor coefficients, OptionalTensor grad_input, OptionalTensor grad_residual,
+                       OptionalTensor grad_weight, OptionalTensor grad_bias, bool planes, int64_t samples,
+                       int64_t piece_rows, int64_t groups, double count, double eps, bool fixed, int64_t activation,
+                       bool by_output) {
+    const ScalarKind kind = kind_of(input);
+    const Coefficient w(weight, kind, 0);
+    with_compute_type(kind, [&](auto compute) {
+      using S = decltype(compute);
+      ChannelSums a;
+      set_input(a, input, planes, samples, coefficients.size(2));
+      a.coefficients = coefficients_of(coefficients, 3, a);
+      a.grad_output = dense(grad_output, a);
+      a.other = dense(other, a);
+      a.by_output = by_output;
+      a.activation = int(activation);
+      const Pieces<S> sums(a, piece_rows);
+      Cpu::run(a, input, kind);
+
+      const Sets sets(a.samples, a.pieces, a.channels, groups);
+      const int64_t three = 3 * sets.rows * sets.channels;
+      std::vector<S> six(2 * three);
+      std::memcpy(six.data(), data_of(coefficients, three), three * sizeof(S));
+      channel_tilts(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
+                    static_cast<const S*>(w.data()), six.data(), static_cast<S*>(data_of(grad_weight, a.channels)),
+                    static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);
+      if (!grad_input && !grad_residual) return;
+
+      ChannelBackward last;
+      static_cast<ChannelNorm&>(last) = a;
+      last.coefficients = {six.data(), a.coefficients.by_sample};
+      last.grad_output = a.grad_output;
+      last.other = a.other;
+      last.by_output = by_output;
+      last.activation = a.activation;
+      last.grad_input = dense(grad_input, a);
+      last.grad_residual = dense(grad_residual, a);
+      Cpu::run(last, input, kind);
+    });
+  }
+};
+
 }  // namespace
 }  // namespace ckpt
 
-STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) { ckpt::ChannelNormOps<ckpt::Cpu>::add_to(m); }
+STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
+  ckpt::ChannelNormOps<ckpt::Cpu>::add_to(m);
+  m.impl("channel_norm_forward", TORCH_BOX(&ckpt::WholeNorm::forward));
+  m.impl("channel_norm_backward", TORCH_BOX(&ckpt::WholeNorm::backward));
+}

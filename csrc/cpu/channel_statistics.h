@@ -1,0 +1,110 @@
+// From the moments and sums of channels to the coefficients of a channel norm: small tensors, one thread.
+// backends/reference.py says what is computed.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "coefficient.h"
+
+namespace ckpt {
+
+// What a norm's channels are: `sets` sets a sample (or of all samples) are normalised together, each of `set_channels`
+// channels. Statistics are numbered sample by sample, set by set.
+struct Sets {
+  int64_t samples, pieces, channels, rows, sets, set_channels;
+
+  Sets(int64_t samples, int64_t pieces, int64_t channels, int64_t groups)
+      : samples(samples), pieces(pieces), channels(channels) {
+    rows = groups ? samples : 1;
+    sets = groups ? groups : channels;
+    STD_TORCH_CHECK(channels % sets == 0, "expected groups of as many channels each");
+    set_channels = channels / sets;
+  }
+  int64_t count() const { return rows * sets; }
+  int64_t of(int64_t sample, int64_t channel) const { return (rows == 1 ? 0 : sample) * sets + channel / set_channels; }
+  // Calls body(index into (samples, pieces, channels), piece, channel, set).
+  template <class Body>
+  void for_each(Body body) const {
+    for (int64_t sample = 0; sample < samples; ++sample)
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t i = (sample * pieces + piece) * channels, first = of(sample, 0);
+        // Where a set is a channel, a loop that the compiler can vectorise.
+        if (set_channels == 1)
+          for (int64_t channel = 0; channel < channels; ++channel) body(i + channel, piece, channel, first + channel);
+        else
+          for (int64_t set = 0, channel = 0; set < sets; ++set)
+            for (const int64_t end = channel + set_channels; channel < end; ++channel)
+              body(i + channel, piece, channel, first + set);
+      }
+  }
+};
+
+template <class S>
+void channel_statistics(const Sets& sets, const S* means, const S* squares, const S* weight, const S* bias, S* mean,
+                        S* var, S* coefficients, int64_t size, int64_t piece_rows, double eps) {
+  auto elements = [&](int64_t piece) {
+    return double(piece + 1 < sets.pieces ? piece_rows : size - (sets.pieces - 1) * piece_rows);
+  };
+  const double count = double(size) * double(sets.samples * sets.channels) / double(sets.count());
+  std::vector<double> center(sets.count()), deviation(sets.count());
+  sets.for_each(
+      [&](int64_t i, int64_t piece, int64_t, int64_t set) { center[set] += elements(piece) / count * means[i]; });
+  sets.for_each([&](int64_t i, int64_t piece, int64_t, int64_t set) {
+    const double apart = means[i] - center[set];
+    deviation[set] += squares[i] + elements(piece) * apart * apart;
+  });
+  for (int64_t set = 0; set < sets.count(); ++set) {
+    mean[set] = S(center[set]);
+    var[set] = S(deviation[set] / count);
+  }
+  const int64_t stride = sets.rows * sets.channels;
+  for (int64_t row = 0; row < sets.rows; ++row)
+    for (int64_t channel = 0; channel < sets.channels; ++channel) {
+      const int64_t set = sets.of(row, channel);
+      S* own = coefficients + row * sets.channels + channel;
+      own[0] = mean[set];
+      own[stride] = S((weight ? weight[channel] : 1) / std::sqrt(double(var[set]) + eps));
+      own[2 * stride] = bias ? bias[channel] : S(0);
+    }
+}
+
+template <class S>
+void channel_tilts(const Sets& sets, const S* first, const S* second, const S* var, const S* weight, S* coefficients,
+                   S* grad_weight, S* grad_bias, double count, double eps, bool fixed) {
+  std::vector<double> rstd(sets.count()), average(sets.count()), deviation(sets.count());
+  std::vector<double> weight_sum(sets.channels), bias_sum(sets.channels);
+  for (int64_t set = 0; set < sets.count(); ++set) rstd[set] = 1 / std::sqrt(double(var[set]) + eps);
+  sets.for_each([&](int64_t i, int64_t, int64_t channel, int64_t set) {
+    const double w = weight ? weight[channel] : 1;
+    bias_sum[channel] += first[i];
+    weight_sum[channel] += second[i] * rstd[set];
+    average[set] += w * first[i];
+    deviation[set] += w * second[i];
+  });
+  for (int64_t channel = 0; channel < sets.channels; ++channel) {
+    if (grad_weight) grad_weight[channel] = S(weight_sum[channel]);
+    if (grad_bias) grad_bias[channel] = S(bias_sum[channel]);
+  }
+  const int64_t stride = sets.rows * sets.channels;
+  for (int64_t row = 0; row < sets.rows; ++row)
+    for (int64_t channel = 0; channel < sets.channels; ++channel) {
+      const int64_t set = sets.of(row, channel);
+      S* own = coefficients + row * sets.channels + channel;
+      const double share = fixed ? 0 : -rstd[set] / count;
+      own[3 * stride] = own[stride];
+      own[4 * stride] = S(share * deviation[set] * rstd[set] * rstd[set]);
+      own[5 * stride] = S(share * average[set]);
+    }
+}
+
+// Calls body with a value of the compute type.
+template <class Body>
+void with_compute_type(ScalarKind kind, Body body) {
+  if (kind == ScalarKind::float64)
+    body(double{});
+  else
+    body(float{});
+}
+
+}  // namespace ckpt
