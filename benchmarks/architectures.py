@@ -1,9 +1,10 @@
 """Models that people train, at toy size and with random weights: what `convert` is tried on.
 
-Each function returns (model, inputs by name); models that need a package which is not there are left out.
+Each function returns (model, inputs by name); `why_not` says which cannot be built for want of a package.
 """
 
-import importlib.util
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -288,12 +289,19 @@ _PACKAGES: dict[str, tuple[Callable[[], Built], ...]] = {
     "torchvision": (torchvision_resnet,),
     "timm": (timm_vit,),
 }
-ARCHITECTURES = {
-    build.__name__: build
-    for package, builders in _PACKAGES.items()
-    if importlib.util.find_spec(package) is not None
-    for build in builders
-}
+PACKAGE_OF = {build.__name__: package for package, builders in _PACKAGES.items() for build in builders}
+ARCHITECTURES = {build.__name__: build for builders in _PACKAGES.values() for build in builders}
+
+
+@functools.cache
+def why_not(name: str) -> str | None:
+    """Why that model cannot be built here; None if it can."""
+    package = PACKAGE_OF.get(name, "torch")
+    try:
+        importlib.import_module(package)
+    except Exception as error:
+        return f"{package} does not import: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Built:

@@ -18,7 +18,7 @@ from ckpt_kernels.functional.linear import RECOMPUTE
 from ckpt_kernels.memory import saved_bytes
 
 from . import report
-from .architectures import ARCHITECTURES, build, outputs_of
+from .architectures import ARCHITECTURES, build, outputs_of, why_not
 
 
 def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -56,6 +56,9 @@ def main() -> int:
     warnings.filterwarnings("ignore", module=r"diffusers\.|transformers\.")
     console = Console()
     names = options.architectures or list(ARCHITECTURES)
+    for reason in dict.fromkeys(filter(None, map(why_not, names))):
+        console.print(f"left out: {reason}")
+    names = [name for name in names if why_not(name) is None]
     results = [measure(n, getattr(torch, options.dtype)) for n in track(names, "converting", console=console)]
     title = f"Kept for backward in {options.dtype}: as it is, and converted as a fraction of that"
     table = Table(title=title, title_justify="left")

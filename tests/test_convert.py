@@ -17,6 +17,8 @@ LEVELS = ("block", "output", "all")
 
 
 def built(name: str, dtype: torch.dtype = torch.float32) -> architectures.Built:
+    if reason := architectures.why_not(name):
+        pytest.skip(reason)
     model, inputs = architectures.build(name, dtype)
     return model.to(DEVICE), {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
@@ -74,3 +76,61 @@ def test_a_converted_model_computes_what_it_did_and_keeps_less(name: str, dtype:
     ckpt_kernels.revert(model)
     again = step(model, inputs)
     assert all(torch.equal(again[key], value) for key, value in eager.items())
+
+
+# Architectures that nobody had in mind
+
+
+def _unlisted(name: str) -> architectures.Built:
+    import transformers
+
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    inputs: dict[str, Any] = {"input_ids": architectures.tokens()}
+    if name == "cohere":
+        return transformers.CohereForCausalLM(transformers.CohereConfig(**text, intermediate_size=172, **ends)), inputs
+    if name == "mamba2":
+        config = transformers.Mamba2Config(
+            vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8, head_dim=16, num_heads=8, n_groups=1
+        )
+        return transformers.Mamba2ForCausalLM(config), inputs
+    if name == "falcon":
+        return transformers.FalconForCausalLM(transformers.FalconConfig(**text, **ends)), inputs
+    if name == "nemotron":
+        config = transformers.NemotronConfig(**text, intermediate_size=172, num_key_value_heads=2, head_dim=16, **ends)
+        return transformers.NemotronForCausalLM(config), inputs
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if name == "swin":
+        config = transformers.SwinConfig(
+            image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=10
+        )
+        return transformers.SwinForImageClassification(config), inputs
+    config = transformers.RegNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8, num_labels=10
+    )
+    return transformers.RegNetForImageClassification(config), inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "left_alone", "share"),
+    (
+        ("cohere", set(), 0.6),
+        ("mamba2", {"Mamba2Mixer"}, 1.0),
+        ("falcon", set(), 0.8),
+        ("nemotron", {"NemotronLayerNorm1P"}, 0.9),
+        ("swin", {"SwinLayer"}, 0.8),
+        ("regnet", set(), 0.7),
+    ),
+)
+def test_unlisted_architectures(name: str, left_alone: set[str], share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setitem(architectures.ARCHITECTURES, name, lambda: _unlisted(name))
+    model, inputs = built(name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    truth, eager = in_float64(name, model, inputs), step(model, inputs)
+    kept = memory.saved_bytes(lambda: architectures.outputs_of(model, inputs))
+    model.load_state_dict(state)
+    report = ckpt_kernels.convert(model)
+    assert {entry.kind for entry in report.left_alone} == left_alone
+    check_errors(truth, eager, step(model, inputs))
+    assert memory.saved_bytes(lambda: architectures.outputs_of(model, inputs)) < share * kept
