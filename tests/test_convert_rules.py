@@ -330,6 +330,8 @@ class Decides(nn.Module):
             y = 2 * y
         if self.how == "training" and self.training:
             y = 2 * y
+        if self.how == "child" and self.act.approximate == "tanh":
+            y = 2 * y
         if self.how == "dtype" and y.dtype == torch.float64:
             y = 2 * y
         if self.how == "random" and torch.rand(()).item() > 2:
@@ -340,6 +342,10 @@ class Decides(nn.Module):
             self.calls += 1
         if self.how == "class" and isinstance(y, Tensor):
             y = 2 * y
+        if self.how == "mark":
+            input.mark = 1
+        if self.how == "hasattr" and hasattr(input, "to_local"):
+            y = 2 * y
         if self.how == "new tensor":
             y = y + torch.ones(())
         if mask is not None:
@@ -347,7 +353,7 @@ class Decides(nn.Module):
         return y * scale
 
 
-@pytest.mark.parametrize("how", ("", "training", "dtype"))
+@pytest.mark.parametrize("how", ("", "training", "dtype", "hasattr"))
 def test_branches_that_are_followed(how: str) -> None:
     model = Decides(how).to(DEVICE)
     calls = (
@@ -374,6 +380,7 @@ def test_branches_that_are_followed(how: str) -> None:
         ("random", "draws random numbers"),
         ("random too", "draws random numbers"),
         ("attribute", "sets attributes"),
+        ("mark", "sets attributes"),
         ("class", "by the class"),
         ("new tensor", "makes a tensor of its own"),
     ),
@@ -386,6 +393,15 @@ def test_branches_that_are_not_are_left_alone(how: str, why: str) -> None:
     for n, value in zip((3, 6), expected, strict=True):
         torch.testing.assert_close(model(x(n, WIDTH)), value)
     assert model.calls in (0, 4)
+
+
+def test_settings_of_children_are_followed() -> None:
+    model, twin = Decides("child").to(DEVICE), Decides("child").to(DEVICE)
+    twin.load_state_dict(model.state_dict())
+    ckpt_kernels.convert(model)
+    for approximate in ("none", "tanh", "none"):
+        model.act.approximate = twin.act.approximate = approximate
+        torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
 
 
 def test_a_gate_that_broadcasts_is_left_to_torch() -> None:

@@ -62,7 +62,11 @@ def convert(
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
     selection = Selection(model, include, exclude)
     revert(model)
-    return _Conversion(model, recompute, selection).run()
+    try:
+        return _Conversion(model, recompute, selection).run()
+    except BaseException:
+        revert(model)
+        raise
 
 
 def revert(model: nn.Module) -> None:
@@ -126,7 +130,7 @@ class _Conversion:
         if rule is None:
             if reason:
                 self._leave(name, module, reason)
-        elif not self.selection.covers(name):
+        elif not self.selection.covers(module):
             self._leave(name, module, "not selected")
         elif "forward" in module.__dict__:
             self._leave(name, module, "its forward was replaced on the instance")
@@ -134,16 +138,16 @@ class _Conversion:
             self._apply(name, module, rule, expected.of_norm(module, rule, self.recompute))
 
     def _convert_composite(self, name: str, module: nn.Module) -> None:
-        if not self.selection.covers(name) or "forward" in module.__dict__:
+        if not self.selection.covers(module) or "forward" in module.__dict__:
             return
         inner = next((m for kind, m in _INNER_METHODS.items() if isinstance(module, kind)), "forward")
         method = getattr(type(module), inner)
         inlined = list(self._inlined(module))
-        left_alone = self.selection.left_alone_below(name, module)
+        left_alone = self.selection.left_alone_below(module)
         reasons = []
         for args, kwargs in _guesses(method, _dtype(module)):
             try:
-                graph = trace(method, module, inlined, args, kwargs)
+                graph = trace(method, module, inlined, args, kwargs).graph
             except Untraceable as error:
                 reasons.append(str(error))
                 continue

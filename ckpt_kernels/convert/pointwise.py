@@ -5,6 +5,7 @@ out in float64, where two formulas for one activation agree.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,18 @@ KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu")
 
 @dataclass(frozen=True)
 class ActivationRule(Unary):
-    """An activation by its name."""
+    """An activation by its name, as long as the module's settings are what they were."""
 
     name: str
+    settings: tuple[tuple[str, Any], ...]
 
     def of(self, module: nn.Module, input: Tensor) -> Tensor:
+        if not self.holds(module):
+            return module.original.forward(module, input)
         return F.bias_act(input, activation=self.name)
+
+    def holds(self, module: nn.Module) -> bool:
+        return all(getattr(module, key) == value for key, value in self.settings)
 
     def __str__(self) -> str:
         return f"bias_act ({self.name})"
@@ -51,14 +58,17 @@ def pointwise_of(module: nn.Module) -> Rule | None:
     if getattr(module, "inplace", False):
         return None
     name = named_activation(module)
-    return None if name is None or name in KEPT_BY_OUTPUT else ActivationRule(name)
+    if name is None or name in KEPT_BY_OUTPUT:
+        return None
+    settings = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
+    return ActivationRule(name, tuple(settings.items()))
 
 
 def named_activation(module: nn.Module) -> str | None:
     """The name of the activation that a module computes, converted or not; None if it is none of ours."""
     rule = rule_of(module)
     if isinstance(rule, ActivationRule):
-        return rule.name
+        return rule.name if rule.holds(module) else None
     if type(module).__module__.startswith("torch.nn.modules."):
         try:
             return activation_name(module)

@@ -15,41 +15,32 @@ class Selection:
     """
 
     def __init__(self, model: nn.Module, include: Choice, exclude: Choice) -> None:
-        self._included = None if include is None else _matches(model, include, "include")
-        self._excluded = _matches(model, exclude or (), "exclude")
+        self._included = None if include is None else _chosen(model, include, "include")
+        self._excluded = _chosen(model, exclude or (), "exclude")
 
-    def covers(self, name: str) -> bool:
-        """Whether the module of that name may be touched."""
-        if _is_within(name, self._excluded):
-            return False
-        return self._included is None or _is_within(name, self._included)
+    def covers(self, module: nn.Module) -> bool:
+        """Whether that module may be touched."""
+        return module not in self._excluded and (self._included is None or module in self._included)
 
-    def left_alone_below(self, name: str, module: nn.Module) -> list[str]:
+    def left_alone_below(self, module: nn.Module) -> list[str]:
         """Names, from there, of the modules below that may not be touched."""
-        prefix = f"{name}." if name else ""
-        return [below for below, _ in module.named_modules() if below and not self.covers(prefix + below)]
+        return [name for name, below in module.named_modules(remove_duplicate=False) if not self.covers(below)]
 
 
-def _matches(model: nn.Module, choice: Iterable[str | type[nn.Module]], argument: str) -> set[str]:
+def _chosen(model: nn.Module, choice: Iterable[str | type[nn.Module]], argument: str) -> set[nn.Module]:
     if isinstance(choice, str | type):
         choice = [choice]
-    names = dict(model.named_modules(remove_duplicate=False))
-    found: set[str] = set()
+    named = dict(model.named_modules(remove_duplicate=False))
+    found: set[nn.Module] = set()
     for wanted in choice:
         if isinstance(wanted, str):
-            fitting = set(fnmatch.filter(names, wanted))
+            fitting = [named[name] for name in fnmatch.filter(named, wanted)]
             if not fitting:
                 raise ValueError(f"{argument} names {wanted!r}; expected a name, with * and ?, that fits a module")
         elif isinstance(wanted, type) and issubclass(wanted, nn.Module):
-            fitting = {name for name, module in names.items() if isinstance(module, wanted)}
+            fitting = [module for module in named.values() if isinstance(module, wanted)]
         else:
             raise TypeError(f"{argument} has {wanted!r}; expected names or classes of modules")
-        found |= fitting
+        for module in fitting:
+            found.update(module.modules())
     return found
-
-
-def _is_within(name: str, roots: set[str]) -> bool:
-    if "" in roots:
-        return True
-    parts = name.split(".")
-    return any(".".join(parts[: i + 1]) in roots for i in range(len(parts)))

@@ -7,7 +7,7 @@ is none to be had, or nothing in it fuses, the original forward runs.
 import itertools
 import linecache
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -20,6 +20,13 @@ from .tracing import Untraceable, has_hooks, is_constant, signature, trace
 MOST_GRAPHS = 16
 
 _numbers = itertools.count()
+
+
+class _Function(NamedTuple):
+    """Of the module and the arguments that are no constants; good as long as these settings are as they were."""
+
+    of: Callable[..., Any]
+    settings: list[tuple[str, str, Any]]
 
 
 class Traced(Rule):
@@ -41,7 +48,7 @@ class Traced(Rule):
         self.left_alone = tuple(left_alone)
         self.recompute = recompute
         self.found = tuple(found)
-        self._functions: dict[Hashable, Callable[..., Any] | None] = {}
+        self._functions: dict[Hashable, _Function | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_functions": {}}
@@ -60,16 +67,20 @@ class Traced(Rule):
             function = self._functions[key] = self._made(method, module, args, kwargs)
         if function is None:
             return original(module, *args, **kwargs)
-        return function(module, *[a for a in (*args, *kwargs.values()) if not is_constant(a)])
+        if any(getattr(module.get_submodule(name), attribute) != value for name, attribute, value in function.settings):
+            del self._functions[key]
+            return self.call(method, module, *args, **kwargs)
+        return function.of(module, *[a for a in (*args, *kwargs.values()) if not is_constant(a)])
 
-    def _made(self, method: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    def _made(self, method: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "_Function | None":
         # A module that has got hooks is called as a whole.
         inlined = [name for name in self.inlined if not has_hooks(module.get_submodule(name))]
         try:
-            graph = trace(getattr(module.original, method), module, inlined, args, kwargs)
+            graph, settings = trace(getattr(module.original, method), module, inlined, args, kwargs)
         except Untraceable:
             return None
-        return _compiled(graph) if fuse(graph, module, self.left_alone, self.recompute).names else None
+        found = fuse(graph, module, self.left_alone, self.recompute)
+        return _Function(_compiled(graph), settings) if found.names else None
 
     def __str__(self) -> str:
         counts = {name: self.found.count(name) for name in self.found}

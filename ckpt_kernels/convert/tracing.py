@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -86,9 +86,16 @@ def _kind(value: Any) -> Hashable:
     return (type(value), value) if type(value) in _CONSTANTS else type(value)
 
 
+class Trace(NamedTuple):
+    """A graph, and the settings of children that it depends on: names of modules and attributes, and their values."""
+
+    graph: fx.Graph
+    settings: list[tuple[str, str, Any]]
+
+
 def trace(
     method: Callable[..., Any], module: nn.Module, inlined: Sequence[str], args: tuple, kwargs: dict[str, Any]
-) -> fx.Graph:
+) -> Trace:
     """The graph of `method(module, *args, **kwargs)`; its placeholders are the arguments that are not constants.
 
     `inlined` names the modules below it whose own forward is to be part of the graph.
@@ -99,7 +106,7 @@ def trace(
 
 def _trace(
     method: Callable[..., Any], module: nn.Module, inlined: Sequence[str], args: tuple, kwargs: dict[str, Any]
-) -> fx.Graph:
+) -> Trace:
     tracer = _Tracer(module, args, kwargs)
     stand_in = tracer.stand_in(module, "", inlined)
     before = {id(m): dict(vars(m)) for m in tracer.shadows}
@@ -119,7 +126,7 @@ def _trace(
         now, then = vars(shadow), before[id(shadow)]
         if now.keys() != then.keys() or any(now[key] is not then[key] for key in now):
             raise Untraceable("sets attributes as it goes")
-    return tracer.graph
+    return Trace(tracer.graph, tracer.settings)
 
 
 class _RandomNumbers:
@@ -149,6 +156,7 @@ class _Tracer(fx.Tracer):
         self.root = module
         self.graph = fx.Graph(tracer_cls=fx.Tracer)
         self.shadows: list[nn.Module] = []
+        self.settings: list[tuple[str, str, Any]] = []
         self._tensors = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         self._dtype = None if first is None else first.dtype
@@ -203,7 +211,7 @@ class _Tracer(fx.Tracer):
         """A module with the original's class and attributes, which records a call, or if `inlined` runs on proxies."""
         real = getattr(type(module), "original", type(module))
         runs = name == "" or name in inlined
-        recorded = {} if runs else {"__call__": self._recording(name)}
+        recorded = {} if runs else {"__call__": self._recording(name), "__getattribute__": self._reading(name)}
         shadow = object.__new__(type(real.__name__, (real,), recorded | {"__module__": real.__module__}))
         shadow.__dict__.update({key: value for key, value in vars(module).items() if not key.endswith("_hooks")})
         shadow.__dict__.update({key: value for key, value in nn.Module().__dict__.items() if key.endswith("_hooks")})
@@ -224,10 +232,31 @@ class _Tracer(fx.Tracer):
 
         return record
 
+    def _reading(self, name: str) -> Callable[[nn.Module, str], Any]:
+        """Notes the settings that are read of a module that is not run."""
+
+        def read(shadow: nn.Module, attribute: str) -> Any:
+            value = object.__getattribute__(shadow, attribute)
+            if is_constant(value) and not attribute.startswith("__"):
+                self.settings.append((name, attribute, value))
+            return value
+
+        return read
+
 
 class _Proxy(fx.Proxy):
     """A proxy that does not let itself be taken for what it is: an argument is of its value's class, and whoever asks
     of what class a result is gets no answer."""
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__dict__.get("_stands_for") is Tensor and not hasattr(Tensor, name):
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise Untraceable("sets attributes as it goes")
+        super().__setattr__(name, value)
 
     @property
     def __class__(self) -> type:
