@@ -134,6 +134,16 @@ def test_a_norm_is_known_by_what_it_computes(norm: nn.Module, found: str) -> Non
         ckpt_kernels.revert(model)
 
 
+@pytest.mark.parametrize("kind", (Norm, RoundsFirst, Centered))
+def test_of_narrow_inputs_and_wide_weights_comes_what_came(kind: type[nn.Module]) -> None:
+    norm, input = kind().to(DEVICE), x(3, 4, WIDTH, dtype=torch.bfloat16)
+    eager = norm(input)
+    assert ckpt_kernels.convert(norm).replaced
+    ours = norm(input)
+    assert ours.dtype == eager.dtype
+    torch.testing.assert_close(ours, eager, rtol=0.02, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("kind", "why"), ((EpsOutside, "none of our row norms"), (OfHalf, "none of our"), (InBfloat16, "rounds bfloat16"))
 )
@@ -285,6 +295,33 @@ def test_hooks_on_what_is_fused_are_called() -> None:
     names = [name for name, _ in seen]
     assert names.count("relu") == names.count("relu back") == 2
     assert names.count("bn1") == names.count("bn1 back") == names.count("") == 1
+
+
+def test_hooks_on_the_parts_of_an_mlp_are_called() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH)).to(DEVICE)
+    ckpt_kernels.convert(model, recompute="all")
+    expected = model(x(3, WIDTH))
+    for part in model:
+        seen: list[Tensor] = []
+        handle = part.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        torch.testing.assert_close(model(x(3, WIDTH)), expected)
+        assert len(seen) == 1
+        handle.remove()
+
+
+def test_what_is_read_twice_is_not_fused_away() -> None:
+    class Twice(Decides):
+        def forward(self, input: Tensor) -> Tensor:
+            hidden = self.first(input)
+            active = self.act(hidden)
+            return self.last(active) + {"hidden": hidden, "active": active}[self.how].mean()
+
+    for how in ("hidden", "active"):
+        model = Twice(how).to(DEVICE)
+        eager = run(model, x(3, WIDTH))
+        report = ckpt_kernels.convert(model)
+        assert by(report, "") is None and by(report, "act") == "bias_act (gelu)"
+        assert close(run(model, x(3, WIDTH)), eager, 1e-5)
 
 
 def test_a_hook_that_changes_an_output_changes_it() -> None:
