@@ -2,14 +2,17 @@
 
 import argparse
 import importlib
+import importlib.util
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import doctor, memory
+from . import doctor, inspect, memory
 from .convert.check import check
 from .functional.linear import RECOMPUTE
+from .inspect import ARCHITECTURES, COLUMNS
 from .version import __version__
 
 
@@ -31,7 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_target(compared)
     compared.add_argument("--recompute", choices=RECOMPUTE, default="output", help="what is kept (default: output)")
     compared.add_argument("--turns", type=int, default=5, metavar="N", help="steps timed of each (default: 5)")
+    kernels = commands.add_parser(
+        "inspect", help="what the GPU kernels use, compiled without a GPU; exit status 1 if one spills"
+    )
+    kernels.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="default: sm_90")
+    kernels.add_argument("--columns", type=int, nargs="+", default=list(COLUMNS), metavar="N", help="lengths of rows")
+    kernels.add_argument("--json", metavar="FILE", help="write the figures there as data")
     options = parser.parse_args(arguments)
+    if options.command == "inspect":
+        return _inspect(options)
     try:
         if options.command == "memory":
             return _memory(options)
@@ -69,6 +80,25 @@ def _convert_check(options: argparse.Namespace) -> int:
     model, inputs = _built(options.target)
     print(check(model, inputs, recompute=options.recompute, turns=options.turns))
     return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET"):
+        print("inspect needs Triton, and TRITON_INTERPRET not set: its compiler runs here", file=sys.stderr)
+        return 2
+    arch = options.arch.removeprefix("sm_")
+    usages = []
+    for usage in inspect.triton_kernels(arch, options.columns):
+        usages.append(usage)
+        if sys.stderr.isatty():
+            print(f"\r{len(usages)} kernels, {usage.columns} columns", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    libraries = inspect.cuda_library()
+    print(inspect.report(usages, libraries, arch))
+    if options.json:
+        pathlib.Path(options.json).write_text(inspect.to_json(usages, libraries))
+    return 0 if all(usage.sound for usage in usages) else 1
 
 
 def _built(target: str) -> Any:

@@ -1,5 +1,6 @@
 """Every Triton kernel that the launch tables choose, compiled for real: nothing spilled, accesses of 16 bytes."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,39 +9,71 @@ import sys
 
 import pytest
 
+from ckpt_kernels import inspect
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = pathlib.Path(__file__).parent.parent
-# One length of row for each kind of tile: packed, one row, the widest, and walked in blocks.
-COLUMNS = "64,1024,8192,32768"
+FOR_AMD = """
+from triton.backends.compiler import GPUTarget
+from ckpt_kernels.backends.triton.variants import variants
+from ckpt_kernels.inspect import COLUMNS, compile_variant
+
+for columns in COLUMNS:
+    for variant in variants(columns):
+        for dtype in ("bf16", "fp32"):
+            assert compile_variant(variant, dtype, GPUTarget("hip", "gfx942", 64)).asm["hsaco"], variant
+            print(variant.name)
+"""
 
 
-def compiled_for(target: str, cache: pathlib.Path) -> dict[str, dict]:
+def run(arguments: list[str], cache: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, because Triton must not be in its interpreter there."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_resources", target, COLUMNS],
+    return subprocess.run(
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=inherited | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("arch", inspect.ARCHITECTURES)
 def test_no_spills_and_full_width_accesses(arch: str, tmp_path: pathlib.Path) -> None:
-    found = compiled_for(f"cuda:{arch}", tmp_path)
+    file = tmp_path / "kernels.json"
+    done = run(["-m", "ckpt_kernels.cli", "inspect", "--arch", arch, "--json", str(file)], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(file.read_text())["triton"]
     assert len(found) == (10 + 12 + 8) * 4 * 2
-    for name, used in found.items():
-        assert used["STACK"] == 0 and used["LOCAL"] == 0, (name, used)
-        assert 16 in used["widths"], (name, used)
+    for used in found:
+        assert used["stack"] == 0 and used["local"] == 0, used
+        assert 16 in used["widths"], used
         # Statistics are single numbers, a dropout seed is eight bytes, and long bfloat16 rows are read beside
         # float32 partial sums in the layout of these.
-        assert set(used["widths"]) <= {4, 8, 16}, (name, used)
+        assert set(used["widths"]) <= {4, 8, 16}, used
+        # Long rows are walked more than once, and in the widest layouts narrower accesses take part.
+        assert used["tensors"] > 0 and 0 < used["occupancy"] <= 1 and used["instructions"] > 50, used
+    assert "estimate, not measured" in done.stdout and "of which 0 spill" in done.stdout
+
+
+def test_a_spill_is_told() -> None:
+    usage = inspect.Usage("kernel", "bf16", 64, 4, 32, 0, 0, 0, (16,), 100, 3.0, 3, 0.5)
+    assert usage.sound
+    for change in ({"stack": 8}, {"local": 4}, {"widths": (4, 8)}):
+        assert not dataclasses.replace(usage, **change).sound
+    spilled = dataclasses.replace(usage, stack=8)
+    assert "1 kernels for sm_90, of which 1 spill" in inspect.report([spilled], [], "90")
+    assert "CUDA library: not built" in inspect.report([spilled], [], "90")
+
+
+def test_an_unknown_architecture_is_an_error() -> None:
+    with pytest.raises(ValueError, match="arch is '42'; expected one of 80, 90, 100"):
+        next(inspect.triton_kernels("42"))
 
 
 def test_compiles_for_amd(tmp_path: pathlib.Path) -> None:
-    found = compiled_for("hip:gfx942", tmp_path)
-    assert found and all(used["binary"] > 0 for used in found.values())
+    done = run(["-c", FOR_AMD], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == (10 + 12 + 8) * 4 * 2
