@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckpt_kernels.memory import tensors_in
+
 Built = tuple[nn.Module, dict[str, Any]]
 
 _TEXT = {
@@ -323,16 +325,4 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Built
 
 def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
     """All floating-point tensors that a call returns."""
-    return list(_floats(model(**inputs)))
-
-
-def _floats(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _floats(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _floats(item)
+    return [tensor for tensor in tensors_in(model(**inputs)) if tensor.is_floating_point()]

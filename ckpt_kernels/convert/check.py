@@ -1,10 +1,9 @@
 """A model as it is against itself converted: errors, what is kept, peak and time of a step."""
 
-import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +77,11 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     mode = "evaluation" if _draws(model, inputs) else "training"
     try:
         model.train(mode == "training")
-        wide = copy.deepcopy(model).double()
-        with _restored(model, state):
-            truth = _results(wide, _double(inputs))
-            eager = _results(model, inputs)
-        with _restored(model, state):
-            report = convert(model, recompute=recompute)
-            ours = _results(model, inputs)
+        truth = _results(copy.deepcopy(model).double(), _double(inputs))
+        eager = _results(model, inputs)
+        _restore(model, state)
+        report = convert(model, recompute=recompute)
+        ours = _results(model, inputs)
         model.train()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         measures = []
@@ -100,8 +97,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
             seconds[turn % 2].append(_timed(model, inputs, device))
     finally:
         revert(model)
-        with _restored(model, state):
-            pass
+        _restore(model, state)
         for module, was in training.items():
             module.training = was
     kinds = (("outputs", "output"), ("gradients", "grad"))
@@ -193,15 +189,11 @@ def _double(inputs: Inputs) -> Inputs:
     return tuple(map(wide, inputs))
 
 
-@contextlib.contextmanager
-def _restored(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """Afterwards the model's parameters and buffers are what they were."""
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for key, value in model.state_dict().items():
-                value.copy_(state[key])
+def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """The model's parameters and buffers as they were."""
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            value.copy_(state[key])
 
 
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
