@@ -49,7 +49,7 @@ class Kept(NamedTuple):
                 f"{self.tensor.dtype} {tuple(self.tensor.shape)} is at version {self.tensor._version}; "
                 f"expected version {self.version}"
             )
-        if self.tensor.untyped_storage().nbytes() == 0 < self.tensor.numel():
+        if _is_freed(self.tensor):
             raise RuntimeError(
                 f"a weight needed to compute again, {self.tensor.dtype} {tuple(self.tensor.shape)}, has been freed; "
                 "expected it where its module's backward pass begins (is it sharded apart from what reads its product?)"
@@ -328,6 +328,12 @@ def _active() -> list[Discarder]:
 
 def _top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether its memory has been given back under it, as sharding does with gathered weights."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _outlasting(tensor: Tensor) -> Tensor:

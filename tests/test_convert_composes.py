@@ -79,8 +79,8 @@ def test_torch_compile_draws_dropout_once() -> None:
 
 
 def joined(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All outputs in one tensor, and all gradients. What is rounded to a narrow type all along goes its own way in
-    single ones."""
+    """All outputs in one tensor, and all gradients: through batch norms in a narrow type single ones go their own ways,
+    eager's and ours."""
     return {
         kind: torch.cat([value.flatten() for name, value in results.items() if name.startswith(kind)])
         for kind in ("output", "grad")
@@ -106,7 +106,8 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     for recompute in ("output", "all"):
         ckpt_kernels.convert(model, recompute=recompute)
         ours, less = run()
-        check_errors(joined(truth), joined(eager), joined(ours))
+        view = joined if name == "resnet" else dict
+        check_errors(view(truth), view(eager), view(ours))
         assert less < kept
 
 

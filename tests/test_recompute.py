@@ -573,3 +573,28 @@ def test_random_graphs(plan: list) -> None:
     assert_same_bits(list(torch.autograd.grad(loss, sources, allow_unused=True)), list(expected))
     graph = lambda x: _random_graph(plan, p, x)  # noqa: E731
     assert saved_bytes(recompute.discard_outputs()(graph), x) <= saved_bytes(graph, x)
+
+
+def test_tensors_without_a_storage_pass_through() -> None:
+    sparse = torch.randn(5, 8, device=DEVICE).to_sparse().requires_grad_()
+    weight = torch.randn(8, 4, device=DEVICE, requires_grad=True)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        y = torch.sparse.mm(sparse, weight)
+        return torch.autograd.grad(y.sum(), (sparse, weight))
+
+    expected = gradients()
+    with recompute.discard_outputs():
+        y = torch.sparse.mm(sparse, weight)
+    for found, value in zip(torch.autograd.grad(y.sum(), (sparse, weight)), expected, strict=True):
+        torch.testing.assert_close(found.to_dense(), value.to_dense())
+
+
+def test_a_freed_weight_is_an_error() -> None:
+    x, weight = torch.randn(6, 8, device=DEVICE, requires_grad=True), torch.ones(8, device=DEVICE, requires_grad=True)
+    reader = torch.randn(4, 8, device=DEVICE, requires_grad=True)
+    with recompute.discard_outputs():
+        y = torch.nn.functional.linear(F.rms_norm(x, 8, weight, activation="silu"), reader)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"a weight needed to compute again, torch.float32 \(8,\), has been freed"):
+        y.sum().backward()

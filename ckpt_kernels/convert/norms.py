@@ -5,6 +5,7 @@ tried out: what it computes of a small random input, with random parameters, is 
 class's name does not count; where eps stands and what is rounded when does.
 """
 
+import abc
 import inspect
 import itertools
 import math
@@ -36,8 +37,8 @@ class Norm(Unary):
     def of(self, module: nn.Module, input: Tensor) -> Tensor:
         return self.compute(module, input, "identity")
 
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)

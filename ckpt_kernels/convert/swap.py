@@ -5,6 +5,7 @@ are not touched. The subclass bears the original's name, prints like it, is an i
 makes it again.
 """
 
+import abc
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ Around = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
 _PASSES = (Tensor, type(None), bool, int, float, str, tuple)
 
 
-class Rule:
+class Rule(abc.ABC):
     """What a converted module computes in place of its original's methods. Picklable.
 
     `methods` names what is replaced; each is called as `rule.call(method, module, *args, **kwargs)`.
@@ -33,8 +34,8 @@ class Rule:
 
     methods: tuple[str, ...] = ("forward",)
 
-    def call(self, method: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def call(self, method: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any: ...
 
     def __str__(self) -> str:
         return type(self).__name__
@@ -48,14 +49,17 @@ class Unary(Rule):
             return self.of(module, args[0])
         return module.original.forward(module, *args, **kwargs)
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def of(self, module: nn.Module, input: Tensor) -> Tensor: ...
 
 
 class Within(Rule):
     """The original's forward, for modules that are converted for nothing but what is around it."""
 
     methods = ()
+
+    def call(self, method: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(module.original, method)(module, *args, **kwargs)
 
     def __str__(self) -> str:
         return "forward pass within discard_outputs"

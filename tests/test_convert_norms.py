@@ -1,0 +1,135 @@
+"""Which norms `convert` knows, by what they compute."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+from .conftest import DEVICE
+from .test_convert_composes import close
+from .test_convert_rules import WIDTH, by, reason, run, x
+
+
+class Norm(nn.Module):
+    """A root mean square norm as people write it."""
+
+    def __init__(self, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.variance_epsilon = 1e-6
+        self.offset = offset
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * (self.offset + self.weight.float())).type_as(input)
+
+
+class RoundsFirst(Norm):
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(input.dtype)
+
+
+class EpsOutside(Norm):
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        wide = wide / (wide.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+        return (wide * self.weight.float()).type_as(input)
+
+
+class OfHalf(Norm):
+    """Partial: only the first half counts."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        wide = wide * torch.rsqrt(wide[..., : WIDTH // 2].square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * self.weight.float()).type_as(input)
+
+
+class InBfloat16(Norm):
+    def forward(self, input: Tensor) -> Tensor:
+        return input * torch.rsqrt(input.square().mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+
+
+class Centered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.beta = nn.Parameter(torch.rand(WIDTH))
+        self.eps = 1e-5
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input.float(), (WIDTH,), self.gamma.float(), self.beta.float(), self.eps).type_as(input)
+
+
+class WithoutWeightNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = input.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(input)
+
+
+@pytest.mark.parametrize(
+    ("norm", "found"),
+    (
+        (Norm(), "rms_norm"),
+        (Norm(1.0), "rms_norm (weight_offset=1)"),
+        (RoundsFirst(), "rms_norm (cast_before_weight)"),
+        (Centered(), "layer_norm"),
+        (WithoutWeightNorm(), "rms_norm"),
+        (nn.RMSNorm(WIDTH), "rms_norm"),
+        (nn.LayerNorm((4, WIDTH)), "layer_norm"),
+        (nn.LayerNorm(WIDTH, elementwise_affine=False), "layer_norm"),
+    ),
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_norm_is_known_by_what_it_computes(norm: nn.Module, found: str) -> None:
+    model = nn.Sequential(norm, nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype)
+        eager = run(model, x(3, 4, WIDTH, dtype=dtype))
+        assert by(ckpt_kernels.convert(model), "0") == found
+        ours = run(model, x(3, 4, WIDTH, dtype=dtype))
+        assert close(ours, eager, 1e-5 if dtype == torch.float32 else 0.02)
+        ckpt_kernels.revert(model)
+
+
+@pytest.mark.parametrize("kind", (Norm, RoundsFirst, Centered))
+def test_of_narrow_inputs_and_wide_weights_comes_what_came(kind: type[nn.Module]) -> None:
+    norm, input = kind().to(DEVICE), x(3, 4, WIDTH, dtype=torch.bfloat16)
+    eager = norm(input)
+    assert ckpt_kernels.convert(norm).replaced
+    ours = norm(input)
+    assert ours.dtype == eager.dtype
+    torch.testing.assert_close(ours, eager, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), ((EpsOutside, "none of our row norms"), (OfHalf, "none of our"), (InBfloat16, "rounds bfloat16"))
+)
+def test_a_norm_that_computes_something_else_is_left_alone(kind: type[nn.Module], why: str) -> None:
+    model = nn.Sequential(kind(), nn.Linear(WIDTH, WIDTH))
+    type(model[0]).__name__ = "SomeNorm"
+    report = ckpt_kernels.convert(model)
+    assert by(report, "0") is None and why in reason(report, "0")
+    assert "left alone" in str(report) and why in str(report)
+
+
+def test_scales_and_positions_are_no_norms() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return input * self.gamma
+
+    report = ckpt_kernels.convert(nn.Sequential(Scale(), nn.Linear(WIDTH, WIDTH), nn.Embedding(3, 4)))
+    assert not report.replaced and not report.left_alone and str(report) == "nothing was replaced"
