@@ -32,7 +32,7 @@ CODES = {name: code for code, name in enumerate(NAMES)}
 
 Activation = str | nn.Module | Callable[[torch.Tensor], torch.Tensor]
 
-_FUNCTIONS = {
+FUNCTIONS = {
     F.relu: "relu",
     torch.relu: "relu",
     F.leaky_relu: "leaky_relu",
@@ -77,8 +77,8 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
         name, settings = _MODULES[type(activation)]
         if all(getattr(activation, key) == value for key, value in settings.items()):
             return name
-    elif callable(activation) and activation in _FUNCTIONS:
-        return _FUNCTIONS[activation]
+    elif callable(activation) and activation in FUNCTIONS:
+        return FUNCTIONS[activation]
     raise ValueError(
         f"{argument} is {activation!r}; expected one of {', '.join(NAMES)}, "
         "or the torch module or function, at its default settings, that means the same"

@@ -182,6 +182,51 @@ def test_hooks_on_the_parts_of_an_mlp_are_called() -> None:
         handle.remove()
 
 
+class WritesOver(nn.Module):
+    """What it writes over is read again, or is not its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.act = nn.Linear(WIDTH, WIDTH), nn.SiLU(inplace=True)
+        self.drop, self.norm = nn.Dropout(0.0), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = self.first(input)
+        if self.how == "function":
+            nn.functional.silu(hidden, inplace=True)
+        if self.how == "module":
+            return self.act(hidden) * input + hidden
+        if self.how == "relu":
+            return hidden.relu_() * input + hidden
+        if self.how == "gate":
+            view = hidden.view(-1)
+            hidden *= torch.sigmoid(hidden)
+            return hidden + view.view_as(hidden)
+        if self.how == "argument":
+            input *= torch.sigmoid(hidden)
+        if self.how == "residual":
+            total = input * 1.0
+            again = total.view_as(total)
+            total += self.norm(hidden)
+            return torch.relu(total) + again
+        if self.how == "dropout":
+            return torch.relu_(self.drop(hidden)) + hidden
+        return hidden
+
+
+@pytest.mark.parametrize("how", ("function", "module", "relu", "gate", "argument", "residual", "dropout"))
+@torch.no_grad()
+def test_writes_that_somebody_sees_are_not_fused_away(how: str) -> None:
+    torch.manual_seed(0)
+    model, given = WritesOver(how).to(DEVICE), x(6, WIDTH)
+    expected = model(given)
+    ckpt_kernels.convert(model)
+    ours = x(6, WIDTH)
+    torch.testing.assert_close(model(ours), expected)
+    torch.testing.assert_close(ours, given)
+
+
 def test_what_is_read_twice_is_not_fused_away() -> None:
     class Twice(Decides):
         def forward(self, input: Tensor) -> Tensor:

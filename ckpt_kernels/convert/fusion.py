@@ -11,34 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..activations import FUNCTIONS
 from . import calls, expected
 from .norms import BatchNorm, Norm, RowNorm
 from .pointwise import KEPT_BY_OUTPUT, ActivationRule, named_activation
 from .swap import rule_of
 
-_ACTIVATIONS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.relu_: "relu",
-    F.relu_: "relu",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.mish: "mish",
-    F.hardswish: "hardswish",
-    F.softplus: "softplus",
-    F.elu: "elu",
-    F.leaky_relu: "leaky_relu",
-    torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid",
-    torch.tanh: "tanh",
-    F.tanh: "tanh",
-    "relu": "relu",
-    "relu_": "relu",
-    "sigmoid": "sigmoid",
-    "tanh": "tanh",
-}
+# Functions, and methods by name; those with a "_" write over their input.
+_ACTIVATIONS = FUNCTIONS | {torch.relu_: "relu", F.relu_: "relu", "relu_": "relu"}
+_ACTIVATIONS |= {name: name for name in ("relu", "sigmoid", "tanh")}
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _MULTIPLIES = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
+_WRITING = (operator.iadd, operator.imul, torch.relu_, F.relu_, "relu_", "add_", "mul_")
 
 
 class Found(NamedTuple):
@@ -109,6 +93,8 @@ class _Matcher:
 
     def _activation(self, node: Any) -> tuple[Any, fx.Node] | None:
         """The activation that a node computes, as `calls` takes it, and its input."""
+        if not self._may_be_replaced(node):
+            return None
         child = self._child(node)
         if child is not None:
             return (self._reference(node), node.args[0]) if named_activation(child) else None
@@ -131,6 +117,8 @@ class _Matcher:
             return self._reference(node), node.args[0]
         if isinstance(node, fx.Node) and node.target is F.dropout and isinstance(node.args[0], fx.Node):
             values = dict(zip(("input", "p", "training"), node.args, strict=False)) | dict(node.kwargs)
+            if values.get("inplace"):
+                return None, node
             if isinstance(values.get("p", 0.5), float) and type(values.get("training", True)) is bool:
                 return values.get("p", 0.5) if values.get("training", True) else 0.0, values["input"]
         return None, node
@@ -139,10 +127,26 @@ class _Matcher:
         """The two nodes that a node adds or multiplies."""
         if not isinstance(node, fx.Node) or node.target not in targets or node.kwargs or len(node.args) != 2:
             return None
-        if node.op not in ("call_function", "call_method"):
+        if node.op not in ("call_function", "call_method") or not self._may_be_replaced(node):
             return None
         left, right = node.args
         return (left, right) if isinstance(left, fx.Node) and isinstance(right, fx.Node) else None
+
+    def _may_be_replaced(self, node: Any) -> bool:
+        """Whether nobody sees it if a node no longer writes over its input: it writes to none, or to what has just been
+        made for it alone, by a module or as a sum or product."""
+        if not isinstance(node, fx.Node):
+            return False
+        child = self._child(node)
+        writes = node.target in _WRITING or node.kwargs.get("inplace") or getattr(child, "inplace", False)
+        if not writes:
+            return True
+        made = node.args[0]
+        if not isinstance(made, fx.Node) or set(made.users) != {node}:
+            return False
+        # Dropouts may make nothing, and give what they were given.
+        by_module = made.op == "call_module" and self._dropout(made)[0] is None
+        return by_module or (made.target in (*_ADDS, *_MULTIPLIES) and self._may_be_replaced(made))
 
     def _reference(self, node: fx.Node) -> "_Module":
         return _Module(node.target)
@@ -372,6 +376,8 @@ def _half(node: Any) -> tuple[fx.Node, int] | None:
 def _one_plus(node: Any) -> fx.Node | None:
     """x, of a node that is 1 + x, or a view of it."""
     if not isinstance(node, fx.Node) or node.target not in _ADDS or len(node.args) != 2 or node.kwargs:
+        return None
+    if node.target in _WRITING:
         return None
     for one, other in (node.args, node.args[::-1]):
         if one in (1, 1.0) and isinstance(other, fx.Node):

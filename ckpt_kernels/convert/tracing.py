@@ -267,3 +267,15 @@ class _Proxy(fx.Proxy):
         if asks.startswith("torch.") or asks == __name__:
             return _Proxy
         raise Untraceable("decides by the class of what is computed")
+
+
+def _recorded_in_place(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    def record(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+# torch.fx would take `x += y` for `x = x + y`, which is not the same to whoever else holds x.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul"):
+    setattr(_Proxy, f"__i{_name}__", _recorded_in_place(getattr(operator, f"i{_name}")))
