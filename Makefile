@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench test lint wheel gpu-check build clean
+.PHONY: bench test fuzz lint docs wheel wheel-check gpu-check build clean
 
 # The main job: benchmarks and a short training on real text.
 bench: build
@@ -21,7 +21,7 @@ test: build
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja "$(TORCH)"
-	CKPT_KERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[triton,test,bench,lint]" build
+	CKPT_KERNELS_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[triton,test,bench,docs,wheel,lint]"
 	touch $@
 
 # ninja sees to it that only what has changed is compiled.
@@ -36,9 +36,28 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-# The wheel is built from the sdist, which proves that the sdist is complete.
+# Random calls for FUZZ_SECONDS, on a build of the CPU library that stops at the first bad access or undefined operation.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/ready
+	CKPT_KERNELS_BUILD=cpu CKPT_KERNELS_SANITIZE=1 PATH="$(abspath $(BIN)):$$PATH" \
+		$(BIN)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib >build.log 2>&1 \
+		|| { cat build.log; exit 1; }
+	rm -rf build/sanitized/lib/tests && cp -r tests build/sanitized/lib/
+	cd build/sanitized/lib && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(abspath $(BIN))/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+# Into out/docs; a warning is an error.
+docs: build
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/docs
+
+# An sdist and one wheel in dist/; CKPT_KERNELS_VERSION_SUFFIX=+local gives both a local version.
 wheel: $(VENV)/ready
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir dist .
+	PATH="$(abspath $(BIN)):$$PATH" bash packaging/build_wheel.sh
+
+# Tries the wheel of dist/ in a fresh environment: make wheel-check PYTHON=python3.12 TORCH=torch==2.11.0
+wheel-check:
+	bash packaging/check_wheel.sh $(PYTHON) $(TORCH)
 
 # On a machine with a GPU and no network: its own python, torch and nvcc.
 gpu-check:

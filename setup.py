@@ -1,8 +1,9 @@
 """Builds the compiled libraries: `_C` wherever a C++ compiler is, `_C_cuda` wherever nvcc is.
 
 CKPT_KERNELS_BUILD=none|cpu|cuda forces what is built ("cuda" is both); forced, a failure stops the build, left
-alone it is a warning, and the package works without that library. Neither library uses Python's C API, and both
-use torch's stable ABI, so one build serves every Python >= 3.10 and every torch >= 2.11.
+alone it is a warning, and the package works without that library. CKPT_KERNELS_VERSION_SUFFIX=+name gives what is
+built a local version. Neither library uses Python's C API, and both use torch's stable ABI, so one build serves every
+Python >= 3.10 and every torch >= 2.11.
 """
 
 import os
@@ -14,12 +15,22 @@ import sys
 import warnings
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 DEFINES = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA"]
 # Rounding and NaN stay as written; what is given up is errno, floating-point traps and the sign of zero.
 MATH = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+# By this variable whoever packages asks for the same bytes each time.
+REPRODUCIBLE = "SOURCE_DATE_EPOCH" in os.environ
+# For tests: a CPU library that stops at the first bad access or undefined operation. With more optimisation than this
+# the vector code takes the compiler an hour.
+SANITIZE = (
+    ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+    if os.environ.get("CKPT_KERNELS_SANITIZE") == "1"
+    else []
+)
 
 
 def wanted() -> str:
@@ -28,6 +39,22 @@ def wanted() -> str:
     if value not in ("auto", "none", "cpu", "cuda"):
         sys.exit(f"CKPT_KERNELS_BUILD is {value!r}; expected none, cpu or cuda")
     return value
+
+
+def version() -> str:
+    """That of `ckpt_kernels/version.py`, and CKPT_KERNELS_VERSION_SUFFIX ("+cu130") after it."""
+    text = pathlib.Path("ckpt_kernels", "version.py").read_text()
+    return re.search(r'__version__ = "(.*)"', text).group(1) + os.environ.get("CKPT_KERNELS_VERSION_SUFFIX", "")
+
+
+class BuildPython(build_py):
+    """What is built says the version it was built as; the source, and an editable install of it, says its own."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            built = pathlib.Path(self.build_lib, "ckpt_kernels", "version.py")
+            built.write_text(re.sub(r'__version__ = ".*"', f'__version__ = "{version()}"', built.read_text()))
 
 
 def compiler() -> str | None:
@@ -64,15 +91,19 @@ def extensions(build: str) -> list:
             sorted(str(path) for path in pathlib.Path("csrc", folder).glob(f"*.{suffix}")),
             depends=sorted(str(path) for path in pathlib.Path("csrc").rglob("*.*")),
             extra_compile_args=flags,
+            # The table of local symbols holds names of nvcc's temporary files.
+            extra_link_args=["-Wl,-s"] if REPRODUCIBLE else SANITIZE,
             py_limited_api=True,
             **options,
         )
 
+    # Error messages name their source file; wherever that lay when it was compiled, the library is the same.
+    path_map = f"-ffile-prefix-map={pathlib.Path(__file__).resolve().parent}=."
     cxx = [
         "-std=c++17",
-        "-O3",
-        "-g0",
+        *(SANITIZE or ["-O3", "-g0"]),
         "-fvisibility=hidden",
+        path_map,
         "-Wall",
         "-Wno-psabi",
         "-Wno-unknown-pragmas",
@@ -90,6 +121,10 @@ def extensions(build: str) -> list:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         libraries = next((home / name for name in ("lib64", "lib") if (home / name).exists()), home / "lib64")
         nvcc = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden", *DEFINES]
+        nvcc += [f"-Xcompiler={path_map}"]
+        if REPRODUCIBLE:
+            # Names of what is internal to a file are drawn at random; the same ones each time, from nvcc 12.3.
+            nvcc += ["-frandom-seed=ckpt_kernels"]
         found.append(
             extension(
                 "_C_cuda",
@@ -145,7 +180,8 @@ def build_command(build: str) -> type:
 build = wanted()
 modules = extensions(build)
 setup(
+    version=version(),
     ext_modules=modules,
-    cmdclass={"build_ext": build_command(build)} if modules else {},
+    cmdclass={"build_py": BuildPython} | ({"build_ext": build_command(build)} if modules else {}),
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
 )

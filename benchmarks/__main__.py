@@ -15,35 +15,119 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import report
+from . import baseline, report
 from .cases import CASES, Case, Setting
 from .malloc import raise_malloc_thresholds
 from .measure import measure
 from .providers import providers
 
+NOTE = (
+    "Medians of passes taken in turn. The copy floor is the time that the copies of the same run need for the "
+    "bytes that must cross memory, forward and backward; copies go into memory that is there already. At 8x64 "
+    "only the overhead of a call is seen, and there is no floor to compare with. GB/s are of those bytes, too."
+)
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
-    parser.add_argument("--rounds", type=int, default=15, help="counted turns of each provider")
+    parser.add_argument("--quick", action="store_true", help="under a minute: a shape a block, ours and eager only")
+    parser.add_argument("--rounds", type=int, help="counted turns of each provider (default: 15; quick: 7)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="measure nothing new after this long")
     parser.add_argument("--case", default="", help="only blocks whose name contains this")
+    parser.add_argument("--shape", default="", help="only shapes that contain this, as they are printed: 4096x1024")
+    parser.add_argument("--dtype", default="", help="only dtypes whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--max-autotune", action="store_true", help="torch.compile in that mode too")
     parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
-    return parser.parse_args()
+    parser.add_argument("--baseline", type=pathlib.Path, metavar="FILE", help="a results.json to compare with")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (7 if options.quick else 15)
+    options.no_compile |= options.quick
+    try:
+        options.before = baseline.read(options.baseline) if options.baseline else []
+    except (OSError, ValueError) as error:
+        parser.error(f"--baseline: {error}")
+    return options
 
 
-def plan(device: str, name: str) -> Iterator[tuple[Case, Setting, torch.dtype]]:
+def plan(device: str, options: argparse.Namespace) -> Iterator[tuple[Case, Setting, torch.dtype]]:
     """What is measured, in the order of the report."""
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
-    chosen = [case for case in CASES if name in case.name]
-    for family in dict.fromkeys(case.family for case in chosen):
-        cases = [case for case in chosen if case.family == family]
-        settings = dict.fromkeys(setting for case in cases for setting in case.settings(device))
-        for dtype, setting in itertools.product(dtypes, settings):
+    for family in dict.fromkeys(case.family for case in CASES):
+        cases = [case for case in CASES if case.family == family and options.case in case.name]
+        settings = {case.name: case.settings(device)[: 1 if options.quick else None] for case in cases}
+        for dtype, setting in itertools.product(dtypes, dict.fromkeys(itertools.chain(*settings.values()))):
+            if options.shape not in setting.label or options.dtype not in str(dtype):
+                continue
             # What a call costs does not depend on the dtype.
             if not setting.small or dtype == dtypes[0]:
-                yield from ((case, setting, dtype) for case in cases if setting in case.settings(device))
+                yield from ((case, setting, dtype) for case in cases if setting in settings[case.name])
+
+
+def measured(
+    case: Case, setting: Setting, dtype: torch.dtype, device: str, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The figures of every provider for one block, shape and dtype."""
+    torch._dynamo.reset()
+    everyone = providers(case, device, dtype, not options.no_compile, options.max_autotune)
+    if options.quick:
+        everyone = [provider for provider in everyone if provider.name != "checkpoint"]
+    timings, copy_ms = measure(case, setting, dtype, device, everyone, options.rounds * (20 if setting.small else 1))
+    unit = torch.Size(setting.shape).numel() * dtype.itemsize
+    for provider, timing in timings.items():
+        yield {
+            "family": case.family,
+            "case": case.name,
+            "shape": setting.label,
+            "dtype": str(dtype).removeprefix("torch."),
+            "provider": provider,
+            "forward_ms": timing.forward,
+            "backward_ms": timing.backward,
+            "total_ms": timing.total,
+            "spread": timing.spread,
+            "gb_per_s": unit * sum(case.traffic) / timing.total / 1e6,
+            "copy_ms": copy_ms,
+            "copy_gb_per_s": 2 * unit / copy_ms / 1e6,
+            # A copy moves two tensors of the input's size.
+            "times_floor": None if setting.small else timing.total / (copy_ms * sum(case.traffic) / 2),
+            "times_eager": timing.total / timings["eager"].total,
+            "saved_bytes": timing.saved_bytes,
+            "saved_inputs": timing.saved_bytes / unit,
+            "peak_bytes": timing.peak_bytes,
+            "allocations": timing.allocations,
+        }
+
+
+def printed(console: Console, results: list[dict[str, Any]]) -> None:
+    """The table, the bandwidths of copies and the geometric means."""
+    table = Table(*report.COLUMNS, title="Blocks: forward and backward", title_justify="left")
+    for previous, result in zip([None, *results], results, strict=False):
+        if previous and any(previous[key] != result[key] for key in ("case", "shape", "dtype")):
+            table.add_section()
+        table.add_row(*report.row(result), style="bold" if result["provider"].startswith("ours") else "")
+    console.print(table)
+    copies: dict[str, list[float]] = {}
+    for result in results:
+        copies.setdefault(f"{result['shape']} {result['dtype']}", []).append(result["copy_gb_per_s"])
+    for name, found in copies.items():
+        console.print(f"copy {name}: {min(found):.1f} to {max(found):.1f} GB/s")
+    means = Table(*report.MEANS_COLUMNS, title="Geometric means, how many times as long as ours", title_justify="left")
+    for mean in report.means(results):
+        means.add_row(*mean)
+    console.print(means)
+
+
+def compared(console: Console, options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """What has moved against the baseline."""
+    both = baseline.moves(options.before, results)
+    moved = [move for move in both if move.beyond_noise]
+    console.print(f"{len(both)} figures are in {options.baseline} too; {len(moved)} have moved beyond the noise.")
+    if moved:
+        table = Table(*baseline.COLUMNS)
+        for move in moved:
+            table.add_row(*move.cells(), style="red" if move.ratio > 1 else "green")
+        console.print(table)
 
 
 def main() -> int:
@@ -53,71 +137,34 @@ def main() -> int:
     command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     about = report.machine(command, datetime.date.today().isoformat())
     about["malloc thresholds"] = "raised" if raised else "defaults"
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, malloc thresholds "
                   f"{about['malloc thresholds']}")  # fmt: skip
     results: list[dict[str, Any]] = []
-    bandwidths: dict[str, list[float]] = {}
+    notes = [NOTE]
+    todo = list(plan(device, options))
+    if not todo:
+        console.print("no block, shape and dtype fit --case, --shape and --dtype together")
+        return 2
     progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     with progress:
-        todo = list(plan(device, options.case))
         task = progress.add_task("measuring", total=len(todo))
         start = time.monotonic()
         for case, setting, dtype in todo:
             if time.monotonic() - start > options.seconds:
+                notes.append(f"Stopped after {options.seconds:.0f} seconds, before all blocks were measured.")
                 break
             name = f"{case.name} {setting.label} {str(dtype).removeprefix('torch.')}"
             progress.update(task, description=f"{name:<60}")
-            torch._dynamo.reset()
-            rounds = options.rounds * (20 if setting.small else 1)
-            everyone = providers(case, device, dtype, not options.no_compile)
-            timings, copy_ms = measure(case, setting, dtype, device, everyone, rounds)
-            unit = torch.Size(setting.shape).numel() * dtype.itemsize
-            for provider, timing in timings.items():
-                # A copy moves two tensors of the input's size.
-                floor = copy_ms * sum(case.traffic) / 2
-                results.append(
-                    {
-                        "family": case.family,
-                        "case": case.name,
-                        "shape": setting.label,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "provider": provider,
-                        "forward_ms": timing.forward,
-                        "backward_ms": timing.backward,
-                        "total_ms": timing.total,
-                        "copy_ms": copy_ms,
-                        "copy_gb_per_s": 2 * unit / copy_ms / 1e6,
-                        "times_floor": None if setting.small else timing.total / floor,
-                        "times_eager": timing.total / timings["eager"].total,
-                        "saved_bytes": timing.saved_bytes,
-                        "saved_inputs": timing.saved_bytes / unit,
-                    }
-                )
-            bandwidths.setdefault(f"{setting.label} {dtype}", []).append(2 * unit / copy_ms / 1e6)
+            results += measured(case, setting, dtype, device, options)
             progress.advance(task)
-    notes = [
-        "Medians of passes taken in turn. The copy floor is the time that the copies of the same run need for the "
-        "bytes that must cross memory, forward and backward; copies go into memory that is there already. At 8x64 "
-        "only the overhead of a call is seen, and there is no floor to compare with."
-    ]
-    if not progress.finished:
-        notes.append(f"Stopped after {options.seconds:.0f} seconds, before all blocks were measured.")
-        console.print(notes[-1])
-    table = Table(*report.COLUMNS, title="Blocks: forward and backward", title_justify="left")
-    for previous, result in zip([None, *results], results, strict=False):
-        if previous and (previous["case"], previous["shape"], previous["dtype"]) != (
-            result["case"],
-            result["shape"],
-            result["dtype"],
-        ):
-            table.add_section()
-        table.add_row(*report.row(result), style="bold" if result["provider"].startswith("ours") else "")
-    console.print(table)
-    for name, found in bandwidths.items():
-        console.print(f"copy {name}: {min(found):.1f} to {max(found):.1f} GB/s")
+    printed(console, results)
+    for note in notes[1:]:
+        console.print(note)
     report.write(options.out, about, results, notes)
     console.print(f"results.json, results.md, summary.md and pictures are in {options.out}")
+    if options.baseline:
+        compared(console, options, results)
     return 0
 
 

@@ -10,8 +10,9 @@ RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOL
 
 def raise_malloc_thresholds(module: str, device: str, defaults: bool) -> bool:
     """Starts `module` again with raised thresholds, on the CPU; returns whether they are raised."""
-    # torch.compile prints of its own fallbacks.
+    # torch.compile prints of its own fallbacks, and its profiler of each start and stop.
     os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     raised = device == "cpu" and not defaults
     if raised and any(name not in os.environ for name in RAISED_THRESHOLDS):
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | RAISED_THRESHOLDS)

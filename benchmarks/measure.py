@@ -1,5 +1,6 @@
 """How it is measured: warm, in turn, over several buffers, medians; the copy bandwidth of the same run beside it."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.memory import allocations, peak_bytes, saved_bytes
 
 from .cases import Case, Setting
 from .providers import Provider
@@ -16,11 +17,18 @@ from .providers import Provider
 
 @dataclass
 class Timing:
-    """Medians in milliseconds."""
+    """Medians in milliseconds; `spread` is half of what lies between the quartiles of the total, over its median.
+
+    `allocations` are those of a pass, forward and backward, that are of 64 KiB or more; None on a GPU, where torch
+    takes them from memory that it holds.
+    """
 
     forward: float
     backward: float
+    spread: float
     saved_bytes: int
+    peak_bytes: int
+    allocations: int | None
 
     @property
     def total(self) -> float:
@@ -36,6 +44,13 @@ def now(device: str) -> float:
 def _buffers(bytes_each: int) -> int:
     """Enough of them that none is in cache when its turn comes again, within reason."""
     return max(2, min(8, 256 * 2**20 // max(bytes_each, 1)))
+
+
+def _spread(times: list[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / middle
 
 
 class Turn:
@@ -64,6 +79,14 @@ class Turn:
         if record:
             self.forward.append((middle - start) * 1e3)
             self.backward.append((end - middle) * 1e3)
+
+
+def _footprint(turn: Turn, device: str) -> tuple[int, int | None]:
+    """Bytes at the peak of a pass, and how many large blocks of memory it takes."""
+    if device == "cuda":
+        return peak_bytes(lambda: turn.take(record=False), device), None
+    changes = allocations(lambda: turn.take(record=False))
+    return max(itertools.accumulate(changes, initial=0)), sum(change >= 2**16 for change in changes)
 
 
 class CopyTurn:
@@ -108,7 +131,9 @@ def measure(
         turn.provider.name: Timing(
             statistics.median(turn.forward),
             statistics.median(turn.backward),
+            _spread([f + b for f, b in zip(turn.forward, turn.backward, strict=True)]),
             saved_bytes(turn.provider.fn, *turn.operand_sets[0]),
+            *_footprint(turn, device),
         )
         for turn in turns
     }

@@ -1,7 +1,7 @@
 """Who computes: ours on each backend, eager torch, torch.compile, torch.utils.checkpoint, and peers that import."""
 
 import contextlib
-import importlib.util
+import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_kernels import backends, use_backend
 
 from .cases import Case
+from .peers import peers
 
 
 @dataclass
@@ -28,32 +29,9 @@ def _checkpointed(case: Case) -> Callable[..., Sequence[Tensor]]:
     return lambda *operands: checkpoint(case.eager, *operands, use_reentrant=False)
 
 
-def _liger(case: Case) -> Callable[..., Sequence[Tensor]] | None:
-    """Liger-Kernel's own, where the case is one that it has; its kernels are for GPUs."""
-    if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
-        return None
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    if case.name == "layer_norm":
-        return lambda x, w, b: (LigerLayerNormFunction.apply(x, w, b, 1e-5),)
-    if case.name == "rms_norm":
-        return lambda x, w: (LigerRMSNormFunction.apply(x, w, 1e-6),)
-    return None
-
-
-def _quack(case: Case) -> Callable[..., Sequence[Tensor]] | None:
-    """quack's own, where the case is one that it has."""
-    if importlib.util.find_spec("quack") is None or not torch.cuda.is_available():
-        return None
-    from quack import rmsnorm
-
-    if case.name == "rms_norm":
-        return lambda x, w: (rmsnorm(x, w, eps=1e-6),)
-    return None
-
-
-def providers(case: Case, device: str, dtype: torch.dtype, compiled: bool = True) -> list[Provider]:
+def providers(
+    case: Case, device: str, dtype: torch.dtype, compiled: bool = True, max_autotune: bool = False
+) -> list[Provider]:
     """All that can serve this case here. Ours on the backend that is chosen by itself comes first."""
     chosen = backends.selected_name(device, dtype)
     names = [chosen, *(name for name in backends.NAMES if name != chosen)]
@@ -65,8 +43,13 @@ def providers(case: Case, device: str, dtype: torch.dtype, compiled: bool = True
     found.append(Provider("eager", case.eager))
     if compiled:
         found.append(Provider("torch.compile", torch.compile(case.eager, dynamic=False)))
+    if max_autotune:
+        tuned = torch.compile(_own_code(case.eager), dynamic=False, mode="max-autotune-no-cudagraphs")
+        found.append(Provider("torch.compile, max-autotune", tuned))
     found.append(Provider("checkpoint", _checkpointed(case)))
-    for name, fn in (("Liger", _liger(case)), ("quack", _quack(case))):
-        if fn is not None:
-            found.append(Provider(name, fn))
-    return found
+    return found + [Provider(name, call) for name, call in peers(case.name)]
+
+
+def _own_code(fn: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
+    """The same function with a code object of its own, by which torch.compile tells what it has compiled."""
+    return types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import platform
+import statistics
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def row(result: dict[str, Any]) -> list[str]:
         f"{result['total_ms']:.3f}",
         f"{result['times_floor']:.2f}" if result["times_floor"] else "-",
         f"{result['times_eager']:.2f}",
+        f"{result['gb_per_s']:.1f}",
         f"{result['saved_bytes'] / 2**20:.2f}",
+        f"{result['peak_bytes'] / 2**20:.2f}",
     ]
 
 
@@ -58,8 +61,44 @@ COLUMNS = [
     "total ms",
     "x floor",
     "x eager",
+    "GB/s",
     "saved MiB",
+    "peak MiB",
 ]
+
+MEANS_COLUMNS = ["blocks", "dtype", "cases", "eager", "torch.compile"]
+
+
+def means(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Geometric means over shapes and blocks of how many times as long as ours the others take, but for the smallest
+    shapes: of the blocks of a norm and an activation, and of all."""
+    found = []
+    groups = (("norm and activation", lambda case: "norm" in case and "+" in case), ("all", lambda case: True))
+    for name, member in groups:
+        chosen = [result for result in results if member(result["case"]) and result["times_floor"]]
+        for dtype in dict.fromkeys(result["dtype"] for result in chosen):
+            tables = _by_block([result for result in chosen if result["dtype"] == dtype])
+            ratios = {
+                other: [rows[other]["total_ms"] / _ours(rows)["total_ms"] for rows in tables if other in rows]
+                for other in ("eager", "torch.compile")
+            }
+            figures = [f"{statistics.geometric_mean(times):.2f}x" if times else "-" for times in ratios.values()]
+            found.append([name, dtype, str(len(tables)), *figures])
+    return found
+
+
+def _by_block(results: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """For each block, shape and dtype the results by provider."""
+    tables: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for result in results:
+        key = (result["case"], result["shape"], result["dtype"])
+        tables.setdefault(key, {})[result["provider"]] = result
+    return list(tables.values())
+
+
+def _ours(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """That of the backend that serves by itself, which comes first."""
+    return next(iter(rows.values()))
 
 
 def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, Any]], notes: list[str]) -> None:
@@ -70,7 +109,10 @@ def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, A
     lines += [*notes, "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(row(result)) + " |" for result in results]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
-    (folder / "summary.md").write_text(_summary(results))
+    table = [
+        "| " + " | ".join(cells) + " |" for cells in (MEANS_COLUMNS, ["---"] * len(MEANS_COLUMNS), *means(results))
+    ]
+    (folder / "summary.md").write_text(summary(results) + "\n" + "\n".join(table) + "\n")
     large = [result for result in results if result["times_floor"]]
     for family in dict.fromkeys(result["family"] for result in large):
         own = [result for result in large if result["family"] == family]
@@ -81,19 +123,19 @@ def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, A
         _bars(own, "saved_inputs", saved, folder / f"saved_{name}.png")
 
 
-def _summary(results: list[dict[str, Any]]) -> str:
+def summary(results: list[dict[str, Any]]) -> str:
     """A row for each block, shape and dtype: ours, and how many times as long the others take."""
     head = ["block", "shape", "dtype", "ours ms", "x floor", "eager", "torch.compile", "keeps", "eager keeps"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for key in dict.fromkeys((result["case"], result["shape"], result["dtype"]) for result in results):
-        rows = [result for result in results if (result["case"], result["shape"], result["dtype"]) == key]
-        ours, by_name = rows[0], {result["provider"]: result for result in rows}
+    for by_name in _by_block(results):
+        ours = _ours(by_name)
         floor = f"{ours['times_floor']:.2f}" if ours["times_floor"] else "-"
         slower = (
             f"{by_name[name]['total_ms'] / ours['total_ms']:.2f}x" if name in by_name else "-"
             for name in ("eager", "torch.compile")
         )
         kept = (f"{by_name[name]['saved_inputs']:.2f}" for name in (ours["provider"], "eager"))
+        key = (ours["case"], ours["shape"], ours["dtype"])
         lines.append("| " + " | ".join((*key, f"{ours['total_ms']:.2f}", floor, *slower, *kept)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """What a call keeps for its backward pass: in all, by module, and with blocks' outputs let go of."""
 
 import contextlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -105,14 +106,15 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
         torch.cuda.reset_peak_memory_stats(device)
         fn()
         return torch.cuda.max_memory_allocated(device) - start
+    return max(itertools.accumulate(allocations(fn), initial=0))
+
+
+def allocations(fn: Callable[[], Any]) -> list[int]:
+    """Bytes of every block of CPU memory that tensors take while `fn()` runs, and, negative, that they give back."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         fn()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class Discarder:
 
 
 class discard_outputs(contextlib.ContextDecorator):
-    """While active, what reads a block's output for its own gradient keeps a recipe for it in its place.
+    """While active, what reads a block's output for its own gradient keeps a recipe for it in its place::
 
         with recompute.discard_outputs():
             loss = model(batch)
@@ -273,7 +273,7 @@ class DiscardOutputs(nn.Module):
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For torch.compile, which does not use hooks: tells its partitioner to compute blocks again, and to keep the rest.
+    """For torch.compile, which does not use hooks: tells its partitioner to compute blocks again and keep the rest::
 
         checkpoint = functools.partial(
             torch.utils.checkpoint.checkpoint, use_reentrant=False, context_fn=recompute.selective_contexts

@@ -20,6 +20,12 @@ from .host import cuda_on_host
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("default")
 
+# MKL picks the kernel of each of its vector functions at that function's first call; if two of torch's threads make it
+# at once, one of them may compute its share with a kernel of low accuracy (torch issue 188792). One element, one thread
+for function in (torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, torch.tanh, torch.erf, torch.erfc):
+    for one in (torch.ones(1), torch.ones(1, dtype=torch.float64)):
+        function(one)
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "native", "triton", "cuda_on_host")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

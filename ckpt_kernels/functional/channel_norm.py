@@ -1,4 +1,4 @@
-"""Channel norms: of (N, C, *space)."""
+"""Channel norms: of (N, C, ...)."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..activations import Activation, activation_name
-from .checks import autocast, check_channels, check_coefficient, check_like, promoted, shape_of
+from .checks import autocast, check_channels, check_coefficient, check_like, number, promoted, shape_of
 
 
 def batch_norm(
@@ -24,7 +24,7 @@ def batch_norm(
     residual: Tensor | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual), of (N, C, *space), by channel.
+    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual), of (N, C, ...), by channel.
 
     In training mean and (biased) variance are over N and space, and the running ones, if given, move towards them by
     `momentum`, the variance unbiased; else they are the running ones. `residual` has the input's shape. With a
@@ -41,16 +41,16 @@ def batch_norm(
         check_like(residual, "residual", input)
     check_coefficient(running_mean, "running_mean", input, input.shape[1])
     check_coefficient(running_var, "running_var", input, input.shape[1])
-    name = activation_name(activation)
+    name, eps, momentum = activation_name(activation), number(eps, "eps"), number(momentum, "momentum")
     if not training:
         if running_mean is None or running_var is None:
             raise RuntimeError("running_mean or running_var is None; expected both where training is False")
-        return ops.channel_norm.channel_norm(
-            input, residual, weight, bias, running_mean, running_var, 0, float(eps), name
-        )[0]
+        return ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, 0, eps, name)[0]
     if process_group is not None:
+        if not isinstance(process_group, torch.distributed.ProcessGroup):
+            raise TypeError(f"process_group is {process_group!r}; expected a torch.distributed.ProcessGroup")
         output, mean, var, count = ops.sync_batch_norm.sync_batch_norm(
-            input, residual, weight, bias, float(eps), name, process_group
+            input, residual, weight, bias, eps, name, process_group
         )
     else:
         count = input.numel() // max(input.shape[1], 1)
@@ -58,9 +58,7 @@ def batch_norm(
             raise ValueError(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
-        output, mean, var = ops.channel_norm.channel_norm(
-            input, residual, weight, bias, None, None, 0, float(eps), name
-        )
+        output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, 0, eps, name)
     _move(running_mean, mean, momentum)
     _move(running_var, var, momentum, count / max(count - 1, 1))
     return output
@@ -75,18 +73,22 @@ def group_norm(
     *,
     activation: Activation = "identity",
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, *space), by sample and group of channels.
+    """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, ...), by sample and group of channels.
 
     Mean and (biased) variance are over the C / num_groups channels of a group and space. Contiguous and channels-last
     inputs are computed as they lie, and so is the output. Keeps the input, two numbers a group and three a channel, of
     each sample. Source: Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
     """
     check_channels(input, weight, bias)
+    if not hasattr(num_groups, "__index__"):
+        raise TypeError(f"num_groups is {num_groups!r}; expected an integer")
     if num_groups < 1 or input.shape[1] % num_groups:
         raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {shape_of(input)}")
     name = activation_name(activation)
     input, weight, bias = autocast(input, weight, bias)
-    return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, int(num_groups), float(eps), name)[0]
+    return ops.channel_norm.channel_norm(
+        input, None, weight, bias, None, None, int(num_groups), number(eps, "eps"), name
+    )[0]
 
 
 def instance_norm(
@@ -101,7 +103,7 @@ def instance_norm(
     *,
     activation: Activation = "identity",
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, *space), by sample and channel.
+    """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, ...), by sample and channel.
 
     With `use_input_stats` mean and (biased) variance are over space, and the running ones, if given, move by `momentum`
     towards their means over the samples, the variance unbiased; without, they are the running ones. Keeps the input and
@@ -113,11 +115,12 @@ def instance_norm(
     check_coefficient(running_var, "running_var", input, input.shape[1])
     if not use_input_stats:
         return batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps, activation=activation)
+    eps, momentum = number(eps, "eps"), number(momentum, "momentum")
     size = math.prod(input.shape[2:])
     if size == 1:
         raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 element in space")
     output, mean, var = ops.channel_norm.channel_norm(
-        input, None, weight, bias, None, None, input.shape[1], float(eps), activation_name(activation)
+        input, None, weight, bias, None, None, input.shape[1], eps, activation_name(activation)
     )
     _move(running_mean, mean.mean(0), momentum)
     _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))

@@ -20,15 +20,26 @@ def check_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
     """The probability, and a seed drawn from torch's generator of the input's device, and left there."""
-    if not 0.0 <= dropout_p <= 1.0:
+    p = number(dropout_p, "dropout_p")
+    if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability between 0 and 1")
-    p = float(dropout_p) if training else 0.0
+    p = p if training else 0.0
     return p, torch.randint(-(2**63), 2**63 - 1, (1,), device=input.device) if p else None
+
+
+def number(value: float, argument: str) -> float:
+    """`value` as a float; TypeError if it is no number."""
+    if isinstance(value, float | int):
+        return float(value)
+    # Those of numpy, symbols of torch.compile, tensors of one element.
+    if hasattr(value, "__float__"):
+        return float(value)
+    raise TypeError(f"{argument} is {value!r}; expected a number")
 
 
 def rms_eps(input: Tensor, eps: float | None) -> float:
     if eps is not None:
-        return float(eps)
+        return number(eps, "eps")
     wide = isinstance(input, Tensor) and input.dtype == torch.float64
     return torch.finfo(torch.float64 if wide else torch.float32).eps
 
@@ -55,7 +66,11 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def normalized(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if isinstance(normalized_shape, int):
+        return (normalized_shape,)
+    if not isinstance(normalized_shape, Sequence):
+        raise TypeError(f"normalized_shape is {normalized_shape!r}; expected an integer or a sequence of them")
+    return tuple(normalized_shape)
 
 
 def check_tensor(tensor: Tensor, argument: str) -> None:
@@ -63,6 +78,8 @@ def check_tensor(tensor: Tensor, argument: str) -> None:
         raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
     if tensor.dtype not in DTYPES:
         raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+    if tensor.layout != torch.strided:
+        raise RuntimeError(f"{argument} has layout {tensor.layout}; expected torch.strided")
 
 
 def check_input(input: Tensor, normalized_shape: int | Sequence[int]) -> int:

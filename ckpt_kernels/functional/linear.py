@@ -15,6 +15,7 @@ gradients, and torch.compile, go through the composition.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -26,6 +27,7 @@ from .checks import (
     check_input,
     check_tensor,
     dropout_seed,
+    number,
     rms_eps,
     shape_of,
 )
@@ -68,15 +70,19 @@ def norm_linear(
     if centered and (weight_offset or cast_before_weight):
         raise ValueError("weight_offset or cast_before_weight is given; expected neither where norm is 'layer_norm'")
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
-    eps = (1e-5 if eps is None else float(eps)) if centered else rms_eps(input, eps)
+    eps = (1e-5 if eps is None else number(eps, "eps")) if centered else rms_eps(input, eps)
     single = isinstance(weight, Tensor)
+    if not single and not isinstance(weight, Sequence):
+        raise TypeError(f"weight is {weight!r}; expected a tensor or a sequence of them")
     weights = (weight,) if single else tuple(weight)
     biases = (bias,) * len(weights) if single or bias is None else tuple(bias)
     if len(biases) != len(weights):
         raise ValueError(f"bias has {len(biases)} tensors; expected one for each of {len(weights)} weights")
     for w, b in zip(weights, biases, strict=True):
         _check_linear(w, b, "weight", "bias", columns, input)
-    block = ops.linear.norm_block(columns, eps, centered, pre, post, float(weight_offset), bool(cast_before_weight))
+    block = ops.linear.norm_block(
+        columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight)
+    )
     operands = autocast(input, norm_weight, norm_bias)
     outputs = _block_linear(block, operands, weights, biases, recompute)
     return outputs[0] if single else outputs
@@ -210,13 +216,18 @@ def _last(input: Tensor) -> int:
 def _check_linear(
     weight: Tensor, bias: Tensor | None, weight_name: str, bias_name: str, columns: int, input: Tensor
 ) -> None:
-    check_tensor(weight, weight_name)
-    check_device(weight, weight_name, input)
+    _check_operand(weight, weight_name, input)
     if weight.dim() != 2 or weight.shape[1] != columns:
         raise RuntimeError(f"{weight_name} has shape {shape_of(weight)}; expected (out, {columns})")
     if bias is None:
         return
-    check_tensor(bias, bias_name)
-    check_device(bias, bias_name, input)
+    _check_operand(bias, bias_name, input)
     if shape_of(bias) != shape_of(weight)[:1]:
         raise RuntimeError(f"{bias_name} has shape {shape_of(bias)}; expected {shape_of(weight)[:1]}")
+
+
+def _check_operand(tensor: Tensor, argument: str, input: Tensor) -> None:
+    check_tensor(tensor, argument)
+    check_device(tensor, argument, input)
+    if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected the input's, {input.dtype}")

@@ -13,6 +13,7 @@ from .checks import (
     check_like,
     check_modulation,
     dropout_seed,
+    number,
     promoted,
     rms_eps,
     shape_of,
@@ -165,7 +166,7 @@ def modulated_layer_norm(
 ) -> Tensor:
     """activation(LayerNorm(pre_activation(input)) * (1 + scale) + shift), with a scale and shift for each sample.
 
-    `scale` and `shift` have the shape (*samples, *normalized_shape), where `samples` are the input's first
+    `scale` and `shift` have the shape `(*samples, *normalized_shape)`, where `samples` are the input's first
     dimensions; dimensions of 1 may stand for those in between, so (B, 1, N) and (B, N) both go with (B, T, N).
     Keeps input, scale, shift and two numbers a row. Source: Peebles and Xie, "Scalable Diffusion Models with
     Transformers" (DiT), 2023.
@@ -202,12 +203,22 @@ def _row_norm(
     cast_before_weight: bool = False,
 ) -> Tensor:
     columns = check_input(input, normalized_shape)
+    eps = number(eps, "eps")
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     input, weight, bias = autocast(input, weight, bias)
     return ops.row_norm.row_norm(
-        input, weight, bias, columns, eps, centered, pre, post, float(weight_offset), bool(cast_before_weight)
+        input,
+        weight,
+        bias,
+        columns,
+        eps,
+        centered,
+        pre,
+        post,
+        number(weight_offset, "weight_offset"),
+        bool(cast_before_weight),
     )[0]
 
 
@@ -227,6 +238,7 @@ def _add_row_norm(
 ) -> tuple[Tensor, Tensor]:
     input, residual = promoted(input, residual)
     columns = check_input(input, normalized_shape)
+    eps = number(eps, "eps")
     check_like(residual, "residual", input)
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
@@ -243,7 +255,7 @@ def _add_row_norm(
         eps,
         centered,
         name,
-        float(weight_offset),
+        number(weight_offset, "weight_offset"),
         bool(cast_before_weight),
         p,
     )
@@ -262,6 +274,7 @@ def _modulated(
     activation: Activation,
 ) -> Tensor:
     columns = check_input(input, normalized_shape)
+    eps = number(eps, "eps")
     check_modulation(scale, "scale", input, normalized_shape)
     check_modulation(shift, "shift", input, normalized_shape)
     if scale.numel() != shift.numel():

@@ -141,7 +141,8 @@ def _bias_act_first_order(grad_output, kept, bias, seed, activation, dropout_p, 
     input = grad_output if kept is None else kept
 
     def block(input, bias):
-        rows = input.reshape(-1, _columns(input))
+        columns = _columns(input)
+        rows = input.reshape(input.numel() // max(columns, 1), columns)
         # In the output the bias is there already: one that is zero, with the same gradient.
         added = bias - bias.detach() if by_output and bias is not None else bias
         return (reference.bias_act(rows, added, seed, activation, dropout_p).reshape(input.shape),)

@@ -44,7 +44,7 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
 def _grad_input(grad: Tensor, weight: Tensor) -> Tensor:

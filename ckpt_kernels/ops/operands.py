@@ -124,5 +124,7 @@ def zero(*gradients: Tensor | None) -> None:
 
 def column_sum(grad_output: Tensor, bias: Tensor) -> Tensor:
     """The gradient of a bias that nothing follows: it needs nothing from the forward pass."""
+    if bias.numel() == 0:
+        return torch.zeros_like(bias)
     rows = grad_output.reshape(-1, bias.numel())
     return rows.sum(0, dtype=reference.compute_dtype(rows.dtype)).to(bias.dtype).reshape(bias.shape)

@@ -1,0 +1,252 @@
+"""`python -m benchmarks.models`: a step of whole models at each level: what is kept, the peak, the time, and the
+largest batch that fits the memory that eager torch's step needs."""
+
+import argparse
+import datetime
+import json
+import pathlib
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+import ckpt_kernels
+from ckpt_kernels.functional.linear import RECOMPUTE
+from ckpt_kernels.memory import peak_bytes, saved_bytes
+
+from . import larger, report
+from .architectures import Built, outputs_of
+from .malloc import raise_malloc_thresholds
+from .measure import now
+
+MODELS: dict[str, Callable[..., Built]] = {
+    "Llama, bfloat16": larger.llama_bfloat16,
+    "ViT": larger.vit,
+    "ResNet": larger.resnet,
+    "UNet": larger.unet,
+}
+BATCH = 8
+# Peaks of equal computations differ by the statistics of a norm.
+SLACK = 1.01
+
+
+@dataclass
+class Run:
+    """A model, computed in one way; `again` builds its inputs for another batch."""
+
+    provider: str
+    model: nn.Module
+    call: Callable[..., Any]
+    inputs: dict[str, Any]
+    again: Callable[[int], dict[str, Any]]
+
+    def step(self, inputs: dict[str, Any] | None = None) -> None:
+        """Forward and backward; gradients are let go of."""
+        outputs = outputs_of(self.call, self.inputs if inputs is None else inputs)
+        torch.autograd.backward([y.float().square().mean() for y in outputs])
+        self.model.zero_grad()
+
+    def peak(self, batch: int, device: str) -> int:
+        """Bytes that a step of that batch needs beside the model and its inputs."""
+        inputs = self.again(batch)
+        return peak_bytes(lambda: self.step(inputs), device)
+
+
+def _to(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+
+
+def runs(build: Callable[..., Built], device: str, compiled: bool) -> Iterator[Run]:
+    """Eager, ours at each level, the model's own checkpointing where it has that, and torch.compile."""
+
+    def run(provider: str, change: Callable[[nn.Module], Any]) -> Run:
+        torch.manual_seed(0)
+        model, inputs = build(batch=BATCH)
+        model = model.to(device).train()
+        call = change(model)
+        again = lambda batch: _to(build(batch=batch)[1], device)  # noqa: E731
+        return Run(provider, model, call if callable(call) else model, _to(inputs, device), again)
+
+    yield run("eager", lambda model: None)
+    for level in RECOMPUTE:
+        yield run(f"ours, {level}", lambda model, level=level: (ckpt_kernels.convert(model, recompute=level), None)[1])
+    probe = build(batch=1)[0]
+    # transformers and diffusers have their own words for the same.
+    for supports, enable in (
+        ("supports_gradient_checkpointing", "gradient_checkpointing_enable"),
+        ("_supports_gradient_checkpointing", "enable_gradient_checkpointing"),
+    ):
+        if getattr(probe, supports, False) and hasattr(probe, enable):
+            yield run("checkpoint", lambda model, enable=enable: getattr(model, enable)())
+    if compiled:
+        yield run("torch.compile", lambda model: torch.compile(model, dynamic=False))
+
+
+def largest_batch(run: Run, budget: int, device: str) -> int:
+    """The largest batch whose step needs at most `budget` bytes, found by running them."""
+    low, high = 0, None
+    batch = BATCH
+    while high is None or high - low > 1:
+        needed = run.peak(batch, device)
+        low, high = (batch, high) if needed <= budget else (low, batch)
+        # What a step needs grows by nearly the same for each more: the next guess is where it would meet the budget.
+        guess = int(batch * budget / needed)
+        batch = min(max(guess, low + 1), high - 1 if high else 8 * batch)
+    return low
+
+
+def measure(build: Callable[..., Built], device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
+    """What each way of computing keeps and needs, and medians of its steps, taken in turn."""
+    everyone = list(runs(build, device, compiled))
+    seconds: dict[str, list[float]] = {run.provider: [] for run in everyone}
+    for round in range(rounds + 2):
+        for run in everyone[round % len(everyone) :] + everyone[: round % len(everyone)]:
+            start = now(device)
+            run.step()
+            if round >= 2:
+                seconds[run.provider].append(now(device) - start)
+    budget = int(SLACK * everyone[0].peak(BATCH, device))
+    found = []
+    for run in everyone:
+        owner = _Owner(run)
+        found.append(
+            {
+                "provider": run.provider,
+                "step_ms": statistics.median(seconds[run.provider]) * 1e3,
+                "times_eager": statistics.median(seconds[run.provider]) / statistics.median(seconds["eager"]),
+                "saved_bytes": saved_bytes(owner),
+                "peak_bytes": run.peak(BATCH, device),
+                "budget_bytes": budget,
+                # A compiled model would be compiled again for every batch.
+                "largest_batch": None if run.provider == "torch.compile" else largest_batch(run, budget, device),
+            }
+        )
+    return found
+
+
+class _Owner(nn.Module):
+    """A run as a module, so that its model's parameters and buffers are not counted as kept."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.model = run.model
+        self.run = run
+
+    def forward(self) -> Any:
+        return outputs_of(self.run.call, self.run.inputs)
+
+
+COLUMNS = ["model", "provider", "step ms", "x eager", "kept MiB", "x eager's", "peak MiB", "largest batch"]
+
+
+def row(result: dict[str, Any], eager: dict[str, Any]) -> list[str]:
+    """One provider's figures, formatted for a table."""
+    return [
+        result["model"],
+        result["provider"],
+        f"{result['step_ms']:.0f}",
+        f"{result['times_eager']:.2f}",
+        f"{result['saved_bytes'] / 2**20:.1f}",
+        f"{result['saved_bytes'] / eager['saved_bytes']:.2f}",
+        f"{result['peak_bytes'] / 2**20:.1f}",
+        "-" if result["largest_batch"] is None else str(result["largest_batch"]),
+    ]
+
+
+def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """A panel for each model: the time of a step against what is kept, each point with its largest batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(result["model"] for result in results))
+    everyone = list(dict.fromkeys(result["provider"] for result in results))
+    colors = dict(zip(everyone, plt.get_cmap("tab10").colors, strict=False))
+    rows = (len(names) + 1) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.4 * rows), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        own = [result for result in results if result["model"] == name]
+        levels = [result for result in own if result["provider"] == "eager" or result["provider"].startswith("ours")]
+        axis.plot(
+            [result["saved_bytes"] / 2**20 for result in levels],
+            [result["times_eager"] for result in levels],
+            color="gray",
+            linewidth=1,
+            zorder=1,
+        )
+        for result in own:
+            x, y = result["saved_bytes"] / 2**20, result["times_eager"]
+            axis.scatter(x, y, s=90, color=colors[result["provider"]], label=result["provider"], zorder=2)
+            if result["largest_batch"]:
+                place = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 9}
+                axis.annotate(f"batch {result['largest_batch']}", (x, y), **place)
+        axis.set_title(f"{name}: eager's memory is enough for batches of", fontsize=11)
+        axis.set(xlabel="kept for backward, MiB", ylabel="time of a step, x eager")
+        axis.set_xlim(left=0)
+        axis.margins(x=0.15, y=0.25)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.set_visible(False)
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6, fontsize=9,
+                  title="down and left is better")  # fmt: skip
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each provider")
+    parser.add_argument("--case", default="", help="only models whose name contains this")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes a model")
+    parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    raised = raise_malloc_thresholds("benchmarks.models", device, options.malloc_defaults)
+    warnings.filterwarnings("ignore", module=r"diffusers\.|transformers\.")
+    command = " ".join(["python -m benchmarks.models", *sys.argv[1:]])
+    about = report.machine(command, datetime.date.today().isoformat())
+    about["malloc thresholds"] = "raised" if raised else "defaults"
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    chosen = {name: build for name, build in MODELS.items() if options.case.lower() in name.lower()}
+    results: list[dict[str, Any]] = []
+    rows = []
+    progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    with progress:
+        task = progress.add_task("measuring", total=len(chosen))
+        for name, build in chosen.items():
+            progress.update(task, description=f"{name:<30}")
+            torch._dynamo.reset()
+            found = [{"model": name} | result for result in measure(build, device, options.rounds, options.compile)]
+            rows += [row(result, found[0]) for result in found]
+            results += found
+            progress.advance(task)
+    table = Table(*COLUMNS, title=f"A step, forward and backward, batch {BATCH}", title_justify="left")
+    for cells in rows:
+        if cells[1] == "eager":
+            table.add_section()
+        table.add_row(*cells, style="bold" if cells[1].startswith("ours") else "")
+    console.print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "models.json").write_text(json.dumps({"machine": about, "results": results}, indent=1))
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    (options.out / "models.md").write_text("\n".join(lines) + "\n")
+    draw(results, options.out / "models.png")
+    console.print(f"models.json, models.md and models.png are in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""`python -m benchmarks.sweep`: how near blocks come to the copy floor as rows grow longer, and more."""
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import report
+from .cases import CASES, Case, Setting
+from .malloc import raise_malloc_thresholds
+from .measure import measure
+from .providers import providers
+
+# Rows of these lengths, as many as make up the same number of elements; and this many rows of one length.
+LENGTHS = tuple(2**power for power in range(6, 17))
+COUNTS = tuple(4**power for power in range(8))
+COUNTED_LENGTH = 1024
+
+
+def settings(device: str) -> list[tuple[str, Setting]]:
+    """("by length" or "by count", the setting)."""
+    elements = 2**26 if device == "cuda" else 2**22
+    by_length = [("by length", Setting((elements // length, length))) for length in LENGTHS]
+    return by_length + [("by count", Setting((count, COUNTED_LENGTH))) for count in COUNTS]
+
+
+def point(sweep: str, case: Case, setting: Setting, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Any]:
+    """Every provider's time, and the part of the copy bandwidth that it reaches."""
+    torch._dynamo.reset()
+    everyone = [p for p in providers(case, device, dtype, compiled) if p.name != "checkpoint"]
+    # Small ones are quick and noisy.
+    rounds = min(max(2**24 // torch.Size(setting.shape).numel(), 5), 200)
+    timings, copy_ms = measure(case, setting, dtype, device, everyone, rounds)
+    floor_ms = copy_ms * sum(case.traffic) / 2
+    return {
+        "sweep": sweep,
+        "case": case.name,
+        "rows": setting.shape[0],
+        "columns": setting.shape[1],
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_ms": copy_ms,
+        "total_ms": {name: timing.total for name, timing in timings.items()},
+        "fraction_of_copy": {name: floor_ms / timing.total for name, timing in timings.items()},
+    }
+
+
+def draw(points: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """A row of panels for each dtype: the fraction of the copy's bandwidth by length, and the time by count."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dtypes = list(dict.fromkeys(p["dtype"] for p in points))
+    lines = list(dict.fromkeys((p["case"], name) for p in points for name in p["total_ms"]))
+    colors = dict(zip(dict.fromkeys(case for case, _ in lines), plt.get_cmap("tab10").colors, strict=False))
+    figure, axes = plt.subplots(len(dtypes), 2, figsize=(13, 4.4 * len(dtypes)), squeeze=False, layout="constrained")
+    styles = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 5)))
+    for (left, right), dtype in zip(axes, dtypes, strict=True):
+        for case, name in lines:
+            own = [p for p in points if p["case"] == case and p["dtype"] == dtype and name in p["total_ms"]]
+            names = list(dict.fromkeys(other for p in points for other in p["total_ms"]))
+            style = {
+                "color": colors[case],
+                "linestyle": styles[names.index(name) % len(styles)],
+                "linewidth": 2.2 if name.startswith("ours") else 1.2,
+                "marker": "o",
+                "markersize": 4,
+                "label": f"{case}, {name}",
+            }
+            by_length = [p for p in own if p["sweep"] == "by length"]
+            left.plot([p["columns"] for p in by_length], [p["fraction_of_copy"][name] for p in by_length], **style)
+            by_count = [p for p in own if p["sweep"] == "by count"]
+            right.plot([p["rows"] for p in by_count], [p["total_ms"][name] * 1e3 for p in by_count], **style)
+        left.set_xscale("log", base=2)
+        left.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        left.set(xlabel="N, length of a row", ylabel="part of the copy's bandwidth", ylim=(0, None))
+        left.set_title(f"{dtype}: rows of N, as many as make the same size", fontsize=11)
+        right.set_xscale("log", base=4)
+        right.set_yscale("log")
+        right.set(xlabel=f"M, number of rows of {COUNTED_LENGTH}", ylabel="forward and backward, us")
+        right.set_title(f"{dtype}: M rows", fontsize=11)
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    names = [case.name for case in CASES if case.family == "row norms"]
+    parser.add_argument("--case", nargs="+", choices=names, default=["layer_norm", "rms_norm+silu"], metavar="NAME",
+                        help=f"of {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes seconds a shape")
+    parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    raised = raise_malloc_thresholds("benchmarks.sweep", device, options.malloc_defaults)
+    command = " ".join(["python -m benchmarks.sweep", *sys.argv[1:]])
+    about = report.machine(command, datetime.date.today().isoformat())
+    about["malloc thresholds"] = "raised" if raised else "defaults"
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
+    cases = [case for case in CASES if case.name in options.case]
+    todo = [(dtype, case, *place) for dtype in dtypes for case in cases for place in settings(device)]
+    points = []
+    progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    with progress:
+        task = progress.add_task("measuring", total=len(todo))
+        for dtype, case, sweep, setting in todo:
+            progress.update(task, description=f"{case.name} {setting.label} {str(dtype).removeprefix('torch.'):<30}")
+            points.append(point(sweep, case, setting, dtype, device, options.compile))
+            progress.advance(task)
+    everyone = list(dict.fromkeys(name for p in points for name in p["total_ms"]))
+    title = "Total time in ms, and the part of the copy's bandwidth that is reached"
+    table = Table("block", "dtype", "M x N", *everyone, title=title, title_justify="left")
+    rows = [
+        [p["case"], p["dtype"], f"{p['rows']} x {p['columns']}"]
+        + [f"{p['total_ms'][n]:.3f} / {p['fraction_of_copy'][n]:.2f}" if n in p["total_ms"] else "-" for n in everyone]
+        for p in points
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "sweep.json").write_text(json.dumps({"machine": about, "points": points}, indent=1))
+    head = ["block", "dtype", "M x N", *everyone]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    (options.out / "sweep.md").write_text("\n".join(lines) + "\n")
+    draw(points, options.out / "sweep.png")
+    console.print(f"sweep.json, sweep.md and sweep.png are in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

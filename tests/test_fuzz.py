@@ -1,0 +1,94 @@
+"""Random calls of every public function: the right numbers or the right kind of error, and nothing changed.
+
+`python -m tests.fuzz --seconds 600` draws for as long as one likes.
+"""
+
+from dataclasses import replace
+
+import hypothesis
+import torch
+from torch import Tensor
+
+from .calls import CHANNELS, Call, calls
+from .conftest import serving
+
+# What serves by itself: there are tensors, of device "meta", that not every backend can serve.
+SERVING = "auto"
+EXAMPLES = 400
+RUNNING = ("running_mean", "running_var")
+
+
+def outcome(call: Call, backend: str) -> tuple[dict[str, Tensor], Exception | None]:
+    """Outputs, gradients and running statistics, or the error. Errors of any other kind are not caught."""
+    running = {name: call.arguments[name] for name in RUNNING if isinstance(call.arguments.get(name), Tensor)}
+    own = {name: value.clone() for name, value in running.items()}
+    call = replace(call, arguments=call.arguments | own)
+    torch.manual_seed(0)
+    with serving(backend):
+        try:
+            outputs = call()
+        except (RuntimeError, ValueError, TypeError) as error:
+            for name, value in own.items():
+                assert same(value, running[name]), f"{name} has changed in a call that failed"
+            return {}, error
+        found = {f"output {i}": y.detach() for i, y in enumerate(outputs)} | {n: t.detach() for n, t in own.items()}
+        graph = [y for y in outputs if y.requires_grad]
+        wanted = {name: t for name, t in call.tensors().items() if t.requires_grad}
+        if graph and wanted:
+            generator = torch.Generator().manual_seed(1)
+            incoming = [torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device) for y in graph]
+            if call.columns % 2:
+                incoming = [torch.ones((), device=y.device, dtype=y.dtype).expand(y.shape) for y in graph]
+            gradients = torch.autograd.grad(graph, list(wanted.values()), incoming, allow_unused=True)
+            found |= {f"grad {name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+    return found, None
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, NaN being NaN; without values to compare, whether their shapes are."""
+    if a.shape != b.shape or a.device.type == "meta" or a.layout != torch.strided:
+        return a.shape == b.shape
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def in_float64(call: Call) -> Call:
+    return call.with_tensors(lambda t: t.detach().double().requires_grad_(t.requires_grad))
+
+
+def check(call: Call) -> None:
+    """The backend that serves and the reference agree, in numbers or in errors."""
+    before = {name: (t.detach().clone(), t._version) for name, t in call.tensors().items()}
+    found, failed = outcome(call, SERVING)
+    for name, t in call.tensors().items():
+        assert t._version == before[name][1] and same(t.detach(), before[name][0]), f"{name} has changed"
+    expected, refused = outcome(call, "reference")
+    if failed or refused:
+        assert type(failed) is type(refused) and str(failed) == str(refused), (failed, refused)
+        assert any(name in str(failed) for name in call.arguments), f"names no argument: {failed}"
+        return
+    assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    # Rows of very few columns have statistics that amplify a rounding beyond any bound; so do few values a channel.
+    amplified = call.columns < 5 or call.function in CHANNELS
+    if call.nonsense or call.special or amplified:
+        return
+    truth, _ = outcome(in_float64(call), "reference")
+    for name, value in found.items():
+        if not value.numel():
+            continue
+        true, theirs, ours = (t[name].double() for t in (truth, expected, found))
+        inside = true.abs() < torch.finfo(value.dtype).max / 16
+        # What is computed from bfloat16 and float16 need be no better than these, whatever it is returned in.
+        coarsest = max(torch.finfo(t.dtype).eps for t in (value, *call.tensors().values()))
+        ulp = coarsest * (1 + true[inside].abs().amax() if inside.any() else 1)
+        if value.dtype == torch.float64:
+            # The reference is the truth; its own error is some roundings more.
+            ulp *= 64
+        allowed = 4 * torch.where(inside, theirs - true, 0).abs().amax() + 4 * ulp
+        worst = torch.where(inside, ours - true, 0).abs().amax()
+        assert worst <= allowed, f"{name} errs by {worst:.2e}, the reference by {(theirs - true).abs().max():.2e}"
+
+
+@hypothesis.settings(max_examples=EXAMPLES, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(calls())
+def test_random_calls(call: Call) -> None:
+    check(call)
