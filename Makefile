@@ -5,12 +5,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench test fuzz lint docs wheel wheel-check gpu-check build clean
+.PHONY: bench bench-all test fuzz lint docs wheel wheel-check gpu-check build clean
 
 # The main job: benchmarks and a short training on real text.
 bench: build
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.models --case llama
+	$(BIN)/python examples/train_lm.py --steps 80
+
+# The same with more shapes, torch.compile for all of them, and all models: a quarter of an hour on two cores.
+bench-all: build
+	$(BIN)/python -m benchmarks --full
+	$(BIN)/python -m benchmarks.layers --full
+	$(BIN)/python -m benchmarks.sweep --compile
+	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.convert --out out/benchmarks
 	$(BIN)/python examples/train_lm.py
 
 test: export TORCH_CUDA_ARCH_LIST ?= 9.0

@@ -32,7 +32,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
     parser.add_argument("--quick", action="store_true", help="under a minute: a shape a block, ours and eager only")
-    parser.add_argument("--rounds", type=int, help="counted turns of each provider (default: 15; quick: 7)")
+    parser.add_argument("--full", action="store_true", help="more shapes, and torch.compile for all of them")
+    parser.add_argument("--rounds", type=int, help="counted turns of each provider (default: 12; quick: 7)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="measure nothing new after this long")
     parser.add_argument("--case", default="", help="only blocks whose name contains this")
     parser.add_argument("--shape", default="", help="only shapes that contain this, as they are printed: 4096x1024")
@@ -42,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
     parser.add_argument("--baseline", type=pathlib.Path, metavar="FILE", help="a results.json to compare with")
     options = parser.parse_args()
-    options.rounds = options.rounds or (7 if options.quick else 15)
+    options.rounds = options.rounds or (7 if options.quick else 12)
     options.no_compile |= options.quick
     try:
         options.before = baseline.read(options.baseline) if options.baseline else []
@@ -56,7 +57,7 @@ def plan(device: str, options: argparse.Namespace) -> Iterator[tuple[Case, Setti
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
     for family in dict.fromkeys(case.family for case in CASES):
         cases = [case for case in CASES if case.family == family and options.case in case.name]
-        settings = {case.name: case.settings(device)[: 1 if options.quick else None] for case in cases}
+        settings = {case.name: _settings(case, device, options) for case in cases}
         for dtype, setting in itertools.product(dtypes, dict.fromkeys(itertools.chain(*settings.values()))):
             if options.shape not in setting.label or options.dtype not in str(dtype):
                 continue
@@ -65,12 +66,19 @@ def plan(device: str, options: argparse.Namespace) -> Iterator[tuple[Case, Setti
                 yield from ((case, setting, dtype) for case in cases if setting in settings[case.name])
 
 
+def _settings(case: Case, device: str, options: argparse.Namespace) -> list[Setting]:
+    found = [setting for setting in case.settings(device) if options.full or not setting.full]
+    return found[:1] if options.quick else found
+
+
 def measured(
     case: Case, setting: Setting, dtype: torch.dtype, device: str, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """The figures of every provider for one block, shape and dtype."""
     torch._dynamo.reset()
-    everyone = providers(case, device, dtype, not options.no_compile, options.max_autotune)
+    # To compile takes longer than to measure.
+    compiled = not options.no_compile and (options.full or not (setting.channels_last or setting.small))
+    everyone = providers(case, device, dtype, compiled, options.max_autotune)
     if options.quick:
         everyone = [provider for provider in everyone if provider.name != "checkpoint"]
     timings, copy_ms = measure(case, setting, dtype, device, everyone, options.rounds * (20 if setting.small else 1))

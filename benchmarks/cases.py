@@ -16,10 +16,11 @@ from ckpt_kernels import functional
 
 @dataclass(frozen=True)
 class Setting:
-    """One shape, in one memory format."""
+    """One shape, in one memory format; `full` if it is for long runs only."""
 
     shape: tuple[int, ...]
     channels_last: bool = False
+    full: bool = False
 
     @property
     def label(self) -> str:
@@ -65,7 +66,7 @@ class Case:
 
 
 SMALL = Setting((8, 64))
-ROWS_CPU = (Setting((4096, 1024)), Setting((2048, 4096)), SMALL)
+ROWS_CPU = (Setting((4096, 1024)), Setting((2048, 4096), full=True), SMALL)
 ROWS_GPU = tuple(
     Setting(shape) for shape in ((16384, 512), (16384, 1024), (16384, 4096), (8192, 8192), (4096, 16384), (2048, 32768))
 )

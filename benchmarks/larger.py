@@ -75,21 +75,21 @@ def vit(dtype: torch.dtype = torch.float32, batch: int = 4) -> Built:
         intermediate_size=4 * 384,
         num_hidden_layers=6,
         num_attention_heads=6,
-        image_size=128,
+        image_size=96,
         patch_size=8,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         num_labels=10,
     )
     model = transformers.ViTForImageClassification(config)
-    return model.to(dtype), {"pixel_values": torch.randn(batch, 3, 128, 128, dtype=dtype)}
+    return model.to(dtype), {"pixel_values": torch.randn(batch, 3, 96, 96, dtype=dtype)}
 
 
 def unet(dtype: torch.dtype = torch.float32, batch: int = 4) -> Built:
     import diffusers
 
     model = diffusers.UNet2DConditionModel(
-        sample_size=32,
+        sample_size=16,
         block_out_channels=(64, 128),
         layers_per_block=1,
         cross_attention_dim=128,
@@ -98,7 +98,7 @@ def unet(dtype: torch.dtype = torch.float32, batch: int = 4) -> Built:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
     inputs = {
-        "sample": torch.randn(batch, 4, 32, 32, dtype=dtype),
+        "sample": torch.randn(batch, 4, 16, 16, dtype=dtype),
         "timestep": torch.arange(batch),
         "encoder_hidden_states": torch.randn(batch, 16, 128, dtype=dtype),
     }

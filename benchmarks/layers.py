@@ -252,8 +252,9 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
-    parser.add_argument("--rounds", type=int, default=6, help="counted turns of each provider")
+    parser.add_argument("--rounds", type=int, default=5, help="counted turns of each provider")
     parser.add_argument("--case", default="", help="only layers whose name contains this")
+    parser.add_argument("--full", action="store_true", help="torch.compile for the convolutional layers too")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
     options = parser.parse_args()
@@ -272,7 +273,9 @@ def main() -> int:
         for layer in chosen:
             progress.update(task, description=f"{layer.name:<30}")
             torch._dynamo.reset()
-            found = measure(layer, device, options.rounds, not options.no_compile)
+            # To compile convolutional layers takes longer than to measure all others.
+            compiled = not options.no_compile and (options.full or not layer.channels_last)
+            found = measure(layer, device, options.rounds, compiled)
             for result in found:
                 table.add_row(*row(result), style="bold" if result["provider"].startswith("ours") else "")
             table.add_section()

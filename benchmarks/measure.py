@@ -46,6 +46,11 @@ def _buffers(bytes_each: int) -> int:
     return max(2, min(8, 256 * 2**20 // max(bytes_each, 1)))
 
 
+def _copied(operand: Tensor) -> Tensor:
+    """The same values in memory of their own."""
+    return operand.detach().clone().requires_grad_()
+
+
 def _spread(times: list[float]) -> float:
     if len(times) < 2:
         return 0.0
@@ -118,9 +123,12 @@ def measure(
 ) -> tuple[dict[str, Timing], float]:
     """Timings by provider, and the median milliseconds of a copy (one read, one write) of a tensor of that shape."""
     bytes_each = torch.Size(setting.shape).numel() * dtype.itemsize * case.tensors * (2 if case.packed else 1)
-    sets = [case.operands(setting, dtype, device) for _ in range(_buffers(bytes_each))]
+    first = case.operands(setting, dtype, device)
+    # To draw all of them anew would take longer than to measure.
+    sets = [first, *([_copied(t) for t in first] for _ in range(_buffers(bytes_each) - 1))]
     turns = [Turn(provider, sets, device) for provider in providers]
-    copy = CopyTurn([torch.randn(setting.shape, device=device).to(dtype) for _ in sets], device)
+    source = torch.randn(setting.shape, device=device).to(dtype)
+    copy = CopyTurn([source.clone() for _ in sets], device)
     for round in range(rounds + 3):
         # The order changes from round to round, so that nobody always follows the same neighbour.
         for turn in turns[round % len(turns) :] + turns[: round % len(turns)]:

@@ -26,6 +26,18 @@ for columns in COLUMNS:
             print(variant.name)
 """
 
+# One warp for what four hold: 128 elements of each operand a thread.
+WITH_A_SPILL = """
+import sys
+from ckpt_kernels.backends.triton import launch, variants
+from ckpt_kernels.cli import main
+
+launch._warps = lambda elements: 1
+every = variants.variants
+variants.variants = lambda columns: [variant for variant in every(columns) if variant.name == "gated_rms_norm backward"]
+sys.exit(main(["inspect", "--columns", "4096"]))
+"""
+
 
 def run(arguments: list[str], cache: pathlib.Path) -> subprocess.CompletedProcess[str]:
     """In a process of its own, because Triton must not be in its interpreter there."""
@@ -56,6 +68,12 @@ def test_no_spills_and_full_width_accesses(arch: str, tmp_path: pathlib.Path) ->
         # Long rows are walked more than once, and in the widest layouts narrower accesses take part.
         assert used["tensors"] > 0 and 0 < used["occupancy"] <= 1 and used["instructions"] > 50, used
     assert "estimate, not measured" in done.stdout and "of which 0 spill" in done.stdout
+
+
+def test_a_kernel_that_spills_makes_the_inspection_fail(tmp_path: pathlib.Path) -> None:
+    done = run(["-c", WITH_A_SPILL], tmp_path)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "2 kernels for sm_90, of which 2 spill" in done.stdout
 
 
 def test_a_spill_is_told() -> None:
