@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kernels.add_argument("--columns", type=int, nargs="+", default=list(COLUMNS), metavar="N", help="lengths of rows")
     kernels.add_argument("--json", metavar="FILE", help="write the figures there as data")
     options = parser.parse_args(arguments)
+    # torch's profiler, which finds the peak, prints of each start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if options.command == "inspect":
         return _inspect(options)
     try:

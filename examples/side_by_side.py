@@ -25,6 +25,8 @@ from ckpt_kernels.recompute import discard_outputs
 # The C library keeps freed blocks instead of giving them back to the system, for all runs alike.
 RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 LEVELS = ("block", "output", "all")
+# torch's profiler, which finds the peak, prints of each start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # Of a loss: the model's, of a batch.
 Batch = tuple[Tensor, ...]
 

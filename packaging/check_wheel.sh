@@ -18,4 +18,4 @@ export PATH="$there/venv/bin:/usr/bin:/bin"
 python --version
 ckpt-kernels doctor
 python -m pytest -q -p no:cacheprovider tests/test_contract_numbers.py tests/test_contract_memory.py \
-    tests/test_activations.py -k "native or memory" -m "not slow" "${@:3}"
+    tests/test_activations.py -k native "${@:3}"
