@@ -85,14 +85,14 @@ def extensions(build: str) -> list:
         return []
     from torch.utils import cpp_extension
 
-    def extension(name: str, folder: str, suffix: str, flags: dict, **options: list):
+    def extension(name: str, folder: str, suffix: str, flags: dict, link: list | None = None, **options: list):
         return cpp_extension.CppExtension(
             f"ckpt_kernels.{name}",
             sorted(str(path) for path in pathlib.Path("csrc", folder).glob(f"*.{suffix}")),
             depends=sorted(str(path) for path in pathlib.Path("csrc").rglob("*.*")),
             extra_compile_args=flags,
             # The table of local symbols holds names of nvcc's temporary files.
-            extra_link_args=["-Wl,-s"] if REPRODUCIBLE else SANITIZE,
+            extra_link_args=["-Wl,-s"] * REPRODUCIBLE + SANITIZE + (link or []),
             py_limited_api=True,
             **options,
         )
@@ -134,6 +134,9 @@ def extensions(build: str) -> list:
                 include_dirs=[str(home / "include")],
                 library_dirs=[str(libraries)],
                 libraries=["cudart_static", "dl", "rt", "pthread"],
+                # The symbols of libtorch_cuda.so, which a CPU-only torch does not have, are found through libtorch.so,
+                # which the linker takes for one that is not needed.
+                link=["-Wl,--no-as-needed", "-ltorch"],
             )
         )
     return found

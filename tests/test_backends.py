@@ -128,3 +128,10 @@ for block in BLOCKS:
 def test_an_unknown_instruction_set_is_refused() -> None:
     done = run("-c", CALL, CKPT_KERNELS_CPU_ISA="sse9")
     assert "CKPT_KERNELS_CPU_ISA is 'sse9'; expected generic, avx2 or avx512" in done.stderr
+
+
+@pytest.mark.skipif(not list(PACKAGE.glob("_C_cuda.*so")), reason="the CUDA library is not built here")
+def test_the_cuda_library_finds_torchs_cuda_symbols() -> None:
+    """They are in libtorch_cuda.so, which a CPU-only torch does not have: libtorch.so, of either, leads to it."""
+    library = next(PACKAGE.glob("_C_cuda.*so")).read_bytes()
+    assert b"\0libtorch.so\0" in library

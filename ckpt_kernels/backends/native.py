@@ -80,9 +80,12 @@ def _load(stem: str) -> str | None:
 
 
 def _load_cuda() -> str | None:
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    return _load("_C_cuda")
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    failure = _load("_C_cuda")
+    if failure is None and not torch.cuda.is_available():
+        return "loaded, but torch sees no CUDA device"
+    return failure
 
 
 _FAILURES = {"cpu": _load("_C"), "cuda": _load_cuda()}
