@@ -1,7 +1,6 @@
 """`python -m benchmarks`: the blocks against eager torch, torch.compile, checkpointing and peers."""
 
 import argparse
-import datetime
 import itertools
 import math
 import pathlib
@@ -12,12 +11,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import baseline, report
+from . import baseline, report, start
 from .cases import CASES, Case, Setting
-from .malloc import raise_malloc_thresholds
 from .measure import measure
 from .providers import providers
 
@@ -29,8 +26,7 @@ NOTE = (
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    parser = start.parser("benchmarks", __doc__)
     parser.add_argument("--quick", action="store_true", help="under a minute: a shape a block, ours and eager only")
     parser.add_argument("--full", action="store_true", help="more shapes, and torch.compile for all of them")
     parser.add_argument("--rounds", type=int, help="counted turns of each provider (default: 12; quick: 7)")
@@ -40,7 +36,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="", help="only dtypes whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--max-autotune", action="store_true", help="torch.compile in that mode too")
-    parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
     parser.add_argument("--baseline", type=pathlib.Path, metavar="FILE", help="a results.json to compare with")
     options = parser.parse_args()
     options.rounds = options.rounds or (7 if options.quick else 12)
@@ -140,26 +135,18 @@ def compared(console: Console, options: argparse.Namespace, results: list[dict[s
 
 def main() -> int:
     options = arguments()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    raised = raise_malloc_thresholds("benchmarks", device, options.malloc_defaults)
-    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-    about = report.machine(command, datetime.date.today().isoformat())
-    about["malloc thresholds"] = "raised" if raised else "defaults"
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, malloc thresholds "
-                  f"{about['malloc thresholds']}")  # fmt: skip
+    device, about, console = start.start("benchmarks", options)
     results: list[dict[str, Any]] = []
     notes = [NOTE]
     todo = list(plan(device, options))
     if not todo:
         console.print("no block, shape and dtype fit --case, --shape and --dtype together")
         return 2
-    progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
-    with progress:
+    with start.progress(console) as progress:
         task = progress.add_task("measuring", total=len(todo))
-        start = time.monotonic()
+        begun = time.monotonic()
         for case, setting, dtype in todo:
-            if time.monotonic() - start > options.seconds:
+            if time.monotonic() - begun > options.seconds:
                 notes.append(f"Stopped after {options.seconds:.0f} seconds, before all blocks were measured.")
                 break
             name = f"{case.name} {setting.label} {str(dtype).removeprefix('torch.')}"

@@ -1,10 +1,7 @@
 """`python -m benchmarks.layers`: what each level of recomputation keeps in whole layers, and what it costs, beside what
 others offer."""
 
-import argparse
-import datetime
 import functools
-import json
 import pathlib
 import statistics
 import sys
@@ -14,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 from ckpt_kernels.recompute import selective_contexts
 
-from . import report
-from .malloc import raise_malloc_thresholds
+from . import report, start
 from .measure import now
 from .networks import LEVELS, Bottleneck, GPT2Layer, LlamaLayer, UNetBlock, runner
 
@@ -250,24 +244,16 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    parser = start.parser("benchmarks.layers", __doc__)
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each provider")
     parser.add_argument("--case", default="", help="only layers whose name contains this")
     parser.add_argument("--full", action="store_true", help="torch.compile for the convolutional layers too")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    raised = raise_malloc_thresholds("benchmarks.layers", device, options.malloc_defaults)
-    command = " ".join(["python -m benchmarks.layers", *sys.argv[1:]])
-    about = report.machine(command, datetime.date.today().isoformat())
-    about["malloc thresholds"] = "raised" if raised else "defaults"
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    device, about, console = start.start("benchmarks.layers", options)
     results: list[dict[str, Any]] = []
     table = Table(*COLUMNS, title="Layers: forward and backward", title_justify="left")
-    progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
-    with progress:
+    with start.progress(console) as progress:
         chosen = [layer for layer in layers(device) if options.case in layer.name]
         task = progress.add_task("measuring", total=len(chosen))
         for layer in chosen:
@@ -282,12 +268,8 @@ def main() -> int:
             results += found
             progress.advance(task)
     console.print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "layers.json").write_text(json.dumps({"machine": about, "results": results}, indent=1))
-    lines = ["# Layers: forward and backward", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row(result)) + " |" for result in results]
-    (options.out / "layers.md").write_text("\n".join(lines) + "\n")
+    rows = [row(result) for result in results]
+    report.write_table(options.out, "layers", about, results, COLUMNS, rows)
     draw(results, options.out / "layers.png")
     console.print(f"layers.json, layers.md and layers.png are in {options.out}")
     return 0

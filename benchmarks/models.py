@@ -1,9 +1,6 @@
 """`python -m benchmarks.models`: a step of whole models at each level: what is kept, the peak, the time, and the
 largest batch that fits the memory that eager torch's step needs."""
 
-import argparse
-import datetime
-import json
 import pathlib
 import statistics
 import sys
@@ -13,8 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
@@ -22,9 +17,8 @@ import ckpt_kernels
 from ckpt_kernels.functional.linear import RECOMPUTE
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
-from . import larger, report
+from . import larger, report, start
 from .architectures import Built, outputs_of
-from .malloc import raise_malloc_thresholds
 from .measure import now
 
 MODELS: dict[str, Callable[..., Built]] = {
@@ -212,25 +206,17 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    parser = start.parser("benchmarks.models", __doc__)
     parser.add_argument("--rounds", type=int, default=3, help="counted steps of each provider")
     parser.add_argument("--case", default="", help="only models whose name contains this")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes a model")
-    parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    raised = raise_malloc_thresholds("benchmarks.models", device, options.malloc_defaults)
+    device, about, console = start.start("benchmarks.models", options)
     warnings.filterwarnings("ignore", module=r"diffusers\.|transformers\.")
-    command = " ".join(["python -m benchmarks.models", *sys.argv[1:]])
-    about = report.machine(command, datetime.date.today().isoformat())
-    about["malloc thresholds"] = "raised" if raised else "defaults"
-    console = Console(width=None if sys.stdout.isatty() else 132)
     chosen = {name: build for name, build in MODELS.items() if options.case.lower() in name.lower()}
     results: list[dict[str, Any]] = []
     rows = []
-    progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
-    with progress:
+    with start.progress(console) as progress:
         task = progress.add_task("measuring", total=len(chosen))
         for name, build in chosen.items():
             progress.update(task, description=f"{name:<30}")
@@ -245,10 +231,7 @@ def main() -> int:
             table.add_section()
         table.add_row(*cells, style="bold" if cells[1].startswith("ours") else "")
     console.print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "models.json").write_text(json.dumps({"machine": about, "results": results}, indent=1))
-    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    (options.out / "models.md").write_text("\n".join(lines) + "\n")
+    report.write_table(options.out, "models", about, results, COLUMNS, rows)
     draw(results, options.out / "models.png")
     console.print(f"models.json, models.md and models.png are in {options.out}")
     return 0

@@ -123,6 +123,22 @@ def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, A
         _bars(own, "saved_inputs", saved, folder / f"saved_{name}.png")
 
 
+def write_table(
+    folder: pathlib.Path,
+    name: str,
+    about: dict[str, Any],
+    results: list[Any],
+    columns: list[str],
+    rows: list[list[str]],
+) -> None:
+    """NAME.json, with all figures and the machine, and NAME.md, with the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": about, "results": results}, indent=1))
+    lines = [*(f"- {key}: {value}" for key, value in about.items()), ""]
+    lines += ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
 def summary(results: list[dict[str, Any]]) -> str:
     """A row for each block, shape and dtype: ours, and how many times as long the others take."""
     head = ["block", "shape", "dtype", "ours ms", "x floor", "eager", "torch.compile", "keeps", "eager keeps"]

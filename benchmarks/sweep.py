@@ -1,20 +1,14 @@
 """`python -m benchmarks.sweep`: how near blocks come to the copy floor as rows grow longer, and more."""
 
-import argparse
-import datetime
-import json
 import pathlib
 import sys
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import report
+from . import report, start
 from .cases import CASES, Case, Setting
-from .malloc import raise_malloc_thresholds
 from .measure import measure
 from .providers import providers
 
@@ -96,26 +90,18 @@ def draw(points: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    parser = start.parser("benchmarks.sweep", __doc__)
     names = [case.name for case in CASES if case.family == "row norms"]
     parser.add_argument("--case", nargs="+", choices=names, default=["rms_norm+silu"], metavar="NAME",
                         help=f"of {', '.join(names)}")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes seconds a shape")
-    parser.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    raised = raise_malloc_thresholds("benchmarks.sweep", device, options.malloc_defaults)
-    command = " ".join(["python -m benchmarks.sweep", *sys.argv[1:]])
-    about = report.machine(command, datetime.date.today().isoformat())
-    about["malloc thresholds"] = "raised" if raised else "defaults"
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    device, about, console = start.start("benchmarks.sweep", options)
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
     cases = [case for case in CASES if case.name in options.case]
     todo = [(dtype, case, *place) for dtype in dtypes for case in cases for place in settings(device)]
     points = []
-    progress = Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
-    with progress:
+    with start.progress(console) as progress:
         task = progress.add_task("measuring", total=len(todo))
         for dtype, case, sweep, setting in todo:
             progress.update(task, description=f"{case.name} {setting.label} {str(dtype).removeprefix('torch.'):<30}")
@@ -132,11 +118,7 @@ def main() -> int:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "sweep.json").write_text(json.dumps({"machine": about, "points": points}, indent=1))
-    head = ["block", "dtype", "M x N", *everyone]
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    (options.out / "sweep.md").write_text("\n".join(lines) + "\n")
+    report.write_table(options.out, "sweep", about, points, ["block", "dtype", "M x N", *everyone], rows)
     draw(points, options.out / "sweep.png")
     console.print(f"sweep.json, sweep.md and sweep.png are in {options.out}")
     return 0

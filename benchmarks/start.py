@@ -1,0 +1,48 @@
+"""What every benchmark begins with: the options they share, the allocator's thresholds, and a word on the machine."""
+
+import argparse
+import datetime
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import report
+from .malloc import raise_malloc_thresholds
+
+
+class Start(NamedTuple):
+    """Where it runs, what is written beside the figures, and where it prints."""
+
+    device: str
+    about: dict[str, Any]
+    console: Console
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """One with the options that all share."""
+    found = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    found.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    found.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
+    return found
+
+
+def start(module: str, options: argparse.Namespace) -> Start:
+    """On the CPU in a process whose allocator keeps what is freed, if that is not to be left alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    raised = raise_malloc_thresholds(module, device, options.malloc_defaults)
+    command = " ".join([f"python -m {module}", *sys.argv[1:]])
+    about = report.machine(command, datetime.date.today().isoformat())
+    about["malloc thresholds"] = "raised" if raised else "defaults"
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, malloc thresholds "
+                  f"{about['malloc thresholds']}")  # fmt: skip
+    return Start(device, about, console)
+
+
+def progress(console: Console) -> Progress:
+    """What is measured now, how many of how many, and for how long."""
+    return Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
