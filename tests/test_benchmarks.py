@@ -1,0 +1,65 @@
+"""What the benchmarks say of their figures: which have moved, what the means are, which batch fits."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+from torch import nn
+
+pytest.importorskip("rich", reason="rich is not installed")
+
+from benchmarks import baseline, report
+from benchmarks.cases import CASES
+from benchmarks.models import Run, largest_batch
+
+
+def result(provider: str, total_ms: float, spread: float = 0.01, case: str = "rms_norm+silu") -> dict[str, Any]:
+    names = {"case": case, "shape": "4096x1024", "dtype": "float32", "provider": provider}
+    return names | {"total_ms": total_ms, "spread": spread, "copy_ms": 1.0, "times_floor": 1.0}
+
+
+def test_only_what_is_beyond_the_noise_has_moved() -> None:
+    before = [result("ours", 1.0), result("eager", 1.0), result("compile", 1.0, 0.1), result("gone", 1.0)]
+    now = [result("ours", 1.2), result("eager", 1.08), result("compile", 1.3, 0.01), result("new", 9.0)]
+    found = {move.name.split()[-1]: move for move in baseline.moves(before, now)}
+    assert list(found) == ["compile", "ours", "eager"]
+    assert found["ours"].beyond_noise and not found["eager"].beyond_noise and not found["compile"].beyond_noise
+    assert found["compile"].noise == pytest.approx(0.05 + 3 * 0.11)
+    (faster,) = baseline.moves([result("ours", 1.2)], [result("ours", 1.0)])
+    assert faster.beyond_noise and faster.ratio < 1
+
+
+def test_a_baseline_that_is_none_is_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "results.json"
+    for text in ("{", json.dumps({"results": [{"case": "x"}]}), json.dumps([])):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"results\.json of a run of these benchmarks"):
+            baseline.read(path)
+    path.write_text(json.dumps({"results": [result("ours", 1.0)]}))
+    assert len(baseline.read(path)) == 1
+
+
+def test_geometric_means() -> None:
+    results = [result("ours", 1.0), result("eager", 2.0), result("torch.compile", 3.0)]
+    results += [result("ours", 1.0, case="glu (silu)"), result("eager", 8.0, case="glu (silu)")]
+    blocks, everything = report.means(results)
+    assert blocks == ["norm and activation", "float32", "1", "2.00x", "3.00x"]
+    assert everything == ["all", "float32", "2", "4.00x", "3.00x"]
+
+
+@pytest.mark.parametrize("of_each", [1, 7, 100])
+def test_the_largest_batch_is_the_largest(of_each: int) -> None:
+    run = Run("ours", nn.Identity(), nn.Identity(), {}, lambda batch: {})
+    run.peak = lambda batch, device: 50 + of_each * batch
+    for budget in (50, 50 + of_each, 49 + 9 * of_each, 50 + 9 * of_each, 5000):
+        expected = (budget - 50) // of_each
+        assert largest_batch(run, budget, "cpu") == expected
+
+
+def test_every_case_says_what_must_cross_memory() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
+    for case in CASES:
+        forward, backward = case.traffic
+        # All operands are read and a result written; backward reads as many and the incoming gradient.
+        assert forward >= case.tensors + 1 and backward >= case.tensors + 2, case.name
