@@ -105,3 +105,11 @@ def test_the_module_says_what_it_is() -> None:
     assert repr(nn.BiasAct(8, False, activation="gelu", dropout=0.1)) == (
         "BiasAct(8, bias=False, activation='gelu', dropout=0.1)"
     )
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_no_columns(activation: str, backend: str) -> None:
+    x, bias = (torch.zeros(*shape, 0, device=DEVICE, requires_grad=True) for shape in ((3,), ()))
+    y = F.bias_act(x, bias, activation=activation)
+    grad_x, grad_bias = torch.autograd.grad(y.sum(), (x, bias))
+    assert y.shape == grad_x.shape == (3, 0) and grad_bias.shape == (0,)

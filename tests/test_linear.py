@@ -244,3 +244,22 @@ def test_bad_input_is_named(call, message: str) -> None:
     operands: Operands = {"x": torch.randn(2, 4, device=DEVICE), "w": torch.randn(6, 4, device=DEVICE)}
     with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
         call(operands)
+
+
+@pytest.mark.parametrize("recompute", ["block", "output", "all"])
+def test_no_columns(recompute: str) -> None:
+    x, weight = (torch.zeros(*shape, 0, device=DEVICE, requires_grad=True) for shape in ((2, 3), (4,)))
+    bias = torch.ones(4, device=DEVICE, requires_grad=True)
+    y = F.act_linear(x, weight, bias, recompute=recompute)
+    gradients = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert torch.equal(y, torch.ones(2, 3, 4, device=DEVICE)) and (gradients[2] == 6).all()
+    assert [g.shape for g in gradients] == [x.shape, weight.shape, bias.shape]
+
+
+@pytest.mark.parametrize("recompute", ["block", "output", "all"])
+def test_a_weight_of_another_dtype_is_an_error_but_under_autocast(recompute: str) -> None:
+    x, weight = torch.randn(3, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"weight has dtype torch\.bfloat16; expected the input's, torch\.float32"):
+        F.act_linear(x, weight, recompute=recompute)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert F.act_linear(x, weight, recompute=recompute).dtype == torch.bfloat16
