@@ -15,7 +15,7 @@ bench: build
 	$(BIN)/python -m benchmarks.models --case llama
 	$(BIN)/python examples/train_lm.py --steps 80
 
-# The same with more shapes, torch.compile for all of them, and all models: a quarter of an hour on two cores.
+# The same with more shapes, torch.compile for all of them, and all models: about ten minutes on two cores.
 bench-all: build
 	$(BIN)/python -m benchmarks --full
 	$(BIN)/python -m benchmarks.layers --full

@@ -24,8 +24,8 @@ DEFINES = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA"]
 MATH = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 # By this variable whoever packages asks for the same bytes each time.
 REPRODUCIBLE = "SOURCE_DATE_EPOCH" in os.environ
-# For tests: a CPU library that stops at the first bad access or undefined operation. With more optimisation than this
-# the vector code takes the compiler an hour.
+# For tests: a CPU library that stops at the first bad access or undefined operation. With -O3 the vector code takes the
+# compiler too long.
 SANITIZE = (
     ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
     if os.environ.get("CKPT_KERNELS_SANITIZE") == "1"
