@@ -168,8 +168,10 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     names = list(dict.fromkeys(result["model"] for result in results))
     everyone = list(dict.fromkeys(result["provider"] for result in results))
     colors = dict(zip(everyone, plt.get_cmap("tab10").colors, strict=False))
+    columns = min(len(names), 2)
     rows = (len(names) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.4 * rows), squeeze=False, layout="constrained")
+    size = (6.5 * columns, 4.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
         own = [result for result in results if result["model"] == name]
         levels = [result for result in own if result["provider"] == "eager" or result["provider"].startswith("ours")]
@@ -199,7 +201,7 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     handles = {
         label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6, fontsize=9,
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns, fontsize=9,
                   title="down and left is better")  # fmt: skip
     figure.savefig(path, dpi=110)
     plt.close(figure)
