@@ -152,7 +152,6 @@ _OF: dict[str, dict[str, Callable[[_Shapes], Any]]] = {
     "norm_linear": {**_LINEAR, "weight": lambda s: s.tensor(3, s.columns)},
     "act_linear": {**_LINEAR, "weight": lambda s: s.tensor(3, s.columns)},
     "mlp": _LINEAR,
-    # A product of a matrix with one dimension of nothing and a norm that has no bias are for the arguments' checks.
     "gated_mlp": {**_LINEAR, "weight": lambda s: s.tensor(3, s.hidden)},
 }
 
