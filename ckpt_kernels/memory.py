@@ -75,27 +75,29 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
 def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
     """While active, the last of `modules` is the one whose forward pass runs.
 
-    By hooks for all modules, because one that has hooks of its own may be called in another way than it is without.
+    By the call of all modules and not by hooks: a converted module that has hooks, or anybody's for all modules, computes
+    in another way than it does without.
     """
-    names = {module: name for name, module in fn.named_modules()} if isinstance(fn, nn.Module) else {}
+    if not isinstance(fn, nn.Module):
+        yield
+        return
+    names = {module: name for name, module in fn.named_modules()}
+    call = nn.Module.__call__
 
-    def enter(module: nn.Module, _: Any) -> None:
-        if module in names:
-            modules.append(names[module])
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        if module in names:
+    def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module not in names:
+            return call(module, *args, **kwargs)
+        modules.append(names[module])
+        try:
+            return call(module, *args, **kwargs)
+        finally:
             modules.pop()
 
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    ]
+    nn.Module.__call__ = named
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        nn.Module.__call__ = call
 
 
 def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:

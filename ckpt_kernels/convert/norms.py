@@ -1,15 +1,14 @@
 """Which of our norms a module computes.
 
 torch.nn's own are known by their forward. Any other module with vectors for parameters and no modules of its own is
-tried out: what it computes of a small random input, with random parameters, is held against what our norms compute. A
-class's name does not count; where eps stands and what is rounded when does.
+tried out (see `trial`): what a stand-in computes of small random inputs, and the gradients of that, are held against
+what our norms compute. A class's name does not count; where eps stands and what is rounded when does.
 """
 
 import abc
-import inspect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,59 +18,89 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import nn as ours
 from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
-from .swap import Unary
+from .swap import Unary, is_operand
+from .trial import DoesNotTake, NotTried, Settings, forward_of, isolated, same_settings, settings_of, stand_in, takes_one
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_OURS = (
-    ours.LayerNorm,
-    ours.RMSNorm,
-    *(getattr(ours, kind.__name__) for kind in (*_BATCH_NORMS, *_INSTANCE_NORMS, nn.GroupNorm)),
+_KNOWN = {kind: kind.forward for kind in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS)}
+_OURS = tuple(getattr(ours, kind.__name__) for kind in _KNOWN)
+
+# Of the input and of the weight. Each is tried.
+Dtypes = tuple[torch.dtype, torch.dtype]
+_WIDE: Dtypes = (torch.float32, torch.float32)
+_OTHERS: tuple[Dtypes, ...] = (
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
 )
-_WEIGHTS, _BIASES = ("weight", "gamma", "scale", "g"), ("bias", "beta", "shift", "b")
 
 
 class Norm(Unary):
-    """A norm, for what fuses with it: `compute(module, input, activation)`."""
+    """A norm, for what fuses with it: `compute(module, input, activation)`, or None where the original has to."""
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor:
+    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
         return self.compute(module, input, "identity")
 
     @abc.abstractmethod
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor: ...
+    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
 class RowNorm(Norm):
     """A norm over the last dimension, or over the channels of (N, C, *space) where `channels_first`.
 
-    `weight`, `bias` and `eps` name attributes; "" for none. `promotes`: of an input that is narrower than the weight
-    the output has the weight's dtype, as a product of the two would.
+    `weight` and `bias` name parameters; "" for none. `eps` is a number, or names an attribute. Of a norm that was tried
+    out, `settings` are those it was tried with, and `dtypes` those in which it computes what ours does, with the dtype
+    of what comes out; None for all.
     """
 
     centered: bool
     weight: str
     bias: str
-    eps: str
+    eps: str | float
     weight_offset: float = 0.0
     cast_before_weight: bool = False
-    promotes: bool = False
     channels_first: bool = False
+    settings: Settings = ()
+    dtypes: tuple[tuple[Dtypes, torch.dtype], ...] | None = None
 
     def operands(self, module: nn.Module, input: Tensor) -> tuple[Tensor, Any, Tensor | None, Tensor | None, float]:
         """What the functions of row norms take first: input, normalized_shape, weight, bias, eps."""
-        weight = getattr(module, self.weight) if self.weight else None
-        bias = getattr(module, self.bias) if self.bias else None
-        eps = getattr(module, self.eps) if self.eps else 1e-5 if self.centered else None
-        if self.promotes and weight is not None and weight.dtype != input.dtype:
-            input = input.to(torch.promote_types(input.dtype, weight.dtype))
-        shape = input.shape[-1:] if weight is None else weight.shape
-        return input, getattr(module, "normalized_shape", shape), weight, bias, eps
+        weight, bias = (getattr(module, name) if name else None for name in (self.weight, self.bias))
+        eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
+        if self.dtypes is None:
+            return input, module.normalized_shape, weight, bias, eps
+        # (C, 1, 1) is as good as (C,).
+        weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
+        return input, (input.shape[-1:] if weight is None else weight.shape), weight, bias, eps
 
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
+    def takes(self, module: nn.Module, input: Tensor) -> bool:
+        """Whether ours computes what the module does of that input, which comes out in the same dtype."""
+        return self._output_dtype(module, input) == input.dtype
+
+    def _output_dtype(self, module: nn.Module, input: Tensor) -> torch.dtype | None:
+        """None where it is not known what the module computes."""
+        weight = getattr(module, self.weight) if self.weight else None
+        if weight is not None and not is_operand(weight):
+            return None
+        if self.dtypes is None:
+            return input.dtype
+        if not same_settings(module, self.settings):
+            return None
+        kinds = input.dtype, input.dtype if weight is None else weight.dtype
+        return next((dtype for known, dtype in self.dtypes if known == kinds), None)
+
+    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
+        dtype = self._output_dtype(module, input)
+        if dtype is None or (self.channels_first and input.dim() < 3):
+            return None
+        if dtype != input.dtype:
+            input = input.to(dtype)
         if self.channels_first:
-            last = self._compute(module, input.movedim(1, -1), activation)
-            return last.movedim(-1, 1)
+            return self._compute(module, input.movedim(1, -1), activation).movedim(-1, 1)
         return self._compute(module, input, activation)
 
     def _compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
@@ -137,116 +166,129 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     """The norm that a module computes, and where it computes none of ours but looks like a norm, why it does not."""
     if isinstance(module, _OURS):
         return None, ""
-    forward = type(module).forward
-    if isinstance(module, nn.LayerNorm) and forward is nn.LayerNorm.forward:
-        return RowNorm(True, _named(module, "weight"), _named(module, "bias"), "eps"), ""
-    if isinstance(module, nn.RMSNorm) and forward is nn.RMSNorm.forward:
-        return RowNorm(False, _named(module, "weight"), "", "eps"), ""
-    if isinstance(module, nn.GroupNorm) and forward is nn.GroupNorm.forward:
-        return GroupNorm(), ""
-    if isinstance(module, _BATCH_NORMS) and forward in [kind.forward for kind in _BATCH_NORMS]:
-        return BatchNorm(), ""
-    if isinstance(module, _INSTANCE_NORMS) and forward in [kind.forward for kind in _INSTANCE_NORMS]:
-        return InstanceNorm(), ""
+    kind = next((kind for kind, forward in _KNOWN.items() if isinstance(module, kind) and type(module).forward is forward), None)
+    if kind in (nn.LayerNorm, nn.RMSNorm):
+        names = [name if module._parameters.get(name) is not None else "" for name in ("weight", "bias")]
+        return RowNorm(kind is nn.LayerNorm, *names, "eps"), ""
+    if kind is not None:
+        return (GroupNorm() if kind is nn.GroupNorm else InstanceNorm() if kind in _INSTANCE_NORMS else BatchNorm()), ""
     if not _may_be_row_norm(module):
-        return None, ""
-    found, reason = _tried_out(module)
-    return found, reason if "norm" in type(module).__name__.lower() else ""
+        return None, "computes what none of our row norms computes" if _looks_like_norm(module) else ""
+    try:
+        with isolated():
+            return _tried_out(module), ""
+    except NotTried as error:
+        return None, str(error) if _looks_like_norm(module) else ""
 
 
-def _named(module: nn.Module, name: str) -> str:
-    return name if getattr(module, name) is not None else ""
+def _looks_like_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
 
 
 def _may_be_row_norm(module: nn.Module) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    if next(module.children(), None) is not None or len(own) > 2 or any(p.dim() != 1 for p in own.values()):
-        return False
+    own = [p for p in module._parameters.values() if p is not None]
+    leaf = not any(True for _ in module.children()) and takes_one(type(module).forward)
+    vectors = len(own) <= 2 and all(p.numel() == max(p.shape, default=0) for p in own)
     from_torch = type(module).__module__.startswith("torch.nn.modules.")
-    looks = own or "norm" in type(module).__name__.lower()
-    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    return bool(looks) and not from_torch and len({p.numel() for p in own.values()}) <= 1 and len(required) == 1
+    return leaf and vectors and len({p.numel() for p in own}) <= 1 and (bool(own) or _looks_like_norm(module)) and not from_torch
 
 
 # Trying out
 
 
-def _tried_out(module: nn.Module) -> tuple[RowNorm | None, str]:
-    """By float32 which norm it is, by bfloat16 when it rounds, by bfloat16 with float32 weights what comes out."""
-    try:
-        with torch.no_grad():
-            candidates = [rule for rule in _candidates(module) if _agrees(module, rule, torch.float32, torch.float32)]
-            if not candidates:
-                return None, "computes what none of our row norms computes"
-            for rule in _roundings(candidates[0]):
-                if _agrees(module, rule, torch.bfloat16, torch.bfloat16):
-                    break
-            else:
-                return None, "rounds bfloat16 where none of our row norms does"
-            for promotes in (False, True):
-                mixed = replace(rule, promotes=promotes)
-                if _agrees(module, mixed, torch.bfloat16, torch.float32):
-                    return mixed, ""
-            return None, "of bfloat16 inputs with float32 weights it makes what none of our row norms makes"
-    except Exception as error:
-        return None, f"cannot be tried out: {type(error).__name__}: {error}"
+def _tried_out(module: nn.Module) -> RowNorm:
+    """By float32 which norm it is, and then in which dtypes it rounds where ours does."""
+    settings = settings_of(module)
+    for rule in _candidates(module, settings):
+        if not _agrees(module, rule):
+            continue
+        options = [rule] if rule.centered else [rule, replace(rule, cast_before_weight=True)]
+        found = [[*rule.dtypes, *_dtypes_of(module, option)] for option in options]
+        best = max(range(len(options)), key=lambda index: len(found[index]))
+        return replace(options[best], dtypes=tuple(found[best]))
+    raise NotTried("computes what none of our row norms computes")
 
 
-def _candidates(module: nn.Module) -> Iterator[RowNorm]:
-    names = [name for name, _ in module.named_parameters(recurse=False)]
-    weight = next((n for n in names if n in _WEIGHTS), "")
-    bias = next((n for n in names if n in _BIASES), "")
-    if len(names) != bool(weight) + bool(bias):
-        return
-    epsilons = [name for name, value in vars(module).items() if type(value) is float and 0 < value < 0.1]
-    for eps, centered, first in itertools.product([*epsilons, ""], (False, True), (False, True)):
+def _candidates(module: nn.Module, settings: Settings) -> Iterator[RowNorm]:
+    names = [name for name, p in module._parameters.items() if p is not None]
+    coefficients = list(itertools.permutations(names)) if len(names) == 2 else [(*names, "", "")[:2]]
+    # Settings, numbers in the code, and torch's defaults; F.normalize has none to speak of.
+    numbers = [c for c in type(module).forward.__code__.co_consts if type(c) is float and 0 < c < 0.1]
+    epsilons = [name for name, value in settings if type(value) is float and 0 < value < 0.1]
+    epsilons = dict.fromkeys([*epsilons, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps, 1e-30])
+    wide = ((_WIDE, torch.float32),)
+    for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
         if bias and not centered:
             continue
         for offset in (0.0, 1.0) if weight and not centered else (0.0,):
-            yield RowNorm(centered, weight, bias, eps, weight_offset=offset, channels_first=first)
+            yield RowNorm(centered, weight, bias, eps, offset, False, first, settings, wide)
 
 
-def _roundings(rule: RowNorm) -> Iterator[RowNorm]:
-    yield rule
-    if not rule.centered:
-        yield replace(rule, cast_before_weight=True)
+def _dtypes_of(module: nn.Module, rule: RowNorm) -> Iterator[tuple[Dtypes, torch.dtype]]:
+    """Those, other than float32, of which the module makes what ours does, and the dtype that comes out."""
+    weighted = any(p is not None for p in module._parameters.values())
+    for pair in _OTHERS:
+        if pair[0] != pair[1] and not weighted:
+            continue
+        for output in dict.fromkeys((pair[0], torch.promote_types(*pair))):
+            if _agrees(module, replace(rule, dtypes=((pair, output),))):
+                yield pair, output
+                break
 
 
-def _agrees(module: nn.Module, rule: RowNorm, dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
-    """Whether rule and module compute the same of the same. Inputs are large and so small that eps decides."""
-    generator = torch.Generator().manual_seed(0)
-    shadow = shadow_of(module, weight_dtype, generator)
-    columns = next((p.numel() for p in shadow._parameters.values()), _columns(module))
+def _agrees(module: nn.Module, rule: RowNorm) -> bool:
+    """Whether rule and module compute the same of the same, in the one kind of dtypes that the rule has."""
+    ((dtypes, _),) = rule.dtypes
+    generator = torch.Generator("cpu").manual_seed(0)
+    made = stand_in(module, dtypes[1], rule.settings, generator)
+    # Inputs are large, and so small that eps decides.
     for scale in (1.0, 1e-3):
-        shape = (2, columns, 6, 5) if rule.channels_first else (2, 60, columns)
-        input = ((torch.randn(shape, generator=generator) + 0.5) * scale).to(dtype)
+        input = _trial_input(module, rule, scale, dtypes[0], generator)
         try:
-            theirs = shadow.forward(input.clone())
-        except (RuntimeError, ValueError, IndexError):
+            theirs = _with_gradients(made, input, lambda x: forward_of(made, x))
+            mine = _with_gradients(made, input, lambda x: rule.compute(made, x, "identity"))
+        except (DoesNotTake, RuntimeError, ValueError, TypeError, IndexError):
             return False
-        result = rule.compute(shadow, input, "identity")
-        if not isinstance(theirs, Tensor) or theirs.shape != result.shape or theirs.dtype != result.dtype:
-            return False
-        # Where two roundings fall elsewhere, a tenth of all results and more do.
-        # Of narrow inputs and wide weights ours may be more exact; there the dtype is what is in question.
-        rtol = 1e-5 if dtype == weight_dtype == torch.float32 else 0.0 if dtype == weight_dtype else 0.02
-        differ = ~torch.isclose(theirs.double(), result.double(), rtol=rtol, atol=1e-6 * scale)
-        if differ.double().mean() > 0.01:
+        if theirs[0].dtype != mine[0].dtype or not _close(theirs, mine, dtypes, scale):
             return False
     return True
 
 
-def _columns(module: nn.Module) -> int:
+def _trial_input(
+    module: nn.Module, rule: RowNorm, scale: float, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    own = [p for p in module._parameters.values() if p is not None]
     shape = getattr(module, "normalized_shape", 48)
-    return math.prod(shape) if isinstance(shape, tuple | list | torch.Size) else int(shape)
+    columns = own[0].numel() if own else math.prod(shape) if isinstance(shape, tuple | list) else int(shape)
+    # Of a weight with more dimensions, such as (C, 1, 1), those that follow say how much space there is.
+    space = max((p.dim() - 1 - p.shape.index(columns) for p in own), default=0) or 2
+    sizes = (2, columns, *(6, 5, 4, 3)[:space]) if rule.channels_first else (2, 60, columns)
+    return ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtype)
 
 
-def shadow_of(module: nn.Module, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
-    """The module on the CPU with random parameters of that dtype, without hooks. The module itself is not touched."""
-    shadow = object.__new__(type(module))
-    shadow.__dict__.update(nn.Module().__dict__ | {k: v for k, v in vars(module).items() if not k.endswith("_hooks")})
-    shadow.__dict__["_parameters"] = {
-        name: p if p is None else nn.Parameter((torch.rand(p.shape, generator=generator) + 0.5).to(dtype))
-        for name, p in module._parameters.items()
-    }
-    return shadow
+def _with_gradients(made: nn.Module, input: Tensor, compute: Callable[[Tensor], Tensor | None]) -> list[Tensor]:
+    """The output, and gradients of a projection of it."""
+    input = input.clone().requires_grad_()
+    output = compute(input)
+    if output is None:
+        raise DoesNotTake("takes other shapes")
+    if not output.requires_grad:
+        raise NotTried("has no gradient")
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device="cpu").view(output.shape)
+    wanted = [input, *made.parameters()]
+    found = torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True)
+    return [output.detach(), *[torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]]
+
+
+def _close(theirs: list[Tensor], mine: list[Tensor], dtypes: Dtypes, scale: float) -> bool:
+    if any(a.shape != b.shape for a, b in zip(theirs, mine, strict=True)):
+        return False
+    # Where two roundings fall elsewhere, a tenth of all results and more do.
+    # Of narrow inputs and wide weights ours may be more exact; there the dtype is what is in question.
+    narrow = dtypes[0].itemsize < 4
+    rtol = 1e-5 if not narrow else 0.0 if dtypes[0] == dtypes[1] else 0.02
+    (output, *gradients), (ours, *others) = ([t.double() for t in results] for results in (theirs, mine))
+    if (~torch.isclose(output, ours, rtol=rtol, atol=1e-6 * scale)).double().mean() > 0.01:
+        return False
+    allowed = 0.05 if narrow else 1e-4
+    return all((a - b).abs().max() <= allowed * a.abs().max() + 1e-12 for a, b in zip(gradients, others, strict=True))

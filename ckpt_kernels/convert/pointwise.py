@@ -1,9 +1,11 @@
-"""Which activations and dropouts a module computes.
+"""Which activations, dropouts and gates a module computes.
 
-torch.nn's activations are known by their type. Any other module without parameters and modules of its own is tried
-out in float64, where two formulas for one activation agree.
+torch.nn's are known by their class. Any other module without parameters and modules of its own is tried out in
+float64, values and derivative, where two formulas for one activation agree.
 """
 
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..activations import NAMES, activation_name
+from ..activations import FUNCTIONS, NAMES, activation_name
 from ..backends.reference import ACTIVATIONS
-from .swap import Rule, Unary, rule_of
+from .swap import Rule, Unary, is_called_plainly, is_patched, rule_of
+from .trial import NotTried, Settings, forward_of, isolated, same_settings, settings_of, stand_in, takes_one
 
-# A Linear or a convolution keeps the output of these and their own gradient needs no more: nothing to win.
-KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu")
+# Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
+KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
+_TORCHS = {kind: kind.forward for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)}
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,10 @@ class ActivationRule(Unary):
     """An activation by its name, as long as the module's settings are what they were."""
 
     name: str
-    settings: tuple[tuple[str, Any], ...]
+    settings: Settings
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor:
-        if not self.holds(module):
-            return module.original.forward(module, input)
-        return F.bias_act(input, activation=self.name)
-
-    def holds(self, module: nn.Module) -> bool:
-        return all(getattr(module, key) == value for key, value in self.settings)
+    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        return F.bias_act(input, activation=self.name) if same_settings(module, self.settings) else None
 
     def __str__(self) -> str:
         return f"bias_act ({self.name})"
@@ -42,57 +41,111 @@ class ActivationRule(Unary):
 class DropoutRule(Unary):
     """`torch.nn.Dropout`, of which no mask is kept. Its random numbers are not those that torch's would draw."""
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor:
-        if module.p == 0.0 or not module.training:
-            return input
-        return F.bias_act(input, dropout_p=module.p)
+    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        if module.inplace or not isinstance(module.p, float | int) or not 0 <= module.p <= 1:
+            return None
+        return F.bias_act(input, dropout_p=float(module.p)) if module.training and module.p else None
 
     def __str__(self) -> str:
         return "bias_act (dropout)"
 
 
-def pointwise_of(module: nn.Module) -> Rule | None:
-    """How an activation or a dropout is to be converted; None for what is neither, or has nothing to win."""
-    if type(module) is nn.Dropout:
-        return None if module.inplace else DropoutRule()
-    if getattr(module, "inplace", False):
-        return None
-    name = named_activation(module)
-    if name is None or name in KEPT_BY_OUTPUT:
-        return None
-    settings = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
-    return ActivationRule(name, tuple(settings.items()))
+@dataclass(frozen=True)
+class GLURule(Unary):
+    """`torch.nn.GLU` over the last dimension."""
 
-
-def named_activation(module: nn.Module) -> str | None:
-    """The name of the activation that a module computes, converted or not; None if it is none of ours."""
-    rule = rule_of(module)
-    if isinstance(rule, ActivationRule):
-        return rule.name if rule.holds(module) else None
-    if type(module).__module__.startswith("torch.nn.modules."):
-        try:
-            return activation_name(module)
-        except ValueError:
+    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        if input.dim() == 0 or module.dim not in (-1, input.dim() - 1) or input.shape[-1] % 2:
             return None
-    if next(module.parameters(), None) is not None or next(module.children(), None) is not None:
-        return None
-    return _tried_out(module) if "act" in _words(module) or "lu" in _words(module) else None
+        return F.packed_glu(input, activation="sigmoid", layout="value_first")
+
+    def __str__(self) -> str:
+        return "packed_glu (sigmoid)"
 
 
-def _words(module: nn.Module) -> str:
-    return type(module).__name__.lower()
-
-
-def _tried_out(module: nn.Module) -> str | None:
-    points = torch.linspace(-12, 12, 2403, dtype=torch.float64)
-    training = module.training
+def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
+    """How an activation, a dropout or a gate is to be converted, or why what looks like one is not."""
+    if _is_torchs(module, nn.Dropout):
+        return (None if module.inplace else DropoutRule()), ""
+    if _is_torchs(module, nn.GLU):
+        return GLURule(), ""
+    if getattr(module, "inplace", False):
+        return None, ""
     try:
-        with torch.no_grad():
-            values = type(module).forward(module, points.clone())
-    except Exception:
+        name, settings = _named(module)
+    except NotTried as error:
+        return None, str(error) if _looks_like_activation(module) else ""
+    if name is None:
+        return None, "computes none of our activations" if _looks_like_activation(module) else ""
+    return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, settings)), ""
+
+
+def activation_of(act: Any, made: bool = False) -> str | None:
+    """The name of the activation that a call of a module or function is now; None if it is none of ours, or more.
+
+    One that writes over its input counts only where that has just been `made` for it, and nobody else sees it.
+    """
+    if isinstance(act, types.FunctionType | types.BuiltinFunctionType):
+        return FUNCTIONS.get(act)
+    if not isinstance(act, nn.Module) or not is_called_plainly(act) or (act.__dict__.get("inplace") and not made):
         return None
-    if not isinstance(values, Tensor) or values.shape != points.shape or module.training != training:
+    rule = rule_of(act)
+    if isinstance(rule, ActivationRule):
+        known = same_settings(act, rule.settings) and not is_patched(type(act), "forward")
+        return rule.name if known else None
+    if rule is not None or not _is_torchs(act):
         return None
-    # Formulas with rounded constants differ by less than float32 can tell.
-    close = [name for name in NAMES if torch.allclose(values, ACTIVATIONS[name](points), rtol=1e-7, atol=1e-7)]
-    return close[0] if close else None
+    try:
+        return activation_name(act)
+    except ValueError:
+        return None
+
+
+def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
+    found = getattr(type(module), "original", type(module))
+    return (kind is None or found is kind) and found in _TORCHS and found.forward is _TORCHS[found]
+
+
+def _named(module: nn.Module) -> tuple[str | None, Settings]:
+    if _is_torchs(module):
+        try:
+            name = activation_name(module)
+        except ValueError:
+            return None, ()
+        return name, tuple(sorted((k, v) for k, v in vars(module).items() if type(v) in (bool, float, str) and k != "training"))
+    if any(True for _ in module.parameters()) or any(True for _ in module.children()):
+        return None, ()
+    if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
+        return None, ()
+    settings = settings_of(module)
+    made = stand_in(module, torch.float64, settings, torch.Generator().manual_seed(0))
+    return activation_by_trial(lambda points: forward_of(made, points)), settings
+
+
+def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> str | None:
+    """The activation that a function of one tensor computes, values and derivative."""
+    with isolated():
+        points = torch.linspace(-12, 12, 2403, dtype=torch.float64, device="cpu")
+        given = points.clone().requires_grad_()
+        values = compute(given)
+        if type(values) is not Tensor or values.shape != points.shape or not values.requires_grad:
+            return None
+        if given._version or not torch.equal(given, points):
+            return None
+        (slopes,) = torch.autograd.grad(values.sum(), given)
+        for name in NAMES:
+            again = points.clone().requires_grad_()
+            expected = ACTIVATIONS[name](again)
+            (expected_slopes,) = torch.autograd.grad(expected.sum(), again)
+            # Formulas with rounded constants differ by less than float32 can tell.
+            if torch.allclose(values, expected, rtol=1e-7, atol=1e-7):
+                # But where a relu bends, at one point, whose derivative is a matter of taste.
+                if (~torch.isclose(slopes, expected_slopes, rtol=1e-6, atol=1e-6)).sum() <= 1:
+                    return name
+    return None
+
+
+def _looks_like_activation(module: nn.Module) -> bool:
+    words = type(module).__name__.lower()
+    leaf = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+    return leaf and not _is_torchs(module) and ("act" in words or "lu" in words)

@@ -7,17 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Replaced:
-    """A converted module: its name, the class it is of, and what it computes with now.
-
-    `before` and `after`: bytes that it is expected to keep for each row (a token, a pixel), with what reads its output;
-    0 where that cannot be told without an input.
-    """
+    """A converted module: its name, the class it is of, and what it computes with now."""
 
     name: str
     kind: str
     by: str
-    before: int
-    after: int
 
 
 @dataclass(frozen=True)
@@ -39,16 +33,12 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"replaced, recompute={self.recompute!r}:" if self.replaced else "nothing was replaced"]
-        rows = []
-        for (kind, by), entries in _grouped(self.replaced, "by"):
-            before, after = (sum(getattr(e, when) for e in entries) for when in ("before", "after"))
-            kept = f"{before:,} -> {after:,}" if before else ""
-            rows.append((f"{len(entries)} x", kind, by, kept, entries[0].name or "(the model itself)"))
-        before, after = (sum(getattr(e, when) for e in self.replaced) for when in ("before", "after"))
-        if before:
-            rows.append(("", "in all", "", f"{before:,} -> {after:,}", ""))
+        rows = [
+            (f"{len(entries)} x", kind, by, entries[0].name or "(the model itself)")
+            for (kind, by), entries in _grouped(self.replaced, "by")
+        ]
         if rows:
-            lines += _table([("", "module", "computes with", "bytes kept a row", "first"), *rows])
+            lines += _table([("", "module", "computes with", "first"), *rows])
         if self.left_alone:
             lines.append("left alone:")
             groups = _grouped(self.left_alone, "reason")

@@ -1,13 +1,13 @@
-"""How a module is converted and stays the module it was: its class is exchanged for a subclass with another forward.
+"""How a module is converted and stays the module it was: its class is exchanged for a subclass with other methods.
 
 So whoever holds the module keeps holding it, and its parameters, buffers, hooks, names, training mode and attributes
-are not touched. The subclass bears the original's name, prints like it, is an instance of it, and is pickled as what
-makes it again.
+are not touched. The subclass bears the original's name, prints like it, is an instance of it, is pickled as what makes
+it again, and makes an ordinary module of the original's class when it is called.
 """
 
 import abc
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,39 +27,43 @@ _PASSES = (Tensor, type(None), bool, int, float, str, tuple)
 
 
 class Rule(abc.ABC):
-    """What a converted module computes in place of its original's methods. Picklable.
+    """What a converted module computes in place of its original's methods, `names`. Hashable and picklable."""
 
-    `methods` names what is replaced; each is called as `rule.call(method, module, *args, **kwargs)`.
-    """
-
-    methods: tuple[str, ...] = ("forward",)
+    names: tuple[str, ...] = ("forward",)
 
     @abc.abstractmethod
-    def call(self, method: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any: ...
+    def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
+        """What takes the place of these methods; each takes the module first."""
 
     def __str__(self) -> str:
         return type(self).__name__
 
 
 class Unary(Rule):
-    """What a module computes of one tensor. Called in another way than with that alone, its original forward runs."""
+    """What a module computes of one tensor. Called in another way, or with a tensor of another kind than our functions
+    take, its original forward runs."""
 
-    def call(self, method: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            return self.of(module, args[0])
-        return module.original.forward(module, *args, **kwargs)
+    def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
+        return {"forward": _unary_forward}
 
     @abc.abstractmethod
-    def of(self, module: nn.Module, input: Tensor) -> Tensor: ...
+    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        """The output, or None where the original has to compute it."""
+
+
+def _unary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs and is_operand(args[0]):
+        output = module.__dict__[ATTRIBUTE].of(module, args[0])
+        if output is not None:
+            return output
+    return module.original.forward(module, *args, **kwargs)
 
 
 class Within(Rule):
-    """The original's forward, for modules that are converted for nothing but what is around it."""
+    """The original's methods, for modules that are converted for nothing but what is around their forward."""
 
-    methods = ()
-
-    def call(self, method: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return getattr(module.original, method)(module, *args, **kwargs)
+    def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
+        return {}
 
     def __str__(self) -> str:
         return "forward pass within discard_outputs"
@@ -70,6 +74,9 @@ class Converted:
 
     original: type[nn.Module]
     around: tuple[Around, ...]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
+        return cls.original(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         made, arguments, *rest = super().__reduce_ex__(protocol)
@@ -84,11 +91,26 @@ class Converted:
 def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None:
     """Converts one module by `rule`; its forward, whichever it then is, runs as the functions `around` it do."""
     module.__dict__[ATTRIBUTE] = rule
-    module.__class__ = _converted_class(type(module), rule.methods, around)
+    kind = type(module)
+    found = tuple((name, getattr(kind, name)) for name in {*rule.names, "forward"})
+    module.__class__ = _converted_class(kind, rule, around, found)
+
+
+def swap_back(module: nn.Module) -> None:
+    module.__class__ = type(module).original
+    del module.__dict__[ATTRIBUTE]
 
 
 def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward within `discard_outputs`."""
+    if not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    with discard_outputs():
+        return forward(module, *args, **kwargs)
+
+
+def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward within `discard_outputs`, which lets go of the products that blocks read too."""
     if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
     with discard_outputs():
@@ -107,12 +129,42 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
     return checkpoint(forward, module, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
 
 
-def swap_back(module: nn.Module) -> None:
-    module.__class__ = type(module).original
-    del module.__dict__[ATTRIBUTE]
+# What may be computed by us
+
+_TENSORS = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEVICES = ("cpu", "cuda")
+_everybody = nn.modules.module
+
+
+def is_operand(value: Any) -> bool:
+    """Whether it is a tensor of the kind that our functions take."""
+    return (
+        type(value) in _TENSORS
+        and value.dtype in _DTYPES
+        and value.device.type in _DEVICES
+        and value.layout is torch.strided
+        and not value.is_nested
+    )
+
+
+def is_called_plainly(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or _everybody._global_forward_hooks
+        or _everybody._global_forward_pre_hooks
+        or _everybody._global_backward_hooks
+        or _everybody._global_backward_pre_hooks
+    ) and type(module).__call__ is nn.Module.__call__
 
 
 def is_converted(module: nn.Module) -> bool:
+    """Whether `convert` has given the module, itself, another way to compute."""
     return isinstance(module, Converted)
 
 
@@ -122,39 +174,57 @@ def is_wrapped(module: nn.Module) -> bool:
 
 
 def rule_of(module: nn.Module) -> Rule | None:
+    """The rule that a converted module was converted by."""
     return module.__dict__.get(ATTRIBUTE)
+
+
+def rule_in_force(module: nn.Module) -> Rule | None:
+    """The rule that a call of the module computes by; None where hooks or patches make it another."""
+    rule = module.__dict__.get(ATTRIBUTE)
+    if rule is None or not is_called_plainly(module) or is_patched(type(module), "forward"):
+        return None
+    return rule
+
+
+def is_patched(kind: type[nn.Module], method: str) -> bool:
+    """Whether the original class's method is another than when the module was converted."""
+    return getattr(kind.original, method) is not kind.found[method]
 
 
 @functools.cache
 def _converted_class(
-    original: type[nn.Module], methods: tuple[str, ...], around: tuple[Around, ...]
+    original: type[nn.Module], rule: Rule, around: tuple[Around, ...], found: tuple[tuple[str, Forward], ...]
 ) -> type[nn.Module]:
     members: dict[str, Any] = {
         "original": original,
         "around": around,
+        "found": dict(found),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    for method in methods:
-        members[method] = _calling(original, method)
+    for name, method in rule.methods(original).items():
+        members[name] = _unless_patched(original, name, members["found"][name], method)
     for outer in around:
-        members["forward"] = _surrounded(original, outer, members.get("forward", original.forward))
-    return type(original.__name__, (Converted, original), members)
+        members["forward"] = _surrounded(original, outer, members.get("forward"))
+    return type(original)(original.__name__, (Converted, original), members)
 
 
-def _calling(original: type[nn.Module], method: str) -> Forward:
-    @functools.wraps(getattr(original, method))
+def _unless_patched(original: type[nn.Module], name: str, found: Forward, method: Forward) -> Forward:
+    """The method, or whatever the original class's has become since."""
+
+    @functools.wraps(found)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[ATTRIBUTE].call(method, self, *args, **kwargs)
+        now = getattr(original, name)
+        return (method if now is found else now)(self, *args, **kwargs)
 
     return call
 
 
-def _surrounded(original: type[nn.Module], outer: Around, forward: Forward) -> Forward:
+def _surrounded(original: type[nn.Module], outer: Around, forward: Forward | None) -> Forward:
     @functools.wraps(original.forward)
     def surrounded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return outer(forward, self, args, kwargs)
+        return outer(forward or original.forward, self, args, kwargs)
 
     return surrounded
 

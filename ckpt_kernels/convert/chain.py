@@ -1,0 +1,78 @@
+"""Sequences of modules (`nn.Sequential`), in which what belongs together is computed by one call."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import sites
+from .methods import part_of
+from .swap import ATTRIBUTE, Rule
+
+# Which parts follow one another, and the names by which a function of `sites` takes them. Longer ones first.
+_PATTERNS = (
+    (("linear", "act", "dropout", "linear"), "mlp", ("first", "act", "drop", "last")),
+    (("linear", "act", "linear"), "mlp", ("first", "act", "last")),
+    (("norm", "act"), "norm_act", ("norm", "act")),
+    (("act", "dropout"), "act_drop", ("act", "drop")),
+)
+_SAID = {"mlp": "MLP", "norm_act": "norm, activation", "act_drop": "activation, dropout"}
+_SEQUENTIAL = nn.Sequential.forward
+
+
+@dataclass(frozen=True)
+class Chain(Rule):
+    """Where in a sequence of `length` modules something begins: an index into `_PATTERNS` for each place, or -1."""
+
+    length: int
+    places: tuple[int, ...]
+    recompute: str
+
+    def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
+        return {"forward": _forward}
+
+    def __str__(self) -> str:
+        return "; ".join(_SAID[_PATTERNS[index][1]] for index in self.places if index >= 0)
+
+
+def chain_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> Chain | None:
+    """What can be computed by one call in a sequence."""
+    if type(module).forward is not _SEQUENTIAL or type(module).__iter__ is not nn.Sequential.__iter__:
+        return None
+    parts = [part_of(child, may_touch) for child in module._modules.values()]
+    places: list[int] = []
+    while len(places) < len(parts):
+        here = tuple(parts[len(places) :])
+        found = next((i for i, (pattern, *_) in enumerate(_PATTERNS) if here[: len(pattern)] == pattern), -1)
+        length = len(_PATTERNS[found][0]) if found >= 0 else 1
+        # A product at the end of one MLP may be the beginning of the next: one call has it.
+        places += [found, *[-1] * (length - 1)]
+    return Chain(len(parts), tuple(places), recompute) if any(index >= 0 for index in places) else None
+
+
+def _steps(modules: list[nn.Module], places: tuple[int, ...]) -> Iterator[tuple[int, list[nn.Module]]]:
+    index = 0
+    while index < len(modules):
+        length = len(_PATTERNS[places[index]][0]) if places[index] >= 0 else 1
+        yield places[index], modules[index : index + length]
+        index += length
+
+
+def _forward(module: nn.Module, input: Any) -> Any:
+    rule: Chain = module.__dict__[ATTRIBUTE]
+    modules = list(module._modules.values())
+    if len(modules) != rule.length:
+        return module.original.forward(module, input)
+    for place, several in _steps(modules, rule.places):
+        results = None
+        if place >= 0:
+            _, kind, names = _PATTERNS[place]
+            options = {"recompute": rule.recompute} if kind == "mlp" else {}
+            results = getattr(sites, kind)(**dict(zip(names, several, strict=True)), input=input, **options)
+        if results is not None:
+            input = results.pop()
+            continue
+        for each in several:
+            input = each(input)
+    return input

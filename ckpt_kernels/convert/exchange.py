@@ -1,0 +1,88 @@
+"""Functions of torch that ours take the place of where they are called: `F.layer_norm(x, ...)` as it is written, with
+ours for `F.layer_norm`. Each takes theirs' own arguments, and calls theirs for what ours does not take."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as theirs
+from torch import Tensor
+
+from .. import functional as ours
+from .swap import is_operand
+
+
+def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Of what is about to be called: ours if that is `function`, and anything else as it is."""
+    instead = EXCHANGES[function]
+    return lambda called: instead if called is function else called
+
+
+def _are_operands(*tensors: Any) -> bool:
+    return all(tensor is None or is_operand(tensor) for tensor in tensors)
+
+
+@functools.wraps(theirs.layer_norm)
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    function = ours.layer_norm if _is_row_norm(input, normalized_shape, weight, bias) else theirs.layer_norm
+    return function(input, normalized_shape, weight, bias, eps)
+
+
+@functools.wraps(theirs.rms_norm)
+def _rms_norm(input, normalized_shape, weight=None, eps=None):
+    function = ours.rms_norm if _is_row_norm(input, normalized_shape, weight) else theirs.rms_norm
+    return function(input, normalized_shape, weight, eps)
+
+
+def _is_row_norm(input: Any, normalized_shape: Any, *coefficients: Any) -> bool:
+    if not is_operand(input) or not _are_operands(*coefficients) or not isinstance(normalized_shape, tuple | list):
+        return False
+    shape = tuple(normalized_shape)
+    fits = bool(shape) and input.shape[-len(shape) :] == shape and 0 not in shape
+    # A sum of two dtypes is torch's affair.
+    return fits and all(c is None or (c.shape == shape and c.dtype == input.dtype) for c in coefficients)
+
+
+@functools.wraps(theirs.group_norm)
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    fits = is_operand(input) and _are_operands(weight, bias) and input.dim() > 1 and _same_dtype(input, weight, bias)
+    fits = fits and type(num_groups) is int and num_groups > 0 and input.shape[1] % num_groups == 0
+    function = ours.group_norm if fits else theirs.group_norm
+    return function(input, num_groups, weight, bias, eps)
+
+
+@functools.wraps(theirs.batch_norm)
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    statistics = (running_mean, running_var)
+    fits = is_operand(input) and _are_operands(weight, bias, *statistics) and input.dim() > 1
+    fits = fits and _same_dtype(input, weight, bias) and type(training) is bool and type(momentum) in (float, int)
+    fits = fits and (training or None not in statistics) and input.numel() > input.shape[1]
+    function = ours.batch_norm if fits else theirs.batch_norm
+    return function(input, *statistics, weight, bias, training, momentum, eps)
+
+
+def _same_dtype(input: Tensor, *coefficients: Tensor | None) -> bool:
+    return all(c is None or c.dtype == input.dtype for c in coefficients)
+
+
+@functools.wraps(theirs.glu)
+def _glu(input, dim=-1):
+    last = is_operand(input) and input.dim() > 0 and dim in (-1, input.dim() - 1) and input.shape[-1] % 2 == 0
+    return ours.packed_glu(input, activation="sigmoid", layout="value_first") if last else theirs.glu(input, dim)
+
+
+@functools.wraps(theirs.dropout)
+def _dropout(input, p=0.5, training=True, inplace=False):
+    fits = type(p) is float and 0.0 < p <= 1.0 and training is True and inplace is False and is_operand(input)
+    return ours.bias_act(input, dropout_p=p) if fits else theirs.dropout(input, p, training, inplace)
+
+
+EXCHANGES: dict[Callable[..., Any], Callable[..., Any]] = {
+    theirs.layer_norm: _layer_norm,
+    theirs.rms_norm: _rms_norm,
+    theirs.group_norm: _group_norm,
+    theirs.batch_norm: _batch_norm,
+    theirs.glu: _glu,
+    theirs.dropout: _dropout,
+}

@@ -1,0 +1,181 @@
+"""Modules whose methods, as they are written, call ours in places.
+
+What a method's loads are, a linear layer, an activation, a norm, is read off the module when it is converted. By these
+loads and the source, a method is rewritten once for all modules that agree in them.
+"""
+
+import ast
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..activations import FUNCTIONS as ACTIVATIONS
+from ..activations import NAMES
+from ..backends.reference import ACTIVATIONS as FORMULAS
+from .exchange import EXCHANGES
+from .norms import Norm
+from .pointwise import activation_by_trial, activation_of
+from .rewrite import may_be_rewritten, rewritten
+from .scope import UNKNOWN, Scope
+from .sites import is_linear
+from .source import NoSource, decorated, definition_of, layers_of
+from .swap import Rule, rule_of
+
+# Of one method: the part of each load, by its text.
+Parts = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Written(Rule):
+    """What is found in the methods of a module: the parts of their loads, and for people what they have become."""
+
+    parts: tuple[tuple[str, Parts], ...]
+    recompute: str
+    found: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.parts)
+
+    def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
+        made = {}
+        for name, parts in self.parts:
+            try:
+                made[name] = _rewritten(getattr(original, name), parts, self.recompute)[0]
+            except NoSource:  # of a pickled module, where its source is not
+                made[name] = getattr(original, name)
+        return made
+
+    def __str__(self) -> str:
+        counts = {text: self.found.count(text) for text in self.found}
+        return "; ".join(text if count == 1 else f"{count} x {text}" for text, count in counts.items())
+
+
+def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> tuple[Written | None, str]:
+    """What can be rewritten in the module's methods; and why a method that might be cannot."""
+    parts, found, reason = [], [], ""
+    children = {name for name, child in module._modules.items() if child is not None}
+    for name, method in _methods(type(module)):
+        try:
+            layers = layers_of(method)
+            if not (children | _FUNCTION_NAMES) & set(layers[-1].__code__.co_names):
+                continue
+            if not may_be_rewritten(layers[-1]):
+                continue
+            own = _parts(module, layers[-1], may_touch)
+            made = _rewritten(method, own, recompute) if any(part for _, part in own) else None
+        except NoSource as error:
+            reason = str(error)
+            continue
+        if made is not None:
+            parts.append((name, own))
+            found += made[1]
+    return (Written(tuple(parts), recompute, tuple(found)) if parts else None), reason
+
+
+def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
+    """The methods of a class, but for those of nn.Module itself and Python's own."""
+    seen: set[str] = set()
+    for owner in kind.__mro__:
+        if owner is nn.Module:
+            return
+        for name, method in vars(owner).items():
+            if name not in seen and isinstance(method, types.FunctionType) and not name.startswith("__"):
+                yield name, method
+            seen.add(name)
+
+
+_FUNCTION_NAMES = frozenset(
+    function.__name__ for function in (*ACTIVATIONS, *EXCHANGES) if hasattr(function, "__name__")
+) | {"erf", "square", "chunk"}
+
+
+@functools.lru_cache(maxsize=4096)
+def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> tuple[types.FunctionType, list[str]] | None:
+    layers = layers_of(method)
+    made = rewritten(layers[-1], dict(parts), recompute)
+    return None if made is None else (decorated(layers, made.function), made.found)
+
+
+def _parts(module: nn.Module, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Parts:
+    loads, formulas = _read(function)
+    scope = Scope(function, _tree(function), module)
+    found = {}
+    for text, tree in loads:
+        value = scope.value(tree)
+        if value is not UNKNOWN:
+            found[text] = part_of(value, may_touch)
+    return tuple(sorted((found | formulas).items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tree(function: types.FunctionType) -> ast.FunctionDef:
+    return definition_of(function).tree
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], dict[str, str]]:
+    """The loads in a function's body, by their text; and the formulas in it that are activations."""
+    tree = _tree(function)
+    scope = Scope(function, tree)
+    loads: dict[str, ast.expr] = {}
+    formulas: dict[str, str] = {}
+    for statement in tree.body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute | ast.Subscript | ast.Name) and isinstance(node.ctx, ast.Load):
+                if not (isinstance(node, ast.Name) and node.id in scope.locals):
+                    loads.setdefault(ast.unparse(node), node)
+            elif isinstance(node, ast.Call | ast.BinOp) and (found := scope.pointwise(node)) is not None:
+                text = found[0]
+                if text not in formulas and "(" in text:
+                    formulas[text] = _formula(text, scope)
+    return list(loads.items()), {text: f"act:{name}" for text, name in formulas.items() if name}
+
+
+def _formula(text: str, scope: Scope) -> str:
+    """The activation that a formula of `_` computes; "" for none of ours."""
+    tree = ast.parse(text, mode="eval")
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"_"}
+    values = {name: scope.value(ast.Name(name, ast.Load())) for name in names}
+    code = compile(tree, "<formula>", "eval")
+
+    def compute(points: Tensor) -> Any:
+        return eval(code, {"__builtins__": {}} | values, {"_": points})
+
+    try:
+        few = torch.tensor((-11.0, -2.5, -0.7, 0.3, 1.9, 10.0), dtype=torch.float64, device="cpu")
+        with torch.no_grad():
+            values_there = compute(few.clone())
+        close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
+        return (activation_by_trial(compute) or "") if any(close) else ""
+    except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
+        return ""
+
+
+def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> str:
+    """The part that a value can have in a pattern; see `patterns.Loads`."""
+    if isinstance(value, nn.Module):
+        if not may_touch(value):
+            return ""
+        if isinstance(rule_of(value), Norm):
+            return "norm"
+        if getattr(type(value), "original", type(value)) is nn.Dropout:
+            return "dropout"
+        return "linear" if is_linear(value) else "act" if activation_of(value, made=True) is not None else ""
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+        if value is F.dropout:
+            return "F.dropout"
+        return "act" if value in ACTIVATIONS else "exchange" if value in EXCHANGES else ""
+    return ""
+
+
+def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) -> bool:
+    """Whether it has, for itself, two linear layers and an activation."""
+    parts = [part_of(child, may_touch) for child in module._modules.values()]
+    return parts.count("linear") >= 2 and "act" in parts

@@ -1,0 +1,261 @@
+"""A method with calls of `sites` in the place of what they compute, and everything else as it was written.
+
+An expression becomes `results.pop() if (results := site(...)).pop() else expression`, and a run of statements
+
+    if (results := site(...)).pop(): the last statement, with results.pop() for what was computed
+    else: the statements as they were written
+
+What the site is given is evaluated once and in the order in which it was written.
+"""
+
+import ast
+import copy
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from . import sites
+from .exchange import EXCHANGES, exchanged
+from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
+from .patterns import Loads, Match, Operand, Reader, matches, settled, _Attempt
+from .scope import UNKNOWN, Scope
+from .source import Definition, definition_of, rebuilt
+
+_RESULTS = "ckpt_results"
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+# A function that looks at its own frame sees what it is made of.
+_LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
+_PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
+
+
+class Rewritten(NamedTuple):
+    """A function made anew, and what was found in it, for people."""
+
+    function: types.FunctionType
+    found: list[str]
+
+
+def may_be_rewritten(function: types.FunctionType) -> bool:
+    """Whether what is in its frame is nobody's affair but its own."""
+    code = function.__code__
+    return not (_LOOKS & set(code.co_names) or code.co_flags & _PLAIN_FLAGS)
+
+
+def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
+    """The function with sites, None where it has no place for one. Raises `source.NoSource`."""
+    definition = definition_of(function)
+    writer = _Writer(function, definition, loads, recompute)
+    body = writer.rewritten_body()
+    if not writer.found:
+        return None
+    tree = copy.copy(definition.tree)
+    tree.body = body
+    return Rewritten(rebuilt(function, definition._replace(tree=tree), writer.cells), writer.found)
+
+
+class _Writer:
+    def __init__(self, function: types.FunctionType, definition: Definition, loads: Loads, recompute: str) -> None:
+        self.scope = Scope(function, definition.tree)
+        self.tree = definition.tree
+        self.reader = Reader(loads, self.scope.fast, self.scope.locals, self.scope.pointwise)
+        self.recompute = recompute
+        self.cells: dict[str, Any] = {}
+        self.found: list[str] = []
+        self._changed: set[int] = set()
+
+    def rewritten_body(self) -> list[ast.stmt]:
+        for block in list(blocks(self.tree)):
+            self._statements(block)
+        return [self._expressions(statement) for statement in self.tree.body]
+
+    # Runs of statements
+
+    def _statements(self, block: Block) -> None:
+        """Exchanges runs of the block, the largest patterns first, in place."""
+        candidates = sorted(self._runs(block), key=lambda c: (c[0], c[1] - c[2]))
+        taken: set[int] = set()
+        instead: dict[int, tuple[int, ast.stmt]] = {}
+        for _, begin, end, made in candidates:
+            if not taken & set(range(begin, end + 1)):
+                taken |= set(range(begin, end + 1))
+                instead[begin] = end, made()
+        statements, index = [], 0
+        while index < len(block.statements):
+            end, statement = instead.get(index, (index, block.statements[index]))
+            statements.append(statement)
+            index = end + 1
+        block.statements[:] = statements
+
+    def _runs(self, block: Block) -> Iterator[tuple[int, int, int, Any]]:
+        """(rank of the pattern, first, last, what makes the statement) of each run that something was found in."""
+        for end, last in enumerate(block.statements):
+            if not isinstance(last, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) or last.value is None:
+                continue
+            for begin in range(max(0, end - LONGEST + 1), end):
+                run = run_of(self.tree, block, begin, end, self.scope.fast)
+                if run is None:
+                    continue
+                first = block.statements[begin].value
+                for root in _parts(last.value):
+                    if not comes_first(last.value, root, self.reader.is_plain):
+                        continue
+                    match = next(matches(self.reader, root, run, first), None)
+                    if match is not None:
+                        run_statements = block.statements[begin : end + 1]
+                        yield _rank(match), begin, end, lambda m=match, s=run_statements: self._run(m, s)
+            yield from self._sums(block, end, last)
+
+    def _sums(self, block: Block, end: int, last: ast.stmt) -> Iterator[tuple[int, int, int, Any]]:
+        """A sum that is given a name, and the norm of it in a later statement; between them other names for it."""
+        for root in _parts(last.value):
+            if not isinstance(root, ast.Call) or len(root.args) != 1 or root.keywords:
+                continue
+            name = root.args[0]
+            if not isinstance(name, ast.Name) or name.id not in self.scope.fast or self.reader.part(root.func) != "norm":
+                continue
+            begin = end - 1
+            while begin >= 0 and _copies(block.statements[begin], name.id):
+                begin -= 1
+            if begin < 0 or not _assigns(block.statements[begin], name.id):
+                continue
+            total = block.statements[begin].value
+            if not comes_first(last.value, root, self.reader.is_plain):
+                continue
+            for first in (1, 0):
+                attempt = _Attempt(self.reader, None)
+                if not attempt.sum(total, first):
+                    continue
+                operands = [*attempt.operands, Operand("norm", root.func)]
+                match = settled(self.reader, "add_norm", total, operands, {}, total, "add, norm")
+                if match is not None:
+                    statements = block.statements[begin : end + 1]
+                    yield _rank(match), begin, end, lambda m=match, r=root, s=statements: self._sum(m, r, s)
+                    break
+
+    def _run(self, match: Match, statements: Sequence[ast.stmt]) -> ast.stmt:
+        *_, last = statements
+        return self._either(match, [_exchanged(last, {id(match.root): _taken()})], statements)
+
+    def _sum(self, match: Match, norm: ast.expr, statements: Sequence[ast.stmt]) -> ast.stmt:
+        first, *between, last = statements
+        computed = [_exchanged(first, {id(match.root): _taken()}), *between, _exchanged(last, {id(norm): _taken()})]
+        return self._either(match, computed, statements)
+
+    def _either(self, match: Match, computed: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> ast.stmt:
+        captured = {id(operand.tree): _taken() for operand in match.captured}
+        original = [_exchanged(statement, captured) for statement in statements]
+        made = ast.If(self._asked(match), [*computed], original)
+        return ast.copy_location(made, statements[0])
+
+    # Expressions
+
+    def _expressions(self, tree: Any) -> Any:
+        """The tree, in which each expression that a site computes is one."""
+        if isinstance(tree, list):
+            return [self._expressions(part) for part in tree]
+        if not isinstance(tree, ast.AST) or isinstance(tree, (*CLOSED, *_DEFINITIONS)):
+            return tree
+        if isinstance(tree, ast.BinOp | ast.Call):
+            match = next(matches(self.reader, tree, None, tree), None)
+            if match is not None:
+                return self._expression(match)
+        made = _with_parts(tree, self._expressions)
+        if isinstance(tree, ast.Call) and self.reader.part(tree.func) in ("exchange", "F.dropout"):
+            made.func = self._exchange(tree.func)
+        return made
+
+    def _expression(self, match: Match) -> ast.expr:
+        captured = {id(operand.tree): _taken() for operand in match.captured}
+        original = _exchanged(match.root, captured)
+        return ast.copy_location(ast.IfExp(self._asked(match), _taken(), original), match.root)
+
+    def _asked(self, match: Match) -> ast.expr:
+        """The call of a site, and whether it has computed."""
+        compute = getattr(sites, match.kind)
+        options = dict(match.options)
+        functions = [self.scope.value(tree) for tree in options.pop("functions", ())]
+        if "act" in options:
+            options["act"] = sites.Named(options["act"])
+        if "mlp" in match.kind:
+            options["recompute"] = self.recompute
+        site = sites.site(compute, [operand.name for operand in match.captured], options, functions)
+        keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
+        call = ast.Call(self._cell(site), [], keywords)
+        named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
+        self.found.append(match.said)
+        return _at(match.root, ast.Call(ast.Attribute(named, "pop", ast.Load()), [], []))
+
+    def _operand(self, operand: Operand) -> ast.expr:
+        return operand.tree if self.reader.is_plain(operand.tree) else self._expressions(operand.tree)
+
+    def _exchange(self, function: ast.expr) -> ast.expr:
+        known = self.scope.value(function)
+        if known is UNKNOWN or known not in EXCHANGES:
+            return function
+        self.found.append(f"{known.__name__}")
+        return _at(function, ast.Call(self._cell(exchanged(known)), [function], []))
+
+    def _cell(self, value: Any) -> ast.expr:
+        name = f"ckpt_{len(self.cells)}"
+        self.cells[name] = value
+        return ast.Name(name, ast.Load())
+
+
+def _rank(match: Match) -> int:
+    order = ("gated_mlp", "packed_mlp", "mlp", "modulated", "norm_act", "add_norm")
+    return order.index(match.kind) if match.kind in order else len(order)
+
+
+def _taken() -> ast.expr:
+    """The next of the results."""
+    return ast.Call(ast.Attribute(ast.Name(_RESULTS, ast.Load()), "pop", ast.Load()), [], [])
+
+
+def _at(place: ast.AST, tree: ast.expr) -> ast.expr:
+    """The tree, all that is new in it at that place of the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.expr | ast.keyword) and not hasattr(node, "lineno"):
+            ast.copy_location(node, place)
+    return tree
+
+
+def _with_parts(tree: ast.AST, change: Any) -> ast.AST:
+    """A copy of the node, each of its parts changed."""
+    made = copy.copy(tree)
+    for name, value in ast.iter_fields(tree):
+        if isinstance(value, ast.AST | list):
+            setattr(made, name, change(value))
+    return made
+
+
+def _exchanged(tree: Any, instead: Mapping[int, ast.expr]) -> Any:
+    """A copy of the tree with other expressions in the place of those with these ids."""
+    if isinstance(tree, list):
+        return [_exchanged(part, instead) for part in tree]
+    if not isinstance(tree, ast.AST):
+        return tree
+    if id(tree) in instead:
+        return _at(tree, instead[id(tree)])
+    return _with_parts(tree, lambda part: _exchanged(part, instead))
+
+
+def _parts(tree: ast.AST) -> Iterator[ast.expr]:
+    """The expressions in a tree, from the outermost, that a pattern may begin with."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call | ast.BinOp):
+            yield node
+
+
+def _assigns(statement: ast.stmt, name: str) -> bool:
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return False
+    target = statement.targets[0]
+    return isinstance(target, ast.Name) and target.id == name
+
+
+def _copies(statement: ast.stmt, name: str) -> bool:
+    """Another name for what has that name."""
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Name):
+        return False
+    targets = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+    return statement.value.id == name and len(targets) == len(statement.targets) and name not in targets

@@ -1,0 +1,195 @@
+"""Trying out what a module computes: on a stand-in of its own, never on the module.
+
+A stand-in has the module's class, plain settings, and random parameters; nothing that it does reaches the module, its
+buffers, or anybody's random numbers. Only a module is tried out whose code, as far as it is reached from its forward,
+reads nothing but its parameters and plain settings, writes to nothing, and decides nothing by shape; and a trial that
+asks for a random number or for the value of a tensor ends there.
+"""
+
+import builtins
+import contextlib
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Settings = tuple[tuple[str, Any], ...]
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+_BUILTINS = """abs all any bool enumerate float int isinstance len list max min range reversed round str sum super tuple
+    type zip NotImplementedError RuntimeError TypeError ValueError AssertionError""".split()
+_WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
+_SHAPES = {"shape", "size", "numel", "nelement", "ndim", "dim", "stride", "len"}
+
+
+class NotTried(Exception):
+    """Why a module cannot be tried out; for people."""
+
+
+class DoesNotTake(NotTried):
+    """It fails on what it was tried with."""
+
+
+def settings_of(module: nn.Module) -> Settings:
+    """All that the module's forward reads of it beside its parameters, by name. Raises NotTried."""
+    reading = _Reading(module)
+    reading.function(type(module).forward)
+    if reading.branches and reading.names & _SHAPES:
+        raise NotTried("decides by the shape of what it is given")
+    return tuple(sorted(reading.settings.items()))
+
+
+def same_settings(module: nn.Module, settings: Settings) -> bool:
+    """Whether they are as they were."""
+    held = module.__dict__
+    return all(held.get(name, _MISSING) == value for name, value in settings)
+
+
+_MISSING = object()
+
+
+class _Reading:
+    """What the code reached from a module's forward reads and does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.settings: dict[str, Any] = {}
+        self.names: set[str] = set()
+        self.branches = False
+        self._seen: set[types.CodeType] = set()
+
+    def function(self, function: Any) -> None:
+        """Of a function of Python's; those of torch are known to write to nothing that matters here."""
+        if isinstance(function, staticmethod | classmethod):
+            function = function.__func__
+        if _is_torchs(function):
+            return
+        if not isinstance(function, types.FunctionType):
+            raise NotTried(f"calls {getattr(function, '__name__', 'what')}, which is no function of Python's or torch's")
+        for cell in function.__closure__ or ():
+            self._value(cell.cell_contents)
+        self._code(function.__code__, function.__globals__)
+
+    def _code(self, code: types.CodeType, names: dict[str, Any]) -> None:
+        if code in self._seen:
+            return
+        self._seen.add(code)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self._code(constant, names)
+        for step in dis.get_instructions(code):
+            if step.opname in _WRITES:
+                raise NotTried("writes as it goes")
+            self.branches |= "JUMP_IF" in step.opname or step.opname == "FOR_ITER"
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self._global(step.argval, names)
+            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                self._attribute(step.argval)
+
+    def _global(self, name: str, names: dict[str, Any]) -> None:
+        self.names.add(name)
+        if name in names:
+            self._value(names[name])
+        elif name not in _BUILTINS or not hasattr(builtins, name):
+            raise NotTried(f"uses {name}")
+
+    def _value(self, value: Any) -> None:
+        if isinstance(value, types.ModuleType):
+            if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
+                raise NotTried(f"uses {value.__name__}")
+        elif not isinstance(value, (*_PLAIN, type)):
+            self.function(value)
+
+    def _attribute(self, name: str) -> None:
+        self.names.add(name)
+        module = self.module
+        if name == "training" or name in module._buffers:
+            raise NotTried("depends on its mode or on buffers")
+        if name in module.__dict__:
+            value = module.__dict__[name]
+            if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+                self.function(value)
+            elif not _is_plain(value):
+                raise NotTried(f"reads {name}, which is no plain setting")
+            self.settings[name] = tuple(value) if type(value) is list else value
+        elif name in module._parameters or not hasattr(type(module), name) or hasattr(nn.Module, name):
+            return
+        else:
+            held = inspect.getattr_static(type(module), name)
+            if not _is_plain(held):
+                self.function(held)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (type(value) in (tuple, list) and all(isinstance(v, int) for v in value))
+
+
+def _is_torchs(function: Any) -> bool:
+    named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
+    return callable(function) and str(named).partition(".")[0] in ("torch", "math")
+
+
+def stand_in(module: nn.Module, dtype: torch.dtype, settings: Settings, generator: torch.Generator) -> nn.Module:
+    """A module of that class with these settings and random parameters of that dtype, on the CPU."""
+    made = object.__new__(type(module))
+    made.__dict__.update(nn.Module().__dict__ | dict(settings))
+    made.__dict__["_parameters"] = {
+        name: p if p is None else nn.Parameter((torch.rand(p.shape, generator=generator, device="cpu") + 0.5).to(dtype))
+        for name, p in module._parameters.items()
+    }
+    return made
+
+
+class _Strict(TorchDispatchMode):
+    """Ends the trial of what draws random numbers or decides by values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotTried("draws random numbers")
+        if torch.Tag.data_dependent_output in func.tags:
+            raise NotTried("decides by the values of what it is given")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """For trials: torch as it is by default, whatever is set around them."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
+        torch.device("cpu"),
+    ):
+        yield
+
+
+def forward_of(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """What the stand-in computes; raises NotTried where that is no tensor, or no trial."""
+    try:
+        with _Strict():
+            output = type(module).forward(module, *inputs)
+    except NotTried:
+        raise
+    except Exception as error:
+        raise DoesNotTake(f"fails on a tensor of {tuple(inputs[0].shape)}") from error
+    if type(output) is not torch.Tensor:
+        raise NotTried("makes something else than a tensor")
+    return output
+
+
+@functools.cache
+def takes_one(forward: Any) -> bool:
+    """Whether it can be called with one argument."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return False
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return len(required) == 1 and required[0].kind in (required[0].POSITIONAL_ONLY, required[0].POSITIONAL_OR_KEYWORD)
