@@ -78,6 +78,31 @@ def _dropout(input, p=0.5, training=True, inplace=False):
     return ours.bias_act(input, dropout_p=p) if fits else theirs.dropout(input, p, training, inplace)
 
 
+def _activation(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def activation(input, *args, **kwargs):
+        if args or kwargs or not is_operand(input):
+            return function(input, *args, **kwargs)
+        return ours.bias_act(input, activation=name)
+
+    return activation
+
+
+@functools.wraps(theirs.gelu)
+def _gelu(input, *, approximate="none"):
+    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if type(approximate) is str else None
+    if name is None or not is_operand(input):
+        return theirs.gelu(input, approximate=approximate)
+    return ours.bias_act(input, activation=name)
+
+
+@functools.wraps(theirs.silu)
+def _silu(input, inplace=False):
+    if inplace is not False or not is_operand(input):
+        return theirs.silu(input, inplace)
+    return ours.bias_act(input, activation="silu")
+
+
 EXCHANGES: dict[Callable[..., Any], Callable[..., Any]] = {
     theirs.layer_norm: _layer_norm,
     theirs.rms_norm: _rms_norm,
@@ -85,4 +110,8 @@ EXCHANGES: dict[Callable[..., Any], Callable[..., Any]] = {
     theirs.batch_norm: _batch_norm,
     theirs.glu: _glu,
     theirs.dropout: _dropout,
+    theirs.gelu: _gelu,
+    theirs.silu: _silu,
+    theirs.mish: _activation(theirs.mish, "mish"),
+    theirs.softplus: _activation(theirs.softplus, "softplus"),
 }

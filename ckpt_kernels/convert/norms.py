@@ -6,6 +6,8 @@ what our norms compute. A class's name does not count; where eps stands and what
 """
 
 import abc
+import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +21,7 @@ from .. import functional as F
 from .. import nn as ours
 from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
 from .swap import Unary, is_operand
-from .trial import DoesNotTake, NotTried, Settings, forward_of, isolated, same_settings, settings_of, stand_in, takes_one
+from .trial import DoesNotTake, NotTried, Outline, Settings, forward_of, isolated, outline_of, same_settings, takes_one
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -175,10 +177,12 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     if not _may_be_row_norm(module):
         return None, "computes what none of our row norms computes" if _looks_like_norm(module) else ""
     try:
-        with isolated():
-            return _tried_out(module), ""
+        found = _tried_out(outline_of(module))
     except NotTried as error:
-        return None, str(error) if _looks_like_norm(module) else ""
+        found = str(error)
+    if isinstance(found, RowNorm):
+        return found, ""
+    return None, found if _looks_like_norm(module) else ""
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
@@ -196,54 +200,61 @@ def _may_be_row_norm(module: nn.Module) -> bool:
 # Trying out
 
 
-def _tried_out(module: nn.Module) -> RowNorm:
-    """By float32 which norm it is, and then in which dtypes it rounds where ours does."""
-    settings = settings_of(module)
-    for rule in _candidates(module, settings):
-        if not _agrees(module, rule):
-            continue
-        options = [rule] if rule.centered else [rule, replace(rule, cast_before_weight=True)]
-        found = [[*rule.dtypes, *_dtypes_of(module, option)] for option in options]
-        best = max(range(len(options)), key=lambda index: len(found[index]))
-        return replace(options[best], dtypes=tuple(found[best]))
-    raise NotTried("computes what none of our row norms computes")
+@functools.lru_cache(maxsize=1024)
+def _tried_out(outline: Outline) -> RowNorm | str:
+    """By float32 which norm it is, and then in which dtypes it rounds where ours does; or why it is none."""
+    try:
+        with isolated():
+            for rule in _candidates(outline):
+                if _agrees(outline, rule):
+                    return _with_dtypes(outline, rule)
+    except NotTried as error:
+        return str(error)
+    return "computes what none of our row norms computes"
 
 
-def _candidates(module: nn.Module, settings: Settings) -> Iterator[RowNorm]:
-    names = [name for name, p in module._parameters.items() if p is not None]
+def _with_dtypes(outline: Outline, rule: RowNorm) -> RowNorm:
+    options = [rule] if rule.centered else [rule, replace(rule, cast_before_weight=True)]
+    found = [tuple(_dtypes_of(outline, option)) for option in options]
+    best = max(range(len(options)), key=lambda index: len(found[index]))
+    return replace(options[best], dtypes=rule.dtypes + found[best])
+
+
+def _candidates(outline: Outline) -> Iterator[RowNorm]:
+    names = tuple(outline.parameters)
     coefficients = list(itertools.permutations(names)) if len(names) == 2 else [(*names, "", "")[:2]]
     # Settings, numbers in the code, and torch's defaults; F.normalize has none to speak of.
-    numbers = [c for c in type(module).forward.__code__.co_consts if type(c) is float and 0 < c < 0.1]
-    epsilons = [name for name, value in settings if type(value) is float and 0 < value < 0.1]
+    code = inspect.unwrap(outline.forward).__code__
+    numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]
+    epsilons = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
     epsilons = dict.fromkeys([*epsilons, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps, 1e-30])
     wide = ((_WIDE, torch.float32),)
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
         if bias and not centered:
             continue
         for offset in (0.0, 1.0) if weight and not centered else (0.0,):
-            yield RowNorm(centered, weight, bias, eps, offset, False, first, settings, wide)
+            yield RowNorm(centered, weight, bias, eps, offset, False, first, outline.settings, wide)
 
 
-def _dtypes_of(module: nn.Module, rule: RowNorm) -> Iterator[tuple[Dtypes, torch.dtype]]:
+def _dtypes_of(outline: Outline, rule: RowNorm) -> Iterator[tuple[Dtypes, torch.dtype]]:
     """Those, other than float32, of which the module makes what ours does, and the dtype that comes out."""
-    weighted = any(p is not None for p in module._parameters.values())
     for pair in _OTHERS:
-        if pair[0] != pair[1] and not weighted:
+        if pair[0] != pair[1] and not outline.parameters:
             continue
         for output in dict.fromkeys((pair[0], torch.promote_types(*pair))):
-            if _agrees(module, replace(rule, dtypes=((pair, output),))):
+            if _agrees(outline, replace(rule, dtypes=((pair, output),))):
                 yield pair, output
                 break
 
 
-def _agrees(module: nn.Module, rule: RowNorm) -> bool:
+def _agrees(outline: Outline, rule: RowNorm) -> bool:
     """Whether rule and module compute the same of the same, in the one kind of dtypes that the rule has."""
     ((dtypes, _),) = rule.dtypes
     generator = torch.Generator("cpu").manual_seed(0)
-    made = stand_in(module, dtypes[1], rule.settings, generator)
+    made = outline.stand_in(dtypes[1], generator)
     # Inputs are large, and so small that eps decides.
-    for scale in (1.0, 1e-3):
-        input = _trial_input(module, rule, scale, dtypes[0], generator)
+    for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, 1e-3)):
+        input = ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtypes[0])
         try:
             theirs = _with_gradients(made, input, lambda x: forward_of(made, x))
             mine = _with_gradients(made, input, lambda x: rule.compute(made, x, "identity"))
@@ -254,16 +265,15 @@ def _agrees(module: nn.Module, rule: RowNorm) -> bool:
     return True
 
 
-def _trial_input(
-    module: nn.Module, rule: RowNorm, scale: float, dtype: torch.dtype, generator: torch.Generator
-) -> Tensor:
-    own = [p for p in module._parameters.values() if p is not None]
-    shape = getattr(module, "normalized_shape", 48)
-    columns = own[0].numel() if own else math.prod(shape) if isinstance(shape, tuple | list) else int(shape)
+def _sizes(outline: Outline, channels_first: bool) -> list[tuple[int, ...]]:
+    """Of inputs to try. A norm without weights is tried with rows of two lengths, if it does not say which it takes."""
+    shapes = list(outline.parameters.values())
+    said = dict(outline.settings).get("normalized_shape")
+    columns = [math.prod(said) if isinstance(said, tuple) else said] if said else [48, 77]
+    columns = [shapes[0].numel()] if shapes else columns
     # Of a weight with more dimensions, such as (C, 1, 1), those that follow say how much space there is.
-    space = max((p.dim() - 1 - p.shape.index(columns) for p in own), default=0) or 2
-    sizes = (2, columns, *(6, 5, 4, 3)[:space]) if rule.channels_first else (2, 60, columns)
-    return ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtype)
+    space = max((len(shape) - 1 - shape.index(columns[0]) for shape in shapes), default=0) or 2
+    return [(2, c, *(6, 5, 4, 3)[:space]) if channels_first else (2, 60, c) for c in columns]
 
 
 def _with_gradients(made: nn.Module, input: Tensor, compute: Callable[[Tensor], Tensor | None]) -> list[Tensor]:

@@ -4,6 +4,7 @@ torch.nn's are known by their class. Any other module without parameters and mod
 float64, values and derivative, where two formulas for one activation agree.
 """
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .. import functional as F
 from ..activations import FUNCTIONS, NAMES, activation_name
 from ..backends.reference import ACTIVATIONS
 from .swap import Rule, Unary, is_called_plainly, is_patched, rule_of
-from .trial import NotTried, Settings, forward_of, isolated, same_settings, settings_of, stand_in, takes_one
+from .trial import NotTried, Outline, Settings, forward_of, isolated, outline_of, same_settings, takes_one
 
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
@@ -117,9 +118,14 @@ def _named(module: nn.Module) -> tuple[str | None, Settings]:
         return None, ()
     if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
         return None, ()
-    settings = settings_of(module)
-    made = stand_in(module, torch.float64, settings, torch.Generator().manual_seed(0))
-    return activation_by_trial(lambda points: forward_of(made, points)), settings
+    outline = outline_of(module)
+    return _tried_out(outline), outline.settings
+
+
+@functools.lru_cache(maxsize=1024)
+def _tried_out(outline: Outline) -> str | None:
+    made = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
+    return activation_by_trial(lambda points: forward_of(made, points))
 
 
 def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> str | None:
@@ -146,6 +152,6 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def _looks_like_activation(module: nn.Module) -> bool:
-    words = type(module).__name__.lower()
+    name = type(module).__name__.lower()
     leaf = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
-    return leaf and not _is_torchs(module) and ("act" in words or "lu" in words)
+    return leaf and not _is_torchs(module) and name.endswith(("lu", "act", "activation", "swish", "mish", "gate"))

@@ -18,7 +18,7 @@ from . import sites
 from .exchange import EXCHANGES, exchanged
 from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
 from .patterns import Loads, Match, Operand, Reader, matches, settled, _Attempt
-from .scope import UNKNOWN, Scope
+from .scope import Scope
 from .source import Definition, definition_of, rebuilt
 
 _RESULTS = "ckpt_results"
@@ -160,7 +160,7 @@ class _Writer:
             if match is not None:
                 return self._expression(match)
         made = _with_parts(tree, self._expressions)
-        if isinstance(tree, ast.Call) and self.reader.part(tree.func) in ("exchange", "F.dropout"):
+        if isinstance(tree, ast.Call) and self.reader.part(tree.func):
             made.func = self._exchange(tree.func)
         return made
 
@@ -190,7 +190,7 @@ class _Writer:
 
     def _exchange(self, function: ast.expr) -> ast.expr:
         known = self.scope.value(function)
-        if known is UNKNOWN or known not in EXCHANGES:
+        if not isinstance(known, types.FunctionType | types.BuiltinFunctionType) or known not in EXCHANGES:
             return function
         self.found.append(f"{known.__name__}")
         return _at(function, ast.Call(self._cell(exchanged(known)), [function], []))

@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ class DoesNotTake(NotTried):
 def settings_of(module: nn.Module) -> Settings:
     """All that the module's forward reads of it beside its parameters, by name. Raises NotTried."""
     reading = _Reading(module)
-    reading.function(type(module).forward)
+    reading.function(type(module).forward, own=True)
     if reading.branches and reading.names & _SHAPES:
         raise NotTried("decides by the shape of what it is given")
     return tuple(sorted(reading.settings.items()))
@@ -64,14 +64,14 @@ class _Reading:
         self.branches = False
         self._seen: set[types.CodeType] = set()
 
-    def function(self, function: Any) -> None:
-        """Of a function of Python's; those of torch are known to write to nothing that matters here."""
-        if isinstance(function, staticmethod | classmethod):
-            function = function.__func__
-        if _is_torchs(function):
+    def function(self, function: Any, own: bool = False) -> None:
+        """Of a function of Python's; those of torch, but for the module's own methods, need not be read."""
+        if isinstance(function, staticmethod | classmethod | functools.partial):
+            function = getattr(function, "__func__", None) or function.func
+        if _is_torchs(function) and not own:
             return
         if not isinstance(function, types.FunctionType):
-            raise NotTried(f"calls {getattr(function, '__name__', 'what')}, which is no function of Python's or torch's")
+            raise NotTried(f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's")
         for cell in function.__closure__ or ():
             self._value(cell.cell_contents)
         self._code(function.__code__, function.__globals__)
@@ -113,17 +113,17 @@ class _Reading:
             raise NotTried("depends on its mode or on buffers")
         if name in module.__dict__:
             value = module.__dict__[name]
-            if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+            if isinstance(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
                 self.function(value)
             elif not _is_plain(value):
                 raise NotTried(f"reads {name}, which is no plain setting")
             self.settings[name] = tuple(value) if type(value) is list else value
-        elif name in module._parameters or not hasattr(type(module), name) or hasattr(nn.Module, name):
-            return
-        else:
-            held = inspect.getattr_static(type(module), name)
-            if not _is_plain(held):
-                self.function(held)
+        elif name not in module._parameters:
+            # What a class inherits may be called by super().
+            for owner in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+                held = vars(owner).get(name)
+                if not _is_plain(held):
+                    self.function(held, own=True)
 
 
 def _is_plain(value: Any) -> bool:
@@ -135,15 +135,34 @@ def _is_torchs(function: Any) -> bool:
     return callable(function) and str(named).partition(".")[0] in ("torch", "math")
 
 
-def stand_in(module: nn.Module, dtype: torch.dtype, settings: Settings, generator: torch.Generator) -> nn.Module:
-    """A module of that class with these settings and random parameters of that dtype, on the CPU."""
-    made = object.__new__(type(module))
-    made.__dict__.update(nn.Module().__dict__ | dict(settings))
-    made.__dict__["_parameters"] = {
-        name: p if p is None else nn.Parameter((torch.rand(p.shape, generator=generator, device="cpu") + 0.5).to(dtype))
-        for name, p in module._parameters.items()
-    }
-    return made
+class Outline(NamedTuple):
+    """What a stand-in has of a module: its class, its forward, its settings, and its parameters' names and shapes."""
+
+    kind: type[nn.Module]
+    forward: Any
+    settings: Settings
+    shapes: tuple[tuple[str, torch.Size | None], ...]
+
+    @property
+    def parameters(self) -> dict[str, torch.Size]:
+        """Those that are there."""
+        return {name: shape for name, shape in self.shapes if shape is not None}
+
+    def stand_in(self, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+        """A module with random parameters of that dtype, on the CPU."""
+        made = object.__new__(self.kind)
+        made.__dict__.update(nn.Module().__dict__ | dict(self.settings))
+        for name, shape in self.shapes:
+            if shape is not None:
+                shape = nn.Parameter((torch.rand(shape, generator=generator, device="cpu") + 0.5).to(dtype))
+            made.__dict__["_parameters"][name] = shape
+        return made
+
+
+def outline_of(module: nn.Module) -> Outline:
+    """Raises NotTried where the module may not be tried out."""
+    shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
+    return Outline(type(module), type(module).forward, settings_of(module), shapes)
 
 
 class _Strict(TorchDispatchMode):
@@ -165,7 +184,7 @@ def isolated() -> Iterator[None]:
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
-        torch.device("cpu"),
+        contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
     ):
         yield
 
