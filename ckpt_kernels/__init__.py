@@ -9,7 +9,7 @@
 
 from . import functional, memory, nn, recompute
 from .backends import use_backend
-from .convert import convert, revert
+from .convert import convert, is_converted, revert
 from .version import __version__
 
-__all__ = ["__version__", "convert", "functional", "memory", "nn", "recompute", "revert", "use_backend"]
+__all__ = ["__version__", "convert", "functional", "is_converted", "memory", "nn", "recompute", "revert", "use_backend"]

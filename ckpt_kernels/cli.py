@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import doctor, inspect, memory
-from .convert.check import check
+from . import check, doctor, inspect, memory
 from .functional.linear import RECOMPUTE
 from .inspect import ARCHITECTURES, COLUMNS
 from .version import __version__
@@ -29,11 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept.add_argument("--png", metavar="FILE", help="draw the table there")
     kept.add_argument("--json", metavar="FILE", help="write the report there as data")
     compared = commands.add_parser(
-        "convert-check", help="a model as it is against itself converted: errors, what is kept, peak and time of a step"
+        "convert-check",
+        help="a model as it is against itself converted: errors, what else differs, what is kept, peak and time of a step;"
+        " exit status 1 if anything but rounding differs",
     )
     _add_target(compared)
-    compared.add_argument("--recompute", choices=RECOMPUTE, default="output", help="what is kept (default: output)")
+    compared.add_argument("--recompute", choices=RECOMPUTE, help="what is kept (default: each level in turn)")
     compared.add_argument("--turns", type=int, default=5, metavar="N", help="steps timed of each (default: 5)")
+    compared.add_argument("--png", metavar="FILE", help="draw the ratios there")
+    compared.add_argument("--json", metavar="FILE", help="write all of it there as data")
     kernels = commands.add_parser(
         "inspect", help="what the GPU kernels use, compiled without a GPU; exit status 1 if one spills"
     )
@@ -80,8 +83,18 @@ def _memory(options: argparse.Namespace) -> int:
 
 def _convert_check(options: argparse.Namespace) -> int:
     model, inputs = _built(options.target)
-    print(check(model, inputs, recompute=options.recompute, turns=options.turns))
-    return 0
+    levels = [options.recompute] if options.recompute else list(RECOMPUTE)
+    checks = {}
+    for level in levels:
+        if sys.stderr.isatty():
+            print(f"checking recompute={level!r}", file=sys.stderr, flush=True)
+        checks[level] = check.check(model, inputs, recompute=level, turns=options.turns)
+        print(checks[level], end="\n\n")
+    if options.json:
+        check.to_json(checks, options.json)
+    if options.png:
+        check.draw(checks, options.png)
+    return 1 if any(found.changed for found in checks.values()) else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

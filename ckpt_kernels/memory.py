@@ -1,9 +1,12 @@
 """What a call keeps for its backward pass: in all, by module, and with blocks' outputs let go of."""
 
 import contextlib
+import copy
 import itertools
 import json
 import pathlib
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +27,30 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     `fn` has.
     """
     return sum(tensor.counted for tensor in saved_tensors(fn, *args, **kwargs))
+
+
+def kept_bytes(model: nn.Module, inputs: Any) -> int:
+    """Bytes that a forward pass of a copy of the model keeps; `inputs` is a tensor, a tuple, or a dict by name.
+
+    The model itself, and torch's, Python's and numpy's random numbers, stay as they are.
+    """
+    twin = copy.deepcopy(model)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    with _random_numbers_kept(), torch.enable_grad():
+        return saved_bytes(twin, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(drawn[0])
+        if numpy is not None:
+            numpy.random.set_state(drawn[1])
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,18 @@ nothing else, and nothing of one call is remembered for the next. The modules st
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from .. import backends
 from ..functional.linear import level_name
+from ..memory import kept_bytes
 from .chain import chain_of
 from .methods import looks_like_mlp, written_of
-from .norms import norm_of
+from .norms import RowNorm, norm_of
 from .pointwise import pointwise_of
 from .report import LeftAlone, Replaced, Report
 from .selection import Selection
@@ -33,6 +37,7 @@ from .swap import (
     swap,
     swap_back,
 )
+from .writes import writer_in
 
 __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert"]
 
@@ -43,6 +48,7 @@ def convert(
     recompute: str = "output",
     include: Iterable[str | type[nn.Module]] | None = None,
     exclude: Iterable[str | type[nn.Module]] | None = None,
+    inputs: Any = None,
 ) -> Report:
     """Makes the model's modules compute with this package's kernels, in place, and says what it did.
 
@@ -56,6 +62,8 @@ def convert(
             products that activations and gates read either, which run again.
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
+        inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
+            that a forward pass keeps before and after, measured on copies of the model.
 
     Raises TypeError for what is no module, ValueError for an unknown level or a name that fits no module, and
     RuntimeError for modules that were converted and then wrapped by others.
@@ -67,11 +75,13 @@ def convert(
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
     selection = Selection(model, include, exclude)
     revert(model)
+    before = None if inputs is None else kept_bytes(model, inputs)
     try:
-        return _Conversion(model, recompute, selection).run()
+        report = _Conversion(model, recompute, selection).run()
     except BaseException:
         revert(model)
         raise
+    return report if before is None else replace(report, kept=(before, kept_bytes(model, inputs)))
 
 
 def revert(model: nn.Module) -> None:
@@ -99,6 +109,7 @@ class _Conversion:
         self.replaced: list[Replaced] = []
         self.left_alone: list[LeftAlone] = []
         self.rules: dict[nn.Module, Rule] = {}
+        self.writer = writer_in(model)
 
     def run(self) -> Report:
         named = {module: name for name, module in self.model.named_modules()}
@@ -110,10 +121,13 @@ class _Conversion:
         if self.recompute != "block":
             for module in self._roots():
                 self._surround(module)
+        # A part that is left alone may still have been found in the way its methods are written.
+        names = {entry.name for entry in self.replaced}
+        self.left_alone = [entry for entry in self.left_alone if entry.name not in names]
         order = {name: i for i, name in enumerate(named.values())}
         self.replaced.sort(key=lambda entry: order[entry.name])
         self.left_alone.sort(key=lambda entry: order[entry.name])
-        return Report(self.recompute, self.replaced, self.left_alone)
+        return Report(self.recompute, _backend_of(self.model), self.replaced, self.left_alone)
 
     def _apply(self, name: str, module: nn.Module, rule: Rule) -> None:
         self.replaced.append(Replaced(name, type(module).__name__, str(rule)))
@@ -125,6 +139,8 @@ class _Conversion:
 
     def _convert_leaf(self, name: str, module: nn.Module) -> None:
         rule, reason = norm_of(module)
+        if isinstance(rule, RowNorm) and self.writer:
+            rule = replace(rule, copied=True)
         if rule is None and not reason:
             rule, reason = pointwise_of(module)
         if rule is None:
@@ -147,7 +163,7 @@ class _Conversion:
         if rule is not None:
             self._apply(name, module, rule)
         elif looks_like_mlp(module, self.selection.covers):
-            self._leave(name, module, reason or "nothing in its methods is written as something that ours compute")
+            self._leave(name, module, reason or "its parts compute one by one: it writes them in no form that is known")
 
     def _roots(self) -> Iterator[nn.Module]:
         """The modules whose forward lets go of outputs: the model, and the members of its lists of layers, which may
@@ -169,6 +185,12 @@ class _Conversion:
         if module is not self.model and not any(map(_writes, module.modules())):
             around += (selecting,)
         swap(module, rule or Within(), around)
+
+
+def _backend_of(model: nn.Module) -> str:
+    """The backend that serves the model's device; on a device that none of ours is for, torch's own code does."""
+    device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "cpu")
+    return backends.selected_name(device) if device in ("cpu", "cuda") else "reference"
 
 
 def _has_forward(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,17 @@ _OURS = tuple(getattr(ours, kind.__name__) for kind in _KNOWN)
 
 # Of the input and of the weight. Each is tried.
 Dtypes = tuple[torch.dtype, torch.dtype]
+
+
+class Case(NamedTuple):
+    """Dtypes in which a norm computes what ours does: those of input and weight, that of the output, and whether eager
+    torch keeps the input itself for backward, and not a wider copy of it."""
+
+    dtypes: Dtypes
+    output: torch.dtype
+    keeps_input: bool
+
+
 _WIDE: Dtypes = (torch.float32, torch.float32)
 _OTHERS: tuple[Dtypes, ...] = (
     (torch.float64, torch.float64),
@@ -55,8 +66,9 @@ class RowNorm(Norm):
     """A norm over the last dimension, or over the channels of (N, C, *space) where `channels_first`.
 
     `weight` and `bias` name parameters; "" for none. `eps` is a number, or names an attribute. Of a norm that was tried
-    out, `settings` are those it was tried with, and `dtypes` those in which it computes what ours does, with the dtype
-    of what comes out; None for all.
+    out, `settings` are those it was tried with, and `cases` those in which it computes what ours does; None for all.
+    `copied`: an input that eager torch does not keep is kept as a copy, because the model may write to it later.
+    `contiguous`: over channels, of a contiguous map comes a contiguous one.
     """
 
     centered: bool
@@ -67,43 +79,51 @@ class RowNorm(Norm):
     cast_before_weight: bool = False
     channels_first: bool = False
     settings: Settings = ()
-    dtypes: tuple[tuple[Dtypes, torch.dtype], ...] | None = None
+    cases: tuple[Case, ...] | None = None
+    copied: bool = False
+    contiguous: bool = False
 
     def operands(self, module: nn.Module, input: Tensor) -> tuple[Tensor, Any, Tensor | None, Tensor | None, float]:
         """What the functions of row norms take first: input, normalized_shape, weight, bias, eps."""
         weight, bias = (getattr(module, name) if name else None for name in (self.weight, self.bias))
         eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
-        if self.dtypes is None:
+        if self.cases is None:
             return input, module.normalized_shape, weight, bias, eps
         # (C, 1, 1) is as good as (C,).
         weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
         return input, (input.shape[-1:] if weight is None else weight.shape), weight, bias, eps
 
     def takes(self, module: nn.Module, input: Tensor) -> bool:
-        """Whether ours computes what the module does of that input, which comes out in the same dtype."""
-        return self._output_dtype(module, input) == input.dtype
+        """Whether ours computes what the module does of that input, as it is, and in its dtype."""
+        case = self._case(module, input)
+        return case is not None and case.output == input.dtype and not self._must_copy(case)
 
-    def _output_dtype(self, module: nn.Module, input: Tensor) -> torch.dtype | None:
+    def _case(self, module: nn.Module, input: Tensor) -> Case | None:
         """None where it is not known what the module computes."""
         weight = getattr(module, self.weight) if self.weight else None
         if weight is not None and not is_operand(weight):
             return None
-        if self.dtypes is None:
-            return input.dtype
-        if not same_settings(module, self.settings):
-            return None
-        kinds = input.dtype, input.dtype if weight is None else weight.dtype
-        return next((dtype for known, dtype in self.dtypes if known == kinds), None)
+        dtypes = input.dtype, input.dtype if weight is None else weight.dtype
+        if self.cases is None:
+            return Case(dtypes, input.dtype, self.centered or input.dtype.itemsize >= 4)
+        known = (case for case in self.cases if case.dtypes == dtypes)
+        return next(known, None) if same_settings(module, self.settings) else None
+
+    def _must_copy(self, case: Case) -> bool:
+        return self.copied and not case.keeps_input and torch.is_grad_enabled()
 
     def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
-        dtype = self._output_dtype(module, input)
-        if dtype is None or (self.channels_first and input.dim() < 3):
+        case = self._case(module, input)
+        if case is None or (self.channels_first and input.dim() < 3):
             return None
-        if dtype != input.dtype:
-            input = input.to(dtype)
-        if self.channels_first:
-            return self._compute(module, input.movedim(1, -1), activation).movedim(-1, 1)
-        return self._compute(module, input, activation)
+        if case.output != input.dtype:
+            input = input.to(case.output)
+        elif self._must_copy(case):
+            input = input.clone()
+        if not self.channels_first:
+            return self._compute(module, input, activation)
+        output = self._compute(module, input.movedim(1, -1), activation).movedim(-1, 1)
+        return output.contiguous() if self.contiguous and input.is_contiguous() else output
 
     def _compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
         input, shape, weight, bias, eps = self.operands(module, input)
@@ -207,17 +227,17 @@ def _tried_out(outline: Outline) -> RowNorm | str:
         with isolated():
             for rule in _candidates(outline):
                 if _agrees(outline, rule):
-                    return _with_dtypes(outline, rule)
+                    return _with_cases(outline, rule)
     except NotTried as error:
         return str(error)
     return "computes what none of our row norms computes"
 
 
-def _with_dtypes(outline: Outline, rule: RowNorm) -> RowNorm:
+def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
     options = [rule] if rule.centered else [rule, replace(rule, cast_before_weight=True)]
-    found = [tuple(_dtypes_of(outline, option)) for option in options]
+    found = [tuple(_cases_of(outline, option)) for option in options]
     best = max(range(len(options)), key=lambda index: len(found[index]))
-    return replace(options[best], dtypes=rule.dtypes + found[best])
+    return replace(options[best], cases=rule.cases + found[best])
 
 
 def _candidates(outline: Outline) -> Iterator[RowNorm]:
@@ -228,28 +248,41 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
     numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]
     epsilons = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
     epsilons = dict.fromkeys([*epsilons, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps, 1e-30])
-    wide = ((_WIDE, torch.float32),)
+    wide = (Case(_WIDE, torch.float32, True),)
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
         if bias and not centered:
             continue
-        for offset in (0.0, 1.0) if weight and not centered else (0.0,):
-            yield RowNorm(centered, weight, bias, eps, offset, False, first, outline.settings, wide)
+        for offset, contiguous in itertools.product(
+            (0.0, 1.0) if weight and not centered else (0.0,), (False, True) if first else (False,)
+        ):
+            settings = outline.settings
+            yield RowNorm(centered, weight, bias, eps, offset, False, first, settings, wide, False, contiguous)
 
 
-def _dtypes_of(outline: Outline, rule: RowNorm) -> Iterator[tuple[Dtypes, torch.dtype]]:
-    """Those, other than float32, of which the module makes what ours does, and the dtype that comes out."""
+def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
+    """Those, other than float32, in which the module makes what ours does."""
     for pair in _OTHERS:
         if pair[0] != pair[1] and not outline.parameters:
             continue
         for output in dict.fromkeys((pair[0], torch.promote_types(*pair))):
-            if _agrees(outline, replace(rule, dtypes=((pair, output),))):
-                yield pair, output
+            case = Case(pair, output, True)
+            if _agrees(outline, replace(rule, cases=(case,))):
+                yield case._replace(keeps_input=_keeps_input(outline, rule, pair))
                 break
 
 
+def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes) -> bool:
+    made = outline.stand_in(dtypes[1], torch.Generator("cpu").manual_seed(0))
+    input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu", requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+        forward_of(made, input)
+    return input.data_ptr() in kept
+
+
 def _agrees(outline: Outline, rule: RowNorm) -> bool:
-    """Whether rule and module compute the same of the same, in the one kind of dtypes that the rule has."""
-    ((dtypes, _),) = rule.dtypes
+    """Whether rule and module compute the same of the same, in the one case that the rule has."""
+    ((dtypes, *_),) = rule.cases
     generator = torch.Generator("cpu").manual_seed(0)
     made = outline.stand_in(dtypes[1], generator)
     # Inputs are large, and so small that eps decides.
@@ -291,7 +324,7 @@ def _with_gradients(made: nn.Module, input: Tensor, compute: Callable[[Tensor], 
 
 
 def _close(theirs: list[Tensor], mine: list[Tensor], dtypes: Dtypes, scale: float) -> bool:
-    if any(a.shape != b.shape for a, b in zip(theirs, mine, strict=True)):
+    if any(a.shape != b.shape for a, b in zip(theirs, mine, strict=True)) or theirs[0].stride() != mine[0].stride():
         return False
     # Where two roundings fall elsewhere, a tenth of all results and more do.
     # Of narrow inputs and wide weights ours may be more exact; there the dtype is what is in question.

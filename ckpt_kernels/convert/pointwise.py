@@ -67,7 +67,7 @@ class GLURule(Unary):
 def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
     """How an activation, a dropout or a gate is to be converted, or why what looks like one is not."""
     if _is_torchs(module, nn.Dropout):
-        return (None if module.inplace else DropoutRule()), ""
+        return (DropoutRule() if module.p and not module.inplace else None), ""
     if _is_torchs(module, nn.GLU):
         return GLURule(), ""
     if getattr(module, "inplace", False):

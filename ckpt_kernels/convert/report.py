@@ -1,7 +1,8 @@
 """What a conversion did, for people and programs."""
 
+import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -16,7 +17,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A module that might have been converted and was not, and why."""
+    """A module that might have been converted and was not, or not in all cases, and why."""
 
     name: str
     kind: str
@@ -25,37 +26,71 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Report:
-    """What `convert` replaced in a model, and what it left alone."""
+    """What `convert` replaced in a model, and what it left alone.
+
+    `backend` serves the calls of the model's device. `kept`: bytes kept for backward by a forward pass of the inputs
+    that `convert` was given, before and after; None where it was given none.
+    """
 
     recompute: str
+    backend: str
     replaced: list[Replaced]
     left_alone: list[LeftAlone]
+    kept: tuple[int, int] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as data."""
+        return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"replaced, recompute={self.recompute!r}:" if self.replaced else "nothing was replaced"]
-        rows = [
-            (f"{len(entries)} x", kind, by, entries[0].name or "(the model itself)")
-            for (kind, by), entries in _grouped(self.replaced, "by")
-        ]
-        if rows:
-            lines += _table([("", "module", "computes with", "first"), *rows])
+        lines = [f"recompute={self.recompute!r}, served by the {self.backend} backend{_COST.get(self.backend, '')}"]
+        lines.append("replaced:" if self.replaced else f"nothing was replaced{self._why_nothing()}")
+        if self.replaced:
+            lines += _lines([("", "module", "computes with", "first"), *self._rows(self.replaced, "by")])
         if self.left_alone:
-            lines.append("left alone:")
-            groups = _grouped(self.left_alone, "reason")
-            lines += _table(
-                [(f"{len(es)} x", kind, reason, es[0].name or "(the model itself)") for (kind, reason), es in groups]
-            )
+            lines += ["left alone:", *_lines(self._rows(self.left_alone, "reason"))]
+        if self.kept is not None:
+            before, after = self.kept
+            ratio = f" ({after / before:.2f})" if before else ""
+            lines.append(f"kept for backward, measured: {before:,} -> {after:,} bytes{ratio}")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the same as tables."""
+        head = str(self).partition("\n")[0]
+        parts = [f"<p>{html.escape(head)}</p>"]
+        for title, entries, attribute in (
+            ("replaced", self.replaced, "by"),
+            ("left alone", self.left_alone, "reason"),
+        ):
+            if entries:
+                rows = "".join(
+                    "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+                    for row in self._rows(entries, attribute)
+                )
+                parts.append(f"<table><caption>{title}</caption>{rows}</table>")
+        if self.kept is not None or not self.replaced:
+            last = f"nothing was replaced{self._why_nothing()}" if not self.replaced else str(self).rpartition("\n")[2]
+            parts.append(f"<p>{html.escape(last)}</p>")
+        return "".join(parts)
 
-def _grouped(entries: Sequence[Any], attribute: str) -> list[tuple[tuple[str, str], list[Any]]]:
-    """The entries of each kind with each text."""
-    groups: dict[tuple[str, str], list[Any]] = {}
-    for entry in entries:
-        groups.setdefault((entry.kind, getattr(entry, attribute)), []).append(entry)
-    return list(groups.items())
+    def _why_nothing(self) -> str:
+        if self.left_alone:
+            return "; the reasons are below"
+        return ": it has no norm, activation, dropout, gate or MLP that ours compute"
+
+    @staticmethod
+    def _rows(entries: Sequence[Any], attribute: str) -> list[tuple[str, ...]]:
+        """A row for the entries of each kind with each text: how many, and the first of them."""
+        groups: dict[tuple[str, str], list[Any]] = {}
+        for entry in entries:
+            groups.setdefault((entry.kind, getattr(entry, attribute)), []).append(entry)
+        return [(f"{len(es)} x", *key, es[0].name or "(the model itself)") for key, es in groups.items()]
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+_COST = {"reference": ", which is plain torch: right, but no faster than the model was"}
+
+
+def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..activations import FUNCTIONS as ACTIVATIONS
 from .norms import BatchNorm, Norm, RowNorm
-from .pointwise import activation_of
+from .pointwise import KEPT_BY_OUTPUT, activation_of
 from .swap import is_called_plainly, is_operand, rule_in_force
 
 _LINEAR = nn.Linear.forward
@@ -136,7 +136,8 @@ def gated_products(gate: Any, act: Any, value: Any, input: Any) -> Results | Non
 def glu(act: Any, gate: Any, value: Any) -> Results | None:
     """act(gate) * value."""
     name = _activation(act)
-    if name is None or not is_operand(gate) or not is_operand(value) or not _alike(gate, value):
+    # Eager torch keeps the output of some, and not their input, to which somebody may write.
+    if name is None or name in KEPT_BY_OUTPUT or not is_operand(gate) or not is_operand(value) or not _alike(gate, value):
         return None
     return [F.glu(gate, value, activation=name)]
 
@@ -144,7 +145,7 @@ def glu(act: Any, gate: Any, value: Any) -> Results | None:
 def packed_glu(act: Any, input: Any, *, layout: str) -> Results | None:
     """act(gate) * value, the halves of the input's last dimension."""
     name = _activation(act)
-    if name is None or not is_operand(input) or input.dim() == 0 or input.shape[-1] % 2:
+    if name is None or name in KEPT_BY_OUTPUT or not is_operand(input) or input.dim() == 0 or input.shape[-1] % 2:
         return None
     return [F.packed_glu(input, activation=name, layout=layout)]
 
@@ -190,7 +191,8 @@ def modulated(norm: Any, input: Any, scale: Any, shift: Any, *, scale_view: Any,
         return None
     if not is_operand(input) or not is_operand(scale) or not is_operand(shift) or not rule.takes(norm, input):
         return None
-    scale, shift = scale_view(scale), shift_view(shift)
+    # Eager torch keeps 1 + scale; a write to scale must not be seen here either.
+    scale, shift = scale_view(scale).clone(), shift_view(shift)
     _, shape, weight, bias, eps = rule.operands(norm, input)
     if len(shape) != 1 or (rule.cast_before_weight and weight is not None):
         return None
@@ -204,7 +206,7 @@ def modulated(norm: Any, input: Any, scale: Any, shift: Any, *, scale_view: Any,
 def act_drop(act: Any, drop: Any, input: Any, p: Any = None, training: Any = None) -> Results | None:
     """drop(act(input))."""
     name, p = _activation(act), _probability(drop, p, training)
-    if name is None or not p or not is_operand(input):
+    if name is None or name in KEPT_BY_OUTPUT or not p or not is_operand(input):
         return None
     return [F.bias_act(input, activation=name, dropout_p=p)]
 

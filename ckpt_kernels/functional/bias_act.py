@@ -17,6 +17,8 @@ def bias_act(
 ) -> Tensor:
     """dropout(activation(input + bias)); the bias is that of the last dimension.
 
+    The output has the strides that torch's own elementwise operators give it: the input's where that is dense, in any
+    order of its dimensions, and so have gradients. A dropout mask goes by the shape alone, whatever the strides are.
     Keeps the input; for relu and leaky_relu the output instead, which whatever reads it keeps too; for the identity
     nothing. No dropout mask: the backward kernel draws it again from its seed.
     """

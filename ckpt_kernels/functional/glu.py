@@ -11,7 +11,9 @@ def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tens
     """activation(gate) * value: "silu" makes it SwiGLU, "gelu" GEGLU, "relu" ReGLU, "sigmoid" the first GLU.
 
     Both have the same shape. They may be views, such as the two halves of one product, and are not copied as long as
-    their last dimension is contiguous. Keeps gate and value. Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    their innermost dimension is contiguous. The output has the gate's strides where that is dense, in any order of its
+    dimensions, as torch's own operators give it; gradients have those of the output's gradient. Keeps gate and value.
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
     gate, value = promoted(gate, value)
     check_tensor(gate, "gate")
@@ -23,7 +25,8 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
     """activation(gate) * value, where the last dimension of `input` holds both; the output's is half as long.
 
     `layout` is "gate_first" (gate, then value: Phi-3), "value_first" (value, then gate: `torch.nn.functional.glu`), or
-    "interleaved" (gate at even places, value at odd ones). Keeps the input; its gradient is written as one tensor.
+    "interleaved" (gate at even places, value at odd ones). The output's dimensions lie in memory in the order of the
+    input's. Keeps the input; its gradient is written as one tensor, with the input's strides where that is dense.
     """
     check_tensor(input, "input")
     ops.glu.layout_name(layout)

@@ -9,7 +9,7 @@ from .extras import extras, probability
 
 
 class BiasAct(nn.Module):
-    """dropout(activation(input + bias)), as one block; see `functional.bias_act`.
+    """dropout(activation(input + bias)), as one block, with the input's strides; see `functional.bias_act`.
 
     Args:
         num_features: the length of the input's last dimension.

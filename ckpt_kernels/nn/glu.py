@@ -11,7 +11,7 @@ class GLU(nn.Module):
     """activation(gate) * value, as one block; see `functional.packed_glu` and `functional.glu`.
 
     `forward(input)` takes gate and value out of one tensor; as constructed by default it computes what
-    `torch.nn.GLU` does. `forward(gate, value)` takes them as two.
+    `torch.nn.GLU` does. `forward(gate, value)` takes them as two. The output's dimensions lie in memory as the input's.
 
     Args:
         dim: the dimension that packs the two.
@@ -35,12 +35,12 @@ class GLU(nn.Module):
             raise RuntimeError(f"input has shape {tuple(input.shape)}; expected dimension {dim} of even length")
         if dim == input.dim() - 1:
             return F.packed_glu(input, activation=self.activation, layout=self.layout)
-        if self.layout == "interleaved":
-            last = F.packed_glu(input.movedim(dim, -1), activation=self.activation, layout=self.layout)
-            return last.movedim(-1, dim)
-        # The halves of an inner dimension are the halves of it and all that follow.
-        halves = F.packed_glu(input.flatten(dim), activation=self.activation, layout=self.layout)
-        return halves.unflatten(dim, (input.shape[dim] // 2, *input.shape[dim + 1 :]))
+        if input.is_contiguous() and self.layout != "interleaved":
+            # The halves of an inner dimension are the halves of it and all that follow.
+            halves = F.packed_glu(input.flatten(dim), activation=self.activation, layout=self.layout)
+            return halves.unflatten(dim, (input.shape[dim] // 2, *input.shape[dim + 1 :]))
+        last = F.packed_glu(input.movedim(dim, -1), activation=self.activation, layout=self.layout)
+        return last.movedim(-1, dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, activation={self.activation!r}, layout={self.layout!r}"

@@ -7,6 +7,7 @@ seed, not its mask.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import backends
@@ -14,45 +15,58 @@ from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
 from .operands import (
     as_matrices,
-    as_rows,
+    as_result_of,
     coefficient_room,
     column_sum,
     contiguous,
-    gradient_room,
+    elementwise_room,
     or_none,
     overwritten,
     returned,
-    returned_fake,
     vector,
     wanted_gradients,
+    with_strides,
     zero,
 )
 from .registration import Op
 from .second_order import second_order
+
+# Torch lays their gradients out as it did the forward pass's tensors, and those of all others as grad_output lies.
+_GRADIENT_LIES_AS_KEPT = ("relu", "leaky_relu", "relu_squared")
 
 
 def _columns(input: Tensor) -> int:
     return input.shape[-1] if input.dim() else 1
 
 
-def _matrices(bias: Tensor | None, seed: Tensor | None, *tensors: Tensor | None) -> list[Tensor | None]:
+def _row_room(target: Tensor, bias: Tensor | None, seed: Tensor | None) -> Tensor:
+    """Room for `target` to be computed in by rows: itself where its order in memory will do, else a contiguous tensor.
+
+    A dropout mask goes by rows and columns of the shape, whatever the strides are, a bias by columns.
+    """
+    if seed is None and (bias is None or target.stride(-1) == 1):
+        return target
+    return target if target.is_contiguous() else contiguous(target)
+
+
+def _matrices(bias: Tensor | None, seed: Tensor | None, room: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """By rows of the last dimension, which the bias and the dropout go by, where there is one of these."""
-    if bias is None and seed is None:
-        return as_matrices(*tensors)
-    columns = next(_columns(t) for t in tensors if t is not None)
-    return [None if t is None else as_rows(t, columns) for t in tensors]
+    return as_matrices(room, *tensors, columns=None if bias is None and seed is None else _columns(room))
 
 
 def forward(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
-    output = contiguous(input)
+    output = elementwise_room(input)
     if output.numel():
-        rows, output_rows = _matrices(bias, seed, input, output)
+        room = _row_room(output, bias, seed)
+        rows, output_rows = _matrices(bias, seed, room, input, room)
         backends.select(input).bias_act_forward(rows, vector(bias), seed, output_rows, activation, dropout_p)
+        if room is not output:
+            output.copy_(room)
     return output
 
 
 def _bias_act_fake(input, bias, seed, activation, dropout_p):
-    return contiguous(input)
+    return elementwise_room(input)
 
 
 def _bias_act_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -69,7 +83,8 @@ def _bias_act_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple | None:
     *operands, activation, dropout_p = inputs
     if activation == "identity" or activation in SIGNED_BY_OUTPUT:
         return None
-    return lambda *tensors: forward(*tensors, activation, dropout_p), tuple(operands)
+    strides = output.stride()
+    return lambda *tensors: with_strides(forward(*tensors, activation, dropout_p), strides), tuple(operands)
 
 
 def _bias_act_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
@@ -97,16 +112,27 @@ def _bias_act_backward(
         grad_bias = column_sum(grad_input, bias) if wanted[1] else None
         return returned((grad_input if wanted[0] else None, grad_bias), operands, grad_output)
     added = None if activation in SIGNED_BY_OUTPUT else bias
-    (grad_input,) = gradient_room((kept,), wanted[:1])
     (grad_bias,) = coefficient_room((bias,), wanted[1:], kept)
+    grad_input = _gradient_room(grad_output, kept, activation) if wanted[0] else None
     if kept.numel():
-        rows, kept_rows, grad_rows = _matrices(bias, seed, grad_output, kept, grad_input)
+        # Only its strides count where no gradient is written to it.
+        like = torch.empty(kept.shape, device="meta") if grad_input is None else grad_input
+        room = _row_room(like, bias, seed)
+        target = None if grad_input is None else room
+        rows, kept_rows, grad_rows = _matrices(bias, seed, room, grad_output, kept, target)
         backends.select(kept).bias_act_backward(
             rows, kept_rows, vector(added), seed, grad_rows, grad_bias, None, activation, dropout_p
         )
+        if target is not None and target is not grad_input:
+            grad_input.copy_(target)
     else:
         zero(grad_bias)
     return returned((grad_input, grad_bias), operands, grad_output)
+
+
+def _gradient_room(grad_output: Tensor, kept: Tensor, activation: str) -> Tensor:
+    operands = (kept, grad_output) if activation in _GRADIENT_LIES_AS_KEPT else (grad_output, kept)
+    return elementwise_room(*operands)
 
 
 def gradient(
@@ -118,22 +144,30 @@ def gradient(
     wanted: bool,
     rewrite: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The input's gradient from the input, without a bias, and the output again if asked for.
+    """The input's gradient from the input, without a bias, and the output again, as `forward` made it, if asked for.
 
     `grad_output` is the caller's to give away: the gradient is written over it where it fits, element by element.
     """
-    (output,) = gradient_room((input,), (rewrite,))
+    grad_output = grad_output.contiguous()
     grad_input = overwritten(grad_output, input) if wanted else None
+    output = contiguous(grad_output) if rewrite else None
     if input.numel():
-        rows, input_rows, *room = _matrices(None, seed, grad_output, input, grad_input, output)
+        rows, input_rows, *room = _matrices(None, seed, grad_output, grad_output, input, grad_input, output)
         backends.select(input).bias_act_backward(
             rows, input_rows, None, seed, room[0], None, room[1], activation, dropout_p
         )
-    return grad_input, output
+    return grad_input, None if output is None else as_result_of(input, output)
 
 
 def _bias_act_backward_fake(grad_output, kept, bias, seed, activation, dropout_p, wanted):
-    return returned_fake((grad_output, bias), wanted, grad_output)
+    nothing = grad_output.new_empty(0)
+    grad_input, grad_bias = nothing, nothing.clone()
+    if wanted[0]:
+        room = elementwise_room(grad_output) if kept is None else _gradient_room(grad_output, kept, activation)
+        grad_input = room.to(grad_output.dtype)
+    if wanted[1] and bias is not None:
+        grad_bias = contiguous(bias)
+    return grad_input, grad_bias
 
 
 def _bias_act_first_order(grad_output, kept, bias, seed, activation, dropout_p, wanted):

@@ -1,7 +1,8 @@
 """The glu ops: activation(gate) * value, of two tensors, or of one that packs both."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +11,16 @@ from .. import backends
 from ..backends import reference
 from .operands import (
     as_matrices,
+    as_result_of,
+    as_rows,
     contiguous,
-    gradient_room,
+    elementwise_room,
+    memory_order,
     or_none,
     overwritten,
     returned,
-    returned_fake,
     wanted_gradients,
+    with_strides,
 )
 from .registration import Op
 from .second_order import second_order
@@ -30,33 +34,35 @@ def forward(operands: Sequence[Tensor], activation: str, layout: str) -> Tensor:
 def gradient(
     grad_output: Tensor, operands: Sequence[Tensor], activation: str, layout: str, wanted: Sequence[bool], rewrite: bool
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """The gradients of (gate, value), or of (packed,), and the output again if asked for.
+    """The gradients of (gate, value), or of (packed,), and the output again, as `forward` made it, if asked for.
 
     `grad_output` is the caller's to give away: a gradient is written over it where it fits, element by element.
     """
-    output = contiguous(grad_output) if rewrite else None
     if len(operands) == 1:
+        output = _packed_output(*operands) if rewrite else None
         return [_packed_gradient(grad_output, *operands, output, activation, layout)], output
-    room = gradient_room(operands, (False, wanted[1]))
-    room[0] = overwritten(grad_output, operands[0]) if wanted[0] else None
+    gate, value = operands
+    grad_output = grad_output.contiguous()
+    output = contiguous(grad_output) if rewrite else None
+    room = [overwritten(grad_output, gate) if wanted[0] else None, contiguous(value) if wanted[1] else None]
     if grad_output.numel():
-        matrices = as_matrices(grad_output, *operands, *room, output)
+        matrices = as_matrices(grad_output, grad_output, gate, value, *room, output)
         backends.select(grad_output).glu_backward(*matrices, activation)
-    return room, output
+    return room, None if output is None else as_result_of(gate, output)
 
 
 # glu: two tensors
 
 
 def _glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
-    output = contiguous(gate)
+    output = elementwise_room(gate)
     if output.numel():
-        backends.select(gate).glu_forward(*as_matrices(gate, value, output), activation)
+        backends.select(gate).glu_forward(*as_matrices(output, gate, value, output), activation)
     return output
 
 
 def _glu_fake(gate, value, activation):
-    return contiguous(gate)
+    return elementwise_room(gate)
 
 
 def _glu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -67,7 +73,8 @@ def _glu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _glu_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple:
     *operands, activation = inputs
-    return lambda gate, value: _glu(gate, value, activation), tuple(operands)
+    strides = output.stride()
+    return lambda gate, value: with_strides(_glu(gate, value, activation), strides), tuple(operands)
 
 
 def _glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
@@ -77,15 +84,22 @@ def _glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
     return *or_none(glu_backward(grad_output, *ctx.saved_tensors, ctx.activation, wanted), wanted), None
 
 
+def _glu_gradient_room(grad_output: Tensor, gate: Tensor, value: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+    """Both lie alike: as grad_output does, or as gate where grad_output is expanded."""
+    return [elementwise_room(grad_output, gate, value) if w else None for w in wanted]
+
+
 def _glu_backward(grad_output: Tensor, gate: Tensor, value: Tensor, activation: str, wanted: list[bool]) -> tuple:
-    room = gradient_room((gate, value), wanted)
-    if gate.numel():
-        backends.select(gate).glu_backward(*as_matrices(grad_output, gate, value, *room, None), activation)
+    room = _glu_gradient_room(grad_output, gate, value, wanted)
+    there = next((t for t in room if t is not None), None)
+    if gate.numel() and there is not None:
+        matrices = as_matrices(there, grad_output, gate, value, *room)
+        backends.select(gate).glu_backward(*matrices, None, activation)
     return returned(room, (gate, value), gate)
 
 
 def _glu_backward_fake(grad_output, gate, value, activation, wanted):
-    return returned_fake((gate, value), wanted, gate)
+    return returned(_glu_gradient_room(grad_output, gate, value, wanted), (gate, value), gate)
 
 
 def _glu_first_order(grad_output, gate, value, activation, wanted):
@@ -132,22 +146,51 @@ def unpack(packed: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     return (first, second) if layout == "gate_first" else (second, first)
 
 
-def _matrices(packed: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    columns = packed.shape[-1]
-    rows = packed.reshape(-1, columns)
-    # A slice of every second element needs neighbours, one of a half only contiguous rows.
-    return unpack(rows if columns <= 1 or rows.stride(1) == 1 else rows.contiguous(), layout)
+class _Cut(NamedTuple):
+    """How a packed tensor and its output are cut into rows: their dimensions from the outermost to the innermost in
+    memory, how long a row of gate or value is, and how a row of both packs them.
+
+    Where the packed dimension is not the innermost, a half is it and all that it contains, and a gate and a value that
+    take turns are all that a single place contains.
+    """
+
+    order: list[int]
+    columns: int
+    layout: str
+
+    def matrix(self, tensor: Tensor | None) -> Tensor | None:
+        """The output, or its gradient."""
+        return None if tensor is None else as_rows(tensor.permute(self.order), self.columns)
+
+    def matrices(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and value: views of a dense tensor, else of a copy where strides demand it."""
+        return unpack(as_rows(packed.permute(self.order), 2 * self.columns), self.layout)
+
+
+def _cut(packed: Tensor, layout: str) -> _Cut:
+    last, half = packed.dim() - 1, packed.shape[-1] // 2
+    if packed.is_contiguous():
+        return _Cut(list(range(last + 1)), half, layout)
+    order = memory_order(torch.empty_like(packed, device="meta").stride())
+    inner = math.prod(packed.shape[dim] for dim in order[order.index(last) + 1 :])
+    if layout == "interleaved" and inner > 1:
+        return _Cut(order, inner, "gate_first")
+    return _Cut(order, inner * half, layout)
 
 
 def _packed_output(packed: Tensor) -> Tensor:
-    return torch.empty((*packed.shape[:-1], packed.shape[-1] // 2), dtype=packed.dtype, device=packed.device)
+    shape = (*packed.shape[:-1], packed.shape[-1] // 2)
+    if packed.is_contiguous():
+        return torch.empty(shape, dtype=packed.dtype, device=packed.device)
+    order = memory_order(torch.empty_like(packed, device="meta").stride())
+    return torch.empty_permuted(shape, order, dtype=packed.dtype, device=packed.device)
 
 
 def _packed_glu(packed: Tensor, activation: str, layout: str) -> Tensor:
     output = _packed_output(packed)
     if output.numel():
-        gate, value = _matrices(packed, layout)
-        backends.select(packed).glu_forward(gate, value, output.view(gate.shape), activation)
+        cut = _cut(packed, layout)
+        backends.select(packed).glu_forward(*cut.matrices(packed), cut.matrix(output), activation)
     return output
 
 
@@ -163,7 +206,8 @@ def _packed_glu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _packed_glu_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple:
     packed, *options = inputs
-    return lambda packed: _packed_glu(packed, *options), (packed,)
+    strides = output.stride()
+    return lambda packed: with_strides(_packed_glu(packed, *options), strides), (packed,)
 
 
 def _packed_glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
@@ -175,12 +219,12 @@ def _packed_glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
 def _packed_gradient(
     grad_output: Tensor, packed: Tensor, output: Tensor | None, activation: str, layout: str
 ) -> Tensor:
-    grad_packed = contiguous(packed)
+    grad_packed = elementwise_room(packed)
     if packed.numel():
-        gate, value = _matrices(packed, layout)
-        grad_output, output = as_matrices(grad_output, output, columns=gate.shape[1])
-        gradients = _matrices(grad_packed, layout)
-        backends.select(packed).glu_backward(grad_output, gate, value, *gradients, output, activation)
+        cut = _cut(packed, layout)
+        gate_and_value, gradients = cut.matrices(packed), cut.matrices(grad_packed)
+        operands = (cut.matrix(grad_output), *gate_and_value, *gradients, cut.matrix(output))
+        backends.select(packed).glu_backward(*operands, activation)
     return grad_packed
 
 
@@ -189,7 +233,7 @@ def _packed_glu_backward(grad_output: Tensor, packed: Tensor, activation: str, l
 
 
 def _packed_glu_backward_fake(grad_output, packed, activation, layout):
-    return contiguous(packed)
+    return elementwise_room(packed)
 
 
 def _packed_glu_first_order(grad_output, packed, activation, layout):

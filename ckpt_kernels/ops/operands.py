@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import compute_elementwise_output_strides
 
 from ..backends import reference
 
@@ -39,17 +40,41 @@ def rows_as_they_lie(tensor: Tensor | None, columns: int) -> Tensor | None:
     return tensor.as_strided((*sizes, columns), (*strides, 1))
 
 
-def as_matrices(*tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
-    """Tensors of one shape as matrices for what goes element by element: one row where all are contiguous.
+def as_matrices(room: Tensor, *tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
+    """Tensors of one shape as matrices for what goes element by element, in the order in which `room` lies in memory.
 
-    Else by rows of the last dimension, or of `columns`.
+    `room` is dense. What has its strides is a view, one row or rows of `columns`, which must then be the length of the
+    innermost dimension. Of other tensors rows are as long as all have them in one piece, and what has no such rows is
+    copied.
     """
-    there = [t for t in tensors if t is not None]
-    if columns is None and all(t.is_contiguous() for t in there):
-        columns = there[0].numel()
-    elif columns is None:
-        columns = there[0].shape[-1]
-    return [None if t is None else as_rows(t, columns) for t in tensors]
+    strides = room.stride()
+    if all(t is None or t.stride() == strides for t in tensors):
+        columns = room.numel() if columns is None else columns
+        size, step = (room.numel() // columns, columns), (columns, 1)
+        return [None if t is None else t.as_strided(size, step) for t in tensors]
+    order = memory_order(strides)
+    permuted = [None if t is None else t.permute(order) for t in tensors]
+    if columns is None:
+        columns = _shared_columns([t for t in permuted if t is not None])
+    return [None if t is None else as_rows(t, columns) for t in permuted]
+
+
+def memory_order(strides: Sequence[int]) -> list[int]:
+    """The dimensions of a dense tensor from the outermost to the innermost."""
+    return sorted(range(len(strides)), key=strides.__getitem__, reverse=True)
+
+
+def _shared_columns(tensors: Sequence[Tensor]) -> int:
+    """How many elements lie in one piece in each of those whose innermost elements are neighbours."""
+    shape = tensors[0].shape
+    dims = [dim for dim in reversed(range(len(shape))) if shape[dim] != 1]
+    tensors = [t for t in tensors if dims and t.stride(dims[0]) == 1]
+    columns = 1
+    for dim in dims:
+        if any(t.stride(dim) != columns for t in tensors):
+            break
+        columns *= shape[dim]
+    return columns
 
 
 def vector(tensor: Tensor | None) -> Tensor | None:
@@ -68,6 +93,27 @@ def contiguous(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
+def elementwise_room(*operands: Tensor) -> Tensor:
+    """Room for the elementwise result of operands of one shape, in the first's dtype, with the strides that torch's own
+    operators give it: those of the first operand if it is dense, else dense in the order of its strides. Where these
+    say nothing, because it is expanded, the next operand decides.
+    """
+    first = operands[0]
+    if all(t.is_contiguous() for t in operands):
+        return contiguous(first)
+    if all(t.stride() == first.stride() for t in operands):
+        return torch.empty_like(first)
+    strides = compute_elementwise_output_strides(*operands)
+    return torch.empty_strided(first.shape, strides, dtype=first.dtype, device=first.device)
+
+
+def with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """The tensor itself if it has these strides, else a copy that has."""
+    if tensor.stride() == tuple(strides):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def gradient_room(like: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     return [contiguous(t) if w and t is not None else None for t, w in zip(like, wanted, strict=True)]
 
@@ -76,6 +122,14 @@ def overwritten(given_away: Tensor, like: Tensor) -> Tensor:
     """Room for a result of like's shape and dtype in a tensor that nobody else needs, if it is such; else new room."""
     fits = given_away.is_contiguous() and given_away.dtype == like.dtype and given_away.shape == like.shape
     return given_away if fits else contiguous(like)
+
+
+def as_result_of(input: Tensor, output: Tensor) -> Tensor:
+    """The output, with the strides that an elementwise result of input has: itself if it has them, else a copy."""
+    if input.is_contiguous() and output.is_contiguous():
+        return output
+    room = elementwise_room(input)
+    return output if output.stride() == room.stride() else room.copy_(output)
 
 
 def coefficient_room(like: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> list[Tensor | None]:

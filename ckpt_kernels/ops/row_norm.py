@@ -371,6 +371,8 @@ def _add_row_norm_backward_rule(
     if grad_output is None:
         if grad_residual_out is None:
             return (None,) * 4 + none
+        # Nobody has read the norm, whose weights then have no gradient, which is not the same as one of zeros.
+        wanted = [*wanted[:2], False, False]
         grad_output = torch.zeros_like(grad_residual_out)
     dropped = seed is not None
     # Without dropout the two gradients are the same tensor: it is computed, and handed on, once.

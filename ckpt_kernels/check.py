@@ -1,0 +1,335 @@
+"""A model as it is against itself converted, at each level: what it computes, what it changes, what it keeps and takes.
+
+Both run on copies; the model that is checked is not touched.
+"""
+
+import copy
+import json
+import math
+import pathlib
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import memory
+from .convert import Report, convert, revert
+from .convert.swap import ATTRIBUTE
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of all outputs together, or of all gradients: the norm of the error over that of the float64 truth, and the
+    tensor for which the converted model's is the largest multiple of the model's own, with that multiple."""
+
+    what: str
+    eager: float
+    converted: float
+    difference: float
+    worst: str
+    worst_ratio: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found at one level. Pairs are (as it is, converted): bytes kept, bytes at the peak of a step, its
+    seconds. `changed` says what the converted model does that the model does not, other than rounding; [] is well."""
+
+    report: Report
+    mode: str
+    errors: list[Errors]
+    changed: list[str]
+    kept: tuple[int, int]
+    peak: tuple[int, int]
+    seconds: tuple[float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [str(self.report), "", f"errors against float64, in {self.mode} mode:"]
+        rows = [("", "as it is", "converted", "between them", "worst tensor")]
+        rows += [
+            (e.what, f"{e.eager:.2e}", f"{e.converted:.2e}", f"{e.difference:.2e}", f"{e.worst_ratio:.2f}x  {e.worst}")
+            for e in self.errors
+        ]
+        lines += _columns(rows)
+        lines += ["", "types of outputs, buffers, attributes, random numbers: " + ("changed" if self.changed else "alike")]
+        lines += [f"  {change}" for change in self.changed]
+        lines += ["", "a step, forward and backward, in training mode:"]
+        rows = [("", "as it is", "converted", "ratio")]
+        for name, (before, after), unit, scale in (
+            ("kept for backward", self.kept, "MiB", 2**20),
+            ("peak", self.peak, "MiB", 2**20),
+            ("time", self.seconds, "ms", 1e-3),
+        ):
+            ratio = f"{after / before:.2f}" if before else "-"
+            rows.append((name, f"{before / scale:.2f} {unit}", f"{after / scale:.2f} {unit}", ratio))
+        return "\n".join(lines + _columns(rows))
+
+
+def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns: int = 5) -> Check:
+    """Runs copies of `model` on `inputs`, as it is and converted, and leaves the model as it was.
+
+    Each runs twice, the second time on a batch with its samples in another order. Errors are those of the first, against
+    a float64 copy, of the outputs and of the gradients of a random projection of them. Where the model draws random
+    numbers in training mode they are taken in evaluation mode. Times are medians of `turns` steps each, taken in turn.
+
+    Raises ValueError if no output has a gradient.
+    """
+    plain = copy.deepcopy(model).train()
+    revert(plain)
+    mode = "evaluation" if _draws(copy.deepcopy(plain), inputs) else "training"
+    plain.train(mode == "training")
+    twin = copy.deepcopy(plain)
+    before = _state(twin)
+    report = convert(twin, recompute=recompute)
+    changed = [f"convert itself changed {name}" for name in _different(before, _state(twin))]
+    truth = _results(copy.deepcopy(plain).double(), _each(inputs, _double))[0]
+    runs = []
+    for which in (plain, twin):
+        found = [_alike(lambda which=which, batch=batch: _results(which, batch)) for batch in (inputs, _other(inputs))]
+        runs.append([(*result, drawn) for result, drawn in found] + [_state(which)])
+    for turn, (theirs, ours) in enumerate(zip(runs[0][:2], runs[1][:2], strict=True)):
+        changed += [f"{what}, call {turn + 1}" for what in _compared(theirs, ours)]
+    changed += [f"{name} is another afterwards" for name in _different(runs[0][2], runs[1][2])]
+    kinds = (("outputs", "output"), ("gradients", "grad"))
+    errors = [_errors(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
+    plain.train(), twin.train()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    kept = tuple(memory.saved_bytes(lambda m=m: _outputs(_call(m, inputs))) for m in (plain, twin))
+    peak = tuple(memory.peak_bytes(lambda m=m: _step(m, inputs), device) for m in (plain, twin))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(turns):
+        for which, m in enumerate((plain, twin)):
+            seconds[which].append(_timed(m, inputs, device))
+    medians = statistics.median(seconds[0]), statistics.median(seconds[1])
+    return Check(report, mode, errors, changed, kept, peak, medians)
+
+
+# What a run does
+
+
+def _results(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], Any]:
+    """Outputs and gradients by name, and the types of what the model returns."""
+    value = _call(model, inputs)
+    loss = _projection(_outputs(value))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    results = {f"output {i}": y.detach() for i, y in enumerate(_outputs(value))}
+    results |= {f"grad {name}": g for name, g in zip(named, found, strict=True) if g is not None}
+    return results, _types(value)
+
+
+def _alike(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    """The result of a run, and the states of all random numbers after it, which begin alike for each."""
+    numpy = sys.modules.get("numpy")
+    kept = random.getstate(), numpy and numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            torch.manual_seed(0)
+            random.seed(0)
+            if numpy:
+                numpy.random.seed(0)
+            result = run()
+            drawn = [torch.get_rng_state().tolist(), random.getstate(), numpy and list(numpy.random.get_state()[1])]
+        finally:
+            random.setstate(kept[0])
+            if numpy:
+                numpy.random.set_state(kept[1])
+    return result, drawn
+
+
+def _compared(theirs: tuple, ours: tuple) -> Iterator[str]:
+    (their_results, their_types, their_draws), (our_results, our_types, our_draws) = theirs, ours
+    if their_types != our_types:
+        yield f"returns {our_types}, not {their_types}"
+    if their_results.keys() != our_results.keys():
+        yield f"other tensors have gradients: {sorted(their_results.keys() ^ our_results.keys())}"
+    if their_draws != our_draws:
+        yield "random numbers are drawn otherwise"
+    for name in their_results.keys() & our_results.keys():
+        a, b = their_results[name], our_results[name]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            yield f"{name} is {b.dtype} {tuple(b.shape)}, not {a.dtype} {tuple(a.shape)}"
+        elif not torch.equal(a.isfinite(), b.isfinite()):
+            yield f"{name} is finite elsewhere"
+
+
+def _types(value: Any) -> Any:
+    """The types of a nested value."""
+    if isinstance(value, Mapping):
+        return type(value).__name__, [(key, _types(item)) for key, item in value.items()]
+    if isinstance(value, tuple | list):
+        return type(value).__name__, [_types(item) for item in value]
+    return type(value).__name__
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Parameters, buffers and attributes of all modules, by name."""
+    found: dict[str, Any] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found[name] = tensor.detach().clone()
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if not key.startswith("_") and key != ATTRIBUTE:
+                found[f"{name}.{key}"] = _described(value)
+    return found
+
+
+def _described(value: Any, depth: int = 3) -> Any:
+    """What can be compared of an attribute."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping) and depth:
+        return type(value).__name__, [(str(key), _described(item, depth - 1)) for key, item in value.items()]
+    if isinstance(value, list | tuple | set) and depth:
+        return type(value).__name__, [_described(item, depth - 1) for item in value]
+    if isinstance(value, bool | int | float | str | type(None)):
+        return value
+    held = vars(value) if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) else {}
+    return type(value).__name__, {str(key): _described(item, depth - 1) for key, item in held.items()}
+
+
+def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    names = sorted(before.keys() ^ after.keys())
+    return names + [name for name in before.keys() & after.keys() if not _same(before[name], after[name])]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        close = a.shape == b.shape and a.dtype == b.dtype
+        return close and (torch.allclose(a, b, rtol=1e-2, atol=1e-4, equal_nan=True) if a.is_floating_point() else torch.equal(a, b))
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-3) or (a != a and b != b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+def _errors(
+    what: str, prefix: str, truth: dict[str, Tensor], eager: dict[str, Tensor], ours: dict[str, Tensor]
+) -> Errors:
+    names = [name for name in truth if name.startswith(prefix) and name in eager and name in ours]
+    total = float(sum(truth[name].norm() ** 2 for name in names)) ** 0.5 or 1.0
+
+    def error(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+        return float(sum((left[n].double() - right[n].double()).norm() ** 2 for n in names)) ** 0.5 / total
+
+    # Below an ulp of the largest tensor a ratio says nothing.
+    floor = torch.finfo(eager[names[0]].dtype).eps * float(max(truth[name].norm() for name in names)) + 1e-300
+
+    def ratio(name: str) -> float:
+        mine, usual = (float((x[name].double() - truth[name]).norm()) for x in (ours, eager))
+        return (mine + floor) / (usual + floor)
+
+    worst = max(names, key=ratio)
+    return Errors(what, error(eager, truth), error(ours, truth), error(ours, eager), worst, ratio(worst))
+
+
+def _draws(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a forward pass moves torch's random numbers on."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [g.get_state() for g in generators]
+    with torch.no_grad():
+        _call(model, inputs)
+    drew = any(not torch.equal(b, g.get_state()) for b, g in zip(before, generators, strict=True))
+    for generator, state in zip(generators, before, strict=True):
+        generator.set_state(state)
+    return drew
+
+
+def _call(model: nn.Module, inputs: Inputs) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    outputs = [t for t in memory.tensors_in(value) if t.requires_grad]
+    if not outputs:
+        raise ValueError("the model's outputs have no gradient; expected a tensor that depends on its parameters")
+    return outputs
+
+
+def _projection(outputs: list[Tensor]) -> Tensor:
+    """The sum of outputs with random weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) / y.numel() ** 0.5 for y in outputs]
+    return sum((y * w.to(y)).sum() for y, w in zip(outputs, weights, strict=True))
+
+
+def _step(model: nn.Module, inputs: Inputs) -> None:
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(_projection(_outputs(_call(model, inputs))), wanted, allow_unused=True)
+
+
+def _timed(model: nn.Module, inputs: Inputs, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    _step(model, inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _each(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return {key: change(value) for key, value in inputs.items()}
+    return tuple(map(change, inputs))
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _other(inputs: Inputs) -> Inputs:
+    """The same batch with its samples in another order."""
+    return _each(inputs, lambda value: value.flip(0) if isinstance(value, Tensor) and value.dim() else value)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def to_json(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
+    """Writes the checks, by level, as data."""
+    pathlib.Path(path).write_text(json.dumps({level: found.as_dict() for level, found in checks.items()}, indent=1))
+
+
+def draw(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
+    """A PNG: what is kept, the peak and the time of a step, as fractions of the model's own. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ("kept", "peak", "seconds")
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    width = 0.8 / len(checks)
+    for index, (level, found) in enumerate(checks.items()):
+        ratios = [pair[1] / pair[0] if pair[0] else 0.0 for pair in (getattr(found, name) for name in names)]
+        places = [place + (index - (len(checks) - 1) / 2) * width for place in range(len(names))]
+        bars = axis.bar(places, ratios, width * 0.92, label=f'"{level}"')
+        axis.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)
+    axis.axhline(1.0, color="gray", linewidth=1)
+    axis.set_xticks(range(len(names)), ("kept for backward", "peak of a step", "time of a step"))
+    axis.set(ylabel="as a fraction of the model as it is", title="Converted, against the model as it is")
+    axis.margins(y=0.15)
+    axis.legend(title="recompute", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

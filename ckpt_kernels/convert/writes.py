@@ -1,0 +1,113 @@
+"""Whether a model's own code may write in place to a tensor that it has handed to a norm.
+
+A norm that computes 16-bit inputs in float32 keeps, in eager torch, a copy of its input; ours keeps the input itself. A
+later write to it would be an error in the backward pass where eager torch trains. So a model is searched, as far as the
+code of its modules is reached from their forward methods, for writes to anything but what a function has just made.
+"""
+
+import ast
+import functools
+import types
+from collections.abc import Iterator
+
+from torch import nn
+
+from .source import NoSource, definition_of, layers_of
+
+# Functions and methods whose results are new, never views of what they were given.
+_MAKERS = frozenset(
+    """abs amax arange argsort baddbmm bmm cat clone cos cross_entropy cumsum einsum embedding empty empty_like exp floor
+    full full_like gather index_select interpolate isin len linspace log log_softmax masked_fill matmul max mean meshgrid
+    min mm new_empty new_full new_ones new_zeros norm one_hot ones ones_like pad pow rand rand_like randint randn
+    randn_like range relu repeat repeat_interleave roll round rsqrt scatter sigmoid sin softmax sqrt stack sum tanh
+    tensor tolist topk tril triu where zeros zeros_like""".split()
+)
+_ON_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
+
+
+def writer_in(model: nn.Module) -> str:
+    """The first method of the model that may write to a tensor of somebody else's; "" if there is none."""
+    for module in model.modules():
+        if module.__dict__.get("inplace"):
+            return f"{type(module).__name__} (inplace=True)"
+        found = _writer_of(type(module))
+        if found:
+            return found
+    return ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _writer_of(kind: type[nn.Module]) -> str:
+    if kind.__module__.startswith("torch.nn.modules."):
+        return ""
+    reached, waiting = set(), [getattr(kind, "forward", None)]
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, types.FunctionType) or function in reached or _is_torchs(function):
+            continue
+        reached.add(function)
+        try:
+            written = layers_of(function)[-1]
+            if _writes(definition_of(written).tree):
+                return function.__qualname__
+        except NoSource:
+            return function.__qualname__
+        for name in written.__code__.co_names:
+            waiting.append(getattr(kind, name, None))
+            waiting.append(written.__globals__.get(name))
+    return ""
+
+
+def _is_torchs(function: types.FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"
+
+
+def _writes(function: ast.FunctionDef) -> bool:
+    made = _made_here(function)
+    return any(name not in made for name in _written(function))
+
+
+def _written(function: ast.FunctionDef) -> Iterator[str]:
+    """The names of what is written to; "" for what has none."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.AugAssign) and isinstance(node.op, _ON_FLOATS):
+            if not isinstance(node.value, ast.Tuple | ast.List | ast.JoinedStr):
+                yield _root(node.target)
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Subscript) and not isinstance(target.slice, ast.Constant):
+                    yield _root(target)
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, "attr", "")
+            if called.endswith("_") and not called.startswith("_"):
+                yield _root(node.func)
+            for keyword in node.keywords:
+                if keyword.arg == "out" or (keyword.arg == "inplace" and getattr(keyword.value, "value", True)):
+                    yield _root(node.args[0]) if node.args else ""
+
+
+def _root(tree: ast.AST) -> str:
+    while isinstance(tree, ast.Attribute | ast.Subscript | ast.Call):
+        tree = tree.func if isinstance(tree, ast.Call) else tree.value
+    return tree.id if isinstance(tree, ast.Name) else ""
+
+
+def _made_here(function: ast.FunctionDef) -> set[str]:
+    """Names that stand for nothing but numbers, lists, and tensors that the function itself has made."""
+    made: dict[str, bool] = {argument.arg: False for argument in ast.walk(function) if isinstance(argument, ast.arg)}
+    for node in ast.walk(function):
+        for target in node.targets if isinstance(node, ast.Assign) else []:
+            for name in ast.walk(target):
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                    made[name.id] = made.get(name.id, True) and _makes(node.value)
+        if isinstance(node, ast.For | ast.comprehension | ast.NamedExpr | ast.withitem):
+            made.update((name.id, False) for name in ast.walk(node) if isinstance(name, ast.Name) and not isinstance(name.ctx, ast.Load))
+    return {name for name, fresh in made.items() if fresh}
+
+
+def _makes(tree: ast.expr) -> bool:
+    if isinstance(tree, ast.Call):
+        return getattr(tree.func, "attr", getattr(tree.func, "id", "")) in _MAKERS
+    if isinstance(tree, ast.IfExp):
+        return _makes(tree.body) and _makes(tree.orelse)
+    return isinstance(tree, ast.BinOp | ast.Constant | ast.List | ast.Dict | ast.Tuple | ast.ListComp | ast.Compare)
