@@ -63,7 +63,10 @@ class Check:
             for e in self.errors
         ]
         lines += _columns(rows)
-        lines += ["", "types of outputs, buffers, attributes, random numbers: " + ("changed" if self.changed else "alike")]
+        lines += [
+            "",
+            "types of outputs, buffers, attributes, random numbers: " + ("changed" if self.changed else "alike"),
+        ]
         lines += [f"  {change}" for change in self.changed]
         lines += ["", "a step, forward and backward, in training mode:"]
         rows = [("", "as it is", "converted", "ratio")]
@@ -208,7 +211,9 @@ def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         close = a.shape == b.shape and a.dtype == b.dtype
-        return close and (torch.allclose(a, b, rtol=1e-2, atol=1e-4, equal_nan=True) if a.is_floating_point() else torch.equal(a, b))
+        return close and (
+            torch.allclose(a, b, rtol=1e-2, atol=1e-4, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
+        )
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, float) and isinstance(b, float):

@@ -35,7 +35,9 @@ def kept_bytes(model: nn.Module, inputs: Any) -> int:
     The model itself, and torch's, Python's and numpy's random numbers, stay as they are.
     """
     twin = copy.deepcopy(model)
-    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    args, kwargs = (
+        ((), inputs) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    )
     with _random_numbers_kept(), torch.enable_grad():
         return saved_bytes(twin, *args, **kwargs)
 

@@ -4,14 +4,14 @@ A block keeps its input and computes the rest again in its backward kernel. Its 
 reads it for a gradient of its own: a Linear, a convolution, attention, any autograd.Function. Within `discard_outputs`
 that reader's graph keeps a `Recipe` in the place of the output: the tensors that the block keeps anyway, and its
 forward kernel to run on them again, which costs memory traffic and no matrix product. Gradients are the same to the
-last bit, because the kernel and what it reads are the same.
+last bit, because the kernel and what it reads are the same. The same goes for what torch's own cheap ops make, where
+the graph says how (see `provenance`).
 
 It works by torch's saved-tensor hooks, on the thread and for the time of the context. Only the innermost pair of hooks
 runs in torch; hooks that were there before are called from here for all that is not discarded.
 """
 
 import contextlib
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from . import backends
+from . import provenance
+from .provenance import Block, Trace
+from .recipes import Cell, Claim, Foreign, Geometry, Kept, Recipe, Step, geometry_of, recipe_of_step, watching
 
 # A recipe may need an output that was let go too, and so on. Past this many the output is kept, so that what stands in
 # memory while a chain is rebuilt, and what is computed more than once, stay small.
@@ -36,131 +38,72 @@ _thread = threading.local()
 Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 
 
-class Kept(NamedTuple):
-    """A tensor that is kept as it is, with the version by which a later write to it is noticed."""
-
-    tensor: Tensor
-    version: int
-
-    def get(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "a tensor needed for the gradient computation was modified by an in-place operation: "
-                f"{self.tensor.dtype} {tuple(self.tensor.shape)} is at version {self.tensor._version}; "
-                f"expected version {self.version}"
-            )
-        if _is_freed(self.tensor):
-            raise RuntimeError(
-                f"a weight needed to compute again, {self.tensor.dtype} {tuple(self.tensor.shape)}, has been freed; "
-                "expected it where its module's backward pass begins (is it sharded apart from what reads its product?)"
-            )
-        return self.tensor
-
-
-class Foreign(NamedTuple):
-    """What the hooks around this context made of a tensor."""
-
-    packed: Any
-    unpack: Callable[[Any], Tensor]
-
-    def get(self) -> Tensor:
-        return self.unpack(self.packed)
-
-
-class Recipe:
-    """How to make a block's output again: `rebuild(*operands)`.
-
-    It is made once in a backward pass for all who ask, and let go of when the last of these has it, or when the pass
-    ends. `claims` counts those who will ask.
-    """
-
-    def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence["Kept | Foreign | Claim | None"]) -> None:
-        self.depth = 1 + max((o.recipe.depth for o in operands if isinstance(o, Claim)), default=0)
-        self.claims = 0
-        self._rebuild = rebuild
-        self._operands = operands
-        self._backend = backends.chosen()
-        # Backward passes may run on several threads. Recipes lock in the order of the graph, so they cannot deadlock.
-        self._lock = threading.RLock()
-        self._value: Tensor | None = None
-        self._stream: Any = None
-        self._served: set[int] = set()
-
-    def claim(self) -> None:
-        with self._lock:
-            self.claims += 1
-
-    def serve(self, claim: "Claim") -> Tensor:
-        with self._lock:
-            value = self._value
-            if value is None or self._stream != _stream(value):
-                value = self._make()
-            self._served.add(id(claim))
-            if len(self._served) >= self.claims:
-                self._let_go()
-            elif self._value is None and _at_end_of_backward(weakref.WeakMethod(self._let_go)):
-                self._value, self._stream = value, _stream(value)
-            return value
-
-    def forget(self, claim: "Claim") -> None:
-        """A claim is gone, served or not."""
-        with self._lock:
-            self.claims -= 1
-            self._served.discard(id(claim))
-            if len(self._served) >= self.claims:
-                self._let_go()
-
-    def _let_go(self) -> None:
-        self._value = self._stream = None
-        self._served.clear()
-
-    def _make(self) -> Tensor:
-        same_backend = backends.chosen() == self._backend
-        with contextlib.nullcontext() if same_backend else backends.use_backend(self._backend), torch.no_grad():
-            return self._rebuild(*(None if o is None else o.get() for o in self._operands))
-
-
-class Claim:
-    """One reader's share of a recipe: the output, or a view of it."""
-
-    __slots__ = ("__weakref__", "_geometry", "recipe")
-
-    def __init__(self, recipe: Recipe, view: Tensor) -> None:
-        self.recipe = recipe
-        self._geometry = view.size(), view.stride(), view.storage_offset()
-        recipe.claim()
-
-    def get(self) -> Tensor:
-        return self.recipe.serve(self).as_strided(*self._geometry)
-
-    def __del__(self) -> None:
-        self.recipe.forget(self)
-
-
 class Entry(NamedTuple):
-    """An output of a block that may be discarded, as long as its memory is there and unchanged.
+    """A tensor that may be discarded, as long as its memory is there and unchanged.
 
-    The tensor that the block returned may be gone while a view of it lives, so that it is by its memory that it is
-    known. `output` is that tensor, as long as Python has it.
+    The tensor that was returned may be gone while a view of it lives, so that it is by its memory that it is known.
+    `output` is that tensor, as long as Python has it.
     """
 
     storage: StorageWeakRef
     output: "weakref.ref[Tensor]"
     dtype: torch.dtype
     version: int
-    recipe: Recipe
+    recipe: Callable[[], Recipe | None]
+
+
+class Result(NamedTuple):
+    """Who keeps the result of a node that saves its result, first of all the node itself."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    keepers: list[tuple["weakref.ref[Cell]", Geometry]]
 
 
 class Discarder:
     """The state of one active context."""
 
-    def __init__(self) -> None:
+    def __init__(self, products: bool, temporaries: bool) -> None:
+        self._products = products
+        self._temporaries = temporaries
         self._entries: dict[int, Entry] = {}
         self._outer = _top_hooks()
+        # Of the op whose forward is over and whose output is not there yet.
         self.announced: Announcement | None = None
+        self.saved: list[tuple[int, Cell]] | None = None
+        self.is_elementwise = False
 
-    def register(self, output: Tensor, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Recipe:
-        recipe = Recipe(rebuild, [None if t is None else self.pack(_outlasting(t)) for t in tensors])
+    def offer(self, output: Tensor) -> None:
+        """The output of the op that was announced."""
+        announced, saved = self.announced, self.saved or ()
+        self.announced = self.saved = None
+        self.is_elementwise = False
+        if announced is None or not output.requires_grad:
+            return
+        recipe = self._recipe(*announced)
+        # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
+        # graph says of another tensor, which may lead to this node when the output is gone.
+        storages = {storage for storage, _ in saved}
+        if saved and all(t is None or t.untyped_storage()._cdata in storages for t in announced[1]):
+            saved[0][1].attached = recipe
+            entry = self._enter(output, weakref.ref(recipe))
+        else:
+            entry = self._enter(output, lambda: recipe)
+        output.grad_fn.recomputed_block = Block(
+            self, weakref.ref(recipe), entry.output, entry.storage, entry.version, watching(output)
+        )
+
+    def register(self, output: Tensor, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
+        """From now on what reads the output keeps a recipe of these tensors, which lasts as long as the output."""
+        recipe = self._recipe(rebuild, tensors)
+        self._enter(output, lambda: recipe)
+
+    def _recipe(self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Recipe:
+        cells = [None if t is None else self.pack(_outlasting(t)) for t in tensors]
+        return Recipe(rebuild, cells, 1 + max((cell.depth for cell in cells if cell is not None), default=0))
+
+    def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
         entries = self._entries
         # Those whose memory was still in use, by a view, when the tensor itself went.
         for key in [key for key, entry in entries.items() if entry.storage.expired()]:
@@ -172,45 +115,110 @@ class Discarder:
             if entry is not None and entry.output is reference and torch._C._storage_Use_Count(storage.cdata) <= 1:
                 del entries[storage.cdata]
 
-        entries[storage.cdata] = Entry(storage, weakref.ref(output, gone), output.dtype, output._version, recipe)
-        return recipe
+        entry = Entry(storage, weakref.ref(output, gone), output.dtype, output._version, recipe)
+        entries[storage.cdata] = entry
+        return entry
 
     def close(self) -> None:
         """From now on recipes live by their claims alone."""
         self._entries.clear()
+        self.announced = self.saved = None
 
-    def pack(self, tensor: Tensor) -> Kept | Foreign | Claim:
-        recipe = self._recipe_for(tensor)
-        if recipe is not None and recipe.depth <= LONGEST_CHAIN:
-            return Claim(recipe, tensor)
-        if self._outer is not None:
+    def pack(self, tensor: Tensor) -> Cell:
+        version = tensor._version
+        found = self._recipe_for(tensor)
+        if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
+            cell = Cell(Claim(found, geometry_of(tensor)), self, version, watching(tensor))
+        elif self._outer is not None:
             packed, unpack = self._outer
-            return Foreign(packed(tensor), unpack)
-        # Without its graph: a node that keeps its own output would otherwise keep itself alive.
-        return Kept(tensor.detach(), tensor._version)
+            cell = Cell(Foreign(packed(tensor), unpack), self, version, watching(tensor))
+        else:
+            # Without its graph: a node that keeps its own output would otherwise keep itself alive.
+            kept = tensor.detach()
+            cell = Cell(Kept(kept, version), self, version, kept)
+        if self.saved is not None and tensor.layout is torch.strided:
+            self.saved.append((tensor.untyped_storage()._cdata, cell))
+        if isinstance(found, Tensor):
+            self._note_keeper(found, tensor, cell)
+        return cell
 
-    def _recipe_for(self, tensor: Tensor) -> Recipe | None:
-        if not self._entries or type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg():
-            return None
-        entry = self._entries.get(tensor.untyped_storage()._cdata)
-        if entry is None:
-            return self._recipe_of_cast(tensor)
-        unchanged = tensor.dtype == entry.dtype and tensor._version == entry.version
-        return entry.recipe if unchanged and not entry.storage.expired() else None
+    def _note_keeper(self, root: Tensor, tensor: Tensor, cell: Cell) -> None:
+        keeper = weakref.ref(cell), geometry_of(tensor)
+        own = provenance.result_cell(root.grad_fn)
+        if own is None:
+            cell.attached = Result(root.shape, root.stride(), root.dtype, [keeper])
+        elif isinstance(own.attached, Result):
+            own.attached.keepers.append(keeper)
 
-    def _recipe_of_cast(self, tensor: Tensor) -> Recipe | None:
-        """For the copy of an output that autocast makes for its reader: the output's recipe, and the cast."""
-        copy = tensor if tensor._base is None else tensor._base
-        node = copy.grad_fn
-        if node is None or node.name() != "ToCopyBackward0" or copy._version:
+    def _recipe_for(self, tensor: Tensor) -> Recipe | Tensor | None:
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg():
             return None
-        for entry in self._entries.values():
-            output = entry.output()
-            if output is not None and node.next_functions[0] == (output.grad_fn, output.output_nr):
-                if output._version == entry.version and output.shape == copy.shape:
-                    cast = functools.partial(_cast, dtype=copy.dtype, strides=copy.stride())
-                    return self.register(copy, cast, (output,))
-        return None
+        entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
+        if entry is not None and not entry.storage.expired():
+            if tensor.dtype != entry.dtype:
+                return None
+            if tensor._version == entry.version and (recipe := entry.recipe()) is not None:
+                return recipe
+        return self._traced(tensor)
+
+    def _traced(self, tensor: Tensor) -> Recipe | Tensor | None:
+        """A recipe from the graph behind a tensor, or behind what it is a view of.
+
+        Where there is none for the result of a node that saves its result, this result: there may be one later.
+        """
+        root = tensor._base
+        if root is None:
+            root = tensor
+        node = root.grad_fn
+        if node is None:
+            return None
+        name = node.name()
+        products = self._products and self.is_elementwise
+        if not provenance.is_made_cheaply(name, products):
+            return None
+        # A copy made to be read would lose its tangent.
+        if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        trace = Trace(self, self._temporaries, products)
+        version = root._version
+        if not version:
+            trace.learn(node)
+        elif not trace.is_written_by_graph(node, root.untyped_storage()._cdata, version):
+            return None
+        step = trace.value(node, root.output_nr)
+        found = step is not None and trace.is_grounded and step.depth < LONGEST_CHAIN
+        if not found or not provenance.fills_memory(root):
+            return root if provenance.saves_result(name) else None
+        recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
+        self._enter(root, weakref.ref(recipe))
+        return recipe
+
+    # For `Trace`
+
+    def share(self, known: Cell | Block) -> Cell | Claim | None:
+        """What is known, as one more recipe's operand."""
+        if isinstance(known, Block):
+            recipe = known.recipe()
+            return None if recipe is None else Claim(recipe, None)
+        if isinstance(known.content, Foreign):
+            # What others packed they may give back only once, as torch's checkpoint does.
+            known.content = Claim(Recipe(known.content.get, (), 0), None)
+        claim = known.content
+        return Claim(claim.recipe, claim.geometry) if isinstance(claim, Claim) else known
+
+    def exchange(self, own: Cell, step: Step) -> None:
+        """A node's result can be made again: all who keep it let go of it, if none keeps another state of it."""
+        result = own.attached
+        if own.owner is not self or not isinstance(result, Result) or step.depth >= LONGEST_CHAIN:
+            return
+        if not result.dtype.is_floating_point:
+            return
+        keepers = [(cell, geometry) for reference, geometry in result.keepers if (cell := reference()) is not None]
+        if any(cell.depth or cell.version != own.version for cell, _ in keepers):
+            return
+        recipe = recipe_of_step(step, result.shape, result.strides, result.dtype)
+        for cell, geometry in keepers:
+            cell.content, cell.watch = Claim(recipe, geometry), watching(cell.watch)
 
 
 class discard_outputs(contextlib.ContextDecorator):
@@ -224,17 +232,30 @@ class discard_outputs(contextlib.ContextDecorator):
     can be let go of if its block keeps what it takes to make it again: all do but `bias_act` with the identity, relu
     or leaky_relu, whose reader keeps no more than the block would. Views of an output count as the output, and so do
     the copies that autocast makes of it. Where an output has been written to in place, what read it before gets what
-    it read, and what reads it afterwards keeps it.
+    it read, and what reads it afterwards keeps it, or a recipe with these writes in it if the graph knows them all.
+
+    What torch's own cheap ops make is let go of likewise, such as the product in `linear(silu(gate) * value)`: if the
+    autograd graph says how it was made, from tensors that the graph keeps anyway, and if these and it have not been
+    written to where autograd does not see it. Writes through `.data` and by others' kernels are seen by nobody.
+
+    Args:
+        products: matrix products too, where it is `bias_act`, `glu` or `packed_glu` that reads them. They run again in
+            the backward pass. Of biases copies are kept.
+        temporaries: also what is made of a tensor that nothing keeps, such as the sum in `relu(norm(x) + y)`. That is
+            right if no such tensor is written to where autograd does not see it, under `no_grad` or by way of
+            `detach()`: it cannot be told from the graph.
 
     Where saved-tensor hooks are disabled (torch.func) it does nothing, and within torch.compile it does nothing either:
     see `selective_contexts` for that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, products: bool = False, temporaries: bool = False) -> None:
+        self._products = products
+        self._temporaries = temporaries
         self._entered: list[torch.autograd.graph.saved_tensors_hooks | None] = []
 
     def _recreate_cm(self) -> "discard_outputs":
-        return discard_outputs()
+        return discard_outputs(products=self._products, temporaries=self._temporaries)
 
     def __enter__(self) -> "discard_outputs":
         if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
@@ -244,7 +265,7 @@ class discard_outputs(contextlib.ContextDecorator):
         if discarding() is not None:
             self._entered.append(None)
             return self
-        discarder = Discarder()
+        discarder = Discarder(self._products, self._temporaries)
         hooks = torch.autograd.graph.saved_tensors_hooks(discarder.pack, _unpack)
         hooks.__enter__()
         self._entered.append(hooks)
@@ -300,17 +321,21 @@ def discarding() -> Discarder | None:
     return active[-1] if top is not None and getattr(top[0], "__self__", None) is active[-1] else None
 
 
-def announce(announcement: Announcement | None) -> None:
-    """From within a block's forward: how its output can be had again, from what it keeps anyway; None if it cannot."""
-    _active()[-1].announced = announcement if discarding() is not None else None
+def announce(announcement: Announcement | None, elementwise: bool = False) -> None:
+    """From within an op's forward: how its output can be had again, from what it keeps anyway; None if it cannot.
+
+    What an `elementwise` op saves may be a product that runs again, where that was asked for.
+    """
+    discarder = _active()[-1]
+    seen = discarding() is not None
+    discarder.announced = announcement if seen else None
+    discarder.saved = [] if seen else None
+    discarder.is_elementwise = elementwise and seen
 
 
 def offer(output: Tensor) -> None:
-    """After a block's forward: the output that was announced, which now has its place in the graph."""
-    discarder = _active()[-1]
-    announced, discarder.announced = discarder.announced, None
-    if announced is not None and output.requires_grad:
-        discarder.register(output, *announced)
+    """After an op's forward: the output that was announced, which now has its place in the graph."""
+    _active()[-1].offer(output)
 
 
 def is_active() -> bool:
@@ -330,12 +355,6 @@ def _top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | No
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _is_freed(tensor: Tensor) -> bool:
-    """Whether its memory has been given back under it, as sharding does with gathered weights."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
-
-
 def _outlasting(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of a norm's weight that may be gone when the recipe is asked for: a sharded one is gathered
     when its own module's backward pass begins, and what reads the module's output comes before."""
@@ -345,29 +364,5 @@ def _outlasting(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _unpack(packed: Kept | Foreign | Claim) -> Tensor:
+def _unpack(packed: Cell) -> Tensor:
     return packed.get()
-
-
-def _cast(output: Tensor, dtype: torch.dtype, strides: tuple[int, ...]) -> Tensor:
-    return torch.empty_strided(output.shape, strides, dtype=dtype, device=output.device).copy_(output)
-
-
-def _stream(value: Tensor) -> Any:
-    """What another stream's reader must not share."""
-    return torch.cuda.current_stream(value.device) if value.is_cuda else None
-
-
-def _at_end_of_backward(method: weakref.WeakMethod) -> bool:
-    """Calls the method when the running backward pass ends; False where none is running."""
-
-    def call() -> None:
-        bound = method()
-        if bound is not None:
-            bound()
-
-    try:
-        torch.autograd.Variable._execution_engine.queue_callback(call)
-    except RuntimeError:
-        return False
-    return True

@@ -5,18 +5,24 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as theirs
 from torch import Tensor
 
 from .. import functional as ours
-from .swap import is_operand
+from .swap import as_plain, is_operand
 
 
 def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """Of what is about to be called: ours if that is `function`, and anything else as it is."""
     instead = EXCHANGES[function]
-    return lambda called: instead if called is function else called
+
+    def call(input: Any, *args: Any, **kwargs: Any) -> Any:
+        plain, kind = as_plain(input)
+        if kind is None:
+            return instead(input, *args, **kwargs)
+        return instead(plain, *args, **kwargs).as_subclass(kind)
+
+    return lambda called: call if called is function else called
 
 
 def _are_operands(*tensors: Any) -> bool:

@@ -21,7 +21,18 @@ from .. import functional as F
 from .. import nn as ours
 from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
 from .swap import Unary, is_operand
-from .trial import DoesNotTake, NotTried, Outline, Settings, forward_of, isolated, outline_of, same_settings, takes_one
+from .trial import (
+    Code,
+    DoesNotTake,
+    NotTried,
+    Outline,
+    Settings,
+    forward_of,
+    is_as_tried,
+    isolated,
+    outline_of,
+    takes_one,
+)
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -66,7 +77,7 @@ class RowNorm(Norm):
     """A norm over the last dimension, or over the channels of (N, C, *space) where `channels_first`.
 
     `weight` and `bias` name parameters; "" for none. `eps` is a number, or names an attribute. Of a norm that was tried
-    out, `settings` are those it was tried with, and `cases` those in which it computes what ours does; None for all.
+    out, `settings` and `code` are those it was tried with, and `cases` those in which it computes what ours does; None for all.
     `copied`: an input that eager torch does not keep is kept as a copy, because the model may write to it later.
     `contiguous`: over channels, of a contiguous map comes a contiguous one.
     """
@@ -79,6 +90,7 @@ class RowNorm(Norm):
     cast_before_weight: bool = False
     channels_first: bool = False
     settings: Settings = ()
+    code: Code | None = None
     cases: tuple[Case, ...] | None = None
     copied: bool = False
     contiguous: bool = False
@@ -107,7 +119,7 @@ class RowNorm(Norm):
         if self.cases is None:
             return Case(dtypes, input.dtype, self.centered or input.dtype.itemsize >= 4)
         known = (case for case in self.cases if case.dtypes == dtypes)
-        return next(known, None) if same_settings(module, self.settings) else None
+        return next(known, None) if is_as_tried(module, self.settings, self.code) else None
 
     def _must_copy(self, case: Case) -> bool:
         return self.copied and not case.keeps_input and torch.is_grad_enabled()
@@ -146,14 +158,12 @@ class RowNorm(Norm):
 class BatchNorm(Norm):
     """torch.nn's batch norms, synchronised or not."""
 
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
-        return self.compute_with_residual(module, input, None, activation)
-
-    def compute_with_residual(
-        self, module: nn.Module, input: Tensor, residual: Tensor | None, activation: str
-    ) -> Tensor:
+    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
+        # What torch's refuses it refuses after it has counted the batch.
+        if input.dim() < 2 or input.shape[1] != module.num_features or input.numel() <= input.shape[1]:
+            return None
         group = group_of(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None
-        return batch_norm_of(module, input, residual, activation, group)
+        return batch_norm_of(module, input, None, activation, group, again=True)
 
     def __str__(self) -> str:
         return "batch_norm"
@@ -188,7 +198,9 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     """The norm that a module computes, and where it computes none of ours but looks like a norm, why it does not."""
     if isinstance(module, _OURS):
         return None, ""
-    kind = next((kind for kind, forward in _KNOWN.items() if isinstance(module, kind) and type(module).forward is forward), None)
+    kind = next(
+        (kind for kind, forward in _KNOWN.items() if isinstance(module, kind) and type(module).forward is forward), None
+    )
     if kind in (nn.LayerNorm, nn.RMSNorm):
         names = [name if module._parameters.get(name) is not None else "" for name in ("weight", "bias")]
         return RowNorm(kind is nn.LayerNorm, *names, "eps"), ""
@@ -214,7 +226,13 @@ def _may_be_row_norm(module: nn.Module) -> bool:
     leaf = not any(True for _ in module.children()) and takes_one(type(module).forward)
     vectors = len(own) <= 2 and all(p.numel() == max(p.shape, default=0) for p in own)
     from_torch = type(module).__module__.startswith("torch.nn.modules.")
-    return leaf and vectors and len({p.numel() for p in own}) <= 1 and (bool(own) or _looks_like_norm(module)) and not from_torch
+    return (
+        leaf
+        and vectors
+        and len({p.numel() for p in own}) <= 1
+        and (bool(own) or _looks_like_norm(module))
+        and not from_torch
+    )
 
 
 # Trying out
@@ -255,8 +273,8 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
         for offset, contiguous in itertools.product(
             (0.0, 1.0) if weight and not centered else (0.0,), (False, True) if first else (False,)
         ):
-            settings = outline.settings
-            yield RowNorm(centered, weight, bias, eps, offset, False, first, settings, wide, False, contiguous)
+            tried = outline.settings, outline.code, wide
+            yield RowNorm(centered, weight, bias, eps, offset, False, first, *tried, False, contiguous)
 
 
 def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:

@@ -52,7 +52,9 @@ class Reader:
 
     def part(self, tree: ast.AST) -> str:
         """What a load is."""
-        return self.loads.get(ast.unparse(tree), "") if isinstance(tree, ast.Name | ast.Attribute | ast.Subscript) else ""
+        return (
+            self.loads.get(ast.unparse(tree), "") if isinstance(tree, ast.Name | ast.Attribute | ast.Subscript) else ""
+        )
 
     def is_plain(self, tree: ast.AST) -> bool:
         """Whether evaluating it runs nobody's code."""
@@ -83,7 +85,12 @@ class _Attempt:
     def called(self, tree: Meaning, part: str, name: str) -> ast.expr | None:
         """The argument of a call of something that is `part`, which becomes the operand `name`."""
         tree = self.through(tree)
-        if isinstance(tree, ast.Call) and len(tree.args) == 1 and not tree.keywords and self.reader.part(tree.func) == part:
+        if (
+            isinstance(tree, ast.Call)
+            and len(tree.args) == 1
+            and not tree.keywords
+            and self.reader.part(tree.func) == part
+        ):
             self.operands.append(Operand(name, tree.func))
             return tree.args[0]
         return self.formula_of(tree) if part == "act" else None
@@ -226,7 +233,10 @@ class _Attempt:
             return None
         if (factors := self.pair(sums[outer], ast.Mult)) is None:
             return None
-        if (ones := self.pair(factors[1 - inner], ast.Add)) is None or getattr(ones[one], "value", None) not in (1, 1.0):
+        if (ones := self.pair(factors[1 - inner], ast.Add)) is None or getattr(ones[one], "value", None) not in (
+            1,
+            1.0,
+        ):
             return None
         normed = self.called(factors[inner], "norm", "norm")
         if normed is None or not self.leaf(normed, "input"):

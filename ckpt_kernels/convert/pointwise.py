@@ -17,7 +17,7 @@ from .. import functional as F
 from ..activations import FUNCTIONS, NAMES, activation_name
 from ..backends.reference import ACTIVATIONS
 from .swap import Rule, Unary, is_called_plainly, is_patched, rule_of
-from .trial import NotTried, Outline, Settings, forward_of, isolated, outline_of, same_settings, takes_one
+from .trial import Code, NotTried, Outline, Settings, forward_of, is_as_tried, isolated, outline_of, takes_one
 
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
@@ -30,9 +30,14 @@ class ActivationRule(Unary):
 
     name: str
     settings: Settings
+    code: Code | None
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is what it was tried as."""
+        return is_as_tried(module, self.settings, self.code)
 
     def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        return F.bias_act(input, activation=self.name) if same_settings(module, self.settings) else None
+        return F.bias_act(input, activation=self.name) if self.holds(module) else None
 
     def __str__(self) -> str:
         return f"bias_act ({self.name})"
@@ -73,12 +78,12 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
     if getattr(module, "inplace", False):
         return None, ""
     try:
-        name, settings = _named(module)
+        name, *tried = _named(module)
     except NotTried as error:
         return None, str(error) if _looks_like_activation(module) else ""
     if name is None:
         return None, "computes none of our activations" if _looks_like_activation(module) else ""
-    return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, settings)), ""
+    return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, *tried)), ""
 
 
 def activation_of(act: Any, made: bool = False) -> str | None:
@@ -92,8 +97,7 @@ def activation_of(act: Any, made: bool = False) -> str | None:
         return None
     rule = rule_of(act)
     if isinstance(rule, ActivationRule):
-        known = same_settings(act, rule.settings) and not is_patched(type(act), "forward")
-        return rule.name if known else None
+        return rule.name if rule.holds(act) and not is_patched(type(act), "forward") else None
     if rule is not None or not _is_torchs(act):
         return None
     try:
@@ -107,19 +111,20 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
     return (kind is None or found is kind) and found in _TORCHS and found.forward is _TORCHS[found]
 
 
-def _named(module: nn.Module) -> tuple[str | None, Settings]:
+def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None]:
     if _is_torchs(module):
         try:
             name = activation_name(module)
         except ValueError:
-            return None, ()
-        return name, tuple(sorted((k, v) for k, v in vars(module).items() if type(v) in (bool, float, str) and k != "training"))
+            return None, (), None
+        plain = {k: v for k, v in vars(module).items() if type(v) in (bool, float, str) and k != "training"}
+        return name, tuple(sorted(plain.items())), None
     if any(True for _ in module.parameters()) or any(True for _ in module.children()):
-        return None, ()
+        return None, (), None
     if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
-        return None, ()
+        return None, (), None
     outline = outline_of(module)
-    return _tried_out(outline), outline.settings
+    return _tried_out(outline), outline.settings, outline.code
 
 
 @functools.lru_cache(maxsize=1024)

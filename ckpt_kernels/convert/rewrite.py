@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from . import sites
 from .exchange import EXCHANGES, exchanged
 from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
-from .patterns import Loads, Match, Operand, Reader, matches, settled, _Attempt
+from .patterns import Loads, Match, Operand, Reader, _Attempt, matches, settled
 from .scope import Scope
 from .source import Definition, definition_of, rebuilt
 
@@ -111,7 +111,11 @@ class _Writer:
             if not isinstance(root, ast.Call) or len(root.args) != 1 or root.keywords:
                 continue
             name = root.args[0]
-            if not isinstance(name, ast.Name) or name.id not in self.scope.fast or self.reader.part(root.func) != "norm":
+            if (
+                not isinstance(name, ast.Name)
+                or name.id not in self.scope.fast
+                or self.reader.part(root.func) != "norm"
+            ):
                 continue
             begin = end - 1
             while begin >= 0 and _copies(block.statements[begin], name.id):

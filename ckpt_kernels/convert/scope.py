@@ -39,7 +39,9 @@ class Scope:
         self._globals = function.__globals__
         self._module = module
         arguments = [*tree.args.posonlyargs, *tree.args.args]
-        stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+        stored = {
+            node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+        }
         first = arguments[0].arg if arguments else ""
         self.self = first if first in self.fast and first not in stored else ""
 
@@ -73,7 +75,7 @@ class Scope:
 
     def pointwise(self, tree: ast.AST) -> "tuple[str, ast.expr, list[ast.expr]] | None":
         """A function of one value out of torch's and Python's arithmetic: its formula with the value as `_`, the value,
-        and the functions that it names."""
+        and the functions and numbers that it names."""
         found: list[ast.expr] = []
         functions: list[ast.expr] = []
         formula = self._formula(tree, found, functions)
@@ -94,6 +96,7 @@ class Scope:
             return ast.UnaryOp(tree.op, operand) if isinstance(tree.op, ast.USub) and operand is not None else None
         value = self.value(tree)
         if type(value) in (int, float):
+            functions.append(tree)
             return tree
         if isinstance(tree, ast.Call) and self._is_pure(tree.func):
             callee: ast.expr = tree.func

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..activations import FUNCTIONS as ACTIVATIONS
 from .norms import BatchNorm, Norm, RowNorm
 from .pointwise import KEPT_BY_OUTPUT, activation_of
-from .swap import is_called_plainly, is_operand, rule_in_force
+from .swap import as_plain, is_called_plainly, is_operand, rule_in_force
 
 _LINEAR = nn.Linear.forward
 
@@ -41,27 +40,37 @@ def site(
     again = tuple(reversed(captured))
 
     def call(**operands: Any) -> list[Any]:
-        given = operands
         for index, known in enumerate(functions):
             if operands[f"f{index}"] is not known:
                 return [*[operands[name] for name in again], False]
-        if functions:
-            given = {name: value for name, value in operands.items() if name not in _FORMULA}
-        results = compute(**given, **options)
+        given, kinds = {}, set()
+        for name, operand in operands.items():
+            given[name], kind = as_plain(operand)
+            kinds.add(kind)
+        for index in range(len(functions)):
+            del given[f"f{index}"]
+        kinds.discard(None)
+        results = compute(**given, **options) if len(kinds) < 2 else None
         if results is None:
             return [*[operands[name] for name in again], False]
+        for kind in kinds:
+            results = [result.as_subclass(kind) for result in results]
         results.append(True)
         return results
 
     return call
 
 
-# The names of the functions of a formula.
-_FORMULA = tuple(f"f{index}" for index in range(8))
-
-
 def mlp(
-    first: Any, act: Any, last: Any, input: Any, drop: Any = None, p: Any = None, training: Any = None, *, recompute: str
+    first: Any,
+    act: Any,
+    last: Any,
+    input: Any,
+    drop: Any = None,
+    p: Any = None,
+    training: Any = None,
+    *,
+    recompute: str,
 ) -> Results | None:
     """last(drop(act(first(input))))."""
     name, p = _activation(act, True), _probability(drop, p, training)
@@ -137,7 +146,13 @@ def glu(act: Any, gate: Any, value: Any) -> Results | None:
     """act(gate) * value."""
     name = _activation(act)
     # Eager torch keeps the output of some, and not their input, to which somebody may write.
-    if name is None or name in KEPT_BY_OUTPUT or not is_operand(gate) or not is_operand(value) or not _alike(gate, value):
+    if (
+        name is None
+        or name in KEPT_BY_OUTPUT
+        or not is_operand(gate)
+        or not is_operand(value)
+        or not _alike(gate, value)
+    ):
         return None
     return [F.glu(gate, value, activation=name)]
 

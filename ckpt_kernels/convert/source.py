@@ -15,7 +15,9 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-_FUTURE = functools.reduce(int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names))
+_FUTURE = functools.reduce(
+    int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 _DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
 
@@ -107,7 +109,9 @@ def _find(tree: ast.AST, code: types.CodeType) -> tuple[tuple[ast.stmt, ...], as
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
             return around, node
         inner = (*around, node) if isinstance(node, _DEFINITIONS) else around
-        waiting += [(inner, child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler)]
+        waiting += [
+            (inner, child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler)
+        ]
     raise NoSource("its definition is not in its file")
 
 

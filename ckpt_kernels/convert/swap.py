@@ -7,6 +7,7 @@ it again, and makes an ordinary module of the original's class when it is called
 
 import abc
 import functools
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,10 +53,11 @@ class Unary(Rule):
 
 
 def _unary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if len(args) == 1 and not kwargs and is_operand(args[0]):
-        output = module.__dict__[ATTRIBUTE].of(module, args[0])
+    if len(args) == 1 and not kwargs:
+        input, kind = as_plain(args[0])
+        output = module.__dict__[ATTRIBUTE].of(module, input) if is_operand(input) else None
         if output is not None:
-            return output
+            return output if kind is None else output.as_subclass(kind)
     return module.original.forward(module, *args, **kwargs)
 
 
@@ -85,7 +87,8 @@ class Converted:
                 f"{self.original.__qualname__} is pickled in a way of its own; expected the usual one. "
                 "Call ckpt_kernels.revert first"
             )
-        return _made_again, (self.original, getattr(self, ATTRIBUTE), self.around), *rest
+        kind = type(self)
+        return _made_again, (kind.original, getattr(self, ATTRIBUTE), kind.around, (_PROCESS, id(kind))), *rest
 
 
 def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None:
@@ -134,6 +137,7 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = ("cpu", "cuda")
+_FUNCTION = Tensor.__torch_function__.__func__
 _everybody = nn.modules.module
 
 
@@ -148,19 +152,34 @@ def is_operand(value: Any) -> bool:
     )
 
 
+def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
+    """A tensor of a subclass that changes nothing of what torch's functions do, as a plain one, and its class.
+
+    A checkpoint gives its function plain tensors when it runs again: both times the same must be computed.
+    """
+    kind = type(value)
+    if kind in _TENSORS or not isinstance(value, Tensor):
+        return value, None
+    same = kind.__torch_function__.__func__ is _FUNCTION and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return (value.as_subclass(Tensor), kind) if same and not isinstance(value, nn.Parameter) else (value, None)
+
+
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or _everybody._global_forward_hooks
-        or _everybody._global_forward_pre_hooks
-        or _everybody._global_backward_hooks
-        or _everybody._global_backward_pre_hooks
-    ) and type(module).__call__ is nn.Module.__call__
+    return (
+        not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+            or _everybody._global_forward_hooks
+            or _everybody._global_forward_pre_hooks
+            or _everybody._global_backward_hooks
+            or _everybody._global_backward_pre_hooks
+        )
+        and type(module).__call__ is nn.Module.__call__
+    )
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -207,7 +226,9 @@ def _converted_class(
         members[name] = _unless_patched(original, name, members["found"][name], method)
     for outer in around:
         members["forward"] = _surrounded(original, outer, members.get("forward"))
-    return type(original)(original.__name__, (Converted, original), members)
+    made = type(original)(original.__name__, (Converted, original), members)
+    _classes[_PROCESS, id(made)] = made
+    return made
 
 
 def _unless_patched(original: type[nn.Module], name: str, found: Forward, method: Forward) -> Forward:
@@ -229,7 +250,16 @@ def _surrounded(original: type[nn.Module], outer: Around, forward: Forward | Non
     return surrounded
 
 
-def _made_again(original: type[nn.Module], rule: Rule, around: tuple[Around, ...]) -> nn.Module:
+# By these a copy within the process gets the very class, and what is unpickled elsewhere one that is made there.
+_PROCESS = uuid.uuid4().hex
+_classes: dict[tuple[str, int], type[nn.Module]] = {}
+
+
+def _made_again(original: type[nn.Module], rule: Rule, around: tuple[Around, ...], known: tuple[str, int]) -> nn.Module:
     module = original.__new__(original)
-    swap(module, rule, around)
+    kind = _classes.get(known)
+    if kind is None:
+        swap(module, rule, around)
+    else:
+        module.__dict__[ATTRIBUTE], module.__class__ = rule, kind
     return module

@@ -12,7 +12,7 @@ import dis
 import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,19 +36,66 @@ class DoesNotTake(NotTried):
     """It fails on what it was tried with."""
 
 
-def settings_of(module: nn.Module) -> Settings:
-    """All that the module's forward reads of it beside its parameters, by name. Raises NotTried."""
+class Code:
+    """The globals, and the methods of a class, that a forward reaches, with what they were when it was tried out.
+
+    A copy is the same; where it is unpickled, it is what the class has there.
+    """
+
+    def __init__(self, kind: type[nn.Module], found: Iterable[tuple[Any, str, Any]]) -> None:
+        self.kind = kind
+        self._found = tuple(found)
+
+    def is_same(self) -> bool:
+        """Whether all of it still is what it was."""
+        for holder, name, value in self._found:
+            if (holder.get(name, value) if type(holder) is dict else getattr(holder, name, None)) is not value:
+                return False
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Code) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        return tuple((id(holder), name, id(value)) for holder, name, value in self._found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _code_of, (self.kind,)
+
+
+def _code_of(kind: type[nn.Module]) -> Code:
+    made = object.__new__(kind)
+    made.__dict__.update(nn.Module().__dict__)
+    reading = _Reading(made)
+    try:
+        reading.function(kind.forward, own=True)
+    except NotTried:
+        return Code(kind, [({}, "", None)])
+    return Code(kind, reading.found)
+
+
+def _read(module: nn.Module) -> tuple[Settings, Code]:
+    """All that the module's forward reads of it beside its parameters, by name, and the code it reaches."""
     reading = _Reading(module)
     reading.function(type(module).forward, own=True)
     if reading.branches and reading.names & _SHAPES:
         raise NotTried("decides by the shape of what it is given")
-    return tuple(sorted(reading.settings.items()))
+    return tuple(sorted(reading.settings.items())), Code(type(module), reading.found)
 
 
-def same_settings(module: nn.Module, settings: Settings) -> bool:
-    """Whether they are as they were."""
+def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> bool:
+    """Whether the module's settings, and the code it reaches, are what they were."""
     held = module.__dict__
-    return all(held.get(name, _MISSING) == value for name, value in settings)
+    for name, value in settings:
+        if held.get(name, _MISSING) != value:
+            return False
+    return code is None or code.is_same()
 
 
 _MISSING = object()
@@ -62,6 +109,7 @@ class _Reading:
         self.settings: dict[str, Any] = {}
         self.names: set[str] = set()
         self.branches = False
+        self.found: list[tuple[Any, str, Any]] = []
         self._seen: set[types.CodeType] = set()
 
     def function(self, function: Any, own: bool = False) -> None:
@@ -71,7 +119,9 @@ class _Reading:
         if _is_torchs(function) and not own:
             return
         if not isinstance(function, types.FunctionType):
-            raise NotTried(f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's")
+            raise NotTried(
+                f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
+            )
         for cell in function.__closure__ or ():
             self._value(cell.cell_contents)
         self._code(function.__code__, function.__globals__)
@@ -95,6 +145,7 @@ class _Reading:
     def _global(self, name: str, names: dict[str, Any]) -> None:
         self.names.add(name)
         if name in names:
+            self.found.append((names, name, names[name]))
             self._value(names[name])
         elif name not in _BUILTINS or not hasattr(builtins, name):
             raise NotTried(f"uses {name}")
@@ -123,6 +174,7 @@ class _Reading:
             for owner in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
                 held = vars(owner).get(name)
                 if not _is_plain(held):
+                    self.found.append((owner, name, getattr(owner, name)))
                     self.function(held, own=True)
 
 
@@ -136,10 +188,11 @@ def _is_torchs(function: Any) -> bool:
 
 
 class Outline(NamedTuple):
-    """What a stand-in has of a module: its class, its forward, its settings, and its parameters' names and shapes."""
+    """What a stand-in has of a module: its class, its code, its settings, and its parameters' names and shapes."""
 
     kind: type[nn.Module]
     forward: Any
+    code: Code
     settings: Settings
     shapes: tuple[tuple[str, torch.Size | None], ...]
 
@@ -162,7 +215,8 @@ class Outline(NamedTuple):
 def outline_of(module: nn.Module) -> Outline:
     """Raises NotTried where the module may not be tried out."""
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
-    return Outline(type(module), type(module).forward, settings_of(module), shapes)
+    settings, code = _read(module)
+    return Outline(type(module), type(module).forward, code, settings, shapes)
 
 
 class _Strict(TorchDispatchMode):

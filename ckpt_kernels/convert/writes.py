@@ -101,7 +101,11 @@ def _made_here(function: ast.FunctionDef) -> set[str]:
                 if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
                     made[name.id] = made.get(name.id, True) and _makes(node.value)
         if isinstance(node, ast.For | ast.comprehension | ast.NamedExpr | ast.withitem):
-            made.update((name.id, False) for name in ast.walk(node) if isinstance(name, ast.Name) and not isinstance(name.ctx, ast.Load))
+            made.update(
+                (name.id, False)
+                for name in ast.walk(node)
+                if isinstance(name, ast.Name) and not isinstance(name.ctx, ast.Load)
+            )
     return {name for name, fresh in made.items() if fresh}
 
 

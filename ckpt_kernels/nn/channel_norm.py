@@ -16,13 +16,16 @@ def batch_norm_of(
     residual: Tensor | None,
     activation: str,
     process_group: "torch.distributed.ProcessGroup | None" = None,
+    *,
+    again: bool = False,
 ) -> Tensor:
     """What a batch norm of torch's makes of `input`, its running statistics moved as torch's forward moves them.
 
-    Once a step: where a checkpoint runs the forward pass again for the backward pass, they stay where they are.
+    Once a step: where a checkpoint runs the forward pass again for the backward pass, they stay where they are, but
+    with `again`, by which they move again, as torch's do.
     """
     module._check_input_dim(input)
-    counted = module.training and module.track_running_stats and not _recomputing()
+    counted = module.training and module.track_running_stats and (again or not _recomputing())
     momentum = 0.0 if module.momentum is None else module.momentum
     if counted and module.num_batches_tracked is not None:
         batches = module.num_batches_tracked + 1

@@ -198,4 +198,5 @@ bias_act = Op(
     _bias_act_setup,
     _bias_act_backward_rule,
     recipe=_bias_act_recipe,
+    elementwise=True,
 )

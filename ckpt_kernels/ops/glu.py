@@ -122,6 +122,7 @@ glu = Op(
     _glu_setup,
     _glu_backward_rule,
     recipe=_glu_recipe,
+    elementwise=True,
 )
 
 
@@ -256,4 +257,5 @@ packed_glu = Op(
     _packed_glu_setup,
     _packed_glu_backward_rule,
     recipe=_packed_glu_recipe,
+    elementwise=True,
 )

@@ -23,6 +23,8 @@ class Op:
         results: how many of several outputs a call returns; those that follow are only kept for backward.
         recipe: of (ctx, arguments, outputs), how to make the first output again from what is kept for backward: a
             function and the tensors it takes; None where that is not possible.
+        elementwise: whether it goes element by element, so that products which it reads are worth running again
+            where memory matters most.
 
     Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
     gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
@@ -39,6 +41,7 @@ class Op:
         backward: Callable[..., Any],
         results: int | None = None,
         recipe: Callable[[Any, tuple, Any], recompute.Announcement | None] | None = None,
+        elementwise: bool = False,
     ) -> None:
         name = schema.partition("(")[0]
         qualified = f"ckpt_kernels::{name}"
@@ -58,7 +61,7 @@ class Op:
             output = implementation(*arguments)
             setup_context(ctx, arguments, output)
             if recipe is not None and recompute.is_active():
-                recompute.announce(recipe(ctx, arguments, output))
+                recompute.announce(recipe(ctx, arguments, output), elementwise)
             return output if results is None else output[:results]
 
         def packed_backward(ctx: Any, *gradients: Tensor | None) -> tuple:

@@ -1,0 +1,152 @@
+"""How what torch's own cheap ops make is made again, by the names of their nodes in the autograd graph.
+
+What is not in these tables is not made again.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Rule(NamedTuple):
+    """How the output of a node is made: `function(*operands, *options(node))`.
+
+    `saved` names what the node saves of each operand, None where it saves nothing; there is one for each of its edges.
+    A rule without names takes all that the node has edges for, as one sequence. The first operand is `private` where
+    torch made it on the way and gave it to nobody else.
+    """
+
+    function: Callable[..., Tensor]
+    saved: tuple[str | None, ...] | None
+    options: Callable[[Any], tuple] = lambda node: ()
+    private: bool = False
+
+
+def _of(*names: str) -> Callable[[Any], tuple]:
+    return lambda node: tuple(getattr(node, f"_saved_{name}") for name in names)
+
+
+def _signed(value: Any) -> Any:
+    """A dimension, which torch gives without its sign."""
+    if isinstance(value, tuple):
+        return tuple(map(_signed, value))
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _dims(*names: str) -> Callable[[Any], tuple]:
+    return lambda node: tuple(_signed(getattr(node, f"_saved_{name}")) for name in names)
+
+
+def _shape(node: Any) -> tuple:
+    return (tuple(node._input_metadata[0].shape),)
+
+
+def _kind(node: Any) -> tuple:
+    made = node._input_metadata[0]
+    return made.device, made.dtype
+
+
+def _cast(operand: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return operand.to(device, dtype, copy=True)
+
+
+def _gelu(operand: Tensor, approximate: str) -> Tensor:
+    return F.gelu(operand, approximate=approximate)
+
+
+def _add(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    return torch.add(first, second, alpha=alpha)
+
+
+def _sub(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    return torch.sub(first, second, alpha=alpha)
+
+
+def _addcmul(first: Tensor, second: Tensor, third: Tensor, value: float) -> Tensor:
+    return torch.addcmul(first, second, third, value=value)
+
+
+def _addmm(bias: Tensor, first: Tensor, second: Tensor, beta: float, alpha: float) -> Tensor:
+    return torch.addmm(bias, first, second, beta=beta, alpha=alpha)
+
+
+def _contiguous(operand: Tensor) -> Tensor:
+    return operand.clone(memory_format=torch.contiguous_format)
+
+
+# Those that save their input.
+_BY_INPUT = {
+    "AbsBackward0": Rule(torch.abs, ("self",)),
+    "CeluBackward0": Rule(torch.celu, ("self",), _of("alpha")),
+    "ClampBackward1": Rule(torch.clamp, ("self",), _of("min", "max")),
+    "CosBackward0": Rule(torch.cos, ("self",)),
+    "DivBackward0": Rule(torch.div, ("self", "other")),
+    "EluBackward0": Rule(torch.ops.aten.elu, ("self",), _of("alpha", "scale", "input_scale")),
+    "ErfBackward0": Rule(torch.erf, ("self",)),
+    "GeluBackward0": Rule(_gelu, ("self",), _of("approximate")),
+    "GluBackward0": Rule(F.glu, ("self",), _dims("dim")),
+    "HardsigmoidBackward0": Rule(F.hardsigmoid, ("self",)),
+    "HardswishBackward0": Rule(F.hardswish, ("self",)),
+    "HardtanhBackward0": Rule(torch.ops.aten.hardtanh, ("self",), _of("min_val", "max_val")),
+    "LeakyReluBackward0": Rule(F.leaky_relu, ("self",), _of("negative_slope")),
+    "LogBackward0": Rule(torch.log, ("self",)),
+    "LogSigmoidBackward0": Rule(F.logsigmoid, ("self",)),
+    "MishBackward0": Rule(F.mish, ("self",)),
+    "MulBackward0": Rule(torch.mul, ("self", "other")),
+    "PowBackward0": Rule(torch.pow, ("self",), _of("exponent")),
+    "PreluKernelBackward0": Rule(torch.ops.aten._prelu_kernel, ("self", "weight")),
+    "SiluBackward0": Rule(F.silu, ("self",)),
+    "SinBackward0": Rule(torch.sin, ("self",)),
+    "SoftplusBackward0": Rule(F.softplus, ("self",), _of("beta", "threshold")),
+}
+# Those that save what they make.
+BY_RESULT = {
+    "ExpBackward0": Rule(torch.exp, (None,)),
+    "ReciprocalBackward0": Rule(torch.reciprocal, (None,)),
+    "ReluBackward0": Rule(torch.relu, (None,)),
+    "RsqrtBackward0": Rule(torch.rsqrt, (None,)),
+    "SigmoidBackward0": Rule(torch.sigmoid, (None,)),
+    "SqrtBackward0": Rule(torch.sqrt, (None,)),
+    "TanhBackward0": Rule(torch.tanh, (None,)),
+}
+# Those that save nothing, or not all of it.
+_BY_NEITHER = {
+    "AddBackward0": Rule(_add, (None, None), _of("alpha")),
+    "AddcmulBackward0": Rule(_addcmul, (None, "tensor1", "tensor2"), _of("value")),
+    "CatBackward0": Rule(torch.cat, None, _dims("dim")),
+    "CloneBackward0": Rule(_contiguous, (None,)),
+    "NegBackward0": Rule(torch.neg, (None,)),
+    "SubBackward0": Rule(_sub, (None, None), _of("alpha")),
+    "ToCopyBackward0": Rule(_cast, (None,), _kind),
+}
+# Those that give the memory of their input another shape, and so have its version counter.
+_RESHAPED = Rule(torch.reshape, (None,), _shape)
+VIEWS = {
+    "AliasBackward0": _RESHAPED,
+    "ReshapeAliasBackward0": _RESHAPED,
+    "SqueezeBackward0": _RESHAPED,
+    "SqueezeBackward1": _RESHAPED,
+    "SqueezeBackward2": _RESHAPED,
+    "UnsqueezeBackward0": _RESHAPED,
+    "ViewBackward0": _RESHAPED,
+    "ExpandBackward0": Rule(Tensor.expand, (None,), _shape),
+    "PermuteBackward0": Rule(torch.permute, (None,), _dims("dims")),
+    "TBackward0": Rule(torch.t, (None,)),
+    "TransposeBackward0": Rule(torch.transpose, (None,), _dims("dim0", "dim1")),
+}
+RULES = {
+    **_BY_INPUT,
+    **BY_RESULT,
+    **_BY_NEITHER,
+    **VIEWS,
+    # Of a copy, within `reshape`, or of a product.
+    "UnsafeViewBackward0": Rule(torch.reshape, (None,), _shape, private=True),
+}
+PRODUCTS = {
+    "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), private=True),
+    "MmBackward0": Rule(torch.mm, ("self", "mat2")),
+}
+RULES_AND_PRODUCTS = RULES | PRODUCTS
