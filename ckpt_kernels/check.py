@@ -83,9 +83,10 @@ class Check:
 def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns: int = 5) -> Check:
     """Runs copies of `model` on `inputs`, as it is and converted, and leaves the model as it was.
 
-    Each runs twice, the second time on a batch with its samples in another order. Errors are those of the first, against
-    a float64 copy, of the outputs and of the gradients of a random projection of them. Where the model draws random
-    numbers in training mode they are taken in evaluation mode. Times are medians of `turns` steps each, taken in turn.
+    Each runs twice, the second time on a batch with its samples in another order. Errors are those of the first,
+    against a float64 copy, of the outputs and of the gradients of a random projection of them. Where the model draws
+    random numbers in training mode they are taken in evaluation mode. Times are medians of `turns` steps each, taken in
+    turn.
 
     Raises ValueError if no output has a gradient.
     """

@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept.add_argument("--json", metavar="FILE", help="write the report there as data")
     compared = commands.add_parser(
         "convert-check",
-        help="a model as it is against itself converted: errors, what else differs, what is kept, peak and time of a step;"
-        " exit status 1 if anything but rounding differs",
+        help="a model as it is against itself converted: errors, what else differs, what is kept, peak and time of a "
+        "step; exit status 1 if anything but rounding differs",
     )
     _add_target(compared)
     compared.add_argument("--recompute", choices=RECOMPUTE, help="what is kept (default: each level in turn)")

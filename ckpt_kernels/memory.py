@@ -104,8 +104,8 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
 def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
     """While active, the last of `modules` is the one whose forward pass runs.
 
-    By the call of all modules and not by hooks: a converted module that has hooks, or anybody's for all modules, computes
-    in another way than it does without.
+    By the call of all modules and not by hooks: a converted module that has hooks, or anybody's for all modules,
+    computes in another way than it does without.
     """
     if not isinstance(fn, nn.Module):
         yield

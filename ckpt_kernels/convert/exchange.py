@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as theirs
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as ours
-from .swap import as_plain, is_operand
+from .pointwise import ActivationRule
+from .swap import as_plain, is_called_plainly, is_operand
 
 
 def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -23,6 +24,17 @@ def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:
         return instead(plain, *args, **kwargs).as_subclass(kind)
 
     return lambda called: call if called is function else called
+
+
+def exchanged_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any], Any]:
+    """The same for an activation that is a global of the file, and no part of the model."""
+
+    def call(input: Any, *args: Any, **kwargs: Any) -> Any:
+        plainly = not args and not kwargs and is_operand(input) and is_called_plainly(module)
+        output = rule.of(module, input) if plainly else None
+        return module(input, *args, **kwargs) if output is None else output
+
+    return lambda called: call if called is module else called
 
 
 def _are_operands(*tensors: Any) -> bool:

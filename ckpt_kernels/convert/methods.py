@@ -20,7 +20,7 @@ from ..activations import NAMES
 from ..backends.reference import ACTIVATIONS as FORMULAS
 from .exchange import EXCHANGES
 from .norms import Norm
-from .pointwise import activation_by_trial, activation_of
+from .pointwise import activation_by_trial, activation_of, pointwise_of
 from .rewrite import may_be_rewritten, rewritten
 from .scope import UNKNOWN, Scope
 from .sites import is_linear
@@ -167,7 +167,11 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> str:
             return "norm"
         if getattr(type(value), "original", type(value)) is nn.Dropout:
             return "dropout"
-        return "linear" if is_linear(value) else "act" if activation_of(value, made=True) is not None else ""
+        if is_linear(value):
+            return "linear"
+        if activation_of(value, made=True) is not None:
+            return "act"
+        return "exchange" if rule_of(value) is None and pointwise_of(value)[0] is not None else ""
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
         if value is F.dropout:
             return "F.dropout"

@@ -14,10 +14,13 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from . import sites
-from .exchange import EXCHANGES, exchanged
+from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
 from .patterns import Loads, Match, Operand, Reader, _Attempt, matches, settled
+from .pointwise import ActivationRule, pointwise_of
 from .scope import Scope
 from .source import Definition, definition_of, rebuilt
 
@@ -194,6 +197,9 @@ class _Writer:
 
     def _exchange(self, function: ast.expr) -> ast.expr:
         known = self.scope.value(function)
+        if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
+            self.found.append(str(rule))
+            return _at(function, ast.Call(self._cell(exchanged_module(known, rule)), [function], []))
         if not isinstance(known, types.FunctionType | types.BuiltinFunctionType) or known not in EXCHANGES:
             return function
         self.found.append(f"{known.__name__}")

@@ -19,8 +19,8 @@ UNKNOWN = object()
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 # What a formula may be made of: functions of one tensor that write to nothing and draw nothing.
-_PURE = """abs add clamp div elu erf exp gelu hardsigmoid hardswish hardtanh leaky_relu log1p logsigmoid mish mul neg pow relu
-    relu6 rsqrt sigmoid silu softplus sqrt square sub tanh""".split()
+_PURE = """abs add clamp div elu erf exp gelu hardsigmoid hardswish hardtanh leaky_relu log1p logsigmoid mish mul neg
+    pow relu relu6 rsqrt sigmoid silu softplus sqrt square sub tanh""".split()
 _PURE_FUNCTIONS = frozenset(
     [getattr(module, name) for module in (torch, F, torch.special) for name in _PURE if hasattr(module, name)]
     + [function for function in vars(math).values() if isinstance(function, types.BuiltinFunctionType)]

@@ -116,7 +116,7 @@ def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs
     """The forward within `discard_outputs`, which lets go of the products that blocks read too."""
     if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    with discard_outputs():
+    with discard_outputs(products=True):
         return forward(module, *args, **kwargs)
 
 

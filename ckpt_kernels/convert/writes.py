@@ -16,11 +16,11 @@ from .source import NoSource, definition_of, layers_of
 
 # Functions and methods whose results are new, never views of what they were given.
 _MAKERS = frozenset(
-    """abs amax arange argsort baddbmm bmm cat clone cos cross_entropy cumsum einsum embedding empty empty_like exp floor
-    full full_like gather index_select interpolate isin len linspace log log_softmax masked_fill matmul max mean meshgrid
-    min mm new_empty new_full new_ones new_zeros norm one_hot ones ones_like pad pow rand rand_like randint randn
-    randn_like range relu repeat repeat_interleave roll round rsqrt scatter sigmoid sin softmax sqrt stack sum tanh
-    tensor tolist topk tril triu where zeros zeros_like""".split()
+    """abs amax arange argsort baddbmm bmm cat clone cos cross_entropy cumsum einsum embedding empty empty_like exp
+    floor full full_like gather index_select interpolate isin len linspace log log_softmax masked_fill matmul max mean
+    meshgrid min mm new_empty new_full new_ones new_zeros norm one_hot ones ones_like pad pow rand rand_like randint
+    randn randn_like range relu repeat repeat_interleave roll round rsqrt scatter sigmoid sin softmax sqrt stack sum
+    tanh tensor tolist topk tril triu where zeros zeros_like""".split()
 )
 _ON_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
 

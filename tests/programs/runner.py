@@ -1,0 +1,248 @@
+"""Runs a program: its model as it is, and a twin from the same seed that is converted, step by step alike."""
+
+import contextlib
+import importlib.util
+import itertools
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+import ckpt_kernels
+
+from .actions import Step
+from .comparer import Tolerance, differences, seen
+from .grammar import Program
+
+Convert = Callable[..., Any]
+
+_numbers = itertools.count()
+_GLOBALS = ("CONFIG", "STATE", "LOG", "TOTAL")
+
+
+@dataclass
+class Result:
+    """What came of a program: `differences` of the first step that had any, named by `step`."""
+
+    program: Program
+    level: str
+    replaced: int = 0
+    raised: list[str] = field(default_factory=list)
+    step: str = ""
+    differences: list[str] = field(default_factory=list)
+    lenient: bool = False
+
+    def __str__(self) -> str:
+        told = "\n".join(f"  {line}" for line in self.differences[:12])
+        return (
+            f"seed {self.program.seed}, level {self.level}, after: {self.step or 'all steps'}\n{told or '  the same'}\n"
+            f"python -m tests.programs --seed {self.program.seed} --level {self.level}\n\n{self.program}"
+        )
+
+
+def run(program: Program, level: str, folder: Path, convert: Convert = ckpt_kernels.convert) -> Result:
+    """Runs both twins until they differ. The source is written into `folder`, from where it is imported."""
+    # A checkpoint runs its forward again up to the last tensor that is kept. What a fused call keeps comes earlier than
+    # eager's, so that what is written after it would be written once by one twin and twice by the other.
+    with _one_thread(), set_checkpoint_early_stop(False):
+        return _run(program, level, folder, convert)
+
+
+def _run(program: Program, level: str, folder: Path, convert: Convert) -> Result:
+    path = folder / f"program_{program.seed}_{next(_numbers)}.py"
+    path.write_text(program.text)
+    result = Result(program, level)
+    eager, other = _Twin(program, path), _Twin(program, path)
+    try:
+        _seed_all(1)
+        before = _generators()
+        try:
+            result.replaced = len(convert(other.model, recompute=level).replaced)
+        except Exception as error:
+            result.differences.append(f"convert: raised {type(error).__name__}: {error}")
+        result.differences += differences(before, _generators(), Tolerance(False), "generators after convert")
+        for index, step in enumerate(program.steps):
+            if result.differences:
+                break
+            one = {} if step.twin else eager.take(step, index, convert)
+            two = other.take(step, index, convert)
+            result.step = str(step)
+            if step.twin:
+                result.differences += [f"convert: raised {two['raised']}"] if two["raised"] else []
+                continue
+            if one["raised"]:
+                result.raised.append(one["raised"])
+            result.differences += _compared(one, two, program, result)
+    finally:
+        eager.close()
+        other.close()
+    return result
+
+
+def _compared(one: dict[str, Any], two: dict[str, Any], program: Program, result: Result) -> Iterator[str]:
+    """All differences between what two twins show after a step."""
+    if one["raised"] and not two["raised"] and one["raised"].startswith("backward"):
+        # Eager torch keeps what a fused call does not: a write to it is no error, and the gradient is right.
+        result.lenient = True
+        return
+    scale = max([1.0, *(g.value.abs().max().item() for g in one["gradients"].values() if g and g.value.numel())])
+    for name, value in one.items():
+        # Hooks leave gradients in the globals.
+        backward = name in ("gradients", "globals")
+        tolerance = Tolerance(program.coarse, scale if backward else 1.0, backward)
+        if name != "gradients" or not one["raised"]:
+            yield from differences(seen(value), seen(two[name]), tolerance, name)
+
+
+class _Twin:
+    """A model in a module of its own, and what is seen of it."""
+
+    def __init__(self, program: Program, path: Path) -> None:
+        self.shape = program.shape
+        self.name = f"{path.stem}_{next(_numbers)}"
+        spec = importlib.util.spec_from_file_location(self.name, path)
+        self.module = importlib.util.module_from_spec(spec)
+        sys.modules[self.name] = self.module
+        spec.loader.exec_module(self.module)
+        _seed_all(0)
+        self.module.model = self.module.Model()
+
+    @property
+    def model(self) -> nn.Module:
+        return self.module.model
+
+    def close(self) -> None:
+        del sys.modules[self.name]
+
+    def take(self, step: Step, index: int, convert: Convert) -> dict[str, Any]:
+        """Takes one step and tells what can be seen afterwards."""
+        arguments, leaves = self._arguments(step, index)
+        around = self.module.__dict__
+        around.update(SAMPLE=arguments["x"].detach(), convert=convert, revert=ckpt_kernels.revert)
+        raised, output = "", None
+        _seed_all(2 + index)
+        try:
+            if step.rows:
+                with torch.set_grad_enabled(step.gradients), torch.autocast("cpu", torch.bfloat16, step.autocast):
+                    output = eval(step.text, around, dict(arguments))
+            else:
+                exec(step.text, around)
+        except Exception as error:
+            raised = f"forward {type(error).__name__}"
+        forward = self._generators_and(output, arguments)
+        if step.gradients and not raised:
+            try:
+                _backward(output, index)
+            except Exception as error:
+                raised = f"backward {type(error).__name__}"
+        shown = {"raised": raised, **forward, **self._shown(leaves)}
+        if raised:
+            self.model.zero_grad(set_to_none=True)
+        return shown
+
+    def _arguments(self, step: Step, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What x and y are in this step, and the leaves that they come from."""
+        generator = torch.Generator().manual_seed(index)
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        leaves = {
+            name: torch.randn(step.rows or 2, *self.shape, generator=generator).to(dtype).requires_grad_(step.wanted)
+            for name in ("x", "y")
+        }
+        kind = self.module.Tagged if step.tagged else Tensor
+        return {
+            name: leaf if step.leaf and name == "x" else leaf.clone().as_subclass(kind) for name, leaf in leaves.items()
+        }, leaves
+
+    def _generators_and(self, output: Any, arguments: dict[str, Tensor]) -> dict[str, Any]:
+        """The output and the arguments, which of their tensors are the same or share memory, and the generators."""
+        tensors = [*arguments.values(), *_tensors(output)]
+        firsts = [next(i for i, b in enumerate(tensors) if b is a) for a in tensors]
+        memory = [t.untyped_storage().data_ptr() for t in tensors]
+        return {
+            "output": seen(output),
+            "arguments": seen(arguments),
+            "tensors that are the same": firsts,
+            "tensors that share memory": [memory.index(pointer) for pointer in memory],
+            "generators": _generators(),
+        }
+
+    def _shown(self, leaves: dict[str, Tensor]) -> dict[str, Any]:
+        """The state of the model, of its module and of the generators."""
+        wanting = {**dict(self.model.named_parameters()), **leaves}
+        modules = dict(self.model.named_modules())
+        return {
+            "gradients": {name: seen(t.grad) for name, t in wanting.items()},
+            "parameters": dict(self.model.named_parameters()),
+            "buffers": dict(self.model.named_buffers()),
+            "classes": {
+                name: f"{type(m).__module__.replace(self.name, '')}.{type(m).__name__}" for name, m in modules.items()
+            },
+            "attributes": {name: dict(_attributes(m)) for name, m in modules.items()},
+            "globals": {name: vars(self.module)[name] for name in _GLOBALS},
+            "class attributes": self.module.Swish.calls,
+            "generators after backward": _generators(),
+        }
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module holds, but for what `convert` adds; of hooks only how many there are."""
+    for name, value in vars(module).items():
+        if name.startswith("_ckpt") or name in ("_parameters", "_buffers"):
+            continue
+        counted = name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict)
+        yield name, len(value) if counted else value
+
+
+def _backward(output: Any, index: int) -> None:
+    """The gradients of random projections of all that the call gave."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    loss = torch.zeros(())
+    for tensor in _tensors(output):
+        if tensor.requires_grad:
+            loss = loss + (tensor * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)).sum()
+    if loss.requires_grad:
+        loss.backward()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors within an output."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, types.GeneratorType | str) or value is None:
+        return []
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    held = vars(value).values() if not held and hasattr(value, "others") else held
+    return [tensor for one in held for tensor in _tensors(one)]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors of a few numbers are not worth a second thread, and threads that wait for each other take long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
+
+
+def _generators() -> Any:
+    """The states of the generators, short enough to be told."""
+    state = numpy.random.get_state()
+    return seen(
+        [hash(torch.get_rng_state().numpy().tobytes()), hash(random.getstate()), hash(state[1].tobytes()), state[2]]
+    )

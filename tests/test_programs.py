@@ -1,0 +1,116 @@
+"""Generated models compute, converted, what they compute as they are; the last tests are of these tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from .programs import run, write
+from .programs.actions import LEVELS
+
+CHUNKS, EACH = 20, 15
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_generated_programs(chunk: int, tmp_path: Path) -> None:
+    results = [run(write(seed), LEVELS[seed % 3], tmp_path) for seed in range(chunk * EACH, (chunk + 1) * EACH)]
+    failed = [result for result in results if result.differences]
+    assert not failed, "\n\n".join(map(str, failed))
+    assert sum(bool(result.raised) for result in results) <= EACH // 2
+    assert sum(bool(result.replaced) for result in results) >= EACH // 2
+
+
+def test_a_program_is_the_same_each_time_and_others_are_others() -> None:
+    assert write(5) == write(5)
+    assert len({write(seed).source for seed in range(50)}) == 50
+
+
+# Each does one thing wrong to a converted model.
+
+
+def _changed(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Gives one module another forward, as `convert` would: by its class."""
+    kind = type(module)
+    members = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    module.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _imprecise(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.GELU | nn.SiLU | nn.LayerNorm):
+            _changed(module, lambda self, x: 1.001 * super(type(self), self).forward(x))
+
+
+def _wrong_gradient(model: nn.Module) -> None:
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 1.01 * grad
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            _changed(module, lambda self, x: Wrong.apply(super(type(self), self).forward(x)))
+
+
+def _around(before: Callable[[nn.Module], Any], after: Callable[[nn.Module, Any, Any], Any]) -> Callable:
+    """A conversion that runs the whole model between `before` and `after`, which makes the output."""
+
+    def break_(model: nn.Module) -> None:
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            held = before(self)
+            return after(self, held, super(type(self), self).forward(*args, **kwargs))
+
+        _changed(model, forward)
+
+    return break_
+
+
+def _forgotten(model: nn.Module, held: int, output: Any) -> Any:
+    model.counter = held
+    return output
+
+
+def _drawn(model: nn.Module, held: None, output: Any) -> Any:
+    torch.rand(())
+    return output
+
+
+WRONG: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "values": (_imprecise, "values of up to"),
+    "gradients": (_wrong_gradient, "gradients"),
+    "a list for a tuple": (
+        _around(lambda m: None, lambda m, held, out: list(out) if type(out) is tuple else out),
+        "list",
+    ),
+    "a forgotten attribute": (_around(lambda m: m.counter, _forgotten), "counter"),
+    "a random number": (_around(lambda m: None, _drawn), "generators"),
+    "a copy of what was passed on": (
+        _around(lambda m: None, lambda m, held, out: out.clone() if isinstance(out, Tensor) else out),
+        "are the same",
+    ),
+    "training": (_around(lambda m: m.train(), lambda m, held, out: out), "training"),
+    "a buffer": (_around(lambda m: m.steps.add_(1), lambda m, held, out: out), "buffers"),
+    "an error": (_around(lambda m: m.missing, lambda m, held, out: out), "raised"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_noticed(wrong: str, tmp_path: Path) -> None:
+    break_, told = WRONG[wrong]
+
+    def convert(model: nn.Module, recompute: str) -> SimpleNamespace:
+        break_(model)
+        return SimpleNamespace(replaced=[])
+
+    results = (run(write(seed), "output", tmp_path, convert) for seed in range(40))
+    assert any(told in difference for result in results for difference in result.differences)
