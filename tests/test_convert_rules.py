@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels import memory
 from ckpt_kernels.cli import main
-from ckpt_kernels.convert.check import check
+from ckpt_kernels.check import check
 from ckpt_kernels.convert.report import Report
 
 from .conftest import DEVICE
@@ -47,7 +47,7 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 SEQUENTIALS = {
     "norm, act": (
         lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, 4)),
-        "layer_norm, activation",
+        "norm, activation",
         (6, WIDTH),
     ),
     "linear, act, linear": (
@@ -62,17 +62,17 @@ SEQUENTIALS = {
     ),
     "conv, norm, act, conv": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 3)),
-        "batch_norm, activation",
+        "norm, activation",
         (2, 3, 9, 9),
     ),
     "conv, group norm, act": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3)),
-        "group_norm, activation",
+        "norm, activation",
         (2, 3, 9, 9),
     ),
     "instance norm, act": (
         lambda: nn.Sequential(nn.InstanceNorm2d(3, affine=True), nn.LeakyReLU(), nn.Conv2d(3, 4, 3)),
-        "instance_norm, activation",
+        "norm, activation",
         (2, 3, 9, 9),
     ),
 }
@@ -106,7 +106,7 @@ def test_transformer_layers_of_torch(kind: type[nn.Module], norm_first: bool, ac
     inputs = [x(2, 5, WIDTH), x(2, 7, WIDTH)][: 1 + (kind is nn.TransformerDecoderLayer)]
     eager, kept = run(layer, *inputs), memory.saved_bytes(lambda: layer(*[i.requires_grad_() for i in inputs]))
     report = ckpt_kernels.convert(layer)
-    assert by(report, "") == "MLP" and by(report, "norm1") == "layer_norm"
+    assert "MLP" in by(report, "") and by(report, "norm1") == "layer_norm"
     assert close(run(layer, *inputs), eager, 1e-5)
     assert memory.saved_bytes(lambda: layer(*[i.requires_grad_() for i in inputs])) < kept
     layer.eval()
@@ -148,7 +148,7 @@ IMAGE = (2, 8, 7, 7)
 
 def test_a_residual_block_is_fused() -> None:
     eager_block, converted = block(), block()
-    assert by(ckpt_kernels.convert(converted), "") == "batch_norm, add, activation; batch_norm, activation"
+    assert by(ckpt_kernels.convert(converted), "") == "norm, activation"
     assert close(run(converted, x(*IMAGE)), run(eager_block, x(*IMAGE)), 1e-5)
     for key, value in eager_block.state_dict().items():
         torch.testing.assert_close(converted.state_dict()[key], value)
@@ -162,7 +162,9 @@ def test_hooks_on_what_is_fused_are_called() -> None:
     seen: list[tuple[str, tuple]] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.shape)))
-        module.register_full_backward_hook(lambda m, i, o, name=name: seen.append((f"{name} back", o[0].shape)))
+        # Of what is written over, torch allows no such hook.
+        if name != "bn2":
+            module.register_full_backward_hook(lambda m, i, o, name=name: seen.append((f"{name} back", o[0].shape)))
     model.relu.inplace = False
     assert close(run(model, x(*IMAGE)), expected, 1e-5)
     names = [name for name, _ in seen]
@@ -327,27 +329,20 @@ def test_branches_that_are_followed(how: str) -> None:
         torch.testing.assert_close(call(), value)
 
 
-@pytest.mark.parametrize(
-    ("how", "why"),
-    (
-        ("value", "by values that are computed"),
-        ("shape", "by values that are computed"),
-        ("random", "draws random numbers"),
-        ("random too", "draws random numbers"),
-        ("attribute", "sets attributes"),
-        ("mark", "sets attributes"),
-        ("class", "by the class"),
-        ("new tensor", "makes a tensor of its own"),
-    ),
-)
-def test_branches_that_are_not_are_left_alone(how: str, why: str) -> None:
-    model = Decides(how).to(DEVICE)
-    expected = [model(x(n, WIDTH)) for n in (3, 6)]
-    report = ckpt_kernels.convert(model)
-    assert by(report, "") is None and why in reason(report, "")
-    for n, value in zip((3, 6), expected, strict=True):
-        torch.testing.assert_close(model(x(n, WIDTH)), value)
-    assert model.calls in (0, 4)
+HOWS = ("value", "shape", "random", "random too", "attribute", "class", "mark", "new tensor")
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_a_forward_does_besides_it_goes_on_doing(how: str) -> None:
+    model, twin = Decides(how).to(DEVICE), Decides(how).to(DEVICE)
+    twin.load_state_dict(model.state_dict())
+    assert by(ckpt_kernels.convert(model), "") == "MLP"
+    assert model.calls == 0
+    for n in (3, 6):
+        given = x(n, WIDTH), x(n, WIDTH)
+        torch.testing.assert_close(model(given[0]), twin(given[1]))
+        assert hasattr(given[0], "mark") == hasattr(given[1], "mark")
+    assert model.calls == twin.calls
 
 
 def test_settings_of_children_are_followed() -> None:

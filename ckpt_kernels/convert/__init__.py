@@ -121,15 +121,14 @@ class _Conversion:
         if self.recompute != "block":
             for module in self._roots():
                 self._surround(module)
-        # A part that is left alone may still have been found in the way its methods are written.
-        names = {entry.name for entry in self.replaced}
-        self.left_alone = [entry for entry in self.left_alone if entry.name not in names]
         order = {name: i for i, name in enumerate(named.values())}
         self.replaced.sort(key=lambda entry: order[entry.name])
         self.left_alone.sort(key=lambda entry: order[entry.name])
         return Report(self.recompute, _backend_of(self.model), self.replaced, self.left_alone)
 
     def _apply(self, name: str, module: nn.Module, rule: Rule) -> None:
+        # A part that was left alone as such may have been found in the way its methods are written.
+        self.left_alone = [entry for entry in self.left_alone if entry.name != name]
         self.replaced.append(Replaced(name, type(module).__name__, str(rule)))
         self.rules[module] = rule
         swap(module, rule)
@@ -152,9 +151,12 @@ class _Conversion:
             self._leave(name, module, "its forward was replaced on the instance")
         else:
             self._apply(name, module, rule)
+            if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
+                self._leave(name, module, "rounds bfloat16 where none of our row norms does: as it is for 16 bits")
 
     def _convert_composite(self, name: str, module: nn.Module) -> None:
-        if not self.selection.covers(module) or "forward" in module.__dict__:
+        leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
+        if leaf or not self.selection.covers(module) or "forward" in module.__dict__:
             return
         rule: Rule | None = chain_of(module, self.recompute, self.selection.covers)
         reason = ""

@@ -95,6 +95,11 @@ class RowNorm(Norm):
     copied: bool = False
     contiguous: bool = False
 
+    @property
+    def takes_bfloat16(self) -> bool:
+        """Whether it computes bfloat16, input and weight, as ours does."""
+        return self.cases is None or any(case.dtypes == (torch.bfloat16, torch.bfloat16) for case in self.cases)
+
     def operands(self, module: nn.Module, input: Tensor) -> tuple[Tensor, Any, Tensor | None, Tensor | None, float]:
         """What the functions of row norms take first: input, normalized_shape, weight, bias, eps."""
         weight, bias = (getattr(module, name) if name else None for name in (self.weight, self.bias))

@@ -9,6 +9,7 @@ import abc
 import functools
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def _unary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module.original.forward(module, *args, **kwargs)
 
 
+@dataclass(frozen=True)
 class Within(Rule):
     """The original's methods, for modules that are converted for nothing but what is around their forward."""
 
