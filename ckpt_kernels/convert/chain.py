@@ -1,5 +1,6 @@
 """Sequences of modules (`nn.Sequential`), in which what belongs together is computed by one call."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,14 +66,19 @@ def _forward(module: nn.Module, input: Any) -> Any:
     if len(modules) != rule.length:
         return module.original.forward(module, input)
     for place, several in _steps(modules, rule.places):
-        results = None
+        results = [False]
         if place >= 0:
-            _, kind, names = _PATTERNS[place]
-            options = {"recompute": rule.recompute} if kind == "mlp" else {}
-            results = getattr(sites, kind)(**dict(zip(names, several, strict=True)), input=input, **options)
-        if results is not None:
+            names = _PATTERNS[place][2]
+            results = _site(place, rule.recompute)(**dict(zip(names, several, strict=True)), input=input)
+        if results.pop():
             input = results.pop()
             continue
         for each in several:
             input = each(input)
     return input
+
+
+@functools.cache
+def _site(place: int, recompute: str) -> Callable[..., list[Any]]:
+    kind = _PATTERNS[place][1]
+    return sites.site(getattr(sites, kind), (), {"recompute": recompute} if kind == "mlp" else {}, ())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .norms import BatchNorm, Norm, RowNorm
 from .pointwise import KEPT_BY_OUTPUT, activation_of
-from .swap import as_plain, is_called_plainly, is_operand, rule_in_force
+from .swap import as_plain, has_hooks_for_all, is_called_plainly, is_operand, rule_in_force
 
 _LINEAR = nn.Linear.forward
 
@@ -39,26 +39,42 @@ def site(
     """
     again = tuple(reversed(captured))
 
+    tensors = TENSORS.get(compute.__name__, ("input",))
+    formulas = tuple((f"f{index}", known) for index, known in enumerate(functions))
+
     def call(**operands: Any) -> list[Any]:
-        for index, known in enumerate(functions):
-            if operands[f"f{index}"] is not known:
+        given, kind = operands, None
+        for name, known in formulas:
+            if operands[name] is not known:
                 return [*[operands[name] for name in again], False]
-        given, kinds = {}, set()
-        for name, operand in operands.items():
-            given[name], kind = as_plain(operand)
-            kinds.add(kind)
-        for index in range(len(functions)):
-            del given[f"f{index}"]
-        kinds.discard(None)
-        results = compute(**given, **options) if len(kinds) < 2 else None
+        if formulas:
+            given = {name: operand for name, operand in operands.items() if (name, operand) not in formulas}
+        for name in tensors:
+            if type(operands[name]) is not Tensor:
+                given, kind = _plain(given, tensors)
+                break
+        results = None if has_hooks_for_all() else compute(**given, **options)
         if results is None:
             return [*[operands[name] for name in again], False]
-        for kind in kinds:
+        if kind is not None:
             results = [result.as_subclass(kind) for result in results]
         results.append(True)
         return results
 
     return call
+
+
+# The operands that are tensors, of the functions that have others than `input`.
+TENSORS = {"glu": ("gate", "value"), "add_norm": ("left", "right"), "modulated": ("input", "scale", "shift")}
+
+
+def _plain(operands: dict[str, Any], tensors: Sequence[str]) -> tuple[dict[str, Any], type[Tensor] | None]:
+    """The operands with plain tensors for those of one subclass, and this class."""
+    found = {name: as_plain(operands[name]) for name in tensors}
+    kinds = {kind for _, kind in found.values() if kind is not None}
+    if len(kinds) != 1:
+        return operands, None
+    return operands | {name: tensor for name, (tensor, _) in found.items()}, kinds.pop()
 
 
 def mlp(

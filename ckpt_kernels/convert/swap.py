@@ -138,7 +138,6 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DEVICES = ("cpu", "cuda")
 _FUNCTION = Tensor.__torch_function__.__func__
 _everybody = nn.modules.module
 
@@ -148,7 +147,7 @@ def is_operand(value: Any) -> bool:
     return (
         type(value) in _TENSORS
         and value.dtype in _DTYPES
-        and value.device.type in _DEVICES
+        and (value.is_cpu or value.is_cuda)
         and value.layout is torch.strided
         and not value.is_nested
     )
@@ -168,19 +167,23 @@ def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
-    return (
-        not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-            or _everybody._global_forward_hooks
-            or _everybody._global_forward_pre_hooks
-            or _everybody._global_backward_hooks
-            or _everybody._global_backward_pre_hooks
-        )
-        and type(module).__call__ is nn.Module.__call__
+    held = module.__dict__
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+    ) and type(module).__call__ is nn.Module.__call__
+
+
+def has_hooks_for_all() -> bool:
+    """Whether somebody's hooks are to see the calls of all modules."""
+    return bool(
+        _everybody._global_forward_hooks
+        or _everybody._global_forward_pre_hooks
+        or _everybody._global_backward_hooks
+        or _everybody._global_backward_pre_hooks
     )
 
 
