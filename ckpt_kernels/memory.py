@@ -7,6 +7,7 @@ import json
 import pathlib
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,9 +23,9 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     `fn` may be a function or a module. Each storage counts once and whole, however many views of it are kept.
     Not counted: the storages of parameters (any `nn.Parameter` that is kept, or a view of one) and, if `fn` is a
-    module, of its parameters and buffers. Inputs that are kept do count. The call is made once, with gradients
-    as they are set, and its result is dropped. A `discard_outputs` around this call has no say in it; one within
-    `fn` has.
+    module, of its parameters and buffers. Inputs that are kept do count. The call is made once, with gradients as they
+    are set; what the graph of its result holds counts, and the result is dropped. A `discard_outputs` around this call
+    has no say in it; one within `fn` has.
     """
     return sum(tensor.counted for tensor in saved_tensors(fn, *args, **kwargs))
 
@@ -75,21 +76,24 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
     owned = set()
     if isinstance(fn, nn.Module):
         owned = {_storage(t) for t in (*fn.parameters(), *fn.buffers())}
-    packed: list[tuple[str, Tensor]] = []
+    packed: list[tuple[str, weakref.ref[_Held]]] = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> _Held:
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             owned.add(_storage(tensor))
-        # Without its graph: a node that keeps its own output would otherwise keep itself alive. All stay alive until
-        # the end, so that no storage's address is given to another.
-        packed.append((modules[-1], tensor.detach()))
-        return packed[-1][1]
+        held = _Held(tensor)
+        packed.append((modules[-1], weakref.ref(held)))
+        return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _naming(fn, modules):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor), _naming(fn, modules):
         result = fn(*args, **kwargs)
-    del result
+    # What the graph holds in the end: some of it may have been let go of since.
+    kept = [(module, reference()) for module, reference in packed]
     found, owners = [], {}
-    for module, tensor in packed:
+    for module, held in kept:
+        if held is None:
+            continue
+        tensor = held.tensor
         storage = _storage(tensor)
         if storage in owned or tensor.numel() == 0:
             continue
@@ -97,7 +101,16 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
         owner = owners.setdefault(storage, module)
         dtype = str(tensor.dtype).removeprefix("torch.")
         found.append(SavedTensor(module, tuple(tensor.shape), dtype, counted, owner))
+    del result
     return found
+
+
+class _Held:
+    """A tensor, as long as a graph holds it. Without its own graph: a node that keeps its output would otherwise keep
+    itself alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ from ..functional.linear import level_name
 from ..memory import kept_bytes
 from .chain import chain_of
 from .methods import looks_like_mlp, written_of
-from .norms import RowNorm, norm_of
+from .norm_trials import norm_of
+from .norms import RowNorm
 from .pointwise import pointwise_of
 from .report import LeftAlone, Replaced, Report
 from .selection import Selection

@@ -19,11 +19,11 @@ from ..activations import FUNCTIONS as ACTIVATIONS
 from ..activations import NAMES
 from ..backends.reference import ACTIVATIONS as FORMULAS
 from .exchange import EXCHANGES
+from .guards import is_linear
 from .norms import Norm
 from .pointwise import activation_by_trial, activation_of, pointwise_of
 from .rewrite import may_be_rewritten, rewritten
 from .scope import UNKNOWN, Scope
-from .sites import is_linear
 from .source import NoSource, decorated, definition_of, layers_of
 from .swap import Rule, rule_of
 
@@ -159,7 +159,7 @@ def _formula(text: str, scope: Scope) -> str:
 
 
 def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> str:
-    """The part that a value can have in a pattern; see `patterns.Loads`."""
+    """The part that a value can have in a pattern; see `reading.Loads`."""
     if isinstance(value, nn.Module):
         if not may_touch(value):
             return ""

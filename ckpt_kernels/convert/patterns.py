@@ -6,66 +6,15 @@ layer, an activation, a norm, a dropout. What they are at a call is the site's q
 
 import ast
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from .flow import Half, Meaning, Run, comes_first
+from .flow import Half, Meaning, Run
 from .pointwise import KEPT_BY_OUTPUT
-
-# The part of each load in a method, by its text: "linear", "act", "norm", "dropout", "F.dropout", or "" for others
-# that are plain. Formulas with the value as `_`, too, with "act:" and the activation's name.
-Loads = Mapping[str, str]
+from .reading import Match, Operand, Reader, settled
 
 
-class Operand(NamedTuple):
-    """What a site is given under a name: an expression as it is written."""
-
-    name: str
-    tree: ast.expr
-
-
-class Match(NamedTuple):
-    """A function of `sites`, its operands in the order in which they are evaluated, and its constants.
-
-    `root` is the expression that it computes; `captured` are the operands that the original expression, where it has to
-    run, must not evaluate again: the one that is no plain load, which is evaluated first, and the loads before it.
-    """
-
-    kind: str
-    root: ast.expr
-    operands: list[Operand]
-    captured: list[Operand]
-    options: dict[str, Any]
-    said: str
-
-
-class Reader:
-    """Reads one function's expressions."""
-
-    def __init__(
-        self, loads: Loads, fast: frozenset[str], known: frozenset[str], formula: Callable[[ast.expr], Any]
-    ) -> None:
-        self.loads = loads
-        self.fast = fast
-        self.locals = known
-        self.formula = formula
-
-    def part(self, tree: ast.AST) -> str:
-        """What a load is."""
-        return (
-            self.loads.get(ast.unparse(tree), "") if isinstance(tree, ast.Name | ast.Attribute | ast.Subscript) else ""
-        )
-
-    def is_plain(self, tree: ast.AST) -> bool:
-        """Whether evaluating it runs nobody's code."""
-        if isinstance(tree, ast.Name):
-            return tree.id in self.fast or (tree.id not in self.locals and tree.id in self.loads)
-        if isinstance(tree, ast.Constant):
-            return True
-        return isinstance(tree, ast.Attribute | ast.Subscript) and ast.unparse(tree) in self.loads
-
-
-class _Attempt:
+class Attempt:
     """One try to read an expression in one way. Methods return None, or False, where it is something else."""
 
     def __init__(self, reader: Reader, run: Run | None) -> None:
@@ -263,22 +212,22 @@ class _Attempt:
 
 # Larger ones first.
 _PATTERNS: tuple[tuple[str, Callable[..., str | None]], ...] = (
-    ("mlp", _Attempt.mlp),
-    *(("gated_mlp", functools.partial(_Attempt.gated_mlp, first=i)) for i in (0, 1)),
-    *(("packed_mlp", functools.partial(_Attempt.packed_mlp, first=i)) for i in (0, 1)),
+    ("mlp", Attempt.mlp),
+    *(("gated_mlp", functools.partial(Attempt.gated_mlp, first=i)) for i in (0, 1)),
+    *(("packed_mlp", functools.partial(Attempt.packed_mlp, first=i)) for i in (0, 1)),
     *(
-        ("modulated", functools.partial(_Attempt.modulated, outer=i, inner=j, one=k))
+        ("modulated", functools.partial(Attempt.modulated, outer=i, inner=j, one=k))
         for i in (0, 1)
         for j in (0, 1)
         for k in (0, 1)
     ),
-    ("norm_act", _Attempt.norm_act),
-    *(("add_norm", functools.partial(_Attempt.add_norm, first=i)) for i in (1, 0)),
-    *(("packed_glu", functools.partial(_Attempt.packed_glu, first=i)) for i in (0, 1)),
-    *(("gated_products", functools.partial(_Attempt.gated_products, first=i)) for i in (0, 1)),
-    *(("glu", functools.partial(_Attempt.glu, first=i)) for i in (0, 1)),
-    ("act_drop", _Attempt.act_drop),
-    ("activation", _Attempt.activation),
+    ("norm_act", Attempt.norm_act),
+    *(("add_norm", functools.partial(Attempt.add_norm, first=i)) for i in (1, 0)),
+    *(("packed_glu", functools.partial(Attempt.packed_glu, first=i)) for i in (0, 1)),
+    *(("gated_products", functools.partial(Attempt.gated_products, first=i)) for i in (0, 1)),
+    *(("glu", functools.partial(Attempt.glu, first=i)) for i in (0, 1)),
+    ("act_drop", Attempt.act_drop),
+    ("activation", Attempt.activation),
 )
 
 
@@ -286,51 +235,13 @@ def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -
     """What the expression may be read as, larger patterns first. `begins` is what is evaluated first: the root, or the
     value of the run's first statement."""
     for kind, pattern in _PATTERNS:
-        attempt = _Attempt(reader, run)
+        attempt = Attempt(reader, run)
         said = pattern(attempt, root)
         if said is None or len(attempt.looked_through) != (run.made if run else 0):
             continue
         match = settled(reader, kind, root, attempt.operands, attempt.options, begins, said)
         if match is not None:
             yield match
-
-
-def settled(
-    reader: Reader,
-    kind: str,
-    root: ast.expr,
-    operands: Sequence[Operand],
-    options: dict[str, Any],
-    begins: ast.expr,
-    said: str,
-) -> Match | None:
-    """The match, if evaluating its operands first is what the original does, or cannot be told from that."""
-    others = [operand for operand in operands if not reader.is_plain(operand.tree)]
-    if len(others) > 1 or len({operand.name for operand in operands}) != len(operands):
-        return None
-    if not others:
-        return Match(kind, root, list(operands), [], options, said)
-    if not comes_first(begins, others[0].tree, reader.is_plain):
-        return None
-    before = []
-    for node in _in_order(begins):
-        found = next((operand for operand in operands if operand.tree is node), None)
-        if found is not None:
-            before.append(found)
-        if found is others[0]:
-            break
-    else:
-        return None
-    rest = [operand for operand in operands if operand not in before]
-    captured = [operand for operand in before if not isinstance(operand.tree, ast.Name) or operand is others[0]]
-    return Match(kind, root, [*before, *rest], captured, options, said)
-
-
-def _in_order(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of calls and sums in the order in which they are begun to be evaluated."""
-    yield tree
-    for child in ast.iter_child_nodes(tree):
-        yield from _in_order(child)
 
 
 def _is_view(index: ast.AST) -> bool:

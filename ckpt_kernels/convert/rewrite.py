@@ -19,8 +19,10 @@ from torch import nn
 from . import sites
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
-from .patterns import Loads, Match, Operand, Reader, _Attempt, matches, settled
+from .guards import Named
+from .patterns import Attempt, matches
 from .pointwise import ActivationRule, pointwise_of
+from .reading import Loads, Match, Operand, Reader, settled
 from .scope import Scope
 from .source import Definition, definition_of, rebuilt
 
@@ -129,7 +131,7 @@ class _Writer:
             if not comes_first(last.value, root, self.reader.is_plain):
                 continue
             for first in (1, 0):
-                attempt = _Attempt(self.reader, None)
+                attempt = Attempt(self.reader, None)
                 if not attempt.sum(total, first):
                     continue
                 operands = [*attempt.operands, Operand("norm", root.func)]
@@ -182,7 +184,7 @@ class _Writer:
         options = dict(match.options)
         functions = [self.scope.value(tree) for tree in options.pop("functions", ())]
         if "act" in options:
-            options["act"] = sites.Named(options["act"])
+            options["act"] = Named(options["act"])
         if "mlp" in match.kind:
             options["recompute"] = self.recompute
         site = sites.site(compute, [operand.name for operand in match.captured], options, functions)

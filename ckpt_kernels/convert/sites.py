@@ -11,22 +11,16 @@ and mode.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional as F
-from .norms import BatchNorm, Norm, RowNorm
-from .pointwise import KEPT_BY_OUTPUT, activation_of
-from .swap import as_plain, has_hooks_for_all, is_called_plainly, is_operand, rule_in_force
-
-_LINEAR = nn.Linear.forward
+from .guards import activation_name_of, are_alike, chains, linear_operands, modulates, norm_rule, probability
+from .norms import RowNorm
+from .pointwise import KEPT_BY_OUTPUT
+from .swap import as_plain, has_hooks_for_all, is_operand
 
 # The results of a site, in the order in which they are taken from the end.
 Results = list[Any]
-
-
-class Named(str):
-    """An activation that is written as a formula, by its name."""
 
 
 def site(
@@ -38,7 +32,6 @@ def site(
     those that a formula in it was known with.
     """
     again = tuple(reversed(captured))
-
     tensors = TENSORS.get(compute.__name__, ("input",))
     formulas = tuple((f"f{index}", known) for index, known in enumerate(functions))
 
@@ -89,11 +82,11 @@ def mlp(
     recompute: str,
 ) -> Results | None:
     """last(drop(act(first(input))))."""
-    name, p = _activation(act, True), _probability(drop, p, training)
+    name, p = activation_name_of(act, True), probability(drop, p, training)
     if name is None or p is None or not is_operand(input):
         return None
-    firsts, lasts = _linear(first, input), _linear(last, input)
-    if firsts is None or lasts is None or not _chains(input, firsts, lasts):
+    firsts, lasts = linear_operands(first, input), linear_operands(last, input)
+    if firsts is None or lasts is None or not chains(input, firsts, lasts):
         return None
     return [F.mlp(input, *firsts, *lasts, activation=name, dropout_p=p, recompute=recompute)]
 
@@ -111,13 +104,13 @@ def gated_mlp(
     recompute: str,
 ) -> Results | None:
     """last(drop(act(gate(input)) * value(input)))."""
-    name, p = _activation(act, True), _probability(drop, p, training)
+    name, p = activation_name_of(act, True), probability(drop, p, training)
     if name is None or p is None or not is_operand(input):
         return None
-    gates, values, lasts = (_linear(module, input) for module in (gate, value, last))
+    gates, values, lasts = (linear_operands(module, input) for module in (gate, value, last))
     if gates is None or values is None or lasts is None:
         return None
-    if not _chains(input, gates, lasts) or values[0].shape != gates[0].shape:
+    if not chains(input, gates, lasts) or values[0].shape != gates[0].shape:
         return None
     weights = {"gate_bias": gates[1], "value_bias": values[1], "bias": lasts[1]}
     options = {"activation": name, "dropout_p": p, "recompute": recompute}
@@ -137,11 +130,11 @@ def packed_mlp(
     recompute: str,
 ) -> Results | None:
     """last(drop(act(gate) * value)), gate and value the halves of packed(input)."""
-    name, p = _activation(act, True), _probability(drop, p, training)
+    name, p = activation_name_of(act, True), probability(drop, p, training)
     if name is None or p is None or not is_operand(input):
         return None
-    packs, lasts = _linear(packed, input), _linear(last, input)
-    if packs is None or lasts is None or not _chains(input, packs, lasts, 2):
+    packs, lasts = linear_operands(packed, input), linear_operands(last, input)
+    if packs is None or lasts is None or not chains(input, packs, lasts, 2):
         return None
     options = {"activation": name, "layout": layout, "dropout_p": p, "recompute": recompute}
     return [F.gated_mlp(input, packs[0], None, lasts[0], gate_bias=packs[1], bias=lasts[1], **options)]
@@ -149,10 +142,10 @@ def packed_mlp(
 
 def gated_products(gate: Any, act: Any, value: Any, input: Any) -> Results | None:
     """act(gate(input)) * value(input), of two linear layers."""
-    name = _activation(act, True)
+    name = activation_name_of(act, True)
     if name is None or not is_operand(input):
         return None
-    gates, values = _linear(gate, input), _linear(value, input)
+    gates, values = linear_operands(gate, input), linear_operands(value, input)
     if gates is None or values is None or gates[0].shape != values[0].shape or gates[0].shape[1] != input.shape[-1]:
         return None
     return [F.glu(gate(input), value(input), activation=name)]
@@ -160,14 +153,14 @@ def gated_products(gate: Any, act: Any, value: Any, input: Any) -> Results | Non
 
 def glu(act: Any, gate: Any, value: Any) -> Results | None:
     """act(gate) * value."""
-    name = _activation(act)
+    name = activation_name_of(act)
     # Eager torch keeps the output of some, and not their input, to which somebody may write.
     if (
         name is None
         or name in KEPT_BY_OUTPUT
         or not is_operand(gate)
         or not is_operand(value)
-        or not _alike(gate, value)
+        or not are_alike(gate, value)
     ):
         return None
     return [F.glu(gate, value, activation=name)]
@@ -175,7 +168,7 @@ def glu(act: Any, gate: Any, value: Any) -> Results | None:
 
 def packed_glu(act: Any, input: Any, *, layout: str) -> Results | None:
     """act(gate) * value, the halves of the input's last dimension."""
-    name = _activation(act)
+    name = activation_name_of(act)
     if name is None or name in KEPT_BY_OUTPUT or not is_operand(input) or input.dim() == 0 or input.shape[-1] % 2:
         return None
     return [F.packed_glu(input, activation=name, layout=layout)]
@@ -183,13 +176,13 @@ def packed_glu(act: Any, input: Any, *, layout: str) -> Results | None:
 
 def activation(act: Any, input: Any) -> Results | None:
     """act(input)."""
-    name = _activation(act)
+    name = activation_name_of(act)
     return [F.bias_act(input, activation=name)] if name is not None and is_operand(input) else None
 
 
 def norm_act(norm: Any, act: Any, input: Any) -> Results | None:
     """act(norm(input))."""
-    rule, name = _norm(norm), _activation(act, True)
+    rule, name = norm_rule(norm), activation_name_of(act, True)
     if rule is None or name is None or not is_operand(input):
         return None
     output = rule.compute(norm, input, name)
@@ -200,10 +193,10 @@ def add_norm(
     norm: Any, left: Any, right: Any, drop: Any = None, p: Any = None, training: Any = None, *, total: bool = True
 ) -> Results | None:
     """norm(left + right), and left + right if asked for, which is taken first; `right` is dropped out before."""
-    rule, p = _norm(norm), _probability(drop, p, training)
+    rule, p = norm_rule(norm), probability(drop, p, training)
     if not isinstance(rule, RowNorm) or rule.channels_first or p is None:
         return None
-    if not is_operand(left) or not is_operand(right) or not _alike(left, right) or not rule.takes(norm, left):
+    if not is_operand(left) or not is_operand(right) or not are_alike(left, right) or not rule.takes(norm, left):
         return None
     _, shape, weight, bias, eps = rule.operands(norm, left)
     if tuple(shape) != left.shape[left.dim() - len(shape) :]:
@@ -217,7 +210,7 @@ def add_norm(
 
 def modulated(norm: Any, input: Any, scale: Any, shift: Any, *, scale_view: Any, shift_view: Any) -> Results | None:
     """norm(input) * (1 + scale) + shift, these as their views."""
-    rule = _norm(norm)
+    rule = norm_rule(norm)
     if not isinstance(rule, RowNorm) or rule.channels_first or rule.weight_offset:
         return None
     if not is_operand(input) or not is_operand(scale) or not is_operand(shift) or not rule.takes(norm, input):
@@ -227,7 +220,7 @@ def modulated(norm: Any, input: Any, scale: Any, shift: Any, *, scale_view: Any,
     _, shape, weight, bias, eps = rule.operands(norm, input)
     if len(shape) != 1 or (rule.cast_before_weight and weight is not None):
         return None
-    if not _modulates(scale, input) or not _modulates(shift, input) or scale.shape != shift.shape:
+    if not modulates(scale, input) or not modulates(shift, input) or scale.shape != shift.shape:
         return None
     if rule.centered:
         return [F.modulated_layer_norm(input, scale, shift, shape, weight, bias, eps)]
@@ -236,86 +229,7 @@ def modulated(norm: Any, input: Any, scale: Any, shift: Any, *, scale_view: Any,
 
 def act_drop(act: Any, drop: Any, input: Any, p: Any = None, training: Any = None) -> Results | None:
     """drop(act(input))."""
-    name, p = _activation(act), _probability(drop, p, training)
+    name, p = activation_name_of(act), probability(drop, p, training)
     if name is None or name in KEPT_BY_OUTPUT or not p or not is_operand(input):
         return None
     return [F.bias_act(input, activation=name, dropout_p=p)]
-
-
-# What the modules and tensors are
-
-
-def _activation(act: Any, made: bool = False) -> str | None:
-    """The activation's name. `made`: what it is called on is new, so that nobody sees whether it is written over."""
-    return str(act) if type(act) is Named else activation_of(act, made)
-
-
-def is_linear(module: Any) -> bool:
-    """Whether it computes what `torch.nn.Linear` does, or the same with its weight transposed (GPT-2's Conv1D)."""
-    if isinstance(module, nn.Linear):
-        return type(module).forward is _LINEAR and nn.Linear.forward is _LINEAR
-    if not isinstance(module, nn.Module) or not _transposed(module):
-        return False
-    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
-
-
-def _transposed(module: nn.Module) -> bool:
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    shape = getattr(module, "nx", None), getattr(module, "nf", None)
-    return weight is not None and bias is not None and tuple(weight.shape) == shape and bias.shape == shape[1:]
-
-
-def _linear(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias as F.linear takes them, if there is nothing else to it and they are of the input's kind."""
-    if not is_linear(module) or not is_called_plainly(module):
-        return None
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if not is_operand(weight) or not (bias is None or is_operand(bias)) or weight.device != input.device:
-        return None
-    same = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
-    if not same and not torch.is_autocast_enabled(input.device.type):
-        return None
-    return (weight if isinstance(module, nn.Linear) else weight.t()), bias
-
-
-def _chains(input: Tensor, firsts: tuple, lasts: tuple, parts: int = 1) -> bool:
-    fits = input.dim() > 0 and firsts[0].shape[1] == input.shape[-1]
-    return fits and firsts[0].shape[0] == parts * lasts[0].shape[1]
-
-
-def _norm(module: Any) -> Norm | None:
-    rule = rule_in_force(module) if isinstance(module, nn.Module) else None
-    return rule if isinstance(rule, Norm) else None
-
-
-def is_batch_norm(module: Any) -> bool:
-    """Whether it was converted as a batch norm."""
-    return isinstance(_norm(module), BatchNorm)
-
-
-def _probability(drop: Any, p: Any, training: Any) -> float | None:
-    if drop is None:
-        return 0.0
-    if drop is nn.functional.dropout:
-        return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
-    module = getattr(type(drop), "original", type(drop)) is nn.Dropout and is_called_plainly(drop)
-    if not module or drop.inplace or not isinstance(drop.p, float | int) or nn.Dropout.forward is not _DROPOUT:
-        return None
-    return float(drop.p) if drop.training else 0.0
-
-
-_DROPOUT = nn.Dropout.forward
-
-
-def _alike(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.device == other.device
-
-
-def _modulates(tensor: Any, input: Tensor) -> bool:
-    """Whether it is one for each sample: (B, 1, N) or (B, T, N) beside an input (B, T, N), or (B, N) beside (B, N)."""
-    if tensor is None or tensor.dim() != input.dim() or tensor.dtype != input.dtype or tensor.device != input.device:
-        return False
-    samples, lead = list(tensor.shape[:-1]), list(input.shape[:-1])
-    while samples and samples[-1] == 1 and lead[len(samples) - 1] != 1:
-        samples.pop()
-    return tensor.shape[-1] == input.shape[-1] and samples == lead[: len(samples)]

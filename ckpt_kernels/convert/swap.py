@@ -168,13 +168,16 @@ def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
     held = module.__dict__
-    return not (
-        held["_forward_hooks"]
-        or held["_forward_pre_hooks"]
-        or held["_backward_hooks"]
-        or held["_backward_pre_hooks"]
-        or "forward" in held
-    ) and type(module).__call__ is nn.Module.__call__
+    return (
+        not (
+            held["_forward_hooks"]
+            or held["_forward_pre_hooks"]
+            or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+            or "forward" in held
+        )
+        and type(module).__call__ is nn.Module.__call__
+    )
 
 
 def has_hooks_for_all() -> bool:

@@ -1,0 +1,87 @@
+"""What the modules and tensors at a site are: known, called plainly, fitting. Everything else is None, or False."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .norms import Norm
+from .pointwise import activation_of
+from .swap import is_called_plainly, is_operand, rule_in_force
+
+_LINEAR = nn.Linear.forward
+
+
+class Named(str):
+    """An activation that is written as a formula, by its name."""
+
+
+def activation_name_of(act: Any, made: bool = False) -> str | None:
+    """The activation's name. `made`: what it is called on is new, so that nobody sees whether it is written over."""
+    return str(act) if type(act) is Named else activation_of(act, made)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether it computes what `torch.nn.Linear` does, or the same with its weight transposed (GPT-2's Conv1D)."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward is _LINEAR and nn.Linear.forward is _LINEAR
+    if not isinstance(module, nn.Module) or not _transposed(module):
+        return False
+    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
+
+
+def _transposed(module: nn.Module) -> bool:
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    shape = getattr(module, "nx", None), getattr(module, "nf", None)
+    return weight is not None and bias is not None and tuple(weight.shape) == shape and bias.shape == shape[1:]
+
+
+def linear_operands(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias as F.linear takes them, if there is nothing else to it and they are of the input's kind."""
+    if not is_linear(module) or not is_called_plainly(module):
+        return None
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if not is_operand(weight) or not (bias is None or is_operand(bias)) or weight.device != input.device:
+        return None
+    same = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
+    if not same and not torch.is_autocast_enabled(input.device.type):
+        return None
+    return (weight if isinstance(module, nn.Linear) else weight.t()), bias
+
+
+def chains(input: Tensor, firsts: tuple, lasts: tuple, parts: int = 1) -> bool:
+    fits = input.dim() > 0 and firsts[0].shape[1] == input.shape[-1]
+    return fits and firsts[0].shape[0] == parts * lasts[0].shape[1]
+
+
+def norm_rule(module: Any) -> Norm | None:
+    rule = rule_in_force(module) if isinstance(module, nn.Module) else None
+    return rule if isinstance(rule, Norm) else None
+
+
+def probability(drop: Any, p: Any, training: Any) -> float | None:
+    if drop is None:
+        return 0.0
+    if drop is nn.functional.dropout:
+        return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
+    module = getattr(type(drop), "original", type(drop)) is nn.Dropout and is_called_plainly(drop)
+    if not module or drop.inplace or not isinstance(drop.p, float | int) or nn.Dropout.forward is not _DROPOUT:
+        return None
+    return float(drop.p) if drop.training else 0.0
+
+
+_DROPOUT = nn.Dropout.forward
+
+
+def are_alike(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.device == other.device
+
+
+def modulates(tensor: Any, input: Tensor) -> bool:
+    """Whether it is one for each sample: (B, 1, N) or (B, T, N) beside an input (B, T, N), or (B, N) beside (B, N)."""
+    if tensor is None or tensor.dim() != input.dim() or tensor.dtype != input.dtype or tensor.device != input.device:
+        return False
+    samples, lead = list(tensor.shape[:-1]), list(input.shape[:-1])
+    while samples and samples[-1] == 1 and lead[len(samples) - 1] != 1:
+        samples.pop()
+    return tensor.shape[-1] == input.shape[-1] and samples == lead[: len(samples)]
