@@ -151,7 +151,7 @@ class Discarder:
             own.attached.keepers.append(keeper)
 
     def _recipe_for(self, tensor: Tensor) -> Recipe | Tensor | None:
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg():
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
             return None
         entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
         if entry is not None and not entry.storage.expired():

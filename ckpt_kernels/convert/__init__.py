@@ -20,7 +20,7 @@ from .. import backends
 from ..functional.linear import level_name
 from ..memory import kept_bytes
 from .chain import chain_of
-from .methods import looks_like_mlp, written_of
+from .methods import looks_like_mlp, uses_transforms, written_of
 from .norm_trials import norm_of
 from .norms import RowNorm
 from .pointwise import pointwise_of
@@ -33,6 +33,7 @@ from .swap import (
     discarding_products,
     is_converted,
     is_wrapped,
+    may_be_swapped,
     rule_of,
     selecting,
     swap,
@@ -119,7 +120,7 @@ class _Conversion:
         for module, name in named.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        if self.recompute != "block":
+        if self.recompute != "block" and not any(map(uses_transforms, {type(m) for m in named})):
             for module in self._roots():
                 self._surround(module)
         order = {name: i for i, name in enumerate(named.values())}
@@ -138,6 +139,8 @@ class _Conversion:
         self.left_alone.append(LeftAlone(name, type(module).__name__, reason))
 
     def _convert_leaf(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            return
         rule, reason = norm_of(module)
         if isinstance(rule, RowNorm) and self.writer:
             rule = replace(rule, copied=True)
@@ -150,6 +153,8 @@ class _Conversion:
             self._leave(name, module, "not selected")
         elif "forward" in module.__dict__:
             self._leave(name, module, "its forward was replaced on the instance")
+        elif not may_be_swapped(module):
+            self._leave(name, module, "its forward is no plain method of its class")
         else:
             self._apply(name, module, rule)
             if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
@@ -157,7 +162,7 @@ class _Conversion:
 
     def _convert_composite(self, name: str, module: nn.Module) -> None:
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
-        if leaf or not self.selection.covers(module) or "forward" in module.__dict__:
+        if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
         rule: Rule | None = chain_of(module, self.recompute, self.selection.covers)
         reason = ""
@@ -177,7 +182,7 @@ class _Conversion:
                 found.update((layer, None) for layer in parent._modules.values() if layer is not None)
         for module in found:
             covered = self.selection.covers(module) or any(m in self.rules for m in module.modules())
-            if covered and "forward" not in module.__dict__ and _has_forward(module):
+            if covered and may_be_swapped(module) and _has_forward(module):
                 yield module
 
     def _surround(self, module: nn.Module) -> None:

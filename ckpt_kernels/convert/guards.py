@@ -40,13 +40,24 @@ def linear_operands(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] 
     """Weight and bias as F.linear takes them, if there is nothing else to it and they are of the input's kind."""
     if not is_linear(module) or not is_called_plainly(module):
         return None
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight, bias = module.weight, module.bias
     if not is_operand(weight) or not (bias is None or is_operand(bias)) or weight.device != input.device:
         return None
     same = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
     if not same and not torch.is_autocast_enabled(input.device.type):
         return None
     return (weight if isinstance(module, nn.Linear) else weight.t()), bias
+
+
+def are_wanted(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -> bool:
+    """Whether all products have gradients, or none: what eager torch keeps of a gate depends on that."""
+    return not torch.is_grad_enabled() or input.requires_grad or all(w.requires_grad for w, _ in linears)
+
+
+def level_for(recompute: str, *linears: tuple[Tensor, Tensor | None]) -> str:
+    """ "output" in the place of "all" where a weight is frozen, for which eager torch does not keep the input."""
+    frozen = recompute == "all" and not all(weight.requires_grad for weight, _ in linears)
+    return "output" if frozen else recompute
 
 
 def chains(input: Tensor, firsts: tuple, lasts: tuple, parts: int = 1) -> bool:

@@ -21,9 +21,9 @@ from ..backends.reference import ACTIVATIONS as FORMULAS
 from .exchange import EXCHANGES
 from .guards import is_linear
 from .norms import Norm
-from .pointwise import activation_by_trial, activation_of, pointwise_of
+from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
 from .rewrite import may_be_rewritten, rewritten
-from .scope import UNKNOWN, Scope
+from .scope import UNKNOWN, VALUE, Scope
 from .source import NoSource, decorated, definition_of, layers_of
 from .swap import Rule, rule_of
 
@@ -135,25 +135,29 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], dic
                 text = found[0]
                 if text not in formulas and "(" in text:
                     formulas[text] = _formula(text, scope)
-    return list(loads.items()), {text: f"act:{name}" for text, name in formulas.items() if name}
+    return list(loads.items()), {text: part for text, part in formulas.items() if part}
 
 
 def _formula(text: str, scope: Scope) -> str:
-    """The activation that a formula of `_` computes; "" for none of ours."""
+    """The part of a formula that is an activation of ours; "" of any other.
+
+    One of which torch does not keep the value itself is for values that nobody else has.
+    """
     tree = ast.parse(text, mode="eval")
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"_"}
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {VALUE}
     values = {name: scope.value(ast.Name(name, ast.Load())) for name in names}
     code = compile(tree, "<formula>", "eval")
 
     def compute(points: Tensor) -> Any:
-        return eval(code, {"__builtins__": {}} | values, {"_": points})
+        return eval(code, {"__builtins__": {}} | values, {VALUE: points})
 
     try:
         few = torch.tensor((-11.0, -2.5, -0.7, 0.3, 1.9, 10.0), dtype=torch.float64, device="cpu")
         with torch.no_grad():
             values_there = compute(few.clone())
         close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
-        return (activation_by_trial(compute) or "") if any(close) else ""
+        name, keeps_input = activation_by_trial(compute) if any(close) else (None, False)
+        return "" if name is None else f"act:{name}" if keeps_input else f"act of new:{name}"
     except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
         return ""
 
@@ -171,7 +175,7 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> str:
             return "linear"
         if activation_of(value, made=True) is not None:
             return "act"
-        return "exchange" if rule_of(value) is None and pointwise_of(value)[0] is not None else ""
+        return "exchange" if rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule) else ""
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
         if value is F.dropout:
             return "F.dropout"
@@ -183,3 +187,10 @@ def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) ->
     """Whether it has, for itself, two linear layers and an activation."""
     parts = [part_of(child, may_touch) for child in module._modules.values()]
     return parts.count("linear") >= 2 and "act" in parts
+
+
+@functools.cache
+def uses_transforms(kind: type[nn.Module]) -> bool:
+    """Whether a method names torch.func's transforms, which do not allow saved-tensor hooks around them."""
+    names = {name for _, method in _methods(kind) for name in method.__code__.co_names}
+    return bool(names & {"func", "functorch", "vmap", "jacrev", "hessian", "disable_saved_tensors_hooks"})

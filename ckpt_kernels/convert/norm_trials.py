@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import nn as ours
 from .norms import BatchNorm, Case, Dtypes, GroupNorm, InstanceNorm, Norm, RowNorm
-from .trial import DoesNotTake, NotTried, Outline, forward_of, isolated, outline_of, takes_one
+from .trial import CHANNELS, ROWS, DoesNotTake, NotTried, Outline, forward_of, isolated, outline_of, takes_one
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -42,8 +42,7 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
         (kind for kind, forward in _KNOWN.items() if isinstance(module, kind) and type(module).forward is forward), None
     )
     if kind in (nn.LayerNorm, nn.RMSNorm):
-        names = [name if module._parameters.get(name) is not None else "" for name in ("weight", "bias")]
-        return RowNorm(kind is nn.LayerNorm, *names, "eps"), ""
+        return RowNorm(kind is nn.LayerNorm, "weight", "bias" if kind is nn.LayerNorm else "", "eps"), ""
     if kind is not None:
         return (GroupNorm() if kind is nn.GroupNorm else InstanceNorm() if kind in _INSTANCE_NORMS else BatchNorm()), ""
     if not _may_be_row_norm(module):
@@ -63,6 +62,8 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 def _may_be_row_norm(module: nn.Module) -> bool:
     own = [p for p in module._parameters.values() if p is not None]
+    if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in own):
+        return False
     leaf = not any(True for _ in module.children()) and takes_one(type(module).forward)
     vectors = len(own) <= 2 and all(p.numel() == max(p.shape, default=0) for p in own)
     from_torch = type(module).__module__.startswith("torch.nn.modules.")
@@ -81,14 +82,15 @@ def _may_be_row_norm(module: nn.Module) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _tried_out(outline: Outline) -> RowNorm | str:
     """By float32 which norm it is, and then in which dtypes it rounds where ours does; or why it is none."""
-    try:
-        with isolated():
-            for rule in _candidates(outline):
+    reasons = ["computes what none of our row norms computes"]
+    with isolated():
+        for rule in _candidates(outline):
+            try:
                 if _agrees(outline, rule):
                     return _with_cases(outline, rule)
-    except NotTried as error:
-        return str(error)
-    return "computes what none of our row norms computes"
+            except NotTried as error:
+                reasons.append(str(error))
+    return reasons[-1]
 
 
 def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
@@ -101,11 +103,11 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
 def _candidates(outline: Outline) -> Iterator[RowNorm]:
     names = tuple(outline.parameters)
     coefficients = list(itertools.permutations(names)) if len(names) == 2 else [(*names, "", "")[:2]]
-    # Settings, numbers in the code, and torch's defaults; F.normalize has none to speak of.
+    # Settings, numbers in the code, and torch's defaults.
     code = inspect.unwrap(outline.forward).__code__
     numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]
     epsilons = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
-    epsilons = dict.fromkeys([*epsilons, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps, 1e-30])
+    epsilons = dict.fromkeys([*epsilons, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps])
     wide = (Case(_WIDE, torch.float32, True),)
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
         if bias and not centered:
@@ -113,8 +115,11 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
         for offset, contiguous in itertools.product(
             (0.0, 1.0) if weight and not centered else (0.0,), (False, True) if first else (False,)
         ):
+            if not first and any(len(shape) > 1 for shape in outline.parameters.values()):
+                continue
             tried = outline.settings, outline.code, wide
-            yield RowNorm(centered, weight, bias, eps, offset, False, first, *tried, False, contiguous)
+            dimensions = len(_sizes(outline, first)[0])
+            yield RowNorm(centered, weight, bias, eps, offset, False, first, *tried, False, contiguous, dimensions)
 
 
 def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
@@ -134,7 +139,7 @@ def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes) -> bool:
     input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu", requires_grad=True)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
-        forward_of(made, input)
+        _theirs(made, rule, input)
     return input.data_ptr() in kept
 
 
@@ -147,7 +152,7 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
     for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, 1e-3)):
         input = ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtypes[0])
         try:
-            theirs = _with_gradients(made, input, lambda x: forward_of(made, x))
+            theirs = _with_gradients(made, input, lambda x: _theirs(made, rule, x))
             mine = _with_gradients(made, input, lambda x: rule.compute(made, x, "identity"))
             if theirs[0].dtype != mine[0].dtype:
                 return False
@@ -159,6 +164,12 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
         except (DoesNotTake, RuntimeError, ValueError, TypeError, IndexError):
             return False
     return True
+
+
+def _theirs(made: nn.Module, rule: RowNorm, input: Tensor) -> Tensor:
+    if rule.channels_first:
+        return forward_of(made, input, CHANNELS, (1, -1))
+    return forward_of(made, input, ROWS, (-1,))
 
 
 def _sizes(outline: Outline, channels_first: bool) -> list[tuple[int, ...]]:

@@ -46,7 +46,8 @@ class RowNorm(Norm):
     `weight` and `bias` name parameters; "" for none. `eps` is a number, or names an attribute. Of a norm that was tried
     out, `settings` and `code` are those it was tried with, and `cases` those in which it computes what ours does; None
     for all. `copied`: an input that eager torch does not keep is kept as a copy, because the model may write to it
-    later. `contiguous`: over channels, of a contiguous map comes a contiguous one.
+    later. `contiguous`: over channels, of a contiguous map comes a contiguous one; `dimensions` are those of the maps
+    that were tried.
     """
 
     centered: bool
@@ -61,6 +62,7 @@ class RowNorm(Norm):
     cases: tuple[Case, ...] | None = None
     copied: bool = False
     contiguous: bool = False
+    dimensions: int = 0
 
     @property
     def takes_bfloat16(self) -> bool:
@@ -87,11 +89,20 @@ class RowNorm(Norm):
         weight = getattr(module, self.weight) if self.weight else None
         if weight is not None and not is_operand(weight):
             return None
+        if self.cases is not None and not self._fits(input, weight):
+            return None
         dtypes = input.dtype, input.dtype if weight is None else weight.dtype
         if self.cases is None:
             return Case(dtypes, input.dtype, self.centered or input.dtype.itemsize >= 4)
         known = (case for case in self.cases if case.dtypes == dtypes)
         return next(known, None) if is_as_tried(module, self.settings, self.code) else None
+
+    def _fits(self, input: Tensor, weight: Tensor | None) -> bool:
+        """Whether the input is of a shape like those that were tried."""
+        if self.channels_first and input.dim() != self.dimensions:
+            return False
+        columns = input.shape[1 if self.channels_first else -1] if input.dim() > 1 else 0
+        return columns > 0 and (weight is None or weight.numel() == columns)
 
     def _must_copy(self, case: Case) -> bool:
         return self.copied and not case.keeps_input and torch.is_grad_enabled()
@@ -157,7 +168,10 @@ class BatchNorm(Norm):
 class GroupNorm(Norm):
     """`torch.nn.GroupNorm`."""
 
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
+    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
+        # Of (N, C) eager torch keeps less.
+        if input.dim() < 3 or input.shape[1] != module.num_channels:
+            return None
         return F.group_norm(input, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
 
     def __str__(self) -> str:

@@ -23,6 +23,8 @@ class Attempt:
         self.looked_through: set[int] = set()
         self.operands: list[Operand] = []
         self.options: dict[str, Any] = {}
+        # Whether an activation in it is for values that nobody else has.
+        self.of_new = False
 
     def through(self, tree: Meaning) -> Meaning:
         """What a name that the run makes stands for."""
@@ -47,11 +49,13 @@ class Attempt:
     def formula_of(self, tree: Meaning) -> ast.expr | None:
         """The value that a formula of an activation is of; the functions in it become operands."""
         found = self.reader.formula(tree) if isinstance(tree, ast.BinOp | ast.Call) else None
-        if found is None or not self.reader.loads.get(found[0], "").startswith("act:"):
+        kind, _, name = self.reader.loads.get(found[0], "").partition(":") if found else ("", "", "")
+        if kind not in ("act", "act of new"):
             return None
-        text, value, functions = found
+        _, value, functions = found
         self.operands += [Operand(f"f{i}", function) for i, function in enumerate(functions)]
-        self.options |= {"act": self.reader.loads[text].removeprefix("act:"), "functions": functions}
+        self.options |= {"act": name, "functions": functions}
+        self.of_new |= kind == "act of new"
         return value
 
     def dropped(self, tree: Meaning) -> Meaning:
@@ -230,6 +234,9 @@ _PATTERNS: tuple[tuple[str, Callable[..., str | None]], ...] = (
     ("activation", Attempt.activation),
 )
 
+# Whose activations are of what is computed within.
+_MAKE_VALUES = ("mlp", "gated_mlp", "packed_mlp", "norm_act", "gated_products")
+
 
 def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -> Iterator[Match]:
     """What the expression may be read as, larger patterns first. `begins` is what is evaluated first: the root, or the
@@ -237,7 +244,9 @@ def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -
     for kind, pattern in _PATTERNS:
         attempt = Attempt(reader, run)
         said = pattern(attempt, root)
-        if said is None or len(attempt.looked_through) != (run.made if run else 0):
+        if said is None or (attempt.of_new and kind not in _MAKE_VALUES):
+            continue
+        if len(attempt.looked_through) != (run.made if run else 0):
             continue
         match = settled(reader, kind, root, attempt.operands, attempt.options, begins, said)
         if match is not None:

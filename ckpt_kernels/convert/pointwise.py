@@ -17,7 +17,18 @@ from .. import functional as F
 from ..activations import FUNCTIONS, NAMES, activation_name
 from ..backends.reference import ACTIVATIONS
 from .swap import Rule, Unary, is_called_plainly, is_patched, rule_of
-from .trial import Code, NotTried, Outline, Settings, forward_of, is_as_tried, isolated, outline_of, takes_one
+from .trial import (
+    POINTWISE,
+    Code,
+    NotTried,
+    Outline,
+    Settings,
+    forward_of,
+    is_as_tried,
+    isolated,
+    outline_of,
+    takes_one,
+)
 
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
@@ -31,13 +42,17 @@ class ActivationRule(Unary):
     name: str
     settings: Settings
     code: Code | None
+    keeps_input: bool = True
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is what it was tried as."""
         return is_as_tried(module, self.settings, self.code)
 
     def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        return F.bias_act(input, activation=self.name) if self.holds(module) else None
+        # Eager torch does not keep the input of some formulas, to which somebody may write.
+        if not self.holds(module) or (torch.is_grad_enabled() and not self.keeps_input):
+            return None
+        return F.bias_act(input, activation=self.name)
 
     def __str__(self) -> str:
         return f"bias_act ({self.name})"
@@ -111,38 +126,42 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
     return (kind is None or found is kind) and found in _TORCHS and found.forward is _TORCHS[found]
 
 
-def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None]:
+def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
     if _is_torchs(module):
         try:
             name = activation_name(module)
         except ValueError:
-            return None, (), None
+            return None, (), None, True
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, float, str) and k != "training"}
-        return name, tuple(sorted(plain.items())), None
+        return name, tuple(sorted(plain.items())), None, True
     if any(True for _ in module.parameters()) or any(True for _ in module.children()):
-        return None, (), None
+        return None, (), None, True
     if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
-        return None, (), None
+        return None, (), None, True
     outline = outline_of(module)
-    return _tried_out(outline), outline.settings, outline.code
+    name, keeps_input = _tried_out(outline)
+    return name, outline.settings, outline.code, keeps_input
 
 
 @functools.lru_cache(maxsize=1024)
-def _tried_out(outline: Outline) -> str | None:
+def _tried_out(outline: Outline) -> tuple[str | None, bool]:
     made = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
-    return activation_by_trial(lambda points: forward_of(made, points))
+    return activation_by_trial(lambda points: forward_of(made, points, POINTWISE))
 
 
-def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> str | None:
-    """The activation that a function of one tensor computes, values and derivative."""
-    with isolated():
+def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None, bool]:
+    """The activation that a function of one tensor computes, values and derivative, and whether torch keeps the tensor
+    itself for that."""
+    kept: list[int] = []
+    with isolated(), torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
         points = torch.linspace(-12, 12, 2403, dtype=torch.float64, device="cpu")
         given = points.clone().requires_grad_()
         values = compute(given)
-        if type(values) is not Tensor or values.shape != points.shape or not values.requires_grad:
-            return None
-        if given._version or not torch.equal(given, points):
-            return None
+        if type(values) is not Tensor or values.shape != points.shape or values.dtype != points.dtype:
+            return None, False
+        if not values.requires_grad or given._version or not torch.equal(given, points) or _is_of_python(values):
+            return None, False
+        keeps_input = given.data_ptr() in kept
         (slopes,) = torch.autograd.grad(values.sum(), given)
         for name in NAMES:
             again = points.clone().requires_grad_()
@@ -152,8 +171,22 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> str | None:
             if torch.allclose(values, expected, rtol=1e-7, atol=1e-7):
                 # But where a relu bends, at one point, whose derivative is a matter of taste.
                 if (~torch.isclose(slopes, expected_slopes, rtol=1e-6, atol=1e-6)).sum() <= 1:
-                    return name
-    return None
+                    return name, keeps_input
+    return None, False
+
+
+def _is_of_python(values: Tensor) -> bool:
+    """Whether somebody's autograd.Function, whose gradient may be anything, is in the graph of the values."""
+    waiting, seen = [values.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def _looks_like_activation(module: nn.Module) -> bool:

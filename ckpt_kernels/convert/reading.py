@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from .flow import comes_first
 
-# The part of each load in a method, by its text: "linear", "act", "norm", "dropout", "F.dropout", or "" for others
-# that are plain. Formulas with the value as `_`, too, with "act:" and the activation's name.
+# The part of each load in a method, by its text: "linear", "act", "norm", "dropout", "F.dropout", "exchange", or "" for
+# others that are plain. Formulas, too, with "act:" or "act of new:" and the activation's name.
 Loads = Mapping[str, str]
 
 

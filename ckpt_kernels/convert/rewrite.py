@@ -25,6 +25,7 @@ from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Reader, settled
 from .scope import Scope
 from .source import Definition, definition_of, rebuilt
+from .writes import written_names
 
 _RESULTS = "ckpt_results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -66,6 +67,7 @@ class _Writer:
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
         self.found: list[str] = []
+        self.written = set(written_names(definition.tree))
         self._changed: set[int] = set()
 
     def rewritten_body(self) -> list[ast.stmt]:
@@ -126,6 +128,9 @@ class _Writer:
             while begin >= 0 and _copies(block.statements[begin], name.id):
                 begin -= 1
             if begin < 0 or not _assigns(block.statements[begin], name.id):
+                continue
+            names = {n.id for s in block.statements[begin:end] for n in ast.walk(s) if isinstance(n, ast.Name)}
+            if names & self.written:
                 continue
             total = block.statements[begin].value
             if not comes_first(last.value, root, self.reader.is_plain):

@@ -19,8 +19,9 @@ UNKNOWN = object()
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 # What a formula may be made of: functions of one tensor that write to nothing and draw nothing.
-_PURE = """abs add clamp div elu erf exp gelu hardsigmoid hardswish hardtanh leaky_relu log1p logsigmoid mish mul neg
-    pow relu relu6 rsqrt sigmoid silu softplus sqrt square sub tanh""".split()
+_PURE = "add div elu erf gelu hardswish leaky_relu mish mul neg pow relu sigmoid silu softplus square sub tanh".split()
+# The value in a formula.
+VALUE = "ckpt_value"
 _PURE_FUNCTIONS = frozenset(
     [getattr(module, name) for module in (torch, F, torch.special) for name in _PURE if hasattr(module, name)]
     + [function for function in vars(math).values() if isinstance(function, types.BuiltinFunctionType)]
@@ -74,7 +75,7 @@ class Scope:
         return self._globals.get(name, vars(builtins).get(name, UNKNOWN))
 
     def pointwise(self, tree: ast.AST) -> "tuple[str, ast.expr, list[ast.expr]] | None":
-        """A function of one value out of torch's and Python's arithmetic: its formula with the value as `_`, the value,
+        """A function of one value out of torch's and Python's arithmetic: its formula of VALUE, the value,
         and the functions and numbers that it names."""
         found: list[ast.expr] = []
         functions: list[ast.expr] = []
@@ -115,7 +116,7 @@ class Scope:
         if isinstance(tree, ast.Starred):
             return None
         found.append(tree)
-        return ast.Name("_", ast.Load())
+        return ast.Name(VALUE, ast.Load())
 
     def _is_pure(self, callee: ast.expr) -> bool:
         value = self.value(callee)

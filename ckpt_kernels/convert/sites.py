@@ -11,10 +11,21 @@ and mode.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import functional as F
-from .guards import activation_name_of, are_alike, chains, linear_operands, modulates, norm_rule, probability
+from .guards import (
+    activation_name_of,
+    are_alike,
+    are_wanted,
+    chains,
+    level_for,
+    linear_operands,
+    modulates,
+    norm_rule,
+    probability,
+)
 from .norms import RowNorm
 from .pointwise import KEPT_BY_OUTPUT
 from .swap import as_plain, has_hooks_for_all, is_operand
@@ -88,6 +99,9 @@ def mlp(
     firsts, lasts = linear_operands(first, input), linear_operands(last, input)
     if firsts is None or lasts is None or not chains(input, firsts, lasts):
         return None
+    if recompute == "block" and (name in ("sigmoid", "tanh") or getattr(act, "inplace", False)):
+        return None
+    recompute = level_for(recompute, firsts)
     return [F.mlp(input, *firsts, *lasts, activation=name, dropout_p=p, recompute=recompute)]
 
 
@@ -112,6 +126,9 @@ def gated_mlp(
         return None
     if not chains(input, gates, lasts) or values[0].shape != gates[0].shape:
         return None
+    if not are_wanted(input, gates, values):
+        return None
+    recompute = level_for(recompute, gates, values)
     weights = {"gate_bias": gates[1], "value_bias": values[1], "bias": lasts[1]}
     options = {"activation": name, "dropout_p": p, "recompute": recompute}
     return [F.gated_mlp(input, gates[0], values[0], lasts[0], **weights, **options)]
@@ -136,6 +153,7 @@ def packed_mlp(
     packs, lasts = linear_operands(packed, input), linear_operands(last, input)
     if packs is None or lasts is None or not chains(input, packs, lasts, 2):
         return None
+    recompute = level_for(recompute, packs)
     options = {"activation": name, "layout": layout, "dropout_p": p, "recompute": recompute}
     return [F.gated_mlp(input, packs[0], None, lasts[0], gate_bias=packs[1], bias=lasts[1], **options)]
 
@@ -147,6 +165,8 @@ def gated_products(gate: Any, act: Any, value: Any, input: Any) -> Results | Non
         return None
     gates, values = linear_operands(gate, input), linear_operands(value, input)
     if gates is None or values is None or gates[0].shape != values[0].shape or gates[0].shape[1] != input.shape[-1]:
+        return None
+    if not are_wanted(input, gates, values):
         return None
     return [F.glu(gate(input), value(input), activation=name)]
 
@@ -162,6 +182,8 @@ def glu(act: Any, gate: Any, value: Any) -> Results | None:
         or not is_operand(value)
         or not are_alike(gate, value)
     ):
+        return None
+    if torch.is_grad_enabled() and not (gate.requires_grad and value.requires_grad):
         return None
     return [F.glu(gate, value, activation=name)]
 
@@ -198,6 +220,11 @@ def add_norm(
         return None
     if not is_operand(left) or not is_operand(right) or not are_alike(left, right) or not rule.takes(norm, left):
         return None
+    # A sum of what has no gradient has none.
+    if torch.is_grad_enabled() and not (left.requires_grad or right.requires_grad):
+        return None
+    if not left.is_contiguous() or not right.is_contiguous():
+        return None
     _, shape, weight, bias, eps = rule.operands(norm, left)
     if tuple(shape) != left.shape[left.dim() - len(shape) :]:
         return None
@@ -215,8 +242,10 @@ def modulated(norm: Any, input: Any, scale: Any, shift: Any, *, scale_view: Any,
         return None
     if not is_operand(input) or not is_operand(scale) or not is_operand(shift) or not rule.takes(norm, input):
         return None
-    # Eager torch keeps 1 + scale; a write to scale must not be seen here either.
-    scale, shift = scale_view(scale).clone(), shift_view(shift)
+    # Eager torch keeps 1 + scale, and nothing of shift: a write to them must not be seen here either.
+    if torch.is_grad_enabled() and not (input.requires_grad and scale.requires_grad):
+        return None
+    scale, shift = scale_view(scale).clone(), shift_view(shift).clone()
     _, shape, weight, bias, eps = rule.operands(norm, input)
     if len(shape) != 1 or (rule.cast_before_weight and weight is not None):
         return None

@@ -6,7 +6,10 @@ it again, and makes an ordinary module of the original's class when it is called
 """
 
 import abc
+import dis
 import functools
+import inspect
+import types
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,8 +82,8 @@ class Converted:
     original: type[nn.Module]
     around: tuple[Around, ...]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
-        return cls.original(*args, **kwargs)
+    def __init_subclass__(cls) -> None:
+        """Whoever keeps a list of a class's subclasses does not hear of converted ones."""
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         made, arguments, *rest = super().__reduce_ex__(protocol)
@@ -150,7 +153,15 @@ def is_operand(value: Any) -> bool:
         and (value.is_cpu or value.is_cuda)
         and value.layout is torch.strided
         and not value.is_nested
+        and not _is_transformed()
     )
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation see each operation: these are torch's own affair."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
@@ -161,7 +172,8 @@ def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
     kind = type(value)
     if kind in _TENSORS or not isinstance(value, Tensor):
         return value, None
-    same = kind.__torch_function__.__func__ is _FUNCTION and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    same = getattr(kind.__torch_function__, "__func__", None) is _FUNCTION
+    same = same and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
     return (value.as_subclass(Tensor), kind) if same and not isinstance(value, nn.Parameter) else (value, None)
 
 
@@ -188,6 +200,29 @@ def has_hooks_for_all() -> bool:
         or _everybody._global_backward_hooks
         or _everybody._global_backward_pre_hooks
     )
+
+
+def may_be_swapped(module: nn.Module) -> bool:
+    """Whether another class changes nothing but what it is to change: the forward is a plain method, and none asks for
+    its class's base by the class of the module."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
+        return False
+    plain = isinstance(inspect.getattr_static(kind, "forward", None), types.FunctionType)
+    return plain and not _names_its_own_class(kind)
+
+
+@functools.cache
+def _names_its_own_class(kind: type[nn.Module]) -> bool:
+    """Whether a method has super(self.__class__, self), which in a subclass has no end."""
+    owners = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    methods = [m for owner in owners for m in vars(owner).values() if isinstance(m, types.FunctionType)]
+    for method in methods:
+        if {"super", "__class__"} <= set(method.__code__.co_names):
+            named = [step.argval for step in dis.get_instructions(method) if step.opname.startswith("LOAD")]
+            if any(name == "super" and "__class__" in named[i + 1 : i + 3] for i, name in enumerate(named)):
+                return True
+    return False
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -234,9 +269,22 @@ def _converted_class(
         members[name] = _unless_patched(original, name, members["found"][name], method)
     for outer in around:
         members["forward"] = _surrounded(original, outer, members.get("forward"))
-    made = type(original)(original.__name__, (Converted, original), members)
+    made = type.__new__(_class_of_classes(type(original)), original.__name__, (Converted, original), members)
     _classes[_PROCESS, id(made)] = made
     return made
+
+
+@functools.cache
+def _class_of_classes(meta: type[type]) -> type[type]:
+    """The class of converted classes: called, they make an ordinary module; what is set on one its original gets."""
+
+    def call(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return cls.original(*args, **kwargs)
+
+    def set_attribute(cls: type, name: str, value: Any) -> None:
+        setattr(cls.original, name, value)
+
+    return type(meta.__name__, (meta,), {"__call__": call, "__setattr__": set_attribute, "__module__": meta.__module__})
 
 
 def _unless_patched(original: type[nn.Module], name: str, found: Forward, method: Forward) -> Forward:

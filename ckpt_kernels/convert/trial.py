@@ -22,10 +22,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Settings = tuple[tuple[str, Any], ...]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
-_BUILTINS = """abs all any bool enumerate float int isinstance len list max min range reversed round str sum super tuple
-    type zip NotImplementedError RuntimeError TypeError ValueError AssertionError""".split()
+_BUILTINS = """float int len list max min range sum super tuple NotImplementedError RuntimeError TypeError ValueError
+    AssertionError""".split()
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
-_SHAPES = {"shape", "size", "numel", "nelement", "ndim", "dim", "stride", "len"}
+_SHAPES = {"shape", "size", "len"}
+# What code may name of tensors and of torch: arithmetic, and what norms are written with.
+_NAMES = frozenset(
+    """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
+    layer_norm leaky_relu math mean mish movedim mul neg nn normalized_shape permute pi pow relu rms_norm rsqrt shape
+    sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type_as unsqueeze var view
+    weight""".split()
+)
+# What may run in a trial, by the names of torch's operations: of one element at a time, and for norms. (Autograd
+# detaches the results that it keeps; what a forward detaches is seen by its gradient.)
+POINTWISE = frozenset(
+    "add detach div elu erf gelu hardswish leaky_relu mish mul neg pow relu rsub sigmoid silu softplus sub tanh".split()
+)
+ROWS = POINTWISE - {"relu", "leaky_relu", "elu"} | frozenset(
+    "_fused_rms_norm _to_copy mean native_layer_norm rsqrt sqrt sum var".split()
+)
+CHANNELS = ROWS | frozenset("alias clone permute slice transpose unsqueeze view".split())
 
 
 class NotTried(Exception):
@@ -123,7 +139,11 @@ class _Reading:
                 f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
             )
         for cell in function.__closure__ or ():
-            self._value(cell.cell_contents)
+            value = cell.cell_contents
+            if value is not self.module and not isinstance(value, type):
+                if not callable(value):
+                    raise NotTried("reads a variable of the function around it")
+                self.function(value)
         self._code(function.__code__, function.__globals__)
 
     def _code(self, code: types.CodeType, names: dict[str, Any]) -> None:
@@ -154,7 +174,10 @@ class _Reading:
         if isinstance(value, types.ModuleType):
             if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
                 raise NotTried(f"uses {value.__name__}")
-        elif not isinstance(value, (*_PLAIN, type)):
+        elif isinstance(value, type):
+            if not _is_torchs(value) and not issubclass(value, Exception):
+                raise NotTried(f"uses the class {value.__name__}")
+        elif not isinstance(value, _PLAIN):
             self.function(value)
 
     def _attribute(self, name: str) -> None:
@@ -171,11 +194,16 @@ class _Reading:
             self.settings[name] = tuple(value) if type(value) is list else value
         elif name not in module._parameters:
             # What a class inherits may be called by super().
-            for owner in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
-                held = vars(owner).get(name)
-                if not _is_plain(held):
-                    self.found.append((owner, name, getattr(owner, name)))
-                    self.function(held, own=True)
+            owners = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+            holders = [owner for owner in owners if name in vars(owner)]
+            for owner in holders:
+                held = vars(owner)[name]
+                if _is_plain(held):
+                    raise NotTried(f"reads {name} of its class")
+                self.found.append((owner, name, getattr(owner, name)))
+                self.function(held, own=True)
+            if not holders and name not in _NAMES:
+                raise NotTried(f"uses {name}")
 
 
 def _is_plain(value: Any) -> bool:
@@ -220,13 +248,26 @@ def outline_of(module: nn.Module) -> Outline:
 
 
 class _Strict(TorchDispatchMode):
-    """Ends the trial of what draws random numbers or decides by values."""
+    """Ends the trial of what runs anything but these operations, or reduces over a dimension that is not counted from
+    the last, or in `dimensions`."""
+
+    def __init__(self, allowed: frozenset[str], dimensions: tuple[int, ...]) -> None:
+        super().__init__()
+        self._allowed = allowed
+        self._dimensions = dimensions
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotTried("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
             raise NotTried("decides by the values of what it is given")
+        name = func.overloadpacket.__name__
+        if name not in self._allowed:
+            raise NotTried(f"uses {name.strip('_')}")
+        if name in ("mean", "sum", "var"):
+            over = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else None
+            if over is None or any(dimension not in self._dimensions for dimension in over):
+                raise NotTried("reduces over other dimensions than a norm of ours")
         return func(*args, **(kwargs or {}))
 
 
@@ -243,15 +284,17 @@ def isolated() -> Iterator[None]:
         yield
 
 
-def forward_of(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+def forward_of(
+    module: nn.Module, input: torch.Tensor, allowed: frozenset[str], dimensions: tuple[int, ...] = ()
+) -> torch.Tensor:
     """What the stand-in computes; raises NotTried where that is no tensor, or no trial."""
     try:
-        with _Strict():
-            output = type(module).forward(module, *inputs)
+        with _Strict(allowed, dimensions):
+            output = type(module).forward(module, input)
     except NotTried:
         raise
     except Exception as error:
-        raise DoesNotTake(f"fails on a tensor of {tuple(inputs[0].shape)}") from error
+        raise DoesNotTake(f"fails on a tensor of {tuple(input.shape)}") from error
     if type(output) is not torch.Tensor:
         raise NotTried("makes something else than a tensor")
     return output

@@ -9,6 +9,7 @@ import ast
 import functools
 import types
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,8 @@ _MAKERS = frozenset(
     tanh tensor tolist topk tril triu where zeros zeros_like""".split()
 )
 _ON_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
+
+_IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"))
 
 
 def writer_in(model: nn.Module) -> str:
@@ -52,22 +55,35 @@ def _writer_of(kind: type[nn.Module]) -> str:
                 return function.__qualname__
         except NoSource:
             return function.__qualname__
+        modules = [value for value in written.__globals__.values() if isinstance(value, types.ModuleType)]
+        waiting += [cell.cell_contents for cell in written.__closure__ or ()]
         for name in written.__code__.co_names:
-            waiting.append(getattr(kind, name, None))
-            waiting.append(written.__globals__.get(name))
+            waiting += [getattr(kind, name, None), written.__globals__.get(name)]
+            waiting += [vars(module).get(name) for module in modules if not _is_torchs(module)]
     return ""
 
 
-def _is_torchs(function: types.FunctionType) -> bool:
-    return (function.__module__ or "").partition(".")[0] == "torch"
+def _is_torchs(value: Any) -> bool:
+    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__ or ""
+    return name.partition(".")[0] in ("torch", "builtins")
 
 
 def _writes(function: ast.FunctionDef) -> bool:
-    made = _made_here(function)
-    return any(name not in made for name in _written(function))
+    made = _made_here(function) - _handed_on(function)
+    return any(name not in made for name in written_names(function))
 
 
-def _written(function: ast.FunctionDef) -> Iterator[str]:
+def _handed_on(function: ast.FunctionDef) -> set[str]:
+    """Names of what is given to calls, of a module perhaps: a norm may be among them."""
+    handed: set[str] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and _root(node.func) not in ("torch", "F", "nn"):
+            arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+            handed.update(n.id for a in arguments for n in ast.walk(a) if isinstance(n, ast.Name))
+    return handed
+
+
+def written_names(function: ast.FunctionDef) -> Iterator[str]:
     """The names of what is written to; "" for what has none."""
     for node in ast.walk(function):
         if isinstance(node, ast.AugAssign) and isinstance(node.op, _ON_FLOATS):
@@ -75,12 +91,16 @@ def _written(function: ast.FunctionDef) -> Iterator[str]:
                 yield _root(node.target)
         elif isinstance(node, ast.Assign):
             for target in node.targets:
-                if isinstance(target, ast.Subscript) and not isinstance(target.slice, ast.Constant):
+                named = isinstance(getattr(target, "slice", None), ast.Constant) and isinstance(target.slice.value, str)
+                if isinstance(target, ast.Subscript) and not named:
                     yield _root(target)
         elif isinstance(node, ast.Call):
             called = getattr(node.func, "attr", "")
-            if called.endswith("_") and not called.startswith("_"):
+            if (called.endswith("_") and not called.startswith("_")) or called.startswith("__i"):
                 yield _root(node.func)
+            positional = any(isinstance(a, ast.Constant) and a.value is True for a in node.args)
+            if positional or (called or getattr(node.func, "id", "")) in _IN_PLACE:
+                yield _root(node.args[0]) if node.args else ""
             for keyword in node.keywords:
                 if keyword.arg == "out" or (keyword.arg == "inplace" and getattr(keyword.value, "value", True)):
                     yield _root(node.args[0]) if node.args else ""
