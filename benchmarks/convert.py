@@ -1,4 +1,7 @@
-"""`python -m benchmarks.convert`: what models keep for backward, as they are and converted at each level."""
+"""`python -m benchmarks.convert`: what models keep for backward, as they are and converted at each level.
+
+With `--survey`: whether hundreds of them, each in a process of its own, come through it as they were (see `survey`).
+"""
 
 import argparse
 import datetime
@@ -19,6 +22,7 @@ from ckpt_kernels.memory import saved_bytes
 
 from . import report
 from .architectures import ARCHITECTURES, build, outputs_of, why_not
+from .survey import main as surveying
 
 
 def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -49,7 +53,12 @@ def main() -> int:
     parser.add_argument("architectures", nargs="*", metavar="NAME", help=f"of {', '.join(ARCHITECTURES)}; default all")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    parser.add_argument("--survey", action="store_true", help="architectures by the hundred; NAME may have * and ?")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of the survey at a time")
+    parser.add_argument("--times", action="store_true", help="the survey also times a step of the wide models")
     options = parser.parse_args()
+    if options.survey:
+        return surveying.main(options.architectures, options.out, options.jobs, options.times)
     unknown = [name for name in options.architectures if name not in ARCHITECTURES]
     if unknown:
         parser.error(f"no such architecture: {', '.join(unknown)}")

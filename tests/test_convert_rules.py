@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
-from ckpt_kernels.cli import main
 from ckpt_kernels.check import check
+from ckpt_kernels.cli import main
 from ckpt_kernels.convert.report import Report
 
 from .conftest import DEVICE

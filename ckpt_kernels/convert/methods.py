@@ -165,7 +165,7 @@ def _formula(text: str, scope: Scope) -> str:
 def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> str:
     """The part that a value can have in a pattern; see `reading.Loads`."""
     if isinstance(value, nn.Module):
-        if not may_touch(value):
+        if not may_touch(value) or isinstance(value, torch.jit.ScriptModule):
             return ""
         if isinstance(rule_of(value), Norm):
             return "norm"

@@ -158,10 +158,11 @@ def is_operand(value: Any) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation see each operation: these are torch's own affair."""
+    """Whether torch.func, forward-mode differentiation or jit.trace see each operation: that is torch's own affair."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    tracing = torch._C._get_tracing_state() is not None
+    return tracing or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:

@@ -168,7 +168,7 @@ class _Reading:
             self.found.append((names, name, names[name]))
             self._value(names[name])
         elif name not in _BUILTINS or not hasattr(builtins, name):
-            raise NotTried(f"uses {name}")
+            raise NotTried(f"names {name}, which is not on the list of what is known")
 
     def _value(self, value: Any) -> None:
         if isinstance(value, types.ModuleType):
@@ -203,7 +203,7 @@ class _Reading:
                 self.found.append((owner, name, getattr(owner, name)))
                 self.function(held, own=True)
             if not holders and name not in _NAMES:
-                raise NotTried(f"uses {name}")
+                raise NotTried(f"names {name}, which is not on the list of what is known")
 
 
 def _is_plain(value: Any) -> bool:
@@ -263,7 +263,7 @@ class _Strict(TorchDispatchMode):
             raise NotTried("decides by the values of what it is given")
         name = func.overloadpacket.__name__
         if name not in self._allowed:
-            raise NotTried(f"uses {name.strip('_')}")
+            raise NotTried(f"computes with {name.strip('_')}, which is in none of ours")
         if name in ("mean", "sum", "var"):
             over = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else None
             if over is None or any(dimension not in self._dimensions for dimension in over):

@@ -233,6 +233,9 @@ def write(seed: int) -> Program:
         if whole:
             steps = actions.steps(rng, parameters, one.paths("model"), no_grad, rows)
     source = "\n\n".join(texts)
+    if "checkpoint(" in source or any("checkpoint(" in step.text for step in steps):
+        # A checkpoint gives its function plain tensors when it runs again: this is documented.
+        steps = tuple(replace(step, tagged=False) for step in steps)
     if "rand" in source:
         # A checkpoint that draws numbers which torch does not put back computes something else the second time.
         source = source.replace("checkpoint(", "called(")

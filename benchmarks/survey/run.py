@@ -1,0 +1,172 @@
+"""Every architecture in a process of its own, so that one that crashes or hangs is a result like any other."""
+
+import contextlib
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import pathlib
+import re
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from . import declare_missing_operators
+from .entry import Entry
+from .measure import PHASES, Measured, said, times
+
+TIMEOUT = 120.0
+
+# What takes long to import; a fork of a process that has it does not take that time again.
+_HEAVY = ("numpy", "transformers", "transformers.modeling_utils", "diffusers", "timm", "torchvision")
+
+Found = dict[str, Any]
+_fork = multiprocessing.get_context("fork")
+
+
+def prepare() -> None:
+    """Imports what is heavy, with one thread: a process with threads cannot be forked safely."""
+    torch.set_num_threads(1)
+    declare_missing_operators()
+    warnings.filterwarnings("ignore")
+    for name in _HEAVY:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
+def _child(send: Connection, errors: str, entry: Entry, phases: tuple[str, ...], timed: bool) -> None:
+    """Sends (phase, what it found), one after another, and (phase, None) before each."""
+    torch.set_num_threads(1)
+    with open(errors, "w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        faulthandler.enable(stream)
+        send.send(("build", None))
+        try:
+            measured = Measured(entry)
+        except Exception as error:
+            send.send(("build", {"raised": said(error)}))
+            return
+        for phase in phases:
+            send.send((phase, None))
+            begin = time.perf_counter()
+            try:
+                found = measured.phase(phase)
+            except Exception as error:
+                found = {"raised": said(error), "where": _where(error)}
+            send.send((phase, found | {"seconds": time.perf_counter() - begin}))
+            if phase == "eager" and "raised" in found:
+                return
+        if timed and entry.has_wide:
+            send.send(("times", None))
+            try:
+                send.send(("times", times(entry)))
+            except Exception as error:
+                send.send(("times", {"raised": said(error)}))
+
+
+def _where(error: BaseException) -> str:
+    """The innermost three places, as file and line."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return ", ".join(f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in frames)
+
+
+class _Running:
+    """One architecture in work. A process that dies takes its phase with it; another goes on with the phases left."""
+
+    def __init__(self, entry: Entry, timed: bool, timeout: float) -> None:
+        self.entry = entry
+        self.timed = timed
+        self.timeout = timeout
+        self.left = PHASES
+        self.found: Found = {"name": entry.name, "library": entry.library, "phases": {}}
+        self.began = time.perf_counter()
+        self._start()
+
+    def _start(self) -> None:
+        self.deadline = time.perf_counter() + self.timeout
+        self.phase = "build"
+        descriptor, self.errors = tempfile.mkstemp(prefix="survey")
+        os.close(descriptor)
+        self.receive, send = _fork.Pipe(duplex=False)
+        arguments = (send, self.errors, self.entry, self.left, self.timed)
+        self.process = _fork.Process(target=_child, args=arguments, daemon=True)
+        self.process.start()
+        send.close()
+
+    def go_on(self) -> bool:
+        """Takes what the process has sent; True once there is no more to come."""
+        try:
+            while self.receive.poll():
+                self.phase, found = self.receive.recv()
+                if found is not None:
+                    self.found["phases"][self.phase] = found
+            late = time.perf_counter() > self.deadline
+        except EOFError:
+            self.process.join()
+            return self._ended(self.process.exitcode)
+        if not late:
+            return False
+        self.process.kill()
+        self.process.join()
+        return self._ended(None)
+
+    def _ended(self, code: int | None) -> bool:
+        told = pathlib.Path(self.errors).read_text(errors="replace")
+        os.unlink(self.errors)
+        self.receive.close()
+        again = False
+        if code != 0:
+            how = f"timeout after {self.timeout:.0f} s" if code is None else f"crash: {_signal(code)}"
+            self.found["phases"][self.phase] = {"raised": how, "where": _last_frames(told)}
+            # What comes before is made again, but not sent twice.
+            rest = PHASES[PHASES.index(self.phase) + 1 :] if self.phase in PHASES[1:] else ()
+            if rest and code is not None:
+                self.left = ("eager", *rest)
+                again = True
+        if again:
+            self._start()
+            return False
+        self.found["seconds"] = time.perf_counter() - self.began
+        return True
+
+
+def _signal(code: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-code).name
+    return f"exit status {code}"
+
+
+def _last_frames(told: str) -> str:
+    """The innermost frames that a crash has left."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', told)[:3]
+    return ", ".join(f"{os.path.basename(file)}:{line}" for file, line in frames)
+
+
+def survey(
+    entries: Iterable[Entry],
+    *,
+    jobs: int = 2,
+    timed: bool = False,
+    timeout: float = TIMEOUT,
+    done: Callable[[Found], None] = lambda found: None,
+) -> list[Found]:
+    """What is found of each, in the order of `entries`; `done` is told of each as it comes."""
+    entries = list(entries)
+    waiting, running, finished = entries[::-1], [], {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(_Running(waiting.pop(), timed, timeout))
+        wait([one.receive for one in running], timeout=1.0)
+        for one in [one for one in running if one.go_on()]:
+            running.remove(one)
+            finished[one.entry.name] = one.found
+            done(one.found)
+    return [finished[entry.name] for entry in entries]
