@@ -221,6 +221,7 @@ def entries() -> list[Entry]:
         "dataclass": lambda width: Returning(width, lambda out, state: Result(out, (state, state * 2))),
         "model_output": lambda width: Returning(width, _model_output),
         "dropping": Dropping,
+        "drawing": Dropping,
         "in_place": InPlace,
         "shared": Shared,
         "hooked": Hooked,

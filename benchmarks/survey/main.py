@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import pathlib
+import signal
 import sys
 from typing import Any
 
@@ -43,6 +44,7 @@ def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timed: bool = Fa
             progress.refresh()
 
         # What has come until it is broken off is told all the same.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             survey(entries, jobs=jobs, timed=timed, timeout=timeout, done=done)
     order = {entry.name: index for index, entry in enumerate(entries)}

@@ -65,10 +65,12 @@ class Measured:
         state.restore(model, initial)
         self.steps = [first, second, subject.step(model, 0)]
         again = subject.step(subject.model(), 0)
-        unlike = _bits(first, again)
+        unlike = _bits(first, again, ("attributes", "generators"))
         if unlike:
             self.repeatable = False
             notes.append(f"its numbers are not compared, as two equal runs differ: {unlike}")
+        if self.entry.random:
+            notes.append("its numbers are not compared, as it keeps its dropout, which is drawn otherwise")
         self.truths = self._truths(notes)
         self.shaken = [self._shaken(number) for number in range(_SHAKEN)]
         return {
@@ -128,14 +130,15 @@ class Measured:
         """Adds to `bad` the numbers that are wrong, and to `changed` what else is not as the model leaves it."""
         eager = self.steps[batch]
         which = ("first", "second")[batch]
-        if self.repeatable:
+        comparable = self.repeatable and not self.entry.random
+        if comparable:
             for what in ("outputs", "gradients"):
                 found = self._reference(batch, what).wrong(getattr(ours, what))
                 bad += [f"{which} batch, {what}: {text}" for text in _few(found)]
             found = self._reference(batch, "buffers").wrong(ours.buffers)
             changed += [f"after the {which} batch, buffers: {text}" for text in _few(found)]
         for what in ("structure", "attributes", "generators"):
-            if what != "attributes" or self.repeatable:
+            if what == "structure" or comparable:
                 told = state.difference(getattr(eager, what), getattr(ours, what), _CLOSE)
                 if told:
                     changed.append(f"after the {which} batch, {what}: {told}")
@@ -213,9 +216,9 @@ def _changed_by_converting(model: nn.Module, level: str) -> list[str]:
     return changed + [f"after reverting at once: {text}" for text in found if text]
 
 
-def _bits(left: Step, right: Step) -> str | None:
+def _bits(left: Step, right: Step, also: tuple[str, ...] = ()) -> str | None:
     """Where two steps differ in a bit."""
-    for what in ("structure", "outputs", "gradients", "buffers"):
+    for what in ("structure", "outputs", "gradients", "buffers", *also):
         found = state.difference(getattr(left, what), getattr(right, what))
         if found:
             return f"{what}, {found}"

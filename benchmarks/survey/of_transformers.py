@@ -113,8 +113,9 @@ _LEFT_OUT: dict[str, str] = {
         align blip-2 blip_2_qformer canary clap clvp cohere_asr deepseek_vl deepseek_vl_hybrid deimv2 dia
         dpt edgetam ernie4_5_vl_moe fastspeech2_conformer fastspeech2_conformer_with_hifigan fuyu glm_image
         grounding-dino hgnet_v2 idefics instructblip instructblipvideo janus kosmos-2 lasr_encoder lightglue
-        longcat_flash mask2former mm-grounding-dino mobilevitv2 modernvbert muse_glimmer_assistant
-        nemo_speechlm nemotron3_5_asr nemotron3_5_transcribe_asr_audio nemotron3_5_transcribe_audio
+        longcat_flash mask2former mistral3 mistral_large4 mm-grounding-dino mobilevitv2 modernvbert
+        muse_glimmer_assistant nemo_speechlm nemotron3_5_asr nemotron3_5_transcribe_asr_audio
+        nemotron3_5_transcribe_audio
         nemotron3_5_transcribe_word_timestamp nemotron3_diarization nemotron_asr_streaming nemotron_h
         neucodec omniasr_ctc oneformer parakeet_encoder parakeet_rnnt parakeet_tdt pe_audio pi0
         pp_doclayout_v3 pp_doclayout_v4 pp_ocrv5_mobile_rec pp_ocrv5_server_rec pp_ocrv6_small_det rf_detr

@@ -43,6 +43,7 @@ def prepare() -> None:
 
 def _child(send: Connection, errors: str, entry: Entry, phases: tuple[str, ...], timed: bool) -> None:
     """Sends (phase, what it found), one after another, and (phase, None) before each."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     with open(errors, "w") as stream:
         os.dup2(stream.fileno(), 1)
