@@ -280,10 +280,15 @@ def _class_of_classes(meta: type[type]) -> type[type]:
     """The class of converted classes: called, they make an ordinary module; what is set on one its original gets."""
 
     def call(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return cls.original(*args, **kwargs)
+        made = cls.original if "original" in vars(cls) else functools.partial(type.__call__, cls)
+        return made(*args, **kwargs)
 
     def set_attribute(cls: type, name: str, value: Any) -> None:
-        setattr(cls.original, name, value)
+        # What others derive from a converted class, as parametrizations and FSDP do, is theirs.
+        if "original" in vars(cls):
+            setattr(cls.original, name, value)
+        else:
+            type.__setattr__(cls, name, value)
 
     return type(meta.__name__, (meta,), {"__call__": call, "__setattr__": set_attribute, "__module__": meta.__module__})
 
