@@ -82,9 +82,6 @@ class Converted:
     original: type[nn.Module]
     around: tuple[Around, ...]
 
-    def __init_subclass__(cls) -> None:
-        """Whoever keeps a list of a class's subclasses does not hear of converted ones."""
-
     def __reduce_ex__(self, protocol: int) -> tuple:
         made, arguments, *rest = super().__reduce_ex__(protocol)
         if made.__name__ != "__newobj__" or len(arguments) != 1:
@@ -270,27 +267,20 @@ def _converted_class(
         members[name] = _unless_patched(original, name, members["found"][name], method)
     for outer in around:
         members["forward"] = _surrounded(original, outer, members.get("forward"))
-    made = type.__new__(_class_of_classes(type(original)), original.__name__, (Converted, original), members)
+    made = _class_of_classes(type(original))(original.__name__, (Converted, original), members)
     _classes[_PROCESS, id(made)] = made
     return made
 
 
 @functools.cache
 def _class_of_classes(meta: type[type]) -> type[type]:
-    """The class of converted classes: called, they make an ordinary module; what is set on one its original gets."""
+    """The class of converted classes: called, they make an ordinary module."""
 
     def call(cls: type, *args: Any, **kwargs: Any) -> Any:
         made = cls.original if "original" in vars(cls) else functools.partial(type.__call__, cls)
         return made(*args, **kwargs)
 
-    def set_attribute(cls: type, name: str, value: Any) -> None:
-        # What others derive from a converted class, as parametrizations and FSDP do, is theirs.
-        if "original" in vars(cls):
-            setattr(cls.original, name, value)
-        else:
-            type.__setattr__(cls, name, value)
-
-    return type(meta.__name__, (meta,), {"__call__": call, "__setattr__": set_attribute, "__module__": meta.__module__})
+    return type(meta.__name__, (meta,), {"__call__": call, "__module__": meta.__module__})
 
 
 def _unless_patched(original: type[nn.Module], name: str, found: Forward, method: Forward) -> Forward:
