@@ -117,8 +117,8 @@ def _unlisted(name: str) -> architectures.Built:
         ("cohere", set(), 0.6),
         ("mamba2", {"Mamba2Mixer"}, 1.0),
         ("falcon", set(), 0.8),
-        ("nemotron", {"NemotronLayerNorm1P"}, 0.9),
-        ("swin", {"SwinLayer"}, 0.8),
+        ("nemotron", set(), 0.9),
+        ("swin", set(), 0.8),
         ("regnet", set(), 0.7),
     ),
 )
