@@ -111,7 +111,7 @@ def test_of_narrow_inputs_and_wide_weights_comes_what_came(kind: type[nn.Module]
     torch.testing.assert_close(ours, eager, rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "why"), ((EpsOutside, "none of our row norms"), (OfHalf, "slice")))
+@pytest.mark.parametrize(("kind", "why"), ((EpsOutside, "none of our row norms"), (OfHalf, "a part of")))
 def test_a_norm_that_computes_something_else_is_left_alone(kind: type[nn.Module], why: str) -> None:
     model = nn.Sequential(kind(), nn.Linear(WIDTH, WIDTH))
     type(model[0]).__name__ = "SomeNorm"
@@ -126,6 +126,21 @@ def test_a_norm_that_rounds_elsewhere_is_converted_where_it_does_not_round() -> 
     assert by(report, "") == "rms_norm" and "rounds bfloat16" in reason(report, "")
     narrow = x(3, 4, WIDTH, dtype=torch.bfloat16)
     assert torch.equal(norm.to(torch.bfloat16)(narrow), InBfloat16.forward(norm, narrow))
+
+
+def test_a_norm_of_a_part_of_a_map_is_left_alone() -> None:
+    class OfACorner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH, 1, 1))
+
+        def forward(self, input: Tensor) -> Tensor:
+            corner = input[:, :, :60, :60]
+            return self.weight * corner * torch.rsqrt(corner.square().mean(1, keepdim=True) + 1e-6)
+
+    norm = OfACorner()
+    ckpt_kernels.convert(norm)
+    assert norm(x(1, WIDTH, 64, 64)).shape == (1, WIDTH, 60, 60)
 
 
 def test_scales_and_positions_are_no_norms() -> None:

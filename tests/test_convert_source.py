@@ -239,7 +239,7 @@ def test_threads_convert_and_run_by_themselves() -> None:
 
     def work() -> None:
         try:
-            model, twin = Forward("mlp").to(DEVICE), None
+            model = Forward("mlp").to(DEVICE)
             twin = copy.deepcopy(model)
             ckpt_kernels.convert(model)
             for _ in range(5):
@@ -272,6 +272,25 @@ def test_a_converted_module_makes_ordinary_ones() -> None:
     assert ckpt_kernels.is_converted(model[0]) and type(model[0]) is not nn.LayerNorm
     made = type(model[0])(WIDTH)
     assert type(made) is nn.LayerNorm and not ckpt_kernels.is_converted(made)
+
+
+def test_a_class_that_cannot_be_subclassed_is_left_alone_and_said() -> None:
+    class Tagged(nn.Module):
+        def __init_subclass__(cls, *, tag: str) -> None:
+            cls.tag = tag
+
+    class Final(Tagged, tag="final"):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.last = nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return self.last(self.act(self.first(h)))
+
+    model, twin = twins(Final)
+    report = ckpt_kernels.convert(model)
+    assert "subclassed" in reason(report, "") and by(report, "act") == "bias_act (gelu)"
+    assert type(model) is Final and close(run(model, x(3, WIDTH)), run(twin, x(3, WIDTH)), 1e-5)
 
 
 def test_what_converts_without_an_error() -> None:

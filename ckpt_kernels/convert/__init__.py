@@ -9,6 +9,7 @@ nothing else, and nothing of one call is remembered for the next. The modules st
 `revert` gives them their own class back.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from .pointwise import pointwise_of
 from .report import LeftAlone, Replaced, Report
 from .selection import Selection
 from .swap import (
+    NotSwapped,
     Rule,
     Within,
     discarding,
@@ -129,11 +131,16 @@ class _Conversion:
         return Report(self.recompute, _backend_of(self.model), self.replaced, self.left_alone)
 
     def _apply(self, name: str, module: nn.Module, rule: Rule) -> None:
+        kind = type(module).__name__
+        try:
+            swap(module, rule)
+        except NotSwapped as error:
+            self._leave(name, module, str(error))
+            return
         # A part that was left alone as such may have been found in the way its methods are written.
         self.left_alone = [entry for entry in self.left_alone if entry.name != name]
-        self.replaced.append(Replaced(name, type(module).__name__, str(rule)))
+        self.replaced.append(Replaced(name, kind, str(rule)))
         self.rules[module] = rule
-        swap(module, rule)
 
     def _leave(self, name: str, module: nn.Module, reason: str) -> None:
         self.left_alone.append(LeftAlone(name, type(module).__name__, reason))
@@ -192,7 +199,9 @@ class _Conversion:
         around = (discarding_products if self.recompute == "all" else discarding,)
         if module is not self.model and not any(map(_writes, module.modules())):
             around += (selecting,)
-        swap(module, rule or Within(), around)
+        # A class that cannot be subclassed has no rule either: nothing is undone then.
+        with contextlib.suppress(NotSwapped):
+            swap(module, rule or Within(), around)
 
 
 def _backend_of(model: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """Sequences of modules (`nn.Sequential`), in which what belongs together is computed by one call."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,12 @@ class Chain(Rule):
     recompute: str
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
-        return {"forward": _forward}
+        kinds = {place: _PATTERNS[place][1] for place in self.places if place >= 0}
+        made = {
+            place: sites.site(getattr(sites, kind), (), {"recompute": self.recompute} if kind == "mlp" else {}, ())
+            for place, kind in kinds.items()
+        }
+        return {"forward": lambda module, input: _forward(module, input, made)}
 
     def __str__(self) -> str:
         return "; ".join(_SAID[_PATTERNS[index][1]] for index in self.places if index >= 0)
@@ -60,7 +64,7 @@ def _steps(modules: list[nn.Module], places: tuple[int, ...]) -> Iterator[tuple[
         index += length
 
 
-def _forward(module: nn.Module, input: Any) -> Any:
+def _forward(module: nn.Module, input: Any, made: Mapping[int, Callable[..., list[Any]]]) -> Any:
     rule: Chain = module.__dict__[ATTRIBUTE]
     modules = list(module._modules.values())
     if len(modules) != rule.length:
@@ -69,16 +73,10 @@ def _forward(module: nn.Module, input: Any) -> Any:
         results = [False]
         if place >= 0:
             names = _PATTERNS[place][2]
-            results = _site(place, rule.recompute)(**dict(zip(names, several, strict=True)), input=input)
+            results = made[place](**dict(zip(names, several, strict=True)), input=input)
         if results.pop():
             input = results.pop()
             continue
         for each in several:
             input = each(input)
     return input
-
-
-@functools.cache
-def _site(place: int, recompute: str) -> Callable[..., list[Any]]:
-    kind = _PATTERNS[place][1]
-    return sites.site(getattr(sites, kind), (), {"recompute": recompute} if kind == "mlp" else {}, ())

@@ -9,8 +9,8 @@ import torch.nn.functional as theirs
 from torch import Tensor, nn
 
 from .. import functional as ours
+from .operands import as_plain, is_called_plainly, is_operand
 from .pointwise import ActivationRule
-from .swap import as_plain, is_called_plainly, is_operand
 
 
 def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .norms import Norm
+from .operands import is_called_plainly, is_operand
 from .pointwise import activation_of
-from .swap import is_called_plainly, is_operand, rule_in_force
+from .swap import rule_in_force
 
 _LINEAR = nn.Linear.forward
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .. import nn as ours
 from .norms import BatchNorm, Case, Dtypes, GroupNorm, InstanceNorm, Norm, RowNorm
-from .trial import CHANNELS, ROWS, DoesNotTake, NotTried, Outline, forward_of, isolated, outline_of, takes_one
+from .reached import NotTried
+from .trial import CHANNELS, ROWS, DoesNotTake, Outline, forward_of, isolated, outline_of, takes_one
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

@@ -9,12 +9,9 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
-from .swap import Unary, is_operand
-from .trial import (
-    Code,
-    Settings,
-    is_as_tried,
-)
+from .operands import is_operand
+from .reached import Code, Settings, is_as_tried
+from .swap import Unary
 
 # Of the input and of the weight. Each is tried.
 Dtypes = tuple[torch.dtype, torch.dtype]

@@ -16,19 +16,10 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..activations import FUNCTIONS, NAMES, activation_name
 from ..backends.reference import ACTIVATIONS
-from .swap import Rule, Unary, is_called_plainly, is_patched, rule_of
-from .trial import (
-    POINTWISE,
-    Code,
-    NotTried,
-    Outline,
-    Settings,
-    forward_of,
-    is_as_tried,
-    isolated,
-    outline_of,
-    takes_one,
-)
+from .operands import is_called_plainly
+from .reached import Code, NotTried, Settings, is_as_tried
+from .swap import Rule, Unary, is_patched, rule_of
+from .trial import POINTWISE, Outline, forward_of, isolated, outline_of, takes_one
 
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")

@@ -27,8 +27,8 @@ from .guards import (
     probability,
 )
 from .norms import RowNorm
+from .operands import as_plain, has_hooks_for_all, is_operand
 from .pointwise import KEPT_BY_OUTPUT
-from .swap import as_plain, has_hooks_for_all, is_operand
 
 # The results of a site, in the order in which they are taken from the end.
 Results = list[Any]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..recompute import discard_outputs, selective_contexts
+from .operands import as_plain, is_called_plainly, is_operand
 
 # What a converted module has in its __dict__ beyond what it had: its rule.
 ATTRIBUTE = "_ckpt_rule"
@@ -29,6 +30,10 @@ Forward = Callable[..., Any]
 Around = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
 
 _PASSES = (Tensor, type(None), bool, int, float, str, tuple)
+
+
+class NotSwapped(Exception):
+    """Why a module's class cannot be exchanged; for people."""
 
 
 class Rule(abc.ABC):
@@ -94,11 +99,18 @@ class Converted:
 
 
 def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None:
-    """Converts one module by `rule`; its forward, whichever it then is, runs as the functions `around` it do."""
-    module.__dict__[ATTRIBUTE] = rule
+    """Converts one module by `rule`; its forward, whichever it then is, runs as the functions `around` it do.
+
+    Raises NotSwapped, and changes nothing, where its class does not let itself be subclassed.
+    """
     kind = type(module)
     found = tuple((name, getattr(kind, name)) for name in {*rule.names, "forward"})
-    module.__class__ = _converted_class(kind, rule, around, found)
+    try:
+        made = _converted_class(kind, rule, around, found)
+    except Exception as error:  # whatever an __init_subclass__ or a metaclass of the user's raises
+        raise NotSwapped("its class does not let itself be subclassed") from error
+    module.__class__ = made
+    module.__dict__[ATTRIBUTE] = rule
 
 
 def swap_back(module: nn.Module) -> None:
@@ -132,72 +144,6 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
     ):
         return forward(module, *args, **kwargs)
     return checkpoint(forward, module, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
-
-
-# What may be computed by us
-
-_TENSORS = (Tensor, nn.Parameter)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_FUNCTION = Tensor.__torch_function__.__func__
-_everybody = nn.modules.module
-
-
-def is_operand(value: Any) -> bool:
-    """Whether it is a tensor of the kind that our functions take."""
-    return (
-        type(value) in _TENSORS
-        and value.dtype in _DTYPES
-        and (value.is_cpu or value.is_cuda)
-        and value.layout is torch.strided
-        and not value.is_nested
-        and not _is_transformed()
-    )
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or jit.trace see each operation: that is torch's own affair."""
-    if torch.compiler.is_compiling():
-        return False
-    tracing = torch._C._get_tracing_state() is not None
-    return tracing or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
-    """A tensor of a subclass that changes nothing of what torch's functions do, as a plain one, and its class.
-
-    A checkpoint gives its function plain tensors when it runs again: both times the same must be computed.
-    """
-    kind = type(value)
-    if kind in _TENSORS or not isinstance(value, Tensor):
-        return value, None
-    same = getattr(kind.__torch_function__, "__func__", None) is _FUNCTION
-    same = same and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-    return (value.as_subclass(Tensor), kind) if same and not isinstance(value, nn.Parameter) else (value, None)
-
-
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
-    held = module.__dict__
-    return (
-        not (
-            held["_forward_hooks"]
-            or held["_forward_pre_hooks"]
-            or held["_backward_hooks"]
-            or held["_backward_pre_hooks"]
-            or "forward" in held
-        )
-        and type(module).__call__ is nn.Module.__call__
-    )
-
-
-def has_hooks_for_all() -> bool:
-    """Whether somebody's hooks are to see the calls of all modules."""
-    return bool(
-        _everybody._global_forward_hooks
-        or _everybody._global_forward_pre_hooks
-        or _everybody._global_backward_hooks
-        or _everybody._global_backward_pre_hooks
-    )
 
 
 def may_be_swapped(module: nn.Module) -> bool:

@@ -1,0 +1,205 @@
+"""What the code of a module reads and reaches from its forward: whether it may be tried out at all.
+
+It may if it reads nothing but parameters and plain settings, writes to nothing, names nothing that is not on a list,
+and decides nothing by shape. What was read and reached is kept, so that a call can ask whether it still is the same.
+"""
+
+import builtins
+import dis
+import functools
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+Settings = tuple[tuple[str, Any], ...]
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+_BUILTINS = """float int len list max min range sum super tuple NotImplementedError RuntimeError TypeError ValueError
+    AssertionError""".split()
+_WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
+_SHAPES = {"shape", "size", "len"}
+# What code may name of tensors and of torch: arithmetic, and what norms are written with.
+_NAMES = frozenset(
+    """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
+    layer_norm leaky_relu math mean mish movedim mul neg nn normalized_shape permute pi pow relu rms_norm rsqrt shape
+    sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type_as unsqueeze var view
+    weight""".split()
+)
+
+
+class NotTried(Exception):
+    """Why a module cannot be tried out; for people."""
+
+
+class Code:
+    """The globals, and the methods of a class, that a forward reaches, with what they were when it was tried out.
+
+    A copy is the same; where it is unpickled, it is what the class has there.
+    """
+
+    def __init__(self, kind: type[nn.Module], found: Iterable[tuple[Any, str, Any]]) -> None:
+        self.kind = kind
+        self._found = tuple(found)
+
+    def is_same(self) -> bool:
+        """Whether all of it still is what it was."""
+        for holder, name, value in self._found:
+            if (holder.get(name, value) if type(holder) is dict else getattr(holder, name, None)) is not value:
+                return False
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Code) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        return tuple((id(holder), name, id(value)) for holder, name, value in self._found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _code_of, (self.kind,)
+
+
+def _code_of(kind: type[nn.Module]) -> Code:
+    made = object.__new__(kind)
+    made.__dict__.update(nn.Module().__dict__)
+    reading = _Reading(made)
+    try:
+        reading.function(kind.forward, own=True)
+    except NotTried:
+        return Code(kind, [({}, "", None)])
+    return Code(kind, reading.found)
+
+
+def read(module: nn.Module) -> tuple[Settings, Code]:
+    """All that the module's forward reads of it beside its parameters, by name, and the code it reaches."""
+    reading = _Reading(module)
+    reading.function(type(module).forward, own=True)
+    if reading.branches and reading.names & _SHAPES:
+        raise NotTried("decides by the shape of what it is given")
+    return tuple(sorted(reading.settings.items())), Code(type(module), reading.found)
+
+
+def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> bool:
+    """Whether the module's settings, and the code it reaches, are what they were."""
+    held = module.__dict__
+    for name, value in settings:
+        if held.get(name, _MISSING) != value:
+            return False
+    return code is None or code.is_same()
+
+
+_MISSING = object()
+
+
+class _Reading:
+    """What the code reached from a module's forward reads and does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.settings: dict[str, Any] = {}
+        self.names: set[str] = set()
+        self.branches = False
+        self.found: list[tuple[Any, str, Any]] = []
+        self._seen: set[types.CodeType] = set()
+
+    def function(self, function: Any, own: bool = False) -> None:
+        """Of a function of Python's; those of torch, but for the module's own methods, need not be read."""
+        if isinstance(function, staticmethod | classmethod | functools.partial):
+            function = getattr(function, "__func__", None) or function.func
+        if _is_torchs(function) and not own:
+            return
+        if not isinstance(function, types.FunctionType):
+            raise NotTried(
+                f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
+            )
+        for cell in function.__closure__ or ():
+            value = cell.cell_contents
+            if value is not self.module and not isinstance(value, type):
+                if not callable(value):
+                    raise NotTried("reads a variable of the function around it")
+                self.function(value)
+        self._code(function.__code__, function.__globals__)
+
+    def _code(self, code: types.CodeType, names: dict[str, Any]) -> None:
+        if code in self._seen:
+            return
+        self._seen.add(code)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self._code(constant, names)
+            if isinstance(constant, slice) and constant != slice(None):
+                raise NotTried("computes with a part of what it is given")
+        steps = list(dis.get_instructions(code))
+        for index, step in enumerate(steps):
+            if step.opname in _WRITES:
+                raise NotTried("writes as it goes")
+            # A bound beyond what is tried would not be seen.
+            if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
+                bounds = steps[max(0, index - (step.arg if step.opname == "BUILD_SLICE" else 2)) : index]
+                if any(bound.opname != "LOAD_CONST" or bound.argval is not None for bound in bounds):
+                    raise NotTried("computes with a part of what it is given")
+            self.branches |= "JUMP_IF" in step.opname or step.opname == "FOR_ITER"
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self._global(step.argval, names)
+            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                self._attribute(step.argval)
+
+    def _global(self, name: str, names: dict[str, Any]) -> None:
+        self.names.add(name)
+        if name in names:
+            self.found.append((names, name, names[name]))
+            self._value(names[name])
+        elif name not in _BUILTINS or not hasattr(builtins, name):
+            raise NotTried(f"names {name}, which is not on the list of what is known")
+
+    def _value(self, value: Any) -> None:
+        if isinstance(value, types.ModuleType):
+            if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
+                raise NotTried(f"uses {value.__name__}")
+        elif isinstance(value, type):
+            if not _is_torchs(value) and not issubclass(value, Exception):
+                raise NotTried(f"uses the class {value.__name__}")
+        elif not isinstance(value, _PLAIN):
+            self.function(value)
+
+    def _attribute(self, name: str) -> None:
+        self.names.add(name)
+        module = self.module
+        if name == "training" or name in module._buffers:
+            raise NotTried("depends on its mode or on buffers")
+        if name in module.__dict__:
+            value = module.__dict__[name]
+            if isinstance(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
+                self.function(value)
+            elif not _is_plain(value):
+                raise NotTried(f"reads {name}, which is no plain setting")
+            self.settings[name] = tuple(value) if type(value) is list else value
+        elif name not in module._parameters:
+            # What a class inherits may be called by super().
+            owners = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+            holders = [owner for owner in owners if name in vars(owner)]
+            for owner in holders:
+                held = vars(owner)[name]
+                if _is_plain(held):
+                    raise NotTried(f"reads {name} of its class")
+                self.found.append((owner, name, getattr(owner, name)))
+                self.function(held, own=True)
+            if not holders and name not in _NAMES:
+                raise NotTried(f"names {name}, which is not on the list of what is known")
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (type(value) in (tuple, list) and all(isinstance(v, int) for v in value))
+
+
+def _is_torchs(function: Any) -> bool:
+    named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
+    return callable(function) and str(named).partition(".")[0] in ("torch", "math")
