@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .. import backends
 from ..functional.linear import level_name
 from ..memory import kept_bytes
+from .called import uses_transforms
 from .chain import chain_of
-from .methods import looks_like_mlp, uses_transforms, written_of
+from .methods import looks_like_mlp, written_of
 from .norm_trials import norm_of
 from .norms import RowNorm
 from .pointwise import pointwise_of
@@ -117,12 +119,13 @@ class _Conversion:
 
     def run(self) -> Report:
         named = {module: name for name, module in self.model.named_modules()}
+        lets_go = self.recompute != "block" and not any(map(uses_transforms, {type(m) for m in named}))
         for module, name in named.items():
             self._convert_leaf(name, module)
         for module, name in named.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        if self.recompute != "block" and not any(map(uses_transforms, {type(m) for m in named})):
+        if lets_go:
             for module in self._roots():
                 self._surround(module)
         order = {name: i for i, name in enumerate(named.values())}
@@ -158,6 +161,8 @@ class _Conversion:
                 self._leave(name, module, reason)
         elif not self.selection.covers(module):
             self._leave(name, module, "not selected")
+        elif parametrize.is_parametrized(module):
+            self._leave(name, module, "its parameters are parametrized")
         elif "forward" in module.__dict__:
             self._leave(name, module, "its forward was replaced on the instance")
         elif not may_be_swapped(module):

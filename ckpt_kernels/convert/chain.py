@@ -1,6 +1,6 @@
 """Sequences of modules (`nn.Sequential`), in which what belongs together is computed by one call."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch import nn
 
 from . import sites
 from .methods import part_of
+from .pointwise import KEPT_BY_OUTPUT
+from .reading import Part
 from .swap import ATTRIBUTE, Rule
 
 # Which parts follow one another, and the names by which a function of `sites` takes them. Longer ones first.
@@ -48,12 +50,17 @@ def chain_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module],
     parts = [part_of(child, may_touch) for child in module._modules.values()]
     places: list[int] = []
     while len(places) < len(parts):
-        here = tuple(parts[len(places) :])
-        found = next((i for i, (pattern, *_) in enumerate(_PATTERNS) if here[: len(pattern)] == pattern), -1)
+        here = parts[len(places) :]
+        found = next((i for i, (pattern, kind, _) in enumerate(_PATTERNS) if _begins(here, pattern, kind)), -1)
         length = len(_PATTERNS[found][0]) if found >= 0 else 1
         # A product at the end of one MLP may be the beginning of the next: one call has it.
         places += [found, *[-1] * (length - 1)]
     return Chain(len(parts), tuple(places), recompute) if any(index >= 0 for index in places) else None
+
+
+def _begins(parts: Sequence[Part], pattern: tuple[str, ...], kind: str) -> bool:
+    won = kind != "act_drop" or parts[0].name not in KEPT_BY_OUTPUT
+    return tuple(part.kind for part in parts[: len(pattern)]) == pattern and won
 
 
 def _steps(modules: list[nn.Module], places: tuple[int, ...]) -> Iterator[tuple[int, list[nn.Module]]]:

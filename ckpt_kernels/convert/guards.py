@@ -25,7 +25,9 @@ def activation_name_of(act: Any, made: bool = False) -> str | None:
 def is_linear(module: Any) -> bool:
     """Whether it computes what `torch.nn.Linear` does, or the same with its weight transposed (GPT-2's Conv1D)."""
     if isinstance(module, nn.Linear):
-        return type(module).forward is _LINEAR and nn.Linear.forward is _LINEAR
+        # A parametrized one computes its weight at each load.
+        own = hasattr(type(module), "weight") or hasattr(type(module), "bias")
+        return type(module).forward is _LINEAR and nn.Linear.forward is _LINEAR and not own
     if not isinstance(module, nn.Module) or not _transposed(module):
         return False
     return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
@@ -77,7 +79,9 @@ def probability(drop: Any, p: Any, training: Any) -> float | None:
     if drop is nn.functional.dropout:
         return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
     module = getattr(type(drop), "original", type(drop)) is nn.Dropout and is_called_plainly(drop)
-    if not module or drop.inplace or not isinstance(drop.p, float | int) or nn.Dropout.forward is not _DROPOUT:
+    if not module or drop.inplace or nn.Dropout.forward is not _DROPOUT:
+        return None
+    if not isinstance(drop.p, float | int) or not 0 <= drop.p <= 1:
         return None
     return float(drop.p) if drop.training else 0.0
 

@@ -7,7 +7,7 @@ loads and the source, a method is rewritten once for all modules that agree in t
 import ast
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,14 @@ from .exchange import EXCHANGES
 from .guards import is_linear
 from .norms import Norm
 from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
+from .reading import Part
 from .rewrite import may_be_rewritten, rewritten
 from .scope import UNKNOWN, VALUE, Scope
 from .source import NoSource, decorated, definition_of, layers_of
 from .swap import Rule, rule_of
 
 # Of one method: the part of each load, by its text.
-Parts = tuple[tuple[str, str], ...]
+Parts = tuple[tuple[str, Part], ...]
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,10 @@ def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module
     for name, method in _methods(type(module)):
         try:
             layers = layers_of(method)
-            if not (children | _FUNCTION_NAMES) & set(layers[-1].__code__.co_names):
-                continue
-            if not may_be_rewritten(layers[-1]):
+            if not _names_any(layers[-1], children) or not may_be_rewritten(layers[-1]):
                 continue
             own = _parts(module, layers[-1], may_touch)
-            made = _rewritten(method, own, recompute) if any(part for _, part in own) else None
+            made = _rewritten(method, own, recompute) if any(part.kind for _, part in own) else None
         except NoSource as error:
             reason = str(error)
             continue
@@ -91,9 +90,21 @@ def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
             seen.add(name)
 
 
-_FUNCTION_NAMES = frozenset(
-    function.__name__ for function in (*ACTIVATIONS, *EXCHANGES) if hasattr(function, "__name__")
-) | {"erf", "square", "chunk"}
+def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
+    """Whether it names a child of the module, or what a formula or an exchange may be made of."""
+    names = set(function.__code__.co_names)
+    if names & (_METHODS | set(children)):
+        return True
+    values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
+    return any(isinstance(value, _FUNCTIONS) and (value in ACTIVATIONS or value in EXCHANGES) for value in values)
+
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES) if hasattr(function, "__name__")) | {
+    "erf",
+    "square",
+    "chunk",
+}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -120,12 +131,12 @@ def _tree(function: types.FunctionType) -> ast.FunctionDef:
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], dict[str, str]]:
+def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], dict[str, Part]]:
     """The loads in a function's body, by their text; and the formulas in it that are activations."""
     tree = _tree(function)
     scope = Scope(function, tree)
     loads: dict[str, ast.expr] = {}
-    formulas: dict[str, str] = {}
+    formulas: dict[str, Part] = {}
     for statement in tree.body:
         for node in ast.walk(statement):
             if isinstance(node, ast.Attribute | ast.Subscript | ast.Name) and isinstance(node.ctx, ast.Load):
@@ -135,14 +146,11 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], dic
                 text = found[0]
                 if text not in formulas and "(" in text:
                     formulas[text] = _formula(text, scope)
-    return list(loads.items()), {text: part for text, part in formulas.items() if part}
+    return list(loads.items()), {text: part for text, part in formulas.items() if part.kind}
 
 
-def _formula(text: str, scope: Scope) -> str:
-    """The part of a formula that is an activation of ours; "" of any other.
-
-    One of which torch does not keep the value itself is for values that nobody else has.
-    """
+def _formula(text: str, scope: Scope) -> Part:
+    """The part of a formula, which may be an activation of ours."""
     tree = ast.parse(text, mode="eval")
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {VALUE}
     values = {name: scope.value(ast.Name(name, ast.Load())) for name in names}
@@ -157,40 +165,36 @@ def _formula(text: str, scope: Scope) -> str:
             values_there = compute(few.clone())
         close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
         name, keeps_input = activation_by_trial(compute) if any(close) else (None, False)
-        return "" if name is None else f"act:{name}" if keeps_input else f"act of new:{name}"
+        return Part() if name is None else Part("act", name, of_new=not keeps_input)
     except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
-        return ""
+        return Part()
 
 
-def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> str:
-    """The part that a value can have in a pattern; see `reading.Loads`."""
+def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
+    """The part that a value can have in a pattern."""
     if isinstance(value, nn.Module):
         if not may_touch(value) or isinstance(value, torch.jit.ScriptModule):
-            return ""
+            return Part()
         if isinstance(rule_of(value), Norm):
-            return "norm"
+            return Part("norm")
         if getattr(type(value), "original", type(value)) is nn.Dropout:
-            return "dropout"
+            return Part("dropout")
         if is_linear(value):
-            return "linear"
-        if activation_of(value, made=True) is not None:
-            return "act"
-        return "exchange" if rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule) else ""
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
-        if value is F.dropout:
-            return "F.dropout"
-        return "act" if value in ACTIVATIONS else "exchange" if value in EXCHANGES else ""
-    return ""
+            return Part("linear")
+        if (name := activation_of(value, made=True)) is not None:
+            return Part("act", name)
+        is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
+        return Part("exchange") if is_act else Part()
+    if not isinstance(value, _FUNCTIONS):
+        return Part()
+    if value is F.dropout:
+        return Part("F.dropout")
+    if value in ACTIVATIONS:
+        return Part("act", ACTIVATIONS[value])
+    return Part("exchange") if value in EXCHANGES else Part()
 
 
 def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) -> bool:
     """Whether it has, for itself, two linear layers and an activation."""
-    parts = [part_of(child, may_touch) for child in module._modules.values()]
+    parts = [part_of(child, may_touch).kind for child in module._modules.values()]
     return parts.count("linear") >= 2 and "act" in parts
-
-
-@functools.cache
-def uses_transforms(kind: type[nn.Module]) -> bool:
-    """Whether a method names torch.func's transforms, which do not allow saved-tensor hooks around them."""
-    names = {name for _, method in _methods(kind) for name in method.__code__.co_names}
-    return bool(names & {"func", "functorch", "vmap", "jacrev", "hessian", "disable_saved_tensors_hooks"})

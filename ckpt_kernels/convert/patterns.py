@@ -11,7 +11,7 @@ from typing import Any
 
 from .flow import Half, Meaning, Run
 from .pointwise import KEPT_BY_OUTPUT
-from .reading import Match, Operand, Reader, settled
+from .reading import Match, Operand, Part, Reader, settled
 
 
 class Attempt:
@@ -23,8 +23,8 @@ class Attempt:
         self.looked_through: set[int] = set()
         self.operands: list[Operand] = []
         self.options: dict[str, Any] = {}
-        # Whether an activation in it is for values that nobody else has.
-        self.of_new = False
+        # Of the activation in it.
+        self.act = Part()
 
     def through(self, tree: Meaning) -> Meaning:
         """What a name that the run makes stands for."""
@@ -36,27 +36,29 @@ class Attempt:
     def called(self, tree: Meaning, part: str, name: str) -> ast.expr | None:
         """The argument of a call of something that is `part`, which becomes the operand `name`."""
         tree = self.through(tree)
-        if (
-            isinstance(tree, ast.Call)
-            and len(tree.args) == 1
-            and not tree.keywords
-            and self.reader.part(tree.func) == part
-        ):
-            self.operands.append(Operand(name, tree.func))
-            return tree.args[0]
+        if isinstance(tree, ast.Call) and len(tree.args) == 1 and not tree.keywords:
+            found = self.reader.part(tree.func)
+            if found.kind == part:
+                self.act = found if part == "act" else self.act
+                self.operands.append(Operand(name, tree.func))
+                return tree.args[0]
         return self.formula_of(tree) if part == "act" else None
 
     def formula_of(self, tree: Meaning) -> ast.expr | None:
         """The value that a formula of an activation is of; the functions in it become operands."""
         found = self.reader.formula(tree) if isinstance(tree, ast.BinOp | ast.Call) else None
-        kind, _, name = self.reader.loads.get(found[0], "").partition(":") if found else ("", "", "")
-        if kind not in ("act", "act of new"):
+        part = self.reader.loads.get(found[0], Part()) if found else Part()
+        if part.kind != "act":
             return None
         _, value, functions = found
         self.operands += [Operand(f"f{i}", function) for i, function in enumerate(functions)]
-        self.options |= {"act": name, "functions": functions}
-        self.of_new |= kind == "act of new"
+        self.options |= {"act": part.name, "functions": functions}
+        self.act = part
         return value
+
+    def keeps_its_input(self) -> bool:
+        """Whether eager torch keeps what the activation is of: there is something to win, and nobody writes to it."""
+        return self.act.name not in KEPT_BY_OUTPUT and not self.act.of_new
 
     def dropped(self, tree: Meaning) -> Meaning:
         """What a dropout is called on, or the expression itself where it calls none."""
@@ -64,7 +66,7 @@ class Attempt:
         if inner is not None:
             return inner
         tree = self.through(tree)
-        if not isinstance(tree, ast.Call) or self.reader.part(tree.func) != "F.dropout" or not tree.args:
+        if not isinstance(tree, ast.Call) or self.reader.part(tree.func).kind != "F.dropout" or not tree.args:
             return tree
         given = dict(zip(("input", "p", "training"), tree.args, strict=False)) | {k.arg: k.value for k in tree.keywords}
         if given.keys() != {"input", "p", "training"} or not all(map(self.reader.is_plain, list(given.values())[1:])):
@@ -122,15 +124,15 @@ class Attempt:
 
     def packed_glu(self, tree: Meaning, first: int) -> str | None:
         whole = self._halves(tree, first)
-        return "packed gate" if whole is not None and self.leaf(whole, "input") else None
+        return "packed gate" if whole is not None and self.keeps_its_input() and self.leaf(whole, "input") else None
 
     def glu(self, tree: Meaning, first: int) -> str | None:
         if (sides := self.pair(tree, ast.Mult)) is None:
             return None
         gate = self.called(sides[first], "act", "act")
-        if gate is None or not self.leaf(gate, "gate") or not self.leaf(sides[1 - first], "value"):
+        if gate is None or not self.keeps_its_input():
             return None
-        return "gate"
+        return "gate" if self.leaf(gate, "gate") and self.leaf(sides[1 - first], "value") else None
 
     def _gate(self, gated: ast.expr, value: ast.expr) -> bool:
         """act(gate(input)) * value(input)."""
@@ -163,7 +165,7 @@ class Attempt:
         inner = self.dropped(tree)
         if inner is tree or (inner := self.called(inner, "act", "act")) is None:
             return None
-        return "activation, dropout" if self.leaf(inner, "input") else None
+        return "activation, dropout" if self.keeps_its_input() and self.leaf(inner, "input") else None
 
     def add_norm(self, tree: Meaning, first: int) -> str | None:
         """The norm of a sum that nobody else reads."""
@@ -208,10 +210,9 @@ class Attempt:
     def activation(self, tree: Meaning) -> str | None:
         """A formula by itself; what is a call of a module is the module's affair."""
         inner = self.formula_of(tree)
-        name = self.options.get("act")
-        if inner is None or name in KEPT_BY_OUTPUT or not self.leaf(inner, "input"):
+        if inner is None or not self.keeps_its_input() or not self.leaf(inner, "input"):
             return None
-        return f"bias_act ({name})"
+        return f"bias_act ({self.act.name})"
 
 
 # Larger ones first.
@@ -234,9 +235,6 @@ _PATTERNS: tuple[tuple[str, Callable[..., str | None]], ...] = (
     ("activation", Attempt.activation),
 )
 
-# Whose activations are of what is computed within.
-_MAKE_VALUES = ("mlp", "gated_mlp", "packed_mlp", "norm_act", "gated_products")
-
 
 def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -> Iterator[Match]:
     """What the expression may be read as, larger patterns first. `begins` is what is evaluated first: the root, or the
@@ -244,9 +242,7 @@ def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -
     for kind, pattern in _PATTERNS:
         attempt = Attempt(reader, run)
         said = pattern(attempt, root)
-        if said is None or (attempt.of_new and kind not in _MAKE_VALUES):
-            continue
-        if len(attempt.looked_through) != (run.made if run else 0):
+        if said is None or len(attempt.looked_through) != (run.made if run else 0):
             continue
         match = settled(reader, kind, root, attempt.operands, attempt.options, begins, said)
         if match is not None:

@@ -30,12 +30,16 @@ _NAMES = frozenset(
 )
 
 
+_MISSING = object()
+
+
 class NotTried(Exception):
     """Why a module cannot be tried out; for people."""
 
 
 class Code:
-    """The globals, and the methods of a class, that a forward reaches, with what they were when it was tried out.
+    """All that a forward reaches, with what it was when it was tried out: globals, functions of torch's modules, the
+    methods of a class, variables of functions around, and defaults.
 
     A copy is the same; where it is unpickled, it is what the class has there.
     """
@@ -47,7 +51,8 @@ class Code:
     def is_same(self) -> bool:
         """Whether all of it still is what it was."""
         for holder, name, value in self._found:
-            if (holder.get(name, value) if type(holder) is dict else getattr(holder, name, None)) is not value:
+            now = holder.get(name, _MISSING) if type(holder) is dict else getattr(holder, name, _MISSING)
+            if now is not value:
                 return False
         return True
 
@@ -74,7 +79,8 @@ def _code_of(kind: type[nn.Module]) -> Code:
     try:
         reading.function(kind.forward, own=True)
     except NotTried:
-        return Code(kind, [({}, "", None)])
+        return Code(kind, [({}, "", None)])  # what is never the same
+    reading.modules()
     return Code(kind, reading.found)
 
 
@@ -84,6 +90,7 @@ def read(module: nn.Module) -> tuple[Settings, Code]:
     reading.function(type(module).forward, own=True)
     if reading.branches and reading.names & _SHAPES:
         raise NotTried("decides by the shape of what it is given")
+    reading.modules()
     return tuple(sorted(reading.settings.items())), Code(type(module), reading.found)
 
 
@@ -91,12 +98,14 @@ def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> boo
     """Whether the module's settings, and the code it reaches, are what they were."""
     held = module.__dict__
     for name, value in settings:
-        if held.get(name, _MISSING) != value:
+        now = _setting(held.get(name, _MISSING))
+        if type(now) is not type(value) or now != value:
             return False
     return code is None or code.is_same()
 
 
-_MISSING = object()
+def _setting(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value
 
 
 class _Reading:
@@ -121,12 +130,32 @@ class _Reading:
                 f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
             )
         for cell in function.__closure__ or ():
-            value = cell.cell_contents
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                raise NotTried("reads a variable that has no value yet") from None
             if value is not self.module and not isinstance(value, type):
                 if not callable(value):
                     raise NotTried("reads a variable of the function around it")
+                self.found.append((cell, "cell_contents", value))
                 self.function(value)
+        if not all(map(_is_constant, function.__defaults__ or ())) or function.__kwdefaults__:
+            raise NotTried("has defaults that may change")
+        self.found += [(function, name, getattr(function, name)) for name in ("__code__", "__defaults__")]
         self._code(function.__code__, function.__globals__)
+
+    def modules(self) -> None:
+        """What the code may reach of torch's modules, by the names in it."""
+        waiting = [value for _, _, value in self.found if isinstance(value, types.ModuleType)]
+        reached = set()
+        while waiting:
+            held = vars(waiting.pop())
+            if id(held) not in reached:
+                reached.add(id(held))
+                for name in sorted(self.names & held.keys()):
+                    self.found.append((held, name, held[name]))
+                    if isinstance(held[name], types.ModuleType):
+                        waiting.append(held[name])
 
     def _code(self, code: types.CodeType, names: dict[str, Any]) -> None:
         if code in self._seen:
@@ -159,6 +188,8 @@ class _Reading:
             self._value(names[name])
         elif name not in _BUILTINS or not hasattr(builtins, name):
             raise NotTried(f"names {name}, which is not on the list of what is known")
+        else:
+            self.found.append((names, name, _MISSING))
 
     def _value(self, value: Any) -> None:
         if isinstance(value, types.ModuleType):
@@ -181,7 +212,7 @@ class _Reading:
                 self.function(value)
             elif not _is_plain(value):
                 raise NotTried(f"reads {name}, which is no plain setting")
-            self.settings[name] = tuple(value) if type(value) is list else value
+            self.settings[name] = _setting(value)
         elif name not in module._parameters:
             # What a class inherits may be called by super().
             owners = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
@@ -197,7 +228,11 @@ class _Reading:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (type(value) in (tuple, list) and all(isinstance(v, int) for v in value))
+    return _is_constant(_setting(value))
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(v, int) for v in value))
 
 
 def _is_torchs(function: Any) -> bool:

@@ -6,9 +6,22 @@ from typing import Any, NamedTuple
 
 from .flow import comes_first
 
-# The part of each load in a method, by its text: "linear", "act", "norm", "dropout", "F.dropout", "exchange", or "" for
-# others that are plain. Formulas, too, with "act:" or "act of new:" and the activation's name.
-Loads = Mapping[str, str]
+
+class Part(NamedTuple):
+    """What a load in a method can be in a pattern: "linear", "act", "norm", "dropout", "F.dropout", "exchange", or "",
+    which is any other plain load.
+
+    An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is
+    of has just been computed: torch does not keep that for it, so that somebody else may write to it.
+    """
+
+    kind: str = ""
+    name: str = ""
+    of_new: bool = False
+
+
+# The part of each load and formula in a method, by its text.
+Loads = Mapping[str, Part]
 
 
 class Operand(NamedTuple):
@@ -44,11 +57,10 @@ class Reader:
         self.locals = known
         self.formula = formula
 
-    def part(self, tree: ast.AST) -> str:
+    def part(self, tree: ast.AST) -> Part:
         """What a load is."""
-        return (
-            self.loads.get(ast.unparse(tree), "") if isinstance(tree, ast.Name | ast.Attribute | ast.Subscript) else ""
-        )
+        is_load = isinstance(tree, ast.Name | ast.Attribute | ast.Subscript)
+        return self.loads.get(ast.unparse(tree), Part()) if is_load else Part()
 
     def is_plain(self, tree: ast.AST) -> bool:
         """Whether evaluating it runs nobody's code."""

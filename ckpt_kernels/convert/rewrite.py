@@ -121,7 +121,7 @@ class _Writer:
             if (
                 not isinstance(name, ast.Name)
                 or name.id not in self.scope.fast
-                or self.reader.part(root.func) != "norm"
+                or self.reader.part(root.func).kind != "norm"
             ):
                 continue
             begin = end - 1
@@ -174,7 +174,7 @@ class _Writer:
             if match is not None:
                 return self._expression(match)
         made = _with_parts(tree, self._expressions)
-        if isinstance(tree, ast.Call) and self.reader.part(tree.func):
+        if isinstance(tree, ast.Call) and self.reader.part(tree.func).kind:
             made.func = self._exchange(tree.func)
         return made
 

@@ -62,7 +62,8 @@ class Unary(Rule):
 
 
 def _unary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if len(args) == 1 and not kwargs:
+    # Where it was parametrized since, each load of its weight computes it.
+    if len(args) == 1 and not kwargs and not is_wrapped(module):
         input, kind = as_plain(args[0])
         output = module.__dict__[ATTRIBUTE].of(module, input) if is_operand(input) else None
         if output is not None:
@@ -187,7 +188,7 @@ def rule_of(module: nn.Module) -> Rule | None:
 def rule_in_force(module: nn.Module) -> Rule | None:
     """The rule that a call of the module computes by; None where hooks or patches make it another."""
     rule = module.__dict__.get(ATTRIBUTE)
-    if rule is None or not is_called_plainly(module) or is_patched(type(module), "forward"):
+    if rule is None or is_wrapped(module) or not is_called_plainly(module) or is_patched(type(module), "forward"):
         return None
     return rule
 

@@ -7,13 +7,12 @@ code of its modules is reached from their forward methods, for writes to anythin
 
 import ast
 import functools
-import types
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
-from .source import NoSource, definition_of, layers_of
+from .called import functions_of
+from .source import NoSource, definition_of
 
 # Functions and methods whose results are new, never views of what they were given.
 _MAKERS = frozenset(
@@ -43,29 +42,13 @@ def writer_in(model: nn.Module) -> str:
 def _writer_of(kind: type[nn.Module]) -> str:
     if kind.__module__.startswith("torch.nn.modules."):
         return ""
-    reached, waiting = set(), [getattr(kind, "forward", None)]
-    while waiting:
-        function = waiting.pop()
-        if not isinstance(function, types.FunctionType) or function in reached or _is_torchs(function):
-            continue
-        reached.add(function)
+    for function in functions_of(kind):
         try:
-            written = layers_of(function)[-1]
-            if _writes(definition_of(written).tree):
+            if _writes(definition_of(function).tree):
                 return function.__qualname__
         except NoSource:
             return function.__qualname__
-        modules = [value for value in written.__globals__.values() if isinstance(value, types.ModuleType)]
-        waiting += [cell.cell_contents for cell in written.__closure__ or ()]
-        for name in written.__code__.co_names:
-            waiting += [getattr(kind, name, None), written.__globals__.get(name)]
-            waiting += [vars(module).get(name) for module in modules if not _is_torchs(module)]
     return ""
-
-
-def _is_torchs(value: Any) -> bool:
-    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__ or ""
-    return name.partition(".")[0] in ("torch", "builtins")
 
 
 def _writes(function: ast.FunctionDef) -> bool:

@@ -1,0 +1,301 @@
+"""Modules known by a trial, and parts that a site asks about: what they read is asked for again at every call, once."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import silu as swish
+from torch.nn.utils import parametrizations, parametrize
+
+import ckpt_kernels
+from ckpt_kernels.convert import Report
+from ckpt_kernels.convert.writes import writer_in
+
+from .conftest import DEVICE
+from .test_convert_composes import close
+from .test_convert_rules import WIDTH, run
+from .test_convert_rules import x as random
+from .test_convert_source import kept, twins
+
+
+def rows() -> Tensor:
+    return random(6, WIDTH)
+
+
+def found_in(report: Report) -> dict[str, str]:
+    return {entry.name: entry.by for entry in report.replaced if "discard_outputs" not in entry.by}
+
+
+def slope(x: Tensor, steepness: float = 1.0) -> Tensor:
+    return x * torch.sigmoid(steepness * x)
+
+
+class Sloped(nn.Module):
+    """A silu in which nothing is fixed: a function of the file, with a default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return slope(x) if self.steps else x
+
+
+class Patched(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
+def enclosed() -> tuple[nn.Module, Callable[[], None]]:
+    """A module that calls a variable of the function around it, and what binds that anew."""
+
+    def act(x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    class Enclosed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return act(x)
+
+    def change() -> None:
+        nonlocal act
+        act = F.relu
+
+    return Enclosed(), change
+
+
+def changed(how: str, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, Callable[[], None]]:
+    """A module that computes silu, and a change after which it does not."""
+    if how == "variable":
+        return enclosed()
+    if how == "function of torch":
+        return Patched(), lambda: monkeypatch.setattr(F, "silu", F.relu)
+    module = Sloped()
+    return module, {
+        "default": lambda: monkeypatch.setattr(slope, "__defaults__", (3.0,)),
+        "code": lambda: monkeypatch.setattr(slope, "__code__", (lambda x, steepness=1.0: x + steepness).__code__),
+        "global": lambda: monkeypatch.setitem(globals(), "slope", F.relu),
+        "list": lambda: module.steps.clear(),
+        "type of a setting": lambda: setattr(module, "steps", torch.zeros(2, 2)[0, :1]),
+    }[how]
+
+
+CHANGES = ("variable", "function of torch", "default", "code", "global", "list", "type of a setting")
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_change_of_what_a_tried_module_reads_is_noticed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, change = changed(how, monkeypatch)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), module).to(DEVICE)
+    report = ckpt_kernels.convert(model)
+    assert found_in(report) == {"1": "bias_act (silu)"}
+    assert "bias_act" in type(model(rows()).grad_fn).__name__
+    change()
+    now = model(rows())
+    ckpt_kernels.revert(model)
+    assert torch.equal(now, model(rows()))
+
+
+def test_defaults_that_may_change_are_no_settings() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale=[1.0]) -> Tensor:  # noqa: B006
+            return F.silu(x * scale[0])
+
+    module = Scaled()
+    ckpt_kernels.convert(nn.Sequential(module))
+    Scaled.forward.__defaults__[0][0] = 3.0
+    torch.testing.assert_close(module(rows()), F.silu(3 * rows()))
+
+
+def test_a_variable_without_a_value_is_no_error() -> None:
+    class Early(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return later(x)
+
+    report = ckpt_kernels.convert(nn.Sequential(Early(), nn.GELU()))
+    assert found_in(report) == {"1": "bias_act (gelu)"}
+
+    def later(x: Tensor) -> Tensor:
+        return x
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.product(x))
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.act(self.gate(x)) * self.up(x)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x + self.gate(x)
+        return total + self.norm(total)
+
+
+@pytest.mark.parametrize("kind", [Gated, Normed])
+@pytest.mark.parametrize("part", ["gate", "norm"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_parametrized_weight_is_made_as_often_as_it_was(kind: type[nn.Module], part: str, when: str) -> None:
+    made = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            made.append(weight)
+            return weight * 1.5
+
+    model = kind().to(DEVICE)
+    if not hasattr(model, part):
+        pytest.skip("it has no such part")
+    if when == "after":
+        ckpt_kernels.convert(model)
+    parametrize.register_parametrization(getattr(model, part), "weight", Counted())
+    if when == "before":
+        ckpt_kernels.convert(model)
+    made.clear()
+    model(rows())
+    assert len(made) == 1
+
+
+def test_power_iterations_take_the_steps_they_took() -> None:
+    model, converted = twins(Gated)
+    for each in (model, converted):
+        torch.manual_seed(1)
+        parametrizations.spectral_norm(each.gate)
+    ckpt_kernels.convert(converted)
+    for _ in range(3):
+        assert close(run(converted, rows()), run(model, rows()))
+    for (name, buffer), other in zip(model.named_buffers(), converted.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+
+
+class Two(nn.Module):
+    """Two products, of which the first is of an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(self.first(x)))
+
+
+class QuickGELU(Two):
+    def hidden(self, y: Tensor) -> Tensor:
+        return y * torch.sigmoid(1.702 * y)
+
+
+class SiLU(Two):
+    def hidden(self, y: Tensor) -> Tensor:
+        return y * torch.sigmoid(y)
+
+
+class Mish(Two):
+    def hidden(self, y: Tensor) -> Tensor:
+        return y * torch.tanh(F.softplus(y))
+
+
+class Dropped(Two):
+    def hidden(self, y: Tensor) -> Tensor:
+        return F.dropout(torch.relu(y), 0.1, self.training)
+
+
+class SigmoidGate(Two):
+    def hidden(self, y: Tensor) -> Tensor:
+        return torch.sigmoid(self.last(y)) * y
+
+
+class Renamed(Two):
+    def hidden(self, y: Tensor) -> Tensor:
+        return swish(y) * y
+
+
+@pytest.mark.parametrize(
+    "kind,found",
+    [
+        (QuickGELU, "bias_act (quick_gelu)"),
+        (SiLU, "bias_act (silu)"),
+        (Mish, "bias_act (mish)"),
+        (Dropped, "dropout"),
+        (SigmoidGate, ""),
+        (Renamed, "gate"),
+    ],
+)
+def test_what_is_said_to_be_computed_is_computed(kind: type[nn.Module], found: str) -> None:
+    """A pattern that the place would always refuse does not hide another."""
+    model = kind().to(DEVICE)
+    eager = kept(model, rows())
+    report = ckpt_kernels.convert(model, recompute="block")
+    assert found_in(report) == ({"": found} if found else {})
+    assert kept(model, rows()) < eager or not found
+
+
+class Differentiates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def energy(t: Tensor) -> Tensor:
+            return t.square().sum()
+
+        return F.gelu(self.linear(x)) + torch.func.grad(energy)(x)
+
+
+def test_transforms_within_a_method_that_is_rewritten() -> None:
+    model, converted = twins(Differentiates)
+    assert found_in(ckpt_kernels.convert(converted)) == {"": "bias_act (gelu)"}
+    assert close(run(converted, rows()), run(model, rows()))
+
+
+class RMS(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class WritesWithin(nn.Module):
+    """A write that is reached from a function within a method only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = RMS(), nn.Linear(WIDTH, WIDTH)
+
+    def add(self, x: Tensor) -> Tensor:
+        return x.add_(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def later(t: Tensor) -> Tensor:
+            return self.add(t)
+
+        hidden = self.linear(x)
+        return self.norm(hidden) + later(hidden)
+
+
+def test_a_write_in_a_function_within_a_method_is_found() -> None:
+    model = WritesWithin().to(DEVICE, torch.bfloat16)
+    assert writer_in(model) == "WritesWithin.add"
+    ckpt_kernels.convert(model)
+    model(rows().bfloat16()).sum().backward()
+
+
+def test_a_probability_out_of_range_is_refused_as_torch_refuses_it() -> None:
+    model = nn.Sequential(nn.GELU(), nn.Dropout(0.1))
+    ckpt_kernels.convert(model)
+    model[1].p = 1.5
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got 1.5"):
+        model(rows())
