@@ -9,7 +9,6 @@ import torch
 from .blocks import ACTIVATION_BLOCKS, BLOCKS, Block, Operands, in_float64, with_gradients
 from .conftest import DEVICE
 
-
 # Numbers from which the root mean square of an error is taken, at least.
 ROUNDINGS = 40
 

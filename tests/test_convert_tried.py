@@ -297,5 +297,5 @@ def test_a_probability_out_of_range_is_refused_as_torch_refuses_it() -> None:
     model = nn.Sequential(nn.GELU(), nn.Dropout(0.1))
     ckpt_kernels.convert(model)
     model[1].p = 1.5
-    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got 1.5"):
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
         model(rows())
