@@ -47,9 +47,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-# Random calls for FUZZ_SECONDS, on a build of the CPU library that stops at the first bad access or undefined operation.
+# Random calls for FUZZ_SECONDS, on a build of the CPU library that stops at the first bad access or undefined operation;
+# then, as long, random programs, converted and not.
 FUZZ_SECONDS ?= 600
-fuzz: $(VENV)/ready
+fuzz: build
 	CKPT_KERNELS_BUILD=cpu CKPT_KERNELS_SANITIZE=1 PATH="$(abspath $(BIN)):$$PATH" \
 		$(BIN)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib >build.log 2>&1 \
 		|| { cat build.log; exit 1; }
@@ -57,6 +58,7 @@ fuzz: $(VENV)/ready
 	cd build/sanitized/lib && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+	$(BIN)/python -m tests.programs --seconds $(FUZZ_SECONDS)
 
 # Into out/docs; a warning is an error.
 docs: build

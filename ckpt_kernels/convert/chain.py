@@ -1,5 +1,6 @@
 """Sequences of modules (`nn.Sequential`), in which what belongs together is computed by one call."""
 
+import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,23 @@ from .methods import part_of
 from .pointwise import KEPT_BY_OUTPUT
 from .reading import Part
 from .swap import ATTRIBUTE, Rule
+from .templates import Pattern, kind_of, site
 
-# Which parts follow one another, and the names by which a function of `sites` takes them. Longer ones first.
-_PATTERNS = (
-    (("linear", "act", "dropout", "linear"), "mlp", ("first", "act", "drop", "last")),
-    (("linear", "act", "linear"), "mlp", ("first", "act", "last")),
-    (("norm", "act"), "norm_act", ("norm", "act")),
-    (("act", "dropout"), "act_drop", ("act", "drop")),
-)
-_SAID = {"mlp": "MLP", "norm_act": "norm, activation", "act_drop": "activation, dropout"}
+
+def _chains() -> Iterator[tuple[Pattern, tuple[str, ...]]]:
+    """The patterns that are one call within another, with the names of what is called, the first one first."""
+    for pattern in sites.PATTERNS:
+        for tree in pattern.spellings:
+            names: list[str] = []
+            while isinstance(tree, ast.Call) and tree.func.id != "formula":
+                names.insert(0, tree.func.id)
+                tree = tree.args[0]
+            if names and isinstance(tree, ast.Name):
+                yield pattern, tuple(names)
+
+
+# Longer ones first.
+_PATTERNS = tuple(sorted(_chains(), key=lambda chain: -len(chain[1])))
 _SEQUENTIAL = nn.Sequential.forward
 
 
@@ -32,15 +41,16 @@ class Chain(Rule):
     recompute: str
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
-        kinds = {place: _PATTERNS[place][1] for place in self.places if place >= 0}
+        patterns = {place: _PATTERNS[place][0] for place in self.places if place >= 0}
+        recompute = {"recompute": self.recompute}
         made = {
-            place: sites.site(getattr(sites, kind), (), {"recompute": self.recompute} if kind == "mlp" else {}, ())
-            for place, kind in kinds.items()
+            place: site(pattern, (), recompute if "recompute" in pattern.takes else {})
+            for place, pattern in patterns.items()
         }
         return {"forward": lambda module, input: _forward(module, input, made)}
 
     def __str__(self) -> str:
-        return "; ".join(_SAID[_PATTERNS[index][1]] for index in self.places if index >= 0)
+        return "; ".join(_PATTERNS[index][0].said for index in self.places if index >= 0)
 
 
 def chain_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> Chain | None:
@@ -51,22 +61,24 @@ def chain_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module],
     places: list[int] = []
     while len(places) < len(parts):
         here = parts[len(places) :]
-        found = next((i for i, (pattern, kind, _) in enumerate(_PATTERNS) if _begins(here, pattern, kind)), -1)
-        length = len(_PATTERNS[found][0]) if found >= 0 else 1
+        found = next((i for i, (pattern, names) in enumerate(_PATTERNS) if _begins(here, pattern, names)), -1)
+        length = len(_PATTERNS[found][1]) if found >= 0 else 1
         # A product at the end of one MLP may be the beginning of the next: one call has it.
         places += [found, *[-1] * (length - 1)]
     return Chain(len(parts), tuple(places), recompute) if any(index >= 0 for index in places) else None
 
 
-def _begins(parts: Sequence[Part], pattern: tuple[str, ...], kind: str) -> bool:
-    won = kind != "act_drop" or parts[0].name not in KEPT_BY_OUTPUT
-    return tuple(part.kind for part in parts[: len(pattern)]) == pattern and won
+def _begins(parts: Sequence[Part], pattern: Pattern, names: tuple[str, ...]) -> bool:
+    """Whether the parts begin with what the pattern calls, and there is something to win."""
+    kinds = tuple(kind_of(name) for name in names)
+    won = pattern.made or parts[0].name not in KEPT_BY_OUTPUT
+    return tuple(part.kind for part in parts[: len(names)]) == kinds and won
 
 
 def _steps(modules: list[nn.Module], places: tuple[int, ...]) -> Iterator[tuple[int, list[nn.Module]]]:
     index = 0
     while index < len(modules):
-        length = len(_PATTERNS[places[index]][0]) if places[index] >= 0 else 1
+        length = len(_PATTERNS[places[index]][1]) if places[index] >= 0 else 1
         yield places[index], modules[index : index + length]
         index += length
 
@@ -79,7 +91,7 @@ def _forward(module: nn.Module, input: Any, made: Mapping[int, Callable[..., lis
     for place, several in _steps(modules, rule.places):
         results = [False]
         if place >= 0:
-            names = _PATTERNS[place][2]
+            names = _PATTERNS[place][1]
             results = made[place](**dict(zip(names, several, strict=True)), input=input)
         if results.pop():
             input = results.pop()

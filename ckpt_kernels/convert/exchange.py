@@ -96,16 +96,6 @@ def _dropout(input, p=0.5, training=True, inplace=False):
     return ours.bias_act(input, dropout_p=p) if fits else theirs.dropout(input, p, training, inplace)
 
 
-def _activation(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def activation(input, *args, **kwargs):
-        if args or kwargs or not is_operand(input):
-            return function(input, *args, **kwargs)
-        return ours.bias_act(input, activation=name)
-
-    return activation
-
-
 @functools.wraps(theirs.gelu)
 def _gelu(input, *, approximate="none"):
     name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if type(approximate) is str else None
@@ -130,6 +120,4 @@ EXCHANGES: dict[Callable[..., Any], Callable[..., Any]] = {
     theirs.dropout: _dropout,
     theirs.gelu: _gelu,
     theirs.silu: _silu,
-    theirs.mish: _activation(theirs.mish, "mish"),
-    theirs.softplus: _activation(theirs.softplus, "softplus"),
 }

@@ -7,19 +7,9 @@ from torch import Tensor, nn
 
 from .norms import Norm
 from .operands import is_called_plainly, is_operand
-from .pointwise import activation_of
 from .swap import rule_in_force
 
 _LINEAR = nn.Linear.forward
-
-
-class Named(str):
-    """An activation that is written as a formula, by its name."""
-
-
-def activation_name_of(act: Any, made: bool = False) -> str | None:
-    """The activation's name. `made`: what it is called on is new, so that nobody sees whether it is written over."""
-    return str(act) if type(act) is Named else activation_of(act, made)
 
 
 def is_linear(module: Any) -> bool:

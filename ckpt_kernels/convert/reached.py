@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 Settings = tuple[tuple[str, Any], ...]
+# What holds something, a dict or an object; under which name; and what.
+Found = tuple[Any, str, Any]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _BUILTINS = """float int len list max min range sum super tuple NotImplementedError RuntimeError TypeError ValueError
@@ -41,11 +43,12 @@ class Code:
     """All that a forward reaches, with what it was when it was tried out: globals, functions of torch's modules, the
     methods of a class, variables of functions around, and defaults.
 
-    A copy is the same; where it is unpickled, it is what the class has there.
+    A copy is the same; where it is unpickled, it is what a module of the class, with those settings and parameters, has
+    there.
     """
 
-    def __init__(self, kind: type[nn.Module], found: Iterable[tuple[Any, str, Any]]) -> None:
-        self.kind = kind
+    def __init__(self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], found: Iterable[Found]) -> None:
+        self._module = module
         self._found = tuple(found)
 
     def is_same(self) -> bool:
@@ -69,19 +72,17 @@ class Code:
         return self
 
     def __reduce__(self) -> tuple:
-        return _code_of, (self.kind,)
+        return _code_of, self._module
 
 
-def _code_of(kind: type[nn.Module]) -> Code:
+def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...]) -> Code:
     made = object.__new__(kind)
-    made.__dict__.update(nn.Module().__dict__)
-    reading = _Reading(made)
+    made.__dict__.update(nn.Module().__dict__ | dict(settings))
+    made.__dict__["_parameters"] = dict.fromkeys(parameters)
     try:
-        reading.function(kind.forward, own=True)
+        return read(made)[1]
     except NotTried:
-        return Code(kind, [({}, "", None)])  # what is never the same
-    reading.modules()
-    return Code(kind, reading.found)
+        return Code((kind, settings, parameters), [({}, "", None)])  # what is never the same
 
 
 def read(module: nn.Module) -> tuple[Settings, Code]:
@@ -91,7 +92,8 @@ def read(module: nn.Module) -> tuple[Settings, Code]:
     if reading.branches and reading.names & _SHAPES:
         raise NotTried("decides by the shape of what it is given")
     reading.modules()
-    return tuple(sorted(reading.settings.items())), Code(type(module), reading.found)
+    settings = tuple(sorted(reading.settings.items()))
+    return settings, Code((type(module), settings, tuple(module._parameters)), reading.found)
 
 
 def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> bool:
@@ -116,7 +118,7 @@ class _Reading:
         self.settings: dict[str, Any] = {}
         self.names: set[str] = set()
         self.branches = False
-        self.found: list[tuple[Any, str, Any]] = []
+        self.found: list[Found] = []
         self._seen: set[types.CodeType] = set()
 
     def function(self, function: Any, own: bool = False) -> None:

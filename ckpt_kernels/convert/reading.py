@@ -1,10 +1,14 @@
 """Reading expressions: what the loads in a method are, and whether operands may be evaluated before all else."""
 
 import ast
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .flow import comes_first
+from .templates import Pattern
+
+if TYPE_CHECKING:
+    from .patterns import Attempt
 
 
 class Part(NamedTuple):
@@ -32,18 +36,18 @@ class Operand(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A function of `sites`, its operands in the order in which they are evaluated, and its constants.
+    """An expression, `root`, that a pattern computes, as it was read, with its operands in the order in which they are
+    evaluated.
 
-    `root` is the expression that it computes; `captured` are the operands that the original expression, where it has to
-    run, must not evaluate again: the one that is no plain load, which is evaluated first, and the loads before it.
+    `captured` are the operands that the original expression, where it has to run, must not evaluate again: the one that
+    is no plain load, which is evaluated first, and the loads before it.
     """
 
-    kind: str
+    pattern: Pattern
     root: ast.expr
     operands: list[Operand]
     captured: list[Operand]
-    options: dict[str, Any]
-    said: str
+    attempt: "Attempt"
 
 
 class Reader:
@@ -71,21 +75,14 @@ class Reader:
         return isinstance(tree, ast.Attribute | ast.Subscript) and ast.unparse(tree) in self.loads
 
 
-def settled(
-    reader: Reader,
-    kind: str,
-    root: ast.expr,
-    operands: Sequence[Operand],
-    options: dict[str, Any],
-    begins: ast.expr,
-    said: str,
-) -> Match | None:
+def settled(reader: Reader, root: ast.expr, begins: ast.expr, pattern: Pattern, attempt: "Attempt") -> Match | None:
     """The match, if evaluating its operands first is what the original does, or cannot be told from that."""
+    operands = attempt.operands
     others = [operand for operand in operands if not reader.is_plain(operand.tree)]
     if len(others) > 1 or len({operand.name for operand in operands}) != len(operands):
         return None
     if not others:
-        return Match(kind, root, list(operands), [], options, said)
+        return Match(pattern, root, operands, [], attempt)
     if not comes_first(begins, others[0].tree, reader.is_plain):
         return None
     before = []
@@ -99,7 +96,7 @@ def settled(
         return None
     rest = [operand for operand in operands if operand not in before]
     captured = [operand for operand in before if not isinstance(operand.tree, ast.Name) or operand is others[0]]
-    return Match(kind, root, [*before, *rest], captured, options, said)
+    return Match(pattern, root, [*before, *rest], captured, attempt)
 
 
 def _in_order(tree: ast.AST) -> Iterator[ast.AST]:

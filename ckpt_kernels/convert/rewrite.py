@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import sites
+from . import sites, templates
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
-from .guards import Named
-from .patterns import Attempt, matches
+from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Reader, settled
 from .scope import Scope
@@ -32,6 +31,9 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # A function that looks at its own frame sees what it is made of.
 _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
 _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
+
+# The sum in a norm of one.
+_SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings)
 
 
 class Rewritten(NamedTuple):
@@ -135,12 +137,10 @@ class _Writer:
             total = block.statements[begin].value
             if not comes_first(last.value, root, self.reader.is_plain):
                 continue
-            for first in (1, 0):
-                attempt = Attempt(self.reader, None)
-                if not attempt.sum(total, first):
-                    continue
-                operands = [*attempt.operands, Operand("norm", root.func)]
-                match = settled(self.reader, "add_norm", total, operands, {}, total, "add, norm")
+            for attempt in attempts(self.reader, total, None, sites.add_norm, _SUMS):
+                attempt.operands.append(Operand("norm", root.func))
+                attempt.options["total"] = True
+                match = settled(self.reader, total, total, sites.add_norm, attempt)
                 if match is not None:
                     statements = block.statements[begin : end + 1]
                     yield _rank(match), begin, end, lambda m=match, r=root, s=statements: self._sum(m, r, s)
@@ -185,18 +185,15 @@ class _Writer:
 
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, and whether it has computed."""
-        compute = getattr(sites, match.kind)
-        options = dict(match.options)
-        functions = [self.scope.value(tree) for tree in options.pop("functions", ())]
-        if "act" in options:
-            options["act"] = Named(options["act"])
-        if "mlp" in match.kind:
-            options["recompute"] = self.recompute
-        site = sites.site(compute, [operand.name for operand in match.captured], options, functions)
+        pattern, attempt = match.pattern, match.attempt
+        options = attempt.options | ({"recompute": self.recompute} if "recompute" in pattern.takes else {})
+        functions = [self.scope.value(tree) for tree in attempt.functions]
+        captured = [operand.name for operand in match.captured]
+        site = templates.site(pattern, captured, options, functions, attempt.activation)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
         named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
-        self.found.append(match.said)
+        self.found.append(pattern.said.format(attempt.act.name))
         return _at(match.root, ast.Call(ast.Attribute(named, "pop", ast.Load()), [], []))
 
     def _operand(self, operand: Operand) -> ast.expr:
@@ -219,8 +216,7 @@ class _Writer:
 
 
 def _rank(match: Match) -> int:
-    order = ("gated_mlp", "packed_mlp", "mlp", "modulated", "norm_act", "add_norm")
-    return order.index(match.kind) if match.kind in order else len(order)
+    return sites.PATTERNS.index(match.pattern)
 
 
 def _taken() -> ast.expr:

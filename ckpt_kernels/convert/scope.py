@@ -56,12 +56,6 @@ class Scope:
             return _item(self.value(tree.value), tree.slice.value)
         return UNKNOWN
 
-    def is_plain(self, tree: ast.AST) -> bool:
-        """Whether it may be evaluated early, or twice, and nobody sees it: a local name, or what has a known value."""
-        if isinstance(tree, ast.Name) and tree.id in self.locals:
-            return tree.id in self.fast
-        return self.value(tree) is not UNKNOWN
-
     def _name(self, name: str) -> Any:
         if name == self.self and self._module is not None:
             return self._module

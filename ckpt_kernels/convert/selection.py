@@ -22,10 +22,6 @@ class Selection:
         """Whether that module may be touched."""
         return module not in self._excluded and (self._included is None or module in self._included)
 
-    def left_alone_below(self, module: nn.Module) -> list[str]:
-        """Names, from there, of the modules below that may not be touched."""
-        return [name for name, below in module.named_modules(remove_duplicate=False) if not self.covers(below)]
-
 
 def _chosen(model: nn.Module, choice: Iterable[str | type[nn.Module]], argument: str) -> set[nn.Module]:
     if isinstance(choice, str | type):
