@@ -49,7 +49,7 @@ class Code:
 
     def __init__(self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], found: Iterable[Found]) -> None:
         self._module = module
-        self._found = tuple(found)
+        self._found = tuple({(id(holder), name): (holder, name, value) for holder, name, value in found}.values())
 
     def is_same(self) -> bool:
         """Whether all of it still is what it was."""
