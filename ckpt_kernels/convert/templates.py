@@ -1,0 +1,159 @@
+"""What one of our calls computes, as it is written: templates, in all the ways in which each may be spelled.
+
+In a template, what is called is a part: `act` an activation, `norm` a norm, `drop` a dropout, `may_drop` one that may
+be absent, and by any other name a linear layer. Other names are tensors. `gate_half` and `value_half` are the halves of
+the last dimension of what they are called on, `view` is any view by None, `:` and `...`, and `formula` an activation
+that is written out. Both orders of a sum or a product are tried.
+"""
+
+import ast
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from .guards import linear_operands, norm_rule, probability
+from .operands import as_plain, has_hooks_for_all, is_operand
+from .pointwise import KEPT_BY_OUTPUT, activation_of
+
+# The results of a site, in the order in which they are taken from the end.
+Results = list[Any]
+
+_HALVES = ("gate_half", "value_half")
+_NO_LAYERS = (*_HALVES, "act", "formula", "norm", "drop", "may_drop", "view")
+
+
+def kind_of(name: str) -> str:
+    """The kind of part that a template calls by that name; see `reading.Part`."""
+    return {"drop": "dropout"}.get(name, name if name in _NO_LAYERS else "linear")
+
+
+class Pattern(NamedTuple):
+    """A function that computes a template, for people `said`, or None where it does not.
+
+    It takes the tensors and the operands (weight, bias) of the linear layers by their names, and, where there are such,
+    `norm` with its `rule`, `activation` with its name and `act` with the module or function, and `p`, the dropout's
+    probability. `made`: what the activation is of is computed in the template, and nobody else sees it. `options` are
+    constants.
+    """
+
+    compute: Callable[..., Results | None]
+    said: str
+    spellings: tuple[ast.expr, ...]
+    tensors: tuple[str, ...]
+    linears: tuple[str, ...]
+    takes: frozenset[str]
+    made: bool
+    options: dict[str, Any]
+
+
+def pattern(said: str, template: str, **options: Any) -> Callable[[Callable[..., Results | None]], Pattern]:
+    """Makes a function the pattern of a template."""
+    tree = ast.parse(template, mode="eval").body
+    called = {node.func.id: node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    names = {node.id: None for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    of = called.get("act")
+    while isinstance(of, ast.Call) and of.func.id in _HALVES:
+        of = of.args[0]
+
+    def made(compute: Callable[..., Results | None]) -> Pattern:
+        return Pattern(
+            compute,
+            said,
+            tuple(spellings(tree)),
+            tuple(name for name in names if name not in called),
+            tuple(name for name in called if name not in _NO_LAYERS),
+            frozenset(inspect.signature(compute).parameters),
+            isinstance(of, ast.Call),
+            options,
+        )
+
+    return made
+
+
+def spellings(tree: ast.expr) -> Iterator[ast.expr]:
+    """All ways in which a template may be written, with the dropouts that may be absent first."""
+    if isinstance(tree, ast.Call):
+        for inner in spellings(tree.args[0]):
+            name = "drop" if tree.func.id == "may_drop" else tree.func.id
+            yield ast.Call(ast.Name(name), [inner], [])
+        if tree.func.id == "may_drop":
+            yield from spellings(tree.args[0])
+    elif isinstance(tree, ast.BinOp):
+        for left, right in itertools.product(spellings(tree.left), spellings(tree.right)):
+            yield ast.BinOp(left, tree.op, right)
+            yield ast.BinOp(right, tree.op, left)
+    else:
+        yield tree
+
+
+def site(
+    pattern: Pattern,
+    captured: Sequence[str],
+    options: dict[str, Any],
+    functions: Sequence[Any] = (),
+    activation: str | None = None,
+) -> Callable[..., list[Any]]:
+    """What the rewritten method calls: the results and True, or what it has to be given back, `captured`, and False.
+
+    In a list, from which all is taken: no local name holds a tensor longer than the original's would. `functions` are
+    those that a formula of this activation was known with.
+    """
+    again = tuple(reversed(captured))
+    formulas = tuple((f"f{index}", known) for index, known in enumerate(functions))
+    constants = pattern.options | options
+
+    def call(**operands: Any) -> list[Any]:
+        results = None if has_hooks_for_all() else computed(operands)
+        if results is None:
+            return [*[operands[name] for name in again], False]
+        results.append(True)
+        return results
+
+    def computed(operands: dict[str, Any]) -> Results | None:
+        for name, known in formulas:
+            if operands[name] is not known:
+                return None
+        kind, given = None, dict(constants)
+        for name in pattern.tensors:
+            tensor, subclass = as_plain(operands[name])
+            if not is_operand(tensor) or (subclass is not None and kind not in (None, subclass)):
+                return None
+            kind = kind or subclass
+            given[name] = tensor
+        if not _resolved(pattern, operands, given, activation):
+            return None
+        results = pattern.compute(**given)
+        return results if kind is None or results is None else [result.as_subclass(kind) for result in results]
+
+    return call
+
+
+def _resolved(pattern: Pattern, operands: dict[str, Any], given: dict[str, Any], activation: str | None) -> bool:
+    """Whether the parts are what they were taken for; adds what they are to what the function is given."""
+    takes = pattern.takes
+    if "activation" in takes:
+        act = operands.get("act")
+        name = activation or activation_of(act, pattern.made)
+        # Eager torch keeps the output of some, and not their input, to which somebody may write.
+        if name is None or (not pattern.made and name in KEPT_BY_OUTPUT):
+            return False
+        given["activation"] = name
+        if "act" in takes:
+            given["act"] = act
+    if "p" in takes:
+        p = probability(operands.get("drop"), operands.get("p"), operands.get("training"))
+        if p is None:
+            return False
+        given["p"] = p
+    for name in pattern.linears:
+        linear = linear_operands(operands[name], given["input"])
+        if linear is None:
+            return False
+        given[name] = linear
+    if "norm" in takes:
+        rule = norm_rule(operands["norm"])
+        if rule is None:
+            return False
+        given["norm"], given["rule"] = operands["norm"], rule
+    return True
