@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from . import memory
 from .convert import Report, convert, revert
-from .convert.swap import ATTRIBUTE
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -185,7 +184,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         found[name] = tensor.detach().clone()
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if not key.startswith("_") and key != ATTRIBUTE:
+            if not key.startswith("_"):
                 found[f"{name}.{key}"] = _described(value)
     return found
 

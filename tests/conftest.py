@@ -46,6 +46,11 @@ def serving(backend: str) -> Iterator[None]:
         backends.select = select
 
 
+def interprets(backend: str) -> bool:
+    """Whether kernels run in Triton's interpreter, which is a thousand times slower."""
+    return backend == "triton" and DEVICE == "cpu"
+
+
 def unserved(backend: str, dtype: torch.dtype, device: str = DEVICE) -> str | None:
     """Why a backend cannot serve such tensors on this machine; None if it can."""
     if backend == "cuda_on_host":

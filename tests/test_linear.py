@@ -12,7 +12,7 @@ from ckpt_kernels.functional.linear import RECOMPUTE
 from ckpt_kernels.memory import saved_bytes
 
 from .blocks import Operands, with_gradients
-from .conftest import DEVICE
+from .conftest import DEVICE, interprets
 from .pairs import PAIRS, Pair
 from .test_contract_numbers import check_against_eager
 
@@ -36,7 +36,9 @@ def test_error_is_at_most_eagers(pair: Pair, served: tuple) -> None:
 @pytest.mark.parametrize("lead,columns", [((2, 9), 24), ((3,), 37), ((), 8), ((0,), 8), ((1, 300), 16)])
 @by_pair
 def test_every_level_gives_the_same_bits(pair: Pair, lead: tuple, columns: int, level: str, served: tuple) -> None:
-    _, dtype = served
+    backend, dtype = served
+    if interprets(backend) and (lead, columns) not in (((2, 9), 24), ((0,), 8)):
+        pytest.skip("a slice is enough where kernels are interpreted")
     operands = pair.operands(lead, columns, dtype, DEVICE)
     assert_same_bits(with_gradients(pair.at(level), operands), with_gradients(pair.at("block"), operands))
 
@@ -45,6 +47,8 @@ def test_every_level_gives_the_same_bits(pair: Pair, lead: tuple, columns: int, 
 @pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("function", ["norm_linear", "mlp", "gated_mlp"])
 def test_every_activation_and_dropout(function: str, activation: str, level: str, backend: str) -> None:
+    if interprets(backend) and level != LETTING_GO[-1]:
+        pytest.skip("a slice is enough where kernels are interpreted")
     x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
     w1, w2 = (torch.nn.Parameter(torch.randn(shape, device=DEVICE) / 4) for shape in ((32, 16), (16, 32)))
     b1 = torch.nn.Parameter(torch.randn(32, device=DEVICE))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ckpt_kernels import functional, nn
 
 from .blocks import BLOCKS, Block, Operands, with_gradients
-from .conftest import DEVICE
+from .conftest import DEVICE, interprets
 
 by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 SPECIAL = (float("nan"), float("inf"), -float("inf"), 1e-40, -1e-45, 3e38, -3e38, 0.0)
@@ -109,6 +109,8 @@ def stormy(operands: Operands, names: tuple[str, ...], rows: Tensor, seed: int) 
 @by_block
 @pytest.mark.parametrize("storm_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_storm_of_special_numbers_stays_in_its_rows(block: Block, storm_dtype: torch.dtype, backend: str) -> None:
+    if interprets(backend) and storm_dtype != torch.float32:
+        pytest.skip("a slice is enough where kernels are interpreted")
     operands = block.operands((6, 8), 40, storm_dtype, DEVICE)
     if block.name.startswith("batch_norm"):
         # A channel is over all samples: a stormy channel is one, whatever the sample.

@@ -11,7 +11,7 @@ from . import sites
 from .methods import part_of
 from .pointwise import KEPT_BY_OUTPUT
 from .reading import Part
-from .swap import ATTRIBUTE, Rule
+from .swap import Rule
 from .templates import Pattern, kind_of, site
 
 
@@ -47,7 +47,25 @@ class Chain(Rule):
             place: site(pattern, (), recompute if "recompute" in pattern.takes else {})
             for place, pattern in patterns.items()
         }
-        return {"forward": lambda module, input: _forward(module, input, made)}
+        return {"forward": lambda module, input: self._forward(original, module, input, made)}
+
+    def _forward(
+        self, original: type[nn.Module], module: nn.Module, input: Any, made: Mapping[int, Callable[..., list[Any]]]
+    ) -> Any:
+        modules = list(module._modules.values())
+        if len(modules) != self.length:
+            return original.forward(module, input)
+        for place, several in _steps(modules, self.places):
+            results = [False]
+            if place >= 0:
+                names = _PATTERNS[place][1]
+                results = made[place](**dict(zip(names, several, strict=True)), input=input)
+            if results.pop():
+                input = results.pop()
+                continue
+            for each in several:
+                input = each(input)
+        return input
 
     def __str__(self) -> str:
         return "; ".join(_PATTERNS[index][0].said for index in self.places if index >= 0)
@@ -81,21 +99,3 @@ def _steps(modules: list[nn.Module], places: tuple[int, ...]) -> Iterator[tuple[
         length = len(_PATTERNS[places[index]][1]) if places[index] >= 0 else 1
         yield places[index], modules[index : index + length]
         index += length
-
-
-def _forward(module: nn.Module, input: Any, made: Mapping[int, Callable[..., list[Any]]]) -> Any:
-    rule: Chain = module.__dict__[ATTRIBUTE]
-    modules = list(module._modules.values())
-    if len(modules) != rule.length:
-        return module.original.forward(module, input)
-    for place, several in _steps(modules, rule.places):
-        results = [False]
-        if place >= 0:
-            names = _PATTERNS[place][1]
-            results = made[place](**dict(zip(names, several, strict=True)), input=input)
-        if results.pop():
-            input = results.pop()
-            continue
-        for each in several:
-            input = each(input)
-    return input

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .norms import Norm
 from .operands import is_called_plainly, is_operand
-from .swap import rule_in_force
+from .swap import original_of, rule_in_force
 
 _LINEAR = nn.Linear.forward
 
@@ -68,7 +68,7 @@ def probability(drop: Any, p: Any, training: Any) -> float | None:
         return 0.0
     if drop is nn.functional.dropout:
         return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
-    module = getattr(type(drop), "original", type(drop)) is nn.Dropout and is_called_plainly(drop)
+    module = original_of(drop) is nn.Dropout and is_called_plainly(drop)
     if not module or drop.inplace or nn.Dropout.forward is not _DROPOUT:
         return None
     if not isinstance(drop.p, float | int) or not 0 <= drop.p <= 1:

@@ -26,7 +26,7 @@ from .reading import Part
 from .rewrite import may_be_rewritten, rewritten
 from .scope import UNKNOWN, VALUE, Scope
 from .source import NoSource, decorated, definition_of, layers_of
-from .swap import Rule, rule_of
+from .swap import Rule, original_of, rule_of
 
 # Of one method: the part of each load, by its text.
 Parts = tuple[tuple[str, Part], ...]
@@ -177,7 +177,7 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
             return Part()
         if isinstance(rule_of(value), Norm):
             return Part("norm")
-        if getattr(type(value), "original", type(value)) is nn.Dropout:
+        if original_of(value) is nn.Dropout:
             return Part("dropout")
         if is_linear(value):
             return Part("linear")

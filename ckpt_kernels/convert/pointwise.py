@@ -18,7 +18,7 @@ from ..activations import FUNCTIONS, NAMES, activation_name
 from ..backends.reference import ACTIVATIONS
 from .operands import is_called_plainly
 from .reached import Code, NotTried, Settings, is_as_tried
-from .swap import Rule, Unary, is_patched, rule_of
+from .swap import Rule, Unary, is_patched, original_of, rule_of
 from .trial import POINTWISE, Outline, forward_of, isolated, outline_of, takes_one
 
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
@@ -103,7 +103,7 @@ def activation_of(act: Any, made: bool = False) -> str | None:
         return None
     rule = rule_of(act)
     if isinstance(rule, ActivationRule):
-        return rule.name if rule.holds(act) and not is_patched(type(act), "forward") else None
+        return rule.name if rule.holds(act) and not is_patched(type(act)) else None
     if rule is not None or not _is_torchs(act):
         return None
     try:
@@ -113,7 +113,7 @@ def activation_of(act: Any, made: bool = False) -> str | None:
 
 
 def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
-    found = getattr(type(module), "original", type(module))
+    found = original_of(module)
     return (kind is None or found is kind) and found in _TORCHS and found.forward is _TORCHS[found]
 
 

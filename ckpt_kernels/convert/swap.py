@@ -6,6 +6,7 @@ it again, and makes an ordinary module of the original's class when it is called
 """
 
 import abc
+import contextlib
 import dis
 import functools
 import inspect
@@ -13,7 +14,7 @@ import types
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from ..recompute import discard_outputs, selective_contexts
 from .operands import as_plain, is_called_plainly, is_operand
 
-# What a converted module has in its __dict__ beyond what it had: its rule.
-ATTRIBUTE = "_ckpt_rule"
+# What the class of a converted module has beside its methods: its `Conversion`.
+_ATTRIBUTE = "_ckpt_conversion"
 
 Forward = Callable[..., Any]
 # Called with a forward, the module, and the forward's arguments.
@@ -54,21 +55,20 @@ class Unary(Rule):
     take, its original forward runs."""
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
-        return {"forward": _unary_forward}
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            # Where it was parametrized since, each load of its weight computes it.
+            if len(args) == 1 and not kwargs and not is_wrapped(module):
+                input, kind = as_plain(args[0])
+                output = self.of(module, input) if is_operand(input) else None
+                if output is not None:
+                    return output if kind is None else output.as_subclass(kind)
+            return original.forward(module, *args, **kwargs)
+
+        return {"forward": forward}
 
     @abc.abstractmethod
     def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
         """The output, or None where the original has to compute it."""
-
-
-def _unary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # Where it was parametrized since, each load of its weight computes it.
-    if len(args) == 1 and not kwargs and not is_wrapped(module):
-        input, kind = as_plain(args[0])
-        output = module.__dict__[ATTRIBUTE].of(module, input) if is_operand(input) else None
-        if output is not None:
-            return output if kind is None else output.as_subclass(kind)
-    return module.original.forward(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,38 @@ class Within(Rule):
         return "forward pass within discard_outputs"
 
 
-class Converted:
-    """The first base of every converted module's class. `original` is the class that it was of."""
+class Found(NamedTuple):
+    """A method of the original class, and what may be changed of it in place."""
+
+    method: Forward
+    code: Any
+    defaults: Any
+
+    def is_at(self, kind: type[nn.Module], name: str) -> bool:
+        """Whether the class still has it."""
+        method = getattr(kind, name)
+        if method is not self.method:
+            return False
+        return getattr(method, "__code__", None) is self.code and getattr(method, "__defaults__", None) is self.defaults
+
+
+class Conversion(NamedTuple):
+    """How a class was converted: from which, by which rule, what its forward runs in, and what its methods were."""
 
     original: type[nn.Module]
+    rule: Rule
     around: tuple[Around, ...]
+    found: tuple[tuple[str, Found], ...]
+
+
+class Converted:
+    """The first base of every converted module's class."""
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        made, arguments, *rest = super().__reduce_ex__(protocol)
-        if made.__name__ != "__newobj__" or len(arguments) != 1:
-            raise TypeError(
-                f"{self.original.__qualname__} is pickled in a way of its own; expected the usual one. "
-                "Call ckpt_kernels.revert first"
-            )
+        _, _, *rest = super().__reduce_ex__(protocol)
         kind = type(self)
-        return _made_again, (kind.original, getattr(self, ATTRIBUTE), kind.around, (_PROCESS, id(kind))), *rest
+        original, rule, around, _ = getattr(kind, _ATTRIBUTE)
+        return _made_again, (original, rule, around, (_PROCESS, id(kind))), *rest
 
 
 def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None:
@@ -105,18 +122,28 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
     Raises NotSwapped, and changes nothing, where its class does not let itself be subclassed.
     """
     kind = type(module)
-    found = tuple((name, getattr(kind, name)) for name in {*rule.names, "forward"})
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+        raise NotSwapped("it is pickled in a way of its own")
+    methods = {name: getattr(kind, name) for name in sorted({*rule.names, "forward"})}
+    found = tuple(
+        (name, Found(method, getattr(method, "__code__", None), getattr(method, "__defaults__", None)))
+        for name, method in methods.items()
+    )
     try:
-        made = _converted_class(kind, rule, around, found)
+        made = _converted_class(Conversion(kind, rule, around, found))
+        object.__setattr__(module, "__class__", made)
     except Exception as error:  # whatever an __init_subclass__ or a metaclass of the user's raises
         raise NotSwapped("its class does not let itself be subclassed") from error
-    module.__class__ = made
-    module.__dict__[ATTRIBUTE] = rule
 
 
 def swap_back(module: nn.Module) -> None:
-    module.__class__ = type(module).original
-    del module.__dict__[ATTRIBUTE]
+    object.__setattr__(module, "__class__", original_of(module))
+
+
+def original_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module that is not converted, and that which a converted one was of."""
+    conversion = getattr(type(module), _ATTRIBUTE, None)
+    return type(module) if conversion is None else conversion.original
 
 
 def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -177,44 +204,50 @@ def is_converted(module: nn.Module) -> bool:
 
 def is_wrapped(module: nn.Module) -> bool:
     """Whether a converted module's class has been exchanged again since, as parametrizations and FSDP do."""
-    return is_converted(module) and "original" not in vars(type(module))
+    return is_converted(module) and _ATTRIBUTE not in vars(type(module))
 
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule that a converted module was converted by."""
-    return module.__dict__.get(ATTRIBUTE)
+    conversion = getattr(type(module), _ATTRIBUTE, None)
+    return None if conversion is None else conversion.rule
 
 
 def rule_in_force(module: nn.Module) -> Rule | None:
     """The rule that a call of the module computes by; None where hooks or patches make it another."""
-    rule = module.__dict__.get(ATTRIBUTE)
-    if rule is None or is_wrapped(module) or not is_called_plainly(module) or is_patched(type(module), "forward"):
+    conversion = vars(type(module)).get(_ATTRIBUTE)
+    if conversion is None or not is_called_plainly(module) or is_patched(type(module)):
         return None
-    return rule
+    return conversion.rule
 
 
-def is_patched(kind: type[nn.Module], method: str) -> bool:
-    """Whether the original class's method is another than when the module was converted."""
-    return getattr(kind.original, method) is not kind.found[method]
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a converted class's original is another than when the module was converted."""
+    conversion = getattr(kind, _ATTRIBUTE)
+    return not dict(conversion.found)["forward"].is_at(conversion.original, "forward")
 
 
 @functools.cache
-def _converted_class(
-    original: type[nn.Module], rule: Rule, around: tuple[Around, ...], found: tuple[tuple[str, Forward], ...]
-) -> type[nn.Module]:
+def _converted_class(conversion: Conversion) -> type[nn.Module]:
+    original = conversion.original
     members: dict[str, Any] = {
-        "original": original,
-        "around": around,
-        "found": dict(found),
+        _ATTRIBUTE: conversion,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    for name, method in rule.methods(original).items():
-        members[name] = _unless_patched(original, name, members["found"][name], method)
-    for outer in around:
+    if "__annotations__" in vars(original):
+        members["__annotations__"] = vars(original)["__annotations__"]
+    for name, method in conversion.rule.methods(original).items():
+        members[name] = _unless_patched(original, name, dict(conversion.found)[name], method)
+    for outer in conversion.around:
         members["forward"] = _surrounded(original, outer, members.get("forward"))
     made = _class_of_classes(type(original))(original.__name__, (Converted, original), members)
+    # What an __init_subclass__ or a metaclass has made of the subclass is the original's own.
+    for name in vars(made).keys() - members.keys():
+        if name in vars(original) or not name.startswith("__"):
+            with contextlib.suppress(AttributeError, TypeError):
+                type.__delattr__(made, name)
     _classes[_PROCESS, id(made)] = made
     return made
 
@@ -224,19 +257,20 @@ def _class_of_classes(meta: type[type]) -> type[type]:
     """The class of converted classes: called, they make an ordinary module."""
 
     def call(cls: type, *args: Any, **kwargs: Any) -> Any:
-        made = cls.original if "original" in vars(cls) else functools.partial(type.__call__, cls)
+        conversion = vars(cls).get(_ATTRIBUTE)
+        made = functools.partial(meta.__call__, cls) if conversion is None else conversion.original
         return made(*args, **kwargs)
 
     return type(meta.__name__, (meta,), {"__call__": call, "__module__": meta.__module__})
 
 
-def _unless_patched(original: type[nn.Module], name: str, found: Forward, method: Forward) -> Forward:
+def _unless_patched(original: type[nn.Module], name: str, found: Found, method: Forward) -> Forward:
     """The method, or whatever the original class's has become since."""
 
-    @functools.wraps(found)
+    @functools.wraps(found.method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        now = getattr(original, name)
-        return (method if now is found else now)(self, *args, **kwargs)
+        now = method if found.is_at(original, name) else getattr(original, name)
+        return now(self, *args, **kwargs)
 
     return call
 
@@ -260,5 +294,5 @@ def _made_again(original: type[nn.Module], rule: Rule, around: tuple[Around, ...
     if kind is None:
         swap(module, rule, around)
     else:
-        module.__dict__[ATTRIBUTE], module.__class__ = rule, kind
+        object.__setattr__(module, "__class__", kind)
     return module
