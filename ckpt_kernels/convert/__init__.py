@@ -119,7 +119,7 @@ class _Conversion:
 
     def run(self) -> Report:
         named = {module: name for name, module in self.model.named_modules()}
-        lets_go = self.recompute != "block" and not any(map(uses_transforms, {type(m) for m in named}))
+        lets_go = self.recompute != "block" and not any(map(uses_transforms, named))
         for module, name in named.items():
             self._convert_leaf(name, module)
         for module, name in named.items():
@@ -166,7 +166,7 @@ class _Conversion:
         elif "forward" in module.__dict__:
             self._leave(name, module, "its forward was replaced on the instance")
         elif not may_be_swapped(module):
-            self._leave(name, module, "its forward is no plain method of its class")
+            self._leave(name, module, "its forward is no plain method of its class, or asks for its class")
         else:
             self._apply(name, module, rule)
             if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
@@ -221,4 +221,4 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _writes(module: nn.Module) -> bool:
     """Whether it writes to what it was given, or to its own buffers, which must not happen twice."""
-    return bool(getattr(module, "inplace", False) or getattr(module, "track_running_stats", False))
+    return bool(module.__dict__.get("inplace") or module.__dict__.get("track_running_stats"))

@@ -1,13 +1,17 @@
 """The functions that a module's forward may call, as far as the names in their code tell."""
 
+import ast
+import dis
 import functools
+import itertools
 import types
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
-from .source import NoSource, layers_of
+from .source import NoSource, definition_of, layers_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -42,16 +46,83 @@ def names_in(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(names_in, inner))
 
 
+def uses_transforms(module: nn.Module) -> bool:
+    """Whether its forward may reach torch.func's transforms, which do not allow saved-tensor hooks around them.
+
+    Besides the functions of its class: those that it holds, its hooks, and the methods of objects that it holds.
+    """
+    if _names_transforms_of(type(module)):
+        return True
+    for value in (*vars(module).values(), *module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        value = getattr(value, "func", value) if isinstance(value, functools.partial) else value
+        if isinstance(value, types.FunctionType):
+            if _names_transforms(value):
+                return True
+        elif not isinstance(value, _DATA) and not is_torchs(type(value)) and _names_transforms_of(type(value)):
+            return True
+    return False
+
+
+_DATA = (bool, int, float, str, dict, list, tuple, set, type(None), type, torch.Tensor)
+
+
 @functools.cache
-def uses_transforms(kind: type[nn.Module]) -> bool:
-    """Whether its forward may reach torch.func's transforms, which do not allow saved-tensor hooks around them."""
+def _names_transforms_of(kind: type) -> bool:
+    if issubclass(kind, nn.Module):
+        return any(map(_names_transforms, functions_of(kind)))
+    return any(_names_transforms(value) for value in vars(kind).values() if isinstance(value, types.FunctionType))
+
+
+def _names_transforms(function: types.FunctionType) -> bool:
+    names = names_in(function.__code__)
+    if names & {"functorch", "disable_saved_tensors_hooks"} or ({"torch", "func"} <= names and _loads_func(function)):
+        return True
+    values = [function.__globals__.get(name) for name in names] + _contents(function.__closure__ or ())
+    return _is_of_functorch(function.__globals__.get("__name__")) or any(map(_is_of_functorch, values))
+
+
+def _loads_func(function: types.FunctionType) -> bool:
+    codes = [function.__code__]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    loads = [step.argval for code in codes for step in dis.get_instructions(code)]
+    return any(pair == ("torch", "func") for pair in itertools.pairwise(loads))
+
+
+@functools.cache
+def asks_for_its_class(kind: type[nn.Module]) -> bool:
+    """Whether a method that its forward may reach does more with the module's class than call it, name it, and read
+    what is inherited: another class would be seen."""
+    owners = {owner.__qualname__ for owner in kind.__mro__}
     for function in functions_of(kind):
-        names = names_in(function.__code__)
-        if names & {"functorch", "disable_saved_tensors_hooks"} or {"torch", "func"} <= names:
-            return True
-        values = [function.__globals__.get(name) for name in names] + _contents(function.__closure__ or ())
-        if any(_is_of_functorch(value) for value in values):
-            return True
+        own = function.__qualname__.rpartition(".")[0] in owners and function.__code__.co_argcount > 0
+        if own and {"type", "__class__"} & names_in(function.__code__):
+            try:
+                tree = definition_of(function).tree
+            except NoSource:
+                return True
+            if _asks(tree, function.__code__.co_varnames[0]):
+                return True
+    return False
+
+
+_OWN = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ mro".split())
+
+
+def _asks(tree: ast.AST, own: str) -> bool:
+    for parent in ast.walk(tree):
+        for child in ast.iter_child_nodes(parent):
+            called = isinstance(child, ast.Call) and getattr(child.func, "id", "") == "type" and len(child.args) == 1
+            read = isinstance(child, ast.Attribute) and child.attr == "__class__"
+            of = child.args[0] if called else child.value if read else None
+            if not isinstance(of, ast.Name) or of.id != own:
+                continue
+            inherited = (
+                isinstance(parent, ast.Attribute) and isinstance(parent.ctx, ast.Load) and parent.attr not in _OWN
+            )
+            made = isinstance(parent, ast.Call) and parent.func is child
+            if not (inherited or made or isinstance(parent, ast.FormattedValue)):
+                return True
     return False
 
 
@@ -62,7 +133,7 @@ def is_torchs(value: Any) -> bool:
 
 
 def _is_of_functorch(value: Any) -> bool:
-    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", value)
     return isinstance(name, str) and name.startswith(("torch.func", "torch._functorch", "functorch"))
 
 

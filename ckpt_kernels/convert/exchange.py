@@ -64,7 +64,7 @@ def _is_row_norm(input: Any, normalized_shape: Any, *coefficients: Any) -> bool:
 
 @functools.wraps(theirs.group_norm)
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-    fits = is_operand(input) and _are_operands(weight, bias) and input.dim() > 1 and _same_dtype(input, weight, bias)
+    fits = is_operand(input) and _are_operands(weight, bias) and input.dim() > 2 and _same_dtype(input, weight, bias)
     fits = fits and type(num_groups) is int and num_groups > 0 and input.shape[1] % num_groups == 0
     function = ours.group_norm if fits else theirs.group_norm
     return function(input, num_groups, weight, bias, eps)

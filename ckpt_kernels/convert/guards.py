@@ -42,6 +42,14 @@ def linear_operands(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] 
     return (weight if isinstance(module, nn.Linear) else weight.t()), bias
 
 
+def as_products_take(input: Tensor) -> Tensor:
+    """Under autocast, the copy that torch's linear layers make of their input, and keep."""
+    device = input.device.type
+    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+        return input
+    return input.to(torch.get_autocast_dtype(device))
+
+
 def are_wanted(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -> bool:
     """Whether all products have gradients, or none: what eager torch keeps of a gate depends on that."""
     return not torch.is_grad_enabled() or input.requires_grad or all(w.requires_grad for w, _ in linears)

@@ -122,7 +122,14 @@ def _parts(module: nn.Module, function: types.FunctionType, may_touch: Callable[
         value = scope.value(tree)
         if value is not UNKNOWN:
             found[text] = part_of(value, may_touch)
-    return tuple(sorted((found | formulas).items()))
+    plain = Scope(function, _tree(function))
+    for text, functions in formulas:
+        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} - {VALUE}
+        values = tuple((name, plain.value(ast.Name(name, ast.Load()))) for name in sorted(names))
+        part = _formula(text, values, tuple(map(plain.value, functions)))
+        if part.kind:
+            found[text] = part
+    return tuple(sorted(found.items()))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -131,33 +138,31 @@ def _tree(function: types.FunctionType) -> ast.FunctionDef:
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], dict[str, Part]]:
-    """The loads in a function's body, by their text; and the formulas in it that are activations."""
+def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
+    """The loads in a function's body, by their text; and the formulas in it, with the functions and numbers in each."""
     tree = _tree(function)
     scope = Scope(function, tree)
     loads: dict[str, ast.expr] = {}
-    formulas: dict[str, Part] = {}
+    formulas: dict[str, list[ast.expr]] = {}
     for statement in tree.body:
         for node in ast.walk(statement):
             if isinstance(node, ast.Attribute | ast.Subscript | ast.Name) and isinstance(node.ctx, ast.Load):
                 if not (isinstance(node, ast.Name) and node.id in scope.locals):
                     loads.setdefault(ast.unparse(node), node)
             elif isinstance(node, ast.Call | ast.BinOp) and (found := scope.pointwise(node)) is not None:
-                text = found[0]
-                if text not in formulas and "(" in text:
-                    formulas[text] = _formula(text, scope)
-    return list(loads.items()), {text: part for text, part in formulas.items() if part.kind}
+                text, _, functions = found
+                if "(" in text:
+                    formulas.setdefault(text, functions)
+    return list(loads.items()), list(formulas.items())
 
 
-def _formula(text: str, scope: Scope) -> Part:
-    """The part of a formula, which may be an activation of ours."""
-    tree = ast.parse(text, mode="eval")
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {VALUE}
-    values = {name: scope.value(ast.Name(name, ast.Load())) for name in names}
-    code = compile(tree, "<formula>", "eval")
+@functools.lru_cache(maxsize=4096)
+def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, ...]) -> Part:
+    """The part of a formula, which may be an activation of ours, with these values of the names in it."""
+    code = compile(text, "<formula>", "eval")
 
     def compute(points: Tensor) -> Any:
-        return eval(code, {"__builtins__": {}} | values, {VALUE: points})
+        return eval(code, {"__builtins__": {}} | dict(values), {VALUE: points})
 
     try:
         few = torch.tensor((-11.0, -2.5, -0.7, 0.3, 1.9, 10.0), dtype=torch.float64, device="cpu")
@@ -165,7 +170,7 @@ def _formula(text: str, scope: Scope) -> Part:
             values_there = compute(few.clone())
         close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
         name, keeps_input = activation_by_trial(compute) if any(close) else (None, False)
-        return Part() if name is None else Part("act", name, of_new=not keeps_input)
+        return Part() if name is None else Part("act", name, not keeps_input, known)
     except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
         return Part()
 
@@ -184,14 +189,14 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         if (name := activation_of(value, made=True)) is not None:
             return Part("act", name)
         is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
-        return Part("exchange") if is_act else Part()
+        return Part("exchange", known=(value,)) if is_act else Part()
     if not isinstance(value, _FUNCTIONS):
         return Part()
     if value is F.dropout:
         return Part("F.dropout")
     if value in ACTIVATIONS:
         return Part("act", ACTIVATIONS[value])
-    return Part("exchange") if value in EXCHANGES else Part()
+    return Part("exchange", known=(value,)) if value in EXCHANGES else Part()
 
 
 def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) -> bool:

@@ -98,7 +98,19 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
     options = [rule] if rule.centered else [rule, replace(rule, cast_before_weight=True)]
     found = [tuple(_cases_of(outline, option)) for option in options]
     best = max(range(len(options)), key=lambda index: len(found[index]))
-    return replace(options[best], cases=rule.cases + found[best])
+    wide = rule.cases[0]._replace(keeps_data=_keeps_input(outline, rule, _WIDE, requires_grad=False))
+    strided = not rule.channels_first and _lies_as_its_input(outline)
+    return replace(options[best], cases=(wide, *found[best]), strided=strided)
+
+
+def _lies_as_its_input(outline: Outline) -> bool:
+    """Whether the output of a transposed input is transposed, and not contiguous."""
+    made = outline.stand_in(torch.float32, torch.Generator("cpu").manual_seed(0))
+    input = torch.ones(_sizes(outline, False)[0], device="cpu").transpose(0, 1)
+    output = forward_of(made, input, ROWS, (-1,))
+    if not output.is_contiguous() and output.stride() != input.stride():
+        raise NotTried("lies in memory as nothing of ours does")
+    return not output.is_contiguous()
 
 
 def _candidates(outline: Outline) -> Iterator[RowNorm]:
@@ -109,7 +121,8 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
     numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]
     epsilons = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
     epsilons = dict.fromkeys([*epsilons, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps])
-    wide = (Case(_WIDE, torch.float32, True),)
+    wide = (Case(_WIDE, torch.float32, True, False),)
+    shapes = tuple(outline.parameters.items())
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):
         if bias and not centered:
             continue
@@ -120,7 +133,9 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
                 continue
             tried = outline.settings, outline.code, wide
             dimensions = len(_sizes(outline, first)[0])
-            yield RowNorm(centered, weight, bias, eps, offset, False, first, *tried, False, contiguous, dimensions)
+            yield RowNorm(
+                centered, weight, bias, eps, offset, False, first, *tried, False, contiguous, dimensions, shapes
+            )
 
 
 def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
@@ -129,15 +144,17 @@ def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
         if pair[0] != pair[1] and not outline.parameters:
             continue
         for output in dict.fromkeys((pair[0], torch.promote_types(*pair))):
-            case = Case(pair, output, True)
+            case = Case(pair, output, True, True)
             if _agrees(outline, replace(rule, cases=(case,))):
-                yield case._replace(keeps_input=_keeps_input(outline, rule, pair))
+                keeps = (_keeps_input(outline, rule, pair, requires_grad) for requires_grad in (True, False))
+                yield Case(pair, output, *keeps)
                 break
 
 
-def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes) -> bool:
+def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad: bool) -> bool:
     made = outline.stand_in(dtypes[1], torch.Generator("cpu").manual_seed(0))
-    input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu", requires_grad=True)
+    input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu")
+    input.requires_grad_(requires_grad)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
         _theirs(made, rule, input)

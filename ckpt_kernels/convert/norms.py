@@ -19,11 +19,13 @@ Dtypes = tuple[torch.dtype, torch.dtype]
 
 class Case(NamedTuple):
     """Dtypes in which a norm computes what ours does: those of input and weight, that of the output, and whether eager
-    torch keeps the input itself for backward, and not a wider copy of it."""
+    torch keeps the input itself for backward, and not a wider copy of it: one that wants a gradient, and one that does
+    not."""
 
     dtypes: Dtypes
     output: torch.dtype
     keeps_input: bool
+    keeps_data: bool
 
 
 class Norm(Unary):
@@ -41,10 +43,10 @@ class RowNorm(Norm):
     """A norm over the last dimension, or over the channels of (N, C, *space) where `channels_first`.
 
     `weight` and `bias` name parameters; "" for none. `eps` is a number, or names an attribute. Of a norm that was tried
-    out, `settings` and `code` are those it was tried with, and `cases` those in which it computes what ours does; None
-    for all. `copied`: an input that eager torch does not keep is kept as a copy, because the model may write to it
-    later. `contiguous`: over channels, of a contiguous map comes a contiguous one; `dimensions` are those of the maps
-    that were tried.
+    out, `settings` and `code` are those it was tried with, `shapes` those of its parameters, and `cases` those in which
+    it computes what ours does; None for all. `copied`: an input that eager torch does not keep is kept as a copy,
+    because the model may write to it later. `contiguous`: over channels, of a contiguous map comes a contiguous one;
+    `dimensions` are those of the maps that were tried. `strided`: the output lies as the input does.
     """
 
     centered: bool
@@ -60,6 +62,8 @@ class RowNorm(Norm):
     copied: bool = False
     contiguous: bool = False
     dimensions: int = 0
+    shapes: tuple[tuple[str, torch.Size], ...] = ()
+    strided: bool = False
 
     @property
     def takes_bfloat16(self) -> bool:
@@ -79,30 +83,42 @@ class RowNorm(Norm):
     def takes(self, module: nn.Module, input: Tensor) -> bool:
         """Whether ours computes what the module does of that input, as it is, and in its dtype."""
         case = self._case(module, input)
-        return case is not None and case.output == input.dtype and not self._must_copy(case)
+        if case is None or case.output != input.dtype or not input.is_contiguous():
+            return False
+        return not self._must_copy(module, input, case)
 
     def _case(self, module: nn.Module, input: Tensor) -> Case | None:
         """None where it is not known what the module computes."""
-        weight = getattr(module, self.weight) if self.weight else None
-        if weight is not None and not is_operand(weight):
+        weight, bias = (getattr(module, name) if name else None for name in (self.weight, self.bias))
+        if not are_coefficients(input, weight, bias):
             return None
-        if self.cases is not None and not self._fits(input, weight):
+        if self.cases is not None and not self._fits(module, input, weight):
             return None
         dtypes = input.dtype, input.dtype if weight is None else weight.dtype
         if self.cases is None:
-            return Case(dtypes, input.dtype, self.centered or input.dtype.itemsize >= 4)
+            fused = self.centered or input.is_cuda
+            return Case(dtypes, input.dtype, fused or input.dtype.itemsize >= 4, fused)
         known = (case for case in self.cases if case.dtypes == dtypes)
         return next(known, None) if is_as_tried(module, self.settings, self.code) else None
 
-    def _fits(self, input: Tensor, weight: Tensor | None) -> bool:
-        """Whether the input is of a shape like those that were tried."""
-        if self.channels_first and input.dim() != self.dimensions:
+    def _fits(self, module: nn.Module, input: Tensor, weight: Tensor | None) -> bool:
+        """Whether the input, and the parameters, are of shapes like those that were tried."""
+        if any(getattr(module, name).shape != shape for name, shape in self.shapes):
+            return False
+        if self.channels_first and (input.dim() != self.dimensions or not _lies_as_a_map(input)):
             return False
         columns = input.shape[1 if self.channels_first else -1] if input.dim() > 1 else 0
         return columns > 0 and (weight is None or weight.numel() == columns)
 
-    def _must_copy(self, case: Case) -> bool:
-        return self.copied and not case.keeps_input and torch.is_grad_enabled()
+    def _must_copy(self, module: nn.Module, input: Tensor, case: Case) -> bool:
+        """Whether ours has to keep a copy of the input: eager torch does not keep it, and it may be written to, or be a
+        part of a larger tensor."""
+        if not torch.is_grad_enabled() or (case.keeps_input if input.requires_grad else case.keeps_data):
+            return False
+        if not input.requires_grad:
+            weight = getattr(module, self.weight) if self.weight else None
+            return weight is not None and weight.requires_grad
+        return self.copied or input.untyped_storage().nbytes() > input.numel() * input.itemsize
 
     def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
         case = self._case(module, input)
@@ -110,10 +126,19 @@ class RowNorm(Norm):
             return None
         if case.output != input.dtype:
             input = input.to(case.output)
-        elif self._must_copy(case):
+        elif self._must_copy(module, input, case):
             input = input.clone()
         if not self.channels_first:
-            return self._compute(module, input, activation)
+            # Maps in channels_last, of which torch's own RMSNorm makes such, are its own affair.
+            if self.cases is None and not self.centered and not input.is_contiguous() and _lies_as_a_map(input):
+                return None
+            if input.is_contiguous() or not self.strided:
+                return self._compute(module, input, activation)
+            order = _order_in_memory(input)
+            if order is None:
+                return None
+            rows = self._compute(module, input.permute(order), activation)
+            return rows.permute([order.index(dimension) for dimension in range(input.dim())])
         output = self._compute(module, input.movedim(1, -1), activation).movedim(-1, 1)
         return output.contiguous() if self.contiguous and input.is_contiguous() else output
 
@@ -146,6 +171,31 @@ class RowNorm(Norm):
         return name + (f" ({', '.join(settings)})" if settings else "")
 
 
+def are_coefficients(input: Tensor, *coefficients: Tensor | None) -> bool:
+    """Whether torch's norms take these beside the input: of its dtype, or of float32 beside 16 bits."""
+    given = [coefficient for coefficient in coefficients if coefficient is not None]
+    if not all(map(is_operand, given)) or len({coefficient.dtype for coefficient in given}) > 1:
+        return False
+    narrow = input.dtype.itemsize < 4
+    return all(c.dtype == input.dtype or (narrow and c.dtype == torch.float32) for c in given)
+
+
+def _order_in_memory(input: Tensor) -> list[int] | None:
+    """The dimensions of rows, the outermost first, as torch's elementwise operations keep them; None where the last is
+    not innermost, or where some elements are one."""
+    strides = input.stride()
+    if any(stride == 0 and size > 1 for stride, size in zip(strides, input.shape, strict=True)):
+        return None
+    order = sorted(range(input.dim()), key=lambda dimension: -strides[dimension])
+    return order if order[-1] == input.dim() - 1 else None
+
+
+def _lies_as_a_map(input: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()])
+    return input.numel() > 0 and (last or input.is_contiguous())
+
+
 @dataclass(frozen=True)
 class BatchNorm(Norm):
     """torch.nn's batch norms, synchronised or not."""
@@ -153,6 +203,8 @@ class BatchNorm(Norm):
     def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
         # What torch's refuses it refuses after it has counted the batch.
         if input.dim() < 2 or input.shape[1] != module.num_features or input.numel() <= input.shape[1]:
+            return None
+        if not are_coefficients(input, module.weight, module.bias):
             return None
         group = group_of(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None
         return batch_norm_of(module, input, None, activation, group, again=True)
@@ -169,6 +221,10 @@ class GroupNorm(Norm):
         # Of (N, C) eager torch keeps less.
         if input.dim() < 3 or input.shape[1] != module.num_channels:
             return None
+        if not are_coefficients(input, module.weight, module.bias):
+            return None
+        # Of others eager torch keeps a copy, and not what they may be a part of.
+        input = input if _lies_as_a_map(input) else input.contiguous()
         return F.group_norm(input, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
 
     def __str__(self) -> str:
@@ -179,11 +235,17 @@ class GroupNorm(Norm):
 class InstanceNorm(Norm):
     """torch.nn's instance norms, whose inputs may lack the dimension of samples."""
 
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
+    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
         module._check_input_dim(input)
-        if input.dim() == module._get_no_batch_dim():
-            return instance_norm_of(module, input.unsqueeze(0), activation).squeeze(0)
-        return instance_norm_of(module, input, activation)
+        if not are_coefficients(input, module.weight, module.bias):
+            return None
+        single = input.dim() == module._get_no_batch_dim()
+        input = input.unsqueeze(0) if single else input
+        # As in torch, the output is contiguous, and what is kept is no part of a larger tensor.
+        output = instance_norm_of(
+            module, input if _lies_as_a_map(input) else input.contiguous(), activation
+        ).contiguous()
+        return output.squeeze(0) if single else output
 
     def __str__(self) -> str:
         return "instance_norm"

@@ -56,6 +56,7 @@ def is_called_plainly(module: nn.Module) -> bool:
             or "forward" in held
         )
         and type(module).__call__ is nn.Module.__call__
+        and type(module)._call_impl is nn.Module._call_impl
     )
 
 

@@ -25,9 +25,8 @@ class Attempt:
         self.operands: list[Operand] = []
         self.options: dict[str, Any] = {}
         self.act = Part()
-        # Of an activation that is written out: its name, and the functions in it.
+        # The name of an activation that is written out.
         self.activation: str | None = None
-        self.functions: list[ast.expr] = []
         self._halves: dict[str, Half] = {}
 
     def fits(self, tree: Meaning, template: ast.expr) -> bool:
@@ -88,8 +87,8 @@ class Attempt:
         part = self.reader.loads.get(found[0], Part()) if found else Part()
         if part.kind != "act":
             return None
-        _, value, self.functions = found
-        self.operands += [Operand(f"f{i}", function) for i, function in enumerate(self.functions)]
+        _, value, functions = found
+        self.operands += [Operand(f"f{i}", function) for i, function in enumerate(functions)]
         self.act, self.activation = part, part.name
         return value
 

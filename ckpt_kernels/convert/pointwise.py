@@ -5,6 +5,7 @@ float64, values and derivative, where two formulas for one activation agree.
 """
 
 import functools
+import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class ActivationRule(Unary):
         return F.bias_act(input, activation=self.name)
 
     def __str__(self) -> str:
-        return f"bias_act ({self.name})"
+        return f"bias_act ({self.name}){'' if self.keeps_input else ' where it is fused, and without gradients'}"
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
     if _is_torchs(module, nn.Dropout):
         return (DropoutRule() if module.p and not module.inplace else None), ""
     if _is_torchs(module, nn.GLU):
-        return GLURule(), ""
-    if getattr(module, "inplace", False):
+        return (GLURule(), "") if module.dim == -1 else (None, "halves another dimension than the last")
+    if module.__dict__.get("inplace"):
         return None, ""
     try:
         name, *tried = _named(module)
@@ -137,6 +138,10 @@ def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
 @functools.lru_cache(maxsize=1024)
 def _tried_out(outline: Outline) -> tuple[str | None, bool]:
     made = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
+    transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
+    with isolated():
+        if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
+            return None, False
     return activation_by_trial(lambda points: forward_of(made, points, POINTWISE))
 
 
@@ -144,8 +149,8 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None
     """The activation that a function of one tensor computes, values and derivative, and whether torch keeps the tensor
     itself for that."""
     kept: list[int] = []
+    points = _points()
     with isolated(), torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
-        points = torch.linspace(-12, 12, 2403, dtype=torch.float64, device="cpu")
         given = points.clone().requires_grad_()
         values = compute(given)
         if type(values) is not Tensor or values.shape != points.shape or values.dtype != points.dtype:
@@ -164,6 +169,13 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None
                 if (~torch.isclose(slopes, expected_slopes, rtol=1e-6, atol=1e-6)).sum() <= 1:
                     return name, keeps_input
     return None, False
+
+
+def _points() -> Tensor:
+    """Where activations are compared: densely where they bend, and over all that float32 holds, for what is cut off."""
+    near = torch.linspace(-12, 12, 2403, dtype=torch.float64, device="cpu")
+    far = torch.logspace(math.log10(12), 38, 1536, dtype=torch.float64, device="cpu")
+    return torch.cat((-far.flip(0), near, far))
 
 
 def _is_of_python(values: Tensor) -> bool:

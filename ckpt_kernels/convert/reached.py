@@ -23,6 +23,7 @@ _BUILTINS = """float int len list max min range sum super tuple NotImplementedEr
     AssertionError""".split()
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
 _SHAPES = {"shape", "size", "len"}
+_STEPS = ("int", "max", "min")
 # What code may name of tensors and of torch: arithmetic, and what norms are written with.
 _NAMES = frozenset(
     """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
@@ -89,7 +90,7 @@ def read(module: nn.Module) -> tuple[Settings, Code]:
     """All that the module's forward reads of it beside its parameters, by name, and the code it reaches."""
     reading = _Reading(module)
     reading.function(type(module).forward, own=True)
-    if reading.branches and reading.names & _SHAPES:
+    if reading.names & _SHAPES and (reading.branches or reading.steps):
         raise NotTried("decides by the shape of what it is given")
     reading.modules()
     settings = tuple(sorted(reading.settings.items()))
@@ -118,6 +119,8 @@ class _Reading:
         self.settings: dict[str, Any] = {}
         self.names: set[str] = set()
         self.branches = False
+        # Whether it computes what has steps, of numbers such as a shape's.
+        self.steps = False
         self.found: list[Found] = []
         self._seen: set[types.CodeType] = set()
 
@@ -178,6 +181,8 @@ class _Reading:
                 if any(bound.opname != "LOAD_CONST" or bound.argval is not None for bound in bounds):
                     raise NotTried("computes with a part of what it is given")
             self.branches |= "JUMP_IF" in step.opname or step.opname == "FOR_ITER"
+            self.steps |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
+            self.steps |= step.opname == "COMPARE_OP" or step.argval in _STEPS
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self._global(step.argval, names)
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):

@@ -16,12 +16,14 @@ class Part(NamedTuple):
     which is any other plain load.
 
     An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is
-    of has just been computed: torch does not keep that for it, so that somebody else may write to it.
+    of has just been computed: torch does not keep that for it, so that somebody else may write to it. `known` are the
+    functions and numbers that a formula was known with, and the module or function that an "exchange" is of.
     """
 
     kind: str = ""
     name: str = ""
     of_new: bool = False
+    known: tuple[Any, ...] = ()
 
 
 # The part of each load and formula in a method, by its text.

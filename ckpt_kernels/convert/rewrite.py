@@ -21,7 +21,7 @@ from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
-from .reading import Loads, Match, Operand, Reader, settled
+from .reading import Loads, Match, Operand, Part, Reader, settled
 from .scope import Scope
 from .source import Definition, definition_of, rebuilt
 from .writes import written_names
@@ -174,8 +174,8 @@ class _Writer:
             if match is not None:
                 return self._expression(match)
         made = _with_parts(tree, self._expressions)
-        if isinstance(tree, ast.Call) and self.reader.part(tree.func).kind:
-            made.func = self._exchange(tree.func)
+        if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
+            made.func = self._exchange(tree.func, part)
         return made
 
     def _expression(self, match: Match) -> ast.expr:
@@ -187,9 +187,8 @@ class _Writer:
         """The call of a site, and whether it has computed."""
         pattern, attempt = match.pattern, match.attempt
         options = attempt.options | ({"recompute": self.recompute} if "recompute" in pattern.takes else {})
-        functions = [self.scope.value(tree) for tree in attempt.functions]
         captured = [operand.name for operand in match.captured]
-        site = templates.site(pattern, captured, options, functions, attempt.activation)
+        site = templates.site(pattern, captured, options, attempt.act.known, attempt.activation)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
         named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
@@ -199,8 +198,8 @@ class _Writer:
     def _operand(self, operand: Operand) -> ast.expr:
         return operand.tree if self.reader.is_plain(operand.tree) else self._expressions(operand.tree)
 
-    def _exchange(self, function: ast.expr) -> ast.expr:
-        known = self.scope.value(function)
+    def _exchange(self, function: ast.expr, part: Part) -> ast.expr:
+        (known,) = part.known or (self.scope.value(function),)
         if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
             self.found.append(str(rule))
             return _at(function, ast.Call(self._cell(exchanged_module(known, rule)), [function], []))

@@ -44,7 +44,7 @@ def mlp(
     if not chains(input, first, last):
         return None
     # Of these, eager torch keeps no more than the output.
-    if recompute == "block" and (activation in ("sigmoid", "tanh") or getattr(act, "inplace", False)):
+    if recompute == "block" and (activation in ("sigmoid", "tanh") or getattr(act, "__dict__", {}).get("inplace")):
         return None
     options = {"activation": activation, "dropout_p": p, "recompute": level_for(recompute, first)}
     return [F.mlp(input, *first, *last, **options)]

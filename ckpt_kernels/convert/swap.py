@@ -7,7 +7,6 @@ it again, and makes an ordinary module of the original's class when it is called
 
 import abc
 import contextlib
-import dis
 import functools
 import inspect
 import types
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..recompute import discard_outputs, selective_contexts
+from .called import asks_for_its_class
 from .operands import as_plain, is_called_plainly, is_operand
 
 # What the class of a converted module has beside its methods: its `Conversion`.
@@ -167,7 +167,7 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
     if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
     # A cache, say, that the forward writes to cannot pass into the checkpoint. One of the model's own is enough.
-    if getattr(module, "gradient_checkpointing", False) or not all(
+    if module.__dict__.get("gradient_checkpointing") or not all(
         isinstance(a, _PASSES) for a in (*args, *kwargs.values())
     ):
         return forward(module, *args, **kwargs)
@@ -175,26 +175,13 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
 
 
 def may_be_swapped(module: nn.Module) -> bool:
-    """Whether another class changes nothing but what it is to change: the forward is a plain method, and none asks for
-    its class's base by the class of the module."""
+    """Whether another class changes nothing but what it is to change: the forward is a plain method, and what it
+    reaches does not ask for the module's class."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
     plain = isinstance(inspect.getattr_static(kind, "forward", None), types.FunctionType)
-    return plain and not _names_its_own_class(kind)
-
-
-@functools.cache
-def _names_its_own_class(kind: type[nn.Module]) -> bool:
-    """Whether a method has super(self.__class__, self), which in a subclass has no end."""
-    owners = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    methods = [m for owner in owners for m in vars(owner).values() if isinstance(m, types.FunctionType)]
-    for method in methods:
-        if {"super", "__class__"} <= set(method.__code__.co_names):
-            named = [step.argval for step in dis.get_instructions(method) if step.opname.startswith("LOAD")]
-            if any(name == "super" and "__class__" in named[i + 1 : i + 3] for i, name in enumerate(named)):
-                return True
-    return False
+    return plain and not asks_for_its_class(kind)
 
 
 def is_converted(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .guards import linear_operands, norm_rule, probability
+from .guards import as_products_take, linear_operands, norm_rule, probability
 from .operands import as_plain, has_hooks_for_all, is_operand
 from .pointwise import KEPT_BY_OUTPUT, activation_of
 
@@ -151,6 +151,8 @@ def _resolved(pattern: Pattern, operands: dict[str, Any], given: dict[str, Any],
         if linear is None:
             return False
         given[name] = linear
+    if pattern.linears:
+        given["input"] = as_products_take(given["input"])
     if "norm" in takes:
         rule = norm_rule(operands["norm"])
         if rule is None:

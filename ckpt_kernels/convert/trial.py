@@ -22,8 +22,8 @@ from .reached import Code, NotTried, Settings, read
 POINTWISE = frozenset(
     "add detach div elu erf gelu hardswish leaky_relu mish mul neg pow relu rsub sigmoid silu softplus sub tanh".split()
 )
-ROWS = POINTWISE - {"relu", "leaky_relu", "elu"} | frozenset(
-    "_fused_rms_norm _to_copy mean native_layer_norm rsqrt sqrt sum var".split()
+ROWS = frozenset(
+    "_fused_rms_norm _to_copy add detach div mean mul native_layer_norm neg pow rsqrt rsub sqrt sub sum var".split()
 )
 CHANNELS = ROWS | frozenset("alias clone permute slice transpose unsqueeze view".split())
 
