@@ -83,6 +83,8 @@ class Trace:
             self._trusted.append(edges[0][0])
         operands = []
         for edge, held in zip(edges, packed, strict=True):
+            if isinstance(held, Cell) and not held.is_unwritten():
+                return None
             operand = self._shared(held) if held is not None else self._behind(edge)
             if operand is None:
                 return None

@@ -97,7 +97,10 @@ class Frozen(nn.Module):
 
 @pytest.mark.parametrize("kind", [WithSettings, Frozen])
 def test_attributes_that_run_code_are_not_asked_for(kind: type[nn.Module]) -> None:
-    assert computed(kind, rows())
+    model = kind().to(DEVICE)
+    expected = model(rows())
+    ckpt_kernels.convert(model)
+    torch.testing.assert_close(model(rows()), expected)
 
 
 # Classes
@@ -357,6 +360,18 @@ def test_dtypes_that_torch_refuses_are_refused(make: Callable[[], nn.Module]) ->
     ckpt_kernels.convert(model)
     with pytest.raises(RuntimeError):
         model(torch.rand(4, 8, 8, dtype=torch.float64))
+
+
+def test_what_never_computes_is_not_said_to_be_replaced() -> None:
+    class Squared(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x) ** 2
+
+    report = ckpt_kernels.convert(nn.Sequential(nn.Conv1d(4, 8, 1), nn.GLU(dim=1), Squared()))
+    assert found_in(report) == {"2": "bias_act (relu_squared) where it is fused, and without gradients"}
+    assert [(entry.name, entry.reason) for entry in report.left_alone] == [
+        ("1", "halves another dimension than the last")
+    ]
 
 
 # Layouts

@@ -42,6 +42,9 @@ def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timed: bool = Fa
                 progress.console.print(f"{found['name']}: {told[:160]}", highlight=False, markup=False)
             progress.update(task, advance=1, description=found["name"][:40].ljust(40))
             progress.refresh()
+            # Where no bar is drawn.
+            if not console.is_terminal and len(results) % 25 == 0:
+                console.print(f"{len(results)} of {len(entries)}")
 
         # What has come until it is broken off is told all the same.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

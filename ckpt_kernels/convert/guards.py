@@ -18,12 +18,12 @@ def is_linear(module: Any) -> bool:
         # A parametrized one computes its weight at each load.
         own = hasattr(type(module), "weight") or hasattr(type(module), "bias")
         return type(module).forward is _LINEAR and nn.Linear.forward is _LINEAR and not own
-    if not isinstance(module, nn.Module) or not _transposed(module):
-        return False
-    return type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Module) and _transposed(module)
 
 
 def _transposed(module: nn.Module) -> bool:
+    if type(module).__module__ != "transformers.pytorch_utils" or type(module).__name__ != "Conv1D":
+        return False
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     shape = getattr(module, "nx", None), getattr(module, "nf", None)
     return weight is not None and bias is not None and tuple(weight.shape) == shape and bias.shape == shape[1:]

@@ -138,8 +138,8 @@ def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
 @functools.lru_cache(maxsize=1024)
 def _tried_out(outline: Outline) -> tuple[str | None, bool]:
     made = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
-    transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     with isolated():
+        transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
         if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
             return None, False
     return activation_by_trial(lambda points: forward_of(made, points, POINTWISE))

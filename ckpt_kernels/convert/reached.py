@@ -5,6 +5,7 @@ and decides nothing by shape. What was read and reached is kept, so that a call 
 """
 
 import builtins
+import contextlib
 import dis
 import functools
 import types
@@ -73,17 +74,33 @@ class Code:
         return self
 
     def __reduce__(self) -> tuple:
-        return _code_of, self._module
+        return _code_of, (*self._module, self.text())
+
+    def text(self) -> tuple[str, ...]:
+        """What was found, for another process: functions by their code, plain values, and the names of all else."""
+        return tuple(f"{name}: {_text(value)}" for _, name, value in self._found)
 
 
-def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...]) -> Code:
+def _text(value: Any) -> str:
+    if isinstance(value, types.FunctionType):
+        return _text(value.__code__)
+    if isinstance(value, types.CodeType):
+        inner = [_text(constant) for constant in value.co_consts]
+        return f"{value.co_code.hex()} {value.co_names} {inner}"
+    if isinstance(value, tuple):
+        return str([_text(part) for part in value])
+    return repr(value) if isinstance(value, _PLAIN) else getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]) -> Code:
     made = object.__new__(kind)
     made.__dict__.update(nn.Module().__dict__ | dict(settings))
     made.__dict__["_parameters"] = dict.fromkeys(parameters)
-    try:
-        return read(made)[1]
-    except NotTried:
-        return Code((kind, settings, parameters), [({}, "", None)])  # what is never the same
+    with contextlib.suppress(NotTried):
+        found = read(made)[1]
+        if found.text() == text:
+            return found
+    return Code((kind, settings, parameters), [({}, "", None)])  # what is never the same
 
 
 def read(module: nn.Module) -> tuple[Settings, Code]:
@@ -180,7 +197,7 @@ class _Reading:
                 bounds = steps[max(0, index - (step.arg if step.opname == "BUILD_SLICE" else 2)) : index]
                 if any(bound.opname != "LOAD_CONST" or bound.argval is not None for bound in bounds):
                     raise NotTried("computes with a part of what it is given")
-            self.branches |= "JUMP_IF" in step.opname or step.opname == "FOR_ITER"
+            self.branches |= ("JUMP_" in step.opname and "_IF_" in step.opname) or step.opname == "FOR_ITER"
             self.steps |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
             self.steps |= step.opname == "COMPARE_OP" or step.argval in _STEPS
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):

@@ -1,0 +1,402 @@
+"""The parts of what is fused are what they were taken for, or compute by themselves."""
+
+import importlib
+import linecache
+import typing
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import ckpt_kernels
+
+from .test_convert_composes import close
+from .test_convert_rules import WIDTH, run, x
+from .test_convert_source import twins
+from .test_convert_tried import RMS, rows
+
+
+class MLP(nn.Module):
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.first, self.act, self.drop, self.last = (
+            nn.Linear(WIDTH, 64),
+            nn.GELU(),
+            nn.Dropout(p),
+            nn.Linear(64, WIDTH),
+        )
+        self.p = p
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.last(self.drop(self.act(self.first(h))))
+
+
+class FMLP(MLP):
+    def forward(self, h: Tensor) -> Tensor:
+        return self.last(F.dropout(self.act(self.first(h)), self.p, self.training))
+
+
+def test_two_dtypes() -> None:
+    for model in twins(MLP):
+        model.to(torch.bfloat16)
+        ckpt_kernels.convert(model)
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(rows())
+
+
+def test_a_frozen_gate_keeps_no_more() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.b.requires_grad_(False)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return F.silu(self.a(h)) * self.b(h)
+
+    from ckpt_kernels import memory
+
+    model, twin = twins(Gate)
+    ckpt_kernels.convert(model)
+    assert memory.saved_bytes(model, x(64, WIDTH)) <= memory.saved_bytes(twin, x(64, WIDTH))
+
+
+def test_a_last_layer_of_another_width() -> None:
+    for model in twins(MLP):
+        model.last = nn.Linear(63, WIDTH)
+        ckpt_kernels.convert(model)
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+            model(rows())
+
+
+def test_a_probability_out_of_range() -> None:
+    model = FMLP()
+    ckpt_kernels.convert(model)
+    model.p = 1.5
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+        model(rows())
+
+
+@pytest.mark.parametrize("kind", [MLP, FMLP])
+def test_no_dropout_in_evaluation(kind) -> None:
+    model, twin = twins(kind)
+    ckpt_kernels.convert(model)
+    torch.testing.assert_close(model.eval()(rows()), twin.eval()(rows()))
+
+
+class AddNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.norm(a + b)
+
+
+@pytest.mark.parametrize("other", [x(6, WIDTH).double(), x(WIDTH), x(1, WIDTH)], ids=["dtype", "row", "one"])
+def test_sums_of_unlike(other) -> None:
+    model, twin = twins(AddNorm)
+    ckpt_kernels.convert(model)
+    for each in (model, twin):
+        each.double() if other.dtype == torch.float64 else each
+    assert close(run(model, rows(), other), run(twin, rows(), other))
+
+
+class Modulated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+
+    def forward(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.norm(h) * (1 + scale) + shift
+
+
+@pytest.mark.parametrize("shape", [(1, 1, WIDTH), (3, 1, WIDTH), (3, 5, WIDTH), (1, 5, WIDTH)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lead", [(3, 5), (1, 5), (3, 1)])
+def test_modulations(shape, dtype, lead) -> None:
+    if any(a not in (1, b) for a, b in zip(shape, lead, strict=False)):
+        pytest.skip("does not broadcast")
+    model, twin = twins(Modulated)
+    ckpt_kernels.convert(model)
+    given = x(*lead, WIDTH), x(*shape).to(dtype), x(*shape).to(dtype) + 1
+    ours, theirs = run(model, *given), run(twin, *given)
+    assert all(ours[k].dtype == theirs[k].dtype for k in theirs) and close(ours, theirs)
+
+
+def test_nested() -> None:
+    model, twin = twins(nn.GELU)
+    ckpt_kernels.convert(model)
+    given = torch.nested.nested_tensor([x(3, WIDTH), x(5, WIDTH)], layout=torch.jagged)
+    torch.testing.assert_close(model(given).values(), twin(given).values())
+
+
+def test_transforms_around() -> None:
+    model, twin = twins(
+        lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+    )
+    ckpt_kernels.convert(model, recompute="block")
+    for f in (
+        lambda m: torch.func.grad(lambda h: m(h).sum())(rows()),
+        lambda m: torch.func.vmap(m)(rows()),
+        lambda m: torch.func.jvp(m, (rows(),), (rows(),))[1],
+        lambda m: torch.func.hessian(lambda h: m(h).sum())(x(2, WIDTH)),
+    ):
+        torch.testing.assert_close(f(model), f(twin), rtol=1e-4, atol=1e-4)
+
+
+def test_dual_numbers() -> None:
+    model, twin = twins(lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU()))
+    ckpt_kernels.convert(model)
+    fwAD = torch.autograd.forward_ad
+    found = []
+    for each in (model, twin):
+        with fwAD.dual_level():
+            found.append(fwAD.unpack_dual(each(fwAD.make_dual(rows(), rows()))).tangent)
+    torch.testing.assert_close(*found)
+
+
+class Dispatched(Tensor):
+    """Does nothing but what torch does; sees its operations."""
+
+    seen: typing.ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(func.overloadpacket.__name__)
+        raw = torch.utils._pytree.tree_map_only(cls, lambda t: t.raw, args)
+        return func(*raw, **(kwargs or {}))
+
+    @staticmethod
+    def __new__(cls, raw):
+        made = Tensor._make_wrapper_subclass(cls, raw.shape, dtype=raw.dtype, device=raw.device)
+        made.raw = raw
+        return made
+
+
+def test_a_class_that_sees_operations() -> None:
+    model, twin = twins(nn.GELU)
+    ckpt_kernels.convert(model)
+    torch.testing.assert_close(model(Dispatched(rows())), twin(rows()))
+    assert "gelu" in Dispatched.seen
+
+
+def test_a_forward_put_on_a_part() -> None:
+    model, twin = twins(lambda: MLP(0.0))
+    ckpt_kernels.convert(model)
+    for each in (model, twin):
+        each.act.forward = lambda h: h * 2
+    torch.testing.assert_close(model(rows()), twin(rows()))
+
+
+def test_a_forward_put_on_a_linear_layer() -> None:
+    model, twin = twins(lambda: MLP(0.0))
+    ckpt_kernels.convert(model)
+    for each in (model, twin):
+        each.first.forward = lambda h: torch.cat((h, h), -1)
+    torch.testing.assert_close(model(rows()), twin(rows()))
+
+
+def test_a_call_of_its_own() -> None:
+    class Twice(nn.Linear):
+        def __call__(self, h: Tensor) -> Tensor:
+            return 2 * super().__call__(h)
+
+    def make() -> nn.Module:
+        model = MLP(0.0)
+        model.first = Twice(WIDTH, 64)
+        return model
+
+    model, twin = twins(make)
+    ckpt_kernels.convert(model)
+    torch.testing.assert_close(model(rows()), twin(rows()))
+
+
+class Flows(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.act, self.last = nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return getattr(self, self.how)(h)
+
+    def after(self, h: Tensor) -> Tensor:
+        y = self.first(h)
+        y = self.act(y)
+        z = self.last(y)
+        return z + y.mean()
+
+    def own(self, h: Tensor) -> Tensor:
+        y = self.act(self.first(h))
+        z = self.last(y)
+        y = y + 1
+        return z + y.mean()
+
+    def nested(self, h: Tensor) -> Tensor:
+        y = h
+        if self.training:
+            y = self.act(self.first(h))
+            z = self.last(y)
+        else:
+            z = h
+        return z + y.mean()
+
+    def loop(self, h: Tensor) -> Tensor:
+        y = h
+        for _ in range(2):
+            h = h + y.mean()
+            y = self.act(self.first(h))
+            h = self.last(y)
+        return h
+
+    def columns(self, h: Tensor) -> Tensor:
+        a, b = h.view(4, 2, WIDTH // 2, -1).chunk(2, 1)
+        return F.silu(a) * b
+
+    def caught(self, h: Tensor) -> Tensor:
+        try:
+            y = self.first(h)
+            y = self.act(y[..., None])
+            y = self.last(y)
+        except RuntimeError:
+            pass
+        return y
+
+    def two(self, h: Tensor) -> Tensor:
+        y = self.first(h)
+        z = y + 1
+        return y * torch.sigmoid(z)
+
+    def rebound(self, h: Tensor) -> Tensor:
+        self = self.parent[0]
+        return self.last(self.act(self.first(h)))
+
+
+@pytest.mark.parametrize("how", ["after", "own", "nested", "loop", "columns", "caught", "two", "rebound"])
+def test_flows(how) -> None:
+    model, twin = twins(lambda: Flows(how))
+    for each in (model, twin):
+        torch.manual_seed(3)
+        each.parent = [Flows("after")]
+    ckpt_kernels.convert(model)
+    given = x(6, WIDTH) if how != "columns" else x(4, 2, WIDTH // 2, 4)
+    torch.testing.assert_close(model(given), twin(given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_source_that_has_changed(tmp_path) -> None:
+    file = tmp_path / "edited.py"
+    lines = ("from torch import nn", "import torch.nn.functional as F", "class Edited(nn.Module):")
+    lines += ("    def forward(self, h):", "        return F.gelu(h) + 1", "")
+    text = "\n".join(lines)
+    file.write_text(text)
+    names: dict = {"__name__": "edited"}
+    exec(compile(text, str(file), "exec"), names)
+    file.write_text(text.replace("+ 1", "+ 2"))
+    linecache.checkcache()
+    model = names["Edited"]()
+    expected = model(rows())
+    ckpt_kernels.convert(model)
+    torch.testing.assert_close(model(rows()), expected)
+
+
+class Property(nn.Module):
+    """What a load gives is not what the module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.other = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH), nn.ReLU()
+        self.__dict__["act"] = nn.GELU()
+
+    @property
+    def act(self) -> nn.Module:
+        return self.other
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.last(self.act(self.first(h)))
+
+
+class OwnGetattr(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.act = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH), nn.GELU()
+        self.loads = 0
+
+    def __getattr__(self, name: str):
+        if name == "first":
+            self.__dict__["loads"] += 1
+        return super().__getattr__(name)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.last(self.act(self.first(h)))
+
+
+@pytest.mark.parametrize("kind", [Property, OwnGetattr])
+def test_loads_of_its_own(kind) -> None:
+    model, twin = twins(kind)
+    ckpt_kernels.convert(model)
+    for each in (model, twin):
+        each.loads = 0
+    torch.testing.assert_close(model(rows()), twin(rows()))
+    assert model.loads == twin.loads
+
+
+def test_patched_part(monkeypatch) -> None:
+    model, twin = twins(lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU()))
+    ckpt_kernels.convert(model)
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, h: 2 * h)
+    torch.testing.assert_close(model(rows()), twin(rows()))
+
+
+def test_patched_class(monkeypatch) -> None:
+    model, twin = twins(lambda: nn.LayerNorm(WIDTH))
+    ckpt_kernels.convert(model)
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, h: 2 * h)
+    torch.testing.assert_close(model(rows()), twin(rows()))
+
+
+def test_super_of_its_own_class() -> None:
+    class Old(nn.LayerNorm):
+        def forward(self, h: Tensor) -> Tensor:
+            return super(self.__class__, self).forward(h)
+
+    model, twin = twins(lambda: Old(WIDTH))
+    ckpt_kernels.convert(model)
+    torch.testing.assert_close(model(rows()), twin(rows()))
+
+
+def test_parametrized_since() -> None:
+    made = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            made.append(weight)
+            return weight * 1.5
+
+    norm = RMS()
+    ckpt_kernels.convert(norm)
+    parametrize.register_parametrization(norm, "weight", Counted())
+    made.clear()
+    norm(rows())
+    assert len(made) == 1
+
+
+def test_channels_first_of_two_dims() -> None:
+    from .test_convert_source import ChannelNorm
+
+    model, twin = twins(lambda: ChannelNorm((WIDTH,)))
+    ckpt_kernels.convert(model)
+    torch.testing.assert_close(model(rows()), twin(rows()))
+
+
+@pytest.mark.parametrize("kind", ["InBfloat16", "RoundsFirst", "Norm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_norms_round_where_they_did(kind, dtype) -> None:
+    norms = importlib.import_module("tests.test_convert_norms")
+    model, twin = twins(getattr(norms, kind))
+    ckpt_kernels.convert(model.to(dtype))
+    given = x(64, WIDTH, dtype=dtype)
+    ours, theirs = model(given), twin.to(dtype)(given)
+    assert (ours != theirs).float().mean() < 0.01

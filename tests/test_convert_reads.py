@@ -1,0 +1,367 @@
+"""What a module reads, from wherever, is asked for at every call; and what of a model is a write."""
+
+import importlib
+import operator
+import pickle
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import grad as differentiate
+
+import ckpt_kernels
+from ckpt_kernels.convert.called import uses_transforms
+from ckpt_kernels.convert.writes import writer_in
+
+from . import test_convert_tried as tried
+from .test_convert_composes import close
+from .test_convert_rules import WIDTH, run
+from .test_convert_rules import x as random
+from .test_convert_source import twins
+from .test_convert_tried import Patched, Sloped, found_in, rows
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) if x.shape[0] < 5000 else x
+
+
+class Loops(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(x.shape[0] // 5000):
+            x = 2 * x
+        return F.silu(x)
+
+
+others = types.ModuleType("others")
+others.silu = lambda x: F.silu(x) if x.shape[0] < 5000 else x
+
+
+class FromElsewhere(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return others.silu(x)
+
+
+@pytest.mark.parametrize("kind", [Branches, Loops, FromElsewhere])
+def test_what_goes_by_a_length_that_is_not_tried(kind) -> None:
+    module = kind()
+    ckpt_kernels.convert(nn.Sequential(module))
+    long = random(6000, 2)
+    now = module(long)
+    ckpt_kernels.revert(module)
+    torch.testing.assert_close(now, module(long))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) * self.scale
+
+
+def test_a_setting_that_becomes_a_tensor_has_its_gradient() -> None:
+    module = Scaled()
+    assert found_in(ckpt_kernels.convert(module)) == {"": "bias_act (silu)"}
+    module.scale = torch.ones((), requires_grad=True)
+    module(rows()).sum().backward()
+    assert module.scale.grad is not None
+
+
+class Held(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.ones(())
+
+
+def test_a_tensor_that_is_no_buffer_is_no_setting() -> None:
+    module = Held()
+    ckpt_kernels.convert(module)
+    module.scale.fill_(3)
+    torch.testing.assert_close(module(rows()), 3 * F.silu(rows()))
+
+
+class OfClass(nn.Module):
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) * self.scale
+
+
+def test_a_setting_of_the_class(monkeypatch) -> None:
+    module = OfClass()
+    ckpt_kernels.convert(module)
+    monkeypatch.setattr(OfClass, "scale", 3.0)
+    torch.testing.assert_close(module(rows()), 3 * F.silu(rows()))
+
+
+class KeywordDefault(nn.Module):
+    def forward(self, x: Tensor, *, scale=[1.0]) -> Tensor:  # noqa: B006
+        return F.silu(x) * scale[0]
+
+
+def test_keyword_defaults() -> None:
+    module = KeywordDefault()
+    ckpt_kernels.convert(module)
+    KeywordDefault.forward.__kwdefaults__["scale"][0] = 3.0
+    try:
+        torch.testing.assert_close(module(rows()), 3 * F.silu(rows()))
+    finally:
+        KeywordDefault.forward.__kwdefaults__["scale"][0] = 1.0
+
+
+def factor() -> float:
+    return 1.0
+
+
+class Method(nn.Module):
+    def act(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+class Inner(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (lambda t: F.silu(t) * factor())(x)
+
+
+class Builtin(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) * float(1)
+
+
+class Imports(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        from tests.test_convert_reads import factor
+
+        return F.silu(x) * factor()
+
+
+def enclosed() -> nn.Module:
+    def act(x: Tensor) -> Tensor:
+        return F.silu(x) * factor()
+
+    class Enclosed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return act(x)
+
+    return Enclosed()
+
+
+@pytest.mark.parametrize("how", ["method", "inner", "builtin", "import", "variable"])
+def test_changes(how, monkeypatch) -> None:
+    make, change = {
+        "method": (Method, lambda: monkeypatch.setattr(Method, "act", lambda self, x: F.relu(x))),
+        "inner": (Inner, lambda: monkeypatch.setitem(globals(), "factor", lambda: 3.0)),
+        "builtin": (Builtin, lambda: monkeypatch.setitem(globals(), "float", lambda _: 3.0)),
+        "import": (Imports, lambda: monkeypatch.setitem(globals(), "factor", lambda: 3.0)),
+        "variable": (enclosed, lambda: monkeypatch.setitem(globals(), "factor", lambda: 3.0)),
+    }[how]
+    module = make()
+    before = module(rows())
+    ckpt_kernels.convert(module)
+    change()
+    now = module(rows())
+    ckpt_kernels.revert(module)
+    torch.testing.assert_close(now, module(rows()))
+    assert not torch.allclose(now, before)
+
+
+swap = importlib.import_module("ckpt_kernels.convert.swap")
+LAST = None
+
+
+class StoresGlobal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        global LAST
+        LAST = x
+        return F.silu(x)
+
+
+def test_a_global_that_is_written() -> None:
+    global LAST
+    LAST = None
+    module = StoresGlobal()
+    ckpt_kernels.convert(module)
+    assert LAST is None
+    given = rows()
+    module(given)
+    assert LAST is given
+
+
+@pytest.mark.parametrize("kind", [Sloped, Patched])
+def test_what_is_unpickled_asks_too(kind, monkeypatch) -> None:
+    module = kind()
+    ckpt_kernels.convert(module)
+    again = pickle.loads(pickle.dumps(module))
+    monkeypatch.setitem(vars(tried), "slope", F.relu)
+    monkeypatch.setattr(F, "silu", F.relu)
+    assert torch.equal(again(rows()), kind.forward(again, rows()))
+
+
+@pytest.mark.parametrize("forward", ["untried", "other"])
+def test_unpickled_where_the_class_is_another(forward, monkeypatch) -> None:
+    module = Sloped()
+    ckpt_kernels.convert(module)
+    data = pickle.dumps(module)
+    monkeypatch.setattr(swap, "_classes", {})
+    monkeypatch.setattr(swap, "_PROCESS", "another")
+    function = (lambda self, x: x.cumsum(-1)) if forward == "untried" else (lambda self, x: F.gelu(x))
+    monkeypatch.setattr(Sloped, "forward", function)
+    again = pickle.loads(data)
+    assert torch.equal(again(rows()), function(again, rows()))
+
+
+def test_another_global_at_a_second_conversion(monkeypatch) -> None:
+    module = Sloped()
+    assert found_in(ckpt_kernels.convert(module)) == {"": "bias_act (silu)"}
+    monkeypatch.setitem(vars(tried), "slope", F.gelu)
+    ckpt_kernels.convert(module)
+    torch.testing.assert_close(module(rows()), F.gelu(rows()))
+
+
+# writes
+
+
+def write_to(x: Tensor) -> Tensor:
+    return x.add_(1)
+
+
+def local_writer() -> type[nn.Module]:
+    def write(x: Tensor) -> Tensor:
+        return x.add_(1)
+
+    class Local(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return write(x)
+
+    return Local
+
+
+class ByGlobal(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return write_to(x)
+
+
+class ByModule(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return others.add_one(x)
+
+
+@pytest.mark.parametrize("make", [ByGlobal, ByModule, local_writer], ids=["global", "module", "variable"])
+def test_functions_that_write_are_reached(make) -> None:
+    kind = make if isinstance(make, type) else make()
+    assert writer_in(kind())
+
+
+class Differentiates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def energy(t: Tensor) -> Tensor:
+            return F.silu(self.linear(t)).sum()
+
+        return F.gelu(self.linear(x)) + differentiate(energy)(x)
+
+
+def test_a_transform_by_another_name() -> None:
+    assert uses_transforms(Differentiates())
+    model, converted = twins(Differentiates)
+    ckpt_kernels.convert(converted)
+    assert close(run(converted, rows()), run(model, rows()))
+
+
+def w_view(self, x):
+    v = x.view(-1)
+    v.add_(1)
+    return x
+
+
+def w_handed(self, x):
+    h = torch.zeros_like(x)
+    y = self.norm(h)
+    h.add_(1)
+    return y
+
+
+def w_item(self, x):
+    x[0] = 0
+    return x
+
+
+def w_dunder(self, x):
+    x.__iadd__(1)
+    return x
+
+
+def w_operator(self, x):
+    operator.iadd(x, 1)
+    return x
+
+
+def w_positional(self, x):
+    return F.relu(x, True)
+
+
+def w_out(self, x):
+    return torch.add(x, 1, out=x)
+
+
+def w_order(self, x):
+    h = x
+    h.add_(1)
+    h = h.clone()
+    return h
+
+
+def w_loop(self, x):
+    h = torch.zeros(1)
+    for h in x.unbind(0):
+        h.add_(1)
+    return h
+
+
+def w_either(self, x):
+    h = x.clone() if self.training else x
+    h.add_(1)
+    return h
+
+
+def n_own(self, x):
+    h = torch.zeros_like(x)
+    h += 1
+    h[0] = 2
+    return h + x
+
+
+WRITES = {k: v for k, v in list(globals().items()) if k.startswith("w_")}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_what_is_a_write(how) -> None:
+    kind = type("Writes", (nn.Module,), {"forward": WRITES[how]})
+    assert writer_in(kind())
+
+
+def test_what_is_no_write() -> None:
+    assert not writer_in(type("Own", (nn.Module,), {"forward": n_own})())
+
+
+def test_inplace() -> None:
+    assert writer_in(nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))) == "ReLU (inplace=True)"
+
+
+def test_a_function_without_source_may_write() -> None:
+    names: dict = {}
+    exec("def forward(self, x):\n    return x.add_(1)", {}, names)
+    assert writer_in(type("Made", (nn.Module,), names)())
+
+
+others.add_one = write_to

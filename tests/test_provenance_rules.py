@@ -1,0 +1,260 @@
+"""Every rule of provenance once, and what no rule may take for what it is not."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import recompute
+from ckpt_kernels.rules import RULES_AND_PRODUCTS
+
+from .test_provenance import (
+    DEVICE,
+    ROWS,
+    STATISTICS,
+    UNIT,
+    WIDTH,
+    Parameters,
+    assert_same_bits,
+    assert_same_outcome,
+    assert_unchanged,
+    kept_bytes,
+    normed,
+    random_tensor,
+)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return random_tensor(ROWS, WIDTH, seed=1).requires_grad_()
+
+
+# Every rule once: what makes the node, of a block's output n.
+three = lambda n: n.view(4, 16, WIDTH)  # noqa: E731
+MADE = {
+    "AbsBackward0": lambda n, p: n.abs(),
+    "CeluBackward0": lambda n, p: TF.celu(n, 0.7),
+    "ClampBackward1": lambda n, p: n.clamp(-0.4, 0.3),
+    "CosBackward0": lambda n, p: n.cos(),
+    "DivBackward0": lambda n, p: n / p["r"],
+    "EluBackward0": lambda n, p: TF.elu(n, 0.5),
+    "ErfBackward0": lambda n, p: n.erf(),
+    "GeluBackward0": lambda n, p: TF.gelu(n, approximate="tanh"),
+    "GluBackward0": lambda n, p: TF.glu(torch.cat((n, n), -1)),
+    "HardsigmoidBackward0": lambda n, p: TF.hardsigmoid(n),
+    "HardswishBackward0": lambda n, p: TF.hardswish(n),
+    "HardtanhBackward0": lambda n, p: TF.hardtanh(n, -0.4, 0.3),
+    "LeakyReluBackward0": lambda n, p: TF.leaky_relu(n, 0.2),
+    "LogBackward0": lambda n, p: n.sigmoid().log(),
+    "LogSigmoidBackward0": lambda n, p: TF.logsigmoid(n),
+    "MishBackward0": lambda n, p: TF.mish(n),
+    "MulBackward0": lambda n, p: n * n.sin(),
+    "PowBackward0": lambda n, p: n**3,
+    "PreluKernelBackward0": lambda n, p: TF.prelu(n, p["one"]),
+    "SiluBackward0": lambda n, p: TF.silu(n),
+    "SinBackward0": lambda n, p: n.sin(),
+    "SoftplusBackward0": lambda n, p: TF.softplus(n, 2.0, 3.0),
+    "ExpBackward0": lambda n, p: n.exp(),
+    "ReciprocalBackward0": lambda n, p: n.reciprocal(),
+    "ReluBackward0": lambda n, p: n.relu(),
+    "RsqrtBackward0": lambda n, p: n.sigmoid().rsqrt(),
+    "SigmoidBackward0": lambda n, p: n.sigmoid(),
+    "SqrtBackward0": lambda n, p: n.sigmoid().sqrt(),
+    "TanhBackward0": lambda n, p: n.tanh(),
+    "AddBackward0": lambda n, p: torch.add(n, n, alpha=3),
+    "AddcmulBackward0": lambda n, p: torch.addcmul(n, n, n, value=0.5),
+    "CatBackward0": lambda n, p: torch.cat((n, n), -1)[..., :WIDTH],
+    "CloneBackward0": lambda n, p: n.t().contiguous().view(-1, WIDTH),
+    "NegBackward0": lambda n, p: -n,
+    "SubBackward0": lambda n, p: torch.sub(n, n, alpha=3),
+    "ToCopyBackward0": lambda n, p: n.double().sin().float(),
+    "SqueezeBackward0": lambda n, p: -(n.view(1, ROWS, WIDTH).squeeze()),
+    "SqueezeBackward1": lambda n, p: -(n.view(1, ROWS, WIDTH).squeeze(-3)),
+    "SqueezeBackward2": lambda n, p: -(n.view(1, ROWS, 1, WIDTH).squeeze((0, -2))),
+    "UnsqueezeBackward0": lambda n, p: (-n.unsqueeze(-2)).view(-1, WIDTH),
+    "ViewBackward0": lambda n, p: (-three(n)).view(-1, WIDTH),
+    "ExpandBackward0": lambda n, p: n.view(1, ROWS, WIDTH).expand(2, ROWS, WIDTH).neg().view(-1, WIDTH),
+    "PermuteBackward0": lambda n, p: three(n).permute(-2, 0, -1).neg().permute(1, 0, 2),
+    "TBackward0": lambda n, p: n.t().neg().t(),
+    "TransposeBackward0": lambda n, p: three(n).transpose(-2, -3).neg().transpose(0, 1),
+    "UnsafeViewBackward0": lambda n, p: three(n).transpose(0, 1).reshape(-1, WIDTH),
+    "AddmmBackward0": lambda n, p: F.bias_act(torch.addmm(p["bias"], n, p["a"], beta=0.5, alpha=2), activation="gelu"),
+    "MmBackward0": lambda n, p: F.bias_act(n @ p["a"], activation="gelu"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_rule(name: str, x: Tensor) -> None:
+    p = Parameters()
+    p["r"] = random_tensor(ROWS, WIDTH, seed=5) + 3
+    p["one"] = torch.full((1,), 0.3, device=DEVICE, requires_grad=True)
+
+    def call() -> Tensor:
+        made = MADE[name](normed(x), p)
+        nodes, names = [made.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None:
+                names.add(node.name())
+                nodes += [n for n, _ in node.next_functions]
+        assert name in names, names
+        return TF.linear(made, p["c"])
+
+    call()
+    products = name in ("AddmmBackward0", "MmBackward0")
+    assert kept_bytes(recompute.discard_outputs(products=products)(call)) < kept_bytes(call)
+    assert_unchanged(call, [x, p["c"]], products=products)
+
+
+def test_there_is_no_other_rule() -> None:
+    assert RULES_AND_PRODUCTS.keys() - MADE.keys() == {"AliasBackward0", "ReshapeAliasBackward0"}
+
+
+def test_the_other_output_of_a_block(x: Tensor) -> None:
+    p = Parameters()
+
+    def call() -> Tensor:
+        n, total = F.add_layer_norm(x * 1, x.sin(), (WIDTH,))
+        return TF.linear(total * 3, p["a"]) + TF.linear(n.relu(), p["b"]) + TF.linear(n * 2, p["c"])
+
+    call()
+    assert_unchanged(call, [x, *p.values()])
+
+
+def test_a_block_of_another_context(x: Tensor) -> None:
+    p = Parameters()
+
+    def part(h: Tensor) -> Tensor:
+        with recompute.discard_outputs():
+            return TF.linear(h * 2, p["a"]).cumsum(-1).sin()
+
+    with recompute.discard_outputs():
+        h = normed(x)
+        y = checkpoint(part, h, use_reentrant=False)
+    torch.autograd.grad(h.sum(), [x])
+    expected = torch.autograd.grad(part(h.detach()).sum(), [p["a"]])
+    del h
+    assert_same_bits(torch.autograd.grad(y.sum(), [p["a"]]), expected)
+
+
+def test_known_but_written(x: Tensor) -> None:
+    """An operand that one node shows, written to before the tensor that is traced is read."""
+    p = Parameters()
+
+    def call() -> Tensor:
+        h = x * 1
+        y = h * x.sin()
+        with torch.no_grad():
+            h.mul_(1.5)
+        return TF.linear(y * h, p["a"])
+
+    assert_same_outcome(call, [p["a"]])
+
+
+def test_parameters_that_are_no_vectors_are_not_copied(x: Tensor) -> None:
+    p = Parameters()
+    call = lambda: TF.linear(normed(x[:WIDTH]) + p["a"] + p["b"] + p["d"], p["c"])  # noqa: E731
+    assert kept_bytes(recompute.discard_outputs(temporaries=True)(call)) <= kept_bytes(call)
+
+
+def test_a_number_made_outside_and_written_to(x: Tensor) -> None:
+    p = Parameters()
+
+    def call(around) -> Tensor:
+        n = normed(x)
+        scale = torch.tensor(2.0)
+        h = (x * 1).sin() * scale
+        scale.mul_(3)
+        with around:
+            return TF.linear(h, p["a"]) + TF.linear(h * n.sin(), p["b"])
+
+    sources = [p["a"]]
+    expected = torch.autograd.grad(call(contextlib.nullcontext()).sum(), sources)
+    assert_same_bits(torch.autograd.grad(call(recompute.discard_outputs(temporaries=True)).sum(), sources), expected)
+
+
+def test_numbers_of_others_hooks(x: Tensor) -> None:
+    p = Parameters()
+    tensors: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        tensors.append(tensor.detach().clone())
+        return torch.tensor(len(tensors) - 1)
+
+    def call() -> Tensor:
+        n = normed(x)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: tensors[int(index)]):
+            h = n * x.detach()
+        return TF.linear(h * 2, p["a"])
+
+    call()
+    assert_unchanged(call, [x, *p.values()], temporaries=True)
+
+
+def test_conjugated(x: Tensor) -> None:
+    def call() -> Tensor:
+        h = x * 1
+        c = torch.complex(h, h.sin())
+        z = c * torch.complex(h, h)
+        return torch.view_as_real(z.conj() * z.sin()).sum(-1) + torch.view_as_real(z.conj().sin()).sum(-1)
+
+    assert_unchanged(call, [x])
+    assert_unchanged(call, [x], temporaries=True)
+
+
+def test_as_many_steps_as_are_said(x: Tensor) -> None:
+    from ckpt_kernels import provenance
+
+    p = Parameters()
+
+    def call(steps: int) -> Tensor:
+        h = normed(x)
+        for _ in range(steps):
+            h = -h
+        return TF.linear(h, p["c"])
+
+    for steps, kept in ((provenance.MOST_STEPS, UNIT), (provenance.MOST_STEPS + 1, 2 * UNIT)):
+        fn = recompute.discard_outputs(temporaries=True)(lambda steps=steps: call(steps))
+        assert kept_bytes(fn) == kept + STATISTICS
+
+
+@pytest.mark.parametrize("make", [normed, lambda h: TF.silu(h * 1)], ids=["block", "traced"])
+def test_views_of_another_type(make, x: Tensor) -> None:
+    def call() -> Tensor:
+        c = torch.view_as_complex(make(x).view(-1, 2))
+        return torch.view_as_real(c * c.sin())
+
+    assert_unchanged(call, [x])
+    assert_unchanged(call, [x], temporaries=True)
+
+
+def test_results_read_before_and_after_a_write(x: Tensor) -> None:
+    """A result of which one reader keeps another state."""
+    p = Parameters()
+
+    def call() -> Tensor:
+        h = x * 1
+        s = h.sigmoid()
+        first = TF.linear(s, p["a"])
+        y = h * s
+        with torch.no_grad():
+            s.mul_(2)
+        return first.sum() + TF.linear(s, p["b"]).sum() + TF.linear(y, p["c"]).sum()
+
+    for source in "abc":
+        assert_same_outcome(call, [p[source]])
+
+
+def test_a_recipe_lasts_where_the_node_keeps_less(x: Tensor) -> None:
+    p = Parameters()
+
+    def call() -> Tensor:
+        n = F.bias_act(x.detach() * 1, p["bias"], activation="relu")
+        return TF.linear(n * 2, p["a"]) + TF.linear(TF.relu(n), p["b"])
+
+    call()
+    assert_unchanged(call, [*p.values()], temporaries=True)
