@@ -149,8 +149,8 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None
     """The activation that a function of one tensor computes, values and derivative, and whether torch keeps the tensor
     itself for that."""
     kept: list[int] = []
-    points = _points()
     with isolated(), torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+        points = _points()
         given = points.clone().requires_grad_()
         values = compute(given)
         if type(values) is not Tensor or values.shape != points.shape or values.dtype != points.dtype:
