@@ -470,6 +470,35 @@ def test_data_that_is_written_to_between_calls(make: Callable[[], nn.Module]) ->
     model(features).sum().backward()
 
 
+class Functional(nn.Module):
+    """F.rms_norm and F.group_norm, and writes to their inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        hidden += F.rms_norm(hidden, (WIDTH,))
+        maps = F.rms_norm(hidden.view(2, 3, 2, -1).transpose(1, 2), (16,)).transpose(1, 2)
+        return maps.contiguous().view(-1, WIDTH) + F.rms_norm(x, (WIDTH,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_functional_norms_whose_inputs_are_written_to(dtype: torch.dtype) -> None:
+    model, converted = twins(Functional)
+    given = random(6, WIDTH, dtype=dtype)
+    ckpt_kernels.convert(converted.to(dtype))
+    outcomes = []
+    for each in (converted, model.to(dtype)):
+        try:
+            outcomes.append(run(each, given))
+        except RuntimeError:
+            outcomes.append({})
+    assert bool(outcomes[0]) or not outcomes[1]
+    assert not outcomes[1] or close(*outcomes, 0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
 def test_a_group_norm_of_vectors_keeps_no_more() -> None:
     class OfVectors(nn.Module):
         def __init__(self) -> None:

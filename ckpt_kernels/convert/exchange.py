@@ -5,10 +5,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as theirs
 from torch import Tensor, nn
 
 from .. import functional as ours
+from .norms import lies_as_a_map
 from .operands import as_plain, is_called_plainly, is_operand
 from .pointwise import ActivationRule
 
@@ -49,8 +51,13 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 
 @functools.wraps(theirs.rms_norm)
 def _rms_norm(input, normalized_shape, weight=None, eps=None):
-    function = ours.rms_norm if _is_row_norm(input, normalized_shape, weight) else theirs.rms_norm
-    return function(input, normalized_shape, weight, eps)
+    # Of others torch's output may lie as they do.
+    if not _is_row_norm(input, normalized_shape, weight) or not input.is_contiguous():
+        return theirs.rms_norm(input, normalized_shape, weight, eps)
+    # On the CPU torch keeps no 16-bit input, and none that wants no gradient: such may be written to.
+    if not input.is_cuda and torch.is_grad_enabled() and (input.dtype.itemsize < 4 or not input.requires_grad):
+        input = input.clone()
+    return ours.rms_norm(input, normalized_shape, weight, eps)
 
 
 def _is_row_norm(input: Any, normalized_shape: Any, *coefficients: Any) -> bool:
@@ -65,7 +72,13 @@ def _is_row_norm(input: Any, normalized_shape: Any, *coefficients: Any) -> bool:
 @functools.wraps(theirs.group_norm)
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
     fits = is_operand(input) and _are_operands(weight, bias) and input.dim() > 2 and _same_dtype(input, weight, bias)
-    fits = fits and type(num_groups) is int and num_groups > 0 and input.shape[1] % num_groups == 0
+    fits = (
+        fits
+        and type(num_groups) is int
+        and num_groups > 0
+        and input.shape[1] % num_groups == 0
+        and lies_as_a_map(input)
+    )
     function = ours.group_norm if fits else theirs.group_norm
     return function(input, num_groups, weight, bias, eps)
 

@@ -105,7 +105,7 @@ class RowNorm(Norm):
         """Whether the input, and the parameters, are of shapes like those that were tried."""
         if any(getattr(module, name).shape != shape for name, shape in self.shapes):
             return False
-        if self.channels_first and (input.dim() != self.dimensions or not _lies_as_a_map(input)):
+        if self.channels_first and (input.dim() != self.dimensions or not lies_as_a_map(input)):
             return False
         columns = input.shape[1 if self.channels_first else -1] if input.dim() > 1 else 0
         return columns > 0 and (weight is None or weight.numel() == columns)
@@ -130,7 +130,7 @@ class RowNorm(Norm):
             input = input.clone()
         if not self.channels_first:
             # Maps in channels_last, of which torch's own RMSNorm makes such, are its own affair.
-            if self.cases is None and not self.centered and not input.is_contiguous() and _lies_as_a_map(input):
+            if self.cases is None and not self.centered and not input.is_contiguous() and lies_as_a_map(input):
                 return None
             if input.is_contiguous() or not self.strided:
                 return self._compute(module, input, activation)
@@ -190,7 +190,8 @@ def _order_in_memory(input: Tensor) -> list[int] | None:
     return order if order[-1] == input.dim() - 1 else None
 
 
-def _lies_as_a_map(input: Tensor) -> bool:
+def lies_as_a_map(input: Tensor) -> bool:
+    """Whether it is contiguous, or a dense map in channels_last, and has elements."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()])
     return input.numel() > 0 and (last or input.is_contiguous())
@@ -224,7 +225,7 @@ class GroupNorm(Norm):
         if not are_coefficients(input, module.weight, module.bias):
             return None
         # Of others eager torch keeps a copy, and not what they may be a part of.
-        input = input if _lies_as_a_map(input) else input.contiguous()
+        input = input if lies_as_a_map(input) else input.contiguous()
         return F.group_norm(input, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
 
     def __str__(self) -> str:
@@ -243,7 +244,7 @@ class InstanceNorm(Norm):
         input = input.unsqueeze(0) if single else input
         # As in torch, the output is contiguous, and what is kept is no part of a larger tensor.
         output = instance_norm_of(
-            module, input if _lies_as_a_map(input) else input.contiguous(), activation
+            module, input if lies_as_a_map(input) else input.contiguous(), activation
         ).contiguous()
         return output.squeeze(0) if single else output
 

@@ -123,7 +123,7 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
     """
     kind = type(module)
     if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
-        raise NotSwapped("it is pickled in a way of its own")
+        raise NotSwapped("is pickled in a way of its own")
     methods = {name: getattr(kind, name) for name in sorted({*rule.names, "forward"})}
     found = tuple(
         (name, Found(method, getattr(method, "__code__", None), getattr(method, "__defaults__", None)))
