@@ -121,6 +121,9 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
     numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]
     epsilons = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
     epsilons = dict.fromkeys([*epsilons, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps])
+    if "normalize" in code.co_names and outline.parameters:
+        # F.normalize divides by the root of the sum, of 1e-12 at least.
+        epsilons = [1e-24 / max(shape.numel() for shape in outline.parameters.values())]
     wide = (Case(_WIDE, torch.float32, True, False),)
     shapes = tuple(outline.parameters.items())
     for (weight, bias), eps, centered, first in itertools.product(coefficients, epsilons, (False, True), (False, True)):

@@ -20,16 +20,16 @@ Settings = tuple[tuple[str, Any], ...]
 Found = tuple[Any, str, Any]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
-_BUILTINS = """float int len list max min range sum super tuple NotImplementedError RuntimeError TypeError ValueError
-    AssertionError""".split()
+_BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
+    ValueError AssertionError""".split()
 _WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
 _SHAPES = {"shape", "size", "len"}
 _STEPS = ("int", "max", "min")
 # What code may name of tensors and of torch: arithmetic, and what norms are written with.
 _NAMES = frozenset(
     """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
-    layer_norm leaky_relu math mean mish movedim mul neg nn normalized_shape permute pi pow relu rms_norm rsqrt shape
-    sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type_as unsqueeze var view
+    layer_norm leaky_relu math mean mish movedim mul neg nn normalize normalized_shape permute pi pow relu rms_norm
+    rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type_as unsqueeze var view
     weight""".split()
 )
 

@@ -23,9 +23,14 @@ POINTWISE = frozenset(
     "add detach div elu erf gelu hardswish leaky_relu mish mul neg pow relu rsub sigmoid silu softplus sub tanh".split()
 )
 ROWS = frozenset(
-    "_fused_rms_norm _to_copy add detach div mean mul native_layer_norm neg pow rsqrt rsub sqrt sub sum var".split()
+    """_fused_rms_norm _to_copy add clamp_min detach div expand linalg_vector_norm mean mul native_layer_norm neg pow
+    rsqrt rsub sqrt sub sum var""".split()
 )
 CHANNELS = ROWS | frozenset("alias clone permute slice transpose unsqueeze view".split())
+
+
+# Below which a norm may be cut off, as F.normalize does it.
+_NEARLY_ZERO = 1e-11
 
 
 class DoesNotTake(NotTried):
@@ -83,8 +88,10 @@ class _Strict(TorchDispatchMode):
             raise NotTried(f"computes with {name.strip('_')}, which is in none of ours")
         if name == "slice" and not _is_whole(*args[1:]):
             raise NotTried("computes with a part of what it is given")
-        if name in ("mean", "sum", "var"):
-            over = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else None
+        if name == "clamp_min" and args[1] > _NEARLY_ZERO:
+            raise NotTried("is cut off")
+        if name in ("linalg_vector_norm", "mean", "sum", "var"):
+            over = next((given for given in args[1:] if isinstance(given, list | tuple)), None)
             if over is None or any(dimension not in self._dimensions for dimension in over):
                 raise NotTried("reduces over other dimensions than a norm of ours")
         return func(*args, **(kwargs or {}))
