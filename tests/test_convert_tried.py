@@ -97,12 +97,22 @@ def test_a_change_of_what_a_tried_module_reads_is_noticed(how: str, monkeypatch:
     assert torch.equal(now, model(rows()))
 
 
+def is_converted_by_itself(module: nn.Module) -> bool:
+    """Whether at least its forward runs within `discard_outputs`."""
+    model = nn.ModuleList([module])
+    ckpt_kernels.convert(model)
+    found = ckpt_kernels.is_converted(module)
+    ckpt_kernels.revert(model)
+    return found
+
+
 def test_defaults_that_may_change_are_no_settings() -> None:
     class Scaled(nn.Module):
         def forward(self, x: Tensor, scale=[1.0]) -> Tensor:  # noqa: B006
             return F.silu(x) * scale[0]
 
     module = Scaled()
+    assert is_converted_by_itself(module)
     ckpt_kernels.convert(nn.Sequential(module))
     Scaled.forward.__defaults__[0][0] = 3.0
     torch.testing.assert_close(module(rows()), 3 * F.silu(rows()))

@@ -9,6 +9,7 @@ import abc
 import contextlib
 import functools
 import inspect
+import operator
 import types
 import uuid
 from collections.abc import Callable, Mapping
@@ -95,6 +96,13 @@ class Found(NamedTuple):
         if method is not self.method:
             return False
         return getattr(method, "__code__", None) is self.code and getattr(method, "__defaults__", None) is self.defaults
+
+    # Defaults may be lists.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Found) and all(map(operator.is_, self, other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self)))
 
 
 class Conversion(NamedTuple):
