@@ -58,7 +58,7 @@ class Unary(Rule):
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # Where it was parametrized since, each load of its weight computes it.
-            if len(args) == 1 and not kwargs and not is_wrapped(module):
+            if len(args) == 1 and not kwargs and "parametrizations" not in module._modules:
                 input, kind = as_plain(args[0])
                 output = self.of(module, input) if is_operand(input) else None
                 if output is not None:
@@ -210,10 +210,10 @@ def rule_of(module: nn.Module) -> Rule | None:
 
 def rule_in_force(module: nn.Module) -> Rule | None:
     """The rule that a call of the module computes by; None where hooks or patches make it another."""
-    conversion = vars(type(module)).get(_ATTRIBUTE)
-    if conversion is None or not is_called_plainly(module) or is_patched(type(module)):
+    rule = rule_of(module)
+    if rule is None or "parametrizations" in module._modules or not is_called_plainly(module):
         return None
-    return conversion.rule
+    return None if is_patched(type(module)) else rule
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
