@@ -46,6 +46,11 @@ def serving(backend: str) -> Iterator[None]:
         backends.select = select
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no process is left alone with them."""
+    items.sort(key=lambda item: not item.path.name.startswith(("test_triton_compile", "test_programs")))
+
+
 def interprets(backend: str) -> bool:
     """Whether kernels run in Triton's interpreter, which is a thousand times slower."""
     return backend == "triton" and DEVICE == "cpu"

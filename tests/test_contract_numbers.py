@@ -63,7 +63,7 @@ def _greatest(values: torch.Tensor) -> float:
     return values.abs().max().item()
 
 
-@pytest.mark.parametrize("columns", [64, 37, 300])
+@pytest.mark.parametrize("columns", [37, 320])
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_error_is_at_most_eagers(block: Block, columns: int, served: tuple) -> None:
     backend, dtype = served
@@ -73,6 +73,8 @@ def test_error_is_at_most_eagers(block: Block, columns: int, served: tuple) -> N
 @pytest.mark.parametrize("block", ACTIVATION_BLOCKS, ids=lambda block: block.name)
 def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tuple) -> None:
     backend, dtype = served
+    if interprets(backend) and dtype == torch.float16:
+        pytest.skip("a slice is enough where kernels are interpreted")
     check_against_eager(block, lambda seed: block.operands((2, 5), 40, dtype, DEVICE, seed), backend)
 
 
