@@ -1,5 +1,6 @@
 """What the modules and tensors at a site are: known, called plainly, fitting. Everything else is None, or False."""
 
+import functools
 from typing import Any
 
 import torch
@@ -15,10 +16,15 @@ _LINEAR = nn.Linear.forward
 def is_linear(module: Any) -> bool:
     """Whether it computes what `torch.nn.Linear` does, or the same with its weight transposed (GPT-2's Conv1D)."""
     if isinstance(module, nn.Linear):
-        # A parametrized one computes its weight at each load.
-        own = hasattr(type(module), "weight") or hasattr(type(module), "bias")
-        return type(module).forward is _LINEAR and nn.Linear.forward is _LINEAR and not own
+        kind = type(module)
+        return kind.forward is _LINEAR and nn.Linear.forward is _LINEAR and not _computes_its_weight(kind)
     return isinstance(module, nn.Module) and _transposed(module)
+
+
+@functools.cache
+def _computes_its_weight(kind: type[nn.Module]) -> bool:
+    """At each load, as classes of parametrized modules do."""
+    return hasattr(kind, "weight") or hasattr(kind, "bias")
 
 
 def _transposed(module: nn.Module) -> bool:
