@@ -153,8 +153,7 @@ class Normed(nn.Module):
         return total + self.norm(total)
 
 
-@pytest.mark.parametrize("kind", [Gated, Normed])
-@pytest.mark.parametrize("part", ["gate", "norm"])
+@pytest.mark.parametrize(("kind", "part"), [(Gated, "gate"), (Normed, "gate"), (Normed, "norm")])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_parametrized_weight_is_made_as_often_as_it_was(kind: type[nn.Module], part: str, when: str) -> None:
     made = []
@@ -165,8 +164,6 @@ def test_a_parametrized_weight_is_made_as_often_as_it_was(kind: type[nn.Module],
             return weight * 1.5
 
     model = kind().to(DEVICE)
-    if not hasattr(model, part):
-        pytest.skip("it has no such part")
     if when == "after":
         ckpt_kernels.convert(model)
     parametrize.register_parametrization(getattr(model, part), "weight", Counted())
