@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .norms import Norm
-from .operands import is_called_plainly, is_operand
+from .operands import is_called_plainly, is_ordinary
 from .swap import original_of, rule_in_force
 
 _LINEAR = nn.Linear.forward
@@ -39,8 +39,11 @@ def linear_operands(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] 
     """Weight and bias as F.linear takes them, if there is nothing else to it and they are of the input's kind."""
     if not is_linear(module) or not is_called_plainly(module):
         return None
-    weight, bias = module.weight, module.bias
-    if not is_operand(weight) or not (bias is None or is_operand(bias)) or weight.device != input.device:
+    # Sharding puts tensors in the place of parameters. `module.weight` would cost as much as all that is checked here.
+    held = module._parameters
+    weight = held["weight"] if "weight" in held else module.__dict__.get("weight")
+    bias = held["bias"] if "bias" in held else module.__dict__.get("bias")
+    if not is_ordinary(weight) or not (bias is None or is_ordinary(bias)) or weight.device != input.device:
         return None
     same = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
     if not same and not torch.is_autocast_enabled(input.device.type):

@@ -8,10 +8,17 @@ from torch import Tensor, nn
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FUNCTION = Tensor.__torch_function__.__func__
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _everybody = nn.modules.module
+_forward_ad = torch.autograd.forward_ad
 
 
 def is_operand(value: Any) -> bool:
+    """Whether our functions take it, here and now."""
+    return is_ordinary(value) and not is_transformed()
+
+
+def is_ordinary(value: Any) -> bool:
     """Whether it is a tensor of the kind that our functions take."""
     return (
         type(value) in _TENSORS
@@ -19,16 +26,15 @@ def is_operand(value: Any) -> bool:
         and (value.is_cpu or value.is_cuda)
         and value.layout is torch.strided
         and not value.is_nested
-        and not _is_transformed()
     )
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func, forward-mode differentiation or jit.trace see each operation: that is torch's own affair."""
     if torch.compiler.is_compiling():
         return False
     tracing = torch._C._get_tracing_state() is not None
-    return tracing or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return tracing or torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 
 
 def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
@@ -46,7 +52,7 @@ def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
-    held = module.__dict__
+    held, kind = module.__dict__, type(module)
     return (
         not (
             held["_forward_hooks"]
@@ -55,8 +61,8 @@ def is_called_plainly(module: nn.Module) -> bool:
             or held["_backward_pre_hooks"]
             or "forward" in held
         )
-        and type(module).__call__ is nn.Module.__call__
-        and type(module)._call_impl is nn.Module._call_impl
+        and kind.__call__ is _CALL
+        and kind._call_impl is _CALL_IMPL
     )
 
 
