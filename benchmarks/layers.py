@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 from ckpt_kernels.recompute import selective_contexts
 
-from . import report, start
+from . import figures, report, start
 from .measure import now
 from .networks import LEVELS, Bottleneck, GPT2Layer, LlamaLayer, UNetBlock, runner
 
@@ -205,42 +205,65 @@ def row(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
     """A panel for each layer: what every provider keeps, against the time of its step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(result["layer"] for result in results))
-    rows = (len(names) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(13, 4.2 * rows), squeeze=False, layout="constrained")
-    everyone = list(dict.fromkeys(result["provider"] for result in results))
-    colors = dict(zip(everyone, plt.get_cmap("tab10").colors, strict=False))
-    for axis, name in zip(axes.flat, names, strict=False):
-        for result in (result for result in results if result["layer"] == name):
-            ours = result["provider"].startswith("ours")
-            axis.scatter(
-                result["saved_units"],
-                result["times_eager"],
-                s=110 if ours else 70,
-                marker="o" if ours else "s",
-                color=colors[result["provider"]],
-                edgecolor="black" if ours else "none",
-                label=result["provider"],
-                alpha=0.85,
-            )
+    figure, axes = figures.panels(len(names), 2, 6.5, 4.2)
+    for axis, name in zip(axes, names, strict=True):
+        _draw_layer(axis, [result for result in results if result["layer"] == name])
         axis.set_title(name, fontsize=11)
-        axis.set(xlabel="kept for backward, in tensors of the layer's width", ylabel="time of a step, x eager")
-        axis.set_xlim(left=0)
-        axis.margins(y=0.15)
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(names) :]:
-        axis.set_visible(False)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9, title="down and left is better")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.legend(figure, axes, 4, "down and left is better")
+    figures.save(figure, path, about)
+
+
+def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> None:
+    for result in results:
+        ours = result["provider"].startswith("ours")
+        axis.scatter(
+            result["saved_units"],
+            result["times_eager"],
+            s=110 if ours else 70,
+            marker="o" if ours else "s",
+            color=figures.color_of(result["provider"]),
+            label=result["provider"],
+            alpha=0.85,
+            zorder=2,
+        )
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":", zorder=1)
+    axis.set(xlabel="kept for backward, in tensors of the layer's width", ylabel="time of a step, x eager")
+    axis.set_xlim(left=0)
+    axis.margins(x=0.1, y=0.15)
+    axis.grid(alpha=0.3)
+
+
+# Those whose names stand to the left, and by how many points a name is moved that would else stand on another's.
+_TO_THE_LEFT = ("eager", "torch.compile, budget 0.5")
+_RAISED = {"ours, output, compiled": -6, "torch.compile, budget 0.9": -9}
+
+
+def draw_overview(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
+    """The first layer alone, its points named."""
+    own = [result for result in results if result["layer"] == results[0]["layer"]]
+    kept = {result["provider"]: result["saved_units"] for result in own}
+    times = {result["provider"]: result["times_eager"] for result in own}
+    figure, (axis,) = figures.panels(1, 1, 10, 4.4)
+    _draw_layer(axis, own)
+    for result in own:
+        left = result["provider"] in _TO_THE_LEFT
+        axis.annotate(
+            result["provider"],
+            (result["saved_units"], result["times_eager"]),
+            xytext=(-9 if left else 9, _RAISED.get(result["provider"], 4)),
+            textcoords="offset points",
+            fontsize=9,
+            horizontalalignment="right" if left else "left",
+            color=figures.color_of(result["provider"]),
+        )
+    part, time = (found["ours, output"] / found["eager"] for found in (kept, times))
+    axis.set_title(
+        f"{own[0]['layer']}: {part:.0%} of eager's activation memory, in {time:.2f} of its time", fontsize=11
+    )
+    figures.save(figure, path, about)
 
 
 def main() -> int:
@@ -270,7 +293,8 @@ def main() -> int:
     console.print(table)
     rows = [row(result) for result in results]
     report.write_table(options.out, "layers", about, results, COLUMNS, rows)
-    draw(results, options.out / "layers.png")
+    draw(results, options.out / "layers.png", about)
+    draw_overview(results, options.out / "overview.png", about)
     console.print(f"layers.json, layers.md and layers.png are in {options.out}")
     return 0
 

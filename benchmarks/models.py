@@ -17,7 +17,7 @@ import ckpt_kernels
 from ckpt_kernels.functional.linear import RECOMPUTE
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
-from . import larger, report, start
+from . import figures, larger, report, start
 from .architectures import Built, outputs_of
 from .measure import now
 
@@ -158,21 +158,11 @@ def row(result: dict[str, Any], eager: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
     """A panel for each model: the time of a step against what is kept, each point with its largest batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(result["model"] for result in results))
-    everyone = list(dict.fromkeys(result["provider"] for result in results))
-    colors = dict(zip(everyone, plt.get_cmap("tab10").colors, strict=False))
-    columns = min(len(names), 2)
-    rows = (len(names) + 1) // 2
-    size = (6.5 * columns, 4.4 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, names, strict=False):
+    figure, axes = figures.panels(len(names), 2, 6.5, 4.4)
+    for axis, name in zip(axes, names, strict=True):
         own = [result for result in results if result["model"] == name]
         levels = [result for result in own if result["provider"] == "eager" or result["provider"].startswith("ours")]
         axis.plot(
@@ -184,7 +174,7 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
         )
         for result in own:
             x, y = result["saved_bytes"] / 2**20, result["times_eager"]
-            axis.scatter(x, y, s=90, color=colors[result["provider"]], label=result["provider"], zorder=2)
+            axis.scatter(x, y, s=90, color=figures.color_of(result["provider"]), label=result["provider"], zorder=2)
             if result["largest_batch"]:
                 # What is far to the right is named to its left, within the picture.
                 right = x > 0.8 * max(other["saved_bytes"] for other in own) / 2**20
@@ -196,15 +186,8 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
         axis.set_xlim(left=0)
         axis.margins(x=0.15, y=0.25)
         axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(names) :]:
-        axis.set_visible(False)
-    handles = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3 * columns, fontsize=9,
-                  title="down and left is better")  # fmt: skip
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.legend(figure, axes, 6, "down and left is better")
+    figures.save(figure, path, about)
 
 
 def main() -> int:
@@ -234,7 +217,7 @@ def main() -> int:
         table.add_row(*cells, style="bold" if cells[1].startswith("ours") else "")
     console.print(table)
     report.write_table(options.out, "models", about, results, COLUMNS, rows)
-    draw(results, options.out / "models.png")
+    draw(results, options.out / "models.png", about)
     console.print(f"models.json, models.md and models.png are in {options.out}")
     return 0
 

@@ -10,6 +10,8 @@ import torch
 
 import ckpt_kernels
 
+from . import figures
+
 
 def machine(command: str, date: str) -> dict[str, Any]:
     """Where and how the figures were measured."""
@@ -118,9 +120,9 @@ def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, A
         own = [result for result in large if result["family"] == family]
         name = family.replace(" ", "_")
         time = f"{family}: time, as a multiple of the copy floor (lower is better)"
-        _bars(own, "times_floor", time, folder / f"time_{name}.png")
+        _bars(own, "times_floor", time, folder / f"time_{name}.png", about)
         saved = f"{family}: kept for backward, in tensors of the input's size"
-        _bars(own, "saved_inputs", saved, folder / f"saved_{name}.png")
+        _bars(own, "saved_inputs", saved, folder / f"saved_{name}.png", about)
 
 
 def write_table(
@@ -156,19 +158,12 @@ def summary(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.Path) -> None:
+def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.Path, about: dict[str, Any]) -> None:
     """A panel for each shape and dtype; in it, a group of bars for each block."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = list(dict.fromkeys((result["shape"], result["dtype"]) for result in results))
     names = list(dict.fromkeys(result["provider"] for result in results))
-    rows = (len(panels) + 1) // 2
-    figure_, axes = plt.subplots(rows, 2, figsize=(13, 3.4 * rows), squeeze=False, sharey=True, layout="constrained")
-    colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
-    for axis, (shape, dtype) in zip(axes.flat, panels, strict=False):
+    picture, axes = figures.panels(len(panels), 2, 6.5, 3.4, sharey=True)
+    for axis, (shape, dtype) in zip(axes, panels, strict=True):
         here = [result for result in results if (result["shape"], result["dtype"]) == (shape, dtype)]
         cases = list(dict.fromkeys(result["case"] for result in here))
         for index, name in enumerate(names):
@@ -179,16 +174,11 @@ def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.
             }
             places = [place + (index - len(names) / 2 + 0.5) * 0.8 / len(names) for place in range(len(cases))]
             heights = [found.get(case, 0) for case in cases]
-            bars = axis.bar(places, heights, 0.8 / len(names), label=name, color=colors[name])
+            bars = axis.bar(places, heights, 0.8 / len(names), label=name, color=figures.color_of(name))
             axis.bar_label(bars, [f"{h:.1f}" if h else "" for h in heights], fontsize=6, padding=1)
         axis.set_title(f"{shape}, {dtype}", fontsize=10)
         axis.set_xticks(range(len(cases)), cases, fontsize=8, rotation=12)
         axis.grid(axis="y", alpha=0.3)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    figure_.supylabel(label, fontsize=10)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure_.legend(handles, labels, loc="outside upper center", ncols=len(names), fontsize=9)
-    figure_.savefig(path, dpi=110)
-    plt.close(figure_)
+    figures.legend(picture, axes, len(names), label)
+    figures.save(picture, path, about)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from . import report, start
+from . import figures, report, start
 from .cases import CASES, Case, Setting
 from .measure import measure
 from .providers import providers
@@ -45,19 +45,14 @@ def point(sweep: str, case: Case, setting: Setting, dtype: torch.dtype, device: 
     }
 
 
-def draw(points: list[dict[str, Any]], path: pathlib.Path) -> None:
+def draw(points: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
     """A row of panels for each dtype: the fraction of the copy's bandwidth by length, and the time by count."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     dtypes = list(dict.fromkeys(p["dtype"] for p in points))
     lines = list(dict.fromkeys((p["case"], name) for p in points for name in p["total_ms"]))
-    colors = dict(zip(dict.fromkeys(case for case, _ in lines), plt.get_cmap("tab10").colors, strict=False))
-    figure, axes = plt.subplots(len(dtypes), 2, figsize=(13, 4.4 * len(dtypes)), squeeze=False, layout="constrained")
+    colors = dict(zip(dict.fromkeys(case for case, _ in lines), figures.CASE_COLORS, strict=False))
+    figure, axes = figures.panels(2 * len(dtypes), 2, 6.5, 4.4)
     styles = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 5)))
-    for (left, right), dtype in zip(axes, dtypes, strict=True):
+    for left, right, dtype in zip(axes[::2], axes[1::2], dtypes, strict=True):
         for case, name in lines:
             own = [p for p in points if p["case"] == case and p["dtype"] == dtype and name in p["total_ms"]]
             names = list(dict.fromkeys(other for p in points for other in p["total_ms"]))
@@ -83,10 +78,8 @@ def draw(points: list[dict[str, Any]], path: pathlib.Path) -> None:
         right.set_title(f"{dtype}: M rows", fontsize=11)
         for axis in (left, right):
             axis.grid(alpha=0.3)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.legend(figure, axes[:1], 3)
+    figures.save(figure, path, about)
 
 
 def main() -> int:
@@ -119,7 +112,7 @@ def main() -> int:
         table.add_row(*row)
     console.print(table)
     report.write_table(options.out, "sweep", about, points, ["block", "dtype", "M x N", *everyone], rows)
-    draw(points, options.out / "sweep.png")
+    draw(points, options.out / "sweep.png", about)
     console.print(f"sweep.json, sweep.md and sweep.png are in {options.out}")
     return 0
 

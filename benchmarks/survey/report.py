@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from .. import figures
 from .measure import CHECKPOINTED, LEVELS
 
 Found = dict[str, Any]
@@ -132,7 +133,7 @@ def write(folder: pathlib.Path, about: Found, results: list[Found], left_out: di
             lines += _markdown(["architecture", "eager", "output", "ratio"], timed)
     lines += ["", "## Left out", "", *(f"- {name}: {reason}" for name, reason in left_out.items())]
     (folder / "survey.md").write_text("\n".join(lines) + "\n")
-    picture(folder / "survey.png", results)
+    picture(folder / "survey.png", results, about)
 
 
 def _times(times: Found) -> list[str]:
@@ -144,38 +145,32 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in cells]
 
 
-def picture(path: pathlib.Path, results: list[Found]) -> None:
+def picture(path: pathlib.Path, results: list[Found], about: Found) -> None:
     """A panel for each library; in it, for each level, the kept parts of its models from the least to the most."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     libraries = [name for name in _libraries(results) if any(runs(f) for f in results if f["library"] == name)]
     if not libraries:
         return
-    columns = min(3, len(libraries))
-    rows = -(-len(libraries) // columns)
-    size = (4.6 * columns, 3.4 * rows + 0.8)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
-    colors = dict(zip(LEVELS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
-    for axis, library in zip(axes.flat, libraries, strict=False):
+    figure, axes = figures.panels(len(libraries), 3, 4.6, 3.6, sharey=True)
+    for axis, library in zip(axes, libraries, strict=True):
         group = [found for found in results if found["library"] == library]
         for level in LEVELS:
             values = sorted(v for found in group if (v := ratio(found, level)) is not None)
             if not values:
                 continue
             label = f"{level}: median {statistics.median(values):.2f}"
-            axis.plot(range(1, len(values) + 1), values, marker=".", markersize=4, color=colors[level], label=label)
+            axis.plot(
+                range(1, len(values) + 1),
+                values,
+                marker=".",
+                markersize=4,
+                color=figures.COLORS[f"ours, {level}"],
+                label=label,
+            )
         axis.set_title(f"{library}, {len(group)} models", fontsize=10)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8, loc="lower right")
-    for axis in list(axes.flat)[len(libraries) :]:
-        axis.set_visible(False)
     figure.supylabel("kept for backward, as a part of what the model keeps itself", fontsize=9)
-    figure.supxlabel("models, by what they keep", fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path, about)
