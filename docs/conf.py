@@ -15,6 +15,7 @@ release = ckpt_kernels.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["measured/*"]
 html_theme = "furo"
+html_show_copyright = False
 html_title = f"ckpt_kernels {release}"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
