@@ -128,7 +128,9 @@ def made(module: Callable[..., nn.Module], made_by: tuple[tuple, dict[str, Any]]
 def _with_values(tensor: Tensor, values: Tensor) -> Tensor:
     """A leaf of its own, which lies as the tensor does."""
     room = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return room.copy_(values.detach()).requires_grad_(tensor.requires_grad)
+    once = tuple(slice(None) if stride else slice(1) for stride in tensor.stride())
+    room[once].copy_(values.detach()[once])
+    return room.requires_grad_(tensor.requires_grad)
 
 
 def in_float64(tensor: Tensor) -> Tensor:
