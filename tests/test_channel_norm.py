@@ -55,7 +55,9 @@ def test_every_shape_in_both_memory_formats(kind: str, shape: tuple, last: bool,
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     if 1 not in shape:
         assert ours.stride() == theirs.stride()
-    found, expected = torch.autograd.grad(ours, (x, w, b), g), torch.autograd.grad(theirs, (x, w, b), g)
+    found = torch.autograd.grad(ours, (x, w, b), g)
+    # Of one sample torch's instance norm finds wrong gradients where grad_output is channels last.
+    expected = torch.autograd.grad(theirs, (x, w, b), g.contiguous() if kind == "instance" else g)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
     if 1 not in shape:

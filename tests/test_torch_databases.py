@@ -149,7 +149,7 @@ def _after_many_draws(
     with serving(backend):
         ours.append(sample.run(mine, 0, twice))
     fewest = min(ours[0][key].numel() for key in doubtful)
-    for seed in range(1, max(4 * ROUNDINGS // fewest, 10)):
+    for seed in range(1, max(2 * ROUNDINGS // fewest, 10)):
         draw = sample.redrawn(seed)
         theirs.append(draw.run(eager, seed, twice))
         truth.append(draw.with_tensors(in_float64).run(eager, seed, twice))

@@ -12,7 +12,6 @@ from .checks import (
     check_channels,
     check_coefficient,
     check_like,
-    check_tensor,
     memory_format,
     number,
     promoted,
@@ -46,11 +45,14 @@ def batch_norm(
     statistics as they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
     input, residual = promoted(input, residual)
-    check_tensor(input, "input")
-    if tuple(input.shape) == (0,):
+    if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
         # torch's own takes it, too: nothing of no channels.
+        if residual is not None:
+            check_like(residual, "residual", input)
+            residual = residual.view(0, 0)
+        options = {"activation": activation, "residual": residual, "process_group": process_group}
         rest = (running_mean, running_var, weight, bias, training, momentum, eps)
-        return batch_norm(input.view(0, 0), *rest, activation=activation, process_group=process_group).view(0)
+        return batch_norm(input.view(0, 0), *rest, **options).view(0)
     check_channels(input, weight, bias)
     if residual is not None:
         check_like(residual, "residual", input)
