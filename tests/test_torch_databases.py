@@ -172,7 +172,7 @@ def test_samples(name: str) -> None:
     for dtype in DTYPES:
         if dtype not in CASES[name][2]:
             continue
-        backends = [backend for backend in ("native", "reference") if not unserved(backend, dtype)]
+        backends = [backend for backend in ("native", "reference") if not unserved(backend, dtype, "cpu")]
         listed = samples(name, dtype)
         for layout, sample in in_layouts(listed) if dtype == torch.float32 else (("", sample) for sample in listed):
             for backend, key, why in faults(name, sample, backends, twice=not layout):
@@ -188,8 +188,9 @@ def test_samples(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_slice_in_triton(name: str) -> None:
-    if unserved("triton", torch.float32):
-        pytest.skip(f"triton on {DEVICE}: {unserved('triton', torch.float32)}")
+    reason = unserved("triton", torch.float32, "cpu")
+    if reason:
+        pytest.skip(f"triton on cpu: {reason}")
     eager, mine, _ = CASES[name]
     small = [sample for sample in samples(name, torch.float32) if 0 < sample.arguments[0].numel() <= 128]
     for sample in small[:: max(len(small) // 3, 1)]:
@@ -208,13 +209,13 @@ ERRORS = [
         (name, error.sample_input)
         for name, op in OPS.items()
         if op.error_inputs_func
-        for error in op.error_inputs(DEVICE)
+        for error in op.error_inputs("cpu")
     ),
     *(
         (name, error.module_error_input)
         for name, info in MODULE_INFOS.items()
         if info.module_error_inputs_func
-        for error in info.module_error_inputs_func(info, DEVICE, torch.float32, False, True)
+        for error in info.module_error_inputs_func(info, "cpu", torch.float32, False, True)
     ),
 ]
 

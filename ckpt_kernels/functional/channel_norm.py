@@ -38,7 +38,9 @@ def batch_norm(
     In training mean and (biased) variance are over N and space, and the running ones, if given, move towards them by
     `momentum`, the variance unbiased; else they are the running ones. `residual` has the input's shape. With a
     `process_group` the statistics of training are over the batches of all its processes, which may differ in size.
-    Contiguous and channels-last inputs are computed as they lie, and so is the output.
+    Contiguous and channels-last inputs are computed as they lie, and so is the output; others as if contiguous. An
+    input without elements leaves the running statistics as they are. ValueError for an eps that torch refuses: below 0,
+    and in training 0.
 
     Keeps the input and five numbers a channel; with a residual also, for relu and leaky_relu, the output, which
     whatever reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running
@@ -124,8 +126,9 @@ def instance_norm(
     """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, ...), by sample and channel.
 
     With `use_input_stats` mean and (biased) variance are over space, and the running ones, if given, move by `momentum`
-    towards their means over the samples, the variance unbiased; without, they are the running ones. Keeps the input and
-    five numbers for each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
+    towards their means over the samples, the variance unbiased; without, they are the running ones. The output is
+    contiguous, as torch's own. Keeps the input (of one that is channels last a contiguous copy) and five numbers for
+    each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
     `torch.nn.functional.instance_norm`.
     """
     check_channels(input, weight, bias)
