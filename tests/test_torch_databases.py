@@ -126,7 +126,7 @@ def faults(name: str, sample: Sample, backends: Iterable[str], twice: bool = Tru
         if isinstance(ours, Exception):
             yield backend, "outcome", f"is {ours!r}"
             continue
-        doubtful = []
+        doubtful = {}
         for key, expected in theirs.items():
             found = ours[key]
             if (found.dtype, found.shape) != (expected.dtype, expected.shape):
@@ -135,21 +135,19 @@ def faults(name: str, sample: Sample, backends: Iterable[str], twice: bool = Tru
             if not key.startswith("second") and not same_strides(found, expected):
                 yield backend, key, f"has strides {found.stride()} instead of {expected.stride()}"
             if too_wrong([found], [expected], [truth[key]], _summed(sample, key)):
-                doubtful.append(key)
+                doubtful[key] = found.numel()
         if doubtful:
-            yield from _after_many_draws(name, sample, backend, doubtful, twice)
+            yield from _after_many_draws(name, sample, backend, doubtful)
 
 
 def _after_many_draws(
-    name: str, sample: Sample, backend: str, doubtful: list[str], twice: bool
+    name: str, sample: Sample, backend: str, doubtful: dict[str, int]
 ) -> Iterator[tuple[str, str, str]]:
     """The error of few numbers is a matter of luck: that of as many as it takes."""
     eager, mine, _ = CASES[name]
-    theirs, truth, ours = [sample.run(eager, 0, twice)], [sample.with_tensors(in_float64).run(eager, 0, twice)], []
-    with serving(backend):
-        ours.append(sample.run(mine, 0, twice))
-    fewest = min(ours[0][key].numel() for key in doubtful)
-    for seed in range(1, max(2 * ROUNDINGS // fewest, 10)):
+    twice = any(key.startswith("second") for key in doubtful)
+    ours, theirs, truth = [], [], []
+    for seed in range(max(2 * ROUNDINGS // min(doubtful.values()), 10)):
         draw = sample.redrawn(seed)
         theirs.append(draw.run(eager, seed, twice))
         truth.append(draw.with_tensors(in_float64).run(eager, seed, twice))
