@@ -48,6 +48,8 @@ FUNCTIONS = {
     F.softplus: "softplus",
 }
 
+_GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
+
 # What a module's settings must be for it to mean the same as the name.
 _MODULES: dict[type[nn.Module], tuple[str, dict[str, object]]] = {
     nn.Identity: ("identity", {}),
@@ -71,8 +73,8 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
     if isinstance(activation, str):
         if activation in CODES:
             return activation
-    elif isinstance(activation, nn.GELU):
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    elif isinstance(activation, nn.GELU) and activation.approximate in _GELUS:
+        return _GELUS[activation.approximate]
     elif type(activation) in _MODULES:
         name, settings = _MODULES[type(activation)]
         if all(getattr(activation, key) == value for key, value in settings.items()):

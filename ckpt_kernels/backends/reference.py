@@ -6,6 +6,7 @@ they fill tensors that the caller has allocated, and their gradients here are th
 operand of None is one the block does not have; a gradient of None is one that nobody wants.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -188,16 +189,19 @@ def channel_norm(
     """
     x = input.to(compute_dtype(input.dtype))
     samples, channels = x.shape[:2]
+    size = math.prod(x.shape[2:])
+    if not x.numel():
+        given_mean = given_var = x.new_zeros(channels)
     if given_mean is not None:
         mean, var = given_mean.to(x.dtype), given_var.to(x.dtype)
-        sets, places = x.reshape(samples, channels, -1), (1, channels, 1)
+        sets, places = x.reshape(samples, channels, size), (1, channels, 1)
     elif groups:
-        sets, places = x.reshape(samples, groups, -1), (samples, groups, 1)
+        sets, places = x.reshape(samples, groups, channels // groups * size), (samples, groups, 1)
         var, mean = torch.var_mean(sets, 2, correction=0)
     else:
-        sets, places = x.reshape(samples, channels, -1), (1, channels, 1)
+        sets, places = x.reshape(samples, channels, size), (1, channels, 1)
         var, mean = torch.var_mean(sets, (0, 2), correction=0)
-    x_hat = ((sets - mean.view(places)) * torch.rsqrt(var + eps).view(places)).reshape(samples, channels, -1)
+    x_hat = ((sets - mean.view(places)) * torch.rsqrt(var + eps).view(places)).reshape(samples, channels, size)
     if weight is not None:
         x_hat = x_hat * weight.to(x.dtype).reshape(channels, 1)
     if bias is not None:

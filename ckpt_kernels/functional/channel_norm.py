@@ -7,7 +7,16 @@ from torch import Tensor
 
 from .. import ops
 from ..activations import Activation, activation_name
-from .checks import autocast, check_channels, check_coefficient, check_like, number, promoted, shape_of
+from .checks import (
+    autocast,
+    check_channels,
+    check_coefficient,
+    check_like,
+    memory_format,
+    number,
+    promoted,
+    shape_of,
+)
 
 
 def batch_norm(
@@ -29,23 +38,33 @@ def batch_norm(
     In training mean and (biased) variance are over N and space, and the running ones, if given, move towards them by
     `momentum`, the variance unbiased; else they are the running ones. `residual` has the input's shape. With a
     `process_group` the statistics of training are over the batches of all its processes, which may differ in size.
-    Contiguous and channels-last inputs are computed as they lie, and so is the output.
+    Contiguous and channels-last inputs are computed as they lie, and so is the output; others as if contiguous. An
+    input without elements leaves the running statistics as they are. ValueError for an eps that torch refuses: below 0,
+    and in training 0.
 
     Keeps the input and five numbers a channel; with a residual also, for relu and leaky_relu, the output, which
     whatever reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running
     statistics as they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
     input, residual = promoted(input, residual)
+    if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
+        # torch's own takes it, too: nothing of no channels.
+        if residual is not None:
+            check_like(residual, "residual", input)
+            residual = residual.view(0, 0)
+        options = {"activation": activation, "residual": residual, "process_group": process_group}
+        rest = (running_mean, running_var, weight, bias, training, momentum, eps)
+        return batch_norm(input.view(0, 0), *rest, **options).view(0)
     check_channels(input, weight, bias)
     if residual is not None:
         check_like(residual, "residual", input)
     check_coefficient(running_mean, "running_mean", input, input.shape[1])
     check_coefficient(running_var, "running_var", input, input.shape[1])
     name, eps, momentum = activation_name(activation), number(eps, "eps"), number(momentum, "momentum")
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"eps is {eps}; expected a positive number, or, where training is False, 0")
     if not training:
-        if running_mean is None or running_var is None:
-            raise RuntimeError("running_mean or running_var is None; expected both where training is False")
-        return ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, 0, eps, name)[0]
+        return _by_running_statistics(input, residual, running_mean, running_var, weight, bias, eps, name)
     if process_group is not None:
         if not isinstance(process_group, torch.distributed.ProcessGroup):
             raise TypeError(f"process_group is {process_group!r}; expected a torch.distributed.ProcessGroup")
@@ -59,8 +78,9 @@ def batch_norm(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, 0, eps, name)
-    _move(running_mean, mean, momentum)
-    _move(running_var, var, momentum, count / max(count - 1, 1))
+    if count:
+        _move(running_mean, mean, momentum)
+        _move(running_var, var, momentum, count / max(count - 1, 1))
     return output
 
 
@@ -106,25 +126,45 @@ def instance_norm(
     """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, ...), by sample and channel.
 
     With `use_input_stats` mean and (biased) variance are over space, and the running ones, if given, move by `momentum`
-    towards their means over the samples, the variance unbiased; without, they are the running ones. Keeps the input and
-    five numbers for each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
+    towards their means over the samples, the variance unbiased; without, they are the running ones. The output is
+    contiguous, as torch's own. Keeps the input (of one that is channels last a contiguous copy) and five numbers for
+    each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
     `torch.nn.functional.instance_norm`.
     """
     check_channels(input, weight, bias)
     check_coefficient(running_mean, "running_mean", input, input.shape[1])
     check_coefficient(running_var, "running_var", input, input.shape[1])
+    eps, momentum, name = number(eps, "eps"), number(momentum, "momentum"), activation_name(activation)
+    if memory_format(input) != torch.contiguous_format:
+        # torch's own computes in a contiguous copy, and gives one back.
+        input = input.contiguous()
     if not use_input_stats:
-        return batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps, activation=activation)
-    eps, momentum = number(eps, "eps"), number(momentum, "momentum")
+        return _by_running_statistics(input, None, running_mean, running_var, weight, bias, eps, name)
     size = math.prod(input.shape[2:])
     if size == 1:
         raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 element in space")
-    output, mean, var = ops.channel_norm.channel_norm(
-        input, None, weight, bias, None, None, input.shape[1], eps, activation_name(activation)
-    )
-    _move(running_mean, mean.mean(0), momentum)
-    _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
+    output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, input.shape[1], eps, name)
+    if input.numel():
+        _move(running_mean, mean.mean(0), momentum)
+        _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
     return output
+
+
+def _by_running_statistics(
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    if running_mean is None or running_var is None:
+        raise RuntimeError("running_mean or running_var is None; expected both where they are to be used")
+    return ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, 0, eps, activation)[
+        0
+    ]
 
 
 def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float = 1.0) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,6 +60,13 @@ def autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
     if tensors[0].device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         return [None if t is None else t.float() for t in tensors]
     return tensors
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The one that torch's own layers give their results: channels last for 4 or 5 dimensions that lie so."""
+    if tensor.dim() not in (4, 5) or tensor.is_contiguous():
+        return torch.contiguous_format
+    return suggest_memory_format(tensor)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -13,6 +14,7 @@ from .checks import (
     check_like,
     check_modulation,
     dropout_seed,
+    memory_format,
     number,
     promoted,
     rms_eps,
@@ -54,11 +56,11 @@ def rms_norm(
 
     `eps=None` is the epsilon of the type that is computed in, as torch's. `weight_offset=1` is Gemma's 1 + weight;
     `cast_before_weight` rounds the normalised value to the input's dtype before the product, as Llama does.
-    Keeps the input and one number a row. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization",
-    2019; `torch.nn.functional.rms_norm`.
+    Keeps the input and one number a row. The output is contiguous, or, as torch's, channels last where the input is.
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `torch.nn.functional.rms_norm`.
     """
     eps = rms_eps(input, eps)
-    return _row_norm(
+    output = _row_norm(
         input,
         normalized_shape,
         weight,
@@ -70,6 +72,8 @@ def rms_norm(
         weight_offset,
         cast_before_weight,
     )
+    format = memory_format(input)
+    return output if format == torch.contiguous_format else output.contiguous(memory_format=format)
 
 
 def add_layer_norm(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..ops.glu import layout_name
+from .extras import extras
 
 
 class GLU(nn.Module):
@@ -43,4 +44,4 @@ class GLU(nn.Module):
         return last.movedim(-1, dim)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, activation={self.activation!r}, layout={self.layout!r}"
+        return f"dim={self.dim}" + extras(activation=(self.activation, "sigmoid"), layout=(self.layout, "value_first"))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from .. import backends, recompute
 from ..activations import SIGNED_BY_OUTPUT
@@ -87,9 +88,16 @@ def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def layout_of(input: Tensor, groups: int) -> Layout:
-    """The layout to compute in; a batch norm (no groups) takes all samples of a channels-last tensor as one."""
-    contiguous = input.is_contiguous()
-    last = not contiguous and (input.stride() == _last_strides(input.shape) or input.movedim(1, -1).is_contiguous())
+    """The layout to compute in, which is that of the output: channels last where torch's memory format says so.
+
+    A batch norm (no groups) takes all samples of a channels-last tensor as one.
+    """
+    last = (
+        not input.is_contiguous()
+        and input.dim() in (4, 5)
+        # The first of these is the answer to most, and costs less.
+        and (input.stride() == _last_strides(input.shape) or suggest_memory_format(input) != torch.contiguous_format)
+    )
     arguments = (tuple(input.shape), last, groups, input.device.type)
     try:
         return _layout(*arguments)
@@ -150,7 +158,7 @@ class Statistics(NamedTuple):
     ) -> "Statistics":
         """Those of each channel, as if of one element."""
         found = cls.room(input, 0)
-        mean, var = (t.to(found.mean.dtype).view(1, 1, -1) for t in (mean, var))
+        mean, var = (t.to(found.mean.dtype).contiguous().view(1, 1, -1) for t in (mean, var))
         backends.select(input).channel_statistics(mean, var, weight, bias, *found, 0, 1, 1, eps)
         return found
 

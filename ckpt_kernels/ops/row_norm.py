@@ -44,7 +44,16 @@ def forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = statistics(input, columns, centered)
-    return _normalized(input, weight, bias, mean, rstd, columns, eps, centered, *options, False), mean, rstd
+    output = _normalized(input, weight, bias, mean, rstd, columns, eps, centered, *options, False)
+    return output, mean, without_slope(rstd, columns, centered)
+
+
+def without_slope(rstd: Tensor, columns: int, centered: bool) -> Tensor:
+    """rstd, or zeros in place of it where one element less its mean is 0 whatever it is.
+
+    By these the backward pass finds gradients of 0, and not the rounding of what cancels out, which eps makes large.
+    """
+    return rstd.mul_(0) if centered and columns == 1 else rstd
 
 
 def _normalized(
@@ -337,7 +346,7 @@ def _add_row_norm(input, residual, weight, bias, seed, columns, eps, centered, *
             eps,
             *options,
         )
-    return output, residual_out, mean, rstd
+    return output, residual_out, mean, without_slope(rstd, columns, centered)
 
 
 def _add_row_norm_fake(input, residual, weight, bias, seed, columns, eps, centered, *options):
