@@ -30,7 +30,9 @@ def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float
     if not p:
         return p, None
     if ops.sharding.is_sharded((input,)):
-        return p, ops.sharding.replicated_seed(input, *_SEEDS)
+        from ..ops import dtensor
+
+        return p, dtensor.replicated_seed(input, *_SEEDS)
     return p, torch.randint(*_SEEDS, (1,), device=input.device)
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from .. import recompute
 from . import nested
-from . import sharding as _sharding
-from .sharding import Sharding
+from .sharding import Sharding, is_sharded
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _library = torch.library.Library("ckpt_kernels", "DEF")
@@ -33,7 +32,7 @@ class Op:
     Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
     gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
     must see the op (torch.compile, dispatch modes, tensor subclasses) gets it from the dispatcher, under the
-    same autograd rule. Nested tensors and DTensors are taken apart before that: see `nested` and `sharding`.
+    same autograd rule. Nested tensors and DTensors are taken apart before that: see `nested` and `dtensor`.
     """
 
     def __init__(
@@ -85,8 +84,10 @@ class Op:
             if self._sharding is not None:
                 if arguments[0].is_nested:
                     return nested.call(self, arguments)
-                if _sharding.is_sharded(arguments[: self._tensors]):
-                    return _sharding.call(self, self._sharding, arguments)
+                if is_sharded(arguments[: self._tensors]):
+                    from . import dtensor
+
+                    return dtensor.call(self, self._sharding, arguments)
             output = self._dispatched(*arguments)
         elif torch._C._are_functorch_transforms_active():
             output = self._transformable.apply(*arguments)
