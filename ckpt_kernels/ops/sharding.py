@@ -1,8 +1,8 @@
 """DTensors: an op of sharded tensors is the same op of each process's own shards.
 
 A block that is computed row by row, or element by element, needs nothing of what other processes have. So each op says
-along which dimensions of its first operand its tensors may be split (`Sharding`). How it is called: see `dtensor`, which
-is imported by the first call that has a DTensor, as `torch.distributed.tensor` is slow to import, and not everywhere.
+along which dimensions of its first operand its tensors may be split (`Sharding`). How it is called: see `dtensor`,
+which the first call with a DTensor imports, as `torch.distributed.tensor` is slow to import, and not there everywhere.
 """
 
 import sys
