@@ -157,6 +157,8 @@ def test_errors() -> None:
         for norm in (functional.layer_norm, functional.rms_norm):
             with pytest.raises(RuntimeError, match="expected dimensions after the ragged one"):
                 norm(x, shape)
+    with pytest.raises(RuntimeError, match="expected a last dimension of even length"):
+        functional.packed_glu(x.transpose(1, 2))
     with pytest.raises(RuntimeError, match="value has shape"):
         functional.glu(x, nested(values))
     with pytest.raises(RuntimeError, match="residual has shape"):
