@@ -22,7 +22,7 @@ def bias_act(
     Keeps the input; for relu and leaky_relu the output instead, which whatever reads it keeps too; for the identity
     nothing. No dropout mask: the backward kernel draws it again from its seed.
     """
-    check_tensor(input, "input")
+    check_tensor(input, "input", nested=True)
     if bias is not None:
         check_tensor(bias, "bias")
         check_device(bias, "bias", input)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from .. import ops
+
+_SEEDS = (-(2**63), 2**63 - 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -25,7 +28,13 @@ def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability between 0 and 1")
     p = p if training else 0.0
-    return p, torch.randint(-(2**63), 2**63 - 1, (1,), device=input.device) if p else None
+    if not p:
+        return p, None
+    if ops.sharding.is_sharded((input,)):
+        from ..ops import dtensor
+
+        return p, dtensor.replicated_seed(input, *_SEEDS)
+    return p, torch.randint(*_SEEDS, (1,), device=input.device)
 
 
 def number(value: float, argument: str) -> float:
@@ -81,21 +90,30 @@ def normalized(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(normalized_shape)
 
 
-def check_tensor(tensor: Tensor, argument: str) -> None:
+def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None:
+    """A floating-point tensor with strides, or, where `nested` ones will do, a jagged one of such rows."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
     if tensor.dtype not in DTYPES:
         raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
-    if tensor.layout != torch.strided:
+    if tensor.is_nested and not (nested and tensor.layout == torch.jagged):
+        expected = "one of layout torch.jagged, or none" if nested else "none"
+        raise RuntimeError(f"{argument} is a nested tensor of layout {tensor.layout}; expected {expected}")
+    if tensor.layout != torch.strided and not tensor.is_nested:
         raise RuntimeError(f"{argument} has layout {tensor.layout}; expected torch.strided")
 
 
-def check_input(input: Tensor, normalized_shape: int | Sequence[int]) -> int:
+def check_input(input: Tensor, normalized_shape: int | Sequence[int], *, nested: bool = True) -> int:
     """The number of elements that are normalised together."""
-    check_tensor(input, "input")
+    check_tensor(input, "input", nested=nested)
     shape = normalized(normalized_shape)
     if not shape:
         raise RuntimeError("normalized_shape is empty; expected at least one dimension")
+    if input.is_nested and len(shape) >= input.dim() - input._ragged_idx:
+        raise RuntimeError(
+            f"input has shape {shape_of(input)} and normalized_shape is {shape}; "
+            "expected dimensions after the ragged one"
+        )
     if len(shape) > input.dim() or input.shape[-len(shape) :] != shape:
         raise RuntimeError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
     columns = math.prod(shape)
@@ -110,7 +128,7 @@ def check_device(tensor: Tensor, argument: str, input: Tensor, name: str = "inpu
 
 
 def check_like(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:
-    check_tensor(tensor, argument)
+    check_tensor(tensor, argument, nested=True)
     check_device(tensor, argument, input, name)
     if tensor.shape != input.shape:
         raise RuntimeError(f"{argument} has shape {shape_of(tensor)}; expected the {name}'s, {shape_of(input)}")

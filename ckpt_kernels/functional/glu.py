@@ -16,7 +16,7 @@ def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tens
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
     gate, value = promoted(gate, value)
-    check_tensor(gate, "gate")
+    check_tensor(gate, "gate", nested=True)
     check_like(value, "value", gate, "gate")
     return ops.glu.glu(gate, value, activation_name(activation))
 
@@ -28,8 +28,9 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
     "interleaved" (gate at even places, value at odd ones). The output's dimensions lie in memory in the order of the
     input's. Keeps the input; its gradient is written as one tensor, with the input's strides where that is dense.
     """
-    check_tensor(input, "input")
+    check_tensor(input, "input", nested=True)
     ops.glu.layout_name(layout)
-    if input.dim() == 0 or input.shape[-1] % 2:
+    ragged = input.is_nested and input._ragged_idx == input.dim() - 1
+    if input.dim() == 0 or ragged or input.shape[-1] % 2:
         raise RuntimeError(f"input has shape {shape_of(input)}; expected a last dimension of even length")
     return ops.glu.packed_glu(input, activation_name(activation), layout)

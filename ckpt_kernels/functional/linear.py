@@ -103,7 +103,7 @@ def act_linear(
     `weight` is (out, in), where in is the input's last dimension, `bias` (out,). Keeps the input, and no dropout mask.
     """
     level_name(recompute)
-    check_tensor(input, "input")
+    check_tensor(input, "input", nested=True)
     _check_linear(weight, bias, "weight", "bias", _last(input), input)
     p, seed = dropout_seed(input, dropout_p, training)
     block = ops.linear.act_block(activation_name(activation), seed, p)
@@ -128,7 +128,7 @@ def mlp(
     product, (..., hidden); with "block" the activation's output too.
     """
     level_name(recompute)
-    check_tensor(input, "input")
+    check_tensor(input, "input", nested=True)
     _check_linear(weight1, bias1, "weight1", "bias1", _last(input), input)
     _check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
     p, seed = dropout_seed(input, dropout_p, training)
@@ -159,7 +159,7 @@ def gated_mlp(
     """
     level_name(recompute)
     ops.glu.layout_name(layout)
-    check_tensor(input, "input")
+    check_tensor(input, "input", nested=True)
     _check_linear(gate_weight, gate_bias, "gate_weight", "gate_bias", _last(input), input)
     firsts: tuple[Tensor | None, ...] = (gate_weight, gate_bias)
     hidden = gate_weight.shape[0]

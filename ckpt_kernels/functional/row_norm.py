@@ -277,7 +277,8 @@ def _modulated(
     pre_activation: Activation,
     activation: Activation,
 ) -> Tensor:
-    columns = check_input(input, normalized_shape)
+    # What is given for a sample is not given for rows of which samples have different numbers.
+    columns = check_input(input, normalized_shape, nested=False)
     eps = number(eps, "eps")
     check_modulation(scale, "scale", input, normalized_shape)
     check_modulation(shift, "shift", input, normalized_shape)

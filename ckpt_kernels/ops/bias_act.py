@@ -30,6 +30,7 @@ from .operands import (
 )
 from .registration import Op
 from .second_order import second_order
+from .sharding import Sharding, every_dim, last_of_input, like_input, seed
 
 # Torch lays their gradients out as it did the forward pass's tensors, and those of all others as grad_output lies.
 _GRADIENT_LIES_AS_KEPT = ("relu", "leaky_relu", "relu_squared")
@@ -199,4 +200,5 @@ bias_act = Op(
     _bias_act_backward_rule,
     recipe=_bias_act_recipe,
     elementwise=True,
+    sharding=Sharding(every_dim, (like_input, last_of_input, seed), (like_input,)),
 )

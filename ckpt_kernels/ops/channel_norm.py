@@ -13,7 +13,7 @@ reads it keeps too; for other activations the residual; for the identity neither
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ..backends import reference
 from .operands import coefficient_room, gradient_room, or_none, returned, vector, wanted_gradients, zero
 from .registration import Op
 from .second_order import second_order
+from .sharding import Sharding, channels_of_input, every_dim, like_input
 
 # How many pieces the rows of a channels-last tensor are summed in: enough to keep every processor busy, few enough
 # that the pieces' own sums cost nothing. Fixed for a device, so that results do not depend on the number of threads.
@@ -398,6 +399,19 @@ def _channel_norm_first_order(
     return reference.gradients(block, operands, (grad_output,), wanted, create_graph=True)
 
 
+def _splits(arguments: Sequence[Any]) -> Collection[int]:
+    """Samples where each has statistics of its own, channels where these have, anything where statistics are given."""
+    _, _, _, _, given_mean, _, groups, *_ = arguments
+    if given_mean is not None:
+        return every_dim(arguments)
+    return (0,) if groups else (1,)
+
+
+def _statistics_of_input(statistics: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
+    """(channels,), or (samples, groups)."""
+    return (1,) if statistics.dim() == 1 else (0, None)
+
+
 _OPTIONS = "SymInt groups, float eps, str activation"
 channel_norm_backward = Op(
     "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean,"
@@ -416,4 +430,9 @@ channel_norm = Op(
     _channel_norm_backward_rule,
     results=3,
     recipe=_channel_norm_recipe,
+    sharding=Sharding(
+        _splits,
+        (like_input, like_input, *(channels_of_input,) * 4),
+        (like_input, _statistics_of_input, _statistics_of_input),
+    ),
 )

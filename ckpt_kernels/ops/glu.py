@@ -24,6 +24,7 @@ from .operands import (
 )
 from .registration import Op
 from .second_order import second_order
+from .sharding import Sharding, every_dim, like_input
 
 
 def forward(operands: Sequence[Tensor], activation: str, layout: str) -> Tensor:
@@ -123,6 +124,7 @@ glu = Op(
     _glu_backward_rule,
     recipe=_glu_recipe,
     elementwise=True,
+    sharding=Sharding(every_dim, (like_input, like_input), (like_input,)),
 )
 
 
@@ -258,4 +260,6 @@ packed_glu = Op(
     _packed_glu_backward_rule,
     recipe=_packed_glu_recipe,
     elementwise=True,
+    # The dimension that packs both is in one piece.
+    sharding=Sharding(lambda arguments: range(arguments[0].dim() - 1), (like_input,), (like_input,)),
 )

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import recompute
+from . import nested
+from .sharding import Sharding, is_sharded
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _library = torch.library.Library("ckpt_kernels", "DEF")
@@ -25,11 +27,12 @@ class Op:
             function and the tensors it takes; None where that is not possible.
         elementwise: whether it goes element by element, so that products which it reads are worth running again
             where memory matters most.
+        sharding: how its tensors may be split over processes; None for what is never called with DTensors.
 
     Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
     gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
     must see the op (torch.compile, dispatch modes, tensor subclasses) gets it from the dispatcher, under the
-    same autograd rule.
+    same autograd rule. Nested tensors and DTensors are taken apart before that: see `nested` and `dtensor`.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Op:
         results: int | None = None,
         recipe: Callable[[Any, tuple, Any], recompute.Announcement | None] | None = None,
         elementwise: bool = False,
+        sharding: Sharding | None = None,
     ) -> None:
         name = schema.partition("(")[0]
         qualified = f"ckpt_kernels::{name}"
@@ -53,6 +57,7 @@ class Op:
         self._implementation = implementation
         self._results = results
         self._recipe = recipe
+        self._sharding = sharding
         self._tensors = tensors = sum("Tensor" in argument for argument in schema.partition("->")[0].split(","))
 
         # A torch.autograd.Function pays for each argument: those that are not tensors go in one.
@@ -76,6 +81,13 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not is_plain(arguments[: self._tensors]):
+            if self._sharding is not None:
+                if arguments[0].is_nested:
+                    return nested.call(self, arguments)
+                if is_sharded(arguments[: self._tensors]):
+                    from . import dtensor
+
+                    return dtensor.call(self, self._sharding, arguments)
             output = self._dispatched(*arguments)
         elif torch._C._are_functorch_transforms_active():
             output = self._transformable.apply(*arguments)

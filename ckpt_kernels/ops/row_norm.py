@@ -4,6 +4,7 @@ Every op takes tensors of any leading shape whose last dimensions, `columns` ele
 contiguous outputs. A tensor that a backward op returns for a gradient that is not wanted is empty.
 """
 
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,20 @@ from .operands import (
 )
 from .registration import Op
 from .second_order import second_order
+from .sharding import Sharding, dims_of_rows, last_of_input, like_input, seed
+
+
+def _rows(columns_place: int) -> Callable[[Sequence[Any]], Collection[int]]:
+    """Rows may be split, not what is normalised; `columns` is in that place of the arguments."""
+    return lambda arguments: range(dims_of_rows(arguments[0].shape, arguments[columns_place]))
+
+
+def _samples_of_input(tensor: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
+    """Of scale and shift, whose dimensions are the input's or 1 for all samples."""
+    samples = dims_of_rows(tensor.shape, arguments[5])
+    sizes = zip(tensor.shape, arguments[0].shape, strict=False)
+    return [dim if dim < samples and size == whole else None for dim, (size, whole) in enumerate(sizes)]
+
 
 # row_norm
 
@@ -195,6 +210,7 @@ row_norm = Op(
     _row_norm_backward_rule,
     results=1,
     recipe=_row_norm_recipe,
+    sharding=Sharding(_rows(3), (like_input, last_of_input, last_of_input), (like_input,)),
 )
 
 
@@ -323,6 +339,9 @@ modulated_row_norm = Op(
     _modulated_row_norm_backward_rule,
     results=1,
     recipe=_modulated_row_norm_recipe,
+    sharding=Sharding(
+        _rows(5), (like_input, _samples_of_input, _samples_of_input, last_of_input, last_of_input), (like_input,)
+    ),
 )
 
 
@@ -487,6 +506,7 @@ add_row_norm = Op(
     _add_row_norm_backward_rule,
     results=2,
     recipe=_add_row_norm_recipe,
+    sharding=Sharding(_rows(5), (like_input, like_input, last_of_input, last_of_input, seed), (like_input, like_input)),
 )
 
 
@@ -588,4 +608,5 @@ gated_row_norm = Op(
     _gated_row_norm_backward_rule,
     results=1,
     recipe=_gated_row_norm_recipe,
+    sharding=Sharding(_rows(3), (like_input, like_input, last_of_input), (like_input,)),
 )
