@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ckpt_kernels import functional
+
 from .blocks import BLOCKS, Block
 from .conftest import DEVICE, serving
 
@@ -49,3 +51,20 @@ def _results(block: Block, operands: dict[str, Tensor], odd: str, layout: str, b
         if odd == "grad_output":
             incoming = [lay(g) for g in incoming]
         return [*outputs, *torch.autograd.grad(outputs, list(given.values()), incoming)]
+
+
+# Rows that lie on three levels, on one of which they are no multiple of 16 bytes apart, or on none.
+@pytest.mark.parametrize("strides", [(680, 168, 33, 1), (744, 185, 36, 1), (680, 168, 32, 1)], ids=str)
+def test_wide_accesses_of_heads_are_aligned(strides: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad_output = (torch.randn(2 * strides[0], generator=generator).as_strided((2, 4, 5, 32), strides) for _ in "xg")
+
+    def run(x: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
+        x, weight = x.detach().requires_grad_(), torch.linspace(0.5, 1.5, 32, requires_grad=True)
+        y = functional.rms_norm(x, 32, weight, activation="silu")
+        return y, *torch.autograd.grad(y, (x, weight), grad_output)
+
+    with serving("cuda_on_host"):
+        for given in ((x, grad_output.contiguous()), (x.contiguous(), grad_output)):
+            for a, b in zip(run(*given), run(x.contiguous(), grad_output.contiguous()), strict=True):
+                torch.testing.assert_close(a, b)
