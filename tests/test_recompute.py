@@ -227,16 +227,26 @@ def test_a_view_that_is_more_than_strides_is_kept(view: str, maker: str, p: dict
     assert_same_bits(run(recompute.discard_outputs()), run(contextlib.nullcontext()))
 
 
-def test_a_view_that_outlives_its_tensor_is_let_go_of(p: dict) -> None:
-    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
-    with recompute.discard_outputs():
-        view = F.rms_norm(x * 1, WIDTH, p["norm"]).view(-1)
-        storage = StorageWeakRef(view.untyped_storage())
-        y = Sine.apply(view)
-        del view
-    assert storage.expired()
-    expected = torch.autograd.grad(Sine.apply(F.rms_norm(x * 1, WIDTH, p["norm"])).sum(), [x, p["norm"]])
-    assert_same_bits(list(torch.autograd.grad(y.sum(), [x, p["norm"]])), list(expected))
+@pytest.mark.parametrize("kind", ["a view", "detached"])
+def test_what_outlives_the_tensor_is_let_go_of(kind: str, p: dict) -> None:
+    """It has the tensor's memory, by which it is known, also when the tensor itself is gone."""
+
+    def run(around: contextlib.AbstractContextManager) -> tuple[list, bool]:
+        x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        with around:
+            n = F.rms_norm(x * 1, WIDTH, p["norm"])
+            total, left = n.sum(), n.detach() if kind == "detached" else n.view(16, WIDTH)
+            storage = StorageWeakRef(n.untyped_storage())
+            del n
+            y = TF.linear(left, p["a"])
+            del left
+        gone = storage.expired()
+        return list(torch.autograd.grad(y.sum() + total, [x, p["a"], p["norm"]])), gone
+
+    found, gone = run(recompute.discard_outputs())
+    expected, kept = run(contextlib.nullcontext())
+    assert gone and not kept
+    assert_same_bits(found, expected)
 
 
 def test_one_rebuild_serves_all_readers(p: dict, monkeypatch: pytest.MonkeyPatch) -> None:
