@@ -1,7 +1,8 @@
-"""setup.py where something that it needs is missing: it ends with what to install, and not with a traceback."""
+"""How the C++ sources are built: by which compilers, and what setup.py says where something is missing."""
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -41,3 +42,17 @@ def test_nothing_is_needed_where_nothing_is_built() -> None:
 def test_without_a_compiler_it_says_so() -> None:
     done = run("cpu", PATH="/nowhere", CXX="")
     assert done.returncode == 1 and "no C++ compiler was found" in done.stderr
+
+
+@pytest.mark.parametrize("source", ["isa_generic", "isa_avx512"])
+@pytest.mark.parametrize("compiler", ["g++", "clang++", "aarch64-linux-gnu-g++"])
+def test_the_loops_have_no_warnings(compiler: str, source: str) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", "-Werror"]
+    if compiler != "clang++":
+        # GCC 12 warns of its own intrinsics headers.
+        warnings += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    command = [compiler, "-std=c++17", *warnings, "-fsyntax-only", f"csrc/cpu/{source}.cpp"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

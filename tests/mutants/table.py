@@ -47,7 +47,7 @@ class Mutant:
         """The file with both, the fault where `ckpt_mutant` has its number."""
         before, original, after = self.parts(text)
         if original.endswith(";"):
-            both = f"if (ckpt_mutant == {number}) {{ {self.replace} }} else {{ {original} }}"
+            both = f"{{ if (ckpt_mutant == {number}) {{ {self.replace} }} else {{ {original} }} }}"
         else:
             both = f"(ckpt_mutant == {number} ? ({self.replace}) : ({original}))"
         return before + both + after
