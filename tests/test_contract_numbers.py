@@ -82,7 +82,7 @@ def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tupl
 SIZES = (((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((7, 1), 16), ((1, 70), 16), ((1, 3), 20011))
 
 
-@pytest.mark.parametrize("lead,columns", SIZES)
+@pytest.mark.parametrize("lead,columns", SIZES, ids=["x".join(map(str, (*lead, n))) for lead, n in SIZES])
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_edge_sizes(block: Block, lead: tuple, columns: int, backend: str) -> None:
     if interprets(backend) and (lead, columns) in (((1, 1), 2), ((1, 3), 20011)):

@@ -108,14 +108,14 @@ NATIVE = (
         _ROWS,
         "r.sum = r.sum_x_hat = Vec<S>(0.0);\n      if («i < live»)",
         "i < live || live == 3",
-        _EDGES.format("native and 7"),
+        _EDGES.format("native and 7x1x16"),
     ),
     Mutant(
         "a norm that is not centred loses the gradient's mean",
         _ROWS,
         "a.centered ? sum_lanes(r.sum) / S(a.columns) : S(0)",
         "sum_lanes(r.sum) / S(a.columns)",
-        _EDGES.format("native and rms_norm and 16"),
+        _EDGES.format("native and rms_norm and 7x1x16"),
     ),
     Mutant(
         "the gradient of the sum is streamed though it is read again",
@@ -246,7 +246,7 @@ CUDA = (
         "csrc/cuda/team.cuh",
         "return int64_t(gridDim.x) * (block_threads / size);",
         "return int64_t(1) << 40;",
-        _EDGES.format("cuda_on_host and layer_norm and 70"),
+        _EDGES.format("cuda_on_host and layer_norm and 1x70x16"),
     ),
     Mutant(
         "a sum over a block is read before all of it is written",
