@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench bench-all test fuzz lint docs wheel wheel-check gpu-check build clean
+.PHONY: bench bench-all test fuzz mutants lint docs wheel wheel-check gpu-check build clean
 
 # The main job: benchmarks and a short training on real text.
 bench: build
@@ -59,6 +59,10 @@ fuzz: build
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 	$(BIN)/python -m tests.programs --seconds $(FUZZ_SECONDS)
+
+# Small faults, put into a copy of the sources one at a time, that the tests are to notice; MUTANTS=--list names them.
+mutants: build
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 # Into out/docs; a warning is an error.
 docs: build

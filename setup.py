@@ -61,6 +61,25 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
 
 
+def is_gcc() -> bool:
+    """Whether the compiler is GCC, and not one that takes its options (clang also goes by the name of c++)."""
+    printed = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    return "Free Software Foundation" in printed
+
+
+def cpp_extension():
+    """torch's part of the build; the process ends with what to install where torch is not there."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        sys.exit(
+            f"ckpt_kernels is compiled against torch, which cannot be imported here ({error}).\n"
+            "Install it first: pip install 'torch>=2.11' ninja 'setuptools>=77'\n"
+            "Or build without the compiled libraries: CKPT_KERNELS_BUILD=none pip install ..."
+        )
+    return cpp_extension
+
+
 def cuda_home() -> pathlib.Path | None:
     """The toolkit that nvcc belongs to, wherever nvcc itself, or a wrapper of it, lies."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
@@ -83,10 +102,10 @@ def extensions(build: str) -> list:
             sys.exit(f"CKPT_KERNELS_BUILD is {build!r}, but no C++ compiler was found")
         warnings.warn("no C++ compiler was found: building without the compiled libraries", stacklevel=1)
         return []
-    from torch.utils import cpp_extension
+    torch_build = cpp_extension()
 
     def extension(name: str, folder: str, suffix: str, flags: dict, link: list | None = None, **options: list):
-        return cpp_extension.CppExtension(
+        return torch_build.CppExtension(
             f"ckpt_kernels.{name}",
             sorted(str(path) for path in pathlib.Path("csrc", folder).glob(f"*.{suffix}")),
             depends=sorted(str(path) for path in pathlib.Path("csrc").rglob("*.*")),
@@ -110,14 +129,15 @@ def extensions(build: str) -> list:
         *DEFINES,
         *MATH,
     ]
-    # GCC 12 warns of its own intrinsics headers.
-    cxx += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    if is_gcc():
+        # GCC 12 warns of its own intrinsics headers.
+        cxx += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     found = [extension("_C", "cpu", "cpp", {"cxx": cxx})]
     home = cuda_home()
     if build == "cuda" and home is None:
         sys.exit("CKPT_KERNELS_BUILD is 'cuda', but nvcc was not found")
     if home is not None and build != "cpu":
-        cpp_extension.CUDA_HOME = str(home)
+        torch_build.CUDA_HOME = str(home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         libraries = next((home / name for name in ("lib64", "lib") if (home / name).exists()), home / "lib64")
         nvcc = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden", *DEFINES]
@@ -143,9 +163,7 @@ def extensions(build: str) -> list:
 
 
 def build_command(build: str) -> type:
-    from torch.utils import cpp_extension
-
-    class BuildLibraries(cpp_extension.BuildExtension):
+    class BuildLibraries(cpp_extension().BuildExtension):
         def build_extensions(self) -> None:
             self.failed = []
             try:

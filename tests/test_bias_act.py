@@ -43,6 +43,7 @@ def test_dropout_of_zero_and_one_is_exact(backend: str) -> None:
     assert torch.equal(dropped(x, 0.0), x)
     assert (dropped(x, 1.0) == 0).all()
     assert torch.equal(dropped(x, 0.7, training=False), x)
+    assert torch.equal(nn.BiasAct(33, bias=False, dropout=0.7).eval()(x), x)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu"])

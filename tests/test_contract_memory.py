@@ -5,8 +5,8 @@ import torch
 
 from ckpt_kernels.memory import saved_bytes
 
-from .blocks import BLOCKS, Block
-from .conftest import DEVICE
+from .blocks import BLOCKS, Block, with_gradients
+from .conftest import DEVICE, interprets
 
 ROWS = (3, 8)
 COLUMNS = 96
@@ -43,6 +43,17 @@ def test_frozen_operands_never_raise_it(block: Block, frozen: str) -> None:
         if (name in block.coefficients) == (frozen == "weights"):
             tensor.requires_grad_(False)
     assert saved_bytes(block.call, **operands) <= everything
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_each_gradient_alone_is_the_same(block: Block, backend: str) -> None:
+    operands = block.operands(ROWS, COLUMNS, torch.float32, DEVICE)
+    if interprets(backend) and len(operands) < 4:
+        pytest.skip("a slice is enough where kernels are interpreted")
+    whole = with_gradients(block.call, operands)
+    for name in operands:
+        given = {other: t.detach().requires_grad_(other == name) for other, t in operands.items()}
+        assert torch.equal(with_gradients(block.call, given)[f"grad {name}"], whole[f"grad {name}"]), name
 
 
 def test_a_bias_alone_needs_nothing() -> None:

@@ -78,10 +78,14 @@ def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tupl
     check_against_eager(block, lambda seed: block.operands((2, 5), 40, dtype, DEVICE, seed), backend)
 
 
-@pytest.mark.parametrize("lead,columns", [((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((1, 70), 16), ((1, 2), 20011)])
+# Among them more than four samples, and three rows more than a block of four.
+SIZES = (((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((7, 1), 16), ((1, 70), 16), ((1, 3), 20011))
+
+
+@pytest.mark.parametrize("lead,columns", SIZES, ids=["x".join(map(str, (*lead, n))) for lead, n in SIZES])
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_edge_sizes(block: Block, lead: tuple, columns: int, backend: str) -> None:
-    if interprets(backend) and (lead, columns) in (((1, 1), 2), ((1, 2), 20011)):
+    if interprets(backend) and (lead, columns) in (((1, 1), 2), ((1, 3), 20011)):
         pytest.skip("a slice is enough where kernels are interpreted")
     if block.channels and columns > 5003:
         # Of two channels it would take many draws.

@@ -52,6 +52,21 @@ class Watch(torch.autograd.Function):
         return grad, None
 
 
+class Note(torch.autograd.Function):
+    """Keeps what it reads, and notes what it gets back in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, noted):
+        ctx.noted = noted
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.noted.append(ctx.saved_tensors[0].clone())
+        return grad * ctx.saved_tensors[0].cos(), None
+
+
 @pytest.fixture
 def p() -> dict[str, torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
@@ -174,19 +189,64 @@ def test_every_block_is_rebuilt_to_the_bit(block: Callable, dtype: torch.dtype, 
         x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype).requires_grad_()
         with around:
             y = block(x * 1.5, p)
-            storage = StorageWeakRef(y.untyped_storage())
-            z = Sine.apply(y)
+            storage, noted = StorageWeakRef(y.untyped_storage()), []
+            z = Note.apply(y, noted)
             del y
             if backend == "triton":
                 # Its interpreter leaves its operands to the collector.
                 gc.collect()
         gone = storage.expired()
-        return [z, *torch.autograd.grad(z.float().square().sum(), [x, p["norm"]], allow_unused=True)], gone
+        found = torch.autograd.grad(z.float().square().sum(), [x, p["norm"]], allow_unused=True)
+        return [z, *found, *noted], gone
 
     expected, kept = run(contextlib.nullcontext())
     found, gone = run(recompute.discard_outputs())
     assert_same_bits(found, expected)
     assert gone and not kept
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "complex": lambda y: torch.view_as_complex(y.view(2, 8, WIDTH // 2, 2)),
+    "conjugate": lambda y: torch.view_as_complex(y.view(2, 8, WIDTH // 2, 2)).conj(),
+    "negative": lambda y: torch.view_as_complex(y.view(2, 8, WIDTH // 2, 2)).conj().imag,
+}
+
+
+@pytest.mark.parametrize("maker", ["a block", "torch's op"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_that_is_more_than_strides_is_kept(view: str, maker: str, p: dict) -> None:
+    """A recipe gives the memory in its own dtype, and as it is: not what such a view makes of it."""
+
+    def run(around: contextlib.AbstractContextManager) -> list:
+        x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        with around:
+            y = F.rms_norm(x * 1.5, WIDTH, p["norm"])
+            z = VIEWS[view](TF.silu(y) if maker == "torch's op" else y).square()
+        return list(torch.autograd.grad(z.abs().sum(), [x, p["norm"]]))
+
+    assert_same_bits(run(recompute.discard_outputs()), run(contextlib.nullcontext()))
+
+
+@pytest.mark.parametrize("kind", ["a view", "detached"])
+def test_what_outlives_the_tensor_is_let_go_of(kind: str, p: dict) -> None:
+    """It has the tensor's memory, by which it is known, also when the tensor itself is gone."""
+
+    def run(around: contextlib.AbstractContextManager) -> tuple[list, bool]:
+        x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        with around:
+            n = F.rms_norm(x * 1, WIDTH, p["norm"])
+            total, left = n.sum(), n.detach() if kind == "detached" else n.view(16, WIDTH)
+            storage = StorageWeakRef(n.untyped_storage())
+            del n
+            y = TF.linear(left, p["a"])
+            del left
+        gone = storage.expired()
+        return list(torch.autograd.grad(y.sum() + total, [x, p["a"], p["norm"]])), gone
+
+    found, gone = run(recompute.discard_outputs())
+    expected, kept = run(contextlib.nullcontext())
+    assert gone and not kept
+    assert_same_bits(found, expected)
 
 
 def test_one_rebuild_serves_all_readers(p: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +344,22 @@ def test_written_in_place(p: dict) -> None:
     n = F.rms_norm(x * 1, WIDTH, p["norm"])
     expected = torch.autograd.grad(n.sin().sum() + (2 * n).sin().sum(), [x, p["norm"]])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("unseen", [False, True], ids=["in the graph", "under no_grad"])
+def test_a_cast_of_what_was_written_to(unseen: bool, p: dict) -> None:
+    """The cast is made again of what it was made of, or is kept: not of what the block made."""
+
+    def run(around: contextlib.AbstractContextManager) -> list:
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        with around:
+            n = F.rms_norm(x * 1, WIDTH, p["norm"])
+            with torch.no_grad() if unseen else contextlib.nullcontext():
+                n.mul_(2)
+            y = n.bfloat16().square()
+        return list(torch.autograd.grad(y.float().sum(), [x, p["norm"]]))
+
+    assert_same_bits(run(recompute.discard_outputs()), run(contextlib.nullcontext()))
 
 
 @pytest.mark.parametrize("which", ["the block's input", "a kept input", "a kept output", "a weight"])

@@ -104,16 +104,32 @@ def test_dropout_of_zero_and_one_is_exact(backend: str) -> None:
     assert torch.equal(dropped(x, 0.0), x)
     assert (dropped(x, 1.0) == 0).all()
     assert torch.equal(dropped(x, 0.7, training=False), x)
+    for block in (nn.AddRMSNorm(33, dropout=0.7), nn.AddLayerNorm(33, dropout=0.7)):
+        assert torch.equal(block.to(DEVICE).eval()(x, torch.zeros_like(x))[1], x)
 
 
-def test_dropout_gradients_use_the_forward_mask(backend: str) -> None:
-    x, residual = randn(6, 40), randn(6, 40)
+@pytest.mark.parametrize("columns", [40, 1100, 9000])
+def test_dropout_gradients_use_the_forward_mask(columns: int, backend: str) -> None:
+    """Of every column: factors are drawn for some hundred columns at a time."""
+    x, residual = randn(3, columns), randn(3, columns)
     torch.manual_seed(3)
-    _, total = F.add_layer_norm(x, residual, 40, dropout_p=0.4)
-    grad_x, grad_residual = torch.autograd.grad(total.sum(), (x, residual))
-    mask = (total - residual).detach() != 0
-    torch.testing.assert_close(grad_x, mask / 0.6)
-    assert (grad_residual == 1).all()
+    y, total = F.add_layer_norm(x, residual, columns, dropout_p=0.4)
+    mask = dropped(torch.ones_like(x), 0.4, seed=3)
+    torch.testing.assert_close(total, residual + x * mask)
+    grad_x, grad_residual = torch.autograd.grad((y.sin() + total).sum(), (x, residual))
+    torch.testing.assert_close(grad_x, grad_residual * mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("centered", [True, False])
+def test_statistics_are_those_of_the_sum_as_it_is_stored(centered: bool, dtype: torch.dtype, backend: str) -> None:
+    """In the storage type, to the bit: the gradient and whoever makes the output again have no other sum."""
+    x, residual = randn(5, 40, dtype=dtype).detach(), randn(5, 40, dtype=dtype).detach()
+    options = (40, 1e-5, centered)
+    found = row_norm.add_row_norm(x, residual, None, None, None, *options, "silu", 0.0, False, 0.0)
+    alone = row_norm.row_norm(found[1], None, None, *options, "identity", "silu", 0.0, False)
+    for a, b in zip((found[0], *found[2:]), alone, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_dropout_follows_torchs_generator_and_checkpoint() -> None:
@@ -157,6 +173,34 @@ BAD = {
     "residual dtype": (lambda: F.add_layer_norm(X, X.half(), 8), RuntimeError, "residual has dtype torch.float16"),
     "gate shape": (lambda: F.gated_rms_norm(X, X[0], 8), RuntimeError, r"gate has shape \(8,\)"),
     "scale shape": (lambda: F.modulated_layer_norm(X, X[:3], X, 8), RuntimeError, r"scale has shape \(3, 8\)"),
+    "scale columns": (lambda: F.modulated_layer_norm(X, X[:, :4], X, 8), RuntimeError, r"scale has shape \(4, 4\)"),
+    "scale of another batch": (
+        lambda: F.modulated_rms_norm(X[:1], X, X, 8),
+        RuntimeError,
+        r"scale has shape \(4, 8\).*input, which has shape \(1, 8\)",
+    ),
+    "scale with more dimensions": (
+        lambda: F.modulated_layer_norm(X, X.view(2, 2, 8), X, 8),
+        RuntimeError,
+        r"scale has shape \(2, 2, 8\)",
+    ),
+    "scale and shift of different samples": (
+        lambda: F.modulated_layer_norm(X.view(2, 2, 8), X[:2], X.view(2, 2, 8), 8),
+        RuntimeError,
+        r"shift has shape \(2, 2, 8\); expected that of scale, \(2, 8\)",
+    ),
+    "scale is no tensor": (lambda: F.modulated_rms_norm(X, 1.0, X, 8), TypeError, "scale is float"),
+    "meta shift": (lambda: F.modulated_rms_norm(X, X, X.to("meta"), 8), RuntimeError, "shift is on meta"),
+    "modulated weight": (
+        lambda: F.modulated_layer_norm(X, X, X, 8, X[0, :7]),
+        RuntimeError,
+        r"weight has shape \(7,\); expected \(8,\)",
+    ),
+    "modulated bias": (
+        lambda: F.modulated_layer_norm(X, X, X, 8, None, X),
+        RuntimeError,
+        r"bias has shape \(4, 8\)",
+    ),
     "shift shape": (lambda: F.modulated_rms_norm(X, X, X[:, :4], 8), RuntimeError, r"shift has shape \(4, 4\)"),
     "module dropout": (lambda: nn.AddLayerNorm(8, dropout=-1), ValueError, "dropout is -1"),
 }

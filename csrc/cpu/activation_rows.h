@@ -50,9 +50,7 @@ CKPT_INLINE void store_factors(const Dropout& dropout, const PhiloxState<Counter
   const B threshold = B{} + uint32_t(dropout.threshold);
   Pairs first = (bits.word[0].v & Counters::lower) | bits.word[1].v << 32;
   Pairs last = (bits.word[2].v & Counters::lower) | bits.word[3].v << 32;
-  Pairs low;
-  for (int i = 0; i < W; ++i) low[i] = i / 2 + i % 2 * W;
-  const B early = B(__builtin_shuffle(first, last, low)), late = B(__builtin_shuffle(first, last, low + W / 2));
+  const B early = B(shuffle<LowerInTurns>(first, last)), late = B(shuffle<UpperInTurns>(first, last));
   store(factor, Vec<float>(early >= threshold ? scale : none), Full<float>{});
   store(factor + 2 * W, Vec<float>(late >= threshold ? scale : none), Full<float>{});
 }

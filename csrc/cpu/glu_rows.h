@@ -10,17 +10,11 @@ struct GateAndValue {
 
 template <class S>
 CKPT_INLINE GateAndValue<S> take_apart(Vec<S> low, Vec<S> high) {
-  constexpr int W = Vec<S>::width;
-  typename Vec<S>::Mask even, odd;
-  for (int i = 0; i < W; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
-  return {__builtin_shuffle(low.v, high.v, even), __builtin_shuffle(low.v, high.v, odd)};
+  return {shuffle<Evens>(low.v, high.v), shuffle<Odds>(low.v, high.v)};
 }
 template <class S>
 CKPT_INLINE GateAndValue<S> put_together(Vec<S> gate, Vec<S> value) {
-  constexpr int W = Vec<S>::width;
-  typename Vec<S>::Mask low, high;
-  for (int i = 0; i < W; ++i) low[i] = i / 2 + i % 2 * W, high[i] = W / 2 + i / 2 + i % 2 * W;
-  return {__builtin_shuffle(gate.v, value.v, low), __builtin_shuffle(gate.v, value.v, high)};
+  return {shuffle<LowerInTurns>(gate.v, value.v), shuffle<UpperInTurns>(gate.v, value.v)};
 }
 
 template <bool turns, class S, class T>

@@ -1,6 +1,8 @@
 // The loops over rows as each instruction set builds them, and which set's build serves this process.
 #pragma once
 
+#include <utility>
+
 #include "../bias_act.h"
 #include "../channel_norm.h"
 #include "../glu.h"

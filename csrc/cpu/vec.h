@@ -52,6 +52,34 @@ struct Vec {
   CKPT_INLINE friend Vec abs(Vec a) { return Type(Mask(a.v) & Raw<S>::magnitude); }
 };
 
+// Orders of the lanes of two vectors of `width` lanes, numbered from the first one's to the second one's.
+struct Evens {
+  static constexpr int lane(int i, int) { return 2 * i; }
+};
+struct Odds {
+  static constexpr int lane(int i, int) { return 2 * i + 1; }
+};
+struct LowerInTurns {
+  static constexpr int lane(int i, int width) { return i / 2 + i % 2 * width; }
+};
+struct UpperInTurns {
+  static constexpr int lane(int i, int width) { return width / 2 + i / 2 + i % 2 * width; }
+};
+template <class Order, class V, int... i>
+CKPT_INLINE V shuffle(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int width = sizeof...(i);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Order::lane(i, width)...);
+#else
+  typedef decltype(a < b) Lanes;
+  return __builtin_shuffle(a, b, Lanes{Order::lane(i, width)...});
+#endif
+}
+template <class Order, class V>
+CKPT_INLINE V shuffle(V a, V b) {
+  return shuffle<Order>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
+}
+
 // How many lanes of an access are there: all, or the first few of a row's last vector.
 template <class S>
 struct Full {

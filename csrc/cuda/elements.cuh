@@ -3,7 +3,7 @@
 // T is the storage type; a thread reads and writes VEC elements at a time, 16 bytes where alignment allows it and one
 // element otherwise. Activations are a uniform run-time switch, which costs nothing at memory speed and saves compile
 // time. Compiled by nvcc into the library, and by the host compiler, with tests/host/cuda_on_host.h in the place of
-// CUDA's own headers, into the tests.
+// CUDA's own headers, into the tests, which check the alignment of accesses and launch fewer blocks.
 #pragma once
 
 #include "../math/activations.h"
@@ -11,6 +11,13 @@
 #include "../math/philox.h"
 #include "../math/storage.h"
 #include "../rows.h"
+
+#ifndef CKPT_CHECK_ALIGNMENT
+#define CKPT_CHECK_ALIGNMENT(Pack, p)
+#endif
+#ifndef CKPT_MOST_BLOCKS
+#define CKPT_MOST_BLOCKS (1 << 16)
+#endif
 
 namespace ckpt {
 
@@ -29,15 +36,19 @@ struct alignas(sizeof(T) * VEC < 16 ? sizeof(T) * VEC : 16) Pack {
 
 template <int VEC, class T>
 __device__ __forceinline__ void load(const T* p, float* v) {
-  const Pack<T, VEC> pack = *reinterpret_cast<const Pack<T, VEC>*>(p);
+  using Packed = Pack<T, VEC>;
+  CKPT_CHECK_ALIGNMENT(Packed, p);
+  const Packed pack = *reinterpret_cast<const Packed*>(p);
   for (int i = 0; i < VEC; ++i) v[i] = to_float(pack.value[i]);
 }
 
 template <int VEC, class T>
 __device__ __forceinline__ void store(T* p, const float* v) {
-  Pack<T, VEC> pack;
+  using Packed = Pack<T, VEC>;
+  CKPT_CHECK_ALIGNMENT(Packed, p);
+  Packed pack;
   for (int i = 0; i < VEC; ++i) from_float(v[i], &pack.value[i]);
-  *reinterpret_cast<Pack<T, VEC>*>(p) = pack;
+  *reinterpret_cast<Packed*>(p) = pack;
 }
 
 template <int VEC>
@@ -80,11 +91,13 @@ static __global__ void __launch_bounds__(block_threads)
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Of a grid whose threads, or teams of threads, take turns.
+constexpr int64_t most_blocks = CKPT_MOST_BLOCKS;
+
 // Blocks for a loop over `items` in which the grid's threads take turns.
 inline int64_t blocks_for(int64_t items) {
-  constexpr int64_t most = 1 << 16;
   const int64_t blocks = divide_up(items, block_threads);
-  return blocks < most ? blocks : most;
+  return blocks < most_blocks ? blocks : most_blocks;
 }
 
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

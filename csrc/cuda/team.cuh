@@ -60,9 +60,8 @@ struct Team {
 
 // Blocks for a loop in which teams take turns.
 inline int64_t blocks_for_rows(int64_t rows, bool warp) {
-  constexpr int64_t most = 1 << 16;
   const int64_t blocks = warp ? divide_up(rows, block_warps) : rows;
-  return blocks < most ? blocks : most;
+  return blocks < most_blocks ? blocks : most_blocks;
 }
 
 }  // namespace ckpt

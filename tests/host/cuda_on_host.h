@@ -1,8 +1,9 @@
 // Enough of CUDA for the kernels of csrc/cuda to run on the CPU: the threads of a block are fibers that hand over to
-// one another at each barrier and shuffle. Blocks run one after the other.
+// one another at each barrier and shuffle. A warp runs on to its next barrier before the next warp begins, which is
+// when a barrier that is missing shows most. Blocks run one after the other.
 //
-// A barrier that not every live thread reaches is an error here, as is a shuffle that a lane of the warp misses; on
-// a GPU either might pass unseen.
+// A barrier that not every live thread reaches is an error here, as is a shuffle that a lane of the warp misses, and an
+// access of several elements that is not aligned; on a GPU some of these might pass unseen.
 #pragma once
 
 #include <math.h>
@@ -10,6 +11,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <exception>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -41,24 +43,21 @@ class BlockOfFibers {
     }
   }
 
-  // Runs every thread to its next stop, again and again, until all have returned.
+  // Runs every warp to its next barrier, again and again, until all threads have returned.
   void run() {
     current_block = this;
     for (;;) {
       unsigned live = 0, at_barrier = 0;
-      for (unsigned i = 0; i < fibers_.size(); ++i) {
-        if (fibers_[i].done) continue;
-        running_ = i;
-        threadIdx.x = i;
-        swapcontext(&scheduler_, &fibers_[i].context);
-        if (fibers_[i].done) continue;
-        ++live;
-        at_barrier += fibers_[i].stop == Stop::barrier;
+      for (size_t warp = 0; warp < fibers_.size(); warp += warp_threads) {
+        while (run_warp(warp)) {
+        }
+      }
+      for (const Fiber& fiber : fibers_) {
+        live += !fiber.done;
+        at_barrier += !fiber.done && fiber.stop == Stop::barrier;
       }
       if (live == 0) return;
-      if (at_barrier != 0 && at_barrier != live)
-        throw std::runtime_error("not every thread of a block is at its barrier");
-      check_warps();
+      if (at_barrier != live) throw std::runtime_error("not every thread of a block is at its barrier");
     }
   }
 
@@ -84,11 +83,16 @@ class BlockOfFibers {
     bool done = false;
     Stop stop = Stop::none;
   };
-  static constexpr size_t stack_bytes = 64 << 10;
+  static constexpr size_t stack_bytes = 64 << 10, warp_threads = 32;
 
   static void start() {
     BlockOfFibers* block = current_block;
-    block->body_();
+    // An exception may not leave a fiber's stack.
+    try {
+      block->body_();
+    } catch (...) {
+      block->error_ = std::current_exception();
+    }
     block->fibers_[block->running_].done = true;
   }
 
@@ -99,17 +103,24 @@ class BlockOfFibers {
     fibers_[self].stop = Stop::none;
   }
 
-  void check_warps() const {
-    for (size_t warp = 0; warp < fibers_.size(); warp += 32) {
-      unsigned shuffling = 0, size = 0;
-      for (size_t i = warp; i < warp + 32 && i < fibers_.size(); ++i, ++size)
-        shuffling += !fibers_[i].done && fibers_[i].stop == Stop::shuffle;
-      if (shuffling != 0 && shuffling != size) throw std::runtime_error("not every lane of a warp is at its shuffle");
+  // Runs each lane of a warp to its next stop; whether that was a shuffle, after which the warp goes on.
+  bool run_warp(size_t warp) {
+    unsigned shuffling = 0, size = 0;
+    for (size_t i = warp; i < warp + warp_threads && i < fibers_.size(); ++i, ++size) {
+      if (fibers_[i].done) continue;
+      running_ = unsigned(i);
+      threadIdx.x = unsigned(i);
+      swapcontext(&scheduler_, &fibers_[i].context);
+      if (error_) std::rethrow_exception(error_);
+      shuffling += !fibers_[i].done && fibers_[i].stop == Stop::shuffle;
     }
+    if (shuffling != 0 && shuffling != size) throw std::runtime_error("not every lane of a warp is at its shuffle");
+    return shuffling != 0;
   }
 
   std::function<void()> body_;
   std::vector<Fiber> fibers_;
+  std::exception_ptr error_;
   ucontext_t scheduler_;
   unsigned running_ = 0;
 };
@@ -119,6 +130,17 @@ inline void __syncthreads() { BlockOfFibers::current_block->barrier(); }
 inline float __shfl_xor_sync(unsigned, float value, int lane) {
   return BlockOfFibers::current_block->shuffle_xor(value, lane);
 }
+
+// Called before each access of several elements at once, which a GPU can only make where they are aligned as their
+// type.
+template <class Pack, class T>
+void check_alignment(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(Pack)) throw std::runtime_error("an access is not aligned");
+}
+#define CKPT_CHECK_ALIGNMENT(Pack, p) check_alignment<Pack>(p)
+
+// Few enough blocks that threads of the grid take second turns.
+#define CKPT_MOST_BLOCKS 2
 
 // Stands in for a kernel launch.
 struct HostLaunch {

@@ -1,0 +1,38 @@
+"""Results so large that they are written past the caches, which takes rows that are aligned."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ckpt_kernels import functional as F
+
+from .conftest import DEVICE
+
+# In float32 more than the 16 MiB from which on results are streamed.
+ROWS = 4200
+BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rms_norm": lambda x: F.rms_norm(x, x.shape[1]),
+    "add_rms_norm": lambda x: F.add_rms_norm(x, x.detach(), x.shape[1], activation="silu")[0],
+    "bias_act": lambda x: F.bias_act(x, activation="silu"),
+    "glu": lambda x: F.glu(x, x.detach()),
+    "batch_norm": lambda x: F.batch_norm(x, x.detach()[0], x.detach()[1].square(), activation="silu"),
+}
+
+
+@pytest.mark.parametrize("columns", [1001, 1024], ids=["rows at any address", "aligned rows"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_large_results_are_those_of_their_rows(block: str, columns: int) -> None:
+    """To the bit: what is made of a row does not depend on how many there are."""
+    x = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        y = BLOCKS[block](x)
+        return y, torch.autograd.grad(y, x, x.detach())[0]
+
+    # The first rows are in both, because a batch norm's statistics are made of them.
+    some = torch.cat([torch.arange(40), torch.arange(ROWS - 7, ROWS)]).to(DEVICE)
+    for whole, part in zip(run(x), run(x[some]), strict=True):
+        assert torch.equal(whole[some], part)
