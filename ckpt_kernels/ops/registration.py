@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import recompute
+from .pinned import pinned
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _library = torch.library.Library("ckpt_kernels", "DEF")
@@ -45,6 +46,7 @@ class Op:
     ) -> None:
         name = schema.partition("(")[0]
         qualified = f"ckpt_kernels::{name}"
+        setup_context, backward = pinned(setup_context, backward)
         _library.define(schema)
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
