@@ -124,16 +124,15 @@ def _inspect(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET"):
         print("inspect needs Triton, and TRITON_INTERPRET not set: its compiler runs here", file=sys.stderr)
         return 2
-    arch = options.arch.removeprefix("sm_")
     usages = []
-    for usage in inspect.triton_kernels(arch, options.columns):
+    for usage in inspect.triton_kernels(options.arch, options.columns):
         usages.append(usage)
         if sys.stderr.isatty():
             print(f"\r{len(usages)} kernels, {usage.columns} columns", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     libraries = inspect.cuda_library()
-    print(inspect.report(usages, libraries, arch))
+    print(inspect.report(usages, libraries, options.arch))
     if options.json:
         pathlib.Path(options.json).write_text(inspect.to_json(usages, libraries))
     return 0 if all(usage.sound for usage in usages) else 1
