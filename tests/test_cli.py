@@ -1,15 +1,20 @@
 """The command line: what it makes of a user's function, what it says before it runs, what it prints."""
 
+import argparse
+import dataclasses
 import importlib.util
 import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from ckpt_kernels import cli, convert
+from ckpt_kernels import check, cli, convert
 
-from .test_backends import run
+from .test_backends import ROOT, run
 
 
 class Block(nn.Module):
@@ -136,3 +141,71 @@ def test_a_missing_matplotlib_is_said_before_the_run(
 def test_nothing_of_the_profiler_is_printed() -> None:
     done = run("-m", "ckpt_kernels.cli", "memory", "tests.test_cli:one_tensor")
     assert done.returncode == 0 and "rofiler" not in done.stdout + done.stderr and done.stderr == ""
+
+
+def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
+    """What the benchmarks make of their arguments."""
+    pytest.importorskip("rich", reason="rich is not installed")
+    from benchmarks import __main__ as benchmarks
+
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    return benchmarks.arguments()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--case", "nothing"), r"--case is 'nothing'; the blocks are layer_norm.*rms_norm\+silu"),
+        (("--dtype", "int8"), r"'int8' \(choose from .*float32.*bfloat16.*float16"),
+        (("--shape", "4096*4"), r"'4096\*4' is no shape; expected numbers with x between them, as in 4096x1024"),
+        (("--case", "batch_norm", "--shape", "4096x4"), r"--shape has 2 dimensions; these blocks take 4"),
+    ],
+)
+def test_benchmarks_list_what_exists(
+    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        options(monkeypatch, *arguments)
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_benchmarks_take_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = options(monkeypatch, "--shape", "33x400", "--dtype", "float16")
+    from benchmarks import __main__ as benchmarks
+
+    planned = list(benchmarks.plan("cpu", found))
+    assert {(setting.label, dtype) for _, setting, dtype in planned} == {("33x400", torch.float16)}
+    assert all(case.ours(*case.operands(setting, dtype, "cpu")) for case, setting, dtype in planned)
+    images = benchmarks.plan("cpu", options(monkeypatch, "--shape", "2x6x5x7", "--case", "batch_norm"))
+    assert {setting.label for _, setting, _ in images} == {"2x6x5x7", "2x6x5x7 channels last"}
+
+
+def test_benchmarks_say_when_a_run_was_too_noisy() -> None:
+    pytest.importorskip("rich", reason="rich is not installed")
+    from benchmarks import report
+
+    calm, wide = ([{"spread": spread, "times_floor": 1.0}] * 4 for spread in (0.02, 0.5))
+    assert report.noise(calm) == [] and report.noise([]) == []
+    (said,) = report.noise(calm + wide)
+    assert said.startswith("TOO NOISY TO MEAN ANYTHING: of 8 figures 4 spread")
+
+
+def test_benchmarks_say_what_is_missing_before_they_run() -> None:
+    for missing in ("rich", "matplotlib"):
+        program = (
+            "import importlib.util, runpy, sys\n"
+            "find = importlib.util.find_spec\n"
+            f"importlib.util.find_spec = lambda name, *a: None if name == {missing!r} else find(name, *a)\n"
+            "sys.argv = ['-m']\n"
+            "runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1
+        assert done.stderr.strip() == f"the benchmarks need {missing}: pip install 'ckpt-kernels[bench]'"
+
+
+def test_convert_check_says_when_its_times_mean_nothing() -> None:
+    report = convert(model())
+    found = check.Check(report, "training", [], [], (2, 1), (2, 1), (1.0, 0.5), 0.4)
+    assert "too noisy for the times to mean anything: steps spread by 40%" in str(found)
+    assert "too noisy" not in str(dataclasses.replace(found, noise=0.05))
