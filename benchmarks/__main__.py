@@ -6,7 +6,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ NOTE = (
     "only the overhead of a call is seen, and there is no floor to compare with. GB/s are of those bytes, too."
 )
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def arguments() -> argparse.Namespace:
     parser = start.parser("benchmarks", __doc__)
@@ -32,14 +34,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="counted turns of each provider (default: 12; quick: 7)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="measure nothing new after this long")
     parser.add_argument("--case", default="", help="only blocks whose name contains this")
-    parser.add_argument("--shape", default="", help="only shapes that contain this, as they are printed: 4096x1024")
-    parser.add_argument("--dtype", default="", help="only dtypes whose name contains this")
+    parser.add_argument("--shape", type=_shape, metavar="AxB", help="this shape, of as many dimensions as blocks take")
+    parser.add_argument("--dtype", choices=DTYPES, help="this dtype alone")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--max-autotune", action="store_true", help="torch.compile in that mode too")
     parser.add_argument("--baseline", type=pathlib.Path, metavar="FILE", help="a results.json to compare with")
     options = parser.parse_args()
     options.rounds = options.rounds or (7 if options.quick else 12)
     options.no_compile |= options.quick
+    named = [case for case in CASES if options.case in case.name]
+    if not named:
+        parser.error(f"--case is {options.case!r}; the blocks are {', '.join(case.name for case in CASES)}")
+    if options.shape and not any(map(_takes(options.shape), named)):
+        found = sorted({len(case.cpu[0].shape) for case in named})
+        parser.error(f"--shape has {len(options.shape)} dimensions; these blocks take {' or '.join(map(str, found))}")
     try:
         options.before = baseline.read(options.baseline) if options.baseline else []
     except (OSError, ValueError) as error:
@@ -47,21 +55,38 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; expected numbers with x between them, as in 4096x1024")
+    return shape
+
+
+def _takes(shape: tuple[int, ...]) -> Callable[[Case], bool]:
+    return lambda case: len(case.cpu[0].shape) == len(shape)
+
+
 def plan(device: str, options: argparse.Namespace) -> Iterator[tuple[Case, Setting, torch.dtype]]:
     """What is measured, in the order of the report."""
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
+    if options.dtype:
+        dtypes = (getattr(torch, options.dtype),)
     for family in dict.fromkeys(case.family for case in CASES):
         cases = [case for case in CASES if case.family == family and options.case in case.name]
         settings = {case.name: _settings(case, device, options) for case in cases}
         for dtype, setting in itertools.product(dtypes, dict.fromkeys(itertools.chain(*settings.values()))):
-            if options.shape not in setting.label or options.dtype not in str(dtype):
-                continue
             # What a call costs does not depend on the dtype.
             if not setting.small or dtype == dtypes[0]:
                 yield from ((case, setting, dtype) for case in cases if setting in settings[case.name])
 
 
 def _settings(case: Case, device: str, options: argparse.Namespace) -> list[Setting]:
+    if options.shape:
+        layouts = dict.fromkeys(setting.channels_last for setting in case.settings(device))
+        return [Setting(options.shape, layout) for layout in layouts] if _takes(options.shape)(case) else []
     found = [setting for setting in case.settings(device) if options.full or not setting.full]
     return found[:1] if options.quick else found
 
@@ -139,9 +164,6 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     notes = [NOTE]
     todo = list(plan(device, options))
-    if not todo:
-        console.print("no block, shape and dtype fit --case, --shape and --dtype together")
-        return 2
     with start.progress(console) as progress:
         task = progress.add_task("measuring", total=len(todo))
         begun = time.monotonic()
@@ -154,6 +176,7 @@ def main() -> int:
             results += measured(case, setting, dtype, device, options)
             progress.advance(task)
     printed(console, results)
+    notes += report.noise(results)
     for note in notes[1:]:
         console.print(note)
     report.write(options.out, about, results, notes)

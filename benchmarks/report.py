@@ -68,6 +68,8 @@ COLUMNS = [
     "peak MiB",
 ]
 
+WIDE_SPREAD = 0.15
+
 MEANS_COLUMNS = ["blocks", "dtype", "cases", "eager", "torch.compile"]
 
 
@@ -87,6 +89,19 @@ def means(results: list[dict[str, Any]]) -> list[list[str]]:
             figures = [f"{statistics.geometric_mean(times):.2f}x" if times else "-" for times in ratios.values()]
             found.append([name, dtype, str(len(tables)), *figures])
     return found
+
+
+def noise(results: list[dict[str, Any]]) -> list[str]:
+    """A sentence if the machine was too busy for the figures to mean anything: a quarter of them or more spread widely
+    from turn to turn. Calls on the smallest shapes are left out."""
+    spreads = [result["spread"] for result in results if result["times_floor"]]
+    wide = sum(spread > WIDE_SPREAD for spread in spreads)
+    if not spreads or wide * 4 < len(spreads):
+        return []
+    return [
+        f"TOO NOISY TO MEAN ANYTHING: of {len(spreads)} figures {wide} spread by more than {WIDE_SPREAD:.0%} from turn "
+        "to turn, half of what lies between the quartiles. Run it again on a machine that does nothing else."
+    ]
 
 
 def _by_block(results: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:

@@ -4,12 +4,24 @@
 - `functional`: the blocks as functions. `nn`: the same as drop-in modules.
 - `recompute.discard_outputs`: whatever reads a block's output keeps a recipe for it instead.
 - `memory.saved_bytes`: what a call keeps for backward.
-- `use_backend`: choose between the Triton, native (C++ and CUDA) and reference implementations.
+- `use_backend` (in a `with`), `set_backend` (for the process): choose between the Triton, native (C++ and CUDA) and
+  reference implementations.
 """
 
 from . import functional, memory, nn, recompute
-from .backends import use_backend
+from .backends import set_backend, use_backend
 from .convert import convert, is_converted, revert
 from .version import __version__
 
-__all__ = ["__version__", "convert", "functional", "is_converted", "memory", "nn", "recompute", "revert", "use_backend"]
+__all__ = [
+    "__version__",
+    "convert",
+    "functional",
+    "is_converted",
+    "memory",
+    "nn",
+    "recompute",
+    "revert",
+    "set_backend",
+    "use_backend",
+]

@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from . import memory
 from .convert import Report, convert, revert
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
+# Times that spread more than that from step to step are not worth comparing.
+WIDE_SPREAD = 0.15
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Errors:
 @dataclass(frozen=True)
 class Check:
     """What `check` found at one level. Pairs are (as it is, converted): bytes kept, bytes at the peak of a step, its
-    seconds. `changed` says what the converted model does that the model does not, other than rounding; [] is well."""
+    seconds. `noise` is how far steps spread in time, half of what lies between the quartiles over the median, of the
+    one that spreads more. `changed` says what the converted model does that the model does not, other than rounding; []
+    is well."""
 
     report: Report
     mode: str
@@ -49,6 +53,7 @@ class Check:
     kept: tuple[int, int]
     peak: tuple[int, int]
     seconds: tuple[float, float]
+    noise: float
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as data."""
@@ -76,7 +81,10 @@ class Check:
         ):
             ratio = f"{after / before:.2f}" if before else "-"
             rows.append((name, f"{before / scale:.2f} {unit}", f"{after / scale:.2f} {unit}", ratio))
-        return "\n".join(lines + _columns(rows))
+        lines += _columns(rows)
+        if self.noise > WIDE_SPREAD:
+            lines.append(f"  too noisy for the times to mean anything: steps spread by {self.noise:.0%}")
+        return "\n".join(lines)
 
 
 def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns: int = 5) -> Check:
@@ -116,7 +124,14 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         for which, m in enumerate((plain, twin)):
             seconds[which].append(_timed(m, inputs, device))
     medians = statistics.median(seconds[0]), statistics.median(seconds[1])
-    return Check(report, mode, errors, changed, kept, peak, medians)
+    return Check(report, mode, errors, changed, kept, peak, medians, max(map(_spread, seconds)))
+
+
+def _spread(times: Sequence[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / middle
 
 
 # What a run does

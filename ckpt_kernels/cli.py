@@ -1,17 +1,18 @@
 """The command `ckpt-kernels`."""
 
 import argparse
-import importlib
+import copy
 import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from . import check, doctor, inspect, memory
+from .convert import convert, is_converted, revert
 from .functional.linear import RECOMPUTE
 from .inspect import ARCHITECTURES, COLUMNS
+from .target import BadTarget, built
 from .version import __version__
 
 
@@ -25,6 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     kept = commands.add_parser("memory", help="what a model keeps for backward, by module")
     _add_target(kept)
+    kept.add_argument(
+        "--convert", choices=RECOMPUTE, metavar="LEVEL", help=f"beside itself converted: {', '.join(RECOMPUTE)}"
+    )
+    kept.add_argument(
+        "--depth",
+        type=int,
+        metavar="N",
+        help="by the modules whose names have N parts (default: each, equal ones once)",
+    )
     kept.add_argument("--png", metavar="FILE", help="draw the table there")
     kept.add_argument("--json", metavar="FILE", help="write the report there as data")
     compared = commands.add_parser(
@@ -46,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # torch's profiler, which finds the peak, prints of each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
+        print("--png needs matplotlib: pip install 'ckpt-kernels[bench]', or matplotlib itself", file=sys.stderr)
+        return 2
     if options.command == "inspect":
         return _inspect(options)
     try:
@@ -53,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _memory(options)
         if options.command == "convert-check":
             return _convert_check(options)
-    except _BadTarget as error:
+    except BadTarget as error:
         print(error, file=sys.stderr)
         return 2
     text, well = doctor.report()
@@ -65,24 +78,34 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         metavar="MODULE:CALLABLE",
-        help="a function without arguments that returns (model, inputs): a module, and a tuple of what it is called "
-        "with, or a dict of it by name",
+        help="a function without arguments that returns (model, inputs): a module, and what it is called with: a "
+        "tensor, a tuple of several inputs, or a dict of them by name",
     )
 
 
 def _memory(options: argparse.Namespace) -> int:
-    model, inputs = _built(options.target)
-    report = memory.report(model, **inputs) if isinstance(inputs, dict) else memory.report(model, *inputs)
-    print(report)
+    model, inputs = built(options.target)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    if options.convert or any(map(is_converted, model.modules())):
+        eager = copy.deepcopy(model)
+        revert(eager)
+        if options.convert:
+            model = copy.deepcopy(eager)
+            convert(model, recompute=options.convert)
+        title = f"converted, {options.convert}" if options.convert else "converted, as given"
+        report = memory.report_beside(eager, model, ("eager", title), args, kwargs)
+    else:
+        report = memory.report(model, *args, **kwargs)
+    print(report.table(options.depth))
     if options.json:
         report.to_json(options.json)
     if options.png:
-        report.draw(options.png)
+        report.draw(options.png, options.depth)
     return 0
 
 
 def _convert_check(options: argparse.Namespace) -> int:
-    model, inputs = _built(options.target)
+    model, inputs = built(options.target)
     levels = [options.recompute] if options.recompute else list(RECOMPUTE)
     checks = {}
     for level in levels:
@@ -101,40 +124,18 @@ def _inspect(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET"):
         print("inspect needs Triton, and TRITON_INTERPRET not set: its compiler runs here", file=sys.stderr)
         return 2
-    arch = options.arch.removeprefix("sm_")
     usages = []
-    for usage in inspect.triton_kernels(arch, options.columns):
+    for usage in inspect.triton_kernels(options.arch, options.columns):
         usages.append(usage)
         if sys.stderr.isatty():
             print(f"\r{len(usages)} kernels, {usage.columns} columns", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     libraries = inspect.cuda_library()
-    print(inspect.report(usages, libraries, arch))
+    print(inspect.report(usages, libraries, options.arch))
     if options.json:
         pathlib.Path(options.json).write_text(inspect.to_json(usages, libraries))
     return 0 if all(usage.sound for usage in usages) else 1
-
-
-def _built(target: str) -> Any:
-    try:
-        model, inputs = _load(target)()
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise _BadTarget(f"{target} does not give (model, inputs): {error}") from error
-    return model, inputs
-
-
-class _BadTarget(Exception):
-    """A MODULE:CALLABLE that does not give what it should."""
-
-
-def _load(target: str) -> Any:
-    """What MODULE:CALLABLE names; modules are looked for in the current folder too."""
-    module, colon, name = target.partition(":")
-    if not colon:
-        raise ValueError("expected MODULE:CALLABLE")
-    sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module), name)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ _SIZES = {"bf16": 2, "fp32": 4}
 class Processor(NamedTuple):
     """A multiprocessor's limits, and the published bandwidth of the card it is known from, in GB/s.
 
-    From NVIDIA's CUDA programming guide (compute capabilities) and data sheets.
+    From NVIDIA's CUDA programming guide (compute capabilities), AMD's of CDNA 3, and data sheets. `reserved` is what
+    the system takes of the shared memory of each block.
     """
 
     card: str
@@ -36,15 +37,21 @@ class Processor(NamedTuple):
     warps: int
     blocks: int
     shared: int
+    registers: int = 65536
+    warp: int = 32
+    reserved: int = 1024
 
 
 _PROCESSORS = {
-    "80": Processor("A100 80 GB SXM", 2039, 64, 32, 164 << 10),
-    "90": Processor("H100 SXM", 3350, 64, 32, 228 << 10),
-    "100": Processor("B200", 8000, 64, 32, 228 << 10),
+    "sm_80": Processor("A100 80 GB SXM", 2039, 64, 32, 164 << 10),
+    "sm_86": Processor("GeForce RTX 3090", 936, 48, 16, 100 << 10),
+    "sm_89": Processor("GeForce RTX 4090", 1008, 48, 24, 100 << 10),
+    "sm_90": Processor("H100 SXM", 3350, 64, 32, 228 << 10),
+    "sm_100": Processor("B200", 8000, 64, 32, 228 << 10),
+    "sm_120": Processor("GeForce RTX 5090", 1792, 48, 24, 100 << 10),
+    "gfx942": Processor("Instinct MI300X", 5300, 32, 32, 64 << 10, registers=131072, warp=64, reserved=0),
 }
-ARCHITECTURES = tuple(f"sm_{arch}" for arch in _PROCESSORS)
-_REGISTERS = 65536
+ARCHITECTURES = tuple(_PROCESSORS)
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,9 @@ class Usage:
     """One kernel, compiled.
 
     `stack` and `local` are bytes of spills a thread; `widths` those of its global accesses; `instructions` those of its
-    PTX. `tensors` is what its code reads and writes, once through and in accesses of 16 bytes, in tensors of the tile's
-    size, weights and partial sums included, and `floor` how many of its operands are that large. `occupancy` is the
-    share of a multiprocessor's warps that its registers and shared memory leave room for.
+    PTX, or of an AMD kernel's assembly. `tensors` is what its code reads and writes, once through and in accesses of 16
+    bytes, in tensors of the tile's size, weights and partial sums included, and `floor` how many of its operands are
+    that large. `occupancy` is the share of a multiprocessor's warps that registers and shared memory leave room for.
     """
 
     name: str
@@ -80,20 +87,25 @@ class Usage:
 def triton_kernels(arch: str, columns: Sequence[int] = COLUMNS) -> Iterator[Usage]:
     """Every kernel that the launch tables choose for rows of these lengths, in bfloat16 and float32.
 
-    `arch` is a compute capability without its dot: "80", "90", "100". Raises ValueError for another, and ImportError
-    where Triton is not installed.
+    `arch` is one of ARCHITECTURES. Raises ValueError for another, and ImportError where Triton is not installed.
     """
     if arch not in _PROCESSORS:
         raise ValueError(f"arch is {arch!r}; expected one of {', '.join(_PROCESSORS)}")
-    from triton.backends.compiler import GPUTarget
-
     from .backends.triton.variants import variants
 
-    target = GPUTarget("cuda", int(arch), 32)
+    target = _target(arch)
     for length in columns:
         for variant in variants(length):
             for dtype in _SIZES:
                 yield _usage(variant, dtype, length, compile_variant(variant, dtype, target), _PROCESSORS[arch])
+
+
+def _target(arch: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), _PROCESSORS[arch].warp)
+    return GPUTarget("hip", arch, _PROCESSORS[arch].warp)
 
 
 def compile_variant(variant: "Variant", dtype: str, target: Any) -> Any:
@@ -126,7 +138,18 @@ def compile_variant(variant: "Variant", dtype: str, target: Any) -> Any:
     return triton.compile(source, target=target, options={"num_warps": variant.tile.warps})
 
 
-def _usage(variant: "Variant", dtype: str, columns: int, compiled: Any, processor: Processor) -> Usage:
+class _Binary(NamedTuple):
+    """What is read from a compiled kernel; `widths` has the bytes of every access of global memory."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    widths: list[int]
+    instructions: int
+
+
+def _of_nvidia(compiled: Any) -> _Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -134,28 +157,52 @@ def _usage(variant: "Variant", dtype: str, columns: int, compiled: Any, processo
     code = compiled.asm["ptx"]
     accesses = re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", code)
     widths = [int(count or 1) * int(bits) // 8 for count, bits in accesses]
+    instructions = len(re.findall(r"^\s+(?!\.)[^/\n]*;", code, re.MULTILINE))
+    return _Binary(used["REG"], used["STACK"], used["LOCAL"], used["SHARED"], widths, instructions)
+
+
+def _of_amd(compiled: Any) -> _Binary:
+    code = compiled.asm["amdgcn"]
+    used = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", code)}
+    sizes = {"dword": 4, "short": 2, "ushort": 2, "sshort": 2, "byte": 1, "ubyte": 1, "sbyte": 1}
+    accesses = re.findall(
+        r"^\s+(?:global|buffer|flat)_(?:load|store)_(dword|[su]?(?:short|byte))(?:x(\d))?", code, re.MULTILINE
+    )
+    widths = [sizes[kind] * int(count or 1) for kind, count in accesses]
+    return _Binary(
+        used["vgpr_count"],
+        used["private_segment_fixed_size"],
+        4 * used["vgpr_spill_count"],
+        compiled.metadata.shared,
+        widths,
+        len(re.findall(r"^\t[a-z]\w+", code, re.MULTILINE)),
+    )
+
+
+def _usage(variant: "Variant", dtype: str, columns: int, compiled: Any, processor: Processor) -> Usage:
+    binary = _of_nvidia(compiled) if "cubin" in compiled.asm else _of_amd(compiled)
     warps, tile = variant.tile.warps, variant.tile.rows * variant.tile.block
     return Usage(
         variant.name,
         dtype,
         columns,
         warps,
-        used["REG"],
-        used["STACK"],
-        used["LOCAL"],
-        used["SHARED"],
-        tuple(sorted(set(widths))),
-        len(re.findall(r"^\s+(?!\.)[^/\n]*;", code, re.MULTILINE)),
-        16 * widths.count(16) * 32 * warps / (tile * _SIZES[dtype]),
+        binary.registers,
+        binary.stack,
+        binary.local,
+        binary.shared,
+        tuple(sorted(set(binary.widths))),
+        binary.instructions,
+        16 * binary.widths.count(16) * processor.warp * warps / (tile * _SIZES[dtype]),
         len(_LARGE.intersection(variant.kernel.arg_names) - set(variant.absent)),
-        _occupancy(warps, used["REG"], used["SHARED"], processor),
+        _occupancy(warps, binary.registers, binary.shared, processor),
     )
 
 
 def _occupancy(warps: int, registers: int, shared: int, processor: Processor) -> float:
     """Registers are given out to warps in units of 256, a thread's in units of 8."""
-    by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32) // warps
-    by_shared = processor.shared // (shared + 1024)
+    by_registers = processor.registers // (-(-registers // 8) * 8 * processor.warp) // warps
+    by_shared = processor.shared // max(shared + processor.reserved, 1)
     blocks = min(by_registers, by_shared, processor.warps // warps, processor.blocks)
     return blocks * warps / processor.warps
 
@@ -226,7 +273,11 @@ def report(usages: Sequence[Usage], libraries: Sequence[Library], arch: str) -> 
     bad = [usage for usage in usages if not usage.sound]
     lines += [
         "",
-        f"{len(usages)} kernels for sm_{arch}, of which {len(bad)} spill or have no accesses of 16 bytes.",
+        f"{len(usages)} kernels for {arch}, of which {len(bad)} spill or have no accesses of 16 bytes.",
+        "columns: the length of a row. warps: of a block. registers: of a thread. spills: bytes of a thread that",
+        "registers had no room for, which should be 0. shared: bytes of a block. occupancy: the share of a",
+        "multiprocessor's warps that registers and shared memory leave room for. instructions: of the code, before the",
+        "assembler. accesses: the widths in bytes of those of global memory, of which 16 should be one.",
         "tensors: what the code reads and writes, once through and in accesses of 16 bytes, as tensors of the tile's",
         "size; weights, which all programs share, and partial sums are in it. floor: operands of that size.",
         f"estimate, not measured: what the floor takes for 2**26 elements at the published bandwidth of a "

@@ -10,11 +10,12 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import memory_table
 from .recompute import discard_outputs
 
 
@@ -163,7 +164,7 @@ def allocations(fn: Callable[[], Any]) -> list[int]:
 
 @dataclass(frozen=True)
 class ModuleMemory:
-    """Bytes that a module keeps itself, and those that it keeps within `discard_outputs`."""
+    """Bytes that a module keeps itself, and those that it keeps within `discard_outputs`, or converted."""
 
     name: str
     kind: str
@@ -176,7 +177,7 @@ class Report:
     """What a model's forward pass keeps, and the peak of a forward and backward pass; as data, as text, as a picture.
 
     Peaks are of what the passes make: activations, gradients, and what is in between. `discarding` is the same within
-    `recompute.discard_outputs`.
+    `recompute.discard_outputs`, or of whatever was measured beside it: `titles` says what the two are.
     """
 
     saved: int
@@ -185,6 +186,12 @@ class Report:
     discarding_peak: int
     modules: list[ModuleMemory]
     tensors: list[SavedTensor]
+    titles: tuple[str, str] = ("kept", "within discard_outputs")
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether every module keeps the same both times."""
+        return all(module.saved == module.discarding for module in self.modules)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -193,47 +200,27 @@ class Report:
         pathlib.Path(path).write_text(json.dumps(self.as_dict(), indent=1))
 
     def __str__(self) -> str:
-        rows = [("module", "", "kept", "discarding")]
-        rows += [(m.name or "(whole)", m.kind, _size(m.saved), _size(m.discarding)) for m in self.modules]
-        rows.append(("kept for backward", "", _size(self.saved), _size(self.discarding)))
-        rows.append(("peak, forward and backward", "", _size(self.peak), _size(self.discarding_peak)))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {saved:>{widths[2]}}  {discarding:>{widths[3]}}".rstrip()
-            for name, kind, saved, discarding in rows
-        ]
-        rule = "-" * max(map(len, lines))
-        shared = sum(tensor.counted == 0 for tensor in self.tensors)
-        note = f"{len(self.tensors)} tensors are kept, of which {shared} share the memory of another."
-        return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:], "", note])
+        return self.table()
 
-    def draw(self, path: str | pathlib.Path, most: int = 30) -> None:
-        """A PNG: a pair of bars for each of the modules that keep most. Needs matplotlib."""
-        import matplotlib
+    def table(self, depth: int | None = None) -> str:
+        """As text, with equal layers in one row; with a `depth`, by the modules of so many parts of a name."""
+        return memory_table.text(self, depth)
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+    def draw(self, path: str | pathlib.Path, depth: int | None = None, most: int = 15) -> None:
+        """A PNG: bars for the rows of the table that keep most. Needs matplotlib."""
+        memory_table.draw(self, path, depth, most)
 
-        chosen = sorted(self.modules, key=lambda m: m.saved, reverse=True)[:most]
-        shown = [m for m in self.modules if m in chosen]
-        figure, axis = plt.subplots(figsize=(10, 1.6 + 0.36 * len(shown)), layout="constrained")
-        places = range(len(shown))
-        for offset, attribute, color in ((-0.2, "saved", "tab:blue"), (0.2, "discarding", "tab:orange")):
-            values = [getattr(m, attribute) / 2**20 for m in shown]
-            total = getattr(self, attribute)
-            label = f"{'as it is' if attribute == 'saved' else 'within discard_outputs'}: {_size(total)} in all"
-            bars = axis.barh([place + offset for place in places], values, 0.38, label=label, color=color)
-            axis.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
-        axis.set_yticks(places, [f"{m.name or '(whole)'}  {m.kind}" for m in shown], fontsize=8)
-        axis.invert_yaxis()
-        axis.margins(x=0.1)
-        axis.set_xlabel("kept for backward, MiB")
-        left_out = len(self.modules) - len(shown)
-        axis.set_title("Kept by module" + (f" ({left_out} that keep less are not shown)" if left_out else ""))
-        axis.grid(axis="x", alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
+
+class _Measured(NamedTuple):
+    tensors: list[SavedTensor]
+    peak: int
+
+    @property
+    def saved(self) -> int:
+        return sum(tensor.counted for tensor in self.tensors)
+
+    def by(self, module: str) -> int:
+        return sum(tensor.counted for tensor in self.tensors if tensor.module == module)
 
 
 def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
@@ -243,16 +230,30 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     two backward passes, from the sum of all outputs; gradients that the parameters have are left as they are, but
     batch statistics and random numbers move on.
     """
-    discarding = discard_outputs()(model.forward)
-    plain_tensors = saved_tensors(model, *inputs, **kwargs)
-    with _replaced_forward(model, discarding):
-        fewer_tensors = saved_tensors(model, *inputs, **kwargs)
-    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
-    modules = []
-    for name, kind in kinds.items():
-        saved, fewer = (sum(t.counted for t in ts if t.module == name) for ts in (plain_tensors, fewer_tensors))
-        if saved or fewer:
-            modules.append(ModuleMemory(name, kind, saved, fewer))
+    plain = _measured(model, inputs, kwargs)
+    with _replaced_forward(model, discard_outputs()(model.forward)):
+        discarding = _measured(model, inputs, kwargs)
+    return _reported(model, plain, discarding)
+
+
+def report_beside(
+    model: nn.Module, other: nn.Module, titles: tuple[str, str], inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Report:
+    """The same of two models with the same names of modules, such as one that `convert` made of the other."""
+    measured = [_measured(each, inputs, kwargs) for each in (model, other)]
+    return _reported(model, *measured, titles=titles)
+
+
+def _reported(model: nn.Module, first: _Measured, second: _Measured, **titles: Any) -> Report:
+    modules = [
+        ModuleMemory(name, type(module).__name__, first.by(name), second.by(name))
+        for name, module in model.named_modules()
+    ]
+    kept = [module for module in modules if module.saved or module.discarding]
+    return Report(first.saved, second.saved, first.peak, second.peak, kept, first.tensors, **titles)
+
+
+def _measured(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Measured:
     wanted = [p for p in model.parameters() if p.requires_grad]
     wanted += [t for t in tensors_in((inputs, kwargs)) if t.requires_grad]
     device = next((t.device for t in (*model.parameters(), *tensors_in((inputs, kwargs)))), torch.device("cpu"))
@@ -262,11 +263,7 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
         if outputs and wanted:
             torch.autograd.grad(sum(t.float().sum() for t in outputs), wanted, allow_unused=True)
 
-    peak = peak_bytes(step, device)
-    with _replaced_forward(model, discarding):
-        discarding_peak = peak_bytes(step, device)
-    totals = [sum(t.counted for t in tensors) for tensors in (plain_tensors, fewer_tensors)]
-    return Report(*totals, peak, discarding_peak, modules, plain_tensors)
+    return _Measured(saved_tensors(model, *inputs, **kwargs), peak_bytes(step, device))
 
 
 @contextlib.contextmanager
@@ -292,11 +289,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from tensors_in(item)
-
-
-def _size(count: int) -> str:
-    """In MiB; in KiB where that is little."""
-    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.2f} KiB"
 
 
 def _storage(tensor: Tensor) -> int:

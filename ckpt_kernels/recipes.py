@@ -93,68 +93,85 @@ class Foreign(NamedTuple):
         return self.unpack(self.packed)
 
 
+class Made:
+    """A tensor that was made again, in the backward pass and on the stream where it was.
+
+    It is the claims that have not had it that hold it, and nothing else: with the last of them it goes, whether they
+    ask for it or not, and nothing has to run for that. An interrupt finds nothing half done.
+    """
+
+    __slots__ = ("__weakref__", "stream", "value", "where")
+
+    def __init__(self, value: Tensor, where: int) -> None:
+        self.value = value
+        self.where = where
+        self.stream = _stream(value)
+
+    def serves(self, where: int) -> bool:
+        """Whether one who asks in this backward pass, on the stream that is current, may have it."""
+        return self.where == where and self.stream == _stream(self.value)
+
+
 class Recipe:
     """How to make a tensor again: `rebuild(*operands)`; `depth` is how many recipes in a row that takes, with this one.
 
     It is made once in a backward pass for all who ask, and let go of when the last of these has it, or when the pass
-    ends. `claims` counts those who will ask.
+    ends.
     """
 
     def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Cell | None], depth: int) -> None:
         self.depth = depth
-        self.claims = 0
         self._rebuild = rebuild
         self._operands = operands
         self._backend = backends.chosen()
         # Backward passes may run on several threads. Recipes lock in the order of the graph, so they cannot deadlock.
         self._lock = threading.RLock()
-        self._value: Tensor | None = None
-        self._stream: Any = None
-        self._served: set[int] = set()
+        self._made: weakref.ref[Made] | None = None
+        # Who may ask. One that goes takes itself off by a built-in function: Python code could be interrupted.
+        self._claims: set[weakref.ref[Claim]] = set()
 
-    def claim(self) -> None:
-        with self._lock:
-            self.claims += 1
+    def claim(self, claim: "Claim") -> None:
+        self._claims.add(weakref.ref(claim, self._claims.discard))
 
     def serve(self, claim: "Claim") -> Tensor:
+        where = torch._C._current_graph_task_id()
         with self._lock:
-            value = self._value
-            if value is None or self._stream != _stream(value):
-                value = self._make()
-            self._served.add(id(claim))
-            if len(self._served) >= self.claims:
-                self._let_go()
-            elif self._value is None and _at_end_of_backward(weakref.WeakMethod(self._let_go)):
-                self._value, self._stream = value, _stream(value)
-            return value
+            made = None if self._made is None else self._made()
+            if made is None or not made.serves(where):
+                made = Made(self._make(), where)
+                self._made = weakref.ref(made)
+                waiting = [c for c in self._live() if c is not claim and c.served != where]
+                if waiting and _at_end_of_backward(weakref.WeakMethod(self._let_go)):
+                    for other in waiting:
+                        other.made = made
+            claim.served, claim.made = where, None
+            return made.value
 
-    def forget(self, claim: "Claim") -> None:
-        """A claim is gone, served or not."""
-        with self._lock:
-            self.claims -= 1
-            self._served.discard(id(claim))
-            if len(self._served) >= self.claims:
-                self._let_go()
+    def _live(self) -> list["Claim"]:
+        return [claim for reference in list(self._claims) if (claim := reference()) is not None]
 
     def _let_go(self) -> None:
-        self._value = self._stream = None
-        self._served.clear()
+        for claim in self._live():
+            claim.made = None
 
     def _make(self) -> Tensor:
         same_backend = backends.chosen() == self._backend
-        with contextlib.nullcontext() if same_backend else backends.use_backend(self._backend), torch.no_grad():
+        with contextlib.nullcontext() if same_backend else backends.serving(self._backend), torch.no_grad():
             return self._rebuild(*(None if o is None else o.get() for o in self._operands))
 
 
 class Claim:
     """One reader's share of a recipe: the tensor, or a view of it."""
 
-    __slots__ = ("__weakref__", "geometry", "recipe")
+    __slots__ = ("__weakref__", "geometry", "made", "recipe", "served")
 
     def __init__(self, recipe: Recipe, geometry: Geometry | None) -> None:
         self.recipe = recipe
         self.geometry = geometry
-        recipe.claim()
+        # What was made for another, as long as this one may ask for it; and in which backward pass it was served.
+        self.made: Made | None = None
+        self.served = -1
+        recipe.claim(self)
 
     @property
     def depth(self) -> int:
@@ -163,9 +180,6 @@ class Claim:
     def get(self) -> Tensor:
         whole = self.recipe.serve(self)
         return whole if self.geometry is None else whole.as_strided(*self.geometry)
-
-    def __del__(self) -> None:
-        self.recipe.forget(self)
 
 
 class Step(NamedTuple):

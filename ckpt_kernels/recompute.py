@@ -14,7 +14,7 @@ runs in torch; hooks that were there before are called from here for all that is
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -69,6 +69,7 @@ class Discarder:
         self._temporaries = temporaries
         self._entries: dict[int, Entry] = {}
         self._outer = _top_hooks()
+        self.is_closed = False
         # Of the op whose forward is over and whose output is not there yet.
         self.announced: Announcement | None = None
         self.saved: list[tuple[int, Cell]] | None = None
@@ -105,28 +106,25 @@ class Discarder:
 
     def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
         entries = self._entries
-        # Those whose memory was still in use, by a view, when the tensor itself went.
         for key in [key for key, entry in entries.items() if entry.storage.expired()]:
             del entries[key]
         storage = StorageWeakRef(output.untyped_storage())
-
-        def gone(reference: weakref.ref) -> None:
-            entry = entries.get(storage.cdata)
-            if entry is not None and entry.output is reference and torch._C._storage_Use_Count(storage.cdata) <= 1:
-                del entries[storage.cdata]
-
-        entry = Entry(storage, weakref.ref(output, gone), output.dtype, output._version, recipe)
+        entry = Entry(storage, weakref.ref(output), output.dtype, output._version, recipe)
         entries[storage.cdata] = entry
         return entry
 
     def close(self) -> None:
-        """From now on recipes live by their claims alone."""
+        """From now on recipes live by their claims alone, and whatever is saved yet is kept."""
+        self.is_closed = True
         self._entries.clear()
         self.announced = self.saved = None
 
     def pack(self, tensor: Tensor) -> Cell:
+        # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
+        if self.is_closed and _sees_what_is_saved(self):
+            torch._C._autograd._pop_saved_tensors_default_hooks()
         version = tensor._version
-        found = self._recipe_for(tensor)
+        found = None if self.is_closed else self._recipe_for(tensor)
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             cell = Cell(Claim(found, geometry_of(tensor)), self, version, watching(tensor))
         elif self._outer is not None:
@@ -252,7 +250,7 @@ class discard_outputs(contextlib.ContextDecorator):
     def __init__(self, *, products: bool = False, temporaries: bool = False) -> None:
         self._products = products
         self._temporaries = temporaries
-        self._entered: list[torch.autograd.graph.saved_tensors_hooks | None] = []
+        self._entered: list[AbstractContextManager[None] | None] = []
 
     def _recreate_cm(self) -> "discard_outputs":
         return discard_outputs(products=self._products, temporaries=self._temporaries)
@@ -265,20 +263,37 @@ class discard_outputs(contextlib.ContextDecorator):
         if discarding() is not None:
             self._entered.append(None)
             return self
-        discarder = Discarder(self._products, self._temporaries)
-        hooks = torch.autograd.graph.saved_tensors_hooks(discarder.pack, _unpack)
-        hooks.__enter__()
-        self._entered.append(hooks)
-        _active().append(discarder)
+        hooked = _hooked(self._products, self._temporaries)
+        self._entered.append(hooked)
+        hooked.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        hooks = self._entered.pop()
-        if hooks is not None:
-            _active().pop().close()
-            hooks.__exit__(kind, error, trace)
+        hooked = self._entered.pop()
+        if hooked is not None:
+            hooked.__exit__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def _hooked(products: bool, temporaries: bool) -> Iterator[None]:
+    """A discarder at work.
+
+    The end is a mark on the discarder itself, so that it holds wherever this generator is closed: by an interrupt
+    between any two steps, when the last reference to it goes; in another thread, whose own hooks are not touched.
+    """
+    discarder = Discarder(products, temporaries)
+    hooks = torch.autograd.graph.saved_tensors_hooks(discarder.pack, _unpack)
+    try:
+        hooks.__enter__()
+        _active().append(discarder)
+        yield
+    finally:
+        discarder.is_closed = True
+        discarder.close()
+        if _sees_what_is_saved(discarder):
+            hooks.__exit__(None, None, None)
 
 
 class DiscardOutputs(nn.Module):
@@ -314,11 +329,8 @@ def _keep_all_but_blocks(context: Any, op: Any, *args: Any, **kwargs: Any) -> Ch
 
 def discarding() -> Discarder | None:
     """The context that sees what is saved now: the innermost, unless somebody else's hooks are within it."""
-    active = _active()
-    if not active:
-        return None
-    top = _top_hooks()
-    return active[-1] if top is not None and getattr(top[0], "__self__", None) is active[-1] else None
+    innermost = _innermost()
+    return innermost if innermost is not None and _sees_what_is_saved(innermost) else None
 
 
 def announce(announcement: Announcement | None, elementwise: bool = False) -> None:
@@ -326,8 +338,10 @@ def announce(announcement: Announcement | None, elementwise: bool = False) -> No
 
     What an `elementwise` op saves may be a product that runs again, where that was asked for.
     """
-    discarder = _active()[-1]
-    seen = discarding() is not None
+    discarder = _innermost()
+    if discarder is None:
+        return
+    seen = _sees_what_is_saved(discarder)
     discarder.announced = announcement if seen else None
     discarder.saved = [] if seen else None
     discarder.is_elementwise = elementwise and seen
@@ -335,12 +349,21 @@ def announce(announcement: Announcement | None, elementwise: bool = False) -> No
 
 def offer(output: Tensor) -> None:
     """After an op's forward: the output that was announced, which now has its place in the graph."""
-    _active()[-1].offer(output)
+    discarder = _innermost()
+    if discarder is not None:
+        discarder.offer(output)
 
 
 def is_active() -> bool:
     """Whether a context is active on this thread."""
-    return bool(_active())
+    return _innermost() is not None
+
+
+def _innermost() -> Discarder | None:
+    active = _active()
+    while active and active[-1].is_closed:
+        active.pop()
+    return active[-1] if active else None
 
 
 def _active() -> list[Discarder]:
@@ -353,6 +376,12 @@ def _active() -> list[Discarder]:
 
 def _top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _sees_what_is_saved(discarder: Discarder) -> bool:
+    """Whether its hooks are the innermost on this thread."""
+    top = _top_hooks()
+    return top is not None and getattr(top[0], "__self__", None) is discarder
 
 
 def _outlasting(tensor: Tensor) -> Tensor:

@@ -5,12 +5,17 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import ckpt_kernels
-from ckpt_kernels import backends, functional, use_backend
+from ckpt_kernels import backends, functional, set_backend, use_backend
+
+from .interrupts import interrupted_at_every_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(ckpt_kernels.__file__).parent
@@ -41,10 +46,102 @@ def test_use_backend_as_a_context_and_as_a_call() -> None:
             assert backends.selected_name("cpu") == "native"
         assert backends.selected_name("cpu") == "reference"
     assert backends.selected_name("cpu") == before
-    use_backend("reference")
+    set_backend("reference")
     assert backends.selected_name("cpu") == "reference"
-    use_backend("auto")
+    set_backend("auto")
     assert backends.selected_name("cpu") == before
+
+
+def test_nothing_changes_before_the_with_is_entered() -> None:
+    before = backends.chosen()
+    prepared = use_backend("reference")
+    assert backends.chosen() == before
+    for _ in range(2):
+        with prepared:
+            assert backends.chosen() == "reference"
+        assert backends.chosen() == before
+    with pytest.warns(UserWarning, match=r"'reference'\) was not entered.*call set_backend\('reference'\)"):
+        use_backend("reference")
+    assert backends.chosen() == before
+
+
+def test_threads_choose_for_themselves() -> None:
+    """Four, which leave in the order in which they entered, so that each finds the next one inside."""
+    names = ("reference", "native", "auto", "reference")
+    before, barrier = backends.chosen(), threading.Barrier(len(names))
+    seen: list[tuple[str, str]] = []
+
+    def work(index: int, name: str) -> None:
+        context = use_backend(name)
+        for turn in range(2 * len(names)):
+            if turn == index:
+                context.__enter__()
+            if turn == index + len(names):
+                context.__exit__(None, None, None)
+            barrier.wait()
+            inside = index <= turn < index + len(names)
+            seen.append((name if inside else before, backends.chosen()))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(names)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 32 and all(expected == found for expected, found in seen)
+    assert backends.chosen() == before
+
+
+def test_a_with_that_ends_in_another_thread_ends() -> None:
+    def steps() -> Iterator[None]:
+        with use_backend("reference"):
+            yield
+
+    before, generator = backends.chosen(), steps()
+    next(generator)
+    inside = backends.chosen()
+    found: list[str] = []
+
+    def close() -> None:
+        with use_backend("native"):
+            generator.close()
+            found.append(backends.chosen())
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    thread.join()
+    assert (inside, found, backends.chosen()) == ("reference", ["native"], before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_at_any_step_of_a_with_leaves_nothing_behind() -> None:
+    before = backends.chosen()
+
+    def run() -> None:
+        with use_backend("reference"):
+            pass
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in interrupted_at_every_step(run):
+            assert backends.chosen() == before, f"interrupted at step {step}"
+    assert step > 20
+
+
+def test_a_backward_pass_is_served_as_its_forward_pass_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread that knows of no choice, as autograd's own on a GPU."""
+    served: list[str] = []
+    reference = backends.backend_module("reference")
+    for name in ("row_norm_backward", "glu_backward"):
+        inner = getattr(reference, name)
+        monkeypatch.setattr(reference, name, lambda *a, inner=inner, name=name: (served.append(name), inner(*a))[1])
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    with use_backend("reference"):
+        normed = functional.norm_linear(functional.layer_norm(x, 8), 8, None, None, w)
+        loss = functional.glu(normed, normed).sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert sorted(served) == ["glu_backward", "row_norm_backward", "row_norm_backward"]
 
 
 def test_unknown_and_impossible_choices_say_why() -> None:

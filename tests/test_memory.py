@@ -6,9 +6,10 @@ import pathlib
 import pytest
 import torch
 
-from ckpt_kernels import cli, memory, nn, recompute
+from ckpt_kernels import cli, functional, memory, nn, recompute
 
-from .conftest import DEVICE
+from .conftest import DEVICE, serving
+from .test_backends import run
 
 
 class Model(torch.nn.Module):
@@ -118,3 +119,49 @@ def test_rebuilding_does_not_raise_the_peak(level: str) -> None:
     if level != "block":
         # What is not kept is not there at the peak, but for what is made again at that time.
         assert peaks[0] - peaks[1] >= (saved[0] - saved[1]) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_memory_is_no_more_than_eagers(dtype: torch.dtype) -> None:
+    """Of the widest rows, in which the gradients of weights are summed for each thread: torch in the input's dtype, and
+    we in float32."""
+    columns = 65536
+    x = torch.randn(192, columns, dtype=dtype, requires_grad=True)
+    vectors = [torch.ones(columns, requires_grad=True) for _ in range(2)]
+    if dtype == torch.float32:
+        eager = torch.nn.functional.layer_norm(x, (columns,), *vectors)
+        allowed = memory.peak_bytes(lambda: torch.autograd.grad(eager, (x, *vectors), x.detach()))
+    else:
+        allowed = x.nbytes + 2 * (1 + torch.get_num_threads()) * columns * 4
+    with serving("native"):
+        ours = functional.layer_norm(x, columns, *vectors)
+        taken = memory.peak_bytes(lambda: torch.autograd.grad(ours, (x, *vectors), x.detach()))
+    # What is summed is seen, beside the three gradients.
+    assert x.nbytes + 2 * columns * 4 < taken <= allowed
+
+
+OUT_OF_MEMORY = """
+import resource
+import torch
+from ckpt_kernels.backends import native
+
+torch.set_num_threads(1)
+
+def backward(columns):
+    x, grad, grad_input = torch.ones(1, columns), torch.ones(1, columns), torch.empty(1, columns)
+    operands = (None, None, torch.zeros(1), torch.ones(1), grad_input, None, None, None)
+    return lambda: native.row_norm_backward(grad, x, *operands, 1e-5, "identity", "gelu", 0.0, False)
+
+backward(64)()
+large = backward(1 << 24)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26, resource.RLIM_INFINITY))
+large()
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
+def test_where_memory_is_out_it_is_said() -> None:
+    done = run("-c", OUT_OF_MEMORY)
+    assert done.returncode == 1
+    assert "RuntimeError" in done.stderr and "out of memory" in done.stderr

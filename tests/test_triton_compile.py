@@ -14,15 +14,15 @@ from ckpt_kernels import inspect
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = pathlib.Path(__file__).parent.parent
-FOR_AMD = """
-from triton.backends.compiler import GPUTarget
-from ckpt_kernels.backends.triton.variants import variants
-from ckpt_kernels.inspect import compile_variant
+# Of every variant that is there the first, for an architecture.
+THE_FIRST = """
+import sys
+from ckpt_kernels.backends.triton import variants
+from ckpt_kernels.cli import main
 
-for variant in variants(8192):
-    for dtype in ("bf16", "fp32"):
-        assert compile_variant(variant, dtype, GPUTarget("hip", "gfx942", 64)).asm["hsaco"], variant
-        print(variant.name)
+every = variants.variants
+variants.variants = lambda columns: list(every(columns))[:1]
+sys.exit(main(["inspect", "--columns", "1024", "--arch", sys.argv[1]]))
 """
 
 # One warp for what four hold: 128 elements of each operand a thread.
@@ -51,7 +51,7 @@ def run(arguments: list[str], cache: pathlib.Path) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("arch", inspect.ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_no_spills_and_full_width_accesses(arch: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "kernels.json"
     # For one architecture long rows too, which are walked; for the others the largest tile, where a spill would be.
@@ -84,16 +84,29 @@ def test_a_spill_is_told() -> None:
     for change in ({"stack": 8}, {"local": 4}, {"widths": (4, 8)}):
         assert not dataclasses.replace(usage, **change).sound
     spilled = dataclasses.replace(usage, stack=8)
-    assert "1 kernels for sm_90, of which 1 spill" in inspect.report([spilled], [], "90")
-    assert "CUDA library: not built" in inspect.report([spilled], [], "90")
+    assert "1 kernels for sm_90, of which 1 spill" in inspect.report([spilled], [], "sm_90")
+    assert "CUDA library: not built" in inspect.report([spilled], [], "sm_90")
 
 
 def test_an_unknown_architecture_is_an_error() -> None:
-    with pytest.raises(ValueError, match="arch is '42'; expected one of 80, 90, 100"):
-        next(inspect.triton_kernels("42"))
+    with pytest.raises(ValueError, match="arch is 'sm_42'; expected one of sm_80, sm_86, sm_89"):
+        next(inspect.triton_kernels("sm_42"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "card"), [("sm_86", "RTX 3090"), ("sm_89", "RTX 4090"), ("sm_120", "RTX 5090"), ("gfx942", "MI300X")]
+)
+def test_other_cards_and_what_the_columns_are(arch: str, card: str, tmp_path: pathlib.Path) -> None:
+    done = run(["-c", THE_FIRST, arch], tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"2 kernels for {arch}, of which 0 spill" in done.stdout and card in done.stdout
+    head, *_, legend = done.stdout.partition("kernels for")
+    for column in head.splitlines()[0].split():
+        assert column in ("kernel", "dtype", "floor") or f"{column}: " in legend or f"{column}, " in legend, column
 
 
 def test_compiles_for_amd(tmp_path: pathlib.Path) -> None:
-    done = run(["-c", FOR_AMD], tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == (10 + 12 + 8) * 2
+    """Warps are twice as wide there: of the smallest bfloat16 tiles a thread has no 16 bytes."""
+    done = run(["-m", "ckpt_kernels.cli", "inspect", "--arch", "gfx942", "--columns", "8192"], tmp_path)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "60 kernels for gfx942, of which 3 spill or have no accesses of 16 bytes" in done.stdout

@@ -5,12 +5,20 @@
 - `reference`: plain torch.
 
 Left alone, a call on a GPU goes to `triton`, else `native`, else `reference`; a call on the CPU goes to
-`native`, else `reference`. `use_backend` and the environment variable CKPT_KERNELS_BACKEND override this.
+`native`, else `reference`. The environment variable CKPT_KERNELS_BACKEND and `set_backend` choose another for the whole
+process, and `use_backend` for what runs in its `with`.
+
+A backward pass is served by the backend that was asked for in its forward pass, whatever thread it runs in: every op
+remembers it (`ops.registration`), and so does every recipe.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import os
+import warnings
+from collections.abc import Iterator
 from types import ModuleType, TracebackType
 
 import torch
@@ -19,7 +27,21 @@ NAMES = ("triton", "native", "reference")
 _AUTOMATIC = {"cpu": ("native", "reference")}
 _AUTOMATIC_ELSEWHERE = ("triton", "native", "reference")
 
-_chosen = os.environ.get("CKPT_KERNELS_BACKEND", "") or "auto"
+_of_process = os.environ.get("CKPT_KERNELS_BACKEND", "") or "auto"
+
+
+class _Choice:
+    """That of one `with`. It is over when it says so, wherever that was found out: see `use_backend`."""
+
+    __slots__ = ("is_over", "name", "outer")
+
+    def __init__(self, name: str, outer: "_Choice | None") -> None:
+        self.name = name
+        self.outer = outer
+        self.is_over = False
+
+
+_choice: contextvars.ContextVar[_Choice | None] = contextvars.ContextVar("ckpt_kernels_backend", default=None)
 
 
 def backend_module(name: str) -> ModuleType:
@@ -52,17 +74,25 @@ def _select(requested: str, device_type: str, dtype: torch.dtype) -> ModuleType:
 
 def select(tensor: torch.Tensor) -> ModuleType:
     """The backend module that serves a call whose main input is `tensor`."""
-    return _select(_chosen, tensor.device.type, tensor.dtype)
+    return _select(chosen(), tensor.device.type, tensor.dtype)
 
 
 def selected_name(device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The name of the backend that would serve such a call; RuntimeError if the one asked for cannot."""
-    return _select(_chosen, device_type, dtype).__name__.rpartition(".")[2]
+    return _select(chosen(), device_type, dtype).__name__.rpartition(".")[2]
 
 
 def chosen() -> str:
-    """What was asked for, by `use_backend` or the environment: a backend, or "auto"."""
-    return _chosen
+    """What was asked for here, by `use_backend`, `set_backend` or the environment: a backend, or "auto"."""
+    choice = _innermost()
+    return _of_process if choice is None else choice.name
+
+
+def _innermost() -> _Choice | None:
+    choice = _choice.get()
+    while choice is not None and choice.is_over:
+        choice = choice.outer
+    return choice
 
 
 def _check_name(name: str, argument: str) -> None:
@@ -70,31 +100,81 @@ def _check_name(name: str, argument: str) -> None:
         raise ValueError(f"{argument} is {name!r}; expected auto, {', '.join(NAMES)}")
 
 
-class use_backend:
-    """Makes `name` ("auto", "triton", "native" or "reference") serve every call of this process.
+def _check_available(name: str) -> None:
+    _check_name(name, "backend")
+    if name == "auto":
+        return
+    reasons = {device: why_not(name, device, torch.float32) for device in ("cpu", "cuda")}
+    if all(reasons.values()):
+        detail = "; ".join(f"on {device}: {reason}" for device, reason in reasons.items())
+        raise RuntimeError(f"backend '{name}' is not available: {detail}")
 
-    As a call it holds until the next one; as a context manager, until the end of the `with`. It holds for the
-    whole process, not the calling thread, because backward passes run in threads of their own.
+
+def set_backend(name: str) -> None:
+    """Makes `name` ("auto", "triton", "native" or "reference") serve every call of this process, in all threads, from
+    now on, but for those within `use_backend`.
+
+    Raises ValueError for an unknown name, and RuntimeError, saying why, for a backend that is not there.
+    """
+    global _of_process
+    _check_available(name)
+    _of_process = name
+
+
+class use_backend:
+    """A context in which `name` ("auto", "triton", "native" or "reference") serves every call::
+
+        with ckpt_kernels.use_backend("reference"):
+            loss = model(batch)
+
+    It holds for what runs in the `with`, in its thread or asyncio task, and for the backward passes of that, wherever
+    and whenever they run. (Of a graph that torch.compile made, the backward pass goes by what is chosen where it runs:
+    on a GPU that is a thread of autograd's own, and so the choice of the process.) Nothing changes before the `with` is
+    entered: a call for good is `set_backend`, and an object that goes without having been entered warns of that.
 
     Raises ValueError for an unknown name, and RuntimeError, saying why, for a backend that is not there.
     """
 
+    _is_idle = False
+
     def __init__(self, name: str) -> None:
-        global _chosen
-        _check_name(name, "backend")
-        if name != "auto":
-            reasons = {device: why_not(name, device, torch.float32) for device in ("cpu", "cuda")}
-            if all(reasons.values()):
-                detail = "; ".join(f"on {device}: {reason}" for device, reason in reasons.items())
-                raise RuntimeError(f"backend '{name}' is not available: {detail}")
-        self._previous = _chosen
-        _chosen = name
+        _check_available(name)
+        self._name = name
+        self._entered: list[contextlib.AbstractContextManager[None]] = []
+        self._is_idle = True
 
     def __enter__(self) -> "use_backend":
+        self._is_idle = False
+        self._entered.append(serving(self._name))
+        self._entered[-1].__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _chosen
-        _chosen = self._previous
+        self._entered.pop().__exit__(kind, error, trace)
+
+    def __del__(self) -> None:
+        if self._is_idle:
+            warnings.warn(
+                f"use_backend({self._name!r}) was not entered, and changed nothing: it holds within its `with`; "
+                f"for the whole process call set_backend({self._name!r})",
+                stacklevel=2,
+            )
+
+
+@contextlib.contextmanager
+def serving(name: str) -> Iterator[None]:
+    """`use_backend` for a name that is known to be right.
+
+    The end is a mark on the choice itself, so that it holds wherever this generator is closed: by an interrupt between
+    any two steps, when the last reference to it goes; in another thread or task, whose own choice is not touched.
+    """
+    choice = _Choice(name, _innermost())
+    try:
+        _choice.set(choice)
+        yield
+    finally:
+        choice.is_over = True
+        if _choice.get() is choice:
+            _choice.set(choice.outer)

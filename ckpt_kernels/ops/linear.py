@@ -21,6 +21,7 @@ from .. import recompute
 from . import bias_act as _bias_act_ops
 from . import glu as _glu_ops
 from . import row_norm as _row_norm_ops
+from .pinned import pinned_function
 from .registration import is_plain
 
 # Products
@@ -173,6 +174,7 @@ def norm_block(columns: int, eps: float, centered: bool, *options: Any) -> Block
 # A block, and the products that read it
 
 
+@pinned_function
 class _BlockLinear(torch.autograd.Function):
     """Products of a block's output, of which the block's operands are kept, and not the output."""
 
@@ -303,6 +305,7 @@ def composed_linear(
 # Products, a block, a product
 
 
+@pinned_function
 class _LinearBlockLinear(torch.autograd.Function):
     """One or two products of the input, a block of these, a product of the block: of all this the input is kept.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import recompute
 from . import nested
+from .pinned import pinned
 from .sharding import Sharding, is_sharded
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -49,6 +50,7 @@ class Op:
     ) -> None:
         name = schema.partition("(")[0]
         qualified = f"ckpt_kernels::{name}"
+        setup_context, backward = pinned(setup_context, backward)
         _library.define(schema)
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)

@@ -24,6 +24,7 @@ from .channel_norm import (
     with_tilts,
 )
 from .operands import vector
+from .pinned import pinned_function
 
 
 def _merged_moments(
@@ -45,6 +46,7 @@ def _merged_moments(
     return mean, var, counts.sum().item()
 
 
+@pinned_function
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -1,8 +1,6 @@
 // The bias_act ops on the CPU: shares rows out to threads, and sums the gradient of the bias over them.
 #include "../bias_act_ops.h"
 
-#include <string.h>
-
 #include "coefficient.h"
 #include "row_tasks.h"
 
@@ -22,15 +20,13 @@ struct Cpu {
                  [&](int64_t row, int64_t begin, int64_t end) { loops.backward(a, row, begin, end, nullptr); });
       return;
     }
-    const RowTasks tasks(a.rows, a.rows);
+    const RowTasks tasks(a.rows, a.rows, a.columns);
     const PartialSums sums(grad_bias, tasks, a.columns, kind);
-    torch::stable::parallel_for(0, tasks.count(), grain(a.columns * tasks.task_rows), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        void* sum = sums.of(task);
-        for (int64_t row = tasks.begin(task); row < tasks.end(task); ++row) loops.backward(a, row, 0, a.columns, sum);
-      }
+    const int64_t shares = shares_of(tasks.wave, grain(a.columns * tasks.task_rows));
+    for_tasks(tasks, shares, {&sums}, [&](int64_t, int64_t task) {
+      void* sum = sums.of(task);
+      for (int64_t row = tasks.begin(task); row < tasks.end(task); ++row) loops.backward(a, row, 0, a.columns, sum);
     });
-    sums.add_up();
   }
 };
 

@@ -44,18 +44,20 @@ struct WholeNorm : ChannelNormOps<Cpu> {
   template <class S>
   class Pieces {
    public:
-    Pieces(ChannelReduction& a, int64_t piece_rows) {
+    Pieces(ChannelReduction& a, int64_t piece_rows)
+        : pieces_(a.planes ? 1 : divide_up(a.size, piece_rows)),
+          numel_(a.samples * pieces_ * a.channels),
+          values_(2 * numel_ * sizeof(S)) {
       a.piece_rows = piece_rows;
-      a.pieces = a.planes ? 1 : (a.size + piece_rows - 1) / piece_rows;
-      const int64_t numel = a.samples * a.pieces * a.channels;
-      values_.reset(new S[2 * numel]);
-      a.first = first = values_.get();
-      a.second = second = first + numel;
+      a.pieces = pieces_;
+      a.first = first = values_.template as<S>();
+      a.second = second = first + numel_;
     }
     S *first, *second;
 
    private:
-    std::unique_ptr<S[]> values_;
+    const int64_t pieces_, numel_;
+    const Scratch values_;
   };
 
   static void forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor output,
@@ -99,16 +101,17 @@ struct WholeNorm : ChannelNormOps<Cpu> {
 
       const Sets sets(a.samples, a.pieces, a.channels, groups);
       const int64_t three = 3 * sets.rows * sets.channels;
-      std::vector<S> six(2 * three);
-      std::memcpy(six.data(), data_of(coefficients, three), three * sizeof(S));
+      const Scratch room(2 * three * sizeof(S));
+      S* six = room.as<S>();
+      std::memcpy(six, data_of(coefficients, three), three * sizeof(S));
       channel_tilts(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
-                    static_cast<const S*>(w.data()), six.data(), static_cast<S*>(data_of(grad_weight, a.channels)),
+                    static_cast<const S*>(w.data()), six, static_cast<S*>(data_of(grad_weight, a.channels)),
                     static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);
       if (!grad_input && !grad_residual) return;
 
       ChannelBackward last;
       static_cast<ChannelNorm&>(last) = a;
-      last.coefficients = {six.data(), a.coefficients.by_sample};
+      last.coefficients = {six, a.coefficients.by_sample};
       last.grad_output = a.grad_output;
       last.other = a.other;
       last.by_output = by_output;

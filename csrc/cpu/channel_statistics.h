@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <vector>
 
 #include "coefficient.h"
 
@@ -40,6 +39,18 @@ struct Sets {
   }
 };
 
+// As many zeros.
+class Zeros {
+ public:
+  explicit Zeros(int64_t count) : scratch_(count * sizeof(double)) {
+    for (int64_t i = 0; i < count; ++i) (*this)[i] = 0;
+  }
+  double& operator[](int64_t i) const { return scratch_.as<double>()[i]; }
+
+ private:
+  const Scratch scratch_;
+};
+
 template <class S>
 void channel_statistics(const Sets& sets, const S* means, const S* squares, const S* weight, const S* bias, S* mean,
                         S* var, S* coefficients, int64_t size, int64_t piece_rows, double eps) {
@@ -47,7 +58,7 @@ void channel_statistics(const Sets& sets, const S* means, const S* squares, cons
     return double(piece + 1 < sets.pieces ? piece_rows : size - (sets.pieces - 1) * piece_rows);
   };
   const double count = double(size) * double(sets.samples * sets.channels) / double(sets.count());
-  std::vector<double> center(sets.count()), deviation(sets.count());
+  const Zeros center(sets.count()), deviation(sets.count());
   sets.for_each(
       [&](int64_t i, int64_t piece, int64_t, int64_t set) { center[set] += elements(piece) / count * means[i]; });
   sets.for_each([&](int64_t i, int64_t piece, int64_t, int64_t set) {
@@ -72,8 +83,8 @@ void channel_statistics(const Sets& sets, const S* means, const S* squares, cons
 template <class S>
 void channel_tilts(const Sets& sets, const S* first, const S* second, const S* var, const S* weight, S* coefficients,
                    S* grad_weight, S* grad_bias, double count, double eps, bool fixed) {
-  std::vector<double> rstd(sets.count()), average(sets.count()), deviation(sets.count());
-  std::vector<double> weight_sum(sets.channels), bias_sum(sets.channels);
+  const Zeros rstd(sets.count()), average(sets.count()), deviation(sets.count());
+  const Zeros weight_sum(sets.channels), bias_sum(sets.channels);
   for (int64_t set = 0; set < sets.count(); ++set) rstd[set] = 1 / std::sqrt(double(var[set]) + eps);
   sets.for_each([&](int64_t i, int64_t, int64_t channel, int64_t set) {
     const double w = weight ? weight[channel] : 1;

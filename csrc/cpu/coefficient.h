@@ -1,38 +1,40 @@
 // A weight or bias as the loops read it.
 #pragma once
 
-#include <memory>
-
-#include "../operands.h"
+#include "scratch.h"
 
 namespace ckpt {
 
 // In the compute type, with the offset added.
 class Coefficient {
  public:
-  Coefficient(const OptionalTensor& tensor, ScalarKind kind, double offset) {
+  Coefficient(const OptionalTensor& tensor, ScalarKind kind, double offset)
+      : converted_(is_given_as(tensor, kind, offset) ? 0 : tensor->numel() * compute_size(kind)) {
     if (!tensor) return;
     STD_TORCH_CHECK(tensor->is_contiguous(), "expected contiguous weight and bias");
-    const bool wide = kind == ScalarKind::float64;
-    const ScalarKind own = kind_of(*tensor);
-    if (offset == 0 && own == (wide ? ScalarKind::float64 : ScalarKind::float32)) {
+    if (is_given_as(tensor, kind, offset)) {
       data_ = tensor->data_ptr();
       return;
     }
-    const int64_t n = tensor->numel();
-    converted_.reset(new char[n * (wide ? 8 : 4)]);
-    for (int64_t i = 0; i < n; ++i) {
+    const ScalarKind own = kind_of(*tensor);
+    for (int64_t i = 0; i < tensor->numel(); ++i) {
       const double value = element(*tensor, own, i) + offset;
-      if (wide)
-        reinterpret_cast<double*>(converted_.get())[i] = value;
+      if (kind == ScalarKind::float64)
+        converted_.as<double>()[i] = value;
       else
-        reinterpret_cast<float*>(converted_.get())[i] = float(value);
+        converted_.as<float>()[i] = float(value);
     }
-    data_ = converted_.get();
+    data_ = converted_.data();
   }
   const void* data() const { return data_; }
 
  private:
+  // Whether there is nothing to convert.
+  static bool is_given_as(const OptionalTensor& tensor, ScalarKind kind, double offset) {
+    const ScalarKind compute = kind == ScalarKind::float64 ? kind : ScalarKind::float32;
+    return !tensor || (offset == 0 && kind_of(*tensor) == compute);
+  }
+
   static double element(const Tensor& tensor, ScalarKind kind, int64_t i) {
     const void* data = tensor.data_ptr();
     switch (kind) {
@@ -48,7 +50,7 @@ class Coefficient {
   }
 
   const void* data_ = nullptr;
-  std::unique_ptr<char[]> converted_;
+  const Scratch converted_;
 };
 
 }  // namespace ckpt

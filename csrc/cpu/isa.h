@@ -10,14 +10,18 @@
 
 namespace ckpt {
 
+// Rows whose weight gradients are added up in registers before the partial sums are touched.
+constexpr int64_t block_rows = 4;
+
 // The loops of a family for one storage type in one instruction set. Those that are summed over rows add to the sums
 // of the rows that they are given.
 struct RowNormLoops {
-  // `scratch` holds scratch_size(columns) elements of the compute type.
+  // `scratch` holds as many elements of the compute type as the block's own function says.
   void (*forward)(const RowNormForward&, int64_t begin, int64_t end, void* scratch);
   void (*backward)(const RowNormBackward&, int64_t begin, int64_t end, void* scratch, void* grad_weight,
                    void* grad_bias);
-  int64_t (*scratch_size)(int64_t columns);
+  int64_t (*forward_scratch)(const RowNormForward&);
+  int64_t (*backward_scratch)(const RowNormBackward&);
 };
 struct GluLoops {
   // For the columns from begin to end of one row.
@@ -36,8 +40,9 @@ struct ChannelNormLoops {
   void (*backward)(const ChannelBackward&, int64_t begin, int64_t end);
 };
 struct SumLoops {
-  // Adds up `count` rows in their order, for the columns from begin to end; all in the compute type.
-  void (*sum_rows)(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum);
+  // Adds up `count` rows in their order, for the columns from begin to end, onto the sum that is there or in its place;
+  // all in the compute type.
+  void (*sum_rows)(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum, bool onto);
 };
 
 #define CKPT_LOOPS(X)                     \

@@ -3,9 +3,6 @@
 // S is the compute type, T the storage type. A row's normalised operand u is read where it lies when the block
 // has nothing before the norm, and is staged in scratch (in the compute type) otherwise; U is its type.
 
-// Rows whose weight gradients are added up in registers before the partial sums are touched.
-constexpr int64_t block_rows = 4;
-
 template <class S>
 CKPT_INLINE S square_root(S x) {
   return sizeof(S) == 4 ? S(__builtin_sqrtf(float(x))) : S(__builtin_sqrt(double(x)));
@@ -344,7 +341,7 @@ void backward_block(const RowNormBackward& a, const Constants<S>& constants, Bac
     for (int64_t i = 0; i < live; ++i) distribute_row<S, T, U>(a, constants, rows[i]);
 }
 
-// `zeros` and `sink` are rows of scratch.
+// `zeros` and `sink` are rows of scratch, which are there if the last block may have rows left over.
 template <class S, class T, class U, class Source>
 CKPT_INLINE void backward_blocks(const RowNormBackward& a, int64_t begin, int64_t end, S* weighted, S* zeros, S* sink,
                                  S* grad_weight, S* grad_bias, Source source) {
@@ -388,7 +385,8 @@ void backward_rows(const RowNormBackward& a, int64_t begin, int64_t end, void* s
                    void* grad_bias) {
   const int64_t width = whole_vectors<S>(a.columns);
   S* weighted = static_cast<S*>(scratch);
-  S *staged = weighted + block_rows * width, *zeros = staged + block_rows * width, *sink = zeros + width;
+  S* staged = weighted + (has_epilogue(a) ? block_rows * width : 0);
+  S *zeros = staged + (has_prologue(a) ? block_rows * width : 0), *sink = zeros + width;
   S *gw = static_cast<S*>(grad_weight), *gb = static_cast<S*>(grad_bias);
   if (has_prologue(a))
     backward_blocks<S, T, S>(a, begin, end, weighted, zeros, sink, gw, gb, [=, &a](int64_t row, int64_t i) {
@@ -401,13 +399,20 @@ void backward_rows(const RowNormBackward& a, int64_t begin, int64_t end, void* s
 }
 
 template <class S>
-int64_t scratch_size(int64_t columns) {
-  return (2 * block_rows + 2) * whole_vectors<S>(columns);
+int64_t forward_scratch(const RowNormForward& a) {
+  return has_prologue(a) ? whole_vectors<S>(a.columns) : 0;
+}
+
+template <class S>
+int64_t backward_scratch(const RowNormBackward& a) {
+  const int64_t weighted = has_epilogue(a) ? block_rows : 0, staged = has_prologue(a) ? block_rows : 0;
+  const int64_t left_over = a.rows_per_group % block_rows ? 2 : 0;
+  return (weighted + staged + left_over) * whole_vectors<S>(a.columns);
 }
 
 template <class T>
 constexpr RowNormLoops row_norm_loops_for() {
   using S = typename ComputeType<T>::type;
-  return {forward_rows<S, T>, backward_rows<S, T>, scratch_size<S>};
+  return {forward_rows<S, T>, backward_rows<S, T>, forward_scratch<S>, backward_scratch<S>};
 }
 CKPT_DEFINE_LOOPS(RowNormLoops, row_norm_loops)

@@ -5,14 +5,14 @@
 
 #include <string.h>
 
-#include <memory>
+#include <initializer_list>
 
 #include "isa.h"
+#include "scratch.h"
 
 namespace ckpt {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t compute_size(ScalarKind kind) { return kind == ScalarKind::float64 ? 8 : 4; }
 
 // Work below this many elements is done by the calling thread.
 constexpr int64_t parallel_elements = 32768;
@@ -35,17 +35,37 @@ void for_pieces(int64_t rows, int64_t columns, const Body& body) {
                               });
 }
 
-// Tasks of some rows each, none of which crosses a group: at most `most` a group, however many threads there are, so
-// that what is summed over rows does not depend on the number of threads.
-struct RowTasks {
-  static constexpr int64_t most = 64, least_rows = 32;
-  int64_t groups, group_rows, group_tasks, task_rows;
+// Calls body(share, begin, end) with the runs from 0 to `count` in `shares` shares, each of which has a thread.
+template <class Body>
+void for_shares(int64_t count, int64_t shares, const Body& body) {
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i, count * i / shares, count * (i + 1) / shares);
+  });
+}
 
-  RowTasks(int64_t rows, int64_t rows_per_group) : groups(rows / rows_per_group), group_rows(rows_per_group) {
+// As many shares as there are threads, none of fewer than `least` runs.
+inline int64_t shares_of(int64_t count, int64_t least) {
+  const int64_t threads = torch::stable::get_num_threads(), shares = divide_up(count, least);
+  return shares < threads ? shares : threads;
+}
+
+// Tasks of some rows each, none of which crosses a group: at most `most` a group, however many threads there are, so
+// that what is summed over rows does not depend on the number of threads. They run in waves of as many as keep all
+// threads busy, so that of wide rows no more sums are there at a time than threads.
+struct RowTasks {
+  static constexpr int64_t most = 64, least_rows = 32, wave_elements = 1 << 21;
+  int64_t groups, group_rows, group_tasks, task_rows, wave;
+
+  RowTasks(int64_t rows, int64_t rows_per_group, int64_t columns)
+      : groups(rows / rows_per_group), group_rows(rows_per_group) {
     group_tasks = divide_up(group_rows, least_rows);
     if (group_tasks > most) group_tasks = most;
-    task_rows = divide_up(group_rows, group_tasks);
+    task_rows = divide_up(divide_up(group_rows, group_tasks), block_rows) * block_rows;
     group_tasks = divide_up(group_rows, task_rows);
+    wave = divide_up(wave_elements, task_rows * columns);
+    const int64_t threads = torch::stable::get_num_threads();
+    if (wave < threads) wave = threads;
+    if (wave > count()) wave = count();
   }
   int64_t count() const { return groups * group_tasks; }
   int64_t begin(int64_t task) const { return task / group_tasks * group_rows + task % group_tasks * task_rows; }
@@ -64,26 +84,30 @@ class PartialSums {
         tasks_(tasks),
         columns_(columns),
         kind_(kind),
-        row_bytes_(columns * compute_size(kind)) {
-    if (gradient_ && tasks.group_tasks > 1) sums_.reset(new char[tasks.count() * row_bytes_]);
-  }
+        row_bytes_(columns * compute_size(kind)),
+        partial_(gradient && tasks.group_tasks > 1),
+        sums_(partial_ ? tasks.wave * row_bytes_ : 0) {}
 
   // The task's row, zeroed.
   void* of(int64_t task) const {
     if (!gradient_) return nullptr;
-    char* row = (sums_ ? sums_.get() : gradient_) + task * row_bytes_;
+    char* row = partial_ ? sums_.data() + task % tasks_.wave * row_bytes_ : gradient_ + task * row_bytes_;
     memset(row, 0, row_bytes_);
     return row;
   }
 
-  void add_up() const {
-    if (!sums_) return;
-    for (int64_t group = 0; group < tasks_.groups; ++group) {
-      const char* first = sums_.get() + group * tasks_.group_tasks * row_bytes_;
+  // Adds the rows of a wave, the tasks from begin to end, to those of the waves before.
+  void add_up(int64_t begin, int64_t end) const {
+    if (!partial_) return;
+    for (int64_t first = begin; first < end;) {
+      const int64_t group = first / tasks_.group_tasks, group_begin = group * tasks_.group_tasks;
+      const int64_t group_end = group_begin + tasks_.group_tasks, last = group_end < end ? group_end : end;
+      const char* rows = sums_.data() + (first - begin) * row_bytes_;
       char* total = gradient_ + group * row_bytes_;
-      torch::stable::parallel_for(0, columns_, grain(tasks_.group_tasks), [&](int64_t begin, int64_t end) {
-        sum_loops(kind_).sum_rows(first, tasks_.group_tasks, columns_, begin, end, total);
+      torch::stable::parallel_for(0, columns_, grain(last - first), [&](int64_t from, int64_t to) {
+        sum_loops(kind_).sum_rows(rows, last - first, columns_, from, to, total, first > group_begin);
       });
+      first = last;
     }
   }
 
@@ -93,7 +117,21 @@ class PartialSums {
   int64_t columns_;
   ScalarKind kind_;
   int64_t row_bytes_;
-  std::unique_ptr<char[]> sums_;
+  bool partial_;
+  Scratch sums_;
 };
+
+// Calls body(share, task) for all tasks, wave by wave, and adds up the sums of each wave.
+template <class Body>
+void for_tasks(const RowTasks& tasks, int64_t shares, std::initializer_list<const PartialSums*> sums,
+               const Body& body) {
+  for (int64_t first = 0; first < tasks.count(); first += tasks.wave) {
+    const int64_t left = tasks.count() - first, count = left < tasks.wave ? left : tasks.wave;
+    for_shares(count, shares < count ? shares : count, [&](int64_t share, int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) body(share, first + task);
+    });
+    for (const PartialSums* each : sums) each->add_up(first, first + count);
+  }
+}
 
 }  // namespace ckpt

@@ -1,11 +1,12 @@
 // Sums over rows of the compute type. Included by each isa_*.cpp, inside its namespace.
 
 template <class S>
-void sum_rows(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum) {
+void sum_rows(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum, bool onto) {
   const S* source = static_cast<const S*>(rows) + begin;
   S* target = static_cast<S*>(sum) + begin;
   sweep<S>(end - begin, [=](int64_t j, auto lanes, auto) {
     Vec<S> total = load(source + j, lanes);
+    if (onto) total = load(target + j, lanes) + total;
     for (int64_t i = 1; i < count; ++i) total += load(source + i * columns + j, lanes);
     store(target + j, total, lanes);
   });

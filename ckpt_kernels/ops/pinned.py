@@ -1,0 +1,36 @@
+"""A backward pass is served by the backend that was asked for in its forward pass.
+
+On a GPU backward passes run in threads of autograd's own, which know nothing of a `use_backend` around the call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import backends
+
+Rule = Callable[..., Any]
+
+
+def pinned(forward: Rule, backward: Rule) -> tuple[Rule, Rule]:
+    """The two sides of an autograd rule, whose first argument is the context: the first may also be the setup of it."""
+
+    def remembering(ctx: Any, *arguments: Any, **named: Any) -> Any:
+        ctx.backend = backends.chosen()
+        return forward(ctx, *arguments, **named)
+
+    def under_the_same(ctx: Any, *gradients: Any) -> Any:
+        # A compiler traces this, and what it makes runs elsewhere anyway.
+        if torch.compiler.is_compiling() or backends.chosen() == ctx.backend:
+            return backward(ctx, *gradients)
+        with backends.serving(ctx.backend):
+            return backward(ctx, *gradients)
+
+    return remembering, under_the_same
+
+
+def pinned_function(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same for an autograd.Function written as a class."""
+    function.forward, function.backward = map(staticmethod, pinned(function.forward, function.backward))
+    return function

@@ -1,0 +1,73 @@
+"""What a MODULE:CALLABLE of the command line gives: a model, and what it is called with."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+
+EXPECTED = (
+    "expected (model, inputs): a torch.nn.Module, and what it is called with, which is a tensor, a tuple of several "
+    "inputs, or a dict of them by name"
+)
+
+
+class BadTarget(Exception):
+    """A MODULE:CALLABLE that does not give what it should. The text says why, with a traceback where it is the user's
+    own code that failed."""
+
+
+def built(target: str) -> tuple[nn.Module, Inputs]:
+    """Calls `target`, MODULE:CALLABLE; the inputs as a tuple or a mapping. Raises BadTarget."""
+    function = _loaded(target)
+    try:
+        found = function()
+    except Exception as error:
+        raise BadTarget(_theirs(f"{target}() failed, in its own code", error)) from error
+    if isinstance(found, nn.Module):
+        raise BadTarget(f"{target}() gives only a model, {type(found).__name__}; {EXPECTED}")
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        count = f" of {len(found)}" if isinstance(found, tuple | list) else ""
+        raise BadTarget(f"{target}() gives a {type(found).__name__}{count}; {EXPECTED}")
+    model, inputs = found
+    if not isinstance(model, nn.Module):
+        raise BadTarget(f"{target}() gives a {type(model).__name__} for its model; {EXPECTED}")
+    if isinstance(inputs, Tensor):
+        return model, (inputs,)
+    if isinstance(inputs, tuple | list):
+        return model, tuple(inputs)
+    if isinstance(inputs, Mapping):
+        return model, inputs
+    raise BadTarget(f"{target}() gives a {type(inputs).__name__} for its inputs; {EXPECTED}")
+
+
+def _loaded(target: str) -> Any:
+    """What MODULE:CALLABLE names; modules are looked for in the current folder too."""
+    module, colon, name = target.partition(":")
+    if not (module and colon and name):
+        raise BadTarget(f"the target is {target!r}; expected MODULE:CALLABLE, as in my_module:my_function")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and (module == missing or module.startswith(f"{missing}.")):
+            raise BadTarget(f"{target}: there is no module {missing!r} here or in Python's path") from error
+        raise BadTarget(_theirs(f"{target}: the import of {module} failed, in its own code", error)) from error
+    function = getattr(found, name, None)
+    if not callable(function):
+        what = f"no {name!r}" if function is None else f"a {type(function).__name__} {name!r}, not a function"
+        raise BadTarget(f"{target}: {module} has {what}")
+    return function
+
+
+def _theirs(what: str, error: Exception) -> str:
+    """The traceback from where our own frame ends."""
+    trace = error.__traceback__.tb_next if error.__traceback__ else None
+    lines = traceback.format_exception(type(error), error, trace)
+    return f"{''.join(lines)}\n{what}: {type(error).__name__}: {error}"

@@ -1,0 +1,211 @@
+"""The command line: what it makes of a user's function, what it says before it runs, what it prints."""
+
+import argparse
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from ckpt_kernels import check, cli, convert
+
+from .test_backends import ROOT, run
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(nn.functional.silu(self.norm(x)))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(12)))
+
+
+def one_tensor() -> tuple:
+    return model(), torch.randn(64, 16)
+
+
+def one_tuple() -> tuple:
+    return model(), (torch.randn(64, 16),)
+
+
+def of_converted() -> tuple:
+    return convert(made := model()) and made, torch.randn(64, 16)
+
+
+def only_a_model() -> nn.Module:
+    """Of two modules, which can be unpacked."""
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+def three() -> tuple:
+    return model(), torch.randn(4, 16), 3
+
+
+def a_number_for_inputs() -> tuple:
+    return model(), 3
+
+
+def fails() -> None:
+    def helper() -> None:
+        raise TypeError("mine alone")
+
+    helper()
+
+
+def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", ["memory", "convert-check"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("only_a_model", "gives only a model, Sequential; expected (model, inputs)"),
+        ("three", "gives a tuple of 3; expected (model, inputs)"),
+        ("a_number_for_inputs", "gives a int for its inputs; expected (model, inputs)"),
+        ("nobody", "tests.test_cli has no 'nobody'"),
+        ("ROOT", "'ROOT', not a function"),
+    ],
+)
+def test_what_a_function_must_give_is_said(command: str, name: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    status, _, err = answer(capsys, command, f"tests.test_cli:{name}")
+    assert status == 2 and said in err and "Traceback" not in err
+
+
+def test_a_users_own_exception_is_shown_as_theirs(
+    capsys: pytest.CaptureFixture, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, err = answer(capsys, "memory", "tests.test_cli:fails")
+    assert status == 2
+    assert "Traceback" in err and "in helper" in err and "target.py" not in err
+    assert "tests.test_cli:fails() failed, in its own code: TypeError: mine alone" in err
+    # The same of what fails when it is imported, and not of a module that is not there.
+    (tmp_path / "broken_module_of_a_user.py").write_text("import no_such_module_of_a_user\n")
+    monkeypatch.chdir(tmp_path)
+    status, _, err = answer(capsys, "memory", "broken_module_of_a_user:f")
+    assert status == 2 and "Traceback" in err and "the import of broken_module_of_a_user failed, in its own code" in err
+    status, _, err = answer(capsys, "memory", "no_such_module_of_a_user.x:f")
+    assert status == 2 and "Traceback" not in err and "there is no module 'no_such_module_of_a_user'" in err
+
+
+def test_a_single_tensor_is_one_input(capsys: pytest.CaptureFixture) -> None:
+    found = [answer(capsys, "memory", f"tests.test_cli:{name}") for name in ("one_tensor", "one_tuple")]
+    assert found[0] == found[1] and found[0][0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("one_tensor", "converted, output"), ("of_converted", "converted, as given")]
+)
+def test_memory_shows_eager_beside_what_is_converted(name: str, title: str, capsys: pytest.CaptureFixture) -> None:
+    level = [] if name == "of_converted" else ["--convert", "output"]
+    status, out, _ = answer(capsys, "memory", f"tests.test_cli:{name}", *level)
+    assert status == 0 and out.splitlines()[0].split(maxsplit=2) == ["module", "eager", title]
+    # Of each block: the norm's input and a mean and a reciprocal deviation a row; as it is silu's input and output too.
+    (total,) = [line.split() for line in out.splitlines() if line.startswith("kept for backward")]
+    assert total[3:] == [f"{12 * (3 * 4 + 0.5):.2f}", "KiB", f"{12 * (4 + 0.5):.2f}", "KiB"]
+
+
+def test_equal_layers_are_one_row(capsys: pytest.CaptureFixture) -> None:
+    _, out, _ = answer(capsys, "memory", "tests.test_cli:one_tensor")
+    assert [line.split()[:4] for line in out.splitlines()[2:4]] == [
+        ["0-11", "Block", "x", "12"],
+        ["0-11.norm", "LayerNorm", "x", "12"],
+    ]
+    _, out, _ = answer(capsys, "memory", "tests.test_cli:one_tensor", "--depth", "0")
+    assert out.splitlines()[2].split()[0] == "(whole)" and out.splitlines()[3].startswith("---")
+
+
+@pytest.mark.parametrize("command", ["memory", "convert-check"])
+def test_a_missing_matplotlib_is_said_before_the_run(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    status, out, err = answer(capsys, command, "tests.test_cli:fails", "--png", "x.png")
+    assert (status, out) == (2, "") and "pip install 'ckpt-kernels[bench]'" in err and "mine alone" not in err
+
+
+def test_nothing_of_the_profiler_is_printed() -> None:
+    done = run("-m", "ckpt_kernels.cli", "memory", "tests.test_cli:one_tensor")
+    assert done.returncode == 0 and "rofiler" not in done.stdout + done.stderr and done.stderr == ""
+
+
+def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
+    """What the benchmarks make of their arguments."""
+    pytest.importorskip("rich", reason="rich is not installed")
+    from benchmarks import __main__ as benchmarks
+
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    return benchmarks.arguments()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--case", "nothing"), r"--case is 'nothing'; the blocks are layer_norm.*rms_norm\+silu"),
+        (("--dtype", "int8"), r"'int8' \(choose from .*float32.*bfloat16.*float16"),
+        (("--shape", "4096*4"), r"'4096\*4' is no shape; expected numbers with x between them, as in 4096x1024"),
+        (("--case", "batch_norm", "--shape", "4096x4"), r"--shape has 2 dimensions; these blocks take 4"),
+    ],
+)
+def test_benchmarks_list_what_exists(
+    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        options(monkeypatch, *arguments)
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_benchmarks_take_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = options(monkeypatch, "--shape", "33x400", "--dtype", "float16")
+    from benchmarks import __main__ as benchmarks
+
+    planned = list(benchmarks.plan("cpu", found))
+    assert {(setting.label, dtype) for _, setting, dtype in planned} == {("33x400", torch.float16)}
+    assert all(case.ours(*case.operands(setting, dtype, "cpu")) for case, setting, dtype in planned)
+    images = benchmarks.plan("cpu", options(monkeypatch, "--shape", "2x6x5x7", "--case", "batch_norm"))
+    assert {setting.label for _, setting, _ in images} == {"2x6x5x7", "2x6x5x7 channels last"}
+
+
+def test_benchmarks_say_when_a_run_was_too_noisy() -> None:
+    pytest.importorskip("rich", reason="rich is not installed")
+    from benchmarks import report
+
+    calm, wide = ([{"spread": spread, "times_floor": 1.0}] * 4 for spread in (0.02, 0.5))
+    assert report.noise(calm) == [] and report.noise([]) == []
+    (said,) = report.noise(calm + wide)
+    assert said.startswith("TOO NOISY TO MEAN ANYTHING: of 8 figures 4 spread")
+
+
+def test_benchmarks_say_what_is_missing_before_they_run() -> None:
+    for missing in ("rich", "matplotlib"):
+        program = (
+            "import importlib.util, runpy, sys\n"
+            "find = importlib.util.find_spec\n"
+            f"importlib.util.find_spec = lambda name, *a: None if name == {missing!r} else find(name, *a)\n"
+            "sys.argv = ['-m']\n"
+            "runpy.run_module('benchmarks', run_name='__main__', alter_sys=True)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1
+        assert done.stderr.strip() == f"the benchmarks need {missing}: pip install 'ckpt-kernels[bench]'"
+
+
+def test_convert_check_says_when_its_times_mean_nothing() -> None:
+    report = convert(model())
+    found = check.Check(report, "training", [], [], (2, 1), (2, 1), (1.0, 0.5), 0.4)
+    assert "too noisy for the times to mean anything: steps spread by 40%" in str(found)
+    assert "too noisy" not in str(dataclasses.replace(found, noise=0.05))
