@@ -69,6 +69,19 @@ def test_every_activation_and_dropout(function: str, activation: str, level: str
         assert torch.equal(found, expected)
 
 
+def test_what_is_rounded_before_the_weight_is_so_when_it_is_written_again(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, product = (torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in ((9, 64), (64,), (8, 64)))
+    product.requires_grad_()
+    x.requires_grad_()
+    found = []
+    for level in ("block", "output"):
+        options = {"norm": "rms_norm", "cast_before_weight": True, "recompute": level}
+        y = F.norm_linear(x, 64, weight, None, product, **options)
+        found.append(torch.autograd.grad(y.float().square().sum(), product)[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("level", RECOMPUTE)
 @by_pair
 def test_keeps_the_floor(pair: Pair, level: str, served: tuple) -> None:

@@ -130,7 +130,7 @@ NATIVE = (
         _ROWS,
         "seen = «rounded_if<S, T>(cast, x_hat)»;\n      Vec<S> g = way",
         "x_hat",
-        "tests/test_linear.py -k 'same_bits and norm_linear and native-bfloat16'",
+        "tests/test_linear.py -k 'rounded_before_the_weight and native'",
     ),
     Mutant(
         "the last, shorter piece of a channels-last norm counts whole",
