@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import backends, recompute
 from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
-from .operands import coefficient_room, gradient_room, or_none, returned, vector, wanted_gradients, zero
+from .operands import coefficient_room, constant, gradient_room, or_none, returned, vector, wanted_gradients, zero
 from .registration import Op
 from .second_order import second_order
 
@@ -371,6 +371,12 @@ def _channel_norm_backward_fake(
     return *room, *(torch.empty_like(t) if w and t is not None else input.new_empty(0) for t, w in affine)
 
 
+def _channel_norm_composed(input, residual, weight, bias, given_mean, given_var, *options):
+    given = (constant(given_mean), constant(given_var))
+    output, mean, var = reference.channel_norm(input, residual, weight, bias, *given, *options)
+    return output, constant(mean), constant(var)
+
+
 def _channel_norm_first_order(
     grad_output, input, other, weight, bias, mean, var, coefficients, groups, eps, activation, fixed, by_output, wanted
 ):
@@ -406,6 +412,7 @@ channel_norm = Op(
     _channel_norm_fake,
     _channel_norm_setup,
     _channel_norm_backward_rule,
+    _channel_norm_composed,
     results=3,
     recipe=_channel_norm_recipe,
 )

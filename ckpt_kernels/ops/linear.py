@@ -21,7 +21,7 @@ from .. import recompute
 from . import bias_act as _bias_act_ops
 from . import glu as _glu_ops
 from . import row_norm as _row_norm_ops
-from .registration import is_plain
+from .registration import is_plain, is_transformed
 
 # Products
 
@@ -48,7 +48,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _grad_input(grad: Tensor, weight: Tensor) -> Tensor:
-    return (_matrix(grad) @ weight.to(grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
+    return (_matrix(grad) @ weight.to(grad.dtype)).reshape(*grad.shape[:-1], weight.shape[1])
 
 
 def _grad_weight(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tensor:
@@ -192,7 +192,7 @@ class _BlockLinear(torch.autograd.Function):
         # Once: who unpacks may compute.
         saved = ctx.saved_tensors
         operands, weights, rest = saved[:first], saved[first : first + ctx.count], saved[first + ctx.count :]
-        if torch.is_grad_enabled():
+        if _by_composition(grads):
             found = _through_composition(_composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
         else:
             found = _block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.kinds)
@@ -261,18 +261,27 @@ def _through_composition(
     needs: Sequence[bool],
     kinds: Sequence[torch.dtype | None],
 ) -> list[Tensor | None]:
-    """The same as a graph, for gradients of gradients: those of the composition. Biases add, and have none there."""
+    """The same by operators that torch sees, as a graph for gradients of gradients: those of the composition. Biases
+    add, and have none there."""
+    create_graph = torch.is_grad_enabled()
     operand_needs, weight_needs, bias_needs = _parted(needs, len(weights))
     _, _, bias_kinds = _parted(kinds, len(weights))
     pairs_needed = [*zip(operands, operand_needs, strict=True), *zip(weights, weight_needs, strict=True)]
-    # Through a view of each, because the derivatives asked for are partial.
-    views = [t.view_as(t) if t is not None and n else t for t, n in pairs_needed]
     dtype = next((g.dtype for g in grads if g is not None), operands[0].dtype)
-    outputs = compose(views[: len(operands)], views[len(operands) :], dtype)
+    with torch.enable_grad():
+        # Through a view of each, because the derivatives asked for are partial.
+        views = [t.view_as(t) if t is not None and n else t for t, n in pairs_needed]
+        outputs = compose(views[: len(operands)], views[len(operands) :], dtype)
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
     sources = [v for v, (_, n) in zip(views, pairs_needed, strict=True) if n]
     found = iter(
-        torch.autograd.grad([y for y, _ in pairs], sources, [g for _, g in pairs], create_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            [y for y, _ in pairs],
+            sources,
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
         if sources and pairs
         else [None] * len(sources)
     )
@@ -324,7 +333,7 @@ class _LinearBlockLinear(torch.autograd.Function):
         input, *firsts, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         grad_bias = _grad_bias(grad, ctx.bias_dtype) if needs[-1] else None
-        if torch.is_grad_enabled():
+        if _by_composition((grad,)):
             tensors = [input, *firsts, weight]
 
             def compose(operands: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype):
@@ -375,4 +384,11 @@ def _is_fused(*tensors: Tensor | None) -> bool:
     """Whether there is something to keep, and nobody must see the ops one by one."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return is_plain(tensors) and not torch._C._are_functorch_transforms_active()
+    return is_plain(tensors) and not is_transformed()
+
+
+def _by_composition(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass is to be seen: for gradients of gradients, and where the gradients are batches."""
+    if torch.is_grad_enabled() or is_transformed():
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
