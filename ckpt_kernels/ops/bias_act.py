@@ -179,15 +179,17 @@ def _bias_act_composed(input, bias, seed, activation, dropout_p):
 
 
 def _bias_act_first_order(grad_output, kept, bias, seed, activation, dropout_p, wanted):
+    if kept is None:
+        grad_input = _bias_act_composed(grad_output, None, seed, "identity", dropout_p)
+        return or_none((grad_input, column_sum(grad_input, bias) if wanted[1] else None), wanted)
     by_output = activation in SIGNED_BY_OUTPUT
-    input = grad_output if kept is None else kept
 
     def block(input, bias):
         # In the output the bias is there already: one that is zero, with the same gradient.
         added = bias - bias.detach() if by_output and bias is not None else bias
         return (_bias_act_composed(input, added, seed, activation, dropout_p),)
 
-    return reference.gradients(block, (input, bias), (grad_output,), wanted, create_graph=True)
+    return reference.gradients(block, (kept, bias), (grad_output,), wanted, create_graph=True)
 
 
 bias_act_backward = Op(

@@ -391,7 +391,7 @@ def _channel_norm_first_order(
 
     residual = None if by_output else other
     if residual is None and (by_output or wanted[1]):
-        residual = torch.zeros_like(input).requires_grad_()
+        residual = torch.zeros_like(input, requires_grad=True)
     operands = (input, residual, weight, bias)
     return reference.gradients(block, operands, (grad_output,), wanted, create_graph=True)
 

@@ -56,7 +56,7 @@ def _grad_weight(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tens
 
 
 def _grad_bias(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
-    return _matrix(grad).sum(0).to(bias_dtype)
+    return (grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad).to(bias_dtype)
 
 
 class _Linear(torch.autograd.Function):

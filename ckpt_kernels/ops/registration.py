@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 from .. import recompute
@@ -55,8 +56,10 @@ class Op:
         _library.define(schema)
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+        _library.impl(name, self._composed, "FuncTorchBatched")
         self._dispatched = getattr(torch.ops.ckpt_kernels, name).default
+        self._differentiated = make_autograd_impl(self._dispatched, Info(backward, setup_context))
+        _library.impl(name, self._with_autograd, "Autograd", with_keyset=True)
         self._implementation = implementation
         self._composition = composition
         self._results = results
@@ -92,6 +95,22 @@ class Op:
         else:
             output = self._implementation(*arguments)
         return output if self._results is None else output[: self._results]
+
+    # Called by the dispatcher, from an exported program say, all results are to be returned, and all are tensors.
+
+    def _composed(self, *arguments: Any) -> Any:
+        found = self._composition(*arguments)
+        if isinstance(found, Tensor):
+            return found
+        count = len(self._dispatched._schema.returns)
+        return tuple(arguments[0].new_empty(0) if t is None else t for t in (*found, *(None,) * (count - len(found))))
+
+    def _with_autograd(self, keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        """The autograd rule of `torch.library.register_autograd`, which alone would lose tangents without a word, and which
+        torch.func does not take."""
+        return (
+            self._composed(*arguments) if forward_ad._current_level >= 0 else self._differentiated(keyset, *arguments)
+        )
 
 
 def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
