@@ -106,11 +106,8 @@ class Op:
         return tuple(arguments[0].new_empty(0) if t is None else t for t in (*found, *(None,) * (count - len(found))))
 
     def _with_autograd(self, keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        """The autograd rule of `torch.library.register_autograd`, which alone would lose tangents without a word, and which
-        torch.func does not take."""
-        return (
-            self._composed(*arguments) if forward_ad._current_level >= 0 else self._differentiated(keyset, *arguments)
-        )
+        """What `torch.library.register_autograd` makes does: but that loses tangents, and torch.func refuses it."""
+        return self._composed(*arguments) if is_transformed() else self._differentiated(keyset, *arguments)
 
 
 def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
