@@ -1,8 +1,10 @@
 """Channel norms: of (N, C, ...)."""
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -59,8 +61,11 @@ def batch_norm(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, 0, eps, name)
-    _move(running_mean, mean, momentum)
-    _move(running_var, var, momentum, count / max(count - 1, 1))
+    if ops.registration.is_transformed():
+        _move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
+    else:
+        _move(running_mean, mean, momentum)
+        _move(running_var, var, momentum, count / max(count - 1, 1))
     return output
 
 
@@ -122,8 +127,11 @@ def instance_norm(
     output, mean, var = ops.channel_norm.channel_norm(
         input, None, weight, bias, None, None, input.shape[1], eps, activation_name(activation)
     )
-    _move(running_mean, mean.mean(0), momentum)
-    _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
+    if ops.registration.is_transformed():
+        _move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
+    else:
+        _move(running_mean, mean.mean(0), momentum)
+        _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
     return output
 
 
@@ -132,3 +140,17 @@ def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: floa
     if running is not None:
         with torch.no_grad():
             running.mul_(1 - momentum).add_(towards, alpha=momentum * factor)
+
+
+def _move_by_torch(
+    norm: Callable[..., Tensor],
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> None:
+    """The same by torch's own norm, the one writer to captured tensors that transforms know, or refuse in its words."""
+    if running_mean is not None or running_var is not None:
+        with torch.no_grad():
+            norm(input, running_mean, running_var, None, None, True, momentum, eps)
