@@ -61,7 +61,7 @@ def batch_norm(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, 0, eps, name)
-    if ops.registration.is_transformed():
+    if _is_moved_by_torch():
         _move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
     else:
         _move(running_mean, mean, momentum)
@@ -127,7 +127,7 @@ def instance_norm(
     output, mean, var = ops.channel_norm.channel_norm(
         input, None, weight, bias, None, None, input.shape[1], eps, activation_name(activation)
     )
-    if ops.registration.is_transformed():
+    if _is_moved_by_torch():
         _move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
     else:
         _move(running_mean, mean.mean(0), momentum)
@@ -135,11 +135,18 @@ def instance_norm(
     return output
 
 
-def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float = 1.0) -> None:
+def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float | Tensor = 1.0) -> None:
     """running = (1 - momentum) * running + momentum * factor * towards."""
+    if isinstance(factor, Tensor):  # of a size that torch.jit.trace follows
+        towards, factor = towards * factor, 1.0
     if running is not None:
         with torch.no_grad():
             running.mul_(1 - momentum).add_(towards, alpha=momentum * factor)
+
+
+def _is_moved_by_torch() -> bool:
+    """Within transforms, but for torch.jit.trace, which drops what gives an output that nobody reads."""
+    return ops.registration.is_transformed() and torch._C._get_tracing_state() is None
 
 
 def _move_by_torch(

@@ -28,10 +28,15 @@ from .registration import is_plain, is_transformed
 
 def product_dtype(input: Tensor) -> torch.dtype:
     """What a Linear that reads `input` computes in here: autocast's type, or the input's own."""
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _is_autocast(input) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
     return input.dtype
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    """Whether it is enabled, which may not be asked of devices that have none, such as meta."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -39,8 +44,11 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    operands = (input.to(dtype), weight.to(dtype), _cast(bias, dtype))
+    if not _is_autocast(input):
+        return F.linear(*operands)
     with torch.autocast(input.device.type, enabled=False):
-        return F.linear(input.to(dtype), weight.to(dtype), _cast(bias, dtype))
+        return F.linear(*operands)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight as they are instead of cast copies of them."""
-    if not _is_fused(input, weight, bias) or not torch.is_autocast_enabled(input.device.type):
+    if not _is_fused(input, weight, bias) or not _is_autocast(input):
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, product_dtype(input))
 
