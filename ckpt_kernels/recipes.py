@@ -229,7 +229,8 @@ def watching(tensor: Tensor) -> Tensor | None:
     if type(tensor) is not Tensor or tensor.layout is not torch.strided:
         return None
     watch = tensor.detach()
-    watch.data = _NOTHING
+    if not tensor.is_meta:
+        watch.data = _NOTHING
     return watch
 
 

@@ -394,4 +394,10 @@ def _outlasting(tensor: Tensor) -> Tensor:
 
 
 def _unpack(packed: Cell) -> Tensor:
+    # Compiled autograd traces through hooks. Versions, locks and what is shared by readers are for no tracer.
+    return _unpack_untraced(packed) if torch.compiler.is_compiling() else packed.get()
+
+
+@torch._disable_dynamo
+def _unpack_untraced(packed: Cell) -> Tensor:
     return packed.get()

@@ -85,15 +85,22 @@ def _normalize(u: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | 
     return u * rstd, None if mean is None else mean.squeeze(-1), rstd.squeeze(-1)
 
 
+def _grouped(rows: Tensor, coefficient: Tensor) -> Tensor:
+    """(groups, rows, columns), where each group has a row of `coefficient`."""
+    columns = rows.shape[-1]
+    groups = coefficient.numel() // columns
+    return rows.reshape(groups, rows.numel() // max(groups * columns, 1), columns)
+
+
 def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float) -> Tensor:
     """x_hat * (weight + offset) + bias, where each row of weight and bias serves an equal share of the rows."""
     rows, columns = x_hat.shape
     grouped = x_hat
     if weight is not None:
-        grouped = x_hat.reshape(weight.numel() // columns, -1, columns)
+        grouped = _grouped(x_hat, weight)
         grouped = grouped * (weight.to(x_hat.dtype).reshape(-1, 1, columns) + weight_offset)
     if bias is not None:
-        grouped = grouped.reshape(bias.numel() // columns, -1, columns)
+        grouped = _grouped(grouped, bias)
         grouped = grouped + bias.to(x_hat.dtype).reshape(-1, 1, columns)
     return grouped.reshape(rows, columns)
 
@@ -221,8 +228,10 @@ def gradients(
 ) -> list[Tensor | None]:
     """The gradients of block(*operands) for the operands wanted, as autograd finds them; None for the others.
 
-    `grad_outputs` are those of the block's first outputs; None stands for zero.
+    `grad_outputs` are those of the block's first outputs; None stands for zero. With `create_graph` the operands are
+    taken as they are, and the gradients have a graph if the caller's grad mode is on.
     """
+    is_grad_enabled = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = list(operands)
         if not create_graph:
@@ -235,7 +244,7 @@ def gradients(
                 [y for y, _ in pairs],
                 sources,
                 [g for _, g in pairs],
-                create_graph=create_graph,
+                create_graph=create_graph and is_grad_enabled,
                 allow_unused=True,
                 materialize_grads=True,
             )

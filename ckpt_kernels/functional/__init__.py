@@ -12,6 +12,8 @@ same. Errors, before anything is computed: RuntimeError for tensors of wrong sha
 for an unknown activation and for a probability outside [0, 1]; TypeError for what is not a tensor.
 """
 
+import torch
+
 from .bias_act import bias_act
 from .channel_norm import batch_norm, group_norm, instance_norm
 from .glu import glu, packed_glu
@@ -45,3 +47,7 @@ __all__ = [
     "packed_glu",
     "rms_norm",
 ]
+
+# Where torch.fx traces, a call of these is a node of the graph, as one of torch.nn.functional's is.
+for _name in __all__:
+    torch.fx.wrap(_name)

@@ -1,8 +1,10 @@
 """Channel norms: of (N, C, ...)."""
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -78,7 +80,9 @@ def batch_norm(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, 0, eps, name)
-    if count:
+    if _is_moved_by_torch():
+        _move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
+    elif count:
         _move(running_mean, mean, momentum)
         _move(running_var, var, momentum, count / max(count - 1, 1))
     return output
@@ -144,7 +148,9 @@ def instance_norm(
     if size == 1:
         raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 element in space")
     output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, input.shape[1], eps, name)
-    if input.numel():
+    if _is_moved_by_torch():
+        _move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
+    elif input.numel():
         _move(running_mean, mean.mean(0), momentum)
         _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
     return output
@@ -162,13 +168,33 @@ def _by_running_statistics(
 ) -> Tensor:
     if running_mean is None or running_var is None:
         raise RuntimeError("running_mean or running_var is None; expected both where they are to be used")
-    return ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, 0, eps, activation)[
-        0
-    ]
+    found = ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, 0, eps, activation)
+    return found[0]
 
 
-def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float = 1.0) -> None:
+def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float | Tensor = 1.0) -> None:
     """running = (1 - momentum) * running + momentum * factor * towards."""
+    if isinstance(factor, Tensor):  # of a size that torch.jit.trace follows
+        towards, factor = towards * factor, 1.0
     if running is not None:
         with torch.no_grad():
             running.mul_(1 - momentum).add_(towards, alpha=momentum * factor)
+
+
+def _is_moved_by_torch() -> bool:
+    """Within transforms, but for torch.jit.trace, which drops what gives an output that nobody reads."""
+    return ops.registration.is_transformed() and torch._C._get_tracing_state() is None
+
+
+def _move_by_torch(
+    norm: Callable[..., Tensor],
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> None:
+    """The same by torch's own norm, the one writer to captured tensors that transforms know, or refuse in its words."""
+    if running_mean is not None or running_var is not None:
+        with torch.no_grad():
+            norm(input, running_mean, running_var, None, None, True, momentum, eps)

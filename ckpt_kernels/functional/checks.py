@@ -85,6 +85,9 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 def normalized(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(normalized_shape, int):
         return (normalized_shape,)
+    # A size that torch.jit.trace follows.
+    if isinstance(normalized_shape, Tensor):
+        return (int(normalized_shape),)
     if not isinstance(normalized_shape, Sequence):
         raise TypeError(f"normalized_shape is {normalized_shape!r}; expected an integer or a sequence of them")
     return tuple(normalized_shape)

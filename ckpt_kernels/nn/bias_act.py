@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, probability
+from .extras import extras, probability, recorded
 
 
 class BiasAct(nn.Module):
@@ -38,6 +39,8 @@ class BiasAct(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
         return F.bias_act(input, self.bias, activation=self.activation, dropout_p=self.dropout, training=self.training)
 
     def extra_repr(self) -> str:

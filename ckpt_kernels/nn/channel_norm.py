@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras
+from .extras import extras, recorded
 
 
 def batch_norm_of(
@@ -92,6 +93,8 @@ class _BatchNorm:
         self.activation = activation_name(activation)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:
+            return call
         return batch_norm_of(self, input, residual, self.activation)
 
     def extra_repr(self) -> str:
@@ -118,6 +121,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:
+            return call
         return batch_norm_of(self, input, residual, self.activation, group_of(self) if self.training else None)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -133,6 +138,8 @@ class GroupNorm(nn.GroupNorm):
         self.activation = activation_name(activation)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
@@ -145,6 +152,11 @@ class _InstanceNorm:
     def __init__(self, *args: Any, activation: Activation = "identity", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.activation = activation_name(activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
+        return super().forward(input)
 
     def _apply_instance_norm(self, input: Tensor) -> Tensor:
         return instance_norm_of(self, input, self.activation)

@@ -1,11 +1,12 @@
 """Gated linear units as a module."""
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..ops.glu import layout_name
-from .extras import extras
+from .extras import extras, recorded
 
 
 class GLU(nn.Module):
@@ -27,6 +28,8 @@ class GLU(nn.Module):
         self.layout = layout_name(layout)
 
     def forward(self, input: Tensor, value: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input, value)) is not None:
+            return call
         if value is not None:
             return F.glu(input, value, activation=self.activation)
         if not -input.dim() <= self.dim < input.dim():

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..functional.linear import level_name, norm_name
 from ..ops.glu import layout_name
-from .extras import extras, probability
+from .extras import extras, probability, recorded
 from .row_norm import LayerNorm, RMSNorm
 
 
@@ -55,6 +56,8 @@ class NormLinear(nn.Module):
             self.linears = nn.ModuleList(nn.Linear(in_features, out, bias, **factory) for out in out_features)
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
         norm = self.norm
         centered = isinstance(norm, LayerNorm)
         single = hasattr(self, "linear")
@@ -104,6 +107,8 @@ class ActLinear(nn.Linear):
         self.recompute = level_name(recompute)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
         return F.act_linear(
             input,
             self.weight,
@@ -153,6 +158,8 @@ class MLP(nn.Module):
         self.recompute = level_name(recompute)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
         return F.mlp(
             input,
             self.fc1.weight,
@@ -215,6 +222,8 @@ class GatedMLP(nn.Module):
         self.recompute = level_name(recompute)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
         gate = self.gate_up_proj if self.packed else self.gate_proj
         value = None if self.packed else self.up_proj
         return F.gated_mlp(

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, probability
+from .extras import extras, probability, recorded
 
 
 class LayerNorm(nn.LayerNorm):
@@ -35,6 +36,8 @@ class LayerNorm(nn.LayerNorm):
         self.pre_activation = activation_name(pre_activation, "pre_activation")
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
         return F.layer_norm(
             input,
             self.normalized_shape,
@@ -85,6 +88,8 @@ class RMSNorm(nn.RMSNorm):
             nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
         return F.rms_norm(
             input,
             self.normalized_shape,
@@ -132,6 +137,8 @@ class AddLayerNorm(nn.LayerNorm):
         self.dropout = probability(dropout)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:
+            return call
         return F.add_layer_norm(
             input,
             residual,
@@ -181,6 +188,8 @@ class AddRMSNorm(RMSNorm):
         self.dropout = probability(dropout)
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:
+            return call
         return F.add_rms_norm(
             input,
             residual,
@@ -222,6 +231,8 @@ class GatedRMSNorm(nn.RMSNorm):
         self.norm_before_gate = norm_before_gate
 
     def forward(self, input: Tensor, gate: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input, gate)) is not None:
+            return call
         return F.gated_rms_norm(
             input,
             gate,
@@ -245,6 +256,8 @@ class ModulatedLayerNorm(LayerNorm):
     """
 
     def forward(self, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input, scale, shift)) is not None:
+            return call
         return F.modulated_layer_norm(
             input,
             scale,
@@ -281,6 +294,8 @@ class ModulatedRMSNorm(nn.RMSNorm):
         self.pre_activation = activation_name(pre_activation, "pre_activation")
 
     def forward(self, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input, scale, shift)) is not None:
+            return call
         return F.modulated_rms_norm(
             input,
             scale,

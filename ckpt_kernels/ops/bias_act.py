@@ -171,18 +171,26 @@ def _bias_act_backward_fake(grad_output, kept, bias, seed, activation, dropout_p
     return grad_input, grad_bias
 
 
+def _bias_act_composed(input, bias, seed, activation, dropout_p):
+    if seed is None:
+        return reference.bias_act(input, bias, seed, activation, dropout_p)
+    columns = _columns(input)
+    rows = input.reshape(input.numel() // max(columns, 1), columns)
+    return reference.bias_act(rows, bias, seed, activation, dropout_p).reshape(input.shape)
+
+
 def _bias_act_first_order(grad_output, kept, bias, seed, activation, dropout_p, wanted):
+    if kept is None:
+        grad_input = _bias_act_composed(grad_output, None, seed, "identity", dropout_p)
+        return or_none((grad_input, column_sum(grad_input, bias) if wanted[1] else None), wanted)
     by_output = activation in SIGNED_BY_OUTPUT
-    input = grad_output if kept is None else kept
 
     def block(input, bias):
-        columns = _columns(input)
-        rows = input.reshape(input.numel() // max(columns, 1), columns)
         # In the output the bias is there already: one that is zero, with the same gradient.
         added = bias - bias.detach() if by_output and bias is not None else bias
-        return (reference.bias_act(rows, added, seed, activation, dropout_p).reshape(input.shape),)
+        return (_bias_act_composed(input, added, seed, activation, dropout_p),)
 
-    return reference.gradients(block, (input, bias), (grad_output,), wanted, create_graph=True)
+    return reference.gradients(block, (kept, bias), (grad_output,), wanted, create_graph=True)
 
 
 bias_act_backward = Op(
@@ -198,6 +206,7 @@ bias_act = Op(
     _bias_act_fake,
     _bias_act_setup,
     _bias_act_backward_rule,
+    _bias_act_composed,
     recipe=_bias_act_recipe,
     elementwise=True,
     sharding=Sharding(every_dim, (like_input, last_of_input, seed), (like_input,)),

@@ -24,7 +24,7 @@ from torch._prims_common import suggest_memory_format
 from .. import backends, recompute
 from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
-from .operands import coefficient_room, gradient_room, or_none, returned, vector, wanted_gradients, zero
+from .operands import coefficient_room, constant, gradient_room, or_none, returned, vector, wanted_gradients, zero
 from .registration import Op
 from .second_order import second_order
 from .sharding import Sharding, channels_of_input, every_dim, like_input
@@ -380,6 +380,12 @@ def _channel_norm_backward_fake(
     return *room, *(torch.empty_like(t) if w and t is not None else input.new_empty(0) for t, w in affine)
 
 
+def _channel_norm_composed(input, residual, weight, bias, given_mean, given_var, *options):
+    given = (constant(given_mean), constant(given_var))
+    output, mean, var = reference.channel_norm(input, residual, weight, bias, *given, *options)
+    return output, constant(mean), constant(var)
+
+
 def _channel_norm_first_order(
     grad_output, input, other, weight, bias, mean, var, coefficients, groups, eps, activation, fixed, by_output, wanted
 ):
@@ -394,7 +400,7 @@ def _channel_norm_first_order(
 
     residual = None if by_output else other
     if residual is None and (by_output or wanted[1]):
-        residual = torch.zeros_like(input).requires_grad_()
+        residual = torch.zeros_like(input, requires_grad=True)
     operands = (input, residual, weight, bias)
     return reference.gradients(block, operands, (grad_output,), wanted, create_graph=True)
 
@@ -428,6 +434,7 @@ channel_norm = Op(
     _channel_norm_fake,
     _channel_norm_setup,
     _channel_norm_backward_rule,
+    _channel_norm_composed,
     results=3,
     recipe=_channel_norm_recipe,
     sharding=Sharding(

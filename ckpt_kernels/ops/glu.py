@@ -122,6 +122,7 @@ glu = Op(
     _glu_fake,
     _glu_setup,
     _glu_backward_rule,
+    reference.glu,
     recipe=_glu_recipe,
     elementwise=True,
     sharding=Sharding(every_dim, (like_input, like_input), (like_input,)),
@@ -239,9 +240,13 @@ def _packed_glu_backward_fake(grad_output, packed, activation, layout):
     return elementwise_room(packed)
 
 
+def _packed_glu_composed(packed, activation, layout):
+    return reference.glu(*unpack(packed, layout), activation)
+
+
 def _packed_glu_first_order(grad_output, packed, activation, layout):
     def block(packed):
-        return (reference.glu(*unpack(packed, layout), activation),)
+        return (_packed_glu_composed(packed, activation, layout),)
 
     return reference.gradients(block, (packed,), (grad_output,), [True], create_graph=True)
 
@@ -258,6 +263,7 @@ packed_glu = Op(
     _packed_glu_fake,
     _packed_glu_setup,
     _packed_glu_backward_rule,
+    _packed_glu_composed,
     recipe=_packed_glu_recipe,
     elementwise=True,
     # The dimension that packs both is in one piece.

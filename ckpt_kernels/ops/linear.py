@@ -22,17 +22,22 @@ from . import bias_act as _bias_act_ops
 from . import glu as _glu_ops
 from . import row_norm as _row_norm_ops
 from .pinned import pinned_function
-from .registration import is_plain
+from .registration import is_plain, is_transformed
 
 # Products
 
 
 def product_dtype(input: Tensor) -> torch.dtype:
     """What a Linear that reads `input` computes in here: autocast's type, or the input's own."""
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if _is_autocast(input) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
     return input.dtype
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    """Whether it is enabled, which may not be asked of devices that have none, such as meta."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -40,8 +45,11 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    operands = (input.to(dtype), weight.to(dtype), _cast(bias, dtype))
+    if not _is_autocast(input):
+        return F.linear(*operands)
     with torch.autocast(input.device.type, enabled=False):
-        return F.linear(input.to(dtype), weight.to(dtype), _cast(bias, dtype))
+        return F.linear(*operands)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -49,7 +57,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _grad_input(grad: Tensor, weight: Tensor) -> Tensor:
-    return (_matrix(grad) @ weight.to(grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
+    return (_matrix(grad) @ weight.to(grad.dtype)).reshape(*grad.shape[:-1], weight.shape[1])
 
 
 def _grad_weight(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tensor:
@@ -57,7 +65,7 @@ def _grad_weight(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tens
 
 
 def _grad_bias(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
-    return _matrix(grad).sum(0).to(bias_dtype)
+    return (grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad).to(bias_dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -86,7 +94,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight as they are instead of cast copies of them."""
-    if not _is_fused(input, weight, bias) or not torch.is_autocast_enabled(input.device.type):
+    if not _is_fused(input, weight, bias) or not _is_autocast(input):
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, product_dtype(input))
 
@@ -194,7 +202,7 @@ class _BlockLinear(torch.autograd.Function):
         # Once: who unpacks may compute.
         saved = ctx.saved_tensors
         operands, weights, rest = saved[:first], saved[first : first + ctx.count], saved[first + ctx.count :]
-        if torch.is_grad_enabled():
+        if _by_composition(grads):
             found = _through_composition(_composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
         else:
             found = _block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.kinds)
@@ -263,18 +271,27 @@ def _through_composition(
     needs: Sequence[bool],
     kinds: Sequence[torch.dtype | None],
 ) -> list[Tensor | None]:
-    """The same as a graph, for gradients of gradients: those of the composition. Biases add, and have none there."""
+    """The same by operators that torch sees, as a graph for gradients of gradients: those of the composition. Biases
+    add, and have none there."""
+    create_graph = torch.is_grad_enabled()
     operand_needs, weight_needs, bias_needs = _parted(needs, len(weights))
     _, _, bias_kinds = _parted(kinds, len(weights))
     pairs_needed = [*zip(operands, operand_needs, strict=True), *zip(weights, weight_needs, strict=True)]
-    # Through a view of each, because the derivatives asked for are partial.
-    views = [t.view_as(t) if t is not None and n else t for t, n in pairs_needed]
     dtype = next((g.dtype for g in grads if g is not None), operands[0].dtype)
-    outputs = compose(views[: len(operands)], views[len(operands) :], dtype)
+    with torch.enable_grad():
+        # Through a view of each, because the derivatives asked for are partial.
+        views = [t.view_as(t) if t is not None and n else t for t, n in pairs_needed]
+        outputs = compose(views[: len(operands)], views[len(operands) :], dtype)
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
     sources = [v for v, (_, n) in zip(views, pairs_needed, strict=True) if n]
     found = iter(
-        torch.autograd.grad([y for y, _ in pairs], sources, [g for _, g in pairs], create_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            [y for y, _ in pairs],
+            sources,
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
         if sources and pairs
         else [None] * len(sources)
     )
@@ -327,7 +344,7 @@ class _LinearBlockLinear(torch.autograd.Function):
         input, *firsts, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         grad_bias = _grad_bias(grad, ctx.bias_dtype) if needs[-1] else None
-        if torch.is_grad_enabled():
+        if _by_composition((grad,)):
             tensors = [input, *firsts, weight]
 
             def compose(operands: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype):
@@ -378,4 +395,11 @@ def _is_fused(*tensors: Tensor | None) -> bool:
     """Whether there is something to keep, and nobody must see the ops one by one."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return is_plain(tensors) and not torch._C._are_functorch_transforms_active()
+    return is_plain(tensors) and not is_transformed()
+
+
+def _by_composition(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass is to be seen: for gradients of gradients, and where the gradients are batches."""
+    if torch.is_grad_enabled() or is_transformed():
+        return True
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)

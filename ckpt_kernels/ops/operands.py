@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import compute_elementwise_output_strides
+from torch.autograd import forward_ad
 
 from ..backends import reference
 
@@ -79,6 +80,14 @@ def _shared_columns(tensors: Sequence[Tensor]) -> int:
 
 def vector(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def constant(tensor: Tensor | None) -> Tensor | None:
+    """A copy without derivatives of either kind."""
+    if tensor is None:
+        return None
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+        return tensor.clone()
 
 
 def statistics(input: Tensor, columns: int, centered: bool) -> tuple[Tensor, Tensor]:

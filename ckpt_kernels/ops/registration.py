@@ -1,10 +1,16 @@
-"""How a block becomes an op: its schema, its fake function and its autograd rule, given once, used two ways."""
+"""How a block becomes an op: its schema, its fake function and its autograd rule, given once, used two ways.
+
+Where a transform of torch's must see through a block, torch's own operators compute it instead: these have every
+derivative and every batching rule that there is.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from .. import recompute
 from . import nested
@@ -23,6 +29,7 @@ class Op:
         implementation: computes it on real tensors, without autograd.
         fake: makes outputs of the right shape and dtype, for torch.compile.
         setup_context, backward: the autograd rule, as for `torch.autograd.Function`.
+        composition: of the same arguments, what a call returns, by differentiable operators of torch's.
         results: how many of several outputs a call returns; those that follow are only kept for backward.
         recipe: of (ctx, arguments, outputs), how to make the first output again from what is kept for backward: a
             function and the tensors it takes; None where that is not possible.
@@ -33,7 +40,8 @@ class Op:
     Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
     gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
     must see the op (torch.compile, dispatch modes, tensor subclasses) gets it from the dispatcher, under the
-    same autograd rule. Nested tensors and DTensors are taken apart before that: see `nested` and `dtensor`.
+    same autograd rule. Nested tensors and DTensors are taken apart before that: see `nested` and `dtensor`. Within
+    transforms (see `is_transformed`) it is the composition that runs.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class Op:
         fake: Callable[..., Any],
         setup_context: Callable[[Any, tuple, Any], None],
         backward: Callable[..., Any],
+        composition: Callable[..., Any],
         results: int | None = None,
         recipe: Callable[[Any, tuple, Any], recompute.Announcement | None] | None = None,
         elementwise: bool = False,
@@ -54,9 +63,12 @@ class Op:
         _library.define(schema)
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+        _library.impl(name, self._composed, "FuncTorchBatched")
         self._dispatched = getattr(torch.ops.ckpt_kernels, name).default
+        self._differentiated = make_autograd_impl(self._dispatched, Info(backward, setup_context))
+        _library.impl(name, self._with_autograd, "Autograd", with_keyset=True)
         self._implementation = implementation
+        self._composition = composition
         self._results = results
         self._recipe = recipe
         self._sharding = sharding
@@ -77,11 +89,10 @@ class Op:
         function = _autograd_function(name, forward=packed_forward, backward=packed_backward)
         # Past `Function.apply`'s own look for torch.func's transforms, which `__call__` has done.
         self._apply = super(torch.autograd.Function, function).apply
-        self._transformable = _autograd_function(
-            name, forward=implementation, setup_context=setup_context, backward=backward
-        )
 
     def __call__(self, *arguments: Any) -> Any:
+        if is_transformed():
+            return self._composition(*arguments)
         if torch.compiler.is_compiling() or not is_plain(arguments[: self._tensors]):
             if self._sharding is not None:
                 if arguments[0].is_nested:
@@ -91,8 +102,6 @@ class Op:
 
                     return dtensor.call(self, self._sharding, arguments)
             output = self._dispatched(*arguments)
-        elif torch._C._are_functorch_transforms_active():
-            output = self._transformable.apply(*arguments)
         elif torch.is_grad_enabled():
             output = self._apply(*arguments[: self._tensors], arguments[self._tensors :])
             if self._recipe is not None and recompute.is_active():
@@ -102,15 +111,41 @@ class Op:
             output = self._implementation(*arguments)
         return output if self._results is None else output[: self._results]
 
+    # Called by the dispatcher, from an exported program say, all results are to be returned, and all are tensors.
+
+    def _composed(self, *arguments: Any) -> Any:
+        found = self._composition(*arguments)
+        if isinstance(found, Tensor):
+            return found
+        count = len(self._dispatched._schema.returns)
+        return tuple(arguments[0].new_empty(0) if t is None else t for t in (*found, *(None,) * (count - len(found))))
+
+    def _with_autograd(self, keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        """What `torch.library.register_autograd` makes does: but that loses tangents, and torch.func refuses it."""
+        return self._composed(*arguments) if is_transformed() else self._differentiated(keyset, *arguments)
+
 
 def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
-    """One with a `setup_context` works under torch.func, at the price of binding its arguments at every call."""
     return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
 
 
+def is_transformed() -> bool:
+    """Whether every operation is one of torch's own to be: within torch.func's transforms (vmap, grad, jvp and so on),
+    where tangents are carried forward, and where torch.jit.trace records."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def is_plain(arguments: Sequence[Any]) -> bool:
-    """Whether nothing but autograd needs to see the op: no subclass among the tensors, and no mode."""
-    if torch._C._len_torch_dispatch_stack():
+    """Whether nothing but autograd needs to see the op: no subclass among the tensors, and no mode.
+
+    Nor a batch of gradients, of `is_grads_batched`, which the dispatcher hands to the op one by one. It comes by the
+    first argument.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_legacy_batchedtensor(arguments[0]):
         return False
     for argument in arguments:
         if type(argument) not in _PLAIN:

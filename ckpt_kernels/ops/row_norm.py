@@ -182,11 +182,15 @@ def _row_norm_backward_fake(grad_output, input, weight, bias, mean, rstd, *optio
     return returned_fake((input, weight, bias), options[-1], input)
 
 
+def _row_norm_composed(input, weight, bias, columns, *options):
+    return (reference.row_norm(as_rows(input, columns), weight, bias, *options)[0].reshape(input.shape),)
+
+
 def _row_norm_first_order(grad_output, input, weight, bias, mean, rstd, columns, *options):
     *options, wanted = options
 
     def block(input, weight, bias):
-        return (reference.row_norm(as_rows(input, columns), weight, bias, *options)[0].reshape(input.shape),)
+        return _row_norm_composed(input, weight, bias, columns, *options)
 
     return reference.gradients(block, (input, weight, bias), (grad_output,), wanted, create_graph=True)
 
@@ -208,6 +212,7 @@ row_norm = Op(
     _row_norm_fake,
     _row_norm_setup,
     _row_norm_backward_rule,
+    _row_norm_composed,
     results=1,
     recipe=_row_norm_recipe,
     sharding=Sharding(_rows(3), (like_input, last_of_input, last_of_input), (like_input,)),
@@ -305,17 +310,17 @@ def _modulated_row_norm_backward_fake(grad_output, input, scale, shift, weight, 
     return returned_fake((input, scale, shift, weight, bias), options[-1], input)
 
 
-def _modulated_row_norm_first_order(
-    grad_output, input, scale, shift, weight, bias, mean, rstd, columns, eps, centered, *options
-):
+def _modulated_row_norm_composed(input, scale, shift, weight, bias, columns, *options):
+    dtype = reference.compute_dtype(input.dtype)
+    coefficients = _modulated_coefficients(scale, shift, weight, bias, columns, dtype)
+    return _row_norm_composed(input, *coefficients, columns, *options, 0.0, False)
+
+
+def _modulated_row_norm_first_order(grad_output, input, scale, shift, weight, bias, mean, rstd, *options):
     *options, wanted = options
 
     def block(input, scale, shift, weight, bias):
-        dtype = reference.compute_dtype(input.dtype)
-        coefficients = _modulated_coefficients(scale, shift, weight, bias, columns, dtype)
-        rows = as_rows(input, columns)
-        output, _, _ = reference.row_norm(rows, *coefficients, eps, centered, *options, 0.0, False)
-        return (output.reshape(input.shape),)
+        return _modulated_row_norm_composed(input, scale, shift, weight, bias, *options)
 
     operands = (input, scale, shift, weight, bias)
     return reference.gradients(block, operands, (grad_output,), wanted, create_graph=True)
@@ -337,6 +342,7 @@ modulated_row_norm = Op(
     _modulated_row_norm_fake,
     _modulated_row_norm_setup,
     _modulated_row_norm_backward_rule,
+    _modulated_row_norm_composed,
     results=1,
     recipe=_modulated_row_norm_recipe,
     sharding=Sharding(
@@ -461,6 +467,12 @@ def _add_row_norm_backward_fake(grad_output, grad_residual_out, residual_out, we
     return returned_fake((residual_out, residual_out, weight, bias), options[-1], residual_out)
 
 
+def _add_row_norm_composed(input, residual, weight, bias, seed, columns, *options):
+    rows = (as_rows(input, columns), as_rows(residual, columns))
+    output, residual_out, _, _ = reference.add_row_norm(*rows, weight, bias, seed, *options)
+    return output.reshape(input.shape), residual_out.reshape(input.shape)
+
+
 def _add_row_norm_first_order(
     grad_output, grad_residual_out, residual_out, weight, bias, seed, mean, rstd, columns, eps, centered, *options
 ):
@@ -504,6 +516,7 @@ add_row_norm = Op(
     _add_row_norm_fake,
     _add_row_norm_setup,
     _add_row_norm_backward_rule,
+    _add_row_norm_composed,
     results=2,
     recipe=_add_row_norm_recipe,
     sharding=Sharding(_rows(5), (like_input, like_input, last_of_input, last_of_input, seed), (like_input, like_input)),
@@ -582,12 +595,16 @@ def _gated_row_norm_backward_fake(grad_output, input, gate, weight, rstd, *optio
     return returned_fake((input, gate, weight), options[-1], input)
 
 
-def _gated_row_norm_first_order(grad_output, input, gate, weight, rstd, columns, *options):
+def _gated_row_norm_composed(input, gate, weight, columns, *options):
+    rows = (as_rows(input, columns), as_rows(gate, columns))
+    return (reference.gated_row_norm(*rows, weight, *options)[0].reshape(input.shape),)
+
+
+def _gated_row_norm_first_order(grad_output, input, gate, weight, rstd, *options):
     *options, wanted = options
 
     def block(input, gate, weight):
-        rows = (as_rows(input, columns), as_rows(gate, columns))
-        return (reference.gated_row_norm(*rows, weight, *options)[0].reshape(input.shape),)
+        return _gated_row_norm_composed(input, gate, weight, *options)
 
     return reference.gradients(block, (input, gate, weight), (grad_output,), wanted, create_graph=True)
 
@@ -606,6 +623,7 @@ gated_row_norm = Op(
     _gated_row_norm_fake,
     _gated_row_norm_setup,
     _gated_row_norm_backward_rule,
+    _gated_row_norm_composed,
     results=1,
     recipe=_gated_row_norm_recipe,
     sharding=Sharding(_rows(3), (like_input, like_input, last_of_input), (like_input,)),

@@ -9,8 +9,8 @@ from torch import Tensor
 
 def second_order(
     first_order: Callable[..., Sequence[Tensor | None]], differentiable: int
-) -> tuple[Callable[..., None], Callable[..., tuple]]:
-    """The autograd rule of a backward op, through the reference.
+) -> tuple[Callable[..., None], Callable[..., tuple], Callable[..., Any]]:
+    """The autograd rule of a backward op, through the reference, and the composition of which it is the derivative.
 
     `first_order` takes the op's arguments and finds the same gradients as a graph; the op's first `differentiable`
     arguments can be differentiated.
@@ -56,4 +56,10 @@ def second_order(
             result[place] = gradient
         return tuple(result)
 
-    return setup_context, backward
+    def composition(*arguments: Any) -> Any:
+        with torch.enable_grad():
+            arguments = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
+        first = first_order(*arguments)
+        return tuple(first) if len(first) > 1 else first[0]
+
+    return setup_context, backward, composition
