@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import backends
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 _NUMBERS = (int, float)
 # The size, the strides and the offset of a view.
 Geometry = tuple[Sequence[int], Sequence[int], int]
@@ -100,16 +100,18 @@ class Made:
     ask for it or not, and nothing has to run for that. An interrupt finds nothing half done.
     """
 
-    __slots__ = ("__weakref__", "stream", "value", "where")
+    __slots__ = ("__weakref__", "stream", "value", "version", "where")
 
     def __init__(self, value: Tensor, where: int) -> None:
         self.value = value
+        self.version = value._version
         self.where = where
         self.stream = _stream(value)
 
     def serves(self, where: int) -> bool:
-        """Whether one who asks in this backward pass, on the stream that is current, may have it."""
-        return self.where == where and self.stream == _stream(self.value)
+        """Whether one who asks in this backward pass, on the stream that is current, may have it, and nobody who had it
+        has written to it."""
+        return self.where == where and self.stream == _stream(self.value) and self.value._version == self.version
 
 
 class Recipe:

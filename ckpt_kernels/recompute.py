@@ -151,6 +151,10 @@ class Discarder:
     def _recipe_for(self, tensor: Tensor) -> Recipe | Tensor | None:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
             return None
+        # What has no graph, by way of `detach()`, may be read when the weights that its recipe needs have been stepped.
+        root = tensor if tensor._base is None else tensor._base
+        if root.grad_fn is None:
+            return None
         entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
         if entry is not None and not entry.storage.expired():
             if tensor.dtype != entry.dtype:

@@ -27,6 +27,7 @@ from .methods import looks_like_mlp, written_of
 from .norm_trials import norm_of
 from .norms import RowNorm
 from .pointwise import pointwise_of
+from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced, Report
 from .selection import Selection
 from .swap import (
@@ -87,6 +88,8 @@ def convert(
     except BaseException:
         revert(model)
         raise
+    finally:
+        forget_what_is_local()
     return report if before is None else replace(report, kept=(before, kept_bytes(model, inputs)))
 
 

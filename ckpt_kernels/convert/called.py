@@ -3,20 +3,24 @@
 import ast
 import dis
 import functools
+import inspect
 import itertools
+import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from .remembering import remembered
 from .source import NoSource, definition_of, layers_of
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def functions_of(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
-    """The class's forward, and all of Python's functions but torch's that it may reach, without their decorators.
+    """The class's forward, and all of Python's functions but torch's that it may reach, without their decorators:
+    methods of every kind, properties, and functions of its file and of the modules that this imports.
 
     A function whose decorators are not known stands for itself.
     """
@@ -24,7 +28,7 @@ def functions_of(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
     waiting = [getattr(kind, "forward", None)]
     while waiting:
         function = waiting.pop()
-        if not isinstance(function, types.FunctionType) or function in reached or is_torchs(function):
+        if not is_a(function, types.FunctionType) or function in reached or is_torchs(function):
             continue
         try:
             written = layers_of(function)[-1]
@@ -32,12 +36,26 @@ def functions_of(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
             written = function
         reached[function] = written
         names = names_in(written.__code__)
-        modules = [value for value in written.__globals__.values() if isinstance(value, types.ModuleType)]
+        modules = [value for value in written.__globals__.values() if is_a(value, types.ModuleType)]
         waiting += _contents(written.__closure__ or ())
         for name in names:
-            waiting += [getattr(kind, name, None), written.__globals__.get(name)]
+            waiting += [*_behind(inspect.getattr_static(kind, name, None)), written.__globals__.get(name)]
             waiting += [vars(module).get(name) for module in modules if not is_torchs(module)]
     return tuple(reached.values())
+
+
+def _behind(attribute: Any) -> list[Any]:
+    """The functions that run where a class has this attribute."""
+    if isinstance(attribute, property):
+        return [attribute.fget, attribute.fset, attribute.fdel]
+    if isinstance(attribute, functools.cached_property):
+        return [attribute.func]
+    return [getattr(attribute, "__func__", attribute)] if is_a(attribute, classmethod | staticmethod) else [attribute]
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """isinstance by the class alone: a lazy object would be loaded by being asked for its `__class__`."""
+    return issubclass(type(value), kind)
 
 
 def names_in(code: types.CodeType) -> set[str]:
@@ -66,7 +84,7 @@ def uses_transforms(module: nn.Module) -> bool:
 _DATA = (bool, int, float, str, dict, list, tuple, set, type(None), type, torch.Tensor)
 
 
-@functools.cache
+@remembered
 def _names_transforms_of(kind: type) -> bool:
     if issubclass(kind, nn.Module):
         return any(map(_names_transforms, functions_of(kind)))
@@ -89,33 +107,47 @@ def _loads_func(function: types.FunctionType) -> bool:
     return any(pair == ("torch", "func") for pair in itertools.pairwise(loads))
 
 
-@functools.cache
+@remembered
 def asks_for_its_class(kind: type[nn.Module]) -> bool:
-    """Whether a method that its forward may reach does more with the module's class than call it, name it, and read
+    """Whether something that its forward may reach does more with the module's class than call it, name it, and read
     what is inherited: another class would be seen."""
     owners = {owner.__qualname__ for owner in kind.__mro__}
+    methods, others = [], []
     for function in functions_of(kind):
         own = function.__qualname__.rpartition(".")[0] in owners and function.__code__.co_argcount > 0
-        if own and {"type", "__class__"} & names_in(function.__code__):
-            try:
-                tree = definition_of(function).tree
-            except NoSource:
-                return True
-            if _asks(tree, function.__code__.co_varnames[0]):
-                return True
-    return False
+        (methods if own else others).append(function)
+    # What is no method sees the module if a method hands it on.
+    seeing = methods + (others if any(map(_hands_on_itself, methods)) else [])
+    return any(_asks(function, kind) for function in seeing)
+
+
+def _hands_on_itself(method: types.FunctionType) -> bool:
+    """Whether it does anything with the module but read and set its attributes."""
+    try:
+        tree = definition_of(method).tree
+    except NoSource:
+        return True
+    own = method.__code__.co_varnames[0]
+    of_attributes = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return any(isinstance(n, ast.Name) and n.id == own and id(n) not in of_attributes for n in ast.walk(tree))
 
 
 _OWN = frozenset("__annotations__ __base__ __bases__ __dict__ __mro__ __subclasses__ mro".split())
 
 
-def _asks(tree: ast.AST, own: str) -> bool:
+def _asks(function: types.FunctionType, kind: type[nn.Module]) -> bool:
+    code = function.__code__
+    is_of_class = isinstance(inspect.getattr_static(kind, code.co_name, None), classmethod)
+    if not is_of_class and not {"type", "__class__"} & names_in(code):
+        return False
+    try:
+        tree = definition_of(function).tree
+    except NoSource:
+        return True
+    given = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
     for parent in ast.walk(tree):
         for child in ast.iter_child_nodes(parent):
-            called = isinstance(child, ast.Call) and getattr(child.func, "id", "") == "type" and len(child.args) == 1
-            read = isinstance(child, ast.Attribute) and child.attr == "__class__"
-            of = child.args[0] if called else child.value if read else None
-            if not isinstance(of, ast.Name) or of.id != own:
+            if not (_is_class_of(child, given) or (is_of_class and _is_named(child, {code.co_varnames[0]}))):
                 continue
             inherited = (
                 isinstance(parent, ast.Attribute) and isinstance(parent.ctx, ast.Load) and parent.attr not in _OWN
@@ -124,6 +156,26 @@ def _asks(tree: ast.AST, own: str) -> bool:
             if not (inherited or made or isinstance(parent, ast.FormattedValue)):
                 return True
     return False
+
+
+def _is_class_of(node: ast.AST, names: Collection[str]) -> bool:
+    """Whether it is the class of something with one of these names."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "__class__" and _is_named(node.value, names)
+    called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "type" and len(node.args) == 1
+    return called and _is_named(node.args[0], names)
+
+
+def _is_named(node: ast.AST, names: Collection[str]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
+
+
+@functools.lru_cache(maxsize=1024)
+def is_as_torch_wrote_it(method: Any) -> bool:
+    """Whether a method of a class of torch's is what torch's file has there, and not what somebody put in its place."""
+    code, name = getattr(method, "__code__", None), getattr(method, "__module__", None) or ""
+    module = sys.modules.get(name)
+    return code is not None and name.startswith("torch.") and code.co_filename == getattr(module, "__file__", None)
 
 
 def is_torchs(value: Any) -> bool:

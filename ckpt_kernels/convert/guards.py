@@ -1,30 +1,31 @@
 """What the modules and tensors at a site are: known, called plainly, fitting. Everything else is None, or False."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .called import is_as_torch_wrote_it
 from .norms import Norm
 from .operands import is_called_plainly, is_ordinary
 from .swap import original_of, rule_in_force
-
-_LINEAR = nn.Linear.forward
 
 
 def is_linear(module: Any) -> bool:
     """Whether it computes what `torch.nn.Linear` does, or the same with its weight transposed (GPT-2's Conv1D)."""
     if isinstance(module, nn.Linear):
         kind = type(module)
-        return kind.forward is _LINEAR and nn.Linear.forward is _LINEAR and not _computes_its_weight(kind)
+        own = kind.forward is nn.Linear.forward and is_as_torch_wrote_it(nn.Linear.forward)
+        return own and not _computes_its_weight(kind)
     return isinstance(module, nn.Module) and _transposed(module)
 
 
-@functools.cache
 def _computes_its_weight(kind: type[nn.Module]) -> bool:
     """At each load, as classes of parametrized modules do."""
-    return hasattr(kind, "weight") or hasattr(kind, "bias")
+    if kind is nn.Linear:
+        return False
+    own = kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is nn.Module.__getattribute__
+    return not own or hasattr(kind, "weight") or hasattr(kind, "bias")
 
 
 def _transposed(module: nn.Module) -> bool:
@@ -39,16 +40,20 @@ def linear_operands(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] 
     """Weight and bias as F.linear takes them, if there is nothing else to it and they are of the input's kind."""
     if not is_linear(module) or not is_called_plainly(module):
         return None
-    # Sharding puts tensors in the place of parameters. `module.weight` would cost as much as all that is checked here.
     held = module._parameters
-    weight = held["weight"] if "weight" in held else module.__dict__.get("weight")
-    bias = held["bias"] if "bias" in held else module.__dict__.get("bias")
-    if not is_ordinary(weight) or not (bias is None or is_ordinary(bias)) or weight.device != input.device:
+    if "weight" in held and "bias" in held:  # `module.weight` would cost as much as all that is checked here
+        weight, bias = held["weight"], held["bias"]
+    else:  # buffers, or tensors that sharding puts in the place of parameters
+        weight, bias = module.weight, module.bias
+    if not is_ordinary(weight) or weight.dim() != 2 or weight.device != input.device:
+        return None
+    transposed = not isinstance(module, nn.Linear)
+    if not (bias is None or (is_ordinary(bias) and bias.shape == weight.shape[1 if transposed else 0 :][:1])):
         return None
     same = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
     if not same and not torch.is_autocast_enabled(input.device.type):
         return None
-    return (weight if isinstance(module, nn.Linear) else weight.t()), bias
+    return (weight.t() if transposed else weight), bias
 
 
 def as_products_take(input: Tensor) -> Tensor:
@@ -86,14 +91,11 @@ def probability(drop: Any, p: Any, training: Any) -> float | None:
     if drop is nn.functional.dropout:
         return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
     module = original_of(drop) is nn.Dropout and is_called_plainly(drop)
-    if not module or drop.inplace or nn.Dropout.forward is not _DROPOUT:
+    if not module or drop.inplace or not is_as_torch_wrote_it(nn.Dropout.forward):
         return None
     if not isinstance(drop.p, float | int) or not 0 <= drop.p <= 1:
         return None
     return float(drop.p) if drop.training else 0.0
-
-
-_DROPOUT = nn.Dropout.forward
 
 
 def are_alike(tensor: Tensor, other: Tensor) -> bool:

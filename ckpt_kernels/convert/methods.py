@@ -5,7 +5,6 @@ loads and the source, a method is rewritten once for all modules that agree in t
 """
 
 import ast
-import functools
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,10 +22,12 @@ from .guards import is_linear
 from .norms import Norm
 from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
 from .reading import Part
+from .remembering import remembered
 from .rewrite import may_be_rewritten, rewritten
 from .scope import UNKNOWN, VALUE, Scope
 from .source import NoSource, decorated, definition_of, layers_of
-from .swap import Rule, original_of, rule_of
+from .swap import Rule, is_plain_method, original_of, rule_of
+from .trial import in_a_thread_of_its_own
 
 # Of one method: the part of each load, by its text.
 Parts = tuple[tuple[str, Part], ...]
@@ -85,7 +86,7 @@ def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
         if owner is nn.Module:
             return
         for name, method in vars(owner).items():
-            if name not in seen and isinstance(method, types.FunctionType) and not name.startswith("__"):
+            if name not in seen and is_plain_method(method) and not name.startswith("__"):
                 yield name, method
             seen.add(name)
 
@@ -107,7 +108,7 @@ _METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES
 }
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> tuple[types.FunctionType, list[str]] | None:
     layers = layers_of(method)
     made = rewritten(layers[-1], dict(parts), recompute)
@@ -132,12 +133,12 @@ def _parts(module: nn.Module, function: types.FunctionType, may_touch: Callable[
     return tuple(sorted(found.items()))
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _tree(function: types.FunctionType) -> ast.FunctionDef:
     return definition_of(function).tree
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
     """The loads in a function's body, by their text; and the formulas in it, with the functions and numbers in each."""
     tree = _tree(function)
@@ -156,7 +157,8 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], lis
     return list(loads.items()), list(formulas.items())
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
+@in_a_thread_of_its_own
 def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, ...]) -> Part:
     """The part of a formula, which may be an activation of ours, with these values of the names in it."""
     code = compile(text, "<formula>", "eval")

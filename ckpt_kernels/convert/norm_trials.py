@@ -5,7 +5,6 @@ tried out (see `trial`): what a stand-in computes of small random inputs, and th
 what our norms compute. A class's name does not count; where eps stands and what is rounded when does.
 """
 
-import functools
 import inspect
 import itertools
 import math
@@ -16,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as ours
+from .called import is_as_torch_wrote_it
 from .norms import BatchNorm, Case, Dtypes, GroupNorm, InstanceNorm, Norm, RowNorm
 from .reached import NotTried
-from .trial import CHANNELS, ROWS, DoesNotTake, Outline, forward_of, isolated, outline_of, takes_one
+from .remembering import remembered
+from .trial import CHANNELS, ROWS, DoesNotTake, Outline, forward_of, in_a_thread_of_its_own, outline_of, takes_one
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_KNOWN = {kind: kind.forward for kind in (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS)}
-_OURS = tuple(getattr(ours, kind.__name__) for kind in _KNOWN)
+_NAMESAKES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS)
+_KNOWN = {kind: kind.forward for kind in _NAMESAKES if is_as_torch_wrote_it(kind.forward)}
+_OURS = tuple(getattr(ours, kind.__name__) for kind in _NAMESAKES)
 
 _WIDE: Dtypes = (torch.float32, torch.float32)
 _OTHERS: tuple[Dtypes, ...] = (
@@ -80,17 +82,17 @@ def _may_be_row_norm(module: nn.Module) -> bool:
 # Trying out
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
+@in_a_thread_of_its_own
 def _tried_out(outline: Outline) -> RowNorm | str:
     """By float32 which norm it is, and then in which dtypes it rounds where ours does; or why it is none."""
     reasons = ["computes what none of our row norms computes"]
-    with isolated():
-        for rule in _candidates(outline):
-            try:
-                if _agrees(outline, rule):
-                    return _with_cases(outline, rule)
-            except NotTried as error:
-                reasons.append(str(error))
+    for rule in _candidates(outline):
+        try:
+            if _agrees(outline, rule):
+                return _with_cases(outline, rule)
+        except NotTried as error:
+            reasons.append(str(error))
     return reasons[-1]
 
 

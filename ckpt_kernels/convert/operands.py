@@ -4,18 +4,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from ..ops.registration import is_transformed
+from .called import is_as_torch_wrote_it
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FUNCTION = Tensor.__torch_function__.__func__
-_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+_CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}
+# None, which no method is, where somebody has put others in their place.
+_CALL, _CALL_IMPL = (call if is_as_torch_wrote_it(call) else None for call in _CALLS.values())
 _everybody = nn.modules.module
-_forward_ad = torch.autograd.forward_ad
 
 
 def is_operand(value: Any) -> bool:
     """Whether our functions take it, here and now."""
-    return is_ordinary(value) and not is_transformed()
+    return is_ordinary(value) and not is_watched()
 
 
 def is_ordinary(value: Any) -> bool:
@@ -29,12 +35,22 @@ def is_ordinary(value: Any) -> bool:
     )
 
 
-def is_transformed() -> bool:
-    """Whether torch.func, forward-mode differentiation or jit.trace see each operation: that is torch's own affair."""
+def is_watched() -> bool:
+    """Whether each operation is seen as it is written: by a transform of torch's, or by a mode that may change it.
+
+    (torch.compile sees ours.)
+    """
     if torch.compiler.is_compiling():
         return False
-    tracing = torch._C._get_tracing_state() is not None
-    return tracing or torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
+    modes = torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
+    return is_transformed() or (modes and _is_in_a_mode())
+
+
+def _is_in_a_mode() -> bool:
+    """Beside that of a default device, which changes nothing but where new tensors are."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:

@@ -4,7 +4,6 @@ torch.nn's are known by their class. Any other module without parameters and mod
 float64, values and derivative, where two formulas for one activation agree.
 """
 
-import functools
 import math
 import types
 from collections.abc import Callable
@@ -17,14 +16,20 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..activations import FUNCTIONS, NAMES, activation_name
 from ..backends.reference import ACTIVATIONS
+from .called import is_as_torch_wrote_it
 from .operands import is_called_plainly
 from .reached import Code, NotTried, Settings, is_as_tried
+from .remembering import remembered
 from .swap import Rule, Unary, is_patched, original_of, rule_of
-from .trial import POINTWISE, Outline, forward_of, isolated, outline_of, takes_one
+from .trial import POINTWISE, Outline, forward_of, in_a_thread_of_its_own, outline_of, takes_one
 
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
-_TORCHS = {kind: kind.forward for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, nn.Module)}
+_TORCHS = {
+    kind: kind.forward
+    for kind in vars(nn).values()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_as_torch_wrote_it(kind.forward)
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
             name = activation_name(module)
         except ValueError:
             return None, (), None, True
-        plain = {k: v for k, v in vars(module).items() if type(v) in (bool, float, str) and k != "training"}
+        plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
         return name, tuple(sorted(plain.items())), None, True
     if any(True for _ in module.parameters()) or any(True for _ in module.children()):
         return None, (), None, True
@@ -135,21 +140,22 @@ def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
     return name, outline.settings, outline.code, keeps_input
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
+@in_a_thread_of_its_own
 def _tried_out(outline: Outline) -> tuple[str | None, bool]:
     made = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
-    with isolated():
-        transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
-        if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
-            return None, False
+    transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
+    if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
+        return None, False
     return activation_by_trial(lambda points: forward_of(made, points, POINTWISE))
 
 
+@in_a_thread_of_its_own
 def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None, bool]:
     """The activation that a function of one tensor computes, values and derivative, and whether torch keeps the tensor
     itself for that."""
     kept: list[int] = []
-    with isolated(), torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
         points = _points()
         given = points.clone().requires_grad_()
         values = compute(given)

@@ -26,7 +26,9 @@ from .scope import Scope
 from .source import Definition, definition_of, rebuilt
 from .writes import written_names
 
-_RESULTS = "ckpt_results"
+# Of the names that are new in a function.
+_PREFIX = "_ckpt_kernels_"
+_RESULTS = f"{_PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # A function that looks at its own frame sees what it is made of.
 _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
@@ -44,9 +46,12 @@ class Rewritten(NamedTuple):
 
 
 def may_be_rewritten(function: types.FunctionType) -> bool:
-    """Whether what is in its frame is nobody's affair but its own."""
+    """Whether what is in its frame is nobody's affair but its own, and the new names are new."""
     code = function.__code__
-    return not (_LOOKS & set(code.co_names) or code.co_flags & _PLAIN_FLAGS)
+    names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    if any(name.startswith(_PREFIX) for name in names):
+        return False
+    return not (_LOOKS & names or code.co_flags & _PLAIN_FLAGS)
 
 
 def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
@@ -209,7 +214,7 @@ class _Writer:
         return _at(function, ast.Call(self._cell(exchanged(known)), [function], []))
 
     def _cell(self, value: Any) -> ast.expr:
-        name = f"ckpt_{len(self.cells)}"
+        name = f"{_PREFIX}{len(self.cells)}"
         self.cells[name] = value
         return ast.Name(name, ast.Load())
 

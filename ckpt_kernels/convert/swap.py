@@ -7,11 +7,13 @@ it again, and makes an ordinary module of the original's class when it is called
 
 import abc
 import contextlib
+import copyreg
 import functools
 import inspect
 import operator
 import types
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -188,8 +190,13 @@ def may_be_swapped(module: nn.Module) -> bool:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
-    plain = isinstance(inspect.getattr_static(kind, "forward", None), types.FunctionType)
+    plain = is_plain_method(inspect.getattr_static(kind, "forward", None))
     return plain and not asks_for_its_class(kind)
+
+
+def is_plain_method(method: Any) -> bool:
+    """Whether it is a function that has no attributes of its own, to which another would be blind."""
+    return isinstance(method, types.FunctionType) and vars(method).keys() <= {"__wrapped__"}
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -217,14 +224,24 @@ def rule_in_force(module: nn.Module) -> Rule | None:
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a converted class's original is another than when the module was converted."""
+    """Whether the forward of a converted class, or of its original, is another than when the module was converted."""
     conversion = getattr(kind, _ATTRIBUTE)
-    return not dict(conversion.found)["forward"].is_at(conversion.original, "forward")
+    return not (_is_as_made(kind) and dict(conversion.found)["forward"].is_at(conversion.original, "forward"))
 
 
-@functools.cache
+def _is_as_made(kind: type[nn.Module]) -> bool:
+    """Whether nobody has given the converted class itself another forward."""
+    forward = vars(kind).get("forward")
+    return forward is None or getattr(forward, "__code__", None) in _MADE
+
+
 def _converted_class(conversion: Conversion) -> type[nn.Module]:
+    """One for all modules that are converted alike. It lives as long as they do: a class knows its subclasses by weak
+    references."""
     original = conversion.original
+    for known in type.__subclasses__(original):
+        if vars(known).get(_ATTRIBUTE) == conversion and _is_as_made(known):
+            return known
     members: dict[str, Any] = {
         _ATTRIBUTE: conversion,
         "__module__": original.__module__,
@@ -237,14 +254,23 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
         members[name] = _unless_patched(original, name, dict(conversion.found)[name], method)
     for outer in conversion.around:
         members["forward"] = _surrounded(original, outer, members.get("forward"))
-    made = _class_of_classes(type(original))(original.__name__, (Converted, original), members)
+    with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
+        members["__signature__"] = inspect.signature(original)
+    made = _class_of_classes(type(original))(original.__name__, (Converted, original), dict(members))
     # What an __init_subclass__ or a metaclass has made of the subclass is the original's own.
-    for name in vars(made).keys() - members.keys():
-        if name in vars(original) or not name.startswith("__"):
-            with contextlib.suppress(AttributeError, TypeError):
+    for name, value in list(vars(made).items()):
+        with contextlib.suppress(AttributeError, TypeError):
+            if name in members:
+                if value is not members[name]:
+                    type.__setattr__(made, name, members[name])
+            elif name not in _OF_CLASSES and (name in vars(original) or not name.startswith("__")):
                 type.__delattr__(made, name)
     _classes[_PROCESS, id(made)] = made
     return made
+
+
+# What Python itself keeps in a class: where it answers isinstance from memory.
+_OF_CLASSES = ("_abc_impl",)
 
 
 @functools.cache
@@ -256,13 +282,21 @@ def _class_of_classes(meta: type[type]) -> type[type]:
         made = functools.partial(meta.__call__, cls) if conversion is None else conversion.original
         return made(*args, **kwargs)
 
-    return type(meta.__name__, (meta,), {"__call__": call, "__module__": meta.__module__})
+    made = type(meta.__name__, (meta,), {"__call__": call, "__module__": meta.__module__})
+    copyreg.pickle(made, _as_its_original)
+    return made
+
+
+def _as_its_original(kind: type[nn.Module]) -> tuple | str:
+    """How the class of a converted module is pickled, whose reading needs nothing of ours; others go by their name."""
+    conversion = vars(kind).get(_ATTRIBUTE)
+    return kind.__qualname__ if conversion is None else (operator.itemgetter(0), ((conversion.original,),))
 
 
 def _unless_patched(original: type[nn.Module], name: str, found: Found, method: Forward) -> Forward:
     """The method, or whatever the original class's has become since."""
 
-    @functools.wraps(found.method)
+    @_in_the_place_of(found.method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         now = method if found.is_at(original, name) else getattr(original, name)
         return now(self, *args, **kwargs)
@@ -271,16 +305,37 @@ def _unless_patched(original: type[nn.Module], name: str, found: Found, method: 
 
 
 def _surrounded(original: type[nn.Module], outer: Around, forward: Forward | None) -> Forward:
-    @functools.wraps(original.forward)
+    @_in_the_place_of(original.forward)
     def surrounded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return outer(forward or original.forward, self, args, kwargs)
 
     return surrounded
 
 
+def _in_the_place_of(method: Forward) -> Callable[[Forward], Forward]:
+    """With the method's name, documentation and signature, for whoever looks."""
+
+    def made(call: Forward) -> Forward:
+        functools.update_wrapper(call, method)
+        with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
+            call.__signature__ = inspect.signature(method)
+        return call
+
+    return made
+
+
+# The code of all that takes a method's place.
+_MADE = frozenset(
+    code
+    for maker in (_unless_patched, _surrounded)
+    for code in maker.__code__.co_consts
+    if isinstance(code, types.CodeType)
+)
+
+
 # By these a copy within the process gets the very class, and what is unpickled elsewhere one that is made there.
 _PROCESS = uuid.uuid4().hex
-_classes: dict[tuple[str, int], type[nn.Module]] = {}
+_classes: "weakref.WeakValueDictionary[tuple[str, int], type[nn.Module]]" = weakref.WeakValueDictionary()
 
 
 def _made_again(original: type[nn.Module], rule: Rule, around: tuple[Around, ...], known: tuple[str, int]) -> nn.Module:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .guards import as_products_take, linear_operands, norm_rule, probability
-from .operands import as_plain, has_hooks_for_all, is_ordinary, is_transformed
+from .operands import as_plain, has_hooks_for_all, is_ordinary, is_watched
 from .pointwise import KEPT_BY_OUTPUT, activation_of
 
 # The results of a site, in the order in which they are taken from the end.
@@ -104,7 +104,7 @@ def site(
     constants = pattern.options | options
 
     def call(**operands: Any) -> list[Any]:
-        results = None if has_hooks_for_all() or is_transformed() else computed(operands)
+        results = None if has_hooks_for_all() or is_watched() else computed(operands)
         if results is None:
             return [*[operands[name] for name in again], False]
         results.append(True)

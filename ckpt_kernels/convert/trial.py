@@ -5,17 +5,18 @@ buffers, or anybody's random numbers. Which modules may be tried out is for `rea
 operation that is not on the list of those allowed: a random number, a decision by value, a part of a tensor.
 """
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .reached import Code, NotTried, Settings, read
+from .remembering import remembered
 
 # What may run in a trial, by the names of torch's operations: of one element at a time, and for norms. (Autograd
 # detaches the results that it keeps; what a forward detaches is seen by its gradient.)
@@ -28,6 +29,8 @@ ROWS = frozenset(
 )
 CHANNELS = ROWS | frozenset("alias clone permute slice transpose unsqueeze view".split())
 
+
+Tried = TypeVar("Tried")
 
 # Below which a norm may be cut off, as F.normalize does it.
 _NEARLY_ZERO = 1e-11
@@ -102,17 +105,16 @@ def _is_whole(dimension: int = 0, start: int | None = None, end: int | None = No
     return start in (None, 0) and end in (None, 2**63 - 1) and step == 1
 
 
-@contextlib.contextmanager
-def isolated() -> Iterator[None]:
-    """For trials: torch as it is by default, whatever is set around them."""
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
-        contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
-    ):
-        yield
+def in_a_thread_of_its_own(trial: Callable[..., Tried]) -> Callable[..., Tried]:
+    """For trials: torch as it is by default. What is set around a conversion, grad mode, autocast, a default device,
+    modes, hooks of saved tensors, is set for the thread that it runs in."""
+
+    @functools.wraps(trial)
+    def run(*arguments: Any) -> Tried:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            return thread.submit(trial, *arguments).result()
+
+    return run
 
 
 def forward_of(
@@ -131,7 +133,7 @@ def forward_of(
     return output
 
 
-@functools.cache
+@remembered
 def takes_one(forward: Any) -> bool:
     """Whether it can be called with one argument."""
     try:

@@ -6,12 +6,12 @@ code of its modules is reached from their forward methods, for writes to anythin
 """
 
 import ast
-import functools
 from collections.abc import Iterator
 
 from torch import nn
 
 from .called import functions_of
+from .remembering import remembered
 from .source import NoSource, definition_of
 
 # Functions and methods whose results are new, never views of what they were given.
@@ -38,7 +38,7 @@ def writer_in(model: nn.Module) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def _writer_of(kind: type[nn.Module]) -> str:
     if kind.__module__.startswith("torch.nn.modules."):
         return ""

@@ -52,6 +52,12 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
         return F.linear(*operands)
 
 
+def _as_no_view(output: Tensor) -> Tensor:
+    """The same memory, but no view: F.linear may return a view of a matrix, and what an autograd.Function returns may
+    be written to in place only if it is none."""
+    return output if output._base is None else torch.ops.aten._unsafe_view.default(output, output.shape)
+
+
 def _matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
@@ -77,7 +83,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.input_dtype, ctx.weight_dtype = input.dtype, weight.dtype
         ctx.save_for_backward(input if wants_weight else None, weight if wants_input else None)
-        return _product(input, weight, bias, dtype)
+        return _as_no_view(_product(input, weight, bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -193,7 +199,7 @@ class _BlockLinear(torch.autograd.Function):
         ctx.block, ctx.count, ctx.kinds = block, count, [None if t is None else t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, *weights, *rest)
-        return tuple(_product(output, w, b, dtype) for w, b in zip(weights, biases, strict=True))
+        return tuple(_as_no_view(_product(output, w, b, dtype)) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -337,7 +343,7 @@ class _LinearBlockLinear(torch.autograd.Function):
         ctx.block, ctx.dtype = block, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(input, *firsts, weight)
-        return _product(output, weight, bias, dtype)
+        return _as_no_view(_product(output, weight, bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:

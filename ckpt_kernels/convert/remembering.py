@@ -1,0 +1,45 @@
+"""What a conversion finds out of a class or a function is remembered.
+
+For good, if that lives as long as its file. A class that was made within a function, and what its forward closes over,
+is to be freed with its last module: what is known of it is forgotten when the conversion ends.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Found = TypeVar("Found")
+
+_MOST = 4096
+_for_now: list[dict[tuple, Any]] = []
+
+
+def remembered(function: Callable[..., Found]) -> Callable[..., Found]:
+    """The function, which computes once for arguments that are equal; exceptions are not remembered."""
+    for_good: dict[tuple, Found] = {}
+    for_now: dict[tuple, Found] = {}
+    _for_now.append(for_now)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Found:
+        known = for_now if _is_local(arguments) else for_good
+        if arguments not in known:
+            if len(known) >= _MOST:
+                known.clear()
+            known[arguments] = function(*arguments)
+        return known[arguments]
+
+    return call
+
+
+def forget_what_is_local() -> None:
+    """At the end of a conversion."""
+    for known in _for_now:
+        known.clear()
+
+
+def _is_local(value: Any) -> bool:
+    """Whether a class or a function in it was made within a function."""
+    if isinstance(value, tuple):
+        return any(map(_is_local, value))
+    return "<locals>" in getattr(value, "__qualname__", "")
