@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from .. import backends
 from ..functional.linear import level_name
 from ..memory import kept_bytes
+from .around import discarding, discarding_products, selecting
 from .called import uses_transforms
 from .chain import chain_of
 from .methods import looks_like_mlp, written_of
@@ -29,21 +30,9 @@ from .norms import RowNorm
 from .pointwise import pointwise_of
 from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced, Report
+from .rule import Rule, Within
 from .selection import Selection
-from .swap import (
-    NotSwapped,
-    Rule,
-    Within,
-    discarding,
-    discarding_products,
-    is_converted,
-    is_wrapped,
-    may_be_swapped,
-    rule_of,
-    selecting,
-    swap,
-    swap_back,
-)
+from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
 from .writes import writer_in
 
 __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert"]

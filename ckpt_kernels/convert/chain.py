@@ -11,7 +11,7 @@ from . import sites
 from .methods import part_of
 from .pointwise import KEPT_BY_OUTPUT
 from .reading import Part
-from .swap import Rule
+from .rule import Rule
 from .templates import Pattern, kind_of, site
 
 

@@ -24,9 +24,10 @@ from .pointwise import ActivationRule, activation_by_trial, activation_of, point
 from .reading import Part
 from .remembering import remembered
 from .rewrite import may_be_rewritten, rewritten
+from .rule import Rule
 from .scope import UNKNOWN, VALUE, Scope
 from .source import NoSource, decorated, definition_of, layers_of
-from .swap import Rule, is_plain_method, original_of, rule_of
+from .swap import is_plain_method, original_of, rule_of
 from .trial import in_a_thread_of_its_own
 
 # Of one method: the part of each load, by its text.

@@ -11,7 +11,7 @@ from .. import functional as F
 from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
 from .operands import is_operand
 from .reached import Code, Settings, is_as_tried
-from .swap import Unary
+from .rule import Unary
 
 # Of the input and of the weight. Each is tried.
 Dtypes = tuple[torch.dtype, torch.dtype]

@@ -20,7 +20,8 @@ from .called import is_as_torch_wrote_it
 from .operands import is_called_plainly
 from .reached import Code, NotTried, Settings, is_as_tried
 from .remembering import remembered
-from .swap import Rule, Unary, is_patched, original_of, rule_of
+from .rule import Rule, Unary
+from .swap import is_patched, original_of, rule_of
 from .trial import POINTWISE, Outline, forward_of, in_a_thread_of_its_own, outline_of, takes_one
 
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.

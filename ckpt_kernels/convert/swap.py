@@ -5,7 +5,6 @@ are not touched. The subclass bears the original's name, prints like it, is an i
 it again, and makes an ordinary module of the original's class when it is called.
 """
 
-import abc
 import contextlib
 import copyreg
 import functools
@@ -14,75 +13,23 @@ import operator
 import types
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from ..recompute import discard_outputs, selective_contexts
+from .around import Around
 from .called import asks_for_its_class
-from .operands import as_plain, is_called_plainly, is_operand
+from .operands import is_called_plainly
+from .rule import Forward, Rule
 
 # What the class of a converted module has beside its methods: its `Conversion`.
 _ATTRIBUTE = "_ckpt_conversion"
 
-Forward = Callable[..., Any]
-# Called with a forward, the module, and the forward's arguments.
-Around = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
-
-_PASSES = (Tensor, type(None), bool, int, float, str, tuple)
-
 
 class NotSwapped(Exception):
     """Why a module's class cannot be exchanged; for people."""
-
-
-class Rule(abc.ABC):
-    """What a converted module computes in place of its original's methods, `names`. Hashable and picklable."""
-
-    names: tuple[str, ...] = ("forward",)
-
-    @abc.abstractmethod
-    def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
-        """What takes the place of these methods; each takes the module first."""
-
-    def __str__(self) -> str:
-        return type(self).__name__
-
-
-class Unary(Rule):
-    """What a module computes of one tensor. Called in another way, or with a tensor of another kind than our functions
-    take, its original forward runs."""
-
-    def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # Where it was parametrized since, each load of its weight computes it.
-            if len(args) == 1 and not kwargs and "parametrizations" not in module._modules:
-                input, kind = as_plain(args[0])
-                output = self.of(module, input) if is_operand(input) else None
-                if output is not None:
-                    return output if kind is None else output.as_subclass(kind)
-            return original.forward(module, *args, **kwargs)
-
-        return {"forward": forward}
-
-    @abc.abstractmethod
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        """The output, or None where the original has to compute it."""
-
-
-@dataclass(frozen=True)
-class Within(Rule):
-    """The original's methods, for modules that are converted for nothing but what is around their forward."""
-
-    def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
-        return {}
-
-    def __str__(self) -> str:
-        return "forward pass within discard_outputs"
 
 
 class Found(NamedTuple):
@@ -154,34 +101,6 @@ def original_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module that is not converted, and that which a converted one was of."""
     conversion = getattr(type(module), _ATTRIBUTE, None)
     return type(module) if conversion is None else conversion.original
-
-
-def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward within `discard_outputs`."""
-    if not torch.is_grad_enabled():
-        return forward(module, *args, **kwargs)
-    with discard_outputs():
-        return forward(module, *args, **kwargs)
-
-
-def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The forward within `discard_outputs`, which lets go of the products that blocks read too."""
-    if not torch.is_grad_enabled():
-        return forward(module, *args, **kwargs)
-    with discard_outputs(products=True):
-        return forward(module, *args, **kwargs)
-
-
-def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Under torch.compile, which has no `discard_outputs`: the forward in a checkpoint that computes blocks again."""
-    if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return forward(module, *args, **kwargs)
-    # A cache, say, that the forward writes to cannot pass into the checkpoint. One of the model's own is enough.
-    if module.__dict__.get("gradient_checkpointing") or not all(
-        isinstance(a, _PASSES) for a in (*args, *kwargs.values())
-    ):
-        return forward(module, *args, **kwargs)
-    return checkpoint(forward, module, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
 
 
 def may_be_swapped(module: nn.Module) -> bool:

@@ -1,0 +1,44 @@
+"""What the forward of a converted module runs in, so that outputs are let go of: eager, and under torch.compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..recompute import discard_outputs, selective_contexts
+from .rule import Forward
+
+# Called with a forward, the module, and the forward's arguments.
+Around = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
+
+_PASSES = (Tensor, type(None), bool, int, float, str, tuple)
+
+
+def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward within `discard_outputs`."""
+    if not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    with discard_outputs():
+        return forward(module, *args, **kwargs)
+
+
+def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward within `discard_outputs`, which lets go of the products that blocks read too."""
+    if not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    with discard_outputs(products=True):
+        return forward(module, *args, **kwargs)
+
+
+def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Under torch.compile, which has no `discard_outputs`: the forward in a checkpoint that computes blocks again."""
+    if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    # A cache, say, that the forward writes to cannot pass into the checkpoint. One of the model's own is enough.
+    if module.__dict__.get("gradient_checkpointing") or not all(
+        isinstance(a, _PASSES) for a in (*args, *kwargs.values())
+    ):
+        return forward(module, *args, **kwargs)
+    return checkpoint(forward, module, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
