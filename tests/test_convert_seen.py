@@ -1,0 +1,460 @@
+"""Converted models among other people's code: what it sees of them, and what it does to them and to torch."""
+
+import abc
+import copy
+import functools
+import gc
+import inspect
+import io
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ckpt_kernels
+
+LEVELS = ("block", "output", "all")
+TABLE: dict[Any, float] = {}
+
+
+class MLP(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.up, self.act, self.down = nn.Linear(16, 32, bias=bias), nn.GELU(), nn.Linear(32, 16, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(self.norm(x))))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def twins(model: nn.Module, recompute: str = "output") -> tuple[nn.Module, nn.Module]:
+    """The model as it is, and converted."""
+    converted = copy.deepcopy(model)
+    ckpt_kernels.convert(converted, recompute=recompute)
+    return model, converted
+
+
+def assert_same(model: nn.Module, converted: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Outputs and gradients."""
+    results = []
+    for one in (model, converted):
+        y = call(one, x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), list(one.parameters()))])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def plainly(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("make", [MLP, Gated, lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))])
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16)])
+def test_an_output_may_be_written_to(make: Callable[[], nn.Module], shape: tuple[int, ...], level: str) -> None:
+    assert_same(*twins(make(), level), torch.randn(shape), lambda model, x: model(x).mul_(2).add_(x))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_reads_a_detached_output_outlives_a_step(level: str) -> None:
+    """An actor beside a critic, whose weights, and those of the norm before both, are stepped first."""
+
+    def gradients(encoder: nn.Module) -> list[Tensor]:
+        torch.manual_seed(0)
+        critic, actor = nn.Linear(16, 1), nn.Linear(16, 4)
+        features = encoder(torch.ones(3, 5, 16).cumsum(-1))
+        value, policy = critic(features), actor(features.detach())
+        value.sum().backward()
+        torch.optim.SGD([*encoder.parameters(), *critic.parameters()], 0.1).step()
+        policy.square().sum().backward()
+        return [p.grad for p in actor.parameters()]
+
+    for expected, found in zip(
+        *map(gradients, twins(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)), level)), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+class _Sine(torch.autograd.Function):
+    """Its gradient is written over what it saved, which nobody else has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x.cos_().mul_(grad)
+
+
+class _TwoReaders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        other = self.linear(y * 2.0)
+        return other + _Sine.apply(y)
+
+
+def test_what_is_written_to_in_a_backward_pass_is_made_again_for_others() -> None:
+    assert_same(*twins(_TwoReaders()), torch.randn(3, 16), plainly)
+
+
+def _bias_as_buffer(model: MLP) -> None:
+    for linear in (model.up, model.down):
+        bias = linear.bias.detach() + 1
+        del linear.bias
+        linear.register_buffer("bias", bias)
+
+
+def _bias_of_one(model: MLP) -> None:
+    model.down.bias = nn.Parameter(torch.ones(1))
+
+
+def _weight_of_one_dimension(model: MLP) -> None:
+    model.down.weight, model.down.bias = nn.Parameter(torch.ones(32)), None
+
+
+class _Doubled(nn.Linear):
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return value * 2 if name == "weight" else value
+
+
+def _weight_by_getattr(model: MLP) -> None:
+    model.up = _Doubled(16, 32)
+
+
+@pytest.mark.parametrize(
+    "change", [_bias_as_buffer, _bias_of_one, _weight_of_one_dimension, _weight_by_getattr], ids=lambda f: f.__name__
+)
+def test_linear_layers_of_other_kinds(change: Callable[[MLP], None]) -> None:
+    model = MLP()
+    change(model)
+    assert_same(*twins(model), torch.randn(3, 16), plainly)
+
+
+_PATCHED = """
+import copy, sys
+import torch
+from torch import nn
+kind = getattr(nn, sys.argv[1])
+original = kind.forward
+kind.forward = lambda self, x: original(self, x) * 2
+import ckpt_kernels
+model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+converted = copy.deepcopy(model)
+ckpt_kernels.convert(converted)
+x = torch.randn(3, 16)
+torch.testing.assert_close(converted(x), model(x))
+"""
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "Linear", "GELU"])
+def test_torchs_layers_that_were_patched_before_this_was_imported(kind: str) -> None:
+    subprocess.run([sys.executable, "-c", _PATCHED, kind], check=True)
+
+
+def test_an_import_under_a_default_device() -> None:
+    code = """
+import torch
+with torch.device("meta"):
+    import ckpt_kernels
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
+ckpt_kernels.convert(model)
+model(torch.randn(3, 4)).sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _twice(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def doubled(self: nn.Module, *args: Any) -> Tensor:
+        return forward(self, *args) * 2
+
+    return doubled
+
+
+class _Wrapping(nn.Module):
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.forward = _twice(cls.forward)
+
+
+class _WrappingMeta(type):
+    def __new__(meta, name: str, bases: tuple, members: dict[str, Any]) -> type:
+        if "forward" in members:
+            members["forward"] = _twice(members["forward"])
+        return super().__new__(meta, name, bases, members)
+
+
+class WrappedByBase(_Wrapping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + x)
+
+
+class WrappedByMeta(nn.Module, metaclass=_WrappingMeta):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + x)
+
+
+class ByProperty(MLP):
+    @property
+    def scale(self) -> float:
+        return TABLE[type(self)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class ByHelper(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * scale_of(self)
+
+
+class ByClassMethod(MLP):
+    @classmethod
+    def scale(cls) -> float:
+        return TABLE[cls]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale()
+
+
+class WithTakenNames(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        ckpt_0 = x * 2
+        return self.down(self.act(self.up(ckpt_0)))
+
+
+def scale_of(module: nn.Module) -> float:
+    return TABLE[type(module)]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [WrappedByBase, WrappedByMeta, ByProperty, ByHelper, ByClassMethod, WithTakenNames],
+    ids=lambda k: k.__name__,
+)
+def test_classes_that_look_at_themselves(kind: type[nn.Module]) -> None:
+    TABLE[kind] = 2.0
+    model, converted = twins(kind())
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(converted(x), model(x))
+
+
+def _counted(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(method)
+    def counting(*args: Any) -> Tensor:
+        counting.calls += 1
+        return method(*args)
+
+    counting.calls = 0
+    return counting
+
+
+class Counted(MLP):
+    calls = 0
+
+    @classmethod
+    def count(cls) -> None:
+        cls.calls += 1
+
+    @_counted
+    def forward(self, x: Tensor) -> Tensor:
+        self.count()
+        return self.down(self.act(self.up(x)))
+
+
+def test_what_is_counted_in_a_class_or_on_a_wrapper() -> None:
+    model = Counted()
+    ckpt_kernels.convert(model)
+    model(torch.randn(3, 16))
+    assert model.forward.calls == Counted.calls == 1
+    ckpt_kernels.revert(model)
+    assert model.calls == 1
+
+
+class Optional(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, flag: bool = True) -> Tensor:
+        return self.norm(x + x)
+
+
+def test_signatures() -> None:
+    model, converted = twins(Optional())
+    for question in (
+        lambda m: inspect.signature(m.forward),
+        lambda m: inspect.getfullargspec(m.forward).args,
+        lambda m: inspect.signature(type(m)),
+    ):
+        assert question(converted) == question(model)
+
+
+def test_the_class_is_pickled_as_its_original() -> None:
+    _, converted = twins(Optional())
+    file = io.BytesIO()
+    torch.save({"kind": type(converted), "model": converted}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert loaded["kind"] is Optional and ckpt_kernels.is_converted(loaded["model"])
+
+
+class _Functions(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        return found * 2 if function in (F.gelu, F.layer_norm) else found
+
+
+class _Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        return found * 2 if function is torch.ops.aten.gelu.default else found
+
+
+@pytest.mark.parametrize("mode", [_Functions, _Operations])
+def test_a_mode_that_changes_what_a_function_gives(mode: Callable[[], Any]) -> None:
+    model, converted = twins(MLP())
+    x = torch.randn(3, 16)
+    with mode():
+        expected, found = model(x), converted(x)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(expected, model(x))
+
+
+class _Abstract(nn.Module, abc.ABC):
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+class _Concrete(_Abstract):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + x)
+
+
+class _Derived(_Concrete):
+    pass
+
+
+def test_abstract_classes_answer_as_before() -> None:
+    _, converted = twins(_Concrete())
+    assert not isinstance(_Derived(), type(converted))
+    assert isinstance(_Derived(), _Concrete) and issubclass(_Derived, _Concrete)
+
+
+def test_a_class_of_a_function_is_freed() -> None:
+    def run() -> list[weakref.ref]:
+        teacher = torch.zeros(10)
+
+        class Student(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm, self.act = nn.LayerNorm(16), nn.GELU()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.act(self.norm(x + x)) + teacher.sum()
+
+        model = Student()
+        ckpt_kernels.convert(model)
+        model(torch.randn(3, 16)).sum().backward()
+        return [weakref.ref(teacher), weakref.ref(Student), weakref.ref(type(model))]
+
+    found = run()
+    gc.collect()
+    assert [reference() for reference in found] == [None, None, None]
+
+
+@pytest.mark.parametrize("kind,name,value", [(nn.ELU, "alpha", 3), (nn.Softplus, "beta", 3)])
+def test_settings_that_are_whole_numbers(kind: type[nn.Module], name: str, value: int) -> None:
+    model, converted = twins(nn.Sequential(kind(1)))
+    for one in (model, converted):
+        setattr(one[0], name, value)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(converted(x), model(x))
+
+
+class _Lazy:
+    @property
+    def __class__(self) -> type:
+        raise RuntimeError("was loaded")
+
+
+LAZY = _Lazy()
+
+
+def test_lazy_objects_of_a_file_are_not_loaded() -> None:
+    assert str(ckpt_kernels.convert(MLP()))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class HandWrittenRMS(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: torch.autograd.graph.disable_saved_tensors_hooks("not here"),
+        FakeTensorMode,
+        torch.inference_mode,
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["no hooks", "fake", "inference", "meta", "autocast"],
+)
+def test_trials_know_nothing_of_what_is_set_around_them(context: Callable[[], Any]) -> None:
+    """A class of each call's own, of which nothing is remembered."""
+    kinds = [
+        type(kind.__name__, (kind,), {"__qualname__": f"<locals>.{kind.__name__}"})
+        for kind in (QuickGELU, HandWrittenRMS)
+    ]
+    model = nn.Sequential(*(kind() for kind in kinds))
+    with context():
+        report = ckpt_kernels.convert(model)
+    assert {entry.by for entry in report.replaced} == {"bias_act (quick_gelu)", "rms_norm"}
