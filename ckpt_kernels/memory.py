@@ -136,6 +136,8 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
         finally:
             modules.pop()
 
+    # For converted modules, which else take it for a call of somebody's own.
+    named.only_names_modules = True
     nn.Module.__call__ = named
     try:
         yield

@@ -77,7 +77,7 @@ def is_called_plainly(module: nn.Module) -> bool:
             or held["_backward_pre_hooks"]
             or "forward" in held
         )
-        and kind.__call__ is _CALL
+        and (kind.__call__ is _CALL or hasattr(kind.__call__, "only_names_modules"))
         and kind._call_impl is _CALL_IMPL
     )
 
