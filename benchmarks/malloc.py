@@ -8,12 +8,7 @@ import sys
 RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
-def raise_malloc_thresholds(module: str, device: str, defaults: bool) -> bool:
-    """Starts `module` again with raised thresholds, on the CPU; returns whether they are raised."""
-    # torch.compile prints of its own fallbacks, and its profiler of each start and stop.
-    os.environ.setdefault("TORCH_LOGS", "-all")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    raised = device == "cpu" and not defaults
-    if raised and any(name not in os.environ for name in RAISED_THRESHOLDS):
+def raise_malloc_thresholds(module: str) -> None:
+    """Starts `module` again with raised thresholds, if they are not."""
+    if any(name not in os.environ for name in RAISED_THRESHOLDS):
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | RAISED_THRESHOLDS)
-    return raised

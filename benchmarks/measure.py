@@ -1,4 +1,4 @@
-"""How it is measured: warm, in turn, over several buffers, medians; the copy bandwidth of the same run beside it."""
+"""How it is measured: in turn, over several sets of operands, medians; the copy bandwidth of the same run beside it."""
 
 import itertools
 import statistics
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckpt_kernels.memory import allocations, peak_bytes, saved_bytes
+from ckpt_kernels.memory import allocations, peak_bytes, saved_bytes_beside_output
 
 from .cases import Case, Setting
 from .providers import Provider
@@ -19,6 +19,7 @@ from .providers import Provider
 class Timing:
     """Medians in milliseconds; `spread` is half of what lies between the quartiles of the total, over its median.
 
+    `saved_bytes` are without the block's output, which its reader keeps anyway.
     `allocations` are those of a pass, forward and backward, that are of 64 KiB or more; None on a GPU, where torch
     takes them from memory that it holds.
     """
@@ -95,11 +96,11 @@ def _footprint(turn: Turn, device: str) -> tuple[int, int | None]:
 
 
 class CopyTurn:
-    """A plain copy of one tensor into memory that is there already: the floor's unit."""
+    """A plain copy of one tensor into memory that is there already, of `targets` in turn: the floor's unit."""
 
-    def __init__(self, sources: list[Tensor], device: str) -> None:
+    def __init__(self, sources: list[Tensor], targets: int, device: str) -> None:
         self.sources = sources
-        self.targets = [torch.zeros_like(source) for source in self.sources]
+        self.targets = [torch.zeros_like(source) for source in sources[:targets]]
         self.device, self.count = device, 0
         self.times: list[float] = []
 
@@ -107,7 +108,7 @@ class CopyTurn:
         index = self.count % len(self.sources)
         self.count += 1
         start = now(self.device)
-        self.targets[index].copy_(self.sources[index])
+        self.targets[index % len(self.targets)].copy_(self.sources[index])
         if record:
             self.times.append((now(self.device) - start) * 1e3)
 
@@ -120,19 +121,22 @@ def measure(
     providers: list[Provider],
     rounds: int,
     tick: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Timing], float]:
-    """Timings by provider, and the median milliseconds of a copy (one read, one write) of a tensor of that shape."""
+) -> tuple[dict[str, Timing], float, float]:
+    """Timings by provider, and the median milliseconds of a copy (one read, one write) of a tensor of that shape: into
+    targets that are in no cache, and into one that may be, as what the allocator gives again is."""
     bytes_each = torch.Size(setting.shape).numel() * dtype.itemsize * case.tensors * (2 if case.packed else 1)
     first = case.operands(setting, dtype, device)
     # To draw all of them anew would take longer than to measure.
     sets = [first, *([_copied(t) for t in first] for _ in range(_buffers(bytes_each) - 1))]
     turns = [Turn(provider, sets, device) for provider in providers]
     source = torch.randn(setting.shape, device=device).to(dtype)
-    copy = CopyTurn([source.clone() for _ in sets], device)
+    sources = [source.clone() for _ in sets]
+    cold, warm = CopyTurn(sources, len(sources), device), CopyTurn(sources, 1, device)
     for round in range(rounds + 3):
         # The order changes from round to round, so that nobody always follows the same neighbour.
         for turn in turns[round % len(turns) :] + turns[: round % len(turns)]:
-            copy.take(record=round >= 3)
+            cold.take(record=round >= 3)
+            warm.take(record=round >= 3)
             turn.take(record=round >= 3)
         tick()
     timings = {
@@ -140,9 +144,9 @@ def measure(
             statistics.median(turn.forward),
             statistics.median(turn.backward),
             _spread([f + b for f, b in zip(turn.forward, turn.backward, strict=True)]),
-            saved_bytes(turn.provider.fn, *turn.operand_sets[0]),
+            saved_bytes_beside_output(turn.provider.fn, *turn.operand_sets[0]),
             *_footprint(turn, device),
         )
         for turn in turns
     }
-    return timings, statistics.median(copy.times)
+    return timings, statistics.median(cold.times), statistics.median(warm.times)

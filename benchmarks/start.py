@@ -26,18 +26,24 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """One with the options that all share."""
     found = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     found.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
-    found.add_argument("--malloc-defaults", action="store_true", help="leave the C allocator's thresholds alone")
+    found.add_argument(
+        "--raise-malloc-thresholds",
+        action="store_true",
+        help="have the C allocator keep what is freed, instead of its defaults, which users have",
+    )
     return found
 
 
 def start(module: str, options: argparse.Namespace) -> Start:
-    """On the CPU in a process whose allocator keeps what is freed, if that is not to be left alone."""
+    """In a process whose allocator keeps what is freed, if that is asked for, on the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    raised = raise_malloc_thresholds(module, device, options.malloc_defaults)
+    raised = device == "cpu" and options.raise_malloc_thresholds
+    if raised:
+        raise_malloc_thresholds(module)
     command = " ".join([f"python -m {module}", *sys.argv[1:]])
     about = report.machine(command, datetime.date.today().isoformat())
     about["malloc thresholds"] = "raised" if raised else "defaults"
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 190)
     console.print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, malloc thresholds "
                   f"{about['malloc thresholds']}")  # fmt: skip
     return Start(device, about, console)

@@ -31,6 +31,14 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     return sum(tensor.counted for tensor in saved_tensors(fn, *args, **kwargs))
 
 
+def saved_bytes_beside_output(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """`saved_bytes` but for the first tensor of the result, which whatever reads that keeps anyway.
+
+    So an activation that saves its output (relu, tanh) is not charged with what the next layer saves too.
+    """
+    return sum(tensor.counted for tensor in _saved(fn, args, kwargs, but_for_output=True))
+
+
 def kept_bytes(model: nn.Module, inputs: Any) -> int:
     """Bytes that a forward pass of a copy of the model keeps; `inputs` is a tensor, a tuple, or a dict by name.
 
@@ -73,6 +81,10 @@ class SavedTensor:
 
 def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[SavedTensor]:
     """What `fn(*args, **kwargs)` keeps for backward, in the order in which it is kept; see `saved_bytes`."""
+    return _saved(fn, args, kwargs, but_for_output=False)
+
+
+def _saved(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], but_for_output: bool) -> list[SavedTensor]:
     modules: list[str] = [""]
     owned = set()
     if isinstance(fn, nn.Module):
@@ -88,6 +100,8 @@ def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Sav
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor), _naming(fn, modules):
         result = fn(*args, **kwargs)
+    if but_for_output:
+        owned.update(map(_storage, itertools.islice(tensors_in(result), 1)))
     # What the graph holds in the end: some of it may have been let go of since.
     kept = [(module, reference()) for module, reference in packed]
     found, owners = [], {}

@@ -165,3 +165,10 @@ def test_where_memory_is_out_it_is_said() -> None:
     done = run("-c", OUT_OF_MEMORY)
     assert done.returncode == 1
     assert "RuntimeError" in done.stderr and "out of memory" in done.stderr
+
+
+def test_what_the_next_layer_keeps_anyway_is_not_counted_beside_the_output() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    assert memory.saved_bytes(torch.relu, x) == x.nbytes
+    assert memory.saved_bytes_beside_output(torch.relu, x) == 0
+    assert memory.saved_bytes_beside_output(torch.nn.functional.gelu, x) == x.nbytes
