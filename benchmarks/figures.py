@@ -62,7 +62,8 @@ def save(figure: "Figure", path: pathlib.Path, about: dict[str, Any]) -> None:
     """With the machine, torch's version and the date below the panels."""
     import matplotlib.pyplot as plt
 
-    said = f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['date']}"
+    known = {"device": "{}", "threads": "{} threads", "torch": "torch {}", "date": "{}"}
+    said = ", ".join(text.format(about[name]) for name, text in known.items() if name in about)
     figure.supxlabel(said, fontsize=8, color="gray")
     figure.savefig(path, dpi=110)
     plt.close(figure)

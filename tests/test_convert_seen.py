@@ -145,6 +145,8 @@ class _Doubled(nn.Linear):
 
 def _weight_by_getattr(model: MLP) -> None:
     model.up = _Doubled(16, 32)
+    for parameter in model.up._parameters.values():
+        nn.init.normal_(parameter)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def original_of(module: nn.Module) -> type[nn.Module]:
 def may_be_swapped(module: nn.Module) -> bool:
     """Whether another class changes nothing but what it is to change: the forward is a plain method, and what it
     reaches does not ask for the module's class."""
-    kind = type(module)
+    kind = original_of(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
     plain = is_plain_method(inspect.getattr_static(kind, "forward", None))
@@ -115,7 +115,7 @@ def may_be_swapped(module: nn.Module) -> bool:
 
 def is_plain_method(method: Any) -> bool:
     """Whether it is a function that has no attributes of its own, to which another would be blind."""
-    return isinstance(method, types.FunctionType) and vars(method).keys() <= {"__wrapped__"}
+    return isinstance(method, types.FunctionType) and vars(method).keys() <= {"__wrapped__", "__signature__"}
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -151,7 +151,10 @@ def is_patched(kind: type[nn.Module]) -> bool:
 def _is_as_made(kind: type[nn.Module]) -> bool:
     """Whether nobody has given the converted class itself another forward."""
     forward = vars(kind).get("forward")
-    return forward is None or getattr(forward, "__code__", None) in _MADE
+    if forward is None or getattr(forward, "__code__", None) in _MADE:
+        return True
+    within = vars(forward).get("__wrapped__") if isinstance(forward, types.FunctionType) else None
+    return getattr(within, "__code__", None) in _MADE and _asks_to_be_outermost("forward", forward)
 
 
 def _converted_class(conversion: Conversion) -> type[nn.Module]:
@@ -180,12 +183,19 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     for name, value in list(vars(made).items()):
         with contextlib.suppress(AttributeError, TypeError):
             if name in members:
-                if value is not members[name]:
+                if value is not members[name] and not _asks_to_be_outermost(name, value):
                     type.__setattr__(made, name, members[name])
             elif name not in _OF_CLASSES and (name in vars(original) or not name.startswith("__")):
                 type.__delattr__(made, name)
     _classes[_PROCESS, id(made)] = made
     return made
+
+
+def _asks_to_be_outermost(name: str, wrapper: Any) -> bool:
+    """Whether a wrapper that an __init_subclass__ has put around a method compares itself with the class's method, as
+    that of transformers' checkpointed layers does: then it expects to be put around each subclass's."""
+    names = wrapper.__code__.co_names if isinstance(wrapper, types.FunctionType) else ()
+    return name in names and ("type" in names or "__class__" in names)
 
 
 # What Python itself keeps in a class: where it answers isinstance from memory.

@@ -73,7 +73,8 @@ def autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """The one that torch's own layers give their results: channels last for 4 or 5 dimensions that lie so."""
-    if tensor.dim() not in (4, 5) or tensor.is_contiguous():
+    # Of sizes that torch.jit.trace follows torch cannot tell.
+    if tensor.dim() not in (4, 5) or tensor.is_contiguous() or torch._C._get_tracing_state() is not None:
         return torch.contiguous_format
     return suggest_memory_format(tensor)
 
