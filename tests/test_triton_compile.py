@@ -93,9 +93,7 @@ def test_an_unknown_architecture_is_an_error() -> None:
         next(inspect.triton_kernels("sm_42"))
 
 
-@pytest.mark.parametrize(
-    ("arch", "card"), [("sm_86", "RTX 3090"), ("sm_89", "RTX 4090"), ("sm_120", "RTX 5090"), ("gfx942", "MI300X")]
-)
+@pytest.mark.parametrize(("arch", "card"), [("sm_86", "RTX 3090"), ("sm_120", "RTX 5090")])
 def test_other_cards_and_what_the_columns_are(arch: str, card: str, tmp_path: pathlib.Path) -> None:
     done = run(["-c", THE_FIRST, arch], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
