@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compared.add_argument("--png", metavar="FILE", help="draw the ratios there")
     compared.add_argument("--json", metavar="FILE", help="write all of it there as data")
     kernels = commands.add_parser(
-        "inspect", help="what the GPU kernels use, compiled without a GPU; exit status 1 if one spills"
+        "inspect",
+        help="what the GPU kernels use, compiled without a GPU; exit status 1 if one spills or has no "
+        "accesses of 16 bytes",
     )
     kernels.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="default: sm_90")
     kernels.add_argument("--columns", type=int, nargs="+", default=list(COLUMNS), metavar="N", help="lengths of rows")

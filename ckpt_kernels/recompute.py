@@ -114,7 +114,7 @@ class Discarder:
         return entry
 
     def close(self) -> None:
-        """From now on recipes live by their claims alone, and whatever is saved yet is kept."""
+        """From now on recipes live by their claims alone, and whatever is saved from now on is kept as it is."""
         self.is_closed = True
         self._entries.clear()
         self.announced = self.saved = None
@@ -230,7 +230,8 @@ class discard_outputs(contextlib.ContextDecorator):
             loss = model(batch)
         loss.backward()
 
-    Also a decorator: `@discard_outputs()` over a function or a `forward`. It holds for the calling thread. An output
+    Also a decorator: `@discard_outputs()` over a function or a `forward`. It holds for the calling thread, and within
+    another the outer one goes on, with its options. An output
     can be let go of if its block keeps what it takes to make it again: all do but `bias_act` with the identity, relu
     or leaky_relu, whose reader keeps no more than the block would. Views of an output count as the output, and so do
     the copies that autocast makes of it. Where an output has been written to in place, what read it before gets what

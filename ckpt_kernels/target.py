@@ -37,11 +37,10 @@ def built(target: str) -> tuple[nn.Module, Inputs]:
     model, inputs = found
     if not isinstance(model, nn.Module):
         raise BadTarget(f"{target}() gives a {type(model).__name__} for its model; {EXPECTED}")
-    if isinstance(inputs, Tensor):
+    # A list is one input, of a detector say, as it is for `convert`.
+    if isinstance(inputs, Tensor | list):
         return model, (inputs,)
-    if isinstance(inputs, tuple | list):
-        return model, tuple(inputs)
-    if isinstance(inputs, Mapping):
+    if isinstance(inputs, tuple | Mapping):
         return model, inputs
     raise BadTarget(f"{target}() gives a {type(inputs).__name__} for its inputs; {EXPECTED}")
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 import io
+import pickle
 import subprocess
 import sys
 import weakref
@@ -460,3 +461,30 @@ def test_trials_know_nothing_of_what_is_set_around_them(context: Callable[[], An
     with context():
         report = ckpt_kernels.convert(model)
     assert {entry.by for entry in report.replaced} == {"bias_act (quick_gelu)", "rms_norm"}
+
+
+def test_a_pickle_is_read_as_what_was_written_when_its_class_is_gone() -> None:
+    """Where the class was in memory there is another now, of another conversion."""
+    model, other = nn.Sequential(nn.GELU()), nn.Sequential(nn.SiLU())
+    ckpt_kernels.convert(model, recompute="block")
+    written = pickle.dumps(model)
+    ckpt_kernels.revert(model)
+    gc.collect()
+    kept = [copy.deepcopy(other) for _ in range(3)]
+    for level, one in zip(LEVELS, kept, strict=True):
+        ckpt_kernels.convert(one, recompute=level)
+    read = pickle.loads(written)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(read(x), model(x))
+    assert type(read[0]).__name__ == "GELU" and ckpt_kernels.is_converted(read[0])
+
+
+def test_code_that_is_exchanged_in_torchs_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, converted = twins(MLP())
+    x = torch.randn(3, 16)
+
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        return input.new_ones(*input.shape[:-1], self.out_features)
+
+    monkeypatch.setattr(nn.Linear.forward, "__code__", forward.__code__)
+    torch.testing.assert_close(converted(x), model(x))

@@ -170,16 +170,19 @@ def _is_named(node: ast.AST, names: Collection[str]) -> bool:
     return isinstance(node, ast.Name) and node.id in names
 
 
-@functools.lru_cache(maxsize=1024)
 def is_as_torch_wrote_it(method: Any) -> bool:
     """Whether a method of a class of torch's is what torch's file has there, and not what somebody put in its place."""
-    code, name = getattr(method, "__code__", None), getattr(method, "__module__", None) or ""
-    module = sys.modules.get(name)
-    return code is not None and name.startswith("torch.") and code.co_filename == getattr(module, "__file__", None)
+    code = getattr(method, "__code__", None)
+    return code is not None and _is_file_of_torchs(method.__module__ or "", code.co_filename)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_file_of_torchs(module: str, file: str) -> bool:
+    return module.startswith("torch.") and file == getattr(sys.modules.get(module), "__file__", None)
 
 
 def is_torchs(value: Any) -> bool:
-    """Whether a module or a function is Python's or torch's own."""
+    """Whether a module or a function is torch's own, or built into Python."""
     name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__ or ""
     return name.partition(".")[0] in ("torch", "builtins")
 

@@ -10,6 +10,8 @@ from .norms import Norm
 from .operands import is_called_plainly, is_ordinary
 from .swap import original_of, rule_in_force
 
+_F_DROPOUT = nn.functional.dropout
+
 
 def is_linear(module: Any) -> bool:
     """Whether it computes what `torch.nn.Linear` does, or the same with its weight transposed (GPT-2's Conv1D)."""
@@ -88,7 +90,7 @@ def norm_rule(module: Any) -> Norm | None:
 def probability(drop: Any, p: Any, training: Any) -> float | None:
     if drop is None:
         return 0.0
-    if drop is nn.functional.dropout:
+    if drop is _F_DROPOUT:
         return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
     module = original_of(drop) is nn.Dropout and is_called_plainly(drop)
     if not module or drop.inplace or not is_as_torch_wrote_it(nn.Dropout.forward):

@@ -1,10 +1,12 @@
 """What a conversion finds out of a class or a function is remembered.
 
-For good, if that lives as long as its file. A class that was made within a function, and what its forward closes over,
-is to be freed with its last module: what is known of it is forgotten when the conversion ends.
+For good, if that lives as long as its file. A class that was made at run time, in a function or by another's code, and
+what its forward closes over, is to be freed with its last module: what is known of it is forgotten when the conversion
+ends.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,7 +41,13 @@ def forget_what_is_local() -> None:
 
 
 def _is_local(value: Any) -> bool:
-    """Whether a class or a function in it was made within a function."""
+    """Whether a class in it is in no module, or a function in it was made within a function."""
     if isinstance(value, tuple):
         return any(map(_is_local, value))
-    return "<locals>" in getattr(value, "__qualname__", "")
+    name = getattr(value, "__qualname__", "")
+    if "<locals>" in name or not isinstance(value, type):
+        return "<locals>" in name
+    found: Any = sys.modules.get(value.__module__)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is not value

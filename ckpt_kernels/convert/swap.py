@@ -38,13 +38,22 @@ class Found(NamedTuple):
     method: Forward
     code: Any
     defaults: Any
+    kwdefaults: Any
+
+    @classmethod
+    def of(cls, method: Forward) -> "Found":
+        return cls(method, *(getattr(method, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")))
 
     def is_at(self, kind: type[nn.Module], name: str) -> bool:
         """Whether the class still has it."""
         method = getattr(kind, name)
         if method is not self.method:
             return False
-        return getattr(method, "__code__", None) is self.code and getattr(method, "__defaults__", None) is self.defaults
+        return (
+            getattr(method, "__code__", None) is self.code
+            and getattr(method, "__defaults__", None) is self.defaults
+            and getattr(method, "__kwdefaults__", None) is self.kwdefaults
+        )
 
     # Defaults may be lists.
     def __eq__(self, other: object) -> bool:
@@ -81,11 +90,7 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
     kind = type(module)
     if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
         raise NotSwapped("is pickled in a way of its own")
-    methods = {name: getattr(kind, name) for name in sorted({*rule.names, "forward"})}
-    found = tuple(
-        (name, Found(method, getattr(method, "__code__", None), getattr(method, "__defaults__", None)))
-        for name, method in methods.items()
-    )
+    found = tuple((name, Found.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
         made = _converted_class(Conversion(kind, rule, around, found))
         object.__setattr__(module, "__class__", made)
@@ -270,8 +275,9 @@ _classes: "weakref.WeakValueDictionary[tuple[str, int], type[nn.Module]]" = weak
 def _made_again(original: type[nn.Module], rule: Rule, around: tuple[Around, ...], known: tuple[str, int]) -> nn.Module:
     module = original.__new__(original)
     kind = _classes.get(known)
-    if kind is None:
-        swap(module, rule, around)
-    else:
+    # Another class may be where the one was that is gone.
+    if kind is not None and getattr(kind, _ATTRIBUTE)[:3] == (original, rule, around):
         object.__setattr__(module, "__class__", kind)
+    else:
+        swap(module, rule, around)
     return module

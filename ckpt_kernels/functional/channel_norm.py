@@ -80,7 +80,7 @@ def batch_norm(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, 0, eps, name)
-    if _is_moved_by_torch():
+    if process_group is None and _is_moved_by_torch():
         _move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
     elif count:
         _move(running_mean, mean, momentum)
@@ -182,7 +182,7 @@ def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: floa
 
 
 def _is_moved_by_torch() -> bool:
-    """Within transforms, but for torch.jit.trace, which drops what gives an output that nobody reads."""
+    """Within transforms. Not under torch.jit.trace: an output that nobody reads is removed, and the write with it."""
     return ops.registration.is_transformed() and torch._C._get_tracing_state() is None
 
 

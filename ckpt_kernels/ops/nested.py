@@ -10,10 +10,6 @@ import torch
 from torch import Tensor
 
 
-def is_jagged(tensor: Tensor) -> bool:
-    return tensor.is_nested and tensor.layout == torch.jagged
-
-
 def call(op: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     """`op(*arguments)`, of which the first is nested, and so is all that has its shape; one or several results."""
     first = arguments[0]

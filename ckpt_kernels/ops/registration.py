@@ -35,7 +35,8 @@ class Op:
             function and the tensors it takes; None where that is not possible.
         elementwise: whether it goes element by element, so that products which it reads are worth running again
             where memory matters most.
-        sharding: how its tensors may be split over processes; None for what is never called with DTensors.
+        sharding: how its tensors may be split over processes; None for what is never called with DTensors
+            or nested tensors.
 
     Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
     gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
@@ -74,7 +75,7 @@ class Op:
         self._sharding = sharding
         self._tensors = tensors = sum("Tensor" in argument for argument in schema.partition("->")[0].split(","))
 
-        # A torch.autograd.Function pays for each argument: those that are not tensors go in one.
+        # A torch.autograd.Function pays for each argument: so all that are not tensors go in one tuple.
         def packed_forward(ctx: Any, *arguments: Any) -> Any:
             arguments = (*arguments[:-1], *arguments[-1])
             output = implementation(*arguments)
