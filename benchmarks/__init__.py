@@ -11,5 +11,6 @@ if _MISSING:
     raise SystemExit(_NEEDED) if sys.argv[:1] == ["-m"] else ModuleNotFoundError(_NEEDED)
 
 # torch.compile prints of its own fallbacks, torch's profiler of each start and stop; both look when torch is imported.
-os.environ.setdefault("TORCH_LOGS", "-all")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+if sys.argv[:1] == ["-m"]:
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")

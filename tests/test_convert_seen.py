@@ -419,10 +419,8 @@ class _Lazy:
         raise RuntimeError("was loaded")
 
 
-LAZY = _Lazy()
-
-
-def test_lazy_objects_of_a_file_are_not_loaded() -> None:
+def test_lazy_objects_of_a_file_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "LAZY", _Lazy())
     assert str(ckpt_kernels.convert(MLP()))
 
 
