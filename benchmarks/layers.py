@@ -177,6 +177,7 @@ def measure(layer: Layer, device: str, rounds: int, compiled: bool) -> list[dict
                 "forward_ms": statistics.median(turn.forward),
                 "backward_ms": statistics.median(turn.backward),
                 "total_ms": statistics.median(f + b for f, b in zip(turn.forward, turn.backward, strict=True)),
+                "spread": report.spread([f + b for f, b in zip(turn.forward, turn.backward, strict=True)]),
                 "saved_bytes": saved,
                 "saved_units": saved / layer.unit,
                 "peak_bytes": peak_bytes(lambda turn=turn: turn.take(device, record=False), device),
@@ -292,6 +293,8 @@ def main() -> int:
             progress.advance(task)
     console.print(table)
     rows = [row(result) for result in results]
+    for line in report.noise([result["spread"] for result in results]):
+        console.print(line, style="bold red")
     report.write_table(options.out, "layers", about, results, COLUMNS, rows)
     draw(results, options.out / "layers.png", about)
     draw_overview(results, options.out / "overview.png", about)

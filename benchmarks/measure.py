@@ -13,6 +13,7 @@ from ckpt_kernels.memory import allocations, peak_bytes, saved_bytes_beside_outp
 
 from .cases import Case, Setting
 from .providers import Provider
+from .report import spread
 
 
 @dataclass
@@ -50,13 +51,6 @@ def _buffers(bytes_each: int) -> int:
 def _copied(operand: Tensor) -> Tensor:
     """The same values in memory of their own."""
     return operand.detach().clone().requires_grad_()
-
-
-def _spread(times: list[float]) -> float:
-    if len(times) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(times, n=4)
-    return (high - low) / 2 / middle
 
 
 class Turn:
@@ -143,7 +137,7 @@ def measure(
         turn.provider.name: Timing(
             statistics.median(turn.forward),
             statistics.median(turn.backward),
-            _spread([f + b for f, b in zip(turn.forward, turn.backward, strict=True)]),
+            spread([f + b for f, b in zip(turn.forward, turn.backward, strict=True)]),
             saved_bytes_beside_output(turn.provider.fn, *turn.operand_sets[0]),
             *_footprint(turn, device),
         )

@@ -119,6 +119,7 @@ def measure(build: Callable[..., Built], device: str, rounds: int, compiled: boo
                 "provider": run.provider,
                 "step_ms": statistics.median(seconds[run.provider]) * 1e3,
                 "times_eager": statistics.median(seconds[run.provider]) / statistics.median(seconds["eager"]),
+                "spread": report.spread(seconds[run.provider]),
                 "saved_bytes": saved_bytes(owner),
                 "peak_bytes": run.peak(BATCH, device),
                 "budget_bytes": budget,
@@ -216,6 +217,8 @@ def main() -> int:
             table.add_section()
         table.add_row(*cells, style="bold" if cells[1].startswith("ours") else "")
     console.print(table)
+    for line in report.noise([result["spread"] for result in results]):
+        console.print(line, style="bold red")
     report.write_table(options.out, "models", about, results, COLUMNS, rows)
     draw(results, options.out / "models.png", about)
     console.print(f"models.json, models.md and models.png are in {options.out}")

@@ -4,6 +4,7 @@ import json
 import pathlib
 import platform
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,10 +94,17 @@ def means(results: list[dict[str, Any]]) -> list[list[str]]:
     return found
 
 
-def noise(results: list[dict[str, Any]]) -> list[str]:
+def spread(times: Sequence[float]) -> float:
+    """Half of what lies between the quartiles, over the median."""
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / middle
+
+
+def noise(spreads: Sequence[float]) -> list[str]:
     """A sentence if the machine was too busy for the figures to mean anything: a quarter of them or more spread widely
-    from turn to turn. Calls on the smallest shapes are left out."""
-    spreads = [result["spread"] for result in results if result["times_floor"]]
+    from turn to turn."""
     wide = sum(spread > WIDE_SPREAD for spread in spreads)
     if not spreads or wide * 4 < len(spreads):
         return []

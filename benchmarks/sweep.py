@@ -31,7 +31,7 @@ def point(sweep: str, case: Case, setting: Setting, dtype: torch.dtype, device: 
     everyone = [p for p in providers(case, device, dtype, compiled) if p.name != "checkpoint"]
     # Small ones are quick and noisy.
     rounds = min(max(2**24 // torch.Size(setting.shape).numel(), 5), 200)
-    timings, copy_ms = measure(case, setting, dtype, device, everyone, rounds)
+    timings, copy_ms, _ = measure(case, setting, dtype, device, everyone, rounds)
     floor_ms = copy_ms * sum(case.traffic) / 2
     return {
         "sweep": sweep,
@@ -40,6 +40,7 @@ def point(sweep: str, case: Case, setting: Setting, dtype: torch.dtype, device: 
         "columns": setting.shape[1],
         "dtype": str(dtype).removeprefix("torch."),
         "copy_ms": copy_ms,
+        "spread": {name: timing.spread for name, timing in timings.items()},
         "total_ms": {name: timing.total for name, timing in timings.items()},
         "fraction_of_copy": {name: floor_ms / timing.total for name, timing in timings.items()},
     }
@@ -111,6 +112,10 @@ def main() -> int:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    # The shortest calls are left out.
+    large = [p for p in points if p["rows"] * p["columns"] > 2**20]
+    for line in report.noise([spread for p in large for spread in p["spread"].values()]):
+        console.print(line, style="bold red")
     report.write_table(options.out, "sweep", about, points, ["block", "dtype", "M x N", *everyone], rows)
     draw(points, options.out / "sweep.png", about)
     console.print(f"sweep.json, sweep.md and sweep.png are in {options.out}")

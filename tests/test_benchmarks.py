@@ -5,12 +5,13 @@ import pathlib
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 pytest.importorskip("rich", reason="rich is not installed")
 
-from benchmarks import baseline, report
-from benchmarks.cases import CASES
+from benchmarks import baseline, report, sweep
+from benchmarks.cases import CASES, Setting
 from benchmarks.models import Run, largest_batch
 
 
@@ -63,3 +64,12 @@ def test_every_case_says_what_must_cross_memory() -> None:
         forward, backward = case.traffic
         # All operands are read and a result written; backward reads as many and the incoming gradient.
         assert forward >= case.tensors + 1 and backward >= case.tensors + 2, case.name
+
+
+def test_a_point_of_the_sweep() -> None:
+    case = next(case for case in CASES if case.name == "rms_norm+silu")
+    found = sweep.point("by length", case, Setting((64, 64)), torch.float32, "cpu", compiled=False)
+    assert (
+        found["copy_ms"] > 0 and found["total_ms"].keys() == found["fraction_of_copy"].keys() == found["spread"].keys()
+    )
+    assert "eager" in found["total_ms"]
