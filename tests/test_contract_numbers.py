@@ -73,8 +73,8 @@ def test_error_is_at_most_eagers(block: Block, columns: int, served: tuple) -> N
 @pytest.mark.parametrize("block", ACTIVATION_BLOCKS, ids=lambda block: block.name)
 def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tuple) -> None:
     backend, dtype = served
-    if dtype == torch.float16 and backend != "native":
-        pytest.skip("every dtype is tried with one activation, and two of 16 bits with all in the compiled loops")
+    if dtype == torch.float16 and backend != "native" and DEVICE == "cpu":
+        pytest.skip("on a CPU float16 with every activation is tried of the loops that users run there")
     check_against_eager(block, lambda seed: block.operands((2, 5), 40, dtype, DEVICE, seed), backend)
 
 
