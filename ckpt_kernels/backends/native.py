@@ -41,8 +41,10 @@ _SCHEMAS = (
     "bias_act_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor? seed, Tensor(a!)? grad_input,"
     " Tensor(b!)? grad_bias, Tensor(c!)? output, int activation, float dropout_p) -> ()",
     "channel_moments(Tensor input, Tensor(a!) mean, Tensor(b!) squares, bool planes, int piece_rows) -> ()",
-    "channel_statistics(Tensor means, Tensor squares, Tensor? weight, Tensor? bias, Tensor(a!) mean, Tensor(b!) var,"
-    " Tensor(c!) coefficients, int groups, int size, int piece_rows, float eps) -> ()",
+    "channel_statistics(Tensor means, Tensor squares, Tensor(a!) mean, Tensor(b!) var, int groups, int size,"
+    " int piece_rows) -> ()",
+    "channel_coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!) coefficients, float eps)"
+    " -> ()",
     "channel_tilts(Tensor first, Tensor second, Tensor var, Tensor? weight, Tensor(a!) coefficients,"
     " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, int groups, float count, float eps, bool fixed) -> ()",
     "channel_forward(Tensor input, Tensor? residual, Tensor coefficients, Tensor(a!) output, bool planes, int samples,"
@@ -52,12 +54,12 @@ _SCHEMAS = (
     "channel_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor coefficients, Tensor(a!)? grad_input,"
     " Tensor(b!)? grad_residual, bool planes, int samples, int activation, bool by_output) -> ()",
     "channel_norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!) output,"
-    " Tensor(b!) mean, Tensor(c!) var, Tensor(d!) coefficients, bool planes, int samples, int piece_rows, int groups,"
-    " float eps, int activation) -> ()",
-    "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor var,"
-    " Tensor coefficients, Tensor(a!)? grad_input, Tensor(b!)? grad_residual, Tensor(c!)? grad_weight,"
-    " Tensor(d!)? grad_bias, bool planes, int samples, int piece_rows, int groups, float count, float eps, bool fixed,"
-    " int activation, bool by_output) -> ()",
+    " Tensor(b!) mean, Tensor(c!) var, bool planes, int samples, int piece_rows, int groups, float eps,"
+    " int activation, bool given_statistics) -> ()",
+    "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean,"
+    " Tensor var, Tensor(a!)? grad_input, Tensor(b!)? grad_residual, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias,"
+    " bool planes, int samples, int piece_rows, int groups, float count, float eps, bool fixed, int activation,"
+    " bool by_output) -> ()",
     "cpu_isa() -> str",
 )
 
@@ -154,4 +156,5 @@ def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Ca
 
 
 channel_statistics = _for_device(_ops.channel_statistics.default, reference.channel_statistics)
+channel_coefficients = _for_device(_ops.channel_coefficients.default, reference.channel_coefficients)
 channel_tilts = _for_device(_ops.channel_tilts.default, reference.channel_tilts)

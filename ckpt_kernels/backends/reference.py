@@ -459,12 +459,11 @@ def channel_moments(x, mean, squares, planes, piece_rows):
         mean[:, index], squares[:, index] = center, var * piece.shape[1]
 
 
-def channel_statistics(means, squares, weight, bias, mean, var, coefficients, groups, size, piece_rows, eps):
-    """The statistics of what is normalised together, and what the norm is made with.
+def channel_statistics(means, squares, mean, var, groups, size, piece_rows):
+    """The statistics of what is normalised together.
 
     `means` and `squares` are those of `channel_moments`, of `size` elements of each channel of each sample. For a batch
-    norm (groups = 0) mean and var are (channels,), else (samples, groups). Coefficients, (3, samples or 1, channels),
-    are mean, weight / sqrt(var + eps) and bias.
+    norm (groups = 0) mean and var are (channels,), else (samples, groups).
     """
     samples, pieces, channels = means.shape
     split, over, count = (samples, pieces, channels), (0, 1), size * samples
@@ -482,7 +481,15 @@ def channel_statistics(means, squares, weight, bias, mean, var, coefficients, gr
         center = (means * (counts / count)).sum(over, keepdim=True)
         mean.copy_(center.view(mean.shape))
         var.copy_((squares + counts * (means - center).square()).sum(over).div_(count))
-    rows, sets = (samples, groups) if groups else (1, channels)
+
+
+def channel_coefficients(mean, var, weight, bias, coefficients, eps):
+    """What the norm is made with, (3, samples or 1, channels): mean, weight / sqrt(var + eps) and bias.
+
+    mean and var are those of `channel_statistics`.
+    """
+    _, rows, channels = coefficients.shape
+    sets = mean.numel() // rows
     shape = (sets, channels // sets)
     rstd = (var + eps).rsqrt_().view(rows, sets, 1)
     grouped = coefficients.view(3, rows, *shape)

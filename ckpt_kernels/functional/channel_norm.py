@@ -44,7 +44,7 @@ def batch_norm(
     input without elements leaves the running statistics as they are. ValueError for an eps that torch refuses: below 0,
     and in training 0.
 
-    Keeps the input and five numbers a channel; with a residual also, for relu and leaky_relu, the output, which
+    Keeps the input and two numbers a channel; with a residual also, for relu and leaky_relu, the output, which
     whatever reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running
     statistics as they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
@@ -100,8 +100,8 @@ def group_norm(
     """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, ...), by sample and group of channels.
 
     Mean and (biased) variance are over the C / num_groups channels of a group and space. Contiguous and channels-last
-    inputs are computed as they lie, and so is the output. Keeps the input, two numbers a group and three a channel, of
-    each sample. Source: Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
+    inputs are computed as they lie, and so is the output. Keeps the input and, of each
+    sample, two numbers a group. Source: Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
     """
     check_channels(input, weight, bias)
     if not hasattr(num_groups, "__index__"):

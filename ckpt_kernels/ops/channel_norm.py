@@ -6,9 +6,10 @@ over the channels of a group) and for each channel of each sample the coefficien
 output: activation((x - mean) * scale + bias + residual). Backward likewise: a kernel for two sums over each set, and
 one for the gradient from coefficients.
 
-Kept for backward: the input, the statistics and the coefficients. With a residual, what says how the activation
-slopes: for relu and leaky_relu the output, whose sign is that of what the activation was given, and which whatever
-reads it keeps too; for other activations the residual; for the identity neither.
+Kept for backward: the input, and the statistics, from which the coefficients are found again to the last bit. With a
+residual, what says how the activation slopes: for relu and leaky_relu the output, whose sign is that of what the
+activation was given, and which whatever reads it keeps too; for other activations the residual; for the identity
+neither.
 """
 
 import functools
@@ -123,44 +124,31 @@ def _layout(shape: tuple[int, ...], last: bool, groups: int, device: str) -> Lay
 
 class Statistics(NamedTuple):
     """Mean and (biased) variance of what is normalised together: (channels,) for a batch norm, (samples, groups) for a
-    group norm. And mean, scale and bias for each channel of each sample (or of all): (3, samples or 1, channels)."""
+    group norm."""
 
     mean: Tensor
     var: Tensor
-    coefficients: Tensor
 
     @classmethod
     def room(cls, input: Tensor, groups: int) -> "Statistics":
-        samples, channels = input.shape[:2]
+        shape = (input.shape[0], groups) if groups else (input.shape[1],)
         dtype = reference.compute_dtype(input.dtype)
-        shapes = ((samples, groups) if groups else (channels,),) * 2 + ((3, samples if groups else 1, channels),)
-        return cls(*(torch.empty(shape, dtype=dtype, device=input.device) for shape in shapes))
+        return cls(*(torch.empty(shape, dtype=dtype, device=input.device) for _ in range(2)))
 
     @classmethod
-    def of(
-        cls,
-        input: Tensor,
-        matrix: Tensor,
-        layout: Layout,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        groups: int,
-        eps: float,
-    ) -> "Statistics":
+    def of(cls, input: Tensor, matrix: Tensor, layout: Layout, groups: int) -> "Statistics":
         backend, found = backends.select(input), cls.room(input, groups)
         means, squares = layout.statistics(2, matrix)
         backend.channel_moments(matrix, means, squares, layout.planes, layout.piece_rows)
-        backend.channel_statistics(means, squares, weight, bias, *found, groups, layout.size, layout.piece_rows, eps)
+        backend.channel_statistics(means, squares, *found, groups, layout.size, layout.piece_rows)
         return found
 
-    @classmethod
-    def given(
-        cls, input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> "Statistics":
-        """Those of each channel, as if of one element."""
-        found = cls.room(input, 0)
-        mean, var = (t.to(found.mean.dtype).contiguous().view(1, 1, -1) for t in (mean, var))
-        backends.select(input).channel_statistics(mean, var, weight, bias, *found, 0, 1, 1, eps)
+    def coefficients(self, weight: Tensor | None, bias: Tensor | None, channels: int, eps: float) -> Tensor:
+        """Mean, weight / sqrt(var + eps) and bias for each channel of each sample, or of all: (3, samples or 1,
+        channels). The same to the last bit whenever they are found."""
+        rows = self.mean.shape[0] if self.mean.dim() == 2 else 1
+        found = self.mean.new_empty(3, rows, channels)
+        backends.select(self.mean).channel_coefficients(*self, vector(weight), vector(bias), found, eps)
         return found
 
 
@@ -193,13 +181,32 @@ def _channel_norm(
     groups: int,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = None
+    if given_mean is not None:
+        # Copies: what an op returns is not what it was given.
+        dtype = reference.compute_dtype(input.dtype)
+        given = Statistics(*(t.to(dtype, copy=True).contiguous() for t in (given_mean, given_var)))
+    return _normalized(input, residual, weight, bias, given, groups, eps, activation)
+
+
+def _normalized(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    given: Statistics | None,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output and its statistics: those given, or else found."""
     layout = layout_of(input, groups)
     if not input.numel():
-        return layout.room(input), *(t.zero_() for t in Statistics.room(input, groups))
+        return layout.room(input), *(given or (t.zero_() for t in Statistics.room(input, groups)))
     matrix = layout.matrix(input)
-    if given_mean is None and (backend := _whole(input)) is not None:
-        output, statistics = layout.room(input), Statistics.room(input, groups)
+    if (backend := _whole(input)) is not None:
+        output, statistics = layout.room(input), given or Statistics.room(input, groups)
         backend.channel_norm_forward(
             matrix,
             layout.matrix(residual),
@@ -211,13 +218,12 @@ def _channel_norm(
             groups,
             eps,
             activation,
+            given is not None,
         )
         return output, *statistics
-    if given_mean is None:
-        statistics = Statistics.of(input, matrix, layout, vector(weight), vector(bias), groups, eps)
-    else:
-        statistics = Statistics.given(input, given_mean, given_var, vector(weight), vector(bias), eps)
-    return apply(input, residual, statistics.coefficients, layout, activation, matrix), *statistics
+    statistics = given or Statistics.of(input, matrix, layout, groups)
+    coefficients = statistics.coefficients(weight, bias, layout.channels, eps)
+    return apply(input, residual, coefficients, layout, activation, matrix), *statistics
 
 
 def _whole(input: Tensor) -> ModuleType | None:
@@ -247,24 +253,43 @@ def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tu
 
 
 def _channel_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, residual, weight, bias, given_mean, _, ctx.groups, ctx.eps, ctx.activation = inputs
-    output, mean, var, coefficients = output
-    ctx.mark_non_differentiable(mean, var, coefficients)
+    input, residual, weight, bias, given_mean, given_var, ctx.groups, ctx.eps, ctx.activation = inputs
+    output, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
     ctx.fixed = given_mean is not None
+    if ctx.fixed and _are_as_computed(mean, given_mean, given_var):
+        mean, var = given_mean, given_var
     other, ctx.by_output = slope_source(ctx.activation, residual, output)
-    ctx.save_for_backward(input, other, weight, bias, mean, var, coefficients)
+    ctx.save_for_backward(input, other, weight, bias, mean, var)
 
 
-def rebuilt(input: Tensor, residual: Tensor | None, coefficients: Tensor, layout: Layout, activation: str) -> Tensor:
+def _are_as_computed(computed: Tensor, *given: Tensor) -> bool:
+    """Whether the caller's own tensors can be kept in the place of copies in the compute type."""
+    return all(t.dtype == computed.dtype and t.is_contiguous() for t in given)
+
+
+def rematerialized(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    groups: int,
+    eps: float,
+    activation: str,
+) -> Tensor:
     """The output again, from what is kept."""
-    return apply(input, residual, coefficients, layout, activation, layout.matrix(input))
+    return _normalized(input, residual, weight, bias, Statistics(mean, var), groups, eps, activation)[0]
 
 
 def _channel_norm_recipe(ctx: Any, inputs: tuple, output: tuple) -> tuple:
-    input, residual = inputs[:2]
-    layout, activation = layout_of(input, ctx.groups), ctx.activation
-    return lambda *tensors: rebuilt(*tensors, layout, activation), (input, residual, output[3])
+    input, residual, weight, bias, given_mean, given_var, *options = inputs
+    _, mean, var = output
+    if ctx.fixed and _are_as_computed(mean, given_mean, given_var):
+        mean, var = given_mean, given_var
+    return lambda *tensors: rematerialized(*tensors, *options), (input, residual, weight, bias, mean, var)
 
 
 def _channel_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
@@ -296,7 +321,6 @@ def _channel_norm_backward(
     bias: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    coefficients: Tensor,
     groups: int,
     eps: float,
     activation: str,
@@ -316,9 +340,10 @@ def _channel_norm_backward(
     if (backend := _whole(input)) is not None:
         gradients = [layout.room(input) if w else None for w in wanted[:2]]
         rooms = [layout.matrix(g) for g in gradients]
-        whole = (grads, matrix, other, vector(weight), var, coefficients, *rooms, *affine)
+        whole = (grads, matrix, other, vector(weight), vector(bias), mean, var, *rooms, *affine)
         backend.channel_norm_backward(*whole, *_place(layout), groups, float(count), eps, fixed, *options)
         return returned((*gradients, *affine), operands, input)
+    coefficients = Statistics(mean, var).coefficients(weight, bias, layout.channels, eps)
     sums = gradient_sums(grads, matrix, other, coefficients, layout, options)
     six = with_tilts(coefficients, sums, var, vector(weight), affine, groups, float(count), eps, fixed)
     gradients = input_gradients(grads, matrix, other, six, layout, options, wanted, input)
@@ -372,7 +397,7 @@ def input_gradients(
 
 
 def _channel_norm_backward_fake(
-    grad_output, input, other, weight, bias, mean, var, coefficients, groups, eps, activation, fixed, by_output, wanted
+    grad_output, input, other, weight, bias, mean, var, groups, eps, activation, fixed, by_output, wanted
 ):
     layout = layout_of(input, groups)
     room = [layout.room(input) if w else input.new_empty(0) for w in wanted[:2]]
@@ -387,7 +412,7 @@ def _channel_norm_composed(input, residual, weight, bias, given_mean, given_var,
 
 
 def _channel_norm_first_order(
-    grad_output, input, other, weight, bias, mean, var, coefficients, groups, eps, activation, fixed, by_output, wanted
+    grad_output, input, other, weight, bias, mean, var, groups, eps, activation, fixed, by_output, wanted
 ):
     given = (mean, var) if fixed else (None, None)
 
@@ -421,7 +446,7 @@ def _statistics_of_input(statistics: Tensor, arguments: Sequence[Any]) -> Sequen
 _OPTIONS = "SymInt groups, float eps, str activation"
 channel_norm_backward = Op(
     "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean,"
-    f" Tensor var, Tensor coefficients, {_OPTIONS}, bool fixed, bool by_output, bool[] wanted)"
+    f" Tensor var, {_OPTIONS}, bool fixed, bool by_output, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _channel_norm_backward,
     _channel_norm_backward_fake,
@@ -429,7 +454,7 @@ channel_norm_backward = Op(
 )
 channel_norm = Op(
     "channel_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? given_mean, Tensor? given_var,"
-    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _channel_norm,
     _channel_norm_fake,
     _channel_norm_setup,

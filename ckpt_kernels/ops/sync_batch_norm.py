@@ -19,7 +19,7 @@ from .channel_norm import (
     gradient_sums,
     input_gradients,
     layout_of,
-    rebuilt,
+    rematerialized,
     slope_source,
     with_tilts,
 )
@@ -34,7 +34,7 @@ def _merged_moments(
     channels = input.shape[1]
     own = torch.zeros(2 * channels + 1, dtype=reference.compute_dtype(matrix.dtype), device=matrix.device)
     if matrix.numel():
-        mean, var, _ = Statistics.of(input, matrix, layout, None, None, 0, 0.0)
+        mean, var = Statistics.of(input, matrix, layout, 0)
         own = torch.cat((mean, var, own.new_full((1,), layout.samples * layout.size)))
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
@@ -62,25 +62,26 @@ class _SyncBatchNorm(torch.autograd.Function):
         layout = layout_of(input, 0)
         matrix = layout.matrix(input)
         mean, var, count = _merged_moments(input, matrix, layout, group)
-        coefficients = Statistics.given(input, mean, var, vector(weight), vector(bias), eps).coefficients
+        coefficients = Statistics(mean, var).coefficients(weight, bias, layout.channels, eps)
         output = apply(input, residual, coefficients, layout, activation, matrix)
         ctx.mark_non_differentiable(mean, var)
         ctx.eps, ctx.activation, ctx.group, ctx.count = eps, activation, group, count
         other, ctx.by_output = slope_source(activation, residual, output)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
-        ctx.save_for_backward(input, other, weight, var, coefficients)
+        ctx.save_for_backward(input, other, weight, bias, mean, var)
         if recompute.is_active():
-            operands = (input, residual, coefficients)
-            recompute.announce((lambda *tensors: rebuilt(*tensors, layout, activation), operands))
+            operands = (input, residual, weight, bias, mean, var)
+            recompute.announce((lambda *tensors: rematerialized(*tensors, 0, eps, activation), operands))
         return output, mean, var, count
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple:
-        input, other, weight, var, coefficients = ctx.saved_tensors
+        input, other, weight, bias, mean, var = ctx.saved_tensors
         layout = layout_of(input, 0)
         matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
         options = (ctx.activation, ctx.by_output)
+        coefficients = Statistics(mean, var).coefficients(weight, bias, layout.channels, ctx.eps)
         sums = torch.zeros(2, 1, 1, input.shape[1], dtype=var.dtype, device=input.device)
         if input.numel():
             sums = gradient_sums(grads, matrix, other, coefficients, layout, options).sum((1, 2)).view(sums.shape)

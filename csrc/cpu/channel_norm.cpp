@@ -1,8 +1,6 @@
 // The channel-norm ops on the CPU: shares rows, or pieces of them, out to threads.
 #include "../channel_norm_ops.h"
 
-#include <cstring>
-
 #include "channel_statistics.h"
 #include "row_tasks.h"
 
@@ -60,38 +58,69 @@ struct WholeNorm : ChannelNormOps<Cpu> {
     const Scratch values_;
   };
 
+  // The coefficients by these statistics, in the first three of `count` rows of them.
+  template <class S>
+  class Coefficients {
+   public:
+    Coefficients(const Sets& sets, ScalarKind kind, int64_t count, const Tensor& mean, const Tensor& var,
+                 const OptionalTensor& weight, const OptionalTensor& bias, double eps)
+        : weight_(weight, kind, 0),
+          bias_(bias, kind, 0),
+          values_(count * sets.rows * sets.channels * sizeof(S)),
+          data(values_.template as<S>()) {
+      channel_coefficients(sets, static_cast<const S*>(data_of(mean, sets.count())),
+                           static_cast<const S*>(data_of(var, sets.count())), this->weight(),
+                           static_cast<const S*>(bias_.data()), data, eps);
+    }
+    const S* weight() const { return static_cast<const S*>(weight_.data()); }
+
+   private:
+    const Coefficient weight_, bias_;
+    const Scratch values_;
+
+   public:
+    S* const data;
+  };
+
   static void forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor output,
-                      Tensor mean, Tensor var, Tensor coefficients, bool planes, int64_t samples, int64_t piece_rows,
-                      int64_t groups, double eps, int64_t activation) {
+                      Tensor mean, Tensor var, bool planes, int64_t samples, int64_t piece_rows, int64_t groups,
+                      double eps, int64_t activation, bool given_statistics) {
     const ScalarKind kind = kind_of(input);
-    const Coefficient w(weight, kind, 0), b(bias, kind, 0);
     with_compute_type(kind, [&](auto compute) {
       using S = decltype(compute);
       ChannelMoments a;
-      set_input(a, input, planes, samples, coefficients.size(2));
-      const Pieces<S> moments(a, piece_rows);
-      Cpu::run(a, input, kind);
-      const Sets sets(a.samples, a.pieces, a.channels, groups);
-      channel_statistics(
-          sets, moments.first, moments.second, static_cast<const S*>(w.data()), static_cast<const S*>(b.data()),
-          static_cast<S*>(data_of(mean, sets.count())), static_cast<S*>(data_of(var, sets.count())),
-          static_cast<S*>(data_of(coefficients, 3 * sets.rows * sets.channels)), a.size, a.piece_rows, eps);
+      set_input(a, input, planes, samples, planes ? input.size(0) / samples : input.size(1));
+      const Sets own(a.samples, planes ? 1 : divide_up(a.size, piece_rows), a.channels, groups);
+      if (!given_statistics) {
+        const Pieces<S> moments(a, piece_rows);
+        Cpu::run(a, input, kind);
+        channel_statistics(own, moments.first, moments.second, static_cast<S*>(data_of(mean, own.count())),
+                           static_cast<S*>(data_of(var, own.count())), a.size, a.piece_rows);
+      }
+      const Coefficients<S> coefficients(own, kind, 3, mean, var, weight, bias, eps);
+      ChannelForward last;
+      static_cast<ChannelNorm&>(last) = a;
+      last.coefficients = {coefficients.data, own.rows != 1};
+      last.other = dense(residual, a);
+      last.output = dense(output, a);
+      last.activation = int(activation);
+      Cpu::run(last, input, kind);
     });
-    ChannelNormOps::forward(input, residual, coefficients, output, planes, samples, activation);
   }
 
-  static void backward(Tensor grad_output, Tensor input, OptionalTensor other, OptionalTensor weight, Tensor var,
-                       Tensor coefficients, OptionalTensor grad_input, OptionalTensor grad_residual,
-                       OptionalTensor grad_weight, OptionalTensor grad_bias, bool planes, int64_t samples,
-                       int64_t piece_rows, int64_t groups, double count, double eps, bool fixed, int64_t activation,
-                       bool by_output) {
+  static void backward(Tensor grad_output, Tensor input, OptionalTensor other, OptionalTensor weight,
+                       OptionalTensor bias, Tensor mean, Tensor var, OptionalTensor grad_input,
+                       OptionalTensor grad_residual, OptionalTensor grad_weight, OptionalTensor grad_bias, bool planes,
+                       int64_t samples, int64_t piece_rows, int64_t groups, double count, double eps, bool fixed,
+                       int64_t activation, bool by_output) {
     const ScalarKind kind = kind_of(input);
-    const Coefficient w(weight, kind, 0);
     with_compute_type(kind, [&](auto compute) {
       using S = decltype(compute);
       ChannelSums a;
-      set_input(a, input, planes, samples, coefficients.size(2));
-      a.coefficients = coefficients_of(coefficients, 3, a);
+      set_input(a, input, planes, samples, planes ? input.size(0) / samples : input.size(1));
+      const Sets sets(a.samples, planes ? 1 : divide_up(a.size, piece_rows), a.channels, groups);
+      const Coefficients<S> six(sets, kind, 6, mean, var, weight, bias, eps);
+      a.coefficients = {six.data, sets.rows != 1};
       a.grad_output = dense(grad_output, a);
       a.other = dense(other, a);
       a.by_output = by_output;
@@ -99,19 +128,14 @@ struct WholeNorm : ChannelNormOps<Cpu> {
       const Pieces<S> sums(a, piece_rows);
       Cpu::run(a, input, kind);
 
-      const Sets sets(a.samples, a.pieces, a.channels, groups);
-      const int64_t three = 3 * sets.rows * sets.channels;
-      const Scratch room(2 * three * sizeof(S));
-      S* six = room.as<S>();
-      std::memcpy(six, data_of(coefficients, three), three * sizeof(S));
-      channel_tilts(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
-                    static_cast<const S*>(w.data()), six, static_cast<S*>(data_of(grad_weight, a.channels)),
+      channel_tilts(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())), six.weight(),
+                    six.data, static_cast<S*>(data_of(grad_weight, a.channels)),
                     static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);
       if (!grad_input && !grad_residual) return;
 
       ChannelBackward last;
       static_cast<ChannelNorm&>(last) = a;
-      last.coefficients = {six, a.coefficients.by_sample};
+      last.coefficients = a.coefficients;
       last.grad_output = a.grad_output;
       last.other = a.other;
       last.by_output = by_output;

@@ -14,16 +14,28 @@ Sets sets_of(const Tensor& by_piece, int64_t groups) {
   return {by_piece.size(0), by_piece.size(1), by_piece.size(2), groups};
 }
 
-void statistics(Tensor means, Tensor squares, OptionalTensor weight, OptionalTensor bias, Tensor mean, Tensor var,
-                Tensor coefficients, int64_t groups, int64_t size, int64_t piece_rows, double eps) {
+void statistics(Tensor means, Tensor squares, Tensor mean, Tensor var, int64_t groups, int64_t size,
+                int64_t piece_rows) {
   const Sets sets = sets_of(means, groups);
-  const Coefficient w(weight, kind_of(means), 0), b(bias, kind_of(means), 0);
   with_compute_type(kind_of(means), [&](auto compute) {
     using S = decltype(compute);
     const int64_t numel = means.numel();
-    channel_statistics(sets, data<S>(means, numel), data<S>(squares, numel), static_cast<const S*>(w.data()),
-                       static_cast<const S*>(b.data()), data<S>(mean, sets.count()), data<S>(var, sets.count()),
-                       data<S>(coefficients, 3 * sets.rows * sets.channels), size, piece_rows, eps);
+    channel_statistics(sets, data<S>(means, numel), data<S>(squares, numel), data<S>(mean, sets.count()),
+                       data<S>(var, sets.count()), size, piece_rows);
+  });
+}
+
+void coefficients(Tensor mean, Tensor var, OptionalTensor weight, OptionalTensor bias, Tensor coefficients,
+                  double eps) {
+  STD_TORCH_CHECK(coefficients.dim() == 3 && coefficients.size(0) == 3, "expected (3, samples or 1, channels)");
+  const int64_t rows = coefficients.size(1);
+  // A batch norm has statistics for all samples, one for each channel: no groups.
+  const Sets sets(rows, 1, coefficients.size(2), mean.dim() == 2 ? mean.size(1) : 0);
+  const Coefficient w(weight, kind_of(mean), 0), b(bias, kind_of(mean), 0);
+  with_compute_type(kind_of(mean), [&](auto compute) {
+    using S = decltype(compute);
+    channel_coefficients(sets, data<S>(mean, sets.count()), data<S>(var, sets.count()), static_cast<const S*>(w.data()),
+                         static_cast<const S*>(b.data()), data<S>(coefficients, 3 * sets.rows * sets.channels), eps);
   });
 }
 
@@ -45,5 +57,6 @@ void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ckpt::statistics));
+  m.impl("channel_coefficients", TORCH_BOX(&ckpt::coefficients));
   m.impl("channel_tilts", TORCH_BOX(&ckpt::tilts));
 }

@@ -52,8 +52,8 @@ class Zeros {
 };
 
 template <class S>
-void channel_statistics(const Sets& sets, const S* means, const S* squares, const S* weight, const S* bias, S* mean,
-                        S* var, S* coefficients, int64_t size, int64_t piece_rows, double eps) {
+void channel_statistics(const Sets& sets, const S* means, const S* squares, S* mean, S* var, int64_t size,
+                        int64_t piece_rows) {
   auto elements = [&](int64_t piece) {
     return double(piece + 1 < sets.pieces ? piece_rows : size - (sets.pieces - 1) * piece_rows);
   };
@@ -69,6 +69,11 @@ void channel_statistics(const Sets& sets, const S* means, const S* squares, cons
     mean[set] = S(center[set]);
     var[set] = S(deviation[set] / count);
   }
+}
+
+template <class S>
+void channel_coefficients(const Sets& sets, const S* mean, const S* var, const S* weight, const S* bias,
+                          S* coefficients, double eps) {
   const int64_t stride = sets.rows * sets.channels;
   for (int64_t row = 0; row < sets.rows; ++row)
     for (int64_t channel = 0; channel < sets.channels; ++channel) {

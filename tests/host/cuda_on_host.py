@@ -13,7 +13,8 @@ from ckpt_kernels.activations import CODES
 from ckpt_kernels.backends import reference
 
 # The CUDA library has no kernels of its own for these.
-channel_statistics, channel_tilts = reference.channel_statistics, reference.channel_tilts
+channel_statistics, channel_coefficients = reference.channel_statistics, reference.channel_coefficients
+channel_tilts = reference.channel_tilts
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -3,7 +3,7 @@
 import torch
 from triton import knobs
 
-from ..reference import channel_statistics, channel_tilts
+from ..reference import channel_coefficients, channel_statistics, channel_tilts
 from .bias_act import bias_act_backward, bias_act_forward
 from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
 from .glu import glu_backward, glu_forward
@@ -22,6 +22,7 @@ __all__ = [
     "bias_act_backward",
     "bias_act_forward",
     "channel_backward",
+    "channel_coefficients",
     "channel_forward",
     "channel_moments",
     "channel_statistics",
