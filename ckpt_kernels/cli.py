@@ -6,13 +6,18 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
 
 from . import check, doctor, inspect, memory
+from .arguments import file, natural, picture, positive
 from .convert import convert, is_converted, revert
 from .functional.linear import RECOMPUTE
 from .inspect import ARCHITECTURES, COLUMNS
-from .target import BadTarget, arguments_of, built
+from .target import BadTarget, Inputs, arguments_of, built
 from .version import __version__
 
 
@@ -31,30 +36,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     kept.add_argument(
         "--depth",
-        type=int,
+        type=natural,
         metavar="N",
         help="by the modules whose names have N parts (default: each, equal ones once)",
     )
-    kept.add_argument("--png", metavar="FILE", help="draw the table there")
-    kept.add_argument("--json", metavar="FILE", help="write the report there as data")
+    kept.add_argument("--png", type=picture, metavar="FILE", help="draw the table there")
+    kept.add_argument("--json", type=file, metavar="FILE", help="write the report there as data")
     compared = commands.add_parser(
         "convert-check",
         help="a model as it is against itself converted: errors, what else differs, what is kept, peak and time of a "
-        "step; exit status 1 if anything but rounding differs",
+        "step; exit status 1 if anything but rounding differs, 2 if they cannot be compared",
     )
     _add_target(compared)
     compared.add_argument("--recompute", choices=RECOMPUTE, help="what is kept (default: each level in turn)")
-    compared.add_argument("--turns", type=int, default=5, metavar="N", help="steps timed of each (default: 5)")
-    compared.add_argument("--png", metavar="FILE", help="draw the ratios there")
-    compared.add_argument("--json", metavar="FILE", help="write all of it there as data")
+    compared.add_argument("--turns", type=positive, default=5, metavar="N", help="steps timed of each (default: 5)")
+    compared.add_argument("--png", type=picture, metavar="FILE", help="draw the ratios there")
+    compared.add_argument("--json", type=file, metavar="FILE", help="write all of it there as data")
     kernels = commands.add_parser(
         "inspect",
         help="what the GPU kernels use, compiled without a GPU; exit status 1 if one spills or has no "
         "accesses of 16 bytes",
     )
     kernels.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="default: sm_90")
-    kernels.add_argument("--columns", type=int, nargs="+", default=list(COLUMNS), metavar="N", help="lengths of rows")
-    kernels.add_argument("--json", metavar="FILE", help="write the figures there as data")
+    kernels.add_argument(
+        "--columns", type=positive, nargs="+", default=list(COLUMNS), metavar="N", help="lengths of rows"
+    )
+    kernels.add_argument("--json", type=file, metavar="FILE", help="write the figures there as data")
     options = parser.parse_args(arguments)
     # torch's profiler, which finds the peak, prints of each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -63,17 +70,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.command == "inspect":
         return _inspect(options)
-    try:
-        if options.command == "memory":
-            return _memory(options)
-        if options.command == "convert-check":
-            return _convert_check(options)
-    except BadTarget as error:
-        print(error, file=sys.stderr)
-        return 2
+    if options.command in ("memory", "convert-check"):
+        return _run(_memory if options.command == "memory" else _convert_check, options)
     text, well = doctor.report()
     print(text)
     return 0 if well else 1
+
+
+def _run(command: Callable[[nn.Module, Inputs, argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """The command's exit status; 2 where the target or its model fails, so that 1 means what was measured."""
+    try:
+        model, inputs = built(options.target)
+        # Whatever the target's code has left: what is kept for gradients is the question.
+        with torch.enable_grad():
+            return command(model, inputs, options)
+    except BadTarget as error:
+        print(error, file=sys.stderr)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{options.command} {options.target}: the model cannot be run so: {error}", file=sys.stderr)
+    return 2
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
@@ -85,8 +101,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _memory(options: argparse.Namespace) -> int:
-    model, inputs = built(options.target)
+def _memory(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
     args, kwargs = arguments_of(inputs)
     if options.convert or any(map(is_converted, model.modules())):
         eager = copy.deepcopy(model)
@@ -106,8 +121,7 @@ def _memory(options: argparse.Namespace) -> int:
     return 0
 
 
-def _convert_check(options: argparse.Namespace) -> int:
-    model, inputs = built(options.target)
+def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
     levels = [options.recompute] if options.recompute else list(RECOMPUTE)
     checks = {}
     for level in levels:

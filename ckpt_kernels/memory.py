@@ -152,7 +152,8 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
     call = nn.Module.__call__
 
     def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if module not in names:
+        # A compiler traces this, and its graph must not depend on who measures.
+        if torch.compiler.is_compiling() or module not in names:
             return call(module, *args, **kwargs)
         modules.append(names[module])
         try:

@@ -104,16 +104,18 @@ def draw(report: "Report", path: "str | pathlib.Path", depth: int | None = None,
         series.append((report.titles[1], [row.other for row in rows], report.discarding, "tab:orange"))
     figure, axis = plt.subplots(figsize=(10, 1.8 + 0.3 * len(series) * len(rows)), layout="constrained")
     height = 0.8 / len(series)
+    # The axis in the unit that the longest bar's label has.
+    unit, name = (2**20, "MiB") if max(max(values, default=0) for _, values, *_ in series) >= 2**20 else (2**10, "KiB")
     for index, (title, values, total, color) in enumerate(series):
         places = [place + (index - (len(series) - 1) / 2) * height for place in range(len(rows))]
         label = f"{title}: {size(total)} in all"
-        bars = axis.barh(places, [value / 2**20 for value in values], height * 0.92, label=label, color=color)
+        bars = axis.barh(places, [value / unit for value in values], height * 0.92, label=label, color=color)
         axis.bar_label(bars, [f"{size(value)}, {value / max(total, 1):.0%}" for value in values], fontsize=8, padding=3)
-    names = [f"{row.name}  {row.kind}" + (f"  x {row.count}" if row.count > 1 else "") for row in rows]
-    axis.set_yticks(range(len(rows)), names, fontsize=9)
+    labels = [f"{row.name}  {row.kind}" + (f"  x {row.count}" if row.count > 1 else "") for row in rows]
+    axis.set_yticks(range(len(rows)), labels, fontsize=9)
     axis.invert_yaxis()
-    axis.margins(x=0.2)
-    axis.set_xlabel("kept for backward, MiB")
+    axis.margins(x=0.25)
+    axis.set_xlabel(f"kept for backward, {name}")
     axis.set_title("What is kept for backward, by module")
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)

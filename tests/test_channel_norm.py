@@ -2,6 +2,7 @@
 
 import copy
 import socket
+import sys
 
 import pytest
 import torch
@@ -263,3 +264,34 @@ def test_modules_say_what_they_are() -> None:
     assert repr(nn.GroupNorm(2, 6)) == repr(torch.nn.GroupNorm(2, 6))
     for module in (nn.GroupNorm(2, 6, activation="silu"), nn.BatchNorm2d(6, activation="silu")):
         assert "activation='silu'" in repr(module)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_running_statistics_that_torch_refuses(training: bool) -> None:
+    x, mean, var = randn(3, 4, 6), torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    for given in ((mean, None), (None, var)):
+        with pytest.raises(ValueError, match="expected both or neither"):
+            F.batch_norm(x, *given, training=training)
+        with pytest.raises(ValueError, match="expected both or neither"):
+            F.instance_norm(x, *given, use_input_stats=training)
+    for given in ((mean.clone().requires_grad_(), var), (mean, var.clone().requires_grad_())):
+        for call in (torch.nn.functional.batch_norm, F.batch_norm):
+            with pytest.raises(RuntimeError):
+                call(x, *given, training=training)
+
+
+def test_an_interrupt_leaves_gradients_on() -> None:
+    """Between any two steps of a call, torch's own contexts included."""
+    norm, x = nn.BatchNorm1d(4).to(DEVICE), randn(3, 4)
+    switched = []
+
+    def watch(frame: object, event: str, called: object) -> None:
+        if event == "c_return" and getattr(called, "__name__", "") == "_set_grad_enabled":
+            switched.append(called)
+
+    sys.setprofile(watch)
+    try:
+        norm(x)
+    finally:
+        sys.setprofile(None)
+    assert not switched

@@ -209,3 +209,54 @@ def test_convert_check_says_when_its_times_mean_nothing() -> None:
     found = check.Check(report, "training", [], [], (2, 1), (2, 1), (1.0, 0.5), 0.4)
     assert "too noisy for the times to mean anything: steps spread by 40%" in str(found)
     assert "too noisy" not in str(dataclasses.replace(found, noise=0.05))
+
+
+def fails_when_called() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(5)), torch.randn(2, 4)
+
+
+def lazy() -> tuple[nn.Module, torch.Tensor]:
+    return nn.LazyLinear(4), torch.randn(2, 4)
+
+
+def turns_gradients_off() -> tuple[nn.Module, torch.Tensor]:
+    torch.set_grad_enabled(False)
+    return one_tensor()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("memory", "--json", "no/such/folder/x.json"), "is in no folder that is there"),
+        (("memory", "--json", "."), "is a folder; expected a file"),
+        (("convert-check", "--png", "x.notanimage"), "expected a name that ends in .png, .svg, .pdf"),
+        (("convert-check", "--turns", "0"), "expected a whole number from 1"),
+        (("memory", "--depth", "-1"), "expected a whole number from 0"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_run(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main((arguments[0], "tests.test_cli:fails", *arguments[1:]))
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(("inspect", "--columns", "-5"))
+
+
+@pytest.mark.parametrize("command", ["memory", "convert-check"])
+def test_a_model_that_cannot_run_is_no_difference(command: str, capsys: pytest.CaptureFixture) -> None:
+    status, _, err = answer(capsys, command, "tests.test_cli:fails_when_called")
+    assert status == 2 and "Traceback" in err and "the model cannot be run so" in err
+    status, _, err = answer(capsys, command, "tests.test_cli:lazy")
+    assert status == 2 and "Traceback" not in err and "call the model once on its inputs before" in err
+
+
+def test_what_is_kept_is_told_whatever_the_target_leaves(capsys: pytest.CaptureFixture) -> None:
+    try:
+        assert answer(capsys, "memory", "tests.test_cli:turns_gradients_off") == answer(
+            capsys, "memory", "tests.test_cli:one_tensor"
+        )
+    finally:
+        torch.set_grad_enabled(True)

@@ -194,3 +194,8 @@ def test_whose_parameters_and_buffers_do_not_count() -> None:
     assert memory.saved_bytes(model, x, parameters_of=Scaled()) == x.nbytes + model.scale.nbytes
     kept = memory.saved_tensors(lambda x: model(x), x, parameters_of=model)
     assert [(tensor.shape, tensor.counted) for tensor in kept] == [((4, 8), x.nbytes)]
+
+
+def test_a_model_that_is_compiled_while_it_is_measured() -> None:
+    model, x = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)), torch.randn(4, 8)
+    assert memory.saved_bytes(torch.compile(model, backend="eager"), x) == memory.saved_bytes(model, x)

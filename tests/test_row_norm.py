@@ -258,3 +258,15 @@ def test_strided_heads_are_read_where_they_lie(layout: str, served: tuple, monke
 def test_rows_on_more_levels_than_three_are_copied() -> None:
     x = torch.randn(3, 2, 4, 5, 8, device=DEVICE).permute(3, 1, 2, 0, 4).requires_grad_()
     torch.testing.assert_close(F.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize(("shape", "normalized"), [((3, 0), (0,)), ((0, 0), (0,)), ((3, 0, 4), (0, 4))])
+def test_rows_without_elements(kind: str, shape: tuple[int, ...], normalized: tuple[int, ...]) -> None:
+    found = []
+    for module in (getattr(nn, kind)(normalized), getattr(torch.nn, kind)(normalized)):
+        x = torch.randn(shape, device=DEVICE, requires_grad=True)
+        y = module.to(DEVICE)(x)
+        y.sum().backward()
+        found.append((y.shape, y.stride(), x.grad.shape, [p.grad.shape for p in module.parameters()]))
+    assert found[0] == found[1]

@@ -11,6 +11,9 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ckpt_kernels import functional as F
 
 from .blocks import BLOCKS, Block
 from .conftest import DEVICE
@@ -215,3 +218,19 @@ TORCH_LACKS = {
 def test_transforms_give_what_they_give_of_eager_torch(case: Case, transform: str) -> None:
     apply = TRANSFORMS[transform]
     torch.testing.assert_close(apply(case.ours, case.tensors), apply(case.eager, case.tensors))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: F.batch_norm(x, None, None, w, w, True),
+        lambda x, w: F.group_norm(x, 2, w, w),
+        lambda x, w: F.instance_norm(x, None, None, w, w),
+        lambda x, w: F.layer_norm(x, x.shape[-1]),
+        lambda x, w: F.rms_norm(x, x.shape[1:]),
+    ],
+)
+def test_sizes_that_are_symbols(call: Callable[..., Tensor]) -> None:
+    x, w = torch.randn(3, 4, 5), torch.randn(4)
+    traced = make_fx(call, tracing_mode="symbolic")(x, w)
+    torch.testing.assert_close(traced(x, w), call(x, w))

@@ -60,8 +60,7 @@ def batch_norm(
     check_channels(input, weight, bias)
     if residual is not None:
         check_like(residual, "residual", input)
-    check_coefficient(running_mean, "running_mean", input, input.shape[1])
-    check_coefficient(running_var, "running_var", input, input.shape[1])
+    _check_running(running_mean, running_var, input)
     name, eps, momentum = activation_name(activation), number(eps, "eps"), number(momentum, "momentum")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"eps is {eps}; expected a positive number, or, where training is False, 0")
@@ -131,13 +130,12 @@ def instance_norm(
 
     With `use_input_stats` mean and (biased) variance are over space, and the running ones, if given, move by `momentum`
     towards their means over the samples, the variance unbiased; without, they are the running ones. The output is
-    contiguous, as torch's own. Keeps the input (of one that is channels last a contiguous copy) and five numbers for
+    contiguous, as torch's own. Keeps the input (of one that is channels last a contiguous copy) and two numbers for
     each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
     `torch.nn.functional.instance_norm`.
     """
     check_channels(input, weight, bias)
-    check_coefficient(running_mean, "running_mean", input, input.shape[1])
-    check_coefficient(running_var, "running_var", input, input.shape[1])
+    _check_running(running_mean, running_var, input)
     eps, momentum, name = number(eps, "eps"), number(momentum, "momentum"), activation_name(activation)
     if memory_format(input) != torch.contiguous_format:
         # torch's own computes in a contiguous copy, and gives one back.
@@ -154,6 +152,16 @@ def instance_norm(
         _move(running_mean, mean.mean(0), momentum)
         _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
     return output
+
+
+def _check_running(mean: Tensor | None, var: Tensor | None, input: Tensor) -> None:
+    if (mean is None) != (var is None):
+        given, missing = ("running_mean", "running_var") if var is None else ("running_var", "running_mean")
+        raise ValueError(f"{given} is given, and {missing} is None; expected both or neither")
+    for tensor, argument in ((mean, "running_mean"), (var, "running_var")):
+        check_coefficient(tensor, argument, input, input.shape[1])
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(f"{argument} requires a gradient, and has none; expected one that requires none")
 
 
 def _by_running_statistics(
@@ -177,8 +185,8 @@ def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: floa
     if isinstance(factor, Tensor):  # of a size that torch.jit.trace follows
         towards, factor = towards * factor, 1.0
     if running is not None:
-        with torch.no_grad():
-            running.mul_(1 - momentum).add_(towards, alpha=momentum * factor)
+        # Detached, not under no_grad: an interrupt in torch's own context would leave gradients off.
+        running.detach().mul_(1 - momentum).add_(towards, alpha=momentum * factor)
 
 
 def _is_moved_by_torch() -> bool:

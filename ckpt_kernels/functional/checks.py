@@ -84,7 +84,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def normalized(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, int):
+    if isinstance(normalized_shape, int | torch.SymInt):
         return (normalized_shape,)
     # A size that torch.jit.trace follows.
     if isinstance(normalized_shape, Tensor):
@@ -120,10 +120,8 @@ def check_input(input: Tensor, normalized_shape: int | Sequence[int], *, nested:
         )
     if len(shape) > input.dim() or input.shape[-len(shape) :] != shape:
         raise RuntimeError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
-    columns = math.prod(shape)
-    if columns == 0:
-        raise RuntimeError(f"normalized_shape is {shape}; expected at least one element")
-    return columns
+    # Of rows without elements there are as many results as of no rows of one.
+    return math.prod(shape) or 1
 
 
 def check_device(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:
