@@ -200,6 +200,8 @@ class Trace:
         """A bias: a copy of it costs nothing beside its rows, and neither an optimizer nor sharding changes it."""
         if not isinstance(leaf, nn.Parameter) or leaf.dim() > 1 or type(leaf.data) is not Tensor:
             return None
+        if not self._source.is_as_used(leaf):
+            return None
         return self._source.pack(leaf.detach().clone())
 
 

@@ -158,7 +158,12 @@ class Recipe:
 
     def _make(self) -> Tensor:
         same_backend = backends.chosen() == self._backend
-        with contextlib.nullcontext() if same_backend else backends.serving(self._backend), torch.no_grad():
+        # In inference mode what is made has no version, by which a reader's write to it would be noticed.
+        with (
+            contextlib.nullcontext() if same_backend else backends.serving(self._backend),
+            torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext(),
+            torch.no_grad(),
+        ):
             return self._rebuild(*(None if o is None else o.get() for o in self._operands))
 
 

@@ -68,6 +68,9 @@ class Discarder:
         self._products = products
         self._temporaries = temporaries
         self._entries: dict[int, Entry] = {}
+        self._most_entries = 64
+        # The versions of biases when a module's forward began, by identity; None where any parameter's word is taken.
+        self._biases: dict[int, tuple[nn.Parameter, int]] | None = None
         self._outer = _top_hooks()
         self.is_closed = False
         # Of the op whose forward is over and whose output is not there yet.
@@ -106,17 +109,27 @@ class Discarder:
 
     def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
         entries = self._entries
-        for key in [key for key, entry in entries.items() if entry.storage.expired()]:
-            del entries[key]
+        if len(entries) >= self._most_entries:
+            for key in [key for key, entry in entries.items() if entry.storage.expired()]:
+                del entries[key]
+            # So a sweep is paid for by as many entries as it looks at.
+            self._most_entries = max(64, 2 * len(entries))
         storage = StorageWeakRef(output.untyped_storage())
         entry = Entry(storage, weakref.ref(output), output.dtype, output._version, recipe)
         entries[storage.cdata] = entry
         return entry
 
+    def begin(self, module: nn.Module) -> None:
+        """The module's forward begins. From the first such call on, only biases that were there then are copied."""
+        biases = {} if self._biases is None else self._biases
+        biases.update((id(bias), (bias, bias._version)) for bias in _biases_in(module) if id(bias) not in biases)
+        self._biases = biases
+
     def close(self) -> None:
         """From now on recipes live by their claims alone, and whatever is saved from now on is kept as it is."""
         self.is_closed = True
         self._entries.clear()
+        self._biases = {}
         self.announced = self.saved = None
 
     def pack(self, tensor: Tensor) -> Cell:
@@ -197,6 +210,13 @@ class Discarder:
 
     # For `Trace`
 
+    def is_as_used(self, bias: nn.Parameter) -> bool:
+        """Whether nobody has written to a bias since what reads it ran: since the forward began."""
+        if self._biases is None:
+            return True
+        known, version = self._biases.get(id(bias), (None, 0))
+        return known is bias and bias._version == version
+
     def share(self, known: Cell | Block) -> Cell | Claim | None:
         """What is known, as one more recipe's operand."""
         if isinstance(known, Block):
@@ -239,9 +259,11 @@ class discard_outputs(contextlib.ContextDecorator):
 
     What torch's own cheap ops make is let go of likewise, such as the product in `linear(silu(gate) * value)`: if the
     autograd graph says how it was made, from tensors that the graph keeps anyway, and if these and it have not been
-    written to where autograd does not see it. Writes through `.data` and by others' kernels are seen by nobody.
+    written to where autograd does not see it. Writes through `.data` and by others' kernels are seen by nobody, and
+    those to a bias, of which a copy is made for what it was added to, only if the module is given that it belongs to.
 
     Args:
+        module: the one whose forward pass runs within.
         products: matrix products too, where it is `bias_act`, `glu` or `packed_glu` that reads them. They run again in
             the backward pass. Of biases copies are kept.
         temporaries: also what is made of a tensor that nothing keeps, such as the sum in `relu(norm(x) + y)`. That is
@@ -252,25 +274,28 @@ class discard_outputs(contextlib.ContextDecorator):
     see `selective_contexts` for that.
     """
 
-    def __init__(self, *, products: bool = False, temporaries: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module | None = None, *, products: bool = False, temporaries: bool = False
+    ) -> None:
+        self._module = module
         self._products = products
         self._temporaries = temporaries
         self._entered: list[AbstractContextManager[None] | None] = []
 
     def _recreate_cm(self) -> "discard_outputs":
-        return discard_outputs(products=self._products, temporaries=self._temporaries)
+        return discard_outputs(self._module, products=self._products, temporaries=self._temporaries)
 
     def __enter__(self) -> "discard_outputs":
         if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
         # Within another that sees what is saved, that one goes on: outputs may cross from one to the other.
-        if discarding() is not None:
-            self._entered.append(None)
-            return self
-        hooked = _hooked(self._products, self._temporaries)
+        hooked = None if discarding() is not None else _hooked(self._products, self._temporaries)
         self._entered.append(hooked)
-        hooked.__enter__()
+        if hooked is not None:
+            hooked.__enter__()
+            if self._module is not None:
+                _active()[-1].begin(self._module)
         return self
 
     def __exit__(
@@ -309,7 +334,7 @@ class DiscardOutputs(nn.Module):
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with discard_outputs():
+        with discard_outputs(self.module):
             return self.module(*args, **kwargs)
 
 
@@ -387,6 +412,17 @@ def _sees_what_is_saved(discarder: Discarder) -> bool:
     """Whether its hooks are the innermost on this thread."""
     top = _top_hooks()
     return top is not None and getattr(top[0], "__self__", None) is discarder
+
+
+def _biases_in(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of at most one dimension in a module and all that it contains; some of them more than once."""
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        for parameter in module.__dict__["_parameters"].values():
+            if parameter is not None and parameter.dim() < 2 and not parameter.is_inference():
+                yield parameter
+        waiting.extend(child for child in module.__dict__["_modules"].values() if child is not None)
 
 
 def _outlasting(tensor: Tensor) -> Tensor:

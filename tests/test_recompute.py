@@ -177,7 +177,9 @@ BLOCKS: dict[str, Callable[[Tensor, dict], Tensor]] = {
     "packed_glu": lambda x, p: F.packed_glu(torch.cat((x, x.sin()), -1), layout="interleaved"),
     "bias_act": lambda x, p: F.bias_act(x, p["norm"], activation="gelu", dropout_p=0.2),
     "batch_norm": lambda x, p: F.batch_norm(x.mT, None, None, p["norm"], None, True, activation="silu").mT,
-    "batch_norm, eval": lambda x, p: F.batch_norm(x.mT, p["norm"].abs(), p["norm"].abs(), activation="silu").mT,
+    "batch_norm, eval": lambda x, p: (
+        F.batch_norm(x.mT, p["norm"].detach().abs(), p["norm"].detach().abs(), p["norm"], activation="silu").mT
+    ),
     "batch_norm, add": lambda x, p: (
         F.batch_norm(x.mT, None, None, None, None, True, activation="relu", residual=x.mT.sin()).mT
     ),

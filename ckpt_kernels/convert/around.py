@@ -20,7 +20,7 @@ def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[st
     """The forward within `discard_outputs`."""
     if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    with discard_outputs():
+    with discard_outputs(module):
         return forward(module, *args, **kwargs)
 
 
@@ -28,7 +28,7 @@ def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs
     """The forward within `discard_outputs`, which lets go of the products that blocks read too."""
     if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    with discard_outputs(products=True):
+    with discard_outputs(module, products=True):
         return forward(module, *args, **kwargs)
 
 

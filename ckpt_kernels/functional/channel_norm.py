@@ -160,7 +160,7 @@ def _check_running(mean: Tensor | None, var: Tensor | None, input: Tensor) -> No
         raise ValueError(f"{given} is given, and {missing} is None; expected both or neither")
     for tensor, argument in ((mean, "running_mean"), (var, "running_var")):
         check_coefficient(tensor, argument, input, input.shape[1])
-        if tensor is not None and tensor.requires_grad:
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"{argument} requires a gradient, and has none; expected one that requires none")
 
 

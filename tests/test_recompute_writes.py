@@ -1,0 +1,72 @@
+"""Letting go of outputs where a bias is written to, within inference mode, and for many blocks."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import recompute
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+
+WIDTH = 32
+
+
+class Shifted(nn.Module):
+    """A bias that is another while it is added than before and afterwards, as of noise that is taken back."""
+
+    def __init__(self, write: Callable[[Tensor], None], unwrite: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.bias, self.linear = nn.Parameter(torch.randn(WIDTH)), nn.Linear(WIDTH, WIDTH)
+        self.write, self.unwrite = write, unwrite
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.write(self.bias)
+        y = F.layer_norm(x, WIDTH) + self.bias
+        with torch.no_grad():
+            self.unwrite(self.bias)
+        return self.linear(y)
+
+
+def test_a_bias_that_was_another_when_it_was_added() -> None:
+    torch.manual_seed(0)
+    module = Shifted(lambda bias: bias.add_(1), lambda bias: bias.sub_(1)).to(DEVICE)
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    (expected,) = torch.autograd.grad(module(x).sin().sum(), module.linear.weight)
+    (found,) = torch.autograd.grad(recompute.DiscardOutputs(module)(x).sin().sum(), module.linear.weight)
+    assert torch.equal(found, expected)
+    # Where nobody writes to it, a copy of it is all that is kept.
+    module.write = module.unwrite = lambda bias: None
+    kept = [saved_bytes(call, x) for call in (module, recompute.DiscardOutputs(module))]
+    assert kept[0] - kept[1] == x.nbytes - WIDTH * 4
+
+
+def test_a_backward_pass_in_inference_mode() -> None:
+    weight = torch.ones(WIDTH, device=DEVICE, requires_grad=True)
+
+    def gradients(around: contextlib.AbstractContextManager) -> Sequence[Tensor]:
+        x = torch.ones(8, WIDTH, device=DEVICE, requires_grad=True)
+        loss = TF.linear(F.layer_norm(x * 2, WIDTH, weight), torch.ones(3, WIDTH, device=DEVICE)).sin().sum()
+        with around:
+            return torch.autograd.grad(loss, [x, weight])
+
+    expected = gradients(contextlib.nullcontext())
+    with recompute.discard_outputs():
+        found = gradients(torch.inference_mode())
+    assert all(map(torch.equal, found, expected))
+
+
+def test_entries_of_what_is_gone_are_swept() -> None:
+    """Seldom enough that the time for many blocks grows as their number."""
+    weight = torch.ones(WIDTH, device=DEVICE, requires_grad=True)
+    with recompute.discard_outputs():
+        discarder = recompute.discarding()
+        x = torch.ones(2, WIDTH, device=DEVICE, requires_grad=True)
+        for _ in range(300):
+            F.layer_norm(x, WIDTH, weight)
+        assert len(discarder._entries) < 200
