@@ -274,9 +274,7 @@ class discard_outputs(contextlib.ContextDecorator):
     see `selective_contexts` for that.
     """
 
-    def __init__(
-        self, module: nn.Module | None = None, *, products: bool = False, temporaries: bool = False
-    ) -> None:
+    def __init__(self, module: nn.Module | None = None, *, products: bool = False, temporaries: bool = False) -> None:
         self._module = module
         self._products = products
         self._temporaries = temporaries

@@ -491,3 +491,37 @@ def test_code_that_is_exchanged_in_torchs_own_method(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(nn.Linear.forward, "__code__", forward.__code__)
     torch.testing.assert_close(converted(x), model(x))
+
+
+def _per_row(z: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.grad(lambda row: row.sin().sum()))(z)
+
+
+class Given(nn.Module):
+    """A norm whose output a function gets that the module is given or holds."""
+
+    def __init__(self, functions: list | None = None) -> None:
+        super().__init__()
+        self.norm, self.linear, self.functions = nn.LayerNorm(16), nn.Linear(16, 16), functions
+
+    def forward(self, x: Tensor, function: Callable | None = None) -> Tensor:
+        for each in self.functions or [function or (lambda z: z)]:
+            x = each(self.norm(x))
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("how", ["argument", "list", "partial in a list", "later hook", "later pre-hook"])
+def test_transforms_that_come_from_elsewhere(how: str) -> None:
+    torch.manual_seed(0)
+    function = functools.partial(_per_row) if "partial" in how else _per_row
+    model = Given([function] if "list" in how else None)
+    twin = copy.deepcopy(model)
+    ckpt_kernels.convert(twin, recompute="output")
+    x = torch.randn(4, 16)
+    for each in (model, twin):
+        if how == "later hook":
+            each.norm.register_forward_hook(lambda module, args, output: _per_row(output))
+        if how == "later pre-hook":
+            each.linear.register_forward_pre_hook(lambda module, args: (_per_row(args[0]),))
+    arguments = (x, _per_row) if how == "argument" else (x,)
+    torch.testing.assert_close(twin(*arguments), model(*arguments))

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..recompute import discard_outputs, selective_contexts
+from ..recompute import discarding as discarding_now
+from .called import leads_to_transforms
 from .rule import Forward
 
 # Called with a forward, the module, and the forward's arguments.
@@ -18,7 +20,7 @@ _PASSES = (Tensor, type(None), bool, int, float, str, tuple)
 
 def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward within `discard_outputs`."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
         return forward(module, *args, **kwargs)
     with discard_outputs(module):
         return forward(module, *args, **kwargs)
@@ -26,10 +28,28 @@ def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[st
 
 def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward within `discard_outputs`, which lets go of the products that blocks read too."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
         return forward(module, *args, **kwargs)
     with discard_outputs(module, products=True):
         return forward(module, *args, **kwargs)
+
+
+def _is_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether what came after the conversion, arguments and hooks, leads to torch.func's transforms, which refuse to
+    run within `discard_outputs`."""
+    # Within another, that one goes on.
+    if torch.compiler.is_compiling() or discarding_now() is not None:
+        return False
+    if any(not isinstance(a, _PASSES) and leads_to_transforms(a) for a in (*args, *kwargs.values())):
+        return True
+    waiting = [module]
+    while waiting:
+        own = waiting.pop().__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            if leads_to_transforms(own["_forward_hooks"]) or leads_to_transforms(own["_forward_pre_hooks"]):
+                return True
+        waiting.extend(child for child in own["_modules"].values() if child is not None)
+    return False
 
 
 def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

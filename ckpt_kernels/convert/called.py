@@ -7,6 +7,7 @@ import inspect
 import itertools
 import sys
 import types
+import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -24,8 +25,13 @@ def functions_of(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
 
     A function whose decorators are not known stands for itself.
     """
+    return _reached_from(getattr(kind, "forward", None), kind)
+
+
+def _reached_from(function: Any, kind: type) -> tuple[types.FunctionType, ...]:
+    """The functions that one may reach which has an object of that class at hand."""
     reached: dict[types.FunctionType, types.FunctionType] = {}
-    waiting = [getattr(kind, "forward", None)]
+    waiting = [function]
     while waiting:
         function = waiting.pop()
         if not is_a(function, types.FunctionType) or function in reached or is_torchs(function):
@@ -69,19 +75,36 @@ def uses_transforms(module: nn.Module) -> bool:
 
     Besides the functions of its class: those that it holds, its hooks, and the methods of objects that it holds.
     """
-    if _names_transforms_of(type(module)):
-        return True
-    for value in (*vars(module).values(), *module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        value = getattr(value, "func", value) if isinstance(value, functools.partial) else value
-        if isinstance(value, types.FunctionType):
-            if _names_transforms(value):
-                return True
-        elif not isinstance(value, _DATA) and not is_torchs(type(value)) and _names_transforms_of(type(value)):
-            return True
-    return False
+    return _names_transforms_of(type(module)) or any(map(leads_to_transforms, vars(module).values()))
 
 
-_DATA = (bool, int, float, str, dict, list, tuple, set, type(None), type, torch.Tensor)
+_DATA = (bool, int, float, str, type(None), type, torch.Tensor, nn.Module)
+_CONTAINERS = (list, tuple, set, frozenset)
+# Hooks are asked about at every call.
+_LEADING: weakref.WeakKeyDictionary[types.FunctionType, bool] = weakref.WeakKeyDictionary()
+
+
+def leads_to_transforms(value: Any, depth: int = 4) -> bool:
+    """The same of a function, of what holds functions, containers within containers of at most that depth, and of an
+    object's methods."""
+    if is_a(value, _DATA) or not depth:
+        return False
+    if is_a(value, (dict, *_CONTAINERS)):
+        # A copy: another thread may add to what is looked at.
+        values = list(value.values() if is_a(value, dict) else value)
+        if all(issubclass(kind, _DATA) for kind in set(map(type, values))):
+            return False
+        return any(leads_to_transforms(each, depth - 1) for each in values)
+    if is_a(value, functools.partial):
+        return leads_to_transforms((value.func, *value.args), depth)
+    if is_a(value, types.MethodType):
+        return leads_to_transforms((value.__func__, value.__self__), depth)
+    if is_a(value, types.FunctionType):
+        known = _LEADING.get(value)
+        if known is None:
+            known = _LEADING[value] = any(map(_names_transforms, _reached_from(value, object)))
+        return known
+    return not is_torchs(type(value)) and _names_transforms_of(type(value))
 
 
 @remembered
