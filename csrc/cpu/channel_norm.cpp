@@ -4,12 +4,13 @@
 #include <cstring>
 
 #include "channel_statistics.h"
+#include "coefficient.h"
 #include "row_tasks.h"
 
 namespace ckpt {
 namespace {
 
-// Of planes, each is a task; of rows of channels, each piece of a sample.
+// Each plane is a task, or, where channels are last, each piece of a sample.
 template <class Block, class Loop>
 void for_pieces_of(const Block& a, Loop loop) {
   const int64_t tasks = a.planes ? a.samples * a.channels : a.samples * a.pieces;
@@ -38,9 +39,9 @@ struct Cpu {
   }
 };
 
-// The steps of a norm, or of its gradient, in one call: what small inputs pay for is calls.
+// All steps of a norm, or of its gradient, in one op: for a small input, an op takes longer than its work.
 struct WholeNorm : ChannelNormOps<Cpu> {
-  // Two numbers for each piece of each channel, for the time of a call.
+  // Scratch for the two sums of each piece of each channel.
   template <class S>
   class Pieces {
    public:
@@ -101,12 +102,13 @@ struct WholeNorm : ChannelNormOps<Cpu> {
 
       const Sets sets(a.samples, a.pieces, a.channels, groups);
       const int64_t three = 3 * sets.rows * sets.channels;
-      const Scratch room(2 * three * sizeof(S));
-      S* six = room.as<S>();
+      const Scratch coefficients_of_gradient(2 * three * sizeof(S));
+      S* six = coefficients_of_gradient.as<S>();
       std::memcpy(six, data_of(coefficients, three), three * sizeof(S));
-      channel_tilts(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
-                    static_cast<const S*>(w.data()), six, static_cast<S*>(data_of(grad_weight, a.channels)),
-                    static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);
+      channel_gradient_coefficients(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
+                                    static_cast<const S*>(w.data()), six,
+                                    static_cast<S*>(data_of(grad_weight, a.channels)),
+                                    static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);
       if (!grad_input && !grad_residual) return;
 
       ChannelBackward last;

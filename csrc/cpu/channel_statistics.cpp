@@ -1,6 +1,8 @@
 // The ops that find the coefficients of a channel norm by themselves, on the CPU.
 #include "channel_statistics.h"
 
+#include "coefficient.h"
+
 namespace ckpt {
 namespace {
 
@@ -27,16 +29,18 @@ void statistics(Tensor means, Tensor squares, OptionalTensor weight, OptionalTen
   });
 }
 
-void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
-           OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count, double eps, bool fixed) {
+void gradient_coefficients(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
+                           OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count,
+                           double eps, bool fixed) {
   const Sets sets = sets_of(first, groups);
   const Coefficient w(weight, kind_of(first), 0);
   with_compute_type(kind_of(first), [&](auto compute) {
     using S = decltype(compute);
     const int64_t numel = first.numel();
-    channel_tilts(sets, data<S>(first, numel), data<S>(second, numel), data<S>(var, sets.count()),
-                  static_cast<const S*>(w.data()), data<S>(coefficients, 6 * sets.rows * sets.channels),
-                  data<S>(grad_weight, sets.channels), data<S>(grad_bias, sets.channels), count, eps, fixed);
+    channel_gradient_coefficients(sets, data<S>(first, numel), data<S>(second, numel), data<S>(var, sets.count()),
+                                  static_cast<const S*>(w.data()), data<S>(coefficients, 6 * sets.rows * sets.channels),
+                                  data<S>(grad_weight, sets.channels), data<S>(grad_bias, sets.channels), count, eps,
+                                  fixed);
   });
 }
 
@@ -45,5 +49,5 @@ void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ckpt::statistics));
-  m.impl("channel_tilts", TORCH_BOX(&ckpt::tilts));
+  m.impl("channel_tilts", TORCH_BOX(&ckpt::gradient_coefficients));
 }
