@@ -9,6 +9,7 @@ For each polynomial it prints
   operation rounds to float32: once with fused multiply-adds, as AVX2 and AVX-512 compute, once without.
 """
 
+import itertools
 import math
 import pathlib
 import re
@@ -30,8 +31,8 @@ class Polynomial:
 
     Of all such polynomials with the `fixed` coefficients (by power), p is the one whose greatest |p - target| * weight
     is least. `float32(x, coefficients, multiply_add)` computes the function in float32 for `arguments`; `truth` is the
-    function in float64. The coefficients in use are the array `name` of csrc/cpu/polynomials.h, whose first power is
-    `first_power`.
+    function in float64. The coefficients in use are the array `name` of csrc/cpu/polynomials.h, without the `fixed`
+    ones.
     """
 
     name: str
@@ -44,7 +45,6 @@ class Polynomial:
     truth: Function
     arguments: tuple[float, float]
     fixed: dict[int, float] = field(default_factory=dict)
-    first_power: int = 0
 
     def in_use(self) -> list[float]:
         """The coefficients by rising powers, as the compiler rounds them to float32."""
@@ -56,7 +56,7 @@ def coefficients(name: str) -> list[float]:
     listed = re.search(rf"float {name}\[\] = \{{(.*?)\}};", HEADER.read_text(), re.DOTALL)
     if listed is None:
         raise ValueError(f"{HEADER} has no array {name}")
-    return [float(literal.strip().removesuffix("f")) for literal in listed.group(1).split(",")]
+    return [float(literal) for literal in re.findall(r"(-?[\d.]+)f", listed.group(1))]
 
 
 def rounded(values: Sequence[float]) -> list[float]:
@@ -99,7 +99,7 @@ def extremes_by_sign(error: Tensor) -> list[int]:
     negative = error < 0
     changes = (negative[1:] != negative[:-1]).nonzero().flatten() + 1
     edges = [0, *changes.tolist(), len(error)]
-    return [begin + int(error[begin:end].abs().argmax()) for begin, end in zip(edges, edges[1:], strict=False)]
+    return [begin + int(error[begin:end].abs().argmax()) for begin, end in itertools.pairwise(edges)]
 
 
 def greatest_error(p: Polynomial, values: Sequence[float], points: int = 100_001) -> float:
@@ -108,7 +108,7 @@ def greatest_error(p: Polynomial, values: Sequence[float], points: int = 100_001
     return float((p.weight(x) * (horner(values, x, in_float64) - p.target(x))).abs().max())
 
 
-def greatest_ulp(p: Polynomial, multiply_add: MultiplyAdd, points: int = 400_001) -> float:
+def greatest_ulp(p: Polynomial, multiply_add: MultiplyAdd, points: int = 2_000_001) -> float:
     """The greatest error of the function in float32, in units in the last place of the true result."""
     x = torch.linspace(*p.arguments, points, dtype=torch.float64).float()
     truth = p.truth(x.double())
@@ -226,9 +226,18 @@ _EXPM1 = (_expm1_target, _relative(_expm1_target), -_HALF, _HALF, 4)
 # exp and expm1 are made of one polynomial.
 POLYNOMIALS = {
     "exp": Polynomial("expm1_coefficients", *_EXPM1, _exp, torch.exp, (-87.0, 88.0)),
-    "expm1": Polynomial("expm1_coefficients", *_EXPM1, _expm1, torch.expm1, (-40.0, -1e-6)),
+    "expm1": Polynomial("expm1_coefficients", *_EXPM1, _expm1, torch.expm1, (-2.0, -1e-6)),
     "exp2": Polynomial(
-        "exp2_coefficients", _exp2_target, _relative(_exp2_target), 0, 1, 6, _exp2, torch.exp2, (-126.0, 127.9), {0: 1.0}
+        "exp2_coefficients",
+        _exp2_target,
+        _relative(_exp2_target),
+        0,
+        1,
+        6,
+        _exp2,
+        torch.exp2,
+        (-126.0, 127.9),
+        {0: 1.0},
     ),
     "rough exp2": Polynomial(
         "rough_exp2_coefficients",
