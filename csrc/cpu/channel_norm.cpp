@@ -102,10 +102,10 @@ struct WholeNorm : ChannelNormOps<Cpu> {
 
       const Sets sets(a.samples, a.pieces, a.channels, groups);
       const int64_t three = 3 * sets.rows * sets.channels;
-      const Scratch coefficients_of_gradient(2 * three * sizeof(S));
-      S* six = coefficients_of_gradient.as<S>();
+      const Scratch backward_coefficients(2 * three * sizeof(S));
+      S* six = backward_coefficients.as<S>();
       std::memcpy(six, data_of(coefficients, three), three * sizeof(S));
-      channel_gradient_coefficients(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
+      channel_backward_coefficients(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
                                     static_cast<const S*>(w.data()), six,
                                     static_cast<S*>(data_of(grad_weight, a.channels)),
                                     static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);

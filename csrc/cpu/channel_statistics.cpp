@@ -29,7 +29,7 @@ void statistics(Tensor means, Tensor squares, OptionalTensor weight, OptionalTen
   });
 }
 
-void gradient_coefficients(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
+void backward_coefficients(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
                            OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count,
                            double eps, bool fixed) {
   const Sets sets = sets_of(first, groups);
@@ -37,7 +37,7 @@ void gradient_coefficients(Tensor first, Tensor second, Tensor var, OptionalTens
   with_compute_type(kind_of(first), [&](auto compute) {
     using S = decltype(compute);
     const int64_t numel = first.numel();
-    channel_gradient_coefficients(sets, data<S>(first, numel), data<S>(second, numel), data<S>(var, sets.count()),
+    channel_backward_coefficients(sets, data<S>(first, numel), data<S>(second, numel), data<S>(var, sets.count()),
                                   static_cast<const S*>(w.data()), data<S>(coefficients, 6 * sets.rows * sets.channels),
                                   data<S>(grad_weight, sets.channels), data<S>(grad_bias, sets.channels), count, eps,
                                   fixed);
@@ -49,5 +49,5 @@ void gradient_coefficients(Tensor first, Tensor second, Tensor var, OptionalTens
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ckpt::statistics));
-  m.impl("channel_tilts", TORCH_BOX(&ckpt::gradient_coefficients));
+  m.impl("channel_tilts", TORCH_BOX(&ckpt::backward_coefficients));
 }

@@ -88,7 +88,7 @@ void channel_statistics(const Sets& sets, const S* means, const S* squares, cons
 // From the sums of g and of g * (x - mean) of every channel's pieces: the gradients of weight and bias, and the other
 // three coefficients. `count` is the number of elements of a set; with fixed statistics c1 and c2 are 0.
 template <class S>
-void channel_gradient_coefficients(const Sets& sets, const S* first, const S* second, const S* var, const S* weight,
+void channel_backward_coefficients(const Sets& sets, const S* first, const S* second, const S* var, const S* weight,
                                    S* coefficients, S* grad_weight, S* grad_bias, double count, double eps,
                                    bool fixed) {
   const Zeros rstd(sets.count()), sum_h(sets.count()), sum_h_deviation(sets.count());
