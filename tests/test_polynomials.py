@@ -37,6 +37,13 @@ def test_every_polynomial_has_a_script_and_a_stated_error() -> None:
     assert {p.name for p in ARRAYS} == set(re.findall(r"constexpr float (\w+)\[\]", HEADER.read_text()))
 
 
+def test_the_documentation_states_the_same_errors() -> None:
+    table = (HEADER.parent.parent.parent / "docs" / "numerics.md").read_text().partition("greatest error |")[2]
+    listed = re.findall(r"\| ([\d.]+) \|$", table, re.MULTILINE)
+    names = ["exp", "expm1", "exp2", "log1p", "normal tail up to 6", "normal tail"]
+    assert [float(error) for error in listed] == [STATED[name] for name in names]
+
+
 @pytest.mark.parametrize("p", ARRAYS, ids=lambda p: p.name)
 def test_remez_finds_the_polynomial(p: Polynomial) -> None:
     """Coefficients within 1e-4 of their size, and a greatest error, before and after rounding, that is no smaller."""
