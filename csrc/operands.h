@@ -1,7 +1,7 @@
 // From torch's tensors to the plain operands of the kernels: shared by the CPU and the CUDA ops.
 //
-// The Python side has checked shapes, dtypes and devices, and has made every matrix (rows, columns) with contiguous
-// rows. The checks here are those without which a wrong call would read or write out of bounds.
+// The Python side has checked shapes, dtypes and devices and made every matrix (rows, columns) with contiguous
+// rows; what is checked here would otherwise read out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -44,8 +44,7 @@ inline Rows rows_of(const OptionalTensor& t, int64_t rows, int64_t columns) {
   return t ? rows_of(*t, rows, columns) : Rows{};
 }
 
-// The same for an operand that is only read, which may also be (outer, middle, inner, columns): no copy makes its rows
-// equally far apart.
+// The same of a tensor that is read, which may also be (outer, middle, inner, columns).
 inline Rows rows_as_they_lie(const Tensor& t, int64_t rows, int64_t columns) {
   if (t.dim() == 2) return rows_of(t, rows, columns);
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) * t.size(1) * t.size(2) == rows && t.size(3) == columns &&

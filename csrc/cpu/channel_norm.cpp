@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "channel_statistics.h"
-#include "coefficient.h"
 #include "row_tasks.h"
 
 namespace ckpt {

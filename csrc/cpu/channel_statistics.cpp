@@ -1,8 +1,6 @@
 // The ops that find the coefficients of a channel norm by themselves, on the CPU.
 #include "channel_statistics.h"
 
-#include "coefficient.h"
-
 namespace ckpt {
 namespace {
 
@@ -29,9 +27,8 @@ void statistics(Tensor means, Tensor squares, OptionalTensor weight, OptionalTen
   });
 }
 
-void backward_coefficients(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
-                           OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count,
-                           double eps, bool fixed) {
+void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
+           OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count, double eps, bool fixed) {
   const Sets sets = sets_of(first, groups);
   const Coefficient w(weight, kind_of(first), 0);
   with_compute_type(kind_of(first), [&](auto compute) {
@@ -49,5 +46,5 @@ void backward_coefficients(Tensor first, Tensor second, Tensor var, OptionalTens
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ckpt::statistics));
-  m.impl("channel_tilts", TORCH_BOX(&ckpt::backward_coefficients));
+  m.impl("channel_tilts", TORCH_BOX(&ckpt::tilts));
 }

@@ -6,6 +6,7 @@
 
 #include "../channel_norm.h"
 #include "../operands.h"
+#include "coefficient.h"
 #include "scratch.h"
 
 namespace ckpt {
