@@ -21,7 +21,7 @@ struct BiasActForward : BiasAct {
 struct BiasActBackward : BiasAct {
   Rows grad_output;
   Rows grad_input;
-  Rows output;  // written again, where whoever read it did not keep it
+  Rows output;  // written again if it is given: a layer after the block needs it and has not kept it
 };
 
 }  // namespace ckpt

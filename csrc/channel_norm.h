@@ -1,7 +1,7 @@
 // What the channel-norm kernels compute, as plain pointers.
 //
-// Matrices are dense, (rows, columns): where there are planes, a row is a channel of a sample, (samples * channels,
-// size); else channels are last, (samples * size, channels).
+// Matrices are dense, (rows, columns). With `planes`, a row is one channel of one sample, a plane of `size` elements:
+// (samples * channels, size). Without, channels are last: (samples * size, channels).
 #pragma once
 
 #include "rows.h"
@@ -18,8 +18,8 @@ struct ChannelNorm {
   CKPT_HD int64_t sample_of(int64_t row) const { return row / (planes ? channels : size); }
 };
 
-// For each channel of each sample, in pieces of piece_rows of its elements (where there are planes, in one): results
-// are (count, samples, pieces, channels), in the compute type.
+// Two sums over the elements of each channel of each sample. Where channels are last, each sample is summed in pieces
+// of piece_rows rows; a plane is one piece. `first` and `second` are (samples, pieces, channels), in the compute type.
 struct ChannelReduction : ChannelNorm {
   int64_t pieces = 1, piece_rows = 0;
   void *first = nullptr, *second = nullptr;
@@ -31,13 +31,17 @@ struct ChannelReduction : ChannelNorm {
   }
 };
 
-// Means and sums of squared deviations.
+// first = the mean, second = the sum of squared deviations from it.
 struct ChannelMoments : ChannelReduction {};
 
-// z = (x - mean) * scale + bias + other, with mean, scale and bias for each channel, of each sample or of all; or, by
-// output, z = other.
+// Numbers for each channel, of each sample or of all samples together. With mean, scale = weight * rstd and bias,
+//   z = (x - mean) * scale + bias + other,
+// and with the other three, for the gradient g of z (c1 and c2 are those of cpu/channel_norm_rows.h),
+//   grad_input = g * by_gradient + (x - mean) * by_deviation + constant,
+//   by_gradient = scale, by_deviation = -rstd^2 * c1, constant = -rstd * c2.
 struct ChannelCoefficients {
-  const void* data = nullptr;  // compute type, (count, samples or 1, channels)
+  enum Index { mean, scale, bias, by_gradient, by_deviation, constant };
+  const void* data = nullptr;  // compute type, (3 or 6, samples or 1, channels)
   bool by_sample = false;
 };
 
@@ -48,7 +52,8 @@ struct ChannelForward : ChannelNorm {
   int activation = 0;
 };
 
-// Sums of g = grad_output * activation'(z) and of g * (x - mean).
+// first = the sum of g = grad_output * activation'(z), second = the sum of g * (x - mean). With by_output, `other` is
+// the block's output, whose sign the slope of such an activation depends on alone, and is taken for z.
 struct ChannelSums : ChannelReduction {
   ChannelCoefficients coefficients;
   const void *grad_output = nullptr, *other = nullptr;
@@ -56,9 +61,9 @@ struct ChannelSums : ChannelReduction {
   int activation = 0;
 };
 
-// grad_input = g * factor + (x - mean) * tilt + shift, grad_residual = g.
+// grad_input by the coefficients, grad_residual = g; either may be null.
 struct ChannelBackward : ChannelNorm {
-  ChannelCoefficients coefficients;  // mean, scale, bias, factor, tilt, shift
+  ChannelCoefficients coefficients;  // all six
   const void *grad_output = nullptr, *other = nullptr;
   void *grad_input = nullptr, *grad_residual = nullptr;
   bool by_output = false;

@@ -7,7 +7,7 @@ namespace ckpt {
 
 struct Glu {
   int64_t rows = 0, columns = 0;
-  int64_t step = 1;  // 2 where gate and value take turns: value is gate one element on, and so are their gradients
+  int64_t step = 1;  // 2 where gate and value are interleaved: value begins one element after gate, as do the gradients
   Rows gate, value;
   int activation = 0;
 };
@@ -19,7 +19,7 @@ struct GluForward : Glu {
 struct GluBackward : Glu {
   Rows grad_output;
   Rows grad_gate, grad_value;
-  Rows output;  // written again, where whoever read it did not keep it
+  Rows output;  // written again if it is given: a layer after the block needs it and has not kept it
 };
 
 }  // namespace ckpt

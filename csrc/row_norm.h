@@ -1,5 +1,5 @@
-// What one row-norm block computes, and its gradients, as plain pointers: what the ops hand to the CPU's row loops
-// (cpu/row_norm_rows.h) and to the CUDA kernels (cuda/row_norm_kernels.cuh).
+// What one row-norm block computes, and its gradients, as plain pointers: the argument of the CPU's loops
+// (cpu/row_norm_rows.h) and of the CUDA kernels (cuda/row_norm_kernels.cuh).
 #pragma once
 
 #include <stdint.h>
@@ -9,9 +9,9 @@
 
 namespace ckpt {
 
-// y = activation(x_hat * weight + bias), x_hat = (u - mean) * rstd, where u is one of
-//   input,  pre_activation(input),  residual + dropout(input),  input * activation(gate) (gate_first),
-// and y is x_hat * weight * activation(gate) where there is a gate and it does not come first.
+// y = activation(z) with z = x_hat * weight + bias and x_hat = (u - mean) * rstd, where u is one of
+//   input,  pre_activation(input),  residual + dropout(input),  input * activation(gate) with gate_first;
+// with a gate and without gate_first, y = z * activation(gate). LayerNorm is centered; RMSNorm is not: its mean is 0.
 struct RowNorm {
   int64_t rows = 0, columns = 0;
   int64_t rows_per_group = 1;                     // rows that share one row of weight and bias
@@ -26,13 +26,13 @@ struct RowNorm {
 
 struct RowNormForward : RowNorm {
   Rows output, residual_out;
-  bool given_statistics = false;  // mean and rstd are read, not found
+  bool given_statistics = false;  // mean and rstd are read, not computed
 };
 
 struct RowNormBackward : RowNorm {
   Rows grad_output, grad_residual_out;
   Rows grad_input, grad_residual, grad_gate;
-  Rows output;  // written again, where whoever read it did not keep it; not where there is a gate
+  Rows output;  // written again if it is given: a layer after the block needs it and has not kept it; never with a gate
 };
 
 }  // namespace ckpt

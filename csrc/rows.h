@@ -13,13 +13,13 @@ inline int64_t size_of(ScalarKind kind) {
   return kind == ScalarKind::float64 ? 8 : kind == ScalarKind::float32 ? 4 : 2;
 }
 
-// A matrix whose rows are contiguous; null where the block has no such operand. Rows may lie on three levels, as the
-// heads of a packed projection do: then row (i * middle + j) * inner + k begins at i * stride + j * middle_stride +
-// k * inner_stride.
+// A matrix whose rows are contiguous; null where the block has no such operand. The rows may have three strides, as
+// those of a (batch, token, head, element) view of a packed projection do: row (i * middle + j) * inner + k begins at
+// i * stride + j * middle_stride + k * inner_stride.
 struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
-  int64_t inner = 0, middle = 0;  // how many rows the lower levels have; 0 where there is one level
+  int64_t inner = 0, middle = 0;  // the sizes of the lower two dimensions of rows; 0 where there is one stride
   int64_t inner_stride = 0, middle_stride = 0;
 
   template <class T>

@@ -1,6 +1,21 @@
-// The loops of the bias_act family. Included by each isa_*.cpp, inside its namespace.
+// The loops of the bias_act family: y = factor * act(z) with z = input + bias and dropout's factor, 0 or 1 / (1 - p).
 //
-// S is the compute type, T the storage type. Dropout factors are drawn for a chunk of columns at a time.
+// Backward, by the chain rule: dL/dz = g * factor * act'(z) with g = dL/dy. z is a sum, so that is the gradient of the
+// input, and the gradient of the bias is its sum over the rows. The factors are drawn again from the seed (dropout:
+// N. Srivastava et al., 2014). S is the compute type, T the storage type.
+#pragma once
+
+#include "../bias_act.h"
+#include "activation_rows.h"
+#include "chunk.h"
+#include "dropout_rows.h"
+#include "target.h"
+#include "vec.h"
+#include "vec_loops.h"
+#include "vec_memory.h"
+#include "vec_stream.h"
+
+namespace ckpt::CKPT_ISA {
 
 // Calls body(column of the row, columns, bias, factors) for the chunks of a row's columns from begin to end; factors is
 // null where there is no dropout. `begin` is a multiple of chunk_columns.
@@ -32,6 +47,7 @@ void bias_act_forward(const BiasActForward& a, int64_t row, int64_t begin, int64
   end_streams();
 }
 
+// `sums` is a row of sums for the gradient of the bias, to which this row's part is added; null where nobody wants it.
 template <class S, class T>
 void bias_act_backward(const BiasActBackward& a, int64_t row, int64_t begin, int64_t end, void* sums) {
   const T* input = a.input.row<const T>(row);
@@ -63,3 +79,5 @@ constexpr BiasActLoops bias_act_loops_for() {
   return {bias_act_forward<S, T>, bias_act_backward<S, T>};
 }
 CKPT_DEFINE_LOOPS(BiasActLoops, bias_act_loops)
+
+}  // namespace ckpt::CKPT_ISA

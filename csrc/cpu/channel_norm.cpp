@@ -7,7 +7,7 @@
 namespace ckpt {
 namespace {
 
-// Of planes, each is a task; of rows of channels, each piece of a sample.
+// Each plane is a task, or, where channels are last, each piece of a sample.
 template <class Block, class Loop>
 void for_pieces_of(const Block& a, Loop loop) {
   const int64_t tasks = a.planes ? a.samples * a.channels : a.samples * a.pieces;
@@ -36,9 +36,9 @@ struct Cpu {
   }
 };
 
-// The steps of a norm, or of its gradient, in one call: what small inputs pay for is calls.
+// All steps of a norm, or of its gradient, in one op: for a small input, an op takes longer than its work.
 struct WholeNorm : ChannelNormOps<Cpu> {
-  // Two numbers for each piece of each channel, for the time of a call.
+  // Scratch for the two sums of each piece of each channel.
   template <class S>
   class Pieces {
    public:
@@ -128,9 +128,9 @@ struct WholeNorm : ChannelNormOps<Cpu> {
       const Pieces<S> sums(a, piece_rows);
       Cpu::run(a, input, kind);
 
-      channel_tilts(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())), six.weight(),
-                    six.data, static_cast<S*>(data_of(grad_weight, a.channels)),
-                    static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);
+      channel_backward_coefficients(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
+                                    six.weight(), six.data, static_cast<S*>(data_of(grad_weight, a.channels)),
+                                    static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);
       if (!grad_input && !grad_residual) return;
 
       ChannelBackward last;

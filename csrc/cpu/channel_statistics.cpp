@@ -46,9 +46,10 @@ void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tenso
   with_compute_type(kind_of(first), [&](auto compute) {
     using S = decltype(compute);
     const int64_t numel = first.numel();
-    channel_tilts(sets, data<S>(first, numel), data<S>(second, numel), data<S>(var, sets.count()),
-                  static_cast<const S*>(w.data()), data<S>(coefficients, 6 * sets.rows * sets.channels),
-                  data<S>(grad_weight, sets.channels), data<S>(grad_bias, sets.channels), count, eps, fixed);
+    channel_backward_coefficients(sets, data<S>(first, numel), data<S>(second, numel), data<S>(var, sets.count()),
+                                  static_cast<const S*>(w.data()), data<S>(coefficients, 6 * sets.rows * sets.channels),
+                                  data<S>(grad_weight, sets.channels), data<S>(grad_bias, sets.channels), count, eps,
+                                  fixed);
   });
 }
 

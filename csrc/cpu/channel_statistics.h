@@ -1,15 +1,19 @@
-// From the moments and sums of channels to the coefficients of a channel norm: small tensors, one thread.
-// backends/reference.py says what is computed.
+// From the moments and sums of channels to the coefficients of a channel norm (channel_norm.h), in float64 on one
+// thread. ckpt_kernels/backends/reference.py has the same functions in torch.
 #pragma once
 
 #include <cmath>
 
+#include "../channel_norm.h"
+#include "../operands.h"
 #include "coefficient.h"
+#include "scratch.h"
 
 namespace ckpt {
 
-// What a norm's channels are: `sets` sets a sample (or of all samples) are normalised together, each of `set_channels`
-// channels. Statistics are numbered sample by sample, set by set.
+// Which channels share their statistics. A set is `set_channels` neighbouring channels, of one sample where there are
+// `groups` (GroupNorm and InstanceNorm), of all samples where groups is 0 (BatchNorm, where a set is one channel).
+// There are `rows` rows of `sets` sets each.
 struct Sets {
   int64_t samples, pieces, channels, rows, sets, set_channels;
 
@@ -51,6 +55,8 @@ class Zeros {
   const Scratch scratch_;
 };
 
+// The mean and variance of every set from the moments of its pieces, and the coefficients mean, scale and bias.
+// The variance of a set is that within its pieces and that of the pieces' means about the set's mean.
 template <class S>
 void channel_statistics(const Sets& sets, const S* means, const S* squares, S* mean, S* var, int64_t size,
                         int64_t piece_rows) {
@@ -79,24 +85,27 @@ void channel_coefficients(const Sets& sets, const S* mean, const S* var, const S
     for (int64_t channel = 0; channel < sets.channels; ++channel) {
       const int64_t set = sets.of(row, channel);
       S* own = coefficients + row * sets.channels + channel;
-      own[0] = mean[set];
-      own[stride] = S((weight ? weight[channel] : 1) / std::sqrt(double(var[set]) + eps));
-      own[2 * stride] = bias ? bias[channel] : S(0);
+      own[ChannelCoefficients::mean * stride] = mean[set];
+      own[ChannelCoefficients::scale * stride] = S((weight ? weight[channel] : 1) / std::sqrt(double(var[set]) + eps));
+      own[ChannelCoefficients::bias * stride] = bias ? bias[channel] : S(0);
     }
 }
 
+// From the sums of g and of g * (x - mean) of every channel's pieces: the gradients of weight and bias, and the other
+// three coefficients. `count` is the number of elements of a set; with fixed statistics c1 and c2 are 0.
 template <class S>
-void channel_tilts(const Sets& sets, const S* first, const S* second, const S* var, const S* weight, S* coefficients,
-                   S* grad_weight, S* grad_bias, double count, double eps, bool fixed) {
-  const Zeros rstd(sets.count()), average(sets.count()), deviation(sets.count());
+void channel_backward_coefficients(const Sets& sets, const S* first, const S* second, const S* var, const S* weight,
+                                   S* coefficients, S* grad_weight, S* grad_bias, double count, double eps,
+                                   bool fixed) {
+  const Zeros rstd(sets.count()), sum_h(sets.count()), sum_h_deviation(sets.count());
   const Zeros weight_sum(sets.channels), bias_sum(sets.channels);
   for (int64_t set = 0; set < sets.count(); ++set) rstd[set] = 1 / std::sqrt(double(var[set]) + eps);
   sets.for_each([&](int64_t i, int64_t, int64_t channel, int64_t set) {
     const double w = weight ? weight[channel] : 1;
     bias_sum[channel] += first[i];
     weight_sum[channel] += second[i] * rstd[set];
-    average[set] += w * first[i];
-    deviation[set] += w * second[i];
+    sum_h[set] += w * first[i];
+    sum_h_deviation[set] += w * second[i];
   });
   for (int64_t channel = 0; channel < sets.channels; ++channel) {
     if (grad_weight) grad_weight[channel] = S(weight_sum[channel]);
@@ -108,9 +117,10 @@ void channel_tilts(const Sets& sets, const S* first, const S* second, const S* v
       const int64_t set = sets.of(row, channel);
       S* own = coefficients + row * sets.channels + channel;
       const double share = fixed ? 0 : -rstd[set] / count;
-      own[3 * stride] = own[stride];
-      own[4 * stride] = S(share * deviation[set] * rstd[set] * rstd[set]);
-      own[5 * stride] = S(share * average[set]);
+      own[ChannelCoefficients::by_gradient * stride] = own[ChannelCoefficients::scale * stride];
+      // c1 = rstd * sum_h_deviation / count, c2 = sum_h / count.
+      own[ChannelCoefficients::by_deviation * stride] = S(share * sum_h_deviation[set] * rstd[set] * rstd[set]);
+      own[ChannelCoefficients::constant * stride] = S(share * sum_h[set]);
     }
 }
 

@@ -1,11 +1,11 @@
-// A weight or bias as the loops read it.
+// A weight or bias for the loops, which read it in the compute type.
 #pragma once
 
 #include "scratch.h"
 
 namespace ckpt {
 
-// In the compute type, with the offset added.
+// The tensor's own memory if there is nothing to convert and no offset to add, else a converted copy.
 class Coefficient {
  public:
   Coefficient(const OptionalTensor& tensor, ScalarKind kind, double offset)

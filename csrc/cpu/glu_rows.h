@@ -1,7 +1,20 @@
-// The loops of the glu family. Included by each isa_*.cpp, inside its namespace.
+// The loops of the glu family: y = act(gate) * value (Y. Dauphin et al., "Language modeling with gated convolutional
+// networks", 2017; N. Shazeer, "GLU variants improve transformer", 2020).
 //
-// S is the compute type, T the storage type. Where gate and value take turns in memory (TURNS), two vectors are read
-// and taken apart.
+// Backward, by the product rule, with g = dL/dy: dL/dgate = g * value * act'(gate), dL/dvalue = g * act(gate). S is the
+// compute type, T the storage type. Where gate and value are interleaved in memory, g0 v0 g1 v1 ..., two vectors are
+// read and deinterleaved.
+#pragma once
+
+#include "../glu.h"
+#include "activation_rows.h"
+#include "target.h"
+#include "vec.h"
+#include "vec_loops.h"
+#include "vec_memory.h"
+#include "vec_stream.h"
+
+namespace ckpt::CKPT_ISA {
 
 template <class S>
 struct GateAndValue {
@@ -9,57 +22,53 @@ struct GateAndValue {
 };
 
 template <class S>
-CKPT_INLINE GateAndValue<S> take_apart(Vec<S> low, Vec<S> high) {
+CKPT_INLINE GateAndValue<S> deinterleave(Vec<S> low, Vec<S> high) {
   return {shuffle<Evens>(low.v, high.v), shuffle<Odds>(low.v, high.v)};
 }
-template <class S>
-CKPT_INLINE GateAndValue<S> put_together(Vec<S> gate, Vec<S> value) {
-  return {shuffle<LowerInTurns>(gate.v, value.v), shuffle<UpperInTurns>(gate.v, value.v)};
-}
 
-template <bool turns, class S, class T>
-CKPT_INLINE GateAndValue<S> load_pair_at(const T* gate, const T* value, int64_t j, Full<S> all) {
-  if (!turns) return {load(gate + j, all), load(value + j, all)};
-  return take_apart(load(gate + 2 * j, all), load(gate + 2 * j + Vec<S>::width, all));
+// Of column j on. Where the two are interleaved, `value` is gate + 1, and is not read.
+template <bool interleaved, class S, class T>
+CKPT_INLINE GateAndValue<S> load_gate_and_value(const T* gate, const T* value, int64_t j, Full<S> all) {
+  if (!interleaved) return {load(gate + j, all), load(value + j, all)};
+  return deinterleave(load(gate + 2 * j, all), load(gate + 2 * j + Vec<S>::width, all));
 }
-template <bool turns, class S, class T>
-CKPT_INLINE GateAndValue<S> load_pair_at(const T* gate, const T* value, int64_t j, Partial<S> lanes) {
-  if (!turns) return {load(gate + j, lanes), load(value + j, lanes)};
+template <bool interleaved, class S, class T>
+CKPT_INLINE GateAndValue<S> load_gate_and_value(const T* gate, const T* value, int64_t j, Partial<S> lanes) {
+  if (!interleaved) return {load(gate + j, lanes), load(value + j, lanes)};
   T padded[2 * Vec<S>::width] = {};
   for (int64_t i = 0; i < 2 * lanes.count; ++i) padded[i] = gate[2 * j + i];
-  return load_pair_at<true, S>(padded, padded + 1, 0, Full<S>{});
+  return load_gate_and_value<true, S>(padded, padded + 1, 0, Full<S>{});
 }
 
-template <bool turns, class S, class T, class Lanes>
-CKPT_INLINE void store_pair_at(T* gate, T* value, int64_t j, GateAndValue<S> gradient, Lanes lanes) {
-  if (!turns) {
-    if (gate) store(gate + j, gradient.gate, lanes);
-    if (value) store(value + j, gradient.value, lanes);
+// Either of the two may be null where they are not interleaved.
+template <bool interleaved, class S, class T, class Lanes>
+CKPT_INLINE void store_gradients(T* grad_gate, T* grad_value, int64_t j, GateAndValue<S> gradient, Lanes lanes) {
+  if (!interleaved) {
+    if (grad_gate) store(grad_gate + j, gradient.gate, lanes);
+    if (grad_value) store(grad_value + j, gradient.value, lanes);
     return;
   }
-  GateAndValue<S> both = put_together(gradient.gate, gradient.value);
   T mixed[2 * Vec<S>::width];
-  store(mixed, both.gate, Full<S>{});
-  store(mixed + Vec<S>::width, both.value, Full<S>{});
-  const int64_t count = 2 * count_of(lanes);
-  __builtin_memcpy(gate + 2 * j, mixed, count * sizeof(T));
+  store(mixed, Vec<S>(shuffle<InterleaveLow>(gradient.gate.v, gradient.value.v)), Full<S>{});
+  store(mixed + Vec<S>::width, Vec<S>(shuffle<InterleaveHigh>(gradient.gate.v, gradient.value.v)), Full<S>{});
+  __builtin_memcpy(grad_gate + 2 * j, mixed, 2 * lanes.size() * sizeof(T));
 }
 
-template <bool turns, class S, class T>
+template <bool interleaved, class S, class T>
 void glu_forward_row(const GluForward& a, int64_t row, int64_t begin, int64_t end) {
   const T* gate = a.gate.row<const T>(row) + begin * a.step;
   const T* value = a.value.row<const T>(row) + begin * a.step;
   const Written<T> output(a.output, row, a.rows, a.columns);
   visit_activation(a.activation, [&](auto function) {
     step<S>(end - begin, [&](int64_t j, auto lanes) {
-      GateAndValue<S> x = load_pair_at<turns, S>(gate, value, j, lanes);
+      GateAndValue<S> x = load_gate_and_value<interleaved, S>(gate, value, j, lanes);
       output.put(begin + j, value_of<T>(function, x.gate) * x.value, lanes);
     });
   });
   end_streams();
 }
 
-template <bool turns, class S, class T>
+template <bool interleaved, class S, class T>
 void glu_backward_row(const GluBackward& a, int64_t row, int64_t begin, int64_t end) {
   const T* gate = a.gate.row<const T>(row) + begin * a.step;
   const T* value = a.value.row<const T>(row) + begin * a.step;
@@ -69,10 +78,10 @@ void glu_backward_row(const GluBackward& a, int64_t row, int64_t begin, int64_t 
   T* output = a.output ? a.output.row<T>(row) + begin : nullptr;
   visit_activation(a.activation, [&](auto function) {
     step<S>(end - begin, [&](int64_t j, auto lanes) {
-      GateAndValue<S> x = load_pair_at<turns, S>(gate, value, j, lanes);
+      GateAndValue<S> x = load_gate_and_value<interleaved, S>(gate, value, j, lanes);
       Vec<S> g = load(grad_output + j, lanes), factor = value_of<T>(function, x.gate);
-      store_pair_at<turns, S>(grad_gate, grad_value, j,
-                              GateAndValue<S>{g * x.value * derivative_of<T>(function, x.gate), g * factor}, lanes);
+      GateAndValue<S> gradient{g * x.value * derivative_of<T>(function, x.gate), g * factor};
+      store_gradients<interleaved, S>(grad_gate, grad_value, j, gradient, lanes);
       if (output) store(output + j, factor * x.value, lanes);
     });
   });
@@ -93,3 +102,5 @@ constexpr GluLoops glu_loops_for() {
   return {glu_forward<S, T>, glu_backward<S, T>};
 }
 CKPT_DEFINE_LOOPS(GluLoops, glu_loops)
+
+}  // namespace ckpt::CKPT_ISA

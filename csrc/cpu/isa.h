@@ -1,7 +1,6 @@
-// The loops over rows as each instruction set builds them, and which set's build serves this process.
+// The loops over rows, which are built once for each instruction set (target.h), and the functions that give those of
+// the best set that this processor has.
 #pragma once
-
-#include <utility>
 
 #include "../bias_act.h"
 #include "../channel_norm.h"
@@ -10,13 +9,13 @@
 
 namespace ckpt {
 
-// Rows whose weight gradients are added up in registers before the partial sums are touched.
-constexpr int64_t block_rows = 4;
+// Rows in a tile: rows that are worked on together, so that what is summed over rows is added up in registers before it
+// is added to a sum in memory.
+constexpr int64_t tile_rows = 4;
 
-// The loops of a family for one storage type in one instruction set. Those that are summed over rows add to the sums
-// of the rows that they are given.
+// The loops of a family for one storage type. A result that is a sum over rows is added to what is in memory.
 struct RowNormLoops {
-  // `scratch` holds as many elements of the compute type as the block's own function says.
+  // `scratch` holds as many elements of the compute type as forward_scratch or backward_scratch says.
   void (*forward)(const RowNormForward&, int64_t begin, int64_t end, void* scratch);
   void (*backward)(const RowNormBackward&, int64_t begin, int64_t end, void* scratch, void* grad_weight,
                    void* grad_bias);
@@ -33,15 +32,15 @@ struct BiasActLoops {
   void (*backward)(const BiasActBackward&, int64_t row, int64_t begin, int64_t end, void* grad_bias);
 };
 struct ChannelNormLoops {
-  // For planes, or pieces of rows, from begin to end; and for rows.
+  // From begin to end count planes, or pieces of rows where channels are last.
   void (*moments)(const ChannelMoments&, int64_t begin, int64_t end);
-  void (*forward)(const ChannelForward&, int64_t begin, int64_t end);
   void (*sums)(const ChannelSums&, int64_t begin, int64_t end);
+  // From begin to end count rows.
+  void (*forward)(const ChannelForward&, int64_t begin, int64_t end);
   void (*backward)(const ChannelBackward&, int64_t begin, int64_t end);
 };
 struct SumLoops {
-  // Adds up `count` rows in their order, for the columns from begin to end, onto the sum that is there or in its place;
-  // all in the compute type.
+  // sum = (onto ? sum : 0) + `count` rows in their order, for the columns from begin to end, in the compute type.
   void (*sum_rows)(const void* rows, int64_t count, int64_t columns, int64_t begin, int64_t end, void* sum, bool onto);
 };
 
@@ -53,7 +52,7 @@ struct SumLoops {
   X(SumLoops, sum_loops)
 
 #define CKPT_DECLARE(Loops, name) const Loops& name(ScalarKind kind);
-// Those of the chosen set, and of each.
+// name(kind) gives the loops of the best set for a storage type; avx2::name(kind) and so on those of one set.
 CKPT_LOOPS(CKPT_DECLARE)
 namespace generic {
 CKPT_LOOPS(CKPT_DECLARE)

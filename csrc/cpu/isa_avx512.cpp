@@ -1,11 +1,8 @@
-// The row loops for AVX-512.
+// The loops for AVX-512.
 #if defined(__x86_64__)
-#include <immintrin.h>
-#include <math.h>
-
-#include "../math/scalar.h"
-#include "../math/storage.h"
-#include "isa.h"
+#define CKPT_ISA avx512
+#define CKPT_VECTOR_BYTES 64
+#include "target.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
@@ -14,25 +11,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
-#include "../math/activations.h"
-#include "../math/philox.h"
-
-#define CKPT_VECTOR_BYTES 64
-#define CKPT_F16C 1
-namespace ckpt {
-namespace avx512 {
-#include "vec.h"
-// After vec.h, which it is written in.
-#include "activation_rows.h"
-#include "moments_rows.h"
-
-#include "bias_act_rows.h"
-#include "channel_norm_rows.h"
-#include "glu_rows.h"
-#include "row_norm_rows.h"
-#include "sum_rows.h"
-}  // namespace avx512
-}  // namespace ckpt
+#include "loops.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,8 +1,20 @@
-// Moments of runs of elements. Included by each isa_*.cpp, inside its namespace.
+// The mean of a run of elements and the sum of their squared deviations from it, in one pass.
+//
+// The pass sums d and d^2 with d = x - c, for a c near the mean: mean = c + sum(d) / n, squares = sum(d^2) - sum(d)^2 /
+// n. Nothing cancels as long as c is near the mean compared to the deviation. c is the mean of the run's first
+// `guess_columns` elements; were it far off, these elements would be far off too, which makes the variance large. So
+// the variance's relative error is at most segment_columns / guess_columns times the rounding of S. Longer runs are
+// taken in segments, whose moments are merged (T. Chan, G. Golub and R. LeVeque, "Algorithms for computing the sample
+// variance", 1983).
+#pragma once
 
-// The mean of a few elements, and then one pass over the sums of what differs from it. Where that mean is off, so
-// must be the elements that it is of: the variance's relative error is at most `segment_columns` / `guess_columns`
-// times the rounding of S. Longer rows are taken in segments, whose moments are merged (Chan, Golub and LeVeque, 1983).
+#include "target.h"
+#include "vec.h"
+#include "vec_loops.h"
+#include "vec_memory.h"
+
+namespace ckpt::CKPT_ISA {
+
 constexpr int64_t guess_columns = 64, segment_columns = 4096;
 
 template <class S, class U>
@@ -10,7 +22,7 @@ CKPT_INLINE void segment_moments(const U* u, int64_t n, S* mean, S* squares) {
   const int64_t few = n < guess_columns ? n : guess_columns;
   Accumulator<S> guess, sum, sum_squares;
   sweep_values<S>(u, few, [&](Vec<S> value, auto, auto slot) { guess.part[slot.index] += value; });
-  const S center = guess.total() / S(few);
+  const S center = guess.total() / S(few);  // near the mean
   sweep_values<S>(u, n, [&](Vec<S> value, auto lanes, auto slot) {
     Vec<S> d = lanes.keep(value - Vec<S>(center));
     sum.part[slot.index] += d;
@@ -34,3 +46,5 @@ CKPT_INLINE void moments_of(const U* u, int64_t columns, S* mean, S* squares) {
     *squares += segment_squares + delta * delta * S(j0) * share;
   }
 }
+
+}  // namespace ckpt::CKPT_ISA

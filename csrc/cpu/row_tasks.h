@@ -17,11 +17,11 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Work below this many elements is done by the calling thread.
 constexpr int64_t parallel_elements = 32768;
 
-// How many runs of `elements` elements a thread takes at the least.
+// The least number of runs of `elements` elements each that is worth a thread.
 inline int64_t grain(int64_t elements) { return divide_up(parallel_elements, elements < 1 ? 1 : elements); }
 
-// Calls body(row, begin, end) for all columns of all rows, in pieces of rows where these are long. A piece begins at a
-// multiple of the columns for which the loops draw dropout factors at a time.
+// Calls body(row, begin, end) for all columns of all rows; long rows are cut into pieces. A piece begins at a multiple
+// of chunk_columns, so that the loops draw the same dropout factors however a row is cut.
 template <class Body>
 void for_pieces(int64_t rows, int64_t columns, const Body& body) {
   constexpr int64_t piece = 16384;
@@ -35,7 +35,7 @@ void for_pieces(int64_t rows, int64_t columns, const Body& body) {
                               });
 }
 
-// Calls body(share, begin, end) with the runs from 0 to `count` in `shares` shares, each of which has a thread.
+// Cuts the numbers from 0 to `count` into `shares` shares, and calls body(share, begin, end) for each on a thread.
 template <class Body>
 void for_shares(int64_t count, int64_t shares, const Body& body) {
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
@@ -43,15 +43,15 @@ void for_shares(int64_t count, int64_t shares, const Body& body) {
   });
 }
 
-// As many shares as there are threads, none of fewer than `least` runs.
+// As many shares of `count` as there are threads, but none of fewer than `least`.
 inline int64_t shares_of(int64_t count, int64_t least) {
   const int64_t threads = torch::stable::get_num_threads(), shares = divide_up(count, least);
   return shares < threads ? shares : threads;
 }
 
-// Tasks of some rows each, none of which crosses a group: at most `most` a group, however many threads there are, so
-// that what is summed over rows does not depend on the number of threads. They run in waves of as many as keep all
-// threads busy, so that of wide rows no more sums are there at a time than threads.
+// The rows of each group in at most `most` tasks, each of which makes one partial sum. The tasks do not depend on the
+// number of threads, so neither does the rounding of the sums. They run in waves, with just enough tasks to keep all
+// threads busy: the memory for partial sums is that of one wave.
 struct RowTasks {
   static constexpr int64_t most = 64, least_rows = 32, wave_elements = 1 << 21;
   int64_t groups, group_rows, group_tasks, task_rows, wave;
@@ -60,7 +60,7 @@ struct RowTasks {
       : groups(rows / rows_per_group), group_rows(rows_per_group) {
     group_tasks = divide_up(group_rows, least_rows);
     if (group_tasks > most) group_tasks = most;
-    task_rows = divide_up(divide_up(group_rows, group_tasks), block_rows) * block_rows;
+    task_rows = divide_up(divide_up(group_rows, group_tasks), tile_rows) * tile_rows;
     group_tasks = divide_up(group_rows, task_rows);
     wave = divide_up(wave_elements, task_rows * columns);
     const int64_t threads = torch::stable::get_num_threads();
@@ -75,7 +75,8 @@ struct RowTasks {
   }
 };
 
-// One gradient that is summed over rows: each task in a row of sums of its own, then these in their order.
+// The sums of one gradient over the rows: each task adds to a row of its own, and then these rows are added in their
+// order.
 class PartialSums {
  public:
   // `gradient` is (groups, columns) in the compute type, or null where nobody wants it.

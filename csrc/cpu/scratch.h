@@ -7,7 +7,8 @@ namespace ckpt {
 
 inline int64_t compute_size(ScalarKind kind) { return kind == ScalarKind::float64 ? 8 : 4; }
 
-// From torch's allocator, which tells torch's profiler of it; what is small is in the object itself. Not initialised.
+// Uninitialised memory: up to 2048 bytes in the object itself, more from torch's allocator, so that torch's profiler
+// sees them.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {

@@ -1,4 +1,9 @@
-// The bias_act kernels for CUDA, and how they are launched; see elements.cuh for what `launch` and VEC are.
+// The bias_act kernels for CUDA, and how they are launched: y = factor * act(z) with z = input + bias and dropout's
+// factor, 0 or 1 / (1 - p). elements.cuh says what `launch` and VEC are.
+//
+// Backward, by the chain rule: dL/dz = g * factor * act'(z) with g = dL/dy. z is a sum, so that is the gradient of the
+// input, and the gradient of the bias is its sum over the rows. The factors are drawn again from the seed (dropout:
+// N. Srivastava et al., 2014).
 #pragma once
 
 #include "../bias_act.h"
@@ -37,7 +42,8 @@ __global__ void __launch_bounds__(block_threads) bias_act_forward_kernel(BiasAct
   }
 }
 
-// The gradient of the input, for VEC columns of a row; stored where it is wanted, and the output likewise.
+// g = dL/dz for VEC columns of a row. Stores it as the gradient of the input, and the output again, where they are
+// given.
 template <class T, int VEC>
 __device__ __forceinline__ void input_gradient(const BiasActBackward& a, int64_t row, int64_t j, float* g) {
   float slope[VEC];
@@ -65,8 +71,8 @@ __global__ void __launch_bounds__(block_threads) bias_act_backward_kernel(BiasAc
   }
 }
 
-// The same with partial sums of the bias's gradient: block (task, strip) walks the rows of its task in order, each
-// thread with VEC columns of its own. Sums are (tasks, columns).
+// The same with partial sums of the gradient of the bias, (tasks, columns): CUDA block (task, strip) takes a task of
+// rows, one after another, and a strip of columns, VEC of them a thread.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads)
     bias_act_backward_sums_kernel(BiasActBackward a, int64_t task_rows, int64_t strips, float* sums) {
@@ -113,7 +119,7 @@ void launch_bias_act(const BiasActForward& a, const Launch& launch) {
     launch_bias_act<T, 1>(a, launch);
 }
 
-// `sums` has room for PartialSums(rows, rows).elements(columns) floats where there is a grad_bias.
+// `sums` holds PartialSums(rows, rows).elements(columns) floats where there is a grad_bias.
 template <class T, class Launch>
 void launch_bias_act(const BiasActBackward& a, float* grad_bias, float* sums, const Launch& launch) {
   if (is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) && is_vectorizable<T>(a.grad_input) &&

@@ -1,6 +1,6 @@
 // The channel-norm ops on CUDA devices.
 #include "../channel_norm_ops.h"
-#include "channel_norm_kernels.cuh"
+#include "channel_norm_launch.cuh"
 #include "launcher.cuh"
 
 namespace ckpt {

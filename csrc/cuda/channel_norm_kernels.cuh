@@ -1,8 +1,16 @@
-// The channel-norm kernels for CUDA, and how they are launched; see elements.cuh for what `launch` and VEC are.
+// The channel-norm kernels for CUDA: y = act(z) with z = (x - mean) * scale + bias + other
+// (BatchNorm: S. Ioffe and C. Szegedy, 2015; GroupNorm: Y. Wu and K. He, 2018; InstanceNorm: D. Ulyanov et al., 2016).
+// elements.cuh says what VEC is.
 //
-// Planes are summed over by a team each. Where channels are last, a block takes a piece of rows and a strip of columns:
-// its threads are lines of `lanes` threads, each thread with VEC columns of its own in every so many rows, and the
-// lines' sums are added up in their order.
+// Backward, with g = dL/dy * act'(z) = dL/dz and x_hat = (x - mean) * rstd over a set of N elements that share their
+// statistics: dx_hat_i/dx_j = rstd * ((i == j) - 1 / N - x_hat_i * x_hat_j / N), so
+//   dL/dx = rstd * (weight * g - x_hat * c1 - c2) with c1 = mean(weight * g * x_hat), c2 = mean(weight * g),
+// and the gradients of weight and bias are the sums of g * x_hat and of g over a channel. The kernels sum g and
+// g * (x - mean) by channel; of the sums the ops make coefficients (channel_norm.h), and a last kernel writes dL/dx.
+//
+// A plane is summed by a team. Where channels are last, a CUDA block takes a piece of rows and a strip of columns: its
+// threads are lines of `lanes` threads; line k takes the rows k, k + lines, k + 2 lines, ..., each thread VEC columns
+// of them, and the sums of the lines are added in their order.
 #pragma once
 
 #include "../channel_norm.h"
@@ -33,24 +41,25 @@ template <class T, int VEC, bool PLANES, class Block>
 __device__ __forceinline__ void load_normalized(const Block& a, int64_t row, int64_t j, float* d, float* z) {
   float c[VEC];
   load<VEC>(at<T>(a.input, row, a.columns()) + j, d);
-  load_coefficient<VEC, PLANES>(a.coefficients, a, 0, row, j, c);
+  load_coefficient<VEC, PLANES>(a.coefficients, a, ChannelCoefficients::mean, row, j, c);
   for (int i = 0; i < VEC; ++i) d[i] -= c[i];
-  load_coefficient<VEC, PLANES>(a.coefficients, a, 1, row, j, c);
+  load_coefficient<VEC, PLANES>(a.coefficients, a, ChannelCoefficients::scale, row, j, c);
   for (int i = 0; i < VEC; ++i) z[i] = d[i] * c[i];
-  load_coefficient<VEC, PLANES>(a.coefficients, a, 2, row, j, c);
+  load_coefficient<VEC, PLANES>(a.coefficients, a, ChannelCoefficients::bias, row, j, c);
   for (int i = 0; i < VEC; ++i) z[i] += c[i];
   if (!a.other) return;
   load<VEC>(at<T>(a.other, row, a.columns()) + j, c);
   for (int i = 0; i < VEC; ++i) z[i] += c[i];
 }
 
-// x - mean, and g = grad_output * activation'(z).
+// x - mean, and g = dL/dz. With by_output, `other` is the block's output, whose sign is that of z, and the activation's
+// slope depends on the sign alone.
 template <class T, int VEC, bool PLANES, class Block>
 __device__ __forceinline__ void load_gradient(const Block& a, int64_t row, int64_t j, float* d, float* g) {
   float z[VEC];
   if (a.by_output) {
     load<VEC>(at<T>(a.input, row, a.columns()) + j, d);
-    load_coefficient<VEC, PLANES>(a.coefficients, a, 0, row, j, z);
+    load_coefficient<VEC, PLANES>(a.coefficients, a, ChannelCoefficients::mean, row, j, z);
     for (int i = 0; i < VEC; ++i) d[i] -= z[i];
     load<VEC>(at<T>(a.other, row, a.columns()) + j, z);
   } else {
@@ -82,17 +91,18 @@ __global__ void __launch_bounds__(block_threads) channel_backward_kernel(Channel
     load_gradient<T, VEC, PLANES>(a, row, j, d, g);
     if (a.grad_residual) store<VEC>(static_cast<T*>(a.grad_residual) + row * a.columns() + j, g);
     if (!a.grad_input) continue;
-    load_coefficient<VEC, PLANES>(a.coefficients, a, 3, row, j, c);
+    load_coefficient<VEC, PLANES>(a.coefficients, a, ChannelCoefficients::by_gradient, row, j, c);
     for (int i = 0; i < VEC; ++i) g[i] *= c[i];
-    load_coefficient<VEC, PLANES>(a.coefficients, a, 4, row, j, c);
+    load_coefficient<VEC, PLANES>(a.coefficients, a, ChannelCoefficients::by_deviation, row, j, c);
     for (int i = 0; i < VEC; ++i) g[i] += d[i] * c[i];
-    load_coefficient<VEC, PLANES>(a.coefficients, a, 5, row, j, c);
+    load_coefficient<VEC, PLANES>(a.coefficients, a, ChannelCoefficients::constant, row, j, c);
     for (int i = 0; i < VEC; ++i) g[i] += c[i];
     store<VEC>(static_cast<T*>(a.grad_input) + row * a.columns() + j, g);
   }
 }
 
-// About the mean of the plane's first few elements.
+// One pass over d = x - c for a c near the mean, the mean of the plane's first few elements: mean = c + sum(d) / n,
+// squares = sum(d^2) - sum(d)^2 / n.
 template <class T, int VEC, bool WARP>
 __global__ void __launch_bounds__(block_threads) plane_moments_kernel(ChannelMoments a) {
   using Planeteam = Team<WARP>;
@@ -137,7 +147,7 @@ __global__ void __launch_bounds__(block_threads) plane_sums_kernel(ChannelSums a
   }
 }
 
-// How a block shares out a piece of rows and a strip of columns.
+// This thread's part of the piece of rows and the strip of columns that its CUDA block takes.
 template <int VEC>
 struct Lines {
   int64_t piece, sample_row, begin, end;  // rows of the sample
@@ -155,7 +165,7 @@ struct Lines {
     if (line >= lines) j = a.channels;
   }
 
-  // Adds up two sums over the lines, in the first of them. Every thread of the block must call it.
+  // Adds the sums of all lines to those of line 0. Every thread of the CUDA block must call this.
   __device__ __forceinline__ void add_up(float* first, float* second) const {
     __shared__ float sums[2][block_threads * VEC];
     for (int i = 0; i < VEC; ++i) {
@@ -172,21 +182,21 @@ struct Lines {
   }
 };
 
-// About the mean of a column's first few elements in the piece.
+// As plane_moments_kernel, for each column of the piece.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads) row_moments_kernel(ChannelMoments a, int64_t strips, int lanes) {
-  const Lines<VEC> at_work(a, strips, lanes);
-  const int64_t j = at_work.j;
-  const float count = float(at_work.end - at_work.begin);
+  const Lines<VEC> part(a, strips, lanes);
+  const int64_t j = part.j;
+  const float count = float(part.end - part.begin);
   float center[VEC] = {}, first[VEC] = {}, second[VEC] = {}, x[VEC];
   if (j < a.channels) {
-    const T* input = at<T>(a.input, at_work.sample_row, a.channels) + j;
-    const int64_t few = at_work.end - at_work.begin < 8 ? at_work.end - at_work.begin : 8;
-    for (int64_t row = at_work.begin; row < at_work.begin + few; ++row) {
+    const T* input = at<T>(a.input, part.sample_row, a.channels) + j;
+    const int64_t few = part.end - part.begin < 8 ? part.end - part.begin : 8;
+    for (int64_t row = part.begin; row < part.begin + few; ++row) {
       load<VEC>(input + row * a.channels, x);
       for (int i = 0; i < VEC; ++i) center[i] += x[i] / float(few);
     }
-    for (int64_t row = at_work.begin + at_work.line; row < at_work.end; row += at_work.lines) {
+    for (int64_t row = part.begin + part.line; row < part.end; row += part.lines) {
       load<VEC>(input + row * a.channels, x);
       for (int i = 0; i < VEC; ++i) {
         const float d = x[i] - center[i];
@@ -195,97 +205,34 @@ __global__ void __launch_bounds__(block_threads) row_moments_kernel(ChannelMomen
       }
     }
   }
-  at_work.add_up(first, second);
-  if (at_work.line != 0 || j >= a.channels) return;
+  part.add_up(first, second);
+  if (part.line != 0 || j >= a.channels) return;
   for (int i = 0; i < VEC; ++i) {
     second[i] -= first[i] * (first[i] / count);
     if (second[i] < 0) second[i] = 0;
     center[i] += first[i] / count;
   }
-  store<VEC>(static_cast<float*>(a.first) + at_work.piece * a.channels + j, center);
-  store<VEC>(static_cast<float*>(a.second) + at_work.piece * a.channels + j, second);
+  store<VEC>(static_cast<float*>(a.first) + part.piece * a.channels + j, center);
+  store<VEC>(static_cast<float*>(a.second) + part.piece * a.channels + j, second);
 }
 
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads) row_sums_kernel(ChannelSums a, int64_t strips, int lanes) {
-  const Lines<VEC> at_work(a, strips, lanes);
-  const int64_t j = at_work.j;
+  const Lines<VEC> part(a, strips, lanes);
+  const int64_t j = part.j;
   float first[VEC] = {}, second[VEC] = {}, d[VEC], g[VEC];
   if (j < a.channels)
-    for (int64_t row = at_work.begin + at_work.line; row < at_work.end; row += at_work.lines) {
-      load_gradient<T, VEC, false>(a, at_work.sample_row + row, j, d, g);
+    for (int64_t row = part.begin + part.line; row < part.end; row += part.lines) {
+      load_gradient<T, VEC, false>(a, part.sample_row + row, j, d, g);
       for (int i = 0; i < VEC; ++i) {
         first[i] += g[i];
         second[i] += g[i] * d[i];
       }
     }
-  at_work.add_up(first, second);
-  if (at_work.line != 0 || j >= a.channels) return;
-  store<VEC>(static_cast<float*>(a.first) + at_work.piece * a.channels + j, first);
-  store<VEC>(static_cast<float*>(a.second) + at_work.piece * a.channels + j, second);
-}
-
-template <class T, int VEC, class Launch>
-void launch_channel_norm(const ChannelForward& a, const Launch& launch) {
-  const int64_t blocks = blocks_for(a.rows() * (a.columns() / VEC));
-  a.planes ? launch(channel_forward_kernel<T, VEC, true>, blocks, a)
-           : launch(channel_forward_kernel<T, VEC, false>, blocks, a);
-}
-template <class T, int VEC, class Launch>
-void launch_channel_norm(const ChannelBackward& a, const Launch& launch) {
-  const int64_t blocks = blocks_for(a.rows() * (a.columns() / VEC));
-  a.planes ? launch(channel_backward_kernel<T, VEC, true>, blocks, a)
-           : launch(channel_backward_kernel<T, VEC, false>, blocks, a);
-}
-
-template <int VEC, class Block, class Kernel, class Launch>
-void launch_lines(const Block& a, Kernel kernel, const Launch& launch) {
-  const int64_t packs = a.channels / VEC, lanes = packs < block_threads ? packs : block_threads;
-  const int64_t strips = divide_up(packs, lanes);
-  launch(kernel, a.samples * a.pieces * strips, a, strips, int(lanes));
-}
-template <class T, int VEC, class Launch>
-void launch_channel_norm(const ChannelMoments& a, const Launch& launch) {
-  const bool warp = a.size <= warp_columns;
-  if (!a.planes)
-    launch_lines<VEC>(a, row_moments_kernel<T, VEC>, launch);
-  else if (warp)
-    launch(plane_moments_kernel<T, VEC, true>, blocks_for_rows(a.rows(), warp), a);
-  else
-    launch(plane_moments_kernel<T, VEC, false>, blocks_for_rows(a.rows(), warp), a);
-}
-template <class T, int VEC, class Launch>
-void launch_channel_norm(const ChannelSums& a, const Launch& launch) {
-  const bool warp = a.size <= warp_columns;
-  if (!a.planes)
-    launch_lines<VEC>(a, row_sums_kernel<T, VEC>, launch);
-  else if (warp)
-    launch(plane_sums_kernel<T, VEC, true>, blocks_for_rows(a.rows(), warp), a);
-  else
-    launch(plane_sums_kernel<T, VEC, false>, blocks_for_rows(a.rows(), warp), a);
-}
-
-template <class T>
-bool is_wide(const ChannelNorm& a) {
-  return a.columns() * sizeof(T) % 16 == 0 && is_aligned(a.input);
-}
-template <class T>
-bool is_wide(const ChannelForward& a) {
-  return is_wide<T>(static_cast<const ChannelNorm&>(a)) && is_aligned(a.other) && is_aligned(a.output);
-}
-template <class T>
-bool is_wide(const ChannelSums& a) {
-  return is_wide<T>(static_cast<const ChannelNorm&>(a)) && is_aligned(a.other) && is_aligned(a.grad_output);
-}
-template <class T>
-bool is_wide(const ChannelBackward& a) {
-  return is_wide<T>(static_cast<const ChannelNorm&>(a)) && is_aligned(a.other) && is_aligned(a.grad_output) &&
-         is_aligned(a.grad_input) && is_aligned(a.grad_residual);
-}
-
-template <class T, class Block, class Launch>
-void launch_channel_norm(const Block& a, const Launch& launch) {
-  is_wide<T>(a) ? launch_channel_norm<T, 16 / sizeof(T)>(a, launch) : launch_channel_norm<T, 1>(a, launch);
+  part.add_up(first, second);
+  if (part.line != 0 || j >= a.channels) return;
+  store<VEC>(static_cast<float*>(a.first) + part.piece * a.channels + j, first);
+  store<VEC>(static_cast<float*>(a.second) + part.piece * a.channels + j, second);
 }
 
 }  // namespace ckpt

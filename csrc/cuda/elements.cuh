@@ -1,9 +1,12 @@
-// What the CUDA kernels of every family are made of: accesses of several elements, activations, dropout, sums.
+// The parts of every family's CUDA kernels: accesses of several elements, activations, dropout, sums over rows.
 //
-// T is the storage type; a thread reads and writes VEC elements at a time, 16 bytes where alignment allows it and one
-// element otherwise. Activations are a uniform run-time switch, which costs nothing at memory speed and saves compile
-// time. Compiled by nvcc into the library, and by the host compiler, with tests/host/cuda_on_host.h in the place of
-// CUDA's own headers, into the tests, which check the alignment of accesses and launch fewer blocks.
+// T is the storage type. A thread reads and writes VEC elements at a time: 16 bytes where alignment allows that, one
+// element otherwise. The activation is a switch at run time, which all threads take the same way: it costs nothing at
+// memory speed, and a kernel for each activation would multiply the time to compile. `launch(kernel, blocks,
+// arguments...)` launches a kernel: CUDA's own launch in the library (launcher.cuh), a loop over blocks in the tests,
+// which compile these files with the host compiler and tests/host/cuda_on_host.h.
+//
+// "Block" in `blocks` and `block_threads` is CUDA's: a block of threads.
 #pragma once
 
 #include "../math/activations.h"
@@ -25,7 +28,7 @@ constexpr int warp_threads = 32;
 constexpr int block_threads = 256;
 constexpr int block_warps = block_threads / warp_threads;
 
-// Of a loop in which the grid's threads take turns.
+// A grid-stride loop: thread k takes the elements k, k + grid_threads(), ...
 __device__ __forceinline__ int64_t first_element() { return int64_t(blockIdx.x) * block_threads + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_threads() { return int64_t(gridDim.x) * block_threads; }
 
@@ -78,7 +81,7 @@ __device__ __forceinline__ void dropout_factors(const Dropout& dropout, int64_t 
   }
 }
 
-// Adds up each group's rows of partial sums, in their order.
+// result[group][column] = the sum of the group's rows of partial sums, in their order.
 static __global__ void __launch_bounds__(block_threads)
     sum_partials_kernel(const float* sums, int64_t group_tasks, int64_t columns, int64_t total, float* result) {
   const int64_t k = int64_t(blockIdx.x) * block_threads + threadIdx.x;
@@ -91,10 +94,10 @@ static __global__ void __launch_bounds__(block_threads)
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of a grid whose threads, or teams of threads, take turns.
+// The largest grid of a grid-stride loop.
 constexpr int64_t most_blocks = CKPT_MOST_BLOCKS;
 
-// Blocks for a loop over `items` in which the grid's threads take turns.
+// Blocks for a grid-stride loop over `items`, one a thread.
 inline int64_t blocks_for(int64_t items) {
   const int64_t blocks = divide_up(items, block_threads);
   return blocks < most_blocks ? blocks : most_blocks;
@@ -108,7 +111,7 @@ bool is_vectorizable(const Rows& rows) {
                    rows.middle_stride * sizeof(T) % 16 == 0 && rows.inner_stride * sizeof(T) % 16 == 0);
 }
 
-// How the rows are shared out among the partial sums of what is summed over them.
+// The rows of each group in tasks, each of which makes one row of partial sums.
 struct PartialSums {
   int64_t groups, group_tasks, task_rows;
 
@@ -123,7 +126,7 @@ struct PartialSums {
   int64_t elements(int64_t columns) const { return groups * group_tasks * columns; }
 };
 
-// Calls body(T{}) for the storage type; CUDA's kernels know the three that are computed in float32.
+// Calls body(T{}) for the storage type, and returns whether it is one of the three that the CUDA kernels compute in.
 template <class Body>
 bool dispatch_storage(ScalarKind kind, Body body) {
   switch (kind) {

@@ -1,7 +1,11 @@
-// The glu kernels for CUDA, and how they are launched; see elements.cuh for what `launch` and VEC are.
+// The glu kernels for CUDA, and how they are launched: y = act(gate) * value (Y. Dauphin et al., "Language modeling
+// with gated convolutional networks", 2017; N. Shazeer, "GLU variants improve transformer", 2020). elements.cuh says
+// what `launch` and VEC are.
 //
-// A thread takes VEC columns of a row at a time, in a loop over the whole grid. Where gate and value take turns in
-// memory (TURNS), it reads twice as many elements and takes them apart.
+// Backward, by the product rule, with g = dL/dy: dL/dgate = g * value * act'(gate), dL/dvalue = g * act(gate).
+//
+// A thread takes VEC columns of a row at a time, in a loop over the whole grid. Where gate and value are interleaved in
+// memory (INTERLEAVED), g0 v0 g1 v1 ..., it reads 2 VEC elements and deinterleaves them.
 #pragma once
 
 #include "../glu.h"
@@ -9,9 +13,9 @@
 
 namespace ckpt {
 
-template <class T, int VEC, bool TURNS>
+template <class T, int VEC, bool INTERLEAVED>
 __device__ __forceinline__ void load_gate_and_value(const Glu& a, int64_t row, int64_t j, float* gate, float* value) {
-  if (TURNS) {
+  if (INTERLEAVED) {
     float low[VEC], high[VEC];
     load<VEC>(a.gate.row<const T>(row) + 2 * j, low);
     load<VEC>(a.gate.row<const T>(row) + 2 * j + VEC, high);
@@ -25,10 +29,10 @@ __device__ __forceinline__ void load_gate_and_value(const Glu& a, int64_t row, i
   }
 }
 
-template <class T, int VEC, bool TURNS>
+template <class T, int VEC, bool INTERLEAVED>
 __device__ __forceinline__ void store_gradients(const GluBackward& a, int64_t row, int64_t j, const float* gate,
                                                 const float* value) {
-  if (TURNS) {
+  if (INTERLEAVED) {
     float low[VEC], high[VEC];
     for (int i = 0; i < 2 * VEC; ++i) (i < VEC ? low[i] : high[i - VEC]) = i % 2 ? value[i / 2] : gate[i / 2];
     store<VEC>(a.grad_gate.row<T>(row) + 2 * j, low);
@@ -39,26 +43,26 @@ __device__ __forceinline__ void store_gradients(const GluBackward& a, int64_t ro
   }
 }
 
-template <class T, int VEC, bool TURNS>
+template <class T, int VEC, bool INTERLEAVED>
 __global__ void __launch_bounds__(block_threads) glu_forward_kernel(GluForward a) {
   const int64_t packs = a.columns / VEC;
   for (int64_t k = first_element(); k < a.rows * packs; k += grid_threads()) {
     const int64_t row = k / packs, j = k % packs * VEC;
     float gate[VEC], value[VEC];
-    load_gate_and_value<T, VEC, TURNS>(a, row, j, gate, value);
+    load_gate_and_value<T, VEC, INTERLEAVED>(a, row, j, gate, value);
     activate<VEC>(a.activation, gate);
     for (int i = 0; i < VEC; ++i) value[i] *= gate[i];
     store<VEC>(a.output.row<T>(row) + j, value);
   }
 }
 
-template <class T, int VEC, bool TURNS>
+template <class T, int VEC, bool INTERLEAVED>
 __global__ void __launch_bounds__(block_threads) glu_backward_kernel(GluBackward a) {
   const int64_t packs = a.columns / VEC;
   for (int64_t k = first_element(); k < a.rows * packs; k += grid_threads()) {
     const int64_t row = k / packs, j = k % packs * VEC;
     float gate[VEC], slope[VEC], value[VEC], g[VEC];
-    load_gate_and_value<T, VEC, TURNS>(a, row, j, gate, value);
+    load_gate_and_value<T, VEC, INTERLEAVED>(a, row, j, gate, value);
     load<VEC>(a.grad_output.row<const T>(row) + j, g);
     for (int i = 0; i < VEC; ++i) slope[i] = gate[i];
     differentiate<VEC>(a.activation, slope);
@@ -68,7 +72,7 @@ __global__ void __launch_bounds__(block_threads) glu_backward_kernel(GluBackward
       value[i] *= gate[i];
       gate[i] *= g[i];
     }
-    store_gradients<T, VEC, TURNS>(a, row, j, slope, gate);
+    store_gradients<T, VEC, INTERLEAVED>(a, row, j, slope, gate);
     if (a.output) store<VEC>(a.output.row<T>(row) + j, value);
   }
 }
@@ -88,7 +92,7 @@ void launch_glu(const GluBackward& a, const Launch& launch) {
 
 template <class T>
 bool is_vectorizable(const Glu& a) {
-  // Where the two take turns, value is misaligned by its nature, and read with gate.
+  // Interleaved, value begins one element after gate, and is read with gate.
   return a.columns * sizeof(T) % 16 == 0 && is_vectorizable<T>(a.gate) && (a.step == 2 || is_vectorizable<T>(a.value));
 }
 template <class T>

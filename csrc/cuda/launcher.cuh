@@ -36,7 +36,7 @@ inline Tensor float_vector(const Tensor& like, int64_t elements) {
   return torch::stable::new_empty(like, {elements}, ScalarType::Float);
 }
 
-// A weight or bias as the kernels read it: in float32, with the offset added.
+// A weight or bias for the kernels, which read it in float32, with the offset added.
 class Coefficient {
  public:
   Coefficient(const OptionalTensor& tensor, ScalarKind, double offset) {

@@ -1,7 +1,15 @@
-// The row-norm kernels for CUDA. Compiled by nvcc into the library, and by the host compiler, with
-// tests/host/cuda_on_host.h in the place of CUDA's own headers, into the tests.
+// The row-norm kernels for CUDA (csrc/row_norm.h): LayerNorm (J. Ba et al., "Layer normalization", 2016), RMSNorm (B.
+// Zhang and R. Sennrich, "Root mean square layer normalization", 2019), and what comes before and after them.
 //
-// A row belongs to a team: a warp where rows are short, a block where they are long.
+// Backward, with z = x_hat * weight + bias, g = dL/dz, h = g * weight = dL/dx_hat and N columns: x_hat_i = (u_i - mean)
+// * rstd, and mean and rstd depend on every u_j, so dx_hat_i/du_j = rstd * ((i == j) - 1 / N - x_hat_i * x_hat_j / N),
+// and so
+//   dL/du = rstd * (h - x_hat * c1 - c2) with c1 = mean(h * x_hat) and c2 = mean(h),
+//   dL/dweight = sum(g * x_hat) and dL/dbias = sum(g) over the rows.
+// In an RMSNorm the mean is no function of u, and c2 is 0. With cast_before_weight, x_hat in z and dL/dweight is the
+// rounded one, and rounding counts as the identity.
+//
+// A row belongs to a team (team.cuh). elements.cuh says what VEC is.
 #pragma once
 
 #include "../row_norm.h"
@@ -9,7 +17,8 @@
 
 namespace ckpt {
 
-// What is normalised, for VEC columns of a row. Where there is a residual, its sum with the input is stored.
+// u for VEC columns of a row. residual + dropout(input) is stored as residual_out too, and u is the sum as it is stored
+// there: the backward pass starts from residual_out and must find the same u.
 template <class T, int VEC>
 __device__ __forceinline__ void load_operand(const RowNorm& a, const Rows& residual_out, int64_t row, int64_t j,
                                              float* u) {
@@ -43,16 +52,16 @@ __device__ __forceinline__ void load_coefficients(const RowNorm& a, int64_t row,
   if (a.bias) load<VEC>(static_cast<const float*>(a.bias) + offset, b);
 }
 
-// x_hat, and x_hat as the weight sees it.
+// x_hat, and x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
 template <class T, int VEC>
 __device__ __forceinline__ void normalize(const RowNorm& a, const float* u, float mean, float rstd, float* x_hat,
-                                          float* seen) {
+                                          float* rounded) {
   for (int i = 0; i < VEC; ++i) {
-    x_hat[i] = seen[i] = (u[i] - mean) * rstd;
+    x_hat[i] = rounded[i] = (u[i] - mean) * rstd;
     if (a.cast_before_weight) {
-      T rounded;
-      from_float(x_hat[i], &rounded);
-      seen[i] = to_float(rounded);
+      T stored;
+      from_float(x_hat[i], &stored);
+      rounded[i] = to_float(stored);
     }
   }
 }
@@ -88,7 +97,7 @@ __global__ void __launch_bounds__(block_threads) row_norm_forward_kernel(RowNorm
     }
     for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
       float w[VEC], b[VEC], x_hat[VEC], y[VEC];
-      // A thread reads again what it stored itself.
+      // The sum with the residual, which this thread has stored itself.
       if (a.residual)
         load<VEC>(a.residual_out.row<const T>(row) + j, u);
       else
@@ -109,18 +118,19 @@ __global__ void __launch_bounds__(block_threads) row_norm_forward_kernel(RowNorm
   }
 }
 
-// The gradient before weight and bias, x_hat, and x_hat as the weight saw it, for VEC columns of a row.
+// g = dL/dz, x_hat, and x_hat as it meets the weight, for VEC columns of a row. With a gate that multiplies z, g =
+// dL/dy * act(gate), and with store_gate dL/dgate = dL/dy * z * act'(gate) is stored.
 template <class T, int VEC>
 __device__ __forceinline__ void norm_gradient(const RowNormBackward& a, int64_t row, int64_t j, const float* w,
-                                              const float* b, bool store_gate, float* g, float* x_hat, float* seen) {
+                                              const float* b, bool store_gate, float* g, float* x_hat, float* rounded) {
   float u[VEC], slope[VEC];
   load_operand<T, VEC>(a, Rows{}, row, j, u);
   const float mean = a.mean ? static_cast<const float*>(a.mean)[row] : 0;
-  normalize<T, VEC>(a, u, mean, static_cast<const float*>(a.rstd)[row], x_hat, seen);
+  normalize<T, VEC>(a, u, mean, static_cast<const float*>(a.rstd)[row], x_hat, rounded);
   load<VEC>(a.grad_output.row<const T>(row) + j, g);
   if (!a.gate) {
     if (a.activation == 0) return;
-    for (int i = 0; i < VEC; ++i) slope[i] = seen[i] * w[i] + b[i];
+    for (int i = 0; i < VEC; ++i) slope[i] = rounded[i] * w[i] + b[i];
     differentiate<VEC>(a.activation, slope);
     for (int i = 0; i < VEC; ++i) g[i] *= slope[i];
   } else if (!a.gate_first) {
@@ -129,7 +139,7 @@ __device__ __forceinline__ void norm_gradient(const RowNormBackward& a, int64_t 
     if (store_gate && a.grad_gate) {
       for (int i = 0; i < VEC; ++i) slope[i] = gate[i];
       differentiate<VEC>(a.activation, slope);
-      for (int i = 0; i < VEC; ++i) slope[i] *= g[i] * seen[i] * w[i];
+      for (int i = 0; i < VEC; ++i) slope[i] *= g[i] * rounded[i] * w[i];
       store<VEC>(a.grad_gate.row<T>(row) + j, slope);
     }
     activate<VEC>(a.activation, gate);
@@ -137,7 +147,7 @@ __device__ __forceinline__ void norm_gradient(const RowNormBackward& a, int64_t 
   }
 }
 
-// From the gradient of what was normalised to the gradients of what it was made from.
+// The gradients of the operands that u is made of, from du = dL/du.
 template <class T, int VEC>
 __device__ __forceinline__ void store_input_gradients(const RowNormBackward& a, int64_t row, int64_t j, float* du) {
   float x[VEC], other[VEC];
@@ -173,36 +183,36 @@ __global__ void __launch_bounds__(block_threads) row_norm_backward_input_kernel(
   using Rowteam = Team<WARP>;
   constexpr int64_t step = Rowteam::size * VEC;
   for (int64_t row = Rowteam::first(); row < a.rows; row += Rowteam::count()) {
-    float w[VEC], b[VEC], g[VEC], x_hat[VEC], seen[VEC];
-    float sum = 0, sum_x_hat = 0;
+    float w[VEC], b[VEC], g[VEC], x_hat[VEC], rounded[VEC];
+    float sum_h = 0, sum_h_x_hat = 0;
     for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
       load_coefficients<VEC>(a, row, j, w, b);
-      norm_gradient<T, VEC>(a, row, j, w, b, true, g, x_hat, seen);
+      norm_gradient<T, VEC>(a, row, j, w, b, true, g, x_hat, rounded);
       for (int i = 0; i < VEC; ++i) {
-        sum += g[i] * w[i];
-        sum_x_hat += g[i] * w[i] * x_hat[i];
+        sum_h += g[i] * w[i];
+        sum_h_x_hat += g[i] * w[i] * x_hat[i];
       }
       if (a.output) {
-        for (int i = 0; i < VEC; ++i) seen[i] = seen[i] * w[i] + b[i];
-        activate<VEC>(a.activation, seen);
-        store<VEC>(a.output.row<T>(row) + j, seen);
+        for (int i = 0; i < VEC; ++i) rounded[i] = rounded[i] * w[i] + b[i];
+        activate<VEC>(a.activation, rounded);
+        store<VEC>(a.output.row<T>(row) + j, rounded);
       }
     }
     if (!a.grad_input) continue;
     const float rstd = static_cast<const float*>(a.rstd)[row];
-    const float average = a.centered ? Rowteam::sum(sum) / float(a.columns) : 0;
-    const float tilt = Rowteam::sum(sum_x_hat) / float(a.columns);
+    const float c2 = a.centered ? Rowteam::sum(sum_h) / float(a.columns) : 0;
+    const float c1 = Rowteam::sum(sum_h_x_hat) / float(a.columns);
     for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
       load_coefficients<VEC>(a, row, j, w, b);
-      norm_gradient<T, VEC>(a, row, j, w, b, false, g, x_hat, seen);
-      for (int i = 0; i < VEC; ++i) g[i] = (g[i] * w[i] - average - x_hat[i] * tilt) * rstd;
+      norm_gradient<T, VEC>(a, row, j, w, b, false, g, x_hat, rounded);
+      for (int i = 0; i < VEC; ++i) g[i] = (g[i] * w[i] - c2 - x_hat[i] * c1) * rstd;
       store_input_gradients<T, VEC>(a, row, j, g);
     }
   }
 }
 
-// Partial sums of the weight gradients: block (task, strip) walks the rows of its task in order, each thread with
-// VEC columns of its own. Sums are (tasks, columns); `group_tasks` tasks share the rows of a group.
+// Partial sums of the gradients of weight and bias, (tasks, columns): CUDA block (task, strip) takes a task of rows,
+// one after another, and a strip of columns, VEC of them a thread. `group_tasks` tasks share the rows of a group.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads)
     row_norm_backward_weight_kernel(RowNormBackward a, int64_t group_tasks, int64_t task_rows, int64_t strips,
@@ -213,12 +223,12 @@ __global__ void __launch_bounds__(block_threads)
   const int64_t group_begin = task / group_tasks * a.rows_per_group, group_end = group_begin + a.rows_per_group;
   const int64_t begin = group_begin + task % group_tasks * task_rows;
   const int64_t end = begin + task_rows < group_end ? begin + task_rows : group_end;
-  float w[VEC], b[VEC], g[VEC], x_hat[VEC], seen[VEC], dw[VEC] = {}, db[VEC] = {};
+  float w[VEC], b[VEC], g[VEC], x_hat[VEC], rounded[VEC], dw[VEC] = {}, db[VEC] = {};
   load_coefficients<VEC>(a, group_begin, j, w, b);
   for (int64_t row = begin; row < end; ++row) {
-    norm_gradient<T, VEC>(a, row, j, w, b, false, g, x_hat, seen);
+    norm_gradient<T, VEC>(a, row, j, w, b, false, g, x_hat, rounded);
     for (int i = 0; i < VEC; ++i) {
-      dw[i] += g[i] * seen[i];
+      dw[i] += g[i] * rounded[i];
       db[i] += g[i];
     }
   }

@@ -1,5 +1,4 @@
-// How the row-norm kernels are launched: vector width, team and grid. `launch(kernel, blocks, arguments...)` is
-// given by whoever includes this: CUDA's own launch in the library, a loop over blocks in the tests.
+// How the row-norm kernels are launched: vector width, team and grid. elements.cuh says what `launch` is.
 #pragma once
 
 #include "row_norm_kernels.cuh"
@@ -53,8 +52,8 @@ void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_b
     launch(sum_partials_kernel, blocks, (const float*)bias_sums, shares.group_tasks, a.columns, total, grad_bias);
 }
 
-// The sums have room for PartialSums(a.rows, a.rows_per_group).elements(a.columns) floats each where their gradient is
-// wanted, and are null else.
+// weight_sums and bias_sums hold PartialSums(a.rows, a.rows_per_group).elements(a.columns) floats each, and are null
+// where nobody wants the gradient.
 template <class T, class Launch>
 void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_bias, float* weight_sums,
                      float* bias_sums, const Launch& launch) {

@@ -1,4 +1,4 @@
-// The threads that share a row: a warp where rows are short, a block where they are long.
+// Teams: the threads that share a row, a warp where rows are short, a CUDA block where they are long.
 #pragma once
 
 #include "../math/moments.h"
@@ -9,7 +9,7 @@ namespace ckpt {
 // Rows up to this many columns are taken by a warp, so that eight of them share a block.
 constexpr int64_t warp_columns = 1024;
 
-// The threads that share a row, and their sums.
+// Team number first() + k * count() takes row first() + k * count(); a thread of the team is number rank() of size.
 template <bool WARP>
 struct Team {
   static constexpr int size = WARP ? warp_threads : block_threads;
@@ -58,7 +58,7 @@ struct Team {
   }
 };
 
-// Blocks for a loop in which teams take turns.
+// CUDA blocks for a loop in which each team takes every count()-th row.
 inline int64_t blocks_for_rows(int64_t rows, bool warp) {
   const int64_t blocks = warp ? divide_up(rows, block_warps) : rows;
   return blocks < most_blocks ? blocks : most_blocks;

@@ -1,7 +1,8 @@
 // Every activation and its derivative, once for C++ and CUDA.
 //
-// T is float, double, or a vector of either (csrc/cpu/vec.h). To add an activation: a struct with `value` and
-// `derivative`, and its line in CKPT_ACTIVATIONS, whose order is that of ckpt_kernels/activations.py.
+// T is float, double, or a vector of either (csrc/cpu/vec.h). The functions that these formulas call (exp, normal_cdf,
+// ...) are those of scalar.h for numbers and of csrc/cpu/vec_math.h for vectors. To add an activation: a struct with
+// `value` and `derivative`, and its line in CKPT_ACTIVATIONS, whose order is that of ckpt_kernels/activations.py.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +12,7 @@
 
 namespace ckpt {
 
-// 1 / (1 + exp(-x)), and one minus that, which is not a difference, so that it does not cancel.
+// 1 / (1 + exp(-x)), and 1 minus that, as exp(-x) / (1 + exp(-x)): a difference would lose all digits for a large x.
 template <class T>
 struct Logistic {
   T value, complement;
@@ -96,7 +97,8 @@ struct Gelu {
   }
 };
 
-// 0.5 x (1 + tanh(u)) is x * logistic(2u), which loses nothing where tanh(u) is near -1.
+// 0.5 x (1 + tanh(u)) is x * logistic(2u), which stays accurate where tanh(u) is near -1 (D. Hendrycks and K. Gimpel,
+// "Gaussian error linear units", 2016).
 struct GeluTanh {
   template <class T>
   CKPT_HD static Logistic<T> gate(T x) {
@@ -137,7 +139,8 @@ struct Silu {
   }
 };
 
-// tanh(log(1 + e^x)) is n / d below, written in e^-|x| so that nothing overflows.
+// x tanh(log(1 + e^x)) (D. Misra, 2019). The tanh is (w^2 - 1) / (w^2 + 1) with w = 1 + e^x, or (e^2x + 2 e^x) / (e^2x
+// + 2 e^x + 2), and for a positive x that fraction divided by e^2x: only e^-|x| is computed, which cannot overflow.
 struct Mish {
   template <class T>
   CKPT_HD static T value(T x) {
@@ -199,7 +202,7 @@ struct Hardswish {
   }
 };
 
-// torch's default: the identity above 20.
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|). As in torch, the identity above 20.
 struct Softplus {
   template <class T>
   CKPT_HD static T value(T x) {
@@ -230,7 +233,7 @@ struct Softplus {
 
 constexpr int activation_count = 14;
 
-// Calls `visitor(Struct{})` for the activation with this code. The codes are checked before any kernel runs.
+// Calls `visitor(Struct{})` for the activation with this code. The ops have checked the code.
 template <class Visitor>
 CKPT_HD void visit_activation(int activation, Visitor visitor) {
 #define CKPT_VISIT(code, name) \

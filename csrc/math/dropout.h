@@ -1,4 +1,5 @@
-// Dropout as a kernel needs it: which of philox.h's 32-bit draws keep an element, and what by.
+// Dropout as a kernel needs it: which 32-bit draws (philox.h) keep an element, and the factor of an element that is
+// kept.
 #pragma once
 
 #include <stdint.h>
@@ -7,7 +8,8 @@
 
 namespace ckpt {
 
-// What dropout with probability p multiplies by: 0 for the dropped, `scale` for the kept. False where there is none.
+// The factors of dropout with probability p: 0 for an element that is dropped, `scale` for one that is kept. Converts
+// to false where there is no dropout.
 struct Dropout {
   const int64_t* seed = nullptr;
   uint64_t threshold = 0;  // p * 2^32; 0 keeps all, 2^32 drops all

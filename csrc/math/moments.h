@@ -1,5 +1,5 @@
-// Mean and sum of squared deviations, merged pairwise (Chan, Golub and LeVeque, 1983): exact where the mean is
-// large and the deviations small, which a difference of sums is not.
+// Mean and sum of squared deviations, merged pairwise (T. Chan, G. Golub and R. LeVeque, "Algorithms for computing the
+// sample variance", 1983). Accurate where the mean is large and the deviations are small; E[x^2] - E[x]^2 would cancel.
 #pragma once
 
 #include "macros.h"
@@ -9,7 +9,7 @@ namespace ckpt {
 struct Moments {
   float count = 0, mean = 0, squares = 0;
 
-  // Of n values, in two passes over them.
+  // The moments of n values, in two passes over them.
   CKPT_HD static Moments of(const float* values, int n) {
     Moments m;
     for (int i = 0; i < n; ++i) m.mean += values[i];

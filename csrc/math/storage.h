@@ -53,13 +53,14 @@ CKPT_HD void from_float(float x, bfloat16* y) {
 CKPT_HD float to_float(float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 CKPT_HD void from_float(float x, float16* y) { y->bits = __half_as_ushort(__float2half_rn(x)); }
 #else
-// A product with a power of two rebuilds the exponent, denormals included.
+// A float16's exponent and fraction, read as those of a float32, are 2^112 times too small; a product corrects this for
+// denormals too.
 CKPT_HD float to_float(float16 x) {
   uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   if (magnitude >= 0x0f800000u) return bits_float(sign | magnitude | 0x7f800000u);
   return bits_float(sign | float_bits(bits_float(magnitude) * 5.192296858534828e+33f));  // 2^112
 }
-// Adding a power of two aligned with float16's last place lets the float adder round a denormal result.
+// For a denormal result 0.5f is added: the last place of 0.5f is that of a float16 denormal, so the addition rounds.
 CKPT_HD void from_float(float x, float16* y) {
   uint32_t bits = float_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu, h;
   if (magnitude > 0x7f800000u)

@@ -5,7 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "../../csrc/cuda/bias_act_kernels.cuh"
-#include "../../csrc/cuda/channel_norm_kernels.cuh"
+#include "../../csrc/cuda/channel_norm_launch.cuh"
 #include "../../csrc/cuda/glu_kernels.cuh"
 #include "../../csrc/cuda/row_norm_launch.cuh"
 

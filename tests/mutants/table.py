@@ -53,7 +53,8 @@ class Mutant:
         return before + both + after
 
 
-_ROWS = "csrc/cpu/row_norm_rows.h"
+_OPERAND = "csrc/cpu/row_norm_operand.h"
+_BACKWARD = "csrc/cpu/row_norm_backward_rows.h"
 _DROPPED = "tests/test_linear.py -k 'every_activation_and_dropout and gelu-all and {}'"
 _MASKS = "tests/test_row_norm.py -k 'dropout_gradients and {}'"
 _STORED = "tests/test_row_norm.py -k 'sum_as_it_is_stored and {}'"
@@ -90,36 +91,36 @@ NATIVE = (
     ),
     Mutant(
         "the backward pass takes the mask of the first 512 columns for all",
-        _ROWS,
+        _BACKWARD,
         "dropout_factors(a.dropout, row, «j0», n, slope.value)",
         "0",
         _MASKS.format("native"),
     ),
     Mutant(
         "the sum with the residual is normalised before it is rounded",
-        _ROWS,
+        _OPERAND,
         "load(residual + j, lanes) + load(z + j, lanes);\n          sum.put(j0 + j, total, lanes);\n"
         "          store(z + j, «round_to<S, T>(total)», Full<S>{});",
         "total",
         _STORED.format("native"),
     ),
     Mutant(
-        "of three rows beyond the blocks of four, one counts twice",
-        _ROWS,
-        "r.sum = r.sum_x_hat = Vec<S>(0.0);\n      if («i < live»)",
+        "of three rows beyond the tiles of four, one counts twice",
+        _BACKWARD,
+        "r.sum_h = r.sum_h_x_hat = Vec<S>(0.0);\n      if («i < live»)",
         "i < live || live == 3",
         _EDGES.format("native and 7x1x16"),
     ),
     Mutant(
         "a norm that is not centred loses the gradient's mean",
-        _ROWS,
-        "a.centered ? sum_lanes(r.sum) / S(a.columns) : S(0)",
-        "sum_lanes(r.sum) / S(a.columns)",
+        _BACKWARD,
+        "a.centered ? sum_lanes(r.sum_h) / S(a.columns) : S(0)",
+        "sum_lanes(r.sum_h) / S(a.columns)",
         _EDGES.format("native and rms_norm and 7x1x16"),
     ),
     Mutant(
         "the gradient of the sum is streamed though it is read again",
-        _ROWS,
+        _BACKWARD,
         "if (a.grad_residual) «grad_input.streams = false;»",
         ";",
         _MASKS.format("native"),
@@ -127,8 +128,8 @@ NATIVE = (
     ),
     Mutant(
         "the output is written again without the rounding before the weight",
-        _ROWS,
-        "seen = «rounded_if<S, T>(cast, x_hat)»;\n      Vec<S> g = way",
+        _BACKWARD,
+        "rounded = «rounded_if<S, T>(cast, x_hat)»;\n      Vec<S> grad",
         "x_hat",
         "tests/test_linear.py -k 'rounded_before_the_weight and native'",
     ),
@@ -148,7 +149,7 @@ NATIVE = (
     ),
     Mutant(
         "results are streamed whatever their address",
-        "csrc/cpu/vec.h",
+        "csrc/cpu/vec_stream.h",
         "reinterpret_cast<uintptr_t>(row) % 64 == 0",
         "true",
         "tests/test_streaming.py",

@@ -1,7 +1,8 @@
 """Every activation and its derivative as Triton functions: `name(x)` and `name_grad(x)`, on float32.
 
 `activate` and `differentiate` choose by name when a kernel is compiled. To add an activation: the two functions,
-and their two lines in each of these.
+and their two lines in each of these. The polynomials are those of csrc/cpu/polynomials.h, which says how they were
+found and how accurate they are; tests/test_polynomials.py compares the coefficients.
 """
 
 import triton
@@ -10,16 +11,20 @@ import triton.language as tl
 
 @triton.jit
 def logistic(x):
-    """1 / (1 + exp(-x)) and its derivative, which is not a difference, so that it does not cancel."""
+    """1 / (1 + exp(-x)) and its derivative, as a product: value - value^2 would lose all digits for a large x."""
     e = tl.exp(-x)
     value = 1.0 / (1.0 + e)
-    # The bound keeps an infinite exponential from meeting a zero.
+    # Where the exponential is infinite and the value 0, their product is to be 0 and not NaN.
     return value, tl.where(e > 1e30, 1e30, e) * value * value
 
 
 @triton.jit
 def expm1_nonpositive(x):
-    # e^x = 2^n (1 + f), with n the nearest integer to x / log 2 and f = expm1 of the rest by a polynomial.
+    """e^x - 1 for x <= 0, as 2^n f + (2^n - 1).
+
+    e^x = 2^n (1 + f), where n is the integer nearest to x / log(2), and f is expm1 of the rest r = x - n log(2), by a
+    polynomial. log(2) is subtracted in two parts, so that n times the first is exact (Cody and Waite, 1980).
+    """
     x = tl.where(x < -40.0, -40.0, x)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = x - n * 0.693359375
@@ -34,7 +39,7 @@ def expm1_nonpositive(x):
 
 @triton.jit
 def log1p_unit(x):
-    # 2 atanh(s) with s = x / (2 + x), for x in [0, 1].
+    """log(1 + x) for 0 <= x <= 1, as 2 atanh(s) with s = x / (2 + x), by a polynomial in s^2."""
     s = x / (2.0 + x)
     z = s * s
     q = 0.11616778373718262 * z + 0.10852266848087311
@@ -46,7 +51,10 @@ def log1p_unit(x):
 
 @triton.jit
 def normal_cdf(x, bell):
-    # The upper tail beyond a = |x| is bell * p(s), with a minimax polynomial in s = 0.33 a / (1 + 0.33 a).
+    """The standard normal distribution function at x; `bell` is exp(-x^2 / 2).
+
+    The tail beyond a = |x| is bell * p(s), with a polynomial in s = 0.33 a / (1 + 0.33 a).
+    """
     a = tl.abs(x) * 0.33
     a = tl.where(a > 1e30, 1e30, a)
     s = a / (1.0 + a)
@@ -127,7 +135,7 @@ def gelu_grad(x):
 
 @triton.jit
 def gelu_tanh_gate(x):
-    # 0.5 (1 + tanh(u)) is logistic(2u), which loses nothing where tanh(u) is near -1.
+    # 0.5 (1 + tanh(u)) is logistic(2u), which stays accurate where tanh(u) is near -1.
     return logistic(x * (1.5957691216057308 + 0.07135481627260025 * x * x))
 
 

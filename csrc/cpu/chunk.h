@@ -1,0 +1,23 @@
+// Columns of a row that are worked on together: few enough to stay in the first level of cache.
+#pragma once
+
+#include "target.h"
+#include "vec.h"
+
+namespace ckpt::CKPT_ISA {
+
+// A multiple of every vector width, and of the four columns that one draw of Philox serves.
+constexpr int64_t chunk_columns = 512;
+
+template <class S>
+struct Chunk {
+  alignas(64) S value[chunk_columns];
+};
+
+// n rounded up to whole vectors.
+template <class S>
+CKPT_INLINE int64_t whole_vectors(int64_t n) {
+  return (n + Vec<S>::width - 1) / Vec<S>::width * Vec<S>::width;
+}
+
+}  // namespace ckpt::CKPT_ISA

@@ -1,0 +1,8 @@
+// The loops of every family, for the instruction set of target.h.
+#pragma once
+
+#include "bias_act_rows.h"
+#include "channel_norm_rows.h"
+#include "glu_rows.h"
+#include "row_norm_rows.h"
+#include "sum_rows.h"
