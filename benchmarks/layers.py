@@ -152,12 +152,7 @@ class Turn:
             self.backward.append((end - middle) * 1e3)
 
     def saved(self) -> int:
-        """Without the module's buffers, which are no activations."""
-        owner = nn.Module()
-        for index, buffer in enumerate(self.module.buffers()):
-            owner.register_buffer(str(index), buffer)
-        owner.forward = lambda *inputs: self.call(*inputs)
-        return saved_bytes(owner, *self.inputs)
+        return saved_bytes(self.call, *self.inputs, parameters_of=self.module)
 
 
 def measure(layer: Layer, device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:

@@ -113,14 +113,13 @@ def measure(build: Callable[..., Built], device: str, rounds: int, compiled: boo
     budget = int(SLACK * everyone[0].peak(BATCH, device))
     found = []
     for run in everyone:
-        owner = _Owner(run)
         found.append(
             {
                 "provider": run.provider,
                 "step_ms": statistics.median(seconds[run.provider]) * 1e3,
                 "times_eager": statistics.median(seconds[run.provider]) / statistics.median(seconds["eager"]),
                 "spread": report.spread(seconds[run.provider]),
-                "saved_bytes": saved_bytes(owner),
+                "saved_bytes": saved_bytes(outputs_of, run.call, run.inputs, parameters_of=run.model),
                 "peak_bytes": run.peak(BATCH, device),
                 "budget_bytes": budget,
                 # A compiled model would be compiled again for every batch.
@@ -128,18 +127,6 @@ def measure(build: Callable[..., Built], device: str, rounds: int, compiled: boo
             }
         )
     return found
-
-
-class _Owner(nn.Module):
-    """A run as a module, so that its model's parameters and buffers are not counted as kept."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self.model = run.model
-        self.run = run
-
-    def forward(self) -> Any:
-        return outputs_of(self.run.call, self.run.inputs)
 
 
 COLUMNS = ["model", "provider", "step ms", "x eager", "kept MiB", "x eager's", "peak MiB", "largest batch"]

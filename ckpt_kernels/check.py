@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from . import memory
 from .convert import Report, convert, revert
+from .target import Inputs, arguments_of
 
-Inputs = tuple[Any, ...] | Mapping[str, Any]
 # Times that spread more than that from step to step are not worth comparing.
 WIDE_SPREAD = 0.15
 
@@ -274,7 +274,8 @@ def _draws(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _call(model: nn.Module, inputs: Inputs) -> Any:
-    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    args, kwargs = arguments_of(inputs)
+    return model(*args, **kwargs)
 
 
 def _outputs(value: Any) -> list[Tensor]:

@@ -6,13 +6,13 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from . import check, doctor, inspect, memory
 from .convert import convert, is_converted, revert
 from .functional.linear import RECOMPUTE
 from .inspect import ARCHITECTURES, COLUMNS
-from .target import BadTarget, built
+from .target import BadTarget, arguments_of, built
 from .version import __version__
 
 
@@ -87,7 +87,7 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 def _memory(options: argparse.Namespace) -> int:
     model, inputs = built(options.target)
-    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    args, kwargs = arguments_of(inputs)
     if options.convert or any(map(is_converted, model.modules())):
         eager = copy.deepcopy(model)
         revert(eager)

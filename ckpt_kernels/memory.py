@@ -17,18 +17,21 @@ from torch import Tensor, nn
 
 from . import memory_table
 from .recompute import discard_outputs
+from .target import arguments_of
 
 
-def saved_bytes(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any) -> int:
     """Bytes of the distinct storages that `fn(*args, **kwargs)` keeps for backward.
 
     `fn` may be a function or a module. Each storage counts once and whole, however many views of it are kept.
-    Not counted: the storages of parameters (any `nn.Parameter` that is kept, or a view of one) and, if `fn` is a
-    module, of its parameters and buffers. Inputs that are kept do count. The call is made once, with gradients as they
-    are set; what the graph of its result holds counts, and the result is dropped. A `discard_outputs` around this call
-    has no say in it; one within `fn` has.
+    Not counted: the storages of parameters (any `nn.Parameter` that is kept, or a view of one), and of all parameters
+    and buffers of the module `parameters_of`, which is `fn` by default if that is a module. Inputs that are kept do
+    count. The call is made once, with gradients as they are set; what the graph of its result holds counts, and the
+    result is dropped. A `discard_outputs` around this call has no say in it; one within `fn` has.
+
+        saved_bytes(discard_outputs()(model), x, parameters_of=model)
     """
-    return sum(tensor.counted for tensor in saved_tensors(fn, *args, **kwargs))
+    return sum(tensor.counted for tensor in saved_tensors(fn, *args, parameters_of=parameters_of, **kwargs))
 
 
 def saved_bytes_beside_output(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -36,7 +39,7 @@ def saved_bytes_beside_output(fn: Callable[..., Any], *args: Any, **kwargs: Any)
 
     So an activation that saves its output (relu, tanh) is not charged with what the next layer saves too.
     """
-    return sum(tensor.counted for tensor in _saved(fn, args, kwargs, but_for_output=True))
+    return sum(tensor.counted for tensor in _saved(fn, args, kwargs, _module(fn), but_for_output=True))
 
 
 def kept_bytes(model: nn.Module, inputs: Any) -> int:
@@ -45,9 +48,7 @@ def kept_bytes(model: nn.Module, inputs: Any) -> int:
     The model itself, and torch's, Python's and numpy's random numbers, stay as they are.
     """
     twin = copy.deepcopy(model)
-    args, kwargs = (
-        ((), inputs) if isinstance(inputs, Mapping) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    )
+    args, kwargs = arguments_of(inputs)
     with _random_numbers_kept(), torch.enable_grad():
         return saved_bytes(twin, *args, **kwargs)
 
@@ -79,16 +80,25 @@ class SavedTensor:
     owner: str
 
 
-def saved_tensors(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[SavedTensor]:
+def saved_tensors(
+    fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any
+) -> list[SavedTensor]:
     """What `fn(*args, **kwargs)` keeps for backward, in the order in which it is kept; see `saved_bytes`."""
-    return _saved(fn, args, kwargs, but_for_output=False)
+    owner = _module(fn) if parameters_of is None else parameters_of
+    return _saved(fn, args, kwargs, owner, but_for_output=False)
 
 
-def _saved(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], but_for_output: bool) -> list[SavedTensor]:
+def _module(fn: Callable[..., Any]) -> nn.Module | None:
+    return fn if isinstance(fn, nn.Module) else None
+
+
+def _saved(
+    fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], parameters_of: nn.Module | None, but_for_output: bool
+) -> list[SavedTensor]:
     modules: list[str] = [""]
     owned = set()
-    if isinstance(fn, nn.Module):
-        owned = {_storage(t) for t in (*fn.parameters(), *fn.buffers())}
+    if parameters_of is not None:
+        owned = {_storage(t) for t in (*parameters_of.parameters(), *parameters_of.buffers())}
     packed: list[tuple[str, weakref.ref[_Held]]] = []
 
     def pack(tensor: Tensor) -> _Held:

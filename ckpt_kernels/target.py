@@ -1,4 +1,4 @@
-"""What a MODULE:CALLABLE of the command line gives: a model, and what it is called with."""
+"""A model and what it is called with: as (args, kwargs), and as a MODULE:CALLABLE of the command line gives them."""
 
 import importlib
 import os
@@ -22,6 +22,14 @@ class BadTarget(Exception):
     own code that failed."""
 
 
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """(args, kwargs) of a call with `inputs`: a tuple of several, a mapping of them by name, or else a single one."""
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    # A list is one input, of a detector say, as it is for `convert`.
+    return inputs if isinstance(inputs, tuple) else (inputs,), {}
+
+
 def built(target: str) -> tuple[nn.Module, Inputs]:
     """Calls `target`, MODULE:CALLABLE; the inputs as a tuple or a mapping. Raises BadTarget."""
     function = _loaded(target)
@@ -37,11 +45,10 @@ def built(target: str) -> tuple[nn.Module, Inputs]:
     model, inputs = found
     if not isinstance(model, nn.Module):
         raise BadTarget(f"{target}() gives a {type(model).__name__} for its model; {EXPECTED}")
-    # A list is one input, of a detector say, as it is for `convert`.
-    if isinstance(inputs, Tensor | list):
-        return model, (inputs,)
-    if isinstance(inputs, tuple | Mapping):
+    if isinstance(inputs, Mapping):
         return model, inputs
+    if isinstance(inputs, Tensor | list | tuple):
+        return model, arguments_of(inputs)[0]
     raise BadTarget(f"{target}() gives a {type(inputs).__name__} for its inputs; {EXPECTED}")
 
 

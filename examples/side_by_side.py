@@ -55,12 +55,7 @@ class Run:
     def measure_memory(self, batch: Batch) -> None:
         """What a pass keeps, and the peak of what a forward and backward pass make beside the model."""
         self.model.zero_grad(set_to_none=True)
-        # As a function of the module's own, so that its buffers are not counted.
-        owner = nn.Module()
-        for index, buffer in enumerate(self.model.buffers()):
-            owner.register_buffer(str(index), buffer)
-        owner.forward = lambda *batch: self.forward(*batch)
-        self.saved = saved_bytes(owner, *batch)
+        self.saved = saved_bytes(self.forward, *batch, parameters_of=self.model)
         self.peak = peak_bytes(lambda: self.forward(*batch).backward(), batch[0].device)
         self.model.zero_grad(set_to_none=True)
 

@@ -172,3 +172,25 @@ def test_what_the_next_layer_keeps_anyway_is_not_counted_beside_the_output() -> 
     assert memory.saved_bytes(torch.relu, x) == x.nbytes
     assert memory.saved_bytes_beside_output(torch.relu, x) == 0
     assert memory.saved_bytes_beside_output(torch.nn.functional.gelu, x) == x.nbytes
+
+
+class Scaled(torch.nn.Module):
+    """Keeps its buffer for the gradient of its input, and its input for that of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+        self.register_buffer("scale", torch.full((8,), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight * self.scale
+
+
+def test_whose_parameters_and_buffers_do_not_count() -> None:
+    model, x = Scaled(), torch.randn(4, 8, requires_grad=True)
+    assert memory.saved_bytes(lambda x: model(x), x) == x.nbytes + model.scale.nbytes
+    assert memory.saved_bytes(lambda x: model(x), x, parameters_of=model) == memory.saved_bytes(model, x) == x.nbytes
+    # Another module's in the place of its own.
+    assert memory.saved_bytes(model, x, parameters_of=Scaled()) == x.nbytes + model.scale.nbytes
+    kept = memory.saved_tensors(lambda x: model(x), x, parameters_of=model)
+    assert [(tensor.shape, tensor.counted) for tensor in kept] == [((4, 8), x.nbytes)]
