@@ -12,9 +12,10 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from .blocks import BLOCKS, Block
+from ckpt_kernels.catalogue.blocks import BLOCKS, Block
+from ckpt_kernels.catalogue.linear import PAIRS, Pair
+
 from .conftest import DEVICE
-from .pairs import PAIRS, Pair
 
 _ZEROS = {"allow_unused": True, "materialize_grads": True}
 
