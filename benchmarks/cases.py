@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ckpt_kernels.catalogue import blocks
-from ckpt_kernels.catalogue.blocks import Block, Operands
+from ckpt_kernels.catalogue.block import Block, Operands
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ckpt_kernels.catalogue.blocks import Operands
+from ckpt_kernels.catalogue.block import Operands
 from ckpt_kernels.memory import allocations, peak_bytes, saved_bytes_beside_output
 
 from .cases import Case, Setting

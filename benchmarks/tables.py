@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ckpt_kernels.catalogue.blocks import ACTIVATION_BLOCKS, BLOCKS, DROPOUT_BLOCKS, Block
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import ACTIVATION_BLOCKS, BLOCKS, DROPOUT_BLOCKS
 from ckpt_kernels.catalogue.linear import PAIRS, Pair
 from ckpt_kernels.functional.linear import RECOMPUTE
 from ckpt_kernels.memory import saved_bytes

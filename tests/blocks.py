@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_kernels.catalogue.blocks import BLOCKS, Operands
+from ckpt_kernels.catalogue.block import Operands
+from ckpt_kernels.catalogue.blocks import BLOCKS
 from ckpt_kernels.catalogue.linear import PAIRS
 
 by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)

@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import functional, nn, ops
-from ckpt_kernels.catalogue.blocks import BLOCKS, Block
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
 from ckpt_kernels.catalogue.linear import PAIRS
 
 from .blocks import by_block, with_gradients

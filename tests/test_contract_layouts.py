@@ -5,7 +5,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from ckpt_kernels.catalogue.blocks import BLOCKS, Block
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
 from .blocks import by_block, with_gradients
 from .conftest import DEVICE, serving

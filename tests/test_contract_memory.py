@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ckpt_kernels.catalogue.blocks import BY_NAME, Block
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BY_NAME
 from ckpt_kernels.memory import saved_bytes
 
 from .blocks import by_block, with_gradients

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ckpt_kernels.catalogue.blocks import ACTIVATION_BLOCKS, BLOCKS, BY_NAME, Block, Operands
+from ckpt_kernels.catalogue.block import Block, Operands
+from ckpt_kernels.catalogue.blocks import ACTIVATION_BLOCKS, BLOCKS, BY_NAME
 
 from .blocks import by_block, in_float64, with_gradients
 from .conftest import DEVICE, interprets

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ckpt_kernels import functional as F
 from ckpt_kernels import nn as ours
 from ckpt_kernels import ops, recompute
-from ckpt_kernels.catalogue.blocks import BLOCKS, Block
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
 from .conftest import DEVICE, serving, unserved
 

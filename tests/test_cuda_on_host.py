@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ckpt_kernels import functional
-from ckpt_kernels.catalogue.blocks import Block
+from ckpt_kernels.catalogue.block import Block
 
 from .blocks import by_block
 from .conftest import DEVICE, serving

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_kernels import functional as F
 from ckpt_kernels import nn
 from ckpt_kernels.activations import NAMES
-from ckpt_kernels.catalogue.blocks import Operands
+from ckpt_kernels.catalogue.block import Operands
 from ckpt_kernels.catalogue.linear import PAIRS, Pair
 from ckpt_kernels.functional.linear import RECOMPUTE
 from ckpt_kernels.memory import saved_bytes

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels import functional
 from ckpt_kernels import nn as ours
-from ckpt_kernels.catalogue.blocks import BLOCKS, Block
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
 from .blocks import in_float64
 

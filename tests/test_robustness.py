@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ckpt_kernels import functional, nn
-from ckpt_kernels.catalogue.blocks import BLOCKS, Block, Operands
+from ckpt_kernels.catalogue.block import Block, Operands
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
 from .blocks import by_block, with_gradients
 from .conftest import DEVICE, interprets

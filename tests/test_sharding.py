@@ -32,7 +32,8 @@ from torch.distributed.tensor.parallel import (
 import ckpt_kernels
 from ckpt_kernels import functional
 from ckpt_kernels import nn as ours
-from ckpt_kernels.catalogue.blocks import BLOCKS, Block, Operands
+from ckpt_kernels.catalogue.block import Block, Operands
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
 from .blocks import in_float64, with_gradients
 

@@ -12,7 +12,8 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from ckpt_kernels.catalogue.blocks import BLOCKS, Block
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
 from ckpt_kernels.catalogue.linear import PAIRS, Pair
 
 from .conftest import DEVICE

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.reference import ACTIVATIONS as ACT
 from ..functional.linear import RECOMPUTE
-from .blocks import Function, Operands, calls_of, random_operands
+from .block import Function, Operands, calls_of, random_operands
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Pair:
 
 def _pair(function: str, kept: dict, shapes: Callable, statistics: int = 0) -> Callable:
     """Makes of an eager twin what makes pairs, of a name and options."""
-    declared = {"shapes": shapes, "kept": kept, "statistics": statistics}
+    declared: dict[str, Any] = {"shapes": shapes, "kept": kept, "statistics": statistics}
     return lambda twin: lambda name, **given: Pair(name, **calls_of(function, twin, given), **declared)
 
 
@@ -78,7 +78,9 @@ def _split(pair: Pair) -> Pair:
     lambda n: {"norm_weight": (n,), "norm_bias": (n,), "weight": (n + 3, n), "bias": (n + 3,)},
     statistics=2,
 )
-def norm_linear(input, norm_weight, norm_bias, weight, bias, *, activation):
+def norm_linear(
+    input: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, activation: str
+) -> Tensor:
     """linear(act(norm(pre_act(input))))"""
     return F.linear(ACT[activation](F.layer_norm(input, norm_weight.shape, norm_weight, norm_bias)), weight, bias)
 
@@ -89,14 +91,25 @@ def norm_linear(input, norm_weight, norm_bias, weight, bias, *, activation):
     lambda n: {"norm_weight": (n,), "q": (n, n), "k": (3, n), "v": (5, n), "k_bias": (3,)},
     statistics=1,
 )
-def rms_norm_linears(input, norm_weight, q, k, v, k_bias, *, norm="rms_norm", norm_bias=None, eps=1e-6):
+def rms_norm_linears(
+    input: Tensor,
+    norm_weight: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_bias: Tensor,
+    *,
+    norm: str = "rms_norm",
+    norm_bias: None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
     """linear(act(norm(pre_act(input))))"""
     y = F.rms_norm(input, norm_weight.shape, norm_weight, eps)
     return F.linear(y, q), F.linear(y, k, k_bias), F.linear(y, v)
 
 
 @_pair("act_linear", _of_linear("act(input)"), lambda n: {"weight": (n + 1, n), "bias": (n + 1,)})
-def act_linear(input, weight, bias, *, activation):
+def act_linear(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str) -> Tensor:
     """linear(dropout(act(input)))"""
     return F.linear(ACT[activation](input), weight, bias)
 
@@ -106,7 +119,7 @@ def act_linear(input, weight, bias, *, activation):
     _of_mlp(hidden=4),
     lambda n: {"weight1": (4 * n, n), "weight2": (n, 4 * n), "bias1": (4 * n,), "bias2": (n,)},
 )
-def mlp(input, weight1, weight2, bias1, bias2, *, activation):
+def mlp(input: Tensor, weight1: Tensor, weight2: Tensor, bias1: Tensor, bias2: Tensor, *, activation: str) -> Tensor:
     """linear(dropout(act(linear(input))))"""
     return F.linear(ACT[activation](F.linear(input, weight1, bias1)), weight2, bias2)
 
@@ -116,7 +129,17 @@ def _gated_mlp_shapes(n: int) -> dict[str, tuple[int, ...]]:
 
 
 @_pair("gated_mlp", _of_mlp(gate=4, value=4), _gated_mlp_shapes)
-def gated_mlp(input, gate_weight, value_weight, weight, gate_bias=None, value_bias=None, bias=None, *, activation):
+def gated_mlp(
+    input: Tensor,
+    gate_weight: Tensor,
+    value_weight: Tensor,
+    weight: Tensor,
+    gate_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: str,
+) -> Tensor:
     """linear(dropout(act(gate(input)) * value(input)))"""
     gate, value = F.linear(input, gate_weight, gate_bias), F.linear(input, value_weight, value_bias)
     return F.linear(ACT[activation](gate) * value, weight, bias)
@@ -127,7 +150,9 @@ def gated_mlp(input, gate_weight, value_weight, weight, gate_bias=None, value_bi
     _of_mlp(gate=4, value=4),
     lambda n: {"gate_weight": (8 * n, n), "weight": (n, 4 * n), "gate_bias": (8 * n,)},
 )
-def packed_gated_mlp(input, gate_weight, weight, gate_bias, *, value_weight=None, layout):
+def packed_gated_mlp(
+    input: Tensor, gate_weight: Tensor, weight: Tensor, gate_bias: Tensor, *, value_weight: None = None, layout: str
+) -> Tensor:
     """linear(dropout(act(gate(input)) * value(input)))"""
     packed = F.linear(input, gate_weight, gate_bias)
     gate, value = (packed[..., ::2], packed[..., 1::2]) if layout == "interleaved" else packed.chunk(2, -1)
