@@ -37,9 +37,9 @@ def _sum(activation: str, **options: Any) -> dict[str, Any]:
     return {"kept": ("input", "output 0" if activation in SIGNED_BY_OUTPUT else "residual")}
 
 
-_RMS = {"coefficients": ("weight",), "statistics": lambda samples, tokens: samples * tokens}
-_NO_NORM = {"coefficients": (), "statistics": lambda samples, tokens: 0}
-_MODULATED = {"samples": ("scale", "shift"), "kept": ("input", "scale", "shift")}
+_RMS: dict[str, Any] = {"coefficients": ("weight",), "statistics": lambda samples, tokens: samples * tokens}
+_NO_NORM: dict[str, Any] = {"coefficients": (), "statistics": lambda samples, tokens: 0}
+_MODULATED: dict[str, Any] = {"samples": ("scale", "shift"), "kept": ("input", "scale", "shift")}
 
 
 @block("layer_norm")
@@ -142,7 +142,7 @@ def bias_act(input: Tensor, bias: Tensor | None = None, *, activation: str, drop
     return _dropout(ACT[activation](input if bias is None else input + bias), dropout_p)
 
 
-_BATCH = {"channels": True, "statistics": lambda samples, channels: 5 * channels}
+_BATCH: dict[str, Any] = {"channels": True, "statistics": lambda samples, channels: 5 * channels}
 
 
 @block("batch_norm", **_BATCH)
