@@ -14,8 +14,6 @@ from .conversion import INNER, kept, twins
 from .test_convert_composes import close
 from .test_convert_rules import WIDTH, by, reason, run, x
 
-# More is found, each with what it keeps
-
 
 class SwiGLU(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
