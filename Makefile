@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench bench-all test fuzz mutants lint docs wheel wheel-check gpu-check build clean
+.PHONY: bench bench-all test fuzz mutants lint tables docs wheel wheel-check gpu-check build clean
 
 # The main job: benchmarks and a short training on real text.
 bench: build
@@ -63,6 +63,10 @@ fuzz: build
 # Small faults, put into a copy of the sources one at a time, that the tests are to notice; MUTANTS=--list names them.
 mutants: build
 	$(BIN)/python -m tests.mutants $(MUTANTS)
+
+# The tables of blocks in README.md and docs/floors.md, from the catalogue.
+tables: build
+	$(BIN)/python -m benchmarks.tables
 
 # Into out/docs; a warning is an error.
 docs: build

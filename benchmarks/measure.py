@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ckpt_kernels.catalogue.block import Operands
 from ckpt_kernels.memory import allocations, peak_bytes, saved_bytes_beside_output
 
 from .cases import Case, Setting
@@ -56,22 +57,22 @@ def _copied(operand: Tensor) -> Tensor:
 class Turn:
     """One provider's forward and backward pass, on the next of several sets of operands."""
 
-    def __init__(self, provider: Provider, operand_sets: list[list[Tensor]], device: str) -> None:
+    def __init__(self, provider: Provider, operand_sets: list[Operands], device: str) -> None:
         self.provider, self.operand_sets, self.device = provider, operand_sets, device
         self.forward: list[float] = []
         self.backward: list[float] = []
         self.count = 0
         with provider.context():
-            outputs = provider.fn(*operand_sets[0])
+            outputs = provider.fn(**operand_sets[0])
         self.incoming = [torch.randn_like(y) for y in outputs]
 
     def take(self, record: bool) -> None:
         operands = self.operand_sets[self.count % len(self.operand_sets)]
         self.count += 1
-        wanted = [t for t in operands if t.requires_grad]
+        wanted = [t for t in operands.values() if t.requires_grad]
         with self.provider.context():
             start = now(self.device)
-            outputs = self.provider.fn(*operands)
+            outputs = self.provider.fn(**operands)
             middle = now(self.device)
             gradients = torch.autograd.grad(outputs, wanted, self.incoming)
             end = now(self.device)
@@ -118,10 +119,10 @@ def measure(
 ) -> tuple[dict[str, Timing], float, float]:
     """Timings by provider, and the median milliseconds of a copy (one read, one write) of a tensor of that shape: into
     targets that are in no cache, and into one that may be, as what the allocator gives again is."""
-    bytes_each = torch.Size(setting.shape).numel() * dtype.itemsize * case.tensors * (2 if case.packed else 1)
     first = case.operands(setting, dtype, device)
+    bytes_each = sum(t.nbytes for t in first.values())
     # To draw all of them anew would take longer than to measure.
-    sets = [first, *([_copied(t) for t in first] for _ in range(_buffers(bytes_each) - 1))]
+    sets = [first, *({name: _copied(t) for name, t in first.items()} for _ in range(_buffers(bytes_each) - 1))]
     turns = [Turn(provider, sets, device) for provider in providers]
     source = torch.randn(setting.shape, device=device).to(dtype)
     sources = [source.clone() for _ in sets]
@@ -138,7 +139,7 @@ def measure(
             statistics.median(turn.forward),
             statistics.median(turn.backward),
             spread([f + b for f, b in zip(turn.forward, turn.backward, strict=True)]),
-            saved_bytes_beside_output(turn.provider.fn, *turn.operand_sets[0]),
+            saved_bytes_beside_output(turn.provider.fn, **turn.operand_sets[0]),
             *_footprint(turn, device),
         )
         for turn in turns

@@ -1,6 +1,7 @@
 """Who computes: ours on each backend, eager torch, torch.compile, torch.utils.checkpoint, and peers that import."""
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,36 +19,36 @@ from .peers import peers
 
 @dataclass
 class Provider:
-    """`fn` computes the case's outputs; `context` is entered around its forward and backward pass."""
+    """`fn` computes the block's outputs, of operands by name; `context` is entered around its passes."""
 
     name: str
     fn: Callable[..., Sequence[Tensor]]
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
-def _checkpointed(case: Case) -> Callable[..., Sequence[Tensor]]:
-    return lambda *operands: checkpoint(case.eager, *operands, use_reentrant=False)
-
-
 def providers(
     case: Case, device: str, dtype: torch.dtype, compiled: bool = True, max_autotune: bool = False
 ) -> list[Provider]:
     """All that can serve this case here. Ours on the backend that is chosen by itself comes first."""
+    ours, eager = case.block.call, case.block.eager
     chosen = backends.selected_name(device, dtype)
     names = [chosen, *(name for name in backends.NAMES if name != chosen)]
     found = [
-        Provider(f"ours ({name})", case.ours, lambda name=name: use_backend(name))
+        Provider(f"ours ({name})", ours, lambda name=name: use_backend(name))
         for name in names
         if backends.why_not(name, device, dtype) is None and name != "reference"
     ]
-    found.append(Provider("eager", case.eager))
+    found.append(Provider("eager", eager))
     if compiled:
-        found.append(Provider("torch.compile", torch.compile(case.eager, dynamic=False)))
+        found.append(Provider("torch.compile", torch.compile(eager, dynamic=False)))
     if max_autotune:
-        tuned = torch.compile(_own_code(case.eager), dynamic=False, mode="max-autotune-no-cudagraphs")
+        tuned = torch.compile(_own_code(eager), dynamic=False, mode="max-autotune-no-cudagraphs")
         found.append(Provider("torch.compile, max-autotune", tuned))
-    found.append(Provider("checkpoint", _checkpointed(case)))
-    return found + [Provider(name, call) for name, call in peers(case.name)]
+    found.append(Provider("checkpoint", functools.partial(checkpoint, eager, use_reentrant=False)))
+    # Peers take the operands by place.
+    return found + [
+        Provider(name, lambda call=call, **operands: call(*operands.values())) for name, call in peers(case.name)
+    ]
 
 
 def _own_code(fn: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:

@@ -175,7 +175,7 @@ def test_benchmarks_take_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
     planned = list(benchmarks.plan("cpu", found))
     assert {(setting.label, dtype) for _, setting, dtype in planned} == {("33x400", torch.float16)}
-    assert all(case.ours(*case.operands(setting, dtype, "cpu")) for case, setting, dtype in planned)
+    assert all(case.block.call(**case.operands(setting, dtype, "cpu")) for case, setting, dtype in planned)
     images = benchmarks.plan("cpu", options(monkeypatch, "--shape", "2x6x5x7", "--case", "batch_norm"))
     assert {setting.label for _, setting, _ in images} == {"2x6x5x7", "2x6x5x7 channels last"}
 

@@ -9,12 +9,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import functional, nn, ops
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
+from ckpt_kernels.catalogue.linear import PAIRS
 
-from .blocks import BLOCKS, Block, with_gradients
+from .blocks import by_block, with_gradients
 from .conftest import DEVICE, serving
-from .pairs import PAIRS
-
-by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 
 
 @by_block
@@ -26,7 +26,7 @@ def test_gradcheck_and_double_backward(block: Block) -> None:
         return tuple(block.call(**dict(zip(names, tensors, strict=True))))
 
     assert torch.autograd.gradcheck(fn, tuple(operands.values()))
-    if "cast" not in block.name:
+    if not block.options.get("cast_before_weight"):
         assert torch.autograd.gradgradcheck(fn, tuple(operands.values()))
 
 

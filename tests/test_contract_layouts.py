@@ -5,10 +5,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from .blocks import BLOCKS, Block, with_gradients
-from .conftest import DEVICE, serving
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
-by_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+from .blocks import by_block, with_gradients
+from .conftest import DEVICE, serving
 
 
 def strided(tensor: torch.Tensor, layout: str) -> torch.Tensor:

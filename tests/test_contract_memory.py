@@ -3,41 +3,35 @@
 import pytest
 import torch
 
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BY_NAME
 from ckpt_kernels.memory import saved_bytes
 
-from .blocks import BLOCKS, Block, with_gradients
+from .blocks import by_block, with_gradients
 from .conftest import DEVICE, interprets
 
 ROWS = (3, 8)
 COLUMNS = 96
 
 
-def as_parameters(block: Block, operands: dict) -> dict:
-    """Weights are parameters in a model, and parameters do not count."""
-    return {
-        name: torch.nn.Parameter(t.detach(), t.requires_grad) if name in block.coefficients else t
-        for name, t in operands.items()
-    }
-
-
 def statistics_bytes(block: Block, dtype: torch.dtype) -> int:
-    return block.statistics_kept(*ROWS) * (8 if dtype == torch.float64 else 4)
+    return block.statistics(*ROWS) * (8 if dtype == torch.float64 else 4)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@by_block
 def test_saved_bytes_are_the_floor(block: Block, served: tuple) -> None:
     _, dtype = served
-    operands = as_parameters(block, block.operands(ROWS, COLUMNS, dtype, DEVICE))
+    operands = block.operands(ROWS, COLUMNS, dtype, DEVICE)
     outputs = block.call(**operands)
     named = operands | {f"output {i}": output for i, output in enumerate(outputs)}
     kept = sum(named[name].nbytes for name in block.kept)
     assert saved_bytes(block.call, **operands) == kept + statistics_bytes(block, dtype)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@by_block
 @pytest.mark.parametrize("frozen", ["weights", "activations"])
 def test_frozen_operands_never_raise_it(block: Block, frozen: str) -> None:
-    operands = as_parameters(block, block.operands(ROWS, COLUMNS, torch.float32, DEVICE))
+    operands = block.operands(ROWS, COLUMNS, torch.float32, DEVICE)
     everything = saved_bytes(block.call, **operands)
     for name, tensor in operands.items():
         if (name in block.coefficients) == (frozen == "weights"):
@@ -45,7 +39,7 @@ def test_frozen_operands_never_raise_it(block: Block, frozen: str) -> None:
     assert saved_bytes(block.call, **operands) <= everything
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@by_block
 def test_each_gradient_alone_is_the_same(block: Block, backend: str) -> None:
     operands = block.operands(ROWS, COLUMNS, torch.float32, DEVICE)
     if interprets(backend) and len(operands) < 4:
@@ -57,8 +51,8 @@ def test_each_gradient_alone_is_the_same(block: Block, backend: str) -> None:
 
 
 def test_a_bias_alone_needs_nothing() -> None:
-    (block,) = [block for block in BLOCKS if block.name == "layer_norm[identity->identity]"]
-    operands = as_parameters(block, block.operands(ROWS, COLUMNS, torch.float32, DEVICE))
+    block = BY_NAME["layer_norm"]
+    operands = block.operands(ROWS, COLUMNS, torch.float32, DEVICE)
     for name in ("input", "weight"):
         operands[name].requires_grad_(False)
     assert saved_bytes(block.call, **operands) == 0
@@ -67,9 +61,9 @@ def test_a_bias_alone_needs_nothing() -> None:
     assert torch.equal(operands["bias"].grad, torch.full_like(operands["bias"], ROWS[0] * ROWS[1]))
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@by_block
 def test_nothing_is_kept_without_gradients(block: Block) -> None:
-    operands = as_parameters(block, block.operands(ROWS, COLUMNS, torch.float32, DEVICE))
+    operands = block.operands(ROWS, COLUMNS, torch.float32, DEVICE)
     with torch.no_grad():
         assert saved_bytes(block.call, **operands) == 0
     frozen = {name: t.detach() for name, t in operands.items()}

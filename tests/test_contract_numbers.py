@@ -6,7 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .blocks import ACTIVATION_BLOCKS, BLOCKS, Block, Operands, in_float64, with_gradients
+from ckpt_kernels.catalogue.block import Block, Operands
+from ckpt_kernels.catalogue.blocks import ACTIVATION_BLOCKS, BLOCKS, BY_NAME
+
+from .blocks import by_block, in_float64, with_gradients
 from .conftest import DEVICE, interprets
 
 # Numbers from which the root mean square of an error is taken, at least.
@@ -64,7 +67,7 @@ def _greatest(values: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("columns", [37, 320])
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@by_block
 def test_error_is_at_most_eagers(block: Block, columns: int, served: tuple) -> None:
     backend, dtype = served
     check_against_eager(block, lambda seed: block.operands((2, 9), columns, dtype, DEVICE, seed), backend)
@@ -83,7 +86,7 @@ SIZES = (((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((7, 1), 16), ((1, 70), 16), 
 
 
 @pytest.mark.parametrize("lead,columns", SIZES, ids=["x".join(map(str, (*lead, n))) for lead, n in SIZES])
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@by_block
 def test_edge_sizes(block: Block, lead: tuple, columns: int, backend: str) -> None:
     if interprets(backend) and (lead, columns) in (((1, 1), 2), ((1, 3), 20011)):
         pytest.skip("a slice is enough where kernels are interpreted")
@@ -100,7 +103,7 @@ def test_a_row_of_131072(block: Block, backend: str) -> None:
     check_against_eager(block, lambda seed: block.operands((1, 2), 131072, torch.float32, DEVICE, seed), backend, 1)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@by_block
 def test_many_rows(block: Block) -> None:
     """Enough rows for several threads, several partial sums, and blocks of rows with some left over."""
     check_against_eager(block, lambda seed: block.operands((3, 411), 130, torch.float32, DEVICE, seed), "auto")
@@ -108,7 +111,7 @@ def test_many_rows(block: Block) -> None:
 
 def test_huge_means_stay_accurate(backend: str) -> None:
     """Rows of 1e4 +- 1, which a difference of sums of squares would lose."""
-    (block,) = [block for block in BLOCKS if block.name == "layer_norm[identity->identity]"]
+    block = BY_NAME["layer_norm"]
 
     def draw(seed: int) -> Operands:
         operands = block.operands((2, 3), 1000, torch.float32, DEVICE, seed)

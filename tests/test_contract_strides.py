@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ckpt_kernels import functional as F
 from ckpt_kernels import nn as ours
 from ckpt_kernels import ops, recompute
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
-from .blocks import BLOCKS, Block
 from .conftest import DEVICE, serving, unserved
 
 ELEMENTWISE = [block for block in BLOCKS if block.function in ("bias_act", "glu", "packed_glu")]
@@ -126,7 +127,7 @@ def test_the_dispatchers_path_and_the_compilers_know_the_strides(block: Block, l
     options = {
         "bias_act": (*[None] * (3 - len(operands)), "silu", 0.0),
         "glu": ("silu",),
-        "packed_glu": ("silu", block.name.split(", ")[-1][:-1]),
+        "packed_glu": ("silu", block.options.get("layout")),
     }[block.function]
     overload = getattr(torch.ops.ckpt_kernels, block.function).default
     backward = getattr(torch.ops.ckpt_kernels, f"{block.function}_backward").default

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
+from .conversion import kept, twins
 from .test_convert_composes import close
 from .test_convert_norms import Norm, RoundsFirst
 from .test_convert_rules import WIDTH, run, x
-from .test_convert_source import ChannelNorm, kept, twins
 from .test_convert_tried import found_in, rows
+from .test_convert_written import ChannelNorm
 
 
 def rms(h: Tensor, dim: int = -1) -> Tensor:

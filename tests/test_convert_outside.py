@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
+from .conversion import kept, twins
 from .test_convert_composes import close
 from .test_convert_rules import WIDTH, run
 from .test_convert_rules import x as random
-from .test_convert_source import kept, twins
 from .test_convert_tried import Gated, found_in, rows
 
 LEVELS = ("block", "output", "all")

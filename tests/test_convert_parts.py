@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 
 import ckpt_kernels
 
+from .conversion import twins
 from .test_convert_composes import close
 from .test_convert_rules import WIDTH, run, x
-from .test_convert_source import twins
 from .test_convert_tried import RMS, rows
 
 
@@ -389,7 +389,7 @@ def test_parametrized_since() -> None:
 
 
 def test_channels_first_of_two_dims() -> None:
-    from .test_convert_source import ChannelNorm
+    from .test_convert_written import ChannelNorm
 
     model, twin = twins(lambda: ChannelNorm((WIDTH,)))
     ckpt_kernels.convert(model)

@@ -16,10 +16,10 @@ from ckpt_kernels.convert.called import uses_transforms
 from ckpt_kernels.convert.writes import writer_in
 
 from . import test_convert_tried as tried
+from .conversion import twins
 from .test_convert_composes import close
 from .test_convert_rules import run
 from .test_convert_rules import x as random
-from .test_convert_source import twins
 from .test_convert_tried import Differentiates, Patched, Sloped, found_in, rows
 
 

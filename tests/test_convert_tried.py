@@ -14,10 +14,10 @@ from ckpt_kernels.convert import Report
 from ckpt_kernels.convert.writes import writer_in
 
 from .conftest import DEVICE
+from .conversion import kept, twins
 from .test_convert_composes import close
 from .test_convert_rules import WIDTH, run
 from .test_convert_rules import x as random
-from .test_convert_source import kept, twins
 
 
 def rows() -> Tensor:

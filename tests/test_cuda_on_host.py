@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ckpt_kernels import functional
+from ckpt_kernels.catalogue.block import Block
 
-from .blocks import BLOCKS, Block
+from .blocks import by_block
 from .conftest import DEVICE, serving
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the kernels are on the GPU itself")
@@ -33,7 +34,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+@by_block
 def test_wide_accesses_are_aligned_whichever_operand_is_not(block: Block, layout: str, dtype: torch.dtype) -> None:
     operands = block.operands((2, 3), 24, dtype, DEVICE)
     for odd in (*block.rows, "grad_output"):

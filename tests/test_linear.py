@@ -8,15 +8,15 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_kernels import functional as F
 from ckpt_kernels import nn
 from ckpt_kernels.activations import NAMES
+from ckpt_kernels.catalogue.block import Operands
+from ckpt_kernels.catalogue.linear import PAIRS, Pair
 from ckpt_kernels.functional.linear import RECOMPUTE
 from ckpt_kernels.memory import saved_bytes
 
-from .blocks import Operands, with_gradients
+from .blocks import by_pair, with_gradients
 from .conftest import DEVICE, interprets
-from .pairs import PAIRS, Pair
 from .test_contract_numbers import check_against_eager
 
-by_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 LETTING_GO = ("output", "all")
 
 
@@ -88,7 +88,7 @@ def test_keeps_the_floor(pair: Pair, level: str, served: tuple) -> None:
     _, dtype = served
     operands = pair.operands((4, 25), 24, dtype, DEVICE)
     wide = 8 if dtype == torch.float64 else 4
-    floor = int(pair.kept[level] * operands["input"].nbytes) + pair.statistics * wide * 100
+    floor = int(pair.units(level) * operands["input"].nbytes) + pair.statistics * wide * 100
     assert saved_bytes(pair.at(level), **operands) == floor
 
 
@@ -104,7 +104,7 @@ def test_frozen_weights_cost_nothing(pair: Pair, level: str) -> None:
     assert torch.equal(found["grad input"], whole["grad input"])
     # All keep what the block's own slope needs; the MLPs' input is for the first weights alone, or to run them again.
     mlp_without_input = pair.function in ("mlp", "gated_mlp") and level == "output"
-    floor = int((pair.kept[level] - mlp_without_input) * frozen["input"].nbytes) + pair.statistics * 400
+    floor = int((pair.units(level) - mlp_without_input) * frozen["input"].nbytes) + pair.statistics * 400
     assert saved_bytes(pair.at(level), **frozen) <= floor
     nothing = {name: t.detach() for name, t in frozen.items()}
     assert saved_bytes(pair.at(level), **nothing) == 0
@@ -132,7 +132,7 @@ def products(fn) -> int:
     return sum(event.name in ("aten::mm", "aten::addmm", "aten::bmm") for event in found.events())
 
 
-@pytest.mark.parametrize("function,usual", [("mlp[gelu]", 6), ("gated_mlp[silu]", 9)])
+@pytest.mark.parametrize("function,usual", [("mlp (gelu)", 6), ("gated_mlp (silu)", 9)])
 def test_all_runs_one_product_less_than_checkpointing(function: str, usual: int) -> None:
     (pair,) = [pair for pair in PAIRS if pair.name == function]
     operands = pair.operands((6,), 8, torch.float32, DEVICE)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels import functional
 from ckpt_kernels import nn as ours
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
-from .blocks import BLOCKS, Block, in_float64
+from .blocks import in_float64
 
 WIDTH = 6
 OFFSETS = (0, 5, 5, 12)

@@ -12,8 +12,8 @@ from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
 from ckpt_kernels.rules import RULES_AND_PRODUCTS
 
-from .test_provenance import (
-    DEVICE,
+from .conftest import DEVICE
+from .letting_go import (
     ROWS,
     STATISTICS,
     UNIT,

@@ -32,8 +32,10 @@ from torch.distributed.tensor.parallel import (
 import ckpt_kernels
 from ckpt_kernels import functional
 from ckpt_kernels import nn as ours
+from ckpt_kernels.catalogue.block import Block, Operands
+from ckpt_kernels.catalogue.blocks import BLOCKS
 
-from .blocks import BLOCKS, Block, Operands, in_float64, with_gradients
+from .blocks import in_float64, with_gradients
 
 WIDTH, HIDDEN, HEADS = 16, 32, 4
 LEVELS = ("block", "output", "all")

@@ -15,9 +15,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ckpt_kernels import functional as F
 
-from .blocks import BLOCKS, Block
+from ckpt_kernels.catalogue.block import Block
+from ckpt_kernels.catalogue.blocks import BLOCKS
+from ckpt_kernels.catalogue.linear import PAIRS, Pair
+
 from .conftest import DEVICE
-from .pairs import PAIRS, Pair
 
 _ZEROS = {"allow_unused": True, "materialize_grads": True}
 

@@ -421,7 +421,7 @@ PYTHON = (
         "ckpt_kernels/provenance.py",
         "version - block.version != len(nodes)",
         "False",
-        "tests/test_recompute.py tests/test_provenance.py -k 'written or write or unseen'",
+        "tests/test_recompute.py tests/test_provenance_writes.py -k 'written or write or unseen'",
     ),
     Mutant(
         "a kept tensor may be written to",
@@ -435,7 +435,7 @@ PYTHON = (
         "ckpt_kernels/recipes.py",
         "self._served.add(id(claim))\n            if len(self._served) «>=» self.claims:",
         ">",
-        "tests/test_recompute.py -k freed",
+        "tests/test_recompute.py tests/test_recompute_graphs.py -k freed",
     ),
     Mutant(
         "a gated MLP writes its output again without dropout",

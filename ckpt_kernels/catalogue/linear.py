@@ -1,0 +1,180 @@
+"""Functions that compute a block with the linear layers beside it: eager torch's form, and what each level keeps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends.reference import ACTIVATIONS as ACT
+from ..functional.linear import RECOMPUTE
+from .block import Function, Operands, calls_of, random_operands
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One function with one choice of options; `call`, which takes `recompute` too, and `eager` as a `Block` has them.
+
+    `shapes` are those of its weights and biases for an input of so many columns, by name. `kept` tells for each level
+    which tensors may be kept, by name, with the columns that each has for one of the input's; `statistics` how many
+    numbers a row beside these.
+    """
+
+    name: str
+    function: str
+    formula: str
+    options: Mapping[str, Any]
+    call: Function
+    eager: Function
+    shapes: Callable[[int], dict[str, tuple[int, ...]]]
+    kept: Mapping[str, Mapping[str, int]]
+    statistics: int = 0
+
+    def at(self, level: str) -> Function:
+        """Ours at a recompute level."""
+        return lambda **operands: self.call(**operands, recompute=level)
+
+    def units(self, level: str) -> int:
+        """What is kept at that level, in tensors of the input's size."""
+        return sum(self.kept[level].values())
+
+    def operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
+        """A random input that wants a gradient, and random parameters."""
+        shapes = self.shapes(columns)
+        return random_operands({"input": (*lead, columns)} | shapes, shapes, dtype, device, seed)
+
+
+def _pair(function: str, kept: dict, shapes: Callable, statistics: int = 0) -> Callable:
+    """Makes of an eager twin what makes pairs, of a name and options."""
+    declared: dict[str, Any] = {"shapes": shapes, "kept": kept, "statistics": statistics}
+    return lambda twin: lambda name, **given: Pair(name, **calls_of(function, twin, given), **declared)
+
+
+def _of_linear(hidden: str) -> dict[str, dict[str, int]]:
+    """What is kept of a block with the input's columns whose output `hidden` is read by linear layers alone."""
+    return {"block": {"input": 1, hidden: 1}, "output": {"input": 1}, "all": {"input": 1}}
+
+
+def _of_mlp(**hidden: int) -> dict[str, dict[str, int]]:
+    """The same of an MLP with these hidden layers."""
+    kept = {"input": 1} | hidden
+    return {"block": kept | {"product": 4}, "output": kept, "all": {"input": 1}}
+
+
+def _split(pair: Pair) -> Pair:
+    """Of one linear layer makes three that read the same block, of which one has a bias."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, k_bias: Tensor, **others: Any) -> tuple[Tensor, ...]:
+        return pair.call(weight=(q, k, v), bias=(None, k_bias, None), **others)
+
+    return replace(pair, call=call)
+
+
+@_pair(
+    "norm_linear",
+    _of_linear("act(norm(input))"),
+    lambda n: {"norm_weight": (n,), "norm_bias": (n,), "weight": (n + 3, n), "bias": (n + 3,)},
+    statistics=2,
+)
+def norm_linear(
+    input: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, *, activation: str
+) -> Tensor:
+    """linear(act(norm(pre_act(input))))"""
+    return F.linear(ACT[activation](F.layer_norm(input, norm_weight.shape, norm_weight, norm_bias)), weight, bias)
+
+
+@_pair(
+    "norm_linear",
+    _of_linear("norm(input)"),
+    lambda n: {"norm_weight": (n,), "q": (n, n), "k": (3, n), "v": (5, n), "k_bias": (3,)},
+    statistics=1,
+)
+def rms_norm_linears(
+    input: Tensor,
+    norm_weight: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_bias: Tensor,
+    *,
+    norm: str = "rms_norm",
+    norm_bias: None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, ...]:
+    """linear(act(norm(pre_act(input))))"""
+    y = F.rms_norm(input, norm_weight.shape, norm_weight, eps)
+    return F.linear(y, q), F.linear(y, k, k_bias), F.linear(y, v)
+
+
+@_pair("act_linear", _of_linear("act(input)"), lambda n: {"weight": (n + 1, n), "bias": (n + 1,)})
+def act_linear(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str) -> Tensor:
+    """linear(dropout(act(input)))"""
+    return F.linear(ACT[activation](input), weight, bias)
+
+
+@_pair(
+    "mlp",
+    _of_mlp(hidden=4),
+    lambda n: {"weight1": (4 * n, n), "weight2": (n, 4 * n), "bias1": (4 * n,), "bias2": (n,)},
+)
+def mlp(input: Tensor, weight1: Tensor, weight2: Tensor, bias1: Tensor, bias2: Tensor, *, activation: str) -> Tensor:
+    """linear(dropout(act(linear(input))))"""
+    return F.linear(ACT[activation](F.linear(input, weight1, bias1)), weight2, bias2)
+
+
+def _gated_mlp_shapes(n: int) -> dict[str, tuple[int, ...]]:
+    return {"gate_weight": (4 * n, n), "value_weight": (4 * n, n), "weight": (n, 4 * n)}
+
+
+@_pair("gated_mlp", _of_mlp(gate=4, value=4), _gated_mlp_shapes)
+def gated_mlp(
+    input: Tensor,
+    gate_weight: Tensor,
+    value_weight: Tensor,
+    weight: Tensor,
+    gate_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: str,
+) -> Tensor:
+    """linear(dropout(act(gate(input)) * value(input)))"""
+    gate, value = F.linear(input, gate_weight, gate_bias), F.linear(input, value_weight, value_bias)
+    return F.linear(ACT[activation](gate) * value, weight, bias)
+
+
+@_pair(
+    "gated_mlp",
+    _of_mlp(gate=4, value=4),
+    lambda n: {"gate_weight": (8 * n, n), "weight": (n, 4 * n), "gate_bias": (8 * n,)},
+)
+def packed_gated_mlp(
+    input: Tensor, gate_weight: Tensor, weight: Tensor, gate_bias: Tensor, *, value_weight: None = None, layout: str
+) -> Tensor:
+    """linear(dropout(act(gate(input)) * value(input)))"""
+    packed = F.linear(input, gate_weight, gate_bias)
+    gate, value = (packed[..., ::2], packed[..., 1::2]) if layout == "interleaved" else packed.chunk(2, -1)
+    return F.linear(F.silu(gate) * value, weight)
+
+
+PAIRS = (
+    norm_linear("norm_linear (layer_norm, silu)", activation="silu"),
+    _split(rms_norm_linears("norm_linear (rms_norm, several)")),
+    act_linear("act_linear (gelu)", activation="gelu"),
+    # The output of relu is all that its slope needs, and the linear layer keeps that.
+    replace(act_linear("act_linear (relu)", activation="relu"), kept={level: {"input": 1} for level in RECOMPUTE}),
+    mlp("mlp (gelu)", activation="gelu"),
+    replace(
+        mlp("mlp (relu_squared, no bias)", activation="relu_squared", bias1=None, bias2=None),
+        shapes=lambda n: {"weight1": (4 * n, n), "weight2": (n, 4 * n)},
+    ),
+    gated_mlp("gated_mlp (silu)", activation="silu"),
+    replace(
+        gated_mlp("gated_mlp (gelu_tanh, bias)", activation="gelu_tanh"),
+        shapes=lambda n: _gated_mlp_shapes(n) | {"gate_bias": (4 * n,), "value_bias": (4 * n,), "bias": (n,)},
+    ),
+    packed_gated_mlp("gated_mlp (packed, gate_first)", layout="gate_first"),
+    packed_gated_mlp("gated_mlp (packed, interleaved)", layout="interleaved"),
+)

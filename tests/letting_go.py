@@ -1,0 +1,145 @@
+"""For the tests of letting go of what torch's own ops make: models, what they keep, and gradients to the bit."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import recompute
+
+from .conftest import DEVICE
+
+shows_saved = hasattr(torch._C._autograd.SavedTensor, "data")
+
+ROWS, WIDTH = 64, 32
+UNIT = ROWS * WIDTH * 4
+
+
+def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=dtype).to(DEVICE)
+
+
+@pytest.fixture(name="x")
+def rows() -> Tensor:
+    return random_tensor(ROWS, WIDTH, seed=1).requires_grad_()
+
+
+@pytest.fixture(name="image")
+def maps() -> Tensor:
+    return random_tensor(2, 8, 8, 8, seed=2).requires_grad_()
+
+
+class Parameters(dict):
+    """Made as they are asked for: matrices "a" to "z", vectors "bias...", kernels "conv..."."""
+
+    def __missing__(self, name: str) -> torch.nn.Parameter:
+        seed = sum(map(ord, name))
+        if name.startswith("bias"):
+            made = random_tensor(WIDTH, seed=seed)
+        elif name.startswith("conv"):
+            made = random_tensor(8, 8, 1, 1, seed=seed) / 3
+        elif name.startswith("half"):
+            made = random_tensor(WIDTH, WIDTH // 2, seed=seed) / 5
+        else:
+            made = random_tensor(WIDTH, WIDTH, seed=seed) / 6
+        self[name] = torch.nn.Parameter(made)
+        return self[name]
+
+
+class Holder:
+    """What a hook around keeps, so that it shows when it is let go of."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_bytes(fn: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that the graph of `fn()` keeps when it is finished, parameters not counted.
+
+    Unlike `memory.saved_bytes` it does not count what was kept for a time only.
+    """
+    holders: list[weakref.ref[Holder]] = []
+
+    def pack(tensor: Tensor) -> Any:
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
+            return tensor.detach()
+        holder = Holder(tensor.detach())
+        holders.append(weakref.ref(holder))
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: getattr(held, "tensor", held)):
+        result = fn()
+    held = [holder.tensor.untyped_storage() for reference in holders if (holder := reference()) is not None]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in held}
+    del result
+    return sum(sizes.values())
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Also where they are not numbers."""
+    if a is None or b is None:
+        return a is b
+    return (
+        a.dtype == b.dtype
+        and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        and (torch.equal(a.isnan(), b.isnan()))
+    )
+
+
+def assert_same_bits(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b)
+
+
+def loss_of(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return sum(t.float().square().sum() for t in (y if isinstance(y, tuple) else (y,)))
+
+
+def assert_unchanged(fn: Callable[[], Any], sources: Sequence[Tensor], **options: bool) -> None:
+    """Gradients within the context are those without it."""
+    expected = torch.autograd.grad(loss_of(fn()), sources, allow_unused=True)
+    with recompute.discard_outputs(**options):
+        y = fn()
+    assert_same_bits(torch.autograd.grad(loss_of(y), sources, allow_unused=True), expected)
+
+
+def normed(t: Tensor) -> Tensor:
+    return F.layer_norm(t * 1, WIDTH)
+
+
+STATISTICS = ROWS * 2 * 4
+
+
+def assert_same_outcome(fn: Callable[[], Tensor], sources: Sequence[Tensor], **options: bool) -> None:
+    """The same gradients; where eager torch raises, what is let go of may still be had."""
+
+    def run(around: contextlib.AbstractContextManager) -> Sequence[Tensor | None] | str:
+        try:
+            with around:
+                y = fn()
+            return torch.autograd.grad(loss_of(y), sources, allow_unused=True)
+        except RuntimeError as error:
+            return str(error)
+
+    expected, found = run(contextlib.nullcontext()), run(recompute.discard_outputs(**options))
+    if isinstance(expected, str):
+        assert found == expected or "modified by an in" in expected
+    else:
+        assert not isinstance(found, str), found
+        assert_same_bits(found, expected)
+
+
+def model_of_all(x: Tensor, p: Parameters) -> Tensor:
+    h = TF.linear(x, p["a"])
+    gate = TF.silu(h) * TF.linear(x, p["b"]) * h.sigmoid()
+    mixed = F.layer_norm(TF.linear(gate, p["c"]), WIDTH)
+    mixed += TF.linear(x, p["d"]).tanh()
+    return TF.linear(TF.relu(mixed).square(), p["e"])

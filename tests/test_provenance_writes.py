@@ -1,0 +1,158 @@
+"""Letting go of what torch's own ops make, where it is written to, seen in other shapes, or laid out otherwise."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+from .letting_go import (
+    WIDTH,
+    Parameters,
+    assert_same_outcome,
+    assert_unchanged,
+    maps,  # noqa: F401, the fixture image
+    normed,
+    random_tensor,
+    rows,  # noqa: F401, the fixture x
+    shows_saved,
+)
+
+pytestmark = pytest.mark.skipif(not shows_saved, reason="this torch does not show what nodes hold")
+
+
+def written(h: Tensor, write: str) -> Tensor:
+    if write == "no_grad":
+        with torch.no_grad():
+            h.mul_(1.5)
+    elif write == "detach":
+        h.detach().mul_(1.5)
+    elif write == "a view":
+        with torch.no_grad():
+            h.view(-1)[: WIDTH + 1].mul_(1.5)
+    elif write == "in the graph":
+        h.mul_(1.5)
+    else:
+        h[:, :3] += 1
+    return h
+
+
+WRITES = ["no_grad", "detach", "a view", "in the graph", "a part in the graph"]
+WRITTEN: dict[str, Callable[[Tensor, Parameters, str], Tensor]] = {
+    "what is read": lambda x, p, how: TF.linear(written(TF.silu(x * 1) * x.sin(), how), p["a"]),
+    "a block's output": lambda x, p, how: TF.linear(TF.relu(written(normed(x), how)), p["a"]),
+    "a block's output, in a sum": lambda x, p, how: TF.linear(written(normed(x), how) + normed(x.sin()), p["a"]),
+    "what is cast": lambda x, p, how: TF.linear(written(normed(x), how).double(), p["a"].double()),
+    "a sum": lambda x, p, how: TF.linear(TF.relu(written(normed(x) + normed(x.sin()), how)), p["a"]),
+    "a sum in place": lambda x, p, how: TF.linear(TF.relu(written(normed(x).add_(normed(x.sin())), how)), p["a"]),
+    "before a sum in place": lambda x, p, how: TF.linear(written(normed(x), how).add_(normed(x.sin())).relu_(), p["a"]),
+    "a block's output, before a sum": lambda x, p, how: (
+        n := written(normed(x), how),
+        t := n + normed(x.sin()),
+        TF.linear(TF.relu(t), p["a"]),
+    )[2],
+    "a sum and a block": lambda x, p, how: TF.linear(
+        TF.relu((n := normed(x)) + normed(x.sin())) + written(n, how).sum(), p["a"]
+    ),
+    "before and after": lambda x, p, how: (
+        TF.linear((h := TF.silu(x * 1) * x.sin()), p["a"]).sum() + TF.linear(written(h.clone(), how), p["b"]).sum()
+    ),
+    "a scaled tensor": lambda x, p, how: TF.linear(written(normed(x) * 2, how) * 3, p["a"]),
+    "before a product with its sigmoid": lambda x, p, how: (
+        h := x * 1,
+        s := h.sigmoid(),
+        TF.linear(written(h, how) * s, p["a"]),
+    )[2],
+    "over its sigmoid's input": lambda x, p, how: (
+        h := x * 1,
+        s := h.sigmoid(),
+        written(h, how),
+        TF.linear(h.mul_(s) * 2, p["a"]),
+    )[3],
+    "its sigmoid's input, which is read": lambda x, p, how: (
+        h := x * 1,
+        s := h.sigmoid(),
+        written(h, how),
+        TF.linear(h.mul_(s), p["a"]),
+    )[3],
+    "a sigmoid": lambda x, p, how: TF.linear((h := x * 1) * written(h.sin().cos(), how), p["a"]),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+@pytest.mark.parametrize("model", WRITTEN.values(), ids=WRITTEN)
+def test_written_to_in_place(model: Callable, how: str, x: Tensor) -> None:
+    p = Parameters()
+    assert_same_outcome(lambda: model(x, p, how), [x, p["a"], p["b"]])
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_a_result_that_is_written_to_before_it_is_read(how: str, x: Tensor) -> None:
+    """In a pass that does not go through the node which keeps it, and which would notice."""
+    p = Parameters()
+    assert_same_outcome(lambda: TF.linear(-written(TF.relu(normed(x)), how), p["a"]), [p["a"]])
+
+
+def test_an_operand_that_is_written_to_later(x: Tensor) -> None:
+    """Nothing is needed that eager torch does not keep: neither more memory, nor that it stays as it is."""
+    p = Parameters()
+
+    def call() -> Tensor:
+        shortcut = TF.linear(x, p["a"])
+        h = TF.relu(normed(x) + shortcut)
+        y = TF.linear(h, p["b"])
+        shortcut += y
+        return TF.linear(shortcut, p["c"])
+
+    assert_unchanged(call, [x, *p.values()])
+    assert_unchanged(call, [x, *p.values()], temporaries=True)
+
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a slice": lambda h: h[:, 3:9],
+    "every other": lambda h: h[::2, ::3],
+    "a part that is scaled": lambda h: h[3:9] * h[3:9].sigmoid(),
+    "expanded": lambda h: h[:1].expand(5, -1) * h[:5],
+    "transposed": lambda h: h.t() * h.t().sigmoid(),
+    "of two layouts": lambda h: h.t().contiguous().t() * h.view(-1).view_as(h),
+    "no rows": lambda h: h[:0] * h[:0].sigmoid(),
+    "one number": lambda h: h[0, 0] * h[0, 0].sigmoid(),
+    "broadcast": lambda h: h * h[:1].sigmoid() * h[:, :1],
+    "whole numbers": lambda h: h * torch.arange(h.shape[-1], device=h.device) * 3,
+    "complex": lambda h: torch.view_as_real(torch.complex(h, h.sin()) * torch.complex(h, h)).sum(-1),
+    "wide": lambda h: (h.double() * h.double().sigmoid()).float(),
+    "narrow": lambda h: (h.half() * h.half().sigmoid()).float(),
+    "wide and narrow": lambda h: h.bfloat16() * h.sigmoid(),
+    "permuted": lambda h: TF.silu(h.view(4, 16, -1).permute(2, 0, 1)).flatten(1),
+    "unbound": lambda h: torch.stack(TF.silu(h).view(4, 16, -1).unbind(1)),
+    "squeezed": lambda h: (TF.silu(h).unsqueeze(1) * h.unsqueeze(1)).squeeze(1),
+    "a clone that lies as it lay": lambda h: h.t().clone(),
+    "a cast that lies elsewhere": lambda h: h.view(4, 4, 4, -1).to(torch.float64, memory_format=torch.channels_last),
+    "detached": lambda h: TF.silu(h).detach() * h,
+    "whole and detached": lambda h: (s := TF.silu(h)) * s.detach(),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes_and_types(shape: Callable, x: Tensor) -> None:
+    def call() -> Tensor:
+        h = shape(x * 1)
+        return h.sin() * h
+
+    assert_unchanged(call, [x])
+    assert_unchanged(lambda: shape(normed(x)).float().sin(), [x], temporaries=True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("act", [TF.silu, TF.gelu, torch.sigmoid, TF.mish], ids=lambda act: act.__name__)
+def test_layouts_of_maps(act: Callable, layout: torch.memory_format, image: Tensor) -> None:
+    """What is made again lies in memory as the first one did, to which views of it go by."""
+    kernel = torch.nn.Parameter(random_tensor(8, 8, 3, 3) / 5)
+    x = image.detach().to(memory_format=layout).requires_grad_()
+
+    def call() -> Tensor:
+        h = TF.conv2d(x, kernel)
+        return TF.conv2d(act(h) * h.transpose(2, 3), kernel), (act(h).permute(3, 0, 2, 1) * h[0, 0, 0, 0]).sin()
+
+    assert_unchanged(call, [x, kernel])

@@ -1,0 +1,218 @@
+"""Letting go of outputs within hooks, checkpoints, autocast, threads and torch.compile, and beside exceptions."""
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import nn, recompute
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+from .readers import (
+    READERS,
+    WIDTH,
+    assert_same_bits,
+    by_reader,
+    gradients,
+    loss_of,
+    weights,  # noqa: F401, the fixture p
+)
+
+
+@contextlib.contextmanager
+def counting_hooks(log: list) -> Iterator[None]:
+    def pack(tensor: Tensor) -> Tensor:
+        log.append(tuple(tensor.shape))
+        return tensor.detach().clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+def test_hooks_around_and_inside(p: dict) -> None:
+    reader = READERS["q, k and v"]
+    expected = gradients(reader, p, contextlib.nullcontext())
+    alone: list = []
+    with counting_hooks(alone):
+        assert_same_bits(gradients(reader, p, contextlib.nullcontext()), expected)
+    around: list = []
+    with counting_hooks(around):
+        assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
+    # All but the norm's output, which each of the three linear layers reads as a matrix, goes to the hooks around.
+    assert around.count((16, WIDTH)) == alone.count((16, WIDTH)) - 3
+    inside: list = []
+
+    def hooked(n: Tensor, p: dict) -> Tensor:
+        with counting_hooks(inside):
+            return reader(n, p)
+
+    assert_same_bits(gradients(hooked, p, recompute.discard_outputs()), expected)
+    assert inside
+    with torch.autograd.graph.save_on_cpu():
+        assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
+    with recompute.discard_outputs():
+        assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
+
+
+@by_reader
+def test_within_a_checkpoint(reader: Callable, p: dict) -> None:
+    def loss(around: Callable[[], contextlib.AbstractContextManager]) -> list:
+        x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+        y = checkpoint(lambda x: loss_of(reader, p, x, around()), x, use_reentrant=False)
+        return list(torch.autograd.grad(y, [x, *p.values()], allow_unused=True))
+
+    assert_same_bits(loss(recompute.discard_outputs), loss(contextlib.nullcontext))
+
+
+def test_under_autocast_the_casts_are_let_go_too(p: dict) -> None:
+    x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            n = F.rms_norm(x * 1, WIDTH, p["norm"])
+            return TF.linear(n, p["a"]) + TF.linear(n, p["b"])
+
+    discarding = recompute.discard_outputs()(model)
+    sources = [x, p["a"], p["b"], p["norm"]]
+    expected = torch.autograd.grad(model(x).float().sum(), sources)
+    assert_same_bits(list(torch.autograd.grad(discarding(x).float().sum(), sources)), list(expected))
+    casts_of_weights = 2 * p["a"].nbytes // 2
+    statistics = 64 * 4
+    assert saved_bytes(discarding, x) == x.nbytes + statistics + casts_of_weights
+
+
+def test_threads_and_models_side_by_side(p: dict) -> None:
+    reader = READERS["further blocks"]
+    expected = gradients(reader, p, contextlib.nullcontext())
+    results: list = [None] * 6
+
+    def work(index: int) -> None:
+        around = recompute.discard_outputs() if index % 3 else contextlib.nullcontext()
+        results[index] = gradients(reader, p, around)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        assert_same_bits(result, expected)
+
+
+def test_a_graph_whose_backward_runs_on_two_threads(p: dict) -> None:
+    x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
+    with recompute.discard_outputs():
+        n = F.rms_norm(x * 1, WIDTH, p["norm"])
+        halves = [TF.linear(n, p["a"]).sum(), TF.linear(n, p["b"]).sum()]
+        del n
+    expected = torch.autograd.grad(sum(halves), [p["a"], p["b"]], retain_graph=True)
+    found: list = [None, None]
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            (found[index],) = torch.autograd.grad(halves[index], [p["ab"[index]]], retain_graph=True)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same_bits(found, list(expected))
+
+
+def test_an_exception_leaves_nothing_behind(p: dict) -> None:
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    storages = []
+    with contextlib.suppress(KeyError), recompute.discard_outputs():
+        n = F.rms_norm(x * 1, WIDTH, p["norm"])
+        storages.append(StorageWeakRef(n.untyped_storage()))
+        y = TF.linear(n, p["a"])
+        raise KeyError("in the middle")
+    assert not recompute.is_active() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    del n, y
+    assert storages[0].expired()
+    # And a block that fails after it has announced its output.
+    with recompute.discard_outputs():
+        with pytest.raises(RuntimeError):
+            F.rms_norm(x, WIDTH + 1)
+        assert F.rms_norm(x, WIDTH).sin().sum().backward() is None
+
+
+def test_decorator_wrapper_and_reentrance(p: dict) -> None:
+    module = torch.nn.Sequential(nn.LayerNorm(WIDTH, activation="gelu"), torch.nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    plain = saved_bytes(module, x)
+    assert saved_bytes(recompute.DiscardOutputs(module), x) == plain - x.nbytes
+
+    @recompute.discard_outputs()
+    def forward(x: Tensor, depth: int = 2) -> Tensor:
+        return module(x) if depth == 0 else forward(x, depth - 1)
+
+    assert saved_bytes(forward, x) == plain - x.nbytes
+    context = recompute.discard_outputs()
+    with context, context:
+        y = module(x)
+    assert torch.equal(y, module(x))
+
+
+def test_compile_takes_no_notice(p: dict) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+
+    def model(x: Tensor) -> Tensor:
+        with recompute.discard_outputs():
+            return TF.linear(F.rms_norm(x, WIDTH, p["norm"]), p["a"])
+
+    found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, model(x))
+    found.sum().backward()
+
+
+def test_compile_recomputes_blocks_by_selective_contexts(p: dict) -> None:
+    """What the partitioner then keeps is what discarding keeps; gradients are those of eager code."""
+    model = torch.nn.Sequential(nn.LayerNorm(WIDTH, activation="gelu"), torch.nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
+
+    def compiled(fn: Callable) -> Callable:
+        torch._dynamo.reset()
+        found = torch.compile(fn, fullgraph=True, backend="aot_eager_decomp_partition")
+        found(x)
+        return found
+
+    statistics = 2 * 64 * 4
+    # The input and the output.
+    assert saved_bytes(compiled(lambda x: model(x)), x) == 2 * x.nbytes + statistics
+    selective = compiled(lambda x: checkpoint(model, x, use_reentrant=False, context_fn=recompute.selective_contexts))
+    assert saved_bytes(selective, x) == x.nbytes
+    sources = [x, *model.parameters()]
+    found = torch.autograd.grad(selective(x).square().sum(), sources)
+    torch.testing.assert_close(found, torch.autograd.grad(model(x).square().sum(), sources))
+
+
+@pytest.mark.parametrize("entered", ["once", "every step"])
+def test_a_thousand_steps_hold_memory_flat(entered: str, p: dict) -> None:
+    """Nothing is left for the garbage collector, and nothing is left at all."""
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    around = (recompute.discard_outputs(), contextlib.nullcontext())
+    outside, inside = around if entered == "once" else reversed(around)
+    gc.collect()
+    gc.disable()
+    try:
+        with outside:
+            counts = []
+            for step in range(1000):
+                loss_of(READERS["further blocks"], p, x, inside).backward()
+                if step in (10, 999):
+                    counts.append(sum(isinstance(o, torch.Tensor | recompute.Recipe) for o in gc.get_objects()))
+        assert counts[0] == counts[1]
+    finally:
+        gc.enable()

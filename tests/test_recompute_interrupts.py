@@ -1,0 +1,100 @@
+"""Letting go of outputs, interrupted: a generator closed elsewhere, Ctrl-C at any step."""
+
+import ctypes
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import recompute
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+from .interrupts import interrupted_at_every_step
+from .readers import (
+    WIDTH,
+    weights,  # noqa: F401, the fixture p
+)
+
+
+def test_a_generator_closed_in_another_thread_ends_its_context(p: dict) -> None:
+    def steps() -> Iterator[None]:
+        with recompute.discard_outputs():
+            yield
+
+    x = torch.randn(8, WIDTH, device=DEVICE, requires_grad=True)
+
+    def kept() -> int:
+        return saved_bytes(lambda: TF.linear(F.layer_norm(x, WIDTH), p["a"]))
+
+    plain, generator, found = kept(), steps(), []
+    next(generator)
+    assert recompute.is_active()
+
+    def close() -> None:
+        with recompute.discard_outputs():
+            generator.close()
+            found.append(recompute.discarding() is not None)
+        found.append(torch._C._autograd._top_saved_tensors_default_hooks(True) is None)
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    thread.join()
+    assert found == [True, True]
+    assert not recompute.is_active()
+    # The first tensor that is saved takes the hooks off.
+    y = TF.linear(F.layer_norm(x, WIDTH), p["a"])
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    y.sum().backward()
+    assert kept() == plain
+
+
+def test_an_interrupt_is_heard_while_a_recipe_is_released(p: dict) -> None:
+    """It is set by C code that runs as tensors go, as a signal may come: the first Python code after it raises it."""
+    interrupt = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("PyErr_SetInterrupt", ctypes.pythonapi))
+
+    class Trigger:
+        pass
+
+    x, trigger = torch.randn(8, WIDTH, device=DEVICE, requires_grad=True), Trigger()
+    reference = weakref.ref(trigger, interrupt)
+    unheard: list[object] = []
+    hook, sys.unraisablehook = sys.unraisablehook, unheard.append
+    # In a process that was started in the background interrupts are ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with recompute.discard_outputs():
+            y = F.layer_norm(x, WIDTH)
+            # Lists let go of what is last first.
+            held = [TF.linear(y, p["a"]), trigger]
+            other = TF.linear(y, p["a"])
+            del y, trigger
+        with pytest.raises(KeyboardInterrupt):
+            held.clear()
+            [None for _ in range(2)]
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = hook
+    assert reference() is None and not unheard
+    # And the reader that is left is served alone.
+    (gradient,) = torch.autograd.grad(other.sum(), x)
+    (expected,) = torch.autograd.grad(TF.linear(F.layer_norm(x, WIDTH), p["a"]).sum(), x)
+    assert torch.equal(gradient, expected)
+
+
+def test_an_interrupt_at_any_step_of_a_context_leaves_nothing_behind() -> None:
+    def run() -> None:
+        with recompute.discard_outputs():
+            pass
+
+    for step in interrupted_at_every_step(run):
+        torch.ones(1, requires_grad=True).exp()
+        assert not recompute.is_active(), f"interrupted at step {step}"
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None, f"interrupted at step {step}"
+    assert step > 20
