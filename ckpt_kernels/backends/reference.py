@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocks import RowNorm, RowNormGradients
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
@@ -105,63 +107,31 @@ def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_of
     return grouped.reshape(rows, columns)
 
 
-def row_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    pre_activation: str,
-    activation: str,
-    weight_offset: float,
-    cast_before_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """activation(x_hat * (weight + offset) + bias) with x_hat = (u - mean) * rstd, u = pre_activation(input).
+def row_norm(block: RowNorm) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """What `RowNorm` says, of (rows, columns) matrices, and without given statistics.
 
-    rstd = 1 / sqrt(mean((u - mean)**2) + eps); without `centered` the mean is taken as 0. With
-    `cast_before_weight`, x_hat is rounded to the input's dtype before it meets the weight. Returns output, mean
-    (None if not centred) and rstd.
+    rstd = 1 / sqrt(mean((u - mean)**2) + eps); without `centered` the mean is taken as 0. Returns output, residual_out,
+    mean and rstd, where residual_out = residual + dropout(input), rounded to the input's dtype, is what is normalised.
     """
-    u = ACTIVATIONS[pre_activation](input.to(compute_dtype(input.dtype)))
-    x_hat, mean, rstd = _normalize(u, eps, centered)
-    if cast_before_weight:
-        x_hat = x_hat.to(input.dtype).to(u.dtype)
-    output = ACTIVATIONS[activation](_affine(x_hat, weight, bias, weight_offset))
-    return output.to(input.dtype), mean, rstd
-
-
-def add_row_norm(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    centered: bool,
-    activation: str,
-    weight_offset: float,
-    cast_before_weight: bool,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """residual_out = residual + dropout(input), and `row_norm` of it: output, residual_out, mean, rstd."""
-    compute = compute_dtype(input.dtype)
-    total = residual.to(compute) + dropout(input.to(compute), seed, dropout_p)
-    residual_out = total.to(input.dtype)
-    output, mean, rstd = row_norm(
-        residual_out, weight, bias, eps, centered, "identity", activation, weight_offset, cast_before_weight
-    )
-    return output, residual_out, mean, rstd
-
-
-def gated_row_norm(
-    input: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, norm_before_gate: bool
-) -> tuple[Tensor, Tensor]:
-    """x_hat(input) * weight * activation(gate), or x_hat(input * activation(gate)) * weight; returns output, rstd."""
-    compute = compute_dtype(input.dtype)
-    u, factor = input.to(compute), ACTIVATIONS[activation](gate.to(compute))
-    x_hat, _, rstd = _normalize(u if norm_before_gate else u * factor, eps, centered=False)
-    output = _affine(x_hat, weight, None, 0.0)
-    return (output * factor if norm_before_gate else output).to(input.dtype), rstd
+    options, dtype = block.options, block.input.dtype
+    u = block.input.to(compute_dtype(dtype))
+    residual_out = None
+    if block.residual is not None:
+        residual_out = (block.residual.to(u.dtype) + dropout(u, block.seed, options.dropout_p)).to(dtype)
+        u = residual_out.to(u.dtype)
+    u = ACTIVATIONS[options.pre_activation](u)
+    factor = None if block.gate is None else ACTIVATIONS[options.activation](block.gate.to(u.dtype))
+    if factor is not None and options.gate_first:
+        u = u * factor
+    x_hat, mean, rstd = _normalize(u, options.eps, options.centered)
+    if options.cast_before_weight:
+        x_hat = x_hat.to(dtype).to(u.dtype)
+    output = _affine(x_hat, block.weight, block.bias, options.weight_offset)
+    if factor is None:
+        output = ACTIVATIONS[options.activation](output)
+    elif not options.gate_first:
+        output = output * factor
+    return output.to(dtype), residual_out, mean, rstd
 
 
 def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
@@ -272,133 +242,76 @@ def _matrix(rows: Tensor | None) -> Tensor | None:
 
 
 def row_norm_forward(
-    input,
-    weight,
-    bias,
-    output,
-    mean,
-    rstd,
-    eps,
-    pre_activation,
-    activation,
-    weight_offset,
-    cast_before_weight,
-    given_statistics,
-):
-    """`row_norm` into output, mean (None: not centred) and rstd; with `given_statistics` these are there already."""
-    options = (eps, mean is not None, pre_activation, activation, weight_offset, cast_before_weight)
-    found = row_norm(_matrix(input), weight, bias, *options)
-    _fill((output,), found[:1])
+    block: RowNorm, output: Tensor, residual_out: Tensor | None, given_statistics: bool = False
+) -> None:
+    """`row_norm` into output, residual_out, and the block's mean and rstd, which with `given_statistics` are there."""
+    input, residual, gate = _matrix(block.input), _matrix(block.residual), _matrix(block.gate)
+    found = row_norm(block._replace(input=input, residual=residual, gate=gate))
+    _fill((output, residual_out), found[:2])
     if not given_statistics:
-        _fill((mean, rstd), found[1:])
+        _fill((block.mean, block.rstd), found[2:])
 
 
 def row_norm_backward(
-    grad_output,
-    input,
-    weight,
-    bias,
-    mean,
-    rstd,
-    grad_input,
-    grad_weight,
-    grad_bias,
-    output,
-    eps,
-    pre_activation,
-    activation,
-    weight_offset,
-    cast_before_weight,
-):
-    """The gradients of `row_norm`, which finds its statistics again from eps, and its output where there is room."""
+    block: RowNorm,
+    grad_output: Tensor,
+    grad_residual_out: Tensor | None,
+    gradients: RowNormGradients,
+    output: Tensor | None = None,
+) -> None:
+    """The gradients of `row_norm`, and its output again where there is memory for it.
 
-    def block(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
-        return row_norm(
-            input, weight, bias, eps, mean is not None, pre_activation, activation, weight_offset, cast_before_weight
-        )
-
-    targets = (grad_input, grad_weight, grad_bias)
-    operands = (_matrix(input), *_wide((weight, bias), input.dtype))
-    _fill(targets, gradients(block, operands, (_matrix(grad_output),), [t is not None for t in targets]))
-    _refill(output, block, operands)
-
-
-def add_row_norm_forward(
-    input,
-    residual,
-    weight,
-    bias,
-    seed,
-    output,
-    residual_out,
-    mean,
-    rstd,
-    eps,
-    activation,
-    weight_offset,
-    cast_before_weight,
-    dropout_p,
-):
-    """`add_row_norm` into output, residual_out, mean (None: not centred) and rstd."""
-    options = (eps, mean is not None, activation, weight_offset, cast_before_weight, dropout_p)
-    found = add_row_norm(_matrix(input), _matrix(residual), weight, bias, seed, *options)
-    _fill((output, residual_out, mean, rstd), found)
-
-
-def add_row_norm_backward(
-    grad_output,
-    grad_residual_out,
-    residual_out,
-    weight,
-    bias,
-    seed,
-    mean,
-    rstd,
-    grad_input,
-    grad_residual,
-    grad_weight,
-    grad_bias,
-    eps,
-    activation,
-    weight_offset,
-    cast_before_weight,
-    dropout_p,
-):
-    """The gradients of `add_row_norm` from what it keeps, residual_out.
-
-    grad_residual is None where it equals grad_input, which is where there is no dropout.
+    With z = x_hat * w + b, g = grad_output * activation'(z) and h = g * w, grad_weight = sum of g * x_hat and grad_bias
+    = sum of g over rows. Of a row of N, x_hat_j = (u_j - mean) * rstd, so d mean / d u_i = 1 / N and d rstd / d u_i =
+    -rstd**2 * x_hat_i / N, whence
+        du_i = sum_j h_j * d x_hat_j / d u_i = rstd * (h_i - mean(h) - x_hat_i * mean(h * x_hat)),
+    without mean(h) where the mean is taken as 0 (Ba, Kiros and Hinton, "Layer Normalization", 2016).
     """
+    options, dtype = block.options, block.input.dtype
+    x, gate, dy, dh = (
+        None if t is None else _matrix(t).to(compute_dtype(dtype))
+        for t in (block.input, block.gate, grad_output, grad_residual_out)
+    )
+    u = ACTIVATIONS[options.pre_activation](x)
+    if options.gate_first:
+        factor = ACTIVATIONS[options.activation](gate)
+        u = u * factor
+    x_hat = (u if block.mean is None else u - block.mean.unsqueeze(1)) * block.rstd.unsqueeze(1)
+    seen = x_hat.to(dtype).to(x.dtype) if options.cast_before_weight else x_hat
+    z = _affine(seen, block.weight, block.bias, options.weight_offset)
+    grad_gate = None
+    if gate is None:
+        g = slope(options.activation, z, dy)
+        _fill((output,), (ACTIVATIONS[options.activation](z),))
+    elif options.gate_first:
+        g = dy
+    else:
+        g = dy * ACTIVATIONS[options.activation](gate)
+        grad_gate = slope(options.activation, gate, dy * z)
+    for target, values in ((gradients.weight, g * seen), (gradients.bias, g)):
+        if target is not None:
+            target.copy_(_grouped(values, target).sum(1).reshape(target.shape))
+    h = _affine(g, block.weight, None, options.weight_offset)
+    du = h - x_hat * (h * x_hat).mean(1, keepdim=True)
+    if block.mean is not None:
+        du = du - h.mean(1, keepdim=True)
+    du = du * block.rstd.unsqueeze(1)
+    if options.gate_first:
+        du, grad_gate = du * factor, slope(options.activation, gate, du * x)
+    du = slope(options.pre_activation, x, du)
+    if dh is not None:
+        du = du + dh
+    _fill((gradients.residual, gradients.gate), (du, grad_gate))
+    _fill((gradients.input,), (dropout(du.to(dtype).to(du.dtype), block.seed, options.dropout_p),))
 
-    def block(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
-        options = ("identity", activation, weight_offset, cast_before_weight)
-        return row_norm(total, weight, bias, eps, mean is not None, *options)[0], total
 
-    wanted = (grad_input is not None or grad_residual is not None, grad_weight is not None, grad_bias is not None)
-    operands = (residual_out, *_wide((weight, bias), residual_out.dtype))
-    incoming = (_matrix(grad_output), _matrix(grad_residual_out))
-    grad_total, *grad_affine = gradients(block, operands, incoming, wanted)
-    _fill((grad_weight, grad_bias), grad_affine)
-    if grad_total is not None:
-        kept = dropout(grad_total.to(compute_dtype(grad_total.dtype)), seed, dropout_p)
-        _fill((grad_input, grad_residual), (kept, grad_total))
-
-
-def gated_row_norm_forward(input, gate, weight, output, rstd, eps, activation, norm_before_gate):
-    """`gated_row_norm` into output and rstd."""
-    _fill((output, rstd), gated_row_norm(_matrix(input), _matrix(gate), weight, eps, activation, norm_before_gate))
-
-
-def gated_row_norm_backward(
-    grad_output, input, gate, weight, rstd, grad_input, grad_gate, grad_weight, eps, activation, norm_before_gate
-):
-    """The gradients of `gated_row_norm`."""
-
-    def block(input: Tensor, gate: Tensor, weight: Tensor | None) -> Sequence[Tensor]:
-        return gated_row_norm(input, gate, weight, eps, activation, norm_before_gate)
-
-    targets = (grad_input, grad_gate, grad_weight)
-    operands = (_matrix(input), _matrix(gate), *_wide((weight,), input.dtype))
-    _fill(targets, gradients(block, operands, (_matrix(grad_output),), [t is not None for t in targets]))
+def slope(activation: str, z: Tensor, grad: Tensor) -> Tensor:
+    """grad * activation'(z)."""
+    if activation == "identity":
+        return grad
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, grad)[0]
 
 
 def glu_forward(gate, value, output, activation):
@@ -491,7 +404,9 @@ def channel_statistics(means, squares, weight, bias, mean, var, coefficients, gr
     grouped[2] = 0 if bias is None else bias.view(shape)
 
 
-def channel_tilts(first, second, var, weight, coefficients, grad_weight, grad_bias, groups, count, eps, fixed):
+def channel_backward_coefficients(
+    first, second, var, weight, coefficients, grad_weight, grad_bias, groups, count, eps, fixed
+):
     """From the sums of `channel_sums` the gradients of weight and bias, and `channel_backward`'s coefficients.
 
     `coefficients` is (6, samples or 1, channels), of which the first three are there, those of the forward pass.
@@ -537,10 +452,7 @@ def _channel_slopes(grad_output, x, other, coefficients, planes, samples, activa
     z = None if other is None else _channels(other, planes, samples, channels)
     if not by_output:
         z = d * scale + bias + (0 if z is None else z)
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        (g,) = torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, g)
-    return g, d
+    return slope(activation, z, g), d
 
 
 def channel_sums(grad_output, x, other, coefficients, first, second, planes, piece_rows, activation, by_output):
@@ -557,11 +469,11 @@ def channel_sums(grad_output, x, other, coefficients, first, second, planes, pie
 def channel_backward(
     grad_output, x, other, coefficients, grad_input, grad_residual, planes, samples, activation, by_output
 ):
-    """grad_input = g * factor + (x - mean) * tilt + shift, grad_residual = g; `coefficients` are mean, scale, bias,
-    factor, tilt and shift, and g is that of `channel_sums`."""
+    """grad_input = g * factor + (x - mean) * c1 + c2, grad_residual = g; `coefficients` are mean, scale, bias,
+    factor, c1 and c2, and g is that of `channel_sums`."""
     g, d = _channel_slopes(grad_output, x, other, coefficients, planes, samples, activation, by_output)
-    factor, tilt, shift = (c.unsqueeze(1) for c in coefficients[3:])
-    for target, values in ((grad_input, g * factor + d * tilt + shift), (grad_residual, g)):
+    factor, c1, c2 = (c.unsqueeze(1) for c in coefficients[3:])
+    for target, values in ((grad_input, g * factor + d * c1 + c2), (grad_residual, g)):
         if target is not None:
             target.copy_(_rows(values, planes, target.shape))
 

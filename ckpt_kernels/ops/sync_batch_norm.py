@@ -13,15 +13,16 @@ from torch import Tensor
 from .. import recompute
 from ..backends import reference
 from .channel_norm import (
+    GradientOptions,
     Layout,
     Statistics,
     apply,
+    backward_coefficients,
     gradient_sums,
     input_gradients,
     layout_of,
     rebuilt,
     slope_source,
-    with_tilts,
 )
 from .operands import vector
 from .pinned import pinned_function
@@ -86,9 +87,11 @@ class _SyncBatchNorm(torch.autograd.Function):
             sums = gradient_sums(grads, matrix, other, coefficients, layout, options).sum((1, 2)).view(sums.shape)
         # The gradients of weight and bias are of this process's batch alone, as those of any other layer.
         affine = [torch.empty_like(var) if wanted else None for wanted in ctx.needs_input_grad[2:4]]
-        with_tilts(coefficients, sums, var, None, affine, 0, ctx.count, ctx.eps, True)
+        fixed = GradientOptions(0, ctx.eps, ctx.activation, True, ctx.by_output)
+        backward_coefficients(coefficients, sums, var, None, affine, ctx.count, fixed)
         dist.all_reduce(sums, group=ctx.group)
-        six = with_tilts(coefficients, sums, var, vector(weight), (None, None), 0, ctx.count, ctx.eps, False)
+        found = fixed._replace(fixed=False)
+        six = backward_coefficients(coefficients, sums, var, vector(weight), (None, None), ctx.count, found)
         wanted = list(ctx.needs_input_grad[:2])
         grad_input, grad_residual = input_gradients(grads, matrix, other, six, layout, options, wanted, input)
         grad_weight, grad_bias = (None if g is None else g.to(d) for g, d in zip(affine, ctx.dtypes, strict=True))

@@ -45,5 +45,5 @@ void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ckpt::statistics));
-  m.impl("channel_tilts", TORCH_BOX(&ckpt::tilts));
+  m.impl("channel_backward_coefficients", TORCH_BOX(&ckpt::tilts));
 }

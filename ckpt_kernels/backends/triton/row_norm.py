@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..blocks import RowNorm, RowNormGradients
 from .activations import activate
 from .launch import backward_programs, backward_tile, device_of, dropout_bits, forward_tile, places_of
 from .long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel
@@ -122,35 +123,18 @@ def row_norm_backward_kernel(
         tl.store(DB + partial + column, tl.sum(db, 0)[None, :], mask=column < columns)
 
 
-def _groups(columns: int, *coefficients: Tensor | None) -> int:
+def _groups(block: RowNorm) -> int:
     """How many rows of weight and bias there are."""
-    return next((t.numel() // columns for t in coefficients if t is not None), 1)
+    return next((t.numel() // block.options.columns for t in (block.weight, block.bias) if t is not None), 1)
 
 
-def _forward(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    output: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    eps: float,
-    activation: str,
-    *,
-    residual: Tensor | None = None,
-    residual_out: Tensor | None = None,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
-    gate: Tensor | None = None,
-    gate_first: bool = False,
-    pre_activation: str = "identity",
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-    given_statistics: bool = False,
+def row_norm_forward(
+    block: RowNorm, output: Tensor, residual_out: Tensor | None, given_statistics: bool = False
 ) -> None:
-    columns = input.shape[-1]
+    """`backends.reference.row_norm_forward`."""
+    input, residual, gate, weight, bias, seed, mean, rstd, options = block
+    columns, groups = options.columns, _groups(block)
     rows = input.numel() // columns
-    groups = _groups(columns, weight, bias)
     tile = forward_tile(columns)
     tiles = triton.cdiv(rows // groups, tile.rows)
     kernel = row_norm_forward_kernel if tile.whole else long_row_norm_forward_kernel
@@ -158,38 +142,23 @@ def _forward(
         kernel[(groups * tiles,)](
             input, residual, gate, weight, bias, seed, output, residual_out, mean, rstd,
             columns, places_of(input), places_of(residual), places_of(gate), rows // groups, tiles,
-            eps, weight_offset, *dropout_bits(dropout_p), pre_activation, activation, gate_first, cast_before_weight,
+            options.eps, options.weight_offset, *dropout_bits(options.dropout_p), options.pre_activation,
+            options.activation, options.gate_first, options.cast_before_weight,
             given_statistics, tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
 
 
-def _backward(
+def row_norm_backward(
+    block: RowNorm,
     grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    grad_input: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    activation: str,
-    *,
-    grad_residual_out: Tensor | None = None,
-    grad_residual: Tensor | None = None,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
-    gate: Tensor | None = None,
-    grad_gate: Tensor | None = None,
+    grad_residual_out: Tensor | None,
+    gradients: RowNormGradients,
     output: Tensor | None = None,
-    gate_first: bool = False,
-    pre_activation: str = "identity",
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
 ) -> None:
-    columns = input.shape[-1]
+    """`backends.reference.row_norm_backward`."""
+    input, _, gate, weight, bias, seed, mean, rstd, options = block
+    columns, groups = options.columns, _groups(block)
     rows = input.numel() // columns
-    groups = _groups(columns, weight, bias)
     tile = backward_tile(columns, gate is not None or output is not None)
     programs, program_rows = backward_programs(input.device, rows // groups, tile)
     new = torch.empty if tile.whole else torch.zeros
@@ -197,81 +166,17 @@ def _backward(
     def partial(gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else new((groups, programs, columns), dtype=torch.float32, device=input.device)
 
-    weight_sums, bias_sums = partial(grad_weight), partial(grad_bias)
+    weight_sums, bias_sums = partial(gradients.weight), partial(gradients.bias)
     kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
     with device_of(input):
         kernel[(groups * programs,)](
             grad_output, grad_residual_out, input, gate, weight, bias, seed, mean, rstd,
-            grad_input, grad_residual, grad_gate, output, weight_sums, bias_sums,
+            *gradients[:3], output, weight_sums, bias_sums,
             columns, places_of(grad_output), places_of(grad_residual_out), places_of(input), places_of(gate),
-            rows // groups, programs, program_rows, weight_offset, *dropout_bits(dropout_p),
-            pre_activation, activation, gate_first, cast_before_weight, tile.rows, tile.block, num_warps=tile.warps,
+            rows // groups, programs, program_rows, options.weight_offset, *dropout_bits(options.dropout_p),
+            options.pre_activation, options.activation, options.gate_first, options.cast_before_weight,
+            tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
-    for gradient, sums in ((grad_weight, weight_sums), (grad_bias, bias_sums)):
+    for gradient, sums in ((gradients.weight, weight_sums), (gradients.bias, bias_sums)):
         if gradient is not None:
             torch.sum(sums, 1, out=gradient.view(groups, columns))
-
-
-def row_norm_forward(
-    input, weight, bias, output, mean, rstd, eps, pre_activation, activation, weight_offset, cast_before_weight,
-    given_statistics,
-):  # fmt: skip
-    """`backends.reference.row_norm` into output, mean (None: not centred) and rstd, which may be there already."""
-    _forward(
-        input, weight, bias, output, mean, rstd, eps, activation,
-        pre_activation=pre_activation, weight_offset=weight_offset, cast_before_weight=cast_before_weight,
-        given_statistics=given_statistics,
-    )  # fmt: skip
-
-
-def row_norm_backward(
-    grad_output, input, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, output, eps,
-    pre_activation, activation, weight_offset, cast_before_weight,
-):  # fmt: skip
-    """The gradients of `row_norm`, and its output where there is room."""
-    _backward(
-        grad_output, input, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, activation, output=output,
-        pre_activation=pre_activation, weight_offset=weight_offset, cast_before_weight=cast_before_weight,
-    )  # fmt: skip
-
-
-def add_row_norm_forward(
-    input, residual, weight, bias, seed, output, residual_out, mean, rstd, eps,
-    activation, weight_offset, cast_before_weight, dropout_p,
-):  # fmt: skip
-    """`backends.reference.add_row_norm` into output, residual_out, mean (None: not centred) and rstd."""
-    _forward(
-        input, weight, bias, output, mean, rstd, eps, activation,
-        residual=residual, residual_out=residual_out, seed=seed, dropout_p=dropout_p,
-        weight_offset=weight_offset, cast_before_weight=cast_before_weight,
-    )  # fmt: skip
-
-
-def add_row_norm_backward(
-    grad_output, grad_residual_out, residual_out, weight, bias, seed, mean, rstd,
-    grad_input, grad_residual, grad_weight, grad_bias, eps,
-    activation, weight_offset, cast_before_weight, dropout_p,
-):  # fmt: skip
-    """The gradients of `add_row_norm`; grad_residual is None where it equals grad_input."""
-    _backward(
-        grad_output, residual_out, weight, bias, mean, rstd, grad_input, grad_weight, grad_bias, activation,
-        grad_residual_out=grad_residual_out, grad_residual=grad_residual, seed=seed, dropout_p=dropout_p,
-        weight_offset=weight_offset, cast_before_weight=cast_before_weight,
-    )  # fmt: skip
-
-
-def gated_row_norm_forward(input, gate, weight, output, rstd, eps, activation, norm_before_gate):
-    """`backends.reference.gated_row_norm` into output and rstd."""
-    _forward(
-        input, weight, None, output, None, rstd, eps, activation, gate=gate, gate_first=not norm_before_gate
-    )  # fmt: skip
-
-
-def gated_row_norm_backward(
-    grad_output, input, gate, weight, rstd, grad_input, grad_gate, grad_weight, eps, activation, norm_before_gate
-):
-    """The gradients of `gated_row_norm`."""
-    _backward(
-        grad_output, input, weight, None, None, rstd, grad_input, grad_weight, None, activation,
-        gate=gate, grad_gate=grad_gate, gate_first=not norm_before_gate,
-    )  # fmt: skip
