@@ -103,19 +103,6 @@ def cpu_isa() -> str:
     return _ops.cpu_isa()
 
 
-def _launcher(op: torch._ops.OpOverload) -> Callable[..., None]:
-    """The op, taking activations by name."""
-    places = [i for i, argument in enumerate(op._schema.arguments) if argument.name.endswith("activation")]
-
-    def launch(*arguments: object) -> None:
-        arguments = list(arguments)
-        for place in places:
-            arguments[place] = CODES[arguments[place]]
-        op(*arguments)
-
-    return launch
-
-
 _row_norm_forward, _row_norm_backward = _ops.row_norm_forward.default, _ops.row_norm_backward.default
 
 
@@ -141,18 +128,28 @@ def row_norm_backward(
     _row_norm_backward(grad_output, grad_residual_out, input, *tensors, *gradients, output, *codes, *options)
 
 
-glu_forward = _launcher(_ops.glu_forward.default)
-glu_backward = _launcher(_ops.glu_backward.default)
-bias_act_forward = _launcher(_ops.bias_act_forward.default)
-bias_act_backward = _launcher(_ops.bias_act_backward.default)
-channel_moments = _launcher(_ops.channel_moments.default)
-channel_forward = _launcher(_ops.channel_forward.default)
-channel_sums = _launcher(_ops.channel_sums.default)
-channel_backward = _launcher(_ops.channel_backward.default)
+def _by_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:
+    """The op, taking its activation by name: so many arguments come after that."""
+
+    def launch(*arguments: object) -> None:
+        activation, *rest = arguments[-1 - after :]
+        op(*arguments[: -1 - after], CODES[activation], *rest)
+
+    return launch
+
+
+glu_forward = _by_name(_ops.glu_forward.default, 0)
+glu_backward = _by_name(_ops.glu_backward.default, 0)
+bias_act_forward = _by_name(_ops.bias_act_forward.default, 1)
+bias_act_backward = _by_name(_ops.bias_act_backward.default, 1)
+channel_moments = _ops.channel_moments.default
+channel_forward = _by_name(_ops.channel_forward.default, 0)
+channel_sums = _by_name(_ops.channel_sums.default, 1)
+channel_backward = _by_name(_ops.channel_backward.default, 1)
 # All steps of a channel norm in one call, where there is such a thing.
 WHOLE_CHANNEL_NORMS = ("cpu",)
-channel_norm_forward = _launcher(_ops.channel_norm_forward.default)
-channel_norm_backward = _launcher(_ops.channel_norm_backward.default)
+channel_norm_forward = _by_name(_ops.channel_norm_forward.default, 0)
+channel_norm_backward = _by_name(_ops.channel_norm_backward.default, 1)
 
 
 def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Callable[..., None]:

@@ -98,7 +98,8 @@ class Block(Registered):
         ctx.save_for_backward(*kept)
 
     def backward(self, ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        if all(g is None for g in grads):
+        # There are two at most.
+        if grads[0] is None and grads[-1] is None:
             return (None,) * self.differentiable
         wanted = list(ctx.needs_input_grad[: self.differentiable])
         return self.differentiated(grads, ctx.saved_tensors, ctx.options, wanted)
@@ -126,7 +127,8 @@ class _Gradient(Registered):
         return method(arguments[: self._incoming], arguments[self._incoming : -1], options, wanted)
 
     def forward(self, *arguments: Any) -> Sequence[Tensor | None]:
-        return tuple(self._parted(self.block.gradients, arguments))
+        options, wanted = arguments[-1]
+        return tuple(self.block.gradients(arguments[: self._incoming], arguments[self._incoming : -1], options, wanted))
 
     def empty(self, *arguments: Any) -> Sequence[Tensor | None]:
         return self._parted(self.block.empty_gradients, arguments)
