@@ -171,14 +171,14 @@ def channel_norm(
         given_mean = given_var = x.new_zeros(channels)
     if given_mean is not None:
         mean, var = given_mean.to(x.dtype), given_var.to(x.dtype)
-        sets, places = x.reshape(samples, channels, size), (1, channels, 1)
+        sets, shape = x.reshape(samples, channels, size), (1, channels, 1)
     elif groups:
-        sets, places = x.reshape(samples, groups, channels // groups * size), (samples, groups, 1)
+        sets, shape = x.reshape(samples, groups, channels // groups * size), (samples, groups, 1)
         var, mean = torch.var_mean(sets, 2, correction=0)
     else:
-        sets, places = x.reshape(samples, channels, size), (1, channels, 1)
+        sets, shape = x.reshape(samples, channels, size), (1, channels, 1)
         var, mean = torch.var_mean(sets, (0, 2), correction=0)
-    x_hat = ((sets - mean.view(places)) * torch.rsqrt(var + eps).view(places)).reshape(samples, channels, size)
+    x_hat = ((sets - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)).reshape(samples, channels, size)
     if weight is not None:
         x_hat = x_hat * weight.to(x.dtype).reshape(channels, 1)
     if bias is not None:
@@ -231,7 +231,7 @@ def _fill(targets: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> 
 
 
 def _refill(output: Tensor | None, block: Callable[..., Sequence[Tensor]], operands: Sequence[Tensor | None]) -> None:
-    """The block's output again, where there is room for it."""
+    """The block's output again, where there is memory for it."""
     if output is not None:
         _fill((output,), block(*operands)[:1])
 
@@ -320,7 +320,7 @@ def glu_forward(gate, value, output, activation):
 
 
 def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
-    """The gradients of `glu`, and its output where there is room."""
+    """The gradients of `glu`, and its output where there is memory for it."""
 
     def block(gate: Tensor, value: Tensor) -> Sequence[Tensor]:
         return (glu(gate, value, activation),)
@@ -336,7 +336,7 @@ def bias_act_forward(input, bias, seed, output, activation, dropout_p):
 
 
 def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, output, activation, dropout_p):
-    """The gradients of `bias_act`, without a bias that of one that is zero; and its output where there is room."""
+    """The gradients of `bias_act`, without a bias that of one that is zero; its output where there is memory for it."""
 
     def block(input: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
         return (bias_act(input, bias, seed, activation, dropout_p),)

@@ -150,13 +150,13 @@ class _Gradient(Registered):
 
     def backward(self, ctx: Any, grad_gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         tensors = list(ctx.saved_tensors)
-        wanted = [place for place, needed in enumerate(ctx.needs_input_grad[: len(tensors)]) if needed]
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[: len(tensors)]) if needed]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Through a view of each, because one may be made from another (a gradient from an output, say), and
             # the derivatives asked for are partial.
-            for place in wanted:
-                tensors[place] = tensors[place].view_as(tensors[place])
+            for index in wanted:
+                tensors[index] = tensors[index].view_as(tensors[index])
             first = self._parted(self.block.first_order, (*tensors, ctx.options))
             pairs = [
                 (g, gg)
@@ -166,7 +166,7 @@ class _Gradient(Registered):
             found = iter(
                 torch.autograd.grad(
                     [g for g, _ in pairs],
-                    [tensors[place] for place in wanted],
+                    [tensors[index] for index in wanted],
                     [gg for _, gg in pairs],
                     create_graph=create_graph,
                     allow_unused=True,
@@ -174,7 +174,7 @@ class _Gradient(Registered):
                 if pairs
                 else [None] * len(wanted)
             )
-        return [next(found) if place in wanted else None for place in range(len(tensors))]
+        return [next(found) if index in wanted else None for index in range(len(tensors))]
 
 
 def _schema(options: type) -> str:

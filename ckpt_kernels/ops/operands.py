@@ -1,4 +1,4 @@
-"""What the ops share: tensors as matrices of rows, room for results, and which gradients are wanted."""
+"""What the ops share: tensors as matrices of rows, memory for results, gradients in their dtypes."""
 
 from collections.abc import Sequence
 
@@ -38,17 +38,17 @@ def rows_as_they_lie(tensor: Tensor, columns: int) -> Tensor:
     return tensor.as_strided((*sizes, columns), (*strides, 1))
 
 
-def as_matrices(room: Tensor, *tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
-    """Tensors of one shape as matrices for what goes element by element, in the order in which `room` lies in memory.
+def as_matrices(like: Tensor, *tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
+    """Tensors of one shape as matrices for what goes element by element, in the order in which `like` lies in memory.
 
-    `room` is dense. What has its strides is a view, one row or rows of `columns`, which must then be the length of the
+    `like` is dense. What has its strides is a view, one row or rows of `columns`, which must then be the length of the
     innermost dimension. Of other tensors rows are as long as all have them in one piece, and what has no such rows is
     copied.
     """
-    strides = room.stride()
+    strides = like.stride()
     if all(t is None or t.stride() == strides for t in tensors):
-        columns = room.numel() if columns is None else columns
-        size, step = (room.numel() // columns, columns), (columns, 1)
+        columns = like.numel() if columns is None else columns
+        size, step = (like.numel() // columns, columns), (columns, 1)
         return [None if t is None else t.as_strided(size, step) for t in tensors]
     order = memory_order(strides)
     permuted = [None if t is None else t.permute(order) for t in tensors]
@@ -88,12 +88,12 @@ def constant(tensor: Tensor | None) -> Tensor | None:
 
 
 def contiguous(input: Tensor) -> Tensor:
-    """Room for a result of input's shape, contiguous whatever input's strides are."""
+    """Memory for a result of input's shape, contiguous whatever input's strides are."""
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def elementwise_empty(*operands: Tensor) -> Tensor:
-    """Room for the elementwise result of operands of one shape, in the first's dtype, with the strides that torch's own
+    """Memory for the elementwise result of operands of one shape, in the first's dtype, with the strides that torch's
     operators give it: those of the first operand if it is dense, else dense in the order of its strides. Where these
     say nothing, because it is expanded, the next operand decides.
     """
@@ -107,7 +107,7 @@ def elementwise_empty(*operands: Tensor) -> Tensor:
 
 
 def overwritten(given_away: Tensor, like: Tensor) -> Tensor:
-    """Room for a result of like's shape and dtype in a tensor that nobody else needs, if it is such; else new room."""
+    """Memory for a result of like's shape and dtype: that of a tensor that nobody else needs, if it fits; else new."""
     fits = given_away.is_contiguous() and given_away.dtype == like.dtype and given_away.shape == like.shape
     return given_away if fits else contiguous(like)
 
@@ -116,8 +116,8 @@ def as_result_of(input: Tensor, output: Tensor) -> Tensor:
     """The output, with the strides that an elementwise result of input has: itself if it has them, else a copy."""
     if input.is_contiguous() and output.is_contiguous():
         return output
-    room = elementwise_empty(input)
-    return output if output.stride() == room.stride() else room.copy_(output)
+    result = elementwise_empty(input)
+    return output if output.stride() == result.stride() else result.copy_(output)
 
 
 def wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -81,7 +81,7 @@ class Registered:
 
                     return dtensor.call(self, self.sharding, arguments)
             results = self._dispatched(*tensors, *self.flattened(arguments[-1]))
-            return self._first(results if self._results > 1 else (results,))
+            return self._first(self.present(arguments, results if self._results > 1 else (results,)))
         if not torch.is_grad_enabled():
             return self._first(self.forward(*arguments))
         is_recorded = self.has_recipe and recompute.is_active()
@@ -89,6 +89,10 @@ class Registered:
         if is_recorded:
             recompute.offer(output if isinstance(output, Tensor) else output[0])
         return output
+
+    def present(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The dispatcher's results, with None again for one that there is not."""
+        return results
 
     def _first(self, results: Sequence[Tensor | None]) -> Any:
         return results[0] if self.returned is None else results[: self.returned]

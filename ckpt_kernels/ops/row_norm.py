@@ -101,6 +101,9 @@ class _RowNorm(Block):
                 rstd.mul_(0)
         return results
 
+    def present(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        return results if arguments[1] is not None else (results[0], None)
+
     def keep(self, arguments: Sequence[Any], results: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple:
         input, residual, *rest, options = arguments
         gate, scale, _, _, bias, _ = rest
@@ -122,7 +125,7 @@ class _RowNorm(Block):
     ) -> Sequence[Tensor | None]:
         grad_output, grad_sum = grads
         if grad_sum is not None and (kept[0] is None or grad_sum.shape != kept[0].shape):
-            # Of the empty tensor by which the dispatcher is told that there is no sum.
+            # Of the empty tensor that is the dispatcher's where there is no sum.
             grads = grad_output, grad_sum = grad_output, None
             if grad_output is None:
                 return (None,) * self.differentiable
