@@ -2,7 +2,7 @@
 
 The functions named after a block compute it from (rows, columns) matrices and can be differentiated any number
 of times. The functions named `*_forward` and `*_backward` are the backend interface, the same in every backend:
-they fill tensors that the caller has allocated, and their gradients here are those that autograd finds. An
+they fill tensors that the caller has allocated, and their gradients are written out here. An
 operand of None is one the block does not have; a gradient of None is one that nobody wants.
 """
 
@@ -194,32 +194,28 @@ def gradients(
     operands: Sequence[Tensor | None],
     grad_outputs: Sequence[Tensor | None],
     wanted: Sequence[bool],
-    create_graph: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of block(*operands) for the operands wanted, as autograd finds them; None for the others.
 
-    `grad_outputs` are those of the block's first outputs; None stands for zero. With `create_graph` the operands are
-    taken as they are, and the gradients have a graph if the caller's grad mode is on.
+    `grad_outputs` are those of the block's first outputs; None stands for zero. The gradients have a graph if the
+    caller's grad mode is on.
     """
-    is_grad_enabled = torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = list(operands)
-        if not create_graph:
-            leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(leaves, wanted, strict=True)]
-        outputs = block(*leaves)
+        outputs = block(*operands)
         pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=False) if g is not None and y.requires_grad]
-        sources = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+        sources = [operand for operand, w in zip(operands, wanted, strict=True) if w]
         found = iter(
             torch.autograd.grad(
                 [y for y, _ in pairs],
                 sources,
                 [g for _, g in pairs],
-                create_graph=create_graph and is_grad_enabled,
+                create_graph=create_graph,
                 allow_unused=True,
                 materialize_grads=True,
             )
             if sources and pairs
-            else [torch.zeros_like(leaf) for leaf in sources]
+            else [torch.zeros_like(source) for source in sources]
         )
     return [next(found) if w else None for w in wanted]
 
@@ -228,12 +224,6 @@ def _fill(targets: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> 
     for target, value in zip(targets, values, strict=True):
         if target is not None and value is not None:
             target.copy_(value.reshape(target.shape))
-
-
-def _refill(output: Tensor | None, block: Callable[..., Sequence[Tensor]], operands: Sequence[Tensor | None]) -> None:
-    """The block's output again, where there is memory for it."""
-    if output is not None:
-        _fill((output,), block(*operands)[:1])
 
 
 def _matrix(rows: Tensor | None) -> Tensor | None:
@@ -320,14 +310,11 @@ def glu_forward(gate, value, output, activation):
 
 
 def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
-    """The gradients of `glu`, and its output where there is memory for it."""
-
-    def block(gate: Tensor, value: Tensor) -> Sequence[Tensor]:
-        return (glu(gate, value, activation),)
-
-    targets = (grad_gate, grad_value)
-    _fill(targets, gradients(block, (gate, value), (grad_output,), [t is not None for t in targets]))
-    _refill(output, block, (gate, value))
+    """The gradients of `glu`, and its output where there is memory for it: d gate = grad * value * activation'(gate),
+    d value = grad * activation(gate)."""
+    dy, u, v = (t.to(compute_dtype(gate.dtype)) for t in (grad_output, gate, value))
+    factor = ACTIVATIONS[activation](u)
+    _fill((grad_gate, grad_value, output), (slope(activation, u, dy * v), dy * factor, factor * v))
 
 
 def bias_act_forward(input, bias, seed, output, activation, dropout_p):
@@ -336,17 +323,15 @@ def bias_act_forward(input, bias, seed, output, activation, dropout_p):
 
 
 def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, output, activation, dropout_p):
-    """The gradients of `bias_act`, without a bias that of one that is zero; its output where there is memory for it."""
-
-    def block(input: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
-        return (bias_act(input, bias, seed, activation, dropout_p),)
-
-    if bias is None and grad_bias is not None:
-        bias = torch.zeros_like(grad_bias)
-    targets = (grad_input, grad_bias)
-    operands = (input, *_wide((bias,), input.dtype))
-    _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
-    _refill(output, block, operands)
+    """The gradients of `bias_act`, and its output where there is memory for it: d input = dropout(grad) *
+    activation'(input + bias), d bias is the sum of that over rows. No bias is one of zeros."""
+    dy, z = (t.to(compute_dtype(input.dtype)) for t in (grad_output, input))
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    dz = slope(activation, z, dropout(dy, seed, dropout_p))
+    _fill((grad_input, output), (dz, dropout(ACTIVATIONS[activation](z), seed, dropout_p)))
+    if grad_bias is not None:
+        grad_bias.copy_(dz.sum(0))
 
 
 def _channels(matrix: Tensor, planes: bool, samples: int, channels: int) -> Tensor:
@@ -476,8 +461,3 @@ def channel_backward(
     for target, values in ((grad_input, g * factor + d * c1 + c2), (grad_residual, g)):
         if target is not None:
             target.copy_(_rows(values, planes, target.shape))
-
-
-def _wide(operands: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """In the compute type of `dtype`, so that their gradients come back unrounded."""
-    return [None if t is None else t.to(compute_dtype(dtype)) for t in operands]

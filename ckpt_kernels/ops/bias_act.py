@@ -129,7 +129,7 @@ class _BiasAct(Block):
             added = bias - bias.detach() if by_output and bias is not None else bias
             return self.composition(input, added, seed, options)
 
-        return reference.gradients(block, (kept, bias), grads, wanted, create_graph=True)
+        return reference.gradients(block, (kept, bias), grads, wanted)
 
 
 bias_act = _BiasAct()

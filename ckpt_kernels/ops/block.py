@@ -83,7 +83,7 @@ class Block(Registered):
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         """The same as `gradients`, as a graph, where all operands are kept and have gradients."""
-        return reference.gradients(lambda *operands: self.composition(*operands, options), kept, grads, wanted, True)
+        return reference.gradients(lambda *operands: self.composition(*operands, options), kept, grads, wanted)
 
     # What follows from that.
 

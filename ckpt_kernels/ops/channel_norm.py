@@ -401,7 +401,7 @@ class _ChannelNorm(Block):
         residual = None if by_output else other
         if residual is None and (by_output or wanted[1]):
             residual = torch.zeros_like(input, requires_grad=True)
-        return reference.gradients(block, (input, residual, weight, bias), grads, wanted, create_graph=True)
+        return reference.gradients(block, (input, residual, weight, bias), grads, wanted)
 
 
 channel_norm = _ChannelNorm()

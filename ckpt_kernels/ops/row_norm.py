@@ -218,7 +218,7 @@ class _RowNorm(Block):
             return self.composition(input, None, *operands, None, options)[0], input
 
         needed = [wanted[0] or wanted[1], *wanted[2:]]
-        total, *others = reference.gradients(block, kept[:6], grads, needed, create_graph=True)
+        total, *others = reference.gradients(block, kept[:6], grads, needed)
         grad_input = total
         if wanted[0] and seed is not None:
             rows = as_rows(total, options.columns)
