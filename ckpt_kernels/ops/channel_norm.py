@@ -270,10 +270,10 @@ def input_gradients(
 
 def _splits(arguments: Sequence[Any]) -> Collection[int]:
     """Samples where each has statistics of its own, channels where these have, anything where statistics are given."""
-    _, _, _, _, given_mean, _, groups, *_ = arguments
+    given_mean, _, options = arguments[4:]
     if given_mean is not None:
         return every_dim(arguments)
-    return (0,) if groups else (1,)
+    return (0,) if options.groups else (1,)
 
 
 def _statistics_of_input(statistics: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:

@@ -83,7 +83,8 @@ class Registered:
             results = self._dispatched(*tensors, *self.flattened(arguments[-1]))
             return self._first(self.present(arguments, results if self._results > 1 else (results,)))
         if not torch.is_grad_enabled():
-            return self._first(self.forward(*arguments))
+            results = self.forward(*arguments)
+            return results[0] if self.returned is None else results[: self.returned]
         is_recorded = self.has_recipe and recompute.is_active()
         output = self._apply(*arguments, is_recorded)
         if is_recorded:

@@ -91,7 +91,8 @@ class _RowNorm(Block):
         gate, scale, shift, weight, bias, seed, options = rest
         output, residual_out, mean, rstd = results = self.empty(input, residual, options)
         if output.numel():
-            weight, bias = _modulated(scale, shift, weight, bias, options.columns, rstd.dtype)
+            if scale is not None:
+                weight, bias = _modulated(scale, shift, weight, bias, options.columns, rstd.dtype)
             block = _block(input, residual, gate, weight, bias, seed, mean, rstd, options)
             sums = None if residual_out is None else as_rows(residual_out, options.columns)
             backends.select(input).row_norm_forward(block, as_rows(output, options.columns), sums)
@@ -142,12 +143,12 @@ class _RowNorm(Block):
     def gradients(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        return self.gradients_and_output(grads, Kept(*kept), options, wanted, False)[0]
+        return self.gradients_and_output(grads, kept, options, wanted, False)[0]
 
     def gradients_and_output(
         self,
         grads: Sequence[Tensor | None],
-        kept: Kept,
+        kept: Sequence[Tensor | None],
         options: RowNormOptions,
         wanted: Sequence[bool],
         rewrite: bool,
@@ -161,9 +162,9 @@ class _RowNorm(Block):
         total = wanted.input or wanted.residual
         # A gate before the norm: both gradients come out of the same products.
         both = options.gate_first and (wanted.input or wanted.gate)
-        factor, offset = _modulated(scale, shift, weight, bias, columns, dtype)
-        need_factor, need_offset = wanted.weight, wanted.bias
+        factor, offset, need_factor, need_offset = weight, bias, wanted.weight, wanted.bias
         if scale is not None:
+            factor, offset = _modulated(scale, shift, weight, bias, columns, dtype)
             need_factor = wanted.scale or wanted.weight or wanted.bias
             need_offset = wanted.scale or wanted.shift or wanted.bias
         found = RowNormGradients(
@@ -189,7 +190,7 @@ class _RowNorm(Block):
             zero(*found[3:])
         coefficients = (None, None, *found[3:])
         if scale is not None:
-            coefficients = _modulation_gradients(kept, found.weight, found.bias, wanted)
+            coefficients = _modulation_gradients(Kept(*kept), found.weight, found.bias, wanted)
         found = [g if w else None for g, w in zip((*found[:3], *coefficients), wanted, strict=True)]
         return in_dtypes_of((input, input, *kept[1:6]), found), output
 
@@ -203,8 +204,9 @@ class _RowNorm(Block):
         gate, scale, shift, weight, bias, seed, options = rest
         columns = options.columns
         rows = [None if t is None else as_rows(t, columns) for t in (input, residual, gate)]
-        coefficients = _modulated(scale, shift, weight, bias, columns, reference.compute_dtype(input.dtype))
-        output, residual_out, _, _ = reference.row_norm(RowNorm(*rows, *coefficients, seed, None, None, options))
+        if scale is not None:
+            weight, bias = _modulated(scale, shift, weight, bias, columns, reference.compute_dtype(input.dtype))
+        output, residual_out, _, _ = reference.row_norm(RowNorm(*rows, weight, bias, seed, None, None, options))
         return output.reshape(input.shape), None if residual_out is None else residual_out.reshape(input.shape)
 
     def first_order(
@@ -245,23 +247,17 @@ def _rebuilt(kept: Kept, options: RowNormOptions) -> Tensor:
     input, gate, scale, shift, weight, bias, _, mean, rstd = kept
     output = contiguous(input)
     if output.numel():
-        weight, bias = _modulated(scale, shift, weight, bias, options.columns, rstd.dtype)
+        if scale is not None:
+            weight, bias = _modulated(scale, shift, weight, bias, options.columns, rstd.dtype)
         block = _block(input, None, gate, weight, bias, None, mean if options.centered else None, rstd, options)
         backends.select(input).row_norm_forward(block, as_rows(output, options.columns), None, True)
     return output
 
 
 def _modulated(
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    columns: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
+    scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(x_hat * weight + bias) * (1 + scale) + shift, as one weight and one bias a sample."""
-    if scale is None:
-        return weight, bias
     factor = 1 + scale.to(dtype).reshape(-1, columns)
     offset = shift.to(dtype).reshape(-1, columns)
     if bias is not None:
