@@ -13,16 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from .backends.triton.variants import Variant
 
 COLUMNS = (64, 1024, 8192, 32768)
-# Operands that are not of the storage type, and arguments that are not whole numbers.
-_DTYPES = {"SEED": "i64"} | dict.fromkeys(("MEAN", "RSTD", "SQUARES", "DW", "DB", "C", "FIRST", "SECOND"), "fp32")
-# Those as large as the input; what else there is is small, or shared by all programs.
-_LARGE = frozenset("X RESIDUAL GATE VALUE OTHER Y RESIDUAL_OUT DY DH DX DRESIDUAL DGATE DVALUE DOTHER".split())
-_FLOATS = ("eps", "weight_offset", "scale")
 _SIZES = {"bf16": 2, "fp32": 4}
+_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 class Processor(NamedTuple):
@@ -95,9 +93,10 @@ def triton_kernels(arch: str, columns: Sequence[int] = COLUMNS) -> Iterator[Usag
 
     target = _target(arch)
     for length in columns:
-        for variant in variants(length):
-            for dtype in _SIZES:
-                yield _usage(variant, dtype, length, compile_variant(variant, dtype, target), _PROCESSORS[arch])
+        by_dtype = [variants(length, dtype) for dtype in (torch.bfloat16, torch.float32)]
+        for pair in zip(*by_dtype, strict=True):
+            for dtype, variant in zip(_SIZES, pair, strict=True):
+                yield _usage(variant, dtype, length, compile_variant(variant, target), _PROCESSORS[arch])
 
 
 def _target(arch: str) -> Any:
@@ -108,34 +107,47 @@ def _target(arch: str) -> Any:
     return GPUTarget("hip", arch, _PROCESSORS[arch].warp)
 
 
-def compile_variant(variant: "Variant", dtype: str, target: Any) -> Any:
-    """The kernel as the launcher would have it compiled for aligned tensors."""
+def compile_variant(variant: "Variant", target: Any) -> Any:
+    """The kernel as it would be compiled for aligned tensors."""
     import triton
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
-    options = variant.options | {"ROWS": variant.tile.rows, "BLOCK": variant.tile.block}
-    for index, name in enumerate(variant.kernel.arg_names):
-        if name in options or name in variant.absent:
-            signature[name] = "constexpr"
-            constants[(index,)] = options.get(name)
-        elif name.isupper():
-            signature[name] = "*" + _DTYPES.get(name, dtype)
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name.endswith("places"):
-            # Of a plain matrix: the lower levels have one row each, which the launcher makes constants.
-            signature[name] = ("i32", "constexpr", "i32", "constexpr", "i32")
-            constants |= {(index, 1): 1, (index, 3): 1}
-            attributes |= {(index, level): [["tt.divisibility", 16]] for level in (0, 2, 4)}
-        elif name in _FLOATS:
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i64" if name == "threshold" else "i32"
-            # As the launcher finds the sizes and strides of aligned tensors.
-            if name.endswith("stride") or name == "columns":
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": variant.tile.warps})
+    kernel, tile, arguments = variant.launch
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    signature = {}
+    for index, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
+        given = triton.language.constexpr(argument) if parameter.is_constexpr else argument
+        signature[parameter.name] = _specialized(given, (index,), constants, attributes)
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": tile.warps})
+
+
+def _specialized(
+    argument: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: dict[tuple[int, ...], list]
+) -> Any:
+    """The type of an argument as Triton's launcher finds it, tuples element by element."""
+    if isinstance(argument, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return _POINTERS[argument.dtype]
+    if isinstance(argument, tuple):
+        types = [_specialized(a, (*path, i), constants, attributes) for i, a in enumerate(argument)]
+        return type(argument)(*types) if hasattr(argument, "_fields") else tuple(types)
+    if isinstance(argument, float):
+        return "fp32"
+    if isinstance(argument, int) and argument != 1:
+        if argument % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if argument < 1 << 31 else "i64"
+    constants[path] = argument
+    return "constexpr"
+
+
+def _large_operands(argument: Any, elements: int) -> int:
+    """How many tensors of that many elements there are, or more."""
+    if isinstance(argument, tuple):
+        return sum(_large_operands(a, elements) for a in argument)
+    return int(isinstance(argument, torch.Tensor) and argument.numel() >= elements)
 
 
 class _Binary(NamedTuple):
@@ -181,7 +193,8 @@ def _of_amd(compiled: Any) -> _Binary:
 
 def _usage(variant: "Variant", dtype: str, columns: int, compiled: Any, processor: Processor) -> Usage:
     binary = _of_nvidia(compiled) if "cubin" in compiled.asm else _of_amd(compiled)
-    warps, tile = variant.tile.warps, variant.tile.rows * variant.tile.block
+    _, shape, arguments = variant.launch
+    warps, tile = shape.warps, shape.rows * shape.block
     return Usage(
         variant.name,
         dtype,
@@ -194,7 +207,7 @@ def _usage(variant: "Variant", dtype: str, columns: int, compiled: Any, processo
         tuple(sorted(set(binary.widths))),
         binary.instructions,
         16 * binary.widths.count(16) * processor.warp * warps / (tile * _SIZES[dtype]),
-        len(_LARGE.intersection(variant.kernel.arg_names) - set(variant.absent)),
+        _large_operands(arguments, variant.elements),
         _occupancy(warps, binary.registers, binary.shared, processor),
     )
 

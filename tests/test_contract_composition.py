@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import functional, nn, ops
+from ckpt_kernels.backends.blocks import RowNormOptions
 from ckpt_kernels.catalogue.block import Block
 from ckpt_kernels.catalogue.blocks import BLOCKS
 from ckpt_kernels.catalogue.linear import PAIRS
@@ -117,37 +118,55 @@ def test_one_process_uses_every_backend_in_turn(block: Block) -> None:
             torch.testing.assert_close(value, found["reference"][key], rtol=2e-5, atol=2e-5, msg=f"{name} {key}")
 
 
-def _op_arguments(name: str) -> tuple:
+def op_arguments() -> dict[str, tuple]:
+    """By op, and what is special."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
 
+    def none(count: int) -> tuple[None, ...]:
+        return (None,) * count
+
     x, y, w, b = random(3, 4, 8), random(3, 4, 8), random(8), random(8)
     seed = torch.tensor([7], device=DEVICE)
     return {
-        "row_norm": (x, w, b, 8, 1e-5, True, "silu", "gelu", 0.0, False),
-        "modulated_row_norm": (x, random(3, 8), random(3, 8), w, b, 8, 1e-5, True, "identity", "silu"),
-        "add_row_norm": (x, y, w, None, seed, 8, 1e-5, False, "silu", 0.0, False, 0.25),
-        "gated_row_norm": (x, y, w, 8, 1e-5, "silu", False),
+        "row_norm": (x, *none(4), w, b, None, *RowNormOptions(8, 1e-5, True, "silu", "gelu")),
+        "row_norm, modulated": (
+            *(x, None, None, random(3, 8), random(3, 8), w, b, None),
+            *RowNormOptions(8, 1e-5, True, activation="silu"),
+        ),
+        "row_norm, residual": (
+            *(x, y, *none(3), w, None, seed),
+            *RowNormOptions(8, 1e-5, False, activation="silu", dropout_p=0.25),
+        ),
+        "row_norm, gate": (
+            *(x, None, y, None, None, w, None, None),
+            *RowNormOptions(8, 1e-5, False, activation="silu", gate_first=True),
+        ),
         "glu": (x, y, "silu"),
         "packed_glu": (x, "gelu", "interleaved"),
         "bias_act": (x, w, seed, "silu", 0.25),
         "channel_norm": (x, y, random(4), random(4), None, None, 2, 1e-5, "silu"),
-    }[name]
+    }
 
 
-FORWARD_OPS = sorted(
+FORWARD_OPS = {
     name
     for family in (ops.row_norm, ops.glu, ops.bias_act, ops.channel_norm)
     for name, value in vars(family).items()
-    if isinstance(value, ops.registration.Op) and not name.endswith("_backward")
-)
+    if isinstance(value, ops.block.Block)
+}
 
 
-@pytest.mark.parametrize("name", FORWARD_OPS)
+@pytest.mark.parametrize("name", op_arguments())
 def test_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.ckpt_kernels, name).default, _op_arguments(name))
+    op = getattr(torch.ops.ckpt_kernels, name.partition(",")[0]).default
+    torch.library.opcheck(op, op_arguments()[name])
+
+
+def test_every_op_is_checked() -> None:
+    assert {name.partition(",")[0] for name in op_arguments()} == FORWARD_OPS
 
 
 def test_torch_export() -> None:

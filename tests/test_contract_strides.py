@@ -134,12 +134,13 @@ def test_the_dispatchers_path_and_the_compilers_know_the_strides(block: Block, l
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(overload, (*operands, *options), test_utils=tests)
     fast = getattr(ops.bias_act if block.function == "bias_act" else ops.glu, block.function)
-    output = fast(*operands, *options)
+    tensors = options[: -len(fast.options._fields)]
+    output = fast(*operands, *tensors, fast.options(*options[len(tensors) :]))
     assert output.stride() == overload(*operands, *options).stride()
-    wanted = {"bias_act": ([True, len(operands) > 1],), "glu": ([True, True],), "packed_glu": ()}[block.function]
+    wanted = {"bias_act": [True, len(operands) > 1], "glu": [True, True], "packed_glu": [True]}[block.function]
     for lay in INCOMING.values():
         grad_output = lay(torch.randn_like(output).detach(), output.detach())
-        given = (grad_output, *(t.detach() for t in operands), *options, *wanted)
+        given = (grad_output, *(t.detach() for t in operands), *options, wanted)
         torch.library.opcheck(backward, given, test_utils=tests[:2])
 
 

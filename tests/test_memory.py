@@ -144,13 +144,15 @@ OUT_OF_MEMORY = """
 import resource
 import torch
 from ckpt_kernels.backends import native
+from ckpt_kernels.backends.blocks import RowNorm, RowNormGradients, RowNormOptions
 
 torch.set_num_threads(1)
 
 def backward(columns):
     x, grad, grad_input = torch.ones(1, columns), torch.ones(1, columns), torch.empty(1, columns)
-    operands = (None, None, torch.zeros(1), torch.ones(1), grad_input, None, None, None)
-    return lambda: native.row_norm_backward(grad, x, *operands, 1e-5, "identity", "gelu", 0.0, False)
+    options = RowNormOptions(columns, 1e-5, True, activation="gelu")
+    block = RowNorm(x, None, None, None, None, None, torch.zeros(1), torch.ones(1), options)
+    return lambda: native.row_norm_backward(block, grad, None, RowNormGradients(grad_input, None, None, None, None))
 
 backward(64)()
 large = backward(1 << 24)

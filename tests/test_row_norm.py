@@ -125,11 +125,10 @@ def test_dropout_gradients_use_the_forward_mask(columns: int, backend: str) -> N
 def test_statistics_are_those_of_the_sum_as_it_is_stored(centered: bool, dtype: torch.dtype, backend: str) -> None:
     """In the storage type, to the bit: the gradient and whoever makes the output again have no other sum."""
     x, residual = randn(5, 40, dtype=dtype).detach(), randn(5, 40, dtype=dtype).detach()
-    options = (40, 1e-5, centered)
-    found = row_norm.add_row_norm(x, residual, None, None, None, *options, "silu", 0.0, False, 0.0)
-    alone = row_norm.row_norm(found[1], None, None, *options, "identity", "silu", 0.0, False)
-    for a, b in zip((found[0], *found[2:]), alone, strict=True):
-        assert torch.equal(a, b)
+    options, absent = row_norm.RowNormOptions(40, 1e-5, centered, activation="silu"), (None,) * 6
+    output, total = row_norm.row_norm(x, residual, *absent, options)
+    alone, nothing = row_norm.row_norm(total, None, *absent, options)
+    assert torch.equal(output, alone) and nothing is None
 
 
 def test_dropout_follows_torchs_generator_and_checkpoint() -> None:

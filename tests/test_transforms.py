@@ -14,7 +14,6 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ckpt_kernels import functional as F
-
 from ckpt_kernels.catalogue.block import Block
 from ckpt_kernels.catalogue.blocks import BLOCKS
 from ckpt_kernels.catalogue.linear import PAIRS, Pair

@@ -22,7 +22,7 @@ from ckpt_kernels.backends.triton import variants
 from ckpt_kernels.cli import main
 
 every = variants.variants
-variants.variants = lambda columns: list(every(columns))[:1]
+variants.variants = lambda *given: list(every(*given))[:1]
 sys.exit(main(["inspect", "--columns", "1024", "--arch", sys.argv[1]]))
 """
 
@@ -34,7 +34,7 @@ from ckpt_kernels.cli import main
 
 launch._warps = lambda elements: 1
 every = variants.variants
-variants.variants = lambda columns: [variant for variant in every(columns) if variant.name == "gated_rms_norm backward"]
+variants.variants = lambda *given: [variant for variant in every(*given) if variant.name == "gated_rms_norm backward"]
 sys.exit(main(["inspect", "--columns", "4096"]))
 """
 

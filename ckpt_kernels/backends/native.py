@@ -10,29 +10,21 @@ import pathlib
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..activations import CODES
 from . import reference
+from .blocks import RowNorm, RowNormGradients
 
 _SCHEMAS = (
-    "row_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!) output, Tensor(b!)? mean,"
-    " Tensor(c!) rstd, float eps, int pre_activation, int activation, float weight_offset,"
-    " bool cast_before_weight, bool given_statistics) -> ()",
-    "row_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd,"
-    " Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor(d!)? output, float eps,"
-    " int pre_activation, int activation, float weight_offset, bool cast_before_weight) -> ()",
-    "add_row_norm_forward(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed,"
-    " Tensor(a!) output, Tensor(b!) residual_out, Tensor(c!)? mean, Tensor(d!) rstd, float eps, int activation,"
-    " float weight_offset, bool cast_before_weight, float dropout_p) -> ()",
-    "add_row_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor residual_out, Tensor? weight,"
+    "row_norm_forward(Tensor input, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? seed,"
+    " Tensor(a!)? mean, Tensor(b!) rstd, Tensor(c!) output, Tensor(d!)? residual_out, float eps, int pre_activation,"
+    " int activation, float weight_offset, bool cast_before_weight, float dropout_p, bool gate_first,"
+    " bool given_statistics) -> ()",
+    "row_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor input, Tensor? gate, Tensor? weight,"
     " Tensor? bias, Tensor? seed, Tensor? mean, Tensor rstd, Tensor(a!)? grad_input, Tensor(b!)? grad_residual,"
-    " Tensor(c!)? grad_weight, Tensor(d!)? grad_bias, float eps, int activation, float weight_offset,"
-    " bool cast_before_weight, float dropout_p) -> ()",
-    "gated_row_norm_forward(Tensor input, Tensor gate, Tensor? weight, Tensor(a!) output, Tensor(b!) rstd, float eps,"
-    " int activation, bool norm_before_gate) -> ()",
-    "gated_row_norm_backward(Tensor grad_output, Tensor input, Tensor gate, Tensor? weight, Tensor rstd,"
-    " Tensor(a!)? grad_input, Tensor(b!)? grad_gate, Tensor(c!)? grad_weight, float eps, int activation,"
-    " bool norm_before_gate) -> ()",
+    " Tensor(c!)? grad_gate, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias, Tensor(f!)? output, int pre_activation,"
+    " int activation, float weight_offset, bool cast_before_weight, float dropout_p, bool gate_first) -> ()",
     "glu_forward(Tensor gate, Tensor value, Tensor(a!) output, int activation) -> ()",
     "glu_backward(Tensor grad_output, Tensor gate, Tensor value, Tensor(a!)? grad_gate, Tensor(b!)? grad_value,"
     " Tensor(c!)? output, int activation) -> ()",
@@ -45,7 +37,7 @@ _SCHEMAS = (
     " int piece_rows) -> ()",
     "channel_coefficients(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!) coefficients, float eps)"
     " -> ()",
-    "channel_tilts(Tensor first, Tensor second, Tensor var, Tensor? weight, Tensor(a!) coefficients,"
+    "channel_backward_coefficients(Tensor first, Tensor second, Tensor var, Tensor? weight, Tensor(a!) coefficients,"
     " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, int groups, float count, float eps, bool fixed) -> ()",
     "channel_forward(Tensor input, Tensor? residual, Tensor coefficients, Tensor(a!) output, bool planes, int samples,"
     " int activation) -> ()",
@@ -113,37 +105,53 @@ def cpu_isa() -> str:
     return _ops.cpu_isa()
 
 
-def _launcher(op: torch._ops.OpOverload) -> Callable[..., None]:
-    """The op, taking activations by name."""
-    places = [i for i, argument in enumerate(op._schema.arguments) if argument.name.endswith("activation")]
+_row_norm_forward, _row_norm_backward = _ops.row_norm_forward.default, _ops.row_norm_backward.default
+
+
+def row_norm_forward(
+    block: RowNorm, output: Tensor, residual_out: Tensor | None, given_statistics: bool = False
+) -> None:
+    """`backends.reference.row_norm_forward`."""
+    *tensors, (_, eps, _, pre_activation, activation, *options) = block
+    codes = CODES[pre_activation], CODES[activation]
+    _row_norm_forward(*tensors, output, residual_out, eps, *codes, *options, given_statistics)
+
+
+def row_norm_backward(
+    block: RowNorm,
+    grad_output: Tensor,
+    grad_residual_out: Tensor | None,
+    gradients: RowNormGradients,
+    output: Tensor | None = None,
+) -> None:
+    """`backends.reference.row_norm_backward`."""
+    input, _, *tensors, (_, _, _, pre_activation, activation, *options) = block
+    codes = CODES[pre_activation], CODES[activation]
+    _row_norm_backward(grad_output, grad_residual_out, input, *tensors, *gradients, output, *codes, *options)
+
+
+def _by_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:
+    """The op, taking its activation by name: so many arguments come after that."""
 
     def launch(*arguments: object) -> None:
-        arguments = list(arguments)
-        for place in places:
-            arguments[place] = CODES[arguments[place]]
-        op(*arguments)
+        activation, *rest = arguments[-1 - after :]
+        op(*arguments[: -1 - after], CODES[activation], *rest)
 
     return launch
 
 
-row_norm_forward = _launcher(_ops.row_norm_forward.default)
-row_norm_backward = _launcher(_ops.row_norm_backward.default)
-add_row_norm_forward = _launcher(_ops.add_row_norm_forward.default)
-add_row_norm_backward = _launcher(_ops.add_row_norm_backward.default)
-gated_row_norm_forward = _launcher(_ops.gated_row_norm_forward.default)
-gated_row_norm_backward = _launcher(_ops.gated_row_norm_backward.default)
-glu_forward = _launcher(_ops.glu_forward.default)
-glu_backward = _launcher(_ops.glu_backward.default)
-bias_act_forward = _launcher(_ops.bias_act_forward.default)
-bias_act_backward = _launcher(_ops.bias_act_backward.default)
-channel_moments = _launcher(_ops.channel_moments.default)
-channel_forward = _launcher(_ops.channel_forward.default)
-channel_sums = _launcher(_ops.channel_sums.default)
-channel_backward = _launcher(_ops.channel_backward.default)
+glu_forward = _by_name(_ops.glu_forward.default, 0)
+glu_backward = _by_name(_ops.glu_backward.default, 0)
+bias_act_forward = _by_name(_ops.bias_act_forward.default, 1)
+bias_act_backward = _by_name(_ops.bias_act_backward.default, 1)
+channel_moments = _ops.channel_moments.default
+channel_forward = _by_name(_ops.channel_forward.default, 0)
+channel_sums = _by_name(_ops.channel_sums.default, 1)
+channel_backward = _by_name(_ops.channel_backward.default, 1)
 # All steps of a channel norm in one call, where there is such a thing.
 WHOLE_CHANNEL_NORMS = ("cpu",)
-channel_norm_forward = _launcher(_ops.channel_norm_forward.default)
-channel_norm_backward = _launcher(_ops.channel_norm_backward.default)
+channel_norm_forward = _by_name(_ops.channel_norm_forward.default, 0)
+channel_norm_backward = _by_name(_ops.channel_norm_backward.default, 1)
 
 
 def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Callable[..., None]:
@@ -157,4 +165,6 @@ def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Ca
 
 channel_statistics = _for_device(_ops.channel_statistics.default, reference.channel_statistics)
 channel_coefficients = _for_device(_ops.channel_coefficients.default, reference.channel_coefficients)
-channel_tilts = _for_device(_ops.channel_tilts.default, reference.channel_tilts)
+channel_backward_coefficients = _for_device(
+    _ops.channel_backward_coefficients.default, reference.channel_backward_coefficients
+)

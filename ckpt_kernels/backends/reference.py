@@ -2,7 +2,7 @@
 
 The functions named after a block compute it from (rows, columns) matrices and can be differentiated any number
 of times. The functions named `*_forward` and `*_backward` are the backend interface, the same in every backend:
-they fill tensors that the caller has allocated, and their gradients here are those that autograd finds. An
+they fill tensors that the caller has allocated, and their gradients are written out here. An
 operand of None is one the block does not have; a gradient of None is one that nobody wants.
 """
 
@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .blocks import RowNorm, RowNormGradients
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -105,63 +107,31 @@ def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_of
     return grouped.reshape(rows, columns)
 
 
-def row_norm(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    pre_activation: str,
-    activation: str,
-    weight_offset: float,
-    cast_before_weight: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """activation(x_hat * (weight + offset) + bias) with x_hat = (u - mean) * rstd, u = pre_activation(input).
+def row_norm(block: RowNorm) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """What `RowNorm` says, of (rows, columns) matrices, and without given statistics.
 
-    rstd = 1 / sqrt(mean((u - mean)**2) + eps); without `centered` the mean is taken as 0. With
-    `cast_before_weight`, x_hat is rounded to the input's dtype before it meets the weight. Returns output, mean
-    (None if not centred) and rstd.
+    rstd = 1 / sqrt(mean((u - mean)**2) + eps); without `centered` the mean is taken as 0. Returns output, residual_out,
+    mean and rstd, where residual_out = residual + dropout(input), rounded to the input's dtype, is what is normalised.
     """
-    u = ACTIVATIONS[pre_activation](input.to(compute_dtype(input.dtype)))
-    x_hat, mean, rstd = _normalize(u, eps, centered)
-    if cast_before_weight:
-        x_hat = x_hat.to(input.dtype).to(u.dtype)
-    output = ACTIVATIONS[activation](_affine(x_hat, weight, bias, weight_offset))
-    return output.to(input.dtype), mean, rstd
-
-
-def add_row_norm(
-    input: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    centered: bool,
-    activation: str,
-    weight_offset: float,
-    cast_before_weight: bool,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """residual_out = residual + dropout(input), and `row_norm` of it: output, residual_out, mean, rstd."""
-    compute = compute_dtype(input.dtype)
-    total = residual.to(compute) + dropout(input.to(compute), seed, dropout_p)
-    residual_out = total.to(input.dtype)
-    output, mean, rstd = row_norm(
-        residual_out, weight, bias, eps, centered, "identity", activation, weight_offset, cast_before_weight
-    )
-    return output, residual_out, mean, rstd
-
-
-def gated_row_norm(
-    input: Tensor, gate: Tensor, weight: Tensor | None, eps: float, activation: str, norm_before_gate: bool
-) -> tuple[Tensor, Tensor]:
-    """x_hat(input) * weight * activation(gate), or x_hat(input * activation(gate)) * weight; returns output, rstd."""
-    compute = compute_dtype(input.dtype)
-    u, factor = input.to(compute), ACTIVATIONS[activation](gate.to(compute))
-    x_hat, _, rstd = _normalize(u if norm_before_gate else u * factor, eps, centered=False)
-    output = _affine(x_hat, weight, None, 0.0)
-    return (output * factor if norm_before_gate else output).to(input.dtype), rstd
+    options, dtype = block.options, block.input.dtype
+    u = block.input.to(compute_dtype(dtype))
+    residual_out = None
+    if block.residual is not None:
+        residual_out = (block.residual.to(u.dtype) + dropout(u, block.seed, options.dropout_p)).to(dtype)
+        u = residual_out.to(u.dtype)
+    u = ACTIVATIONS[options.pre_activation](u)
+    factor = None if block.gate is None else ACTIVATIONS[options.activation](block.gate.to(u.dtype))
+    if factor is not None and options.gate_first:
+        u = u * factor
+    x_hat, mean, rstd = _normalize(u, options.eps, options.centered)
+    if options.cast_before_weight:
+        x_hat = x_hat.to(dtype).to(u.dtype)
+    output = _affine(x_hat, block.weight, block.bias, options.weight_offset)
+    if factor is None:
+        output = ACTIVATIONS[options.activation](output)
+    elif not options.gate_first:
+        output = output * factor
+    return output.to(dtype), residual_out, mean, rstd
 
 
 def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
@@ -201,14 +171,14 @@ def channel_norm(
         given_mean = given_var = x.new_zeros(channels)
     if given_mean is not None:
         mean, var = given_mean.to(x.dtype), given_var.to(x.dtype)
-        sets, places = x.reshape(samples, channels, size), (1, channels, 1)
+        sets, shape = x.reshape(samples, channels, size), (1, channels, 1)
     elif groups:
-        sets, places = x.reshape(samples, groups, channels // groups * size), (samples, groups, 1)
+        sets, shape = x.reshape(samples, groups, channels // groups * size), (samples, groups, 1)
         var, mean = torch.var_mean(sets, 2, correction=0)
     else:
-        sets, places = x.reshape(samples, channels, size), (1, channels, 1)
+        sets, shape = x.reshape(samples, channels, size), (1, channels, 1)
         var, mean = torch.var_mean(sets, (0, 2), correction=0)
-    x_hat = ((sets - mean.view(places)) * torch.rsqrt(var + eps).view(places)).reshape(samples, channels, size)
+    x_hat = ((sets - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)).reshape(samples, channels, size)
     if weight is not None:
         x_hat = x_hat * weight.to(x.dtype).reshape(channels, 1)
     if bias is not None:
@@ -224,32 +194,28 @@ def gradients(
     operands: Sequence[Tensor | None],
     grad_outputs: Sequence[Tensor | None],
     wanted: Sequence[bool],
-    create_graph: bool = False,
 ) -> list[Tensor | None]:
     """The gradients of block(*operands) for the operands wanted, as autograd finds them; None for the others.
 
-    `grad_outputs` are those of the block's first outputs; None stands for zero. With `create_graph` the operands are
-    taken as they are, and the gradients have a graph if the caller's grad mode is on.
+    `grad_outputs` are those of the block's first outputs; None stands for zero. The gradients have a graph if the
+    caller's grad mode is on.
     """
-    is_grad_enabled = torch.is_grad_enabled()
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = list(operands)
-        if not create_graph:
-            leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(leaves, wanted, strict=True)]
-        outputs = block(*leaves)
+        outputs = block(*operands)
         pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=False) if g is not None and y.requires_grad]
-        sources = [leaf for leaf, w in zip(leaves, wanted, strict=True) if w]
+        sources = [operand for operand, w in zip(operands, wanted, strict=True) if w]
         found = iter(
             torch.autograd.grad(
                 [y for y, _ in pairs],
                 sources,
                 [g for _, g in pairs],
-                create_graph=create_graph and is_grad_enabled,
+                create_graph=create_graph,
                 allow_unused=True,
                 materialize_grads=True,
             )
             if sources and pairs
-            else [torch.zeros_like(leaf) for leaf in sources]
+            else [torch.zeros_like(source) for source in sources]
         )
     return [next(found) if w else None for w in wanted]
 
@@ -260,145 +226,82 @@ def _fill(targets: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> 
             target.copy_(value.reshape(target.shape))
 
 
-def _refill(output: Tensor | None, block: Callable[..., Sequence[Tensor]], operands: Sequence[Tensor | None]) -> None:
-    """The block's output again, where there is room for it."""
-    if output is not None:
-        _fill((output,), block(*operands)[:1])
-
-
 def _matrix(rows: Tensor | None) -> Tensor | None:
     """Rows that lie on several levels as one matrix."""
     return None if rows is None else rows.reshape(-1, rows.shape[-1])
 
 
 def row_norm_forward(
-    input,
-    weight,
-    bias,
-    output,
-    mean,
-    rstd,
-    eps,
-    pre_activation,
-    activation,
-    weight_offset,
-    cast_before_weight,
-    given_statistics,
-):
-    """`row_norm` into output, mean (None: not centred) and rstd; with `given_statistics` these are there already."""
-    options = (eps, mean is not None, pre_activation, activation, weight_offset, cast_before_weight)
-    found = row_norm(_matrix(input), weight, bias, *options)
-    _fill((output,), found[:1])
+    block: RowNorm, output: Tensor, residual_out: Tensor | None, given_statistics: bool = False
+) -> None:
+    """`row_norm` into output, residual_out, and the block's mean and rstd, which with `given_statistics` are there."""
+    input, residual, gate = _matrix(block.input), _matrix(block.residual), _matrix(block.gate)
+    found = row_norm(block._replace(input=input, residual=residual, gate=gate))
+    _fill((output, residual_out), found[:2])
     if not given_statistics:
-        _fill((mean, rstd), found[1:])
+        _fill((block.mean, block.rstd), found[2:])
 
 
 def row_norm_backward(
-    grad_output,
-    input,
-    weight,
-    bias,
-    mean,
-    rstd,
-    grad_input,
-    grad_weight,
-    grad_bias,
-    output,
-    eps,
-    pre_activation,
-    activation,
-    weight_offset,
-    cast_before_weight,
-):
-    """The gradients of `row_norm`, which finds its statistics again from eps, and its output where there is room."""
+    block: RowNorm,
+    grad_output: Tensor,
+    grad_residual_out: Tensor | None,
+    gradients: RowNormGradients,
+    output: Tensor | None = None,
+) -> None:
+    """The gradients of `row_norm`, and its output again where there is memory for it.
 
-    def block(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
-        return row_norm(
-            input, weight, bias, eps, mean is not None, pre_activation, activation, weight_offset, cast_before_weight
-        )
-
-    targets = (grad_input, grad_weight, grad_bias)
-    operands = (_matrix(input), *_wide((weight, bias), input.dtype))
-    _fill(targets, gradients(block, operands, (_matrix(grad_output),), [t is not None for t in targets]))
-    _refill(output, block, operands)
-
-
-def add_row_norm_forward(
-    input,
-    residual,
-    weight,
-    bias,
-    seed,
-    output,
-    residual_out,
-    mean,
-    rstd,
-    eps,
-    activation,
-    weight_offset,
-    cast_before_weight,
-    dropout_p,
-):
-    """`add_row_norm` into output, residual_out, mean (None: not centred) and rstd."""
-    options = (eps, mean is not None, activation, weight_offset, cast_before_weight, dropout_p)
-    found = add_row_norm(_matrix(input), _matrix(residual), weight, bias, seed, *options)
-    _fill((output, residual_out, mean, rstd), found)
-
-
-def add_row_norm_backward(
-    grad_output,
-    grad_residual_out,
-    residual_out,
-    weight,
-    bias,
-    seed,
-    mean,
-    rstd,
-    grad_input,
-    grad_residual,
-    grad_weight,
-    grad_bias,
-    eps,
-    activation,
-    weight_offset,
-    cast_before_weight,
-    dropout_p,
-):
-    """The gradients of `add_row_norm` from what it keeps, residual_out.
-
-    grad_residual is None where it equals grad_input, which is where there is no dropout.
+    With z = x_hat * w + b, g = grad_output * activation'(z) and h = g * w, grad_weight = sum of g * x_hat and grad_bias
+    = sum of g over rows. Of a row of N, x_hat_j = (u_j - mean) * rstd, so d mean / d u_i = 1 / N and d rstd / d u_i =
+    -rstd**2 * x_hat_i / N, whence
+        du_i = sum_j h_j * d x_hat_j / d u_i = rstd * (h_i - mean(h) - x_hat_i * mean(h * x_hat)),
+    without mean(h) where the mean is taken as 0 (Ba, Kiros and Hinton, "Layer Normalization", 2016).
     """
+    options, dtype = block.options, block.input.dtype
+    x, gate, dy, dh = (
+        None if t is None else _matrix(t).to(compute_dtype(dtype))
+        for t in (block.input, block.gate, grad_output, grad_residual_out)
+    )
+    u = ACTIVATIONS[options.pre_activation](x)
+    if options.gate_first:
+        factor = ACTIVATIONS[options.activation](gate)
+        u = u * factor
+    x_hat = (u if block.mean is None else u - block.mean.unsqueeze(1)) * block.rstd.unsqueeze(1)
+    seen = x_hat.to(dtype).to(x.dtype) if options.cast_before_weight else x_hat
+    z = _affine(seen, block.weight, block.bias, options.weight_offset)
+    grad_gate = None
+    if gate is None:
+        g = slope(options.activation, z, dy)
+        _fill((output,), (ACTIVATIONS[options.activation](z),))
+    elif options.gate_first:
+        g = dy
+    else:
+        g = dy * ACTIVATIONS[options.activation](gate)
+        grad_gate = slope(options.activation, gate, dy * z)
+    for target, values in ((gradients.weight, g * seen), (gradients.bias, g)):
+        if target is not None:
+            target.copy_(_grouped(values, target).sum(1).reshape(target.shape))
+    h = _affine(g, block.weight, None, options.weight_offset)
+    du = h - x_hat * (h * x_hat).mean(1, keepdim=True)
+    if block.mean is not None:
+        du = du - h.mean(1, keepdim=True)
+    du = du * block.rstd.unsqueeze(1)
+    if options.gate_first:
+        du, grad_gate = du * factor, slope(options.activation, gate, du * x)
+    du = slope(options.pre_activation, x, du)
+    if dh is not None:
+        du = du + dh
+    _fill((gradients.residual, gradients.gate), (du, grad_gate))
+    _fill((gradients.input,), (dropout(du.to(dtype).to(du.dtype), block.seed, options.dropout_p),))
 
-    def block(total: Tensor, weight: Tensor | None, bias: Tensor | None) -> Sequence[Tensor]:
-        options = ("identity", activation, weight_offset, cast_before_weight)
-        return row_norm(total, weight, bias, eps, mean is not None, *options)[0], total
 
-    wanted = (grad_input is not None or grad_residual is not None, grad_weight is not None, grad_bias is not None)
-    operands = (residual_out, *_wide((weight, bias), residual_out.dtype))
-    incoming = (_matrix(grad_output), _matrix(grad_residual_out))
-    grad_total, *grad_affine = gradients(block, operands, incoming, wanted)
-    _fill((grad_weight, grad_bias), grad_affine)
-    if grad_total is not None:
-        kept = dropout(grad_total.to(compute_dtype(grad_total.dtype)), seed, dropout_p)
-        _fill((grad_input, grad_residual), (kept, grad_total))
-
-
-def gated_row_norm_forward(input, gate, weight, output, rstd, eps, activation, norm_before_gate):
-    """`gated_row_norm` into output and rstd."""
-    _fill((output, rstd), gated_row_norm(_matrix(input), _matrix(gate), weight, eps, activation, norm_before_gate))
-
-
-def gated_row_norm_backward(
-    grad_output, input, gate, weight, rstd, grad_input, grad_gate, grad_weight, eps, activation, norm_before_gate
-):
-    """The gradients of `gated_row_norm`."""
-
-    def block(input: Tensor, gate: Tensor, weight: Tensor | None) -> Sequence[Tensor]:
-        return gated_row_norm(input, gate, weight, eps, activation, norm_before_gate)
-
-    targets = (grad_input, grad_gate, grad_weight)
-    operands = (_matrix(input), _matrix(gate), *_wide((weight,), input.dtype))
-    _fill(targets, gradients(block, operands, (_matrix(grad_output),), [t is not None for t in targets]))
+def slope(activation: str, z: Tensor, grad: Tensor) -> Tensor:
+    """grad * activation'(z)."""
+    if activation == "identity":
+        return grad
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, grad)[0]
 
 
 def glu_forward(gate, value, output, activation):
@@ -407,14 +310,11 @@ def glu_forward(gate, value, output, activation):
 
 
 def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
-    """The gradients of `glu`, and its output where there is room."""
-
-    def block(gate: Tensor, value: Tensor) -> Sequence[Tensor]:
-        return (glu(gate, value, activation),)
-
-    targets = (grad_gate, grad_value)
-    _fill(targets, gradients(block, (gate, value), (grad_output,), [t is not None for t in targets]))
-    _refill(output, block, (gate, value))
+    """The gradients of `glu`, and its output where there is memory for it: d gate = grad * value * activation'(gate),
+    d value = grad * activation(gate)."""
+    dy, u, v = (t.to(compute_dtype(gate.dtype)) for t in (grad_output, gate, value))
+    factor = ACTIVATIONS[activation](u)
+    _fill((grad_gate, grad_value, output), (slope(activation, u, dy * v), dy * factor, factor * v))
 
 
 def bias_act_forward(input, bias, seed, output, activation, dropout_p):
@@ -423,17 +323,15 @@ def bias_act_forward(input, bias, seed, output, activation, dropout_p):
 
 
 def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, output, activation, dropout_p):
-    """The gradients of `bias_act`, without a bias that of one that is zero; and its output where there is room."""
-
-    def block(input: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
-        return (bias_act(input, bias, seed, activation, dropout_p),)
-
-    if bias is None and grad_bias is not None:
-        bias = torch.zeros_like(grad_bias)
-    targets = (grad_input, grad_bias)
-    operands = (input, *_wide((bias,), input.dtype))
-    _fill(targets, gradients(block, operands, (grad_output,), [t is not None for t in targets]))
-    _refill(output, block, operands)
+    """The gradients of `bias_act`, and its output where there is memory for it: d input = dropout(grad) *
+    activation'(input + bias), d bias is the sum of that over rows. No bias is one of zeros."""
+    dy, z = (t.to(compute_dtype(input.dtype)) for t in (grad_output, input))
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    dz = slope(activation, z, dropout(dy, seed, dropout_p))
+    _fill((grad_input, output), (dz, dropout(ACTIVATIONS[activation](z), seed, dropout_p)))
+    if grad_bias is not None:
+        grad_bias.copy_(dz.sum(0))
 
 
 def _channels(matrix: Tensor, planes: bool, samples: int, channels: int) -> Tensor:
@@ -498,7 +396,9 @@ def channel_coefficients(mean, var, weight, bias, coefficients, eps):
     grouped[2] = 0 if bias is None else bias.view(shape)
 
 
-def channel_tilts(first, second, var, weight, coefficients, grad_weight, grad_bias, groups, count, eps, fixed):
+def channel_backward_coefficients(
+    first, second, var, weight, coefficients, grad_weight, grad_bias, groups, count, eps, fixed
+):
     """From the sums of `channel_sums` the gradients of weight and bias, and `channel_backward`'s coefficients.
 
     `coefficients` is (6, samples or 1, channels), of which the first three are there, those of the forward pass.
@@ -544,10 +444,7 @@ def _channel_slopes(grad_output, x, other, coefficients, planes, samples, activa
     z = None if other is None else _channels(other, planes, samples, channels)
     if not by_output:
         z = d * scale + bias + (0 if z is None else z)
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        (g,) = torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, g)
-    return g, d
+    return slope(activation, z, g), d
 
 
 def channel_sums(grad_output, x, other, coefficients, first, second, planes, piece_rows, activation, by_output):
@@ -564,15 +461,10 @@ def channel_sums(grad_output, x, other, coefficients, first, second, planes, pie
 def channel_backward(
     grad_output, x, other, coefficients, grad_input, grad_residual, planes, samples, activation, by_output
 ):
-    """grad_input = g * factor + (x - mean) * tilt + shift, grad_residual = g; `coefficients` are mean, scale, bias,
-    factor, tilt and shift, and g is that of `channel_sums`."""
+    """grad_input = g * factor + (x - mean) * c1 + c2, grad_residual = g; `coefficients` are mean, scale, bias,
+    factor, c1 and c2, and g is that of `channel_sums`."""
     g, d = _channel_slopes(grad_output, x, other, coefficients, planes, samples, activation, by_output)
-    factor, tilt, shift = (c.unsqueeze(1) for c in coefficients[3:])
-    for target, values in ((grad_input, g * factor + d * tilt + shift), (grad_residual, g)):
+    factor, c1, c2 = (c.unsqueeze(1) for c in coefficients[3:])
+    for target, values in ((grad_input, g * factor + d * c1 + c2), (grad_residual, g)):
         if target is not None:
             target.copy_(_rows(values, planes, target.shape))
-
-
-def _wide(operands: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """In the compute type of `dtype`, so that their gradients come back unrounded."""
-    return [None if t is None else t.to(compute_dtype(dtype)) for t in operands]

@@ -32,4 +32,4 @@ def bias_act(
             )
     name = activation_name(activation)
     p, seed = dropout_seed(input, dropout_p, training)
-    return ops.bias_act.bias_act(input, bias, seed, name, p)
+    return ops.bias_act.bias_act(input, bias, seed, ops.bias_act.Options(name, p))

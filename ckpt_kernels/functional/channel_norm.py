@@ -78,7 +78,8 @@ def batch_norm(
             raise ValueError(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
-        output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, 0, eps, name)
+        options = ops.channel_norm.Options(0, eps, name)
+        output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, options)
     if process_group is None and _is_moved_by_torch():
         _move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
     elif count:
@@ -109,9 +110,8 @@ def group_norm(
         raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {shape_of(input)}")
     name = activation_name(activation)
     input, weight, bias = autocast(input, weight, bias)
-    return ops.channel_norm.channel_norm(
-        input, None, weight, bias, None, None, int(num_groups), number(eps, "eps"), name
-    )[0]
+    options = ops.channel_norm.Options(int(num_groups), number(eps, "eps"), name)
+    return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)[0]
 
 
 def instance_norm(
@@ -145,7 +145,8 @@ def instance_norm(
     size = math.prod(input.shape[2:])
     if size == 1:
         raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 element in space")
-    output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, input.shape[1], eps, name)
+    options = ops.channel_norm.Options(input.shape[1], eps, name)
+    output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)
     if _is_moved_by_torch():
         _move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
     elif input.numel():
@@ -176,7 +177,8 @@ def _by_running_statistics(
 ) -> Tensor:
     if running_mean is None or running_var is None:
         raise RuntimeError("running_mean or running_var is None; expected both where they are to be used")
-    found = ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, 0, eps, activation)
+    options = ops.channel_norm.Options(0, eps, activation)
+    found = ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, options)
     return found[0]
 
 

@@ -18,7 +18,7 @@ def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tens
     gate, value = promoted(gate, value)
     check_tensor(gate, "gate", nested=True)
     check_like(value, "value", gate, "gate")
-    return ops.glu.glu(gate, value, activation_name(activation))
+    return ops.glu.glu(gate, value, ops.glu.Options(activation_name(activation)))
 
 
 def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = "gate_first") -> Tensor:
@@ -33,4 +33,4 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
     ragged = input.is_nested and input._ragged_idx == input.dim() - 1
     if input.dim() == 0 or ragged or input.shape[-1] % 2:
         raise RuntimeError(f"input has shape {shape_of(input)}; expected a last dimension of even length")
-    return ops.glu.packed_glu(input, activation_name(activation), layout)
+    return ops.glu.packed_glu(input, ops.glu.PackedOptions(activation_name(activation), layout))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..activations import Activation, activation_name
+from ..backends.blocks import RowNormOptions
 from .checks import (
     autocast,
     check_coefficient,
@@ -153,7 +154,8 @@ def gated_rms_norm(
     name = activation_name(activation)
     eps = rms_eps(input, eps)
     input, gate, weight = autocast(input, gate, weight)
-    return ops.row_norm.gated_row_norm(input, gate, weight, columns, eps, name, bool(norm_before_gate))[0]
+    options = RowNormOptions(columns, eps, False, activation=name, gate_first=not norm_before_gate)
+    return ops.row_norm.row_norm(input, None, gate, None, None, weight, None, None, options)[0]
 
 
 def modulated_layer_norm(
@@ -212,18 +214,9 @@ def _row_norm(
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     input, weight, bias = autocast(input, weight, bias)
-    return ops.row_norm.row_norm(
-        input,
-        weight,
-        bias,
-        columns,
-        eps,
-        centered,
-        pre,
-        post,
-        number(weight_offset, "weight_offset"),
-        bool(cast_before_weight),
-    )[0]
+    offset = number(weight_offset, "weight_offset")
+    options = RowNormOptions(columns, eps, centered, pre, post, offset, bool(cast_before_weight))
+    return ops.row_norm.row_norm(input, None, None, None, None, weight, bias, None, options)[0]
 
 
 def _add_row_norm(
@@ -249,20 +242,9 @@ def _add_row_norm(
     name = activation_name(activation)
     p, seed = dropout_seed(input, dropout_p, training)
     input, residual, weight, bias = autocast(input, residual, weight, bias)
-    return ops.row_norm.add_row_norm(
-        input,
-        residual,
-        weight,
-        bias,
-        seed,
-        columns,
-        eps,
-        centered,
-        name,
-        number(weight_offset, "weight_offset"),
-        bool(cast_before_weight),
-        p,
-    )
+    offset = number(weight_offset, "weight_offset")
+    options = RowNormOptions(columns, eps, centered, "identity", name, offset, bool(cast_before_weight), p)
+    return ops.row_norm.row_norm(input, residual, None, None, None, weight, bias, seed, options)
 
 
 def _modulated(
@@ -288,4 +270,5 @@ def _modulated(
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     input, scale, shift, weight, bias = autocast(input, scale, shift, weight, bias)
-    return ops.row_norm.modulated_row_norm(input, scale, shift, weight, bias, columns, eps, centered, pre, post)[0]
+    options = RowNormOptions(columns, eps, centered, pre, post)
+    return ops.row_norm.row_norm(input, None, None, scale, shift, weight, bias, None, options)[0]

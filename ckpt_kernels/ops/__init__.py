@@ -1,5 +1,5 @@
-"""One file a family: op schema, fake function and autograd rule. Which backend computes is not known here."""
+"""One file a family: a block declared once. Which backend computes is not known here."""
 
-from . import bias_act, channel_norm, glu, linear, nested, row_norm, sharding, sync_batch_norm
+from . import bias_act, block, channel_norm, glu, linear, nested, row_norm, sharding, sync_batch_norm
 
-__all__ = ["bias_act", "channel_norm", "glu", "linear", "nested", "row_norm", "sharding", "sync_batch_norm"]
+__all__ = ["bias_act", "block", "channel_norm", "glu", "linear", "nested", "row_norm", "sharding", "sync_batch_norm"]

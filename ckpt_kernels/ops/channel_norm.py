@@ -25,9 +25,8 @@ from torch._prims_common import suggest_memory_format
 from .. import backends, recompute
 from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
-from .operands import coefficient_room, constant, gradient_room, or_none, returned, vector, wanted_gradients, zero
-from .registration import Op
-from .second_order import second_order
+from .block import Block
+from .operands import constant, in_dtypes_of, vector, wide, zero
 from .sharding import Sharding, channels_of_input, every_dim, like_input
 
 # How many pieces the rows of a channels-last tensor are summed in: enough to keep every processor busy, few enough
@@ -65,8 +64,8 @@ class Layout(NamedTuple):
             return tensor.as_strided((rows, self.channels), (self.channels, 1))
         return tensor.movedim(1, -1).contiguous().view(rows, self.channels)
 
-    def room(self, like: Tensor) -> Tensor:
-        """Room for a result of this shape, laid out in this way.
+    def empty(self, like: Tensor) -> Tensor:
+        """Memory for a result of this shape, laid out in this way.
 
         Not a view of anything: autograd adds gradients up in place only where nobody else has their memory.
         """
@@ -75,7 +74,7 @@ class Layout(NamedTuple):
         return torch.empty_strided(like.shape, _last_strides(like.shape), dtype=like.dtype, device=like.device)
 
     def statistics(self, count: int, like: Tensor) -> Tensor:
-        """Room for `count` numbers for each piece of each channel: (count, samples, pieces, channels)."""
+        """Memory for `count` numbers for each piece of each channel: (count, samples, pieces, channels)."""
         shape = (count, self.samples, self.pieces, self.channels)
         return torch.empty(shape, dtype=reference.compute_dtype(like.dtype), device=like.device)
 
@@ -130,18 +129,24 @@ class Statistics(NamedTuple):
     var: Tensor
 
     @classmethod
-    def room(cls, input: Tensor, groups: int) -> "Statistics":
+    def empty(cls, input: Tensor, groups: int) -> "Statistics":
         shape = (input.shape[0], groups) if groups else (input.shape[1],)
         dtype = reference.compute_dtype(input.dtype)
         return cls(*(torch.empty(shape, dtype=dtype, device=input.device) for _ in range(2)))
 
     @classmethod
     def of(cls, input: Tensor, matrix: Tensor, layout: Layout, groups: int) -> "Statistics":
-        backend, found = backends.select(input), cls.room(input, groups)
+        backend, found = backends.select(input), cls.empty(input, groups)
         means, squares = layout.statistics(2, matrix)
         backend.channel_moments(matrix, means, squares, layout.planes, layout.piece_rows)
         backend.channel_statistics(means, squares, *found, groups, layout.size, layout.piece_rows)
         return found
+
+    @classmethod
+    def given(cls, input: Tensor, mean: Tensor, var: Tensor) -> "Statistics":
+        """Copies in the compute type: what an op returns is not what it was given."""
+        dtype = reference.compute_dtype(input.dtype)
+        return cls(*(t.to(dtype, copy=True).contiguous() for t in (mean, var)))
 
     def coefficients(self, weight: Tensor | None, bias: Tensor | None, channels: int, eps: float) -> Tensor:
         """Mean, weight / sqrt(var + eps) and bias for each channel of each sample, or of all: (3, samples or 1,
@@ -156,7 +161,7 @@ def apply(
     input: Tensor, residual: Tensor | None, coefficients: Tensor, layout: Layout, activation: str, matrix: Tensor
 ) -> Tensor:
     """The output by these coefficients."""
-    output = layout.room(input)
+    output = layout.empty(input)
     if not input.numel():
         return output
     backends.select(input).channel_forward(
@@ -171,61 +176,6 @@ def apply(
     return output
 
 
-def _channel_norm(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    given_mean: Tensor | None,
-    given_var: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    given = None
-    if given_mean is not None:
-        # Copies: what an op returns is not what it was given.
-        dtype = reference.compute_dtype(input.dtype)
-        given = Statistics(*(t.to(dtype, copy=True).contiguous() for t in (given_mean, given_var)))
-    return _normalized(input, residual, weight, bias, given, groups, eps, activation)
-
-
-def _normalized(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    given: Statistics | None,
-    groups: int,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output and its statistics: those given, or else found."""
-    layout = layout_of(input, groups)
-    if not input.numel():
-        return layout.room(input), *(given or (t.zero_() for t in Statistics.room(input, groups)))
-    matrix = layout.matrix(input)
-    if (backend := _whole(input)) is not None:
-        output, statistics = layout.room(input), given or Statistics.room(input, groups)
-        backend.channel_norm_forward(
-            matrix,
-            layout.matrix(residual),
-            vector(weight),
-            vector(bias),
-            layout.matrix(output),
-            *statistics,
-            *_place(layout),
-            groups,
-            eps,
-            activation,
-            given is not None,
-        )
-        return output, *statistics
-    statistics = given or Statistics.of(input, matrix, layout, groups)
-    coefficients = statistics.coefficients(weight, bias, layout.channels, eps)
-    return apply(input, residual, coefficients, layout, activation, matrix), *statistics
-
-
 def _whole(input: Tensor) -> ModuleType | None:
     """The backend that serves, if it takes all steps of such a norm in one call."""
     backend = backends.select(input)
@@ -234,10 +184,6 @@ def _whole(input: Tensor) -> ModuleType | None:
 
 def _place(layout: Layout) -> tuple[bool, int, int]:
     return layout.planes, layout.samples, layout.piece_rows
-
-
-def _channel_norm_fake(input, residual, weight, bias, given_mean, given_var, groups, eps, activation):
-    return layout_of(input, groups).room(input), *Statistics.room(input, groups)
 
 
 def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
@@ -252,53 +198,39 @@ def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tu
     return (output, True) if activation in SIGNED_BY_OUTPUT else (residual, False)
 
 
-def _channel_norm_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, residual, weight, bias, given_mean, given_var, ctx.groups, ctx.eps, ctx.activation = inputs
-    output, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    ctx.set_materialize_grads(False)
-    ctx.fixed = given_mean is not None
-    if ctx.fixed and _are_as_computed(mean, given_mean, given_var):
-        mean, var = given_mean, given_var
-    other, ctx.by_output = slope_source(ctx.activation, residual, output)
-    ctx.save_for_backward(input, other, weight, bias, mean, var)
-
-
-def _are_as_computed(computed: Tensor, *given: Tensor) -> bool:
-    """Whether the caller's own tensors can be kept in the place of copies in the compute type."""
-    return all(t.dtype == computed.dtype and t.is_contiguous() for t in given)
-
-
-def rematerialized(
+def normalized(
     input: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    groups: int,
-    eps: float,
-    activation: str,
+    given: Statistics | None,
+    options: "Options",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output and its statistics: those given, or else found."""
+    layout = layout_of(input, options.groups)
+    if not input.numel():
+        return layout.empty(input), *(given or (t.zero_() for t in Statistics.empty(input, options.groups)))
+    matrix = layout.matrix(input)
+    if (backend := _whole(input)) is not None:
+        output, statistics = layout.empty(input), given or Statistics.empty(input, options.groups)
+        operands = (matrix, layout.matrix(residual), vector(weight), vector(bias), layout.matrix(output), *statistics)
+        backend.channel_norm_forward(*operands, *_place(layout), *options, given is not None)
+        return output, *statistics
+    statistics = given or Statistics.of(input, matrix, layout, options.groups)
+    coefficients = statistics.coefficients(weight, bias, layout.channels, options.eps)
+    return apply(input, residual, coefficients, layout, options.activation, matrix), *statistics
+
+
+def rematerialized(
+    options: "Options",
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *statistics: Tensor,
 ) -> Tensor:
     """The output again, from what is kept."""
-    return _normalized(input, residual, weight, bias, Statistics(mean, var), groups, eps, activation)[0]
-
-
-def _channel_norm_recipe(ctx: Any, inputs: tuple, output: tuple) -> tuple:
-    input, residual, weight, bias, given_mean, given_var, *options = inputs
-    _, mean, var = output
-    if ctx.fixed and _are_as_computed(mean, given_mean, given_var):
-        mean, var = given_mean, given_var
-    return lambda *tensors: rematerialized(*tensors, *options), (input, residual, weight, bias, mean, var)
-
-
-def _channel_norm_backward_rule(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple:
-    needs = wanted_gradients(ctx, 4)
-    if grad_output is None:
-        return (None,) * 9
-    options = (ctx.groups, ctx.eps, ctx.activation, ctx.fixed, ctx.by_output)
-    found = channel_norm_backward(grad_output, *ctx.saved_tensors, *options, needs)
-    return *or_none(found, needs), *(None,) * 5
+    return normalized(input, residual, weight, bias, Statistics(*statistics), options)[0]
 
 
 def gradient_sums(
@@ -313,58 +245,22 @@ def gradient_sums(
     return sums
 
 
-def _channel_norm_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    other: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    groups: int,
-    eps: float,
-    activation: str,
-    fixed: bool,
-    by_output: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, ...]:
-    layout = layout_of(input, groups)
-    operands = (input, input, weight, bias)
-    affine = coefficient_room((weight, bias), wanted[2:], input)
-    if not input.numel():
-        zero(*affine)
-        return returned((*gradient_room(operands[:2], wanted[:2]), *affine), operands, input)
-    matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
-    options = (activation, by_output)
-    count = layout.size * (layout.channels // groups if groups else layout.samples)
-    if (backend := _whole(input)) is not None:
-        gradients = [layout.room(input) if w else None for w in wanted[:2]]
-        rooms = [layout.matrix(g) for g in gradients]
-        whole = (grads, matrix, other, vector(weight), vector(bias), mean, var, *rooms, *affine)
-        backend.channel_norm_backward(*whole, *_place(layout), groups, float(count), eps, fixed, *options)
-        return returned((*gradients, *affine), operands, input)
-    coefficients = Statistics(mean, var).coefficients(weight, bias, layout.channels, eps)
-    sums = gradient_sums(grads, matrix, other, coefficients, layout, options)
-    six = with_tilts(coefficients, sums, var, vector(weight), affine, groups, float(count), eps, fixed)
-    gradients = input_gradients(grads, matrix, other, six, layout, options, wanted, input)
-    return returned((*gradients, *affine), operands, input)
-
-
-def with_tilts(
+def backward_coefficients(
     coefficients: Tensor,
     sums: Tensor,
     var: Tensor,
     weight: Tensor | None,
     affine: Sequence[Tensor | None],
-    groups: int,
     count: float,
-    eps: float,
-    fixed: bool,
+    options: "GradientOptions",
 ) -> Tensor:
     """The coefficients of the backward pass: (6, samples or 1, channels). And the gradients of weight and bias."""
     six = coefficients.new_empty(6, *coefficients.shape[1:])
     six[:3] = coefficients
-    backends.select(coefficients).channel_tilts(*sums, var, weight, six, *affine, groups, count, eps, fixed)
+    groups, eps, _, fixed, _ = options
+    backends.select(coefficients).channel_backward_coefficients(
+        *sums, var, weight, six, *affine, groups, count, eps, fixed
+    )
     return six
 
 
@@ -379,8 +275,8 @@ def input_gradients(
     input: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of input and residual by these coefficients."""
-    grad_input = layout.room(input) if wanted[0] else None
-    grad_residual = layout.room(input) if wanted[1] else None
+    grad_input = layout.empty(input) if wanted[0] else None
+    grad_residual = layout.empty(input) if wanted[1] else None
     if input.numel() and (wanted[0] or wanted[1]):
         backends.select(matrix).channel_backward(
             grads,
@@ -396,46 +292,12 @@ def input_gradients(
     return grad_input, grad_residual
 
 
-def _channel_norm_backward_fake(
-    grad_output, input, other, weight, bias, mean, var, groups, eps, activation, fixed, by_output, wanted
-):
-    layout = layout_of(input, groups)
-    room = [layout.room(input) if w else input.new_empty(0) for w in wanted[:2]]
-    affine = zip((weight, bias), wanted[2:], strict=True)
-    return *room, *(torch.empty_like(t) if w and t is not None else input.new_empty(0) for t, w in affine)
-
-
-def _channel_norm_composed(input, residual, weight, bias, given_mean, given_var, *options):
-    given = (constant(given_mean), constant(given_var))
-    output, mean, var = reference.channel_norm(input, residual, weight, bias, *given, *options)
-    return output, constant(mean), constant(var)
-
-
-def _channel_norm_first_order(
-    grad_output, input, other, weight, bias, mean, var, groups, eps, activation, fixed, by_output, wanted
-):
-    given = (mean, var) if fixed else (None, None)
-
-    def block(input, residual, weight, bias):
-        if by_output:
-            # What added to the norm gives the output: its sign is all that matters.
-            norm = reference.channel_norm(input, None, weight, bias, *given, groups, eps, "identity")[0]
-            residual = (other - norm).detach() + residual - residual.detach()
-        return (reference.channel_norm(input, residual, weight, bias, *given, groups, eps, activation)[0],)
-
-    residual = None if by_output else other
-    if residual is None and (by_output or wanted[1]):
-        residual = torch.zeros_like(input, requires_grad=True)
-    operands = (input, residual, weight, bias)
-    return reference.gradients(block, operands, (grad_output,), wanted, create_graph=True)
-
-
 def _splits(arguments: Sequence[Any]) -> Collection[int]:
     """Samples where each has statistics of its own, channels where these have, anything where statistics are given."""
-    _, _, _, _, given_mean, _, groups, *_ = arguments
+    given_mean, _, options = arguments[4:]
     if given_mean is not None:
         return every_dim(arguments)
-    return (0,) if groups else (1,)
+    return (0,) if options.groups else (1,)
 
 
 def _statistics_of_input(statistics: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
@@ -443,28 +305,121 @@ def _statistics_of_input(statistics: Tensor, arguments: Sequence[Any]) -> Sequen
     return (1,) if statistics.dim() == 1 else (0, None)
 
 
-_OPTIONS = "SymInt groups, float eps, str activation"
-channel_norm_backward = Op(
-    "channel_norm_backward(Tensor grad_output, Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean,"
-    f" Tensor var, {_OPTIONS}, bool fixed, bool by_output, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _channel_norm_backward,
-    _channel_norm_backward_fake,
-    *second_order(_channel_norm_first_order, differentiable=5),
-)
-channel_norm = Op(
-    "channel_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? given_mean, Tensor? given_var,"
-    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    _channel_norm,
-    _channel_norm_fake,
-    _channel_norm_setup,
-    _channel_norm_backward_rule,
-    _channel_norm_composed,
-    results=3,
-    recipe=_channel_norm_recipe,
-    sharding=Sharding(
+class Options(NamedTuple):
+    groups: int
+    eps: float
+    activation: str
+
+
+class GradientOptions(NamedTuple):
+    """`fixed` statistics have no gradient; `by_output` the activation's slope comes from the output."""
+
+    groups: int
+    eps: float
+    activation: str
+    fixed: bool
+    by_output: bool
+
+
+class _ChannelNorm(Block):
+    name = "channel_norm"
+    operands = "Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? given_mean, Tensor? given_var"
+    differentiable = 4
+    options = Options
+    results = ("output", "mean", "var")
+    kept = "Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean, Tensor var"
+    kept_options = GradientOptions
+    sharding = Sharding(
         _splits,
         (like_input, like_input, *(channels_of_input,) * 4),
         (like_input, _statistics_of_input, _statistics_of_input),
-    ),
-)
+    )
+
+    def empty(self, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        groups = rest[-1].groups
+        return layout_of(input, groups).empty(input), *Statistics.empty(input, groups)
+
+    def forward(self, input: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        weight, bias, given_mean, given_var, options = rest
+        given = None if given_mean is None else Statistics.given(input, given_mean, given_var)
+        return normalized(input, residual, weight, bias, given, options)
+
+    def keep(self, arguments: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple:
+        input, residual, weight, bias, given_mean, _, options = arguments
+        other, by_output = slope_source(options.activation, residual, results[0])
+        kept = (input, other, weight, bias, *self._statistics(arguments, results))
+        return kept, GradientOptions(*options, given_mean is not None, by_output)
+
+    def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple:
+        operands = (*arguments[:4], *self._statistics(arguments, results))
+        return functools.partial(rematerialized, arguments[-1]), operands
+
+    def _statistics(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The caller's own where these can be kept, copies in the compute type else."""
+        found, given = results[1:], arguments[4:6]
+        if given[0] is not None and all(t.dtype == found[0].dtype and t.is_contiguous() for t in given):
+            return given
+        return found
+
+    def gradients(
+        self, grads: Sequence[Tensor], kept: Sequence[Tensor | None], options: GradientOptions, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        input, other, weight, bias, *statistics = kept
+        var = statistics[1]
+        layout = layout_of(input, options.groups)
+        affine = [wide(t, var.dtype) if w else None for t, w in zip((weight, bias), wanted[2:], strict=True)]
+        if not input.numel():
+            zero(*affine)
+            large = [layout.empty(input) if w else None for w in wanted[:2]]
+            return in_dtypes_of((input, input, weight, bias), (*large, *affine))
+        matrix, grad, other = (layout.matrix(t) for t in (input, *grads, other))
+        count = float(layout.size * (layout.channels // options.groups if options.groups else layout.samples))
+        if (backend := _whole(input)) is not None:
+            large = [layout.empty(input) if w else None for w in wanted[:2]]
+            operands = (grad, matrix, other, vector(weight), vector(bias), *statistics)
+            groups, eps, activation, fixed, by_output = options
+            numbers = (groups, count, eps, fixed, activation, by_output)
+            backend.channel_norm_backward(*operands, *map(layout.matrix, large), *affine, *_place(layout), *numbers)
+        else:
+            slopes = (options.activation, options.by_output)
+            coefficients = Statistics(*statistics).coefficients(weight, bias, layout.channels, options.eps)
+            sums = gradient_sums(grad, matrix, other, coefficients, layout, slopes)
+            six = backward_coefficients(coefficients, sums, var, vector(weight), affine, count, options)
+            large = input_gradients(grad, matrix, other, six, layout, slopes, wanted, input)
+        return in_dtypes_of((input, input, weight, bias), (*large, *affine))
+
+    def empty_gradients(
+        self, grads: Sequence[Tensor], kept: Sequence[Tensor | None], options: GradientOptions, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        input, _, *affine = kept[:4]
+        layout = layout_of(input, options.groups)
+        large = [layout.empty(input) if w else None for w in wanted[:2]]
+        return *large, *super().empty_gradients(grads, affine, options, wanted[2:])
+
+    def composition(self, input: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bias, *given, options = rest
+        given = map(constant, given)
+        output, mean, var = reference.channel_norm(input, residual, weight, bias, *given, *options)
+        return output, constant(mean), constant(var)
+
+    def first_order(
+        self, grads: Sequence[Tensor], kept: Sequence[Tensor | None], options: GradientOptions, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        input, other, weight, bias, mean, var = kept
+        groups, eps, activation, fixed, by_output = options
+        given = (mean, var) if fixed else (None, None)
+
+        def block(input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor]:
+            if by_output:
+                # What added to the norm gives the output: its sign is all that matters.
+                norm = reference.channel_norm(input, None, weight, bias, *given, groups, eps, "identity")[0]
+                residual = (other - norm).detach() + residual - residual.detach()
+            return (reference.channel_norm(input, residual, weight, bias, *given, groups, eps, activation)[0],)
+
+        residual = None if by_output else other
+        if residual is None and (by_output or wanted[1]):
+            residual = torch.zeros_like(input, requires_grad=True)
+        return reference.gradients(block, (input, residual, weight, bias), grads, wanted)
+
+
+channel_norm = _ChannelNorm()

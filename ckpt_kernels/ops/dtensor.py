@@ -54,7 +54,7 @@ def call(op: Callable[..., Any], sharding: Sharding, arguments: Sequence[Any]) -
     if isinstance(outputs, Tensor):
         return _whole(outputs, tuple(sharding.results[0](outputs, arguments)), plan.split, operands[0])
     return tuple(
-        _whole(output, tuple(of(output, arguments)), plan.split, operands[0])
+        None if output is None else _whole(output, tuple(of(output, arguments)), plan.split, operands[0])
         for output, of in zip(outputs, sharding.results, strict=True)
     )
 
@@ -62,8 +62,8 @@ def call(op: Callable[..., Any], sharding: Sharding, arguments: Sequence[Any]) -
 def replicated_seed(input: DTensor, low: int, high: int) -> Tensor:
     """A dropout's seed, drawn as torch draws what all processes are to have alike."""
     mesh = input.device_mesh
-    room = torch.zeros(1, dtype=torch.int64, device=input.device)
-    return torch.randint_like(_replicated(room, mesh), low, high)
+    empty = torch.zeros(1, dtype=torch.int64, device=input.device)
+    return torch.randint_like(_replicated(empty, mesh), low, high)
 
 
 def _mesh(tensors: Sequence[Tensor | None]) -> DeviceMesh:

@@ -9,124 +9,80 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import reference
-from .operands import (
-    as_matrices,
-    as_result_of,
-    as_rows,
-    contiguous,
-    elementwise_room,
-    memory_order,
-    or_none,
-    overwritten,
-    returned,
-    wanted_gradients,
-    with_strides,
-)
-from .registration import Op
-from .second_order import second_order
+from .block import Block
+from .operands import as_matrices, as_result_of, as_rows, contiguous, elementwise_empty, memory_order, overwritten
 from .sharding import Sharding, every_dim, like_input
 
 
-def forward(operands: Sequence[Tensor], activation: str, layout: str) -> Tensor:
+def forward(operands: Sequence[Tensor], options: "PackedOptions") -> Tensor:
     """The output of (gate, value), or of (packed,)."""
-    return _glu(*operands, activation) if len(operands) == 2 else _packed_glu(*operands, activation, layout)
+    return (glu if len(operands) == 2 else packed_glu).forward(*operands, options)[0]
 
 
 def gradient(
-    grad_output: Tensor, operands: Sequence[Tensor], activation: str, layout: str, wanted: Sequence[bool], rewrite: bool
+    grad_output: Tensor, operands: Sequence[Tensor], options: "PackedOptions", wanted: Sequence[bool], rewrite: bool
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """The gradients of (gate, value), or of (packed,), and the output again, as `forward` made it, if asked for.
 
     `grad_output` is the caller's to give away: a gradient is written over it where it fits, element by element.
     """
     if len(operands) == 1:
-        output = _packed_output(*operands) if rewrite else None
-        return [_packed_gradient(grad_output, *operands, output, activation, layout)], output
+        output = packed_glu.empty(*operands)[0] if rewrite else None
+        return [_packed_gradient(grad_output, *operands, output, options)], output
     gate, value = operands
     grad_output = grad_output.contiguous()
     output = contiguous(grad_output) if rewrite else None
-    room = [overwritten(grad_output, gate) if wanted[0] else None, contiguous(value) if wanted[1] else None]
+    grads = [overwritten(grad_output, gate) if wanted[0] else None, contiguous(value) if wanted[1] else None]
     if grad_output.numel():
-        matrices = as_matrices(grad_output, grad_output, gate, value, *room, output)
-        backends.select(grad_output).glu_backward(*matrices, activation)
-    return room, None if output is None else as_result_of(gate, output)
+        matrices = as_matrices(grad_output, grad_output, gate, value, *grads, output)
+        backends.select(grad_output).glu_backward(*matrices, options.activation)
+    return grads, None if output is None else as_result_of(gate, output)
 
 
 # glu: two tensors
 
 
-def _glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
-    output = elementwise_room(gate)
-    if output.numel():
-        backends.select(gate).glu_forward(*as_matrices(output, gate, value, output), activation)
-    return output
+class Options(NamedTuple):
+    activation: str
 
 
-def _glu_fake(gate, value, activation):
-    return elementwise_room(gate)
+class _Glu(Block):
+    name = "glu"
+    operands = "Tensor gate, Tensor value"
+    differentiable = 2
+    options = Options
+    elementwise = True
+    sharding = Sharding(every_dim, (like_input, like_input), (like_input,))
+
+    def empty(self, gate: Tensor, *rest: Any) -> tuple[Tensor]:
+        return (elementwise_empty(gate),)
+
+    def forward(self, gate: Tensor, value: Tensor, options: Options) -> tuple[Tensor]:
+        output = elementwise_empty(gate)
+        if output.numel():
+            backends.select(gate).glu_forward(*as_matrices(output, gate, value, output), options.activation)
+        return (output,)
+
+    def empty_gradients(
+        self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: Options, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Both lie alike: as grad_output does, or as gate where grad_output is expanded."""
+        return [elementwise_empty(*grads, *kept) if w else None for w in wanted]
+
+    def gradients(
+        self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: Options, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        found = self.empty_gradients(grads, kept, options, wanted)
+        like = next((t for t in found if t is not None), None)
+        if like is not None and like.numel():
+            backends.select(like).glu_backward(*as_matrices(like, *grads, *kept, *found), None, options.activation)
+        return found
+
+    def composition(self, gate: Tensor, value: Tensor, options: Options) -> tuple[Tensor]:
+        return (reference.glu(gate, value, options.activation),)
 
 
-def _glu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    gate, value, ctx.activation = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gate, value)
-
-
-def _glu_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple:
-    *operands, activation = inputs
-    strides = output.stride()
-    return lambda gate, value: with_strides(_glu(gate, value, activation), strides), tuple(operands)
-
-
-def _glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
-    wanted = wanted_gradients(ctx, 2)
-    if grad_output is None:
-        return None, None, None
-    return *or_none(glu_backward(grad_output, *ctx.saved_tensors, ctx.activation, wanted), wanted), None
-
-
-def _glu_gradient_room(grad_output: Tensor, gate: Tensor, value: Tensor, wanted: list[bool]) -> list[Tensor | None]:
-    """Both lie alike: as grad_output does, or as gate where grad_output is expanded."""
-    return [elementwise_room(grad_output, gate, value) if w else None for w in wanted]
-
-
-def _glu_backward(grad_output: Tensor, gate: Tensor, value: Tensor, activation: str, wanted: list[bool]) -> tuple:
-    room = _glu_gradient_room(grad_output, gate, value, wanted)
-    there = next((t for t in room if t is not None), None)
-    if gate.numel() and there is not None:
-        matrices = as_matrices(there, grad_output, gate, value, *room)
-        backends.select(gate).glu_backward(*matrices, None, activation)
-    return returned(room, (gate, value), gate)
-
-
-def _glu_backward_fake(grad_output, gate, value, activation, wanted):
-    return returned(_glu_gradient_room(grad_output, gate, value, wanted), (gate, value), gate)
-
-
-def _glu_first_order(grad_output, gate, value, activation, wanted):
-    def block(gate, value):
-        return (reference.glu(gate, value, activation),)
-
-    return reference.gradients(block, (gate, value), (grad_output,), wanted, create_graph=True)
-
-
-glu_backward = Op(
-    "glu_backward(Tensor grad_output, Tensor gate, Tensor value, str activation, bool[] wanted) -> (Tensor, Tensor)",
-    _glu_backward,
-    _glu_backward_fake,
-    *second_order(_glu_first_order, differentiable=3),
-)
-glu = Op(
-    "glu(Tensor gate, Tensor value, str activation) -> Tensor",
-    _glu,
-    _glu_fake,
-    _glu_setup,
-    _glu_backward_rule,
-    reference.glu,
-    recipe=_glu_recipe,
-    elementwise=True,
-    sharding=Sharding(every_dim, (like_input, like_input), (like_input,)),
-)
+glu = _Glu()
 
 
 # packed_glu: one tensor, whose gradient is written as one
@@ -182,90 +138,55 @@ def _cut(packed: Tensor, layout: str) -> _Cut:
     return _Cut(order, inner * half, layout)
 
 
-def _packed_output(packed: Tensor) -> Tensor:
-    shape = (*packed.shape[:-1], packed.shape[-1] // 2)
-    if packed.is_contiguous():
-        return torch.empty(shape, dtype=packed.dtype, device=packed.device)
-    order = memory_order(torch.empty_like(packed, device="meta").stride())
-    return torch.empty_permuted(shape, order, dtype=packed.dtype, device=packed.device)
+class PackedOptions(NamedTuple):
+    activation: str
+    layout: str
 
 
-def _packed_glu(packed: Tensor, activation: str, layout: str) -> Tensor:
-    output = _packed_output(packed)
-    if output.numel():
-        cut = _cut(packed, layout)
-        backends.select(packed).glu_forward(*cut.matrices(packed), cut.matrix(output), activation)
-    return output
-
-
-def _packed_glu_fake(packed, activation, layout):
-    return _packed_output(packed)
-
-
-def _packed_glu_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    packed, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(packed)
-
-
-def _packed_glu_recipe(ctx: Any, inputs: tuple, output: Tensor) -> tuple:
-    packed, *options = inputs
-    strides = output.stride()
-    return lambda packed: with_strides(_packed_glu(packed, *options), strides), (packed,)
-
-
-def _packed_glu_backward_rule(ctx: Any, grad_output: Tensor | None) -> tuple:
-    if grad_output is None:
-        return None, None, None
-    return packed_glu_backward(grad_output, *ctx.saved_tensors, *ctx.options), None, None
-
-
-def _packed_gradient(
-    grad_output: Tensor, packed: Tensor, output: Tensor | None, activation: str, layout: str
-) -> Tensor:
-    grad_packed = elementwise_room(packed)
-    if packed.numel():
-        cut = _cut(packed, layout)
-        gate_and_value, gradients = cut.matrices(packed), cut.matrices(grad_packed)
-        operands = (cut.matrix(grad_output), *gate_and_value, *gradients, cut.matrix(output))
-        backends.select(packed).glu_backward(*operands, activation)
-    return grad_packed
-
-
-def _packed_glu_backward(grad_output: Tensor, packed: Tensor, activation: str, layout: str) -> Tensor:
-    return _packed_gradient(grad_output, packed, None, activation, layout)
-
-
-def _packed_glu_backward_fake(grad_output, packed, activation, layout):
-    return elementwise_room(packed)
-
-
-def _packed_glu_composed(packed, activation, layout):
-    return reference.glu(*unpack(packed, layout), activation)
-
-
-def _packed_glu_first_order(grad_output, packed, activation, layout):
-    def block(packed):
-        return (_packed_glu_composed(packed, activation, layout),)
-
-    return reference.gradients(block, (packed,), (grad_output,), [True], create_graph=True)
-
-
-packed_glu_backward = Op(
-    "packed_glu_backward(Tensor grad_output, Tensor packed, str activation, str layout) -> Tensor",
-    _packed_glu_backward,
-    _packed_glu_backward_fake,
-    *second_order(_packed_glu_first_order, differentiable=2),
-)
-packed_glu = Op(
-    "packed_glu(Tensor packed, str activation, str layout) -> Tensor",
-    _packed_glu,
-    _packed_glu_fake,
-    _packed_glu_setup,
-    _packed_glu_backward_rule,
-    _packed_glu_composed,
-    recipe=_packed_glu_recipe,
-    elementwise=True,
+class _PackedGlu(Block):
+    name = "packed_glu"
+    operands = "Tensor packed"
+    differentiable = 1
+    options = PackedOptions
+    elementwise = True
     # The dimension that packs both is in one piece.
-    sharding=Sharding(lambda arguments: range(arguments[0].dim() - 1), (like_input,), (like_input,)),
-)
+    sharding = Sharding(lambda arguments: range(arguments[0].dim() - 1), (like_input,), (like_input,))
+
+    def empty(self, packed: Tensor, *rest: Any) -> tuple[Tensor]:
+        shape = (*packed.shape[:-1], packed.shape[-1] // 2)
+        if packed.is_contiguous():
+            return (torch.empty(shape, dtype=packed.dtype, device=packed.device),)
+        order = memory_order(torch.empty_like(packed, device="meta").stride())
+        return (torch.empty_permuted(shape, order, dtype=packed.dtype, device=packed.device),)
+
+    def forward(self, packed: Tensor, options: PackedOptions) -> tuple[Tensor]:
+        (output,) = results = self.empty(packed)
+        if output.numel():
+            cut = _cut(packed, options.layout)
+            backends.select(packed).glu_forward(*cut.matrices(packed), cut.matrix(output), options.activation)
+        return results
+
+    def empty_gradients(
+        self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: PackedOptions, wanted: Sequence[bool]
+    ) -> tuple[Tensor]:
+        return (elementwise_empty(*kept),)
+
+    def gradients(
+        self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: PackedOptions, wanted: Sequence[bool]
+    ) -> tuple[Tensor]:
+        return (_packed_gradient(*grads, *kept, None, options),)
+
+    def composition(self, packed: Tensor, options: PackedOptions) -> tuple[Tensor]:
+        return (reference.glu(*unpack(packed, options.layout), options.activation),)
+
+
+packed_glu = _PackedGlu()
+
+
+def _packed_gradient(grad_output: Tensor, packed: Tensor, output: Tensor | None, options: PackedOptions) -> Tensor:
+    grad_packed = elementwise_empty(packed)
+    if packed.numel():
+        cut = _cut(packed, options.layout)
+        operands = (cut.matrix(grad_output), *cut.matrices(packed), *cut.matrices(grad_packed), cut.matrix(output))
+        backends.select(packed).glu_backward(*operands, options.activation)
+    return grad_packed

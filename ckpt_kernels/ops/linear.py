@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import recompute
-from . import bias_act as _bias_act_ops
-from . import glu as _glu_ops
-from . import row_norm as _row_norm_ops
+from . import bias_act, glu, row_norm
 from .pinned import pinned_function
 from .registration import is_plain, is_transformed
 
@@ -134,55 +132,62 @@ class Block(NamedTuple):
 
 def act_block(activation: str, seed: Tensor | None, dropout_p: float) -> Block:
     """Of (input,): dropout(activation(input))."""
+    options = bias_act.Options(activation, dropout_p)
 
     def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return _bias_act_ops.forward(operands[0], None, seed, activation, dropout_p), ()
+        return bias_act.bias_act.forward(operands[0], None, seed, options)[0], ()
 
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
-        grad_input, output = _bias_act_ops.gradient(grad, operands[0], seed, activation, dropout_p, wanted[0], rewrite)
+        grad_input, output = bias_act.gradient(grad, operands[0], seed, options, wanted[0], rewrite)
         return [grad_input], output
 
-    return Block(
-        forward, backward, lambda operands: _bias_act_ops.bias_act(operands[0], None, seed, activation, dropout_p)
-    )
+    return Block(forward, backward, lambda operands: bias_act.bias_act(operands[0], None, seed, options))
 
 
 def glu_block(activation: str, layout: str, seed: Tensor | None, dropout_p: float) -> Block:
     """Of (gate, value), or of (packed,): dropout(activation(gate) * value)."""
+    options, drop = glu.PackedOptions(activation, layout), bias_act.Options("identity", dropout_p)
 
     def dropped(product: Tensor) -> Tensor:
-        return product if seed is None else _bias_act_ops.forward(product, None, seed, "identity", dropout_p)
+        return product if seed is None else bias_act.bias_act.forward(product, None, seed, drop)[0]
 
     def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return dropped(_glu_ops.forward(operands, activation, layout)), ()
+        return dropped(glu.forward(operands, options)), ()
 
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
-        gradients, product = _glu_ops.gradient(dropped(grad), operands, activation, layout, wanted, rewrite)
+        gradients, product = glu.gradient(dropped(grad), operands, options, wanted, rewrite)
         return gradients, None if product is None else dropped(product)
 
     def composed(operands: Sequence[Tensor | None]) -> Tensor:
         if len(operands) == 2:
-            product = _glu_ops.glu(*operands, activation)
+            product = glu.glu(*operands, glu.Options(activation))
         else:
-            product = _glu_ops.packed_glu(*operands, activation, layout)
-        return product if seed is None else _bias_act_ops.bias_act(product, None, seed, "identity", dropout_p)
+            product = glu.packed_glu(*operands, options)
+        return product if seed is None else bias_act.bias_act(product, None, seed, drop)
 
     return Block(forward, backward, composed)
 
 
-def norm_block(columns: int, eps: float, centered: bool, *options: Any) -> Block:
-    """Of (input, weight, bias): a row norm; options as of `row_norm`'s."""
+def norm_block(*options: Any) -> Block:
+    """Of (input, weight, bias): a row norm; options as of `RowNormOptions`."""
+    options, op = row_norm.RowNormOptions(*options), row_norm.row_norm
 
     def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        output, *statistics = _row_norm_ops.forward(*operands, columns, eps, centered, *options)
+        output, _, *statistics = op.forward(*_norm_operands(*operands), options)
         return output, tuple(statistics)
 
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
-        return _row_norm_ops.gradient(grad, *operands, *rest, columns, eps, centered, *options, wanted, rewrite)
+        kept = row_norm.Kept(operands[0], None, None, None, *operands[1:], None, *rest)
+        wanted = (wanted[0], *(False,) * 4, *wanted[1:])
+        found, output = op.gradients_and_output((grad, None), kept, options, wanted, rewrite)
+        return [found[0], *found[5:]], output
 
-    return Block(
-        forward, backward, lambda operands: _row_norm_ops.row_norm(*operands, columns, eps, centered, *options)[0]
-    )
+    return Block(forward, backward, lambda operands: op(*_norm_operands(*operands), options)[0])
+
+
+def _norm_operands(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those of the row-norm op: no residual, gate, scale, shift and seed."""
+    return input, None, None, None, None, weight, bias, None
 
 
 # A block, and the products that read it

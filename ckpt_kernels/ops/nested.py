@@ -23,7 +23,7 @@ def call(op: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     outputs = op(*values)
     if isinstance(outputs, Tensor):
         return _nested_as(first, outputs)
-    return tuple(_nested_as(first, output) for output in outputs)
+    return tuple(None if output is None else _nested_as(first, output) for output in outputs)
 
 
 def _nested_as(tensor: Tensor, values: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""What the ops share: tensors as matrices of rows, room for results, and which gradients are wanted."""
+"""What the ops share: tensors as matrices of rows, memory for results, gradients in their dtypes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,12 @@ def as_rows(tensor: Tensor, columns: int) -> Tensor:
     return tensor if columns == 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def rows_as_they_lie(tensor: Tensor | None, columns: int) -> Tensor | None:
+def rows_as_they_lie(tensor: Tensor, columns: int) -> Tensor:
     """(rows, columns), or where strides forbid that (outer, middle, inner, columns): a view in all but odd layouts.
 
     So the heads of a packed projection, transposed or not, are read where they are. For the row norms, which read rows
     on three levels.
     """
-    if tensor is None:
-        return None
     if tensor.is_contiguous() or tensor.dim() < 3 or tensor.shape[-1] != columns or tensor.stride(-1) != 1:
         return as_rows(tensor, columns)
     levels: list[list[int]] = []
@@ -41,17 +38,17 @@ def rows_as_they_lie(tensor: Tensor | None, columns: int) -> Tensor | None:
     return tensor.as_strided((*sizes, columns), (*strides, 1))
 
 
-def as_matrices(room: Tensor, *tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
-    """Tensors of one shape as matrices for what goes element by element, in the order in which `room` lies in memory.
+def as_matrices(like: Tensor, *tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
+    """Tensors of one shape as matrices for what goes element by element, in the order in which `like` lies in memory.
 
-    `room` is dense. What has its strides is a view, one row or rows of `columns`, which must then be the length of the
+    `like` is dense. What has its strides is a view, one row or rows of `columns`, which must then be the length of the
     innermost dimension. Of other tensors rows are as long as all have them in one piece, and what has no such rows is
     copied.
     """
-    strides = room.stride()
+    strides = like.stride()
     if all(t is None or t.stride() == strides for t in tensors):
-        columns = room.numel() if columns is None else columns
-        size, step = (room.numel() // columns, columns), (columns, 1)
+        columns = like.numel() if columns is None else columns
+        size, step = (like.numel() // columns, columns), (columns, 1)
         return [None if t is None else t.as_strided(size, step) for t in tensors]
     order = memory_order(strides)
     permuted = [None if t is None else t.permute(order) for t in tensors]
@@ -90,20 +87,13 @@ def constant(tensor: Tensor | None) -> Tensor | None:
         return tensor.clone()
 
 
-def statistics(input: Tensor, columns: int, centered: bool) -> tuple[Tensor, Tensor]:
-    """Room for mean (empty if not centred) and rstd, in the compute type."""
-    dtype = reference.compute_dtype(input.dtype)
-    rows = input.numel() // columns
-    return input.new_empty(rows if centered else 0, dtype=dtype), input.new_empty(rows, dtype=dtype)
-
-
 def contiguous(input: Tensor) -> Tensor:
-    """Room for a result of input's shape, contiguous whatever input's strides are."""
+    """Memory for a result of input's shape, contiguous whatever input's strides are."""
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def elementwise_room(*operands: Tensor) -> Tensor:
-    """Room for the elementwise result of operands of one shape, in the first's dtype, with the strides that torch's own
+def elementwise_empty(*operands: Tensor) -> Tensor:
+    """Memory for the elementwise result of operands of one shape, in the first's dtype, with the strides that torch's
     operators give it: those of the first operand if it is dense, else dense in the order of its strides. Where these
     say nothing, because it is expanded, the next operand decides.
     """
@@ -116,19 +106,8 @@ def elementwise_room(*operands: Tensor) -> Tensor:
     return torch.empty_strided(first.shape, strides, dtype=first.dtype, device=first.device)
 
 
-def with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
-    """The tensor itself if it has these strides, else a copy that has."""
-    if tensor.stride() == tuple(strides):
-        return tensor
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def gradient_room(like: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [contiguous(t) if w and t is not None else None for t, w in zip(like, wanted, strict=True)]
-
-
 def overwritten(given_away: Tensor, like: Tensor) -> Tensor:
-    """Room for a result of like's shape and dtype in a tensor that nobody else needs, if it is such; else new room."""
+    """Memory for a result of like's shape and dtype: that of a tensor that nobody else needs, if it fits; else new."""
     fits = given_away.is_contiguous() and given_away.dtype == like.dtype and given_away.shape == like.shape
     return given_away if fits else contiguous(like)
 
@@ -137,45 +116,17 @@ def as_result_of(input: Tensor, output: Tensor) -> Tensor:
     """The output, with the strides that an elementwise result of input has: itself if it has them, else a copy."""
     if input.is_contiguous() and output.is_contiguous():
         return output
-    room = elementwise_room(input)
-    return output if output.stride() == room.stride() else room.copy_(output)
+    result = elementwise_empty(input)
+    return output if output.stride() == result.stride() else result.copy_(output)
 
 
-def coefficient_room(like: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> list[Tensor | None]:
-    """Room for weight gradients, in the compute type."""
-    dtype = reference.compute_dtype(input.dtype)
-    return [
-        torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) if w and t is not None else None
-        for t, w in zip(like, wanted, strict=True)
-    ]
-
-
-def rows_or_none(tensor: Tensor | None, columns: int) -> Tensor | None:
-    return None if tensor is None else as_rows(tensor, columns)
+def wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Memory for a coefficient's gradient, in the compute type."""
+    return None if tensor is None else torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def in_dtypes_of(operands: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True)]
-
-
-def returned(gradients: Sequence[Tensor | None], operands: Sequence[Tensor | None], input: Tensor) -> tuple:
-    """As an op must return them: in their operand's dtype, and empty where not wanted."""
-    return tuple([input.new_empty(0) if g is None else g for g in in_dtypes_of(operands, gradients)])
-
-
-def returned_fake(operands: Sequence[Tensor | None], wanted: Sequence[bool], input: Tensor) -> tuple:
-    return tuple(
-        contiguous(t) if w and t is not None else input.new_empty(0) for t, w in zip(operands, wanted, strict=True)
-    )
-
-
-def or_none(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [g if w else None for g, w in zip(gradients, wanted, strict=True)]
-
-
-def wanted_gradients(ctx: Any, count: int) -> list[bool]:
-    """Which of the first `count` operands want a gradient."""
-    return list(ctx.needs_input_grad[:count])
 
 
 def zero(*gradients: Tensor | None) -> None:

@@ -1,10 +1,10 @@
-"""How a block becomes an op: its schema, its fake function and its autograd rule, given once, used two ways.
+"""How torch knows an op: its schema, its fake function and its autograd rule, given once, used two ways.
 
-Where a transform of torch's must see through a block, torch's own operators compute it instead: these have every
+Where a transform of torch's must see through an op, torch's own operators compute it instead: these have every
 derivative and every batching rule that there is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from .. import recompute
+from .. import backends, recompute
 from . import nested
 from .pinned import pinned
 from .sharding import Sharding, is_sharded
@@ -21,113 +21,136 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _library = torch.library.Library("ckpt_kernels", "DEF")
 
 
-class Op:
-    """A differentiable op of this package, `torch.ops.ckpt_kernels.<name>`.
+class Registered:
+    """A differentiable op, `torch.ops.ckpt_kernels.<name>`. It is called with its tensors and its options, one value.
 
-    Args:
-        schema: the op's schema, name first, and its tensors before its other arguments.
-        implementation: computes it on real tensors, without autograd.
-        fake: makes outputs of the right shape and dtype, for torch.compile.
-        setup_context, backward: the autograd rule, as for `torch.autograd.Function`.
-        composition: of the same arguments, what a call returns, by differentiable operators of torch's.
-        results: how many of several outputs a call returns; those that follow are only kept for backward.
-        recipe: of (ctx, arguments, outputs), how to make the first output again from what is kept for backward: a
-            function and the tensors it takes; None where that is not possible.
-        elementwise: whether it goes element by element, so that products which it reads are worth running again
-            where memory matters most.
-        sharding: how its tensors may be split over processes; None for what is never called with DTensors
-            or nested tensors.
+    Calling it with plain tensors goes straight to `forward`, inside a `torch.autograd.Function` where gradients are on:
+    on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever must see the op
+    (torch.compile, dispatch modes, tensor subclasses) gets it from the dispatcher, under the same autograd rule. Nested
+    tensors and DTensors are taken apart before that: see `nested` and `dtensor`. Within transforms (see
+    `is_transformed`) it is the composition that runs.
 
-    Calling it with plain tensors goes straight to the implementation, inside a `torch.autograd.Function` where
-    gradients are on: on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever
-    must see the op (torch.compile, dispatch modes, tensor subclasses) gets it from the dispatcher, under the
-    same autograd rule. Nested tensors and DTensors are taken apart before that: see `nested` and `dtensor`. Within
-    transforms (see `is_transformed`) it is the composition that runs.
+    Results are tuples, in which None stands for a tensor that there is not; the dispatcher, which knows no such thing,
+    is handed an empty one. Subclasses have:
+
+    - `returned`: how many results a call returns, None for the only one itself; others are kept for backward.
+    - `differentiable_results`: how many of the first have gradients.
+    - `has_recipe`: whether `recipe` says how an output can be had again.
+    - `sharding`: how tensors may be split; None for what is never called with DTensors or nested tensors.
+    - `forward(*tensors, options)`: computes the results of real tensors, without autograd.
+    - `empty(*tensors, options)`: makes tensors like the results, for torch.compile.
+    - `setup_context(ctx, arguments, results)`, `backward(ctx, gradients)`: the autograd rule; gradients of the first
+      tensors, without those that never have any.
+    - `composition(*tensors, options)`: the results that a call returns, by differentiable operators of torch's.
+    - `flattened(options)`, `structured(flat)`: options as the schema has them, and back.
     """
 
-    def __init__(
-        self,
-        schema: str,
-        implementation: Callable[..., Any],
-        fake: Callable[..., Any],
-        setup_context: Callable[[Any, tuple, Any], None],
-        backward: Callable[..., Any],
-        composition: Callable[..., Any],
-        results: int | None = None,
-        recipe: Callable[[Any, tuple, Any], recompute.Announcement | None] | None = None,
-        elementwise: bool = False,
-        sharding: Sharding | None = None,
-    ) -> None:
-        name = schema.partition("(")[0]
-        qualified = f"ckpt_kernels::{name}"
-        setup_context, backward = pinned(setup_context, backward)
-        _library.define(schema)
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=_library)
+    returned: int | None = None
+    differentiable_results: int = 1
+    has_recipe = False
+    elementwise = False
+    sharding: Sharding | None = None
+
+    def __init__(self, name: str, tensors: str, options: str, results: Sequence[str]) -> None:
+        self._tensors = tensors.count(",") + 1
+        self._results = len(results)
+        outcome = ", ".join(f"Tensor {name}" for name in results)
+        _library.define(f"{name}({tensors}, {options}) -> {f'({outcome})' if len(results) > 1 else 'Tensor'}")
+        _library.impl(name, self._implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ckpt_kernels::{name}", self._fake, lib=_library)
         _library.impl(name, self._composed, "FuncTorchBatched")
         self._dispatched = getattr(torch.ops.ckpt_kernels, name).default
+        setup_context, backward = pinned(self._dispatched_setup, self._dispatched_backward)
         self._differentiated = make_autograd_impl(self._dispatched, Info(backward, setup_context))
         _library.impl(name, self._with_autograd, "Autograd", with_keyset=True)
-        self._implementation = implementation
-        self._composition = composition
-        self._results = results
-        self._recipe = recipe
-        self._sharding = sharding
-        self._tensors = tensors = sum("Tensor" in argument for argument in schema.partition("->")[0].split(","))
-
-        # A torch.autograd.Function pays for each argument: so all that are not tensors go in one tuple.
-        def packed_forward(ctx: Any, *arguments: Any) -> Any:
-            arguments = (*arguments[:-1], *arguments[-1])
-            output = implementation(*arguments)
-            setup_context(ctx, arguments, output)
-            if recipe is not None and recompute.is_active():
-                recompute.announce(recipe(ctx, arguments, output), elementwise)
-            return output if results is None else output[:results]
-
-        def packed_backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-            return *backward(ctx, *gradients)[:tensors], None
-
-        function = _autograd_function(name, forward=packed_forward, backward=packed_backward)
+        methods = {"forward": staticmethod(self._direct_forward), "backward": staticmethod(self._direct_backward)}
         # Past `Function.apply`'s own look for torch.func's transforms, which `__call__` has done.
+        function = type(name, (torch.autograd.Function,), methods)
         self._apply = super(torch.autograd.Function, function).apply
 
     def __call__(self, *arguments: Any) -> Any:
         if is_transformed():
-            return self._composition(*arguments)
-        if torch.compiler.is_compiling() or not is_plain(arguments[: self._tensors]):
-            if self._sharding is not None:
+            return self._first(self.composition(*arguments))
+        tensors = arguments[:-1]
+        if torch.compiler.is_compiling() or not is_plain(tensors):
+            if self.sharding is not None:
                 if arguments[0].is_nested:
                     return nested.call(self, arguments)
-                if is_sharded(arguments[: self._tensors]):
+                if is_sharded(tensors):
                     from . import dtensor
 
-                    return dtensor.call(self, self._sharding, arguments)
-            output = self._dispatched(*arguments)
-        elif torch.is_grad_enabled():
-            output = self._apply(*arguments[: self._tensors], arguments[self._tensors :])
-            if self._recipe is not None and recompute.is_active():
-                recompute.offer(output if isinstance(output, Tensor) else output[0])
-            return output
+                    return dtensor.call(self, self.sharding, arguments)
+            results = self._dispatched(*tensors, *self.flattened(arguments[-1]))
+            return self._first(self.present(arguments, results if self._results > 1 else (results,)))
+        if not torch.is_grad_enabled():
+            results = self.forward(*arguments)
+            return results[0] if self.returned is None else results[: self.returned]
+        is_recorded = self.has_recipe and recompute.is_active()
+        output = self._apply(*arguments, is_recorded)
+        if is_recorded:
+            recompute.offer(output if isinstance(output, Tensor) else output[0])
+        return output
+
+    def present(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The dispatcher's results, with None again for one that there is not."""
+        return results
+
+    def _first(self, results: Sequence[Tensor | None]) -> Any:
+        return results[0] if self.returned is None else results[: self.returned]
+
+    # The direct path. A torch.autograd.Function pays for each argument: so all that are not tensors are one.
+
+    def _direct_forward(self, ctx: Any, *arguments: Any) -> Any:
+        *arguments, is_recorded = arguments
+        results = self.forward(*arguments)
+        ctx.backend = backends.chosen()
+        ctx.set_materialize_grads(False)
+        self.setup_context(ctx, arguments, results)
+        if is_recorded:
+            recompute.announce(self.recipe(ctx, arguments, results), self.elementwise)
+        return results[0] if self.returned is None else results[: self.returned]
+
+    def _direct_backward(self, ctx: Any, *gradients: Tensor | None) -> tuple:
+        if torch.compiler.is_compiling() or backends.chosen() == ctx.backend:
+            found = self.backward(ctx, gradients[: self.differentiable_results])
         else:
-            output = self._implementation(*arguments)
-        return output if self._results is None else output[: self._results]
+            with backends.serving(ctx.backend):
+                found = self.backward(ctx, gradients[: self.differentiable_results])
+        return *found, *(None,) * (self._tensors + 2 - len(found))
 
-    # Called by the dispatcher, from an exported program say, all results are to be returned, and all are tensors.
+    # The dispatcher's path: arguments are flat, all results are to be returned, and all are tensors.
 
-    def _composed(self, *arguments: Any) -> Any:
-        found = self._composition(*arguments)
-        if isinstance(found, Tensor):
-            return found
-        count = len(self._dispatched._schema.returns)
-        return tuple(arguments[0].new_empty(0) if t is None else t for t in (*found, *(None,) * (count - len(found))))
+    def _arguments(self, flat: Sequence[Any]) -> tuple:
+        return *flat[: self._tensors], self.structured(flat[self._tensors :])
 
-    def _with_autograd(self, keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    def _implementation(self, *flat: Any) -> Any:
+        return self._dense(self.forward(*self._arguments(flat)), flat[0])
+
+    def _fake(self, *flat: Any) -> Any:
+        return self._dense(self.empty(*self._arguments(flat)), flat[0])
+
+    def _composed(self, *flat: Any) -> Any:
+        return self._dense(self.composition(*self._arguments(flat)), flat[0])
+
+    def _dense(self, results: Sequence[Tensor | None], like: Tensor) -> Any:
+        results = (*results, *(None,) * (self._results - len(results)))
+        dense = tuple([like.new_empty(0) if t is None else t for t in results])
+        return dense if self._results > 1 else dense[0]
+
+    def _dispatched_setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        results = output if self._results > 1 else (output,)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[self.differentiable_results :])
+        self.setup_context(ctx, self._arguments(inputs), results)
+        ctx.count = len(inputs)
+
+    def _dispatched_backward(self, ctx: Any, *gradients: Tensor | None) -> tuple:
+        found = self.backward(ctx, gradients[: self.differentiable_results])
+        return *found, *(None,) * (ctx.count - len(found))
+
+    def _with_autograd(self, keyset: torch._C.DispatchKeySet, *flat: Any) -> Any:
         """What `torch.library.register_autograd` makes does: but that loses tangents, and torch.func refuses it."""
-        return self._composed(*arguments) if is_transformed() else self._differentiated(keyset, *arguments)
-
-
-def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
-    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
+        return self._composed(*flat) if is_transformed() else self._differentiated(keyset, *flat)
 
 
 def is_transformed() -> bool:

@@ -4,6 +4,7 @@ The same kernels as `channel_norm`; what the processes tell each other is the mo
 two sums of the gradient backward. Processes may have batches of different sizes, or none.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from torch import Tensor
 from .. import recompute
 from ..backends import reference
 from .channel_norm import (
+    GradientOptions,
     Layout,
+    Options,
     Statistics,
     apply,
+    backward_coefficients,
     gradient_sums,
     input_gradients,
     layout_of,
     rematerialized,
     slope_source,
-    with_tilts,
 )
 from .operands import vector
 from .pinned import pinned_function
@@ -71,7 +74,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(input, other, weight, bias, mean, var)
         if recompute.is_active():
             operands = (input, residual, weight, bias, mean, var)
-            recompute.announce((lambda *tensors: rematerialized(*tensors, 0, eps, activation), operands))
+            recompute.announce((functools.partial(rematerialized, Options(0, eps, activation)), operands))
         return output, mean, var, count
 
     @staticmethod
@@ -87,9 +90,11 @@ class _SyncBatchNorm(torch.autograd.Function):
             sums = gradient_sums(grads, matrix, other, coefficients, layout, options).sum((1, 2)).view(sums.shape)
         # The gradients of weight and bias are of this process's batch alone, as those of any other layer.
         affine = [torch.empty_like(var) if wanted else None for wanted in ctx.needs_input_grad[2:4]]
-        with_tilts(coefficients, sums, var, None, affine, 0, ctx.count, ctx.eps, True)
+        fixed = GradientOptions(0, ctx.eps, ctx.activation, True, ctx.by_output)
+        backward_coefficients(coefficients, sums, var, None, affine, ctx.count, fixed)
         dist.all_reduce(sums, group=ctx.group)
-        six = with_tilts(coefficients, sums, var, vector(weight), (None, None), 0, ctx.count, ctx.eps, False)
+        found = fixed._replace(fixed=False)
+        six = backward_coefficients(coefficients, sums, var, vector(weight), (None, None), ctx.count, found)
         wanted = list(ctx.needs_input_grad[:2])
         grad_input, grad_residual = input_gradients(grads, matrix, other, six, layout, options, wanted, input)
         grad_weight, grad_bias = (None if g is None else g.to(d) for g, d in zip(affine, ctx.dtypes, strict=True))

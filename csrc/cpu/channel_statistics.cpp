@@ -39,8 +39,9 @@ void coefficients(Tensor mean, Tensor var, OptionalTensor weight, OptionalTensor
   });
 }
 
-void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
-           OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count, double eps, bool fixed) {
+void backward_coefficients(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
+                           OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count,
+                           double eps, bool fixed) {
   const Sets sets = sets_of(first, groups);
   const Coefficient w(weight, kind_of(first), 0);
   with_compute_type(kind_of(first), [&](auto compute) {
@@ -59,5 +60,5 @@ void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tenso
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
   m.impl("channel_statistics", TORCH_BOX(&ckpt::statistics));
   m.impl("channel_coefficients", TORCH_BOX(&ckpt::coefficients));
-  m.impl("channel_tilts", TORCH_BOX(&ckpt::tilts));
+  m.impl("channel_backward_coefficients", TORCH_BOX(&ckpt::backward_coefficients));
 }

@@ -11,10 +11,11 @@ from torch.utils import cpp_extension
 
 from ckpt_kernels.activations import CODES
 from ckpt_kernels.backends import reference
+from ckpt_kernels.backends.blocks import RowNorm
 
 # The CUDA library has no kernels of its own for these.
 channel_statistics, channel_coefficients = reference.channel_statistics, reference.channel_coefficients
-channel_tilts = reference.channel_tilts
+channel_backward_coefficients = reference.channel_backward_coefficients
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -57,86 +58,26 @@ def _wide(tensor: Tensor | None, offset: float = 0.0) -> Tensor | None:
     return None if tensor is None else (tensor.float() + offset).contiguous()
 
 
-def row_norm_forward(input, weight, bias, output, mean, rstd, eps, pre, activation, offset, cast, given):
-    tensors = {"input": input, "weight": _wide(weight, offset), "bias": _wide(bias), "output": output}
-    tensors |= {"mean": mean, "rstd": rstd}
-    options = {"eps": eps, "pre_activation": CODES[pre], "activation": CODES[activation], "cast_before_weight": cast}
-    _module().row_norm_forward(_KINDS[input.dtype], _operands(tensors, **options, given_statistics=given))
+def _row_norm(block: RowNorm) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """Its tensors, of which the first says what the matrices are, and its options."""
+    named, options = block._asdict(), block.options._asdict()
+    del named["options"], options["columns"], options["centered"]
+    named |= {"weight": _wide(block.weight, options.pop("weight_offset")), "bias": _wide(block.bias)}
+    return named, options | {name: CODES[options[name]] for name in ("pre_activation", "activation")}
 
 
-def row_norm_backward(
-    grad_output,
-    input,
-    weight,
-    bias,
-    mean,
-    rstd,
-    grad_input,
-    grad_weight,
-    grad_bias,
-    output,
-    eps,
-    pre,
-    activation,
-    offset,
-    cast,
-):
-    tensors = {"grad_output": grad_output, "input": input, "weight": _wide(weight, offset), "bias": _wide(bias)}
-    tensors |= {"mean": mean, "rstd": rstd, "grad_input": grad_input, "grad_weight": grad_weight}
-    tensors |= {"grad_bias": grad_bias, "output": output}
-    options = {"pre_activation": CODES[pre], "activation": CODES[activation], "cast_before_weight": cast}
-    _module().row_norm_backward(_KINDS[input.dtype], _operands(tensors, **options))
+def row_norm_forward(block, output, residual_out, given_statistics=False):
+    tensors, options = _row_norm(block)
+    tensors |= {"output": output, "residual_out": residual_out}
+    operands = _operands(tensors, **options, given_statistics=given_statistics)
+    _module().row_norm_forward(_KINDS[block.input.dtype], operands)
 
 
-def add_row_norm_forward(
-    input, residual, weight, bias, seed, output, residual_out, mean, rstd, eps, activation, offset, cast, dropout_p
-):
-    tensors = {"input": input, "residual": residual, "weight": _wide(weight, offset), "bias": _wide(bias)}
-    tensors |= {"seed": seed, "output": output, "residual_out": residual_out, "mean": mean, "rstd": rstd}
-    options = {"eps": eps, "activation": CODES[activation], "cast_before_weight": cast, "dropout_p": dropout_p}
-    _module().row_norm_forward(_KINDS[input.dtype], _operands(tensors, **options))
-
-
-def add_row_norm_backward(
-    grad_output,
-    grad_residual_out,
-    residual_out,
-    weight,
-    bias,
-    seed,
-    mean,
-    rstd,
-    grad_input,
-    grad_residual,
-    grad_weight,
-    grad_bias,
-    eps,
-    activation,
-    offset,
-    cast,
-    dropout_p,
-):
-    tensors = {"grad_output": grad_output, "grad_residual_out": grad_residual_out, "input": residual_out}
-    tensors |= {"weight": _wide(weight, offset), "bias": _wide(bias), "seed": seed, "mean": mean, "rstd": rstd}
-    tensors |= {"grad_input": grad_input, "grad_residual": grad_residual}
-    tensors |= {"grad_weight": grad_weight, "grad_bias": grad_bias}
-    options = {"activation": CODES[activation], "cast_before_weight": cast, "dropout_p": dropout_p}
-    _module().row_norm_backward(_KINDS[residual_out.dtype], _operands(tensors, **options))
-
-
-def gated_row_norm_forward(input, gate, weight, output, rstd, eps, activation, norm_before_gate):
-    tensors = {"input": input, "gate": gate, "weight": _wide(weight), "output": output, "rstd": rstd}
-    options = {"eps": eps, "activation": CODES[activation], "gate_first": not norm_before_gate}
-    _module().row_norm_forward(_KINDS[input.dtype], _operands(tensors, **options))
-
-
-def gated_row_norm_backward(
-    grad_output, input, gate, weight, rstd, grad_input, grad_gate, grad_weight, eps, activation, norm_before_gate
-):
-    tensors = {"grad_output": grad_output, "input": input, "gate": gate, "weight": _wide(weight), "rstd": rstd}
-    tensors |= {"grad_input": grad_input, "grad_gate": grad_gate, "grad_weight": grad_weight}
-    options = {"activation": CODES[activation], "gate_first": not norm_before_gate}
-    _module().row_norm_backward(_KINDS[input.dtype], _operands(tensors, **options))
+def row_norm_backward(block, grad_output, grad_residual_out, gradients, output=None):
+    tensors, options = _row_norm(block)
+    tensors |= {"grad_output": grad_output, "grad_residual_out": grad_residual_out, "output": output}
+    tensors |= {f"grad_{name}": gradient for name, gradient in gradients._asdict().items()}
+    _module().row_norm_backward(_KINDS[block.input.dtype], _operands(tensors, **options))
 
 
 def glu_forward(gate, value, output, activation):

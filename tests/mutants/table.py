@@ -319,8 +319,8 @@ TRITON = (
     Mutant(
         "bias_act writes its output again without the dropout factor, in Triton",
         "ckpt_kernels/backends/triton/bias_act.py",
-        "y = y * factor\n        if Y is not None:",
-        "y = y\n        if Y is not None:",
+        "result = result * factor\n        if y.data is not None:",
+        "result = result\n        if y.data is not None:",
         _DROPPED.format("triton and mlp"),
     ),
     Mutant(
@@ -333,29 +333,29 @@ TRITON = (
     Mutant(
         "glu writes its output again without the gate, in Triton",
         "ckpt_kernels/backends/triton/glu.py",
-        "mask, factor * value)",
-        "mask, value)",
+        "mask, factor * v)",
+        "mask, v)",
         _DROPPED.format("triton and gated"),
     ),
     Mutant(
         "the backward pass takes the mask of the first columns for all, in Triton",
         _TILES,
-        "du = du * dropout_factor(SEED, row, «start», threshold",
+        "du = du * dropout_factor(norm.dropout, row, «start», ROWS",
         "0",
         _MASKS.format("triton"),
     ),
     Mutant(
         "the sum with the residual is normalised before it is rounded, in Triton",
         _TILES,
-        "residual_places, row, column, mask) + x)«.to(RESIDUAL_OUT.dtype.element_ty)»",
+        "load(norm.residual, row, column, mask) + x)«.to(RESIDUAL_OUT.dtype.element_ty)»",
         "",
         _STORED.format("triton"),
     ),
     Mutant(
         "an activation is seen by the statistics where there is no element, in Triton",
         _TILES,
-        "u = «tl.where(mask, activate(u, PRE_ACTIVATION), 0.0)»",
-        "activate(u, PRE_ACTIVATION)",
+        "u = «tl.where(mask, activate(u, chosen.pre_activation), 0.0)»",
+        "activate(u, chosen.pre_activation)",
         "tests/test_contract_numbers.py -k 'every_activation and triton-float32 and sigmoid-'",
     ),
     Mutant(
@@ -368,15 +368,15 @@ TRITON = (
     Mutant(
         "a piece of rows goes on into the next sample, in Triton",
         "ckpt_kernels/backends/triton/channel_norm.py",
-        "end = «tl.minimum(begin + piece_rows, (piece // pieces + 1) * size)»",
-        "begin + piece_rows",
+        "end = «tl.minimum(begin + pieces.rows, (piece // pieces.count + 1) * pieces.size)»",
+        "begin + pieces.rows",
         "tests/test_channel_norm.py -k 'every_shape and triton and 131'",
     ),
     Mutant(
         "an interleaved row reads half of its elements, in Triton",
         "ckpt_kernels/backends/triton/glu.py",
-        "mixed = load_rows(GATE, gate_stride, row, both, (row < rows) & (both < «2 * columns»))",
-        "columns",
+        "(row < shape.rows) & (column < «2 * shape.columns»)",
+        "shape.columns",
         "tests/test_glu.py -k 'two_halves and triton and interleaved'",
     ),
 )
@@ -447,7 +447,7 @@ PYTHON = (
     Mutant(
         "a gated MLP's gradient goes past the mask",
         "ckpt_kernels/ops/linear.py",
-        "_glu_ops.gradient(«dropped(grad)»,",
+        "glu.gradient(«dropped(grad)»,",
         "grad",
         _DROPPED.format("reference and gated"),
     ),
@@ -519,15 +519,15 @@ PYTHON = (
     Mutant(
         "a scale's gradient alone lacks the bias's part",
         "ckpt_kernels/ops/row_norm.py",
-        "need_offset = any(wanted[i] for i in «(1, 2, 4)»)",
-        "(2, 4)",
+        "need_offset = «wanted.scale or »wanted.shift",
+        "",
         "tests/test_contract_memory.py -k each_gradient_alone",
     ),
     Mutant(
         "a gate's gradient alone is not computed where the gate comes first",
         "ckpt_kernels/ops/row_norm.py",
-        "both = not norm_before_gate and («wanted[0] or wanted[1]»)",
-        "wanted[0]",
+        "both = options.gate_first and («wanted.input or wanted.gate»)",
+        "wanted.input",
         "tests/test_contract_memory.py -k each_gradient_alone",
     ),
     Mutant(

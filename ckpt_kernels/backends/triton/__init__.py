@@ -3,33 +3,22 @@
 import torch
 from triton import knobs
 
-from ..reference import channel_coefficients, channel_statistics, channel_tilts
+from ..reference import channel_backward_coefficients, channel_coefficients, channel_statistics
 from .bias_act import bias_act_backward, bias_act_forward
 from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
 from .glu import glu_backward, glu_forward
-from .row_norm import (
-    add_row_norm_backward,
-    add_row_norm_forward,
-    gated_row_norm_backward,
-    gated_row_norm_forward,
-    row_norm_backward,
-    row_norm_forward,
-)
+from .row_norm import row_norm_backward, row_norm_forward
 
 __all__ = [
-    "add_row_norm_backward",
-    "add_row_norm_forward",
     "bias_act_backward",
     "bias_act_forward",
     "channel_backward",
+    "channel_backward_coefficients",
     "channel_coefficients",
     "channel_forward",
     "channel_moments",
     "channel_statistics",
     "channel_sums",
-    "channel_tilts",
-    "gated_row_norm_backward",
-    "gated_row_norm_forward",
     "glu_backward",
     "glu_forward",
     "row_norm_backward",

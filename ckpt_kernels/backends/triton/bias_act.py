@@ -10,53 +10,51 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, differentiate
-from .glu import tile_of
-from .launch import column_sum_tile, device_of, dropout_bits, element_tile, processors
+from .glu import shape_of, tile_of
+from .launch import column_sum_tile, dropout_of, element_tile, launch, matrix_of, processors
 from .row_norm_tiles import dropout_factor, load_coefficient, load_rows, store_rows
 
 
 @triton.jit
-def bias_act_forward_kernel(
-    X, B, SEED, Y, rows, columns, x_stride, y_stride, column_tiles, threshold, scale,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, start, column, mask = tile_of(rows, columns, column_tiles, ROWS, BLOCK)
-    b = load_coefficient(B, 0, columns, column, 0.0)
-    y = activate(load_rows(X, x_stride, row, column, mask) + b, ACTIVATION)
-    if SEED is not None:
-        y = y * dropout_factor(SEED, row, start, threshold, scale, ROWS, BLOCK)
-    store_rows(Y, y_stride, row, column, mask, y)
+def bias_act_forward_kernel(x, B, dropout, y, shape, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, start, column, mask = tile_of(shape, ROWS, BLOCK)
+    z = load_rows(x.data, x.stride, row, column, mask) + load_coefficient(B, 0, shape.columns, column, 0.0)
+    result = activate(z, ACTIVATION)
+    if dropout.seed is not None:
+        result = result * dropout_factor(dropout, row, start, ROWS, BLOCK)
+    store_rows(y.data, y.stride, row, column, mask, result)
 
 
 @triton.jit
 def bias_act_backward_kernel(
-    DY, X, B, SEED, DX, Y, DB, rows, columns, dy_stride, x_stride, dx_stride, y_stride, column_tiles, program_rows,
-    threshold, scale, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy, x, B, dropout, dx, y, DB, shape, program_rows,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """DB is partial sums, a row of columns for each run of rows, in float32, which the caller adds up."""
-    share = (tl.program_id(0) // column_tiles).to(tl.int64)
-    start = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK
+    columns = shape.columns
+    share = (tl.program_id(0) // shape.column_tiles).to(tl.int64)
+    start = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
-    end = tl.minimum((share + 1) * program_rows, rows)
+    end = tl.minimum((share + 1) * program_rows, shape.rows)
     b = load_coefficient(B, 0, columns, column, 0.0)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(share * program_rows, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (column < columns)
-        g = load_rows(DY, dy_stride, row, column, mask)
-        z = load_rows(X, x_stride, row, column, mask) + b
-        if Y is not None:
-            y = activate(z, ACTIVATION)
-        if SEED is not None:
-            factor = dropout_factor(SEED, row, start, threshold, scale, ROWS, BLOCK)
+        g = load_rows(dy.data, dy.stride, row, column, mask)
+        z = load_rows(x.data, x.stride, row, column, mask) + b
+        if y.data is not None:
+            result = activate(z, ACTIVATION)
+        if dropout.seed is not None:
+            factor = dropout_factor(dropout, row, start, ROWS, BLOCK)
             g = g * factor
-            if Y is not None:
-                y = y * factor
-        if Y is not None:
-            store_rows(Y, y_stride, row, column, mask, y)
+            if y.data is not None:
+                result = result * factor
+        if y.data is not None:
+            store_rows(y.data, y.stride, row, column, mask, result)
         g = tl.where(mask, g * differentiate(z, ACTIVATION), 0.0)
-        if DX is not None:
-            store_rows(DX, dx_stride, row, column, mask, g)
+        if dx.data is not None:
+            store_rows(dx.data, dx.stride, row, column, mask, g)
         db += g
     if DB is not None:
         tl.store(DB + share * columns + column, tl.sum(db, 0)[None, :], mask=column < columns)
@@ -66,14 +64,11 @@ def bias_act_forward(
     input: Tensor, bias: Tensor | None, seed: Tensor | None, output: Tensor, activation: str, dropout_p: float
 ) -> None:
     """`backends.reference.bias_act` into output."""
-    rows, columns = input.shape
-    tile = element_tile(columns)
-    column_tiles = triton.cdiv(columns, tile.block)
-    with device_of(input):
-        bias_act_forward_kernel[(triton.cdiv(rows, tile.rows) * column_tiles,)](
-            input, bias, seed, output, rows, columns, input.stride(0), output.stride(0), column_tiles,
-            *dropout_bits(dropout_p), activation, tile.rows, tile.block, num_warps=tile.warps,
-        )  # fmt: skip
+    tile = element_tile(input.shape[1])
+    shape = shape_of(input, tile)
+    operands = (matrix_of(input), bias, dropout_of(seed, dropout_p), matrix_of(output), shape)
+    programs = triton.cdiv(shape.rows, tile.rows) * shape.column_tiles
+    launch(bias_act_forward_kernel, programs, tile, input.device, *operands, activation)
 
 
 def bias_act_backward(
@@ -87,24 +82,20 @@ def bias_act_backward(
     activation: str,
     dropout_p: float,
 ) -> None:
-    """The gradients of `bias_act`, and its output where there is room."""
-    rows, columns = input.shape
-    tile = column_sum_tile(columns)
-    column_tiles = triton.cdiv(columns, tile.block)
-    row_tiles = triton.cdiv(rows, tile.rows)
+    """The gradients of `bias_act`, and its output where there is memory for it."""
+    device, tile = input.device, column_sum_tile(input.shape[1])
+    shape = shape_of(input, tile)
+    row_tiles = triton.cdiv(shape.rows, tile.rows)
     # With sums to keep, no more runs of rows than fill the device; without, a tile a program.
-    runs = row_tiles if grad_bias is None else min(row_tiles, triton.cdiv(8 * processors(input.device), column_tiles))
+    runs = row_tiles if grad_bias is None else min(row_tiles, triton.cdiv(8 * processors(device), shape.column_tiles))
     program_rows = triton.cdiv(row_tiles, runs) * tile.rows
-    runs = triton.cdiv(rows, program_rows)
+    runs = triton.cdiv(shape.rows, program_rows)
     sums = None
     if grad_bias is not None:
-        sums = torch.empty((runs, columns), dtype=torch.float32, device=input.device)
-    with device_of(input):
-        bias_act_backward_kernel[(runs * column_tiles,)](
-            grad_output, input, bias, seed, grad_input, output, sums, rows, columns,
-            grad_output.stride(0), input.stride(0), *(0 if t is None else t.stride(0) for t in (grad_input, output)),
-            column_tiles, program_rows, *dropout_bits(dropout_p), activation, tile.rows, tile.block,
-            num_warps=tile.warps,
-        )  # fmt: skip
+        sums = torch.empty((runs, shape.columns), dtype=torch.float32, device=device)
+    operands = (matrix_of(grad_output), matrix_of(input), bias, dropout_of(seed, dropout_p))
+    results = (matrix_of(grad_input), matrix_of(output), sums)
+    programs = runs * shape.column_tiles
+    launch(bias_act_backward_kernel, programs, tile, device, *operands, *results, shape, program_rows, activation)
     if grad_bias is not None:
         torch.sum(sums, 0, out=grad_bias)

@@ -4,79 +4,89 @@ A program works on a tile of ROWS rows by BLOCK columns. Where gate and value ta
 elements are read at once and taken apart.
 """
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activations import activate, differentiate
-from .launch import device_of, element_tile
+from .launch import Matrix, Tile, element_tile, launch, matrix_of
 from .row_norm_tiles import load_rows, store_rows
 
 
+class Shape(NamedTuple):
+    """A matrix, and how many tiles its columns are."""
+
+    rows: int
+    columns: int
+    column_tiles: int
+
+
+def shape_of(matrix: Tensor, tile: Tile) -> Shape:
+    return Shape(*matrix.shape, triton.cdiv(matrix.shape[1], tile.block))
+
+
 @triton.jit
-def tile_of(rows, columns, column_tiles, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def tile_of(shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's rows (ROWS, 1), first column, columns (1, BLOCK), and which of all these there are."""
-    row = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    start = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK
+    row = (tl.program_id(0) // shape.column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    start = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
-    return row, start, column, (row < rows) & (column < columns)
+    return row, start, column, (row < shape.rows) & (column < shape.columns)
+
+
+@triton.jit
+def both_of(shape, row, start, BLOCK: tl.constexpr):
+    """The columns of gate and value that take turns, and which of them there are."""
+    column = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
+    return column, (row < shape.rows) & (column < 2 * shape.columns)
 
 
 @triton.jit
 def load_gate_and_value(
-    GATE, VALUE, gate_stride, value_stride, row, start, column, mask, rows, columns,
-    TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    gate, value, shape, row, start, column, mask, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     if TURNS:
-        both = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
-        mixed = load_rows(GATE, gate_stride, row, both, (row < rows) & (both < 2 * columns))
-        gate, value = tl.split(tl.reshape(mixed, (ROWS, BLOCK, 2)))
+        both, there = both_of(shape, row, start, BLOCK)
+        first, second = tl.split(tl.reshape(load_rows(gate.data, gate.stride, row, both, there), (ROWS, BLOCK, 2)))
     else:
-        gate = load_rows(GATE, gate_stride, row, column, mask)
-        value = load_rows(VALUE, value_stride, row, column, mask)
-    return gate, value
+        first = load_rows(gate.data, gate.stride, row, column, mask)
+        second = load_rows(value.data, value.stride, row, column, mask)
+    return first, second
 
 
 @triton.jit
 def glu_forward_kernel(
-    GATE, VALUE, Y, rows, columns, gate_stride, value_stride, y_stride, column_tiles,
-    ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, start, column, mask = tile_of(rows, columns, column_tiles, ROWS, BLOCK)
-    gate, value = load_gate_and_value(
-        GATE, VALUE, gate_stride, value_stride, row, start, column, mask, rows, columns, TURNS, ROWS, BLOCK
-    )
-    store_rows(Y, y_stride, row, column, mask, activate(gate, ACTIVATION) * value)
+    gate, value, y, shape, ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row, start, column, mask = tile_of(shape, ROWS, BLOCK)
+    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
+    store_rows(y.data, y.stride, row, column, mask, activate(u, ACTIVATION) * v)
 
 
 @triton.jit
 def glu_backward_kernel(
-    DY, GATE, VALUE, DGATE, DVALUE, Y, rows, columns, dy_stride, gate_stride, value_stride, dgate_stride, dvalue_stride,
-    y_stride, column_tiles, ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy, gate, value, dgate, dvalue, y, shape,
+    ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, start, column, mask = tile_of(rows, columns, column_tiles, ROWS, BLOCK)
-    gate, value = load_gate_and_value(
-        GATE, VALUE, gate_stride, value_stride, row, start, column, mask, rows, columns, TURNS, ROWS, BLOCK
-    )
-    g = load_rows(DY, dy_stride, row, column, mask)
-    dgate = g * value * differentiate(gate, ACTIVATION)
-    factor = activate(gate, ACTIVATION)
-    dvalue = g * factor
-    if Y is not None:
-        store_rows(Y, y_stride, row, column, mask, factor * value)
+    row, start, column, mask = tile_of(shape, ROWS, BLOCK)
+    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
+    g = load_rows(dy.data, dy.stride, row, column, mask)
+    du = g * v * differentiate(u, ACTIVATION)
+    factor = activate(u, ACTIVATION)
+    dv = g * factor
+    if y.data is not None:
+        store_rows(y.data, y.stride, row, column, mask, factor * v)
     if TURNS:
-        both = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
-        there = (row < rows) & (both < 2 * columns)
-        store_rows(DGATE, dgate_stride, row, both, there, tl.reshape(tl.join(dgate, dvalue), (ROWS, 2 * BLOCK)))
+        both, there = both_of(shape, row, start, BLOCK)
+        store_rows(dgate.data, dgate.stride, row, both, there, tl.reshape(tl.join(du, dv), (ROWS, 2 * BLOCK)))
     else:
-        if DGATE is not None:
-            store_rows(DGATE, dgate_stride, row, column, mask, dgate)
-        if DVALUE is not None:
-            store_rows(DVALUE, dvalue_stride, row, column, mask, dvalue)
-
-
-def _stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
+        if dgate.data is not None:
+            store_rows(dgate.data, dgate.stride, row, column, mask, du)
+        if dvalue.data is not None:
+            store_rows(dvalue.data, dvalue.stride, row, column, mask, dv)
 
 
 def _take_turns(gate: Tensor) -> bool:
@@ -86,14 +96,7 @@ def _take_turns(gate: Tensor) -> bool:
 
 def glu_forward(gate: Tensor, value: Tensor, output: Tensor, activation: str) -> None:
     """`backends.reference.glu` into output."""
-    rows, columns = gate.shape
-    tile = element_tile(columns)
-    column_tiles = triton.cdiv(columns, tile.block)
-    with device_of(gate):
-        glu_forward_kernel[(triton.cdiv(rows, tile.rows) * column_tiles,)](
-            gate, value, output, rows, columns, gate.stride(0), value.stride(0), output.stride(0), column_tiles,
-            activation, _take_turns(gate), tile.rows, tile.block, num_warps=tile.warps,
-        )  # fmt: skip
+    _launch(glu_forward_kernel, gate, map(matrix_of, (gate, value, output)), activation)
 
 
 def glu_backward(
@@ -105,13 +108,13 @@ def glu_backward(
     output: Tensor | None,
     activation: str,
 ) -> None:
-    """The gradients of `glu`, and its output where there is room."""
-    rows, columns = gate.shape
-    tile = element_tile(columns)
-    column_tiles = triton.cdiv(columns, tile.block)
-    with device_of(gate):
-        glu_backward_kernel[(triton.cdiv(rows, tile.rows) * column_tiles,)](
-            grad_output, gate, value, grad_gate, grad_value, output, rows, columns,
-            grad_output.stride(0), gate.stride(0), value.stride(0), _stride(grad_gate), _stride(grad_value),
-            _stride(output), column_tiles, activation, _take_turns(gate), tile.rows, tile.block, num_warps=tile.warps,
-        )  # fmt: skip
+    """The gradients of `glu`, and its output where there is memory for it."""
+    operands = map(matrix_of, (grad_output, gate, value, grad_gate, grad_value, output))
+    _launch(glu_backward_kernel, gate, operands, activation)
+
+
+def _launch(kernel: triton.JITFunction, gate: Tensor, operands: Iterable[Matrix], activation: str) -> None:
+    tile = element_tile(gate.shape[1])
+    shape = shape_of(gate, tile)
+    programs = triton.cdiv(shape.rows, tile.rows) * shape.column_tiles
+    launch(kernel, programs, tile, gate.device, *operands, shape, activation, _take_turns(gate))

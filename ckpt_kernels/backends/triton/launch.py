@@ -6,11 +6,12 @@ architecture; small rows are packed until a tile has 2,048 elements, because a p
 spends its time on being scheduled; rows beyond one tile are walked in blocks.
 """
 
+import contextlib
 import functools
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
+import triton
 
 # The widest row that a program holds in registers at once.
 FORWARD_TILE = 16384
@@ -97,24 +98,65 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def places_of(rows: torch.Tensor | None) -> tuple[int, int, int, int, int]:
-    """Where rows begin, on three levels: (stride, middle rows, middle stride, inner rows, inner stride).
+class Rows(NamedTuple):
+    """Contiguous rows, and where they begin, on three levels: (stride, middle rows, middle stride, inner rows, inner
+    stride). Plain matrices have one row on each of the lower levels."""
 
-    `rows` is (rows, columns), whose lower levels have one row each, or (outer, middle, inner, columns).
-    """
+    data: torch.Tensor | None
+    strides: tuple[int, int, int, int, int]
+
+
+def rows_of(rows: torch.Tensor | None) -> Rows:
+    """Of (rows, columns), or (outer, middle, inner, columns)."""
     if rows is None or rows.dim() == 2:
-        return (0 if rows is None else rows.stride(0), 1, 0, 1, 0)
-    return (rows.stride(0), rows.shape[1], rows.stride(1), rows.shape[2], rows.stride(2))
+        return Rows(rows, (0 if rows is None else rows.stride(0), 1, 0, 1, 0))
+    return Rows(rows, (rows.stride(0), rows.shape[1], rows.stride(1), rows.shape[2], rows.stride(2)))
 
 
-def dropout_bits(p: float) -> tuple[int, float]:
-    """Philox bits from this threshold up are kept, and multiplied by this."""
-    return int(p * 4294967296.0), 1 / (1 - p) if p < 1 else 0.0
+class Matrix(NamedTuple):
+    """A matrix, and the stride of its rows."""
+
+    data: torch.Tensor | None
+    stride: int
 
 
-def device_of(tensor: torch.Tensor) -> AbstractContextManager:
-    """Triton launches on torch's current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor)
+def matrix_of(tensor: torch.Tensor | None) -> Matrix:
+    return Matrix(tensor, 0 if tensor is None else tensor.stride(0))
+
+
+class Dropout(NamedTuple):
+    """Philox bits from the threshold up are kept, and multiplied by the scale."""
+
+    seed: torch.Tensor | None
+    threshold: int
+    scale: float
+
+
+def dropout_of(seed: torch.Tensor | None, p: float) -> Dropout:
+    return Dropout(seed, int(p * 4294967296.0), 1 / (1 - p) if p < 1 else 0.0)
+
+
+class Launch(NamedTuple):
+    """A kernel with all that it is called with."""
+
+    kernel: triton.JITFunction
+    tile: Tile
+    arguments: tuple
+
+
+# Launches that there were with tensors of torch's meta device: these are not run, but can be compiled.
+recorded: list[Launch] = []
+
+
+def launch(kernel: triton.JITFunction, programs: int, tile: Tile, device: torch.device, *arguments: object) -> None:
+    """Runs a kernel, whose last two parameters are the tile's."""
+    arguments = (*arguments, tile.rows, tile.block)
+    if device.type == "meta":
+        recorded.append(Launch(kernel, tile, arguments))
+        return
+    # Triton launches on torch's current device, which need not be the tensors'.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, num_warps=tile.warps)
 
 
 def backward_programs(device: torch.device, rows: int, tile: Tile) -> tuple[int, int]:

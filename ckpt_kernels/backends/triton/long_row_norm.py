@@ -6,12 +6,13 @@ import triton.language as tl
 from .activations import activate
 from .row_norm_tiles import (
     add_residual,
+    affine_gradient,
     finish,
     load_coefficient,
     load_operand,
     load_rows,
     load_statistics,
-    norm_gradient,
+    seen_by_weight,
     store_input_gradients,
     store_rows,
     store_statistics,
@@ -20,21 +21,17 @@ from .row_norm_tiles import (
 
 @triton.jit
 def long_row_norm_forward_kernel(
-    X, RESIDUAL, GATE, W, B, SEED, Y, RESIDUAL_OUT, MEAN, RSTD,
-    columns, x_places, residual_places, gate_places, rows_per_group, tiles,
-    eps, weight_offset, threshold, scale,
-    PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
-    GIVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    norm, chosen, Y, RESIDUAL_OUT, tiles, GIVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """As `row_norm_forward_kernel`, for rows of any length."""
     # A tile never crosses a group, so that its rows share one row of weight and bias.
     group = (tl.program_id(0) // tiles).to(tl.int64)
-    first = group * rows_per_group + tl.program_id(0) % tiles * ROWS
-    row = first + tl.arange(0, ROWS)[:, None]
-    live = row < (group + 1) * rows_per_group
+    columns = norm.columns
+    row = group * norm.rows_per_group + tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    live = row < (group + 1) * norm.rows_per_group
     lane = tl.arange(0, BLOCK)[None, :]
     if GIVEN:
-        mean, rstd = load_statistics(MEAN, RSTD, row, live, ROWS)
+        mean, rstd = load_statistics(norm, row, live, ROWS)
     else:
         # Welford's update in every lane, with blocks for samples; then one merge of the lanes.
         lane_mean = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -42,22 +39,17 @@ def long_row_norm_forward_kernel(
         for start in range(0, columns, BLOCK):
             column = start + lane
             mask = live & (column < columns)
-            if RESIDUAL is None:
-                u = load_operand(
-                    X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST
-                )  # fmt: skip
+            if norm.residual.data is None:
+                u = load_operand(norm, chosen, row, column, mask)
             else:
-                u = add_residual(
-                    X, x_places, RESIDUAL, residual_places, RESIDUAL_OUT, SEED, row, start, column, mask, columns,
-                    threshold, scale, ROWS, BLOCK,
-                )  # fmt: skip
-            if MEAN is None:
+                u = add_residual(norm, RESIDUAL_OUT, row, start, column, mask, ROWS, BLOCK)
+            if norm.mean is None:
                 lane_m2 += u * u
             else:
                 delta = tl.where(mask, u - lane_mean, 0.0)
                 lane_mean += delta / (start // BLOCK + 1)
                 lane_m2 += delta * tl.where(mask, u - lane_mean, 0.0)
-        if MEAN is None:
+        if norm.mean is None:
             mean = tl.zeros((ROWS, 1), tl.float32)
             variance = tl.sum(lane_m2, 1)[:, None] / columns
         else:
@@ -65,20 +57,20 @@ def long_row_norm_forward_kernel(
             mean = tl.sum(lane_mean * count, 1)[:, None] / columns
             apart = lane_mean - mean
             variance = tl.sum(lane_m2 + count * apart * apart, 1)[:, None] / columns
-        rstd = 1.0 / tl.sqrt_rn(variance + eps)
-        store_statistics(MEAN, RSTD, mean, rstd, row, live)
+        rstd = 1.0 / tl.sqrt_rn(variance + norm.eps)
+        store_statistics(norm, mean, rstd, row, live)
     # What was stored above is read again below, by other threads of this program perhaps.
     tl.debug_barrier()
     for start in range(0, columns, BLOCK):
         column = start + lane
         mask = live & (column < columns)
-        if RESIDUAL is None:
-            u = load_operand(X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
+        if norm.residual.data is None:
+            u = load_operand(norm, chosen, row, column, mask)
         else:
             u = load_rows(RESIDUAL_OUT, columns, row, column, mask)
-        w = load_coefficient(W, group, columns, column, 1.0) + weight_offset
-        b = load_coefficient(B, group, columns, column, 0.0)
-        finish(u, mean, rstd, w, b, GATE, gate_places, Y, row, column, mask, columns, ACTIVATION, GATE_FIRST, CAST)
+        w = load_coefficient(norm.weight, group, columns, column, 1.0) + norm.weight_offset
+        b = load_coefficient(norm.bias, group, columns, column, 0.0)
+        finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask)
 
 
 @triton.jit
@@ -90,61 +82,49 @@ def add_to_partial(PARTIAL, offset, column, columns, value):
 
 @triton.jit
 def long_row_norm_backward_kernel(
-    DY, DH, X, GATE, W, B, SEED, MEAN, RSTD, DX, DRESIDUAL, DGATE, Y, DW, DB,
-    columns, dy_places, dh_places, x_places, gate_places, rows_per_group, programs, program_rows,
-    weight_offset, threshold, scale,
-    PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    norm, chosen, grad_output, grad_sum, gradients, Y, programs, program_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """As `row_norm_backward_kernel`, for rows of any length. The caller has zeroed the partial sums."""
     group = (tl.program_id(0) // programs).to(tl.int64)
-    begin = group * rows_per_group + tl.program_id(0) % programs * program_rows
-    end = tl.minimum(begin + program_rows, (group + 1) * rows_per_group)
+    columns = norm.columns
+    begin = group * norm.rows_per_group + tl.program_id(0) % programs * program_rows
+    end = tl.minimum(begin + program_rows, (group + 1) * norm.rows_per_group)
     partial = tl.program_id(0).to(tl.int64) * columns
     lane = tl.arange(0, BLOCK)[None, :]
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         live = row < end
-        mean, rstd = load_statistics(MEAN, RSTD, row, live, ROWS)
-        tilt_lanes = tl.zeros((ROWS, BLOCK), tl.float32)
-        sum_lanes = tl.zeros((ROWS, BLOCK), tl.float32)
+        mean, rstd = load_statistics(norm, row, live, ROWS)
+        c1_lanes = tl.zeros((ROWS, BLOCK), tl.float32)
+        c2_lanes = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, columns, BLOCK):
             column = start + lane
             mask = live & (column < columns)
-            w = load_coefficient(W, group, columns, column, 1.0) + weight_offset
-            b = load_coefficient(B, group, columns, column, 0.0)
-            u = load_operand(X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST)
-            g, x_hat, seen = norm_gradient(
-                DY, dy_places, u, mean, rstd, w, b, GATE, gate_places, DGATE, row, column, mask, columns,
-                ACTIVATION, GATE_FIRST, CAST, DGATE is not None, X.dtype.element_ty,
-            )  # fmt: skip
+            w = load_coefficient(norm.weight, group, columns, column, 1.0) + norm.weight_offset
+            b = load_coefficient(norm.bias, group, columns, column, 0.0)
+            x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
+            seen = seen_by_weight(norm, chosen, x_hat)
+            g = affine_gradient(norm, chosen, grad_output, seen, w, b, gradients.gate, row, column, mask)
             if Y is not None:
-                store_rows(Y, columns, row, column, mask, activate(seen * w + b, ACTIVATION))
-            if DW is not None:
-                add_to_partial(DW, partial, column, columns, g * seen)
-            if DB is not None:
-                add_to_partial(DB, partial, column, columns, g)
+                store_rows(Y, columns, row, column, mask, activate(seen * w + b, chosen.activation))
+            if gradients.weight is not None:
+                add_to_partial(gradients.weight, partial, column, columns, g * seen)
+            if gradients.bias is not None:
+                add_to_partial(gradients.bias, partial, column, columns, g)
             wg = g * w
-            tilt_lanes += wg * x_hat
-            if MEAN is not None:
-                sum_lanes += wg
-        if DX is not None:
-            tilt = tl.sum(tilt_lanes, 1)[:, None] / columns
-            average = tl.sum(sum_lanes, 1)[:, None] / columns
+            c1_lanes += wg * x_hat
+            if norm.mean is not None:
+                c2_lanes += wg
+        if gradients.input is not None:
+            c1 = tl.sum(c1_lanes, 1)[:, None] / columns
+            c2 = tl.sum(c2_lanes, 1)[:, None] / columns
             for start in range(0, columns, BLOCK):
                 column = start + lane
                 mask = live & (column < columns)
-                w = load_coefficient(W, group, columns, column, 1.0) + weight_offset
-                b = load_coefficient(B, group, columns, column, 0.0)
-                u = load_operand(
-                    X, x_places, GATE, gate_places, row, column, mask, PRE_ACTIVATION, ACTIVATION, GATE_FIRST
-                )  # fmt: skip
-                g, x_hat, seen = norm_gradient(
-                    DY, dy_places, u, mean, rstd, w, b, GATE, gate_places, DGATE, row, column, mask, columns,
-                    ACTIVATION, GATE_FIRST, CAST, False, X.dtype.element_ty,
-                )  # fmt: skip
-                store_input_gradients(
-                    (g * w - x_hat * tilt - average) * rstd, X, x_places, GATE, gate_places, SEED, DH, dh_places,
-                    DX, DRESIDUAL, DGATE, row, start, column, mask, columns, threshold, scale,
-                    PRE_ACTIVATION, ACTIVATION, GATE_FIRST, ROWS, BLOCK,
-                )  # fmt: skip
+                w = load_coefficient(norm.weight, group, columns, column, 1.0) + norm.weight_offset
+                b = load_coefficient(norm.bias, group, columns, column, 0.0)
+                x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
+                seen = seen_by_weight(norm, chosen, x_hat)
+                g = affine_gradient(norm, chosen, grad_output, seen, w, b, None, row, column, mask)
+                du = (g * w - x_hat * c1 - c2) * rstd
+                store_input_gradients(norm, chosen, du, grad_sum, gradients, row, start, column, mask, ROWS, BLOCK)

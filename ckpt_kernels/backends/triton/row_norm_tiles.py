@@ -4,21 +4,73 @@ Each works on a tile of ROWS rows by BLOCK columns, in float32; `row` is (ROWS, 
 overflows, `column` is (1, BLOCK). An operand that is None is left out when the kernel is compiled.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
+from ..blocks import RowNorm
 from .activations import activate, differentiate
+from .launch import Dropout, Rows, dropout_of, rows_of
+
+
+class Operands(NamedTuple):
+    """A `RowNorm` as the kernels take it: pointers, with strides where rows need not follow each other, and numbers."""
+
+    input: Rows
+    residual: Rows
+    gate: Rows
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    mean: torch.Tensor | None
+    rstd: torch.Tensor
+    columns: int
+    rows_per_group: int
+    eps: float
+    weight_offset: float
+    dropout: Dropout
+
+
+class Choices(NamedTuple):
+    """What is compiled for."""
+
+    pre_activation: tl.constexpr
+    activation: tl.constexpr
+    gate_first: tl.constexpr
+    cast_before_weight: tl.constexpr
+
+
+def operands_of(block: RowNorm) -> tuple[Operands, Choices, int]:
+    """And how many groups of rows there are, each with a row of weight and bias of its own."""
+    options = block.options
+    coefficient = block.bias if block.weight is None else block.weight
+    groups = 1 if coefficient is None else coefficient.numel() // options.columns
+    operands = Operands(
+        *map(rows_of, block[:3]),
+        block.weight,
+        block.bias,
+        block.mean,
+        block.rstd,
+        options.columns,
+        block.input.numel() // options.columns // groups,
+        options.eps,
+        options.weight_offset,
+        dropout_of(block.seed, options.dropout_p),
+    )
+    chosen = (options.pre_activation, options.activation, options.gate_first, options.cast_before_weight)
+    return operands, Choices(*map(tl.constexpr, chosen)), groups
 
 
 @triton.jit
-def dropout_factor(SEED, row, start, threshold, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def dropout_factor(dropout, row, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """0 or 1 / (1 - p) for ROWS x BLOCK elements from column `start`; one Philox call makes four columns."""
     quad = (start // 4 + tl.arange(0, BLOCK // 4))[None, :] + tl.zeros((ROWS, 1), tl.int32)
     low = tl.zeros((1, BLOCK // 4), tl.uint32) + row.to(tl.uint32)
     high = tl.zeros((1, BLOCK // 4), tl.uint32) + (row >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(tl.load(SEED), quad.to(tl.uint32), low, high, high * 0)
+    a, b, c, d = tl.philox(tl.load(dropout.seed), quad.to(tl.uint32), low, high, high * 0)
     bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, BLOCK))
-    return tl.where(bits.to(tl.int64) >= threshold, scale, 0.0)
+    return tl.where(bits.to(tl.int64) >= dropout.threshold, dropout.scale, 0.0)
 
 
 @triton.jit
@@ -28,11 +80,11 @@ def load_rows(X, stride, row, column, mask):
 
 
 @triton.jit
-def load_placed_rows(X, places, row, column, mask):
-    """The same of rows that lie on three levels; see `launch.places_of`."""
-    stride, middle, middle_stride, inner, inner_stride = places
+def load(rows, row, column, mask):
+    """The same of `launch.Rows`."""
+    stride, middle, middle_stride, inner, inner_stride = rows.strides
     start = row // inner // middle * stride + row // inner % middle * middle_stride + row % inner * inner_stride
-    return tl.load(X + start + column, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(rows.data + start + column, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -51,109 +103,94 @@ def load_coefficient(W, group, columns, column, default):
 
 
 @triton.jit
-def load_operand(
-    X, x_places, GATE, gate_places, row, column, mask,
-    PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr,
-):  # fmt: skip
+def load_operand(norm, chosen, row, column, mask):
     """What is normalised: pre_activation(x), or x * activation(gate) where the gate comes first."""
-    u = load_placed_rows(X, x_places, row, column, mask)
-    if GATE_FIRST:
-        u = u * activate(load_placed_rows(GATE, gate_places, row, column, mask), ACTIVATION)
-    elif PRE_ACTIVATION != "identity":
+    u = load(norm.input, row, column, mask)
+    if chosen.gate_first:
+        u = u * activate(load(norm.gate, row, column, mask), chosen.activation)
+    elif chosen.pre_activation != "identity":
         # Off the mask an activation may not be zero, and the statistics must not see it.
-        u = tl.where(mask, activate(u, PRE_ACTIVATION), 0.0)
+        u = tl.where(mask, activate(u, chosen.pre_activation), 0.0)
     return u
 
 
 @triton.jit
-def add_residual(
-    X, x_places, RESIDUAL, residual_places, RESIDUAL_OUT, SEED, row, start, column, mask, columns, threshold, scale,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def add_residual(norm, RESIDUAL_OUT, row, start, column, mask, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """residual + dropout(x), stored, and returned as stored."""
-    x = load_placed_rows(X, x_places, row, column, mask)
-    if SEED is not None:
-        x = x * dropout_factor(SEED, row, start, threshold, scale, ROWS, BLOCK)
-    total = (load_placed_rows(RESIDUAL, residual_places, row, column, mask) + x).to(RESIDUAL_OUT.dtype.element_ty)
-    tl.store(RESIDUAL_OUT + row * columns + column, total, mask=mask)
+    x = load(norm.input, row, column, mask)
+    if norm.dropout.seed is not None:
+        x = x * dropout_factor(norm.dropout, row, start, ROWS, BLOCK)
+    total = (load(norm.residual, row, column, mask) + x).to(RESIDUAL_OUT.dtype.element_ty)
+    tl.store(RESIDUAL_OUT + row * norm.columns + column, total, mask=mask)
     return total.to(tl.float32)
 
 
 @triton.jit
-def finish(
-    u, mean, rstd, w, b, GATE, gate_places, Y, row, column, mask, columns,
-    ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr,
-):  # fmt: skip
+def finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask):
     """The output from the normalised operand, stored."""
-    x_hat = (u - mean) * rstd
-    if CAST:
-        x_hat = x_hat.to(Y.dtype.element_ty).to(tl.float32)
-    y = x_hat * w + b
-    if GATE is None:
-        y = activate(y, ACTIVATION)
-    elif not GATE_FIRST:
-        y = y * activate(load_placed_rows(GATE, gate_places, row, column, mask), ACTIVATION)
-    store_rows(Y, columns, row, column, mask, y)
+    y = seen_by_weight(norm, chosen, (u - mean) * rstd) * w + b
+    if norm.gate.data is None:
+        y = activate(y, chosen.activation)
+    elif not chosen.gate_first:
+        y = y * activate(load(norm.gate, row, column, mask), chosen.activation)
+    store_rows(Y, norm.columns, row, column, mask, y)
 
 
 @triton.jit
-def norm_gradient(
-    DY, dy_places, u, mean, rstd, w, b, GATE, gate_places, DGATE, row, column, mask, columns,
-    ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr, CAST: tl.constexpr, STORE_GATE: tl.constexpr,
-    STORAGE: tl.constexpr,
-):  # fmt: skip
-    """(gradient before weight and bias, x_hat, x_hat as the weight saw it) of a tile; the gate's gradient stored."""
-    x_hat = tl.where(mask, (u - mean) * rstd, 0.0)
-    seen = x_hat
-    if CAST:
-        seen = x_hat.to(STORAGE).to(tl.float32)
-    g = load_placed_rows(DY, dy_places, row, column, mask)
-    if GATE is None:
-        if ACTIVATION != "identity":
-            g = tl.where(mask, g * differentiate(seen * w + b, ACTIVATION), 0.0)
-    elif not GATE_FIRST:
-        gate = load_placed_rows(GATE, gate_places, row, column, mask)
-        if STORE_GATE:
-            store_rows(DGATE, columns, row, column, mask, g * (seen * w) * differentiate(gate, ACTIVATION))
-        g = tl.where(mask, g * activate(gate, ACTIVATION), 0.0)
-    return g, x_hat, seen
+def seen_by_weight(norm, chosen, x_hat):
+    if chosen.cast_before_weight:
+        x_hat = x_hat.to(norm.input.data.dtype.element_ty).to(tl.float32)
+    return x_hat
+
+
+@triton.jit
+def affine_gradient(norm, chosen, grad_output, seen, w, b, DGATE, row, column, mask):
+    """The gradient before weight and bias, g, of a tile; the gate's gradient stored, where there is DGATE."""
+    g = load(grad_output, row, column, mask)
+    if norm.gate.data is None:
+        if chosen.activation != "identity":
+            g = tl.where(mask, g * differentiate(seen * w + b, chosen.activation), 0.0)
+    elif not chosen.gate_first:
+        gate = load(norm.gate, row, column, mask)
+        if DGATE is not None:
+            store_rows(DGATE, norm.columns, row, column, mask, g * (seen * w) * differentiate(gate, chosen.activation))
+        g = tl.where(mask, g * activate(gate, chosen.activation), 0.0)
+    return g
 
 
 @triton.jit
 def store_input_gradients(
-    du, X, x_places, GATE, gate_places, SEED, DH, dh_places, DX, DRESIDUAL, DGATE, row, start, column, mask, columns,
-    threshold, scale, PRE_ACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, GATE_FIRST: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    norm, chosen, du, grad_sum, gradients, row, start, column, mask, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """From the gradient of what was normalised to the gradients of what it was made from, stored."""
-    if GATE_FIRST:
-        x = load_placed_rows(X, x_places, row, column, mask)
-        gate = load_placed_rows(GATE, gate_places, row, column, mask)
-        store_rows(DGATE, columns, row, column, mask, du * x * differentiate(gate, ACTIVATION))
-        du = du * activate(gate, ACTIVATION)
-    elif PRE_ACTIVATION != "identity":
-        du = du * differentiate(load_placed_rows(X, x_places, row, column, mask), PRE_ACTIVATION)
-    if DH is not None:
-        du += load_placed_rows(DH, dh_places, row, column, mask)
-    if DRESIDUAL is not None:
-        store_rows(DRESIDUAL, columns, row, column, mask, du)
-        du = du.to(DRESIDUAL.dtype.element_ty).to(tl.float32)
-        du = du * dropout_factor(SEED, row, start, threshold, scale, ROWS, BLOCK)
-    store_rows(DX, columns, row, column, mask, du)
+    if chosen.gate_first:
+        x = load(norm.input, row, column, mask)
+        gate = load(norm.gate, row, column, mask)
+        store_rows(gradients.gate, norm.columns, row, column, mask, du * x * differentiate(gate, chosen.activation))
+        du = du * activate(gate, chosen.activation)
+    elif chosen.pre_activation != "identity":
+        du = du * differentiate(load(norm.input, row, column, mask), chosen.pre_activation)
+    if grad_sum.data is not None:
+        du += load(grad_sum, row, column, mask)
+    if gradients.residual is not None:
+        store_rows(gradients.residual, norm.columns, row, column, mask, du)
+        du = du.to(gradients.residual.dtype.element_ty).to(tl.float32)
+        du = du * dropout_factor(norm.dropout, row, start, ROWS, BLOCK)
+    store_rows(gradients.input, norm.columns, row, column, mask, du)
 
 
 @triton.jit
-def load_statistics(MEAN, RSTD, row, live, ROWS: tl.constexpr):
-    rstd = tl.load(RSTD + row, mask=live, other=0.0)
-    if MEAN is None:
+def load_statistics(norm, row, live, ROWS: tl.constexpr):
+    rstd = tl.load(norm.rstd + row, mask=live, other=0.0)
+    if norm.mean is None:
         mean = tl.zeros((ROWS, 1), tl.float32)
     else:
-        mean = tl.load(MEAN + row, mask=live, other=0.0)
+        mean = tl.load(norm.mean + row, mask=live, other=0.0)
     return mean, rstd
 
 
 @triton.jit
-def store_statistics(MEAN, RSTD, mean, rstd, row, live):
-    if MEAN is not None:
-        tl.store(MEAN + row, mean, mask=live)
-    tl.store(RSTD + row, rstd, mask=live)
+def store_statistics(norm, mean, rstd, row, live):
+    if norm.mean is not None:
+        tl.store(norm.mean + row, mean, mask=live)
+    tl.store(norm.rstd + row, rstd, mask=live)

@@ -1,101 +1,102 @@
-"""Every kernel that the launch tables can choose for rows of one length, with the options that the ops give it."""
+"""Every kernel that the launch tables can choose for rows of one length, with the arguments that launchers give it.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+The backend is called with tensors of torch's meta device, whose launches are recorded and not run.
+"""
 
-import triton
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from .bias_act import bias_act_backward_kernel, bias_act_forward_kernel
-from .channel_norm import (
-    channel_backward_kernel,
-    channel_forward_kernel,
-    plane_moments_kernel,
-    plane_sums_kernel,
-    row_moments_kernel,
-    row_sums_kernel,
-)
-from .glu import glu_backward_kernel, glu_forward_kernel
-from .launch import Tile, backward_tile, channel_tile, column_sum_tile, element_tile, forward_tile
-from .long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel
-from .row_norm import row_norm_backward_kernel, row_norm_forward_kernel
+import torch
+from torch import Tensor
+
+from ..blocks import RowNorm, RowNormGradients, RowNormOptions
+from . import launch
+from .bias_act import bias_act_backward, bias_act_forward
+from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
+from .glu import glu_backward, glu_forward
+from .row_norm import row_norm_backward, row_norm_forward
+
+# A prime, so that no size derived from it is a multiple of something by chance.
+_ROWS = 4099
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with the operands that it does without and its options."""
+class Variant(NamedTuple):
+    """One kernel, and what it is called with."""
 
     name: str
-    kernel: triton.JITFunction
-    tile: Tile
-    absent: Sequence[str]
-    options: dict[str, object]
+    launch: launch.Launch
+    elements: int  # of a large operand
 
 
-def _row_norm_variants(columns: int) -> Iterator[Variant]:
-    defaults = {
-        "PRE_ACTIVATION": "identity",
-        "ACTIVATION": "identity",
-        "GATE_FIRST": False,
-        "CAST": False,
-        "GIVEN": False,
-    }
-    for block, options, without, backward_without in (
-        ("layer_norm+gelu", {"ACTIVATION": "gelu"}, "RESIDUAL GATE SEED RESIDUAL_OUT", "DH GATE SEED DRESIDUAL DGATE"),
+def _variant(name: str, columns: int, call: Callable[..., None], *arguments: object) -> Variant:
+    launch.recorded.clear()
+    call(*arguments)
+    return Variant(name, launch.recorded.pop(), _ROWS * columns)
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _row_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
+    x, w, mean = _tensor(_ROWS, columns, dtype=dtype), _tensor(columns, dtype=dtype), _tensor(_ROWS)
+    dw, seed = _tensor(columns), _tensor(1, dtype=torch.int64)
+    centered, plain = RowNormOptions(columns, 1e-5, True), RowNormOptions(columns, 1e-5, False)
+    gelu, pre = centered._replace(activation="gelu"), plain._replace(pre_activation="silu")
+    gated, dropped = plain._replace(activation="silu"), centered._replace(dropout_p=0.5)
+    nothing = (None,) * 3
+    for name, block, gradients in (
+        ("layer_norm+gelu", RowNorm(x, None, None, w, w, None, mean, mean, gelu), (x, None, None, dw, dw)),
+        ("silu+rms_norm", RowNorm(x, None, None, w, None, None, None, mean, pre), (x, None, None, dw, None)),
         (
-            "silu+rms_norm",
-            {"PRE_ACTIVATION": "silu"},
-            "RESIDUAL GATE B SEED RESIDUAL_OUT MEAN",
-            "DH GATE B SEED MEAN DRESIDUAL DGATE DB",
+            "add_layer_norm+dropout",
+            RowNorm(x, x, None, w, w, seed, mean, mean, dropped),
+            (x, x, None, dw, dw),
         ),
-        ("add_layer_norm+dropout", {}, "GATE", "GATE DGATE"),
-        ("gated_rms_norm", {"ACTIVATION": "silu"}, "RESIDUAL B SEED RESIDUAL_OUT MEAN", "DH B SEED MEAN DRESIDUAL DB"),
+        ("gated_rms_norm", RowNorm(x, None, x, w, *nothing, mean, gated), (x, None, x, dw, None)),
     ):
-        tile = forward_tile(columns)
-        kernel = row_norm_forward_kernel if tile.whole else long_row_norm_forward_kernel
-        yield Variant(f"{block} forward", kernel, tile, without.split(), defaults | options)
-        if block.startswith("layer_norm"):
-            yield Variant(f"{block} again", kernel, tile, without.split(), defaults | options | {"GIVEN": True})
-        # A gate is one more operand to hold, and so is the output where it is written again.
-        for rewrites in (False, True) if block.startswith("layer_norm") else (False,):
-            tile = backward_tile(columns, "GATE" not in without or rewrites)
-            kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
-            name = f"{block} backward{' and output' if rewrites else ''}"
-            absent = [*backward_without.split(), *(() if rewrites else ("Y",))]
-            yield Variant(name, kernel, tile, absent, defaults | options)
+        has_residual, rewritten = block.residual is not None, name == "layer_norm+gelu"
+        total = x if has_residual else None
+        yield _variant(f"{name} forward", columns, row_norm_forward, block, x, total)
+        if rewritten:
+            yield _variant(f"{name} again", columns, row_norm_forward, block, x, total, True)
+        kept, arguments = block._replace(residual=None), (x, total, RowNormGradients(*gradients))
+        yield _variant(f"{name} backward", columns, row_norm_backward, kept, *arguments)
+        if rewritten:
+            yield _variant(f"{name} backward and output", columns, row_norm_backward, kept, *arguments, x)
 
 
-def _element_variants(columns: int) -> Iterator[Variant]:
-    tile = element_tile(columns)
-    for turns in (False, True):
-        options, name = {"ACTIVATION": "silu", "TURNS": turns}, "interleaved glu" if turns else "glu"
-        yield Variant(f"{name} forward", glu_forward_kernel, tile, (), options)
-        yield Variant(f"{name} backward", glu_backward_kernel, tile, ("Y",), options)
-        yield Variant(f"{name} backward and output", glu_backward_kernel, tile, (), options)
-    for name, without in (("bias_act", ("SEED",)), ("bias_act+dropout", ())):
-        options, tile = {"ACTIVATION": "gelu"}, element_tile(columns)
-        yield Variant(f"{name} forward", bias_act_forward_kernel, tile, without, options)
-        tile = column_sum_tile(columns)
-        yield Variant(f"{name} backward", bias_act_backward_kernel, tile, (*without, "Y"), options)
-        yield Variant(f"{name} backward and output", bias_act_backward_kernel, tile, (*without, "DB"), options)
+def _elementwise(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
+    x, packed = _tensor(_ROWS, columns, dtype=dtype), _tensor(_ROWS, 2 * columns, dtype=dtype)
+    for name, gate, value in (("glu", x, x), ("interleaved glu", packed[:, ::2], packed[:, 1::2])):
+        yield _variant(f"{name} forward", columns, glu_forward, gate, value, x, "silu")
+        yield _variant(f"{name} backward", columns, glu_backward, x, gate, value, gate, value, None, "silu")
+        yield _variant(f"{name} backward and output", columns, glu_backward, x, gate, value, gate, value, x, "silu")
+    bias, seed = _tensor(columns, dtype=dtype), _tensor(1, dtype=torch.int64)
+    for name, given, p in (("bias_act", None, 0.0), ("bias_act+dropout", seed, 0.5)):
+        yield _variant(f"{name} forward", columns, bias_act_forward, x, bias, given, x, "gelu", p)
+        backward = (bias_act_backward, x, x, bias, given, x)
+        yield _variant(f"{name} backward", columns, *backward, _tensor(columns), None, "gelu", p)
+        yield _variant(f"{name} backward and output", columns, *backward, None, x, "gelu", p)
 
 
-def _channel_variants(columns: int) -> Iterator[Variant]:
+def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
     """Planes of this many elements, and rows of this many channels."""
-    for planes in (True, False):
-        name = "planes" if planes else "channels last"
-        options = {"ACTIVATION": "silu", "BY_SAMPLE": not planes}
-        sums_kernel = plane_sums_kernel if planes else row_sums_kernel
-        moments_kernel = plane_moments_kernel if planes else row_moments_kernel
-        tile = channel_tile(columns, planes)
-        yield Variant(f"{name} moments", moments_kernel, tile, (), {})
-        yield Variant(f"{name} sums", sums_kernel, tile, ("OTHER",), options | {"BY_OUTPUT": False})
-        tile, options = element_tile(columns), options | {"PLANES": planes}
-        yield Variant(f"{name} forward", channel_forward_kernel, tile, (), options)
-        yield Variant(f"{name} backward", channel_backward_kernel, tile, (), options | {"BY_OUTPUT": True})
+    x = _tensor(_ROWS, columns, dtype=dtype)
+    for name, planes in (("planes", True), ("channels last", False)):
+        # One sample of so many channels, or of so many rows.
+        channels = _ROWS if planes else columns
+        sums, coefficients = _tensor(1, 1 if planes else 65, channels), _tensor(6, 1 if planes else 2, channels)
+        yield _variant(f"{name} moments", columns, channel_moments, x, sums, sums, planes, 64)
+        reduction = (channel_sums, x, x, None, coefficients, sums, sums)
+        yield _variant(f"{name} sums", columns, *reduction, planes, 64, "silu", False)
+        yield _variant(f"{name} forward", columns, channel_forward, x, x, coefficients, x, planes, 1, "silu")
+        backward = (channel_backward, x, x, x, coefficients, x, x)
+        yield _variant(f"{name} backward", columns, *backward, planes, 1, "silu", True)
 
 
-def variants(columns: int) -> Iterator[Variant]:
+def variants(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
     """All families' kernels for rows of this length: one activation for each place that it can take."""
-    yield from _row_norm_variants(columns)
-    yield from _element_variants(columns)
-    yield from _channel_variants(columns)
+    yield from _row_norms(columns, dtype)
+    yield from _elementwise(columns, dtype)
+    yield from _channel_norms(columns, dtype)

@@ -1,0 +1,186 @@
+"""A block, declared once: its op, the op of its gradients, their schemas, autograd rules and recipe follow from it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import recompute
+from ..backends import reference
+from .operands import contiguous
+from .registration import Registered
+
+_SCHEMA_TYPES = {int: "SymInt", float: "float", bool: "bool", str: "str"}
+
+
+class Block(Registered):
+    """The op of a block. A subclass says what the block is:
+
+    - `name`, and `operands`: the tensors' schema; the first `differentiable` of them have gradients.
+    - `options`: a NamedTuple class of all that is not a tensor.
+    - `results`: their names; see `Registered` for how many a call returns, and how many have gradients.
+    - `kept`, `kept_options`: schema and options of what the gradient needs, where this is not operands and options.
+    - `elementwise`: whether it goes element by element, so that products which it reads are worth running again where
+      memory matters most.
+    - `empty`: memory for the results, which is the fake too; `forward` fills it.
+    - `gradients(grads, kept, options, wanted)`: of the differentiable operands, None for those not wanted.
+    - `composition`: the same results by differentiable operators of torch's.
+    - and what differs from what is defined here.
+    """
+
+    name: str
+    operands: str
+    differentiable: int
+    options: type
+    results: Sequence[str] = ("output",)
+    kept: str | None = None
+    kept_options: type | None = None
+    has_recipe = True
+
+    def __init__(self) -> None:
+        self.kept = self.kept or self.operands
+        self.kept_options = self.kept_options or self.options
+        super().__init__(self.name, self.operands, _schema(self.options), self.results)
+        self.gradient_op = _Gradient(self)
+
+    def empty(self, *arguments: Any) -> Sequence[Tensor | None]:
+        raise NotImplementedError
+
+    def gradients(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        raise NotImplementedError
+
+    def keep(self, arguments: Sequence[Any], results: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple:
+        """What is kept for backward: the tensors, and the options of the gradient."""
+        return arguments[:-1], arguments[-1]
+
+    def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> recompute.Announcement:
+        """How the first result can be had again from what is kept: a function and its tensors; None if it cannot."""
+        options, strides = arguments[-1], results[0].stride()
+
+        def rebuild(*operands: Tensor | None) -> Tensor:
+            output = self.forward(*operands, options)[0]
+            return output if output.stride() == strides else _with_strides(output, strides)
+
+        return rebuild, tuple(arguments[:-1])
+
+    def differentiated(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """The gradients by the op of these; None for those not wanted."""
+        found = self.gradient_op(*grads, *kept, (options, wanted))
+        return [g if w else None for g, w in zip(found, wanted, strict=True)]
+
+    def empty_gradients(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """Tensors like the gradients, where each is contiguous and like an operand that is kept."""
+        return [contiguous(t) if w and t is not None else None for t, w in zip(kept, wanted, strict=False)]
+
+    def first_order(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """The same as `gradients`, as a graph, where all operands are kept and have gradients."""
+        return reference.gradients(lambda *operands: self.composition(*operands, options), kept, grads, wanted)
+
+    # What follows from that.
+
+    def flattened(self, options: Any) -> tuple:
+        return options
+
+    def structured(self, flat: Sequence[Any]) -> Any:
+        return self.options(*flat)
+
+    def setup_context(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> None:
+        kept, ctx.options = self.keep(arguments, results, ctx.needs_input_grad)
+        ctx.save_for_backward(*kept)
+
+    def backward(self, ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        # There are two at most.
+        if grads[0] is None and grads[-1] is None:
+            return (None,) * self.differentiable
+        wanted = list(ctx.needs_input_grad[: self.differentiable])
+        return self.differentiated(grads, ctx.saved_tensors, ctx.options, wanted)
+
+
+class _Gradient(Registered):
+    """The op of a block's gradients, whose own gradients are those of the reference.
+
+    Its tensors are the gradients of the block's differentiable results and what the block keeps; its options those of
+    the gradient, and which gradients are wanted. One that is not wanted is None.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.returned = block.differentiable
+        self._incoming = block.differentiable_results
+        self.differentiable_results = block.differentiable
+        grads = [f"Tensor{'?' if i else ''} grad_{name}" for i, name in enumerate(block.results[: self._incoming])]
+        results = [f"grad_{operand.split()[-1]}" for operand in block.operands.split(", ")[: block.differentiable]]
+        options = f"{_schema(block.kept_options)}, bool[] wanted"
+        super().__init__(f"{block.name}_backward", ", ".join((*grads, block.kept)), options, results)
+
+    def _parted(self, method: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        options, wanted = arguments[-1]
+        return method(arguments[: self._incoming], arguments[self._incoming : -1], options, wanted)
+
+    def forward(self, *arguments: Any) -> Sequence[Tensor | None]:
+        options, wanted = arguments[-1]
+        return tuple(self.block.gradients(arguments[: self._incoming], arguments[self._incoming : -1], options, wanted))
+
+    def empty(self, *arguments: Any) -> Sequence[Tensor | None]:
+        return self._parted(self.block.empty_gradients, arguments)
+
+    def composition(self, *arguments: Any) -> Sequence[Tensor | None]:
+        with torch.enable_grad():
+            arguments = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
+        return tuple(self._parted(self.block.first_order, arguments))
+
+    def flattened(self, options: tuple[Any, list[bool]]) -> tuple:
+        return *options[0], options[1]
+
+    def structured(self, flat: Sequence[Any]) -> tuple[Any, list[bool]]:
+        return self.block.kept_options(*flat[:-1]), flat[-1]
+
+    def setup_context(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> None:
+        *tensors, ctx.options = arguments
+        ctx.save_for_backward(*tensors)
+
+    def backward(self, ctx: Any, grad_gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        tensors = list(ctx.saved_tensors)
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[: len(tensors)]) if needed]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Through a view of each, because one may be made from another (a gradient from an output, say), and
+            # the derivatives asked for are partial.
+            for index in wanted:
+                tensors[index] = tensors[index].view_as(tensors[index])
+            first = self._parted(self.block.first_order, (*tensors, ctx.options))
+            pairs = [
+                (g, gg)
+                for g, gg in zip(first, grad_gradients, strict=True)
+                if g is not None and gg is not None and g.requires_grad
+            ]
+            found = iter(
+                torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    [tensors[index] for index in wanted],
+                    [gg for _, gg in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+                if pairs
+                else [None] * len(wanted)
+            )
+        return [next(found) if index in wanted else None for index in range(len(tensors))]
+
+
+def _schema(options: type) -> str:
+    """Of a NamedTuple class."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in options.__annotations__.items())
+
+
+def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
