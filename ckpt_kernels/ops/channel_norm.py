@@ -327,6 +327,7 @@ class _ChannelNorm(Block):
     differentiable = 4
     options = Options
     results = ("output", "mean", "var")
+    returned = 3
     kept = "Tensor input, Tensor? other, Tensor? weight, Tensor? bias, Tensor mean, Tensor var"
     kept_options = GradientOptions
     sharding = Sharding(

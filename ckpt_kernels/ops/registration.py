@@ -108,7 +108,10 @@ class Registered:
         self.setup_context(ctx, arguments, results)
         if is_recorded:
             recompute.announce(self.recipe(ctx, arguments, results), self.elementwise)
-        return results[0] if self.returned is None else results[: self.returned]
+        if self.returned is None:
+            return results[0]
+        ctx.mark_non_differentiable(*results[self.differentiable_results : self.returned])
+        return results[: self.returned]
 
     def _direct_backward(self, ctx: Any, *gradients: Tensor | None) -> tuple:
         if torch.compiler.is_compiling() or backends.chosen() == ctx.backend:
