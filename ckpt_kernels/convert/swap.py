@@ -124,7 +124,20 @@ def is_plain_method(method: Any) -> bool:
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether `convert` has given the module, itself, another way to compute."""
+    """Whether `convert` has given the module, itself, another way to compute.
+
+    Args:
+        module: any module; those within it are not looked at.
+
+    Returns:
+        True or False.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
+        >>> _ = ckpt_kernels.convert(model)
+        >>> ckpt_kernels.is_converted(model[0]), ckpt_kernels.is_converted(model[1])
+        (True, False)
+    """
     return isinstance(module, Converted)
 
 
