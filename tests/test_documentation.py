@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import ckpt_kernels
+from benchmarks import llama_layer
 from ckpt_kernels import functional, memory, nn
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,7 +38,7 @@ MODULES = (
 FUNCTION = ("Args", "Returns", "Kept for backward", "Raises", "Example", "Source")
 MODULE = ("Args", "Shape", "Kept for backward", "Example")
 # The pages whose blocks of Python are one program each.
-PAGES = ("docs/tutorial.md",)
+PAGES = ("README.md", "docs/index.md", "docs/tutorial.md")
 
 
 def section(entry: str, title: str) -> str:
@@ -94,12 +95,21 @@ def test_examples_run(name: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks of Python, one after the other as one program."""
+    pytest.importorskip("triton")
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    # What README's `convert` is called with.
+    model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    names = {"__name__": "page", "model": model, "batch": torch.randn(8, 64)}
     text = (ROOT / page).read_text()
-    blocks = [
-        (text[: m.start()].count("\n") + 1, m[1]) for m in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S)
-    ]
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     assert blocks
-    names: dict[str, object] = {"__name__": "page"}
-    for line, block in blocks:
-        exec(compile("\n" * line + block, str(ROOT / page), "exec"), names)
+    for block in blocks:
+        # At its own line, where Triton looks for the source of a kernel.
+        before = "\n" * (text[: block.start()].count("\n") + 1)
+        exec(compile(before + block[1], str(ROOT / page), "exec"), names)
+
+
+def test_the_drawing_of_a_llama_layer_says_what_is_kept() -> None:
+    llama_layer.check()
