@@ -88,7 +88,7 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
             return activation
     elif isinstance(activation, nn.GELU) and activation.approximate in _GELUS:
         return _GELUS[activation.approximate]
-    elif type(activation) in _MODULES:
+    elif isinstance(activation, nn.Module) and type(activation) in _MODULES:
         name, settings = _MODULES[type(activation)]
         if all(getattr(activation, key) == value for key, value in settings.items()):
             return name

@@ -4,6 +4,7 @@ Both run on copies; the model that is checked is not touched.
 """
 
 import copy
+import functools
 import json
 import math
 import pathlib
@@ -78,7 +79,7 @@ class Check:
 
     def __str__(self) -> str:
         lines = [str(self.report), "", f"errors against float64, in {self.mode} mode:"]
-        rows = [("", "as it is", "converted", "between them", "worst tensor")]
+        rows: list[tuple[str, ...]] = [("", "as it is", "converted", "between them", "worst tensor")]
         rows += [
             (e.what, f"{e.eager:.2e}", f"{e.converted:.2e}", f"{e.difference:.2e}", f"{e.worst_ratio:.2f}x  {e.worst}")
             for e in self.errors
@@ -142,25 +143,34 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     report = convert(twin, recompute=recompute)
     changed = [f"convert itself changed {name}" for name in _different(before, _state(twin))]
     truth = _results(copy.deepcopy(plain).double(), _each(inputs, _double))[0]
-    runs = []
+    runs, states = [], []
     for which in (plain, twin):
-        found = [_alike(lambda which=which, batch=batch: _results(which, batch)) for batch in (inputs, _other(inputs))]
-        runs.append([(*result, drawn) for result, drawn in found] + [_state(which)])
-    for turn, (theirs, ours) in enumerate(zip(runs[0][:2], runs[1][:2], strict=True)):
+        found = [_alike(functools.partial(_results, which, batch)) for batch in (inputs, _other(inputs))]
+        runs.append([(*result, drawn) for result, drawn in found])
+        states.append(_state(which))
+    for turn, (theirs, ours) in enumerate(zip(*runs, strict=True)):
         changed += [f"{what}, call {turn + 1}" for what in _compared(theirs, ours)]
-    changed += [f"{name} is another afterwards" for name in _different(runs[0][2], runs[1][2])]
+    changed += [f"{name} is another afterwards" for name in _different(*states)]
     kinds = (("outputs", "output"), ("gradients", "grad"))
     errors = [_errors(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
     plain.train(), twin.train()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    kept = tuple(memory.saved_bytes(lambda m=m: _outputs(_call(m, inputs))) for m in (plain, twin))
-    peak = tuple(memory.peak_bytes(lambda m=m: _step(m, inputs), device) for m in (plain, twin))
+    kept = _kept(plain, inputs), _kept(twin, inputs)
+    peak = _peak(plain, inputs, device), _peak(twin, inputs, device)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(turns):
-        for which, m in enumerate((plain, twin)):
-            seconds[which].append(_timed(m, inputs, device))
+        for index, timed in enumerate((plain, twin)):
+            seconds[index].append(_timed(timed, inputs, device))
     medians = statistics.median(seconds[0]), statistics.median(seconds[1])
     return Check(report, mode, errors, changed, kept, peak, medians, max(map(_spread, seconds)))
+
+
+def _kept(model: nn.Module, inputs: Inputs) -> int:
+    return memory.saved_bytes(lambda: _outputs(_call(model, inputs)))
+
+
+def _peak(model: nn.Module, inputs: Inputs, device: torch.device) -> int:
+    return memory.peak_bytes(lambda: _step(model, inputs), device)
 
 
 def _spread(times: Sequence[float]) -> float:

@@ -113,7 +113,9 @@ def compile_variant(variant: "Variant", dtype: str, target: Any) -> Any:
     import triton
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     options = variant.options | {"ROWS": variant.tile.rows, "BLOCK": variant.tile.block}
     for index, name in enumerate(variant.kernel.arg_names):
         if name in options or name in variant.absent:

@@ -147,7 +147,8 @@ def _saved(fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], but_for_
         owned.update(map(_storage, itertools.islice(tensors_in(result), 1)))
     # What the graph holds in the end: some of it may have been let go of since.
     kept = [(module, reference()) for module, reference in packed]
-    found, owners = [], {}
+    found: list[SavedTensor] = []
+    owners: dict[int, str] = {}
     for module, held in kept:
         if held is None:
             continue
@@ -194,12 +195,13 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
             modules.pop()
 
     # For converted modules, which else take it for a call of somebody's own.
-    named.only_names_modules = True
-    nn.Module.__call__ = named
+    vars(named)["only_names_modules"] = True
+    modules_of_torch: Any = nn.Module
+    modules_of_torch.__call__ = named
     try:
         yield
     finally:
-        nn.Module.__call__ = call
+        modules_of_torch.__call__ = call
 
 
 def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
@@ -376,14 +378,15 @@ def _reported(model: nn.Module, first: _Measured, second: _Measured, **titles: A
 
 
 def _measured(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Measured:
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     wanted += [t for t in tensors_in((inputs, kwargs)) if t.requires_grad]
     device = next((t.device for t in (*model.parameters(), *tensors_in((inputs, kwargs)))), torch.device("cpu"))
 
     def step() -> None:
         outputs = [t for t in tensors_in(model(*inputs, **kwargs)) if t.requires_grad]
         if outputs and wanted:
-            torch.autograd.grad(sum(t.float().sum() for t in outputs), wanted, allow_unused=True)
+            total: Any = sum(t.float().sum() for t in outputs)
+            torch.autograd.grad(total, wanted, allow_unused=True)
 
     return _Measured(saved_tensors(model, *inputs, **kwargs), peak_bytes(step, device))
 

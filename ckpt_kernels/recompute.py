@@ -91,7 +91,8 @@ class Discarder:
             entry = self._enter(output, weakref.ref(recipe))
         else:
             entry = self._enter(output, lambda: recipe)
-        output.grad_fn.recomputed_block = Block(
+        node: Any = output.grad_fn
+        node.recomputed_block = Block(
             self, weakref.ref(recipe), entry.output, entry.storage, entry.version, watching(output)
         )
 
@@ -188,8 +189,7 @@ class Discarder:
         elif not trace.is_written_by_graph(node, root.untyped_storage()._cdata, version):
             return None
         step = trace.value(node, root.output_nr)
-        found = step is not None and trace.is_grounded and step.depth < LONGEST_CHAIN
-        if not found or not provenance.fills_memory(root):
+        if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
             return root if provenance.saves_result(name) else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
         self._enter(root, weakref.ref(recipe))
@@ -276,7 +276,8 @@ class discard_outputs(contextlib.ContextDecorator):
         return discard_outputs(products=self._products, temporaries=self._temporaries)
 
     def __enter__(self) -> "discard_outputs":
-        if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
+        if torch.compiler.is_compiling() or not hooks._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
         # Within another that sees what is saved, that one goes on: outputs may cross from one to the other.

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from .. import backends
 from ..functional.linear import level_name
 from ..memory import kept_bytes
-from .around import discarding, discarding_products, selecting
+from .around import Around, discarding, discarding_products, selecting
 from .called import uses_transforms
 from .chain import chain_of
 from .methods import looks_like_mlp, written_of
@@ -168,6 +168,7 @@ class _Conversion:
     def _convert_leaf(self, name: str, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             return
+        rule: Rule | None
         rule, reason = norm_of(module)
         if isinstance(rule, RowNorm) and self.writer:
             rule = replace(rule, copied=True)
@@ -218,7 +219,7 @@ class _Conversion:
         rule = rule_of(module)
         if rule is not None:
             swap_back(module)
-        around = (discarding_products if self.recompute == "all" else discarding,)
+        around: tuple[Around, ...] = (discarding_products if self.recompute == "all" else discarding,)
         if module is not self.model and not any(map(_writes, module.modules())):
             around += (selecting,)
         # A class that cannot be subclassed has no rule either: nothing is undone then.

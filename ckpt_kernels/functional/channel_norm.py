@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ def batch_norm(
         if residual is not None:
             check_like(residual, "residual", input)
             residual = residual.view(0, 0)
-        options = {"activation": activation, "residual": residual, "process_group": process_group}
+        options: dict[str, Any] = {"activation": activation, "residual": residual, "process_group": process_group}
         rest = (running_mean, running_var, weight, bias, training, momentum, eps)
         return batch_norm(input.view(0, 0), *rest, **options).view(0)
     check_channels(input, weight, bias)

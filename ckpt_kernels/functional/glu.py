@@ -85,7 +85,7 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
     """
     check_tensor(input, "input", nested=True)
     ops.glu.layout_name(layout)
-    ragged = input.is_nested and input._ragged_idx == input.dim() - 1
+    ragged = input.is_nested and getattr(input, "_ragged_idx", None) == input.dim() - 1
     if input.dim() == 0 or ragged or input.shape[-1] % 2:
         raise RuntimeError(f"input has shape {shape_of(input)}; expected a last dimension of even length")
     return ops.glu.packed_glu(input, activation_name(activation), layout)

@@ -14,6 +14,7 @@ gradients, and torch.compile, go through the composition.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,8 +114,8 @@ def norm_linear(
     single = isinstance(weight, Tensor)
     if not single and not isinstance(weight, Sequence):
         raise TypeError(f"weight is {weight!r}; expected a tensor or a sequence of them")
-    weights = (weight,) if single else tuple(weight)
-    biases = (bias,) * len(weights) if single or bias is None else tuple(bias)
+    weights: tuple[Tensor, ...] = (weight,) if isinstance(weight, Tensor) else tuple(weight)
+    biases: tuple[Any, ...] = (bias,) * len(weights) if single or bias is None else tuple(bias)
     if len(biases) != len(weights):
         raise ValueError(f"bias has {len(biases)} tensors; expected one for each of {len(weights)} weights")
     for w, b in zip(weights, biases, strict=True):

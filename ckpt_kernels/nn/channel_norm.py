@@ -1,6 +1,6 @@
 """Channel norms as modules: torch.nn's own, with an activation, and of batch norms a residual before it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,14 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _BatchNorm:
+if TYPE_CHECKING:  # what the two below are mixed into
+    _OfBatchNorm = nn.modules.batchnorm._BatchNorm
+    _OfInstanceNorm = nn.modules.instancenorm._InstanceNorm
+else:
+    _OfBatchNorm = _OfInstanceNorm = object
+
+
+class _BatchNorm(_OfBatchNorm):
     """What the batch norms add to torch's, of which they are subclasses as well."""
 
     def __init__(self, *args: Any, activation: Activation = "identity", **kwargs: Any) -> None:
@@ -257,7 +264,7 @@ class GroupNorm(nn.GroupNorm):
         return super().extra_repr() + extras(activation=(self.activation, "identity"))
 
 
-class _InstanceNorm:
+class _InstanceNorm(_OfInstanceNorm):
     """What the instance norms add to torch's, of which they are subclasses as well."""
 
     def __init__(self, *args: Any, activation: Activation = "identity", **kwargs: Any) -> None:

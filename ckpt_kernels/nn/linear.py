@@ -1,6 +1,7 @@
 """Blocks with the linear layers that read them, and MLPs, as modules."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ class NormLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = level_name(recompute)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm: LayerNorm | RMSNorm
         if norm_name(norm) == "layer_norm":
             self.norm = LayerNorm(in_features, 1e-5 if eps is None else eps, activation=activation, **factory)
         else:
@@ -76,12 +78,12 @@ class NormLinear(nn.Module):
         norm = self.norm
         centered = isinstance(norm, LayerNorm)
         single = hasattr(self, "linear")
-        linears = [self.linear] if single else list(self.linears)
+        linears: list[Any] = [self.linear] if single else list(self.linears)
         outputs = F.norm_linear(
             input,
             norm.normalized_shape,
             norm.weight,
-            norm.bias if centered else None,
+            norm.bias if isinstance(norm, LayerNorm) else None,
             [linear.weight for linear in linears],
             [linear.bias for linear in linears],
             norm.eps,
