@@ -223,7 +223,7 @@ def _finding(results: list[dict[str, Any]]) -> str:
     found = {result["provider"]: result for result in results}
     ours, eager = found["ours, output"], found["eager"]
     part = ours["saved_units"] / eager["saved_units"]
-    return f"{ours['layer']}, ours at 'output': {part:.0%} of eager's activation memory, {ours['times_eager']:.2f} of its time"
+    return f"{ours['layer']}: {part:.0%} of eager's memory, {ours['times_eager']:.2f} of its time ('output')"
 
 
 def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> None:

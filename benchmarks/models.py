@@ -199,7 +199,7 @@ def _finding(results: list[dict[str, Any]]) -> str:
     found = {result["provider"]: result for result in results}
     ours, eager = found["ours, output"], found["eager"]
     part = ours["saved_bytes"] / eager["saved_bytes"]
-    title = f"{ours['model']}, ours at 'output': {part:.0%} of eager's activation memory, {ours['times_eager']:.2f} of its time"
+    title = f"{ours['model']}: {part:.0%} of eager's memory, {ours['times_eager']:.2f} of its time ('output')"
     if not ours["largest_batch"]:
         return title
     return f"{title};\nbatches of {ours['largest_batch']} in the memory of eager's {eager['largest_batch']}"
