@@ -45,6 +45,7 @@ build: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 # Random calls for FUZZ_SECONDS, on a build of the CPU library that stops at the first bad access or undefined operation;

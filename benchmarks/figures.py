@@ -4,6 +4,8 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -50,6 +52,16 @@ def panels(count: int, columns: int, width: float, height: float, **options: Any
     for axis in shown[count:]:
         axis.set_visible(False)
     return figure, shown[:count]
+
+
+def apart(points: "Sequence[tuple[float, float]]", width: float, height: float) -> list[tuple[float, float]]:
+    """The points, those that would lie on others moved to the right of these by `width`."""
+    shown: list[tuple[float, float]] = []
+    for x, y in points:
+        while near := [a for a, b in shown if abs(x - a) < 0.99 * width and abs(y - b) < height]:
+            x = max(near) + width
+        shown.append((x, y))
+    return shown
 
 
 def legend(figure: "Figure", axes: "list[Axes]", columns: int, title: str | None = None) -> None:

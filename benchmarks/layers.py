@@ -206,18 +206,29 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any
     names = list(dict.fromkeys(result["layer"] for result in results))
     figure, axes = figures.panels(len(names), 2, 6.5, 4.2)
     for axis, name in zip(axes, names, strict=True):
-        _draw_layer(axis, [result for result in results if result["layer"] == name])
-        axis.set_title(name, fontsize=11)
-    figures.legend(figure, axes, 4, "down and left is better")
+        own = [result for result in results if result["layer"] == name]
+        _draw_layer(axis, own)
+        axis.set_title(_finding(own), fontsize=11)
+    figures.legend(figure, axes, 4, "down and left is better; points that coincide stand side by side")
     figures.save(figure, path, about)
 
 
+def _finding(results: list[dict[str, Any]]) -> str:
+    """What the level "output" does to one layer."""
+    found = {result["provider"]: result for result in results}
+    ours, eager = found["ours, output"], found["eager"]
+    part = ours["saved_units"] / eager["saved_units"]
+    return f"{ours['layer']}: {part:.0%} of eager's memory, {ours['times_eager']:.2f} of its time ('output')"
+
+
 def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> None:
-    for result in results:
+    points = [(result["saved_units"], result["times_eager"]) for result in results]
+    width, height = 0.025 * max(x for x, _ in points), 0.04 * (max(y for _, y in points) - min(y for _, y in points))
+    for result, (x, y) in zip(results, figures.apart(points, width, height), strict=True):
         ours = result["provider"].startswith("ours")
         axis.scatter(
-            result["saved_units"],
-            result["times_eager"],
+            x,
+            y,
             s=110 if ours else 70,
             marker="o" if ours else "s",
             color=figures.color_of(result["provider"]),
@@ -240,8 +251,6 @@ _RAISED = {"ours, output, compiled": -6, "torch.compile, budget 0.9": -9}
 def draw_overview(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
     """The first layer alone, its points named."""
     own = [result for result in results if result["layer"] == results[0]["layer"]]
-    kept = {result["provider"]: result["saved_units"] for result in own}
-    times = {result["provider"]: result["times_eager"] for result in own}
     figure, (axis,) = figures.panels(1, 1, 10, 4.4)
     _draw_layer(axis, own)
     for result in own:
@@ -255,10 +264,7 @@ def draw_overview(results: list[dict[str, Any]], path: pathlib.Path, about: dict
             horizontalalignment="right" if left else "left",
             color=figures.color_of(result["provider"]),
         )
-    part, time = (found["ours, output"] / found["eager"] for found in (kept, times))
-    axis.set_title(
-        f"{own[0]['layer']}: {part:.0%} of eager's activation memory, in {time:.2f} of its time", fontsize=11
-    )
+    axis.set_title(_finding(own), fontsize=11)
     figures.save(figure, path, about)
 
 

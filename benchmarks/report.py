@@ -140,14 +140,19 @@ def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, A
         "| " + " | ".join(cells) + " |" for cells in (MEANS_COLUMNS, ["---"] * len(MEANS_COLUMNS), *means(results))
     ]
     (folder / "summary.md").write_text(summary(results) + "\n" + "\n".join(table) + "\n")
+    draw(folder, about, results)
+
+
+def draw(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """For each family a picture of times and one of saved bytes."""
     large = [result for result in results if result["times_floor"]]
     for family in dict.fromkeys(result["family"] for result in large):
         own = [result for result in large if result["family"] == family]
         name = family.replace(" ", "_")
         time = f"{family}: time, as a multiple of the copy floor (lower is better)"
-        _bars(own, "times_floor", time, folder / f"time_{name}.png", about)
+        _bars(own, "times_floor", time, "eager takes {:.1f} times as long", folder / f"time_{name}.png", about)
         saved = f"{family}: kept for backward, in tensors of the input's size"
-        _bars(own, "saved_inputs", saved, folder / f"saved_{name}.png", about)
+        _bars(own, "saved_inputs", saved, "eager keeps {:.1f} times as much", folder / f"saved_{name}.png", about)
 
 
 def write_table(
@@ -183,8 +188,15 @@ def summary(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.Path, about: dict[str, Any]) -> None:
-    """A panel for each shape and dtype; in it, a group of bars for each block."""
+def _bars(
+    results: list[dict[str, Any]],
+    figure: str,
+    label: str,
+    finding: str,
+    path: pathlib.Path,
+    about: dict[str, Any],
+) -> None:
+    """A panel for each shape and dtype; in it, a group of bars for each block. `finding` is of eager against ours."""
     panels = list(dict.fromkeys((result["shape"], result["dtype"]) for result in results))
     names = list(dict.fromkeys(result["provider"] for result in results))
     picture, axes = figures.panels(len(panels), 2, 6.5, 3.4, sharey=True)
@@ -201,7 +213,10 @@ def _bars(results: list[dict[str, Any]], figure: str, label: str, path: pathlib.
             heights = [found.get(case, 0) for case in cases]
             bars = axis.bar(places, heights, 0.8 / len(names), label=name, color=figures.color_of(name))
             axis.bar_label(bars, [f"{h:.1f}" if h else "" for h in heights], fontsize=6, padding=1)
-        axis.set_title(f"{shape}, {dtype}", fontsize=10)
+        ratios = [rows["eager"][figure] / _ours(rows)[figure] for rows in _by_block(here) if "eager" in rows]
+        found_here = finding.format(statistics.geometric_mean(ratios)) if ratios else ""
+        axis.set_title(f"{shape}, {dtype}: {found_here}" if ratios else f"{shape}, {dtype}", fontsize=10)
+        axis.margins(y=0.12)
         axis.set_xticks(range(len(cases)), cases, fontsize=8, rotation=12)
         axis.grid(axis="y", alpha=0.3)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")

@@ -66,16 +66,29 @@ _MODULES: dict[type[nn.Module], tuple[str, dict[str, object]]] = {
 
 
 def activation_name(activation: Activation, argument: str = "activation") -> str:
-    """The name in `NAMES` for `activation`: a name, or the torch module or function that means the same.
+    """The name in `NAMES` for an activation that may be given in several ways.
 
-    Raises ValueError, naming `argument`, for anything else, a module with settings of its own included.
+    Args:
+        activation: a name, or the torch module or function that means the same.
+        argument: what the error calls it.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: `activation` is anything else, a module with settings of its own included.
+
+    Example:
+        >>> from ckpt_kernels.activations import activation_name
+        >>> activation_name(torch.nn.GELU(approximate="tanh"))
+        'gelu_tanh'
     """
     if isinstance(activation, str):
         if activation in CODES:
             return activation
     elif isinstance(activation, nn.GELU) and activation.approximate in _GELUS:
         return _GELUS[activation.approximate]
-    elif type(activation) in _MODULES:
+    elif isinstance(activation, nn.Module) and type(activation) in _MODULES:
         name, settings = _MODULES[type(activation)]
         if all(getattr(activation, key) == value for key, value in settings.items()):
             return name

@@ -4,6 +4,7 @@ Both run on copies; the model that is checked is not touched.
 """
 
 import copy
+import functools
 import json
 import math
 import pathlib
@@ -28,8 +29,16 @@ WIDE_SPREAD = 0.15
 
 @dataclass(frozen=True)
 class Errors:
-    """Of all outputs together, or of all gradients: the norm of the error over that of the float64 truth, and the
-    tensor for which the converted model's is the largest multiple of the model's own, with that multiple."""
+    """Relative errors of all outputs together, or of all gradients.
+
+    Attributes:
+        what: "outputs" or "gradients".
+        eager: the norm of the model's error over that of the float64 truth.
+        converted: the same of the converted model.
+        difference: the norm of the difference between the two over that of the truth.
+        worst: the tensor for which the converted model's error is the largest multiple of the model's own.
+        worst_ratio: that multiple.
+    """
 
     what: str
     eager: float
@@ -41,10 +50,19 @@ class Errors:
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` found at one level. Pairs are (as it is, converted): bytes kept, bytes at the peak of a step, its
-    seconds. `noise` is how far steps spread in time, half of what lies between the quartiles over the median, of the
-    one that spreads more. `changed` says what the converted model does that the model does not, other than rounding; []
-    is well."""
+    """What `check` found at one level. Pairs are (as it is, converted).
+
+    Attributes:
+        report: what `convert` said.
+        mode: "training" or "evaluation", in which the errors were taken.
+        errors: of the outputs, and of the gradients.
+        changed: what the converted model does that the model does not, other than rounding; [] is well.
+        kept: bytes kept for backward.
+        peak: bytes at the peak of a step.
+        seconds: of a step.
+        noise: how far steps spread in time: half of what lies between the quartiles over the median, of the one that
+            spreads more.
+    """
 
     report: Report
     mode: str
@@ -61,7 +79,7 @@ class Check:
 
     def __str__(self) -> str:
         lines = [str(self.report), "", f"errors against float64, in {self.mode} mode:"]
-        rows = [("", "as it is", "converted", "between them", "worst tensor")]
+        rows: list[tuple[str, ...]] = [("", "as it is", "converted", "between them", "worst tensor")]
         rows += [
             (e.what, f"{e.eager:.2e}", f"{e.converted:.2e}", f"{e.difference:.2e}", f"{e.worst_ratio:.2f}x  {e.worst}")
             for e in self.errors
@@ -95,7 +113,26 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     random numbers in training mode they are taken in evaluation mode. Times are medians of `turns` steps each, taken in
     turn.
 
-    Raises ValueError if no output has a gradient.
+    Args:
+        model: a module.
+        inputs: what the model is called with, a tuple or a dict by name.
+        recompute: the level at which the copy is converted.
+        turns: how many steps of each are timed.
+
+    Returns:
+        A `Check`, which prints as a table.
+
+    Raises:
+        ValueError: no output has a gradient, or the level is unknown.
+
+    Example:
+        >>> from ckpt_kernels.check import check
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>> found = check(model, (torch.randn(8, 64),), turns=1)
+        >>> found.changed
+        []
+        >>> found.kept[1] < found.kept[0]
+        True
     """
     plain = copy.deepcopy(model).train()
     revert(plain)
@@ -106,25 +143,34 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     report = convert(twin, recompute=recompute)
     changed = [f"convert itself changed {name}" for name in _different(before, _state(twin))]
     truth = _results(copy.deepcopy(plain).double(), _each(inputs, _double))[0]
-    runs = []
+    runs, states = [], []
     for which in (plain, twin):
-        found = [_alike(lambda which=which, batch=batch: _results(which, batch)) for batch in (inputs, _other(inputs))]
-        runs.append([(*result, drawn) for result, drawn in found] + [_state(which)])
-    for turn, (theirs, ours) in enumerate(zip(runs[0][:2], runs[1][:2], strict=True)):
+        found = [_alike(functools.partial(_results, which, batch)) for batch in (inputs, _other(inputs))]
+        runs.append([(*result, drawn) for result, drawn in found])
+        states.append(_state(which))
+    for turn, (theirs, ours) in enumerate(zip(*runs, strict=True)):
         changed += [f"{what}, call {turn + 1}" for what in _compared(theirs, ours)]
-    changed += [f"{name} is another afterwards" for name in _different(runs[0][2], runs[1][2])]
+    changed += [f"{name} is another afterwards" for name in _different(*states)]
     kinds = (("outputs", "output"), ("gradients", "grad"))
     errors = [_errors(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
     plain.train(), twin.train()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    kept = tuple(memory.saved_bytes(lambda m=m: _outputs(_call(m, inputs))) for m in (plain, twin))
-    peak = tuple(memory.peak_bytes(lambda m=m: _step(m, inputs), device) for m in (plain, twin))
+    kept = _kept(plain, inputs), _kept(twin, inputs)
+    peak = _peak(plain, inputs, device), _peak(twin, inputs, device)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(turns):
-        for which, m in enumerate((plain, twin)):
-            seconds[which].append(_timed(m, inputs, device))
+        for index, timed in enumerate((plain, twin)):
+            seconds[index].append(_timed(timed, inputs, device))
     medians = statistics.median(seconds[0]), statistics.median(seconds[1])
     return Check(report, mode, errors, changed, kept, peak, medians, max(map(_spread, seconds)))
+
+
+def _kept(model: nn.Module, inputs: Inputs) -> int:
+    return memory.saved_bytes(lambda: _outputs(_call(model, inputs)))
+
+
+def _peak(model: nn.Module, inputs: Inputs, device: torch.device) -> int:
+    return memory.peak_bytes(lambda: _step(model, inputs), device)
 
 
 def _spread(times: Sequence[float]) -> float:

@@ -56,10 +56,21 @@ ARCHITECTURES = tuple(_PROCESSORS)
 class Usage:
     """One kernel, compiled.
 
-    `stack` and `local` are bytes of spills a thread; `widths` those of its global accesses; `instructions` those of its
-    PTX, or of an AMD kernel's assembly. `tensors` is what its code reads and writes, once through and in accesses of 16
-    bytes, in tensors of the tile's size, weights and partial sums included, and `floor` how many of its operands are
-    that large. `occupancy` is the share of a multiprocessor's warps that registers and shared memory leave room for.
+    Attributes:
+        name: of the kernel, and what it computes.
+        dtype: of its tensors.
+        columns: the length of a row.
+        warps: of a block of threads.
+        registers: of a thread.
+        stack, local: bytes of spills a thread.
+        shared: bytes of shared memory a block.
+        widths: of its global accesses, in bytes.
+        instructions: those of its PTX, or of an AMD kernel's assembly.
+        tensors: what its code reads and writes, once through and in accesses of 16 bytes, in tensors of the tile's
+        size,
+            weights and partial sums included.
+        floor: how many of its operands are that large.
+        occupancy: the share of a multiprocessor's warps that registers and shared memory leave room for.
     """
 
     name: str
@@ -85,7 +96,16 @@ class Usage:
 def triton_kernels(arch: str, columns: Sequence[int] = COLUMNS) -> Iterator[Usage]:
     """Every kernel that the launch tables choose for rows of these lengths, in bfloat16 and float32.
 
-    `arch` is one of ARCHITECTURES. Raises ValueError for another, and ImportError where Triton is not installed.
+    Args:
+        arch: one of ARCHITECTURES, such as "sm_90".
+        columns: lengths of rows.
+
+    Returns:
+        An iterator of `Usage`; a kernel is compiled when it is asked for.
+
+    Raises:
+        ValueError: `arch` is unknown.
+        ImportError: Triton is not installed.
     """
     if arch not in _PROCESSORS:
         raise ValueError(f"arch is {arch!r}; expected one of {', '.join(_PROCESSORS)}")
@@ -222,7 +242,15 @@ def _occupancy(warps: int, registers: int, shared: int, processor: Processor) ->
 
 @dataclass(frozen=True)
 class Library:
-    """The kernels of the CUDA library for one architecture: how many, the most registers, and those with a stack."""
+    """The kernels of the CUDA library for one architecture.
+
+    Attributes:
+        arch: the architecture.
+        kernels: how many.
+        registers: the most that one of them uses.
+        with_stack: how many have a stack.
+        stack: the most bytes of one.
+    """
 
     arch: str
     kernels: int
@@ -232,7 +260,11 @@ class Library:
 
 
 def cuda_library() -> list[Library]:
-    """What the CUDA library was built with; empty where it was not built."""
+    """What the CUDA library was built with.
+
+    Returns:
+        A list of `Library`, one for each architecture; empty where the library was not built.
+    """
     found = sorted(pathlib.Path(__file__).parent.glob("_C_cuda.*so"))
     if not found:
         return []

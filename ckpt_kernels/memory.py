@@ -23,13 +23,23 @@ from .target import arguments_of
 def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any) -> int:
     """Bytes of the distinct storages that `fn(*args, **kwargs)` keeps for backward.
 
-    `fn` may be a function or a module. Each storage counts once and whole, however many views of it are kept.
-    Not counted: the storages of parameters (any `nn.Parameter` that is kept, or a view of one), and of all parameters
-    and buffers of the module `parameters_of`, which is `fn` by default if that is a module. Inputs that are kept do
-    count. The call is made once, with gradients as they are set; what the graph of its result holds counts, and the
-    result is dropped. A `discard_outputs` around this call has no say in it; one within `fn` has.
+    Each storage counts once and whole, however many views of it are kept. Not counted: the storages of parameters (any
+    `nn.Parameter` that is kept, or a view of one), and of all parameters and buffers of the module `parameters_of`.
+    Inputs that are kept do count. The call is made once, with gradients as they are set; what the graph of its result
+    holds counts, and the result is dropped. A `discard_outputs` around this call has no say in it; one within `fn` has.
 
-        saved_bytes(discard_outputs()(model), x, parameters_of=model)
+    Args:
+        fn: a function or a module.
+        args, kwargs: what `fn` is called with.
+        parameters_of: the module whose parameters and buffers do not count; by default `fn`, if that is a module.
+
+    Returns:
+        The number of bytes, as an int.
+
+    Example:
+        >>> x = torch.randn(8, 64, requires_grad=True)
+        >>> saved_bytes(torch.relu, x) == x.nbytes  # relu keeps its output
+        True
     """
     return sum(tensor.counted for tensor in saved_tensors(fn, *args, parameters_of=parameters_of, **kwargs))
 
@@ -38,6 +48,18 @@ def saved_bytes_beside_output(fn: Callable[..., Any], *args: Any, **kwargs: Any)
     """`saved_bytes` but for the first tensor of the result, which whatever reads that keeps anyway.
 
     So an activation that saves its output (relu, tanh) is not charged with what the next layer saves too.
+
+    Args:
+        fn: a function or a module.
+        args, kwargs: what `fn` is called with.
+
+    Returns:
+        The number of bytes, as an int.
+
+    Example:
+        >>> x = torch.randn(8, 64, requires_grad=True)
+        >>> ckpt_kernels.memory.saved_bytes_beside_output(torch.relu, x)
+        0
     """
     return sum(tensor.counted for tensor in _saved(fn, args, kwargs, _module(fn), but_for_output=True))
 
@@ -68,9 +90,14 @@ def _random_numbers_kept() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor that is kept: by which module ("" for the whole), and what of it counts.
+    """A tensor that is kept.
 
-    `counted` is the bytes of its storage for the first who keeps it, and 0 for those who share it with the `owner`.
+    Attributes:
+        module: the name of the module that keeps the tensor; "" is the whole.
+        shape: of the tensor.
+        dtype: of the tensor, without "torch.".
+        counted: bytes of the storage for the first who keeps it, 0 for those who share it with the `owner`.
+        owner: the name of the module whose storage it is.
     """
 
     module: str
@@ -83,7 +110,23 @@ class SavedTensor:
 def saved_tensors(
     fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any
 ) -> list[SavedTensor]:
-    """What `fn(*args, **kwargs)` keeps for backward, in the order in which it is kept; see `saved_bytes`."""
+    """What `fn(*args, **kwargs)` keeps for backward, in the order in which it is kept; see `saved_bytes`.
+
+    Args:
+        fn: a function or a module.
+        args, kwargs: what `fn` is called with.
+        parameters_of: the module whose parameters and buffers do not count; by default `fn`, if that is a module.
+
+    Returns:
+        A list of `SavedTensor`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU())
+        >>> for kept in ckpt_kernels.memory.saved_tensors(model, torch.randn(8, 64)):
+        ...     print(kept.module, kept.shape, kept.counted)
+        0 (8, 64) 2048
+        1 (8, 64) 2048
+    """
     owner = _module(fn) if parameters_of is None else parameters_of
     return _saved(fn, args, kwargs, owner, but_for_output=False)
 
@@ -114,7 +157,8 @@ def _saved(
         owned.update(map(_storage, itertools.islice(tensors_in(result), 1)))
     # What the graph holds in the end: some of it may have been let go of since.
     kept = [(module, reference()) for module, reference in packed]
-    found, owners = [], {}
+    found: list[SavedTensor] = []
+    owners: dict[int, str] = {}
     for module, held in kept:
         if held is None:
             continue
@@ -162,16 +206,29 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
             modules.pop()
 
     # For converted modules, which else take it for a call of somebody's own.
-    named.only_names_modules = True
-    nn.Module.__call__ = named
+    vars(named)["only_names_modules"] = True
+    modules_of_torch: Any = nn.Module
+    modules_of_torch.__call__ = named
     try:
         yield
     finally:
-        nn.Module.__call__ = call
+        modules_of_torch.__call__ = call
 
 
 def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most bytes that tensors made by `fn()` take at one time, on that device."""
+    """The most bytes that tensors made by `fn()` take at one time.
+
+    Args:
+        fn: a function of no arguments.
+        device: the device whose memory is counted. Of the CPU, the allocations that torch's profiler sees.
+
+    Returns:
+        The number of bytes, as an int.
+
+    Example:
+        >>> ckpt_kernels.memory.peak_bytes(lambda: torch.ones(1024).sum()) >= 4096
+        True
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         start = torch.cuda.memory_allocated(device)
@@ -191,7 +248,14 @@ def allocations(fn: Callable[[], Any]) -> list[int]:
 
 @dataclass(frozen=True)
 class ModuleMemory:
-    """Bytes that a module keeps itself, and those that it keeps within `discard_outputs`, or converted."""
+    """Bytes that a module itself keeps.
+
+    Attributes:
+        name: of the module.
+        kind: the name of its class.
+        saved: bytes as the model is.
+        discarding: bytes within `discard_outputs`, or converted.
+    """
 
     name: str
     kind: str
@@ -203,8 +267,16 @@ class ModuleMemory:
 class Report:
     """What a model's forward pass keeps, and the peak of a forward and backward pass; as data, as text, as a picture.
 
-    Peaks are of what the passes make: activations, gradients, and what is in between. `discarding` is the same within
-    `recompute.discard_outputs`, or of whatever was measured beside it: `titles` says what the two are.
+    Peaks are of what the passes make: activations, gradients, and what is in between.
+
+    Attributes:
+        saved: bytes that are kept.
+        discarding: the same within `recompute.discard_outputs`, or of whatever was measured beside it.
+        peak: the most bytes at one time.
+        discarding_peak: the same within `recompute.discard_outputs`, or of whatever was measured beside it.
+        modules: a `ModuleMemory` for each module that keeps something.
+        tensors: a `SavedTensor` for each tensor that is kept.
+        titles: what the two measurements are called.
     """
 
     saved: int
@@ -256,6 +328,21 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     A tensor is booked on the innermost module within whose forward pass it is kept first. Runs four forward passes and
     two backward passes, from the sum of all outputs; gradients that the parameters have are left as they are, but
     batch statistics and random numbers move on.
+
+    Args:
+        model: a module.
+        inputs, kwargs: what the model is called with.
+
+    Returns:
+        A `Report`, which prints as a table.
+
+    Example:
+        >>> model = torch.nn.Sequential(ckpt_kernels.nn.LayerNorm(64, activation="gelu"), torch.nn.Linear(64, 64))
+        >>> report = ckpt_kernels.memory.report(model, torch.randn(8, 64))
+        >>> report.saved - report.discarding == 8 * 64 * 4  # the block's output
+        True
+        >>> [(module.name, module.saved, module.discarding) for module in report.modules]
+        [('0', 2112, 2112), ('1', 2048, 0)]
     """
     plain = _measured(model, inputs, kwargs)
     with _replaced_forward(model, discard_outputs()(model.forward)):
@@ -266,7 +353,28 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
 def report_beside(
     model: nn.Module, other: nn.Module, titles: tuple[str, str], inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Report:
-    """The same of two models with the same names of modules, such as one that `convert` made of the other."""
+    """The same of two models with the same names of modules, such as one that `convert` made of the other.
+
+    Args:
+        model: a module.
+        other: another, whose modules have the same names.
+        titles: what the two are called in the report.
+        inputs: a tuple, what both are called with.
+        kwargs: a mapping, by name.
+
+    Returns:
+        A `Report`, where `saved` and `peak` are of `model`, `discarding` and `discarding_peak` of `other`.
+
+    Example:
+        >>> import copy
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>> converted = copy.deepcopy(model)
+        >>> _ = ckpt_kernels.convert(converted)
+        >>> x = torch.randn(8, 64)
+        >>> report = ckpt_kernels.memory.report_beside(model, converted, ("as it is", "converted"), (x,), {})
+        >>> report.discarding < report.saved
+        True
+    """
     measured = [_measured(each, inputs, kwargs) for each in (model, other)]
     return _reported(model, *measured, titles=titles)
 
@@ -281,14 +389,15 @@ def _reported(model: nn.Module, first: _Measured, second: _Measured, **titles: A
 
 
 def _measured(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Measured:
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     wanted += [t for t in tensors_in((inputs, kwargs)) if t.requires_grad]
     device = next((t.device for t in (*model.parameters(), *tensors_in((inputs, kwargs)))), torch.device("cpu"))
 
     def step() -> None:
         outputs = [t for t in tensors_in(model(*inputs, **kwargs)) if t.requires_grad]
         if outputs and wanted:
-            torch.autograd.grad(sum(t.float().sum() for t in outputs), wanted, allow_unused=True)
+            total: Any = sum(t.float().sum() for t in outputs)
+            torch.autograd.grad(total, wanted, allow_unused=True)
 
     return _Measured(saved_tensors(model, *inputs, **kwargs), peak_bytes(step, device))
 

@@ -15,7 +15,7 @@ class Row(NamedTuple):
 
     name: str
     kind: str
-    count: int
+    modules: int
     saved: int
     other: int
 
@@ -66,8 +66,8 @@ def text(report: "Report", depth: int | None = None) -> str:
     pairs = [("kept for backward", report.saved, report.discarding)]
     pairs.append(("peak, forward and backward", report.peak, report.discarding_peak))
     rows = rows_of(report.modules, depth)
-    cells = [("module", "", "", *report.titles)]
-    cells += [(r.name, r.kind, f"x {r.count}" if r.count > 1 else "", size(r.saved), size(r.other)) for r in rows]
+    cells: list[tuple[str, ...]] = [("module", "", "", *report.titles)]
+    cells += [(r.name, r.kind, f"x {r.modules}" if r.modules > 1 else "", size(r.saved), size(r.other)) for r in rows]
     cells += [(name, "", "", size(saved), size(other)) for name, saved, other in pairs]
     if report.is_alike:
         cells = [row[:-1] for row in cells]
@@ -81,7 +81,7 @@ def text(report: "Report", depth: int | None = None) -> str:
     rule = "-" * max(map(len, lines))
     shared = sum(tensor.counted == 0 for tensor in report.tensors)
     notes = [f"{len(report.tensors)} tensors are kept, of which {shared} share the memory of another."]
-    if any(row.count > 1 for row in rows):
+    if any(row.modules > 1 for row in rows):
         notes.append("x 2: as many equal modules in one row, which counts them all.")
     if report.is_alike:
         notes.append(f"{report.titles[1]}: the same.")
@@ -111,7 +111,7 @@ def draw(report: "Report", path: "str | pathlib.Path", depth: int | None = None,
         label = f"{title}: {size(total)} in all"
         bars = axis.barh(places, [value / unit for value in values], height * 0.92, label=label, color=color)
         axis.bar_label(bars, [f"{size(value)}, {value / max(total, 1):.0%}" for value in values], fontsize=8, padding=3)
-    labels = [f"{row.name}  {row.kind}" + (f"  x {row.count}" if row.count > 1 else "") for row in rows]
+    labels = [f"{row.name}  {row.kind}" + (f"  x {row.modules}" if row.modules > 1 else "") for row in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.25)

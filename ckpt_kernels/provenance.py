@@ -192,7 +192,7 @@ class Trace:
         """Whether the node's output is a block's, written to by this node and those before it alone."""
         block = self._nodes_to_block(node)[1]
         output = None if block is None else block.output()
-        if output is None or output.grad_fn is not node:
+        if block is None or output is None or output.grad_fn is not node:
             return False
         return self.is_written_by_graph(node, block.storage.cdata, output._version)
 

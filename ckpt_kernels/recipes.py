@@ -15,13 +15,14 @@ from . import backends
 _NOTHING = torch.empty(0, device="cpu")
 _NUMBERS = (int, float)
 # The size, the strides and the offset of a view.
-Geometry = tuple[Sequence[int], Sequence[int], int]
+Geometry = tuple[Sequence[int], Sequence[int], int | torch.SymInt]
 
 
 class Operand(Protocol):
     """What a value is made from; `depth` is how many recipes in a row it takes to get it."""
 
-    depth: int
+    @property
+    def depth(self) -> int: ...
 
     def get(self) -> Tensor: ...
 
@@ -231,7 +232,7 @@ def geometry_of(tensor: Tensor) -> Geometry:
     return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-def watching(tensor: Tensor) -> Tensor | None:
+def watching(tensor: Tensor | None) -> Tensor | None:
     """A tensor without memory that shares the version counter."""
     if type(tensor) is not Tensor or tensor.layout is not torch.strided:
         return None

@@ -94,7 +94,8 @@ class Discarder:
             entry = self._enter(output, weakref.ref(recipe))
         else:
             entry = self._enter(output, lambda: recipe)
-        output.grad_fn.recomputed_block = Block(
+        node: Any = output.grad_fn
+        node.recomputed_block = Block(
             self, weakref.ref(recipe), entry.output, entry.storage, entry.version, watching(output)
         )
 
@@ -201,8 +202,7 @@ class Discarder:
         elif not trace.is_written_by_graph(node, root.untyped_storage()._cdata, version):
             return None
         step = trace.value(node, root.output_nr)
-        found = step is not None and trace.is_grounded and step.depth < LONGEST_CHAIN
-        if not found or not provenance.fills_memory(root):
+        if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
             return root if provenance.saves_result(name) else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
         self._enter(root, weakref.ref(recipe))
@@ -244,23 +244,22 @@ class Discarder:
 
 
 class discard_outputs(contextlib.ContextDecorator):
-    """While active, what reads a block's output for its own gradient keeps a recipe for it in its place::
-
-        with recompute.discard_outputs():
-            loss = model(batch)
-        loss.backward()
+    """While active, what reads a block's output for its own gradient keeps a recipe for it in its place.
 
     Also a decorator: `@discard_outputs()` over a function or a `forward`. It holds for the calling thread, and within
-    another the outer one goes on, with its options. An output
-    can be let go of if its block keeps what it takes to make it again: all do but `bias_act` with the identity, relu
-    or leaky_relu, whose reader keeps no more than the block would. Views of an output count as the output, and so do
-    the copies that autocast makes of it. Where an output has been written to in place, what read it before gets what
-    it read, and what reads it afterwards keeps it, or a recipe with these writes in it if the graph knows them all.
+    another the outer one goes on, with its options. An output can be let go of if its block keeps what it takes to make
+    it again: all do but `bias_act` with the identity, relu or leaky_relu, whose reader keeps no more than the block
+    would. Views of an output count as the output, and so do the copies that autocast makes of it. Where an output has
+    been written to in place, what read it before gets what it read, and what reads it afterwards keeps it, or a recipe
+    with these writes in it if the graph knows them all.
 
     What torch's own cheap ops make is let go of likewise, such as the product in `linear(silu(gate) * value)`: if the
     autograd graph says how it was made, from tensors that the graph keeps anyway, and if these and it have not been
     written to where autograd does not see it. Writes through `.data` and by others' kernels are seen by nobody, and
     those to a bias, of which a copy is made for what it was added to, only if the module is given that it belongs to.
+
+    Where saved-tensor hooks are disabled (torch.func) it does nothing, and within torch.compile it does nothing either:
+    see `selective_contexts` for that.
 
     Args:
         module: the one whose forward pass runs within.
@@ -270,8 +269,24 @@ class discard_outputs(contextlib.ContextDecorator):
             right if no such tensor is written to where autograd does not see it, under `no_grad` or by way of
             `detach()`: it cannot be told from the graph.
 
-    Where saved-tensor hooks are disabled (torch.func) it does nothing, and within torch.compile it does nothing either:
-    see `selective_contexts` for that.
+    Kept for backward:
+        In the place of an output a recipe, which holds the tensors that the block keeps anyway.
+
+    Raises:
+        RuntimeError: in the backward pass, where a tensor that a recipe needs has been written to in place since.
+
+    Example:
+        >>> model = torch.nn.Sequential(ckpt_kernels.nn.LayerNorm(64, activation="gelu"), torch.nn.Linear(64, 8))
+        >>> x = torch.randn(8, 64, requires_grad=True)
+        >>> with ckpt_kernels.recompute.discard_outputs():
+        ...     loss = model(x).square().mean()
+        >>> loss.backward()
+        >>> saved_bytes(model, x) - saved_bytes(ckpt_kernels.recompute.discard_outputs()(model), x) == x.nbytes
+        True
+
+    Source:
+        The grain: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; the way:
+        `torch.autograd.graph.saved_tensors_hooks`.
     """
 
     def __init__(self, module: nn.Module | None = None, *, products: bool = False, temporaries: bool = False) -> None:
@@ -284,7 +299,8 @@ class discard_outputs(contextlib.ContextDecorator):
         return discard_outputs(self._module, products=self._products, temporaries=self._temporaries)
 
     def __enter__(self) -> "discard_outputs":
-        if torch.compiler.is_compiling() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
+        if torch.compiler.is_compiling() or not hooks._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
         # Within another that sees what is saved, that one goes on: outputs may cross from one to the other.
@@ -325,7 +341,17 @@ def _hooked(products: bool, temporaries: bool) -> Iterator[None]:
 
 
 class DiscardOutputs(nn.Module):
-    """`module`, whose forward pass runs within `discard_outputs`."""
+    """`module`, whose forward pass runs within `discard_outputs`.
+
+    Args:
+        module: any module.
+
+    Example:
+        >>> model = torch.nn.Sequential(ckpt_kernels.nn.RMSNorm(64), torch.nn.Linear(64, 8))
+        >>> model = ckpt_kernels.recompute.DiscardOutputs(model)
+        >>> model(torch.randn(8, 64)).shape
+        torch.Size([8, 8])
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -337,15 +363,23 @@ class DiscardOutputs(nn.Module):
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For torch.compile, which does not use hooks: tells its partitioner to compute blocks again and keep the rest::
-
-        checkpoint = functools.partial(
-            torch.utils.checkpoint.checkpoint, use_reentrant=False, context_fn=recompute.selective_contexts
-        )
-        compiled = torch.compile(lambda x: checkpoint(model, x))
+    """For torch.compile, which does not use hooks: tells its partitioner to compute blocks again and keep the rest.
 
     The compiled model keeps what it would keep within `discard_outputs`. By itself the partitioner takes a block for an
     op that is too dear to run again, and keeps its input and its output.
+
+    Returns:
+        The two contexts that the `context_fn` of `torch.utils.checkpoint.checkpoint` returns.
+
+    Example:
+        >>> import functools
+        >>> checkpoint = functools.partial(
+        ...     torch.utils.checkpoint.checkpoint,
+        ...     use_reentrant=False,
+        ...     context_fn=ckpt_kernels.recompute.selective_contexts,
+        ... )
+        >>> model = torch.nn.Sequential(ckpt_kernels.nn.RMSNorm(64), torch.nn.Linear(64, 8))
+        >>> compiled = torch.compile(lambda x: checkpoint(model, x))
     """
     return create_selective_checkpoint_contexts(_keep_all_but_blocks)
 

@@ -51,7 +51,20 @@ def backend_module(name: str) -> ModuleType:
 
 @functools.cache
 def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why backend `name` cannot serve tensors of this device and dtype; None if it can."""
+    """Why a backend cannot serve a call; None if it can.
+
+    Args:
+        name: "triton", "native" or "reference".
+        device_type: "cpu", "cuda", ...
+        dtype: of the call's main input.
+
+    Returns:
+        The reason in words, or None.
+
+    Example:
+        >>> ckpt_kernels.backends.why_not("reference", "cpu", torch.float32) is None
+        True
+    """
     try:
         module = backend_module(name)
     except ImportError as error:
@@ -78,12 +91,37 @@ def select(tensor: torch.Tensor) -> ModuleType:
 
 
 def selected_name(device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """The name of the backend that would serve such a call; RuntimeError if the one asked for cannot."""
+    """The name of the backend that would serve such a call.
+
+    Args:
+        device_type: "cpu", "cuda", ...
+        dtype: of the call's main input.
+
+    Returns:
+        "triton", "native" or "reference".
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot serve the call.
+
+    Example:
+        >>> with ckpt_kernels.use_backend("reference"):
+        ...     ckpt_kernels.backends.selected_name("cpu")
+        'reference'
+    """
     return _select(chosen(), device_type, dtype).__name__.rpartition(".")[2]
 
 
 def chosen() -> str:
-    """What was asked for here, by `use_backend`, `set_backend` or the environment: a backend, or "auto"."""
+    """What was asked for here, by `use_backend`, `set_backend` or the environment: a backend, or "auto".
+
+    Returns:
+        "auto", "triton", "native" or "reference".
+
+    Example:
+        >>> with ckpt_kernels.use_backend("reference"):
+        ...     ckpt_kernels.backends.chosen()
+        'reference'
+    """
     choice = _innermost()
     return _of_process if choice is None else choice.name
 
@@ -111,10 +149,21 @@ def _check_available(name: str) -> None:
 
 
 def set_backend(name: str) -> None:
-    """Makes `name` ("auto", "triton", "native" or "reference") serve every call of this process, in all threads, from
-    now on, but for those within `use_backend`.
+    """Makes one backend serve every call of this process from now on, in all threads, but not within `use_backend`.
 
-    Raises ValueError for an unknown name, and RuntimeError, saying why, for a backend that is not there.
+    Args:
+        name: "auto", "triton", "native" or "reference".
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend is not there; the error says why.
+
+    Example:
+        >>> before = ckpt_kernels.backends.chosen()
+        >>> ckpt_kernels.set_backend("reference")
+        >>> ckpt_kernels.backends.chosen()
+        'reference'
+        >>> ckpt_kernels.set_backend(before)
     """
     global _of_process
     _check_available(name)
@@ -122,17 +171,23 @@ def set_backend(name: str) -> None:
 
 
 class use_backend:
-    """A context in which `name` ("auto", "triton", "native" or "reference") serves every call::
-
-        with ckpt_kernels.use_backend("reference"):
-            loss = model(batch)
+    """A context in which one backend serves every call.
 
     It holds for what runs in the `with`, in its thread or asyncio task, and for the backward passes of that, wherever
     and whenever they run. (Of a graph that torch.compile made, the backward pass goes by what is chosen where it runs:
     on a GPU that is a thread of autograd's own, and so the choice of the process.) Nothing changes before the `with` is
     entered: a call for good is `set_backend`, and an object that goes without having been entered warns of that.
 
-    Raises ValueError for an unknown name, and RuntimeError, saying why, for a backend that is not there.
+    Args:
+        name: "auto", "triton", "native" or "reference".
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend is not there; the error says why.
+
+    Example:
+        >>> with ckpt_kernels.use_backend("reference"):
+        ...     y = F.layer_norm(torch.randn(8, 64), 64)
     """
 
     _is_idle = False

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from .. import backends
 from ..functional.linear import level_name
 from ..memory import kept_bytes
-from .around import discarding, discarding_products, selecting
+from .around import Around, discarding, discarding_products, selecting
 from .called import uses_transforms
 from .chain import chain_of
 from .methods import looks_like_mlp, written_of
@@ -61,8 +61,22 @@ def convert(
         inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
             that a forward pass keeps before and after, measured on copies of the model.
 
-    Raises TypeError for what is no module, ValueError for an unknown level or a name that fits no module, and
-    RuntimeError for modules that were converted and then wrapped by others.
+    Returns:
+        A `Report` of what was replaced and what was left alone, which prints as a table.
+
+    Raises:
+        TypeError: `model` is no module, or is compiled already.
+        ValueError: the level is unknown, or a name fits no module.
+        RuntimeError: modules were converted and then wrapped by others.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>> report = ckpt_kernels.convert(model, inputs=torch.randn(8, 64))
+        >>> [(entry.name, entry.by) for entry in report.replaced]
+        [('', 'norm, activation'), ('0', 'layer_norm'), ('1', 'bias_act (gelu)')]
+        >>> before, after = report.kept
+        >>> after < before
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
@@ -85,8 +99,19 @@ def convert(
 def revert(model: nn.Module) -> None:
     """Gives all converted modules of the model their own forward back. Does nothing to those that are not converted.
 
-    Raises RuntimeError, and changes nothing, where a converted module has been wrapped by a parametrization or by FSDP
-    since, which have to be taken off first.
+    Args:
+        model: a module.
+
+    Raises:
+        RuntimeError: a converted module has been wrapped by a parametrization or by FSDP since, which have to be taken
+            off first. Nothing is changed.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
+        >>> _ = ckpt_kernels.convert(model)
+        >>> ckpt_kernels.revert(model)
+        >>> type(model[0]) is torch.nn.LayerNorm
+        True
     """
     for name, module in model.named_modules():
         if is_wrapped(module):
@@ -143,6 +168,7 @@ class _Conversion:
     def _convert_leaf(self, name: str, module: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             return
+        rule: Rule | None
         rule, reason = norm_of(module)
         if isinstance(rule, RowNorm) and self.writer:
             rule = replace(rule, copied=True)
@@ -193,7 +219,7 @@ class _Conversion:
         rule = rule_of(module)
         if rule is not None:
             swap_back(module)
-        around = (discarding_products if self.recompute == "all" else discarding,)
+        around: tuple[Around, ...] = (discarding_products if self.recompute == "all" else discarding,)
         if module is not self.model and not any(map(_writes, module.modules())):
             around += (selecting,)
         # A class that cannot be subclassed has no rule either: nothing is undone then.

@@ -31,7 +31,7 @@ def functions_of(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
 def _reached_from(function: Any, kind: type) -> tuple[types.FunctionType, ...]:
     """The functions that one may reach which has an object of that class at hand."""
     reached: dict[types.FunctionType, types.FunctionType] = {}
-    waiting = [function]
+    waiting: list[Any] = [function]
     while waiting:
         function = waiting.pop()
         if not is_a(function, types.FunctionType) or function in reached or is_torchs(function):
@@ -135,7 +135,8 @@ def asks_for_its_class(kind: type[nn.Module]) -> bool:
     """Whether something that its forward may reach does more with the module's class than call it, name it, and read
     what is inherited: another class would be seen."""
     owners = {owner.__qualname__ for owner in kind.__mro__}
-    methods, others = [], []
+    methods: list[types.FunctionType] = []
+    others: list[types.FunctionType] = []
     for function in functions_of(kind):
         own = function.__qualname__.rpartition(".")[0] in owners and function.__code__.co_argcount > 0
         (methods if own else others).append(function)
@@ -185,8 +186,9 @@ def _is_class_of(node: ast.AST, names: Collection[str]) -> bool:
     """Whether it is the class of something with one of these names."""
     if isinstance(node, ast.Attribute):
         return node.attr == "__class__" and _is_named(node.value, names)
-    called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "type" and len(node.args) == 1
-    return called and _is_named(node.args[0], names)
+    if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "type" or len(node.args) != 1:
+        return False
+    return _is_named(node.args[0], names)
 
 
 def _is_named(node: ast.AST, names: Collection[str]) -> bool:

@@ -12,7 +12,7 @@ from .methods import part_of
 from .pointwise import KEPT_BY_OUTPUT
 from .reading import Part
 from .rule import Rule
-from .templates import Pattern, kind_of, site
+from .templates import Pattern, callee, kind_of, site
 
 
 def _chains() -> Iterator[tuple[Pattern, tuple[str, ...]]]:
@@ -20,8 +20,8 @@ def _chains() -> Iterator[tuple[Pattern, tuple[str, ...]]]:
     for pattern in sites.PATTERNS:
         for tree in pattern.spellings:
             names: list[str] = []
-            while isinstance(tree, ast.Call) and tree.func.id != "formula":
-                names.insert(0, tree.func.id)
+            while isinstance(tree, ast.Call) and callee(tree) != "formula":
+                names.insert(0, callee(tree))
                 tree = tree.args[0]
             if names and isinstance(tree, ast.Name):
                 yield pattern, tuple(names)
@@ -52,7 +52,7 @@ class Chain(Rule):
     def _forward(
         self, original: type[nn.Module], module: nn.Module, input: Any, made: Mapping[int, Callable[..., list[Any]]]
     ) -> Any:
-        modules = list(module._modules.values())
+        modules: list[Any] = list(module._modules.values())
         if len(modules) != self.length:
             return original.forward(module, input)
         for place, several in _steps(modules, self.places):
@@ -73,7 +73,8 @@ class Chain(Rule):
 
 def chain_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> Chain | None:
     """What can be computed by one call in a sequence."""
-    if type(module).forward is not _SEQUENTIAL or type(module).__iter__ is not nn.Sequential.__iter__:
+    kind: Any = type(module)
+    if kind.forward is not _SEQUENTIAL or kind.__iter__ is not nn.Sequential.__iter__:
         return None
     parts = [part_of(child, may_touch) for child in module._modules.values()]
     places: list[int] = []

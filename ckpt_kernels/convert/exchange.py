@@ -43,14 +43,17 @@ def _are_operands(*tensors: Any) -> bool:
     return all(tensor is None or is_operand(tensor) for tensor in tensors)
 
 
+# Their arguments are whatever torch's functions are given, and have no types: each says when ours compute.
+
+
 @functools.wraps(theirs.layer_norm)
-def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
     function = ours.layer_norm if _is_row_norm(input, normalized_shape, weight, bias) else theirs.layer_norm
     return function(input, normalized_shape, weight, bias, eps)
 
 
 @functools.wraps(theirs.rms_norm)
-def _rms_norm(input, normalized_shape, weight=None, eps=None):
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
     # Of others torch's output may lie as they do.
     if not _is_row_norm(input, normalized_shape, weight) or not input.is_contiguous():
         return theirs.rms_norm(input, normalized_shape, weight, eps)
@@ -70,7 +73,7 @@ def _is_row_norm(input: Any, normalized_shape: Any, *coefficients: Any) -> bool:
 
 
 @functools.wraps(theirs.group_norm)
-def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+def _group_norm(input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
     fits = is_operand(input) and _are_operands(weight, bias) and input.dim() > 2 and _same_dtype(input, weight, bias)
     fits = (
         fits
@@ -84,7 +87,16 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 @functools.wraps(theirs.batch_norm)
-def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: Any = False,
+    momentum: Any = 0.1,
+    eps: Any = 1e-5,
+) -> Any:
     statistics = (running_mean, running_var)
     fits = is_operand(input) and _are_operands(weight, bias, *statistics) and input.dim() > 1
     fits = fits and _same_dtype(input, weight, bias) and type(training) is bool and type(momentum) in (float, int)
@@ -98,19 +110,19 @@ def _same_dtype(input: Tensor, *coefficients: Tensor | None) -> bool:
 
 
 @functools.wraps(theirs.glu)
-def _glu(input, dim=-1):
+def _glu(input: Any, dim: Any = -1) -> Any:
     last = is_operand(input) and input.dim() > 0 and dim in (-1, input.dim() - 1) and input.shape[-1] % 2 == 0
     return ours.packed_glu(input, activation="sigmoid", layout="value_first") if last else theirs.glu(input, dim)
 
 
 @functools.wraps(theirs.dropout)
-def _dropout(input, p=0.5, training=True, inplace=False):
+def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Any:
     fits = type(p) is float and 0.0 < p <= 1.0 and training is True and inplace is False and is_operand(input)
     return ours.bias_act(input, dropout_p=p) if fits else theirs.dropout(input, p, training, inplace)
 
 
 @functools.wraps(theirs.gelu)
-def _gelu(input, *, approximate="none"):
+def _gelu(input: Any, *, approximate: Any = "none") -> Any:
     name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if type(approximate) is str else None
     if name is None or not is_operand(input):
         return theirs.gelu(input, approximate=approximate)
@@ -118,7 +130,7 @@ def _gelu(input, *, approximate="none"):
 
 
 @functools.wraps(theirs.silu)
-def _silu(input, inplace=False):
+def _silu(input: Any, inplace: Any = False) -> Any:
     if inplace is not False or not is_operand(input):
         return theirs.silu(input, inplace)
     return ours.bias_act(input, activation="silu")

@@ -1,7 +1,7 @@
 """Straight runs of statements: what their names stand for, and whether a name is needed afterwards."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 # Nothing is looked for within these, nor in a run that has one: their insides run elsewhere, later, or not at all.
@@ -26,7 +26,7 @@ class Half(NamedTuple):
     """Half of the last dimension of a tensor."""
 
     tensor: ast.expr
-    index: int
+    number: int
 
 
 Meaning = ast.expr | Half
@@ -113,7 +113,7 @@ def halved(tree: ast.expr) -> ast.expr | None:
     of_torch = isinstance(tree.func.value, ast.Name) and tree.func.value.id == "torch"
     arguments = [*tree.args] if of_torch else [tree.func.value, *tree.args]
     named = dict(zip(("input", "chunks", "dim"), arguments, strict=False))
-    named |= {keyword.arg: keyword.value for keyword in tree.keywords}
+    named |= {keyword.arg or "**": keyword.value for keyword in tree.keywords}
     if named.keys() != {"input", "chunks", "dim"} or isinstance(named["input"], ast.Starred):
         return None
     texts = [ast.unparse(named[name]) for name in ("chunks", "dim")]
@@ -150,7 +150,7 @@ def _mentions(tree: ast.AST, name: str) -> int:
     return sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
 
 
-def comes_first(tree: ast.AST, wanted: ast.AST, is_plain: "object") -> bool:
+def comes_first(tree: ast.AST, wanted: ast.AST, is_plain: Callable[[ast.expr], bool]) -> bool:
     """Whether all that is evaluated before `wanted`, which is part of `tree`, are plain loads, or calls around it."""
     if tree is wanted:
         return True

@@ -50,9 +50,10 @@ class Written(Rule):
         made = {}
         for name, parts in self.parts:
             try:
-                made[name] = _rewritten(getattr(original, name), parts, self.recompute)[0]
+                found = _rewritten(getattr(original, name), parts, self.recompute)
             except NoSource:  # of a pickled module, where its source is not
-                made[name] = getattr(original, name)
+                found = None
+            made[name] = getattr(original, name) if found is None else found[0]
         return made
 
     def __str__(self) -> str:
@@ -113,7 +114,10 @@ _METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES
 def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> tuple[types.FunctionType, list[str]] | None:
     layers = layers_of(method)
     made = rewritten(layers[-1], dict(parts), recompute)
-    return None if made is None else (decorated(layers, made.function), made.found)
+    if made is None:
+        return None
+    function, found = made
+    return decorated(layers, function), found
 
 
 def _parts(module: nn.Module, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Parts:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,8 @@ def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
     options = [rule] if rule.centered else [rule, replace(rule, cast_before_weight=True)]
     found = [tuple(_cases_of(outline, option)) for option in options]
     best = max(range(len(options)), key=lambda index: len(found[index]))
-    wide = rule.cases[0]._replace(keeps_data=_keeps_input(outline, rule, _WIDE, requires_grad=False))
+    (case,) = rule.cases or ()
+    wide = case._replace(keeps_data=_keeps_input(outline, rule, _WIDE, requires_grad=False))
     strided = not rule.channels_first and _lies_as_its_input(outline)
     return replace(options[best], cases=(wide, *found[best]), strided=strided)
 
@@ -121,8 +123,8 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
     # Settings, numbers in the code, and torch's defaults.
     code = inspect.unwrap(outline.forward).__code__
     numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]
-    epsilons = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
-    epsilons = dict.fromkeys([*epsilons, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps])
+    set_ones = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
+    epsilons: list[Any] = [*dict.fromkeys([*set_ones, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps])]
     if "normalize" in code.co_names and outline.parameters:
         # F.normalize divides by the root of the sum, of 1e-12 at least.
         epsilons = [1e-24 / max(shape.numel() for shape in outline.parameters.values())]
@@ -161,14 +163,14 @@ def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad:
     input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda packed: packed):
         _theirs(made, rule, input)
     return input.data_ptr() in kept
 
 
 def _agrees(outline: Outline, rule: RowNorm) -> bool:
     """Whether rule and module compute the same of the same, in the one case that the rule has."""
-    ((dtypes, *_),) = rule.cases
+    ((dtypes, *_),) = rule.cases or ()
     generator = torch.Generator("cpu").manual_seed(0)
     made = outline.stand_in(dtypes[1], generator)
     # Inputs are large, and so small that eps decides.

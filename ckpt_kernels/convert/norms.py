@@ -201,7 +201,7 @@ def lies_as_a_map(input: Tensor) -> bool:
 class BatchNorm(Norm):
     """torch.nn's batch norms, synchronised or not."""
 
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
+    def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         # What torch's refuses it refuses after it has counted the batch.
         if input.dim() < 2 or input.shape[1] != module.num_features or input.numel() <= input.shape[1]:
             return None
@@ -218,7 +218,7 @@ class BatchNorm(Norm):
 class GroupNorm(Norm):
     """`torch.nn.GroupNorm`."""
 
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
+    def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         # Of (N, C) eager torch keeps less.
         if input.dim() < 3 or input.shape[1] != module.num_channels:
             return None
@@ -236,7 +236,7 @@ class GroupNorm(Norm):
 class InstanceNorm(Norm):
     """torch.nn's instance norms, whose inputs may lack the dimension of samples."""
 
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
+    def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         module._check_input_dim(input)
         if not are_coefficients(input, module.weight, module.bias):
             return None

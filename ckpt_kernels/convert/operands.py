@@ -12,7 +12,8 @@ from .called import is_as_torch_wrote_it
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_FUNCTION = Tensor.__torch_function__.__func__
+_METHOD: Any = Tensor.__torch_function__
+_FUNCTION = _METHOD.__func__
 _CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}
 # None, which no method is, where somebody has put others in their place.
 _CALL, _CALL_IMPL = (call if is_as_torch_wrote_it(call) else None for call in _CALLS.values())

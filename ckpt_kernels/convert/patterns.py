@@ -29,7 +29,7 @@ class Attempt:
         self.activation: str | None = None
         self._halves: dict[str, Half] = {}
 
-    def fits(self, tree: Meaning, template: ast.expr) -> bool:
+    def fits(self, tree: Meaning, template: Any) -> bool:
         """Whether an expression is written like a template. What stands for its names becomes operands."""
         if isinstance(template, ast.Name):
             return self._leaf(tree, template.id)
@@ -67,8 +67,9 @@ class Attempt:
         if before is None:
             self.operands.append(Operand(name, tree))
             return True
-        same = isinstance(tree, ast.Name) and isinstance(before, ast.Name) and tree.id == before.id
-        return same and tree.id in self.reader.fast
+        if not isinstance(tree, ast.Name) or not isinstance(before, ast.Name):
+            return False
+        return tree.id == before.id and tree.id in self.reader.fast
 
     def _called(self, tree: Meaning, name: str) -> ast.expr | None:
         """The argument of a call of the part `name`, which becomes an operand."""
@@ -84,10 +85,12 @@ class Attempt:
     def _formula(self, tree: Meaning) -> ast.expr | None:
         """The value that a formula of an activation is of; the functions in it become operands."""
         found = self.reader.formula(tree) if isinstance(tree, ast.BinOp | ast.Call) else None
-        part = self.reader.loads.get(found[0], Part()) if found else Part()
+        if found is None:
+            return None
+        text, value, functions = found
+        part = self.reader.loads.get(text, Part())
         if part.kind != "act":
             return None
-        _, value, functions = found
         self.operands += [Operand(f"f{i}", function) for i, function in enumerate(functions)]
         self.act, self.activation = part, part.name
         return value
@@ -115,15 +118,15 @@ class Attempt:
         if len(self._halves) == 1:
             return self.fits(tree.tensor, whole)
         gate, value = self._halves["gate_half"], self._halves["value_half"]
-        self.options["layout"] = "gate_first" if gate.index == 0 else "value_first"
-        return gate.tensor is value.tensor and {gate.index, value.index} == {0, 1}
+        self.options["layout"] = "gate_first" if gate.number == 0 else "value_first"
+        return gate.tensor is value.tensor and {gate.number, value.number} == {0, 1}
 
     def _viewed(self, tree: Meaning, name: str) -> bool:
         """A view of a local name, which becomes the operand, and how it is taken."""
         base = tree
         while isinstance(base, ast.Subscript) and _is_view(base.slice):
             base = base.value
-        if not isinstance(base, ast.Name) or base.id not in self.reader.fast:
+        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.fast:
             return False
         self.operands.append(Operand(name, base))
         self.options[f"{name}_view"] = eval(f"lambda {base.id}: {ast.unparse(tree)}")

@@ -60,7 +60,7 @@ class ActivationRule(Unary):
 class DropoutRule(Unary):
     """`torch.nn.Dropout`, of which no mask is kept. Its random numbers are not those that torch's would draw."""
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+    def of(self, module: Any, input: Tensor) -> Tensor | None:
         if module.inplace or not isinstance(module.p, float | int) or not 0 <= module.p <= 1:
             return None
         return F.bias_act(input, dropout_p=float(module.p)) if module.training and module.p else None
@@ -91,12 +91,12 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
     if module.__dict__.get("inplace"):
         return None, ""
     try:
-        name, *tried = _named(module)
+        name, settings, code, keeps_input = _named(module)
     except NotTried as error:
         return None, str(error) if _looks_like_activation(module) else ""
     if name is None:
         return None, "computes none of our activations" if _looks_like_activation(module) else ""
-    return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, *tried)), ""
+    return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, settings, code, keeps_input)), ""
 
 
 def activation_of(act: Any, made: bool = False) -> str | None:
@@ -137,8 +137,8 @@ def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
     if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
         return None, (), None, True
     outline = outline_of(module)
-    name, keeps_input = _tried_out(outline)
-    return name, outline.settings, outline.code, keeps_input
+    tried, keeps_input = _tried_out(outline)
+    return tried, outline.settings, outline.code, keeps_input
 
 
 @remembered
@@ -156,7 +156,12 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None
     """The activation that a function of one tensor computes, values and derivative, and whether torch keeps the tensor
     itself for that."""
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         points = _points()
         given = points.clone().requires_grad_()
         values = compute(given)

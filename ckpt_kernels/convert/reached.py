@@ -144,7 +144,7 @@ class _Reading:
     def function(self, function: Any, own: bool = False) -> None:
         """Of a function of Python's; those of torch, but for the module's own methods, need not be read."""
         if isinstance(function, staticmethod | classmethod | functools.partial):
-            function = getattr(function, "__func__", None) or function.func
+            function = function.func if isinstance(function, functools.partial) else function.__func__
         if _is_torchs(function) and not own:
             return
         if not isinstance(function, types.FunctionType):
@@ -194,7 +194,8 @@ class _Reading:
                 raise NotTried("writes as it goes")
             # A bound beyond what is tried would not be seen.
             if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
-                bounds = steps[max(0, index - (step.arg if step.opname == "BUILD_SLICE" else 2)) : index]
+                count = step.arg or 0 if step.opname == "BUILD_SLICE" else 2
+                bounds = steps[max(0, index - count) : index]
                 if any(bound.opname != "LOAD_CONST" or bound.argval is not None for bound in bounds):
                     raise NotTried("computes with a part of what it is given")
             self.branches |= ("JUMP_" in step.opname and "_IF_" in step.opname) or step.opname == "FOR_ITER"

@@ -8,7 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Replaced:
-    """A converted module: its name, the class it is of, and what it computes with now."""
+    """A converted module.
+
+    Attributes:
+        name: of the module.
+        kind: the name of its class.
+        by: what the module computes with now.
+    """
 
     name: str
     kind: str
@@ -17,7 +23,13 @@ class Replaced:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A module that might have been converted and was not, or not in all cases, and why."""
+    """A module that might have been converted and was not, or not in all cases.
+
+    Attributes:
+        name: of the module.
+        kind: the name of its class.
+        reason: why.
+    """
 
     name: str
     kind: str
@@ -28,8 +40,13 @@ class LeftAlone:
 class Report:
     """What `convert` replaced in a model, and what it left alone.
 
-    `backend` serves the calls of the model's device. `kept`: bytes kept for backward by a forward pass of the inputs
-    that `convert` was given, before and after; None where it was given none.
+    Attributes:
+        recompute: the level.
+        backend: the backend that serves the calls of the model's device.
+        replaced: a `Replaced` for each converted module.
+        left_alone: a `LeftAlone` for each module that might have been converted and was not.
+        kept: bytes kept for backward by a forward pass of the inputs that `convert` was given, before and after; None
+            where it was given none.
     """
 
     recompute: str

@@ -35,7 +35,7 @@ _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "curre
 _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
 
 # The sum in a norm of one.
-_SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings)
+_SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings if isinstance(spelling, ast.Call))
 
 
 class Rewritten(NamedTuple):
@@ -102,14 +102,15 @@ class _Writer:
 
     def _runs(self, block: Block) -> Iterator[tuple[int, int, int, Any]]:
         """(rank of the pattern, first, last, what makes the statement) of each run that something was found in."""
-        for end, last in enumerate(block.statements):
+        statements: list[Any] = block.statements
+        for end, last in enumerate(statements):
             if not isinstance(last, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) or last.value is None:
                 continue
             for begin in range(max(0, end - LONGEST + 1), end):
                 run = run_of(self.tree, block, begin, end, self.scope.fast)
                 if run is None:
                     continue
-                first = block.statements[begin].value
+                first = statements[begin].value
                 for root in _parts(last.value):
                     if not comes_first(last.value, root, self.reader.is_plain):
                         continue
@@ -119,8 +120,9 @@ class _Writer:
                         yield _rank(match), begin, end, lambda m=match, s=run_statements: self._run(m, s)
             yield from self._sums(block, end, last)
 
-    def _sums(self, block: Block, end: int, last: ast.stmt) -> Iterator[tuple[int, int, int, Any]]:
+    def _sums(self, block: Block, end: int, last: Any) -> Iterator[tuple[int, int, int, Any]]:
         """A sum that is given a name, and the norm of it in a later statement; between them other names for it."""
+        statements: list[Any] = block.statements
         for root in _parts(last.value):
             if not isinstance(root, ast.Call) or len(root.args) != 1 or root.keywords:
                 continue
@@ -139,7 +141,7 @@ class _Writer:
             names = {n.id for s in block.statements[begin:end] for n in ast.walk(s) if isinstance(n, ast.Name)}
             if names & self.written:
                 continue
-            total = block.statements[begin].value
+            total = statements[begin].value
             if not comes_first(last.value, root, self.reader.is_plain):
                 continue
             for attempt in attempts(self.reader, total, None, sites.add_norm, _SUMS):
@@ -178,7 +180,7 @@ class _Writer:
             match = next(matches(self.reader, tree, None, tree), None)
             if match is not None:
                 return self._expression(match)
-        made = _with_parts(tree, self._expressions)
+        made: Any = _with_parts(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree.func, part)
         return made

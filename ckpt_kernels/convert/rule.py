@@ -15,7 +15,9 @@ Forward = Callable[..., Any]
 class Rule(abc.ABC):
     """What a converted module computes in place of its original's methods, `names`. Hashable and picklable."""
 
-    names: tuple[str, ...] = ("forward",)
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("forward",)
 
     @abc.abstractmethod
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:

@@ -79,13 +79,13 @@ class Scope:
         same = all(isinstance(v, ast.Name) and v.id in self.fast and v.id == getattr(found[0], "id", "") for v in found)
         return (ast.unparse(formula), found[0], functions) if same or len(found) == 1 else None
 
-    def _formula(self, tree: ast.AST, found: list[ast.expr], functions: list[ast.expr]) -> ast.expr | None:
+    def _formula(self, tree: Any, found: list[ast.expr], functions: list[ast.expr]) -> ast.expr | None:
         if isinstance(tree, ast.Constant):
             return tree if type(tree.value) in (int, float, str, bool) else None
         if isinstance(tree, ast.BinOp):
-            sides = [self._formula(side, found, functions) for side in (tree.left, tree.right)]
+            left, right = (self._formula(side, found, functions) for side in (tree.left, tree.right))
             pure = isinstance(tree.op, ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow)
-            return ast.BinOp(sides[0], tree.op, sides[1]) if pure and None not in sides else None
+            return ast.BinOp(left, tree.op, right) if pure and left is not None and right is not None else None
         if isinstance(tree, ast.UnaryOp):
             operand = self._formula(tree.operand, found, functions)
             return ast.UnaryOp(tree.op, operand) if isinstance(tree.op, ast.USub) and operand is not None else None
@@ -94,15 +94,15 @@ class Scope:
             functions.append(tree)
             return tree
         if isinstance(tree, ast.Call) and self._is_pure(tree.func):
-            callee: ast.expr = tree.func
+            callee: Any = tree.func
             if self.value(callee) is UNKNOWN:
-                subject = self._formula(tree.func.value, found, functions)
-                callee = ast.Attribute(subject, tree.func.attr, ast.Load())
+                subject: Any = self._formula(callee.value, found, functions)
+                callee = ast.Attribute(subject, callee.attr, ast.Load())
             else:
                 functions.append(callee)
                 subject = callee
-            arguments = [self._formula(a, found, functions) for a in tree.args]
-            keywords = [(k.arg, self._formula(k.value, found, functions)) for k in tree.keywords]
+            arguments: list[Any] = [self._formula(a, found, functions) for a in tree.args]
+            keywords: list[Any] = [(k.arg, self._formula(k.value, found, functions)) for k in tree.keywords]
             writes = any(k.arg == "inplace" and getattr(k.value, "value", True) is not False for k in tree.keywords)
             if writes or subject is None or None in arguments or any(None in pair for pair in keywords):
                 return None

@@ -22,8 +22,8 @@ def gated_mlp(
 ) -> Results | None:
     if not chains(input, gate, last) or value[0].shape != gate[0].shape or not are_wanted(input, gate, value):
         return None
-    weights = {"gate_bias": gate[1], "value_bias": value[1], "bias": last[1]}
-    options = {"activation": activation, "dropout_p": p, "recompute": level_for(recompute, gate, value)}
+    weights: dict[str, Any] = {"gate_bias": gate[1], "value_bias": value[1], "bias": last[1]}
+    options: dict[str, Any] = {"activation": activation, "dropout_p": p, "recompute": level_for(recompute, gate, value)}
     return [F.gated_mlp(input, gate[0], value[0], last[0], **weights, **options)]
 
 
@@ -33,7 +33,12 @@ def packed_mlp(
 ) -> Results | None:
     if not chains(input, packed, last, 2):
         return None
-    options = {"activation": activation, "layout": layout, "dropout_p": p, "recompute": level_for(recompute, packed)}
+    options: dict[str, Any] = {
+        "activation": activation,
+        "layout": layout,
+        "dropout_p": p,
+        "recompute": level_for(recompute, packed),
+    }
     return [F.gated_mlp(input, packed[0], None, last[0], gate_bias=packed[1], bias=last[1], **options)]
 
 
@@ -46,7 +51,7 @@ def mlp(
     # Of these, eager torch keeps no more than the output.
     if recompute == "block" and (activation in ("sigmoid", "tanh") or getattr(act, "__dict__", {}).get("inplace")):
         return None
-    options = {"activation": activation, "dropout_p": p, "recompute": level_for(recompute, first)}
+    options: dict[str, Any] = {"activation": activation, "dropout_p": p, "recompute": level_for(recompute, first)}
     return [F.mlp(input, *first, *last, **options)]
 
 

@@ -134,11 +134,11 @@ def _outside_definitions(node: ast.AST) -> list[ast.AST]:
 
 def _compiled(definition: Definition, code: types.CodeType, cells: tuple[str, ...]) -> types.CodeType:
     """The code of the definition, as it would be where it stands, with `cells` for names of its closure."""
-    body: list[ast.stmt] = [definition.tree]
+    body: list[Any] = [definition.tree]
     path = [code.co_name]
     outer = [name for name in code.co_freevars if name != "__class__"]
-    for node in reversed(definition.around):
-        node = copy.copy(node)
+    for around in reversed(definition.around):
+        node: Any = copy.copy(around)
         if isinstance(node, ast.ClassDef):
             node.bases, node.keywords = [], []
         else:
@@ -147,7 +147,7 @@ def _compiled(definition: Definition, code: types.CodeType, cells: tuple[str, ..
         path.append(node.name)
         body = [node]
     if cells:
-        maker = ast.parse("def maker(): pass").body[0]
+        maker: Any = ast.parse("def maker(): pass").body[0]
         # What is global in its file stays global here.
         maker.body = [ast.Global([body[-1].name]), *_bound(cells), *body]
         path.append(maker.name)

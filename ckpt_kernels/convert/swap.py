@@ -14,7 +14,7 @@ import types
 import uuid
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import nn
@@ -75,8 +75,8 @@ class Conversion(NamedTuple):
 class Converted:
     """The first base of every converted module's class."""
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *rest = super().__reduce_ex__(protocol)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
+        _, _, *rest = tuple(super().__reduce_ex__(protocol))
         kind = type(self)
         original, rule, around, _ = getattr(kind, _ATTRIBUTE)
         return _made_again, (original, rule, around, (_PROCESS, id(kind))), *rest
@@ -124,7 +124,20 @@ def is_plain_method(method: Any) -> bool:
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether `convert` has given the module, itself, another way to compute."""
+    """Whether `convert` has given the module, itself, another way to compute.
+
+    Args:
+        module: any module; those within it are not looked at.
+
+    Returns:
+        True or False.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
+        >>> _ = ckpt_kernels.convert(model)
+        >>> ckpt_kernels.is_converted(model[0]), ckpt_kernels.is_converted(model[1])
+        (True, False)
+    """
     return isinstance(module, Converted)
 
 
@@ -183,7 +196,8 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
         members["forward"] = _surrounded(original, outer, members.get("forward"))
     with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
         members["__signature__"] = inspect.signature(original)
-    made = _class_of_classes(type(original))(original.__name__, (Converted, original), dict(members))
+    meta: Any = type(original)
+    made = _class_of_classes(meta)(original.__name__, (Converted, original), dict(members))
     # What an __init_subclass__ or a metaclass has made of the subclass is the original's own.
     for name, value in list(vars(made).items()):
         with contextlib.suppress(AttributeError, TypeError):
@@ -252,7 +266,7 @@ def _in_the_place_of(method: Forward) -> Callable[[Forward], Forward]:
     def made(call: Forward) -> Forward:
         functools.update_wrapper(call, method)
         with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
-            call.__signature__ = inspect.signature(method)
+            vars(call)["__signature__"] = inspect.signature(method)
         return call
 
     return made

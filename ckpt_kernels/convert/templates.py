@@ -49,11 +49,11 @@ class Pattern(NamedTuple):
 
 def pattern(said: str, template: str, **options: Any) -> Callable[[Callable[..., Results | None]], Pattern]:
     """Makes a function the pattern of a template."""
-    tree = ast.parse(template, mode="eval").body
-    called = {node.func.id: node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    tree: Any = ast.parse(template, mode="eval").body
+    called = {callee(node): node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call)}
     names = {node.id: None for node in ast.walk(tree) if isinstance(node, ast.Name)}
     of = called.get("act")
-    while isinstance(of, ast.Call) and of.func.id in _HALVES:
+    while isinstance(of, ast.Call) and callee(of) in _HALVES:
         of = of.args[0]
 
     def made(compute: Callable[..., Results | None]) -> Pattern:
@@ -71,13 +71,20 @@ def pattern(said: str, template: str, **options: Any) -> Callable[[Callable[...,
     return made
 
 
+def callee(call: ast.Call) -> str:
+    """What a template calls, which is a name everywhere."""
+    if not isinstance(call.func, ast.Name):
+        raise TypeError(f"a template calls {ast.unparse(call.func)}; expected a name")
+    return call.func.id
+
+
 def spellings(tree: ast.expr) -> Iterator[ast.expr]:
     """All ways in which a template may be written, with the dropouts that may be absent first."""
     if isinstance(tree, ast.Call):
         for inner in spellings(tree.args[0]):
-            name = "drop" if tree.func.id == "may_drop" else tree.func.id
+            name = "drop" if callee(tree) == "may_drop" else callee(tree)
             yield ast.Call(ast.Name(name), [inner], [])
-        if tree.func.id == "may_drop":
+        if callee(tree) == "may_drop":
             yield from spellings(tree.args[0])
     elif isinstance(tree, ast.BinOp):
         for left, right in itertools.product(spellings(tree.left), spellings(tree.right)):

@@ -59,9 +59,8 @@ class Outline(NamedTuple):
         made = object.__new__(self.kind)
         made.__dict__.update(nn.Module().__dict__ | dict(self.settings))
         for name, shape in self.shapes:
-            if shape is not None:
-                shape = nn.Parameter((torch.rand(shape, generator=generator, device="cpu") + 0.5).to(dtype))
-            made.__dict__["_parameters"][name] = shape
+            values = None if shape is None else torch.rand(shape, generator=generator, device="cpu") + 0.5
+            made.__dict__["_parameters"][name] = None if values is None else nn.Parameter(values.to(dtype))
         return made
 
 

@@ -6,6 +6,7 @@ code of its modules is reached from their forward methods, for writes to anythin
 """
 
 import ast
+import itertools
 from collections.abc import Iterator
 
 from torch import nn
@@ -74,8 +75,9 @@ def written_names(function: ast.FunctionDef) -> Iterator[str]:
                 yield _root(node.target)
         elif isinstance(node, ast.Assign):
             for target in node.targets:
-                named = isinstance(getattr(target, "slice", None), ast.Constant) and isinstance(target.slice.value, str)
-                if isinstance(target, ast.Subscript) and not named:
+                if not isinstance(target, ast.Subscript):
+                    continue
+                if not isinstance(target.slice, ast.Constant) or not isinstance(target.slice.value, str):
                     yield _root(target)
         elif isinstance(node, ast.Call):
             called = getattr(node.func, "attr", "")
@@ -99,8 +101,8 @@ def _made_here(function: ast.FunctionDef) -> set[str]:
     """Names that stand for nothing but numbers, lists, and tensors that the function itself has made."""
     made: dict[str, bool] = {argument.arg: False for argument in ast.walk(function) if isinstance(argument, ast.arg)}
     for node in ast.walk(function):
-        for target in node.targets if isinstance(node, ast.Assign) else []:
-            for name in ast.walk(target):
+        if isinstance(node, ast.Assign):
+            for name in itertools.chain.from_iterable(map(ast.walk, node.targets)):
                 if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
                     made[name.id] = made.get(name.id, True) and _makes(node.value)
         if isinstance(node, ast.For | ast.comprehension | ast.NamedExpr | ast.withitem):

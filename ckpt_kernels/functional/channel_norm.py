@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,18 +36,53 @@ def batch_norm(
     residual: Tensor | None = None,
     process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual), of (N, C, ...), by channel.
+    r"""BatchNorm, a residual add and an activation in one op.
 
-    In training mean and (biased) variance are over N and space, and the running ones, if given, move towards them by
-    `momentum`, the variance unbiased; else they are the running ones. `residual` has the input's shape. With a
-    `process_group` the statistics of training are over the batches of all its processes, which may differ in size.
-    Contiguous and channels-last inputs are computed as they lie, and so is the output; others as if contiguous. An
-    input without elements leaves the running statistics as they are. ValueError for an eps that torch refuses: below 0,
-    and in training 0.
+    .. math::
+        y = \mathrm{act}\left(\frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}}\, w_c + b_c + r\right)
 
-    Keeps the input and two numbers a channel; with a residual also, for relu and leaky_relu, the output, which
-    whatever reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running
-    statistics as they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
+    In training the mean :math:`\mu_c` and the biased variance :math:`\sigma_c^2` of a channel are over samples and
+    space, and the running ones, if given, move towards them, the variance unbiased: :math:`m \leftarrow (1 - p)\, m +
+    p\, \mu_c` with the momentum p. Else they are the running ones. An input without elements leaves the running
+    statistics as they are.
+
+    Args:
+        input: x, `(N, C, *)`; float32, bfloat16, float16 or float64. Contiguous and channels-last tensors are computed
+            as they lie, others as if contiguous.
+        running_mean: `(C)`, or None.
+        running_var: `(C)`, or None.
+        weight: w, `(C)`, of any of these dtypes; None is 1.
+        bias: b, `(C)`, of any of these dtypes; None is 0.
+        training: whether the statistics are those of the batch.
+        momentum: p.
+        eps: added to the variance.
+        activation: act, applied to the sum.
+        residual: r, of the input's shape and dtype; None is 0.
+        process_group: the statistics of training are over the batches of all its processes, which may differ in size.
+
+    Returns:
+        The input's shape, dtype and memory format.
+
+    Kept for backward:
+        The input and two numbers a channel. With a residual also, for relu and leaky_relu, the output, which whatever
+        reads the output keeps too; for other activations but the identity, the residual.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above; or `training` is False and a running
+            statistic is None; or one requires a gradient. An error leaves the running statistics as they were.
+        ValueError: the activation is unknown; `eps` is below 0, or 0 in training; there is one value a channel in
+            training; or one running statistic is given without the other.
+        TypeError: an argument is no tensor, no number, or no process group.
+
+    Example:
+        >>> x, residual = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+        >>> y = F.batch_norm(x, None, None, training=True, activation="relu", residual=residual)
+        >>> normed = torch.nn.functional.batch_norm(x, None, None, training=True)
+        >>> torch.allclose(y, torch.relu(normed + residual), atol=1e-5)
+        True
+
+    Source:
+        Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
     input, residual = promoted(input, residual)
     if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
@@ -54,7 +90,7 @@ def batch_norm(
         if residual is not None:
             check_like(residual, "residual", input)
             residual = residual.view(0, 0)
-        options = {"activation": activation, "residual": residual, "process_group": process_group}
+        options: dict[str, Any] = {"activation": activation, "residual": residual, "process_group": process_group}
         rest = (running_mean, running_var, weight, bias, training, momentum, eps)
         return batch_norm(input.view(0, 0), *rest, **options).view(0)
     check_channels(input, weight, bias)
@@ -97,11 +133,42 @@ def group_norm(
     *,
     activation: Activation = "identity",
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, ...), by sample and group of channels.
+    r"""GroupNorm and an activation in one op.
 
-    Mean and (biased) variance are over the C / num_groups channels of a group and space. Contiguous and channels-last
-    inputs are computed as they lie, and so is the output. Keeps the input and, of each
-    sample, two numbers a group. Source: Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
+    .. math::
+        y = \mathrm{act}\left(\frac{x - \mu_{n,g}}{\sqrt{\sigma_{n,g}^2 + \epsilon}}\, w_c + b_c\right)
+
+    Mean and biased variance are those of a sample's group: of `C / num_groups` channels and space.
+
+    Args:
+        input: x, `(N, C, *)`; float32, bfloat16, float16 or float64. Contiguous and channels-last tensors are computed
+            as they lie, others as if contiguous.
+        num_groups: how many groups the channels are divided into.
+        weight: w, `(C)`, of any of these dtypes; None is 1.
+        bias: b, `(C)`, of any of these dtypes; None is 0.
+        eps: added to the variance.
+        activation: act, applied to the normalised value.
+
+    Returns:
+        The input's shape, dtype and memory format.
+
+    Kept for backward:
+        The input and, of each sample, two numbers a group.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above; or `num_groups` does not divide the
+            channels.
+        ValueError: the activation is unknown.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> y = F.group_norm(x, 2, activation="silu")
+        >>> torch.allclose(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 2)), atol=1e-5)
+        True
+
+    Source:
+        Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
     """
     check_channels(input, weight, bias)
     if not hasattr(num_groups, "__index__"):
@@ -126,13 +193,45 @@ def instance_norm(
     *,
     activation: Activation = "identity",
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias), of (N, C, ...), by sample and channel.
+    r"""InstanceNorm and an activation in one op.
 
-    With `use_input_stats` mean and (biased) variance are over space, and the running ones, if given, move by `momentum`
-    towards their means over the samples, the variance unbiased; without, they are the running ones. The output is
-    contiguous, as torch's own. Keeps the input (of one that is channels last a contiguous copy) and two numbers for
-    each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
-    `torch.nn.functional.instance_norm`.
+    .. math::
+        y = \mathrm{act}\left(\frac{x - \mu_{n,c}}{\sqrt{\sigma_{n,c}^2 + \epsilon}}\, w_c + b_c\right)
+
+    With `use_input_stats` mean and biased variance are over space, and the running ones, if given, move by `momentum`
+    towards their means over the samples, the variance unbiased; without, they are the running ones.
+
+    Args:
+        input: x, `(N, C, *)`; float32, bfloat16, float16 or float64.
+        running_mean: `(C)`, or None.
+        running_var: `(C)`, or None.
+        weight: w, `(C)`, of any of these dtypes; None is 1.
+        bias: b, `(C)`, of any of these dtypes; None is 0.
+        use_input_stats: whether the statistics are those of the input.
+        momentum: how far the running statistics move.
+        eps: added to the variance.
+        activation: act, applied to the normalised value.
+
+    Returns:
+        The input's shape and dtype, contiguous, as torch's own.
+
+    Kept for backward:
+        The input (of one that is channels last a contiguous copy) and two numbers for each channel of each sample.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above; or `use_input_stats` is False and a
+            running statistic is None.
+        ValueError: the activation is unknown, or space has one element.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> y = F.instance_norm(x, activation="relu")
+        >>> torch.allclose(y, torch.relu(torch.nn.functional.instance_norm(x)), atol=1e-5)
+        True
+
+    Source:
+        Ulyanov et al., "Instance Normalization", 2016; `torch.nn.functional.instance_norm`.
     """
     check_channels(input, weight, bias)
     _check_running(running_mean, running_var, input)

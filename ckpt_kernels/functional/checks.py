@@ -3,6 +3,7 @@ expected; and how they read arguments that may be given in several ways."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float
     if ops.sharding.is_sharded((input,)):
         from ..ops import dtensor
 
-        return p, dtensor.replicated_seed(input, *_SEEDS)
+        sharded: Any = input
+        return p, dtensor.replicated_seed(sharded, *_SEEDS)
     return p, torch.randint(*_SEEDS, (1,), device=input.device)
 
 
@@ -54,7 +56,7 @@ def rms_eps(input: Tensor, eps: float | None) -> float:
     return torch.finfo(torch.float64 if wide else torch.float32).eps
 
 
-def promoted(tensor: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def promoted(tensor: Tensor, other: Tensor | None) -> tuple[Tensor, Any]:
     """Two tensors that meet in a sum or product, in their common dtype where autocast may have parted them."""
     if not isinstance(other, Tensor) or not isinstance(tensor, Tensor) or tensor.dtype == other.dtype:
         return tensor, other
@@ -64,11 +66,11 @@ def promoted(tensor: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor | Non
     return tensor.to(common), other.to(common)
 
 
-def autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+def autocast(input: Tensor, *others: Tensor | None) -> Sequence[Any]:
     """In float32 under CUDA autocast; torch's CPU autocast leaves norms alone."""
-    if tensors[0].device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        return [None if t is None else t.float() for t in tensors]
-    return tensors
+    if input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        return [None if t is None else t.float() for t in (input, *others)]
+    return (input, *others)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
@@ -107,7 +109,7 @@ def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None
         raise RuntimeError(f"{argument} has layout {tensor.layout}; expected torch.strided")
 
 
-def check_input(input: Tensor, normalized_shape: int | Sequence[int], *, nested: bool = True) -> int:
+def check_input(input: Any, normalized_shape: int | Sequence[int], *, nested: bool = True) -> int:
     """The number of elements that are normalised together."""
     check_tensor(input, "input", nested=nested)
     shape = normalized(normalized_shape)

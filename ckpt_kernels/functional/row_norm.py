@@ -33,11 +33,43 @@ def layer_norm(
     activation: Activation = "identity",
     pre_activation: Activation = "identity",
 ) -> Tensor:
-    """activation(LayerNorm(pre_activation(input))): y = act((u - mean) / sqrt(var + eps) * weight + bias).
+    r"""LayerNorm of the last dimensions, with an activation before and after it, in one kernel a pass.
 
-    Mean and (biased) variance are over the last dimensions, which must be `normalized_shape`; `weight` and `bias`
-    have that shape. Keeps the input and two numbers a row. Source: Ba et al., "Layer Normalization", 2016;
-    `torch.nn.functional.layer_norm`.
+    .. math::
+        y = \mathrm{act}\left(\frac{u - \mu}{\sqrt{\sigma^2 + \epsilon}} \odot w + b\right), \qquad u = \mathrm{pre}(x)
+
+    The mean :math:`\mu` and the biased variance :math:`\sigma^2` are those of each row of :math:`u`.
+
+    Args:
+        input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
+        normalized_shape: the last dimensions, normalised together.
+        weight: w, `(normalized_shape)`, of any of these dtypes; None is 1.
+        bias: b, `(normalized_shape)`, of any of these dtypes; None is 0.
+        eps: added to the variance.
+        activation: act, applied to the normalised value.
+        pre_activation: pre, applied to the input.
+
+    Returns:
+        `(*, normalized_shape)`, contiguous, of the input's dtype.
+
+    Kept for backward:
+        The input, and two numbers a row: the mean and :math:`1 / \sqrt{\sigma^2 + \epsilon}`.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: an activation is unknown.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x = torch.randn(8, 64, requires_grad=True)
+        >>> y = F.layer_norm(x, 64, activation="gelu")
+        >>> torch.allclose(y, torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, (64,))), atol=1e-5)
+        True
+        >>> saved_bytes(F.layer_norm, x, 64, activation="gelu") == 4 * (8 * 64 + 8 * 2)
+        True
+
+    Source:
+        Ba et al., "Layer Normalization", 2016; `torch.nn.functional.layer_norm`.
     """
     return _row_norm(input, normalized_shape, weight, bias, eps, True, pre_activation, activation)
 
@@ -53,12 +85,43 @@ def rms_norm(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> Tensor:
-    """activation(RMSNorm(pre_activation(input))): y = act(u / sqrt(mean(u**2) + eps) * (weight_offset + weight)).
+    r"""RMSNorm of the last dimensions, with an activation before and after it, in one kernel a pass.
 
-    `eps=None` is the epsilon of the type that is computed in, as torch's. `weight_offset=1` is Gemma's 1 + weight;
-    `cast_before_weight` rounds the normalised value to the input's dtype before the product, as Llama does.
-    Keeps the input and one number a row. The output is contiguous, or, as torch's, channels last where the input is.
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `torch.nn.functional.rms_norm`.
+    .. math::
+        y = \mathrm{act}\left(\frac{u}{\sqrt{\mathrm{mean}(u^2) + \epsilon}} \odot (o + w)\right),
+        \qquad u = \mathrm{pre}(x)
+
+    Args:
+        input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
+        normalized_shape: the last dimensions, normalised together.
+        weight: w, `(normalized_shape)`, of any of these dtypes; None makes the factor 1.
+        eps: added to the mean square; None is the epsilon of the type that is computed in, as torch's.
+        activation: act, applied to the normalised value.
+        pre_activation: pre, applied to the input.
+        weight_offset: o; 1 is Gemma's 1 + weight.
+        cast_before_weight: round the normalised value to the input's dtype before the product, as Llama does.
+
+    Returns:
+        `(*, normalized_shape)`, of the input's dtype; contiguous, or, as torch's, channels last where the input is.
+
+    Kept for backward:
+        The input, and one number a row: :math:`1 / \sqrt{\mathrm{mean}(u^2) + \epsilon}`.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: an activation is unknown.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, weight = torch.randn(8, 64, requires_grad=True), torch.ones(64)
+        >>> y = F.rms_norm(x, 64, weight, activation="silu")
+        >>> torch.allclose(y, torch.nn.functional.silu(torch.nn.functional.rms_norm(x, (64,), weight)), atol=1e-5)
+        True
+        >>> saved_bytes(F.rms_norm, x, 64, activation="silu") == 4 * (8 * 64 + 8)
+        True
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `torch.nn.functional.rms_norm`.
     """
     eps = rms_eps(input, eps)
     output = _row_norm(
@@ -89,10 +152,48 @@ def add_layer_norm(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """residual_out = residual + dropout(input); output = activation(LayerNorm(residual_out)).
+    r"""Dropout, residual add and LayerNorm in one kernel a pass.
 
-    Returns (output, residual_out), both of the input's shape. Keeps residual_out, which is what the network goes
-    on with, and two numbers a row; no dropout mask, which the backward kernel draws again from its seed.
+    .. math::
+        r = \mathrm{residual} + \mathrm{dropout}(x), \qquad
+        y = \mathrm{act}\left(\frac{r - \mu}{\sqrt{\sigma^2 + \epsilon}} \odot w + b\right)
+
+    The mean :math:`\mu` and the biased variance :math:`\sigma^2` are those of each row of :math:`r`.
+
+    Args:
+        input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
+        residual: of the input's shape and dtype.
+        normalized_shape: the last dimensions, normalised together.
+        weight: w, `(normalized_shape)`, of any of these dtypes; None is 1.
+        bias: b, `(normalized_shape)`, of any of these dtypes; None is 0.
+        eps: added to the variance.
+        activation: act, applied to the normalised value.
+        dropout_p: the probability with which an element of the input is dropped.
+        training: False switches dropout off.
+
+    Returns:
+        (y, r), both contiguous and of the input's shape and dtype.
+
+    Kept for backward:
+        r, which is what the network goes on with, and two numbers a row. No dropout mask: the backward kernel draws the
+        mask again from its seed.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: the activation is unknown, or `dropout_p` is outside [0, 1].
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, residual = torch.randn(8, 64), torch.randn(8, 64)
+        >>> y, r = F.add_layer_norm(x, residual, 64)
+        >>> torch.equal(r, residual + x)
+        True
+        >>> torch.allclose(y, torch.nn.functional.layer_norm(r, (64,)), atol=1e-5)
+        True
+
+    Source:
+        Ba et al., "Layer Normalization", 2016; its place behind the add: Vaswani et al., "Attention Is All You Need",
+        2017; the masks: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox), 2011.
     """
     return _add_row_norm(input, residual, normalized_shape, weight, bias, eps, True, activation, dropout_p, training)
 
@@ -110,10 +211,44 @@ def add_rms_norm(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """residual_out = residual + dropout(input); output = activation(RMSNorm(residual_out)).
+    r"""Dropout, residual add and RMSNorm in one kernel a pass.
 
-    Returns (output, residual_out). Keeps residual_out and one number a row. See `rms_norm` for `eps`,
-    `weight_offset` and `cast_before_weight`.
+    .. math::
+        r = \mathrm{residual} + \mathrm{dropout}(x), \qquad
+        y = \mathrm{act}\left(\frac{r}{\sqrt{\mathrm{mean}(r^2) + \epsilon}} \odot (o + w)\right)
+
+    Args:
+        input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
+        residual: of the input's shape and dtype.
+        normalized_shape: the last dimensions, normalised together.
+        weight: w, `(normalized_shape)`, of any of these dtypes; None makes the factor 1.
+        eps: added to the mean square; None is the epsilon of the type that is computed in.
+        activation: act, applied to the normalised value.
+        dropout_p: the probability with which an element of the input is dropped.
+        training: False switches dropout off.
+        weight_offset: o; 1 is Gemma's 1 + weight.
+        cast_before_weight: round the normalised value to the input's dtype before the product, as Llama does.
+
+    Returns:
+        (y, r), both contiguous and of the input's shape and dtype.
+
+    Kept for backward:
+        r, which is what the network goes on with, and one number a row. No dropout mask.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: the activation is unknown, or `dropout_p` is outside [0, 1].
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, residual, weight = torch.randn(8, 64), torch.randn(8, 64), torch.ones(64)
+        >>> y, r = F.add_rms_norm(x, residual, 64, weight)
+        >>> torch.allclose(y, torch.nn.functional.rms_norm(residual + x, (64,), weight), atol=1e-5)
+        True
+
+    Source:
+        Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; its place in a layer: Touvron et al., "LLaMA",
+        2023.
     """
     eps = rms_eps(input, eps)
     return _add_row_norm(
@@ -142,10 +277,41 @@ def gated_rms_norm(
     activation: Activation = "silu",
     norm_before_gate: bool = True,
 ) -> Tensor:
-    """RMSNorm(input) * activation(gate), or RMSNorm(input * activation(gate)) without `norm_before_gate`.
+    r"""RMSNorm and a gate, in either order, in one kernel a pass.
 
-    `gate` has the input's shape. Keeps input, gate and one number a row. Source: Dao and Gu, "Transformers are
-    SSMs" (Mamba-2), 2024.
+    .. math::
+        y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \odot w \odot \mathrm{act}(g)
+        \qquad\text{or}\qquad
+        y = \frac{h}{\sqrt{\mathrm{mean}(h^2) + \epsilon}} \odot w, \quad h = x \odot \mathrm{act}(g)
+
+    Args:
+        input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
+        gate: g, of the input's shape and dtype.
+        normalized_shape: the last dimensions, normalised together.
+        weight: w, `(normalized_shape)`, of any of these dtypes; None is 1.
+        eps: added to the mean square; None is the epsilon of the type that is computed in.
+        activation: act, applied to the gate.
+        norm_before_gate: True computes the first form, False the second.
+
+    Returns:
+        `(*, normalized_shape)`, contiguous, of the input's dtype.
+
+    Kept for backward:
+        Input, gate, and one number a row.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: the activation is unknown.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, gate = torch.randn(8, 64), torch.randn(8, 64)
+        >>> y = F.gated_rms_norm(x, gate, 64)
+        >>> torch.allclose(y, torch.nn.functional.rms_norm(x, (64,)) * torch.nn.functional.silu(gate), atol=1e-5)
+        True
+
+    Source:
+        Dao and Gu, "Transformers are SSMs" (Mamba-2), 2024.
     """
     input, gate = promoted(input, gate)
     columns = check_input(input, normalized_shape)
@@ -170,12 +336,43 @@ def modulated_layer_norm(
     activation: Activation = "identity",
     pre_activation: Activation = "identity",
 ) -> Tensor:
-    """activation(LayerNorm(pre_activation(input)) * (1 + scale) + shift), with a scale and shift for each sample.
+    r"""LayerNorm whose result is scaled and shifted by sample, in one kernel a pass.
 
-    `scale` and `shift` have the shape `(*samples, *normalized_shape)`, where `samples` are the input's first
-    dimensions; dimensions of 1 may stand for those in between, so (B, 1, N) and (B, N) both go with (B, T, N).
-    Keeps input, scale, shift and two numbers a row. Source: Peebles and Xie, "Scalable Diffusion Models with
-    Transformers" (DiT), 2023.
+    .. math::
+        y = \mathrm{act}\left(\mathrm{LayerNorm}(\mathrm{pre}(x)) \odot (1 + s) + t\right)
+
+    Args:
+        input: x, `(*samples, *, normalized_shape)`; float32, bfloat16, float16 or float64.
+        scale: s, `(*samples, normalized_shape)`, where `samples` are the input's first dimensions. Dimensions of 1 may
+            stand for those in between, so `(B, 1, N)` and `(B, N)` both go with `(B, T, N)`.
+        shift: t, of the shape of `scale`.
+        normalized_shape: the last dimensions, normalised together.
+        weight: of the norm, `(normalized_shape)`, of any of these dtypes; None is 1.
+        bias: of the norm, `(normalized_shape)`, of any of these dtypes; None is 0.
+        eps: added to the variance.
+        activation: act, applied to the modulated value.
+        pre_activation: pre, applied to the input.
+
+    Returns:
+        The input's shape and dtype, contiguous.
+
+    Kept for backward:
+        Input, scale, shift, and two numbers a row.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: an activation is unknown.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, scale, shift = torch.randn(2, 8, 64), torch.randn(2, 64), torch.randn(2, 64)
+        >>> y = F.modulated_layer_norm(x, scale, shift, 64)
+        >>> normed = torch.nn.functional.layer_norm(x, (64,))
+        >>> torch.allclose(y, normed * (1 + scale[:, None]) + shift[:, None], atol=1e-5)
+        True
+
+    Source:
+        Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023.
     """
     return _modulated(input, scale, shift, normalized_shape, weight, bias, eps, True, pre_activation, activation)
 
@@ -191,7 +388,41 @@ def modulated_rms_norm(
     activation: Activation = "identity",
     pre_activation: Activation = "identity",
 ) -> Tensor:
-    """activation(RMSNorm(pre_activation(input)) * (1 + scale) + shift); see `modulated_layer_norm`."""
+    r"""RMSNorm whose result is scaled and shifted by sample, in one kernel a pass.
+
+    .. math::
+        y = \mathrm{act}\left(\mathrm{RMSNorm}(\mathrm{pre}(x)) \odot (1 + s) + t\right)
+
+    Args:
+        input: x, `(*samples, *, normalized_shape)`; float32, bfloat16, float16 or float64.
+        scale: s, `(*samples, normalized_shape)`; see `modulated_layer_norm`.
+        shift: t, of the shape of `scale`.
+        normalized_shape: the last dimensions, normalised together.
+        weight: of the norm, `(normalized_shape)`, of any of these dtypes; None is 1.
+        eps: added to the mean square; None is the epsilon of the type that is computed in.
+        activation: act, applied to the modulated value.
+        pre_activation: pre, applied to the input.
+
+    Returns:
+        The input's shape and dtype, contiguous.
+
+    Kept for backward:
+        Input, scale, shift, and one number a row.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: an activation is unknown.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, scale, shift = torch.randn(2, 8, 64), torch.randn(2, 1, 64), torch.randn(2, 1, 64)
+        >>> y = F.modulated_rms_norm(x, scale, shift, 64)
+        >>> torch.allclose(y, torch.nn.functional.rms_norm(x, (64,)) * (1 + scale) + shift, atol=1e-5)
+        True
+
+    Source:
+        The modulation: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023.
+    """
     eps = rms_eps(input, eps)
     return _modulated(input, scale, shift, normalized_shape, weight, None, eps, False, pre_activation, activation)
 

@@ -10,13 +10,30 @@ from .extras import extras, probability, recorded
 
 
 class BiasAct(nn.Module):
-    """dropout(activation(input + bias)), as one block, with the input's strides; see `functional.bias_act`.
+    r"""A bias, an activation and dropout, as one block, with the input's strides.
+
+    .. math::
+        y = \mathrm{dropout}(\mathrm{act}(x + b))
 
     Args:
-        num_features: the length of the input's last dimension.
+        num_features: N, the length of the input's last dimension.
         bias: whether there is one; it starts at zero.
-        activation: applied to the sum.
+        device, dtype: of the bias.
+        activation: act.
         dropout: the probability with which elements of the result are dropped in training.
+
+    Shape:
+        `(*, N)` to the same. Parameter: `bias`, `(N)`.
+
+    Kept for backward:
+        The input; for relu and leaky_relu the output instead, for the identity nothing; no dropout mask.
+
+    Example:
+        >>> block = ckpt_kernels.nn.BiasAct(64, activation="gelu", dropout=0.1)
+        >>> block(torch.randn(8, 64)).shape
+        torch.Size([8, 64])
+
+    Errors and source: `functional.bias_act`.
     """
 
     def __init__(

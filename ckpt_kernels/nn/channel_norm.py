@@ -1,6 +1,6 @@
 """Channel norms as modules: torch.nn's own, with an activation, and of batch norms a residual before it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,14 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class _BatchNorm:
+if TYPE_CHECKING:  # what the two below are mixed into
+    _OfBatchNorm = nn.modules.batchnorm._BatchNorm
+    _OfInstanceNorm = nn.modules.instancenorm._InstanceNorm
+else:
+    _OfBatchNorm = _OfInstanceNorm = object
+
+
+class _BatchNorm(_OfBatchNorm):
     """What the batch norms add to torch's, of which they are subclasses as well."""
 
     def __init__(self, *args: Any, activation: Activation = "identity", **kwargs: Any) -> None:
@@ -102,22 +109,112 @@ class _BatchNorm:
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` with `activation=`; `forward(input, residual=None)`. See `functional.batch_norm`."""
+    r"""`torch.nn.BatchNorm1d` with a residual and an activation, as one block: `forward(input, residual=None)`.
+
+    .. math::
+        y = \mathrm{act}(\mathrm{BatchNorm}(x) + r)
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch's, which may have more.
+        activation: act, applied to the sum.
+
+    Shape:
+        `(N, C)` or `(N, C, L)`, and the same of a residual; to the same. Parameters and buffers are torch's.
+
+    Kept for backward:
+        The input and five numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.BatchNorm1d(4, activation="relu")
+        >>> x, residual = torch.randn(8, 4), torch.randn(8, 4)
+        >>> y = norm(x, residual)
+        >>> torch.allclose(y, torch.relu(torch.nn.BatchNorm1d(4)(x) + residual), atol=1e-5)
+        True
+
+    Errors and source: `functional.batch_norm`; ValueError for an input of other dimensions.
+    """
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` with `activation=`; `forward(input, residual=None)`. See `functional.batch_norm`."""
+    r"""`torch.nn.BatchNorm2d` with a residual and an activation, as one block: `forward(input, residual=None)`.
+
+    .. math::
+        y = \mathrm{act}(\mathrm{BatchNorm}(x) + r)
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch's, which may have more.
+        activation: act, applied to the sum.
+
+    Shape:
+        `(N, C, H, W)`, and the same of a residual; to the same. Parameters and buffers are torch's.
+
+    Kept for backward:
+        The input and five numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.BatchNorm2d(4, activation="relu")
+        >>> x, residual = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+        >>> y = norm(x, residual)
+        >>> torch.allclose(y, torch.relu(torch.nn.BatchNorm2d(4)(x) + residual), atol=1e-5)
+        True
+
+    Errors and source: `functional.batch_norm`; ValueError for an input of other dimensions.
+    """
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` with `activation=`; `forward(input, residual=None)`. See `functional.batch_norm`."""
+    r"""`torch.nn.BatchNorm3d` with a residual and an activation, as one block: `forward(input, residual=None)`.
+
+    .. math::
+        y = \mathrm{act}(\mathrm{BatchNorm}(x) + r)
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch's, which may have more.
+        activation: act, applied to the sum.
+
+    Shape:
+        `(N, C, D, H, W)`, and the same of a residual; to the same. Parameters and buffers are torch's.
+
+    Kept for backward:
+        The input and five numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.BatchNorm3d(4, activation="relu")
+        >>> x, residual = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 4, 4, 4, 4)
+        >>> y = norm(x, residual)
+        >>> torch.allclose(y, torch.relu(torch.nn.BatchNorm3d(4)(x) + residual), atol=1e-5)
+        True
+
+    Errors and source: `functional.batch_norm`; ValueError for an input of other dimensions.
+    """
 
 
 class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` with `activation=`; `forward(input, residual=None)`. See `functional.batch_norm`.
+    r"""`torch.nn.SyncBatchNorm` with a residual and an activation: `forward(input, residual=None)`.
 
-    On the CPU as well as on GPUs, over any torch.distributed backend. Where no process group was set up, or in eval
-    mode, it is a batch norm.
+    .. math::
+        y = \mathrm{act}(\mathrm{BatchNorm}(x) + r)
+
+    The statistics of training are over the batches of all processes. On the CPU as well as on GPUs, over any
+    torch.distributed backend. Where no process group was set up, or in eval mode, the module is a batch norm.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as torch's, which may
+            have more.
+        activation: act, applied to the sum.
+
+    Shape:
+        `(N, C, *)`, and the same of a residual; to the same. Parameters and buffers are torch's.
+
+    Kept for backward:
+        The input and five numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.SyncBatchNorm(4, activation="relu")
+        >>> norm(torch.randn(2, 4, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+
+    Errors and source: `functional.batch_norm`; ValueError for an input of fewer than two dimensions.
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -131,7 +228,28 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """`torch.nn.GroupNorm` with `activation=`; see `functional.group_norm`."""
+    r"""`torch.nn.GroupNorm` with an activation, as one block.
+
+    .. math::
+        y = \mathrm{act}(\mathrm{GroupNorm}(x))
+
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype: as torch's, which may have more.
+        activation: act, applied to the normalised value.
+
+    Shape:
+        `(N, C, *)` to the same. Parameters, as torch's: `weight` and `bias`, `(C)`.
+
+    Kept for backward:
+        The input, two numbers a group and three a channel, of each sample.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.GroupNorm(2, 4, activation="silu")
+        >>> norm(torch.randn(2, 4, 8, 8)).shape
+        torch.Size([2, 4, 8, 8])
+
+    Errors and source: `functional.group_norm`.
+    """
 
     def __init__(self, *args: Any, activation: Activation = "identity", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -146,7 +264,7 @@ class GroupNorm(nn.GroupNorm):
         return super().extra_repr() + extras(activation=(self.activation, "identity"))
 
 
-class _InstanceNorm:
+class _InstanceNorm(_OfInstanceNorm):
     """What the instance norms add to torch's, of which they are subclasses as well."""
 
     def __init__(self, *args: Any, activation: Activation = "identity", **kwargs: Any) -> None:
@@ -166,12 +284,78 @@ class _InstanceNorm:
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    """`torch.nn.InstanceNorm1d` with `activation=`; see `functional.instance_norm`."""
+    r"""`torch.nn.InstanceNorm1d` with an activation, as one block.
+
+    .. math::
+        y = \mathrm{act}(\mathrm{InstanceNorm}(x))
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch's, which may have more.
+        activation: act, applied to the normalised value.
+
+    Shape:
+        `(N, C, L)`, or `(C, L)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
+
+    Kept for backward:
+        The input and five numbers for each channel of each sample.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.InstanceNorm1d(4, activation="relu")
+        >>> x = torch.randn(2, 4, 8)
+        >>> torch.allclose(norm(x), torch.relu(torch.nn.InstanceNorm1d(4)(x)), atol=1e-5)
+        True
+
+    Errors and source: `functional.instance_norm`.
+    """
 
 
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
-    """`torch.nn.InstanceNorm2d` with `activation=`; see `functional.instance_norm`."""
+    r"""`torch.nn.InstanceNorm2d` with an activation, as one block.
+
+    .. math::
+        y = \mathrm{act}(\mathrm{InstanceNorm}(x))
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch's, which may have more.
+        activation: act, applied to the normalised value.
+
+    Shape:
+        `(N, C, H, W)`, or `(C, H, W)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
+
+    Kept for backward:
+        The input and five numbers for each channel of each sample.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.InstanceNorm2d(4, activation="relu")
+        >>> x = torch.randn(2, 4, 8, 8)
+        >>> torch.allclose(norm(x), torch.relu(torch.nn.InstanceNorm2d(4)(x)), atol=1e-5)
+        True
+
+    Errors and source: `functional.instance_norm`.
+    """
 
 
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d` with `activation=`; see `functional.instance_norm`."""
+    r"""`torch.nn.InstanceNorm3d` with an activation, as one block.
+
+    .. math::
+        y = \mathrm{act}(\mathrm{InstanceNorm}(x))
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as torch's, which may have more.
+        activation: act, applied to the normalised value.
+
+    Shape:
+        `(N, C, D, H, W)`, or `(C, D, H, W)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
+
+    Kept for backward:
+        The input and five numbers for each channel of each sample.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.InstanceNorm3d(4, activation="relu")
+        >>> x = torch.randn(2, 4, 4, 4, 4)
+        >>> torch.allclose(norm(x), torch.relu(torch.nn.InstanceNorm3d(4)(x)), atol=1e-5)
+        True
+
+    Errors and source: `functional.instance_norm`.
+    """

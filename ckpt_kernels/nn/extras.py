@@ -1,5 +1,7 @@
 """What the modules share: settings checked, and settings told, and how torch.fx sees a module."""
 
+from typing import Any
+
 from torch import nn
 from torch.fx import Proxy, Tracer
 
@@ -15,7 +17,7 @@ def probability(dropout: float) -> float:
     return dropout
 
 
-def recorded(module: nn.Module, *inputs: object) -> Proxy | None:
+def recorded(module: nn.Module, *inputs: Any) -> Proxy | None:
     """The module's call as one node of the graph that torch.fx makes, as is a call of torch.nn's modules.
 
     So it follows the module's training mode and statistics, which functions of its parameters would not. None for the

@@ -10,15 +10,35 @@ from .extras import extras, recorded
 
 
 class GLU(nn.Module):
-    """activation(gate) * value, as one block; see `functional.packed_glu` and `functional.glu`.
+    r"""A gate and its product with a value, as one block.
 
-    `forward(input)` takes gate and value out of one tensor; as constructed by default it computes what
-    `torch.nn.GLU` does. `forward(gate, value)` takes them as two. The output's dimensions lie in memory as the input's.
+    .. math::
+        y = \mathrm{act}(g) \odot v
+
+    `forward(input)` takes gate and value out of one tensor; as constructed by default it computes what `torch.nn.GLU`
+    does. `forward(gate, value)` takes them as two. The output's dimensions lie in memory as the input's.
 
     Args:
         dim: the dimension that packs the two.
-        activation: applied to the gate.
+        activation: act, applied to the gate.
         layout: "value_first" as torch's, "gate_first" or "interleaved".
+
+    Shape:
+        `(*, 2 N, *)` to `(*, N, *)`; or twice any shape to the same.
+
+    Kept for backward:
+        Gate and value.
+
+    Example:
+        >>> swiglu = ckpt_kernels.nn.GLU(activation="silu", layout="gate_first")
+        >>> swiglu(torch.randn(8, 128)).shape
+        torch.Size([8, 64])
+        >>> x = torch.randn(8, 128)
+        >>> torch.allclose(ckpt_kernels.nn.GLU()(x), torch.nn.GLU()(x), atol=1e-6)
+        True
+
+    Errors and source: `functional.packed_glu` and `functional.glu`; IndexError for a `dim` that the input does not
+    have.
     """
 
     def __init__(self, dim: int = -1, *, activation: Activation = "sigmoid", layout: str = "value_first") -> None:

@@ -1,6 +1,7 @@
 """Blocks with the linear layers that read them, and MLPs, as modules."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,34 @@ from .row_norm import LayerNorm, RMSNorm
 
 
 class NormLinear(nn.Module):
-    """A norm, an activation, and one linear layer, or several, of the same; see `functional.norm_linear`.
+    r"""A norm, an activation, and one linear layer that reads the result, or several.
 
-    `forward(input)` returns a tensor, or a tuple where `out_features` is a sequence. Parameters: `norm`, and `linear`
-    or `linears.0`, `linears.1`, ...
+    .. math::
+        y_i = \mathrm{act}(\mathrm{norm}(x))\, W_i^\top + b_i
 
     Args:
         in_features: what is normalised, the input's last dimension.
-        out_features: of the linear layer, or of each of several.
+        out_features: of the linear layer, or a sequence of those of several.
         bias: whether the linear layers have one.
-        eps: None is the norm's default.
+        eps: of the norm; None is its default.
+        device, dtype: of all parameters.
         norm: "layer_norm" or "rms_norm".
-        activation: applied to the normalised input.
+        activation: act, applied to the normalised value.
         recompute: "block", "output" or "all".
+
+    Shape:
+        `(*, in_features)` to `(*, out_features)`, or to a tuple of such where `out_features` is a sequence. Parameters:
+        those of `norm`, and of `linear` or `linears.0`, `linears.1`, ...
+
+    Kept for backward:
+        The input and one or two numbers a row; at "block" also what the linear layers read.
+
+    Example:
+        >>> qkv = ckpt_kernels.nn.NormLinear(64, (64, 16, 16), norm="rms_norm", bias=False)
+        >>> [y.shape[-1] for y in qkv(torch.randn(8, 64))]
+        [64, 16, 16]
+
+    Errors and source: `functional.norm_linear`.
     """
 
     def __init__(
@@ -45,7 +61,8 @@ class NormLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = level_name(recompute)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm: LayerNorm | RMSNorm
         if norm_name(norm) == "layer_norm":
             self.norm = LayerNorm(in_features, 1e-5 if eps is None else eps, activation=activation, **factory)
         else:
@@ -61,12 +78,12 @@ class NormLinear(nn.Module):
         norm = self.norm
         centered = isinstance(norm, LayerNorm)
         single = hasattr(self, "linear")
-        linears = [self.linear] if single else list(self.linears)
+        linears: list[Any] = [self.linear] if single else list(self.linears)
         outputs = F.norm_linear(
             input,
             norm.normalized_shape,
             norm.weight,
-            norm.bias if centered else None,
+            norm.bias if isinstance(norm, LayerNorm) else None,
             [linear.weight for linear in linears],
             [linear.bias for linear in linears],
             norm.eps,
@@ -81,12 +98,29 @@ class NormLinear(nn.Module):
 
 
 class ActLinear(nn.Linear):
-    """An activation, dropout, and the linear layer that reads it; see `functional.act_linear`.
+    r"""An activation, dropout, and the linear layer that reads the result.
 
-    Args: as `torch.nn.Linear`'s, and
-        activation: applied to the input.
-        dropout: the probability with which what it gives is dropped in training.
+    .. math::
+        y = \mathrm{dropout}(\mathrm{act}(x))\, W^\top + b
+
+    Args:
+        in_features, out_features, bias, device, dtype: as `torch.nn.Linear`'s.
+        activation: act, applied to the input.
+        dropout: the probability with which elements of act(x) are dropped in training.
         recompute: "block", "output" or "all".
+
+    Shape:
+        `(*, in_features)` to `(*, out_features)`. Parameters, as `torch.nn.Linear`'s: `weight` and `bias`.
+
+    Kept for backward:
+        The input, and no dropout mask; at "block" also what the linear layer reads.
+
+    Example:
+        >>> layer = ckpt_kernels.nn.ActLinear(64, 32, activation="gelu")
+        >>> layer(torch.randn(8, 64)).shape
+        torch.Size([8, 32])
+
+    Errors and source: `functional.act_linear`.
     """
 
     def __init__(
@@ -126,14 +160,32 @@ class ActLinear(nn.Linear):
 
 
 class MLP(nn.Module):
-    """Linear, activation, dropout, Linear; see `functional.mlp`. Parameters: `fc1`, `fc2`.
+    r"""Linear, activation, dropout, linear.
+
+    .. math::
+        y = \mathrm{dropout}(\mathrm{act}(x W_1^\top + b_1))\, W_2^\top + b_2
 
     Args:
         in_features, hidden_features: of the first linear layer.
         out_features: of the second; None is `in_features`.
         bias: whether they have one.
-        activation, dropout: between them.
+        device, dtype: of all parameters.
+        activation, dropout: between the two.
         recompute: "block", "output" or "all".
+
+    Shape:
+        `(*, in_features)` to `(*, out_features)`. Parameters: those of `fc1` and `fc2`.
+
+    Kept for backward:
+        The input; but for "all" the first product; at "block" what the second product reads too.
+
+    Example:
+        >>> mlp = ckpt_kernels.nn.MLP(16, 64, recompute="all")
+        >>> x = torch.randn(8, 16, requires_grad=True)
+        >>> saved_bytes(mlp, x) == x.nbytes
+        True
+
+    Errors and source: `functional.mlp`.
     """
 
     def __init__(
@@ -177,19 +229,36 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Linear(activation(gate) * value), gate and value linear in the input; see `functional.gated_mlp`.
+    r"""Two products of the input, one of which gates the other, dropout, and a third product.
 
-    Parameters: `gate_proj`, `up_proj` (the value's) and `down_proj`, as in Llama; where packed `gate_up_proj` and
-    `down_proj`, as in Phi-3.
+    .. math::
+        y = \mathrm{dropout}(\mathrm{act}(x W_g^\top + b_g) \odot (x W_v^\top + b_v))\, W^\top + b
 
     Args:
         in_features, hidden_features: of the products of the input.
         out_features: of the last; None is `in_features`.
         bias: whether they have one.
-        activation: of the gate.
-        dropout: the probability with which what the last product reads is dropped in training.
-        packed: one weight for gate and value, in `layout`: "gate_first", "value_first" or "interleaved".
+        device, dtype: of all parameters.
+        activation: act, applied to the gate.
+        dropout: the probability with which elements that the last product reads are dropped in training.
+        packed: one weight for gate and value.
+        layout: of the packed weight: "gate_first", "value_first" or "interleaved".
         recompute: "block", "output" or "all".
+
+    Shape:
+        `(*, in_features)` to `(*, out_features)`. Parameters: those of `gate_proj`, `up_proj` (the value's) and
+        `down_proj`, as in Llama; where packed of `gate_up_proj` and `down_proj`, as in Phi-3.
+
+    Kept for backward:
+        The input; but for "all" gate and value; at "block" what the last product reads too.
+
+    Example:
+        >>> mlp = ckpt_kernels.nn.GatedMLP(16, 64)  # "output"
+        >>> x = torch.randn(8, 16, requires_grad=True)
+        >>> saved_bytes(mlp, x) == x.nbytes + 2 * 4 * 8 * 64
+        True
+
+    Errors and source: `functional.gated_mlp`.
     """
 
     def __init__(

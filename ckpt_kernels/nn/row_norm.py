@@ -12,11 +12,32 @@ from .extras import extras, probability, recorded
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` with an activation after and before it, as one block; see `functional.layer_norm`.
+    r"""`torch.nn.LayerNorm` with an activation after and before it, as one block.
 
-    Args: as torch's, and
-        activation: applied to the normalised output.
-        pre_activation: applied to the input.
+    .. math::
+        y = \mathrm{act}(\mathrm{LayerNorm}(\mathrm{pre}(x)))
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as torch's.
+        activation: act, applied to the normalised value.
+        pre_activation: pre, applied to the input.
+
+    Shape:
+        `(*, normalized_shape)` to the same. Parameters, as torch's: `weight` and `bias`, `(normalized_shape)`.
+
+    Kept for backward:
+        The input, and two numbers a row.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.LayerNorm(64, activation="gelu")
+        >>> norm
+        LayerNorm((64,), eps=1e-05, elementwise_affine=True, bias=True, activation='gelu')
+        >>> norm.load_state_dict(torch.nn.LayerNorm(64).state_dict())
+        <All keys matched successfully>
+        >>> norm(torch.randn(8, 64)).shape
+        torch.Size([8, 64])
+
+    Errors and source: `functional.layer_norm`.
     """
 
     def __init__(
@@ -55,12 +76,34 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` with an activation after and before it, as one block; see `functional.rms_norm`.
+    r"""`torch.nn.RMSNorm` with an activation after and before it, as one block.
 
-    Args: as torch's, and
-        activation, pre_activation: applied to the normalised output, and to the input.
-        weight_offset: added to the weight (1 for Gemma, whose weights then start at 0).
-        cast_before_weight: round the normalised value to the input's dtype first (Llama).
+    .. math::
+        y = \mathrm{act}\left(\frac{u}{\sqrt{\mathrm{mean}(u^2) + \epsilon}} \odot (o + w)\right),
+        \qquad u = \mathrm{pre}(x)
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as torch's.
+        activation: act, applied to the normalised value.
+        pre_activation: pre, applied to the input.
+        weight_offset: o, added to the weight (1 for Gemma, whose weights then start at 0).
+        cast_before_weight: round the normalised value to the input's dtype before the product (Llama).
+
+    Shape:
+        `(*, normalized_shape)` to the same. Parameter, as torch's: `weight`, `(normalized_shape)`.
+
+    Kept for backward:
+        The input, and one number a row.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.RMSNorm(64, eps=1e-6, weight_offset=1.0)  # as Gemma's
+        >>> norm.weight.abs().max().item()
+        0.0
+        >>> x = torch.randn(8, 64)
+        >>> torch.allclose(norm(x), torch.nn.RMSNorm(64, eps=1e-6)(x), atol=1e-5)
+        True
+
+    Errors and source: `functional.rms_norm`.
     """
 
     def __init__(
@@ -111,13 +154,30 @@ class RMSNorm(nn.RMSNorm):
 
 
 class AddLayerNorm(nn.LayerNorm):
-    """residual + dropout(input), and the norm of it, as one block; see `functional.add_layer_norm`.
+    r"""Dropout, residual add and LayerNorm, as one block: `forward(input, residual)` returns (y, r).
 
-    `forward(input, residual)` returns (output, residual_out).
+    .. math::
+        r = \mathrm{residual} + \mathrm{dropout}(x), \qquad y = \mathrm{act}(\mathrm{LayerNorm}(r))
 
-    Args: as `torch.nn.LayerNorm`'s, and
-        activation: applied to the normalised output.
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as `torch.nn.LayerNorm`'s.
+        activation: act, applied to the normalised value.
         dropout: the probability with which elements of the input are dropped in training.
+
+    Shape:
+        Twice `(*, normalized_shape)` to twice the same. Parameters: `weight` and `bias`, `(normalized_shape)`.
+
+    Kept for backward:
+        r, and two numbers a row; no dropout mask.
+
+    Example:
+        >>> add_norm = ckpt_kernels.nn.AddLayerNorm(64, dropout=0.1).eval()
+        >>> x, residual = torch.randn(8, 64), torch.randn(8, 64)
+        >>> y, r = add_norm(x, residual)
+        >>> torch.equal(r, residual + x)
+        True
+
+    Errors and source: `functional.add_layer_norm`.
     """
 
     def __init__(
@@ -156,10 +216,31 @@ class AddLayerNorm(nn.LayerNorm):
 
 
 class AddRMSNorm(RMSNorm):
-    """residual + dropout(input), and the RMS norm of it, as one block; see `functional.add_rms_norm`.
+    r"""Dropout, residual add and RMSNorm, as one block: `forward(input, residual)` returns (y, r).
 
-    `forward(input, residual)` returns (output, residual_out). Args: as `RMSNorm`'s, without `pre_activation`, and
+    .. math::
+        r = \mathrm{residual} + \mathrm{dropout}(x), \qquad y = \mathrm{act}(\mathrm{RMSNorm}(r))
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as `torch.nn.RMSNorm`'s.
+        activation: act, applied to the normalised value.
         dropout: the probability with which elements of the input are dropped in training.
+        weight_offset, cast_before_weight: as `RMSNorm`'s.
+
+    Shape:
+        Twice `(*, normalized_shape)` to twice the same. Parameter: `weight`, `(normalized_shape)`.
+
+    Kept for backward:
+        r, and one number a row; no dropout mask.
+
+    Example:
+        >>> add_norm = ckpt_kernels.nn.AddRMSNorm(64)
+        >>> x, residual = torch.randn(8, 64), torch.randn(8, 64)
+        >>> y, residual = add_norm(x, residual)
+        >>> y.shape, residual.shape
+        (torch.Size([8, 64]), torch.Size([8, 64]))
+
+    Errors and source: `functional.add_rms_norm`.
     """
 
     def __init__(
@@ -208,11 +289,29 @@ class AddRMSNorm(RMSNorm):
 
 
 class GatedRMSNorm(nn.RMSNorm):
-    """RMSNorm(input) * activation(gate), as one block; see `functional.gated_rms_norm`.
+    r"""RMSNorm and a gate, in either order, as one block: `forward(input, gate)`.
 
-    `forward(input, gate)`. Args: as `torch.nn.RMSNorm`'s, and
-        activation: applied to the gate.
-        norm_before_gate: False normalises input * activation(gate) instead.
+    .. math::
+        y = \mathrm{RMSNorm}(x) \odot \mathrm{act}(g)
+        \qquad\text{or}\qquad y = \mathrm{RMSNorm}(x \odot \mathrm{act}(g))
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as `torch.nn.RMSNorm`'s.
+        activation: act, applied to the gate.
+        norm_before_gate: True computes the first form, False the second.
+
+    Shape:
+        Twice `(*, normalized_shape)` to the same. Parameter: `weight`, `(normalized_shape)`.
+
+    Kept for backward:
+        Input, gate, and one number a row.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.GatedRMSNorm(64, norm_before_gate=False)
+        >>> norm(torch.randn(8, 64), torch.randn(8, 64)).shape
+        torch.Size([8, 64])
+
+    Errors and source: `functional.gated_rms_norm`.
     """
 
     def __init__(
@@ -250,9 +349,28 @@ class GatedRMSNorm(nn.RMSNorm):
 
 
 class ModulatedLayerNorm(LayerNorm):
-    """LayerNorm(input) * (1 + scale) + shift, as one block; see `functional.modulated_layer_norm`.
+    r"""LayerNorm whose result is scaled and shifted by sample, as one block: `forward(input, scale, shift)`.
 
-    `forward(input, scale, shift)`. Args: as `LayerNorm`'s.
+    .. math::
+        y = \mathrm{act}\left(\mathrm{LayerNorm}(\mathrm{pre}(x)) \odot (1 + s) + t\right)
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as `torch.nn.LayerNorm`'s.
+        activation, pre_activation: as `LayerNorm`'s.
+
+    Shape:
+        `(*samples, *, normalized_shape)` and twice `(*samples, normalized_shape)` to the first. Parameters: `weight`
+        and `bias`, `(normalized_shape)`.
+
+    Kept for backward:
+        Input, scale, shift, and two numbers a row.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.ModulatedLayerNorm(64, elementwise_affine=False)
+        >>> norm(torch.randn(2, 8, 64), torch.randn(2, 64), torch.randn(2, 64)).shape
+        torch.Size([2, 8, 64])
+
+    Errors and source: `functional.modulated_layer_norm`.
     """
 
     def forward(self, input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -272,10 +390,29 @@ class ModulatedLayerNorm(LayerNorm):
 
 
 class ModulatedRMSNorm(nn.RMSNorm):
-    """RMSNorm(input) * (1 + scale) + shift, as one block; see `functional.modulated_rms_norm`.
+    r"""RMSNorm whose result is scaled and shifted by sample, as one block: `forward(input, scale, shift)`.
 
-    `forward(input, scale, shift)`. Args: as `torch.nn.RMSNorm`'s, and
-        activation, pre_activation: applied to the modulated output, and to the input.
+    .. math::
+        y = \mathrm{act}\left(\mathrm{RMSNorm}(\mathrm{pre}(x)) \odot (1 + s) + t\right)
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as `torch.nn.RMSNorm`'s.
+        activation: act, applied to the modulated value.
+        pre_activation: pre, applied to the input.
+
+    Shape:
+        `(*samples, *, normalized_shape)` and twice `(*samples, normalized_shape)` to the first. Parameter: `weight`,
+        `(normalized_shape)`.
+
+    Kept for backward:
+        Input, scale, shift, and one number a row.
+
+    Example:
+        >>> norm = ckpt_kernels.nn.ModulatedRMSNorm(64)
+        >>> norm(torch.randn(2, 8, 64), torch.randn(2, 64), torch.randn(2, 64)).shape
+        torch.Size([2, 8, 64])
+
+    Errors and source: `functional.modulated_rms_norm`.
     """
 
     def __init__(

@@ -1,0 +1,25 @@
+"""The pictures of a folder of results, drawn again from the figures in it.
+
+python -m benchmarks.redraw benchmarks/results/cpu
+"""
+
+import json
+import pathlib
+import sys
+
+from . import layers, models, report
+
+
+def main() -> None:
+    folder = pathlib.Path(sys.argv[1])
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("results", "layers", "models")}
+    about = {name: measured["machine"] for name, measured in found.items()}
+    results = {name: measured["results"] for name, measured in found.items()}
+    report.draw(folder, about["results"], results["results"])
+    layers.draw(results["layers"], folder / "layers.png", about["layers"])
+    layers.draw_overview(results["layers"], folder / "overview.png", about["layers"])
+    models.draw(results["models"], folder / "models.png", about["models"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Entries of the reference are complete, and what the documentation shows runs."""
+
+import doctest
+import importlib
+import inspect
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt_kernels
+from benchmarks import llama_layer
+from ckpt_kernels import functional, memory, nn
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = (
+    "activations",
+    "backends",
+    "check",
+    "convert",
+    "convert.swap",
+    "functional.bias_act",
+    "functional.channel_norm",
+    "functional.glu",
+    "functional.linear",
+    "functional.row_norm",
+    "memory",
+    "nn.bias_act",
+    "nn.channel_norm",
+    "nn.glu",
+    "nn.linear",
+    "nn.row_norm",
+    "recompute",
+)
+FUNCTION = ("Args", "Returns", "Kept for backward", "Raises", "Example", "Source")
+MODULE = ("Args", "Shape", "Kept for backward", "Example")
+# The pages whose blocks of Python are one program each.
+PAGES = ("README.md", "docs/index.md", "docs/tutorial.md")
+
+
+def section(entry: str, title: str) -> str:
+    """What stands below a title; empty where there is no such title."""
+    found = re.search(rf"^{title}:\n((?:    .*\n?|\n)*)", entry, re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def missing(entry: str, titles: tuple[str, ...]) -> list[str]:
+    """What an entry lacks, of these sections and of a formula."""
+    lacks = [title for title in titles if not section(entry, title)]
+    return lacks if ".. math::\n    " in entry else ["formula", *lacks]
+
+
+def arguments(entry: str) -> list[str]:
+    """The names that stand below "Args"."""
+    lines = re.findall(r"^ {4}(\w[\w, ]*): ", "    " + section(entry, "Args"), re.MULTILINE)
+    return [name for line in lines for name in line.split(", ")]
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    found = inspect.signature(function).parameters.values()
+    return [p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_a_function_says_all_of_itself(name: str) -> None:
+    function = getattr(functional, name)
+    entry = inspect.getdoc(function)
+    assert missing(entry, FUNCTION) == []
+    assert arguments(entry) == parameters(function)
+
+
+@pytest.mark.parametrize("name", nn.__all__)
+def test_a_module_says_all_of_itself(name: str) -> None:
+    module = getattr(nn, name)
+    entry = inspect.getdoc(module)
+    assert missing(entry, MODULE) == []
+    # The batch norms and their like hand all but the activation to torch's own, whose arguments differ by version.
+    taken = {name for kind in module.__mro__[:-1] if kind is not torch.nn.Module for name in parameters(kind)}
+    assert set(parameters(module)) <= set(arguments(entry)) <= taken
+    called = re.findall(r"`functional\.(\w+)`", entry.rpartition("Errors and source:")[2])
+    assert called and set(called) <= set(functional.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name: str) -> None:
+    torch.manual_seed(0)
+    given = {"torch": torch, "ckpt_kernels": ckpt_kernels, "F": functional, "saved_bytes": memory.saved_bytes}
+    result = doctest.testmod(importlib.import_module(f"ckpt_kernels.{name}"), extraglobs=given)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks of Python, one after the other as one program."""
+    pytest.importorskip("triton")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    # What README's `convert` is called with.
+    model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    names = {"__name__": "page", "model": model, "batch": torch.randn(8, 64)}
+    text = (ROOT / page).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert blocks
+    for block in blocks:
+        # At its own line, where Triton looks for the source of a kernel.
+        before = "\n" * (text[: block.start()].count("\n") + 1)
+        exec(compile(before + block[1], str(ROOT / page), "exec"), names)
+
+
+def test_the_drawing_of_a_llama_layer_says_what_is_kept() -> None:
+    llama_layer.check()
