@@ -232,7 +232,7 @@ BAD = {
         "expected more than 1 value per channel",
     ),
     "one value in space": (lambda: F.instance_norm(X[:, :, :1]), ValueError, "expected more than 1 element in space"),
-    "no statistics in eval": (lambda: F.batch_norm(X, None, W), RuntimeError, "running_mean or running_var is None"),
+    "no statistics in eval": (lambda: F.batch_norm(X, None, None), RuntimeError, "running_mean or running_var is None"),
     "groups": (lambda: F.group_norm(X, 4), RuntimeError, "num_groups is 4; expected a divisor of the channels"),
     "no groups": (lambda: F.group_norm(X, 0), RuntimeError, "num_groups is 0"),
     "activation": (lambda: F.group_norm(X, 2, activation="swish"), ValueError, "activation is 'swish'"),
