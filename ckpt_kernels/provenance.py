@@ -50,6 +50,8 @@ class Source(Protocol):
 
     def exchange(self, own: Cell, step: Step) -> None: ...
 
+    def is_as_used(self, bias: nn.Parameter) -> bool: ...
+
 
 class Trace:
     """One look at the graph behind a tensor.

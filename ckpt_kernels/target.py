@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def built(target: str) -> tuple[nn.Module, Inputs]:
     model, inputs = found
     if not isinstance(model, nn.Module):
         raise BadTarget(f"{target}() gives a {type(model).__name__} for its model; {EXPECTED}")
-    if any(isinstance(tensor, UninitializedTensorMixin) for tensor in (*model.parameters(), *model.buffers())):
+    if any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in (*model.parameters(), *model.buffers())):
         raise BadTarget(f"{target}() gives a model with lazy parameters; call the model once on its inputs before")
     if isinstance(inputs, Mapping):
         return model, inputs

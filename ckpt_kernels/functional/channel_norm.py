@@ -90,9 +90,9 @@ def batch_norm(
         if residual is not None:
             check_like(residual, "residual", input)
             residual = residual.view(0, 0)
-        options: dict[str, Any] = {"activation": activation, "residual": residual, "process_group": process_group}
+        named: dict[str, Any] = {"activation": activation, "residual": residual, "process_group": process_group}
         rest = (running_mean, running_var, weight, bias, training, momentum, eps)
-        return batch_norm(input.view(0, 0), *rest, **options).view(0)
+        return batch_norm(input.view(0, 0), *rest, **named).view(0)
     check_channels(input, weight, bias)
     if residual is not None:
         check_like(residual, "residual", input)
