@@ -46,7 +46,8 @@ def built(target: str) -> tuple[nn.Module, Inputs]:
     model, inputs = found
     if not isinstance(model, nn.Module):
         raise BadTarget(f"{target}() gives a {type(model).__name__} for its model; {EXPECTED}")
-    if any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in (*model.parameters(), *model.buffers())):
+    lazy = UninitializedParameter | UninitializedBuffer
+    if any(isinstance(tensor, lazy) for tensor in (*model.parameters(), *model.buffers())):
         raise BadTarget(f"{target}() gives a model with lazy parameters; call the model once on its inputs before")
     if isinstance(inputs, Mapping):
         return model, inputs
