@@ -73,11 +73,11 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
     if isinstance(activation, str):
         if activation in CODES:
             return activation
-    elif isinstance(activation, nn.GELU) and activation.approximate in _GELUS:
+    elif isinstance(activation, nn.GELU) and type(activation.approximate) is str and activation.approximate in _GELUS:
         return _GELUS[activation.approximate]
     elif type(activation) in _MODULES:
         name, settings = _MODULES[type(activation)]
-        if all(getattr(activation, key) == value for key, value in settings.items()):
+        if all(_is_same(getattr(activation, key), value) for key, value in settings.items()):
             return name
     elif callable(activation) and activation in FUNCTIONS:
         return FUNCTIONS[activation]
@@ -85,3 +85,8 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
         f"{argument} is {activation!r}; expected one of {', '.join(NAMES)}, "
         "or the torch module or function, at its default settings, that means the same"
     )
+
+
+def _is_same(setting: object, number: object) -> bool:
+    """Whether a setting is that number, and nothing like a tensor."""
+    return type(setting) in (int, float) and setting == number

@@ -2,17 +2,22 @@
 ours for `F.layer_norm`. Each takes theirs' own arguments, and calls theirs for what ours does not take."""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as theirs
+import torch.nn.functional
 from torch import Tensor, nn
 
 from .. import functional as ours
 from .norms import lies_as_a_map
-from .operands import as_plain, is_called_plainly, is_operand
+from .operands import as_plain, is_called_plainly, is_operand, is_ordinary
 from .pointwise import ActivationRule
+
+
+# As they were when this package was imported, whatever is in their place now.
+theirs = types.SimpleNamespace(**vars(torch.nn.functional))
 
 
 def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -40,7 +45,7 @@ def exchanged_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any],
 
 
 def _are_operands(*tensors: Any) -> bool:
-    return all(tensor is None or is_operand(tensor) for tensor in tensors)
+    return all(tensor is None or is_ordinary(tensor) for tensor in tensors)
 
 
 @functools.wraps(theirs.layer_norm)

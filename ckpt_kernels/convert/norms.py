@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
-from .operands import is_operand
+from .operands import is_ordinary
 from .reached import Code, Settings, is_as_tried
 from .rule import Unary
 
@@ -174,7 +174,7 @@ class RowNorm(Norm):
 def are_coefficients(input: Tensor, *coefficients: Tensor | None) -> bool:
     """Whether torch's norms take these beside the input: of its dtype, or of float32 beside 16 bits."""
     given = [coefficient for coefficient in coefficients if coefficient is not None]
-    if not all(map(is_operand, given)) or len({coefficient.dtype for coefficient in given}) > 1:
+    if not all(map(is_ordinary, given)) or len({coefficient.dtype for coefficient in given}) > 1:
         return False
     narrow = input.dtype.itemsize < 4
     return all(c.dtype == input.dtype or (narrow and c.dtype == torch.float32) for c in given)

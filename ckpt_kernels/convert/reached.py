@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .called import is_a, is_torchs
+
 Settings = tuple[tuple[str, Any], ...]
 # What holds something, a dict or an object; under which name; and what.
 Found = tuple[Any, str, Any]
@@ -261,4 +263,5 @@ def _is_constant(value: Any) -> bool:
 
 def _is_torchs(function: Any) -> bool:
     named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
-    return callable(function) and str(named).partition(".")[0] in ("torch", "math")
+    in_its_files = not is_a(function, types.FunctionType) or is_torchs(function)
+    return callable(function) and in_its_files and str(named).partition(".")[0] in ("torch", "math")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .called import functions_of
+from .loads import is_set, modules_of
 from .remembering import remembered
 from .source import NoSource, definition_of
 
@@ -29,8 +30,8 @@ _IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "f
 
 def writer_in(model: nn.Module) -> str:
     """The first method of the model that may write to a tensor of somebody else's; "" if there is none."""
-    for module in model.modules():
-        if module.__dict__.get("inplace"):
+    for module in modules_of(model):
+        if is_set(module, "inplace"):
             return f"{type(module).__name__} (inplace=True)"
         found = _writer_of(type(module))
         if found:
