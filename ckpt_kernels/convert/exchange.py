@@ -15,7 +15,6 @@ from .norms import lies_as_a_map
 from .operands import as_plain, is_called_plainly, is_operand, is_ordinary
 from .pointwise import ActivationRule
 
-
 # As they were when this package was imported, whatever is in their place now.
 theirs = types.SimpleNamespace(**vars(torch.nn.functional))
 

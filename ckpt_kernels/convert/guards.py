@@ -15,6 +15,7 @@ from .operands import is_called_plainly, is_ordinary
 from .swap import original_of, rule_in_force
 
 _F_DROPOUT = nn.functional.dropout
+CHUNK = torch.chunk
 _DICTS = (dict, OrderedDict)
 _FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
 # None, which no code is, where somebody has put another forward in torch's place.

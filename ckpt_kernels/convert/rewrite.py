@@ -18,7 +18,8 @@ from torch import nn
 
 from . import sites, templates
 from .exchange import EXCHANGES, exchanged, exchanged_module
-from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
+from .flow import CLOSED, LONGEST, Block, blocks, run_of
+from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Part, Reader, settled
@@ -106,18 +107,21 @@ class _Writer:
             if not isinstance(last, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) or last.value is None:
                 continue
             for begin in range(max(0, end - LONGEST + 1), end):
-                run = run_of(self.tree, block, begin, end, self.scope.fast)
+                run = run_of(self.tree, block, begin, end, self.scope.fast, self._halves)
                 if run is None:
                     continue
                 first = block.statements[begin].value
                 for root in _parts(last.value):
-                    if not comes_first(last.value, root, self.reader.is_plain):
+                    if not comes_first(last, root, self.reader.is_plain):
                         continue
                     match = next(matches(self.reader, root, run, first), None)
                     if match is not None:
                         run_statements = block.statements[begin : end + 1]
                         yield _rank(match), begin, end, lambda m=match, s=run_statements: self._run(m, s)
             yield from self._sums(block, end, last)
+
+    def _halves(self, function: ast.expr) -> bool:
+        return self.reader.part(function).kind == "halves"
 
     def _sums(self, block: Block, end: int, last: ast.stmt) -> Iterator[tuple[int, int, int, Any]]:
         """A sum that is given a name, and the norm of it in a later statement; between them other names for it."""
@@ -140,7 +144,7 @@ class _Writer:
             if names & self.written:
                 continue
             total = block.statements[begin].value
-            if not comes_first(last.value, root, self.reader.is_plain):
+            if not comes_first(last, root, self.reader.is_plain):
                 continue
             for attempt in attempts(self.reader, total, None, sites.add_norm, _SUMS):
                 attempt.operands.append(Operand("norm", root.func))
