@@ -11,7 +11,7 @@ import torch.nn.functional
 from torch import Tensor, nn
 
 from .. import functional as ours
-from .norms import lies_as_a_map
+from .norms import are_moved, lies_as_a_map
 from .operands import as_plain, is_called_plainly, is_operand, is_ordinary
 from .pointwise import ActivationRule
 
@@ -92,7 +92,9 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     statistics = (running_mean, running_var)
     fits = is_operand(input) and _are_operands(weight, bias, *statistics) and input.dim() > 1
     fits = fits and _same_dtype(input, weight, bias) and type(training) is bool and type(momentum) in (float, int)
-    fits = fits and (training or None not in statistics) and input.numel() > input.shape[1]
+    fits = fits and (training or running_mean is not None) and input.numel() > input.shape[1]
+    fits = fits and (running_mean is None) == (running_var is None) and _same_dtype(input, *statistics)
+    fits = fits and (running_mean is None or are_moved(running_mean, running_var, input.shape[1]))
     function = ours.batch_norm if fits else theirs.batch_norm
     return function(input, *statistics, weight, bias, training, momentum, eps)
 
