@@ -95,6 +95,8 @@ def _text(value: Any) -> str:
 
 
 def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]) -> Code:
+    if has_finalizer(kind):
+        return _never_the_same(kind, settings, parameters)
     made = object.__new__(kind)
     made.__dict__.update(nn.Module().__dict__ | dict(settings))
     made.__dict__["_parameters"] = dict.fromkeys(parameters)
@@ -102,7 +104,16 @@ def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, .
         found = read(made)[1]
         if found.text() == text:
             return found
-    return Code((kind, settings, parameters), [({}, "", None)])  # what is never the same
+    return _never_the_same(kind, settings, parameters)
+
+
+def _never_the_same(*module: Any) -> Code:
+    return Code(module, [({}, "", None)])
+
+
+def has_finalizer(kind: type) -> bool:
+    """Whether something runs at the end of an object of that class, whoever made it."""
+    return hasattr(kind, "__del__")
 
 
 def read(module: nn.Module) -> tuple[Settings, Code]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from . import sites, templates
+from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, run_of
 from .order import comes_first
@@ -33,6 +34,7 @@ _RESULTS = f"{_PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # A function that looks at its own frame sees what it is made of.
 _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
+_LOOKS_OUT = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
 _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
 
 # The sum in a norm of one.
@@ -52,7 +54,16 @@ def may_be_rewritten(function: types.FunctionType) -> bool:
     names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
     if any(name.startswith(_PREFIX) for name in names):
         return False
-    return not (_LOOKS & names or code.co_flags & _PLAIN_FLAGS)
+    called = (function.__globals__.get(name) for name in code.co_names)
+    return not (_LOOKS & names or code.co_flags & _PLAIN_FLAGS or any(map(_looks_out, called)))
+
+
+def _looks_out(function: Any) -> bool:
+    """Whether a function looks at the frame that calls it."""
+    if not is_a(function, types.FunctionType) or is_torchs(function):
+        return False
+    names = names_in(function.__code__)
+    return bool(_LOOKS_OUT & names) or {"inspect", "stack"} <= names
 
 
 def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
