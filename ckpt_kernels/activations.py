@@ -70,6 +70,17 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
 
     Raises ValueError, naming `argument`, for anything else, a module with settings of its own included.
     """
+    name = name_of(activation)
+    if name is not None:
+        return name
+    raise ValueError(
+        f"{argument} is {activation!r}; expected one of {', '.join(NAMES)}, "
+        "or the torch module or function, at its default settings, that means the same"
+    )
+
+
+def name_of(activation: object) -> str | None:
+    """The same, None for anything else, of which nothing is asked."""
     if isinstance(activation, str):
         if activation in CODES:
             return activation
@@ -81,10 +92,7 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
             return name
     elif callable(activation) and activation in FUNCTIONS:
         return FUNCTIONS[activation]
-    raise ValueError(
-        f"{argument} is {activation!r}; expected one of {', '.join(NAMES)}, "
-        "or the torch module or function, at its default settings, that means the same"
-    )
+    return None
 
 
 def _is_same(setting: object, number: object) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..activations import FUNCTIONS, NAMES, activation_name
+from ..activations import FUNCTIONS, NAMES, name_of
 from ..backends.reference import ACTIVATIONS
 from .called import is_as_torch_wrote_it
 from .loads import has_children, is_set, loads_plainly, tensors_of
@@ -123,10 +123,7 @@ def activation_of(act: Any, made: bool = False) -> str | None:
         return rule.name if rule.holds(act) and not is_patched(type(act)) else None
     if rule is not None or not _is_torchs(act):
         return None
-    try:
-        return activation_name(act)
-    except ValueError:
-        return None
+    return name_of(act)
 
 
 def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
@@ -139,9 +136,8 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
 
 def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
     if _is_torchs(module):
-        try:
-            name = activation_name(module)
-        except ValueError:
+        name = name_of(module)
+        if name is None:
             return None, (), None, True
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
         return name, tuple(sorted(plain.items())), None, True
