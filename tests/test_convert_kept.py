@@ -260,6 +260,41 @@ def test_a_subclass_of_tensor_with_methods_of_its_own() -> None:
     torch.testing.assert_close(converted(rows().as_subclass(Reversed)), model(rows().as_subclass(Reversed)))
 
 
+def clone(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+class InFloat32(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * h.to(x.dtype)
+
+
+class WritesToItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(WIDTH, WIDTH), InFloat32()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n = self.norm(x)
+        y = clone(x)
+        y += 1
+        return n + y
+
+
+def test_a_function_that_bears_the_name_of_one_that_makes_a_tensor() -> None:
+    model, converted = twins(lambda: WritesToItsInput().to(torch.bfloat16))
+    assert by(ckpt_kernels.convert(converted), "norm")
+    input = rows().to(torch.bfloat16)
+    assert close(run(converted, input), run(model, input), 0.02)
+
+
 # Functions in the place of torch's
 
 
