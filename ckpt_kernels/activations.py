@@ -83,18 +83,31 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
         >>> activation_name(torch.nn.GELU(approximate="tanh"))
         'gelu_tanh'
     """
-    if isinstance(activation, str):
-        if activation in CODES:
-            return activation
-    elif isinstance(activation, nn.GELU) and activation.approximate in _GELUS:
-        return _GELUS[activation.approximate]
-    elif isinstance(activation, nn.Module) and type(activation) in _MODULES:
-        name, settings = _MODULES[type(activation)]
-        if all(getattr(activation, key) == value for key, value in settings.items()):
-            return name
-    elif callable(activation) and activation in FUNCTIONS:
-        return FUNCTIONS[activation]
+    name = name_of(activation)
+    if name is not None:
+        return name
     raise ValueError(
         f"{argument} is {activation!r}; expected one of {', '.join(NAMES)}, "
         "or the torch module or function, at its default settings, that means the same"
     )
+
+
+def name_of(activation: object) -> str | None:
+    """The same, None for anything else, of which nothing is asked."""
+    if isinstance(activation, str):
+        if activation in CODES:
+            return activation
+    elif isinstance(activation, nn.GELU) and type(activation.approximate) is str and activation.approximate in _GELUS:
+        return _GELUS[activation.approximate]
+    elif isinstance(activation, nn.Module) and type(activation) in _MODULES:
+        name, settings = _MODULES[type(activation)]
+        if all(_is_same(getattr(activation, key), value) for key, value in settings.items()):
+            return name
+    elif callable(activation) and activation in FUNCTIONS:
+        return FUNCTIONS[activation]
+    return None
+
+
+def _is_same(setting: object, number: object) -> bool:
+    """Whether a setting is that number, and nothing like a tensor."""
+    return type(setting) in (int, float) and setting == number

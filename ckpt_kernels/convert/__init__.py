@@ -24,6 +24,7 @@ from ..memory import kept_bytes
 from .around import Around, discarding, discarding_products, selecting
 from .called import uses_transforms
 from .chain import chain_of
+from .loads import is_set, modules_of, named_modules, tensors_of
 from .methods import looks_like_mlp, written_of
 from .norm_trials import norm_of
 from .norms import RowNorm
@@ -113,13 +114,13 @@ def revert(model: nn.Module) -> None:
         >>> type(model[0]) is torch.nn.LayerNorm
         True
     """
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if is_wrapped(module):
             raise RuntimeError(
                 f"{name or 'the model'} was converted and has become {type(module).__name__} since; "
                 "expected that to be undone before it is reverted or converted again"
             )
-    for module in model.modules():
+    for module in modules_of(model):
         if is_converted(module):
             swap_back(module)
 
@@ -135,7 +136,7 @@ class _Conversion:
         self.writer = writer_in(model)
 
     def run(self) -> Report:
-        named = {module: name for name, module in self.model.named_modules()}
+        named = {module: name for name, module in named_modules(self.model)}
         lets_go = self.recompute != "block" and not any(map(uses_transforms, named))
         for module, name in named.items():
             self._convert_leaf(name, module)
@@ -207,11 +208,11 @@ class _Conversion:
         """The modules whose forward lets go of outputs: the model, and the members of its lists of layers, which may
         be checkpointed or called one by one."""
         found: dict[nn.Module, None] = {self.model: None}
-        for parent in self.model.modules():
+        for parent in modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
                 found.update((layer, None) for layer in parent._modules.values() if layer is not None)
         for module in found:
-            covered = self.selection.covers(module) or any(m in self.rules for m in module.modules())
+            covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
             if covered and may_be_swapped(module) and _has_forward(module):
                 yield module
 
@@ -220,7 +221,7 @@ class _Conversion:
         if rule is not None:
             swap_back(module)
         around: tuple[Around, ...] = (discarding_products if self.recompute == "all" else discarding,)
-        if module is not self.model and not any(map(_writes, module.modules())):
+        if module is not self.model and not any(map(_writes, modules_of(module))):
             around += (selecting,)
         # A class that cannot be subclassed has no rule either: nothing is undone then.
         with contextlib.suppress(NotSwapped):
@@ -229,7 +230,7 @@ class _Conversion:
 
 def _backend_of(model: nn.Module) -> str:
     """The backend that serves the model's device; on a device that none of ours is for, torch's own code does."""
-    device = next((t.device.type for t in (*model.parameters(), *model.buffers())), "cpu")
+    device = next((t.device.type for t in tensors_of(model, buffers=True)), "cpu")
     return backends.selected_name(device) if device in ("cpu", "cuda") else "reference"
 
 
@@ -239,4 +240,4 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _writes(module: nn.Module) -> bool:
     """Whether it writes to what it was given, or to its own buffers, which must not happen twice."""
-    return bool(module.__dict__.get("inplace") or module.__dict__.get("track_running_stats"))
+    return is_set(module, "inplace") or is_set(module, "track_running_stats")

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..recompute import discard_outputs, selective_contexts
 from ..recompute import discarding as discarding_now
 from .called import leads_to_transforms
+from .loads import is_set
 from .rule import Forward
 
 # Called with a forward, the module, and the forward's arguments.
@@ -57,8 +58,6 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
     if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
     # A cache, say, that the forward writes to cannot pass into the checkpoint. One of the model's own is enough.
-    if module.__dict__.get("gradient_checkpointing") or not all(
-        isinstance(a, _PASSES) for a in (*args, *kwargs.values())
-    ):
+    if is_set(module, "gradient_checkpointing") or not all(isinstance(a, _PASSES) for a in (*args, *kwargs.values())):
         return forward(module, *args, **kwargs)
     return checkpoint(forward, module, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)

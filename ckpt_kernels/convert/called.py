@@ -5,6 +5,7 @@ import dis
 import functools
 import inspect
 import itertools
+import os
 import sys
 import types
 import weakref
@@ -16,6 +17,9 @@ from torch import nn
 
 from .remembering import remembered
 from .source import NoSource, definition_of, layers_of
+
+# Where torch's files are.
+_HOME = os.path.join(os.path.dirname(torch.__file__), "")
 
 
 @remembered
@@ -207,7 +211,12 @@ def _is_file_of_torchs(module: str, file: str) -> bool:
 
 
 def is_torchs(value: Any) -> bool:
-    """Whether a module or a function is torch's own, or built into Python."""
+    """Whether a module or a function is torch's own, or built into Python.
+
+    What wraps a function of torch's bears its name, but does not stand in torch's files.
+    """
+    if is_a(value, types.FunctionType) and not value.__code__.co_filename.startswith(_HOME):
+        return False
     name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__ or ""
     return name.partition(".")[0] in ("torch", "builtins")
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from . import sites
+from .called import is_as_torch_wrote_it
 from .methods import part_of
 from .pointwise import KEPT_BY_OUTPUT
 from .reading import Part
@@ -29,7 +30,8 @@ def _chains() -> Iterator[tuple[Pattern, tuple[str, ...]]]:
 
 # Longer ones first.
 _PATTERNS = tuple(sorted(_chains(), key=lambda chain: -len(chain[1])))
-_SEQUENTIAL = nn.Sequential.forward
+_SEQUENTIAL, _ITER = nn.Sequential.forward, nn.Sequential.__iter__
+_ARE_TORCHS = is_as_torch_wrote_it(_SEQUENTIAL) and is_as_torch_wrote_it(_ITER)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class Chain(Rule):
         return {"forward": lambda module, input: self._forward(original, module, input, made)}
 
     def _forward(
-        self, original: type[nn.Module], module: nn.Module, input: Any, made: Mapping[int, Callable[..., list[Any]]]
+        self, original: Any, module: nn.Module, input: Any, made: Mapping[int, Callable[..., list[Any]]]
     ) -> Any:
         modules: list[Any] = list(module._modules.values())
-        if len(modules) != self.length:
+        if len(modules) != self.length or original.__iter__ is not _ITER:
             return original.forward(module, input)
         for place, several in _steps(modules, self.places):
             results = [False]
@@ -74,7 +76,7 @@ class Chain(Rule):
 def chain_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> Chain | None:
     """What can be computed by one call in a sequence."""
     kind: Any = type(module)
-    if kind.forward is not _SEQUENTIAL or kind.__iter__ is not nn.Sequential.__iter__:
+    if not _ARE_TORCHS or kind.forward is not _SEQUENTIAL or kind.__iter__ is not _ITER:
         return None
     parts = [part_of(child, may_touch) for child in module._modules.values()]
     places: list[int] = []

@@ -2,17 +2,21 @@
 ours for `F.layer_norm`. Each takes theirs' own arguments, and calls theirs for what ours does not take."""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as theirs
+import torch.nn.functional
 from torch import Tensor, nn
 
 from .. import functional as ours
-from .norms import lies_as_a_map
-from .operands import as_plain, is_called_plainly, is_operand
+from .norms import are_moved, lies_as_a_map
+from .operands import as_plain, is_called_plainly, is_operand, is_ordinary
 from .pointwise import ActivationRule
+
+# As they were when this package was imported, whatever is in their place now.
+theirs = types.SimpleNamespace(**vars(torch.nn.functional))
 
 
 def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:
@@ -40,7 +44,7 @@ def exchanged_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any],
 
 
 def _are_operands(*tensors: Any) -> bool:
-    return all(tensor is None or is_operand(tensor) for tensor in tensors)
+    return all(tensor is None or is_ordinary(tensor) for tensor in tensors)
 
 
 # Their arguments are whatever torch's functions are given, and have no types: each says when ours compute.
@@ -100,7 +104,9 @@ def _batch_norm(
     statistics = (running_mean, running_var)
     fits = is_operand(input) and _are_operands(weight, bias, *statistics) and input.dim() > 1
     fits = fits and _same_dtype(input, weight, bias) and type(training) is bool and type(momentum) in (float, int)
-    fits = fits and (training or None not in statistics) and input.numel() > input.shape[1]
+    fits = fits and (training or running_mean is not None) and input.numel() > input.shape[1]
+    fits = fits and (running_mean is None) == (running_var is None) and _same_dtype(input, *statistics)
+    fits = fits and (running_mean is None or are_moved(running_mean, running_var, input.shape[1]))
     function = ours.batch_norm if fits else theirs.batch_norm
     return function(input, *statistics, weight, bias, training, momentum, eps)
 

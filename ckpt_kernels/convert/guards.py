@@ -1,55 +1,70 @@
 """What the modules and tensors at a site are: known, called plainly, fitting. Everything else is None, or False."""
 
+import sys
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .called import is_as_torch_wrote_it
+from .loads import is_left_to_modules
 from .norms import Norm
 from .operands import is_called_plainly, is_ordinary
 from .swap import original_of, rule_in_force
 
 _F_DROPOUT = nn.functional.dropout
+CHUNK = torch.chunk
+_DICTS = (dict, OrderedDict)
+_CONV1D = "transformers.pytorch_utils"
+_FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
+# None, which no code is, where somebody has put another forward in torch's place.
+_CODE, _DROPOUT_CODE = (f.__code__ if is_as_torch_wrote_it(f) else None for f in (_FORWARD, _DROPOUT))
 
 
 def is_linear(module: Any) -> bool:
-    """Whether it computes what `torch.nn.Linear` does, or the same with its weight transposed (GPT-2's Conv1D)."""
+    """Whether it computes what `torch.nn.Linear` does, or the same with its weight transposed (GPT-2's Conv1D): by
+    the code that its forward is.
+
+    A class that computes its weight at each load, as those of parametrized modules do, is none.
+    """
     if isinstance(module, nn.Linear):
         kind = type(module)
-        own = kind.forward is nn.Linear.forward and is_as_torch_wrote_it(nn.Linear.forward)
-        return own and not _computes_its_weight(kind)
-    return isinstance(module, nn.Module) and _transposed(module)
+        own = kind.forward is _FORWARD and _FORWARD.__code__ is _CODE
+        return own and is_left_to_modules(kind, "weight", "bias")
+    return isinstance(module, nn.Module) and _is_transposed(module)
 
 
-def _computes_its_weight(kind: type[nn.Module]) -> bool:
-    """At each load, as classes of parametrized modules do."""
-    if kind is nn.Linear:
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether its forward is that of transformers' Conv1D, and what transformers' file has there."""
+    kind: Any = type(module)
+    forward = kind.forward
+    code = getattr(forward, "__code__", None)
+    if code is None or forward.__qualname__ != "Conv1D.forward" or forward.__module__ != _CONV1D:
         return False
-    own = kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is nn.Module.__getattribute__
-    return not own or hasattr(kind, "weight") or hasattr(kind, "bias")
-
-
-def _transposed(module: nn.Module) -> bool:
-    if type(module).__module__ != "transformers.pytorch_utils" or type(module).__name__ != "Conv1D":
-        return False
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    shape = getattr(module, "nx", None), getattr(module, "nf", None)
-    return weight is not None and bias is not None and tuple(weight.shape) == shape and bias.shape == shape[1:]
+    file = getattr(sys.modules.get(_CONV1D), "__file__", None)
+    as_written = code.co_name == "forward" and code.co_filename == file and not forward.__defaults__
+    return as_written and forward.__globals__.get("torch") is torch and is_left_to_modules(kind, "weight", "bias", "nf")
 
 
 def linear_operands(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias as F.linear takes them, if there is nothing else to it and they are of the input's kind."""
     if not is_linear(module) or not is_called_plainly(module):
         return None
-    held = module._parameters
-    if "weight" in held and "bias" in held:  # `module.weight` would cost as much as all that is checked here
+    own, held = module.__dict__, module._parameters
+    if type(held) not in _DICTS:  # of which each load may run code
+        return None
+    # `module.weight` would cost as much as all that is checked here.
+    if "weight" in held and "bias" in held and "weight" not in own and "bias" not in own:
         weight, bias = held["weight"], held["bias"]
-    else:  # buffers, or tensors that sharding puts in the place of parameters
+    else:  # buffers, tensors that sharding puts in the place of parameters, or what somebody has laid over them
         weight, bias = module.weight, module.bias
     if not is_ordinary(weight) or weight.dim() != 2 or weight.device != input.device:
         return None
     transposed = not isinstance(module, nn.Linear)
+    # What cannot be viewed, or as another shape, is theirs to refuse.
+    if transposed and (bias is None or weight.shape[1] != own.get("nf") or not input.is_contiguous()):
+        return None
     if not (bias is None or (is_ordinary(bias) and bias.shape == weight.shape[1 if transposed else 0 :][:1])):
         return None
     same = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
@@ -93,9 +108,11 @@ def probability(drop: Any, p: Any, training: Any) -> float | None:
     if drop is _F_DROPOUT:
         return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
     module = original_of(drop) is nn.Dropout and is_called_plainly(drop)
-    if not module or drop.inplace or not is_as_torch_wrote_it(nn.Dropout.forward):
+    if not module or drop.inplace is not False or type(drop.training) is not bool:
         return None
-    if not isinstance(drop.p, float | int) or not 0 <= drop.p <= 1:
+    if nn.Dropout.forward is not _DROPOUT or _DROPOUT.__code__ is not _DROPOUT_CODE:
+        return None
+    if type(drop.p) not in (float, int) or not 0 <= drop.p <= 1:
         return None
     return float(drop.p) if drop.training else 0.0
 

@@ -18,7 +18,7 @@ from ..activations import FUNCTIONS as ACTIVATIONS
 from ..activations import NAMES
 from ..backends.reference import ACTIVATIONS as FORMULAS
 from .exchange import EXCHANGES
-from .guards import is_linear
+from .guards import CHUNK, is_linear
 from .norms import Norm
 from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
 from .reading import Part
@@ -201,6 +201,8 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         return Part()
     if value is F.dropout:
         return Part("F.dropout")
+    if value is CHUNK:
+        return Part("halves")
     if value in ACTIVATIONS:
         return Part("act", ACTIVATIONS[value])
     return Part("exchange", known=(value,)) if value in EXCHANGES else Part()

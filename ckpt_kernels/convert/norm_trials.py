@@ -8,6 +8,7 @@ what our norms compute. A class's name does not count; where eps stands and what
 import inspect
 import itertools
 import math
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import nn as ours
 from .called import is_as_torch_wrote_it
+from .loads import has_children, loads_plainly, tensors_of
 from .norms import BatchNorm, Case, Dtypes, GroupNorm, InstanceNorm, Norm, RowNorm
 from .reached import NotTried
 from .remembering import remembered
@@ -25,7 +27,10 @@ from .trial import CHANNELS, ROWS, DoesNotTake, Outline, forward_of, in_a_thread
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NAMESAKES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS)
-_KNOWN = {kind: kind.forward for kind in _NAMESAKES if is_as_torch_wrote_it(kind.forward)}
+_KNOWN = {kind: (kind.forward, kind.forward.__code__) for kind in _NAMESAKES if is_as_torch_wrote_it(kind.forward)}
+# What their forwards read.
+_READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
+    num_groups process_group running_mean running_var track_running_stats training weight""".split()
 _OURS = tuple(getattr(ours, kind.__name__) for kind in _NAMESAKES)
 
 _WIDE: Dtypes = (torch.float32, torch.float32)
@@ -42,9 +47,9 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     """The norm that a module computes, and where it computes none of ours but looks like a norm, why it does not."""
     if isinstance(module, _OURS):
         return None, ""
-    kind = next(
-        (kind for kind, forward in _KNOWN.items() if isinstance(module, kind) and type(module).forward is forward), None
-    )
+    kind = next((kind for kind, known in _KNOWN.items() if isinstance(module, kind) and _runs(module, *known)), None)
+    if kind is not None and not loads_plainly(type(module), *_READ):
+        return None, "computes what it reads"
     if kind in (nn.LayerNorm, nn.RMSNorm):
         return RowNorm(kind is nn.LayerNorm, "weight", "bias" if kind is nn.LayerNorm else "", "eps"), ""
     if kind is not None:
@@ -60,15 +65,19 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     return None, found if _looks_like_norm(module) else ""
 
 
+def _runs(module: nn.Module, forward: Callable[..., Tensor], code: types.CodeType) -> bool:
+    return type(module).forward is forward and forward.__code__ is code
+
+
 def _looks_like_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    return "norm" in type(module).__name__.lower() and not has_children(module)
 
 
 def _may_be_row_norm(module: nn.Module) -> bool:
     own = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in own):
         return False
-    leaf = not any(True for _ in module.children()) and takes_one(type(module).forward)
+    leaf = not has_children(module) and takes_one(type(module).forward)
     vectors = len(own) <= 2 and all(p.numel() == max(p.shape, default=0) for p in own)
     from_torch = type(module).__module__.startswith("torch.nn.modules.")
     return (
@@ -217,7 +226,7 @@ def _with_gradients(made: nn.Module, input: Tensor, compute: Callable[[Tensor], 
     if not output.requires_grad:
         raise NotTried("has no gradient")
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device="cpu").view(output.shape)
-    wanted = [input, *made.parameters()]
+    wanted = [input, *tensors_of(made)]
     found = torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True)
     return [output.detach(), *[torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]]
 

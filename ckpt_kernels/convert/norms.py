@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
-from .operands import is_operand
+from .operands import is_ordinary
 from .reached import Code, Settings, is_as_tried
 from .rule import Unary
 
@@ -138,9 +138,11 @@ class RowNorm(Norm):
             if order is None:
                 return None
             rows = self._compute(module, input.permute(order), activation)
-            return rows.permute([order.index(dimension) for dimension in range(input.dim())])
+            return _as_no_view(rows.permute([order.index(dimension) for dimension in range(input.dim())]))
         output = self._compute(module, input.movedim(1, -1), activation).movedim(-1, 1)
-        return output.contiguous() if self.contiguous and input.is_contiguous() else output
+        if self.contiguous and input.is_contiguous() and not output.is_contiguous():
+            return output.contiguous()
+        return _as_no_view(output)
 
     def _compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
         input, shape, weight, bias, eps = self.operands(module, input)
@@ -171,13 +173,48 @@ class RowNorm(Norm):
         return name + (f" ({', '.join(settings)})" if settings else "")
 
 
+def _as_no_view(output: Tensor) -> Tensor:
+    """The same memory, but no view, as what a norm makes is none: such may be written to in place, and detached."""
+    return torch.ops.aten._unsafe_view.default(output, output.shape)
+
+
 def are_coefficients(input: Tensor, *coefficients: Tensor | None) -> bool:
     """Whether torch's norms take these beside the input: of its dtype, or of float32 beside 16 bits."""
     given = [coefficient for coefficient in coefficients if coefficient is not None]
-    if not all(map(is_operand, given)) or len({coefficient.dtype for coefficient in given}) > 1:
+    if not all(map(is_ordinary, given)) or len({coefficient.dtype for coefficient in given}) > 1:
         return False
     narrow = input.dtype.itemsize < 4
     return all(c.dtype == input.dtype or (narrow and c.dtype == torch.float32) for c in given)
+
+
+def _are_of_channels(module: Any, input: Tensor) -> bool:
+    """Whether weight and bias are for the channels of the input."""
+    weight, bias = module.weight, module.bias
+    if not are_coefficients(input, weight, bias):
+        return False
+    return weight is None or (weight.dim() == 1 and (bias is None or bias.shape == weight.shape))
+
+
+def are_statistics(input: Tensor, module: nn.Module) -> bool:
+    """Whether torch's norm takes its running statistics, and moves them, as ours does: both are there or none, beside
+    coefficients of their dtype, and plain settings say how they move."""
+    mean, variance, momentum = module.running_mean, module.running_var, module.momentum
+    if type(module.training) is not bool or type(module.track_running_stats) is not bool:
+        return False
+    if mean is None and variance is None:
+        return True
+    if mean is None or variance is None or not (momentum is None or type(momentum) in (float, int)):
+        return False
+    return are_coefficients(input, module.weight, mean, variance) and are_moved(mean, variance, module.num_features)
+
+
+def are_moved(mean: Tensor, variance: Tensor, channels: int) -> bool:
+    """Whether these are running statistics of so many channels, which no gradient flows to."""
+    return mean.shape == variance.shape == (channels,) and not (mean.requires_grad or variance.requires_grad)
+
+
+def is_plain_counter(tensor: Any) -> bool:
+    return type(tensor) is Tensor and tensor.dtype == torch.int64 and tensor.dim() == 0
 
 
 def _order_in_memory(input: Tensor) -> list[int] | None:
@@ -205,7 +242,9 @@ class BatchNorm(Norm):
         # What torch's refuses it refuses after it has counted the batch.
         if input.dim() < 2 or input.shape[1] != module.num_features or input.numel() <= input.shape[1]:
             return None
-        if not are_coefficients(input, module.weight, module.bias):
+        if not _are_of_channels(module, input) or not are_statistics(input, module):
+            return None
+        if not (module.num_batches_tracked is None or is_plain_counter(module.num_batches_tracked)):
             return None
         group = group_of(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None
         return batch_norm_of(module, input, None, activation, group, again=True)
@@ -220,9 +259,7 @@ class GroupNorm(Norm):
 
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         # Of (N, C) eager torch keeps less.
-        if input.dim() < 3 or input.shape[1] != module.num_channels:
-            return None
-        if not are_coefficients(input, module.weight, module.bias):
+        if input.dim() < 3 or input.shape[1] != module.num_channels or not _are_of_channels(module, input):
             return None
         # Of others eager torch keeps a copy, and not what they may be a part of.
         input = input if lies_as_a_map(input) else input.contiguous()
@@ -238,9 +275,11 @@ class InstanceNorm(Norm):
 
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         module._check_input_dim(input)
-        if not are_coefficients(input, module.weight, module.bias):
-            return None
         single = input.dim() == module._get_no_batch_dim()
+        if input.shape[0 if single else 1] != module.num_features:
+            return None
+        if not _are_of_channels(module, input) or not are_statistics(input, module):
+            return None
         input = input.unsqueeze(0) if single else input
         # As in torch, the output is contiguous, and what is kept is no part of a larger tensor.
         output = instance_norm_of(

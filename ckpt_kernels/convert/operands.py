@@ -9,6 +9,7 @@ from torch.utils._device import DeviceContext
 
 from ..ops.registration import is_transformed
 from .called import is_as_torch_wrote_it
+from .patched import are_patched
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,10 +38,13 @@ def is_ordinary(value: Any) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether each operation is seen as it is written: by a transform of torch's, or by a mode that may change it.
+    """Whether each operation is seen as it is written: by a transform of torch's, by a mode that may change it, or by
+    functions that are in the place of torch's.
 
     (torch.compile sees ours.)
     """
+    if are_patched():
+        return True
     if torch.compiler.is_compiling():
         return False
     modes = torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
@@ -63,8 +67,23 @@ def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
     if kind in _TENSORS or not isinstance(value, Tensor):
         return value, None
     same = getattr(kind.__torch_function__, "__func__", None) is _FUNCTION
-    same = same and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    same = same and kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and not _overrides(kind)
     return (value.as_subclass(Tensor), kind) if same and not isinstance(value, nn.Parameter) else (value, None)
+
+
+# What a subclass may have of its own that Tensor has too, and compute what Tensor does.
+_OF_CLASSES = frozenset(
+    """__annotations__ __deepcopy__ __dict__ __doc__ __firstlineno__ __format__ __init__ __init_subclass__ __module__
+    __new__ __orig_bases__ __parameters__ __reduce__ __reduce_ex__ __repr__ __setstate__ __slots__
+    __static_attributes__ __str__ __torch_function__ __weakref__""".split()
+)
+_OF_TENSORS = frozenset(dir(Tensor)) - _OF_CLASSES
+
+
+def _overrides(kind: type[Tensor]) -> bool:
+    """Whether the subclass has methods or operators in the place of Tensor's."""
+    own = kind.__mro__[: kind.__mro__.index(Tensor)]
+    return any(not _OF_TENSORS.isdisjoint(vars(each)) for each in own)
 
 
 def is_called_plainly(module: nn.Module) -> bool:

@@ -116,6 +116,8 @@ class Attempt:
             return False
         self._halves[name] = tree
         if len(self._halves) == 1:
+            if tree.function is not None:
+                self.operands.append(Operand("halves", tree.function))
             return self.fits(tree.tensor, whole)
         gate, value = self._halves["gate_half"], self._halves["value_half"]
         self.options["layout"] = "gate_first" if gate.number == 0 else "value_first"

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..activations import FUNCTIONS, NAMES, activation_name
+from ..activations import FUNCTIONS, NAMES, name_of
 from ..backends.reference import ACTIVATIONS
 from .called import is_as_torch_wrote_it
+from .loads import has_children, is_set, loads_plainly, tensors_of
 from .operands import is_called_plainly
 from .reached import Code, NotTried, Settings, is_as_tried
 from .remembering import remembered
@@ -24,10 +25,12 @@ from .rule import Rule, Unary
 from .swap import is_patched, original_of, rule_of
 from .trial import POINTWISE, Outline, forward_of, in_a_thread_of_its_own, outline_of, takes_one
 
+# What the forwards of torch's activations, dropouts and gates read.
+_SETTINGS = ("alpha", "approximate", "beta", "dim", "inplace", "negative_slope", "p", "threshold", "training")
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
 _TORCHS = {
-    kind: kind.forward
+    kind: (kind.forward, kind.forward.__code__)
     for kind in vars(nn).values()
     if isinstance(kind, type) and issubclass(kind, nn.Module) and is_as_torch_wrote_it(kind.forward)
 }
@@ -61,9 +64,10 @@ class DropoutRule(Unary):
     """`torch.nn.Dropout`, of which no mask is kept. Its random numbers are not those that torch's would draw."""
 
     def of(self, module: Any, input: Tensor) -> Tensor | None:
-        if module.inplace or not isinstance(module.p, float | int) or not 0 <= module.p <= 1:
+        p = _probability(module)
+        if module.inplace is not False or module.training is not True or not p:
             return None
-        return F.bias_act(input, dropout_p=float(module.p)) if module.training and module.p else None
+        return F.bias_act(input, dropout_p=p)
 
     def __str__(self) -> str:
         return "bias_act (dropout)"
@@ -74,7 +78,8 @@ class GLURule(Unary):
     """`torch.nn.GLU` over the last dimension."""
 
     def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        if input.dim() == 0 or module.dim not in (-1, input.dim() - 1) or input.shape[-1] % 2:
+        last = type(module.dim) is int and module.dim in (-1, input.dim() - 1)
+        if not last or input.dim() == 0 or input.shape[-1] % 2:
             return None
         return F.packed_glu(input, activation="sigmoid", layout="value_first")
 
@@ -82,13 +87,18 @@ class GLURule(Unary):
         return "packed_glu (sigmoid)"
 
 
+def _probability(module: Any) -> float | None:
+    return float(module.p) if type(module.p) in (float, int) and 0 <= module.p <= 1 else None
+
+
 def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
     """How an activation, a dropout or a gate is to be converted, or why what looks like one is not."""
     if _is_torchs(module, nn.Dropout):
-        return (DropoutRule() if module.p and not module.inplace else None), ""
+        return (DropoutRule() if _probability(module) and module.inplace is False else None), ""
     if _is_torchs(module, nn.GLU):
-        return (GLURule(), "") if module.dim == -1 else (None, "halves another dimension than the last")
-    if module.__dict__.get("inplace"):
+        last = type(module.dim) is int and module.dim == -1
+        return (GLURule(), "") if last else (None, "halves another dimension than the last")
+    if is_set(module, "inplace"):
         return None, ""
     try:
         name, settings, code, keeps_input = _named(module)
@@ -106,33 +116,32 @@ def activation_of(act: Any, made: bool = False) -> str | None:
     """
     if isinstance(act, types.FunctionType | types.BuiltinFunctionType):
         return FUNCTIONS.get(act)
-    if not isinstance(act, nn.Module) or not is_called_plainly(act) or (act.__dict__.get("inplace") and not made):
+    if not isinstance(act, nn.Module) or not is_called_plainly(act) or (is_set(act, "inplace") and not made):
         return None
     rule = rule_of(act)
     if isinstance(rule, ActivationRule):
         return rule.name if rule.holds(act) and not is_patched(type(act)) else None
     if rule is not None or not _is_torchs(act):
         return None
-    try:
-        return activation_name(act)
-    except ValueError:
-        return None
+    return name_of(act)
 
 
 def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
     found = original_of(module)
-    return (kind is None or found is kind) and found in _TORCHS and found.forward is _TORCHS[found]
+    if found not in _TORCHS or (kind is not None and found is not kind):
+        return False
+    forward, code = _TORCHS[found]
+    return found.forward is forward and forward.__code__ is code and loads_plainly(found, *_SETTINGS)
 
 
 def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
     if _is_torchs(module):
-        try:
-            name = activation_name(module)
-        except ValueError:
+        name = name_of(module)
+        if name is None:
             return None, (), None, True
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
         return name, tuple(sorted(plain.items())), None, True
-    if any(True for _ in module.parameters()) or any(True for _ in module.children()):
+    if any(True for _ in tensors_of(module)) or has_children(module):
         return None, (), None, True
     if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
         return None, (), None, True
@@ -206,5 +215,5 @@ def _is_of_python(values: Tensor) -> bool:
 
 def _looks_like_activation(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    leaf = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+    leaf = not has_children(module) and not any(True for _ in tensors_of(module))
     return leaf and not _is_torchs(module) and name.endswith(("lu", "act", "activation", "swish", "mish", "gate"))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .called import is_a, is_torchs
+
 Settings = tuple[tuple[str, Any], ...]
 # What holds something, a dict or an object; under which name; and what.
 Found = tuple[Any, str, Any]
@@ -93,6 +95,8 @@ def _text(value: Any) -> str:
 
 
 def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]) -> Code:
+    if has_finalizer(kind):
+        return _never_the_same(kind, settings, parameters)
     made = object.__new__(kind)
     made.__dict__.update(nn.Module().__dict__ | dict(settings))
     made.__dict__["_parameters"] = dict.fromkeys(parameters)
@@ -100,7 +104,16 @@ def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, .
         found = read(made)[1]
         if found.text() == text:
             return found
-    return Code((kind, settings, parameters), [({}, "", None)])  # what is never the same
+    return _never_the_same(kind, settings, parameters)
+
+
+def _never_the_same(*module: Any) -> Code:
+    return Code(module, [({}, "", None)])
+
+
+def has_finalizer(kind: type) -> bool:
+    """Whether something runs at the end of an object of that class, whoever made it."""
+    return hasattr(kind, "__del__")
 
 
 def read(module: nn.Module) -> tuple[Settings, Code]:
@@ -262,4 +275,5 @@ def _is_constant(value: Any) -> bool:
 
 def _is_torchs(function: Any) -> bool:
     named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
-    return callable(function) and str(named).partition(".")[0] in ("torch", "math")
+    in_its_files = not is_a(function, types.FunctionType) or is_torchs(function)
+    return callable(function) and in_its_files and str(named).partition(".")[0] in ("torch", "math")

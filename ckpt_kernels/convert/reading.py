@@ -1,10 +1,10 @@
 """Reading expressions: what the loads in a method are, and whether operands may be evaluated before all else."""
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .flow import comes_first
+from .order import comes_first, in_order
 from .templates import Pattern
 
 if TYPE_CHECKING:
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """What a load in a method can be in a pattern: "linear", "act", "norm", "dropout", "F.dropout", "exchange", or "",
-    which is any other plain load.
+    """What a load in a method can be in a pattern: "linear", "act", "norm", "dropout", "F.dropout", "halves" (which is
+    torch.chunk), "exchange", or "", which is any other plain load.
 
     An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is
     of has just been computed: torch does not keep that for it, so that somebody else may write to it. `known` are the
@@ -87,8 +87,11 @@ def settled(reader: Reader, root: ast.expr, begins: ast.expr, pattern: Pattern, 
         return Match(pattern, root, operands, [], attempt)
     if not comes_first(begins, others[0].tree, reader.is_plain):
         return None
+    # Local names before it are read again where the original has to run: it must not give them other values.
+    if any(isinstance(node, ast.NamedExpr) for node in ast.walk(others[0].tree)):
+        return None
     before = []
-    for node in _in_order(begins):
+    for node in in_order(begins):
         found = next((operand for operand in operands if operand.tree is node), None)
         if found is not None:
             before.append(found)
@@ -99,10 +102,3 @@ def settled(reader: Reader, root: ast.expr, begins: ast.expr, pattern: Pattern, 
     rest = [operand for operand in operands if operand not in before]
     captured = [operand for operand in before if not isinstance(operand.tree, ast.Name) or operand is others[0]]
     return Match(pattern, root, [*before, *rest], captured, attempt)
-
-
-def _in_order(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of calls and sums in the order in which they are begun to be evaluated."""
-    yield tree
-    for child in ast.iter_child_nodes(tree):
-        yield from _in_order(child)

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from . import sites, templates
+from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
-from .flow import CLOSED, LONGEST, Block, blocks, comes_first, run_of
+from .flow import CLOSED, LONGEST, Block, blocks, run_of
+from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Part, Reader, settled
@@ -32,6 +34,7 @@ _RESULTS = f"{_PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # A function that looks at its own frame sees what it is made of.
 _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
+_LOOKS_OUT = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
 _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
 
 # The sum in a norm of one.
@@ -51,7 +54,16 @@ def may_be_rewritten(function: types.FunctionType) -> bool:
     names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
     if any(name.startswith(_PREFIX) for name in names):
         return False
-    return not (_LOOKS & names or code.co_flags & _PLAIN_FLAGS)
+    called = (function.__globals__.get(name) for name in code.co_names)
+    return not (_LOOKS & names or code.co_flags & _PLAIN_FLAGS or any(map(_looks_out, called)))
+
+
+def _looks_out(function: Any) -> bool:
+    """Whether a function looks at the frame that calls it."""
+    if not is_a(function, types.FunctionType) or is_torchs(function):
+        return False
+    names = names_in(function.__code__)
+    return bool(_LOOKS_OUT & names) or {"inspect", "stack"} <= names
 
 
 def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
@@ -107,18 +119,21 @@ class _Writer:
             if not isinstance(last, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) or last.value is None:
                 continue
             for begin in range(max(0, end - LONGEST + 1), end):
-                run = run_of(self.tree, block, begin, end, self.scope.fast)
+                run = run_of(self.tree, block, begin, end, self.scope.fast, self._halves)
                 if run is None:
                     continue
                 first = statements[begin].value
                 for root in _parts(last.value):
-                    if not comes_first(last.value, root, self.reader.is_plain):
+                    if not comes_first(last, root, self.reader.is_plain):
                         continue
                     match = next(matches(self.reader, root, run, first), None)
                     if match is not None:
                         run_statements = block.statements[begin : end + 1]
                         yield _rank(match), begin, end, lambda m=match, s=run_statements: self._run(m, s)
             yield from self._sums(block, end, last)
+
+    def _halves(self, function: ast.expr) -> bool:
+        return self.reader.part(function).kind == "halves"
 
     def _sums(self, block: Block, end: int, last: Any) -> Iterator[tuple[int, int, int, Any]]:
         """A sum that is given a name, and the norm of it in a later statement; between them other names for it."""
@@ -142,7 +157,7 @@ class _Writer:
             if names & self.written:
                 continue
             total = statements[begin].value
-            if not comes_first(last.value, root, self.reader.is_plain):
+            if not comes_first(last, root, self.reader.is_plain):
                 continue
             for attempt in attempts(self.reader, total, None, sites.add_norm, _SUMS):
                 attempt.operands.append(Operand("norm", root.func))

@@ -6,7 +6,6 @@ imported Python modules. Everything else is unknown.
 
 import ast
 import builtins
-import inspect
 import math
 import types
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .loads import MISSING, load
 
 UNKNOWN = object()
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
@@ -122,19 +123,8 @@ class Scope:
 def _attribute(owner: Any, name: str) -> Any:
     if isinstance(owner, types.ModuleType):
         return vars(owner).get(name, UNKNOWN)
-    if not isinstance(owner, nn.Module) or not loads_plainly(type(owner), name):
-        return UNKNOWN
-    for kept in (owner.__dict__, owner._parameters, owner._buffers, owner._modules):
-        if name in kept:
-            return kept[name]
-    return UNKNOWN
-
-
-def loads_plainly(kind: type[nn.Module], name: str) -> bool:
-    """Whether `module.name` of that class is what the module holds under the name, and no code of the class."""
-    own = kind.__getattribute__ is object.__getattribute__ and kind.__getattr__ is nn.Module.__getattr__
-    held = inspect.getattr_static(kind, name, None)
-    return own and not hasattr(type(held), "__get__")
+    found = load(owner, name) if isinstance(owner, nn.Module) else MISSING
+    return UNKNOWN if found is MISSING else found
 
 
 def _item(owner: Any, index: Any) -> Any:

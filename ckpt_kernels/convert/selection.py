@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .loads import modules_of, named_modules
+
 Choice = Iterable[str | type[nn.Module]] | None
 
 
@@ -26,7 +28,7 @@ class Selection:
 def _chosen(model: nn.Module, choice: Iterable[str | type[nn.Module]], argument: str) -> set[nn.Module]:
     if isinstance(choice, str | type):
         choice = [choice]
-    named = dict(model.named_modules(remove_duplicate=False))
+    named = dict(named_modules(model, duplicates=True))
     found: set[nn.Module] = set()
     for wanted in choice:
         if isinstance(wanted, str):
@@ -38,5 +40,5 @@ def _chosen(model: nn.Module, choice: Iterable[str | type[nn.Module]], argument:
         else:
             raise TypeError(f"{argument} has {wanted!r}; expected names or classes of modules")
         for module in fitting:
-            found.update(module.modules())
+            found.update(modules_of(module))
     return found

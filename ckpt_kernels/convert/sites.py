@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
+from .. import ops
 from .guards import are_alike, are_wanted, chains, level_for, modulates
+from .loads import is_set
 from .norms import Norm, RowNorm
 from .templates import Results, pattern
 
@@ -49,7 +51,8 @@ def mlp(
     if not chains(input, first, last):
         return None
     # Of these, eager torch keeps no more than the output.
-    if recompute == "block" and (activation in ("sigmoid", "tanh") or getattr(act, "__dict__", {}).get("inplace")):
+    in_place = isinstance(act, nn.Module) and is_set(act, "inplace")
+    if recompute == "block" and (in_place or activation in ("sigmoid", "tanh")):
         return None
     options: dict[str, Any] = {"activation": activation, "dropout_p": p, "recompute": level_for(recompute, first)}
     return [F.mlp(input, *first, *last, **options)]
@@ -120,7 +123,7 @@ def packed_glu(input: Tensor, activation: str, layout: str) -> Results | None:
 def gated_products(input: Tensor, gate: Linear, value: Linear, activation: str) -> Results | None:
     if gate[0].shape != value[0].shape or gate[0].shape[1] != input.shape[-1] or not are_wanted(input, gate, value):
         return None
-    linear = nn.functional.linear
+    linear = ops.linear.linear_of_torch
     return [F.glu(linear(input, *gate), linear(input, *value), activation=activation)]
 
 

@@ -22,7 +22,8 @@ from torch import nn
 from .around import Around
 from .called import asks_for_its_class
 from .operands import is_called_plainly
-from .rule import Forward, Rule
+from .rule import Rule
+from .wrappers import MADE, Found, surrounded, unless_patched
 
 # What the class of a converted module has beside its methods: its `Conversion`.
 _ATTRIBUTE = "_ckpt_conversion"
@@ -30,37 +31,6 @@ _ATTRIBUTE = "_ckpt_conversion"
 
 class NotSwapped(Exception):
     """Why a module's class cannot be exchanged; for people."""
-
-
-class Found(NamedTuple):
-    """A method of the original class, and what may be changed of it in place."""
-
-    method: Forward
-    code: Any
-    defaults: Any
-    kwdefaults: Any
-
-    @classmethod
-    def of(cls, method: Forward) -> "Found":
-        return cls(method, *(getattr(method, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")))
-
-    def is_at(self, kind: type[nn.Module], name: str) -> bool:
-        """Whether the class still has it."""
-        method = getattr(kind, name)
-        if method is not self.method:
-            return False
-        return (
-            getattr(method, "__code__", None) is self.code
-            and getattr(method, "__defaults__", None) is self.defaults
-            and getattr(method, "__kwdefaults__", None) is self.kwdefaults
-        )
-
-    # Defaults may be lists.
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Found) and all(map(operator.is_, self, other))
-
-    def __hash__(self) -> int:
-        return hash(tuple(map(id, self)))
 
 
 class Conversion(NamedTuple):
@@ -75,11 +45,21 @@ class Conversion(NamedTuple):
 class Converted:
     """The first base of every converted module's class."""
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        _, _, *rest = tuple(super().__reduce_ex__(protocol))
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         kind = type(self)
         original, rule, around, _ = getattr(kind, _ATTRIBUTE)
-        return _made_again, (original, rule, around, (_PROCESS, id(kind))), *rest
+        if original in copyreg.dispatch_table:
+            return copyreg.dispatch_table[original](self)
+        reduced: Any = super().__reduce_ex__(protocol)
+        if not _is_pickled_plainly(original):  # since it was converted
+            return reduced
+        make, given, *rest = reduced
+        given = tuple(original if argument is kind else argument for argument in given)
+        return _made_again, (original, rule, around, (_PROCESS, id(kind)), make, given), *rest
+
+
+def _is_pickled_plainly(kind: type[nn.Module]) -> bool:
+    return kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
 
 
 def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None:
@@ -88,7 +68,7 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
     Raises NotSwapped, and changes nothing, where its class does not let itself be subclassed.
     """
     kind = type(module)
-    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+    if not _is_pickled_plainly(kind):
         raise NotSwapped("is pickled in a way of its own")
     found = tuple((name, Found.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
@@ -169,10 +149,10 @@ def is_patched(kind: type[nn.Module]) -> bool:
 def _is_as_made(kind: type[nn.Module]) -> bool:
     """Whether nobody has given the converted class itself another forward."""
     forward = vars(kind).get("forward")
-    if forward is None or getattr(forward, "__code__", None) in _MADE:
+    if forward is None or getattr(forward, "__code__", None) in MADE:
         return True
     within = vars(forward).get("__wrapped__") if isinstance(forward, types.FunctionType) else None
-    return getattr(within, "__code__", None) in _MADE and _asks_to_be_outermost("forward", forward)
+    return getattr(within, "__code__", None) in MADE and _asks_to_be_outermost("forward", forward)
 
 
 def _converted_class(conversion: Conversion) -> type[nn.Module]:
@@ -191,9 +171,9 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     if "__annotations__" in vars(original):
         members["__annotations__"] = vars(original)["__annotations__"]
     for name, method in conversion.rule.methods(original).items():
-        members[name] = _unless_patched(original, name, dict(conversion.found)[name], method)
+        members[name] = unless_patched(original, name, dict(conversion.found)[name], method)
     for outer in conversion.around:
-        members["forward"] = _surrounded(original, outer, members.get("forward"))
+        members["forward"] = surrounded(original, outer, members.get("forward"))
     with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
         members["__signature__"] = inspect.signature(original)
     meta: Any = type(original)
@@ -241,53 +221,23 @@ def _as_its_original(kind: type[nn.Module]) -> tuple | str:
     return kind.__qualname__ if conversion is None else (operator.itemgetter(0), ((conversion.original,),))
 
 
-def _unless_patched(original: type[nn.Module], name: str, found: Found, method: Forward) -> Forward:
-    """The method, or whatever the original class's has become since."""
-
-    @_in_the_place_of(found.method)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        now = method if found.is_at(original, name) else getattr(original, name)
-        return now(self, *args, **kwargs)
-
-    return call
-
-
-def _surrounded(original: type[nn.Module], outer: Around, forward: Forward | None) -> Forward:
-    @_in_the_place_of(original.forward)
-    def surrounded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return outer(forward or original.forward, self, args, kwargs)
-
-    return surrounded
-
-
-def _in_the_place_of(method: Forward) -> Callable[[Forward], Forward]:
-    """With the method's name, documentation and signature, for whoever looks."""
-
-    def made(call: Forward) -> Forward:
-        functools.update_wrapper(call, method)
-        with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
-            vars(call)["__signature__"] = inspect.signature(method)
-        return call
-
-    return made
-
-
-# The code of all that takes a method's place.
-_MADE = frozenset(
-    code
-    for maker in (_unless_patched, _surrounded)
-    for code in maker.__code__.co_consts
-    if isinstance(code, types.CodeType)
-)
-
-
 # By these a copy within the process gets the very class, and what is unpickled elsewhere one that is made there.
 _PROCESS = uuid.uuid4().hex
 _classes: "weakref.WeakValueDictionary[tuple[str, int], type[nn.Module]]" = weakref.WeakValueDictionary()
 
 
-def _made_again(original: type[nn.Module], rule: Rule, around: tuple[Around, ...], known: tuple[str, int]) -> nn.Module:
-    module = original.__new__(original)
+def _made_again(
+    original: type[nn.Module],
+    rule: Rule,
+    around: tuple[Around, ...],
+    known: tuple[str, int],
+    make: Callable[..., nn.Module] = vars(copyreg)["__newobj__"],
+    given: tuple = (),
+) -> nn.Module:
+    """What `make` makes of what was given, converted: as Python would make an instance of the original class."""
+    module = make(*(given or (original,)))
+    if type(module) is not original:
+        return module
     kind = _classes.get(known)
     # Another class may be where the one was that is gone.
     if kind is not None and getattr(kind, _ATTRIBUTE)[:3] == (original, rule, around):

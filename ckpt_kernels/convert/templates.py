@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .guards import as_products_take, linear_operands, norm_rule, probability
+from .guards import CHUNK, as_products_take, linear_operands, norm_rule, probability
 from .operands import as_plain, has_hooks_for_all, is_ordinary, is_watched
 from .pointwise import KEPT_BY_OUTPUT, activation_of
 
@@ -139,6 +139,8 @@ def site(
 def _resolved(pattern: Pattern, operands: dict[str, Any], given: dict[str, Any], activation: str | None) -> bool:
     """Whether the parts are what they were taken for; adds what they are to what the function is given."""
     takes = pattern.takes
+    if operands.get("halves", CHUNK) is not CHUNK:
+        return False
     if "activation" in takes:
         act = operands.get("act")
         name = activation or activation_of(act, pattern.made)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .reached import Code, NotTried, Settings, read
+from .reached import Code, NotTried, Settings, has_finalizer, read
 from .remembering import remembered
 
 # What may run in a trial, by the names of torch's operations: of one element at a time, and for norms. (Autograd
@@ -66,6 +66,8 @@ class Outline(NamedTuple):
 
 def outline_of(module: nn.Module) -> Outline:
     """Raises NotTried where the module may not be tried out."""
+    if has_finalizer(type(module)):
+        raise NotTried("has a finalizer, which would run for what it is tried out on")
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
     settings, code = read(module)
     return Outline(type(module), type(module).forward, code, settings, shapes)

@@ -7,12 +7,16 @@ code of its modules is reached from their forward methods, for writes to anythin
 
 import ast
 import itertools
+import types
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from .called import functions_of
+from .called import functions_of, is_torchs
+from .loads import is_set, modules_of
 from .remembering import remembered
+from .scope import UNKNOWN, Scope
 from .source import NoSource, definition_of
 
 # Functions and methods whose results are new, never views of what they were given.
@@ -30,8 +34,8 @@ _IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "f
 
 def writer_in(model: nn.Module) -> str:
     """The first method of the model that may write to a tensor of somebody else's; "" if there is none."""
-    for module in model.modules():
-        if module.__dict__.get("inplace"):
+    for module in modules_of(model):
+        if is_set(module, "inplace"):
             return f"{type(module).__name__} (inplace=True)"
         found = _writer_of(type(module))
         if found:
@@ -45,15 +49,16 @@ def _writer_of(kind: type[nn.Module]) -> str:
         return ""
     for function in functions_of(kind):
         try:
-            if _writes(definition_of(function).tree):
+            tree = definition_of(function).tree
+            if _writes(tree, Scope(function, tree)):
                 return function.__qualname__
         except NoSource:
             return function.__qualname__
     return ""
 
 
-def _writes(function: ast.FunctionDef) -> bool:
-    made = _made_here(function) - _handed_on(function)
+def _writes(function: ast.FunctionDef, scope: Scope) -> bool:
+    made = _made_here(function, scope) - _handed_on(function)
     return any(name not in made for name in written_names(function))
 
 
@@ -97,14 +102,14 @@ def _root(tree: ast.AST) -> str:
     return tree.id if isinstance(tree, ast.Name) else ""
 
 
-def _made_here(function: ast.FunctionDef) -> set[str]:
+def _made_here(function: ast.FunctionDef, scope: Scope) -> set[str]:
     """Names that stand for nothing but numbers, lists, and tensors that the function itself has made."""
     made: dict[str, bool] = {argument.arg: False for argument in ast.walk(function) if isinstance(argument, ast.arg)}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             for name in itertools.chain.from_iterable(map(ast.walk, node.targets)):
                 if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
-                    made[name.id] = made.get(name.id, True) and _makes(node.value)
+                    made[name.id] = made.get(name.id, True) and _makes(node.value, scope)
         if isinstance(node, ast.For | ast.comprehension | ast.NamedExpr | ast.withitem):
             made.update(
                 (name.id, False)
@@ -114,9 +119,19 @@ def _made_here(function: ast.FunctionDef) -> set[str]:
     return {name for name, fresh in made.items() if fresh}
 
 
-def _makes(tree: ast.expr) -> bool:
+def _makes(tree: ast.expr, scope: Scope) -> bool:
     if isinstance(tree, ast.Call):
-        return getattr(tree.func, "attr", getattr(tree.func, "id", "")) in _MAKERS
+        named = getattr(tree.func, "attr", getattr(tree.func, "id", "")) in _MAKERS
+        return named and _is_not_of_its_own(scope.value(tree.func), tree.func)
     if isinstance(tree, ast.IfExp):
-        return _makes(tree.body) and _makes(tree.orelse)
+        return _makes(tree.body, scope) and _makes(tree.orelse, scope)
     return isinstance(tree, ast.BinOp | ast.Constant | ast.List | ast.Dict | ast.Tuple | ast.ListComp | ast.Compare)
+
+
+def _is_not_of_its_own(called: Any, tree: ast.expr) -> bool:
+    """Whether what has the name of a function of torch's is that, or one of Python's; or a method, of a tensor."""
+    if called is UNKNOWN:
+        return isinstance(tree, ast.Attribute)
+    return isinstance(called, types.BuiltinFunctionType | type) or (
+        isinstance(called, types.FunctionType) and is_torchs(called)
+    )

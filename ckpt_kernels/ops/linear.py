@@ -22,6 +22,9 @@ from . import bias_act, glu, row_norm
 from .pinned import pinned_function
 from .registration import is_plain, is_transformed
 
+# torch's own, whatever somebody puts in its place later: the backward passes here are those of that.
+linear_of_torch = F.linear
+
 # Products
 
 
@@ -45,9 +48,9 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     operands = (input.to(dtype), weight.to(dtype), _cast(bias, dtype))
     if not _is_autocast(input):
-        return F.linear(*operands)
+        return linear_of_torch(*operands)
     with torch.autocast(input.device.type, enabled=False):
-        return F.linear(*operands)
+        return linear_of_torch(*operands)
 
 
 def _as_no_view(output: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class _Linear(torch.autograd.Function):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight as they are instead of cast copies of them."""
     if not _is_fused(input, weight, bias) or not _is_autocast(input):
-        return F.linear(input, weight, bias)
+        return linear_of_torch(input, weight, bias)
     return _Linear.apply(input, weight, bias, product_dtype(input))
 
 
@@ -327,7 +330,7 @@ def composed_linear(
 ) -> tuple[Tensor, ...]:
     """The same, of the block as an op and F.linear, which keeps the output."""
     output = block.composed(operands)
-    return tuple(F.linear(output, w, b) for w, b in zip(weights, biases, strict=True))
+    return tuple(linear_of_torch(output, w, b) for w, b in zip(weights, biases, strict=True))
 
 
 # Products, a block, a product

@@ -1,0 +1,93 @@
+"""What takes the place of a method in a converted class, and what the method was."""
+
+import contextlib
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .around import Around
+from .rule import Forward
+
+
+class Found(NamedTuple):
+    """A method of the original class, and what may be changed of it in place."""
+
+    method: Forward
+    code: Any
+    defaults: Any
+    kwdefaults: Any
+
+    @classmethod
+    def of(cls, method: Forward) -> "Found":
+        return cls(method, *(getattr(method, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")))
+
+    def is_at(self, kind: type[nn.Module], name: str) -> bool:
+        """Whether the class still has it."""
+        method = getattr(kind, name)
+        if method is not self.method:
+            return False
+        return (
+            getattr(method, "__code__", None) is self.code
+            and getattr(method, "__defaults__", None) is self.defaults
+            and getattr(method, "__kwdefaults__", None) is self.kwdefaults
+        )
+
+    # Defaults may be lists.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Found) and all(map(operator.is_, self, other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self)))
+
+
+def unless_patched(original: type[nn.Module], name: str, found: Found, method: Forward) -> Forward:
+    """The method, or whatever the original class's has become since."""
+
+    _ckpt_name, _ckpt_found, _ckpt_method, _ckpt_original, _ckpt_load = name, found, method, original, getattr
+
+    @_in_the_place_of(found.method)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        now = _ckpt_method if _ckpt_found.is_at(_ckpt_original, _ckpt_name) else _ckpt_load(_ckpt_original, _ckpt_name)
+        return now(self, *args, **kwargs)
+
+    return call
+
+
+def surrounded(original: type[nn.Module], outer: Around, forward: Forward | None) -> Forward:
+    _ckpt_outer, _ckpt_forward, _ckpt_original = outer, forward, original
+
+    @_in_the_place_of(original.forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _ckpt_outer(_ckpt_forward or _ckpt_original.forward, self, args, kwargs)
+
+    return call
+
+
+def _in_the_place_of(method: Forward) -> Callable[[Forward], Forward]:
+    """With the method's name, documentation and signature, for whoever looks, and with its globals: torch.jit.script
+    reads the method's source, and looks there for what that names. So what the call itself names is in its closure,
+    by names that nobody's source has."""
+
+    def made(call: Forward) -> Forward:
+        names = getattr(method, "__globals__", call.__globals__)
+        call = types.FunctionType(call.__code__, names, call.__name__, None, call.__closure__)
+        functools.update_wrapper(call, method)
+        with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
+            vars(call)["__signature__"] = inspect.signature(method)
+        return call
+
+    return made
+
+
+# The code of all that takes a method's place.
+MADE = frozenset(
+    code
+    for maker in (unless_patched, surrounded)
+    for code in maker.__code__.co_consts
+    if isinstance(code, types.CodeType)
+)
