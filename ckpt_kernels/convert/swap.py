@@ -223,6 +223,7 @@ def _as_its_original(kind: type[nn.Module]) -> tuple | str:
 
 # By these a copy within the process gets the very class, and what is unpickled elsewhere one that is made there.
 _PROCESS = uuid.uuid4().hex
+_NEW: Callable[..., nn.Module] = vars(copyreg)["__newobj__"]
 _classes: "weakref.WeakValueDictionary[tuple[str, int], type[nn.Module]]" = weakref.WeakValueDictionary()
 
 
@@ -231,7 +232,7 @@ def _made_again(
     rule: Rule,
     around: tuple[Around, ...],
     known: tuple[str, int],
-    make: Callable[..., nn.Module] = vars(copyreg)["__newobj__"],
+    make: Callable[..., nn.Module] = _NEW,
     given: tuple = (),
 ) -> nn.Module:
     """What `make` makes of what was given, converted: as Python would make an instance of the original class."""
