@@ -142,7 +142,7 @@ def bias_act(input: Tensor, bias: Tensor | None = None, *, activation: str, drop
     return _dropout(ACT[activation](input if bias is None else input + bias), dropout_p)
 
 
-_BATCH: dict[str, Any] = {"channels": True, "statistics": lambda samples, channels: 5 * channels}
+_BATCH: dict[str, Any] = {"channels": True, "statistics": lambda samples, channels: 2 * channels}
 
 
 @block("batch_norm", **_BATCH)
@@ -176,15 +176,13 @@ def add_batch_norm(
     return ACT[activation](F.batch_norm(input, running_mean, running_var, weight, bias, training) + residual)
 
 
-@block(
-    "group_norm", channels=True, statistics=lambda samples, channels: samples * (2 * groups_of(channels) + 3 * channels)
-)
+@block("group_norm", channels=True, statistics=lambda samples, channels: 2 * samples * groups_of(channels))
 def group_norm(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "identity") -> Tensor:
     """act(norm(input))"""
     return ACT[activation](F.group_norm(input, groups_of(input.shape[1]), weight, bias))
 
 
-@block("instance_norm", channels=True, statistics=lambda samples, channels: 5 * samples * channels)
+@block("instance_norm", channels=True, statistics=lambda samples, channels: 2 * samples * channels)
 def instance_norm(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str = "identity") -> Tensor:
     """act(norm(input))"""
     return ACT[activation](F.instance_norm(input, None, None, weight, bias))

@@ -106,7 +106,7 @@ def leads_to_transforms(value: Any, depth: int = 4) -> bool:
     if is_a(value, types.FunctionType):
         known = _LEADING.get(value)
         if known is None:
-            known = _LEADING[value] = any(map(_names_transforms, _reached_from(value, object)))
+            known = _LEADING[value] = any(map(_names_transforms, (value, *_reached_from(value, object))))
         return known
     return not is_torchs(type(value)) and _names_transforms_of(type(value))
 
