@@ -32,7 +32,15 @@ from .recipes import Cell, Claim, Foreign, Geometry, Kept, Recipe, Step, geometr
 # memory while a chain is rebuilt, and what is computed more than once, stay small.
 LONGEST_CHAIN = 8
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What is active on a thread: its open contexts, the innermost last, closed ones among them."""
+
+    def __init__(self) -> None:
+        self.active: list[Discarder] = []
+
+
+thread = _Thread()
 
 # A function, and the tensors that it makes the output of.
 Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
@@ -292,7 +300,7 @@ def _hooked(products: bool, temporaries: bool) -> Iterator[None]:
     hooks = torch.autograd.graph.saved_tensors_hooks(discarder.pack, _unpack)
     try:
         hooks.__enter__()
-        _active().append(discarder)
+        thread.active.append(discarder)
         yield
     finally:
         discarder.is_closed = True
@@ -365,18 +373,10 @@ def is_active() -> bool:
 
 
 def _innermost() -> Discarder | None:
-    active = _active()
+    active = thread.active
     while active and active[-1].is_closed:
         active.pop()
     return active[-1] if active else None
-
-
-def _active() -> list[Discarder]:
-    try:
-        return _thread.active
-    except AttributeError:
-        _thread.active = []
-        return _thread.active
 
 
 def _top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:

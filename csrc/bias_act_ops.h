@@ -6,10 +6,13 @@
 
 namespace ckpt {
 
-// Device has Coefficient, as for the row norms, run_forward(block, tensor, kind) and
+// Device has a type Tensor, add<&function>(library, name), Coefficient, as for the row norms, run_forward(block, tensor, kind) and
 // run_backward(block, tensor, kind, grad_bias); the tensor is on its device.
 template <class Device>
 struct BiasActOps {
+  using Tensor = typename Device::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
   static void set_operands(BiasAct& a, const Tensor& input, const OptionalTensor& seed, int64_t activation,
                            double dropout_p) {
     STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
@@ -53,8 +56,8 @@ struct BiasActOps {
 
   template <class Library>
   static void add_to(Library& m) {
-    m.impl("bias_act_forward", TORCH_BOX(&forward));
-    m.impl("bias_act_backward", TORCH_BOX(&backward));
+    Device::template add<&forward>(m, "bias_act_forward");
+    Device::template add<&backward>(m, "bias_act_backward");
   }
 };
 

@@ -6,9 +6,12 @@
 
 namespace ckpt {
 
-// Device has run(block, tensor, kind) for each of the structs; the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), run(block, tensor, kind) for each of the structs; the tensor is on its device.
 template <class Device>
 struct ChannelNormOps {
+  using Tensor = typename Device::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
   static void* dense(const OptionalTensor& t, const ChannelNorm& a) {
     if (!t) return nullptr;
     STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == a.rows() && t->size(1) == a.columns() && t->is_contiguous(),
@@ -92,10 +95,10 @@ struct ChannelNormOps {
 
   template <class Library>
   static void add_to(Library& m) {
-    m.impl("channel_moments", TORCH_BOX(&moments));
-    m.impl("channel_forward", TORCH_BOX(&forward));
-    m.impl("channel_sums", TORCH_BOX(&sums));
-    m.impl("channel_backward", TORCH_BOX(&backward));
+    Device::template add<&moments>(m, "channel_moments");
+    Device::template add<&forward>(m, "channel_forward");
+    Device::template add<&sums>(m, "channel_sums");
+    Device::template add<&backward>(m, "channel_backward");
   }
 };
 

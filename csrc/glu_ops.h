@@ -6,9 +6,12 @@
 
 namespace ckpt {
 
-// Device has run_forward(block, tensor, kind) and run_backward(block, tensor, kind); the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), run_forward(block, tensor, kind) and run_backward(block, tensor, kind); the tensor is on its device.
 template <class Device>
 struct GluOps {
+  using Tensor = typename Device::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
   static void set_operands(Glu& a, const Tensor& gate, const Tensor& value, int64_t activation) {
     STD_TORCH_CHECK(gate.dim() == 2, "expected a matrix of rows");
     a.rows = gate.size(0);
@@ -44,8 +47,8 @@ struct GluOps {
 
   template <class Library>
   static void add_to(Library& m) {
-    m.impl("glu_forward", TORCH_BOX(&forward));
-    m.impl("glu_backward", TORCH_BOX(&backward));
+    Device::template add<&forward>(m, "glu_forward");
+    Device::template add<&backward>(m, "glu_backward");
   }
 };
 

@@ -1,6 +1,6 @@
 // The row-norm ops of one device: their operands read into the plain structs of row_norm.h, which the device runs.
 //
-// Device has
+// Device has a type Tensor, add<&function>(library, name), and
 //   Coefficient(tensor, kind, offset).data(): a weight or bias in the compute type, with the offset added;
 //   run_forward(block, input, kind), run_backward(block, grad_output, kind, grad_weight, grad_bias), which take a
 //   tensor for the device they are on.
@@ -12,8 +12,9 @@
 namespace ckpt {
 
 // The operands that every block of the family has.
-inline void set_common(RowNorm& a, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                       const OptionalTensor& mean, const Tensor& rstd) {
+template <class T>
+void set_common(RowNorm& a, const T& input, const std::optional<T>& weight, const std::optional<T>& bias,
+                const std::optional<T>& mean, const T& rstd) {
   a.columns = input.size(input.dim() - 1);
   a.rows = input.numel() / a.columns;
   a.input = rows_as_they_lie(input, a.rows, a.columns);
@@ -29,6 +30,9 @@ inline void set_common(RowNorm& a, const Tensor& input, const OptionalTensor& we
 
 template <class Device>
 struct RowNormOps {
+  using Tensor = typename Device::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
   static void row_norm_forward(Tensor input, OptionalTensor weight, OptionalTensor bias, Tensor output,
                                OptionalTensor mean, Tensor rstd, double eps, int64_t pre_activation, int64_t activation,
                                double weight_offset, bool cast_before_weight, bool given_statistics) {
@@ -117,7 +121,7 @@ struct RowNormOps {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, 0);
     RowNormForward a;
-    set_common(a, input, weight, std::nullopt, std::nullopt, rstd);
+    set_common(a, input, weight, OptionalTensor(), OptionalTensor(), rstd);
     a.weight = w.data();
     a.gate = rows_as_they_lie(gate, a.rows, a.columns);
     a.output = rows_of(output, a.rows, a.columns);
@@ -133,7 +137,7 @@ struct RowNormOps {
     const ScalarKind kind = kind_of(input);
     typename Device::Coefficient w(weight, kind, 0);
     RowNormBackward a;
-    set_common(a, input, weight, std::nullopt, std::nullopt, rstd);
+    set_common(a, input, weight, OptionalTensor(), OptionalTensor(), rstd);
     a.weight = w.data();
     a.gate = rows_as_they_lie(gate, a.rows, a.columns);
     a.grad_output = rows_as_they_lie(grad_output, a.rows, a.columns);
@@ -148,12 +152,12 @@ struct RowNormOps {
 
   template <class Library>
   static void add_to(Library& m) {
-    m.impl("row_norm_forward", TORCH_BOX(&row_norm_forward));
-    m.impl("row_norm_backward", TORCH_BOX(&row_norm_backward));
-    m.impl("add_row_norm_forward", TORCH_BOX(&add_row_norm_forward));
-    m.impl("add_row_norm_backward", TORCH_BOX(&add_row_norm_backward));
-    m.impl("gated_row_norm_forward", TORCH_BOX(&gated_row_norm_forward));
-    m.impl("gated_row_norm_backward", TORCH_BOX(&gated_row_norm_backward));
+    Device::template add<&row_norm_forward>(m, "row_norm_forward");
+    Device::template add<&row_norm_backward>(m, "row_norm_backward");
+    Device::template add<&add_row_norm_forward>(m, "add_row_norm_forward");
+    Device::template add<&add_row_norm_backward>(m, "add_row_norm_backward");
+    Device::template add<&gated_row_norm_forward>(m, "gated_row_norm_forward");
+    Device::template add<&gated_row_norm_backward>(m, "gated_row_norm_backward");
   }
 };
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from .checks import (
     autocast,
@@ -38,7 +38,9 @@ def layer_norm(
     have that shape. Keeps the input and two numbers a row. Source: Ba et al., "Layer Normalization", 2016;
     `torch.nn.functional.layer_norm`.
     """
-    return _row_norm(input, normalized_shape, weight, bias, eps, True, pre_activation, activation)
+    call = (input, weight, bias), (normalized_shape, eps, True, pre_activation, activation, 0.0, False)
+    plan = thin.plan_of("row_norm", *call)
+    return plan(input, weight, bias) if plan is not None else _row_norm(*call)
 
 
 def rms_norm(
@@ -59,19 +61,14 @@ def rms_norm(
     Keeps the input and one number a row. The output is contiguous, or, as torch's, channels last where the input is.
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `torch.nn.functional.rms_norm`.
     """
-    eps = rms_eps(input, eps)
-    output = _row_norm(
-        input,
-        normalized_shape,
-        weight,
-        None,
-        eps,
-        False,
-        pre_activation,
-        activation,
-        weight_offset,
-        cast_before_weight,
+    call = (
+        (input, weight, None),
+        (normalized_shape, eps, False, pre_activation, activation, weight_offset, cast_before_weight),
     )
+    plan = thin.plan_of("row_norm", *call)
+    if plan is not None and input.is_contiguous():
+        return plan(input, weight, None)
+    output = _row_norm(*call)
     format = memory_format(input)
     return output if format == torch.contiguous_format else output.contiguous(memory_format=format)
 
@@ -194,36 +191,26 @@ def modulated_rms_norm(
     return _modulated(input, scale, shift, normalized_shape, weight, None, eps, False, pre_activation, activation)
 
 
-def _row_norm(
-    input: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    pre_activation: Activation,
-    activation: Activation,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-) -> Tensor:
+def _row_norm(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
+    """Of (input, weight, bias), and the options as they were given."""
+    input, weight, bias = tensors
+    normalized_shape, eps, centered, pre_activation, activation, weight_offset, cast_before_weight = given
+    eps = number(eps, "eps") if centered else rms_eps(input, eps)
     columns = check_input(input, normalized_shape)
-    eps = number(eps, "eps")
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
-    pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
-    input, weight, bias = autocast(input, weight, bias)
-    return ops.row_norm.row_norm(
-        input,
-        weight,
-        bias,
+    options = (
         columns,
         eps,
         centered,
-        pre,
-        post,
+        activation_name(pre_activation, "pre_activation"),
+        activation_name(activation),
         number(weight_offset, "weight_offset"),
         bool(cast_before_weight),
-    )[0]
+    )
+    thin.remember(thin.row_norm.row_norm(input, weight, bias, options), "row_norm", tensors, given)
+    input, weight, bias = autocast(input, weight, bias)
+    return ops.row_norm.row_norm(input, weight, bias, *options)[0]
 
 
 def _add_row_norm(

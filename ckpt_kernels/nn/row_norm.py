@@ -8,7 +8,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, probability, recorded
+from .extras import extras, probability, recorded, weight_and_bias
 
 
 class LayerNorm(nn.LayerNorm):
@@ -38,11 +38,12 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
             return call
+        weight, bias = weight_and_bias(self)
         return F.layer_norm(
             input,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.eps,
             activation=self.activation,
             pre_activation=self.pre_activation,

@@ -70,8 +70,10 @@ class Op:
         _library.impl(name, self._with_autograd, "Autograd", with_keyset=True)
         self._implementation = implementation
         self._composition = composition
-        self._results = results
-        self._recipe = recipe
+        self.name = name
+        self.results = results
+        self.recipe = recipe
+        self.is_elementwise = elementwise
         self._sharding = sharding
         self._tensors = tensors = sum("Tensor" in argument for argument in schema.partition("->")[0].split(","))
 
@@ -87,9 +89,9 @@ class Op:
         def packed_backward(ctx: Any, *gradients: Tensor | None) -> tuple:
             return *backward(ctx, *gradients)[:tensors], None
 
-        function = _autograd_function(name, forward=packed_forward, backward=packed_backward)
-        # Past `Function.apply`'s own look for torch.func's transforms, which `__call__` has done.
-        self._apply = super(torch.autograd.Function, function).apply
+        # For `thin`, whose calls come back to these.
+        self.full_forward, self.full_backward = packed_forward, packed_backward
+        self._apply = autograd_apply(name, packed_forward, packed_backward)
 
     def __call__(self, *arguments: Any) -> Any:
         if is_transformed():
@@ -105,12 +107,12 @@ class Op:
             output = self._dispatched(*arguments)
         elif torch.is_grad_enabled():
             output = self._apply(*arguments[: self._tensors], arguments[self._tensors :])
-            if self._recipe is not None and recompute.is_active():
+            if self.recipe is not None and recompute.is_active():
                 recompute.offer(output if isinstance(output, Tensor) else output[0])
             return output
         else:
             output = self._implementation(*arguments)
-        return output if self._results is None else output[: self._results]
+        return output if self.results is None else output[: self.results]
 
     # Called by the dispatcher, from an exported program say, all results are to be returned, and all are tensors.
 
@@ -126,8 +128,11 @@ class Op:
         return self._composed(*arguments) if is_transformed() else self._differentiated(keyset, *arguments)
 
 
-def _autograd_function(name: str, **methods: Callable[..., Any]) -> type[torch.autograd.Function]:
-    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in methods.items()})
+def autograd_apply(name: str, forward: Callable[..., Any], backward: Callable[..., tuple]) -> Callable[..., Any]:
+    """`apply` of an autograd.Function of these, past its own look for torch.func's transforms, which `__call__` has
+    done."""
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return super(torch.autograd.Function, type(name, (torch.autograd.Function,), methods)).apply
 
 
 def is_transformed() -> bool:

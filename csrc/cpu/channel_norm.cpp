@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "channel_statistics.h"
+#include "device.h"
 #include "row_tasks.h"
 
 namespace ckpt {
@@ -23,17 +24,17 @@ void for_rows_of(const Block& a, Loop loop) {
                               [&](int64_t begin, int64_t end) { loop(a, begin, end); });
 }
 
-struct Cpu {
-  static void run(const ChannelMoments& a, const Tensor&, ScalarKind kind) {
+struct Cpu : CpuDevice {
+  static void run(const ChannelMoments& a, const View&, ScalarKind kind) {
     for_pieces_of(a, channel_norm_loops(kind).moments);
   }
-  static void run(const ChannelForward& a, const Tensor&, ScalarKind kind) {
+  static void run(const ChannelForward& a, const View&, ScalarKind kind) {
     for_rows_of(a, channel_norm_loops(kind).forward);
   }
-  static void run(const ChannelSums& a, const Tensor&, ScalarKind kind) {
+  static void run(const ChannelSums& a, const View&, ScalarKind kind) {
     for_pieces_of(a, channel_norm_loops(kind).sums);
   }
-  static void run(const ChannelBackward& a, const Tensor&, ScalarKind kind) {
+  static void run(const ChannelBackward& a, const View&, ScalarKind kind) {
     for_rows_of(a, channel_norm_loops(kind).backward);
   }
 };
@@ -128,6 +129,6 @@ struct WholeNorm : ChannelNormOps<Cpu> {
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
   ckpt::ChannelNormOps<ckpt::Cpu>::add_to(m);
-  m.impl("channel_norm_forward", TORCH_BOX(&ckpt::WholeNorm::forward));
-  m.impl("channel_norm_backward", TORCH_BOX(&ckpt::WholeNorm::backward));
+  ckpt::CpuDevice::add<&ckpt::WholeNorm::forward>(m, "channel_norm_forward");
+  ckpt::CpuDevice::add<&ckpt::WholeNorm::backward>(m, "channel_norm_backward");
 }

@@ -1,21 +1,23 @@
 // The ops that find the coefficients of a channel norm by themselves, on the CPU.
 #include "channel_statistics.h"
 
+#include "device.h"
+
 namespace ckpt {
 namespace {
 
-template <class S>
-S* data(const OptionalTensor& t, int64_t numel) {
+template <class S, class T>
+S* data(const T& t, int64_t numel) {
   return static_cast<S*>(data_of(t, numel));
 }
 
-Sets sets_of(const Tensor& by_piece, int64_t groups) {
+Sets sets_of(const View& by_piece, int64_t groups) {
   STD_TORCH_CHECK(by_piece.dim() == 3 && by_piece.is_contiguous(), "expected (samples, pieces, channels)");
   return {by_piece.size(0), by_piece.size(1), by_piece.size(2), groups};
 }
 
-void statistics(Tensor means, Tensor squares, OptionalTensor weight, OptionalTensor bias, Tensor mean, Tensor var,
-                Tensor coefficients, int64_t groups, int64_t size, int64_t piece_rows, double eps) {
+void statistics(View means, View squares, std::optional<View> weight, std::optional<View> bias, View mean, View var,
+                View coefficients, int64_t groups, int64_t size, int64_t piece_rows, double eps) {
   const Sets sets = sets_of(means, groups);
   const Coefficient w(weight, kind_of(means), 0), b(bias, kind_of(means), 0);
   with_compute_type(kind_of(means), [&](auto compute) {
@@ -27,8 +29,8 @@ void statistics(Tensor means, Tensor squares, OptionalTensor weight, OptionalTen
   });
 }
 
-void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
-           OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count, double eps, bool fixed) {
+void tilts(View first, View second, View var, std::optional<View> weight, View coefficients,
+           std::optional<View> grad_weight, std::optional<View> grad_bias, int64_t groups, double count, double eps, bool fixed) {
   const Sets sets = sets_of(first, groups);
   const Coefficient w(weight, kind_of(first), 0);
   with_compute_type(kind_of(first), [&](auto compute) {
@@ -44,6 +46,6 @@ void tilts(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tenso
 }  // namespace ckpt
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
-  m.impl("channel_statistics", TORCH_BOX(&ckpt::statistics));
-  m.impl("channel_tilts", TORCH_BOX(&ckpt::tilts));
+  ckpt::CpuDevice::add<&ckpt::statistics>(m, "channel_statistics");
+  ckpt::CpuDevice::add<&ckpt::tilts>(m, "channel_tilts");
 }

@@ -3,17 +3,18 @@
 
 #include <string.h>
 
+#include "device.h"
 #include "row_tasks.h"
 
 namespace ckpt {
 namespace {
 
-struct Cpu {
-  static void run_forward(const GluForward& a, const Tensor&, ScalarKind kind) {
+struct Cpu : CpuDevice {
+  static void run_forward(const GluForward& a, const View&, ScalarKind kind) {
     for_pieces(a.rows, a.columns,
                [&](int64_t row, int64_t begin, int64_t end) { glu_loops(kind).forward(a, row, begin, end); });
   }
-  static void run_backward(const GluBackward& a, const Tensor&, ScalarKind kind) {
+  static void run_backward(const GluBackward& a, const View&, ScalarKind kind) {
     for_pieces(a.rows, a.columns,
                [&](int64_t row, int64_t begin, int64_t end) { glu_loops(kind).backward(a, row, begin, end); });
   }
