@@ -15,9 +15,9 @@ struct BiasActOps {
 
   static void set_operands(BiasAct& a, const Tensor& input, const OptionalTensor& seed, int64_t activation,
                            double dropout_p) {
-    STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
-    a.rows = input.size(0);
-    a.columns = input.size(1);
+    STD_TORCH_CHECK(input.dim() > 0, "expected rows");
+    a.columns = input.size(input.dim() - 1);
+    a.rows = a.columns ? input.numel() / a.columns : 0;
     a.input = rows_of(input, a.rows, a.columns);
     a.activation = int(activation);
     a.dropout = dropout_of(seed, dropout_p);

@@ -14,13 +14,13 @@ struct ChannelNormOps {
 
   static void* dense(const OptionalTensor& t, const ChannelNorm& a) {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == a.rows() && t->size(1) == a.columns() && t->is_contiguous(),
+    STD_TORCH_CHECK(t->numel() == a.rows() * a.columns() && t->is_contiguous(),
                     "expected a contiguous (", a.rows(), ", ", a.columns(), ") matrix");
     return t->data_ptr();
   }
 
   static void set_input(ChannelNorm& a, const Tensor& input, bool planes, int64_t samples, int64_t channels) {
-    STD_TORCH_CHECK(input.dim() == 2 && samples > 0 && channels > 0 && input.numel() % (samples * channels) == 0,
+    STD_TORCH_CHECK(samples > 0 && channels > 0 && input.numel() % (samples * channels) == 0,
                     "expected a matrix of ", samples, " samples of ", channels, " channels");
     a.planes = planes;
     a.samples = samples;

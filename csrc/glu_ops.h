@@ -13,16 +13,16 @@ struct GluOps {
   using OptionalTensor = std::optional<Tensor>;
 
   static void set_operands(Glu& a, const Tensor& gate, const Tensor& value, int64_t activation) {
-    STD_TORCH_CHECK(gate.dim() == 2, "expected a matrix of rows");
-    a.rows = gate.size(0);
-    a.columns = gate.size(1);
-    a.step = a.columns > 1 ? gate.stride(1) : 1;
+    // What has another shape is in one piece, and one row.
+    a.rows = gate.dim() == 2 ? gate.size(0) : 1;
+    a.columns = gate.dim() == 2 ? gate.size(1) : gate.numel();
+    a.step = gate.dim() == 2 && a.columns > 1 ? gate.stride(1) : 1;
     if (a.step != 1) {
       const int64_t element = static_cast<char*>(value.data_ptr()) - static_cast<char*>(gate.data_ptr());
       STD_TORCH_CHECK(a.step == 2 && element == size_of(kind_of(gate)), "expected gate and value to take turns");
     }
-    a.gate = rows_of(gate, a.rows, a.columns, a.step);
-    a.value = rows_of(value, a.rows, a.columns, a.step);
+    a.gate = a.step == 1 ? rows_of(gate, a.rows, a.columns) : rows_of(gate, a.rows, a.columns, a.step);
+    a.value = a.step == 1 ? rows_of(value, a.rows, a.columns) : rows_of(value, a.rows, a.columns, a.step);
     a.activation = int(activation);
   }
 
@@ -38,8 +38,9 @@ struct GluOps {
     GluBackward a;
     set_operands(a, gate, value, activation);
     a.grad_output = rows_of(grad_output, a.rows, a.columns);
-    a.grad_gate = rows_of(grad_gate, a.rows, a.columns, a.step);
-    a.grad_value = rows_of(grad_value, a.rows, a.columns, a.step);
+    a.grad_gate = a.step == 1 ? rows_of(grad_gate, a.rows, a.columns) : rows_of(grad_gate, a.rows, a.columns, a.step);
+    a.grad_value =
+        a.step == 1 ? rows_of(grad_value, a.rows, a.columns) : rows_of(grad_value, a.rows, a.columns, a.step);
     a.output = rows_of(output, a.rows, a.columns);
     STD_TORCH_CHECK(a.step == 1 || (a.grad_gate && a.grad_value), "expected both gradients where the two take turns");
     Device::run_backward(a, gate, kind_of(gate));

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from .checks import check_device, check_tensor, dropout_seed, shape_of
 
@@ -22,6 +22,10 @@ def bias_act(
     Keeps the input; for relu and leaky_relu the output instead, which whatever reads it keeps too; for the identity
     nothing. No dropout mask: the backward kernel draws it again from its seed.
     """
+    call = "bias_act", (input, bias), (activation, dropout_p, training)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        return plan(input, bias, dropout_seed(input, dropout_p, training)[1] if dropout_p and training else None)
     check_tensor(input, "input", nested=True)
     if bias is not None:
         check_tensor(bias, "bias")
@@ -32,4 +36,6 @@ def bias_act(
             )
     name = activation_name(activation)
     p, seed = dropout_seed(input, dropout_p, training)
+    if not input.is_nested:
+        thin.remember(thin.bias_act.bias_act(input, bias, (name, p)), *call)
     return ops.bias_act.bias_act(input, bias, seed, name, p)

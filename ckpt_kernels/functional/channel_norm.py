@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from .checks import (
     autocast,
@@ -48,6 +48,14 @@ def batch_norm(
     whatever reads it keeps too, or, for other activations but the identity, the residual. Errors leave the running
     statistics as they were. Source: Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
+    tensors = (input, residual, running_mean, running_var, weight, bias)
+    call = "batch_norm", tensors, (training, momentum, eps, activation, process_group)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        output, mean, var = plan(input, residual, weight, bias, None, None)
+        count = input.numel() // input.shape[1]
+        _move_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
+        return output
     input, residual = promoted(input, residual)
     if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
         # torch's own takes it, too: nothing of no channels.
@@ -79,12 +87,13 @@ def batch_norm(
             raise ValueError(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
-        output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, 0, eps, name)
+        options = (0, eps, name)
+        thin.remember(thin.channel_norm.channel_norm(input, residual, weight, bias, options), *call)
+        output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, *options)
     if process_group is None and _is_moved_by_torch():
         _move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
     elif count:
-        _move(running_mean, mean, momentum)
-        _move(running_var, var, momentum, count / max(count - 1, 1))
+        _move_both(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
     return output
 
 
@@ -103,16 +112,19 @@ def group_norm(
     inputs are computed as they lie, and so is the output. Keeps the input, two numbers a group and three a channel, of
     each sample. Source: Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
     """
+    call = "group_norm", (input, weight, bias), (num_groups, eps, activation)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        return plan(input, None, weight, bias, None, None)[0]
     check_channels(input, weight, bias)
     if not hasattr(num_groups, "__index__"):
         raise TypeError(f"num_groups is {num_groups!r}; expected an integer")
     if num_groups < 1 or input.shape[1] % num_groups:
         raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {shape_of(input)}")
-    name = activation_name(activation)
+    options = (int(num_groups), number(eps, "eps"), activation_name(activation))
+    thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     input, weight, bias = autocast(input, weight, bias)
-    return ops.channel_norm.channel_norm(
-        input, None, weight, bias, None, None, int(num_groups), number(eps, "eps"), name
-    )[0]
+    return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, *options)[0]
 
 
 def instance_norm(
@@ -151,8 +163,7 @@ def instance_norm(
     if _is_moved_by_torch():
         _move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
     elif input.numel():
-        _move(running_mean, mean.mean(0), momentum)
-        _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
+        _move_both(running_mean, running_var, mean.mean(0), var.mean(0), momentum, size / max(size - 1, 1))
     return output
 
 
@@ -172,13 +183,26 @@ def _by_running_statistics(
     return found[0]
 
 
+def _move_both(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    unbiased: float | Tensor,
+) -> None:
+    """The running statistics towards those of a batch, whose variance times `unbiased` is unbiased."""
+    with torch.no_grad():
+        _move(running_mean, mean, momentum)
+        _move(running_var, var, momentum, unbiased)
+
+
 def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float | Tensor = 1.0) -> None:
     """running = (1 - momentum) * running + momentum * factor * towards."""
     if isinstance(factor, Tensor):  # of a size that torch.jit.trace follows
         towards, factor = towards * factor, 1.0
     if running is not None:
-        with torch.no_grad():
-            running.mul_(1 - momentum).add_(towards, alpha=momentum * factor)
+        running.mul_(1 - momentum).add_(towards, alpha=momentum * factor)
 
 
 def _is_moved_by_torch() -> bool:

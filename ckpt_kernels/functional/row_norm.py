@@ -90,7 +90,9 @@ def add_layer_norm(
     Returns (output, residual_out), both of the input's shape. Keeps residual_out, which is what the network goes
     on with, and two numbers a row; no dropout mask, which the backward kernel draws again from its seed.
     """
-    return _add_row_norm(input, residual, normalized_shape, weight, bias, eps, True, activation, dropout_p, training)
+    return _add_row_norm(
+        (input, residual, weight, bias), (normalized_shape, eps, True, activation, dropout_p, training, 0.0, False)
+    )
 
 
 def add_rms_norm(
@@ -111,20 +113,9 @@ def add_rms_norm(
     Returns (output, residual_out). Keeps residual_out and one number a row. See `rms_norm` for `eps`,
     `weight_offset` and `cast_before_weight`.
     """
-    eps = rms_eps(input, eps)
     return _add_row_norm(
-        input,
-        residual,
-        normalized_shape,
-        weight,
-        None,
-        eps,
-        False,
-        activation,
-        dropout_p,
-        training,
-        weight_offset,
-        cast_before_weight,
+        (input, residual, weight, None),
+        (normalized_shape, eps, False, activation, dropout_p, training, weight_offset, cast_before_weight),
     )
 
 
@@ -143,14 +134,18 @@ def gated_rms_norm(
     `gate` has the input's shape. Keeps input, gate and one number a row. Source: Dao and Gu, "Transformers are
     SSMs" (Mamba-2), 2024.
     """
+    call = "gated_row_norm", (input, gate, weight), (normalized_shape, eps, activation, norm_before_gate)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        return plan(input, gate, weight)
     input, gate = promoted(input, gate)
     columns = check_input(input, normalized_shape)
     check_like(gate, "gate", input)
     check_coefficient(weight, "weight", input, normalized_shape)
-    name = activation_name(activation)
-    eps = rms_eps(input, eps)
+    options = (columns, rms_eps(input, eps), activation_name(activation), bool(norm_before_gate))
+    thin.remember(thin.row_norm.gated_row_norm(input, gate, weight, options), *call)
     input, gate, weight = autocast(input, gate, weight)
-    return ops.row_norm.gated_row_norm(input, gate, weight, columns, eps, name, bool(norm_before_gate))[0]
+    return ops.row_norm.gated_row_norm(input, gate, weight, *options)[0]
 
 
 def modulated_layer_norm(
@@ -172,7 +167,9 @@ def modulated_layer_norm(
     Keeps input, scale, shift and two numbers a row. Source: Peebles and Xie, "Scalable Diffusion Models with
     Transformers" (DiT), 2023.
     """
-    return _modulated(input, scale, shift, normalized_shape, weight, bias, eps, True, pre_activation, activation)
+    return _modulated(
+        (input, scale, shift, weight, bias), (normalized_shape, eps, True, pre_activation, activation)
+    )
 
 
 def modulated_rms_norm(
@@ -187,8 +184,9 @@ def modulated_rms_norm(
     pre_activation: Activation = "identity",
 ) -> Tensor:
     """activation(RMSNorm(pre_activation(input)) * (1 + scale) + shift); see `modulated_layer_norm`."""
-    eps = rms_eps(input, eps)
-    return _modulated(input, scale, shift, normalized_shape, weight, None, eps, False, pre_activation, activation)
+    return _modulated(
+        (input, scale, shift, weight, None), (normalized_shape, eps, False, pre_activation, activation)
+    )
 
 
 def _row_norm(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
@@ -213,66 +211,46 @@ def _row_norm(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
     return ops.row_norm.row_norm(input, weight, bias, *options)[0]
 
 
-def _add_row_norm(
-    input: Tensor,
-    residual: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    activation: Activation,
-    dropout_p: float,
-    training: bool,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _add_row_norm(tensors: Sequence[Tensor | None], given: tuple) -> tuple[Tensor, Tensor]:
+    """Of (input, residual, weight, bias), and the options as they were given."""
+    input, residual, weight, bias = tensors
+    normalized_shape, eps, centered, activation, dropout_p, training, weight_offset, cast_before_weight = given
+    plan = thin.plan_of("add_row_norm", tensors, given)
+    if plan is not None:
+        seed = dropout_seed(input, dropout_p, training)[1] if dropout_p and training else None
+        return plan(input, residual, weight, bias, seed)
     input, residual = promoted(input, residual)
+    eps = number(eps, "eps") if centered else rms_eps(input, eps)
     columns = check_input(input, normalized_shape)
-    eps = number(eps, "eps")
     check_like(residual, "residual", input)
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
-    name = activation_name(activation)
+    name, offset = activation_name(activation), number(weight_offset, "weight_offset")
     p, seed = dropout_seed(input, dropout_p, training)
+    options = (columns, eps, centered, name, offset, bool(cast_before_weight), p)
+    thin.remember(thin.row_norm.add_row_norm(input, residual, weight, bias, options), "add_row_norm", tensors, given)
     input, residual, weight, bias = autocast(input, residual, weight, bias)
-    return ops.row_norm.add_row_norm(
-        input,
-        residual,
-        weight,
-        bias,
-        seed,
-        columns,
-        eps,
-        centered,
-        name,
-        number(weight_offset, "weight_offset"),
-        bool(cast_before_weight),
-        p,
-    )
+    return ops.row_norm.add_row_norm(input, residual, weight, bias, seed, *options)
 
 
-def _modulated(
-    input: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    pre_activation: Activation,
-    activation: Activation,
-) -> Tensor:
+def _modulated(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
+    """Of (input, scale, shift, weight, bias), and the options as they were given."""
+    plan = thin.plan_of("modulated_row_norm", tensors, given)
+    if plan is not None:
+        return plan(*tensors)
+    input, scale, shift, weight, bias = tensors
+    normalized_shape, eps, centered, pre_activation, activation = given
+    eps = number(eps, "eps") if centered else rms_eps(input, eps)
     # What is given for a sample is not given for rows of which samples have different numbers.
     columns = check_input(input, normalized_shape, nested=False)
-    eps = number(eps, "eps")
     check_modulation(scale, "scale", input, normalized_shape)
     check_modulation(shift, "shift", input, normalized_shape)
     if scale.numel() != shift.numel():
         raise RuntimeError(f"shift has shape {shape_of(shift)}; expected that of scale, {shape_of(scale)}")
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
-    pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
-    input, scale, shift, weight, bias = autocast(input, scale, shift, weight, bias)
-    return ops.row_norm.modulated_row_norm(input, scale, shift, weight, bias, columns, eps, centered, pre, post)[0]
+    names = activation_name(pre_activation, "pre_activation"), activation_name(activation)
+    options = (columns, eps, centered, *names)
+    known = thin.row_norm.modulated_row_norm(*tensors, options)
+    thin.remember(known, "modulated_row_norm", tensors, given)
+    return ops.row_norm.modulated_row_norm(*autocast(input, scale, shift, weight, bias), *options)[0]

@@ -63,6 +63,11 @@ struct Call<function, void (*)(P...)> {
   }
 };
 
+template <auto function>
+void add_direct(const char* name) {
+  add_direct_call({name, Call<function>::parameters, &Call<function>::direct});
+}
+
 // What the ops of every family know of the device.
 struct CpuDevice {
   using Tensor = View;
@@ -70,7 +75,7 @@ struct CpuDevice {
   template <auto function, class Library>
   static void add(Library& m, const char* name) {
     m.impl(name, TORCH_BOX(&Call<function>::from_dispatcher));
-    add_direct_call({name, Call<function>::parameters, &Call<function>::direct});
+    add_direct<function>(name);
   }
 };
 

@@ -74,12 +74,12 @@ bool is_watched() {
 
 bool is_negated(PyObject* tensor) { return is_true(PyObject_CallFunctionObjArgs(is_negative, tensor, nullptr)); }
 
-// Whether nothing but autograd is to see what is done with these tensors.
+// Whether nothing but autograd is to see what is done with these tensors, where there are such.
 PyObject* is_plain(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   if (is_watched()) return PyBool_FromLong(0);
   CkptTensor tensor;
   for (Py_ssize_t i = 0; i < count; ++i)
-    if (!read(objects[i], &tensor) || is_negated(objects[i])) return PyBool_FromLong(0);
+    if (objects[i] != Py_None && (!read(objects[i], &tensor) || is_negated(objects[i]))) return PyBool_FromLong(0);
   return PyBool_FromLong(1);
 }
 
