@@ -147,6 +147,15 @@ def instance_norm(
     each channel of each sample. Source: Ulyanov et al., "Instance Normalization", 2016;
     `torch.nn.functional.instance_norm`.
     """
+    tensors = (input, running_mean, running_var, weight, bias)
+    call = "instance_norm", tensors, (use_input_stats, momentum, eps, activation)
+    plan = thin.plan_of(*call)
+    if plan is not None and input.is_contiguous():
+        output, mean, var = plan(input, None, weight, bias, None, None)
+        if running_mean is not None or running_var is not None:
+            size = input.numel() // mean.numel()
+            _move_both(running_mean, running_var, mean.mean(0), var.mean(0), float(momentum), size / (size - 1))
+        return output
     check_channels(input, weight, bias)
     check_coefficient(running_mean, "running_mean", input, input.shape[1])
     check_coefficient(running_var, "running_var", input, input.shape[1])
@@ -159,7 +168,9 @@ def instance_norm(
     size = math.prod(input.shape[2:])
     if size == 1:
         raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 element in space")
-    output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, input.shape[1], eps, name)
+    options = (input.shape[1], eps, name)
+    thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
+    output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, *options)
     if _is_moved_by_torch():
         _move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
     elif input.numel():

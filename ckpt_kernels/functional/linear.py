@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from .checks import (
     autocast,
@@ -58,6 +58,23 @@ def norm_linear(
     `cast_before_weight` are for it (see `functional.rms_norm`). `weight` is (out, normalized_shape), `bias` (out,).
     `eps=None` is 1e-5 for layer_norm, and that of `rms_norm` else. Keeps the input and one or two numbers a row.
     """
+    single = isinstance(weight, Tensor)
+    call = None
+    if single:
+        options = (
+            normalized_shape,
+            eps,
+            norm,
+            activation,
+            pre_activation,
+            weight_offset,
+            cast_before_weight,
+            recompute,
+        )
+        call = "norm_linear", (input, norm_weight, norm_bias, weight, bias), options
+        block = thin.plan_of(*call)
+        if block is not None:
+            return _block_linear(block, (input, norm_weight, norm_bias), (weight,), (bias,), recompute)[0]
     level_name(recompute)
     columns = check_input(input, normalized_shape)
     check_coefficient(norm_weight, "norm_weight", input, normalized_shape)
@@ -71,7 +88,6 @@ def norm_linear(
         raise ValueError("weight_offset or cast_before_weight is given; expected neither where norm is 'layer_norm'")
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     eps = (1e-5 if eps is None else number(eps, "eps")) if centered else rms_eps(input, eps)
-    single = isinstance(weight, Tensor)
     if not single and not isinstance(weight, Sequence):
         raise TypeError(f"weight is {weight!r}; expected a tensor or a sequence of them")
     weights = (weight,) if single else tuple(weight)
@@ -80,9 +96,12 @@ def norm_linear(
         raise ValueError(f"bias has {len(biases)} tensors; expected one for each of {len(weights)} weights")
     for w, b in zip(weights, biases, strict=True):
         _check_linear(w, b, "weight", "bias", columns, input)
-    block = ops.linear.norm_block(
-        columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight)
-    )
+    options = (columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight))
+    block = ops.linear.norm_block(*options)
+    if call is not None:
+        thin.remember(
+            thin.linear.norm_block(_dtypes(input, weight, bias), input, (norm_weight, norm_bias), options), *call
+        )
     operands = autocast(input, norm_weight, norm_bias)
     outputs = _block_linear(block, operands, weights, biases, recompute)
     return outputs[0] if single else outputs
@@ -102,11 +121,17 @@ def act_linear(
 
     `weight` is (out, in), where in is the input's last dimension, `bias` (out,). Keeps the input, and no dropout mask.
     """
+    call = "act_linear", (input, weight, bias), (activation, dropout_p, training, recompute)
+    block = thin.plan_of(*call)
+    if block is not None:
+        return _block_linear(block, (input,), (weight,), (bias,), recompute)[0]
     level_name(recompute)
     check_tensor(input, "input", nested=True)
     _check_linear(weight, bias, "weight", "bias", _last(input), input)
     p, seed = dropout_seed(input, dropout_p, training)
-    block = ops.linear.act_block(activation_name(activation), seed, p)
+    name = activation_name(activation)
+    thin.remember(thin.linear.act_block(_dtypes(input, weight, bias), name, p), *call)
+    block = ops.linear.act_block(name, seed, p)
     return _block_linear(block, (input,), (weight,), (bias,), recompute)[0]
 
 
@@ -127,12 +152,19 @@ def mlp(
     `weight1` is (hidden, in), `weight2` (out, hidden). Keeps the input and, but for `recompute="all"`, the first
     product, (..., hidden); with "block" the activation's output too.
     """
+    tensors = (input, weight1, bias1, weight2, bias2)
+    call = "mlp", tensors, (activation, dropout_p, training, recompute)
+    block = thin.plan_of(*call)
+    if block is not None:
+        return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
     level_name(recompute)
     check_tensor(input, "input", nested=True)
     _check_linear(weight1, bias1, "weight1", "bias1", _last(input), input)
     _check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
     p, seed = dropout_seed(input, dropout_p, training)
-    block = ops.linear.act_block(activation_name(activation), seed, p)
+    name = activation_name(activation)
+    thin.remember(thin.linear.act_block(_dtypes(*tensors), name, p), *call)
+    block = ops.linear.act_block(name, seed, p)
     return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
 
 
@@ -157,6 +189,13 @@ def gated_mlp(
     `gate_weight` is (2 * hidden, in) and packs both as `layout` says (see `functional.packed_glu`), and so does
     `gate_bias`. Keeps the input and, but for `recompute="all"`, the two products; with "block" their product too.
     """
+    tensors = (input, gate_weight, value_weight, weight, gate_bias, value_bias, bias)
+    call = "gated_mlp", tensors, (activation, layout, dropout_p, training, recompute)
+    block = thin.plan_of(*call)
+    if block is not None:
+        firsts = (gate_weight, gate_bias)
+        firsts = firsts if value_weight is None else (*firsts, value_weight, value_bias)
+        return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
     level_name(recompute)
     ops.glu.layout_name(layout)
     check_tensor(input, "input", nested=True)
@@ -178,7 +217,9 @@ def gated_mlp(
         hidden //= 2
     _check_linear(weight, bias, "weight", "bias", hidden, input)
     p, seed = dropout_seed(input, dropout_p, training)
-    block = ops.linear.glu_block(activation_name(activation), layout, seed, p)
+    name, packed = activation_name(activation), value_weight is None
+    thin.remember(thin.linear.glu_block(_dtypes(*tensors), name, layout, p, packed), *call)
+    block = ops.linear.glu_block(name, layout, seed, p)
     return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
 
 
@@ -205,6 +246,10 @@ def _block_linear(
 ) -> tuple[Tensor, ...]:
     compute = ops.linear.composed_linear if recompute == "block" else ops.linear.block_linear
     return compute(block, operands, weights, biases)
+
+
+def _dtypes(*tensors: Tensor | None) -> set[torch.dtype]:
+    return {t.dtype for t in tensors if t is not None}
 
 
 def _last(input: Tensor) -> int:

@@ -167,9 +167,7 @@ def modulated_layer_norm(
     Keeps input, scale, shift and two numbers a row. Source: Peebles and Xie, "Scalable Diffusion Models with
     Transformers" (DiT), 2023.
     """
-    return _modulated(
-        (input, scale, shift, weight, bias), (normalized_shape, eps, True, pre_activation, activation)
-    )
+    return _modulated((input, scale, shift, weight, bias), (normalized_shape, eps, True, pre_activation, activation))
 
 
 def modulated_rms_norm(
@@ -184,9 +182,7 @@ def modulated_rms_norm(
     pre_activation: Activation = "identity",
 ) -> Tensor:
     """activation(RMSNorm(pre_activation(input)) * (1 + scale) + shift); see `modulated_layer_norm`."""
-    return _modulated(
-        (input, scale, shift, weight, None), (normalized_shape, eps, False, pre_activation, activation)
-    )
+    return _modulated((input, scale, shift, weight, None), (normalized_shape, eps, False, pre_activation, activation))
 
 
 def _row_norm(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:

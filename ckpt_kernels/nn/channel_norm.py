@@ -28,10 +28,10 @@ def batch_norm_of(
     module._check_input_dim(input)
     counted = module.training and module.track_running_stats and (again or not _recomputing())
     momentum = 0.0 if module.momentum is None else module.momentum
-    if counted and module.num_batches_tracked is not None:
-        batches = module.num_batches_tracked + 1
-        if module.momentum is None:
-            momentum = 1.0 / float(batches)
+    # Of what is counted nothing but a cumulative average is computed.
+    batches = module.num_batches_tracked if counted else None
+    if batches is not None and module.momentum is None:
+        momentum = 1.0 / float(batches + 1)
     # Without running statistics those of the batch serve in eval mode too.
     training = module.training or (module.running_mean is None and module.running_var is None)
     tracked = counted or not module.training
@@ -49,8 +49,8 @@ def batch_norm_of(
         process_group=process_group,
     )
     # An error leaves the counter, too, as it was.
-    if counted and module.num_batches_tracked is not None:
-        module.num_batches_tracked.copy_(batches)
+    if batches is not None:
+        batches.add_(1)
     return output
 
 

@@ -7,7 +7,7 @@ and dtypes, and with the same options, was made before. The plan runs the same k
 `direct`). Everything else takes the full path, with its errors; so does a call that its plan turns out not to serve.
 """
 
-from . import bias_act, channel_norm, glu, row_norm
+from . import bias_act, channel_norm, glu, linear, row_norm
 from .plans import plan_of, remember
 
-__all__ = ["bias_act", "channel_norm", "glu", "plan_of", "remember", "row_norm"]
+__all__ = ["bias_act", "channel_norm", "glu", "linear", "plan_of", "remember", "row_norm"]
