@@ -14,6 +14,7 @@ from . import backends
 
 _NOTHING = torch.empty(0, device="cpu")
 _NUMBERS = (int, float)
+_PLAIN = (Tensor, nn.Parameter)
 # The size, the strides and the offset of a view.
 Geometry = tuple[Sequence[int], Sequence[int], int]
 
@@ -121,7 +122,7 @@ class Recipe:
     ends.
     """
 
-    def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Cell | None], depth: int) -> None:
+    def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Operand | None], depth: int) -> None:
         self.depth = depth
         self._rebuild = rebuild
         self._operands = operands
@@ -238,8 +239,9 @@ def watching(tensor: Tensor) -> Tensor | None:
 
 def _is_freed(tensor: Tensor) -> bool:
     """Whether its memory has been given back under it, as sharding does with gathered weights."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta or tensor.data_ptr():
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _stream(value: Tensor) -> Any:

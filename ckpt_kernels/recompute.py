@@ -26,7 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from . import provenance
 from .provenance import Block, Trace
-from .recipes import Cell, Claim, Foreign, Geometry, Kept, Recipe, Step, geometry_of, recipe_of_step, watching
+from .recipes import Cell, Claim, Foreign, Geometry, Kept, Operand, Recipe, Step, geometry_of, recipe_of_step, watching
 
 # A recipe may need an output that was let go too, and so on. Past this many the output is kept, so that what stands in
 # memory while a chain is rebuilt, and what is computed more than once, stay small.
@@ -60,6 +60,15 @@ class Entry(NamedTuple):
     recipe: Callable[[], Recipe | None]
 
 
+class Packed(NamedTuple):
+    """A tensor that the op which was announced saves, and what its node holds in the place of it."""
+
+    tensor: Tensor
+    cell: Cell
+    # Whether the cell may come to hold something smaller, which then all who keep the tensor do.
+    is_exchanged: bool
+
+
 class Result(NamedTuple):
     """Who keeps the result of a node that saves its result, first of all the node itself."""
 
@@ -80,37 +89,48 @@ class Discarder:
         self.is_closed = False
         # Of the op whose forward is over and whose output is not there yet.
         self.announced: Announcement | None = None
-        self.saved: list[tuple[int, Cell]] | None = None
+        self.saved: list[Packed] | None = None
         self.is_elementwise = False
 
-    def offer(self, output: Tensor) -> None:
-        """The output of the op that was announced."""
+    def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
+        """The output of the op that was announced; or another one, whose recipe is given and lasts as long as it."""
+        if recipe is not None:
+            made = self._recipe(*recipe, ())
+            self._enter(output, lambda: made)
+            return
         announced, saved = self.announced, self.saved or ()
         self.announced = self.saved = None
         self.is_elementwise = False
         if announced is None or not output.requires_grad:
             return
-        recipe = self._recipe(*announced)
+        made = self._recipe(*announced, saved)
         # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
         # graph says of another tensor, which may lead to this node when the output is gone.
-        storages = {storage for storage, _ in saved}
-        if saved and all(t is None or t.untyped_storage()._cdata in storages for t in announced[1]):
-            saved[0][1].attached = recipe
-            entry = self._enter(output, weakref.ref(recipe))
+        if saved and all(t is None or _is_among(t, saved) for t in announced[1]):
+            saved[0].cell.attached = made
+            entry = self._enter(output, weakref.ref(made))
         else:
-            entry = self._enter(output, lambda: recipe)
+            entry = self._enter(output, lambda: made)
         output.grad_fn.recomputed_block = Block(
-            self, weakref.ref(recipe), entry.output, entry.storage, entry.version, watching(output)
+            self, weakref.ref(made), entry.output, entry.storage, entry.version, watching(output)
         )
 
-    def register(self, output: Tensor, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
-        """From now on what reads the output keeps a recipe of these tensors, which lasts as long as the output."""
-        recipe = self._recipe(rebuild, tensors)
-        self._enter(output, lambda: recipe)
+    def _recipe(
+        self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Sequence[Packed]
+    ) -> Recipe:
+        operands = [None if t is None else self._operand(t, saved) for t in tensors]
+        return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
 
-    def _recipe(self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Recipe:
-        cells = [None if t is None else self.pack(_outlasting(t)) for t in tensors]
-        return Recipe(rebuild, cells, 1 + max((cell.depth for cell in cells if cell is not None), default=0))
+    def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
+        """What the op's node holds of a tensor, if it holds that to the end; else the tensor is packed for the recipe.
+
+        The content alone: a cell that holds the recipe would be held by it.
+        """
+        lasting = _outlasting(tensor)
+        for packed in saved:
+            if packed.tensor is lasting and not packed.is_exchanged and isinstance(packed.cell.content, Kept):
+                return packed.cell.content
+        return self.pack(lasting)
 
     def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
         entries = self._entries
@@ -143,7 +163,7 @@ class Discarder:
             kept = tensor.detach()
             cell = Cell(Kept(kept, version), self, version, kept)
         if self.saved is not None and tensor.layout is torch.strided:
-            self.saved.append((tensor.untyped_storage()._cdata, cell))
+            self.saved.append(Packed(tensor, cell, isinstance(found, Tensor)))
         if isinstance(found, Tensor):
             self._note_keeper(found, tensor, cell)
         return cell
@@ -360,11 +380,15 @@ def announce(announcement: Announcement | None, elementwise: bool = False) -> No
     discarder.is_elementwise = elementwise and seen
 
 
-def offer(output: Tensor) -> None:
-    """After an op's forward: the output that was announced, which now has its place in the graph."""
-    discarder = _innermost()
-    if discarder is not None:
-        discarder.offer(output)
+def record(output: Tensor, recipe: Announcement | None = None) -> None:
+    """From now on what reads `output` for a gradient, and is discarding, keeps a recipe in the place of it.
+
+    After an op's forward: the recipe is the one that was announced. Of another output it is given, and is kept as long
+    as the output is.
+    """
+    discarder = _innermost() if recipe is None else discarding()
+    if discarder is not None and (recipe is None or output.requires_grad):
+        discarder.record(output, recipe)
 
 
 def is_active() -> bool:
@@ -389,6 +413,14 @@ def _sees_what_is_saved(discarder: Discarder) -> bool:
     return top is not None and getattr(top[0], "__self__", None) is discarder
 
 
+def _is_among(tensor: Tensor, saved: Sequence[Packed]) -> bool:
+    """Whether its memory is that of one of these."""
+    if any(packed.tensor is tensor for packed in saved):
+        return True
+    storage = tensor.untyped_storage()._cdata
+    return any(packed.tensor.untyped_storage()._cdata == storage for packed in saved)
+
+
 def _outlasting(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of a norm's weight that may be gone when the recipe is asked for: a sharded one is gathered
     when its own module's backward pass begins, and what reads the module's output comes before."""
@@ -400,7 +432,7 @@ def _outlasting(tensor: Tensor) -> Tensor:
 
 def _unpack(packed: Cell) -> Tensor:
     # Compiled autograd traces through hooks. Versions, locks and what is shared by readers are for no tracer.
-    return _unpack_untraced(packed) if torch.compiler.is_compiling() else packed.get()
+    return _unpack_untraced(packed) if torch.compiler.is_compiling() else packed.content.get()
 
 
 @torch._disable_dynamo

@@ -59,22 +59,13 @@ def norm_linear(
     `eps=None` is 1e-5 for layer_norm, and that of `rms_norm` else. Keeps the input and one or two numbers a row.
     """
     single = isinstance(weight, Tensor)
-    call = None
-    if single:
-        options = (
-            normalized_shape,
-            eps,
-            norm,
-            activation,
-            pre_activation,
-            weight_offset,
-            cast_before_weight,
-            recompute,
-        )
-        call = "norm_linear", (input, norm_weight, norm_bias, weight, bias), options
-        block = thin.plan_of(*call)
-        if block is not None:
-            return _block_linear(block, (input, norm_weight, norm_bias), (weight,), (bias,), recompute)[0]
+    weights, biases = _as_sequences(weight, bias)
+    tensors = (input, norm_weight, norm_bias, *weights, *biases)
+    given = (normalized_shape, eps, norm, activation, pre_activation, weight_offset, cast_before_weight, recompute)
+    block = thin.plan_of("norm_linear", tensors, (single, len(weights), given))
+    if block is not None:
+        outputs = _block_linear(block, tensors[:3], weights, biases, recompute)
+        return outputs[0] if single else outputs
     level_name(recompute)
     columns = check_input(input, normalized_shape)
     check_coefficient(norm_weight, "norm_weight", input, normalized_shape)
@@ -88,23 +79,28 @@ def norm_linear(
         raise ValueError("weight_offset or cast_before_weight is given; expected neither where norm is 'layer_norm'")
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     eps = (1e-5 if eps is None else number(eps, "eps")) if centered else rms_eps(input, eps)
+    for w, b in zip(weights, biases, strict=True):
+        _check_linear(w, b, "weight", "bias", columns, input)
+    options = (columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight))
+    block = ops.linear.norm_block(*options)
+    known = thin.linear.norm_block(_dtypes(input, *weights, *biases), input, (norm_weight, norm_bias), options)
+    thin.remember(known, "norm_linear", tensors, (single, len(weights), given))
+    operands = autocast(input, norm_weight, norm_bias)
+    outputs = _block_linear(block, operands, weights, biases, recompute)
+    return outputs[0] if single else outputs
+
+
+def _as_sequences(
+    weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor | None] | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    single = isinstance(weight, Tensor)
     if not single and not isinstance(weight, Sequence):
         raise TypeError(f"weight is {weight!r}; expected a tensor or a sequence of them")
     weights = (weight,) if single else tuple(weight)
     biases = (bias,) * len(weights) if single or bias is None else tuple(bias)
     if len(biases) != len(weights):
         raise ValueError(f"bias has {len(biases)} tensors; expected one for each of {len(weights)} weights")
-    for w, b in zip(weights, biases, strict=True):
-        _check_linear(w, b, "weight", "bias", columns, input)
-    options = (columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight))
-    block = ops.linear.norm_block(*options)
-    if call is not None:
-        thin.remember(
-            thin.linear.norm_block(_dtypes(input, weight, bias), input, (norm_weight, norm_bias), options), *call
-        )
-    operands = autocast(input, norm_weight, norm_bias)
-    outputs = _block_linear(block, operands, weights, biases, recompute)
-    return outputs[0] if single else outputs
+    return weights, biases
 
 
 def act_linear(

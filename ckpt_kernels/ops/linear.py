@@ -108,10 +108,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def recomputed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Within `discard_outputs` what reads its output keeps a recipe that runs the product again."""
     output = linear(input, weight, bias)
-    discarder = recompute.discarding()
-    if discarder is not None and output.requires_grad:
+    if recompute.thread.active:
         product = functools.partial(_product, dtype=product_dtype(input))
-        discarder.register(output, product, (input, weight, bias))
+        recompute.record(output, (product, (input, weight, bias)))
     return output
 
 

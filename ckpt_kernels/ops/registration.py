@@ -108,7 +108,7 @@ class Op:
         elif torch.is_grad_enabled():
             output = self._apply(*arguments[: self._tensors], arguments[self._tensors :])
             if self.recipe is not None and recompute.is_active():
-                recompute.offer(output if isinstance(output, Tensor) else output[0])
+                recompute.record(output if isinstance(output, Tensor) else output[0])
             return output
         else:
             output = self._implementation(*arguments)

@@ -25,7 +25,7 @@ _WATCHERS = (
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors in the CPU's memory, and nothing but autograd is to see what is done with them."""
+    """Whether these are plain tensors in the CPU's memory or None, and nothing but autograd is to see what is done."""
     return False
 
 

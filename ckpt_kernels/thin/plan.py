@@ -38,7 +38,7 @@ class Plan:
             return self.forward(None, *tensors, self)
         output = self._apply(*tensors, self)
         if thread.active:
-            recompute.offer(output if isinstance(output, Tensor) else output[0])
+            recompute.record(output if isinstance(output, Tensor) else output[0])
         return output
 
     @staticmethod

@@ -38,7 +38,11 @@ def remember(plan: Any, block: str, tensors: Sequence[Tensor | None], options: t
     if plan is None or not is_available or torch.compiler.is_compiling() or len(_plans) >= MOST_PLANS:
         return
     # What else there may be is equal to what it was when something in it has changed.
-    if all(type(option) in _REMEMBERED for option in options):
+    if _are_values(options):
         known = key(block, tensors, options)
         if known is not None:
             _plans[known] = plan
+
+
+def _are_values(options: tuple) -> bool:
+    return all(type(o) in _REMEMBERED and (type(o) is not tuple or _are_values(o)) for o in options)
