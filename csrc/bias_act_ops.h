@@ -6,8 +6,8 @@
 
 namespace ckpt {
 
-// Device has a type Tensor, add<&function>(library, name), Coefficient, as for the row norms, run_forward(block, tensor, kind) and
-// run_backward(block, tensor, kind, grad_bias); the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), Coefficient, as for the row norms, run_forward(block,
+// tensor, kind) and run_backward(block, tensor, kind, grad_bias); the tensor is on its device.
 template <class Device>
 struct BiasActOps {
   using Tensor = typename Device::Tensor;

@@ -6,7 +6,8 @@
 
 namespace ckpt {
 
-// Device has a type Tensor, add<&function>(library, name), run(block, tensor, kind) for each of the structs; the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), run(block, tensor, kind) for each of the structs; the tensor
+// is on its device.
 template <class Device>
 struct ChannelNormOps {
   using Tensor = typename Device::Tensor;
@@ -14,14 +15,14 @@ struct ChannelNormOps {
 
   static void* dense(const OptionalTensor& t, const ChannelNorm& a) {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->numel() == a.rows() * a.columns() && t->is_contiguous(),
-                    "expected a contiguous (", a.rows(), ", ", a.columns(), ") matrix");
+    STD_TORCH_CHECK(t->numel() == a.rows() * a.columns() && t->is_contiguous(), "expected a contiguous (", a.rows(),
+                    ", ", a.columns(), ") matrix");
     return t->data_ptr();
   }
 
   static void set_input(ChannelNorm& a, const Tensor& input, bool planes, int64_t samples, int64_t channels) {
-    STD_TORCH_CHECK(samples > 0 && channels > 0 && input.numel() % (samples * channels) == 0,
-                    "expected a matrix of ", samples, " samples of ", channels, " channels");
+    STD_TORCH_CHECK(samples > 0 && channels > 0 && input.numel() % (samples * channels) == 0, "expected a matrix of ",
+                    samples, " samples of ", channels, " channels");
     a.planes = planes;
     a.samples = samples;
     a.channels = channels;

@@ -6,7 +6,8 @@
 
 namespace ckpt {
 
-// Device has a type Tensor, add<&function>(library, name), run_forward(block, tensor, kind) and run_backward(block, tensor, kind); the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), run_forward(block, tensor, kind) and run_backward(block,
+// tensor, kind); the tensor is on its device.
 template <class Device>
 struct GluOps {
   using Tensor = typename Device::Tensor;

@@ -53,9 +53,9 @@ Rows rows_of(const std::optional<T>& t, int64_t rows, int64_t columns) {
 template <class T>
 Rows rows_as_they_lie(const T& t, int64_t rows, int64_t columns) {
   if (t.dim() != 4) return rows_of(t, rows, columns);
-  STD_TORCH_CHECK( t.size(0) * t.size(1) * t.size(2) == rows && t.size(3) == columns &&
-                      (columns <= 1 || t.stride(3) == 1),
-                  "expected ", rows, " contiguous rows of ", columns, " elements on three levels");
+  STD_TORCH_CHECK(
+      t.size(0) * t.size(1) * t.size(2) == rows && t.size(3) == columns && (columns <= 1 || t.stride(3) == 1),
+      "expected ", rows, " contiguous rows of ", columns, " elements on three levels");
   return {t.data_ptr(), t.stride(0), t.size(2), t.size(1), t.stride(2), t.stride(1)};
 }
 

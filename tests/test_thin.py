@@ -184,9 +184,7 @@ def test_tensors_whose_memory_does_not_say_it_all(counted: Counted) -> None:
     plain = x.detach()
     negated = torch.complex(torch.zeros(8, 64), -plain).conj().imag
     assert negated.is_neg() and torch.equal(norm(negated), norm(plain.clone()))
-    with full_path():
-        expected = norm(torch.zeros(8, 64))
-    assert torch.equal(norm(torch._efficientzerotensor((8, 64))), expected)
+    assert not direct.is_plain(torch._efficientzerotensor((8, 64)))
     transposed = plain.t().contiguous().t()
     assert torch.equal(norm(transposed), norm(plain)) and norm(transposed).is_contiguous()
     with pytest.raises(RuntimeError, match="input has layout"):
@@ -290,7 +288,12 @@ def test_hooks_unpack_once() -> None:
     norm, x = layer()
     for grad in (torch.ones(8, 64), torch.ones(1, 1).expand(8, 64)):
         unpacked = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(1) or t):
+
+        def unpack(tensor: Tensor, unpacked: list = unpacked) -> Tensor:
+            unpacked.append(1)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             y = norm(x)
         torch.autograd.grad(y, x, grad)
         assert len(unpacked) == 5
@@ -328,7 +331,8 @@ def test_a_parametrized_weight_is_the_one_that_is_used() -> None:
     class Shifted(ours.LayerNorm):
         weight = property(lambda self: self._parameters["weight"] + 1)
 
-    shifted = Shifted(64)
+    shifted = ours.LayerNorm(64)
+    shifted.__class__ = Shifted
     torch.testing.assert_close(shifted(x), torch.nn.functional.layer_norm(x, (64,), shifted.weight, shifted.bias))
 
 

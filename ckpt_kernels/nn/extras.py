@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
@@ -22,7 +23,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
     From where they are registered; whatever puts something in their place takes them from there.
     """
-    if _has_plain_parameters(type(module)):
+    if not torch.compiler.is_compiling() and _has_plain_parameters(type(module)):
         registered = module._parameters
         try:
             return registered["weight"], registered["bias"]

@@ -39,23 +39,27 @@ def direct(name: str) -> Callable[..., bool]:
     return lambda *arguments: False
 
 
-def _load() -> bool:
-    """Puts the functions of `_thin` in the place of those above, which serve nothing."""
+def _load() -> str | None:
+    """Puts the functions of `_thin` in the place of those above, which serve nothing; returns why that is not possible,
+    or None."""
     global is_plain, key, direct
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     library = next(pathlib.Path(__file__).parent.parent.glob("_C.*so"), None)
-    if api is None or library is None:
-        return False
+    if api is None:
+        return f"torch {torch.__version__} does not exchange tensors by DLPack's C functions"
+    if library is None:
+        return "the library _C was not built"
     try:
         from .. import _thin
 
         find = ctypes.cast(ctypes.CDLL(str(library)).ckpt_kernels_find_call, ctypes.c_void_p).value
         _thin.set_up(api, Tensor, torch.nn.Parameter, Tensor.is_neg, _WATCHERS)
-    except (ImportError, OSError, AttributeError, RuntimeError, ValueError):
-        return False
+    except (ImportError, OSError, AttributeError, RuntimeError, ValueError) as error:
+        return f"the library _thin does not load: {error}"
     is_plain, key = _thin.is_plain, _thin.key
     direct = lambda name: _thin.function(find, name)  # noqa: E731
-    return True
+    return None
 
 
-is_available = _load()
+why_not = _load()
+is_available = why_not is None

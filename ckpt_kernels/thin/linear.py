@@ -78,14 +78,14 @@ def norm_block(dtypes: set[torch.dtype], input: Tensor, coefficients: Sequence[T
     if any(t is not None and t.dtype != dtype for t in coefficients):
         return full
     native = (eps, CODES[pre_activation], CODES[activation], weight_offset, cast_before_weight)
-    rows = input.numel() // columns
+    rows, no_mean = input.numel() // columns, input.new_empty(0, dtype=dtype)
 
     def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
         rstd = operands[0].new_empty(rows, dtype=dtype)
         mean = _empty_like(rstd) if centered else None
         output = _empty_like(operands[0])
         if _norm_forward(*operands, output, mean, rstd, *native, False):
-            return output, (rstd if mean is None else mean, rstd)
+            return output, (no_mean if mean is None else mean, rstd)
         return full.forward(operands)
 
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):

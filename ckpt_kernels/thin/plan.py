@@ -1,5 +1,6 @@
 """How a call goes past the full path, and comes back to it where it does not serve."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,7 +65,15 @@ class Plan:
         """Where outputs are let go of: how this one can be had again."""
         if self.op.recipe is not None:
             self.restore(ctx)
-            recompute.announce(self.op.recipe(ctx, (*tensors, *self.options), outputs), self.op.is_elementwise)
+            recipe = self.op.recipe(ctx, (*tensors, *self.options), outputs)
+            if recipe is not None:
+                full, operands = recipe
+                recipe = functools.partial(self.rebuilt, full), operands
+            recompute.announce(recipe, self.op.is_elementwise)
+
+    def rebuilt(self, full: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        """The first output again, of what its recipe takes; `full` is the op's own way."""
+        return full(*tensors)
 
 
 def _backward_of(op: Op) -> Callable[..., tuple]:

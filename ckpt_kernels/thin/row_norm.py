@@ -1,6 +1,6 @@
 """Plans of the row norms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class RowNorm(Plan):
         self._rows = input.numel() // columns
         self._native = (eps, CODES[pre_activation], CODES[activation], weight_offset, cast_before_weight)
         self._dtype = compute_dtype(input.dtype)
+        self._no_mean = input.new_empty(0, dtype=self._dtype)
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, plan: "RowNorm") -> Tensor:
@@ -45,7 +46,7 @@ class RowNorm(Plan):
             if not (wanted[0] or wanted[1]):
                 # What is kept for a bias alone is less.
                 return plan.refused(ctx, input, weight, bias)
-            mean = rstd if mean is None else mean  # in a place that nobody reads
+            mean = plan._no_mean if mean is None else mean
             ctx.plan = plan
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(input, weight, bias, mean, rstd)
@@ -69,6 +70,13 @@ class RowNorm(Plan):
         ctx.options = self.options
         ctx.bias_only = False
 
+    def rebuilt(self, full: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        input, weight, bias, mean, rstd = tensors
+        output = _empty_like(input)
+        mean = mean if self._centered else None
+        there = _forward(input, weight, bias, output, mean, rstd, *self._native, True)
+        return output if there else full(*tensors)
+
 
 class AddRowNorm(Plan):
     """Of (input, residual, weight, bias, seed); see `ops.add_row_norm`."""
@@ -81,6 +89,7 @@ class AddRowNorm(Plan):
         self._rows = input.numel() // columns
         self._native = (eps, CODES[activation], weight_offset, cast_before_weight, dropout_p)
         self._dtype = compute_dtype(input.dtype)
+        self._no_mean = input.new_empty(0, dtype=self._dtype)
 
     @staticmethod
     def forward(
@@ -99,7 +108,7 @@ class AddRowNorm(Plan):
         if not _add_forward(*operands, output, residual_out, mean, rstd, *plan._native):
             return plan.refused(ctx, *operands)
         if ctx is not None:
-            mean = rstd if mean is None else mean
+            mean = plan._no_mean if mean is None else mean
             ctx.plan = plan
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(residual_out, weight, bias, seed, mean, rstd)
@@ -186,6 +195,7 @@ class ModulatedRowNorm(Plan):
         self._rows = input.numel() // columns
         self._native = (eps, CODES[pre_activation], CODES[activation], 0.0, False)
         self._dtype = compute_dtype(input.dtype)
+        self._no_mean = input.new_empty(0, dtype=self._dtype)
 
     @staticmethod
     def forward(
@@ -197,7 +207,7 @@ class ModulatedRowNorm(Plan):
         if not _forward(input, 1 + scale, shift, output, mean, rstd, *plan._native, False):
             return plan.refused(ctx, input, scale, shift, None, None)
         if ctx is not None:
-            mean = rstd if mean is None else mean
+            mean = plan._no_mean if mean is None else mean
             ctx.plan = plan
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(input, scale, shift, None, None, mean, rstd)

@@ -30,7 +30,8 @@ void statistics(View means, View squares, std::optional<View> weight, std::optio
 }
 
 void tilts(View first, View second, View var, std::optional<View> weight, View coefficients,
-           std::optional<View> grad_weight, std::optional<View> grad_bias, int64_t groups, double count, double eps, bool fixed) {
+           std::optional<View> grad_weight, std::optional<View> grad_bias, int64_t groups, double count, double eps,
+           bool fixed) {
   const Sets sets = sets_of(first, groups);
   const Coefficient w(weight, kind_of(first), 0);
   with_compute_type(kind_of(first), [&](auto compute) {

@@ -1,4 +1,5 @@
-// How the CPU ops are called: by torch's dispatcher, and past it by name (see direct_calls.h). One function serves both.
+// How the CPU ops are called: by torch's dispatcher, and past it by name (see direct_calls.h). One function serves
+// both.
 #pragma once
 
 #include <exception>

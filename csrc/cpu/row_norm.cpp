@@ -34,8 +34,7 @@ void run_backward(const RowNormBackward& a, ScalarKind kind, void* grad_weight, 
 struct Cpu : CpuDevice {
   using Coefficient = ckpt::Coefficient;
   static void run_forward(const RowNormForward& a, const View&, ScalarKind kind) { ckpt::run_forward(a, kind); }
-  static void run_backward(const RowNormBackward& a, const View&, ScalarKind kind, void* grad_weight,
-                           void* grad_bias) {
+  static void run_backward(const RowNormBackward& a, const View&, ScalarKind kind, void* grad_weight, void* grad_bias) {
     ckpt::run_backward(a, kind, grad_weight, grad_bias);
   }
 };

@@ -86,7 +86,8 @@ PyObject* is_plain(PyObject*, PyObject* const* objects, Py_ssize_t count) {
 // What the checks of a call depend on: the block's name, the options, and in bytes dtype and shape of each tensor. None
 // where they depend on more. The arguments are (block, tensors, options); tensors may be None.
 PyObject* key(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  if (count != 3 || !PyTuple_Check(objects[1])) return PyErr_Format(PyExc_TypeError, "expected (block, tensors, options)");
+  if (count != 3 || !PyTuple_Check(objects[1]))
+    return PyErr_Format(PyExc_TypeError, "expected (block, tensors, options)");
   constexpr int most = 64;
   int64_t words[most];
   int filled = 0;
@@ -138,8 +139,8 @@ Reading read(PyObject* object, char letter, CkptArgument* argument) {
   return PyErr_Occurred() ? failed : done;
 }
 
-// An op: True if it ran; False if a tensor is none that can be read here, or none that the op takes. The full path knows
-// why, and says so.
+// An op: True if it ran; False if a tensor is none that can be read here, or none that the op takes. The full path
+// knows why, and says so.
 PyObject* run(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
   const CkptCall* call = static_cast<const CkptCall*>(PyCapsule_GetPointer(self, nullptr));
   if (!call) return nullptr;
@@ -200,15 +201,24 @@ PyObject* function(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"set_up", set_up, METH_VARARGS,
-     "set_up(api, tensor, parameter, is_neg, watchers): how tensors are read, which types are read, and who may see ops."},
+     "set_up(api, tensor, parameter, is_neg, watchers): how tensors are read, which types are read, and who may see "
+     "ops."},
     {"function", function, METH_VARARGS,
      "function(find, name): the op of that name; `find` is the address of ckpt_kernels_find_call in `_C`."},
-    {"is_plain", CKPT_FAST(is_plain), "is_plain(*tensors): whether nothing but autograd is to see what is done with them."},
+    {"is_plain", CKPT_FAST(is_plain),
+     "is_plain(*tensors): whether nothing but autograd is to see what is done with them."},
     {"key", CKPT_FAST(key), "key(block, tensors, options): what the checks of a call depend on; None where on more."},
     {nullptr, nullptr, 0, nullptr},
 };
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_thin", "The CPU ops, called without torch's dispatcher.", -1,
-                          methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_thin",
+                          "The CPU ops, called without torch's dispatcher.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 
