@@ -158,9 +158,11 @@ class Recipe:
             claim.made = None
 
     def _make(self) -> Tensor:
-        same_backend = backends.chosen() == self._backend
-        with contextlib.nullcontext() if same_backend else backends.serving(self._backend), torch.no_grad():
-            return self._rebuild(*(None if o is None else o.get() for o in self._operands))
+        # Two contexts that mostly change nothing, and cost what a small kernel does.
+        if backends.chosen() == self._backend and not torch.is_grad_enabled():
+            return self._rebuild(*[None if o is None else o.get() for o in self._operands])
+        with backends.serving(self._backend), torch.no_grad():
+            return self._rebuild(*[None if o is None else o.get() for o in self._operands])
 
 
 class Claim:
@@ -182,7 +184,9 @@ class Claim:
 
     def get(self) -> Tensor:
         whole = self.recipe.serve(self)
-        return whole if self.geometry is None else whole.as_strided(*self.geometry)
+        if self.geometry is None or self.geometry == geometry_of(whole):
+            return whole
+        return whole.as_strided(*self.geometry)
 
 
 class Step(NamedTuple):

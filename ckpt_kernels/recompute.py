@@ -106,7 +106,7 @@ class Discarder:
         made = self._recipe(*announced, saved)
         # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
         # graph says of another tensor, which may lead to this node when the output is gone.
-        if saved and all(t is None or _is_among(t, saved) for t in announced[1]):
+        if saved and _are_among(announced[1], saved):
             saved[0].cell.attached = made
             entry = self._enter(output, weakref.ref(made))
         else:
@@ -413,12 +413,14 @@ def _sees_what_is_saved(discarder: Discarder) -> bool:
     return top is not None and getattr(top[0], "__self__", None) is discarder
 
 
-def _is_among(tensor: Tensor, saved: Sequence[Packed]) -> bool:
-    """Whether its memory is that of one of these."""
-    if any(packed.tensor is tensor for packed in saved):
+def _are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool:
+    """Whether the memory of each is that of one that is saved."""
+    there = {id(packed.tensor) for packed in saved}
+    others = [t for t in tensors if t is not None and id(t) not in there]
+    if not others:
         return True
-    storage = tensor.untyped_storage()._cdata
-    return any(packed.tensor.untyped_storage()._cdata == storage for packed in saved)
+    storages = {packed.tensor.untyped_storage()._cdata for packed in saved}
+    return all(t.untyped_storage()._cdata in storages for t in others)
 
 
 def _outlasting(tensor: Tensor) -> Tensor:
