@@ -107,6 +107,28 @@ def test_a_plan_gives_the_bits_of_the_full_path(name: str, counted: Counted) -> 
     assert not (again[0] if isinstance(again, tuple) else again).requires_grad
 
 
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_full_rule_goes_on_where_a_plan_has_begun(name: str, counted: Counted) -> None:
+    """For gradients of gradients, and for an output that nobody reads."""
+    block = BY_NAME[name]
+    call, tensors = block.ours, tensors_of(block)
+    wanted = [*tensors, *(call.parameters() if isinstance(call, nn.Module) else ())]
+
+    def gradients() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        outputs = call(*tensors)
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        grad = torch.linspace(-1, 1, first.numel()).reshape(first.shape)
+        return torch.autograd.grad(first, wanted, grad, create_graph=True)
+
+    with full_path():
+        expected = gradients()
+    gradients()
+    for a, b in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert counted.served
+
+
 @pytest.mark.parametrize("columns", [1, 7, 63])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_other_widths_and_dtypes(columns: int, dtype: torch.dtype) -> None:

@@ -105,5 +105,8 @@ class _Restored:
     backend = "native"
 
     def __init__(self, ctx: Any, saved: Sequence[Tensor | None] | None) -> None:
-        self.needs_input_grad = ctx.needs_input_grad
+        self._ctx = ctx
         self.saved_tensors = ctx.saved_tensors if saved is None else saved
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
