@@ -8,7 +8,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, recorded
+from .extras import extras, recorded, weight_and_bias
 
 
 def batch_norm_of(
@@ -35,12 +35,13 @@ def batch_norm_of(
     # Without running statistics those of the batch serve in eval mode too.
     training = module.training or (module.running_mean is None and module.running_var is None)
     tracked = counted or not module.training
+    weight, bias = weight_and_bias(module)
     output = F.batch_norm(
         input,
         module.running_mean if tracked else None,
         module.running_var if tracked else None,
-        module.weight,
-        module.bias,
+        weight,
+        bias,
         training,
         momentum,
         module.eps,
@@ -140,7 +141,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
             return call
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
+        weight, bias = weight_and_bias(self)
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + extras(activation=(self.activation, "identity"))

@@ -140,12 +140,13 @@ class AddLayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:
             return call
+        weight, bias = weight_and_bias(self)
         return F.add_layer_norm(
             input,
             residual,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.eps,
             activation=self.activation,
             dropout_p=self.dropout,

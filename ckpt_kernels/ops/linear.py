@@ -100,7 +100,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight as they are instead of cast copies of them."""
-    if not _is_fused(input, weight, bias) or not _is_autocast(input):
+    if not _is_autocast(input) or not _is_fused(input, weight, bias):
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, product_dtype(input))
 
