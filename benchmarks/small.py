@@ -3,11 +3,13 @@
     python -m benchmarks.small [--seconds 1.5] [--out results/cpu/small.md]
 
 Forward and backward of modules at (8, 64) float32, by `autograd.grad` for the inputs and all parameters, one thread, on
-the CPU. Medians of short runs, eager and ours in turn; and how many Python functions of this package a call enters.
+the CPU. Lower quartiles of short runs, eager and ours in turn; and how many Python functions of this package a step
+enters.
 """
 
 import argparse
 import datetime
+import os
 import pathlib
 import platform
 import statistics
@@ -163,8 +165,8 @@ def own_calls(function: Callable[[], object]) -> int:
     return count
 
 
-def medians(steps: Sequence[Callable[[], None]], seconds: float, calls: int = 5) -> list[float]:
-    """Microseconds of each, in turn, after a warm-up."""
+def quartiles(steps: Sequence[Callable[[], None]], seconds: float, calls: int = 3) -> list[float]:
+    """Microseconds of each, in turn, after a warm-up: the lower quartile, which other programs disturb least."""
     for run in steps:
         for _ in range(20):
             run()
@@ -177,7 +179,7 @@ def medians(steps: Sequence[Callable[[], None]], seconds: float, calls: int = 5)
             for _ in range(calls):
                 run()
             each.append((time.perf_counter() - start) / calls * 1e6)
-    return [statistics.median(each) for each in times]
+    return [statistics.quantiles(each, n=4)[0] for each in times]
 
 
 def table(seconds: float) -> str:
@@ -185,7 +187,7 @@ def table(seconds: float) -> str:
     for block in blocks():
         tensors = [torch.randn(block.shape, requires_grad=True) for _ in range(block.tensors)]
         eager, mine = step(block.eager, tensors), step(block.ours, tensors)
-        eager_time, our_time = medians((eager, mine), seconds)
+        eager_time, our_time = quartiles((eager, mine), seconds)
         ratio = our_time / eager_time
         lines.append(f"| {block.name} | {eager_time:.1f} | {our_time:.1f} | {ratio:.2f} | {own_calls(mine)} |")
     return "\n".join(lines)
@@ -197,7 +199,7 @@ def discarding(seconds: float) -> str:
     eager = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
     x = torch.randn(8, WIDTH, requires_grad=True)
     steps = step(eager, [x]), step(layer, [x]), step(recompute.DiscardOutputs(layer), [x])
-    eager_time, kept, let_go = medians(steps, 2 * seconds)
+    eager_time, kept, let_go = quartiles(steps, 2 * seconds)
     return (
         f"LayerNorm and Linear: eager {eager_time:.1f} us, ours {kept:.1f} us, within `discard_outputs` "
         f"{let_go:.1f} us, {let_go - kept:.1f} more."
@@ -221,8 +223,9 @@ def main() -> None:
     torch.manual_seed(0)
     found = table(arguments.seconds)
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    head = f"{processor()}, torch {torch.__version__}, one thread, {today}; `python -m benchmarks.small`"
-    text = f"# Small calls\n\nForward and backward, medians of runs in turn. {head}.\n\n{found}\n\n"
+    load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} processors" if hasattr(os, "getloadavg") else ""
+    head = f"{processor()}, {load}, torch {torch.__version__}, one thread, {today}; `python -m benchmarks.small`"
+    text = f"# Small calls\n\nForward and backward, lower quartiles of runs in turn. {head}.\n\n{found}\n\n"
     text += discarding(arguments.seconds) + "\n"
     print(text)
     if arguments.out:
