@@ -266,6 +266,59 @@ def test_what_wants_no_gradient(frozen: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_is_saved_is_what_the_full_path_saves(name: str) -> None:
+    """To the last tensor, its dtype, shape and strides: torch's checkpoint compares them."""
+    block = BY_NAME[name]
+    call, tensors = block.ours, tensors_of(block)
+
+    def saved() -> list[tuple]:
+        kept: list[tuple] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.append((tensor.dtype, tuple(tensor.shape), tensor.stride()))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            call(*tensors)
+        return kept
+
+    with full_path():
+        expected = saved()
+    call(*tensors)
+    assert saved() == expected and expected
+
+
+def test_dtypes_that_meet_under_autocast_have_no_plan(counted: Counted) -> None:
+    """They are promoted first, and a plan would read the tensors as they are given."""
+    x, other = torch.randn(8, 64), torch.randn(8, 64).bfloat16()
+    calls = (
+        lambda a, b: functional.add_layer_norm(a, b, 64)[0],
+        lambda a, b: functional.gated_rms_norm(a, b, 64),
+        functional.glu,
+        lambda a, b: functional.batch_norm(a, None, None, training=True, residual=b),
+    )
+    for call in calls:
+        for pair in ((x, other), (other, x)):
+            expected = call(*(t.float() for t in pair))
+            found = counted.found
+            for _ in range(2):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    assert torch.equal(call(*pair), expected)
+            assert counted.found == found
+
+
+def test_running_statistics_that_require_a_gradient_are_refused() -> None:
+    x, running = torch.randn(8, 4, 3), [torch.zeros(4), torch.ones(4)]
+    for norm in (functional.batch_norm, functional.instance_norm):
+        call = (lambda n: lambda: n(x, *running, None, None, True))(norm)
+        call()
+        running[0].requires_grad_()
+        with pytest.raises(RuntimeError, match="running_mean requires a gradient"):
+            call()
+        running[0].requires_grad_(False)
+
+
 def test_writes_in_place_are_noticed() -> None:
     norm, x = layer()
     y = x * 1
