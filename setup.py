@@ -1,9 +1,9 @@
-"""Builds the compiled libraries: `_C` wherever a C++ compiler is, `_C_cuda` wherever nvcc is.
+"""Builds the compiled libraries: `_C` and `_thin` wherever a C++ compiler is, `_C_cuda` wherever nvcc is.
 
 CKPT_KERNELS_BUILD=none|cpu|cuda forces what is built ("cuda" is both); forced, a failure stops the build, left
 alone it is a warning, and the package works without that library. CKPT_KERNELS_VERSION_SUFFIX=+name gives what is
-built a local version. Neither library uses Python's C API, and both use torch's stable ABI, so one build serves every
-Python >= 3.10 and every torch >= 2.11.
+built a local version. `_C` and `_C_cuda` use torch's stable ABI and nothing of Python's C API, `_thin` the limited API
+of Python and nothing of torch's, so one build serves every Python >= 3.10 and every torch >= 2.11.
 """
 
 import os
@@ -132,7 +132,7 @@ def extensions(build: str) -> list:
     if is_gcc():
         # GCC 12 warns of its own intrinsics headers.
         cxx += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    found = [extension("_C", "cpu", "cpp", {"cxx": cxx})]
+    found = [extension("_C", "cpu", "cpp", {"cxx": cxx}), extension("_thin", "thin", "cpp", {"cxx": cxx})]
     home = cuda_home()
     if build == "cuda" and home is None:
         sys.exit("CKPT_KERNELS_BUILD is 'cuda', but nvcc was not found")

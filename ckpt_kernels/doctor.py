@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import backends
+from .thin.direct import why_not
 from .version import __version__
 
 
@@ -68,6 +69,9 @@ def findings() -> list[Finding]:
         mismatch = failure is not None and "does not load" in failure
         found.append(Finding(stem, failure or f"loaded, matches torch {torch.__version__}", mismatch))
     if native.why_not("cpu", torch.float32) is None:
+        found.append(
+            Finding("  small calls", f"the full path serves them: {why_not}" if why_not else "past torch's dispatcher")
+        )
         try:
             found.append(Finding("  instruction set", native.cpu_isa()))
         except RuntimeError as error:

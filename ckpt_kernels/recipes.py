@@ -14,6 +14,7 @@ from . import backends
 
 _NOTHING = torch.empty(0, device="cpu")
 _NUMBERS = (int, float)
+_PLAIN = (Tensor, nn.Parameter)
 # The size, the strides and the offset of a view.
 Geometry = tuple[Sequence[int], Sequence[int], int | torch.SymInt]
 
@@ -122,7 +123,7 @@ class Recipe:
     ends.
     """
 
-    def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Cell | None], depth: int) -> None:
+    def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Operand | None], depth: int) -> None:
         self.depth = depth
         self._rebuild = rebuild
         self._operands = operands
@@ -158,14 +159,18 @@ class Recipe:
             claim.made = None
 
     def _make(self) -> Tensor:
+        # Contexts that mostly change nothing, and cost what a small kernel does.
         same_backend = backends.chosen() == self._backend
+        is_inference = torch.is_inference_mode_enabled()
+        if same_backend and not is_inference and not torch.is_grad_enabled():
+            return self._rebuild(*[None if o is None else o.get() for o in self._operands])
         # In inference mode what is made has no version, by which a reader's write to it would be noticed.
         with (
             contextlib.nullcontext() if same_backend else backends.serving(self._backend),
-            torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext(),
+            torch.inference_mode(False) if is_inference else contextlib.nullcontext(),
             torch.no_grad(),
         ):
-            return self._rebuild(*(None if o is None else o.get() for o in self._operands))
+            return self._rebuild(*[None if o is None else o.get() for o in self._operands])
 
 
 class Claim:
@@ -187,7 +192,9 @@ class Claim:
 
     def get(self) -> Tensor:
         whole = self.recipe.serve(self)
-        return whole if self.geometry is None else whole.as_strided(*self.geometry)
+        if self.geometry is None or self.geometry == geometry_of(whole):
+            return whole
+        return whole.as_strided(*self.geometry)
 
 
 class Step(NamedTuple):
@@ -244,8 +251,9 @@ def watching(tensor: Tensor | None) -> Tensor | None:
 
 def _is_freed(tensor: Tensor) -> bool:
     """Whether its memory has been given back under it, as sharding does with gathered weights."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta or tensor.data_ptr():
+        return False
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _stream(value: Tensor) -> Any:

@@ -26,13 +26,21 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from . import provenance
 from .provenance import Block, Trace
-from .recipes import Cell, Claim, Foreign, Geometry, Kept, Recipe, Step, geometry_of, recipe_of_step, watching
+from .recipes import Cell, Claim, Foreign, Geometry, Kept, Operand, Recipe, Step, geometry_of, recipe_of_step, watching
 
 # A recipe may need an output that was let go too, and so on. Past this many the output is kept, so that what stands in
 # memory while a chain is rebuilt, and what is computed more than once, stay small.
 LONGEST_CHAIN = 8
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What is active on a thread: its open contexts, the innermost last, closed ones among them."""
+
+    def __init__(self) -> None:
+        self.active: list[Discarder] = []
+
+
+thread = _Thread()
 
 # A function, and the tensors that it makes the output of.
 Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
@@ -50,6 +58,15 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     version: int
     recipe: Callable[[], Recipe | None]
+
+
+class Packed(NamedTuple):
+    """A tensor that the op which was announced saves, and what its node holds in the place of it."""
+
+    tensor: Tensor
+    cell: Cell
+    # Whether the cell may come to hold something smaller, which then all who keep the tensor do.
+    is_exchanged: bool
 
 
 class Result(NamedTuple):
@@ -75,38 +92,49 @@ class Discarder:
         self.is_closed = False
         # Of the op whose forward is over and whose output is not there yet.
         self.announced: Announcement | None = None
-        self.saved: list[tuple[int, Cell]] | None = None
+        self.saved: list[Packed] | None = None
         self.is_elementwise = False
 
-    def offer(self, output: Tensor) -> None:
-        """The output of the op that was announced."""
+    def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
+        """The output of the op that was announced; or another one, whose recipe is given and lasts as long as it."""
+        if recipe is not None:
+            made = self._recipe(*recipe, ())
+            self._enter(output, lambda: made)
+            return
         announced, saved = self.announced, self.saved or ()
         self.announced = self.saved = None
         self.is_elementwise = False
         if announced is None or not output.requires_grad:
             return
-        recipe = self._recipe(*announced)
+        made = self._recipe(*announced, saved)
         # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
         # graph says of another tensor, which may lead to this node when the output is gone.
-        storages = {storage for storage, _ in saved}
-        if saved and all(t is None or t.untyped_storage()._cdata in storages for t in announced[1]):
-            saved[0][1].attached = recipe
-            entry = self._enter(output, weakref.ref(recipe))
+        if saved and _are_among(announced[1], saved):
+            saved[0].cell.attached = made
+            entry = self._enter(output, weakref.ref(made))
         else:
-            entry = self._enter(output, lambda: recipe)
+            entry = self._enter(output, lambda: made)
         node: Any = output.grad_fn
         node.recomputed_block = Block(
-            self, weakref.ref(recipe), entry.output, entry.storage, entry.version, watching(output)
+            self, weakref.ref(made), entry.output, entry.storage, entry.version, watching(output)
         )
 
-    def register(self, output: Tensor, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> None:
-        """From now on what reads the output keeps a recipe of these tensors, which lasts as long as the output."""
-        recipe = self._recipe(rebuild, tensors)
-        self._enter(output, lambda: recipe)
+    def _recipe(
+        self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Sequence[Packed]
+    ) -> Recipe:
+        operands = [None if t is None else self._operand(t, saved) for t in tensors]
+        return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
 
-    def _recipe(self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None]) -> Recipe:
-        cells = [None if t is None else self.pack(_outlasting(t)) for t in tensors]
-        return Recipe(rebuild, cells, 1 + max((cell.depth for cell in cells if cell is not None), default=0))
+    def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
+        """What the op's node holds of a tensor, if it holds that to the end; else the tensor is packed for the recipe.
+
+        The content alone: a cell that holds the recipe would be held by it.
+        """
+        lasting = _outlasting(tensor)
+        for packed in saved:
+            if packed.tensor is lasting and not packed.is_exchanged and isinstance(packed.cell.content, Kept):
+                return packed.cell.content
+        return self.pack(lasting)
 
     def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
         entries = self._entries
@@ -149,7 +177,7 @@ class Discarder:
             kept = tensor.detach()
             cell = Cell(Kept(kept, version), self, version, kept)
         if self.saved is not None and tensor.layout is torch.strided:
-            self.saved.append((tensor.untyped_storage()._cdata, cell))
+            self.saved.append(Packed(tensor, cell, isinstance(found, Tensor)))
         if isinstance(found, Tensor):
             self._note_keeper(found, tensor, cell)
         return cell
@@ -309,7 +337,7 @@ class discard_outputs(contextlib.ContextDecorator):
         if hooked is not None:
             hooked.__enter__()
             if self._module is not None:
-                _active()[-1].begin(self._module)
+                thread.active[-1].begin(self._module)
         return self
 
     def __exit__(
@@ -331,7 +359,7 @@ def _hooked(products: bool, temporaries: bool) -> Iterator[None]:
     hooks = torch.autograd.graph.saved_tensors_hooks(discarder.pack, _unpack)
     try:
         hooks.__enter__()
-        _active().append(discarder)
+        thread.active.append(discarder)
         yield
     finally:
         discarder.is_closed = True
@@ -409,11 +437,15 @@ def announce(announcement: Announcement | None, elementwise: bool = False) -> No
     discarder.is_elementwise = elementwise and seen
 
 
-def offer(output: Tensor) -> None:
-    """After an op's forward: the output that was announced, which now has its place in the graph."""
-    discarder = _innermost()
-    if discarder is not None:
-        discarder.offer(output)
+def record(output: Tensor, recipe: Announcement | None = None) -> None:
+    """From now on what reads `output` for a gradient, and is discarding, keeps a recipe in the place of it.
+
+    After an op's forward: the recipe is the one that was announced. Of another output it is given, and is kept as long
+    as the output is.
+    """
+    discarder = _innermost() if recipe is None else discarding()
+    if discarder is not None and (recipe is None or output.requires_grad):
+        discarder.record(output, recipe)
 
 
 def is_active() -> bool:
@@ -422,18 +454,10 @@ def is_active() -> bool:
 
 
 def _innermost() -> Discarder | None:
-    active = _active()
+    active = thread.active
     while active and active[-1].is_closed:
         active.pop()
     return active[-1] if active else None
-
-
-def _active() -> list[Discarder]:
-    try:
-        return _thread.active
-    except AttributeError:
-        _thread.active = []
-        return _thread.active
 
 
 def _top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
@@ -457,6 +481,16 @@ def _biases_in(module: nn.Module) -> Iterator[nn.Parameter]:
         waiting.extend(child for child in module.__dict__["_modules"].values() if child is not None)
 
 
+def _are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool:
+    """Whether the memory of each is that of one that is saved."""
+    there = {id(packed.tensor) for packed in saved}
+    others = [t for t in tensors if t is not None and id(t) not in there]
+    if not others:
+        return True
+    storages = {packed.tensor.untyped_storage()._cdata for packed in saved}
+    return all(t.untyped_storage()._cdata in storages for t in others)
+
+
 def _outlasting(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of a norm's weight that may be gone when the recipe is asked for: a sharded one is gathered
     when its own module's backward pass begins, and what reads the module's output comes before."""
@@ -468,7 +502,7 @@ def _outlasting(tensor: Tensor) -> Tensor:
 
 def _unpack(packed: Cell) -> Tensor:
     # Compiled autograd traces through hooks. Versions, locks and what is shared by readers are for no tracer.
-    return _unpack_untraced(packed) if torch.compiler.is_compiling() else packed.get()
+    return _unpack_untraced(packed) if torch.compiler.is_compiling() else packed.content.get()
 
 
 @torch._disable_dynamo

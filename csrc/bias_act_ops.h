@@ -6,15 +6,18 @@
 
 namespace ckpt {
 
-// Device has Coefficient, as for the row norms, run_forward(block, tensor, kind) and
-// run_backward(block, tensor, kind, grad_bias); the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), Coefficient, as for the row norms, run_forward(block,
+// tensor, kind) and run_backward(block, tensor, kind, grad_bias); the tensor is on its device.
 template <class Device>
 struct BiasActOps {
+  using Tensor = typename Device::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
   static void set_operands(BiasAct& a, const Tensor& input, const OptionalTensor& seed, int64_t activation,
                            double dropout_p) {
-    STD_TORCH_CHECK(input.dim() == 2, "expected a matrix of rows");
-    a.rows = input.size(0);
-    a.columns = input.size(1);
+    STD_TORCH_CHECK(input.dim() > 0, "expected rows");
+    a.columns = input.size(input.dim() - 1);
+    a.rows = a.columns ? input.numel() / a.columns : 0;
     a.input = rows_of(input, a.rows, a.columns);
     a.activation = int(activation);
     a.dropout = dropout_of(seed, dropout_p);
@@ -53,8 +56,8 @@ struct BiasActOps {
 
   template <class Library>
   static void add_to(Library& m) {
-    m.impl("bias_act_forward", TORCH_BOX(&forward));
-    m.impl("bias_act_backward", TORCH_BOX(&backward));
+    Device::template add<&forward>(m, "bias_act_forward");
+    Device::template add<&backward>(m, "bias_act_backward");
   }
 };
 

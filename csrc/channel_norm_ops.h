@@ -6,19 +6,23 @@
 
 namespace ckpt {
 
-// Device has run(block, tensor, kind) for each of the structs; the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), run(block, tensor, kind) for each of the structs; the tensor
+// is on its device.
 template <class Device>
 struct ChannelNormOps {
+  using Tensor = typename Device::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
   static void* dense(const OptionalTensor& t, const ChannelNorm& a) {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == a.rows() && t->size(1) == a.columns() && t->is_contiguous(),
-                    "expected a contiguous (", a.rows(), ", ", a.columns(), ") matrix");
+    STD_TORCH_CHECK(t->numel() == a.rows() * a.columns() && t->is_contiguous(), "expected a contiguous (", a.rows(),
+                    ", ", a.columns(), ") matrix");
     return t->data_ptr();
   }
 
   static void set_input(ChannelNorm& a, const Tensor& input, bool planes, int64_t samples, int64_t channels) {
-    STD_TORCH_CHECK(input.dim() == 2 && samples > 0 && channels > 0 && input.numel() % (samples * channels) == 0,
-                    "expected a matrix of ", samples, " samples of ", channels, " channels");
+    STD_TORCH_CHECK(samples > 0 && channels > 0 && input.numel() % (samples * channels) == 0, "expected a matrix of ",
+                    samples, " samples of ", channels, " channels");
     a.planes = planes;
     a.samples = samples;
     a.channels = channels;
@@ -92,10 +96,10 @@ struct ChannelNormOps {
 
   template <class Library>
   static void add_to(Library& m) {
-    m.impl("channel_moments", TORCH_BOX(&moments));
-    m.impl("channel_forward", TORCH_BOX(&forward));
-    m.impl("channel_sums", TORCH_BOX(&sums));
-    m.impl("channel_backward", TORCH_BOX(&backward));
+    Device::template add<&moments>(m, "channel_moments");
+    Device::template add<&forward>(m, "channel_forward");
+    Device::template add<&sums>(m, "channel_sums");
+    Device::template add<&backward>(m, "channel_backward");
   }
 };
 

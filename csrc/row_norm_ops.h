@@ -1,6 +1,6 @@
 // The row-norm ops of one device: their operands read into the plain structs of row_norm.h, which the device runs.
 //
-// Device has
+// Device has a type Tensor, add<&function>(library, name), and
 //   Coefficient(tensor, kind, offset).data(): a weight or bias in the compute type, with the offset added;
 //   run_forward(block, input, kind), run_backward(block, grad_output, kind, grad_weight, grad_bias), which take a
 //   tensor for the device they are on.
@@ -14,6 +14,9 @@ namespace ckpt {
 // What a block has both forward and backward; its coefficients in the compute type live as long as this.
 template <class Device>
 struct RowNormOperands {
+  using Tensor = typename Device::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
   ScalarKind kind;
   typename Device::Coefficient weight, bias;
 
@@ -41,6 +44,9 @@ struct RowNormOperands {
 
 template <class Device>
 struct RowNormOps {
+  using Tensor = typename Device::Tensor;
+  using OptionalTensor = std::optional<Tensor>;
+
   static void row_norm_forward(Tensor input, OptionalTensor residual, OptionalTensor gate, OptionalTensor weight,
                                OptionalTensor bias, OptionalTensor seed, OptionalTensor mean, Tensor rstd,
                                Tensor output, OptionalTensor residual_out, double eps, int64_t pre_activation,
@@ -90,8 +96,8 @@ struct RowNormOps {
 
   template <class Library>
   static void add_to(Library& m) {
-    m.impl("row_norm_forward", TORCH_BOX(&row_norm_forward));
-    m.impl("row_norm_backward", TORCH_BOX(&row_norm_backward));
+    Device::template add<&row_norm_forward>(m, "row_norm_forward");
+    Device::template add<&row_norm_backward>(m, "row_norm_backward");
   }
 };
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from .checks import check_device, check_tensor, dropout_seed, shape_of
 
@@ -52,6 +52,10 @@ def bias_act(
         Shoeybi et al., "Megatron-LM", 2019, for the fusion; Salmon et al., "Parallel Random Numbers: As Easy as 1, 2,
         3" (Philox), 2011, for the masks.
     """
+    call = "bias_act", (input, bias), (activation, dropout_p, training)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        return plan(input, bias, dropout_seed(input, dropout_p, training)[1] if dropout_p and training else None)
     check_tensor(input, "input", nested=True)
     if bias is not None:
         check_tensor(bias, "bias")
@@ -62,4 +66,6 @@ def bias_act(
             )
     name = activation_name(activation)
     p, seed = dropout_seed(input, dropout_p, training)
+    if not input.is_nested:
+        thin.remember(thin.bias_act.bias_act(input, bias, ops.bias_act.Options(name, p)), *call)
     return ops.bias_act.bias_act(input, bias, seed, ops.bias_act.Options(name, p))

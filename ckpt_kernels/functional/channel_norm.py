@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from .checks import (
     autocast,
@@ -84,6 +84,14 @@ def batch_norm(
     Source:
         Ioffe and Szegedy, "Batch Normalization", 2015; `torch.nn.functional.batch_norm`.
     """
+    tensors = (input, residual, running_mean, running_var, weight, bias)
+    call = "batch_norm", tensors, (training, momentum, eps, activation, process_group)
+    plan = thin.plan_of(*call)
+    if plan is not None and not _want_gradients(running_mean, running_var):
+        output, mean, var = plan(input, residual, weight, bias, None, None)
+        count = input.numel() // input.shape[1]
+        _move_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
+        return output
     input, residual = promoted(input, residual)
     if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
         # torch's own takes it, too: nothing of no channels.
@@ -115,12 +123,12 @@ def batch_norm(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
         options = ops.channel_norm.Options(0, eps, name)
+        thin.remember(thin.channel_norm.channel_norm(*tensors[:2], weight, bias, options), *call)
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, options)
     if process_group is None and _is_moved_by_torch():
         _move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
     elif count:
-        _move(running_mean, mean, momentum)
-        _move(running_var, var, momentum, count / max(count - 1, 1))
+        _move_both(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
     return output
 
 
@@ -170,14 +178,18 @@ def group_norm(
     Source:
         Wu and He, "Group Normalization", 2018; `torch.nn.functional.group_norm`.
     """
+    call = "group_norm", (input, weight, bias), (num_groups, eps, activation)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        return plan(input, None, weight, bias, None, None)[0]
     check_channels(input, weight, bias)
     if not hasattr(num_groups, "__index__"):
         raise TypeError(f"num_groups is {num_groups!r}; expected an integer")
     if num_groups < 1 or input.shape[1] % num_groups:
         raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {shape_of(input)}")
-    name = activation_name(activation)
+    options = ops.channel_norm.Options(int(num_groups), number(eps, "eps"), activation_name(activation))
+    thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     input, weight, bias = autocast(input, weight, bias)
-    options = ops.channel_norm.Options(int(num_groups), number(eps, "eps"), name)
     return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)[0]
 
 
@@ -233,6 +245,15 @@ def instance_norm(
     Source:
         Ulyanov et al., "Instance Normalization", 2016; `torch.nn.functional.instance_norm`.
     """
+    tensors = (input, running_mean, running_var, weight, bias)
+    call = "instance_norm", tensors, (use_input_stats, momentum, eps, activation)
+    plan = thin.plan_of(*call)
+    if plan is not None and input.is_contiguous() and not _want_gradients(running_mean, running_var):
+        output, mean, var = plan(input, None, weight, bias, None, None)
+        if running_mean is not None or running_var is not None:
+            size = input.numel() // mean.numel()
+            _move_both(running_mean, running_var, mean.mean(0), var.mean(0), float(momentum), size / (size - 1))
+        return output
     check_channels(input, weight, bias)
     _check_running(running_mean, running_var, input)
     eps, momentum, name = number(eps, "eps"), number(momentum, "momentum"), activation_name(activation)
@@ -245,12 +266,12 @@ def instance_norm(
     if size == 1:
         raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 element in space")
     options = ops.channel_norm.Options(input.shape[1], eps, name)
+    thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)
     if _is_moved_by_torch():
         _move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
     elif input.numel():
-        _move(running_mean, mean.mean(0), momentum)
-        _move(running_var, var.mean(0), momentum, size / max(size - 1, 1))
+        _move_both(running_mean, running_var, mean.mean(0), var.mean(0), momentum, size / max(size - 1, 1))
     return output
 
 
@@ -260,8 +281,12 @@ def _check_running(mean: Tensor | None, var: Tensor | None, input: Tensor) -> No
         raise ValueError(f"{given} is given, and {missing} is None; expected both or neither")
     for tensor, argument in ((mean, "running_mean"), (var, "running_var")):
         check_coefficient(tensor, argument, input, input.shape[1])
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        if _want_gradients(tensor):
             raise RuntimeError(f"{argument} requires a gradient, and has none; expected one that requires none")
+
+
+def _want_gradients(*statistics: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in statistics) and torch.is_grad_enabled()
 
 
 def _by_running_statistics(
@@ -279,6 +304,19 @@ def _by_running_statistics(
     options = ops.channel_norm.Options(0, eps, activation)
     found = ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, options)
     return found[0]
+
+
+def _move_both(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    unbiased: float | Tensor,
+) -> None:
+    """The running statistics towards those of a batch, whose variance times `unbiased` is unbiased."""
+    _move(running_mean, mean, momentum)
+    _move(running_var, var, momentum, unbiased)
 
 
 def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float | Tensor = 1.0) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from .checks import check_like, check_tensor, promoted, shape_of
 
@@ -45,10 +45,16 @@ def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tens
         Shazeer, "GLU Variants Improve Transformer", 2020; Dauphin et al., "Language Modeling with Gated Convolutional
         Networks", 2017.
     """
+    call = "glu", (gate, value), (activation,)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        return plan(gate, value)
     gate, value = promoted(gate, value)
     check_tensor(gate, "gate", nested=True)
     check_like(value, "value", gate, "gate")
-    return ops.glu.glu(gate, value, ops.glu.Options(activation_name(activation)))
+    options = ops.glu.Options(activation_name(activation))
+    thin.remember(thin.glu.glu(*call[1], options), *call)
+    return ops.glu.glu(gate, value, options)
 
 
 def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = "gate_first") -> Tensor:
@@ -83,9 +89,16 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
     Source:
         Shazeer, "GLU Variants Improve Transformer", 2020; `torch.nn.functional.glu`.
     """
+    call = "packed_glu", (input,), (activation, layout)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        return plan(input)
     check_tensor(input, "input", nested=True)
     ops.glu.layout_name(layout)
     ragged = input.is_nested and getattr(input, "_ragged_idx", None) == input.dim() - 1
     if input.dim() == 0 or ragged or input.shape[-1] % 2:
         raise RuntimeError(f"input has shape {shape_of(input)}; expected a last dimension of even length")
-    return ops.glu.packed_glu(input, ops.glu.PackedOptions(activation_name(activation), layout))
+    options = ops.glu.PackedOptions(activation_name(activation), layout)
+    if not input.is_nested:
+        thin.remember(thin.glu.packed_glu(input, options), *call)
+    return ops.glu.packed_glu(input, options)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from .checks import (
     autocast,
@@ -98,6 +98,14 @@ def norm_linear(
     Source:
         The levels: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, at the grain of kernels.
     """
+    single = isinstance(weight, Tensor)
+    weights, biases = _as_sequences(weight, bias)
+    tensors = (input, norm_weight, norm_bias, *weights, *biases)
+    given = (normalized_shape, eps, norm, activation, pre_activation, weight_offset, cast_before_weight, recompute)
+    block = thin.plan_of("norm_linear", tensors, (single, len(weights), given))
+    if block is not None:
+        outputs = _block_linear(block, tensors[:3], weights, biases, recompute)
+        return outputs[0] if single else outputs
     level_name(recompute)
     columns = check_input(input, normalized_shape)
     check_coefficient(norm_weight, "norm_weight", input, normalized_shape)
@@ -111,6 +119,20 @@ def norm_linear(
         raise ValueError("weight_offset or cast_before_weight is given; expected neither where norm is 'layer_norm'")
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     eps = (1e-5 if eps is None else number(eps, "eps")) if centered else rms_eps(input, eps)
+    for w, b in zip(weights, biases, strict=True):
+        _check_linear(w, b, "weight", "bias", columns, input)
+    options = (columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight))
+    block = ops.linear.norm_block(*options)
+    known = thin.linear.norm_block(_dtypes(input, *weights, *biases), input, (norm_weight, norm_bias), options)
+    thin.remember(known, "norm_linear", tensors, (single, len(weights), given))
+    operands = autocast(input, norm_weight, norm_bias)
+    outputs = _block_linear(block, operands, weights, biases, recompute)
+    return outputs[0] if single else outputs
+
+
+def _as_sequences(
+    weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor | None] | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     single = isinstance(weight, Tensor)
     if not single and not isinstance(weight, Sequence):
         raise TypeError(f"weight is {weight!r}; expected a tensor or a sequence of them")
@@ -118,14 +140,7 @@ def norm_linear(
     biases: tuple[Any, ...] = (bias,) * len(weights) if single or bias is None else tuple(bias)
     if len(biases) != len(weights):
         raise ValueError(f"bias has {len(biases)} tensors; expected one for each of {len(weights)} weights")
-    for w, b in zip(weights, biases, strict=True):
-        _check_linear(w, b, "weight", "bias", columns, input)
-    block = ops.linear.norm_block(
-        columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight)
-    )
-    operands = autocast(input, norm_weight, norm_bias)
-    outputs = _block_linear(block, operands, weights, biases, recompute)
-    return outputs[0] if single else outputs
+    return weights, biases
 
 
 def act_linear(
@@ -172,11 +187,17 @@ def act_linear(
     Source:
         The levels: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, at the grain of kernels.
     """
+    call = "act_linear", (input, weight, bias), (activation, dropout_p, training, recompute)
+    block = thin.plan_of(*call)
+    if block is not None:
+        return _block_linear(block, (input,), (weight,), (bias,), recompute)[0]
     level_name(recompute)
     check_tensor(input, "input", nested=True)
     _check_linear(weight, bias, "weight", "bias", _last(input), input)
     p, seed = dropout_seed(input, dropout_p, training)
-    block = ops.linear.act_block(activation_name(activation), seed, p)
+    name = activation_name(activation)
+    thin.remember(thin.linear.act_block(_dtypes(input, weight, bias), name, p), *call)
+    block = ops.linear.act_block(name, seed, p)
     return _block_linear(block, (input,), (weight,), (bias,), recompute)[0]
 
 
@@ -236,12 +257,19 @@ def mlp(
         Vaswani et al., "Attention Is All You Need", 2017; the levels: Chen et al., "Training Deep Nets with Sublinear
         Memory Cost", 2016, at the grain of kernels.
     """
+    tensors = (input, weight1, bias1, weight2, bias2)
+    call = "mlp", tensors, (activation, dropout_p, training, recompute)
+    block = thin.plan_of(*call)
+    if block is not None:
+        return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
     level_name(recompute)
     check_tensor(input, "input", nested=True)
     _check_linear(weight1, bias1, "weight1", "bias1", _last(input), input)
     _check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
     p, seed = dropout_seed(input, dropout_p, training)
-    block = ops.linear.act_block(activation_name(activation), seed, p)
+    name = activation_name(activation)
+    thin.remember(thin.linear.act_block(_dtypes(*tensors), name, p), *call)
+    block = ops.linear.act_block(name, seed, p)
     return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
 
 
@@ -309,6 +337,13 @@ def gated_mlp(
         Shazeer, "GLU Variants Improve Transformer", 2020; the levels: Chen et al., "Training Deep Nets with Sublinear
         Memory Cost", 2016, at the grain of kernels.
     """
+    tensors = (input, gate_weight, value_weight, weight, gate_bias, value_bias, bias)
+    call = "gated_mlp", tensors, (activation, layout, dropout_p, training, recompute)
+    block = thin.plan_of(*call)
+    if block is not None:
+        firsts = (gate_weight, gate_bias)
+        firsts = firsts if value_weight is None else (*firsts, value_weight, value_bias)
+        return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
     level_name(recompute)
     ops.glu.layout_name(layout)
     check_tensor(input, "input", nested=True)
@@ -330,7 +365,9 @@ def gated_mlp(
         hidden //= 2
     _check_linear(weight, bias, "weight", "bias", hidden, input)
     p, seed = dropout_seed(input, dropout_p, training)
-    block = ops.linear.glu_block(activation_name(activation), layout, seed, p)
+    name, packed = activation_name(activation), value_weight is None
+    thin.remember(thin.linear.glu_block(_dtypes(*tensors), name, layout, p, packed), *call)
+    block = ops.linear.glu_block(name, layout, seed, p)
     return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
 
 
@@ -357,6 +394,10 @@ def _block_linear(
 ) -> tuple[Tensor, ...]:
     compute = ops.linear.composed_linear if recompute == "block" else ops.linear.block_linear
     return compute(block, operands, weights, biases)
+
+
+def _dtypes(*tensors: Tensor | None) -> set[torch.dtype]:
+    return {t.dtype for t in tensors if t is not None}
 
 
 def _last(input: Tensor) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, thin
 from ..activations import Activation, activation_name
 from ..backends.blocks import RowNormOptions
 from .checks import (
@@ -71,7 +71,11 @@ def layer_norm(
     Source:
         Ba et al., "Layer Normalization", 2016; `torch.nn.functional.layer_norm`.
     """
-    return _row_norm(input, normalized_shape, weight, bias, eps, True, pre_activation, activation)
+    call = (input, weight, bias), (normalized_shape, eps, True, pre_activation, activation, 0.0, False)
+    plan = thin.plan_of("row_norm", *call)
+    if plan is not None:
+        return plan(input, None, None, None, None, weight, bias, None)[0]
+    return _row_norm(*call)
 
 
 def rms_norm(
@@ -123,19 +127,14 @@ def rms_norm(
     Source:
         Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; `torch.nn.functional.rms_norm`.
     """
-    eps = rms_eps(input, eps)
-    output = _row_norm(
-        input,
-        normalized_shape,
-        weight,
-        None,
-        eps,
-        False,
-        pre_activation,
-        activation,
-        weight_offset,
-        cast_before_weight,
+    call = (
+        (input, weight, None),
+        (normalized_shape, eps, False, pre_activation, activation, weight_offset, cast_before_weight),
     )
+    plan = thin.plan_of("row_norm", *call)
+    if plan is not None and input.is_contiguous():
+        return plan(input, None, None, None, None, weight, None, None)[0]
+    output = _row_norm(*call)
     format = memory_format(input)
     return output if format == torch.contiguous_format else output.contiguous(memory_format=format)
 
@@ -195,7 +194,9 @@ def add_layer_norm(
         Ba et al., "Layer Normalization", 2016; its place behind the add: Vaswani et al., "Attention Is All You Need",
         2017; the masks: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox), 2011.
     """
-    return _add_row_norm(input, residual, normalized_shape, weight, bias, eps, True, activation, dropout_p, training)
+    return _add_row_norm(
+        (input, residual, weight, bias), (normalized_shape, eps, True, activation, dropout_p, training, 0.0, False)
+    )
 
 
 def add_rms_norm(
@@ -250,20 +251,9 @@ def add_rms_norm(
         Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; its place in a layer: Touvron et al., "LLaMA",
         2023.
     """
-    eps = rms_eps(input, eps)
     return _add_row_norm(
-        input,
-        residual,
-        normalized_shape,
-        weight,
-        None,
-        eps,
-        False,
-        activation,
-        dropout_p,
-        training,
-        weight_offset,
-        cast_before_weight,
+        (input, residual, weight, None),
+        (normalized_shape, eps, False, activation, dropout_p, training, weight_offset, cast_before_weight),
     )
 
 
@@ -313,14 +303,19 @@ def gated_rms_norm(
     Source:
         Dao and Gu, "Transformers are SSMs" (Mamba-2), 2024.
     """
+    tensors = (input, gate, weight)
+    call = "gated_row_norm", tensors, (normalized_shape, eps, activation, norm_before_gate)
+    plan = thin.plan_of(*call)
+    if plan is not None:
+        return plan(input, None, gate, None, None, weight, None, None)[0]
     input, gate = promoted(input, gate)
     columns = check_input(input, normalized_shape)
     check_like(gate, "gate", input)
     check_coefficient(weight, "weight", input, normalized_shape)
-    name = activation_name(activation)
-    eps = rms_eps(input, eps)
-    input, gate, weight = autocast(input, gate, weight)
+    eps, name = rms_eps(input, eps), activation_name(activation)
     options = RowNormOptions(columns, eps, False, activation=name, gate_first=not norm_before_gate)
+    thin.remember(thin.row_norm.row_norm(tensors[0], None, tensors[1], None, None, weight, None, options), *call)
+    input, gate, weight = autocast(input, gate, weight)
     return ops.row_norm.row_norm(input, None, gate, None, None, weight, None, None, options)[0]
 
 
@@ -374,7 +369,7 @@ def modulated_layer_norm(
     Source:
         Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023.
     """
-    return _modulated(input, scale, shift, normalized_shape, weight, bias, eps, True, pre_activation, activation)
+    return _modulated((input, scale, shift, weight, bias), (normalized_shape, eps, True, pre_activation, activation))
 
 
 def modulated_rms_norm(
@@ -423,76 +418,60 @@ def modulated_rms_norm(
     Source:
         The modulation: Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023.
     """
-    eps = rms_eps(input, eps)
-    return _modulated(input, scale, shift, normalized_shape, weight, None, eps, False, pre_activation, activation)
+    return _modulated((input, scale, shift, weight, None), (normalized_shape, eps, False, pre_activation, activation))
 
 
-def _row_norm(
-    input: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    pre_activation: Activation,
-    activation: Activation,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-) -> Tensor:
+def _row_norm(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
+    """Of (input, weight, bias), and the options as they were given."""
+    input, weight, bias = tensors
+    normalized_shape, eps, centered, pre_activation, activation, weight_offset, cast_before_weight = given
+    eps = number(eps, "eps") if centered else rms_eps(input, eps)
     columns = check_input(input, normalized_shape)
-    eps = number(eps, "eps")
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
-    input, weight, bias = autocast(input, weight, bias)
     offset = number(weight_offset, "weight_offset")
     options = RowNormOptions(columns, eps, centered, pre, post, offset, bool(cast_before_weight))
+    thin.remember(
+        thin.row_norm.row_norm(input, None, None, None, None, weight, bias, options), "row_norm", tensors, given
+    )
+    input, weight, bias = autocast(input, weight, bias)
     return ops.row_norm.row_norm(input, None, None, None, None, weight, bias, None, options)[0]
 
 
-def _add_row_norm(
-    input: Tensor,
-    residual: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    activation: Activation,
-    dropout_p: float,
-    training: bool,
-    weight_offset: float = 0.0,
-    cast_before_weight: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _add_row_norm(tensors: Sequence[Tensor | None], given: tuple) -> tuple[Tensor, Tensor]:
+    """Of (input, residual, weight, bias), and the options as they were given."""
+    input, residual, weight, bias = tensors
+    normalized_shape, eps, centered, activation, dropout_p, training, weight_offset, cast_before_weight = given
+    plan = thin.plan_of("add_row_norm", tensors, given)
+    if plan is not None:
+        seed = dropout_seed(input, dropout_p, training)[1] if dropout_p and training else None
+        return plan(input, residual, None, None, None, weight, bias, seed)
     input, residual = promoted(input, residual)
+    eps = number(eps, "eps") if centered else rms_eps(input, eps)
     columns = check_input(input, normalized_shape)
-    eps = number(eps, "eps")
     check_like(residual, "residual", input)
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
-    name = activation_name(activation)
+    name, offset = activation_name(activation), number(weight_offset, "weight_offset")
     p, seed = dropout_seed(input, dropout_p, training)
-    input, residual, weight, bias = autocast(input, residual, weight, bias)
-    offset = number(weight_offset, "weight_offset")
     options = RowNormOptions(columns, eps, centered, "identity", name, offset, bool(cast_before_weight), p)
+    known = thin.row_norm.row_norm(*tensors[:2], None, None, None, weight, bias, options)
+    thin.remember(known, "add_row_norm", tensors, given)
+    input, residual, weight, bias = autocast(input, residual, weight, bias)
     return ops.row_norm.row_norm(input, residual, None, None, None, weight, bias, seed, options)
 
 
-def _modulated(
-    input: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centered: bool,
-    pre_activation: Activation,
-    activation: Activation,
-) -> Tensor:
+def _modulated(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
+    """Of (input, scale, shift, weight, bias), and the options as they were given."""
+    plan = thin.plan_of("modulated_row_norm", tensors, given)
+    input, scale, shift, weight, bias = tensors
+    if plan is not None:
+        return plan(input, None, None, scale, shift, weight, bias, None)[0]
+    normalized_shape, eps, centered, pre_activation, activation = given
+    eps = number(eps, "eps") if centered else rms_eps(input, eps)
     # What is given for a sample is not given for rows of which samples have different numbers.
     columns = check_input(input, normalized_shape, nested=False)
-    eps = number(eps, "eps")
     check_modulation(scale, "scale", input, normalized_shape)
     check_modulation(shift, "shift", input, normalized_shape)
     if scale.numel() != shift.numel():
@@ -500,6 +479,8 @@ def _modulated(
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
-    input, scale, shift, weight, bias = autocast(input, scale, shift, weight, bias)
     options = RowNormOptions(columns, eps, centered, pre, post)
+    known = thin.row_norm.row_norm(input, None, None, scale, shift, weight, bias, options)
+    thin.remember(known, "modulated_row_norm", tensors, given)
+    input, scale, shift, weight, bias = autocast(input, scale, shift, weight, bias)
     return ops.row_norm.row_norm(input, None, None, scale, shift, weight, bias, None, options)[0]

@@ -8,7 +8,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, recorded
+from .extras import extras, recorded, weight_and_bias
 
 
 def batch_norm_of(
@@ -28,19 +28,20 @@ def batch_norm_of(
     module._check_input_dim(input)
     counted = module.training and module.track_running_stats and (again or not _recomputing())
     momentum = 0.0 if module.momentum is None else module.momentum
-    if counted and module.num_batches_tracked is not None:
-        batches = module.num_batches_tracked + 1
-        if module.momentum is None:
-            momentum = 1.0 / float(batches)
+    # Of what is counted nothing but a cumulative average is computed.
+    batches = module.num_batches_tracked if counted else None
+    if batches is not None and module.momentum is None:
+        momentum = 1.0 / float(batches + 1)
     # Without running statistics those of the batch serve in eval mode too.
     training = module.training or (module.running_mean is None and module.running_var is None)
     tracked = counted or not module.training
+    weight, bias = weight_and_bias(module)
     output = F.batch_norm(
         input,
         module.running_mean if tracked else None,
         module.running_var if tracked else None,
-        module.weight,
-        module.bias,
+        weight,
+        bias,
         training,
         momentum,
         module.eps,
@@ -49,8 +50,8 @@ def batch_norm_of(
         process_group=process_group,
     )
     # An error leaves the counter, too, as it was.
-    if counted and module.num_batches_tracked is not None:
-        module.num_batches_tracked.copy_(batches)
+    if batches is not None:
+        batches.add_(1)
     return output
 
 
@@ -258,7 +259,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
             return call
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
+        weight, bias = weight_and_bias(self)
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps, activation=self.activation)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + extras(activation=(self.activation, "identity"))

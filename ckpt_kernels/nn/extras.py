@@ -1,8 +1,10 @@
 """What the modules share: settings checked, and settings told, and how torch.fx sees a module."""
 
+import functools
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 
@@ -15,6 +17,26 @@ def probability(dropout: float) -> float:
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout is {dropout}; expected a probability between 0 and 1")
     return dropout
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Both parameters, without torch's search for an attribute, which costs as much as a small kernel.
+
+    From where they are registered; whatever puts something in their place takes them from there.
+    """
+    if not torch.compiler.is_compiling() and _has_plain_parameters(type(module)):
+        registered = module._parameters
+        try:
+            return registered["weight"], registered["bias"]
+        except KeyError:
+            pass
+    return module.weight, module.bias
+
+
+@functools.lru_cache(maxsize=1024)
+def _has_plain_parameters(kind: type) -> bool:
+    """Whether a module of this class finds its weight and bias the way that torch's modules find a parameter."""
+    return kind.__getattr__ is nn.Module.__getattr__ and not any(hasattr(kind, name) for name in ("weight", "bias"))
 
 
 def recorded(module: nn.Module, *inputs: Any) -> Proxy | None:

@@ -8,7 +8,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, probability, recorded
+from .extras import extras, probability, recorded, weight_and_bias
 
 
 class LayerNorm(nn.LayerNorm):
@@ -59,11 +59,12 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
             return call
+        weight, bias = weight_and_bias(self)
         return F.layer_norm(
             input,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.eps,
             activation=self.activation,
             pre_activation=self.pre_activation,
@@ -199,12 +200,13 @@ class AddLayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:
             return call
+        weight, bias = weight_and_bias(self)
         return F.add_layer_norm(
             input,
             residual,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.eps,
             activation=self.activation,
             dropout_p=self.dropout,

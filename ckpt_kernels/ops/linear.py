@@ -101,7 +101,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight as they are instead of cast copies of them."""
-    if not _is_fused(input, weight, bias) or not _is_autocast(input):
+    if not _is_autocast(input) or not _is_fused(input, weight, bias):
         return linear_of_torch(input, weight, bias)
     return _Linear.apply(input, weight, bias, product_dtype(input))
 
@@ -109,10 +109,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def recomputed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Within `discard_outputs` what reads its output keeps a recipe that runs the product again."""
     output = linear(input, weight, bias)
-    discarder = recompute.discarding()
-    if discarder is not None and output.requires_grad:
+    if recompute.thread.active:
         product = functools.partial(_product, dtype=product_dtype(input))
-        discarder.register(output, product, (input, weight, bias))
+        recompute.record(output, (product, (input, weight, bias)))
     return output
 
 

@@ -4,7 +4,7 @@ Where a transform of torch's must see through an op, torch's own operators compu
 derivative and every batching rule that there is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,10 +63,13 @@ class Registered:
         setup_context, backward = pinned(self._dispatched_setup, self._dispatched_backward)
         self._differentiated = make_autograd_impl(self._dispatched, Info(backward, setup_context))
         _library.impl(name, self._with_autograd, "Autograd", with_keyset=True)
-        methods = {"forward": staticmethod(self._direct_forward), "backward": staticmethod(self._direct_backward)}
-        # Past `Function.apply`'s own look for torch.func's transforms, which `__call__` has done.
-        function = type(name, (torch.autograd.Function,), methods)
-        self._apply = super(torch.autograd.Function, function).apply
+        self.name = name
+
+        # A function, and no bound method, which compiled autograd does not take.
+        def full_backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+            return self.full_backward(ctx, *gradients)
+
+        self._apply = autograd_apply(name, self.full_forward, full_backward)
 
     def __call__(self, *arguments: Any) -> Any:
         if is_transformed():
@@ -88,7 +91,7 @@ class Registered:
         is_recorded = self.has_recipe and recompute.is_active()
         output = self._apply(*arguments, is_recorded)
         if is_recorded:
-            recompute.offer(output if isinstance(output, Tensor) else output[0])
+            recompute.record(output if isinstance(output, Tensor) else output[0])
         return output
 
     def present(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -98,9 +101,11 @@ class Registered:
     def _first(self, results: Sequence[Tensor | None]) -> Any:
         return results[0] if self.returned is None else results[: self.returned]
 
-    # The direct path. A torch.autograd.Function pays for each argument: so all that are not tensors are one.
+    # The direct path, to which `thin`'s calls come back. A torch.autograd.Function pays for each argument: so all that
+    # are not tensors are one.
 
-    def _direct_forward(self, ctx: Any, *arguments: Any) -> Any:
+    def full_forward(self, ctx: Any, *arguments: Any) -> Any:
+        """In the graph: of the tensors, the options and whether the output is recorded."""
         *arguments, is_recorded = arguments
         results = self.forward(*arguments)
         ctx.backend = backends.chosen()
@@ -113,7 +118,8 @@ class Registered:
         ctx.mark_non_differentiable(*results[self.differentiable_results : self.returned])
         return results[: self.returned]
 
-    def _direct_backward(self, ctx: Any, *gradients: Tensor | None) -> tuple:
+    def full_backward(self, ctx: Any, *gradients: Tensor | None) -> tuple:
+        """A gradient for each argument of `full_forward`."""
         if torch.compiler.is_compiling() or backends.chosen() == ctx.backend:
             found = self.backward(ctx, gradients[: self.differentiable_results])
         else:
@@ -154,6 +160,13 @@ class Registered:
     def _with_autograd(self, keyset: torch._C.DispatchKeySet, *flat: Any) -> Any:
         """What `torch.library.register_autograd` makes does: but that loses tangents, and torch.func refuses it."""
         return self._composed(*flat) if is_transformed() else self._differentiated(keyset, *flat)
+
+
+def autograd_apply(name: str, forward: Callable[..., Any], backward: Callable[..., tuple]) -> Callable[..., Any]:
+    """`apply` of an autograd.Function of these, past its own look for torch.func's transforms, which whoever calls it
+    has done."""
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return super(torch.autograd.Function, type(name, (torch.autograd.Function,), methods)).apply
 
 
 def is_transformed() -> bool:

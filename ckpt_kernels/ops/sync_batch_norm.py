@@ -113,5 +113,5 @@ def sync_batch_norm(
     """The output, and the mean, variance and count over the batches of all processes of `group`."""
     output, *statistics = _SyncBatchNorm.apply(input, residual, weight, bias, eps, activation, group)
     if recompute.is_active():
-        recompute.offer(output)
+        recompute.record(output)
     return output, *statistics

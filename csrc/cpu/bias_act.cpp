@@ -2,18 +2,19 @@
 #include "../bias_act_ops.h"
 
 #include "coefficient.h"
+#include "device.h"
 #include "row_tasks.h"
 
 namespace ckpt {
 namespace {
 
-struct Cpu {
+struct Cpu : CpuDevice {
   using Coefficient = ckpt::Coefficient;
-  static void run_forward(const BiasActForward& a, const Tensor&, ScalarKind kind) {
+  static void run_forward(const BiasActForward& a, const View&, ScalarKind kind) {
     for_pieces(a.rows, a.columns,
                [&](int64_t row, int64_t begin, int64_t end) { bias_act_loops(kind).forward(a, row, begin, end); });
   }
-  static void run_backward(const BiasActBackward& a, const Tensor&, ScalarKind kind, void* grad_bias) {
+  static void run_backward(const BiasActBackward& a, const View&, ScalarKind kind, void* grad_bias) {
     const BiasActLoops& loops = bias_act_loops(kind);
     if (!grad_bias) {
       for_pieces(a.rows, a.columns,

@@ -2,6 +2,7 @@
 #include "../channel_norm_ops.h"
 
 #include "channel_statistics.h"
+#include "device.h"
 #include "row_tasks.h"
 
 namespace ckpt {
@@ -21,17 +22,17 @@ void for_rows_of(const Block& a, Loop loop) {
                               [&](int64_t begin, int64_t end) { loop(a, begin, end); });
 }
 
-struct Cpu {
-  static void run(const ChannelMoments& a, const Tensor&, ScalarKind kind) {
+struct Cpu : CpuDevice {
+  static void run(const ChannelMoments& a, const View&, ScalarKind kind) {
     for_pieces_of(a, channel_norm_loops(kind).moments);
   }
-  static void run(const ChannelForward& a, const Tensor&, ScalarKind kind) {
+  static void run(const ChannelForward& a, const View&, ScalarKind kind) {
     for_rows_of(a, channel_norm_loops(kind).forward);
   }
-  static void run(const ChannelSums& a, const Tensor&, ScalarKind kind) {
+  static void run(const ChannelSums& a, const View&, ScalarKind kind) {
     for_pieces_of(a, channel_norm_loops(kind).sums);
   }
-  static void run(const ChannelBackward& a, const Tensor&, ScalarKind kind) {
+  static void run(const ChannelBackward& a, const View&, ScalarKind kind) {
     for_rows_of(a, channel_norm_loops(kind).backward);
   }
 };
@@ -82,6 +83,12 @@ struct WholeNorm : ChannelNormOps<Cpu> {
     S* const data;
   };
 
+  // Of a matrix of planes, of rows with the channels last, or of (samples, channels, *space).
+  static int64_t channels_of(const Tensor& input, bool planes, int64_t samples) {
+    STD_TORCH_CHECK(input.dim() > 1 && samples > 0, "expected samples of channels");
+    return planes && input.dim() == 2 ? input.size(0) / samples : input.size(1);
+  }
+
   static void forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor output,
                       Tensor mean, Tensor var, bool planes, int64_t samples, int64_t piece_rows, int64_t groups,
                       double eps, int64_t activation, bool given_statistics) {
@@ -89,7 +96,7 @@ struct WholeNorm : ChannelNormOps<Cpu> {
     with_compute_type(kind, [&](auto compute) {
       using S = decltype(compute);
       ChannelMoments a;
-      set_input(a, input, planes, samples, planes ? input.size(0) / samples : input.size(1));
+      set_input(a, input, planes, samples, channels_of(input, planes, samples));
       const Sets own(a.samples, planes ? 1 : divide_up(a.size, piece_rows), a.channels, groups);
       if (!given_statistics) {
         const Pieces<S> moments(a, piece_rows);
@@ -117,7 +124,7 @@ struct WholeNorm : ChannelNormOps<Cpu> {
     with_compute_type(kind, [&](auto compute) {
       using S = decltype(compute);
       ChannelSums a;
-      set_input(a, input, planes, samples, planes ? input.size(0) / samples : input.size(1));
+      set_input(a, input, planes, samples, channels_of(input, planes, samples));
       const Sets sets(a.samples, planes ? 1 : divide_up(a.size, piece_rows), a.channels, groups);
       const Coefficients<S> six(sets, kind, 6, mean, var, weight, bias, eps);
       a.coefficients = {six.data, sets.rows != 1};
@@ -152,6 +159,6 @@ struct WholeNorm : ChannelNormOps<Cpu> {
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
   ckpt::ChannelNormOps<ckpt::Cpu>::add_to(m);
-  m.impl("channel_norm_forward", TORCH_BOX(&ckpt::WholeNorm::forward));
-  m.impl("channel_norm_backward", TORCH_BOX(&ckpt::WholeNorm::backward));
+  ckpt::CpuDevice::add<&ckpt::WholeNorm::forward>(m, "channel_norm_forward");
+  ckpt::CpuDevice::add<&ckpt::WholeNorm::backward>(m, "channel_norm_backward");
 }

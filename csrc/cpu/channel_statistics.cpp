@@ -1,21 +1,22 @@
 // The ops that find the coefficients of a channel norm by themselves, on the CPU.
 #include "channel_statistics.h"
 
+#include "device.h"
+
 namespace ckpt {
 namespace {
 
-template <class S>
-S* data(const OptionalTensor& t, int64_t numel) {
+template <class S, class T>
+S* data(const T& t, int64_t numel) {
   return static_cast<S*>(data_of(t, numel));
 }
 
-Sets sets_of(const Tensor& by_piece, int64_t groups) {
+Sets sets_of(const View& by_piece, int64_t groups) {
   STD_TORCH_CHECK(by_piece.dim() == 3 && by_piece.is_contiguous(), "expected (samples, pieces, channels)");
   return {by_piece.size(0), by_piece.size(1), by_piece.size(2), groups};
 }
 
-void statistics(Tensor means, Tensor squares, Tensor mean, Tensor var, int64_t groups, int64_t size,
-                int64_t piece_rows) {
+void statistics(View means, View squares, View mean, View var, int64_t groups, int64_t size, int64_t piece_rows) {
   const Sets sets = sets_of(means, groups);
   with_compute_type(kind_of(means), [&](auto compute) {
     using S = decltype(compute);
@@ -25,7 +26,7 @@ void statistics(Tensor means, Tensor squares, Tensor mean, Tensor var, int64_t g
   });
 }
 
-void coefficients(Tensor mean, Tensor var, OptionalTensor weight, OptionalTensor bias, Tensor coefficients,
+void coefficients(View mean, View var, std::optional<View> weight, std::optional<View> bias, View coefficients,
                   double eps) {
   STD_TORCH_CHECK(coefficients.dim() == 3 && coefficients.size(0) == 3, "expected (3, samples or 1, channels)");
   const int64_t rows = coefficients.size(1);
@@ -39,8 +40,8 @@ void coefficients(Tensor mean, Tensor var, OptionalTensor weight, OptionalTensor
   });
 }
 
-void backward_coefficients(Tensor first, Tensor second, Tensor var, OptionalTensor weight, Tensor coefficients,
-                           OptionalTensor grad_weight, OptionalTensor grad_bias, int64_t groups, double count,
+void backward_coefficients(View first, View second, View var, std::optional<View> weight, View coefficients,
+                           std::optional<View> grad_weight, std::optional<View> grad_bias, int64_t groups, double count,
                            double eps, bool fixed) {
   const Sets sets = sets_of(first, groups);
   const Coefficient w(weight, kind_of(first), 0);
@@ -58,7 +59,7 @@ void backward_coefficients(Tensor first, Tensor second, Tensor var, OptionalTens
 }  // namespace ckpt
 
 STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
-  m.impl("channel_statistics", TORCH_BOX(&ckpt::statistics));
-  m.impl("channel_coefficients", TORCH_BOX(&ckpt::coefficients));
-  m.impl("channel_backward_coefficients", TORCH_BOX(&ckpt::backward_coefficients));
+  ckpt::CpuDevice::add<&ckpt::statistics>(m, "channel_statistics");
+  ckpt::CpuDevice::add<&ckpt::coefficients>(m, "channel_coefficients");
+  ckpt::CpuDevice::add<&ckpt::backward_coefficients>(m, "channel_backward_coefficients");
 }

@@ -2,13 +2,14 @@
 #pragma once
 
 #include "scratch.h"
+#include "view.h"
 
 namespace ckpt {
 
 // The tensor's own memory if there is nothing to convert and no offset to add, else a converted copy.
 class Coefficient {
  public:
-  Coefficient(const OptionalTensor& tensor, ScalarKind kind, double offset)
+  Coefficient(const std::optional<View>& tensor, ScalarKind kind, double offset)
       : converted_(is_given_as(tensor, kind, offset) ? 0 : tensor->numel() * compute_size(kind)) {
     if (!tensor) return;
     STD_TORCH_CHECK(tensor->is_contiguous(), "expected contiguous weight and bias");
@@ -30,12 +31,12 @@ class Coefficient {
 
  private:
   // Whether there is nothing to convert.
-  static bool is_given_as(const OptionalTensor& tensor, ScalarKind kind, double offset) {
+  static bool is_given_as(const std::optional<View>& tensor, ScalarKind kind, double offset) {
     const ScalarKind compute = kind == ScalarKind::float64 ? kind : ScalarKind::float32;
     return !tensor || (offset == 0 && kind_of(*tensor) == compute);
   }
 
-  static double element(const Tensor& tensor, ScalarKind kind, int64_t i) {
+  static double element(const View& tensor, ScalarKind kind, int64_t i) {
     const void* data = tensor.data_ptr();
     switch (kind) {
       case ScalarKind::float32:

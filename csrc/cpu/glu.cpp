@@ -3,23 +3,61 @@
 
 #include <string.h>
 
+#include "device.h"
 #include "row_tasks.h"
 
 namespace ckpt {
 namespace {
 
-struct Cpu {
-  static void run_forward(const GluForward& a, const Tensor&, ScalarKind kind) {
+struct Cpu : CpuDevice {
+  static void run_forward(const GluForward& a, const View&, ScalarKind kind) {
     for_pieces(a.rows, a.columns,
                [&](int64_t row, int64_t begin, int64_t end) { glu_loops(kind).forward(a, row, begin, end); });
   }
-  static void run_backward(const GluBackward& a, const Tensor&, ScalarKind kind) {
+  static void run_backward(const GluBackward& a, const View&, ScalarKind kind) {
     for_pieces(a.rows, a.columns,
                [&](int64_t row, int64_t begin, int64_t end) { glu_loops(kind).backward(a, row, begin, end); });
   }
 };
 
+// Of one tensor in one piece, whose rows pack gate and value in one of the orders of `ops.glu.LAYOUTS`. Only called
+// directly: through the dispatcher go views of both.
+enum Layout { gate_first, value_first, interleaved };
+
+void set_packed(Glu& a, const View& packed, int64_t layout, Rows& gate, Rows& value) {
+  STD_TORCH_CHECK(packed.dim() > 0 && packed.size(packed.dim() - 1) % 2 == 0, "expected rows of two halves");
+  a.columns = packed.size(packed.dim() - 1) / 2;
+  a.rows = a.columns ? packed.numel() / (2 * a.columns) : 0;
+  a.step = layout == interleaved && a.columns > 1 ? 2 : 1;
+  char* data = static_cast<char*>(data_of(packed, 2 * a.rows * a.columns));
+  const int64_t half = size_of(kind_of(packed)) * (layout == interleaved ? 1 : a.columns);
+  gate = {layout == value_first ? data + half : data, 2 * a.columns};
+  value = {layout == value_first ? data : data + half, 2 * a.columns};
+}
+
+void packed_glu_forward(View packed, View output, int64_t activation, int64_t layout) {
+  GluForward a;
+  set_packed(a, packed, layout, a.gate, a.value);
+  a.activation = int(activation);
+  a.output = rows_of(output, a.rows, a.columns);
+  Cpu::run_forward(a, packed, kind_of(packed));
+}
+
+void packed_glu_backward(View grad_output, View packed, View grad_packed, int64_t activation, int64_t layout) {
+  GluBackward a;
+  set_packed(a, grad_packed, layout, a.grad_gate, a.grad_value);
+  set_packed(a, packed, layout, a.gate, a.value);
+  a.activation = int(activation);
+  a.grad_output = rows_of(grad_output, a.rows, a.columns);
+  STD_TORCH_CHECK(grad_packed.numel() == packed.numel(), "expected a gradient of packed's shape");
+  Cpu::run_backward(a, packed, kind_of(packed));
+}
+
 }  // namespace
 }  // namespace ckpt
 
-STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) { ckpt::GluOps<ckpt::Cpu>::add_to(m); }
+STABLE_TORCH_LIBRARY_IMPL(ckpt_kernels_native, CPU, m) {
+  ckpt::GluOps<ckpt::Cpu>::add_to(m);
+  ckpt::add_direct<&ckpt::packed_glu_forward>("packed_glu_forward");
+  ckpt::add_direct<&ckpt::packed_glu_backward>("packed_glu_backward");
+}

@@ -2,6 +2,7 @@
 #include "../row_norm_ops.h"
 
 #include "coefficient.h"
+#include "device.h"
 #include "row_tasks.h"
 
 namespace ckpt {
@@ -30,11 +31,10 @@ void run_backward(const RowNormBackward& a, ScalarKind kind, void* grad_weight, 
   });
 }
 
-struct Cpu {
+struct Cpu : CpuDevice {
   using Coefficient = ckpt::Coefficient;
-  static void run_forward(const RowNormForward& a, const Tensor&, ScalarKind kind) { ckpt::run_forward(a, kind); }
-  static void run_backward(const RowNormBackward& a, const Tensor&, ScalarKind kind, void* grad_weight,
-                           void* grad_bias) {
+  static void run_forward(const RowNormForward& a, const View&, ScalarKind kind) { ckpt::run_forward(a, kind); }
+  static void run_backward(const RowNormBackward& a, const View&, ScalarKind kind, void* grad_weight, void* grad_bias) {
     ckpt::run_backward(a, kind, grad_weight, grad_bias);
   }
 };

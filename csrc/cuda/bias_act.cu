@@ -6,7 +6,7 @@
 namespace ckpt {
 namespace {
 
-struct Cuda {
+struct Cuda : CudaDevice {
   using Coefficient = ckpt::Coefficient;
 
   static void run_forward(const BiasActForward& a, const Tensor& input, ScalarKind kind) {

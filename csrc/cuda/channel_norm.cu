@@ -6,7 +6,7 @@
 namespace ckpt {
 namespace {
 
-struct Cuda {
+struct Cuda : CudaDevice {
   template <class Block>
   static void run(const Block& a, const Tensor& input, ScalarKind kind) {
     const Launcher launch(input);

@@ -32,6 +32,16 @@ class Launcher {
   cudaStream_t stream_;
 };
 
+// What the ops of every family know of the device.
+struct CudaDevice {
+  using Tensor = ckpt::Tensor;
+
+  template <auto function, class Library>
+  static void add(Library& m, const char* name) {
+    m.impl(name, TORCH_BOX(function));
+  }
+};
+
 inline Tensor float_vector(const Tensor& like, int64_t elements) {
   return torch::stable::new_empty(like, {elements}, ScalarType::Float);
 }

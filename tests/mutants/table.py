@@ -405,8 +405,8 @@ PYTHON = (
     Mutant(
         "an output is forgotten with its tensor, though a view lives",
         _RECOMPUTE,
-        "torch._C._storage_Use_Count(storage.cdata) <= 1",
-        "True",
+        "if entry is not None and «not entry.storage.expired()»:",
+        "entry.output() is not None",
         "tests/test_recompute.py -k outlives",
     ),
     Mutant(
@@ -433,8 +433,8 @@ PYTHON = (
     Mutant(
         "a rebuilt output waits for one reader more",
         "ckpt_kernels/recipes.py",
-        "self._served.add(id(claim))\n            if len(self._served) «>=» self.claims:",
-        ">",
+        "waiting = [c for c in self._live() if «c is not claim and »c.served != where]",
+        "",
         "tests/test_recompute.py tests/test_recompute_graphs.py -k freed",
     ),
     Mutant(

@@ -1,0 +1,236 @@
+"""What a call costs on a tensor too small for its kernel to matter: every block against eager torch, in turn.
+
+    python -m benchmarks.small [--seconds 1.5] [--out results/cpu/small.md]
+
+Forward and backward of modules at (8, 64) float32, by `autograd.grad` for the inputs and all parameters, one thread, on
+the CPU. Lower quartiles of short runs, eager and ours in turn; and how many Python functions of this package a step
+enters.
+"""
+
+import argparse
+import datetime
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ckpt_kernels
+import ckpt_kernels.nn as ours
+from ckpt_kernels import functional, recompute
+
+WIDTH = 64
+_PACKAGE = str(pathlib.Path(ckpt_kernels.__file__).parent)
+
+
+class Small(NamedTuple):
+    """A block: ours and eager torch's are called with `tensors` of (8, 64), or of a shape that is given."""
+
+    name: str
+    ours: Callable[..., object]
+    eager: Callable[..., object]
+    tensors: int = 1
+    shape: tuple[int, ...] = (8, WIDTH)
+
+
+class Composed(nn.Module):
+    """A function of a module, for what eager torch writes as several calls."""
+
+    def __init__(self, function: Callable[..., object], *modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, *tensors: Tensor) -> object:
+        return self.function(*self.parts, *tensors)
+
+
+def _mlp(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    return second(F.gelu(first(x)))
+
+
+def _gated_mlp(gate: nn.Module, up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
+    return down(F.silu(gate(x)) * up(x))
+
+
+def _packed(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return norm(total), total
+
+
+def blocks() -> Sequence[Small]:
+    n, images = WIDTH, (2, 16, 4, 4)
+    norm, rms = nn.LayerNorm, nn.RMSNorm
+    return (
+        Small("LayerNorm", ours.LayerNorm(n), norm(n)),
+        Small("LayerNorm, gelu", ours.LayerNorm(n, activation="gelu"), Composed(lambda m, x: F.gelu(m(x)), norm(n))),
+        Small("RMSNorm", ours.RMSNorm(n), rms(n)),
+        Small("RMSNorm, silu", ours.RMSNorm(n, activation="silu"), Composed(lambda m, x: F.silu(m(x)), rms(n))),
+        Small("AddLayerNorm", ours.AddLayerNorm(n), Composed(_add_norm, norm(n)), 2),
+        Small("AddRMSNorm", ours.AddRMSNorm(n), Composed(_add_norm, rms(n)), 2),
+        Small(
+            "AddLayerNorm, dropout",
+            ours.AddLayerNorm(n, dropout=0.1),
+            Composed(lambda m, x, r: _add_norm(m, F.dropout(x, 0.1), r), norm(n)),
+            2,
+        ),
+        Small("GatedRMSNorm", ours.GatedRMSNorm(n), Composed(lambda m, x, g: m(x) * F.silu(g), rms(n)), 2),
+        Small(
+            "ModulatedLayerNorm",
+            ours.ModulatedLayerNorm(n, elementwise_affine=False),
+            Composed(lambda m, x, scale, shift: m(x) * (1 + scale) + shift, norm(n, elementwise_affine=False)),
+            3,
+        ),
+        Small("BatchNorm1d", ours.BatchNorm1d(n), nn.BatchNorm1d(n)),
+        Small(
+            "BatchNorm2d, relu",
+            ours.BatchNorm2d(16, activation="relu"),
+            Composed(lambda m, x: F.relu(m(x)), nn.BatchNorm2d(16)),
+            shape=images,
+        ),
+        Small("GroupNorm", ours.GroupNorm(8, n), nn.GroupNorm(8, n)),
+        Small(
+            "GroupNorm, silu",
+            ours.GroupNorm(4, 16, activation="silu"),
+            Composed(lambda m, x: F.silu(m(x)), nn.GroupNorm(4, 16)),
+            shape=images,
+        ),
+        Small("InstanceNorm2d", ours.InstanceNorm2d(16), nn.InstanceNorm2d(16), shape=images),
+        Small("silu", lambda x: functional.bias_act(x, activation="silu"), F.silu),
+        Small("gelu", lambda x: functional.bias_act(x, activation="gelu"), F.gelu),
+        Small("relu", lambda x: functional.bias_act(x, activation="relu"), F.relu),
+        Small(
+            "BiasAct, gelu",
+            _with_bias(ours.BiasAct(n, activation="gelu")),
+            Composed(lambda m, x: F.gelu(x + m.bias), _with_bias(ours.BiasAct(n))),
+        ),
+        Small("glu, silu", lambda g, v: functional.glu(g, v), lambda g, v: F.silu(g) * v, 2),
+        Small("packed_glu, silu", lambda x: functional.packed_glu(x), _packed),
+        Small("GLU", ours.GLU(), nn.GLU()),
+        Small("NormLinear", ours.NormLinear(n, n), Composed(lambda m, a, x: a(m(x)), norm(n), nn.Linear(n, n))),
+        Small("ActLinear", ours.ActLinear(n, n), Composed(lambda m, x: m(F.gelu(x)), nn.Linear(n, n))),
+        Small("MLP", ours.MLP(n, 128), Composed(_mlp, nn.Linear(n, 128), nn.Linear(128, n))),
+        Small(
+            "GatedMLP",
+            ours.GatedMLP(n, 128),
+            Composed(_gated_mlp, *(nn.Linear(n, 128, bias=False) for _ in range(2)), nn.Linear(128, n, bias=False)),
+        ),
+    )
+
+
+def _with_bias(module: nn.Module) -> nn.Module:
+    nn.init.normal_(module.bias)
+    return module
+
+
+def step(block: Callable[..., object], tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Forward and backward, for all that wants a gradient."""
+    parameters = list(block.parameters()) if isinstance(block, nn.Module) else []
+    wanted = [*tensors, *parameters]
+    outputs = block(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = [torch.randn_like(output) for output in outputs]
+
+    def run() -> None:
+        torch.autograd.grad(block(*tensors), wanted, gradients if len(gradients) > 1 else gradients[0])
+
+    return run
+
+
+def own_calls(function: Callable[[], object]) -> int:
+    """How many Python functions of this package it enters."""
+    count = 0
+
+    def see(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(_PACKAGE)
+
+    sys.setprofile(see)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def quartiles(steps: Sequence[Callable[[], None]], seconds: float, calls: int = 3) -> list[float]:
+    """Microseconds of each, in turn, after a warm-up: the lower quartile, which other programs disturb least."""
+    for run in steps:
+        for _ in range(20):
+            run()
+    times: list[list[float]] = [[] for _ in steps]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for run, each in zip(steps, times, strict=True):
+            run()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            each.append((time.perf_counter() - start) / calls * 1e6)
+    return [statistics.quantiles(each, n=4)[0] for each in times]
+
+
+def table(seconds: float) -> str:
+    lines = ["| block | eager, us | ours, us | ratio | own calls |", "|---|---|---|---|---|"]
+    for block in blocks():
+        tensors = [torch.randn(block.shape, requires_grad=True) for _ in range(block.tensors)]
+        eager, mine = step(block.eager, tensors), step(block.ours, tensors)
+        eager_time, our_time = quartiles((eager, mine), seconds)
+        ratio = our_time / eager_time
+        lines.append(f"| {block.name} | {eager_time:.1f} | {our_time:.1f} | {ratio:.2f} | {own_calls(mine)} |")
+    return "\n".join(lines)
+
+
+def discarding(seconds: float) -> str:
+    """What `discard_outputs` adds to a layer of a norm and a Linear that reads it."""
+    layer = nn.Sequential(ours.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+    eager = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+    x = torch.randn(8, WIDTH, requires_grad=True)
+    steps = step(eager, [x]), step(layer, [x]), step(recompute.DiscardOutputs(layer), [x])
+    eager_time, kept, let_go = quartiles(steps, 2 * seconds)
+    return (
+        f"LayerNorm and Linear: eager {eager_time:.1f} us, ours {kept:.1f} us, within `discard_outputs` "
+        f"{let_go:.1f} us, {let_go - kept:.1f} more."
+    )
+
+
+def processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each block")
+    parser.add_argument("--out", type=pathlib.Path, help="a Markdown file, beside this one where relative")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found = table(arguments.seconds)
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} processors" if hasattr(os, "getloadavg") else ""
+    head = f"{processor()}, {load}, torch {torch.__version__}, one thread, {today}; `python -m benchmarks.small`"
+    text = f"# Small calls\n\nForward and backward, lower quartiles of runs in turn. {head}.\n\n{found}\n\n"
+    text += discarding(arguments.seconds) + "\n"
+    print(text)
+    if arguments.out:
+        (pathlib.Path(__file__).parent / arguments.out).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

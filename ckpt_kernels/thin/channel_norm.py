@@ -1,0 +1,86 @@
+"""Plans of the channel norms, by the statistics of their input."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..activations import CODES
+from ..backends.reference import compute_dtype
+from ..ops.channel_norm import GradientOptions, Options, layout_of, slope_source
+from .direct import direct
+from .plan import Plan, thread
+
+_forward, _backward = direct("channel_norm_forward"), direct("channel_norm_backward")
+_empty_like = torch.empty_like
+
+
+class ChannelNorm(Plan):
+    """Of (input, residual, weight, bias, given_mean, given_var), where the last two are None."""
+
+    op = ops.channel_norm.channel_norm
+
+    def __init__(self, input: Tensor, options: Options) -> None:
+        self.options = options
+        groups, eps, activation = options
+        samples, channels = input.shape[:2]
+        layout = layout_of(input, groups)
+        count = layout.size * (layout.channels // groups if groups else layout.samples)
+        place = (layout.planes, layout.samples, layout.piece_rows, groups)
+        self._statistics = (samples, groups) if groups else (channels,)
+        self._dtype = compute_dtype(input.dtype)
+        self._native_forward = (*place, eps, CODES[activation], False)
+        self._native_backward = (*place, float(count), eps, False, CODES[activation])
+        # Of the gradient, where its slope comes from the output and where not.
+        self._kept_options = [GradientOptions(*options, False, by_output) for by_output in (False, True)]
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        given_mean: None,
+        given_var: None,
+        plan: "ChannelNorm",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = _empty_like(input)
+        mean = input.new_empty(plan._statistics, dtype=plan._dtype)
+        var = _empty_like(mean)
+        if not _forward(input, residual, weight, bias, output, mean, var, *plan._native_forward):
+            return plan.refused(ctx, input, residual, weight, bias, None, None)
+        if ctx is not None:
+            other, by_output = slope_source(plan.options.activation, residual, output)
+            ctx.plan, ctx.options = plan, plan._kept_options[by_output]
+            ctx.mark_non_differentiable(mean, var)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(input, other, weight, bias, mean, var)
+            if thread.active:
+                plan.announce(ctx, (input, residual, weight, bias, None, None), (output, mean, var))
+        return output, mean, var
+
+    def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor, *_: None) -> tuple | None:
+        input, _, weight, bias, _, _ = saved
+        wanted = ctx.needs_input_grad
+        gradients = (
+            _empty_like(input) if wanted[0] else None,
+            _empty_like(input) if wanted[1] else None,
+            _empty_like(weight) if wanted[2] else None,
+            _empty_like(bias) if wanted[3] else None,
+        )
+        if not _backward(grad_output, *saved, *gradients, *self._native_backward, ctx.options.by_output):
+            return None
+        return *gradients, None, None, None
+
+
+def channel_norm(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options
+) -> ChannelNorm | None:
+    """Of a contiguous input."""
+    dtype = compute_dtype(input.dtype)
+    if not input.numel() or not input.is_contiguous() or (residual is not None and residual.dtype != input.dtype):
+        return None
+    return None if any(t is not None and t.dtype != dtype for t in (weight, bias)) else ChannelNorm(input, options)

@@ -1,0 +1,65 @@
+"""What `_thin`, a module in C, gives: the CPU ops as plain functions, and the check of a small call.
+
+A function made by `direct` takes what the op of the same name in `torch.ops.ckpt_kernels_native` takes, and runs the
+same C++ function, without torch's dispatcher. It returns True; or False, its results undefined, where a tensor is none
+that it can read (a subclass, one that lies elsewhere than in the CPU's memory, one without memory or strides), or none
+that the op takes.
+
+Where the libraries are missing, or torch's part of this (`torch.Tensor.__dlpack_c_exchange_api__`), no call is small.
+"""
+
+import ctypes
+import pathlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# What may see every op: torch.func, modes, the profiler, torch.jit.trace.
+_WATCHERS = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._autograd._profiler_enabled,
+    torch._C._get_tracing_state,
+)
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors in the CPU's memory or None, and nothing but autograd is to see what is done."""
+    return False
+
+
+def key(block: str, tensors: Sequence[Tensor | None], options: tuple) -> tuple | None:
+    """What the checks of a call depend on; None where they depend on more, or something else is to see the call."""
+    return None
+
+
+def direct(name: str) -> Callable[..., bool]:
+    """The op of that name."""
+    return lambda *arguments: False
+
+
+def _load() -> str | None:
+    """Puts the functions of `_thin` in the place of those above, which serve nothing; returns why that is not possible,
+    or None."""
+    global is_plain, key, direct
+    api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    library = next(pathlib.Path(__file__).parent.parent.glob("_C.*so"), None)
+    if api is None:
+        return f"torch {torch.__version__} does not exchange tensors by DLPack's C functions"
+    if library is None:
+        return "the library _C was not built"
+    try:
+        from .. import _thin
+
+        find = ctypes.cast(ctypes.CDLL(str(library)).ckpt_kernels_find_call, ctypes.c_void_p).value
+        _thin.set_up(api, Tensor, torch.nn.Parameter, Tensor.is_neg, _WATCHERS)
+    except (ImportError, OSError, AttributeError, RuntimeError, ValueError) as error:
+        return f"the library _thin does not load: {error}"
+    is_plain, key = _thin.is_plain, _thin.key
+    direct = lambda name: _thin.function(find, name)  # noqa: E731
+    return None
+
+
+why_not = _load()
+is_available = why_not is None

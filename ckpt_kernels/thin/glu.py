@@ -1,0 +1,87 @@
+"""Plans of `glu` and `packed_glu`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..activations import CODES
+from .direct import direct
+from .plan import Plan, thread
+
+_forward, _backward = direct("glu_forward"), direct("glu_backward")
+_packed_forward, _packed_backward = direct("packed_glu_forward"), direct("packed_glu_backward")
+_empty_like = torch.empty_like
+
+
+class Glu(Plan):
+    """Of (gate, value)."""
+
+    op = ops.glu.glu
+
+    def __init__(self, options: ops.glu.Options) -> None:
+        self.options = options
+        self._code = CODES[options.activation]
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor, plan: "Glu") -> Tensor:
+        output = _empty_like(gate)
+        if not _forward(gate, value, output, plan._code):
+            return plan.refused(ctx, gate, value)
+        if ctx is not None:
+            ctx.plan, ctx.options = plan, plan.options
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(gate, value)
+            if thread.active:
+                plan.announce(ctx, (gate, value), (output,))
+        return output
+
+    def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor) -> tuple | None:
+        wanted = ctx.needs_input_grad
+        gate, value = saved
+        grad_gate = _empty_like(gate) if wanted[0] else None
+        grad_value = _empty_like(value) if wanted[1] else None
+        if not _backward(grad_output, gate, value, grad_gate, grad_value, None, self._code):
+            return None
+        return grad_gate, grad_value, None
+
+
+class PackedGlu(Plan):
+    """Of (packed,)."""
+
+    op = ops.glu.packed_glu
+
+    def __init__(self, packed: Tensor, options: ops.glu.PackedOptions) -> None:
+        activation, layout = self.options = options
+        self._shape = (*packed.shape[:-1], packed.shape[-1] // 2)
+        self._native = (CODES[activation], ops.glu.LAYOUTS.index(layout))
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, plan: "PackedGlu") -> Tensor:
+        output = packed.new_empty(plan._shape)
+        if not _packed_forward(packed, output, *plan._native):
+            return plan.refused(ctx, packed)
+        if ctx is not None:
+            ctx.plan, ctx.options = plan, plan.options
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(packed)
+            if thread.active:
+                plan.announce(ctx, (packed,), (output,))
+        return output
+
+    def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor) -> tuple | None:
+        (packed,) = saved
+        grad_packed = _empty_like(packed)
+        if not _packed_backward(grad_output, packed, grad_packed, *self._native):
+            return None
+        return grad_packed, None
+
+
+def glu(gate: Tensor, value: Tensor, options: ops.glu.Options) -> Glu | None:
+    return Glu(options) if gate.numel() and gate.dtype == value.dtype else None
+
+
+def packed_glu(packed: Tensor, options: ops.glu.PackedOptions) -> PackedGlu | None:
+    return PackedGlu(packed, options) if packed.numel() else None

@@ -1,0 +1,115 @@
+"""Blocks between products, for calls whose tensors and options have passed the checks before: see `ops.linear.Block`.
+
+Each tries the kernel by a direct call, and goes the way of the block that it stands for where that is refused.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..activations import CODES
+from ..backends.reference import compute_dtype
+from ..ops.linear import Block
+from .direct import direct, is_plain
+
+_act_forward, _act_backward = direct("bias_act_forward"), direct("bias_act_backward")
+_glu_forward, _glu_backward = direct("glu_forward"), direct("glu_backward")
+_norm_forward, _norm_backward = direct("row_norm_forward"), direct("row_norm_backward")
+_empty_like = torch.empty_like
+
+
+def act_block(dtypes: set[torch.dtype], activation: str, dropout_p: float) -> Block | None:
+    """Of (input,), without dropout; None where the checks depend on more than was seen."""
+    if len(dtypes) != 1 or dropout_p:
+        return None
+    full, code = ops.linear.act_block(activation, None, 0.0), CODES[activation]
+
+    def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output = _empty_like(operands[0])
+        if _act_forward(operands[0], None, None, output, code, 0.0):
+            return output, ()
+        return full.forward(operands)
+
+    def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
+        (input,) = operands
+        if _overwrites(grad, input):
+            grad_input, output = (grad if wanted[0] else None), (_empty_like(input) if rewrite else None)
+            if _act_backward(grad, input, None, None, grad_input, None, output, code, 0.0):
+                return [grad_input], output
+        return full.backward(grad, operands, rest, wanted, rewrite)
+
+    return Block(forward, backward, full.composed)
+
+
+def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p: float, packed: bool) -> Block | None:
+    """Of (gate, value), without dropout; of (packed,) the block as it is."""
+    if len(dtypes) != 1 or dropout_p:
+        return None
+    full, code = ops.linear.glu_block(activation, layout, None, 0.0), CODES[activation]
+    if packed:
+        return full
+
+    def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output = _empty_like(operands[0])
+        return (output, ()) if _glu_forward(*operands, output, code) else full.forward(operands)
+
+    def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
+        gate, value = operands
+        if _overwrites(grad, gate) and value.is_contiguous():
+            grad_gate, grad_value = (grad if wanted[0] else None), (_empty_like(value) if wanted[1] else None)
+            output = _empty_like(gate) if rewrite else None
+            if _glu_backward(grad, gate, value, grad_gate, grad_value, output, code):
+                return [grad_gate, grad_value], output
+        return full.backward(grad, operands, rest, wanted, rewrite)
+
+    return Block(forward, backward, full.composed)
+
+
+def norm_block(dtypes: set[torch.dtype], input: Tensor, coefficients: Sequence[Tensor | None], options: tuple) -> Any:
+    """Of (input, weight, bias), over the last dimension; options as of `ops.linear.norm_block`."""
+    columns, eps, centered, pre_activation, activation, weight_offset, cast_before_weight = options
+    dtype = compute_dtype(input.dtype)
+    if len(dtypes) != 1 or not input.numel() or columns == 1:
+        return None
+    full = ops.linear.norm_block(*options)
+    if any(t is not None and t.dtype != dtype for t in coefficients):
+        return full
+    # Neither dropout nor a gate.
+    native = (CODES[pre_activation], CODES[activation], weight_offset, cast_before_weight, 0.0, False)
+    rows = input.numel() // columns
+
+    def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        input, weight, bias = operands
+        rstd = input.new_empty(rows, dtype=dtype)
+        mean = _empty_like(rstd) if centered else None
+        output = _empty_like(input)
+        if _norm_forward(input, None, None, weight, bias, None, mean, rstd, output, None, eps, *native, False):
+            return output, (mean, rstd)
+        return full.forward(operands)
+
+    def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
+        # What was not kept, because only the weights want a gradient, is made by the block itself.
+        if rest and is_plain(grad):
+            input, weight, bias = operands
+            found = [_empty_like(t) if t is not None and w else None for t, w in zip(operands, wanted, strict=True)]
+            output = _empty_like(input) if rewrite else None
+            gradients = (found[0], None, None, *found[1:])
+            if _norm_backward(grad, None, input, None, weight, bias, None, *rest, *gradients, output, *native):
+                return found, output
+        return full.backward(grad, operands, rest, wanted, rewrite)
+
+    return Block(forward, backward, full.composed)
+
+
+def _overwrites(grad: Tensor, operand: Tensor) -> bool:
+    """Whether the gradient of an operand may be written over that of the output, which is the block's to give away."""
+    return (
+        is_plain(grad)
+        and grad.is_contiguous()
+        and operand.is_contiguous()
+        and grad.shape == operand.shape
+        and grad.dtype is operand.dtype
+    )

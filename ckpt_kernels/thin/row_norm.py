@@ -1,0 +1,132 @@
+"""Plans of the row norms."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..activations import CODES
+from ..backends.blocks import RowNormOptions
+from ..backends.reference import compute_dtype
+from .direct import direct
+from .plan import Plan, thread
+
+_forward, _backward = direct("row_norm_forward"), direct("row_norm_backward")
+_empty_like = torch.empty_like
+
+
+class RowNorm(Plan):
+    """Of (input, residual, gate, scale, shift, weight, bias, seed); scale and shift come without weight and bias."""
+
+    op = ops.row_norm.row_norm
+
+    def __init__(self, input: Tensor, options: RowNormOptions) -> None:
+        self.options = options
+        columns, eps, self._centered, pre_activation, activation, *rest = options
+        self._rows = input.numel() // columns
+        self._dtype = compute_dtype(input.dtype)
+        self._native = (CODES[pre_activation], CODES[activation], *rest)
+        self._native_forward = (eps, *self._native)
+        self._gate_first = options.gate_first
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        plan: "RowNorm",
+    ) -> tuple[Tensor, Tensor | None]:
+        operands = (input, residual, gate, scale, shift, weight, bias, seed)
+        if ctx is not None:
+            wanted = ctx.needs_input_grad
+            if wanted[6] and not any(wanted[:6]):
+                # What is kept for a bias alone is less.
+                return plan.refused(ctx, *operands)
+        rstd = input.new_empty(plan._rows, dtype=plan._dtype)
+        mean = _empty_like(rstd) if plan._centered else None
+        output = _empty_like(input)
+        residual_out = None if residual is None else _empty_like(input)
+        factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
+        found = (mean, rstd, output, residual_out)
+        if not _forward(input, residual, gate, factor, offset, seed, *found, *plan._native_forward, False):
+            return plan.refused(ctx, *operands)
+        if ctx is not None:
+            ctx.plan, ctx.options = plan, plan.options
+            ctx.set_materialize_grads(False)
+            kept = input if residual is None else residual_out
+            ctx.save_for_backward(kept, gate, scale, shift, weight, bias, seed, mean, rstd)
+            if thread.active:
+                plan.announce(ctx, operands, (output, residual_out, mean, rstd))
+        return output, residual_out
+
+    def backward(
+        self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor | None, grad_residual_out: Tensor | None
+    ) -> tuple | None:
+        input, gate, scale, shift, weight, bias, seed, mean, rstd = saved
+        wants_input, wants_residual, wants_gate, wants_scale, wants_shift, wants_weight, wants_bias, *_ = (
+            ctx.needs_input_grad
+        )
+        factor, offset, wants_factor, wants_offset = weight, bias, wants_weight, wants_bias
+        if scale is not None:
+            factor, offset, wants_factor, wants_offset = 1 + scale, shift, wants_scale, wants_shift
+        # Of a gate before the norm both gradients come out of the same products.
+        both = self._gate_first and (wants_input or wants_gate)
+        grad_input = _empty_like(input) if wants_input or wants_residual or both else None
+        # Without dropout the two gradients are one tensor.
+        grad_residual = _empty_like(input) if seed is not None and grad_input is not None else None
+        grad_gate = _empty_like(gate) if wants_gate or both else None
+        grad_factor = _empty_like(factor) if wants_factor else None
+        grad_offset = _empty_like(offset) if wants_offset else None
+        operands = (grad_output, grad_residual_out, input, gate, factor, offset, seed, mean, rstd)
+        gradients = (grad_input, grad_residual, grad_gate, grad_factor, grad_offset)
+        if not _backward(*operands, *gradients, None, *self._native):
+            return None
+        total = grad_input if grad_residual is None else grad_residual
+        affine = (None, None, grad_factor, grad_offset) if scale is None else (grad_factor, grad_offset, None, None)
+        return (
+            grad_input if wants_input else None,
+            total if wants_residual else None,
+            grad_gate if wants_gate else None,
+            *affine,
+            None,
+            None,
+        )
+
+    def rebuilt(self, full: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        input, gate, scale, shift, weight, bias, _, mean, rstd = tensors
+        output = _empty_like(input)
+        factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
+        operands = (input, None, gate, factor, offset, None, mean, rstd, output, None)
+        return output if _forward(*operands, *self._native_forward, True) else full(*tensors)
+
+
+def row_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: RowNormOptions,
+) -> RowNorm | None:
+    """Of rows of one dimension, and of weights that are read as they are; a modulation has no weight of its own."""
+    columns, dtype = options.columns, compute_dtype(input.dtype)
+    alone = options.centered and columns == 1  # an element less its mean, which is 0
+    if alone or columns != input.shape[-1] or not input.numel():
+        return None
+    if any(t is not None and t.dtype != input.dtype for t in (residual, gate)):
+        return None
+    if any(t is not None and t.dtype != dtype for t in (scale, shift, weight, bias)):
+        return None
+    if scale is not None and not (weight is None and bias is None):
+        return None
+    return RowNorm(input, options)
