@@ -89,7 +89,7 @@ def batch_norm(
     plan = thin.plan_of(*call)
     if plan is not None and not _want_gradients(running_mean, running_var):
         output, mean, var = plan(input, residual, weight, bias, None, None)
-        count = input.numel() // input.shape[1]
+        count: float = input.numel() // input.shape[1]
         _move_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
         return output
     input, residual = promoted(input, residual)

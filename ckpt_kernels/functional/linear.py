@@ -340,15 +340,14 @@ def gated_mlp(
     tensors = (input, gate_weight, value_weight, weight, gate_bias, value_bias, bias)
     call = "gated_mlp", tensors, (activation, layout, dropout_p, training, recompute)
     block = thin.plan_of(*call)
+    firsts: tuple[Tensor | None, ...] = (gate_weight, gate_bias)
     if block is not None:
-        firsts = (gate_weight, gate_bias)
         firsts = firsts if value_weight is None else (*firsts, value_weight, value_bias)
         return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
     level_name(recompute)
     ops.glu.layout_name(layout)
     check_tensor(input, "input", nested=True)
     _check_linear(gate_weight, gate_bias, "gate_weight", "gate_bias", _last(input), input)
-    firsts: tuple[Tensor | None, ...] = (gate_weight, gate_bias)
     hidden = gate_weight.shape[0]
     if value_weight is not None:
         _check_linear(value_weight, value_bias, "value_weight", "value_bias", _last(input), input)

@@ -1,6 +1,7 @@
 """Row norms: over the last dimensions."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -421,7 +422,7 @@ def modulated_rms_norm(
     return _modulated((input, scale, shift, weight, None), (normalized_shape, eps, False, pre_activation, activation))
 
 
-def _row_norm(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
+def _row_norm(tensors: Sequence[Any], given: tuple) -> Tensor:
     """Of (input, weight, bias), and the options as they were given."""
     input, weight, bias = tensors
     normalized_shape, eps, centered, pre_activation, activation, weight_offset, cast_before_weight = given
@@ -439,7 +440,7 @@ def _row_norm(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
     return ops.row_norm.row_norm(input, None, None, None, None, weight, bias, None, options)[0]
 
 
-def _add_row_norm(tensors: Sequence[Tensor | None], given: tuple) -> tuple[Tensor, Tensor]:
+def _add_row_norm(tensors: Sequence[Any], given: tuple) -> tuple[Tensor, Tensor]:
     """Of (input, residual, weight, bias), and the options as they were given."""
     input, residual, weight, bias = tensors
     normalized_shape, eps, centered, activation, dropout_p, training, weight_offset, cast_before_weight = given
@@ -456,13 +457,14 @@ def _add_row_norm(tensors: Sequence[Tensor | None], given: tuple) -> tuple[Tenso
     name, offset = activation_name(activation), number(weight_offset, "weight_offset")
     p, seed = dropout_seed(input, dropout_p, training)
     options = RowNormOptions(columns, eps, centered, "identity", name, offset, bool(cast_before_weight), p)
-    known = thin.row_norm.row_norm(*tensors[:2], None, None, None, weight, bias, options)
+    given_input, given_residual, *_ = tensors
+    known = thin.row_norm.row_norm(given_input, given_residual, None, None, None, weight, bias, options)
     thin.remember(known, "add_row_norm", tensors, given)
     input, residual, weight, bias = autocast(input, residual, weight, bias)
     return ops.row_norm.row_norm(input, residual, None, None, None, weight, bias, seed, options)
 
 
-def _modulated(tensors: Sequence[Tensor | None], given: tuple) -> Tensor:
+def _modulated(tensors: Sequence[Any], given: tuple) -> Tensor:
     """Of (input, scale, shift, weight, bias), and the options as they were given."""
     plan = thin.plan_of("modulated_row_norm", tensors, given)
     input, scale, shift, weight, bias = tensors

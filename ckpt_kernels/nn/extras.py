@@ -19,12 +19,15 @@ def probability(dropout: float) -> float:
     return dropout
 
 
-def weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+def weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """Both parameters, without torch's search for an attribute, which costs as much as a small kernel.
 
-    From where they are registered; whatever puts something in their place takes them from there.
+    From where they are registered; whatever puts something in their place takes them from there, or lays it over them
+    in the module's own attributes.
     """
-    if not torch.compiler.is_compiling() and _has_plain_parameters(type(module)):
+    kind: Any = type(module)
+    own = module.__dict__
+    if not torch.compiler.is_compiling() and _has_plain_parameters(kind) and not ("weight" in own or "bias" in own):
         registered = module._parameters
         try:
             return registered["weight"], registered["bias"]
@@ -34,7 +37,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _has_plain_parameters(kind: type) -> bool:
+def _has_plain_parameters(kind: Any) -> bool:
     """Whether a module of this class finds its weight and bias the way that torch's modules find a parameter."""
     return kind.__getattr__ is nn.Module.__getattr__ and not any(hasattr(kind, name) for name in ("weight", "bias"))
 
