@@ -14,6 +14,8 @@ import torch
 
 import ckpt_kernels
 from ckpt_kernels import backends, functional, set_backend, use_backend
+from ckpt_kernels.backends import native
+from ckpt_kernels.thin import direct
 
 from .interrupts import interrupted_at_every_step
 
@@ -232,3 +234,9 @@ def test_the_cuda_library_finds_torchs_cuda_symbols() -> None:
     """They are in libtorch_cuda.so, which a CPU-only torch does not have: libtorch.so, of either, leads to it."""
     library = next(PACKAGE.glob("_C_cuda.*so")).read_bytes()
     assert b"\0libtorch.so\0" in library
+
+
+def test_small_calls_are_direct_wherever_they_can_be() -> None:
+    """So that a library which was not built, or does not load, is no reason to skip the tests of small calls."""
+    can_be = native.why_not("cpu", torch.float32) is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert direct.is_available == can_be
