@@ -19,7 +19,7 @@ from ckpt_kernels.memory import peak_bytes, saved_bytes
 from ckpt_kernels.recompute import selective_contexts
 
 from . import figures, report, start
-from .measure import now
+from .measure import Stopwatch
 from .networks import LEVELS, Bottleneck, GPT2Layer, LlamaLayer, UNetBlock, runner
 
 
@@ -141,15 +141,17 @@ class Turn:
         self.backward: list[float] = []
 
     def take(self, device: str, record: bool) -> None:
-        start = now(device)
+        # By the host's clock, as users see a step.
+        watch = Stopwatch(device, host=True)
         output = self.call(*self.inputs)
-        middle = now(device)
+        watch.mark()
         gradients = torch.autograd.grad(output, self.wanted, self.incoming)
-        end = now(device)
+        watch.mark()
+        forward, backward = watch.between()
         del gradients
         if record:
-            self.forward.append((middle - start) * 1e3)
-            self.backward.append((end - middle) * 1e3)
+            self.forward.append(forward)
+            self.backward.append(backward)
 
     def saved(self) -> int:
         return saved_bytes(self.call, *self.inputs, parameters_of=self.module)
