@@ -140,7 +140,8 @@ def compile_variant(variant: "Variant", target: Any) -> Any:
         given = triton.language.constexpr(argument) if parameter.is_constexpr else argument
         signature[parameter.name] = _specialized(given, (index,), constants, attributes)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": tile.warps})
+    options = {name: value for name, value in tile.options.items() if name != "maxnreg" or target.backend == "cuda"}
+    return triton.compile(source, target=target, options=options)
 
 
 def _specialized(

@@ -17,15 +17,30 @@ import triton
 FORWARD_TILE = 16384
 BACKWARD_TILE = 8192
 _PACKED_ELEMENTS = 2048
+# What a thread of a backward kernel is held to, so that this many warps fit a multiprocessor.
+_REGISTERS = 128
+_RESIDENT_WARPS = 16
 
 
 class Tile(NamedTuple):
-    """ROWS x BLOCK elements for a program of `warps` warps; `whole` if BLOCK covers a row."""
+    """ROWS x BLOCK elements for a program of `warps` warps; `whole` if BLOCK covers a row.
+
+    `registers` is what a thread may have of them at most, on NVIDIA's GPUs; `stages`, how many steps of a loop over
+    rows are in flight at once, those to come on their way to shared memory.
+    """
 
     rows: int
     block: int
     warps: int
     whole: bool
+    registers: int | None = None
+    stages: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton calls them."""
+        limited = self.registers is not None and torch.version.hip is None
+        return {"num_warps": self.warps} | ({"maxnreg": self.registers} if limited else {})
 
 
 def _next_power_of_two(n: int) -> int:
@@ -33,7 +48,7 @@ def _next_power_of_two(n: int) -> int:
 
 
 def _warps(elements: int) -> int:
-    return min(max(elements // 512, 4), 16)
+    return min(max(elements // 512, 4), 32)
 
 
 @functools.cache
@@ -47,17 +62,28 @@ def forward_tile(columns: int) -> Tile:
 
 
 @functools.cache
-def backward_tile(columns: int, one_more: bool) -> Tile:
-    """The tile of a backward kernel. Long rows go two at a time, so that a partial sum is touched once for two.
-
-    With one more operand to hold, a gate or an output that is written again, the registers have no room for the widest
-    rows.
-    """
+def backward_tile(columns: int) -> Tile:
+    """The tile of a backward kernel."""
     block = max(_next_power_of_two(columns), 16)
-    if block > (BACKWARD_TILE // 2 if one_more else BACKWARD_TILE):
-        return Tile(2, 1024, 8, False)
+    if block > 2 * BACKWARD_TILE:
+        return Tile(1, 4096, 16, False)
     rows = max(_PACKED_ELEMENTS // block, 1)
-    return Tile(rows, block, _warps(rows * block), True)
+    warps = _warps(rows * block)
+    return Tile(rows, block, warps, True, min(_REGISTERS, 2048 // warps), 3)
+
+
+def sums_fit(columns: int, one_more: bool) -> bool:
+    """Whether a program that holds a row has registers for sums of the gradients of weight and bias besides.
+
+    With one more operand to hold, a gate or an output that is written again, they are fewer.
+    """
+    return columns <= (BACKWARD_TILE // 2 if one_more else BACKWARD_TILE)
+
+
+@functools.cache
+def strip_tile(columns: int) -> Tile:
+    """The tile of a kernel that sums over rows in strips of columns: two transactions of memory wide."""
+    return Tile(32, 64, 4, False, _REGISTERS, 3)
 
 
 @functools.cache
@@ -156,7 +182,7 @@ def launch(kernel: triton.JITFunction, programs: int, tile: Tile, device: torch.
         return
     # Triton launches on torch's current device, which need not be the tensors'.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, num_warps=tile.warps)
+        kernel[(programs,)](*arguments, **tile.options)
 
 
 def backward_programs(device: torch.device, rows: int, tile: Tile) -> tuple[int, int]:
@@ -164,8 +190,16 @@ def backward_programs(device: torch.device, rows: int, tile: Tile) -> tuple[int,
 
     Each program has a row of partial weight gradients of its own, so there are no more than fill the device.
     """
+    return _shared(rows, tile, processors(device) * max(_RESIDENT_WARPS // tile.warps, 1))
+
+
+def strip_programs(device: torch.device, rows: int, strips: int, tile: Tile) -> tuple[int, int]:
+    """The same for each of `strips` strips of columns."""
+    return _shared(rows, tile, max(processors(device) * (_RESIDENT_WARPS // tile.warps) // strips, 1))
+
+
+def _shared(rows: int, tile: Tile, most: int) -> tuple[int, int]:
+    """Rows in runs of whole tiles, to `most` programs at most."""
     tiles = -(-rows // tile.rows)
-    resident = max(64 // tile.warps // 2, 1)
-    programs = min(tiles, processors(device) * min(resident, 4))
-    program_rows = -(-tiles // programs) * tile.rows
+    program_rows = -(-tiles // min(tiles, most)) * tile.rows
     return -(-rows // program_rows), program_rows

@@ -1,4 +1,4 @@
-"""The row-norm kernels for rows that do not fit a tile: walked in blocks, and read twice."""
+"""The row-norm kernels for rows that do not fit a tile: walked in blocks, or in strips of columns, and read twice."""
 
 import triton
 import triton.language as tl
@@ -8,10 +8,13 @@ from .row_norm_tiles import (
     add_residual,
     affine_gradient,
     finish,
-    load_coefficient,
+    inside,
+    load_bias,
     load_operand,
     load_rows,
+    load_scale,
     load_statistics,
+    masks,
     seen_by_weight,
     store_input_gradients,
     store_rows,
@@ -28,8 +31,9 @@ def long_row_norm_forward_kernel(
     group = (tl.program_id(0) // tiles).to(tl.int64)
     columns = norm.columns
     row = group * norm.rows_per_group + tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
-    live = row < (group + 1) * norm.rows_per_group
+    end = (group + 1) * norm.rows_per_group
     lane = tl.arange(0, BLOCK)[None, :]
+    live, _, _ = masks(norm, chosen, row, end, lane)
     if GIVEN:
         mean, rstd = load_statistics(norm, row, live, ROWS)
     else:
@@ -38,7 +42,7 @@ def long_row_norm_forward_kernel(
         lane_m2 = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, columns, BLOCK):
             column = start + lane
-            mask = live & (column < columns)
+            _, _, mask = masks(norm, chosen, row, end, column)
             if norm.residual.data is None:
                 u = load_operand(norm, chosen, row, column, mask)
             else:
@@ -46,9 +50,9 @@ def long_row_norm_forward_kernel(
             if norm.mean is None:
                 lane_m2 += u * u
             else:
-                delta = tl.where(mask, u - lane_mean, 0.0)
+                delta = inside(mask, u - lane_mean)
                 lane_mean += delta / (start // BLOCK + 1)
-                lane_m2 += delta * tl.where(mask, u - lane_mean, 0.0)
+                lane_m2 += delta * inside(mask, u - lane_mean)
         if norm.mean is None:
             mean = tl.zeros((ROWS, 1), tl.float32)
             variance = tl.sum(lane_m2, 1)[:, None] / columns
@@ -57,60 +61,48 @@ def long_row_norm_forward_kernel(
             mean = tl.sum(lane_mean * count, 1)[:, None] / columns
             apart = lane_mean - mean
             variance = tl.sum(lane_m2 + count * apart * apart, 1)[:, None] / columns
-        rstd = 1.0 / tl.sqrt_rn(variance + norm.eps)
+        rstd = tl.rsqrt(variance + norm.eps)
         store_statistics(norm, mean, rstd, row, live)
     # What was stored above is read again below, by other threads of this program perhaps.
     tl.debug_barrier()
     for start in range(0, columns, BLOCK):
         column = start + lane
-        mask = live & (column < columns)
+        _, there, mask = masks(norm, chosen, row, end, column)
         if norm.residual.data is None:
             u = load_operand(norm, chosen, row, column, mask)
         else:
             u = load_rows(RESIDUAL_OUT, columns, row, column, mask)
-        w = load_coefficient(norm.weight, group, columns, column, 1.0) + norm.weight_offset
-        b = load_coefficient(norm.bias, group, columns, column, 0.0)
+        w = load_scale(norm, group, column, there)
+        b = load_bias(norm.bias, group, columns, column, there)
         finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask)
-
-
-@triton.jit
-def add_to_partial(PARTIAL, offset, column, columns, value):
-    where = PARTIAL + offset + column
-    total = tl.load(where, mask=column < columns, other=0.0) + tl.sum(value, 0)[None, :]
-    tl.store(where, total, mask=column < columns)
 
 
 @triton.jit
 def long_row_norm_backward_kernel(
     norm, chosen, grad_output, grad_sum, gradients, Y, programs, program_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """As `row_norm_backward_kernel`, for rows of any length. The caller has zeroed the partial sums."""
+    """As `row_norm_backward_kernel`, for rows of any length, without the gradients of weight and bias."""
     group = (tl.program_id(0) // programs).to(tl.int64)
     columns = norm.columns
     begin = group * norm.rows_per_group + tl.program_id(0) % programs * program_rows
     end = tl.minimum(begin + program_rows, (group + 1) * norm.rows_per_group)
-    partial = tl.program_id(0).to(tl.int64) * columns
     lane = tl.arange(0, BLOCK)[None, :]
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
-        live = row < end
+        live, _, _ = masks(norm, chosen, row, end, lane)
         mean, rstd = load_statistics(norm, row, live, ROWS)
         c1_lanes = tl.zeros((ROWS, BLOCK), tl.float32)
         c2_lanes = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, columns, BLOCK):
             column = start + lane
-            mask = live & (column < columns)
-            w = load_coefficient(norm.weight, group, columns, column, 1.0) + norm.weight_offset
-            b = load_coefficient(norm.bias, group, columns, column, 0.0)
-            x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
+            _, there, mask = masks(norm, chosen, row, end, column)
+            w = load_scale(norm, group, column, there)
+            b = load_bias(norm.bias, group, columns, column, there)
+            x_hat = inside(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd)
             seen = seen_by_weight(norm, chosen, x_hat)
             g = affine_gradient(norm, chosen, grad_output, seen, w, b, gradients.gate, row, column, mask)
             if Y is not None:
                 store_rows(Y, columns, row, column, mask, activate(seen * w + b, chosen.activation))
-            if gradients.weight is not None:
-                add_to_partial(gradients.weight, partial, column, columns, g * seen)
-            if gradients.bias is not None:
-                add_to_partial(gradients.bias, partial, column, columns, g)
             wg = g * w
             c1_lanes += wg * x_hat
             if norm.mean is not None:
@@ -120,11 +112,49 @@ def long_row_norm_backward_kernel(
             c2 = tl.sum(c2_lanes, 1)[:, None] / columns
             for start in range(0, columns, BLOCK):
                 column = start + lane
-                mask = live & (column < columns)
-                w = load_coefficient(norm.weight, group, columns, column, 1.0) + norm.weight_offset
-                b = load_coefficient(norm.bias, group, columns, column, 0.0)
-                x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
+                _, there, mask = masks(norm, chosen, row, end, column)
+                w = load_scale(norm, group, column, there)
+                b = load_bias(norm.bias, group, columns, column, there)
+                x_hat = inside(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd)
                 seen = seen_by_weight(norm, chosen, x_hat)
                 g = affine_gradient(norm, chosen, grad_output, seen, w, b, None, row, column, mask)
                 du = (g * w - x_hat * c1 - c2) * rstd
                 store_input_gradients(norm, chosen, du, grad_sum, gradients, row, start, column, mask, ROWS, BLOCK)
+
+
+@triton.jit
+def row_norm_strip_kernel(
+    norm, chosen, grad_output, DW, DB, strips, programs, program_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Partial sums of the gradients of weight and bias, for rows whose sums do not fit a program's registers.
+
+    A program takes a strip of BLOCK columns of `program_rows` rows, in order: it reads what
+    `row_norm_backward_kernel` reads a second time, but needs no sum over a row, and keeps its own in registers.
+    """
+    part = tl.program_id(0) // strips
+    group = (part // programs).to(tl.int64)
+    columns = norm.columns
+    begin = group * norm.rows_per_group + part % programs * program_rows
+    end = tl.minimum(begin + program_rows, (group + 1) * norm.rows_per_group)
+    column = (tl.program_id(0) % strips).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    _, there, _ = masks(norm, chosen, begin, end, column)
+    w = load_scale(norm, group, column, there)
+    b = load_bias(norm.bias, group, columns, column, there)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in tl.range(begin, end, ROWS, num_stages=chosen.stages):
+        row = first + tl.arange(0, ROWS)[:, None]
+        live, _, mask = masks(norm, chosen, row, end, column)
+        mean, rstd = load_statistics(norm, row, live, ROWS)
+        x_hat = inside(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd)
+        seen = seen_by_weight(norm, chosen, x_hat)
+        g = affine_gradient(norm, chosen, grad_output, seen, w, b, None, row, column, mask)
+        if DW is not None:
+            dw += g * seen
+        if DB is not None:
+            db += g
+    place = part.to(tl.int64) * columns + column
+    if DW is not None:
+        tl.store(DW + place, tl.sum(dw, 0)[None, :], mask=there)
+    if DB is not None:
+        tl.store(DB + place, tl.sum(db, 0)[None, :], mask=there)

@@ -11,15 +11,27 @@ from torch import Tensor
 
 from ..blocks import RowNorm, RowNormGradients
 from .activations import activate
-from .launch import backward_programs, backward_tile, forward_tile, launch, rows_of
-from .long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel
+from .launch import (
+    backward_programs,
+    backward_tile,
+    forward_tile,
+    launch,
+    rows_of,
+    strip_programs,
+    strip_tile,
+    sums_fit,
+)
+from .long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel, row_norm_strip_kernel
 from .row_norm_tiles import (
     add_residual,
     affine_gradient,
     finish,
-    load_coefficient,
+    inside,
+    load_bias,
     load_operand,
+    load_scale,
     load_statistics,
+    masks,
     operands_of,
     seen_by_weight,
     store_input_gradients,
@@ -40,9 +52,8 @@ def row_norm_forward_kernel(
     group = (tl.program_id(0) // tiles).to(tl.int64)
     columns = norm.columns
     row = group * norm.rows_per_group + tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
-    live = row < (group + 1) * norm.rows_per_group
     column = tl.arange(0, BLOCK)[None, :]
-    mask = live & (column < columns)
+    live, there, mask = masks(norm, chosen, row, (group + 1) * norm.rows_per_group, column)
     if norm.residual.data is None:
         u = load_operand(norm, chosen, row, column, mask)
     else:
@@ -55,12 +66,12 @@ def row_norm_forward_kernel(
             variance = tl.sum(u * u, 1)[:, None] / columns
         else:
             mean = tl.sum(u, 1)[:, None] / columns
-            centered = tl.where(mask, u - mean, 0.0)
+            centered = inside(mask, u - mean)
             variance = tl.sum(centered * centered, 1)[:, None] / columns
-        rstd = 1.0 / tl.sqrt_rn(variance + norm.eps)
+        rstd = tl.rsqrt(variance + norm.eps)
         store_statistics(norm, mean, rstd, row, live)
-    w = load_coefficient(norm.weight, group, columns, column, 1.0) + norm.weight_offset
-    b = load_coefficient(norm.bias, group, columns, column, 0.0)
+    w = load_scale(norm, group, column, there)
+    b = load_bias(norm.bias, group, columns, column, there)
     finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask)
 
 
@@ -82,16 +93,18 @@ def row_norm_backward_kernel(
     end = tl.minimum(begin + program_rows, (group + 1) * norm.rows_per_group)
     partial = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, BLOCK)[None, :]
-    w = load_coefficient(norm.weight, group, columns, column, 1.0) + norm.weight_offset
-    b = load_coefficient(norm.bias, group, columns, column, 0.0)
+    _, there, _ = masks(norm, chosen, begin, end, column)
+    w = load_scale(norm, group, column, there)
+    b = load_bias(norm.bias, group, columns, column, there)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(begin, end, ROWS):
+    per_column = 1.0 / columns
+    # Rows to come are copied to shared memory while one is worked on.
+    for first in tl.range(begin, end, ROWS, num_stages=chosen.stages):
         row = first + tl.arange(0, ROWS)[:, None]
-        live = row < end
-        mask = live & (column < columns)
+        live, _, mask = masks(norm, chosen, row, end, column)
         mean, rstd = load_statistics(norm, row, live, ROWS)
-        x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
+        x_hat = inside(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd)
         seen = seen_by_weight(norm, chosen, x_hat)
         g = affine_gradient(norm, chosen, grad_output, seen, w, b, gradients.gate, row, column, mask)
         if Y is not None:
@@ -102,22 +115,22 @@ def row_norm_backward_kernel(
             db += g
         if gradients.input is not None:
             wg = g * w
-            du = wg - x_hat * (tl.sum(wg * x_hat, 1)[:, None] / columns)
+            du = wg - x_hat * (tl.sum(wg * x_hat, 1)[:, None] * per_column)
             if norm.mean is not None:
-                du -= tl.sum(wg, 1)[:, None] / columns
+                du -= tl.sum(wg, 1)[:, None] * per_column
             store_input_gradients(norm, chosen, du * rstd, grad_sum, gradients, row, 0, column, mask, ROWS, BLOCK)
     if gradients.weight is not None:
-        tl.store(gradients.weight + partial + column, tl.sum(dw, 0)[None, :], mask=column < columns)
+        tl.store(gradients.weight + partial + column, tl.sum(dw, 0)[None, :], mask=there)
     if gradients.bias is not None:
-        tl.store(gradients.bias + partial + column, tl.sum(db, 0)[None, :], mask=column < columns)
+        tl.store(gradients.bias + partial + column, tl.sum(db, 0)[None, :], mask=there)
 
 
 def row_norm_forward(
     block: RowNorm, output: Tensor, residual_out: Tensor | None, given_statistics: bool = False
 ) -> None:
     """`backends.reference.row_norm_forward`."""
-    norm, chosen, groups = operands_of(block)
-    tile = forward_tile(norm.columns)
+    tile = forward_tile(block.options.columns)
+    norm, chosen, groups = operands_of(block, tile)
     tiles = triton.cdiv(norm.rows_per_group, tile.rows)
     kernel = row_norm_forward_kernel if tile.whole else long_row_norm_forward_kernel
     launch(
@@ -133,19 +146,33 @@ def row_norm_backward(
     output: Tensor | None = None,
 ) -> None:
     """`backends.reference.row_norm_backward`."""
-    norm, chosen, groups = operands_of(block)
-    columns, device = norm.columns, block.input.device
-    tile = backward_tile(columns, block.gate is not None or output is not None)
+    columns, device = block.options.columns, block.input.device
+    summed = gradients.weight is not None or gradients.bias is not None
+    apart = summed and not sums_fit(columns, block.gate is not None or output is not None)
+    tile = backward_tile(columns)
+    norm, chosen, groups = operands_of(block, tile)
     programs, program_rows = backward_programs(device, norm.rows_per_group, tile)
-    new = torch.empty if tile.whole else torch.zeros
-    weight_sums, bias_sums = (
-        None if gradient is None else new((groups, programs, columns), dtype=torch.float32, device=device)
-        for gradient in gradients[3:]
-    )
-    stored = gradients._replace(weight=weight_sums, bias=bias_sums)
-    kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
     incoming = rows_of(grad_output), rows_of(grad_residual_out)
-    launch(kernel, groups * programs, tile, device, norm, chosen, *incoming, stored, output, programs, program_rows)
-    for gradient, sums in ((gradients.weight, weight_sums), (gradients.bias, bias_sums)):
+    sums = gradients._replace(weight=None, bias=None) if apart else partial_sums(gradients, groups, programs, columns)
+    kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
+    launch(kernel, groups * programs, tile, device, norm, chosen, *incoming, sums, output, programs, program_rows)
+    if apart:
+        tile = strip_tile(columns)
+        norm, chosen, groups = operands_of(block, tile)
+        strips = triton.cdiv(columns, tile.block)
+        programs, program_rows = strip_programs(device, norm.rows_per_group, groups * strips, tile)
+        sums = partial_sums(gradients, groups, programs, columns)
+        arguments = norm, chosen, incoming[0], sums.weight, sums.bias, strips, programs, program_rows
+        launch(row_norm_strip_kernel, groups * programs * strips, tile, device, *arguments)
+    for gradient, partial in ((gradients.weight, sums.weight), (gradients.bias, sums.bias)):
         if gradient is not None:
-            torch.sum(sums, 1, out=gradient.view(groups, columns))
+            torch.sum(partial, 1, out=gradient.view(groups, columns))
+
+
+def partial_sums(gradients: RowNormGradients, groups: int, programs: int, columns: int) -> RowNormGradients:
+    """The gradients, with memory for each program's share of those of weight and bias."""
+    weight, bias = (
+        None if gradient is None else gradient.new_empty((groups, programs, columns), dtype=torch.float32)
+        for gradient in (gradients.weight, gradients.bias)
+    )
+    return gradients._replace(weight=weight, bias=bias)

@@ -1,7 +1,8 @@
 """The pieces that the row-norm kernels are composed from.
 
 Each works on a tile of ROWS rows by BLOCK columns, in float32; `row` is (ROWS, 1) and int64, so that no offset
-overflows, `column` is (1, BLOCK). An operand that is None is left out when the kernel is compiled.
+overflows, `column` is (1, BLOCK). An operand that is None is left out when the kernel is compiled, and so is a mask:
+where tiles fill the rows exactly there is nothing to mask.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from ..blocks import RowNorm
 from .activations import activate, differentiate
-from .launch import Dropout, Rows, dropout_of, rows_of
+from .launch import Dropout, Rows, Tile, dropout_of, rows_of
 
 
 class Operands(NamedTuple):
@@ -39,9 +40,11 @@ class Choices(NamedTuple):
     activation: tl.constexpr
     gate_first: tl.constexpr
     cast_before_weight: tl.constexpr
+    even: tl.constexpr
+    stages: tl.constexpr
 
 
-def operands_of(block: RowNorm) -> tuple[Operands, Choices, int]:
+def operands_of(block: RowNorm, tile: Tile) -> tuple[Operands, Choices, int]:
     """And how many groups of rows there are, each with a row of weight and bias of its own."""
     options = block.options
     coefficient = block.bias if block.weight is None else block.weight
@@ -58,8 +61,9 @@ def operands_of(block: RowNorm) -> tuple[Operands, Choices, int]:
         options.weight_offset,
         dropout_of(block.seed, options.dropout_p),
     )
+    even = options.columns % tile.block == 0 and operands.rows_per_group % tile.rows == 0
     chosen = (options.pre_activation, options.activation, options.gate_first, options.cast_before_weight)
-    return operands, Choices(*map(tl.constexpr, chosen)), groups
+    return operands, Choices(*map(tl.constexpr, (*chosen, even, tile.stages))), groups
 
 
 @triton.jit
@@ -74,9 +78,27 @@ def dropout_factor(dropout, row, start, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def load_at(pointers, mask):
+    """What lies there, in float32; zero where the mask is off."""
+    if mask is None:
+        found = tl.load(pointers)
+    else:
+        found = tl.load(pointers, mask=mask, other=0.0)
+    return found.to(tl.float32)
+
+
+@triton.jit
+def inside(mask, value):
+    """The value, and zero where the mask is off."""
+    if mask is not None:
+        value = tl.where(mask, value, 0.0)
+    return value
+
+
+@triton.jit
 def load_rows(X, stride, row, column, mask):
     """A tile of X in float32; zero where the mask is off."""
-    return tl.load(X + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    return load_at(X + row * stride + column, mask)
 
 
 @triton.jit
@@ -84,7 +106,7 @@ def load(rows, row, column, mask):
     """The same of `launch.Rows`."""
     stride, middle, middle_stride, inner, inner_stride = rows.strides
     start = row // inner // middle * stride + row // inner % middle * middle_stride + row % inner * inner_stride
-    return tl.load(rows.data + start + column, mask=mask, other=0.0).to(tl.float32)
+    return load_at(rows.data + start + column, mask)
 
 
 @triton.jit
@@ -93,13 +115,34 @@ def store_rows(Y, stride, row, column, mask, value):
 
 
 @triton.jit
-def load_coefficient(W, group, columns, column, default):
-    """A group's weight or bias; `default` where there is none."""
-    if W is None:
-        w = tl.full(column.shape, default, tl.float32)
+def masks(norm, chosen, row, end, column):
+    """Which rows, columns and elements of a tile there are, rows from `end` on being others'."""
+    if chosen.even:
+        live, there, mask = None, None, None
     else:
-        w = tl.load(W + group * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+        live, there = row < end, column < norm.columns
+        mask = live & there
+    return live, there, mask
+
+
+@triton.jit
+def load_scale(norm, group, column, there):
+    """What is multiplied by: a group's weight, to which the offset belongs, or 1."""
+    if norm.weight is None:
+        w = tl.full(column.shape, 1.0, tl.float32)
+    else:
+        w = load_at(norm.weight + group * norm.columns + column, there) + norm.weight_offset
     return w
+
+
+@triton.jit
+def load_bias(B, group, columns, column, there):
+    """A group's bias, or 0."""
+    if B is None:
+        b = tl.full(column.shape, 0.0, tl.float32)
+    else:
+        b = load_at(B + group * columns + column, there)
+    return b
 
 
 @triton.jit
@@ -110,7 +153,7 @@ def load_operand(norm, chosen, row, column, mask):
         u = u * activate(load(norm.gate, row, column, mask), chosen.activation)
     elif chosen.pre_activation != "identity":
         # Off the mask an activation may not be zero, and the statistics must not see it.
-        u = tl.where(mask, activate(u, chosen.pre_activation), 0.0)
+        u = inside(mask, activate(u, chosen.pre_activation))
     return u
 
 
@@ -149,12 +192,12 @@ def affine_gradient(norm, chosen, grad_output, seen, w, b, DGATE, row, column, m
     g = load(grad_output, row, column, mask)
     if norm.gate.data is None:
         if chosen.activation != "identity":
-            g = tl.where(mask, g * differentiate(seen * w + b, chosen.activation), 0.0)
+            g = inside(mask, g * differentiate(seen * w + b, chosen.activation))
     elif not chosen.gate_first:
         gate = load(norm.gate, row, column, mask)
         if DGATE is not None:
             store_rows(DGATE, norm.columns, row, column, mask, g * (seen * w) * differentiate(gate, chosen.activation))
-        g = tl.where(mask, g * activate(gate, chosen.activation), 0.0)
+        g = inside(mask, g * activate(gate, chosen.activation))
     return g
 
 
@@ -181,11 +224,11 @@ def store_input_gradients(
 
 @triton.jit
 def load_statistics(norm, row, live, ROWS: tl.constexpr):
-    rstd = tl.load(norm.rstd + row, mask=live, other=0.0)
+    rstd = load_at(norm.rstd + row, live)
     if norm.mean is None:
         mean = tl.zeros((ROWS, 1), tl.float32)
     else:
-        mean = tl.load(norm.mean + row, mask=live, other=0.0)
+        mean = load_at(norm.mean + row, live)
     return mean, rstd
 
 

@@ -28,10 +28,12 @@ class Variant(NamedTuple):
     elements: int  # of a large operand
 
 
-def _variant(name: str, columns: int, call: Callable[..., None], *arguments: object) -> Variant:
+def _variants(name: str, columns: int, call: Callable[..., None], *arguments: object) -> Iterator[Variant]:
+    """One for each kernel that the call launches."""
     launch.recorded.clear()
     call(*arguments)
-    return Variant(name, launch.recorded.pop(), _ROWS * columns)
+    for then, launched in zip(("", ", sums apart"), launch.recorded, strict=False):
+        yield Variant(name + then, launched, _ROWS * columns)
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,27 +59,29 @@ def _row_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
     ):
         has_residual, rewritten = block.residual is not None, name == "layer_norm+gelu"
         total = x if has_residual else None
-        yield _variant(f"{name} forward", columns, row_norm_forward, block, x, total)
+        yield from _variants(f"{name} forward", columns, row_norm_forward, block, x, total)
         if rewritten:
-            yield _variant(f"{name} again", columns, row_norm_forward, block, x, total, True)
+            yield from _variants(f"{name} again", columns, row_norm_forward, block, x, total, True)
         kept, arguments = block._replace(residual=None), (x, total, RowNormGradients(*gradients))
-        yield _variant(f"{name} backward", columns, row_norm_backward, kept, *arguments)
+        yield from _variants(f"{name} backward", columns, row_norm_backward, kept, *arguments)
         if rewritten:
-            yield _variant(f"{name} backward and output", columns, row_norm_backward, kept, *arguments, x)
+            yield from _variants(f"{name} backward and output", columns, row_norm_backward, kept, *arguments, x)
 
 
 def _elementwise(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
     x, packed = _tensor(_ROWS, columns, dtype=dtype), _tensor(_ROWS, 2 * columns, dtype=dtype)
     for name, gate, value in (("glu", x, x), ("interleaved glu", packed[:, ::2], packed[:, 1::2])):
-        yield _variant(f"{name} forward", columns, glu_forward, gate, value, x, "silu")
-        yield _variant(f"{name} backward", columns, glu_backward, x, gate, value, gate, value, None, "silu")
-        yield _variant(f"{name} backward and output", columns, glu_backward, x, gate, value, gate, value, x, "silu")
+        yield from _variants(f"{name} forward", columns, glu_forward, gate, value, x, "silu")
+        yield from _variants(f"{name} backward", columns, glu_backward, x, gate, value, gate, value, None, "silu")
+        yield from _variants(
+            f"{name} backward and output", columns, glu_backward, x, gate, value, gate, value, x, "silu"
+        )
     bias, seed = _tensor(columns, dtype=dtype), _tensor(1, dtype=torch.int64)
     for name, given, p in (("bias_act", None, 0.0), ("bias_act+dropout", seed, 0.5)):
-        yield _variant(f"{name} forward", columns, bias_act_forward, x, bias, given, x, "gelu", p)
+        yield from _variants(f"{name} forward", columns, bias_act_forward, x, bias, given, x, "gelu", p)
         backward = (bias_act_backward, x, x, bias, given, x)
-        yield _variant(f"{name} backward", columns, *backward, _tensor(columns), None, "gelu", p)
-        yield _variant(f"{name} backward and output", columns, *backward, None, x, "gelu", p)
+        yield from _variants(f"{name} backward", columns, *backward, _tensor(columns), None, "gelu", p)
+        yield from _variants(f"{name} backward and output", columns, *backward, None, x, "gelu", p)
 
 
 def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
@@ -87,12 +91,12 @@ def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
         # One sample of so many channels, or of so many rows.
         channels = _ROWS if planes else columns
         sums, coefficients = _tensor(1, 1 if planes else 65, channels), _tensor(6, 1 if planes else 2, channels)
-        yield _variant(f"{name} moments", columns, channel_moments, x, sums, sums, planes, 64)
+        yield from _variants(f"{name} moments", columns, channel_moments, x, sums, sums, planes, 64)
         reduction = (channel_sums, x, x, None, coefficients, sums, sums)
-        yield _variant(f"{name} sums", columns, *reduction, planes, 64, "silu", False)
-        yield _variant(f"{name} forward", columns, channel_forward, x, x, coefficients, x, planes, 1, "silu")
+        yield from _variants(f"{name} sums", columns, *reduction, planes, 64, "silu", False)
+        yield from _variants(f"{name} forward", columns, channel_forward, x, x, coefficients, x, planes, 1, "silu")
         backward = (channel_backward, x, x, x, coefficients, x, x)
-        yield _variant(f"{name} backward", columns, *backward, planes, 1, "silu", True)
+        yield from _variants(f"{name} backward", columns, *backward, planes, 1, "silu", True)
 
 
 def variants(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
