@@ -32,8 +32,9 @@ def _variants(name: str, columns: int, call: Callable[..., None], *arguments: ob
     """One for each kernel that the call launches."""
     launch.recorded.clear()
     call(*arguments)
-    for then, launched in zip(("", ", sums apart"), launch.recorded, strict=False):
-        yield Variant(name + then, launched, _ROWS * columns)
+    launched = list(launch.recorded)
+    for then, one in zip(("", ", sums apart"), launched, strict=False):
+        yield Variant(name + then, one, _ROWS * columns)
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
