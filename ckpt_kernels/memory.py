@@ -64,15 +64,39 @@ def saved_bytes_beside_output(fn: Callable[..., Any], *args: Any, **kwargs: Any)
     return sum(tensor.counted for tensor in _saved(fn, args, kwargs, _module(fn), but_for_output=True))
 
 
-def kept_bytes(model: nn.Module, inputs: Any) -> int:
-    """Bytes that a forward pass of a copy of the model keeps; `inputs` is a tensor, a tuple, or a dict by name.
+def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], object] | None = None) -> int:
+    """Bytes that a forward pass of a copy of the model keeps, after a `change` of the copy; `inputs` is a tensor, a
+    tuple, or a dict by name.
 
-    The model itself, and torch's, Python's and numpy's random numbers, stay as they are.
+    The model itself, the inputs, and torch's, Python's and numpy's random numbers, stay as they are.
     """
-    twin = copy.deepcopy(model)
-    args, kwargs = arguments_of(inputs)
-    with _random_numbers_kept(), torch.enable_grad():
+    with _random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
+        twin, (args, kwargs) = _copy_of(model), _copied(arguments_of(inputs), {})
+        if change is not None:
+            change(twin)
         return saved_bytes(twin, *args, **kwargs)
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, whatever attributes it has: of a tensor with a graph, which cannot be copied, the values; of another
+    thing that cannot be copied, a lock or a generator, that thing itself."""
+    memo: dict[int, Any] = {}
+    for module in nn.Module.modules(model):
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                _copied(value, memo)
+    return copy.deepcopy(model, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    for tensor in tensors_in(value):
+        if not tensor.is_leaf or tensor.is_inference():
+            memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        memo[id(value)] = value
+        return value
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from . import provenance
@@ -286,6 +287,10 @@ class discard_outputs(contextlib.ContextDecorator):
     written to where autograd does not see it. Writes through `.data` and by others' kernels are seen by nobody, and
     those to a bias, of which a copy is made for what it was added to, only if the module is given that it belongs to.
 
+    What is kept is kept as it was: a parameter that is given other data by the time of the backward pass (`p.data =
+    other`) has the gradient of what ran, and a function of one's own that saves a parameter gets its values back, not
+    the object with its attributes. The first is so of torch's matrix products, the second of all saved-tensor hooks.
+
     Where saved-tensor hooks are disabled (torch.func) it does nothing, and within torch.compile it does nothing either:
     see `selective_contexts` for that.
 
@@ -476,7 +481,9 @@ def _biases_in(module: nn.Module) -> Iterator[nn.Parameter]:
     while waiting:
         module = waiting.pop()
         for parameter in module.__dict__["_parameters"].values():
-            if parameter is not None and parameter.dim() < 2 and not parameter.is_inference():
+            if parameter is None or is_lazy(parameter):
+                continue
+            if parameter.dim() < 2 and not parameter.is_inference():
                 yield parameter
         waiting.extend(child for child in module.__dict__["_modules"].values() if child is not None)
 

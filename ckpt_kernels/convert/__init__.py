@@ -85,8 +85,8 @@ def convert(
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
     selection = Selection(model, include, exclude)
+    before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
-    before = None if inputs is None else kept_bytes(model, inputs)
     try:
         report = _Conversion(model, recompute, selection).run()
     except BaseException:

@@ -18,17 +18,19 @@ _GETATTR = nn.Module.__getattr__ if is_as_torch_wrote_it(nn.Module.__getattr__) 
 
 
 def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """The module and all that are below it, each once, or as often as it is there."""
+    """The module and all that are below it, each once, or as often as it is there, but not below itself."""
     seen: set[nn.Module] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if module in seen and not duplicates:
+        if module in seen:
             return
         seen.add(module)
         yield name, module
         for key, child in module._modules.items():
             if child is not None:
                 yield from walk(child, f"{name}.{key}" if name else key)
+        if duplicates:
+            seen.remove(module)
 
     return walk(model, "")
 

@@ -96,6 +96,9 @@ class RowNorm(Norm):
             return None
         dtypes = input.dtype, input.dtype if weight is None else weight.dtype
         if self.cases is None:
+            shape = module.normalized_shape
+            if not isinstance(shape, tuple) or input.shape[-len(shape) :] != shape:
+                return None
             fused = self.centered or input.is_cuda
             return Case(dtypes, input.dtype, fused or input.dtype.itemsize >= 4, fused)
         known = (case for case in self.cases if case.dtypes == dtypes)

@@ -88,6 +88,8 @@ class _Writer:
         self.found: list[str] = []
         self.written = set(written_names(definition.tree))
         self._changed: set[int] = set()
+        # Statements as they were, which run where a site does not compute; what is found in them is there already.
+        self._originals: list[list[ast.stmt]] = []
 
     def rewritten_body(self) -> list[ast.stmt]:
         for block in list(blocks(self.tree)):
@@ -180,6 +182,7 @@ class _Writer:
     def _either(self, match: Match, computed: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> ast.stmt:
         captured = {id(operand.tree): _taken() for operand in match.captured}
         original = [_exchanged(statement, captured) for statement in statements]
+        self._originals.append(original)
         made = ast.If(self._asked(match), [*computed], original)
         return ast.copy_location(made, statements[0])
 
@@ -188,7 +191,11 @@ class _Writer:
     def _expressions(self, tree: Any) -> Any:
         """The tree, in which each expression that a site computes is one."""
         if isinstance(tree, list):
-            return [self._expressions(part) for part in tree]
+            found = len(self.found)
+            made_list = [self._expressions(part) for part in tree]
+            if any(tree is original for original in self._originals):
+                del self.found[found:]
+            return made_list
         if not isinstance(tree, ast.AST) or isinstance(tree, (*CLOSED, *_DEFINITIONS)):
             return tree
         if isinstance(tree, ast.BinOp | ast.Call):

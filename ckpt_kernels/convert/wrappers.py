@@ -75,7 +75,9 @@ def _in_the_place_of(method: Forward) -> Callable[[Forward], Forward]:
 
     def made(call: Forward) -> Forward:
         names = getattr(method, "__globals__", call.__globals__)
-        call = types.FunctionType(call.__code__, names, call.__name__, None, call.__closure__)
+        # Dynamo counts by code object how often a function was compiled, and gives up beyond a number.
+        code = call.__code__.replace()
+        call = types.FunctionType(code, names, call.__name__, None, call.__closure__)
         functools.update_wrapper(call, method)
         with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
             vars(call)["__signature__"] = inspect.signature(method)

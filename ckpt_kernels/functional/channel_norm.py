@@ -324,8 +324,17 @@ def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: floa
     if isinstance(factor, Tensor):  # of a size that torch.jit.trace follows
         towards, factor = towards * factor, 1.0
     if running is not None:
-        # Detached, not under no_grad: an interrupt in torch's own context would leave gradients off.
-        running.detach().mul_(1 - momentum).add_(towards, alpha=momentum * factor)
+        # Detached, not under no_grad: an interrupt in torch's own context would leave gradients off. And by its data,
+        # where nobody follows what is written: in torch's own norm, too, a pass in training does not stand in the way
+        # of the backward pass of one in evaluation.
+        plain = type(running) is Tensor and not torch.compiler.is_compiling() and not _is_followed()
+        held = running.data if plain else running.detach()
+        held.mul_(1 - momentum).add_(towards, alpha=momentum * factor)
+
+
+def _is_followed() -> bool:
+    """Whether a mode sees each op, or torch.jit.trace."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
 
 
 def _is_moved_by_torch() -> bool:

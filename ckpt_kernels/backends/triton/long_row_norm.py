@@ -8,7 +8,6 @@ from .row_norm_tiles import (
     add_residual,
     affine_gradient,
     finish,
-    inside,
     load_bias,
     load_operand,
     load_rows,
@@ -33,7 +32,7 @@ def long_row_norm_forward_kernel(
     row = group * norm.rows_per_group + tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
     end = (group + 1) * norm.rows_per_group
     lane = tl.arange(0, BLOCK)[None, :]
-    live, _, _ = masks(norm, chosen, row, end, lane)
+    live = masks(norm, chosen, row, end, lane)[0]
     if GIVEN:
         mean, rstd = load_statistics(norm, row, live, ROWS)
     else:
@@ -42,7 +41,7 @@ def long_row_norm_forward_kernel(
         lane_m2 = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, columns, BLOCK):
             column = start + lane
-            _, _, mask = masks(norm, chosen, row, end, column)
+            live, there, mask = masks(norm, chosen, row, end, column)
             if norm.residual.data is None:
                 u = load_operand(norm, chosen, row, column, mask)
             else:
@@ -50,9 +49,9 @@ def long_row_norm_forward_kernel(
             if norm.mean is None:
                 lane_m2 += u * u
             else:
-                delta = inside(mask, u - lane_mean)
+                delta = tl.where(mask, u - lane_mean, 0.0)
                 lane_mean += delta / (start // BLOCK + 1)
-                lane_m2 += delta * inside(mask, u - lane_mean)
+                lane_m2 += delta * tl.where(mask, u - lane_mean, 0.0)
         if norm.mean is None:
             mean = tl.zeros((ROWS, 1), tl.float32)
             variance = tl.sum(lane_m2, 1)[:, None] / columns
@@ -67,7 +66,7 @@ def long_row_norm_forward_kernel(
     tl.debug_barrier()
     for start in range(0, columns, BLOCK):
         column = start + lane
-        _, there, mask = masks(norm, chosen, row, end, column)
+        live, there, mask = masks(norm, chosen, row, end, column)
         if norm.residual.data is None:
             u = load_operand(norm, chosen, row, column, mask)
         else:
@@ -89,16 +88,16 @@ def long_row_norm_backward_kernel(
     lane = tl.arange(0, BLOCK)[None, :]
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
-        live, _, _ = masks(norm, chosen, row, end, lane)
+        live = masks(norm, chosen, row, end, lane)[0]
         mean, rstd = load_statistics(norm, row, live, ROWS)
         c1_lanes = tl.zeros((ROWS, BLOCK), tl.float32)
         c2_lanes = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, columns, BLOCK):
             column = start + lane
-            _, there, mask = masks(norm, chosen, row, end, column)
+            live, there, mask = masks(norm, chosen, row, end, column)
             w = load_scale(norm, group, column, there)
             b = load_bias(norm.bias, group, columns, column, there)
-            x_hat = inside(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd)
+            x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
             seen = seen_by_weight(norm, chosen, x_hat)
             g = affine_gradient(norm, chosen, grad_output, seen, w, b, gradients.gate, row, column, mask)
             if Y is not None:
@@ -112,10 +111,10 @@ def long_row_norm_backward_kernel(
             c2 = tl.sum(c2_lanes, 1)[:, None] / columns
             for start in range(0, columns, BLOCK):
                 column = start + lane
-                _, there, mask = masks(norm, chosen, row, end, column)
+                live, there, mask = masks(norm, chosen, row, end, column)
                 w = load_scale(norm, group, column, there)
                 b = load_bias(norm.bias, group, columns, column, there)
-                x_hat = inside(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd)
+                x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
                 seen = seen_by_weight(norm, chosen, x_hat)
                 g = affine_gradient(norm, chosen, grad_output, seen, w, b, None, row, column, mask)
                 du = (g * w - x_hat * c1 - c2) * rstd
@@ -137,16 +136,16 @@ def row_norm_strip_kernel(
     begin = group * norm.rows_per_group + part % programs * program_rows
     end = tl.minimum(begin + program_rows, (group + 1) * norm.rows_per_group)
     column = (tl.program_id(0) % strips).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    _, there, _ = masks(norm, chosen, begin, end, column)
+    there = masks(norm, chosen, begin, end, column)[1]
     w = load_scale(norm, group, column, there)
     b = load_bias(norm.bias, group, columns, column, there)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in tl.range(begin, end, ROWS, num_stages=chosen.stages):
         row = first + tl.arange(0, ROWS)[:, None]
-        live, _, mask = masks(norm, chosen, row, end, column)
+        live, there, mask = masks(norm, chosen, row, end, column)
         mean, rstd = load_statistics(norm, row, live, ROWS)
-        x_hat = inside(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd)
+        x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
         seen = seen_by_weight(norm, chosen, x_hat)
         g = affine_gradient(norm, chosen, grad_output, seen, w, b, None, row, column, mask)
         if DW is not None:

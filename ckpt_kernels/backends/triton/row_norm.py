@@ -26,7 +26,6 @@ from .row_norm_tiles import (
     add_residual,
     affine_gradient,
     finish,
-    inside,
     load_bias,
     load_operand,
     load_scale,
@@ -66,7 +65,7 @@ def row_norm_forward_kernel(
             variance = tl.sum(u * u, 1)[:, None] / columns
         else:
             mean = tl.sum(u, 1)[:, None] / columns
-            centered = inside(mask, u - mean)
+            centered = tl.where(mask, u - mean, 0.0)
             variance = tl.sum(centered * centered, 1)[:, None] / columns
         rstd = tl.rsqrt(variance + norm.eps)
         store_statistics(norm, mean, rstd, row, live)
@@ -93,7 +92,7 @@ def row_norm_backward_kernel(
     end = tl.minimum(begin + program_rows, (group + 1) * norm.rows_per_group)
     partial = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, BLOCK)[None, :]
-    _, there, _ = masks(norm, chosen, begin, end, column)
+    there = masks(norm, chosen, begin, end, column)[1]
     w = load_scale(norm, group, column, there)
     b = load_bias(norm.bias, group, columns, column, there)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -102,9 +101,9 @@ def row_norm_backward_kernel(
     # Rows to come are copied to shared memory while one is worked on.
     for first in tl.range(begin, end, ROWS, num_stages=chosen.stages):
         row = first + tl.arange(0, ROWS)[:, None]
-        live, _, mask = masks(norm, chosen, row, end, column)
+        live, there, mask = masks(norm, chosen, row, end, column)
         mean, rstd = load_statistics(norm, row, live, ROWS)
-        x_hat = inside(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd)
+        x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
         seen = seen_by_weight(norm, chosen, x_hat)
         g = affine_gradient(norm, chosen, grad_output, seen, w, b, gradients.gate, row, column, mask)
         if Y is not None:

@@ -1,8 +1,7 @@
 """The pieces that the row-norm kernels are composed from.
 
 Each works on a tile of ROWS rows by BLOCK columns, in float32; `row` is (ROWS, 1) and int64, so that no offset
-overflows, `column` is (1, BLOCK). An operand that is None is left out when the kernel is compiled, and so is a mask:
-where tiles fill the rows exactly there is nothing to mask.
+overflows, `column` is (1, BLOCK). An operand that is None is left out when the kernel is compiled.
 """
 
 from typing import NamedTuple
@@ -80,19 +79,7 @@ def dropout_factor(dropout, row, start, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 @triton.jit
 def load_at(pointers, mask):
     """What lies there, in float32; zero where the mask is off."""
-    if mask is None:
-        found = tl.load(pointers)
-    else:
-        found = tl.load(pointers, mask=mask, other=0.0)
-    return found.to(tl.float32)
-
-
-@triton.jit
-def inside(mask, value):
-    """The value, and zero where the mask is off."""
-    if mask is not None:
-        value = tl.where(mask, value, 0.0)
-    return value
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -116,13 +103,15 @@ def store_rows(Y, stride, row, column, mask, value):
 
 @triton.jit
 def masks(norm, chosen, row, end, column):
-    """Which rows, columns and elements of a tile there are, rows from `end` on being others'."""
+    """Which rows, columns and elements of a tile there are, rows from `end` on being others'.
+
+    Where tiles fill the rows exactly, the compiler knows that all are there, and leaves the masks out.
+    """
     if chosen.even:
-        live, there, mask = None, None, None
+        live, there = tl.full(row.shape, 1, tl.int1), tl.full(column.shape, 1, tl.int1)
     else:
         live, there = row < end, column < norm.columns
-        mask = live & there
-    return live, there, mask
+    return live, there, live & there
 
 
 @triton.jit
@@ -153,7 +142,7 @@ def load_operand(norm, chosen, row, column, mask):
         u = u * activate(load(norm.gate, row, column, mask), chosen.activation)
     elif chosen.pre_activation != "identity":
         # Off the mask an activation may not be zero, and the statistics must not see it.
-        u = inside(mask, activate(u, chosen.pre_activation))
+        u = tl.where(mask, activate(u, chosen.pre_activation), 0.0)
     return u
 
 
@@ -192,12 +181,12 @@ def affine_gradient(norm, chosen, grad_output, seen, w, b, DGATE, row, column, m
     g = load(grad_output, row, column, mask)
     if norm.gate.data is None:
         if chosen.activation != "identity":
-            g = inside(mask, g * differentiate(seen * w + b, chosen.activation))
+            g = tl.where(mask, g * differentiate(seen * w + b, chosen.activation), 0.0)
     elif not chosen.gate_first:
         gate = load(norm.gate, row, column, mask)
         if DGATE is not None:
             store_rows(DGATE, norm.columns, row, column, mask, g * (seen * w) * differentiate(gate, chosen.activation))
-        g = inside(mask, g * activate(gate, chosen.activation))
+        g = tl.where(mask, g * activate(gate, chosen.activation), 0.0)
     return g
 
 
