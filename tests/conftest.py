@@ -2,6 +2,10 @@
 
 import os
 
+# Must be asked for before torch is imported: threads that wait for work sleep. By default they spin, and take the cores
+# of the other processes of tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
