@@ -2,13 +2,18 @@
 
 import os
 
+# Must be asked for before torch is imported: threads that wait for work sleep. By default they spin, and take the cores
+# of the other processes of tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -48,14 +53,37 @@ def serving(backend: str) -> Iterator[None]:
         backends.select = select
 
 
+def where(condition: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Of all combinations of a test's parameters, those for which `condition`, which names some of them, holds."""
+    return pytest.mark.where.with_args(condition)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that no process is left alone with them."""
+    """No tests but those `where` they are wanted and served; the longest first, so that no process is left alone with
+    them."""
+    items[:] = filter(_is_wanted, items)
     items.sort(key=lambda item: not item.path.name.startswith(("test_triton_compile", "test_programs")))
 
 
+def _is_wanted(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    conditions = [mark.args[0] for mark in item.iter_markers("where")]
+    if "served" in item.fixturenames:
+        conditions.append(lambda backend, dtype: unserved(backend, torch.float32) or not unserved(backend, dtype))
+    return all(
+        condition(**{name: parameters[name] for name in inspect.signature(condition).parameters})
+        for condition in conditions
+    )
+
+
+def emulated(backend: str) -> bool:
+    """Whether a GPU's kernels run on the CPU, interpreted or built for the host, a thousand times slower."""
+    return backend in ("triton", "cuda_on_host") and DEVICE == "cpu"
+
+
 def interprets(backend: str) -> bool:
-    """Whether kernels run in Triton's interpreter, which is a thousand times slower."""
-    return backend == "triton" and DEVICE == "cpu"
+    """Whether kernels run in Triton's interpreter, the slower of the two."""
+    return backend == "triton" and emulated(backend)
 
 
 def unserved(backend: str, dtype: torch.dtype, device: str = DEVICE) -> str | None:
@@ -81,7 +109,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def served(backend: str, dtype: torch.dtype) -> tuple[str, torch.dtype]:
-    """Every pair of backend and dtype that goes together."""
+    """Every pair of backend and dtype that goes together; others are not collected, but where a backend is missing."""
     reason = unserved(backend, dtype)
     if reason:
         pytest.skip(f"{backend} on {DEVICE}: {reason}")

@@ -9,7 +9,7 @@ from ckpt_kernels.catalogue.block import Block
 from ckpt_kernels.catalogue.blocks import BLOCKS
 
 from .blocks import by_block, with_gradients
-from .conftest import DEVICE, serving
+from .conftest import DEVICE, serving, where
 
 
 def strided(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -64,10 +64,10 @@ def test_no_rows_at_all(block: Block, backend: str) -> None:
             assert value.shape == operands[name.removeprefix("grad ")].shape and (value == 0).all()
 
 
+# There are no samples or channels without a leading dimension.
+@where(lambda block: not block.samples and not block.channels)
 @by_block
 def test_one_dimension_only(block: Block, backend: str) -> None:
-    if block.samples or block.channels:
-        pytest.skip("there are no samples or channels without a leading dimension")
     operands = block.operands((1, 1), 24, torch.float32, DEVICE)
     flat = {name: t.detach().reshape(-1).requires_grad_() for name, t in operands.items()}
     expected, found = with_gradients(block.call, operands), with_gradients(block.call, flat)

@@ -1,0 +1,281 @@
+"""A converted module as an object of Python: attributes of any name, copies, scripts, finalizers, frames."""
+
+import copy
+import copyreg
+import gc
+import inspect
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+from .conftest import DEVICE
+from .test_convert_replaced import LEVELS, MLP
+from .test_convert_rules import WIDTH, by
+from .test_convert_source import twins
+from .test_convert_tried import rows
+from .test_convert_views import OverRows, Quick
+
+# Attributes of any name
+
+
+class Named(nn.Module):
+    """Whose attributes are called as nn.Module's methods are."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            object.__setattr__(self, name, [name])
+        self.inplace = torch.tensor([True, False])
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + x)
+
+
+class NamedAct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters, self.children = {"beta": 1.0}, ["none"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+_METHODS = "parameters modules children named_modules named_parameters named_children buffers named_buffers".split()
+
+
+@pytest.mark.parametrize("name", _METHODS)
+def test_attributes_may_be_called_as_methods_of_modules_are(name: str) -> None:
+    model = nn.Sequential(Named(name), NamedAct(), nn.ModuleList([Named(name)]))
+    model.forward = None
+    del model.forward
+    first = nn.Sequential(model[0], model[1])
+    expected = first(rows())
+    report = ckpt_kernels.convert(model)
+    assert by(report, "0.norm") and by(report, "2.0.norm")
+    torch.testing.assert_close(first(rows()), expected)
+    ckpt_kernels.convert(model, include=[Named], exclude=["1"])
+    ckpt_kernels.revert(model)
+    assert not any(map(ckpt_kernels.is_converted, (model[0], model[1], model[0].norm, model[2][0])))
+
+
+@pytest.mark.parametrize("setting", [torch.tensor([True, False]), torch.tensor([0.5, 0.1]), [], "no", 1])
+def test_settings_of_any_kind_are_no_error(setting: Any) -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.GLU(), nn.LeakyReLU(), nn.Linear(8, 8), nn.GELU(), nn.Softplus())
+    model[0].p = model[1].dim = model[2].negative_slope = model[4].approximate = model[5].beta = setting
+    for module in model:
+        module.inplace = module.gradient_checkpointing = module.track_running_stats = setting
+    ckpt_kernels.convert(model)
+
+
+# Copies
+
+
+class WithArguments(nn.Module):
+    def __new__(cls, width: int) -> "WithArguments":
+        made = super().__new__(cls)
+        made.made_with = width
+        return made
+
+    def __getnewargs__(self) -> tuple[int]:
+        return (self.width,)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.norm = width, nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + x)
+
+
+class WithKeywords(WithArguments):
+    def __new__(cls, *, width: int) -> "WithKeywords":
+        return super().__new__(cls, width)
+
+    def __getnewargs_ex__(self) -> tuple[tuple, dict[str, int]]:
+        return (), {"width": self.width}
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__(width)
+
+
+class Registered(WithArguments):
+    """For which a reducer is registered, without which it cannot be pickled."""
+
+    def __new__(cls) -> "Registered":
+        return super().__new__(cls, WIDTH)
+
+    def __getnewargs__(self) -> tuple:
+        return ()
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+        self.cache = lambda: 1
+
+
+def registered(state: dict[str, Tensor]) -> Registered:
+    made = Registered()
+    made.load_state_dict(state)
+    return made
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+@pytest.mark.parametrize("make", [lambda: WithArguments(WIDTH), lambda: WithKeywords(width=WIDTH)])
+def test_copies_are_made_with_what_their_class_is_made_with(make: Callable, copied: Callable) -> None:
+    model = make().to(DEVICE)
+    expected = model(rows())
+    ckpt_kernels.convert(model)
+    made = copied(model)
+    assert type(made) is type(model) and made.made_with == WIDTH
+    torch.testing.assert_close(made(rows()), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_reducer_that_is_registered_for_a_class(when: str, copied: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copyreg, "dispatch_table", copyreg.dispatch_table.copy())
+    model = nn.Sequential(Registered()).to(DEVICE)
+    expected = model(rows())
+    reducer = copyreg.dispatch_table
+    if when == "after":
+        ckpt_kernels.convert(model)
+    pairs = [(Registered, lambda module: (registered, (module.state_dict(),)))]
+    for kind, reduce in pairs:
+        copyreg.pickle(kind, reduce)
+    if when == "before":
+        ckpt_kernels.convert(model)
+    try:
+        made = model[0].__reduce_ex__(4)
+        assert made[0] is registered
+        again = made[0](*made[1]).to(DEVICE)
+        torch.testing.assert_close(again(rows()), expected)
+        if copied is copy.deepcopy:
+            torch.testing.assert_close(copied(model).to(DEVICE)(rows()), expected)
+    finally:
+        reducer.pop(Registered, None)
+
+
+# Scripts
+
+
+class Scripted(nn.Module):
+    """Which names globals of its file, one of them by a name that a wrapper might use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.norm = MLP(), nn.LayerNorm(WIDTH)
+        self.layers = nn.ModuleList([nn.LayerNorm(WIDTH), MLP()])
+
+    def helped(self, x: Tensor) -> Tensor:
+        return F.silu(self.norm(x + x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.mlp(self.helped(x))
+
+
+_SCRIPTED = [
+    MLP,
+    Scripted,
+    OverRows,
+    lambda: nn.Sequential(nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 16), nn.ReLU()),
+    lambda: nn.Sequential(nn.Linear(16, 16), Quick(), nn.Dropout(0.0)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", _SCRIPTED)
+def test_a_converted_model_is_scripted_as_the_original_is(kind: Callable[[], nn.Module], level: str) -> None:
+    model, converted = twins(kind)
+    ckpt_kernels.convert(converted, recompute=level)
+    input = torch.randn(4, next(model.parameters()).shape[-1], device=DEVICE)
+    torch.testing.assert_close(torch.jit.script(converted)(input), torch.jit.script(model)(input))
+    assert ckpt_kernels.is_converted(next(m for m in converted.modules() if ckpt_kernels.is_converted(m)))
+    torch.testing.assert_close(converted(input), model(input))
+
+
+# Finalizers
+
+
+class Counted(nn.Module):
+    live = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Counted.live += 1
+
+    def __del__(self) -> None:
+        Counted.live -= 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class CountedNorm(Counted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize("kind", [Counted, CountedNorm])
+def test_finalizers_run_for_the_modules_that_there_were(kind: type[nn.Module]) -> None:
+    gc.collect()
+    before = Counted.live
+    model = nn.Sequential(nn.LayerNorm(16), kind())
+    report = ckpt_kernels.convert(model)
+    gc.collect()
+    assert Counted.live == before + 1
+    assert "finalizer" in {entry.name: entry.reason for entry in report.left_alone}.get("1", "finalizer")
+    assert kind is Counted or by(report, "1") is None
+
+
+# Frames
+
+
+def names_of_the_caller() -> list[str]:
+    return sorted(inspect.currentframe().f_back.f_locals)
+
+
+def names_two_above() -> list[str]:
+    return sorted(sys._getframe(1).f_locals)
+
+
+class Looked(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        y = self.down(h)
+        self.seen = names_of_the_caller()
+        return y
+
+
+class LookedAt(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        y = self.down(h)
+        self.seen = names_two_above()
+        return y
+
+
+@pytest.mark.parametrize("kind", [Looked, LookedAt])
+def test_functions_that_look_at_the_frame_that_calls_them(kind: type[nn.Module]) -> None:
+    model, converted = twins(kind)
+    ckpt_kernels.convert(converted)
+    torch.testing.assert_close(converted(rows()), model(rows()))
+    assert converted.seen == model.seen

@@ -1,0 +1,241 @@
+"""What is written first is evaluated first, and names that are read afterwards stand for what they stood for."""
+
+import ast
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+from ckpt_kernels.convert import order
+
+from .test_convert_replaced import MLP, alike
+from .test_convert_rules import WIDTH
+
+# The order in which Python evaluates
+
+
+class Value:
+    """Of which everything can be done."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def _same(self, *_: Any, **__: Any) -> "Value":
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def __iter__(self) -> Iterator["Value"]:
+        return iter([self, self])
+
+    __call__ = __getitem__ = __add__ = __radd__ = __iadd__ = __neg__ = __mul__ = __lt__ = _same
+
+
+_STATEMENTS = """f(1) + f(2) * -f(3)
+f(1)(f(2), *f(3), a=f(4), b=f(5))
+f(1)(f(2), a=f(4), *f(3))
+f(1).a(f(2)).b(f(3))
+(f(1), [f(2), {f(3)}], f(4)[f(5)])
+f(1)[f(2) : f(3) : f(4), f(5)]
+x = f(1)
+f(1)[f(2)] = f(3)
+f(1).a = f(2)
+f(1)[f(2)] = f(3).b = x = f(4)
+f(1)[f(2)], f(3).a = f(4)
+(f(1)[f(2)], [f(3).a, y]), x = f(4)
+f(1)[f(2)] += f(3)
+f(1)[f(2)].a += f(3)
+x += f(1)
+f(1)[f(2)]: f(9) = f(3)
+x: f(9) = f(1)
+f(1) if f(2) else f(3)
+f(1) and f(2) and f(3)
+f(1) < f(2) < f(3)
+(z := f(1)) + f(2)
+return f(1)[f(2)]""".split("\n")
+
+
+@pytest.mark.parametrize("statement", _STATEMENTS)
+def test_the_order_is_that_of_python(statement: str) -> None:
+    done: list[int] = []
+    names: dict[str, Any] = {}
+    exec(f"def run(f, x):\n    {statement}", names)
+    names["run"](lambda number: (done.append(number), Value())[1], Value())
+    tree = ast.parse(f"def run(f, x):\n    {statement}").body[0].body[0]
+    known = [
+        node.args[0].value
+        for node in order.in_order(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "f"
+    ]
+    certain = not any(word in statement for word in (" if ", " and ", " < "))
+    assert known == (done if certain else done[: len(known)])
+    assert known
+
+
+class Routed(MLP):
+    """Whose layers change places as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.out = nn.Linear(WIDTH, WIDTH), [0.0]
+
+    def route(self, index: int = 0) -> int:
+        self.down, self.other = self.other, self.down
+        return index
+
+
+class AugmentedItem(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        out = [0.0]
+        h = self.act(self.up(x))
+        out[self.route()] += self.down(h)
+        return out[0]
+
+
+class AugmentedAttribute(Routed):
+    @property
+    def total(self) -> Any:
+        self.route()
+        return 0.0
+
+    @total.setter
+    def total(self, value: Tensor) -> None:
+        self.out[0] = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        self.total += self.down(h)
+        return self.out[0]
+
+
+class Item(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        out = [0.0]
+        h = self.act(self.up(x))
+        out[self.route()] = self.down(h)
+        return out[0] + self.down(x)
+
+
+class Keyword(Routed):
+    def add(self, *parts: Any, **named: Any) -> Tensor:
+        return sum(part for part in (*parts, *named.values()) if isinstance(part, Tensor))
+
+    def parts(self) -> Iterator[Any]:
+        yield self.route()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        y = self.add(*self.parts(), y=self.down(h))
+        h = self.act(self.up(x))
+        return y + self.add(z=self.route(), y=self.down(h))
+
+
+class Conditional(Routed):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        y = self.down(h) if self.route() else self.down(h + 1)
+        h = self.act(self.up(x))
+        z = self.route() or self.down(h)
+        return y + z
+
+
+class Walrus(Routed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = self.norm(h + (h := h.sin()))
+        return y + self.down(self.act(self.up(h)))
+
+
+_ORDERED = [AugmentedItem, AugmentedAttribute, Item, Keyword, Conditional, Walrus]
+
+
+@pytest.mark.parametrize("kind", _ORDERED)
+def test_what_is_written_first_is_evaluated_first(kind: type[nn.Module]) -> None:
+    def without_gradients(model: nn.Module) -> None:
+        model.requires_grad_(False)
+
+    assert alike(kind)
+    assert alike(kind, without_gradients)
+
+
+# What names stand for afterwards
+
+
+class Chained(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        store: dict[Any, Tensor] = {}
+        h = self.act(self.up(x))
+        y = self.down(h)
+        store[h] = h = y
+        return next(iter(store)) + h
+
+
+class ChainedLast(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        store: dict[Any, Tensor] = {}
+        h = self.act(self.up(x))
+        store[h] = h = self.down(h)
+        return next(iter(store)) + h
+
+
+class Augmented(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down.requires_grad_(False)  # for which the input, to which is written, is not kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        y = self.down(h)
+        h += 1
+        h = y
+        return h
+
+
+class AugmentedLast(Augmented):
+    def forward(self, x: Tensor) -> Tensor:
+        held = []
+        for _ in range(2):
+            h = self.act(self.up(x))
+            h += self.down(h)
+            held.append(h)
+        return held[0] + held[1]
+
+
+class Broken(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for index in range(2):
+            h = self.act(self.up(x))
+            y = self.down(h)
+            if index:
+                break
+            h = y
+        return h + y
+
+
+class Suppressed(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        with contextlib.suppress(KeyError):
+            h = self.act(self.up(x))
+            y = self.down(h)
+            {}["nothing"]
+            h = y
+        return h + y
+
+
+_NAMED = [Chained, ChainedLast, Augmented, AugmentedLast, Broken, Suppressed]
+
+
+@pytest.mark.parametrize("kind", _NAMED)
+def test_names_that_are_read_afterwards(kind: type[nn.Module]) -> None:
+    assert alike(kind)

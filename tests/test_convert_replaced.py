@@ -1,0 +1,338 @@
+"""Whatever stands in the place of what a model was known by: other code, weights, names, functions for torch's."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm as layer_norm_by_name
+
+import ckpt_kernels
+
+from .conftest import DEVICE
+from .test_convert_composes import close
+from .test_convert_rules import WIDTH, by, run
+from .test_convert_source import kept, twins
+from .test_convert_tried import found_in, rows
+
+LEVELS = ("block", "output", "all")
+linear, torch_chunk = F.linear, torch.chunk
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.act, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.chunk(self.packed(x), 2, -1)
+        return self.down(self.act(a) * b)
+
+
+def alike(
+    kind: Callable[[], nn.Module],
+    change: Callable[[nn.Module], None] = lambda model: None,
+    undo: Callable[[], None] = lambda: None,
+) -> bool:
+    """Whether a twin computes what the model does, converted before and after a change of both."""
+    for level in LEVELS:
+        for after in (True, False):
+            model, converted = twins(kind)
+            for step in (ckpt_kernels.convert, change) if after else (change, ckpt_kernels.convert):
+                step(converted, recompute=level) if step is ckpt_kernels.convert else step(converted)
+            change(model)
+            same = close(run(converted, rows()), run(model, rows()))
+            undo()
+            if not same:
+                return False
+    return True
+
+
+# What a layer is known by
+
+
+def conv1d() -> type[nn.Module]:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+
+class Transposed(nn.Module):
+    def __init__(self, kind: type[nn.Module] | None = None) -> None:
+        super().__init__()
+        kind = kind or conv1d()
+        self.up, self.act, self.down = kind(2 * WIDTH, WIDTH), nn.GELU(), kind(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+def twice_transposed(self: Any, x: Tensor) -> Tensor:
+    return (x @ self.weight + self.bias) * 2
+
+
+def twice_linear(self: Any, x: Tensor) -> Tensor:
+    return linear(x, self.weight, self.bias) * 2
+
+
+def test_a_transposed_layer_is_fused_while_it_is_as_it_was_written() -> None:
+    model, converted = twins(Transposed)
+    assert found_in(ckpt_kernels.convert(converted, recompute="block")) == {"": "MLP", "act": "bias_act (gelu)"}
+    assert close(run(converted, rows()), run(model, rows()))
+    assert kept(converted, rows()) <= kept(model, rows())
+
+
+@pytest.mark.parametrize("how", ["forward", "code", "subclass"])
+@pytest.mark.parametrize("layer", ["Linear", "Conv1D"])
+def test_a_layer_whose_code_is_another(layer: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, twice = (nn.Linear, twice_linear) if layer == "Linear" else (conv1d(), twice_transposed)
+
+    def change(model: nn.Module) -> None:
+        if how == "forward":
+            monkeypatch.setattr(kind, "forward", twice)
+        elif how == "code":
+            monkeypatch.setattr(kind.forward, "__code__", twice.__code__)
+            monkeypatch.setitem(kind.forward.__globals__, "linear", linear)
+
+    subclass = type(layer, (kind,), {"forward": twice, "__module__": kind.__module__})
+    for after in (True, False):
+        if layer == "Linear":
+            model = MLP()
+            if how == "subclass":
+                model.up.__class__ = model.down.__class__ = subclass
+        else:
+            model = Transposed(subclass if how == "subclass" else None)
+        model.to(DEVICE)
+        converted = copy.deepcopy(model)
+        with monkeypatch.context():
+            if after:
+                ckpt_kernels.convert(converted)
+            change(model)
+            if not after:
+                ckpt_kernels.convert(converted)
+            assert close(run(converted, rows()), run(model, rows()))
+        monkeypatch.undo()
+
+
+def test_a_forward_of_torchs_in_the_place_of_another_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, converted = twins(MLP)
+    ckpt_kernels.convert(converted)
+    monkeypatch.setattr(nn.Linear, "forward", nn.Identity.forward)
+    again = copy.deepcopy(model)
+    ckpt_kernels.convert(again)
+    for each in (converted, again):
+        torch.testing.assert_close(each(rows()), model(rows()))
+
+
+# What is read of a layer
+
+
+def fast(name: str, layer: str = "up") -> Callable[[nn.Module], None]:
+    def lay_over(model: nn.Module) -> None:
+        held = getattr(getattr(model, layer), name)
+        object.__setattr__(
+            getattr(model, layer), name, torch.linspace(-1, 1, held.numel(), device=DEVICE).view(held.shape)
+        )
+
+    return lay_over
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.LayerNorm(WIDTH), nn.GELU(), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + x.sin()
+        return self.down(h) + self.act(self.up(h))
+
+
+@pytest.mark.parametrize("kind", [MLP, Transposed, Normed])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("layer", ["up", "down"])
+def test_weights_that_are_laid_over_the_parameters(kind: type[nn.Module], name: str, layer: str) -> None:
+    assert alike(kind, fast(name, layer))
+
+
+def test_weights_that_are_no_parameters_any_more() -> None:
+    def change(model: nn.Module) -> None:
+        weight = model.up.weight.detach() * 2
+        del model.up._parameters["weight"]
+        model.up.weight = weight
+
+    assert alike(MLP, change)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+def test_weights_that_a_class_has_or_computes(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+
+    def weight(self: nn.Module) -> Tensor:
+        loads.append("weight")
+        return self._parameters["weight"] * 2
+
+    for held in (property(weight), torch.ones((WIDTH, WIDTH) if kind is nn.Linear else WIDTH, device=DEVICE)):
+        make = MLP if kind is nn.Linear else Normed
+        assert alike(make, lambda _, h=held: monkeypatch.setattr(kind, "weight", h, raising=False), monkeypatch.undo)
+    model, converted = twins(MLP)
+    ckpt_kernels.convert(converted)
+    monkeypatch.setattr(nn.Linear, "weight", property(weight), raising=False)
+    loads.clear()
+    model(rows())
+    count = len(loads)
+    converted(rows())
+    assert len(loads) == 2 * count
+
+
+# Names that stand for something else
+
+
+class Swapped:
+    """In the place of torch."""
+
+    @staticmethod
+    def chunk(x: Tensor, n: int, dim: int) -> tuple[Tensor, ...]:
+        return tuple(reversed(x.chunk(n, dim)))
+
+
+class Shadowed(Packed):
+    def forward(self, x: Tensor, torch: Any = Swapped) -> Tensor:
+        a, b = torch.chunk(self.packed(x), 2, -1)
+        return self.down(self.act(a) * b)
+
+
+class Local(Packed):
+    def forward(self, x: Tensor) -> Tensor:
+        torch = Swapped
+        a, b = torch.chunk(self.packed(x), 2, -1)
+        return self.down(self.act(a) * b)
+
+
+class ByAnotherName(Packed):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch_chunk(self.packed(x), chunks=2, dim=-1)
+        return self.down(self.act(a) * b)
+
+
+@pytest.mark.parametrize("kind", [Shadowed, Local, ByAnotherName, Packed])
+def test_halves_are_made_by_what_their_name_stands_for(kind: type[nn.Module]) -> None:
+    assert alike(kind)
+    found = by(ckpt_kernels.convert(kind(), recompute="block"), "") or ""
+    assert ("packed gated MLP" in found) is (kind in (ByAnotherName, Packed))
+
+
+class Reversed(Tensor):
+    """Whose halves come the other way round."""
+
+    def chunk(self, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
+        return tuple(reversed(super().chunk(chunks, dim)))
+
+
+class Method(Packed):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.packed(x).chunk(2, -1)
+        return self.down(self.act(a) * b)
+
+
+def test_a_subclass_of_tensor_with_methods_of_its_own() -> None:
+    model, converted = twins(Method)
+    assert "packed gated MLP" in by(ckpt_kernels.convert(converted), "")
+    torch.testing.assert_close(converted(rows()), model(rows()))
+    torch.testing.assert_close(converted(rows().as_subclass(Reversed)), model(rows().as_subclass(Reversed)))
+
+
+def clone(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+class InFloat32(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * h.to(x.dtype)
+
+
+class WritesToItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(WIDTH, WIDTH), InFloat32()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        n = self.norm(x)
+        y = clone(x)
+        y += 1
+        return n + y
+
+
+def test_a_function_that_bears_the_name_of_one_that_makes_a_tensor() -> None:
+    model, converted = twins(lambda: WritesToItsInput().to(torch.bfloat16))
+    assert by(ckpt_kernels.convert(converted), "norm")
+    input = rows().to(torch.bfloat16)
+    assert close(run(converted, input), run(model, input), 0.02)
+
+
+# Functions in the place of torch's
+
+
+class Written(nn.Module):
+    """With functions of torch, and by a name of its own file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.rms_norm(layer_norm_by_name(x, (WIDTH,)), (WIDTH,))
+        return self.down(F.silu(self.up(h))) + F.gelu(h)
+
+
+def leaves() -> nn.Module:
+    return nn.Sequential(
+        nn.LayerNorm(WIDTH), nn.SiLU(), nn.RMSNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.Mish()
+    )
+
+
+_PATCHED = [(F, name) for name in ("linear", "gelu", "silu", "layer_norm", "rms_norm", "mish")]
+_PATCHED += [(torch, "layer_norm"), (torch, "rms_norm"), (torch, "chunk"), (Tensor, "chunk"), (Tensor, "__mul__")]
+
+
+@pytest.mark.parametrize("kind", [MLP, Packed, Method, Written, leaves])
+@pytest.mark.parametrize("holder, name", _PATCHED)
+def test_functions_that_are_in_the_place_of_torchs(
+    kind: Callable[[], nn.Module], holder: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = getattr(holder, name)
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        return tuple(reversed(found)) if isinstance(found, tuple) else found + found
+
+    def change(model: nn.Module) -> None:
+        monkeypatch.setattr(holder, name, other)
+
+    for after in (True, False):
+        model, converted = twins(kind)
+        if after:
+            ckpt_kernels.convert(converted)
+        change(model)
+        if not after:
+            ckpt_kernels.convert(converted)
+        patched = run(model, rows())
+        assert close(run(converted, rows()), patched)
+        monkeypatch.undo()
+        assert close(run(converted, rows()), run(model, rows()))
