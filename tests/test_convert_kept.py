@@ -723,7 +723,8 @@ _METHODS = "parameters modules children named_modules named_parameters named_chi
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_attributes_may_be_called_as_methods_of_modules_are(name: str) -> None:
-    model = nn.Sequential(Named(name), NamedAct(), nn.ModuleList([Named(name)]))
+    with torch.device(DEVICE):
+        model = nn.Sequential(Named(name), NamedAct(), nn.ModuleList([Named(name)]))
     model.forward = None
     del model.forward
     first = nn.Sequential(model[0], model[1])
@@ -1000,6 +1001,8 @@ _REFUSED = [mean_only, variance_only, wide, wants_gradients, longer, momentum_is
 def test_running_statistics_that_torch_refuses(
     change: Callable[[nn.Module], None], kind: Callable[[int], nn.Module], around: Callable[[nn.Module], nn.Module]
 ) -> None:
+    if change is wide and DEVICE != "cpu":
+        pytest.skip("torch's GPU kernels take the statistics' memory for float32, whatever it is")
     results = []
     for convert in (False, True):
         norm = kind(WIDTH).to(DEVICE)

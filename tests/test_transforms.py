@@ -56,7 +56,9 @@ def _loss(function: Function) -> Callable[..., Tensor]:
     """A number whose derivatives of any order are not zero."""
 
     def loss(*tensors: Tensor) -> Tensor:
-        return sum((y.square() * torch.arange(1, y.numel() + 1).view(y.shape)).sum() for y in function(*tensors))
+        outputs = function(*tensors)
+        weights = [torch.arange(1, y.numel() + 1, device=y.device).view(y.shape) for y in outputs]
+        return sum((y.square() * w).sum() for y, w in zip(outputs, weights, strict=True))
 
     return loss
 
