@@ -192,7 +192,7 @@ def test_operands_are_freed_as_the_pass_goes(options: dict, x: Tensor) -> None:
 
 
 def settles_at(count: int) -> bool:
-    """A GPU's backward passes run in a thread of their own, which lets go of its last tensors after the pass is over."""
+    """Soon: a GPU's backward passes run in a thread of their own, which lets go of its last tensors after the pass."""
     for _ in range(100):
         if live_bytes() == count:
             return True
