@@ -313,7 +313,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Built
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for attribute in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob"):
+        for attribute in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "drop_prob"):
             if isinstance(vars(module).get(attribute), float):
                 setattr(module, attribute, 0.0)
     wide = {

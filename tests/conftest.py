@@ -31,6 +31,9 @@ for function in (torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, tor
     for one in (torch.ones(1), torch.ones(1, dtype=torch.float64)):
         function(one)
 
+# Of convolutions too two runs are to give the same bits.
+torch.backends.cudnn.deterministic = True
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("reference", "native", "triton", "cuda_on_host")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ckpt_kernels import functional
 from ckpt_kernels.activations import CODES, NAMES, activation_name
-from ckpt_kernels.backends.reference import ACTIVATIONS
+from ckpt_kernels.backends.reference import ACTIVATIONS, SLOPES
 
 from .conftest import DEVICE
 
@@ -79,8 +79,18 @@ def test_float64_is_exact() -> None:
             torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_slopes_of_the_reference_are_autograds(name: str) -> None:
+    x = torch.cat([whole_range(), torch.tensor([float("inf"), -float("inf"), float("nan")])]).to(DEVICE)
+    x.requires_grad_()
+    for scale in (1.0, -0.37):
+        grad = torch.full_like(x, scale)
+        (expected,) = torch.autograd.grad(ACTIVATIONS[name](x), x, grad)
+        torch.testing.assert_close(SLOPES[name](grad, x.detach()), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_every_table_has_every_activation() -> None:
-    assert set(ACTIVATIONS) == set(NAMES)
+    assert set(ACTIVATIONS) == set(SLOPES) == set(NAMES)
     header = (ROOT / "csrc" / "math" / "activations.h").read_text()
     table = dict(re.findall(r"X\((\d+), (\w+)\)", header))
     assert [table[str(code)].lower() for code in CODES.values()] == [name.replace("_", "") for name in NAMES]

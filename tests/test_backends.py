@@ -239,4 +239,4 @@ def test_the_cuda_library_finds_torchs_cuda_symbols() -> None:
 def test_small_calls_are_direct_wherever_they_can_be() -> None:
     """So that a library which was not built, or does not load, is no reason to skip the tests of small calls."""
     can_be = native.why_not("cpu", torch.float32) is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    assert direct.is_available == can_be
+    assert direct.is_available == can_be, direct.why_not

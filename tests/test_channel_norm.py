@@ -64,15 +64,17 @@ def test_every_shape_in_both_memory_formats(kind: str, shape: tuple, last: bool,
         ours = F.instance_norm(x, None, None, w, b, activation="silu")
     theirs = torch.nn.functional.silu(eager(kind, x, groups, w, b))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    # On GPUs torch's group norm gives contiguous tensors whatever the input is; ours keep its memory format.
+    keeps_format = kind != "group" or DEVICE != "cuda"
     if 1 not in shape:
-        assert ours.stride() == theirs.stride()
+        assert ours.stride() == (theirs if keeps_format else x).stride()
     found = torch.autograd.grad(ours, (x, w, b), g)
     # Of one sample torch's instance norm finds wrong gradients where grad_output is channels last.
     expected = torch.autograd.grad(theirs, (x, w, b), g.contiguous() if kind == "instance" else g)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
     if 1 not in shape:
-        assert found[0].stride() == expected[0].stride()
+        assert found[0].stride() == (expected[0] if keeps_format else x).stride()
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

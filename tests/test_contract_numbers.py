@@ -22,9 +22,15 @@ def ulp(scale: float, dtype: torch.dtype) -> float:
 
 
 def check_against_eager(
-    block: Block, draw: Callable[[int], Operands], backend: str, draws: int = 3, roundings: int = ROUNDINGS
+    block: Block,
+    draw: Callable[[int], Operands],
+    backend: str,
+    draws: int = 3,
+    roundings: int = ROUNDINGS,
+    summed: float = 0.0,
 ) -> None:
-    """At most 1.5 times eager's error, and one unit in the last place.
+    """At most 1.5 times eager's error, and one unit in the last place: of the result, or, where the input's gradient is
+    the little that is left of a sum, of the size of what is `summed`.
 
     The error of a result is the root mean square over its elements and a few draws of the operands: as many draws as
     give `roundings` numbers of each result, since that of six is a matter of luck. So is the greatest error of a few
@@ -53,9 +59,10 @@ def check_against_eager(
             assert (found - true).abs().max() <= 2e-14 * (1 + true.abs().max()), name
             continue
         # Triton's interpreter truncates to bfloat16 where hardware rounds.
+        size = summed if name in ("grad input", "grad residual") else 0.0
         units = 2 if backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16 else 1
         for measure, factor in ((_root_mean_square, 1.5), (_greatest, 4.0)):
-            allowed = factor * measure(theirs - true) + units * ulp(measure(true), dtype)
+            allowed = factor * measure(theirs - true) + units * ulp(max(measure(true), size), dtype)
             worst = measure(found - true)
             assert worst <= allowed, f"{name} errs by {worst:.3e}, eager by {measure(theirs - true):.3e}"
 
@@ -137,7 +144,14 @@ def test_edge_sizes(block: Block, lead: tuple, columns: int, backend: str) -> No
     def draw(seed: int) -> Operands:
         return block.operands(lead, columns, torch.float32, DEVICE, seed)
 
-    check_against_eager(block, draw, backend, draws_for(backend), roundings)
+    # A row of two has no gradient through a norm that centres it, but for eps: all terms cancel, each about as large as
+    # one over the row's deviation.
+    summed = 0.0
+    if columns == 2 and "layer_norm" in block.name and "input" in draw(0):
+        draws = [draw(seed) for seed in range(ROUNDINGS // columns)]
+        rows = torch.stack([(o["input"].double() + o.get("residual", 0.0)).detach() for o in draws])
+        summed = _root_mean_square(rows.var(-1, correction=0).add(1e-5).rsqrt())
+    check_against_eager(block, draw, backend, draws_for(backend), roundings, summed)
 
 
 @pytest.mark.parametrize("block", BLOCKS[:2], ids=lambda block: block.name)

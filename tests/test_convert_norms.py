@@ -121,7 +121,7 @@ def test_a_norm_that_computes_something_else_is_left_alone(kind: type[nn.Module]
 
 
 def test_a_norm_that_rounds_elsewhere_is_converted_where_it_does_not_round() -> None:
-    norm = InBfloat16()
+    norm = InBfloat16().to(DEVICE)
     report = ckpt_kernels.convert(norm)
     assert by(report, "") == "rms_norm" and "rounds bfloat16" in reason(report, "")
     narrow = x(3, 4, WIDTH, dtype=torch.bfloat16)
@@ -138,7 +138,7 @@ def test_a_norm_of_a_part_of_a_map_is_left_alone() -> None:
             corner = input[:, :, :60, :60]
             return self.weight * corner * torch.rsqrt(corner.square().mean(1, keepdim=True) + 1e-6)
 
-    norm = OfACorner()
+    norm = OfACorner().to(DEVICE)
     ckpt_kernels.convert(norm)
     assert norm(x(1, WIDTH, 64, 64)).shape == (1, WIDTH, 60, 60)
 

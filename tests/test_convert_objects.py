@@ -54,7 +54,8 @@ _METHODS = "parameters modules children named_modules named_parameters named_chi
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_attributes_may_be_called_as_methods_of_modules_are(name: str) -> None:
-    model = nn.Sequential(Named(name), NamedAct(), nn.ModuleList([Named(name)]))
+    with torch.device(DEVICE):
+        model = nn.Sequential(Named(name), NamedAct(), nn.ModuleList([Named(name)]))
     model.forward = None
     del model.forward
     first = nn.Sequential(model[0], model[1])

@@ -60,6 +60,8 @@ _REFUSED = [mean_only, variance_only, wide, wants_gradients, longer, momentum_is
 def test_running_statistics_that_torch_refuses(
     change: Callable[[nn.Module], None], kind: Callable[[int], nn.Module], around: Callable[[nn.Module], nn.Module]
 ) -> None:
+    if change is wide and DEVICE != "cpu":
+        pytest.skip("torch's GPU kernels take the statistics' memory for float32, whatever it is")
     results = []
     for convert in (False, True):
         norm = kind(WIDTH).to(DEVICE)

@@ -115,7 +115,9 @@ def test_transformer_layers_of_torch(kind: type[nn.Module], norm_first: bool, ac
         fast = layer(*inputs)
     ckpt_kernels.revert(layer)
     torch.testing.assert_close(ours, layer(*inputs))
-    torch.testing.assert_close(fast, layer(*inputs))
+    with torch.no_grad():
+        # By torch's own fast path, which on GPUs has another gelu, that of tanh.
+        torch.testing.assert_close(fast, layer(*inputs))
 
 
 class BasicBlock(nn.Module):
@@ -401,12 +403,12 @@ def test_what_is_excluded_is_not_fused_either() -> None:
 
 
 def test_converting_twice_and_reverting_twice_change_nothing() -> None:
-    model = mlps()
+    model = mlps().to(DEVICE)
     first, kinds = ckpt_kernels.convert(model), [type(m) for m in model.modules()]
     assert str(ckpt_kernels.convert(model)) == str(first) and [type(m) for m in model.modules()] == kinds
     ckpt_kernels.revert(model)
     ckpt_kernels.revert(model)
-    fresh = mlps()
+    fresh = mlps().to(DEVICE)
     assert [type(m) for m in model.modules()] == [type(m) for m in fresh.modules()]
     assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in fresh.modules()]
     assert equal(run(model, x(4, WIDTH)), run(fresh, x(4, WIDTH)))
@@ -462,4 +464,4 @@ def test_check_command(capsys: pytest.CaptureFixture) -> None:
 
 def test_check_needs_a_gradient() -> None:
     with pytest.raises(ValueError, match=r"outputs have no gradient"):
-        check(mlps().requires_grad_(False), (x(3, WIDTH),))
+        check(mlps().to(DEVICE).requires_grad_(False), (x(3, WIDTH),))

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .blocks import RowNorm, RowNormGradients
 
+aten = torch.ops.aten
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
@@ -31,6 +33,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "softplus": F.softplus,
 }
+# grad * activation'(x), by the operators that torch's own backward passes consist of. Not by autograd, which is out of
+# reach where the dispatcher runs an op: torch.compile's graphs and batches of gradients do.
+SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda grad, x: grad,
+    "relu": lambda grad, x: aten.threshold_backward(grad, x, 0),
+    "leaky_relu": lambda grad, x: aten.leaky_relu_backward(grad, x, 0.01, False),
+    "relu_squared": lambda grad, x: aten.threshold_backward(grad * (2 * F.relu(x)), x, 0),
+    "elu": lambda grad, x: aten.elu_backward(grad, 1, 1, 1, False, x),
+    "gelu": lambda grad, x: aten.gelu_backward(grad, x),
+    "gelu_tanh": lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
+    "quick_gelu": lambda grad, x: _quick_gelu_slope(grad, x, torch.sigmoid(1.702 * x)),
+    "silu": lambda grad, x: aten.silu_backward(grad, x),
+    "mish": lambda grad, x: aten.mish_backward(grad, x),
+    "sigmoid": lambda grad, x: aten.sigmoid_backward(grad, torch.sigmoid(x)),
+    "tanh": lambda grad, x: aten.tanh_backward(grad, torch.tanh(x)),
+    "hardswish": lambda grad, x: aten.hardswish_backward(grad, x),
+    "softplus": lambda grad, x: aten.softplus_backward(grad, x, 1, 20),
+}
+
+
+def _quick_gelu_slope(grad: Tensor, x: Tensor, sigmoid: Tensor) -> Tensor:
+    return grad * sigmoid + aten.sigmoid_backward(grad * x, sigmoid) * 1.702
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -297,11 +321,7 @@ def row_norm_backward(
 
 def slope(activation: str, z: Tensor, grad: Tensor) -> Tensor:
     """grad * activation'(z)."""
-    if activation == "identity":
-        return grad
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        return torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, grad)[0]
+    return SLOPES[activation](grad, z)
 
 
 def glu_forward(gate, value, output, activation):

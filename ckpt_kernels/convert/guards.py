@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.operands import is_autocast
 from .called import is_as_torch_wrote_it
 from .loads import is_left_to_modules
 from .norms import Norm
@@ -68,17 +69,16 @@ def linear_operands(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] 
     if not (bias is None or (is_ordinary(bias) and bias.shape == weight.shape[1 if transposed else 0 :][:1])):
         return None
     same = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
-    if not same and not torch.is_autocast_enabled(input.device.type):
+    if not same and not is_autocast(input):
         return None
     return (weight.t() if transposed else weight), bias
 
 
 def as_products_take(input: Tensor) -> Tensor:
     """Under autocast, the copy that torch's linear layers make of their input, and keep."""
-    device = input.device.type
-    if not torch.is_autocast_enabled(device) or input.dtype == torch.float64:
+    if not is_autocast(input) or input.dtype == torch.float64:
         return input
-    return input.to(torch.get_autocast_dtype(device))
+    return input.to(torch.get_autocast_dtype(input.device.type))
 
 
 def are_wanted(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -> bool:

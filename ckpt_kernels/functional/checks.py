@@ -60,7 +60,7 @@ def promoted(tensor: Tensor, other: Tensor | None) -> tuple[Tensor, Any]:
     """Two tensors that meet in a sum or product, in their common dtype where autocast may have parted them."""
     if not isinstance(other, Tensor) or not isinstance(tensor, Tensor) or tensor.dtype == other.dtype:
         return tensor, other
-    if not torch.is_autocast_enabled(tensor.device.type):
+    if not ops.operands.is_autocast(tensor):
         return tensor, other
     common = torch.promote_types(tensor.dtype, other.dtype)
     return tensor.to(common), other.to(common)

@@ -421,5 +421,5 @@ def _check_linear(
 def _check_operand(tensor: Tensor, argument: str, input: Tensor) -> None:
     check_tensor(tensor, argument)
     check_device(tensor, argument, input)
-    if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    if tensor.dtype != input.dtype and not ops.operands.is_autocast(input):
         raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected the input's, {input.dtype}")

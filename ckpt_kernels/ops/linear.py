@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import recompute
 from . import bias_act, glu, row_norm
+from .operands import is_autocast
 from .pinned import pinned_function
 from .registration import is_plain, is_transformed
 
@@ -30,15 +31,9 @@ linear_of_torch = F.linear
 
 def product_dtype(input: Tensor) -> torch.dtype:
     """What a Linear that reads `input` computes in here: autocast's type, or the input's own."""
-    if _is_autocast(input) and input.dtype != torch.float64:
+    if is_autocast(input) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
-
-
-def _is_autocast(tensor: Tensor) -> bool:
-    """Whether it is enabled, which may not be asked of devices that have none, such as meta."""
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -47,7 +42,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     operands = (input.to(dtype), weight.to(dtype), _cast(bias, dtype))
-    if not _is_autocast(input):
+    if not is_autocast(input):
         return linear_of_torch(*operands)
     with torch.autocast(input.device.type, enabled=False):
         return linear_of_torch(*operands)
@@ -101,7 +96,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight as they are instead of cast copies of them."""
-    if not _is_autocast(input) or not _is_fused(input, weight, bias):
+    if not is_autocast(input) or not _is_fused(input, weight, bias):
         return linear_of_torch(input, weight, bias)
     return _Linear.apply(input, weight, bias, product_dtype(input))
 
