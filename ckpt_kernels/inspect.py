@@ -109,10 +109,13 @@ def triton_kernels(arch: str, columns: Sequence[int] = COLUMNS) -> Iterator[Usag
     """
     if arch not in _PROCESSORS:
         raise ValueError(f"arch is {arch!r}; expected one of {', '.join(_PROCESSORS)}")
+    from .backends.triton import launch
     from .backends.triton.variants import variants
 
     target = _target(arch)
+    processor = _PROCESSORS[arch]
     for length in columns:
+        launch.recorded_shared_memory = processor.shared - processor.reserved
         by_dtype = [variants(length, dtype) for dtype in (torch.bfloat16, torch.float32)]
         for pair in zip(*by_dtype, strict=True):
             for dtype, variant in zip(_SIZES, pair, strict=True):
@@ -190,6 +193,8 @@ def _of_nvidia(compiled: Any) -> _Binary:
     code = compiled.asm["ptx"]
     accesses = re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", code)
     widths = [int(count or 1) * int(bits) // 8 for count, bits in accesses]
+    # Copies to shared memory, of steps of a loop that are to come.
+    widths += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*\], (\w+), \w+;", code)]
     instructions = len(re.findall(r"^\s+(?!\.)[^/\n]*;", code, re.MULTILINE))
     return _Binary(used["REG"], used["STACK"], used["LOCAL"], used["SHARED"], widths, instructions)
 

@@ -9,6 +9,7 @@ time on being scheduled; rows beyond one tile are walked in blocks.
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def backward_tile(columns: int) -> Tile:
         return Tile(1, 4096, 16, False)
     rows = max(_PACKED_ELEMENTS // block, 1)
     warps = _warps(rows * block)
-    return Tile(rows, block, warps, True, min(_REGISTERS, 2048 // warps), 3)
+    return Tile(rows, block, warps, True, min(_REGISTERS, 2048 // warps))
 
 
 def sums_fit(columns: int, one_more: bool) -> bool:
@@ -84,7 +85,7 @@ def sums_fit(columns: int, one_more: bool) -> bool:
 @functools.cache
 def strip_tile(columns: int) -> Tile:
     """The tile of a kernel that sums over rows in strips of columns: two transactions of memory wide."""
-    return Tile(32, 64, 4, False, _REGISTERS, 3)
+    return Tile(32, 64, 4, False, _REGISTERS)
 
 
 @functools.cache
@@ -123,6 +124,26 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# What a program may have of a multiprocessor's shared memory where launches are recorded, in bytes: an H100's.
+recorded_shared_memory = 227 * 1024
+
+
+def shared_memory(device: torch.device) -> int:
+    """What a program may have of a multiprocessor's shared memory, in bytes."""
+    if device.type != "cuda":
+        return recorded_shared_memory
+    properties = torch.cuda.get_device_properties(device)
+    return max(getattr(properties, "shared_memory_per_block_optin", 0), 48 * 1024)
+
+
+def stages_of(tile: Tile, rows: Sequence[torch.Tensor | None], device: torch.device) -> int:
+    """How many steps of a loop over these rows are in flight: three, if all but the one that is worked on fit the
+    shared memory of as many programs as there are registers for; a quarter of it is for sums across threads."""
+    step = tile.rows * tile.block * sum(t.element_size() for t in rows if t is not None)
+    room = shared_memory(device) * 3 // 4 // max(_RESIDENT_WARPS // tile.warps, 1)
+    return min(1 + room // step, 3)
 
 
 class Rows(NamedTuple):

@@ -17,6 +17,7 @@ from .launch import (
     forward_tile,
     launch,
     rows_of,
+    stages_of,
     strip_programs,
     strip_tile,
     sums_fit,
@@ -148,7 +149,8 @@ def row_norm_backward(
     columns, device = block.options.columns, block.input.device
     summed = gradients.weight is not None or gradients.bias is not None
     apart = summed and not sums_fit(columns, block.gate is not None or output is not None)
-    tile = backward_tile(columns)
+    tile, read = backward_tile(columns), (block.input, block.gate, grad_output, grad_residual_out)
+    tile = tile._replace(stages=stages_of(tile, read, device))
     norm, chosen, groups = operands_of(block, tile)
     programs, program_rows = backward_programs(device, norm.rows_per_group, tile)
     incoming = rows_of(grad_output), rows_of(grad_residual_out)
@@ -156,7 +158,8 @@ def row_norm_backward(
     kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
     launch(kernel, groups * programs, tile, device, norm, chosen, *incoming, sums, output, programs, program_rows)
     if apart:
-        tile = strip_tile(columns)
+        tile, read = strip_tile(columns), (block.input, block.gate, grad_output)
+        tile = tile._replace(stages=stages_of(tile, read, device))
         norm, chosen, groups = operands_of(block, tile)
         strips = triton.cdiv(columns, tile.block)
         programs, program_rows = strip_programs(device, norm.rows_per_group, groups * strips, tile)
