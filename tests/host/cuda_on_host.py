@@ -109,6 +109,17 @@ def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, out
     _module().bias_act_backward(_KINDS[input.dtype], _operands(tensors, **options))
 
 
+def dyt_forward(input, alpha, weight, bias, output):
+    tensors = {"input": input, "alpha": _wide(alpha), "weight": _wide(weight), "bias": _wide(bias), "output": output}
+    _module().dyt_forward(_KINDS[input.dtype], _operands(tensors))
+
+
+def dyt_backward(grad_output, input, alpha, weight, grad_input, grad_alpha, grad_weight, grad_bias):
+    tensors = {"grad_output": grad_output, "input": input, "alpha": _wide(alpha), "weight": _wide(weight)}
+    tensors |= {"grad_input": grad_input, "grad_alpha": grad_alpha, "grad_weight": grad_weight, "grad_bias": grad_bias}
+    _module().dyt_backward(_KINDS[input.dtype], _operands(tensors))
+
+
 def _channels(tensors: dict[str, Tensor | None], samples: int, channels: int, **options: Any) -> dict[str, Any]:
     named = {name: (t.data_ptr(), [0]) for name, t in tensors.items() if t is not None}
     size = tensors["input"].numel() // (samples * channels)
