@@ -57,11 +57,11 @@ void dyt_backward(const DytBackward& a, int64_t row, int64_t begin, int64_t end,
     sweep<S>(n, [&](int64_t offset, auto lanes, auto slot) {
       const int64_t j = j0 + offset;
       Vec<S> x = load(input + j, lanes), g = load(grad_output + j, lanes);
-      const TanhAndSlope<Vec<S>> t(alpha * x);
-      if (grad_weight) store(grad_weight + j, load(grad_weight + j, lanes) + g * t.value, lanes);
+      Vec<S> t = value_of<T>(Tanh{}, alpha * x);
+      if (grad_weight) store(grad_weight + j, load(grad_weight + j, lanes) + g * t, lanes);
       if (grad_bias) store(grad_bias + j, load(grad_bias + j, lanes) + g, lanes);
       if (weight) g = g * load(weight + j, lanes);
-      Vec<S> s = g * t.slope;
+      Vec<S> s = g * (Vec<S>(1.0) - t * t);
       if (grad_input.row) grad_input.put(j, alpha * s, lanes);
       sum.part[slot.index] += s * x;
     });

@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(block_threads)
       load<VEC>(a.input.row<const T>(row) + j, x);
       load<VEC>(a.grad_output.row<const T>(row) + j, g);
       for (int i = 0; i < VEC; ++i) {
-        const TanhAndSlope<float> t(alpha * x[i]);
-        weight_sum[i] += g[i] * t.value;
+        const float t = Tanh::value(alpha * x[i]);
+        weight_sum[i] += g[i] * t;
         bias_sum[i] += g[i];
-        const float s = g[i] * weight[i] * t.slope;
+        const float s = g[i] * weight[i] * (1 - t * t);
         alpha_sum += s * x[i];
         x[i] = alpha * s;
       }

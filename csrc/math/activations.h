@@ -187,23 +187,6 @@ struct Tanh {
   }
 };
 
-// tanh(x) and 1 - tanh(x)^2 from one exponential, for a block that needs both: with m = exp(-2 |x|) - 1 these are -m /
-// (m
-// + 2), with the sign of x, and 4 (m + 1) / (m + 2)^2. The slope is as exact as a difference from 1 is, not as
-// Tanh::derivative, which keeps its digits where it is nearly 0.
-template <class T>
-struct TanhAndSlope {
-  T value, slope;
-
-  CKPT_HD explicit TanhAndSlope(T x) {
-    T m = expm1_nonpositive(T(-2) * abs(x));
-    T r = T(1) / (m + T(2));
-    T t = m * r;
-    value = select(x > T(0), -t, t);
-    slope = T(4) * (m + T(1)) * (r * r);
-  }
-};
-
 struct Hardswish {
   template <class T>
   CKPT_HD static T value(T x) {

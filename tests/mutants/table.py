@@ -306,13 +306,6 @@ CUDA = (
         _EDGES.format("cuda_on_host and dyt and 7x1x16"),
     ),
     Mutant(
-        "the slope of tanh is divided by m + 2 once",
-        "csrc/math/activations.h",
-        "slope = T(4) * (m + T(1)) * «(r * r)»;",
-        "r",
-        _EDGES.format("native and dyt and 7x1x16"),
-    ),
-    Mutant(
         "bias_act writes its output again without the dropout factor, on CUDA",
         "csrc/cuda/bias_act_kernels.cuh",
         "«drop<VEC>(a, row, j, y);»\n    store<VEC>(a.output.row<T>(row) + j, y);\n  }\n  differentiate",

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import expm1_nonpositive, tanh
+from .activations import tanh
 from .glu import shape_of, tile_of
 from .launch import element_tile, launch, matrix_of, processors, sums_tile
 from .row_norm_tiles import load_coefficient, load_rows, store_rows
@@ -26,16 +26,6 @@ class Sums(NamedTuple):
     alpha: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-
-
-@triton.jit
-def tanh_and_slope(x):
-    """tanh(x) and 1 - tanh(x)^2 from one exponential: with m = exp(-2 |x|) - 1 these are -m / (m + 2), with the sign of
-    x, and 4 (m + 1) / (m + 2)^2."""
-    m = expm1_nonpositive(-2.0 * tl.abs(x))
-    r = 1.0 / (m + 2.0)
-    t = m * r
-    return tl.where(x > 0, -t, t), 4.0 * (m + 1.0) * (r * r)
 
 
 @triton.jit
@@ -66,8 +56,8 @@ def dyt_backward_kernel(
         mask = (row < end) & (column < columns)
         g = load_rows(dy.data, dy.stride, row, column, mask)
         u = load_rows(x.data, x.stride, row, column, mask)
-        t, slope = tanh_and_slope(alpha * u)
-        s = g * w * slope
+        t = tanh(alpha * u)
+        s = g * w * (1.0 - t * t)
         if dx.data is not None:
             store_rows(dx.data, dx.stride, row, column, mask, alpha * s)
         # Where the mask is off g and x are 0, and so is all that is summed.
