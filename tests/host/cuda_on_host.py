@@ -50,7 +50,7 @@ def _operands(tensors: dict[str, Tensor | None], **options: Any) -> dict[str, An
 
 def _levels(t: Tensor) -> list[int]:
     if t.dim() < 4:
-        return [t.stride(0)]
+        return [t.stride(0) if t.dim() else 0]
     return [t.stride(0), t.shape[2], t.shape[1], t.stride(2), t.stride(1)]
 
 
