@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import tanh
+from .activations import tanh, tanh_grad
 from .glu import shape_of, tile_of
 from .launch import element_tile, launch, matrix_of, processors, sums_tile
 from .row_norm_tiles import load_coefficient, load_rows, store_rows
@@ -57,7 +57,8 @@ def dyt_backward_kernel(
         g = load_rows(dy.data, dy.stride, row, column, mask)
         u = load_rows(x.data, x.stride, row, column, mask)
         t = tanh(alpha * u)
-        s = g * w * (1.0 - t * t)
+        # More exact than 1 - t * t, which has the rounding of t.
+        s = g * w * tanh_grad(alpha * u)
         if dx.data is not None:
             store_rows(dx.data, dx.stride, row, column, mask, alpha * s)
         # Where the mask is off g and x are 0, and so is all that is summed.
