@@ -39,6 +39,9 @@ class DyT(nn.Module):
     Errors and source: `functional.dyt`.
     """
 
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(
         self,
         num_features: int,
