@@ -194,7 +194,7 @@ def _of_nvidia(compiled: Any) -> _Binary:
     accesses = re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", code)
     widths = [int(count or 1) * int(bits) // 8 for count, bits in accesses]
     # Copies to shared memory, of steps of a loop that are to come.
-    widths += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*\], (\w+), \w+;", code)]
+    widths += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*\], (0x\w+)", code)]
     instructions = len(re.findall(r"^\s+(?!\.)[^/\n]*;", code, re.MULTILINE))
     return _Binary(used["REG"], used["STACK"], used["LOCAL"], used["SHARED"], widths, instructions)
 

@@ -296,8 +296,8 @@ class discard_outputs(contextlib.ContextDecorator):
 
     Args:
         module: the one whose forward pass runs within.
-        products: matrix products too, where it is `bias_act`, `glu` or `packed_glu` that reads them. They run again in
-            the backward pass. Of biases copies are kept.
+        products: matrix products too, where it is `bias_act`, `dyt`, `glu` or `packed_glu` that reads them. They run
+            again in the backward pass. Of biases copies are kept.
         temporaries: also what is made of a tensor that nothing keeps, such as the sum in `relu(norm(x) + y)`. That is
             right if no such tensor is written to where autograd does not see it, under `no_grad` or by way of
             `detach()`: it cannot be told from the graph.

@@ -31,6 +31,7 @@ CALLED = {
     "InstanceNorm3d": "instance_norm",
     "GLU": "glu",
     "BiasAct": "bias_act",
+    "DyT": "dyt",
     "NormLinear": "norm_linear",
     "ActLinear": "act_linear",
     "MLP": "mlp",

@@ -148,6 +148,7 @@ _IMAGES: dict[str, Callable[[_Shapes], Any]] = {
 _OF: dict[str, dict[str, Callable[[_Shapes], Any]]] = {
     **dict.fromkeys(CHANNELS, _IMAGES),
     "bias_act": {**_ROWS, "bias": lambda s: s.maybe(s.columns)},
+    "dyt": {**_ROWS, "alpha": lambda s: s.vector(1)},
     "packed_glu": {"input": lambda s: s.tensor(*s.lead, 2 * s.columns)},
     "norm_linear": {**_LINEAR, "weight": lambda s: s.tensor(3, s.columns)},
     "act_linear": {**_LINEAR, "weight": lambda s: s.tensor(3, s.columns)},

@@ -146,13 +146,14 @@ def op_arguments() -> dict[str, tuple]:
         "glu": (x, y, "silu"),
         "packed_glu": (x, "gelu", "interleaved"),
         "bias_act": (x, w, seed, "silu", 0.25),
+        "dyt": (x, random(1), w, b),
         "channel_norm": (x, y, random(4), random(4), None, None, 2, 1e-5, "silu"),
     }
 
 
 FORWARD_OPS = {
     name
-    for family in (ops.row_norm, ops.glu, ops.bias_act, ops.channel_norm)
+    for family in (ops.row_norm, ops.glu, ops.bias_act, ops.dyt, ops.channel_norm)
     for name, value in vars(family).items()
     if isinstance(value, ops.block.Block)
 }
@@ -232,6 +233,7 @@ MODULES = [
     (nn.ModulatedRMSNorm(16), torch.nn.RMSNorm(16)),
     (nn.GLU(), torch.nn.GLU()),
     (nn.BiasAct(16, activation="gelu"), nn.BiasAct(16)),
+    (nn.DyT(16, alpha_init=0.8), nn.DyT(16)),
     (nn.BatchNorm1d(16, activation="relu"), torch.nn.BatchNorm1d(16)),
     (nn.BatchNorm2d(16, activation="relu"), torch.nn.BatchNorm2d(16)),
     (nn.BatchNorm3d(16, activation="relu"), torch.nn.BatchNorm3d(16)),

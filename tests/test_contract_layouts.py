@@ -60,7 +60,7 @@ def test_no_rows_at_all(block: Block, backend: str) -> None:
     results = with_gradients(block.call, operands)
     for name, value in results.items():
         assert value.isfinite().all(), name
-        if name.removeprefix("grad ") in block.coefficients:
+        if name.removeprefix("grad ") in block.parameters:
             assert value.shape == operands[name.removeprefix("grad ")].shape and (value == 0).all()
 
 

@@ -36,7 +36,7 @@ def test_frozen_operands_never_raise_it(block: Block, frozen: str) -> None:
     operands = block.operands(ROWS, COLUMNS, torch.float32, DEVICE)
     everything = saved_bytes(block.call, **operands)
     for name, tensor in operands.items():
-        if (name in block.coefficients) == (frozen == "weights"):
+        if (name in block.parameters) == (frozen == "weights"):
             tensor.requires_grad_(False)
     assert saved_bytes(block.call, **operands) <= everything
 

@@ -14,7 +14,7 @@ from ckpt_kernels.catalogue.blocks import BLOCKS
 
 from .conftest import DEVICE, emulated, serving, unserved, where
 
-ELEMENTWISE = [block for block in BLOCKS if block.function in ("bias_act", "glu", "packed_glu")]
+ELEMENTWISE = [block for block in BLOCKS if block.function in ("bias_act", "dyt", "glu", "packed_glu")]
 
 
 def ordered(*order: int) -> Callable[[Tensor], Tensor]:
@@ -128,6 +128,7 @@ def test_the_dispatchers_path_and_the_compilers_know_the_strides(block: Block, l
     operands = tuple(operands_of(block, layout).values())
     options = {
         "bias_act": (*[None] * (3 - len(operands)), "silu", 0.0),
+        "dyt": (*[None] * (4 - len(operands)),),
         "glu": ("silu",),
         "packed_glu": ("silu", block.options.get("layout")),
     }[block.function]
@@ -135,11 +136,11 @@ def test_the_dispatchers_path_and_the_compilers_know_the_strides(block: Block, l
     backward = getattr(torch.ops.ckpt_kernels, f"{block.function}_backward").default
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(overload, (*operands, *options), test_utils=tests)
-    fast = getattr(ops.bias_act if block.function == "bias_act" else ops.glu, block.function)
-    tensors = options[: -len(fast.options._fields)]
+    fast = getattr(ops.glu if block.function == "packed_glu" else getattr(ops, block.function), block.function)
+    tensors = options[: len(options) - len(fast.options._fields)]
     output = fast(*operands, *tensors, fast.options(*options[len(tensors) :]))
     assert output.stride() == overload(*operands, *options).stride()
-    wanted = {"bias_act": [True, len(operands) > 1], "glu": [True, True], "packed_glu": [True]}[block.function]
+    wanted = [index < len(operands) for index in range(fast.differentiable)]
     for lay in INCOMING.values():
         grad_output = lay(torch.randn_like(output).detach(), output.detach())
         given = (grad_output, *(t.detach() for t in operands), *options, wanted)
@@ -180,6 +181,7 @@ BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
     "bias_act": lambda x: F.bias_act(x, activation="gelu"),
     "dropped": lambda x: F.bias_act(x, activation="gelu", dropout_p=0.5),
     "biased": lambda x: F.bias_act(x, x.new_ones(x.shape[-1]), activation="gelu"),
+    "dyt": lambda x: F.dyt(x, x.new_full((1,), 0.7), x.new_ones(x.shape[-1])),
     "glu": lambda x: F.glu(x, x.roll(1, 0)),
     "packed_glu": lambda x: F.packed_glu(torch.cat([x, x], -1)),
     "chain": lambda x: F.bias_act(F.bias_act(x, activation="silu"), activation="gelu"),

@@ -16,6 +16,7 @@ BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "rms_norm": lambda x: F.rms_norm(x, x.shape[1]),
     "add_rms_norm": lambda x: F.add_rms_norm(x, x.detach(), x.shape[1], activation="silu")[0],
     "bias_act": lambda x: F.bias_act(x, activation="silu"),
+    "dyt": lambda x: F.dyt(x, x.new_full((1,), 0.7)),
     "glu": lambda x: F.glu(x, x.detach()),
     "batch_norm": lambda x: F.batch_norm(x, x.detach()[0], x.detach()[1].square(), activation="silu"),
 }

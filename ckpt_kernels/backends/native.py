@@ -32,6 +32,9 @@ _SCHEMAS = (
     " -> ()",
     "bias_act_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor? seed, Tensor(a!)? grad_input,"
     " Tensor(b!)? grad_bias, Tensor(c!)? output, int activation, float dropout_p) -> ()",
+    "dyt_forward(Tensor input, Tensor alpha, Tensor? weight, Tensor? bias, Tensor(a!) output) -> ()",
+    "dyt_backward(Tensor grad_output, Tensor input, Tensor alpha, Tensor? weight, Tensor(a!)? grad_input,"
+    " Tensor(b!)? grad_alpha, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias) -> ()",
     "channel_moments(Tensor input, Tensor(a!) mean, Tensor(b!) squares, bool planes, int piece_rows) -> ()",
     "channel_statistics(Tensor means, Tensor squares, Tensor(a!) mean, Tensor(b!) var, int groups, int size,"
     " int piece_rows) -> ()",
@@ -144,6 +147,7 @@ glu_forward = _by_name(_ops.glu_forward.default, 0)
 glu_backward = _by_name(_ops.glu_backward.default, 0)
 bias_act_forward = _by_name(_ops.bias_act_forward.default, 1)
 bias_act_backward = _by_name(_ops.bias_act_backward.default, 1)
+dyt_forward, dyt_backward = _ops.dyt_forward.default, _ops.dyt_backward.default
 channel_moments = _ops.channel_moments.default
 channel_forward = _by_name(_ops.channel_forward.default, 0)
 channel_sums = _by_name(_ops.channel_sums.default, 1)

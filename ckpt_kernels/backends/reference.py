@@ -172,6 +172,17 @@ def bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation
     return dropout(ACTIVATIONS[activation](z), seed, dropout_p).to(input.dtype)
 
 
+def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """tanh(alpha * input) * weight + bias, where alpha has one element."""
+    x = input.to(compute_dtype(input.dtype))
+    output = torch.tanh(alpha.to(x.dtype).reshape(()) * x)
+    if weight is not None:
+        output = output * weight.to(x.dtype)
+    if bias is not None:
+        output = output + bias.to(x.dtype)
+    return output.to(input.dtype)
+
+
 def channel_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -352,6 +363,22 @@ def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, out
     _fill((grad_input, output), (dz, dropout(ACTIVATIONS[activation](z), seed, dropout_p)))
     if grad_bias is not None:
         grad_bias.copy_(dz.sum(0))
+
+
+def dyt_forward(input, alpha, weight, bias, output):
+    """`dyt` into output."""
+    _fill((output,), (dyt(input, alpha, weight, bias),))
+
+
+def dyt_backward(grad_output, input, alpha, weight, grad_input, grad_alpha, grad_weight, grad_bias):
+    """The gradients of `dyt`: with t = tanh(alpha * x) and s = grad * weight * (1 - t**2), the gradient of alpha * x,
+    d x = alpha * s, d alpha is the sum of s * x, d weight and d bias are those of grad * t and of grad over rows."""
+    dy, x = (t.to(compute_dtype(input.dtype)) for t in (grad_output, input))
+    scale = alpha.to(x.dtype).reshape(())
+    t = torch.tanh(scale * x)
+    s = slope("tanh", scale * x, dy if weight is None else dy * weight.to(x.dtype))
+    gradients = (s * scale, (s * x).sum(), (dy * t).sum(0), dy.sum(0))
+    _fill((grad_input, grad_alpha, grad_weight, grad_bias), gradients)
 
 
 def _channels(matrix: Tensor, planes: bool, samples: int, channels: int) -> Tensor:

@@ -26,11 +26,12 @@ class Block:
     """One public function with one choice of options.
 
     `call` is ours, `eager` the same in eager torch; both take the operands by name and return a tuple of `outputs`
-    tensors. `rows` have the block's shape, or twice its columns where they are `packed`; `coefficients` are vectors, as
-    long as the columns or, where there are `channels`, as the second dimension; `samples` have a row for each index of
-    the first dimension. `kept` names what may be kept for backward ("output 1" is the second output); `statistics`
-    tells how many numbers beside these, for an input of (samples, tokens or channels, ...). `gradients` is how many
-    tensors of the block's shape the backward pass writes, if not one for each of `rows`.
+    tensors. `rows` have the block's shape, or twice its columns where they are `packed`; `numbers` have one element;
+    `coefficients` are vectors, as long as the columns or, where there are `channels`, as the second dimension;
+    `samples` have a row for each index of the first dimension. `kept` names what may be kept for backward ("output 1"
+    is the second output); `statistics` tells how many numbers beside these, for an input of (samples, tokens or
+    channels, ...). `gradients` is how many tensors of the block's shape the backward pass writes, if not one for each
+    of `rows`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Block:
     call: Function
     eager: Function
     rows: Sequence[str] = ("input",)
+    numbers: Sequence[str] = ()
     coefficients: Sequence[str] = ("weight", "bias")
     samples: Sequence[str] = ()
     packed: bool = False
@@ -50,11 +52,17 @@ class Block:
     gradients: int | None = None
 
     def operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
-        """Random operands, all wanting gradients, the coefficients as parameters; `lead` has two dimensions or more."""
+        """Random operands, all wanting gradients; `lead` has two dimensions or more."""
         shapes = {name: (*lead, 2 * columns if self.packed else columns) for name in self.rows}
+        shapes |= {name: (1,) for name in self.numbers}
         shapes |= {name: (lead[1] if self.channels else columns,) for name in self.coefficients}
         shapes |= {name: (lead[0], *[1] * (len(lead) - 1), columns) for name in self.samples}
-        return random_operands(shapes, self.coefficients, dtype, device, seed)
+        return random_operands(shapes, self.parameters, dtype, device, seed)
+
+    @property
+    def parameters(self) -> Sequence[str]:
+        """Operands that are a module's parameters."""
+        return (*self.numbers, *self.coefficients)
 
     @property
     def forward(self) -> Traffic:

@@ -142,6 +142,14 @@ def bias_act(input: Tensor, bias: Tensor | None = None, *, activation: str, drop
     return _dropout(ACT[activation](input if bias is None else input + bias), dropout_p)
 
 
+@block("dyt", numbers=("alpha",), statistics=_NO_NORM["statistics"])
+def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """tanh(alpha * input) * weight + bias"""
+    output = torch.tanh(alpha * input)
+    output = output if weight is None else output * weight
+    return output if bias is None else output + bias
+
+
 _BATCH: dict[str, Any] = {"channels": True, "statistics": lambda samples, channels: 2 * channels}
 
 
@@ -213,6 +221,8 @@ BLOCKS = (
     replace(bias_act("bias_act (silu, no bias)", activation="silu"), coefficients=()),
     bias_act("bias_act (relu)", activation="relu"),
     bias_act("bias_act (identity)", activation="identity"),
+    dyt("dyt"),
+    replace(dyt("dyt (alpha alone)"), coefficients=()),
     batch_norm("batch_norm"),
     batch_norm("batch_norm+relu", activation="relu"),
     add_batch_norm("batch_norm+add+relu", activation="relu"),

@@ -19,6 +19,7 @@ import torch
 
 from .bias_act import bias_act
 from .channel_norm import batch_norm, group_norm, instance_norm
+from .dyt import dyt
 from .glu import glu, packed_glu
 from .linear import act_linear, gated_mlp, mlp, norm_linear
 from .row_norm import (
@@ -37,6 +38,7 @@ __all__ = [
     "add_rms_norm",
     "batch_norm",
     "bias_act",
+    "dyt",
     "gated_mlp",
     "gated_rms_norm",
     "glu",

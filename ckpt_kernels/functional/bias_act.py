@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
-from .checks import check_device, check_tensor, dropout_seed, shape_of
+from .checks import check_last, check_tensor, dropout_seed
 
 
 def bias_act(
@@ -57,13 +57,7 @@ def bias_act(
     if plan is not None:
         return plan(input, bias, dropout_seed(input, dropout_p, training)[1] if dropout_p and training else None)
     check_tensor(input, "input", nested=True)
-    if bias is not None:
-        check_tensor(bias, "bias")
-        check_device(bias, "bias", input)
-        if input.dim() == 0 or shape_of(bias) != shape_of(input)[-1:]:
-            raise RuntimeError(
-                f"bias has shape {shape_of(bias)}; expected that of the last dimension of {shape_of(input)}"
-            )
+    check_last(bias, "bias", input)
     name = activation_name(activation)
     p, seed = dropout_seed(input, dropout_p, training)
     if not input.is_nested:

@@ -152,6 +152,18 @@ def check_coefficient(
         raise RuntimeError(f"{argument} has shape {shape_of(tensor)}; expected {shape}")
 
 
+def check_last(tensor: Tensor | None, argument: str, input: Tensor) -> None:
+    """A weight or bias for each element of the last dimension."""
+    if tensor is None:
+        return
+    check_tensor(tensor, argument)
+    check_device(tensor, argument, input)
+    if input.dim() == 0 or shape_of(tensor) != shape_of(input)[-1:]:
+        raise RuntimeError(
+            f"{argument} has shape {shape_of(tensor)}; expected that of the last dimension of {shape_of(input)}"
+        )
+
+
 def check_modulation(tensor: Tensor, argument: str, input: Tensor, normalized_shape: int | Sequence[int]) -> None:
     check_tensor(tensor, argument)
     check_device(tensor, argument, input)

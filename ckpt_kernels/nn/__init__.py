@@ -11,6 +11,7 @@ from .channel_norm import (
     InstanceNorm3d,
     SyncBatchNorm,
 )
+from .dyt import DyT
 from .glu import GLU
 from .linear import MLP, ActLinear, GatedMLP, NormLinear
 from .row_norm import AddLayerNorm, AddRMSNorm, GatedRMSNorm, LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
@@ -25,6 +26,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BiasAct",
+    "DyT",
     "GatedMLP",
     "GatedRMSNorm",
     "GroupNorm",

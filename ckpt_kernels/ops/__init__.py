@@ -1,11 +1,12 @@
 """One file a family: a block declared once. Which backend computes is not known here."""
 
-from . import bias_act, block, channel_norm, glu, linear, nested, operands, row_norm, sharding, sync_batch_norm
+from . import bias_act, block, channel_norm, dyt, glu, linear, nested, operands, row_norm, sharding, sync_batch_norm
 
 __all__ = [
     "bias_act",
     "block",
     "channel_norm",
+    "dyt",
     "glu",
     "linear",
     "nested",

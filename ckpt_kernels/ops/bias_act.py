@@ -8,7 +8,6 @@ seed, not its mask.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import backends
@@ -19,9 +18,11 @@ from .operands import (
     as_matrices,
     as_result_of,
     column_sum,
+    computed_in,
     contiguous,
     elementwise_empty,
     in_dtypes_of,
+    last_columns,
     overwritten,
     vector,
     wide,
@@ -53,8 +54,8 @@ class _BiasAct(Block):
     def forward(self, input: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options) -> tuple[Tensor]:
         output = elementwise_empty(input)
         if output.numel():
-            target = _by_rows(output, bias, seed)
-            rows, output_rows = _matrices(bias, seed, target, input, target)
+            lying, target = computed_in(output, input.shape, _ordered(input, bias, seed))
+            rows, output_rows = _matrices(bias, seed, lying, input, target)
             backends.select(input).bias_act_forward(rows, vector(bias), seed, output_rows, *options)
             if target is not output:
                 output.copy_(target)
@@ -84,10 +85,7 @@ class _BiasAct(Block):
         grad_input = _empty_gradient(grad_output, kept, options) if wanted[0] else None
         grad_bias = wide(bias, reference.compute_dtype(kept.dtype)) if wanted[1] else None
         if kept.numel():
-            # Only its strides count where no gradient is written to it.
-            like = torch.empty(kept.shape, device="meta") if grad_input is None else grad_input
-            lying = _by_rows(like, bias, seed)
-            target = None if grad_input is None else lying
+            lying, target = computed_in(grad_input, kept.shape, _ordered(kept, bias, seed))
             rows, kept_rows, grad_rows = _matrices(bias, seed, lying, grad_output, kept, target)
             added = None if options.activation in SIGNED_BY_OUTPUT else vector(bias)
             backend = backends.select(kept)
@@ -111,7 +109,7 @@ class _BiasAct(Block):
     def composition(self, input: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options) -> tuple[Tensor]:
         if seed is None:
             return (reference.bias_act(input, bias, seed, *options),)
-        columns = _columns(input)
+        columns = last_columns(input)
         rows = input.reshape(input.numel() // max(columns, 1), columns)
         return (reference.bias_act(rows, bias, seed, *options).reshape(input.shape),)
 
@@ -135,23 +133,14 @@ class _BiasAct(Block):
 bias_act = _BiasAct()
 
 
-def _columns(input: Tensor) -> int:
-    return input.shape[-1] if input.dim() else 1
-
-
-def _by_rows(target: Tensor, bias: Tensor | None, seed: Tensor | None) -> Tensor:
-    """What `target` is computed in, by rows: itself where its order in memory will do, else a contiguous tensor.
-
-    A dropout mask goes by rows and columns of the shape, whatever the strides are, a bias by columns.
-    """
-    if seed is None and (bias is None or target.stride(-1) == 1):
-        return target
-    return target if target.is_contiguous() else contiguous(target)
+def _ordered(input: Tensor, bias: Tensor | None, seed: Tensor | None) -> int:
+    """How many of the last dimensions go by the shape: a dropout mask by rows and columns, a bias by columns."""
+    return input.dim() if seed is not None else 0 if bias is None else 1
 
 
 def _matrices(bias: Tensor | None, seed: Tensor | None, lying: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """By rows of the last dimension, which the bias and the dropout go by, where there is one of these."""
-    return as_matrices(lying, *tensors, columns=None if bias is None and seed is None else _columns(lying))
+    return as_matrices(lying, *tensors, columns=None if bias is None and seed is None else last_columns(lying))
 
 
 def _empty_gradient(grad_output: Tensor, kept: Tensor, options: Options) -> Tensor:

@@ -1,7 +1,7 @@
 """A block, declared once: its op, the op of its gradients, their schemas, autograd rules and recipe follow from it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,16 +9,20 @@ from torch import Tensor
 from .. import recompute
 from ..backends import reference
 from .operands import contiguous
-from .registration import Registered
+from .registration import Registered, joined
 
 _SCHEMA_TYPES = {int: "SymInt", float: "float", bool: "bool", str: "str"}
+
+
+class NoOptions(NamedTuple):
+    """Those of a block that is all said by its tensors."""
 
 
 class Block(Registered):
     """The op of a block. A subclass says what the block is:
 
     - `name`, and `operands`: the tensors' schema; the first `differentiable` of them have gradients.
-    - `options`: a NamedTuple class of all that is not a tensor.
+    - `options`: a NamedTuple class of all that is not a tensor, if there is any.
     - `results`: their names; see `Registered` for how many a call returns, and how many have gradients.
     - `kept`, `kept_options`: schema and options of what the gradient needs, where this is not operands and options.
     - `elementwise`: whether it goes element by element, so that products which it reads are worth running again where
@@ -32,7 +36,7 @@ class Block(Registered):
     name: str
     operands: str
     differentiable: int
-    options: type
+    options: type = NoOptions
     results: Sequence[str] = ("output",)
     kept: str | None = None
     kept_options: type | None = None
@@ -119,7 +123,7 @@ class _Gradient(Registered):
         self.differentiable_results = block.differentiable
         grads = [f"Tensor{'?' if i else ''} grad_{name}" for i, name in enumerate(block.results[: self._incoming])]
         results = [f"grad_{operand.split()[-1]}" for operand in block.operands.split(", ")[: block.differentiable]]
-        options = f"{_schema(block.kept_options)}, bool[] wanted"
+        options = joined(_schema(block.kept_options), "bool[] wanted")
         super().__init__(f"{block.name}_backward", ", ".join((*grads, block.kept)), options, results)
 
     def _parted(self, method: Callable[..., Any], arguments: Sequence[Any]) -> Any:

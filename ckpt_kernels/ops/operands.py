@@ -62,6 +62,24 @@ def as_matrices(like: Tensor, *tensors: Tensor | None, columns: int | None = Non
     return [None if t is None else as_rows(t, columns) for t in permuted]
 
 
+def computed_in(result: Tensor | None, shape: Sequence[int], dims: int) -> tuple[Tensor, Tensor | None]:
+    """What a dense result of that shape is computed in where its last `dims` dimensions go by the shape: itself if its
+    strides say so too, else a contiguous tensor. Twice, for `as_matrices` and for the kernel: where nobody wants the
+    result the kernel has none, and of the first only the strides count."""
+    if result is None:
+        return torch.empty(shape, device="meta"), None
+    if not result.is_contiguous():
+        order = memory_order(result.stride())
+        if order[len(order) - dims :] != list(range(len(order) - dims, len(order))):
+            result = contiguous(result)
+    return result, result
+
+
+def last_columns(tensor: Tensor) -> int:
+    """The length of the last dimension."""
+    return tensor.shape[-1] if tensor.dim() else 1
+
+
 def memory_order(strides: Sequence[int]) -> list[int]:
     """The dimensions of a dense tensor from the outermost to the innermost."""
     return sorted(range(len(strides)), key=strides.__getitem__, reverse=True)

@@ -55,7 +55,8 @@ class Registered:
         self._tensors = tensors.count(",") + 1
         self._results = len(results)
         outcome = ", ".join(f"Tensor {name}" for name in results)
-        _library.define(f"{name}({tensors}, {options}) -> {f'({outcome})' if len(results) > 1 else 'Tensor'}")
+        outcome = f"({outcome})" if len(results) > 1 else "Tensor"
+        _library.define(f"{name}({joined(tensors, options)}) -> {outcome}")
         _library.impl(name, self._implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ckpt_kernels::{name}", self._fake, lib=_library)
         _library.impl(name, self._composed, "FuncTorchBatched")
@@ -160,6 +161,11 @@ class Registered:
     def _with_autograd(self, keyset: torch._C.DispatchKeySet, *flat: Any) -> Any:
         """What `torch.library.register_autograd` makes does: but that loses tangents, and torch.func refuses it."""
         return self._composed(*flat) if is_transformed() else self._differentiated(keyset, *flat)
+
+
+def joined(*arguments: str) -> str:
+    """Parts of a schema, of which some may be empty."""
+    return ", ".join(filter(None, arguments))
 
 
 def autograd_apply(name: str, forward: Callable[..., Any], backward: Callable[..., tuple]) -> Callable[..., Any]:

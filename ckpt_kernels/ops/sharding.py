@@ -38,6 +38,11 @@ def channels_of_input(tensor: Tensor, arguments: Sequence[Any]) -> Sequence[int 
     return (1,)
 
 
+def of_no_dim(tensor: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
+    """Of a number that every process has."""
+    return (None,) * tensor.dim()
+
+
 def seed(tensor: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
     """A dropout's, from which shards count on, so that they drop different elements, and replicas the same."""
     return (None,)

@@ -4,6 +4,7 @@
 
 #include "../bias_act.h"
 #include "../channel_norm.h"
+#include "../dyt.h"
 #include "../glu.h"
 #include "../row_norm.h"
 
@@ -31,6 +32,11 @@ struct BiasActLoops {
   void (*forward)(const BiasActForward&, int64_t row, int64_t begin, int64_t end);
   void (*backward)(const BiasActBackward&, int64_t row, int64_t begin, int64_t end, void* grad_bias);
 };
+struct DytLoops {
+  void (*forward)(const DytForward&, int64_t row, int64_t begin, int64_t end);
+  void (*backward)(const DytBackward&, int64_t row, int64_t begin, int64_t end, double* grad_alpha, void* grad_weight,
+                   void* grad_bias);
+};
 struct ChannelNormLoops {
   // From begin to end count planes, or pieces of rows where channels are last.
   void (*moments)(const ChannelMoments&, int64_t begin, int64_t end);
@@ -48,6 +54,7 @@ struct SumLoops {
   X(RowNormLoops, row_norm_loops)         \
   X(GluLoops, glu_loops)                  \
   X(BiasActLoops, bias_act_loops)         \
+  X(DytLoops, dyt_loops)                  \
   X(ChannelNormLoops, channel_norm_loops) \
   X(SumLoops, sum_loops)
 

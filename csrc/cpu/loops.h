@@ -3,6 +3,7 @@
 
 #include "bias_act_rows.h"
 #include "channel_norm_rows.h"
+#include "dyt_rows.h"
 #include "glu_rows.h"
 #include "row_norm_rows.h"
 #include "sum_rows.h"

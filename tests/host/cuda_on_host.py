@@ -50,7 +50,7 @@ def _operands(tensors: dict[str, Tensor | None], **options: Any) -> dict[str, An
 
 def _levels(t: Tensor) -> list[int]:
     if t.dim() < 4:
-        return [t.stride(0)]
+        return [t.stride(0) if t.dim() else 0]
     return [t.stride(0), t.shape[2], t.shape[1], t.stride(2), t.stride(1)]
 
 
@@ -107,6 +107,17 @@ def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, out
     tensors |= {"grad_input": grad_input, "grad_bias": grad_bias, "output": output}
     options = {"activation": CODES[activation], "dropout_p": dropout_p}
     _module().bias_act_backward(_KINDS[input.dtype], _operands(tensors, **options))
+
+
+def dyt_forward(input, alpha, weight, bias, output):
+    tensors = {"input": input, "alpha": _wide(alpha), "weight": _wide(weight), "bias": _wide(bias), "output": output}
+    _module().dyt_forward(_KINDS[input.dtype], _operands(tensors))
+
+
+def dyt_backward(grad_output, input, alpha, weight, grad_input, grad_alpha, grad_weight, grad_bias):
+    tensors = {"grad_output": grad_output, "input": input, "alpha": _wide(alpha), "weight": _wide(weight)}
+    tensors |= {"grad_input": grad_input, "grad_alpha": grad_alpha, "grad_weight": grad_weight, "grad_bias": grad_bias}
+    _module().dyt_backward(_KINDS[input.dtype], _operands(tensors))
 
 
 def _channels(tensors: dict[str, Tensor | None], samples: int, channels: int, **options: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 
 #include "../../csrc/cuda/bias_act_kernels.cuh"
 #include "../../csrc/cuda/channel_norm_launch.cuh"
+#include "../../csrc/cuda/dyt_kernels.cuh"
 #include "../../csrc/cuda/glu_kernels.cuh"
 #include "../../csrc/cuda/row_norm_launch.cuh"
 
@@ -152,6 +153,39 @@ void bias_act_backward(int kind, py::dict named) {
                    [&](auto storage) { launch_bias_act<decltype(storage)>(a, grad_bias, sums.data(), host_launch); });
 }
 
+void read(const Operands& operands, Dyt& a) {
+  a.rows = operands.option<int64_t>("rows", 0);
+  a.columns = operands.option<int64_t>("columns", 0);
+  a.input = operands.rows("input");
+  a.alpha = operands.data("alpha");
+  a.weight = operands.data("weight");
+  a.bias = operands.data("bias");
+}
+
+void dyt_forward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  DytForward a;
+  read(operands, a);
+  a.output = operands.rows("output");
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_dyt<decltype(storage)>(a, host_launch); });
+}
+
+void dyt_backward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  DytBackward a;
+  read(operands, a);
+  a.grad_output = operands.rows("grad_output");
+  a.grad_input = operands.rows("grad_input");
+  const auto gradient = [&](const char* name) { return static_cast<float*>(operands.data(name)); };
+  const DytSums gradients{gradient("grad_alpha"), gradient("grad_weight"), gradient("grad_bias")};
+  std::vector<float> alpha(alpha_sums_of(a), NAN), weight(PartialSums(a.rows, a.rows).elements(a.columns), NAN);
+  std::vector<float> bias = weight;
+  const DytSums sums{gradients.alpha ? alpha.data() : nullptr, gradients.weight ? weight.data() : nullptr,
+                     gradients.bias ? bias.data() : nullptr};
+  dispatch_storage(ScalarKind(kind),
+                   [&](auto storage) { launch_dyt<decltype(storage)>(a, gradients, sums, host_launch); });
+}
+
 void read(const Operands& operands, ChannelNorm& a) {
   a.planes = operands.option<bool>("planes", true);
   a.samples = operands.option<int64_t>("samples", 0);
@@ -221,6 +255,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("glu_backward", &glu_backward);
   m.def("bias_act_forward", &bias_act_forward);
   m.def("bias_act_backward", &bias_act_backward);
+  m.def("dyt_forward", &dyt_forward);
+  m.def("dyt_backward", &dyt_backward);
   m.def("channel_moments", &channel_moments);
   m.def("channel_forward", &channel_forward);
   m.def("channel_sums", &channel_sums);

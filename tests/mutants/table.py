@@ -292,6 +292,20 @@ CUDA = (
         "tests/test_channel_norm.py -k 'every_shape and cuda_on_host and 131'",
     ),
     Mutant(
+        "alpha's gradient is that of alpha * x, without x",
+        "csrc/cpu/dyt_rows.h",
+        "sum.part[slot.index] += s * x;",
+        "sum.part[slot.index] += s;",
+        _EDGES.format("native and dyt and 7x1x16"),
+    ),
+    Mutant(
+        "alpha's gradient is that of a block's first thread",
+        "csrc/cuda/dyt_kernels.cuh",
+        "alpha_sum = Team<false>::sum(alpha_sum);",
+        ";",
+        _EDGES.format("cuda_on_host and dyt and 7x1x16"),
+    ),
+    Mutant(
         "bias_act writes its output again without the dropout factor, on CUDA",
         "csrc/cuda/bias_act_kernels.cuh",
         "«drop<VEC>(a, row, j, y);»\n    store<VEC>(a.output.row<T>(row) + j, y);\n  }\n  differentiate",
@@ -329,6 +343,13 @@ TRITON = (
         "g = g * factor",
         "g = g",
         "tests/test_bias_act.py -k 'dropout_gradients and triton'",
+    ),
+    Mutant(
+        "alpha's gradient is that of alpha * x, without x, in Triton",
+        "ckpt_kernels/backends/triton/dyt.py",
+        "dalpha += s * u",
+        "dalpha += s",
+        _EDGES.format("triton and dyt and 7x1x16"),
     ),
     Mutant(
         "glu writes its output again without the gate, in Triton",

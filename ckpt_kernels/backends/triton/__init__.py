@@ -6,6 +6,7 @@ from triton import knobs
 from ..reference import channel_backward_coefficients, channel_coefficients, channel_statistics
 from .bias_act import bias_act_backward, bias_act_forward
 from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
+from .dyt import dyt_backward, dyt_forward
 from .glu import glu_backward, glu_forward
 from .row_norm import row_norm_backward, row_norm_forward
 
@@ -19,6 +20,8 @@ __all__ = [
     "channel_moments",
     "channel_statistics",
     "channel_sums",
+    "dyt_backward",
+    "dyt_forward",
     "glu_backward",
     "glu_forward",
     "row_norm_backward",

@@ -13,6 +13,7 @@ from ..blocks import RowNorm, RowNormGradients, RowNormOptions
 from . import launch
 from .bias_act import bias_act_backward, bias_act_forward
 from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
+from .dyt import dyt_backward, dyt_forward
 from .glu import glu_backward, glu_forward
 from .row_norm import row_norm_backward, row_norm_forward
 
@@ -83,6 +84,9 @@ def _elementwise(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
         backward = (bias_act_backward, x, x, bias, given, x)
         yield from _variants(f"{name} backward", columns, *backward, _tensor(columns), None, "gelu", p)
         yield from _variants(f"{name} backward and output", columns, *backward, None, x, "gelu", p)
+    alpha, dw = _tensor(1, dtype=dtype), _tensor(columns)
+    yield from _variants("dyt forward", columns, dyt_forward, x, alpha, bias, bias, x)
+    yield from _variants("dyt backward", columns, dyt_backward, x, x, alpha, bias, x, _tensor(1), dw, dw)
 
 
 def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:

@@ -1,0 +1,115 @@
+"""The DyT kernels: tanh(alpha * x) * weight + bias, and how they are launched.
+
+Backward, with t = tanh(alpha * x), g the incoming gradient and s = g * w * (1 - t^2), the gradient of alpha * x:
+dx = alpha * s; dalpha is the sum of s * x, dw and db are those of g * t and of g over rows. A program works on tiles of
+ROWS rows by BLOCK columns; backward it takes a run of rows of one strip of columns, and has its part of the sums in
+registers.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import tanh, tanh_grad
+from .glu import shape_of, tile_of
+from .launch import element_tile, launch, matrix_of, processors, sums_tile
+from .row_norm_tiles import load_coefficient, load_rows, store_rows
+
+
+class Sums(NamedTuple):
+    """Partial sums in float32, which the caller adds up: of alpha's gradient one number a program, of those of weight
+    and bias a row of columns for each run of rows."""
+
+    alpha: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@triton.jit
+def dyt_forward_kernel(x, ALPHA, W, B, y, shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, _, column, mask = tile_of(shape, ROWS, BLOCK)
+    alpha = tl.load(ALPHA).to(tl.float32)
+    w = load_coefficient(W, 0, shape.columns, column, 1.0)
+    b = load_coefficient(B, 0, shape.columns, column, 0.0)
+    t = tanh(alpha * load_rows(x.data, x.stride, row, column, mask))
+    store_rows(y.data, y.stride, row, column, mask, t * w + b)
+
+
+@triton.jit
+def dyt_backward_kernel(
+    dy, x, ALPHA, W, dx, sums, shape, program_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    columns = shape.columns
+    share = (tl.program_id(0) // shape.column_tiles).to(tl.int64)
+    column = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    end = tl.minimum((share + 1) * program_rows, shape.rows)
+    alpha = tl.load(ALPHA).to(tl.float32)
+    w = load_coefficient(W, 0, columns, column, 1.0)
+    dalpha = tl.zeros((ROWS, BLOCK), tl.float32)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(share * program_rows, end, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < end) & (column < columns)
+        g = load_rows(dy.data, dy.stride, row, column, mask)
+        u = load_rows(x.data, x.stride, row, column, mask)
+        t = tanh(alpha * u)
+        # More exact than 1 - t * t, which has the rounding of t.
+        s = g * w * tanh_grad(alpha * u)
+        if dx.data is not None:
+            store_rows(dx.data, dx.stride, row, column, mask, alpha * s)
+        # Where the mask is off g and x are 0, and so is all that is summed.
+        dalpha += s * u
+        dw += g * t
+        db += g
+    place = share * columns + column
+    if sums.alpha is not None:
+        tl.store(sums.alpha + tl.program_id(0), tl.sum(dalpha))
+    if sums.weight is not None:
+        tl.store(sums.weight + place, tl.sum(dw, 0)[None, :], mask=column < columns)
+    if sums.bias is not None:
+        tl.store(sums.bias + place, tl.sum(db, 0)[None, :], mask=column < columns)
+
+
+def dyt_forward(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None, output: Tensor) -> None:
+    """`backends.reference.dyt` into output."""
+    tile = element_tile(input.shape[1])
+    shape = shape_of(input, tile)
+    operands = (matrix_of(input), alpha, weight, bias, matrix_of(output), shape)
+    launch(dyt_forward_kernel, triton.cdiv(shape.rows, tile.rows) * shape.column_tiles, tile, input.device, *operands)
+
+
+def dyt_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    alpha: Tensor,
+    weight: Tensor | None,
+    grad_input: Tensor | None,
+    grad_alpha: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """The gradients of `dyt`; all sums in a fixed order."""
+    device, tile = input.device, sums_tile(input.shape[1])
+    shape = shape_of(input, tile)
+    row_tiles = triton.cdiv(shape.rows, tile.rows)
+    # No more runs of rows than fill the device: each has sums of its own.
+    program_rows = triton.cdiv(row_tiles, triton.cdiv(8 * processors(device), shape.column_tiles)) * tile.rows
+    runs = triton.cdiv(shape.rows, program_rows)
+    programs = runs * shape.column_tiles
+    gradients = (grad_alpha, grad_weight, grad_bias)
+    sizes = (programs,), (runs, shape.columns), (runs, shape.columns)
+    sums = Sums(
+        *(
+            None if gradient is None else torch.empty(size, dtype=torch.float32, device=device)
+            for gradient, size in zip(gradients, sizes, strict=True)
+        )
+    )
+    operands = (matrix_of(grad_output), matrix_of(input), alpha, weight, matrix_of(grad_input))
+    launch(dyt_backward_kernel, programs, tile, device, *operands, sums, shape, program_rows)
+    for gradient, partial in zip(gradients, sums, strict=True):
+        if gradient is not None:
+            torch.sum(partial, 0, out=gradient.view(partial.shape[1:]))

@@ -1,0 +1,82 @@
+"""DyT as a module."""
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from .. import functional as F
+from .extras import extras, recorded
+
+
+class DyT(nn.Module):
+    r"""Dynamic tanh, in the place of a norm, as one block, with the input's strides.
+
+    .. math::
+        y = \tanh(\alpha x) \odot w + b
+
+    Args:
+        num_features: N, the length of the input's last dimension.
+        alpha_init: where alpha starts.
+        elementwise_affine: whether there are a weight, which starts at 1, and a bias, which starts at 0.
+        bias: whether there is a bias where there is a weight.
+        device, dtype: of the parameters.
+
+    Shape:
+        `(*, N)` to the same. Parameters, named as the paper's code names them: `alpha`, `(1)`, `weight` and `bias`,
+        `(N)`.
+
+    Kept for backward:
+        The input.
+
+    Example:
+        >>> block = ckpt_kernels.nn.DyT(64, alpha_init=0.8)
+        >>> block
+        DyT(64, alpha_init=0.8)
+        >>> x = torch.randn(8, 64)
+        >>> torch.allclose(block(x), torch.tanh(0.8 * x), atol=1e-6)
+        True
+
+    Errors and source: `functional.dyt`.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha_init: float = 0.5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.alpha_init = alpha_init
+        self.elementwise_affine = elementwise_affine
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
+            values = torch.empty(num_features, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """An alpha of `alpha_init`, weights of 1 and biases of 0."""
+        nn.init.constant_(self.alpha, self.alpha_init)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
+            return call
+        return F.dyt(input, self.alpha, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}" + extras(
+            alpha_init=(self.alpha_init, 0.5),
+            elementwise_affine=(self.elementwise_affine, True),
+            bias=(self.bias is not None, self.elementwise_affine),
+        )
