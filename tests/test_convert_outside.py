@@ -465,6 +465,8 @@ def test_an_mlp_under_autocast_keeps_no_more(level: str) -> None:
 def test_data_that_is_written_to_between_calls(make: Callable[[], nn.Module]) -> None:
     """Eager torch keeps nothing of an input that wants no gradient."""
     model = nn.Sequential(make(), nn.Linear(WIDTH, WIDTH)).to(DEVICE)
+    if DEVICE != "cpu" and isinstance(model[0], nn.RMSNorm):
+        pytest.skip("on a GPU torch's own RMSNorm keeps its input")
     ckpt_kernels.convert(model)
     data, loss = rows(), torch.zeros((), device=DEVICE)
     for factor in (1, 2):

@@ -19,7 +19,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-HEADER = pathlib.Path(__file__).parent.parent / "csrc" / "cpu" / "polynomials.h"
+ROOT = pathlib.Path(__file__).parent.parent
+HEADER = ROOT / "csrc" / "cpu" / "polynomials.h"
+TRITON = ROOT / "ckpt_kernels" / "backends" / "triton" / "activations.py"
 
 Function = Callable[[Tensor], Tensor]
 MultiplyAdd = Callable[[Tensor | float, Tensor | float, Tensor | float], Tensor]
@@ -31,8 +33,8 @@ class Polynomial:
 
     Of all such polynomials with the `fixed` coefficients (by power), p is the one whose greatest |p - target| * weight
     is least. `float32(x, coefficients, multiply_add)` computes the function in float32 for `arguments`; `truth` is the
-    function in float64. The coefficients in use are the array `name` of csrc/cpu/polynomials.h, without the `fixed`
-    ones.
+    function in float64. The coefficients in use are what is `written` under `name`: an array of csrc/cpu/polynomials.h,
+    without the `fixed` ones, or Triton's of that function.
     """
 
     name: str
@@ -45,10 +47,11 @@ class Polynomial:
     truth: Function
     arguments: tuple[float, float]
     fixed: dict[int, float] = field(default_factory=dict)
+    written: Callable[[str], list[float]] = lambda name: coefficients(name)
 
     def in_use(self) -> list[float]:
         """The coefficients by rising powers, as the compiler rounds them to float32."""
-        return [*self.fixed.values(), *rounded(coefficients(self.name))]
+        return [*self.fixed.values(), *rounded(self.written(self.name))]
 
 
 def coefficients(name: str) -> list[float]:
@@ -216,6 +219,14 @@ def _tail_by_t(t: Tensor) -> Tensor:
     return _tail_over_bell((1 / t - 1) / 0.33)
 
 
+def _tail(a: Tensor) -> Tensor:
+    return 0.5 * torch.special.erfc(a / math.sqrt(2))
+
+
+def _log2_tail(a: Tensor) -> Tensor:
+    return torch.log2(torch.special.erfcx(a / math.sqrt(2))) - 1 - a * a / (2 * math.log(2))
+
+
 def _relative(target: Function) -> Function:
     return lambda x: 1 / target(x).abs()
 
@@ -276,12 +287,37 @@ POLYNOMIALS = {
         (0.0, 14.0),
     ),
 }
+
+
+def tritons(function: str) -> list[float]:
+    """The coefficients of Horner's rule in a function of Triton's, by rising powers, without the constant one."""
+    body = TRITON.read_text().partition(f"def {function}(")[2].partition("\n@triton.jit")[0]
+    first, *rest = re.findall(r"^    p = (.*)$", body, re.MULTILINE)
+    signed = [first.partition(" *")[0], *(line.replace(" ", "") for line in (first, *rest))]
+    falling = [float(re.search(r"[+-]?[\d.]+(?:e-\d+)?$", text)[0]) for text in signed]
+    return falling[-2::-1]
+
+
+# Triton's, for the value and the slope of gelu: relative where the tail matters for itself, absolute where it is added.
+LOG2_NORMAL_TAIL = Polynomial(
+    "normal_cdf",
+    _log2_tail,
+    lambda a: _tail(a) + 0.004,
+    0,
+    6,
+    10,
+    lambda a, values, multiply_add: torch.exp2(horner(values, a, multiply_add)),
+    _tail,
+    (0.0, 6.0),
+    {0: -1.0},
+    tritons,
+)
 # The far tail, of probabilities below 1e-9, is less accurate than the rest.
 POLYNOMIALS["normal tail up to 6"] = replace(POLYNOMIALS["normal tail"], arguments=(0.0, 6.0))
 
 
 def main() -> None:
-    for function, p in POLYNOMIALS.items():
+    for function, p in (POLYNOMIALS | {"Triton's normal tail": LOG2_NORMAL_TAIL}).items():
         found, used = remez(p), p.in_use()
         print(f"{function}: {p.name}, degree {p.degree}, over [{p.low:.4g}, {p.high:.4g}]")
         for power, (ours, theirs) in enumerate(zip(rounded(found), used, strict=True)):

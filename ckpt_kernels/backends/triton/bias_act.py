@@ -12,13 +12,13 @@ from torch import Tensor
 from .activations import activate, differentiate
 from .glu import shape_of, tile_of
 from .launch import column_sum_tile, dropout_of, element_tile, launch, matrix_of, processors
-from .row_norm_tiles import dropout_factor, load_bias, load_rows, store_rows
+from .row_norm_tiles import dropout_factor, load_coefficient, load_rows, store_rows
 
 
 @triton.jit
 def bias_act_forward_kernel(x, B, dropout, y, shape, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, start, column, mask = tile_of(shape, ROWS, BLOCK)
-    z = load_rows(x.data, x.stride, row, column, mask) + load_bias(B, 0, 0, column, column < shape.columns)
+    z = load_rows(x.data, x.stride, row, column, mask) + load_coefficient(B, 0, 0, column, column < shape.columns, 0.0)
     result = activate(z, ACTIVATION)
     if dropout.seed is not None:
         result = result * dropout_factor(dropout, row, start, ROWS, BLOCK)
@@ -36,7 +36,7 @@ def bias_act_backward_kernel(
     start = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
     end = tl.minimum((share + 1) * program_rows, shape.rows)
-    b = load_bias(B, 0, 0, column, column < columns)
+    b = load_coefficient(B, 0, 0, column, column < columns, 0.0)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in range(share * program_rows, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]

@@ -32,8 +32,8 @@ class Sums(NamedTuple):
 def dyt_forward_kernel(x, ALPHA, W, B, y, shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, _, column, mask = tile_of(shape, ROWS, BLOCK)
     alpha = tl.load(ALPHA).to(tl.float32)
-    w = load_coefficient(W, 0, shape.columns, column, 1.0)
-    b = load_coefficient(B, 0, shape.columns, column, 0.0)
+    w = load_coefficient(W, 0, 0, column, column < shape.columns, 1.0)
+    b = load_coefficient(B, 0, 0, column, column < shape.columns, 0.0)
     t = tanh(alpha * load_rows(x.data, x.stride, row, column, mask))
     store_rows(y.data, y.stride, row, column, mask, t * w + b)
 
@@ -47,7 +47,7 @@ def dyt_backward_kernel(
     column = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     end = tl.minimum((share + 1) * program_rows, shape.rows)
     alpha = tl.load(ALPHA).to(tl.float32)
-    w = load_coefficient(W, 0, columns, column, 1.0)
+    w = load_coefficient(W, 0, 0, column, column < columns, 1.0)
     dalpha = tl.zeros((ROWS, BLOCK), tl.float32)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)

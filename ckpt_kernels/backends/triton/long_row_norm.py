@@ -8,7 +8,7 @@ from .row_norm_tiles import (
     add_residual,
     affine_gradient,
     finish,
-    load_bias,
+    load_coefficient,
     load_operand,
     load_rows,
     load_scale,
@@ -72,7 +72,7 @@ def long_row_norm_forward_kernel(
         else:
             u = load_rows(RESIDUAL_OUT, columns, row, column, mask)
         w = load_scale(norm, group, column, there)
-        b = load_bias(norm.bias, group, columns, column, there)
+        b = load_coefficient(norm.bias, group, columns, column, there, 0.0)
         finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask)
 
 
@@ -96,7 +96,7 @@ def long_row_norm_backward_kernel(
             column = start + lane
             live, there, mask = masks(norm, chosen, row, end, column)
             w = load_scale(norm, group, column, there)
-            b = load_bias(norm.bias, group, columns, column, there)
+            b = load_coefficient(norm.bias, group, columns, column, there, 0.0)
             x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
             seen = seen_by_weight(norm, chosen, x_hat)
             g = affine_gradient(norm, chosen, grad_output, seen, w, b, gradients.gate, row, column, mask)
@@ -113,7 +113,7 @@ def long_row_norm_backward_kernel(
                 column = start + lane
                 live, there, mask = masks(norm, chosen, row, end, column)
                 w = load_scale(norm, group, column, there)
-                b = load_bias(norm.bias, group, columns, column, there)
+                b = load_coefficient(norm.bias, group, columns, column, there, 0.0)
                 x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
                 seen = seen_by_weight(norm, chosen, x_hat)
                 g = affine_gradient(norm, chosen, grad_output, seen, w, b, None, row, column, mask)
@@ -138,7 +138,7 @@ def row_norm_strip_kernel(
     column = (tl.program_id(0) % strips).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     there = masks(norm, chosen, begin, end, column)[1]
     w = load_scale(norm, group, column, there)
-    b = load_bias(norm.bias, group, columns, column, there)
+    b = load_coefficient(norm.bias, group, columns, column, there, 0.0)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     for first in tl.range(begin, end, ROWS, num_stages=chosen.stages):

@@ -27,7 +27,7 @@ from .row_norm_tiles import (
     add_residual,
     affine_gradient,
     finish,
-    load_bias,
+    load_coefficient,
     load_operand,
     load_scale,
     load_statistics,
@@ -71,7 +71,7 @@ def row_norm_forward_kernel(
         rstd = tl.rsqrt(variance + norm.eps)
         store_statistics(norm, mean, rstd, row, live)
     w = load_scale(norm, group, column, there)
-    b = load_bias(norm.bias, group, columns, column, there)
+    b = load_coefficient(norm.bias, group, columns, column, there, 0.0)
     finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask)
 
 
@@ -95,7 +95,7 @@ def row_norm_backward_kernel(
     column = tl.arange(0, BLOCK)[None, :]
     there = masks(norm, chosen, begin, end, column)[1]
     w = load_scale(norm, group, column, there)
-    b = load_bias(norm.bias, group, columns, column, there)
+    b = load_coefficient(norm.bias, group, columns, column, there, 0.0)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     per_column = 1.0 / columns

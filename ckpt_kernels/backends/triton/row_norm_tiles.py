@@ -125,13 +125,13 @@ def load_scale(norm, group, column, there):
 
 
 @triton.jit
-def load_bias(B, group, columns, column, there):
-    """A group's bias, or 0."""
-    if B is None:
-        b = tl.full(column.shape, 0.0, tl.float32)
+def load_coefficient(C, group, columns, column, there, default):
+    """A group's row of coefficients; `default` where there are none."""
+    if C is None:
+        c = tl.full(column.shape, default, tl.float32)
     else:
-        b = load_at(B + group * columns + column, there)
-    return b
+        c = load_at(C + group * columns + column, there)
+    return c
 
 
 @triton.jit
