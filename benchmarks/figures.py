@@ -17,6 +17,7 @@ COLORS = {
     "ours, output": "#3182bd",
     "ours, all": "#08306b",
     "ours, output, compiled": "#7b5fc0",
+    "ours (triton)": "#0b3c75",
     "checkpoint": "#e6550d",
     "torch.compile": "#31a354",
     "torch.compile, budget 0.9": "#8cc878",

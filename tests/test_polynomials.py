@@ -121,7 +121,7 @@ def test_tritons_logarithm_of_the_normal_tail_is_what_the_script_finds() -> None
     """Its coefficients are within 1e-3 of their size of those found, and no less accurate in float32 than it says."""
     p = LOG2_NORMAL_TAIL
     used, found = p.in_use(), remez(p, 5_001)
-    assert all(abs(a - b) <= 1e-3 * abs(b) for a, b in zip(found, used, strict=True)), list(zip(found, used))
+    assert all(abs(a - b) <= 1e-3 * abs(b) for a, b in zip(found, used, strict=True)), (found, used)
     assert greatest_error(p, used, 20_001) <= 1.05 * greatest_error(p, rounded(found), 20_001)
     stated = float(re.findall(r"([\d.e-]+) of the tail's size", TRITON.read_text())[0])
     x = torch.linspace(-6, 0, 100_001, dtype=torch.float32).double()
