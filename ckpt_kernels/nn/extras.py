@@ -1,6 +1,6 @@
 """What the modules share: settings checked, and settings told, and how torch.fx sees a module."""
 
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ def weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
     From where they are registered; whatever puts something in their place takes them from there, or lays it over them
     in the module's own attributes.
     """
-    kind: Any = type(module)
     own = module.__dict__
-    if not torch.compiler.is_compiling() and _has_plain_parameters(kind) and not ("weight" in own or "bias" in own):
+    if not torch.compiler.is_compiling() and _searches_as_torch(type(module)) and not ("weight" in own or "bias" in own):
         registered = module._parameters
         try:
             return registered["weight"], registered["bias"]
@@ -36,10 +35,28 @@ def weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
     return module.weight, module.bias
 
 
-@functools.lru_cache(maxsize=1024)
-def _has_plain_parameters(kind: Any) -> bool:
-    """Whether a module of this class finds its weight and bias the way that torch's modules find a parameter."""
-    return kind.__getattr__ is nn.Module.__getattr__ and not any(hasattr(kind, name) for name in ("weight", "bias"))
+_search, _search_of_objects = nn.Module.__getattr__, object.__getattribute__
+# What the classes of this package and their bases define, as it is at any time. These classes live as long as the
+# process; of others nothing is remembered, which would keep them alive.
+_namespaces: dict[type, tuple[Mapping[str, Any], ...]] = {}
+
+
+def _searches_as_torch(kind: Any) -> bool:
+    """Whether a module of this class finds its weight and bias the way that torch's modules find a parameter.
+
+    Asked at each call: a class may be given a property later on.
+    """
+    if kind.__getattr__ is not _search or kind.__getattribute__ is not _search_of_objects:
+        return False
+    namespaces = _namespaces.get(kind)
+    if namespaces is None:
+        if kind.__module__.startswith(__package__) and "<locals>" not in kind.__qualname__:
+            _namespaces[kind] = tuple([base.__dict__ for base in kind.__mro__])
+        return not (hasattr(kind, "weight") or hasattr(kind, "bias"))
+    for names in namespaces:
+        if "weight" in names or "bias" in names:
+            return False
+    return True
 
 
 def recorded(module: nn.Module, *inputs: Any) -> Proxy | None:
