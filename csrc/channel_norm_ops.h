@@ -53,8 +53,7 @@ struct ChannelNormOps {
 
   static ChannelCoefficients coefficients_of(const Operands& operands, const Tensor& t, int64_t count,
                                              const ChannelNorm& a) {
-    STD_TORCH_CHECK(t.size(0) == count && (t.size(1) == 1 || t.size(1) == a.samples) &&
-                        t.size(2) == a.channels,
+    STD_TORCH_CHECK(t.size(0) == count && (t.size(1) == 1 || t.size(1) == a.samples) && t.size(2) == a.channels,
                     "expected ", count, " coefficients for each channel");
     return {operands.numbers("coefficients", t, count * t.size(1) * a.channels), t.size(1) != 1};
   }

@@ -22,9 +22,7 @@ struct RowNormOperands : Operands<typename Device::Tensor> {
   RowNormOperands(RowNorm& a, const Tensor& input, const OptionalTensor& gate, const OptionalTensor& weight,
                   const OptionalTensor& bias, const OptionalTensor& seed, const OptionalTensor& mean,
                   const Tensor& rstd, double weight_offset, double dropout_p)
-      : Operands<Tensor>("input", input),
-        weight(*this, "weight", weight, weight_offset),
-        bias(*this, "bias", bias, 0) {
+      : Operands<Tensor>("input", input), weight(*this, "weight", weight, weight_offset), bias(*this, "bias", bias, 0) {
     STD_TORCH_CHECK(input.dim() > 0 && input.numel() > 0, "input has no rows");
     a.columns = input.size(input.dim() - 1);
     a.rows = input.numel() / a.columns;

@@ -26,7 +26,11 @@ def weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
     in the module's own attributes.
     """
     own = module.__dict__
-    if not torch.compiler.is_compiling() and _searches_as_torch(type(module)) and not ("weight" in own or "bias" in own):
+    if (
+        not torch.compiler.is_compiling()
+        and _searches_as_torch(type(module))
+        and not ("weight" in own or "bias" in own)
+    ):
         registered = module._parameters
         try:
             return registered["weight"], registered["bias"]
