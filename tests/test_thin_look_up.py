@@ -149,6 +149,33 @@ def test_hooks_that_unpack_a_lazy_negation() -> None:
     assert torch.equal(gradient(), by_the_full_path)
 
 
+LINEAR: dict[str, Callable[..., Tensor]] = {
+    "norm_linear": lambda x, w, v, n, **how: functional.norm_linear(x, 64, n, n, w, activation="gelu", **how),
+    "act_linear": lambda x, w, v, n, **how: functional.act_linear(x, w, **how),
+    "mlp": lambda x, w, v, n, **how: functional.mlp(x, w, None, v, None, **how),
+    "gated_mlp": lambda x, w, v, n, **how: functional.gated_mlp(x, w, w, v, **how),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("level", ["block", "output", "all"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_linear_layers_whose_hooks_unpack_a_lazy_negation(name: str, level: str, frozen: bool) -> None:
+    x, w, v, n = (torch.randn(shape) for shape in ((8, 64), (32, 64), (16, 32), (64,)))
+    for tensor in (w, v) if frozen else (x, w, v, n):
+        tensor.requires_grad_()
+    wanted = [t for t in (x, w, v, n) if t.requires_grad]
+
+    def gradients(output: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+
+    expected = gradients(LINEAR[name](x, w, v, n, recompute=level))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: -t.detach(), torch._neg_view):
+        output = LINEAR[name](x, w, v, n, recompute=level)
+    for a, b in zip(gradients(output), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 class _FunctionMode(torch.overrides.TorchFunctionMode):
     def __init__(self, raises: type[BaseException] | None = None) -> None:
         super().__init__()

@@ -19,48 +19,45 @@ def probability(dropout: float) -> float:
     return dropout
 
 
+_search, _search_of_objects = nn.Module.__getattr__, object.__getattribute__
+_kept_namespaces: dict[type, tuple[Mapping[str, Any], ...]] = {}
+
+
 def weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """Both parameters, without torch's search for an attribute, which costs as much as a small kernel.
 
     From where they are registered; whatever puts something in their place takes them from there, or lays it over them
-    in the module's own attributes.
+    in the module's own attributes, or in its class, which may change at any time.
     """
+    kind: Any = type(module)
     own = module.__dict__
     if (
         not torch.compiler.is_compiling()
-        and _searches_as_torch(type(module))
+        and kind.__getattr__ is _search
+        and kind.__getattribute__ is _search_of_objects
         and not ("weight" in own or "bias" in own)
     ):
-        registered = module._parameters
-        try:
-            return registered["weight"], registered["bias"]
-        except KeyError:
-            pass
+        for names in _kept_namespaces.get(kind) or _namespaces(kind):
+            if "weight" in names or "bias" in names:
+                break
+        else:
+            registered = module._parameters
+            try:
+                return registered["weight"], registered["bias"]
+            except KeyError:
+                pass
     return module.weight, module.bias
 
 
-_search, _search_of_objects = nn.Module.__getattr__, object.__getattribute__
-# What the classes of this package and their bases define, as it is at any time. These classes live as long as the
-# process; of others nothing is remembered, which would keep them alive.
-_namespaces: dict[type, tuple[Mapping[str, Any], ...]] = {}
+def _namespaces(kind: type) -> tuple[Mapping[str, Any], ...]:
+    """What a class and its bases define, as it is at any time.
 
-
-def _searches_as_torch(kind: Any) -> bool:
-    """Whether a module of this class finds its weight and bias the way that torch's modules find a parameter.
-
-    Asked at each call: a class may be given a property later on.
+    Kept for the classes of this package, which live as long as the process does; others would be kept alive.
     """
-    if kind.__getattr__ is not _search or kind.__getattribute__ is not _search_of_objects:
-        return False
-    namespaces = _namespaces.get(kind)
-    if namespaces is None:
-        if kind.__module__.startswith(__package__) and "<locals>" not in kind.__qualname__:
-            _namespaces[kind] = tuple([base.__dict__ for base in kind.__mro__])
-        return not (hasattr(kind, "weight") or hasattr(kind, "bias"))
-    for names in namespaces:
-        if "weight" in names or "bias" in names:
-            return False
-    return True
+    found = tuple([base.__dict__ for base in kind.__mro__])
+    if kind.__module__.startswith(f"{__package__}.") and "<locals>" not in kind.__qualname__:
+        _kept_namespaces[kind] = found
+    return found
 
 
 def recorded(module: nn.Module, *inputs: Any) -> Proxy | None:
