@@ -13,45 +13,47 @@ struct BiasActOps {
   using Tensor = typename Device::Tensor;
   using OptionalTensor = std::optional<Tensor>;
 
-  static void set_operands(BiasAct& a, const Tensor& input, const OptionalTensor& seed, int64_t activation,
-                           double dropout_p) {
+  using Operands = ckpt::Operands<Tensor>;
+
+  static void set_operands(BiasAct& a, const Operands& operands, const Tensor& input, const OptionalTensor& seed,
+                           int64_t activation, double dropout_p) {
     STD_TORCH_CHECK(input.dim() > 0, "expected rows");
     a.columns = input.size(input.dim() - 1);
     a.rows = a.columns ? input.numel() / a.columns : 0;
-    a.input = rows_of(input, a.rows, a.columns);
+    a.input = operands.rows("input", input, a.rows, a.columns);
     a.activation = int(activation);
-    a.dropout = dropout_of(seed, dropout_p);
+    a.dropout = operands.dropout("seed", seed, dropout_p);
   }
 
   static const void* checked(const typename Device::Coefficient& coefficient, const OptionalTensor& bias,
                              int64_t columns) {
-    STD_TORCH_CHECK(!bias || bias->numel() == columns, "expected a bias for every column");
+    STD_TORCH_CHECK(!bias || bias->numel() == columns, "bias has not an element for every column");
     return coefficient.data();
   }
 
   static void forward(Tensor input, OptionalTensor bias, OptionalTensor seed, Tensor output, int64_t activation,
                       double dropout_p) {
-    const ScalarKind kind = kind_of(input);
-    typename Device::Coefficient b(bias, kind, 0);
+    const Operands operands("input", input);
+    typename Device::Coefficient b(operands, "bias", bias, 0);
     BiasActForward a;
-    set_operands(a, input, seed, activation, dropout_p);
+    set_operands(a, operands, input, seed, activation, dropout_p);
     a.bias = checked(b, bias, a.columns);
-    a.output = rows_of(output, a.rows, a.columns);
-    Device::run_forward(a, input, kind);
+    a.output = operands.rows("output", output, a.rows, a.columns);
+    Device::run_forward(a, input, operands.kind);
   }
 
   static void backward(Tensor grad_output, Tensor input, OptionalTensor bias, OptionalTensor seed,
                        OptionalTensor grad_input, OptionalTensor grad_bias, OptionalTensor output, int64_t activation,
                        double dropout_p) {
-    const ScalarKind kind = kind_of(input);
-    typename Device::Coefficient b(bias, kind, 0);
+    const Operands operands("input", input);
+    typename Device::Coefficient b(operands, "bias", bias, 0);
     BiasActBackward a;
-    set_operands(a, input, seed, activation, dropout_p);
+    set_operands(a, operands, input, seed, activation, dropout_p);
     a.bias = checked(b, bias, a.columns);
-    a.grad_output = rows_of(grad_output, a.rows, a.columns);
-    a.grad_input = rows_of(grad_input, a.rows, a.columns);
-    a.output = rows_of(output, a.rows, a.columns);
-    Device::run_backward(a, input, kind, data_of(grad_bias, a.columns));
+    a.grad_output = operands.rows("grad_output", grad_output, a.rows, a.columns);
+    a.grad_input = operands.rows("grad_input", grad_input, a.rows, a.columns);
+    a.output = operands.rows("output", output, a.rows, a.columns);
+    Device::run_backward(a, input, operands.kind, operands.numbers("grad_bias", grad_bias, a.columns));
   }
 
   template <class Library>

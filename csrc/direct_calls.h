@@ -6,10 +6,13 @@
 
 extern "C" {
 
-// A tensor that somebody else keeps alive.
+// A tensor's dtype is a ckpt::ScalarKind or one of these.
+enum : int64_t { ckpt_int64 = 4, ckpt_other_dtype = -1 };
+
+// A tensor in the CPU's memory that somebody else keeps alive.
 struct CkptTensor {
-  void* data;
-  int64_t kind;  // ckpt::ScalarKind
+  void* data;  // null where its storage has no memory
+  int64_t dtype;
   int64_t dim;
   const int64_t* sizes;
   const int64_t* strides;

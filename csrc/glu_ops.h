@@ -13,38 +13,46 @@ struct GluOps {
   using Tensor = typename Device::Tensor;
   using OptionalTensor = std::optional<Tensor>;
 
-  static void set_operands(Glu& a, const Tensor& gate, const Tensor& value, int64_t activation) {
+  using Operands = ckpt::Operands<Tensor>;
+
+  static bool take_turns(const Rows& first, const Rows& second, ScalarKind kind) {
+    return static_cast<char*>(second.data) - static_cast<char*>(first.data) == size_of(kind) &&
+           first.stride == second.stride;
+  }
+
+  static void set_operands(Glu& a, const Operands& operands, const Tensor& gate, const Tensor& value,
+                           int64_t activation) {
     // What has another shape is in one piece, and one row.
     a.rows = gate.dim() == 2 ? gate.size(0) : 1;
     a.columns = gate.dim() == 2 ? gate.size(1) : gate.numel();
     a.step = gate.dim() == 2 && a.columns > 1 ? gate.stride(1) : 1;
-    if (a.step != 1) {
-      const int64_t element = static_cast<char*>(value.data_ptr()) - static_cast<char*>(gate.data_ptr());
-      STD_TORCH_CHECK(a.step == 2 && element == size_of(kind_of(gate)), "expected gate and value to take turns");
-    }
-    a.gate = a.step == 1 ? rows_of(gate, a.rows, a.columns) : rows_of(gate, a.rows, a.columns, a.step);
-    a.value = a.step == 1 ? rows_of(value, a.rows, a.columns) : rows_of(value, a.rows, a.columns, a.step);
+    a.gate = operands.rows("gate", gate, a.rows, a.columns, a.step);
+    a.value = operands.rows("value", value, a.rows, a.columns, a.step);
+    STD_TORCH_CHECK(a.step == 1 || (a.step == 2 && take_turns(a.gate, a.value, operands.kind)),
+                    "expected gate and value to take turns");
     a.activation = int(activation);
   }
 
   static void forward(Tensor gate, Tensor value, Tensor output, int64_t activation) {
+    const Operands operands("gate", gate);
     GluForward a;
-    set_operands(a, gate, value, activation);
-    a.output = rows_of(output, a.rows, a.columns);
-    Device::run_forward(a, gate, kind_of(gate));
+    set_operands(a, operands, gate, value, activation);
+    a.output = operands.rows("output", output, a.rows, a.columns);
+    Device::run_forward(a, gate, operands.kind);
   }
 
   static void backward(Tensor grad_output, Tensor gate, Tensor value, OptionalTensor grad_gate,
                        OptionalTensor grad_value, OptionalTensor output, int64_t activation) {
+    const Operands operands("gate", gate);
     GluBackward a;
-    set_operands(a, gate, value, activation);
-    a.grad_output = rows_of(grad_output, a.rows, a.columns);
-    a.grad_gate = a.step == 1 ? rows_of(grad_gate, a.rows, a.columns) : rows_of(grad_gate, a.rows, a.columns, a.step);
-    a.grad_value =
-        a.step == 1 ? rows_of(grad_value, a.rows, a.columns) : rows_of(grad_value, a.rows, a.columns, a.step);
-    a.output = rows_of(output, a.rows, a.columns);
-    STD_TORCH_CHECK(a.step == 1 || (a.grad_gate && a.grad_value), "expected both gradients where the two take turns");
-    Device::run_backward(a, gate, kind_of(gate));
+    set_operands(a, operands, gate, value, activation);
+    a.grad_output = operands.rows("grad_output", grad_output, a.rows, a.columns);
+    a.grad_gate = operands.rows("grad_gate", grad_gate, a.rows, a.columns, a.step);
+    a.grad_value = operands.rows("grad_value", grad_value, a.rows, a.columns, a.step);
+    a.output = operands.rows("output", output, a.rows, a.columns);
+    STD_TORCH_CHECK(a.step == 1 || take_turns(a.grad_gate, a.grad_value, operands.kind),
+                    "expected gradients that take turns as gate and value do");
+    Device::run_backward(a, gate, operands.kind);
   }
 
   template <class Library>

@@ -1,7 +1,9 @@
 // From torch's tensors to the plain operands of the kernels: shared by the CPU and the CUDA ops.
 //
-// The Python side has checked shapes, dtypes and devices and made every matrix (rows, columns) with contiguous
-// rows; what is checked here would otherwise read out of bounds. A tensor is of the type that the device's ops take.
+// The Python side has checked shapes, dtypes and devices of what a call was given, and made every matrix
+// (rows, columns) with contiguous rows. But the tensors of a backward pass come from whoever's hooks unpacked them, and
+// a parameter changes its dtype, or loses its memory, under whoever has kept it. So every operand is checked once more
+// where its address is taken, and the address is taken in one place.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -10,6 +12,7 @@
 
 #include <optional>
 
+#include "direct_calls.h"
 #include "math/dropout.h"
 #include "rows.h"
 
@@ -19,78 +22,128 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline ScalarKind kind_of(const Tensor& t) {
+// What a tensor holds, as CkptTensor has it.
+inline int64_t dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
-      return ScalarKind::float32;
+      return int64_t(ScalarKind::float32);
     case ScalarType::BFloat16:
-      return ScalarKind::bfloat16;
+      return int64_t(ScalarKind::bfloat16);
     case ScalarType::Half:
-      return ScalarKind::float16;
+      return int64_t(ScalarKind::float16);
     case ScalarType::Double:
-      return ScalarKind::float64;
+      return int64_t(ScalarKind::float64);
+    case ScalarType::Long:
+      return ckpt_int64;
     default:
-      STD_TORCH_CHECK(false, "input has a dtype that the native backend does not compute in");
+      return ckpt_other_dtype;
   }
 }
 
-template <class T>
-Rows rows_of(const T& t, int64_t rows, int64_t columns) {
-  if (t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (columns <= 1 || t.stride(1) == 1))
-    return {t.data_ptr(), t.stride(0)};
-  // In one piece, whatever its shape is.
-  STD_TORCH_CHECK(t.numel() == rows * columns && t.is_contiguous(), "expected a (", rows, ", ", columns,
-                  ") matrix with contiguous rows");
-  return {t.data_ptr(), columns};
+inline const char* name_of(int64_t dtype) {
+  constexpr const char* names[] = {"float32", "bfloat16", "float16", "float64", "int64"};
+  return dtype == ckpt_other_dtype ? "of another kind" : names[dtype];
 }
 
-template <class T>
-Rows rows_of(const std::optional<T>& t, int64_t rows, int64_t columns) {
-  return t ? rows_of(*t, rows, columns) : Rows{};
+// The address of the elements; null where there is no memory. If that was freed, the offset is all that torch tells.
+inline void* address_of(const Tensor& t, int64_t dtype) {
+  void* data = t.data_ptr();
+  const int64_t size = dtype == ckpt_int64 ? 8 : size_of(ScalarKind(dtype));
+  return reinterpret_cast<uintptr_t>(data) == uintptr_t(t.storage_offset() * size) ? nullptr : data;
 }
 
-// The same of a tensor that is read, which may also be (outer, middle, inner, columns).
-template <class T>
-Rows rows_as_they_lie(const T& t, int64_t rows, int64_t columns) {
-  if (t.dim() != 4) return rows_of(t, rows, columns);
-  STD_TORCH_CHECK(
-      t.size(0) * t.size(1) * t.size(2) == rows && t.size(3) == columns && (columns <= 1 || t.stride(3) == 1),
-      "expected ", rows, " contiguous rows of ", columns, " elements on three levels");
-  return {t.data_ptr(), t.stride(0), t.size(2), t.size(1), t.stride(2), t.stride(1)};
-}
+// -1 is no device that a library of kernels is for.
+inline int64_t device_of(const Tensor& t) { return t.get_device_index(); }
 
 template <class T>
-Rows rows_as_they_lie(const std::optional<T>& t, int64_t rows, int64_t columns) {
-  return t ? rows_as_they_lie(*t, rows, columns) : Rows{};
+ScalarKind kind_of(const char* name, const T& t) {
+  const int64_t dtype = dtype_of(t);
+  STD_TORCH_CHECK(dtype >= 0 && dtype < ckpt_int64, name, " has a dtype that the native backend does not compute in");
+  return ScalarKind(dtype);
 }
 
-// A matrix of every `step`-th element of a row.
+// Reads the operands of one call by name, with the checks without which something would be read or written that is
+// none of theirs. T is the type of tensor that the device's ops take.
 template <class T>
-Rows rows_of(const T& t, int64_t rows, int64_t columns, int64_t step) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (columns <= 1 || t.stride(1) == step),
-                  "expected a (", rows, ", ", columns, ") matrix of every ", step, "th element");
-  return {t.data_ptr(), t.stride(0)};
-}
+class Operands {
+ public:
+  // The first says which device all are on, and what the storage type is.
+  Operands(const char* name, const T& first)
+      : kind(kind_of(name, first)),
+        compute_kind(kind == ScalarKind::float64 ? kind : ScalarKind::float32),
+        name_(name),
+        device_(device_of(first)) {
+    STD_TORCH_CHECK(device_ >= 0, name, " is not on the device that this op is for");
+  }
 
-template <class T>
-Rows rows_of(const std::optional<T>& t, int64_t rows, int64_t columns, int64_t step) {
-  return t ? rows_of(*t, rows, columns, step) : Rows{};
-}
+  const ScalarKind kind, compute_kind;
 
-template <class T>
-void* data_of(const T& t, int64_t numel) {
-  STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous(), "expected ", numel, " contiguous elements");
-  return t.data_ptr();
-}
+  // The one place where an address is taken.
+  void* address(const char* name, const T& t, int64_t dtype) const {
+    STD_TORCH_CHECK(dtype_of(t) == dtype, name, " has dtype ", name_of(dtype_of(t)), "; expected ", name_of(dtype));
+    STD_TORCH_CHECK(device_of(t) == device_, name, " is on another device than ", name_);
+    void* found = address_of(t, dtype);
+    STD_TORCH_CHECK(found || t.numel() == 0, name, " has elements, but its data is not allocated yet");
+    return found;
+  }
 
-template <class T>
-void* data_of(const std::optional<T>& t, int64_t numel) {
-  return t ? data_of(*t, numel) : nullptr;
-}
+  // A matrix of the storage type whose rows are contiguous, or of every `step`-th element of a row.
+  Rows rows(const char* name, const T& t, int64_t rows, int64_t columns, int64_t step = 1) const {
+    void* data = address(name, t, int64_t(kind));
+    if (t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (columns <= 1 || t.stride(1) == step))
+      return {data, t.stride(0)};
+    // In one piece, whatever its shape is.
+    STD_TORCH_CHECK(step == 1 && t.numel() == rows * columns && t.is_contiguous(), name, " is no (", rows, ", ",
+                    columns, ") matrix with a step of ", step, " within rows");
+    return {data, columns};
+  }
 
-template <class T>
-Dropout dropout_of(const std::optional<T>& seed, double p) {
-  return seed ? Dropout::make(p, static_cast<const int64_t*>(data_of(seed, 1))) : Dropout{};
-}
+  // One that is read, which may also be (outer, middle, inner, columns).
+  Rows rows_as_they_lie(const char* name, const T& t, int64_t rows, int64_t columns) const {
+    if (t.dim() != 4) return this->rows(name, t, rows, columns);
+    void* data = address(name, t, int64_t(kind));
+    STD_TORCH_CHECK(
+        t.size(0) * t.size(1) * t.size(2) == rows && t.size(3) == columns && (columns <= 1 || t.stride(3) == 1), name,
+        " is no ", rows, " contiguous rows of ", columns, " elements on three levels");
+    return {data, t.stride(0), t.size(2), t.size(1), t.stride(2), t.stride(1)};
+  }
+
+  // So many elements in one piece, of the storage type.
+  void* elements(const char* name, const T& t, int64_t numel) const { return piece(name, t, numel, int64_t(kind)); }
+
+  // So many elements in one piece, of the compute type.
+  void* numbers(const char* name, const T& t, int64_t numel) const {
+    return piece(name, t, numel, int64_t(compute_kind));
+  }
+
+  Dropout dropout(const char* name, const std::optional<T>& seed, double p) const {
+    return seed ? Dropout::make(p, static_cast<const int64_t*>(piece(name, *seed, 1, ckpt_int64))) : Dropout{};
+  }
+
+  // The same of what may be missing.
+  template <class... Sizes>
+  Rows rows(const char* name, const std::optional<T>& t, Sizes... sizes) const {
+    return t ? rows(name, *t, sizes...) : Rows{};
+  }
+  Rows rows_as_they_lie(const char* name, const std::optional<T>& t, int64_t rows, int64_t columns) const {
+    return t ? rows_as_they_lie(name, *t, rows, columns) : Rows{};
+  }
+  void* elements(const char* name, const std::optional<T>& t, int64_t numel) const {
+    return t ? elements(name, *t, numel) : nullptr;
+  }
+  void* numbers(const char* name, const std::optional<T>& t, int64_t numel) const {
+    return t ? numbers(name, *t, numel) : nullptr;
+  }
+
+ private:
+  void* piece(const char* name, const T& t, int64_t numel, int64_t dtype) const {
+    void* data = address(name, t, dtype);
+    STD_TORCH_CHECK(t.numel() == numel && t.is_contiguous(), name, " is no ", numel, " contiguous elements");
+    return data;
+  }
+
+  const char* name_;
+  const int64_t device_;
+};
 
 }  // namespace ckpt

@@ -1,7 +1,7 @@
 // The row-norm ops of one device: their operands read into the plain structs of row_norm.h, which the device runs.
 //
 // Device has a type Tensor, add<&function>(library, name), and
-//   Coefficient(tensor, kind, offset).data(): a weight or bias in the compute type, with the offset added;
+//   Coefficient(operands, name, tensor, offset).data(): a weight or bias in the compute type, with the offset added;
 //   run_forward(block, input, kind), run_backward(block, grad_output, kind, grad_weight, grad_bias), which take a
 //   tensor for the device they are on.
 #pragma once
@@ -13,32 +13,32 @@ namespace ckpt {
 
 // What a block has both forward and backward; its coefficients in the compute type live as long as this.
 template <class Device>
-struct RowNormOperands {
+struct RowNormOperands : Operands<typename Device::Tensor> {
   using Tensor = typename Device::Tensor;
   using OptionalTensor = std::optional<Tensor>;
 
-  ScalarKind kind;
   typename Device::Coefficient weight, bias;
 
   RowNormOperands(RowNorm& a, const Tensor& input, const OptionalTensor& gate, const OptionalTensor& weight,
                   const OptionalTensor& bias, const OptionalTensor& seed, const OptionalTensor& mean,
                   const Tensor& rstd, double weight_offset, double dropout_p)
-      : kind(kind_of(input)), weight(weight, kind, weight_offset), bias(bias, kind, 0) {
+      : Operands<Tensor>("input", input), weight(*this, "weight", weight, weight_offset), bias(*this, "bias", bias, 0) {
+    STD_TORCH_CHECK(input.dim() > 0 && input.numel() > 0, "input has no rows");
     a.columns = input.size(input.dim() - 1);
     a.rows = input.numel() / a.columns;
-    a.input = rows_as_they_lie(input, a.rows, a.columns);
-    a.gate = rows_as_they_lie(gate, a.rows, a.columns);
-    a.mean = data_of(mean, a.rows);
-    a.rstd = data_of(rstd, a.rows);
+    a.input = this->rows_as_they_lie("input", input, a.rows, a.columns);
+    a.gate = this->rows_as_they_lie("gate", gate, a.rows, a.columns);
+    a.mean = this->numbers("mean", mean, a.rows);
+    a.rstd = this->numbers("rstd", rstd, a.rows);
     a.centered = mean.has_value();
     const int64_t groups = weight ? weight->numel() / a.columns : bias ? bias->numel() / a.columns : 1;
     STD_TORCH_CHECK(groups > 0 && a.rows % groups == 0, "expected weight and bias to divide the rows evenly");
-    STD_TORCH_CHECK(!weight || weight->numel() == groups * a.columns, "expected a weight for every column");
-    STD_TORCH_CHECK(!bias || bias->numel() == groups * a.columns, "expected a bias for every column");
+    STD_TORCH_CHECK(!weight || weight->numel() == groups * a.columns, "weight has not an element for every column");
+    STD_TORCH_CHECK(!bias || bias->numel() == groups * a.columns, "bias has not an element for every column");
     a.rows_per_group = a.rows / groups;
     a.weight = this->weight.data();
     a.bias = this->bias.data();
-    a.dropout = dropout_of(seed, dropout_p);
+    a.dropout = this->dropout("seed", seed, dropout_p);
   }
 };
 
@@ -53,18 +53,18 @@ struct RowNormOps {
                                int64_t activation, double weight_offset, bool cast_before_weight, double dropout_p,
                                bool gate_first, bool given_statistics) {
     RowNormForward a;
-    const RowNormOperands<Device> common(a, input, gate, weight, bias, seed, mean, rstd, weight_offset, dropout_p);
+    const RowNormOperands<Device> operands(a, input, gate, weight, bias, seed, mean, rstd, weight_offset, dropout_p);
     STD_TORCH_CHECK(bool(residual) == bool(residual_out), "expected both a residual and residual_out, or neither");
-    a.residual = rows_as_they_lie(residual, a.rows, a.columns);
-    a.output = rows_of(output, a.rows, a.columns);
-    a.residual_out = rows_of(residual_out, a.rows, a.columns);
+    a.residual = operands.rows_as_they_lie("residual", residual, a.rows, a.columns);
+    a.output = operands.rows("output", output, a.rows, a.columns);
+    a.residual_out = operands.rows("residual_out", residual_out, a.rows, a.columns);
     a.eps = eps;
     a.pre_activation = int(pre_activation);
     a.activation = int(activation);
     a.cast_before_weight = cast_before_weight;
     a.gate_first = gate_first;
     a.given_statistics = given_statistics;
-    Device::run_forward(a, input, common.kind);
+    Device::run_forward(a, input, operands.kind);
   }
 
   // Where there is a residual, `input` is the forward pass's sum; grad_residual is asked for only where it differs from
@@ -76,22 +76,22 @@ struct RowNormOps {
                                 OptionalTensor output, int64_t pre_activation, int64_t activation, double weight_offset,
                                 bool cast_before_weight, double dropout_p, bool gate_first) {
     RowNormBackward a;
-    const RowNormOperands<Device> common(a, input, gate, weight, bias, seed, mean, rstd, weight_offset, dropout_p);
+    const RowNormOperands<Device> operands(a, input, gate, weight, bias, seed, mean, rstd, weight_offset, dropout_p);
     const int64_t coefficients = a.rows / a.rows_per_group * a.columns;
-    a.grad_output = rows_as_they_lie(grad_output, a.rows, a.columns);
-    a.grad_residual_out = rows_as_they_lie(grad_residual_out, a.rows, a.columns);
-    a.grad_input = rows_of(grad_input, a.rows, a.columns);
-    a.grad_residual = rows_of(grad_residual, a.rows, a.columns);
-    a.grad_gate = rows_of(grad_gate, a.rows, a.columns);
-    a.output = rows_of(output, a.rows, a.columns);
+    a.grad_output = operands.rows_as_they_lie("grad_output", grad_output, a.rows, a.columns);
+    a.grad_residual_out = operands.rows_as_they_lie("grad_residual_out", grad_residual_out, a.rows, a.columns);
+    a.grad_input = operands.rows("grad_input", grad_input, a.rows, a.columns);
+    a.grad_residual = operands.rows("grad_residual", grad_residual, a.rows, a.columns);
+    a.grad_gate = operands.rows("grad_gate", grad_gate, a.rows, a.columns);
+    a.output = operands.rows("output", output, a.rows, a.columns);
     a.pre_activation = int(pre_activation);
     a.activation = int(activation);
     a.cast_before_weight = cast_before_weight;
     a.gate_first = gate_first;
     STD_TORCH_CHECK(!a.gate_first || bool(a.grad_input) == bool(a.grad_gate),
                     "expected both gradients or neither where the gate comes before the norm");
-    Device::run_backward(a, grad_output, common.kind, data_of(grad_weight, coefficients),
-                         data_of(grad_bias, coefficients));
+    Device::run_backward(a, grad_output, operands.kind, operands.numbers("grad_weight", grad_weight, coefficients),
+                         operands.numbers("grad_bias", grad_bias, coefficients));
   }
 
   template <class Library>

@@ -1,6 +1,6 @@
 """What the modules share: settings checked, and settings told, and how torch.fx sees a module."""
 
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,27 +19,45 @@ def probability(dropout: float) -> float:
     return dropout
 
 
+_search, _search_of_objects = nn.Module.__getattr__, object.__getattribute__
+_kept_namespaces: dict[type, tuple[Mapping[str, Any], ...]] = {}
+
+
 def weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
     """Both parameters, without torch's search for an attribute, which costs as much as a small kernel.
 
     From where they are registered; whatever puts something in their place takes them from there, or lays it over them
-    in the module's own attributes.
+    in the module's own attributes, or in its class, which may change at any time.
     """
     kind: Any = type(module)
     own = module.__dict__
-    if not torch.compiler.is_compiling() and _has_plain_parameters(kind) and not ("weight" in own or "bias" in own):
-        registered = module._parameters
-        try:
-            return registered["weight"], registered["bias"]
-        except KeyError:
-            pass
+    if (
+        not torch.compiler.is_compiling()
+        and kind.__getattr__ is _search
+        and kind.__getattribute__ is _search_of_objects
+        and not ("weight" in own or "bias" in own)
+    ):
+        for names in _kept_namespaces.get(kind) or _namespaces(kind):
+            if "weight" in names or "bias" in names:
+                break
+        else:
+            registered = module._parameters
+            try:
+                return registered["weight"], registered["bias"]
+            except KeyError:
+                pass
     return module.weight, module.bias
 
 
-@functools.lru_cache(maxsize=1024)
-def _has_plain_parameters(kind: Any) -> bool:
-    """Whether a module of this class finds its weight and bias the way that torch's modules find a parameter."""
-    return kind.__getattr__ is nn.Module.__getattr__ and not any(hasattr(kind, name) for name in ("weight", "bias"))
+def _namespaces(kind: type) -> tuple[Mapping[str, Any], ...]:
+    """What a class and its bases define, as it is at any time.
+
+    Kept for the classes of this package, which live as long as the process does; others would be kept alive.
+    """
+    found = tuple([base.__dict__ for base in kind.__mro__])
+    if kind.__module__.startswith(f"{__package__}.") and "<locals>" not in kind.__qualname__:
+        _kept_namespaces[kind] = found
+    return found
 
 
 def recorded(module: nn.Module, *inputs: Any) -> Proxy | None:

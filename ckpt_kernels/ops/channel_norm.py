@@ -69,9 +69,12 @@ class Layout(NamedTuple):
 
         Not a view of anything: autograd adds gradients up in place only where nobody else has their memory.
         """
-        if self.planes:
+        strides = _last_strides(like.shape)
+        # Where a channel has one element in each sample, both ways are one, and strides only say which it is meant to
+        # be; to torch, three dimensions never have their channels last.
+        if self.planes or (like.is_contiguous() and (like.dim() == 3 or like.stride() != strides)):
             return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        return torch.empty_strided(like.shape, _last_strides(like.shape), dtype=like.dtype, device=like.device)
+        return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
     def statistics(self, count: int, like: Tensor) -> Tensor:
         """Memory for `count` numbers for each piece of each channel: (count, samples, pieces, channels)."""

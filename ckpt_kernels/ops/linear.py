@@ -246,7 +246,8 @@ def _block_linear_gradients(
         found, output = block.backward(grad_output, operands, rest, operand_needs, rewrite)
         found = [g if n else None for g, n in zip(found, operand_needs, strict=True)]
     elif rewrite:
-        output, _ = block.forward(operands)
+        # Whoever unpacked them may have negated them lazily, which a block for small calls takes to be ruled out.
+        output, _ = block.forward([None if t is None else t.resolve_neg() for t in operands])
     for grad, weight, need in zip(grads, weights, weight_needs, strict=True):
         found.append(_grad_weight(grad, output, weight.dtype) if need and grad is not None else None)
     for grad, need, kind in zip(grads, bias_needs, bias_kinds, strict=True):

@@ -118,11 +118,14 @@ def contiguous(input: Tensor) -> Tensor:
 def elementwise_empty(*operands: Tensor) -> Tensor:
     """Memory for the elementwise result of operands of one shape, in the first's dtype, with the strides that torch's
     operators give it: those of the first operand if it is dense, else dense in the order of its strides. Where these
-    say nothing, because it is expanded, the next operand decides.
+    say nothing, because it is expanded, the next operand decides. Dimensions of one element have the usual strides of
+    a contiguous or channels-last tensor, whatever the operands' are.
     """
     first = operands[0]
     if all(t.is_contiguous() for t in operands):
         return contiguous(first)
+    if all(t.is_contiguous(memory_format=torch.channels_last) for t in operands):
+        return torch.empty_like(first, memory_format=torch.channels_last)
     if all(t.stride() == first.stride() for t in operands):
         return torch.empty_like(first)
     strides = compute_elementwise_output_strides(*operands)

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# What may see every op: torch.func, modes, the profiler, torch.jit.trace.
+# What may see every op: torch.func, modes of both kinds, the profiler, torch.jit.trace.
 _WATCHERS = (
     torch._C._are_functorch_transforms_active,
     torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
     torch._C._autograd._profiler_enabled,
     torch._C._get_tracing_state,
 )
@@ -53,8 +54,8 @@ def _load() -> str | None:
         from .. import _thin
 
         find = ctypes.cast(ctypes.CDLL(str(library)).ckpt_kernels_find_call, ctypes.c_void_p).value
-        _thin.set_up(api, Tensor, torch.nn.Parameter, Tensor.is_neg, _WATCHERS)
-    except (ImportError, OSError, AttributeError, RuntimeError, ValueError) as error:
+        _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, _WATCHERS)
+    except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
     is_plain, key = _thin.is_plain, _thin.key
     direct = lambda name: _thin.function(find, name)  # noqa: E731

@@ -58,7 +58,7 @@ def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p:
 
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
         gate, value = operands
-        if _overwrites(grad, gate) and value.is_contiguous():
+        if _overwrites(grad, gate) and is_plain(value) and value.is_contiguous():
             grad_gate, grad_value = (grad if wanted[0] else None), (_empty_like(value) if wanted[1] else None)
             output = _empty_like(gate) if rewrite else None
             if _glu_backward(grad, gate, value, grad_gate, grad_value, output, code):
@@ -92,7 +92,7 @@ def norm_block(dtypes: set[torch.dtype], input: Tensor, coefficients: Sequence[T
 
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
         # What was not kept, because only the weights want a gradient, is made by the block itself.
-        if rest and is_plain(grad):
+        if rest and is_plain(grad, *operands, *rest):
             input, weight, bias = operands
             found = [_empty_like(t) if t is not None and w else None for t, w in zip(operands, wanted, strict=True)]
             output = _empty_like(input) if rewrite else None
@@ -107,7 +107,7 @@ def norm_block(dtypes: set[torch.dtype], input: Tensor, coefficients: Sequence[T
 def _overwrites(grad: Tensor, operand: Tensor) -> bool:
     """Whether the gradient of an operand may be written over that of the output, which is the block's to give away."""
     return (
-        is_plain(grad)
+        is_plain(grad, operand)
         and grad.is_contiguous()
         and operand.is_contiguous()
         and grad.shape == operand.shape

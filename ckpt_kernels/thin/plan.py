@@ -77,8 +77,9 @@ def _backward_of(op: Block) -> Callable[..., tuple]:
         if plan is None:
             return op.full_backward(ctx, *gradients)[:-1]
         if not (_is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0):
-            if is_plain(*gradients):
-                saved = ctx.saved_tensors
+            # What was saved comes from whoever's hooks unpacked it, and is asked for the same as gradients are.
+            saved = ctx.saved_tensors
+            if is_plain(*gradients, *saved):
                 found = plan.backward(ctx, saved, *gradients)
                 if found is not None:
                     return found

@@ -14,8 +14,7 @@ from .direct import is_available, key
 MOST_PLANS = 4096
 
 _NATIVE = ("auto", "native")
-_REMEMBERED = (str, int, float, bool, tuple, torch.Size, type(None))
-_plans: dict[tuple, Any] = {}
+_plans: dict[tuple | None, Any] = {}
 
 
 def plan_of(block: str, tensors: Sequence[Tensor | None], options: tuple) -> Any:
@@ -26,22 +25,13 @@ def plan_of(block: str, tensors: Sequence[Tensor | None], options: tuple) -> Any
         return None
     if backends.chosen() not in _NATIVE:
         return None
-    try:
-        return _plans.get(key(block, tensors, options))
-    except TypeError:  # options that are not hashable
-        return None
+    return _plans.get(key(block, tensors, options))
 
 
 def remember(plan: Any, block: str, tensors: Sequence[Tensor | None], options: tuple) -> None:
     """After the checks of a call: the next one like it goes by `plan`, if there is one."""
     if plan is None or not is_available or torch.compiler.is_compiling() or len(_plans) >= MOST_PLANS:
         return
-    # What else there may be is equal to what it was when something in it has changed.
-    if _are_values(options):
-        known = key(block, tensors, options)
-        if known is not None:
-            _plans[known] = plan
-
-
-def _are_values(options: tuple) -> bool:
-    return all(type(o) in _REMEMBERED and (type(o) is not tuple or _are_values(o)) for o in options)
+    known = key(block, tensors, options)
+    if known is not None:
+        _plans[known] = plan

@@ -10,7 +10,7 @@ from .. import ops
 from ..activations import CODES
 from ..backends.blocks import RowNormOptions
 from ..backends.reference import compute_dtype
-from .direct import direct
+from .direct import direct, is_plain
 from .plan import Plan, thread
 
 _forward, _backward = direct("row_norm_forward"), direct("row_norm_backward")
@@ -105,7 +105,7 @@ class RowNorm(Plan):
         output = _empty_like(input)
         factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
         operands = (input, None, gate, factor, offset, None, mean, rstd, output, None)
-        return output if _forward(*operands, *self._native_forward, True) else full(*tensors)
+        return output if is_plain(*tensors) and _forward(*operands, *self._native_forward, True) else full(*tensors)
 
 
 def row_norm(

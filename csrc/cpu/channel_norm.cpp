@@ -63,20 +63,18 @@ struct WholeNorm : ChannelNormOps<Cpu> {
   template <class S>
   class Coefficients {
    public:
-    Coefficients(const Sets& sets, ScalarKind kind, int64_t count, const Tensor& mean, const Tensor& var,
+    Coefficients(const Operands& operands, const Sets& sets, int64_t count, const S* mean, const S* var,
                  const OptionalTensor& weight, const OptionalTensor& bias, double eps)
-        : weight_(weight, kind, 0),
-          bias_(bias, kind, 0),
+        : weight_(operands, "weight", weight, sets),
+          bias_(operands, "bias", bias, sets),
           values_(count * sets.rows * sets.channels * sizeof(S)),
           data(values_.template as<S>()) {
-      channel_coefficients(sets, static_cast<const S*>(data_of(mean, sets.count())),
-                           static_cast<const S*>(data_of(var, sets.count())), this->weight(),
-                           static_cast<const S*>(bias_.data()), data, eps);
+      channel_coefficients(sets, mean, var, this->weight(), bias_.template as<S>(), data, eps);
     }
-    const S* weight() const { return static_cast<const S*>(weight_.data()); }
+    const S* weight() const { return weight_.template as<S>(); }
 
    private:
-    const Coefficient weight_, bias_;
+    const ChannelCoefficient weight_, bias_;
     const Scratch values_;
 
    public:
@@ -84,7 +82,7 @@ struct WholeNorm : ChannelNormOps<Cpu> {
   };
 
   // Of a matrix of planes, of rows with the channels last, or of (samples, channels, *space).
-  static int64_t channels_of(const Tensor& input, bool planes, int64_t samples) {
+  static int64_t channels_in(const Tensor& input, bool planes, int64_t samples) {
     STD_TORCH_CHECK(input.dim() > 1 && samples > 0, "expected samples of channels");
     return planes && input.dim() == 2 ? input.size(0) / samples : input.size(1);
   }
@@ -92,26 +90,27 @@ struct WholeNorm : ChannelNormOps<Cpu> {
   static void forward(Tensor input, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias, Tensor output,
                       Tensor mean, Tensor var, bool planes, int64_t samples, int64_t piece_rows, int64_t groups,
                       double eps, int64_t activation, bool given_statistics) {
-    const ScalarKind kind = kind_of(input);
-    with_compute_type(kind, [&](auto compute) {
+    const Operands operands("input", input);
+    with_compute_type(operands.kind, [&](auto compute) {
       using S = decltype(compute);
       ChannelMoments a;
-      set_input(a, input, planes, samples, channels_of(input, planes, samples));
+      set_input(a, operands, input, planes, samples, channels_in(input, planes, samples));
       const Sets own(a.samples, planes ? 1 : divide_up(a.size, piece_rows), a.channels, groups);
+      S* const means = static_cast<S*>(operands.numbers("mean", mean, own.count()));
+      S* const vars = static_cast<S*>(operands.numbers("var", var, own.count()));
       if (!given_statistics) {
         const Pieces<S> moments(a, piece_rows);
-        Cpu::run(a, input, kind);
-        channel_statistics(own, moments.first, moments.second, static_cast<S*>(data_of(mean, own.count())),
-                           static_cast<S*>(data_of(var, own.count())), a.size, a.piece_rows);
+        Cpu::run(a, input, operands.kind);
+        channel_statistics(own, moments.first, moments.second, means, vars, a.size, a.piece_rows);
       }
-      const Coefficients<S> coefficients(own, kind, 3, mean, var, weight, bias, eps);
+      const Coefficients<S> coefficients(operands, own, 3, means, vars, weight, bias, eps);
       ChannelForward last;
       static_cast<ChannelNorm&>(last) = a;
       last.coefficients = {coefficients.data, own.rows != 1};
-      last.other = dense(residual, a);
-      last.output = dense(output, a);
+      last.other = operands.dense("residual", residual, a);
+      last.output = operands.dense("output", output, a);
       last.activation = int(activation);
-      Cpu::run(last, input, kind);
+      Cpu::run(last, input, operands.kind);
     });
   }
 
@@ -120,24 +119,27 @@ struct WholeNorm : ChannelNormOps<Cpu> {
                        OptionalTensor grad_residual, OptionalTensor grad_weight, OptionalTensor grad_bias, bool planes,
                        int64_t samples, int64_t piece_rows, int64_t groups, double count, double eps, bool fixed,
                        int64_t activation, bool by_output) {
-    const ScalarKind kind = kind_of(input);
-    with_compute_type(kind, [&](auto compute) {
+    const Operands operands("input", input);
+    with_compute_type(operands.kind, [&](auto compute) {
       using S = decltype(compute);
       ChannelSums a;
-      set_input(a, input, planes, samples, channels_of(input, planes, samples));
+      set_input(a, operands, input, planes, samples, channels_in(input, planes, samples));
       const Sets sets(a.samples, planes ? 1 : divide_up(a.size, piece_rows), a.channels, groups);
-      const Coefficients<S> six(sets, kind, 6, mean, var, weight, bias, eps);
+      const S* const means = static_cast<const S*>(operands.numbers("mean", mean, sets.count()));
+      const S* const vars = static_cast<const S*>(operands.numbers("var", var, sets.count()));
+      const Coefficients<S> six(operands, sets, 6, means, vars, weight, bias, eps);
       a.coefficients = {six.data, sets.rows != 1};
-      a.grad_output = dense(grad_output, a);
-      a.other = dense(other, a);
+      a.grad_output = operands.dense("grad_output", grad_output, a);
+      a.other = operands.dense("other", other, a);
       a.by_output = by_output;
       a.activation = int(activation);
       const Pieces<S> sums(a, piece_rows);
-      Cpu::run(a, input, kind);
+      Cpu::run(a, input, operands.kind);
 
-      channel_backward_coefficients(sets, sums.first, sums.second, static_cast<const S*>(data_of(var, sets.count())),
-                                    six.weight(), six.data, static_cast<S*>(data_of(grad_weight, a.channels)),
-                                    static_cast<S*>(data_of(grad_bias, a.channels)), count, eps, fixed);
+      channel_backward_coefficients(sets, sums.first, sums.second, vars, six.weight(), six.data,
+                                    static_cast<S*>(operands.numbers("grad_weight", grad_weight, a.channels)),
+                                    static_cast<S*>(operands.numbers("grad_bias", grad_bias, a.channels)), count, eps,
+                                    fixed);
       if (!grad_input && !grad_residual) return;
 
       ChannelBackward last;
@@ -147,9 +149,9 @@ struct WholeNorm : ChannelNormOps<Cpu> {
       last.other = a.other;
       last.by_output = by_output;
       last.activation = a.activation;
-      last.grad_input = dense(grad_input, a);
-      last.grad_residual = dense(grad_residual, a);
-      Cpu::run(last, input, kind);
+      last.grad_input = operands.dense("grad_input", grad_input, a);
+      last.grad_residual = operands.dense("grad_residual", grad_residual, a);
+      Cpu::run(last, input, operands.kind);
     });
   }
 };

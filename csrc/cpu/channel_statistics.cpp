@@ -6,10 +6,15 @@
 namespace ckpt {
 namespace {
 
-template <class S, class T>
-S* data(const T& t, int64_t numel) {
-  return static_cast<S*>(data_of(t, numel));
-}
+// The numbers of an operand, which is of the compute type S.
+template <class S>
+struct Numbers {
+  const Operands<View>& operands;
+  template <class T>
+  S* operator()(const char* name, const T& t, int64_t numel) const {
+    return static_cast<S*>(operands.numbers(name, t, numel));
+  }
+};
 
 Sets sets_of(const View& by_piece, int64_t groups) {
   STD_TORCH_CHECK(by_piece.dim() == 3 && by_piece.is_contiguous(), "expected (samples, pieces, channels)");
@@ -17,12 +22,13 @@ Sets sets_of(const View& by_piece, int64_t groups) {
 }
 
 void statistics(View means, View squares, View mean, View var, int64_t groups, int64_t size, int64_t piece_rows) {
+  const Operands<View> operands("means", means);
   const Sets sets = sets_of(means, groups);
-  with_compute_type(kind_of(means), [&](auto compute) {
-    using S = decltype(compute);
+  with_compute_type(operands.kind, [&](auto compute) {
+    const Numbers<decltype(compute)> numbers{operands};
     const int64_t numel = means.numel();
-    channel_statistics(sets, data<S>(means, numel), data<S>(squares, numel), data<S>(mean, sets.count()),
-                       data<S>(var, sets.count()), size, piece_rows);
+    channel_statistics(sets, numbers("means", means, numel), numbers("squares", squares, numel),
+                       numbers("mean", mean, sets.count()), numbers("var", var, sets.count()), size, piece_rows);
   });
 }
 
@@ -32,26 +38,31 @@ void coefficients(View mean, View var, std::optional<View> weight, std::optional
   const int64_t rows = coefficients.size(1);
   // A batch norm has statistics for all samples, one for each channel: no groups.
   const Sets sets(rows, 1, coefficients.size(2), mean.dim() == 2 ? mean.size(1) : 0);
-  const Coefficient w(weight, kind_of(mean), 0), b(bias, kind_of(mean), 0);
-  with_compute_type(kind_of(mean), [&](auto compute) {
+  const Operands<View> operands("mean", mean);
+  const ChannelCoefficient w(operands, "weight", weight, sets), b(operands, "bias", bias, sets);
+  with_compute_type(operands.kind, [&](auto compute) {
     using S = decltype(compute);
-    channel_coefficients(sets, data<S>(mean, sets.count()), data<S>(var, sets.count()), static_cast<const S*>(w.data()),
-                         static_cast<const S*>(b.data()), data<S>(coefficients, 3 * sets.rows * sets.channels), eps);
+    const Numbers<S> numbers{operands};
+    channel_coefficients(sets, numbers("mean", mean, sets.count()), numbers("var", var, sets.count()), w.as<S>(),
+                         b.as<S>(), numbers("coefficients", coefficients, 3 * sets.rows * sets.channels), eps);
   });
 }
 
 void backward_coefficients(View first, View second, View var, std::optional<View> weight, View coefficients,
                            std::optional<View> grad_weight, std::optional<View> grad_bias, int64_t groups, double count,
                            double eps, bool fixed) {
+  const Operands<View> operands("first", first);
   const Sets sets = sets_of(first, groups);
-  const Coefficient w(weight, kind_of(first), 0);
-  with_compute_type(kind_of(first), [&](auto compute) {
+  const ChannelCoefficient w(operands, "weight", weight, sets);
+  with_compute_type(operands.kind, [&](auto compute) {
     using S = decltype(compute);
+    const Numbers<S> numbers{operands};
     const int64_t numel = first.numel();
-    channel_backward_coefficients(sets, data<S>(first, numel), data<S>(second, numel), data<S>(var, sets.count()),
-                                  static_cast<const S*>(w.data()), data<S>(coefficients, 6 * sets.rows * sets.channels),
-                                  data<S>(grad_weight, sets.channels), data<S>(grad_bias, sets.channels), count, eps,
-                                  fixed);
+    channel_backward_coefficients(sets, numbers("first", first, numel), numbers("second", second, numel),
+                                  numbers("var", var, sets.count()), w.as<S>(),
+                                  numbers("coefficients", coefficients, 6 * sets.rows * sets.channels),
+                                  numbers("grad_weight", grad_weight, sets.channels),
+                                  numbers("grad_bias", grad_bias, sets.channels), count, eps, fixed);
   });
 }
 

@@ -43,6 +43,23 @@ struct Sets {
   }
 };
 
+// A weight or bias of every channel, or none.
+class ChannelCoefficient {
+ public:
+  ChannelCoefficient(const Operands<View>& operands, const char* name, const std::optional<View>& tensor,
+                     const Sets& sets)
+      : converted_(operands, name, tensor, 0) {
+    STD_TORCH_CHECK(!tensor || tensor->numel() == sets.channels, name, " has not an element for every channel");
+  }
+  template <class S>
+  const S* as() const {
+    return static_cast<const S*>(converted_.data());
+  }
+
+ private:
+  const Coefficient converted_;
+};
+
 // As many zeros.
 class Zeros {
  public:

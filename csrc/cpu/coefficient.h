@@ -9,18 +9,21 @@ namespace ckpt {
 // The tensor's own memory if there is nothing to convert and no offset to add, else a converted copy.
 class Coefficient {
  public:
-  Coefficient(const std::optional<View>& tensor, ScalarKind kind, double offset)
-      : converted_(is_given_as(tensor, kind, offset) ? 0 : tensor->numel() * compute_size(kind)) {
+  Coefficient(const Operands<View>& operands, const char* name, const std::optional<View>& tensor, double offset)
+      : converted_(is_given_as(tensor, operands.compute_kind, offset)
+                       ? 0
+                       : tensor->numel() * compute_size(operands.compute_kind)) {
     if (!tensor) return;
-    STD_TORCH_CHECK(tensor->is_contiguous(), "expected contiguous weight and bias");
-    if (is_given_as(tensor, kind, offset)) {
-      data_ = tensor->data_ptr();
+    STD_TORCH_CHECK(tensor->is_contiguous(), name, " is not contiguous");
+    const ScalarKind own = kind_of(name, *tensor), compute = operands.compute_kind;
+    const void* given = operands.address(name, *tensor, int64_t(own));
+    if (is_given_as(tensor, compute, offset)) {
+      data_ = given;
       return;
     }
-    const ScalarKind own = kind_of(*tensor);
     for (int64_t i = 0; i < tensor->numel(); ++i) {
-      const double value = element(*tensor, own, i) + offset;
-      if (kind == ScalarKind::float64)
+      const double value = element(given, own, i) + offset;
+      if (compute == ScalarKind::float64)
         converted_.as<double>()[i] = value;
       else
         converted_.as<float>()[i] = float(value);
@@ -31,13 +34,11 @@ class Coefficient {
 
  private:
   // Whether there is nothing to convert.
-  static bool is_given_as(const std::optional<View>& tensor, ScalarKind kind, double offset) {
-    const ScalarKind compute = kind == ScalarKind::float64 ? kind : ScalarKind::float32;
-    return !tensor || (offset == 0 && kind_of(*tensor) == compute);
+  static bool is_given_as(const std::optional<View>& tensor, ScalarKind compute, double offset) {
+    return !tensor || (offset == 0 && dtype_of(*tensor) == int64_t(compute));
   }
 
-  static double element(const View& tensor, ScalarKind kind, int64_t i) {
-    const void* data = tensor.data_ptr();
+  static double element(const void* data, ScalarKind kind, int64_t i) {
     switch (kind) {
       case ScalarKind::float32:
         return static_cast<const float*>(data)[i];

@@ -24,33 +24,37 @@ struct Cpu : CpuDevice {
 // directly: through the dispatcher go views of both.
 enum Layout { gate_first, value_first, interleaved };
 
-void set_packed(Glu& a, const View& packed, int64_t layout, Rows& gate, Rows& value) {
-  STD_TORCH_CHECK(packed.dim() > 0 && packed.size(packed.dim() - 1) % 2 == 0, "expected rows of two halves");
+void set_packed(Glu& a, const Operands<View>& operands, const char* name, const View& packed, int64_t layout,
+                Rows& gate, Rows& value) {
+  STD_TORCH_CHECK(packed.dim() > 0 && packed.size(packed.dim() - 1) % 2 == 0, name, " has not rows of two halves");
   a.columns = packed.size(packed.dim() - 1) / 2;
   a.rows = a.columns ? packed.numel() / (2 * a.columns) : 0;
   a.step = layout == interleaved && a.columns > 1 ? 2 : 1;
-  char* data = static_cast<char*>(data_of(packed, 2 * a.rows * a.columns));
-  const int64_t half = size_of(kind_of(packed)) * (layout == interleaved ? 1 : a.columns);
+  char* data = static_cast<char*>(operands.elements(name, packed, 2 * a.rows * a.columns));
+  const int64_t half = size_of(operands.kind) * (layout == interleaved ? 1 : a.columns);
   gate = {layout == value_first ? data + half : data, 2 * a.columns};
   value = {layout == value_first ? data : data + half, 2 * a.columns};
 }
 
 void packed_glu_forward(View packed, View output, int64_t activation, int64_t layout) {
+  const Operands<View> operands("packed", packed);
   GluForward a;
-  set_packed(a, packed, layout, a.gate, a.value);
+  set_packed(a, operands, "packed", packed, layout, a.gate, a.value);
   a.activation = int(activation);
-  a.output = rows_of(output, a.rows, a.columns);
-  Cpu::run_forward(a, packed, kind_of(packed));
+  a.output = operands.rows("output", output, a.rows, a.columns);
+  Cpu::run_forward(a, packed, operands.kind);
 }
 
 void packed_glu_backward(View grad_output, View packed, View grad_packed, int64_t activation, int64_t layout) {
+  const Operands<View> operands("packed", packed);
   GluBackward a;
-  set_packed(a, grad_packed, layout, a.grad_gate, a.grad_value);
-  set_packed(a, packed, layout, a.gate, a.value);
+  set_packed(a, operands, "grad_packed", grad_packed, layout, a.grad_gate, a.grad_value);
+  const int64_t columns = a.columns;
+  set_packed(a, operands, "packed", packed, layout, a.gate, a.value);
+  STD_TORCH_CHECK(a.columns == columns && grad_packed.numel() == packed.numel(), "grad_packed has not packed's shape");
   a.activation = int(activation);
-  a.grad_output = rows_of(grad_output, a.rows, a.columns);
-  STD_TORCH_CHECK(grad_packed.numel() == packed.numel(), "expected a gradient of packed's shape");
-  Cpu::run_backward(a, packed, kind_of(packed));
+  a.grad_output = operands.rows("grad_output", grad_output, a.rows, a.columns);
+  Cpu::run_backward(a, packed, operands.kind);
 }
 
 }  // namespace

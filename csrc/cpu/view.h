@@ -3,7 +3,6 @@
 
 #include <optional>
 
-#include "../direct_calls.h"
 #include "../operands.h"
 
 namespace ckpt {
@@ -13,10 +12,11 @@ class View {
  public:
   explicit View(const CkptTensor& tensor) : tensor_(tensor) {}
   explicit View(const Tensor& tensor)
-      : tensor_{tensor.data_ptr(), number_of(tensor.scalar_type()), tensor.dim(), tensor.sizes().data(),
-                tensor.strides().data()} {}
+      : tensor_{nullptr, ckpt::dtype_of(tensor), tensor.dim(), tensor.sizes().data(), tensor.strides().data()} {
+    STD_TORCH_CHECK(tensor.is_cpu(), "expected tensors in the CPU's memory");
+    if (tensor_.dtype != ckpt_other_dtype) tensor_.data = ckpt::address_of(tensor, tensor_.dtype);
+  }
 
-  void* data_ptr() const { return tensor_.data; }
   int64_t dim() const { return tensor_.dim; }
   int64_t size(int64_t dim) const { return tensor_.sizes[dim]; }
   int64_t stride(int64_t dim) const { return tensor_.strides[dim]; }
@@ -34,28 +34,12 @@ class View {
     return true;
   }
 
-  friend ScalarKind kind_of(const View& view) {
-    STD_TORCH_CHECK(view.tensor_.kind >= 0, "input has a dtype that the native backend does not compute in");
-    return ScalarKind(view.tensor_.kind);
-  }
+  friend int64_t dtype_of(const View& view) { return view.tensor_.dtype; }
+  friend int64_t device_of(const View&) { return 0; }
+  // For Operands, which asks only for what has the dtype that it expects.
+  friend void* address_of(const View& view, int64_t) { return view.tensor_.data; }
 
  private:
-  // A dropout's seed is none of the types that are computed in.
-  static int64_t number_of(ScalarType type) {
-    switch (type) {
-      case ScalarType::Float:
-        return int64_t(ScalarKind::float32);
-      case ScalarType::BFloat16:
-        return int64_t(ScalarKind::bfloat16);
-      case ScalarType::Half:
-        return int64_t(ScalarKind::float16);
-      case ScalarType::Double:
-        return int64_t(ScalarKind::float64);
-      default:
-        return -1;
-    }
-  }
-
   CkptTensor tensor_;
 };
 

@@ -49,18 +49,26 @@ inline Tensor float_vector(const Tensor& like, int64_t elements) {
 // A weight or bias for the kernels, which read it in float32, with the offset added.
 class Coefficient {
  public:
-  Coefficient(const OptionalTensor& tensor, ScalarKind, double offset) {
+  Coefficient(const Operands<Tensor>& operands, const char* name, const OptionalTensor& tensor, double offset) {
     if (!tensor) return;
-    STD_TORCH_CHECK(tensor->is_contiguous(), "expected contiguous weight and bias");
-    converted_ = tensor->scalar_type() == ScalarType::Float ? *tensor : torch::stable::to(*tensor, ScalarType::Float);
+    STD_TORCH_CHECK(tensor->is_contiguous(), name, " is not contiguous");
+    const ScalarKind own = kind_of(name, *tensor);
+    const void* given = operands.address(name, *tensor, int64_t(own));
+    if (own == ScalarKind::float32 && offset == 0) {
+      data_ = given;
+      return;
+    }
+    converted_ = own == ScalarKind::float32 ? *tensor : torch::stable::to(*tensor, ScalarType::Float);
     if (offset != 0) {
       Tensor shift = torch::stable::full({1}, -offset, ScalarType::Float, std::nullopt, tensor->device());
       converted_ = torch::stable::subtract(*converted_, shift);
     }
+    data_ = converted_->data_ptr();
   }
-  const void* data() const { return converted_ ? converted_->data_ptr() : nullptr; }
+  const void* data() const { return data_; }
 
  private:
+  const void* data_ = nullptr;
   OptionalTensor converted_;
 };
 
