@@ -14,43 +14,48 @@ struct DytOps {
   using OptionalTensor = std::optional<Tensor>;
   using Coefficient = typename Device::Coefficient;
 
-  static void set_operands(Dyt& a, const Tensor& input, const Tensor& alpha) {
+  using Operands = ckpt::Operands<Tensor>;
+
+  static void set_operands(Dyt& a, const Operands& operands, const Tensor& input, const Tensor& alpha) {
     STD_TORCH_CHECK(input.dim() > 0, "expected rows");
-    STD_TORCH_CHECK(alpha.numel() == 1, "expected an alpha of one element");
+    STD_TORCH_CHECK(alpha.numel() == 1, "alpha has not one element");
     a.columns = input.size(input.dim() - 1);
     a.rows = a.columns ? input.numel() / a.columns : 0;
-    a.input = rows_of(input, a.rows, a.columns);
+    a.input = operands.rows("input", input, a.rows, a.columns);
   }
 
-  static const void* checked(const Coefficient& coefficient, const OptionalTensor& tensor, int64_t columns) {
-    STD_TORCH_CHECK(!tensor || tensor->numel() == columns, "expected a weight and a bias for every column");
+  static const void* checked(const Coefficient& coefficient, const char* name, const OptionalTensor& tensor,
+                             int64_t columns) {
+    STD_TORCH_CHECK(!tensor || tensor->numel() == columns, name, " has not an element for every column");
     return coefficient.data();
   }
 
   static void forward(Tensor input, Tensor alpha, OptionalTensor weight, OptionalTensor bias, Tensor output) {
-    const ScalarKind kind = kind_of(input);
-    const Coefficient scale(alpha, kind, 0), w(weight, kind, 0), b(bias, kind, 0);
+    const Operands operands("input", input);
+    const Coefficient scale(operands, "alpha", alpha, 0), w(operands, "weight", weight, 0);
+    const Coefficient b(operands, "bias", bias, 0);
     DytForward a;
-    set_operands(a, input, alpha);
+    set_operands(a, operands, input, alpha);
     a.alpha = scale.data();
-    a.weight = checked(w, weight, a.columns);
-    a.bias = checked(b, bias, a.columns);
-    a.output = rows_of(output, a.rows, a.columns);
-    Device::run_forward(a, input, kind);
+    a.weight = checked(w, "weight", weight, a.columns);
+    a.bias = checked(b, "bias", bias, a.columns);
+    a.output = operands.rows("output", output, a.rows, a.columns);
+    Device::run_forward(a, input, operands.kind);
   }
 
   static void backward(Tensor grad_output, Tensor input, Tensor alpha, OptionalTensor weight, OptionalTensor grad_input,
                        OptionalTensor grad_alpha, OptionalTensor grad_weight, OptionalTensor grad_bias) {
-    const ScalarKind kind = kind_of(input);
-    const Coefficient scale(alpha, kind, 0), w(weight, kind, 0);
+    const Operands operands("input", input);
+    const Coefficient scale(operands, "alpha", alpha, 0), w(operands, "weight", weight, 0);
     DytBackward a;
-    set_operands(a, input, alpha);
+    set_operands(a, operands, input, alpha);
     a.alpha = scale.data();
-    a.weight = checked(w, weight, a.columns);
-    a.grad_output = rows_of(grad_output, a.rows, a.columns);
-    a.grad_input = rows_of(grad_input, a.rows, a.columns);
-    Device::run_backward(a, input, kind, data_of(grad_alpha, 1), data_of(grad_weight, a.columns),
-                         data_of(grad_bias, a.columns));
+    a.weight = checked(w, "weight", weight, a.columns);
+    a.grad_output = operands.rows("grad_output", grad_output, a.rows, a.columns);
+    a.grad_input = operands.rows("grad_input", grad_input, a.rows, a.columns);
+    Device::run_backward(a, input, operands.kind, operands.numbers("grad_alpha", grad_alpha, 1),
+                         operands.numbers("grad_weight", grad_weight, a.columns),
+                         operands.numbers("grad_bias", grad_bias, a.columns));
   }
 
   template <class Library>
