@@ -71,7 +71,10 @@ def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], obje
     The model itself, the inputs, and torch's, Python's and numpy's random numbers, stay as they are.
     """
     with _random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
-        twin, (args, kwargs) = _copy_of(model), _copied(arguments_of(inputs), {})
+        twin, (args, kwargs) = _copy_of(model), arguments_of(inputs)
+        memo: dict[int, Any] = {}
+        args = tuple(_copied(value, memo) for value in args)
+        kwargs = {name: _copied(value, memo) for name, value in kwargs.items()}
         if change is not None:
             change(twin)
         return saved_bytes(twin, *args, **kwargs)
@@ -81,7 +84,7 @@ def _copy_of(model: nn.Module) -> nn.Module:
     """A deep copy, whatever attributes it has: of a tensor with a graph, which cannot be copied, the values; of another
     thing that cannot be copied, a lock or a generator, that thing itself."""
     memo: dict[int, Any] = {}
-    for module in nn.Module.modules(model):
+    for module in nn.Module.modules(model):  # whatever attributes the model has under that name
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
                 _copied(value, memo)
@@ -89,6 +92,7 @@ def _copy_of(model: nn.Module) -> nn.Module:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy, of tensors that cannot be copied their values; the thing itself where it cannot be copied."""
     for tensor in tensors_in(value):
         if not tensor.is_leaf or tensor.is_inference():
             memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)

@@ -477,9 +477,12 @@ def _sees_what_is_saved(discarder: Discarder) -> bool:
 
 def _biases_in(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of at most one dimension in a module and all that it contains; some of them more than once."""
-    waiting = [module]
+    waiting, seen = [module], set()
     while waiting:
         module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
         for parameter in module.__dict__["_parameters"].values():
             if parameter is None or is_lazy(parameter):
                 continue

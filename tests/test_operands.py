@@ -105,6 +105,20 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, object]]]] = {
             | {"bias": many(COLUMNS), "grad_bias": many(COLUMNS), "seed": seed(), "activation": 1, "dropout_p": 0.5}
         ),
     ),
+    "dyt": (
+        "dyt_forward",
+        lambda: (
+            {"input": matrix(), "output": matrix()} | {"alpha": many(1), "weight": many(COLUMNS), "bias": many(COLUMNS)}
+        ),
+    ),
+    "dyt backward": (
+        "dyt_backward",
+        lambda: (
+            {name: matrix() for name in ("grad_output", "input", "grad_input")}
+            | {"alpha": many(1), "grad_alpha": many(1)}
+            | {name: many(COLUMNS) for name in ("weight", "grad_weight", "grad_bias")}
+        ),
+    ),
     "moments": ("channel_moments", lambda: {"input": matrix(), "mean": _pieces(), "squares": _pieces()} | _PIECES),
     "forward": (
         "channel_forward",
@@ -170,7 +184,7 @@ if DEVICE == "cpu":
     }
 
 # Converted from any dtype that is computed in.
-_CONVERTED = ("weight", "bias")
+_CONVERTED = ("alpha", "weight", "bias")
 
 
 def _arguments(name: str, operands: dict[str, object]) -> list[object]:
@@ -223,6 +237,11 @@ def test_each_tensor_is_checked(name: str, argument: str) -> None:
             assert by_plan(*_arguments(name, operands | {argument: tensor})) is False
 
 
+def test_every_native_op_is_tried() -> None:
+    declared = {schema.partition("(")[0] for schema in native._SCHEMAS}
+    assert {op for op, _ in CALLS.values()} == declared - {"cpu_isa"}
+
+
 def test_errors_name_the_argument() -> None:
     operands = CALLS["residual"][1]()
     with pytest.raises(RuntimeError, match="mean has dtype float64; expected float32"):
@@ -248,6 +267,7 @@ BLOCKS = {
     "relu": lambda x: functional.bias_act(x, activation="relu"),
     "packed_glu": lambda x: functional.packed_glu(x),
     "glu": lambda x: functional.glu(x, x),
+    "dyt": lambda x: functional.dyt(x, torch.ones(1, device=DEVICE)),
     "group_norm": lambda x: functional.group_norm(x, 2),
     "batch_norm": lambda x: functional.batch_norm(x, None, None, training=True),
 }

@@ -43,9 +43,14 @@ def _is_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> b
         return False
     if any(not isinstance(a, _PASSES) and leads_to_transforms(a) for a in (*args, *kwargs.values())):
         return True
-    waiting = [module]
+    waiting, seen = [module], set()
     while waiting:
-        own = waiting.pop().__dict__
+        below = waiting.pop()
+        # A module may be below itself.
+        if below in seen:
+            continue
+        seen.add(below)
+        own = below.__dict__
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             if leads_to_transforms(own["_forward_hooks"]) or leads_to_transforms(own["_forward_pre_hooks"]):
                 return True

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-# The widest row that a program holds in registers at once.
+# The widest row that a forward program holds in registers at once, and the widest that a backward program does beside
+# its sums of the gradients of weight and bias; without these, twice that.
 FORWARD_TILE = 32768
 BACKWARD_TILE = 8192
 _PACKED_ELEMENTS = 2048
@@ -65,7 +66,7 @@ def forward_tile(columns: int) -> Tile:
 
 @functools.cache
 def backward_tile(columns: int) -> Tile:
-    """The tile of a backward kernel."""
+    """The tile of a backward kernel: the widest with half as many registers a thread, of twice as many threads."""
     block = max(_next_power_of_two(columns), 16)
     if block > 2 * BACKWARD_TILE:
         return Tile(1, 4096, 16, False)
@@ -82,10 +83,8 @@ def sums_fit(columns: int, one_more: bool) -> bool:
     return columns <= (BACKWARD_TILE // 2 if one_more else BACKWARD_TILE)
 
 
-@functools.cache
-def strip_tile(columns: int) -> Tile:
-    """The tile of a kernel that sums over rows in strips of columns: two transactions of memory wide."""
-    return Tile(32, 64, 4, False, _REGISTERS)
+# The tile of a kernel that sums over rows in strips of columns: 64 of bfloat16 fill a memory transaction.
+STRIP_TILE = Tile(32, 64, 4, False, _REGISTERS)
 
 
 @functools.cache
@@ -105,7 +104,7 @@ def column_sum_tile(columns: int) -> Tile:
 
 @functools.cache
 def sums_tile(columns: int) -> Tile:
-    """The same where three sums are kept: these leave room for half as many elements at any length."""
+    """The tile where two sums or three are kept: of short rows half as many as `element_tile` has."""
     tile = element_tile(columns)
     return tile._replace(rows=max(tile.rows // 2, 1))
 
@@ -118,8 +117,7 @@ def channel_tile(columns: int, planes: bool) -> Tile:
     and more rows at a time keep more of them in flight.
     """
     if planes:
-        tile = element_tile(columns)
-        return tile._replace(rows=max(tile.rows // 2, 1))
+        return sums_tile(columns)
     block = min(max(_next_power_of_two(columns), 16), 64)
     rows = _PACKED_ELEMENTS // block // 2
     return Tile(rows, block, _warps(rows * block), columns <= block)
@@ -133,7 +131,8 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# What a program may have of a multiprocessor's shared memory where launches are recorded, in bytes: an H100's.
+# What a program may have of a multiprocessor's shared memory where there is no GPU to ask, in bytes: an H100's, or that
+# of whatever `inspect` compiles for.
 recorded_shared_memory = 227 * 1024
 
 
@@ -146,11 +145,12 @@ def shared_memory(device: torch.device) -> int:
 
 
 def stages_of(tile: Tile, rows: Sequence[torch.Tensor | None], device: torch.device) -> int:
-    """How many steps of a loop over these rows are in flight: three, if all but the one that is worked on fit the
-    shared memory of as many programs as there are registers for; a quarter of it is for sums across threads."""
+    """How many steps of a loop over these rows are in flight: three, if the two to come fit the shared memory of as
+    many programs as there are registers for, of which a quarter is for sums across threads; else one. Two were no
+    faster than one."""
     step = tile.rows * tile.block * sum(t.element_size() for t in rows if t is not None)
     room = shared_memory(device) * 3 // 4 // max(_RESIDENT_WARPS // tile.warps, 1)
-    return min(1 + room // step, 3)
+    return 3 if 2 * step <= room else 1
 
 
 class Rows(NamedTuple):

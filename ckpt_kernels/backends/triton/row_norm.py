@@ -12,6 +12,7 @@ from torch import Tensor
 from ..blocks import RowNorm, RowNormGradients
 from .activations import activate
 from .launch import (
+    STRIP_TILE,
     backward_programs,
     backward_tile,
     forward_tile,
@@ -19,7 +20,6 @@ from .launch import (
     rows_of,
     stages_of,
     strip_programs,
-    strip_tile,
     sums_fit,
 )
 from .long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_kernel, row_norm_strip_kernel
@@ -158,7 +158,7 @@ def row_norm_backward(
     kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
     launch(kernel, groups * programs, tile, device, norm, chosen, *incoming, sums, output, programs, program_rows)
     if apart:
-        tile, read = strip_tile(columns), (block.input, block.gate, grad_output)
+        tile, read = STRIP_TILE, (block.input, block.gate, grad_output)
         tile = tile._replace(stages=stages_of(tile, read, device))
         norm, chosen, groups = operands_of(block, tile)
         strips = triton.cdiv(columns, tile.block)
