@@ -269,3 +269,26 @@ def test_rows_without_elements(kind: str, shape: tuple[int, ...], normalized: tu
         y.sum().backward()
         found.append((y.shape, y.stride(), x.grad.shape, [p.grad.shape for p in module.parameters()]))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("processors", [2, 2000])
+def test_sums_of_weight_gradients_apart(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows whose sums do not fit a program: over more than a tile of rows, by one program and by several, and for
+    each sample's own weight and bias."""
+    if reason := unserved("triton", torch.float32):
+        pytest.skip(reason)
+    from ckpt_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
+    # As if a program had registers for sums of 64 columns.
+    monkeypatch.setattr(launch, "BACKWARD_TILE", 64)
+    columns = 100
+    assert not launch.sums_fit(columns, False)
+    x, scale, shift, g = randn(2, 35, columns), randn(2, 1, columns), randn(2, 1, columns), randn(2, 35, columns)
+    found = []
+    for backend in ("triton", "reference"):
+        with serving(backend):
+            y = F.modulated_layer_norm(x, scale, shift, columns)
+            found.append(torch.autograd.grad(y, (x, scale, shift), g))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
