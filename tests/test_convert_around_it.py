@@ -49,8 +49,11 @@ def test_a_model_that_cannot_be_copied_is_measured() -> None:
     ckpt_kernels.convert(model)
     model(x)
     last, values = model.last[0], model.last[0].detach().clone()
+    state = torch.get_rng_state()
     before, after = ckpt_kernels.convert(model, inputs=x).kept
     assert after < before
+    assert ckpt_kernels.convert(model, inputs=x).kept == (before, after)
+    assert torch.equal(torch.get_rng_state(), state)
     assert ckpt_kernels.is_converted(model) and next(model.steps) == 0
     assert model.last[0] is last and torch.equal(last, values)
 
