@@ -215,7 +215,10 @@ for block in BLOCKS:
                 found = with_gradients(block.call, operands)
             for name, value in expected.items():
                 error = (found[name].float() - value.float()).abs().max()
-                assert error <= 8 * torch.finfo(dtype).eps * (1 + value.float().abs().max()), (block.name, name, error)
+                # The reference's own rounding in a sum over all elements.
+                terms = operands["input"].numel() ** 0.5 if name.removeprefix("grad ") in block.numbers else 1
+                bound = 8 * torch.finfo(dtype).eps * (terms + value.float().abs().max())
+                assert error <= bound, (block.name, name, error)
 """
     done = run("-c", program, CKPT_KERNELS_CPU_ISA=isa)
     if "which this processor lacks" in done.stderr:

@@ -33,6 +33,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[Tensor, ...]]] = {
     "ModulatedLayerNorm": (lambda: nn.ModulatedLayerNorm(8), (X, X[:, :1], X[:, 1:2])),
     "ModulatedRMSNorm": (lambda: nn.ModulatedRMSNorm(8), (X, X[:, :1], X[:, 1:2])),
     "GLU": (lambda: nn.GLU(1), (X,)),
+    "DyT": (lambda: nn.DyT(8), (X,)),
     "BiasAct": (lambda: nn.BiasAct(8, activation="gelu", dropout=0.5), (X,)),
     "BatchNorm1d": (lambda: nn.BatchNorm1d(4, activation="relu"), (X,)),
     "BatchNorm2d": (lambda: nn.BatchNorm2d(4), (X[..., None],)),

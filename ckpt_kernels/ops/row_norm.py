@@ -260,9 +260,10 @@ def _modulated(
     """(x_hat * weight + bias) * (1 + scale) + shift, as one weight and one bias a sample."""
     factor = 1 + scale.to(dtype).reshape(-1, columns)
     offset = shift.to(dtype).reshape(-1, columns)
-    if bias is not None:
+    # Of rows without elements there are none of weight and bias either.
+    if bias is not None and bias.numel():
         offset = offset + factor * bias.to(dtype).reshape(columns)
-    if weight is not None:
+    if weight is not None and weight.numel():
         factor = factor * weight.to(dtype).reshape(columns)
     return factor, offset
 
@@ -280,7 +281,11 @@ def _modulation_gradients(
     for place, wants, grad in ((2, wanted.weight, grad_factor), (3, wanted.bias, grad_offset)):
         if wants:
             grads[place] = (grad * (1 + kept.scale.to(grad.dtype).reshape(grad.shape))).sum(0)
-    return [None if g is None else g.reshape(t.shape) for g, t in zip(grads, operands, strict=True)]
+    # Rows without elements are taken for rows of one.
+    return [
+        None if g is None else g.reshape(t.shape) if t.numel() else g.new_zeros(t.shape)
+        for g, t in zip(grads, operands, strict=True)
+    ]
 
 
 row_norm = _RowNorm()
