@@ -17,7 +17,7 @@ import triton
 
 # The widest row that a forward program holds in registers at once, and the widest that a backward program does beside
 # its sums of the gradients of weight and bias; without these, twice that.
-FORWARD_TILE = 32768
+FORWARD_TILE = 16384
 BACKWARD_TILE = 8192
 _PACKED_ELEMENTS = 2048
 # What a thread of a backward kernel is held to, so that this many warps fit a multiprocessor.
@@ -84,7 +84,7 @@ def sums_fit(columns: int, one_more: bool) -> bool:
 
 
 # The tile of a kernel that sums over rows in strips of columns: 64 of bfloat16 fill a memory transaction.
-STRIP_TILE = Tile(32, 64, 4, False, _REGISTERS)
+STRIP_TILE = Tile(32, 64, 4, False)
 
 
 @functools.cache
