@@ -84,7 +84,7 @@ def sums_fit(columns: int, one_more: bool) -> bool:
 
 
 # The tile of a kernel that sums over rows in strips of columns: 64 of bfloat16 fill a memory transaction.
-STRIP_TILE = Tile(32, 64, 4, False)
+STRIP_TILE = Tile(16, 64, 4, False, _REGISTERS)
 
 
 @functools.cache
