@@ -23,7 +23,7 @@ LETTING_GO = ("output", "all")
 def assert_same_bits(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if DEVICE == "cuda" and value.dtype == torch.float32:
+        if DEVICE == "cuda" and value.dtype == torch.float32 and name.startswith("grad "):
             # cuBLAS chooses a product's kernel, and with it the order of its sums, by how the operands lie.
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
         else:

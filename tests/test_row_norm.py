@@ -292,3 +292,22 @@ def test_sums_of_weight_gradients_apart(processors: int, monkeypatch: pytest.Mon
             found.append(torch.autograd.grad(y, (x, scale, shift), g))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_in_flight_fit_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps to come, of all that is read, beside a quarter for sums; else none."""
+    if reason := unserved("triton", torch.float32):
+        pytest.skip(reason)
+    from ckpt_kernels.backends.triton import launch
+
+    monkeypatch.setattr(launch, "recorded_shared_memory", 227 * 1024)
+    meta, narrow, wide = torch.device("meta"), torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
+    for columns, rows, stages in (
+        (4096, (narrow, None, narrow, None), 3),
+        (8192, (wide, None, wide, None), 3),
+        (9000, (wide, None, wide, wide), 1),
+    ):
+        tile = launch.backward_tile(columns)
+        assert launch.stages_of(tile, rows, meta) == stages
+        read = tile.block * tile.rows * sum(t.element_size() for t in rows if t is not None)
+        assert (stages - 1) * read <= launch.shared_memory(meta) * 3 // 4
