@@ -61,3 +61,51 @@ class RowNormGradients(NamedTuple):
     gate: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+class RotaryOptions(NamedTuple):
+    """What a rotary embedding is, beside its tensors.
+
+    Columns `start` to `start + rotary_dim` of a head turn in pairs, the others stay. A pair are two neighbours where
+    the head is `interleaved`, else an element of the first half and the one at its place in the second; and pairs lie
+    so again in the output, by `interleaved_output`. `norm` is "none", "rms" or "layer": over the whole head, before the
+    rotation; eps, weight_offset and cast_before_weight are as in `RowNormOptions`.
+    """
+
+    rotary_dim: int
+    start: int = 0
+    interleaved: bool = False
+    interleaved_output: bool = False
+    norm: str = "none"
+    eps: float = 0.0
+    weight_offset: float = 0.0
+    cast_before_weight: bool = False
+
+
+class Rotary(NamedTuple):
+    """A rotary embedding, and the norm before it: with z = norm(input), a pair (first, second) of z becomes
+
+        (first * cos1 - second * sin1, second * cos2 + first * sin2)
+
+    where (cos1, cos2) and (sin1, sin2) are the entries of the tables at the pair's places in the output's rotated part,
+    or one entry for both where the tables have half as many columns as that part.
+
+    input: (outer, middle, inner, columns) with contiguous rows; None backward where there is no norm. cos, sin: the
+    same with rotary_dim or rotary_dim / 2 columns, and with 1 for a dimension over which they are the same. weight,
+    bias: contiguous, (columns,).
+    """
+
+    input: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    options: RotaryOptions
+
+
+class RotaryGradients(NamedTuple):
+    """Where the gradients go; None for one that nobody wants. Those of weight and bias are in the compute type."""
+
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None

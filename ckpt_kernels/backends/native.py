@@ -147,6 +147,7 @@ glu_forward = _by_name(_ops.glu_forward.default, 0)
 glu_backward = _by_name(_ops.glu_backward.default, 0)
 bias_act_forward = _by_name(_ops.bias_act_forward.default, 1)
 bias_act_backward = _by_name(_ops.bias_act_backward.default, 1)
+rotary_forward, rotary_backward = reference.rotary_forward, reference.rotary_backward
 dyt_forward, dyt_backward = _ops.dyt_forward.default, _ops.dyt_backward.default
 channel_moments = _ops.channel_moments.default
 channel_forward = _by_name(_ops.channel_forward.default, 0)

@@ -28,7 +28,8 @@ class Block:
     `call` is ours, `eager` the same in eager torch; both take the operands by name and return a tuple of `outputs`
     tensors. `rows` have the block's shape, or twice its columns where they are `packed`; `numbers` have one element;
     `coefficients` are vectors, as long as the columns or, where there are `channels`, as the second dimension;
-    `samples` have a row for each index of the first dimension. `kept` names what may be kept for backward ("output 1"
+    `samples` have a row for each index of the first dimension; `tables`, which want no gradient, one for each of the
+    last before the columns, with an entry for two columns. `kept` names what may be kept for backward ("output 1"
     is the second output); `statistics` tells how many numbers beside these, for an input of (samples, tokens or
     channels, ...). `gradients` is how many tensors of the block's shape the backward pass writes, if not one for each
     of `rows`.
@@ -44,6 +45,7 @@ class Block:
     numbers: Sequence[str] = ()
     coefficients: Sequence[str] = ("weight", "bias")
     samples: Sequence[str] = ()
+    tables: Sequence[str] = ()
     packed: bool = False
     channels: bool = False
     outputs: int = 1
@@ -57,7 +59,9 @@ class Block:
         shapes |= {name: (1,) for name in self.numbers}
         shapes |= {name: (lead[1] if self.channels else columns,) for name in self.coefficients}
         shapes |= {name: (lead[0], *[1] * (len(lead) - 1), columns) for name in self.samples}
-        return random_operands(shapes, self.parameters, dtype, device, seed)
+        shapes |= {name: (lead[-1], columns // 2) for name in self.tables}
+        found = random_operands(shapes, self.parameters, dtype, device, seed)
+        return found | {name: found[name].detach() for name in self.tables}
 
     @property
     def parameters(self) -> Sequence[str]:
@@ -78,7 +82,7 @@ class Block:
 
     def _tensors(self, names: Sequence[str]) -> int:
         """How many tensors of the block's shape they are."""
-        return (2 if self.packed else 1) * len(set(names).difference(self.samples))
+        return (2 if self.packed else 1) * len(set(names).difference(self.samples, self.tables))
 
 
 def random_operands(
@@ -111,6 +115,8 @@ def calls_of(function: str, twin: Callable, given: Mapping[str, Any]) -> dict[st
             operands["normalized_shape"] = operands[weight].shape
         if "num_groups" in parameters:
             operands["num_groups"] = groups_of(operands["input"].shape[1])
+        if "rotary_dim" in parameters:
+            operands["rotary_dim"] = 2 * operands["cos"].shape[-1]
         return as_tuple(ours(**operands, **options))
 
     def eager(**operands: Tensor) -> tuple[Tensor, ...]:

@@ -150,6 +150,61 @@ def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor
     return output if bias is None else output + bias
 
 
+def _turned(input: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    turned = 2 * cos.shape[-1]
+    part, rest = input[..., :turned], input[..., turned:]
+    if layout == "interleaved":
+        first, second = part[..., ::2], part[..., 1::2]
+        pairs = first * cos - second * sin, second * cos + first * sin
+        return torch.cat((torch.stack(pairs, -1).flatten(-2), rest), -1)
+    first, second = part.chunk(2, -1)
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    return torch.cat((part * cos + torch.cat((-second, first), -1) * sin, rest), -1)
+
+
+@block("rotary", tables=("cos", "sin"), kept=("cos", "sin"), **_NO_NORM)
+def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "halves") -> Tensor:
+    """pairs of input turned"""
+    return _turned(input, cos, sin, layout)
+
+
+@block(
+    "rotary",
+    tables=("cos", "sin"),
+    kept=("input", "cos", "sin"),
+    coefficients=("weight",),
+    statistics=_NO_NORM["statistics"],
+)
+def rms_norm_rotary(
+    input: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    layout: str = "halves",
+) -> Tensor:
+    """pairs of norm(input) turned"""
+    return _turned(F.rms_norm(input, weight.shape, weight, eps), cos, sin, layout)
+
+
+@block("rotary", tables=("cos", "sin"), kept=("input", "cos", "sin"), statistics=_NO_NORM["statistics"])
+def layer_norm_rotary(
+    input: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    layout: str = "halves",
+) -> Tensor:
+    """pairs of norm(input) turned"""
+    return _turned(F.layer_norm(input, weight.shape, weight, bias, eps), cos, sin, layout)
+
+
 _BATCH: dict[str, Any] = {"channels": True, "statistics": lambda samples, channels: 2 * channels}
 
 
@@ -223,6 +278,10 @@ BLOCKS = (
     bias_act("bias_act (identity)", activation="identity"),
     dyt("dyt"),
     replace(dyt("dyt (alpha alone)"), coefficients=()),
+    rotary("rotary"),
+    rotary("rotary (interleaved)", layout="interleaved"),
+    rms_norm_rotary("rms_norm+rotary"),
+    layer_norm_rotary("layer_norm+rotary (interleaved)", layout="interleaved"),
     batch_norm("batch_norm"),
     batch_norm("batch_norm+relu", activation="relu"),
     add_batch_norm("batch_norm+add+relu", activation="relu"),

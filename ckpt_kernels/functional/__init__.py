@@ -22,6 +22,7 @@ from .channel_norm import batch_norm, group_norm, instance_norm
 from .dyt import dyt
 from .glu import glu, packed_glu
 from .linear import act_linear, gated_mlp, mlp, norm_linear
+from .rotary import rotary, rotary_qk
 from .row_norm import (
     add_layer_norm,
     add_rms_norm,
@@ -51,6 +52,8 @@ __all__ = [
     "norm_linear",
     "packed_glu",
     "rms_norm",
+    "rotary",
+    "rotary_qk",
 ]
 
 # Where torch.fx traces, a call of these is a node of the graph, as one of torch.nn.functional's is.

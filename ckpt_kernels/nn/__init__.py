@@ -14,6 +14,7 @@ from .channel_norm import (
 from .dyt import DyT
 from .glu import GLU
 from .linear import MLP, ActLinear, GatedMLP, NormLinear
+from .rotary import Rotary
 from .row_norm import AddLayerNorm, AddRMSNorm, GatedRMSNorm, LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "ModulatedRMSNorm",
     "NormLinear",
     "RMSNorm",
+    "Rotary",
     "SyncBatchNorm",
 ]

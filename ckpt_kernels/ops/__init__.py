@@ -1,6 +1,19 @@
 """One file a family: a block declared once. Which backend computes is not known here."""
 
-from . import bias_act, block, channel_norm, dyt, glu, linear, nested, operands, row_norm, sharding, sync_batch_norm
+from . import (
+    bias_act,
+    block,
+    channel_norm,
+    dyt,
+    glu,
+    linear,
+    nested,
+    operands,
+    rotary,
+    row_norm,
+    sharding,
+    sync_batch_norm,
+)
 
 __all__ = [
     "bias_act",
@@ -11,6 +24,7 @@ __all__ = [
     "linear",
     "nested",
     "operands",
+    "rotary",
     "row_norm",
     "sharding",
     "sync_batch_norm",

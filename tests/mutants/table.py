@@ -553,7 +553,7 @@ PYTHON = (
     ),
     Mutant(
         "the last, shorter piece counts whole, in the reference",
-        "ckpt_kernels/backends/reference.py",
+        "ckpt_kernels/backends/reference/channel_norm.py",
         "counts[-1] = «size - (pieces - 1) * piece_rows»",
         "piece_rows",
         "tests/test_channel_norm.py -k 'every_shape and reference and 131'",

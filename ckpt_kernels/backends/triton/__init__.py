@@ -3,7 +3,13 @@
 import torch
 from triton import knobs
 
-from ..reference import channel_backward_coefficients, channel_coefficients, channel_statistics
+from ..reference import (
+    channel_backward_coefficients,
+    channel_coefficients,
+    channel_statistics,
+    rotary_backward,
+    rotary_forward,
+)
 from .bias_act import bias_act_backward, bias_act_forward
 from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
 from .dyt import dyt_backward, dyt_forward
@@ -24,6 +30,8 @@ __all__ = [
     "dyt_forward",
     "glu_backward",
     "glu_forward",
+    "rotary_backward",
+    "rotary_forward",
     "row_norm_backward",
     "row_norm_forward",
     "why_not",

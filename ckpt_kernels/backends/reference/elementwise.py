@@ -1,0 +1,77 @@
+"""Gates, biases with activations, and DyT."""
+
+import torch
+from torch import Tensor
+
+from .common import ACTIVATIONS, compute_dtype, dropout, fill, slope
+
+
+def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
+    """activation(gate) * value."""
+    compute = compute_dtype(gate.dtype)
+    return (ACTIVATIONS[activation](gate.to(compute)) * value.to(compute)).to(gate.dtype)
+
+
+def bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
+    """dropout(activation(input + bias))."""
+    z = input.to(compute_dtype(input.dtype))
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    return dropout(ACTIVATIONS[activation](z), seed, dropout_p).to(input.dtype)
+
+
+def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """tanh(alpha * input) * weight + bias, where alpha has one element."""
+    x = input.to(compute_dtype(input.dtype))
+    output = torch.tanh(alpha.to(x.dtype).reshape(()) * x)
+    if weight is not None:
+        output = output * weight.to(x.dtype)
+    if bias is not None:
+        output = output + bias.to(x.dtype)
+    return output.to(input.dtype)
+
+
+def glu_forward(gate, value, output, activation):
+    """`glu` into output."""
+    fill((output,), (glu(gate, value, activation),))
+
+
+def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
+    """The gradients of `glu`, and its output where there is memory for it: d gate = grad * value * activation'(gate),
+    d value = grad * activation(gate)."""
+    dy, u, v = (t.to(compute_dtype(gate.dtype)) for t in (grad_output, gate, value))
+    factor = ACTIVATIONS[activation](u)
+    fill((grad_gate, grad_value, output), (slope(activation, u, dy * v), dy * factor, factor * v))
+
+
+def bias_act_forward(input, bias, seed, output, activation, dropout_p):
+    """`bias_act` into output."""
+    fill((output,), (bias_act(input, bias, seed, activation, dropout_p),))
+
+
+def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, output, activation, dropout_p):
+    """The gradients of `bias_act`, and its output where there is memory for it: d input = dropout(grad) *
+    activation'(input + bias), d bias is the sum of that over rows. No bias is one of zeros."""
+    dy, z = (t.to(compute_dtype(input.dtype)) for t in (grad_output, input))
+    if bias is not None:
+        z = z + bias.to(z.dtype)
+    dz = slope(activation, z, dropout(dy, seed, dropout_p))
+    fill((grad_input, output), (dz, dropout(ACTIVATIONS[activation](z), seed, dropout_p)))
+    if grad_bias is not None:
+        grad_bias.copy_(dz.sum(0))
+
+
+def dyt_forward(input, alpha, weight, bias, output):
+    """`dyt` into output."""
+    fill((output,), (dyt(input, alpha, weight, bias),))
+
+
+def dyt_backward(grad_output, input, alpha, weight, grad_input, grad_alpha, grad_weight, grad_bias):
+    """The gradients of `dyt`: with t = tanh(alpha * x) and s = grad * weight * (1 - t**2), the gradient of alpha * x,
+    d x = alpha * s, d alpha is the sum of s * x, d weight and d bias are those of grad * t and of grad over rows."""
+    dy, x = (t.to(compute_dtype(input.dtype)) for t in (grad_output, input))
+    scale = alpha.to(x.dtype).reshape(())
+    t = torch.tanh(scale * x)
+    s = slope("tanh", scale * x, dy if weight is None else dy * weight.to(x.dtype))
+    gradients = (s * scale, (s * x).sum(), (dy * t).sum(0), dy.sum(0))
+    fill((grad_input, grad_alpha, grad_weight, grad_bias), gradients)

@@ -1,0 +1,103 @@
+"""Rotary embeddings, and the norm before them."""
+
+import torch
+from torch import Tensor
+
+from ..blocks import Rotary, RotaryGradients, RotaryOptions
+from .common import compute_dtype, fill, normalize
+
+
+def rotary(block: Rotary) -> Tensor:
+    """What `Rotary` says, of an input of any shape, beside which tables are broadcast but for their last dimension."""
+    return _rotated(_before_rotation(block)[0], block).to(block.input.dtype)
+
+
+def _before_rotation(block: Rotary) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """norm(input), x_hat and rstd, in the compute type."""
+    options, x = block.options, block.input.to(compute_dtype(block.input.dtype))
+    if options.norm == "none":
+        return x, None, None
+    x_hat, _, rstd = normalize(x, options.eps, options.norm == "layer")
+    z = x_hat.to(block.input.dtype).to(x.dtype) if options.cast_before_weight else x_hat
+    if block.weight is not None:
+        z = z * (block.weight.to(x.dtype) + options.weight_offset)
+    return z if block.bias is None else z + block.bias.to(x.dtype), x_hat, rstd
+
+
+def _pairs(part: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    half = part.shape[-1] // 2
+    return (part[..., ::2], part[..., 1::2]) if interleaved else (part[..., :half], part[..., half:])
+
+
+def _joined_pairs(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
+    return torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
+
+
+def _table(table: Tensor, options: RotaryOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    table = table.to(dtype)
+    return (table, table) if table.shape[-1] != options.rotary_dim else _pairs(table, options.interleaved_output)
+
+
+def _parts(heads: Tensor, options: RotaryOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns before the rotated ones, these, and those after."""
+    end = options.start + options.rotary_dim
+    return heads[..., : options.start], heads[..., options.start : end], heads[..., end:]
+
+
+def _rotated(z: Tensor, block: Rotary) -> Tensor:
+    options = block.options
+    before, part, after = _parts(z, options)
+    first, second = _pairs(part, options.interleaved)
+    (cos1, cos2), (sin1, sin2) = (_table(table, options, z.dtype) for table in (block.cos, block.sin))
+    turned = first * cos1 - second * sin1, second * cos2 + first * sin2
+    return torch.cat((before, _joined_pairs(*turned, options.interleaved_output), after), -1)
+
+
+def _rotated_back(grad: Tensor, block: Rotary) -> Tensor:
+    """The gradient of what is rotated."""
+    options = block.options
+    before, part, after = _parts(grad, options)
+    first, second = _pairs(part, options.interleaved_output)
+    (cos1, cos2), (sin1, sin2) = (_table(table, options, grad.dtype) for table in (block.cos, block.sin))
+    turned = first * cos1 + second * sin2, second * cos2 - first * sin1
+    return torch.cat((before, _joined_pairs(*turned, options.interleaved), after), -1)
+
+
+def rotary_table_gradients(block: Rotary, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of cos and sin, which nearly nobody wants: no backend has kernels for them."""
+    options = block.options
+    z = _before_rotation(block)[0]
+    first, second = _pairs(_parts(z, options)[1], options.interleaved)
+    grad1, grad2 = _pairs(_parts(grad_output.to(z.dtype), options)[1], options.interleaved_output)
+    found = []
+    for table, pair in ((block.cos, (grad1 * first, grad2 * second)), (block.sin, (-grad1 * second, grad2 * first))):
+        is_half = table.shape[-1] != options.rotary_dim
+        whole = pair[0] + pair[1] if is_half else _joined_pairs(*pair, options.interleaved_output)
+        found.append(whole.sum_to_size(table.shape).to(table.dtype))
+    return found[0], found[1]
+
+
+def rotary_forward(block: Rotary, output: Tensor) -> None:
+    """`rotary` into output."""
+    output.copy_(rotary(block))
+
+
+def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradients) -> None:
+    """The gradients of `rotary`, where there is no norm without its input: with h, what the rotation's transpose makes
+    of grad_output, that of z; grad_weight = sum of h * x_hat, grad_bias = sum of h, and that of the input as in
+    `row_norm_backward`. Statistics are those of the input, taken again."""
+    options = block.options
+    h = _rotated_back(grad_output.to(compute_dtype(grad_output.dtype)), block)
+    if options.norm == "none":
+        fill((gradients.input,), (h,))
+        return
+    _, x_hat, rstd = _before_rotation(block)
+    seen = x_hat.to(block.input.dtype).to(h.dtype) if options.cast_before_weight else x_hat
+    leading = tuple(range(h.dim() - 1))
+    fill(gradients[1:], ((h * seen).sum(leading), h.sum(leading)))
+    if block.weight is not None:
+        h = h * (block.weight.to(h.dtype) + options.weight_offset)
+    du = h - x_hat * (h * x_hat).mean(-1, keepdim=True)
+    if options.norm == "layer":
+        du = du - h.mean(-1, keepdim=True)
+    fill((gradients.input,), (du * rstd.unsqueeze(-1),))

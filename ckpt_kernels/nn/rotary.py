@@ -1,0 +1,105 @@
+"""Rotary position embeddings as a module."""
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from .. import functional as F
+from .extras import extras, recorded
+
+
+class Rotary(nn.Module):
+    r"""The rotation of heads, after a norm over each head if there is one, as one block.
+
+    Args:
+        head_dim: D, the length of a head.
+        layout, output_layout, rotary_dim, rotary_start, norm, eps: as of `functional.rotary`.
+        elementwise_affine: whether a norm has a weight, which starts at 1.
+        bias: whether it has a bias too, which starts at 0.
+        device, dtype: of the parameters.
+
+    Shape:
+        `forward(input, cos, sin)`: `(*, D)` and two tables, which are broadcast beside it, to `(*, D)`. Parameters:
+        those of torch's norms, `weight` and `bias`, `(D)`; None where there is no norm.
+
+    Kept for backward:
+        The tables; with a norm the input too.
+
+    Example:
+        >>> block = ckpt_kernels.nn.Rotary(64, norm="rms", eps=1e-6)
+        >>> block
+        Rotary(64, norm='rms', eps=1e-06)
+        >>> angles = torch.outer(torch.arange(16.0), 10000.0 ** -torch.linspace(0, 1, 32)).repeat(1, 2)
+        >>> block(torch.randn(2, 4, 16, 64), angles.cos(), angles.sin()).shape
+        torch.Size([2, 4, 16, 64])
+
+    Errors and source: `functional.rotary`.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        layout: str = "halves",
+        output_layout: str | None = None,
+        rotary_dim: int | None = None,
+        rotary_start: int = 0,
+        norm: str | None = None,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.layout = layout
+        self.output_layout = output_layout
+        self.rotary_dim = rotary_dim
+        self.rotary_start = rotary_start
+        self.norm = norm
+        self.eps = eps
+        has_weight = norm is not None and elementwise_affine
+        for name, wanted in (("weight", has_weight), ("bias", has_weight and bias)):
+            values = torch.empty(head_dim, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of 1 and biases of 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (call := recorded(self, input, cos, sin)) is not None:
+            return call
+        return F.rotary(
+            input,
+            cos,
+            sin,
+            self.weight,
+            self.bias,
+            layout=self.layout,
+            output_layout=self.output_layout,
+            rotary_dim=self.rotary_dim,
+            rotary_start=self.rotary_start,
+            norm=self.norm,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}" + extras(
+            layout=(self.layout, "halves"),
+            output_layout=(self.output_layout, None),
+            rotary_dim=(self.rotary_dim, None),
+            rotary_start=(self.rotary_start, 0),
+            norm=(self.norm, None),
+            eps=(self.eps, None),
+            elementwise_affine=(self.weight is not None, self.norm is not None),
+            bias=(self.bias is not None, False),
+        )

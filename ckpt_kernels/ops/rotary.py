@@ -1,0 +1,133 @@
+"""The rotary op: heads whose pairs turn by the angles of two tables, and the norm before that.
+
+Without a norm nothing is kept but the tables; with one the input is. Statistics are not: a head fits into registers.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import backends
+from ..backends import reference
+from ..backends.blocks import Rotary, RotaryGradients, RotaryOptions
+from .block import Block
+from .operands import computed_in, elementwise_empty, in_dtypes_of, memory_order, vector, wide, zero
+from .sharding import Sharding, last_of_input, like_input
+
+
+def _heads(arguments: Sequence[Any]) -> Collection[int]:
+    """Heads may be split, not what turns."""
+    return range(arguments[0].dim() - 1)
+
+
+def _table_of_input(tensor: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
+    """Of a table, whose dimensions but for the last are the input's or 1 for all."""
+    first = arguments[0].dim() - tensor.dim()
+    sizes = zip(tensor.shape[:-1], arguments[0].shape[first:], strict=False)
+    return [*(first + dim if size == whole else None for dim, (size, whole) in enumerate(sizes)), None]
+
+
+class _Rotary(Block):
+    name = "rotary"
+    operands = "Tensor input, Tensor cos, Tensor sin, Tensor? weight, Tensor? bias"
+    kept = "Tensor? input, Tensor cos, Tensor sin, Tensor? weight, Tensor? bias"
+    differentiable = 5
+    options = RotaryOptions
+    sharding = Sharding(
+        _heads, (like_input, _table_of_input, _table_of_input, last_of_input, last_of_input), (like_input,)
+    )
+
+    def empty(self, input: Tensor, *rest: Any) -> tuple[Tensor]:
+        return (elementwise_empty(input),)
+
+    def forward(self, *arguments: Any) -> tuple[Tensor]:
+        (output,) = results = self.empty(*arguments)
+        if output.numel():
+            lying, target = computed_in(output, output.shape, 1)
+            block, rows = _rows(arguments, lying, target)
+            backends.select(output).rotary_forward(block, rows)
+            if target is not output:
+                output.copy_(target)
+        return results
+
+    def keep(self, arguments: Sequence[Any], results: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple:
+        input, *rest, options = arguments
+        is_needed = options.norm != "none" or wanted[1] or wanted[2]
+        return (input if is_needed else None, *rest), options
+
+    def empty_gradients(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        grad_input = elementwise_empty(grads[0] if kept[0] is None else kept[0]) if wanted[0] else None
+        return grad_input, *super().empty_gradients(grads, kept[1:], options, wanted[1:])
+
+    def gradients(
+        self,
+        grads: Sequence[Tensor | None],
+        kept: Sequence[Tensor | None],
+        options: RotaryOptions,
+        wanted: Sequence[bool],
+    ) -> Sequence[Tensor | None]:
+        (grad_output,), (weight, bias) = grads, kept[3:]
+        grad_input = self.empty_gradients(grads, kept, options, [wanted[0], *(False,) * 4])[0]
+        dtype = reference.compute_dtype(grad_output.dtype)
+        sums = [wide(t, dtype) if w else None for t, w in zip((weight, bias), wanted[3:], strict=True)]
+        tables: Sequence[Tensor | None] = (None, None)
+        if grad_output.numel():
+            lying, target = computed_in(grad_input, grad_output.shape, 1)
+            block, rows, target_rows = _rows((*kept, options), lying, grad_output, target)
+            backends.select(grad_output).rotary_backward(block, rows, RotaryGradients(target_rows, *sums))
+            if target is not grad_input:
+                grad_input.copy_(target)
+        else:
+            zero(*sums)
+        if wanted[1] or wanted[2]:
+            tables = reference.rotary_table_gradients(Rotary(*kept, options), grad_output)
+        found = [g if w else None for g, w in zip((grad_input, *tables, *sums), wanted, strict=True)]
+        return in_dtypes_of((grad_output, *kept[1:]), found)
+
+    def composition(self, *arguments: Any) -> tuple[Tensor]:
+        return (reference.rotary(Rotary(*arguments)),)
+
+    def first_order(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        """A rotation is the same at every input: where none is kept, any serves."""
+        if kept[0] is None:
+            kept = (grads[0].detach().requires_grad_(), *kept[1:])
+        return super().first_order(grads, kept, options, wanted)
+
+
+def _rows(arguments: Sequence[Any], lying: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The block as backends take it, and other tensors of the input's shape: rows on three levels, in the order in
+    which those of `lying`, which is dense, lie in memory."""
+    input, cos, sin, weight, bias, options = arguments
+    strides = lying.stride()
+    order = (*memory_order(strides[:-1]), len(strides) - 1)
+    tensors = [_on_levels(t, order) for t in (input, *others)]
+    tables = [_table_on_levels(table, lying.shape, order) for table in (cos, sin)]
+    return Rotary(tensors[0], *tables, vector(weight), vector(bias), options), *tensors[1:]
+
+
+def _on_levels(tensor: Tensor | None, order: Sequence[int]) -> Tensor | None:
+    if tensor is None:
+        return None
+    tensor = tensor.permute(order)
+    shape = tensor.shape
+    tensor = tensor[(None,) * (4 - len(shape))] if len(shape) <= 4 else tensor.reshape(-1, *shape[-3:])
+    return tensor if shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _table_on_levels(table: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    table = table[(None,) * (len(shape) - table.dim())].permute(order)
+    if len(shape) > 4 and any(size != 1 for size in table.shape[:-3]):
+        sizes = [shape[dim] for dim in order[:-3]]
+        table = table.expand(*sizes, *table.shape[-3:])
+    if len(shape) > 4:
+        return table.reshape(-1, *table.shape[-3:]).contiguous()
+    table = table[(None,) * (4 - len(shape))]
+    return table if table.shape[-1] == 1 or table.stride(-1) == 1 else table.contiguous()
+
+
+rotary = _Rotary()
