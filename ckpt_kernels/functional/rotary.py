@@ -170,7 +170,7 @@ def _options(
     turned = entries if rotary_dim is None else rotary_dim
     if turned % 2 or turned not in (entries, 2 * entries):
         raise ValueError(
-            f"rotary_dim is {turned} and the tables have {entries} columns; expected an even number, as many or twice as many"
+            f"rotary_dim is {turned} and tables have {entries} columns; expected an even number, as many or twice that"
         )
     if rotary_start < 0 or rotary_start + turned > columns:
         raise ValueError(
