@@ -126,7 +126,7 @@ class Recipe:
     def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Operand | None], depth: int) -> None:
         self.depth = depth
         self._rebuild = rebuild
-        self._operands = operands
+        self.operands = operands
         self._backend = backends.chosen()
         # Backward passes may run on several threads. Recipes lock in the order of the graph, so they cannot deadlock.
         self._lock = threading.RLock()
@@ -163,14 +163,14 @@ class Recipe:
         same_backend = backends.chosen() == self._backend
         is_inference = torch.is_inference_mode_enabled()
         if same_backend and not is_inference and not torch.is_grad_enabled():
-            return self._rebuild(*[None if o is None else o.get() for o in self._operands])
+            return self._rebuild(*[None if o is None else o.get() for o in self.operands])
         # In inference mode what is made has no version, by which a reader's write to it would be noticed.
         with (
             contextlib.nullcontext() if same_backend else backends.serving(self._backend),
             torch.inference_mode(False) if is_inference else contextlib.nullcontext(),
             torch.no_grad(),
         ):
-            return self._rebuild(*[None if o is None else o.get() for o in self._operands])
+            return self._rebuild(*[None if o is None else o.get() for o in self.operands])
 
 
 class Claim:

@@ -108,6 +108,8 @@ class Discarder:
         if announced is None or not output.requires_grad:
             return
         made = self._recipe(*announced, saved)
+        if self._kept_for(made, announced[1], saved) >= output.nbytes:
+            return
         # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
         # graph says of another tensor, which may lead to this node when the output is gone.
         if saved and _are_among(announced[1], saved):
@@ -125,6 +127,13 @@ class Discarder:
     ) -> Recipe:
         operands = [None if t is None else self._operand(t, saved) for t in tensors]
         return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
+
+    def _kept_for(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> int:
+        """Bytes that a recipe alone keeps: nothing is gained by one that keeps as much as it makes again."""
+        kept = [
+            t for t, o in zip(tensors, recipe.operands, strict=True) if t is not None and not (t.is_leaf or o.depth)
+        ]
+        return sum(tensor.nbytes for tensor in kept if not _are_among((tensor,), saved))
 
     def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
         """What the op's node holds of a tensor, if it holds that to the end; else the tensor is packed for the recipe.

@@ -69,7 +69,8 @@ class RotaryOptions(NamedTuple):
     Columns `start` to `start + rotary_dim` of a head turn in pairs, the others stay. A pair are two neighbours where
     the head is `interleaved`, else an element of the first half and the one at its place in the second; and pairs lie
     so again in the output, by `interleaved_output`. `norm` is "none", "rms" or "layer": over the whole head, before the
-    rotation; eps, weight_offset and cast_before_weight are as in `RowNormOptions`.
+    rotation; eps, weight_offset and cast_before_weight are as in `RowNormOptions`. The output lies as the input does
+    unless it is to be `contiguous`, which is nothing to a backend.
     """
 
     rotary_dim: int
@@ -80,6 +81,7 @@ class RotaryOptions(NamedTuple):
     eps: float = 0.0
     weight_offset: float = 0.0
     cast_before_weight: bool = False
+    contiguous: bool = False
 
 
 class Rotary(NamedTuple):

@@ -24,6 +24,7 @@ from .pointwise import ActivationRule, activation_by_trial, activation_of, point
 from .reading import Part
 from .remembering import remembered
 from .rewrite import may_be_rewritten, rewritten
+from .rotations import rotation_of
 from .rule import Rule
 from .scope import UNKNOWN, VALUE, Scope
 from .source import NoSource, decorated, definition_of, layers_of
@@ -205,7 +206,8 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         return Part("halves")
     if value in ACTIVATIONS:
         return Part("act", ACTIVATIONS[value])
-    return Part("exchange", known=(value,)) if value in EXCHANGES else Part()
+    is_exchanged = value in EXCHANGES or rotation_of(value) is not None
+    return Part("exchange", known=(value,)) if is_exchanged else Part()
 
 
 def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) -> bool:

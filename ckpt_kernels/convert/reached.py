@@ -9,7 +9,7 @@ import contextlib
 import dis
 import functools
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,16 @@ def read(module: nn.Module) -> tuple[Settings, Code]:
     return settings, Code((type(module), settings, tuple(module._parameters)), reading.found)
 
 
+def read_function(function: types.FunctionType, allowed: frozenset[str]) -> Code:
+    """The code that a function reaches which is no method, and names no attributes but the allowed ones."""
+    reading = _FunctionReading(allowed)
+    reading.function(function)
+    if reading.branches:
+        raise NotTried("decides by what it is given")
+    reading.modules()
+    return Code((nn.Module, (), ()), reading.found)
+
+
 def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> bool:
     """Whether the module's settings, and the code it reaches, are what they were."""
     held = module.__dict__
@@ -199,25 +209,31 @@ class _Reading:
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._code(constant, names)
-            if isinstance(constant, slice) and constant != slice(None):
-                raise NotTried("computes with a part of what it is given")
+            self.constant(constant)
         steps = list(dis.get_instructions(code))
         for index, step in enumerate(steps):
             if step.opname in _WRITES:
                 raise NotTried("writes as it goes")
-            # A bound beyond what is tried would not be seen.
             if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
                 count = step.arg or 0 if step.opname == "BUILD_SLICE" else 2
-                bounds = steps[max(0, index - count) : index]
-                if any(bound.opname != "LOAD_CONST" or bound.argval is not None for bound in bounds):
-                    raise NotTried("computes with a part of what it is given")
+                self.bounds(steps[max(0, index - count) : index])
             self.branches |= ("JUMP_" in step.opname and "_IF_" in step.opname) or step.opname == "FOR_ITER"
             self.steps |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
             self.steps |= step.opname == "COMPARE_OP" or step.argval in _STEPS
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self._global(step.argval, names)
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-                self._attribute(step.argval)
+                self.attribute(step.argval)
+
+    def constant(self, value: Any) -> None:
+        """Of the code."""
+        if isinstance(value, slice) and value != slice(None):
+            raise NotTried("computes with a part of what it is given")
+
+    def bounds(self, loads: Sequence[dis.Instruction]) -> None:
+        """Of a slice: what loads them, and its step if it has one. One beyond what is tried would not be seen."""
+        if any(load.opname != "LOAD_CONST" or load.argval is not None for load in loads):
+            raise NotTried("computes with a part of what it is given")
 
     def _global(self, name: str, names: dict[str, Any]) -> None:
         self.names.add(name)
@@ -239,7 +255,7 @@ class _Reading:
         elif not isinstance(value, _PLAIN):
             self.function(value)
 
-    def _attribute(self, name: str) -> None:
+    def attribute(self, name: str) -> None:
         self.names.add(name)
         module = self.module
         if name == "training" or name in module._buffers:
@@ -263,6 +279,31 @@ class _Reading:
                 self.function(held, own=True)
             if not holders and name not in _NAMES:
                 raise NotTried(f"names {name}, which is not on the list of what is known")
+
+
+_SMALL = tuple(range(-4, 5))
+
+
+class _FunctionReading(_Reading):
+    """What a function reads and does that is no method: it may take parts of tensors, by their shapes, and no other
+    numbers than the least, so that what it does with a small tensor is what it does with a large one."""
+
+    def __init__(self, allowed: frozenset[str]) -> None:
+        super().__init__(nn.Module())
+        self._allowed = allowed
+
+    def constant(self, value: Any) -> None:
+        numbers = (value.start, value.stop, value.step) if isinstance(value, slice) else (value,)
+        if any(isinstance(number, float | int) and number not in _SMALL for number in numbers):
+            raise NotTried("names a number that a trial may not reach")
+
+    def bounds(self, loads: Sequence[dis.Instruction]) -> None:
+        pass
+
+    def attribute(self, name: str) -> None:
+        self.names.add(name)
+        if name not in self._allowed:
+            raise NotTried(f"names {name}, which is not on the list of what is known")
 
 
 def _is_plain(value: Any) -> bool:

@@ -24,6 +24,7 @@ from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Part, Reader, settled
+from .rotations import exchanged_rotation, rotation_of
 from .scope import Scope
 from .source import Definition, definition_of, rebuilt
 from .writes import written_names
@@ -232,10 +233,16 @@ class _Writer:
         if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
             self.found.append(str(rule))
             return _at(function, ast.Call(self._cell(exchanged_module(known, rule)), [function], []))
-        if not isinstance(known, types.FunctionType | types.BuiltinFunctionType) or known not in EXCHANGES:
+        if not isinstance(known, types.FunctionType | types.BuiltinFunctionType):
             return function
-        self.found.append(f"{known.__name__}")
-        return _at(function, ast.Call(self._cell(exchanged(known)), [function], []))
+        if known in EXCHANGES:
+            instead, said = exchanged(known), known.__name__
+        elif rotation_of(known) is not None:
+            instead, said = exchanged_rotation(known), "rotary"
+        else:
+            return function
+        self.found.append(said)
+        return _at(function, ast.Call(self._cell(instead), [function], []))
 
     def _cell(self, value: Any) -> ast.expr:
         name = f"{_PREFIX}{len(self.cells)}"

@@ -12,7 +12,7 @@ from .. import backends
 from ..backends import reference
 from ..backends.blocks import Rotary, RotaryGradients, RotaryOptions
 from .block import Block
-from .operands import computed_in, elementwise_empty, in_dtypes_of, memory_order, vector, wide, zero
+from .operands import computed_in, contiguous, elementwise_empty, in_dtypes_of, memory_order, vector, wide, zero
 from .sharding import Sharding, last_of_input, like_input
 
 
@@ -39,7 +39,7 @@ class _Rotary(Block):
     )
 
     def empty(self, input: Tensor, *rest: Any) -> tuple[Tensor]:
-        return (elementwise_empty(input),)
+        return (contiguous(input) if rest[-1].contiguous else elementwise_empty(input),)
 
     def forward(self, *arguments: Any) -> tuple[Tensor]:
         (output,) = results = self.empty(*arguments)
@@ -88,7 +88,8 @@ class _Rotary(Block):
         return in_dtypes_of((grad_output, *kept[1:]), found)
 
     def composition(self, *arguments: Any) -> tuple[Tensor]:
-        return (reference.rotary(Rotary(*arguments)),)
+        output = reference.rotary(Rotary(*arguments))
+        return (output.contiguous() if arguments[-1].contiguous else output,)
 
     def first_order(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
