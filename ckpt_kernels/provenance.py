@@ -9,7 +9,7 @@ but not whether somebody wrote to it afterwards where autograd does not see it (
 there has to be evidence that nobody did: a version counter that still stands where it stood.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Source(Protocol):
     def exchange(self, own: Cell, step: Step) -> None: ...
 
     def is_as_used(self, bias: nn.Parameter) -> bool: ...
+
+    def held_at(self, node: Any, output: int) -> Operand | None: ...
 
 
 class Trace:
@@ -175,6 +177,10 @@ class Trace:
         known = self._known.get(edge)
         if known is not None:
             return self._shared(known)
+        held = self._source.held_at(node, output)
+        if held is not None:
+            self.is_grounded = True
+            return held
         block = self._block(node)
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
@@ -234,6 +240,15 @@ def _packed(node: Any, name: str) -> Any:
         # A torch that does not show this, or a graph whose tensors are freed.
         pass
     return None
+
+
+def tensors_among(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """In tuples, lists and dicts, at most that deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict) and depth:
+        for part in list(value.values()) if isinstance(value, dict) else value:
+            yield from tensors_among(part, depth - 1)
 
 
 def is_made_cheaply(name: str, products: bool) -> bool:

@@ -70,6 +70,22 @@ class Packed(NamedTuple):
     is_exchanged: bool
 
 
+class Held(NamedTuple):
+    """What comes into a layer or goes out of it: it is kept as it is if somebody saves it, and nothing behind it is
+    looked for."""
+
+    storage: StorageWeakRef
+    tensor: "weakref.ref[Tensor]"
+    version: int
+
+
+class Total(NamedTuple):
+    """Another result of an op than its output, which the op itself saves, such as the sum that is normalised."""
+
+    storage: int
+    recipe: Announcement
+
+
 class Result(NamedTuple):
     """Who keeps the result of a node that saves its result, first of all the node itself."""
 
@@ -95,6 +111,29 @@ class Discarder:
         self.announced: Announcement | None = None
         self.saved: list[Packed] | None = None
         self.is_elementwise = False
+        self.total: Total | None = None
+        # How many layers are open, in which products run again whoever reads them; and what goes in and out of them.
+        self.layers = 0
+        self._held: list[Held] = []
+
+    def hold(self, tensor: Tensor) -> None:
+        """At a layer's edge."""
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
+            self._held = [held for held in self._held if not held.storage.expired()]
+            self._held.append(Held(StorageWeakRef(tensor.untyped_storage()), weakref.ref(tensor), tensor._version))
+
+    def _is_held(self, tensor: Tensor) -> bool:
+        key = tensor.untyped_storage()._cdata if self._held else None
+        held = [h for h in self._held if h.storage.cdata == key and not h.storage.expired()]
+        return any(h.version == tensor._version for h in held)
+
+    def held_at(self, node: Any, output: int) -> Operand | None:
+        """What is held of a node's results, as it was then."""
+        for held in self._held:
+            tensor = held.tensor()
+            if tensor is not None and tensor.grad_fn is node and tensor.output_nr == output:
+                return self.pack(tensor) if tensor._version == held.version else None
+        return None
 
     def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
         """The output of the op that was announced; or another one, whose recipe is given and lasts as long as it."""
@@ -103,12 +142,12 @@ class Discarder:
             self._enter(output, lambda: made)
             return
         announced, saved = self.announced, self.saved or ()
-        self.announced = self.saved = None
+        self.announced = self.saved = self.total = None
         self.is_elementwise = False
         if announced is None or not output.requires_grad:
             return
         made = self._recipe(*announced, saved)
-        if self._kept_for(made, announced[1], saved) >= output.nbytes:
+        if self._keeps(made, announced[1], saved) >= output.nbytes:
             return
         # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
         # graph says of another tensor, which may lead to this node when the output is gone.
@@ -128,12 +167,12 @@ class Discarder:
         operands = [None if t is None else self._operand(t, saved) for t in tensors]
         return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
 
-    def _kept_for(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> int:
+    def _keeps(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> int:
         """Bytes that a recipe alone keeps: nothing is gained by one that keeps as much as it makes again."""
         kept = [
             t for t, o in zip(tensors, recipe.operands, strict=True) if t is not None and not (t.is_leaf or o.depth)
         ]
-        return sum(tensor.nbytes for tensor in kept if not _are_among((tensor,), saved))
+        return sum(t.nbytes for t in kept if not (_are_among((t,), saved) or self._is_held(t)))
 
     def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
         """What the op's node holds of a tensor, if it holds that to the end; else the tensor is packed for the recipe.
@@ -176,7 +215,7 @@ class Discarder:
         if self.is_closed and _sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         version = tensor._version
-        found = None if self.is_closed else self._recipe_for(tensor)
+        found = None if self.is_closed else self._recipe_for(tensor) or self._recipe_of_total(tensor)
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             cell = Cell(Claim(found, geometry_of(tensor)), self, version, watching(tensor))
         elif self._outer is not None:
@@ -205,7 +244,7 @@ class Discarder:
             return None
         # What has no graph, by way of `detach()`, may be read when the weights that its recipe needs have been stepped.
         root = tensor if tensor._base is None else tensor._base
-        if root.grad_fn is None:
+        if root.grad_fn is None or self._is_held(tensor):
             return None
         entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
         if entry is not None and not entry.storage.expired():
@@ -214,6 +253,21 @@ class Discarder:
             if tensor._version == entry.version and (recipe := entry.recipe()) is not None:
                 return recipe
         return self._traced(tensor)
+
+    def _recipe_of_total(self, tensor: Tensor) -> Recipe | None:
+        """Within a layer, of a sum whose parts are to be had."""
+        total = self.total
+        if total is None or not self.layers or tensor.untyped_storage()._cdata != total.storage:
+            return None
+        # It is asked for its parts only once: they are packed too.
+        self.total, saved, self.saved = None, self.saved, None
+        recipe = self._recipe(*total.recipe, ())
+        worth = self._keeps(recipe, total.recipe[1], ()) < tensor.nbytes
+        self.saved = saved
+        if worth and recipe.depth <= LONGEST_CHAIN:
+            self._enter(tensor, lambda: recipe)
+            return recipe
+        return None
 
     def _traced(self, tensor: Tensor) -> Recipe | Tensor | None:
         """A recipe from the graph behind a tensor, or behind what it is a view of.
@@ -227,7 +281,7 @@ class Discarder:
         if node is None:
             return None
         name = node.name()
-        products = self._products and self.is_elementwise
+        products = self.layers > 0 or (self._products and self.is_elementwise)
         if not provenance.is_made_cheaply(name, products):
             return None
         # A copy made to be read would lose its tangent.
@@ -382,6 +436,59 @@ def _hooked(products: bool, temporaries: bool) -> Iterator[None]:
             hooks.__exit__(None, None, None)
 
 
+class layer:
+    """A function, or a module, of which the backward pass runs all products again but the last: a layer of a network.
+
+    What goes into it is kept, and what its attention saves of its own result. Queries, keys and values, the product of
+    attention's output, what the MLP begins with, norms, gates and rotations are made again, once, when the
+    backward pass comes to the layer. Neither attention runs again nor the last product: a checkpoint of the layer runs
+    both for nothing.
+
+    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`); where attention is
+    written out, its products of three dimensions are kept.
+
+    Args:
+        function: anything that is called with tensors, and returns tensors, by themselves or in a tuple, list or dict.
+
+    Kept for backward:
+        Tensors that are given to it and that come out of it, if somebody's gradient needs them, and what no recipe can
+        make again.
+
+    Example:
+        >>> block = torch.nn.Sequential(ckpt_kernels.nn.LayerNorm(64), ckpt_kernels.nn.MLP(64, 256))
+        >>> x = torch.randn(8, 64, requires_grad=True)
+        >>> saved_bytes(ckpt_kernels.recompute.layer(block), x) < saved_bytes(block, x) / 4
+        True
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._function if isinstance(self._function, nn.Module) else None
+        return run_as_layer(self._function, module, args, kwargs)
+
+
+def run_as_layer(function: Callable[..., Any], module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """See `layer`; the module is that whose forward runs."""
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    with discard_outputs(module, products=True):
+        discarder = None if torch.compiler.is_compiling() else discarding()
+        if discarder is None:
+            return function(*args, **kwargs)
+        for tensor in provenance.tensors_among((args, kwargs)):
+            discarder.hold(tensor)
+        discarder.layers += 1
+        try:
+            output = function(*args, **kwargs)
+        finally:
+            discarder.layers -= 1
+        for tensor in provenance.tensors_among(output):
+            discarder.hold(tensor)
+        return output
+
+
 class DiscardOutputs(nn.Module):
     """`module`, whose forward pass runs within `discard_outputs`.
 
@@ -437,10 +544,13 @@ def discarding() -> Discarder | None:
     return innermost if innermost is not None and _sees_what_is_saved(innermost) else None
 
 
-def announce(announcement: Announcement | None, elementwise: bool = False) -> None:
+def announce(
+    announcement: Announcement | None, elementwise: bool = False, total: tuple[Tensor, Announcement] | None = None
+) -> None:
     """From within an op's forward: how its output can be had again, from what it keeps anyway; None if it cannot.
 
-    What an `elementwise` op saves may be a product that runs again, where that was asked for.
+    What an `elementwise` op saves may be a product that runs again, where that was asked for. `total` is another
+    result, which the op saves, and how that can be had.
     """
     discarder = _innermost()
     if discarder is None:
@@ -449,6 +559,7 @@ def announce(announcement: Announcement | None, elementwise: bool = False) -> No
     discarder.announced = announcement if seen else None
     discarder.saved = [] if seen else None
     discarder.is_elementwise = elementwise and seen
+    discarder.total = Total(total[0].untyped_storage()._cdata, total[1]) if seen and total is not None else None
 
 
 def record(output: Tensor, recipe: Announcement | None = None) -> None:

@@ -21,13 +21,13 @@ from torch.nn.utils import parametrize
 from .. import backends
 from ..functional.linear import level_name
 from ..memory import kept_bytes
-from .around import Around, discarding, discarding_products, selecting
+from .around import Around, as_layer, discarding, discarding_products, selecting
 from .called import uses_transforms
 from .chain import chain_of
 from .loads import is_set, modules_of, named_modules, tensors_of
 from .methods import looks_like_mlp, written_of
 from .norm_trials import norm_of
-from .norms import RowNorm
+from .norms import Norm, RowNorm
 from .pointwise import pointwise_of
 from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced, Report
@@ -81,7 +81,8 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    level_name(recompute)
+    if recompute != "layer":
+        level_name(recompute)
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
     selection = Selection(model, include, exclude)
@@ -129,6 +130,8 @@ class _Conversion:
     def __init__(self, model: nn.Module, recompute: str, selection: Selection) -> None:
         self.model = model
         self.recompute = recompute
+        # Within a module "layer" is "all".
+        self.level = "all" if recompute == "layer" else recompute
         self.selection = selection
         self.replaced: list[Replaced] = []
         self.left_alone: list[LeftAlone] = []
@@ -195,10 +198,10 @@ class _Conversion:
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = chain_of(module, self.recompute, self.selection.covers)
+        rule: Rule | None = chain_of(module, self.level, self.selection.covers)
         reason = ""
         if rule is None:
-            rule, reason = written_of(module, self.recompute, self.selection.covers)
+            rule, reason = written_of(module, self.level, self.selection.covers)
         if rule is not None:
             self._apply(name, module, rule)
         elif looks_like_mlp(module, self.selection.covers):
@@ -220,12 +223,18 @@ class _Conversion:
         rule = rule_of(module)
         if rule is not None:
             swap_back(module)
-        around: tuple[Around, ...] = (discarding_products if self.recompute == "all" else discarding,)
+        around: tuple[Around, ...] = (discarding_products if self.recompute in ("all", "layer") else discarding,)
+        if self.recompute == "layer" and module is not self.model and self._is_layer(module):
+            around = (as_layer,)
         if module is not self.model and not any(map(_writes, modules_of(module))):
             around += (selecting,)
         # A class that cannot be subclassed has no rule either: nothing is undone then.
         with contextlib.suppress(NotSwapped):
             swap(module, rule or Within(), around)
+
+    def _is_layer(self, module: nn.Module) -> bool:
+        """Whether it norms what it was given, as layers do, and an expert among others does not."""
+        return any(isinstance(self.rules.get(below), Norm) for below in modules_of(module))
 
 
 def _backend_of(model: nn.Module) -> str:

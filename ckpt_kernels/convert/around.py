@@ -1,5 +1,6 @@
 """What the forward of a converted module runs in, so that outputs are let go of: eager, and under torch.compile."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..recompute import discard_outputs, selective_contexts
+from ..recompute import discard_outputs, run_as_layer, selective_contexts
 from ..recompute import discarding as discarding_now
 from .called import leads_to_transforms
 from .loads import is_set
@@ -33,6 +34,13 @@ def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs
         return forward(module, *args, **kwargs)
     with discard_outputs(module, products=True):
         return forward(module, *args, **kwargs)
+
+
+def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward of a layer, whose products run again, but the last."""
+    if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
+        return forward(module, *args, **kwargs)
+    return run_as_layer(functools.partial(forward, module), module, args, kwargs)
 
 
 def _is_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:

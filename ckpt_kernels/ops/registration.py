@@ -99,6 +99,10 @@ class Registered:
         """The dispatcher's results, with None again for one that there is not."""
         return results
 
+    def total(self, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> Any:
+        """A result that the op itself saves, and how it can be had again from others' tensors; None for none."""
+        return None
+
     def _first(self, results: Sequence[Tensor | None]) -> Any:
         return results[0] if self.returned is None else results[: self.returned]
 
@@ -113,7 +117,7 @@ class Registered:
         ctx.set_materialize_grads(False)
         self.setup_context(ctx, arguments, results)
         if is_recorded:
-            recompute.announce(self.recipe(ctx, arguments, results), self.elementwise)
+            recompute.announce(self.recipe(ctx, arguments, results), self.elementwise, self.total(arguments, results))
         if self.returned is None:
             return results[0]
         ctx.mark_non_differentiable(*results[self.differentiable_results : self.returned])

@@ -62,7 +62,7 @@ class Plan:
         if recipe is not None:
             full, operands = recipe
             recipe = functools.partial(self.rebuilt, full), operands
-        recompute.announce(recipe, self.op.elementwise)
+        recompute.announce(recipe, self.op.elementwise, self.op.total((*tensors, self.options), results))
 
     def rebuilt(self, full: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         """The first output again, of what its recipe takes; `full` is the op's own way."""
