@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Ours are blue, the darker the less is kept; torch.compile's are green.
+# Ours are blue, the darker the less is kept, and layers teal; torch.compile's are green.
 COLORS = {
     "eager": "#3c3c3c",
     "ours": "#3182bd",
     "ours, block": "#8fc3e3",
     "ours, output": "#3182bd",
     "ours, all": "#08306b",
+    "ours, layer": "#00796b",
     "ours, output, compiled": "#7b5fc0",
     "ours (triton)": "#0b3c75",
     "checkpoint": "#e6550d",

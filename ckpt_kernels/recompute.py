@@ -215,7 +215,9 @@ class Discarder:
         if self.is_closed and _sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         version = tensor._version
-        found = None if self.is_closed else self._recipe_for(tensor) or self._recipe_of_total(tensor)
+        found = None if self.is_closed else self._recipe_for(tensor)
+        if found is None and self.total is not None and self.layers:
+            found = self._recipe_of_total(self.total, tensor)
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             cell = Cell(Claim(found, geometry_of(tensor)), self, version, watching(tensor))
         elif self._outer is not None:
@@ -254,10 +256,9 @@ class Discarder:
                 return recipe
         return self._traced(tensor)
 
-    def _recipe_of_total(self, tensor: Tensor) -> Recipe | None:
+    def _recipe_of_total(self, total: Total, tensor: Tensor) -> Recipe | None:
         """Within a layer, of a sum whose parts are to be had."""
-        total = self.total
-        if total is None or not self.layers or tensor.untyped_storage()._cdata != total.storage:
+        if tensor.untyped_storage()._cdata != total.storage:
             return None
         # It is asked for its parts only once: they are packed too.
         self.total, saved, self.saved = None, self.saved, None

@@ -31,6 +31,8 @@ def _of(*names: str) -> Callable[[Any], tuple]:
 
 def _signed(value: Any) -> Any:
     """A dimension, which torch gives without its sign."""
+    if value is None:
+        return None
     if isinstance(value, tuple):
         return tuple(map(_signed, value))
     return value - 2**64 if value >= 2**63 else value
@@ -71,6 +73,10 @@ def _addcmul(first: Tensor, second: Tensor, third: Tensor, value: float) -> Tens
 
 def _addmm(bias: Tensor, first: Tensor, second: Tensor, beta: float, alpha: float) -> Tensor:
     return torch.addmm(bias, first, second, beta=beta, alpha=alpha)
+
+
+def _slice(operand: Tensor, *bounds: int) -> Tensor:
+    return torch.ops.aten.slice.Tensor(operand, *bounds)
 
 
 def _contiguous(operand: Tensor) -> Tensor:
@@ -133,6 +139,8 @@ VIEWS = {
     "UnsqueezeBackward0": _RESHAPED,
     "ViewBackward0": _RESHAPED,
     "ExpandBackward0": Rule(Tensor.expand, (None,), _shape),
+    "SelectBackward0": Rule(torch.select, (None,), _dims("dim", "index")),
+    "SliceBackward0": Rule(_slice, (None,), _dims("dim", "start", "end", "step")),
     "PermuteBackward0": Rule(torch.permute, (None,), _dims("dims")),
     "TBackward0": Rule(torch.t, (None,)),
     "TransposeBackward0": Rule(torch.transpose, (None,), _dims("dim0", "dim1")),

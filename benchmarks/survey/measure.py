@@ -14,7 +14,7 @@ from .entry import WIDE, Entry, Shape
 from .numbers import EPS, Reference
 from .step import Step, Subject
 
-LEVELS = ("block", "output", "all")
+LEVELS = ("block", "output", "all", "layer")
 # Gradient checkpointing of the model's own, switched on before the model is converted, or after.
 CHECKPOINTED = ("checkpointed before", "checkpointed after")
 PHASES = ("eager", *LEVELS, *CHECKPOINTED)

@@ -1,0 +1,334 @@
+"""Functions that turn queries and keys, known by trying them out, and what is left alone."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.convert.rotations import rotation_of
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+from .conversion import twins
+
+HEADS, KEYS, TOKENS, COLUMNS = 4, 2, 6, 16
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+
+
+def rotate_every_two(x: Tensor) -> Tensor:
+    return torch.stack((-x[:, :, :, 1::2], x[:, :, :, ::2]), dim=-1).flatten(-2)
+
+
+def halves(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def in_float32(q, k, cos, sin):
+    dtype = q.dtype
+    cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
+    q, k = q.float(), k.float()
+    return (q * cos + rotate_half(q) * sin).to(dtype), (k * cos + rotate_half(k) * sin).to(dtype)
+
+
+def a_leading_part(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    size = cos.shape[-1]
+    q_turned = torch.cat((q[..., :size] * cos + rotate_half(q[..., :size]) * sin, q[..., size:]), -1)
+    return q_turned, torch.cat((k[..., :size] * cos + rotate_half(k[..., :size]) * sin, k[..., size:]), -1)
+
+
+def the_last_part(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    size = cos.shape[-1]
+    q_turned = torch.cat((q[..., :-size], q[..., -size:] * cos + rotate_half(q[..., -size:]) * sin), -1)
+    return q_turned, torch.cat((k[..., :-size], k[..., -size:] * cos + rotate_half(k[..., -size:]) * sin), -1)
+
+
+def to_halves(q, k, cos, sin):
+    cos = cos[..., : cos.shape[-1] // 2].unsqueeze(1)
+    sin = sin[..., : sin.shape[-1] // 2].unsqueeze(1)
+    q1, q2, k1, k2 = q[..., ::2], q[..., 1::2], k[..., ::2], k[..., 1::2]
+    return torch.cat((q1 * cos - q2 * sin, q2 * cos + q1 * sin), -1), torch.cat(
+        (k1 * cos - k2 * sin, k2 * cos + k1 * sin), -1
+    )
+
+
+def half_tables(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    q1, q2 = torch.chunk(q, 2, dim=-1)
+    k1, k2 = torch.chunk(k, 2, dim=-1)
+    return torch.cat((q1 * cos - q2 * sin, q2 * cos + q1 * sin), -1), torch.cat(
+        (k1 * cos - k2 * sin, k2 * cos + k1 * sin), -1
+    )
+
+
+def one(x, sin, cos):
+    sin = torch.repeat_interleave(sin[:, :, None, :], 2, 3)
+    cos = torch.repeat_interleave(cos[:, :, None, :], 2, 3)
+    return x * cos + rotate_every_two(x) * sin
+
+
+# The function, the tables' columns, and how it is called.
+FORMS: dict[str, tuple[Callable[..., Any], int]] = {
+    "halves": (halves, COLUMNS),
+    "in float32": (in_float32, COLUMNS),
+    "a part": (a_leading_part, COLUMNS // 2),
+    "the last part": (the_last_part, COLUMNS // 2),
+    "neighbours to halves": (to_halves, COLUMNS),
+    "half tables": (half_tables, COLUMNS // 2),
+}
+
+
+def turn(q, k, cos, sin):
+    """Which one is for the tests to say, as whoever patches a model does."""
+    raise NotImplementedError
+
+
+def turn_one(x, sin, cos):
+    raise NotImplementedError
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        width = HEADS * COLUMNS
+        self.q, self.k, self.v = (
+            nn.Linear(width, width),
+            nn.Linear(width, KEYS * COLUMNS),
+            nn.Linear(width, KEYS * COLUMNS),
+        )
+        self.q_norm, self.k_norm = nn.RMSNorm(COLUMNS), nn.RMSNorm(COLUMNS)
+
+    def forward(self, x, cos, sin):
+        q = self.q_norm(self.q(x).unflatten(-1, (HEADS, COLUMNS))).transpose(1, 2)
+        k = self.k_norm(self.k(x).unflatten(-1, (KEYS, COLUMNS))).transpose(1, 2)
+        v = self.v(x).unflatten(-1, (KEYS, COLUMNS)).transpose(1, 2)
+        q, k = turn(q, k, cos, sin)
+        return TF.scaled_dot_product_attention(q, k, v, enable_gqa=True), q, k
+
+
+class OneByOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(HEADS * COLUMNS, HEADS * COLUMNS)
+
+    def forward(self, x, cos, sin):
+        return (turn_one(self.q(x).unflatten(-1, (HEADS, COLUMNS)), sin, cos),)
+
+
+def results(model: nn.Module, x: Tensor, *tables: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    x = x.clone().requires_grad_()
+    outputs = model(x, *tables)
+    loss = sum((o.double() * torch.arange(o.shape[-1], device=DEVICE)).sum() for o in outputs)
+    return list(outputs), list(torch.autograd.grad(loss, [x, *model.parameters()]))
+
+
+def operands(columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    tables = [torch.randn(2, TOKENS, columns, dtype=dtype, device=DEVICE) for _ in range(2)]
+    return torch.randn(2, TOKENS, HEADS * COLUMNS, dtype=dtype, device=DEVICE), *tables
+
+
+def assert_same(model: nn.Module, twin: nn.Module, given: tuple[Tensor, ...]) -> None:
+    (outputs, grads), (expected, expected_grads) = results(twin, *given), results(model, *given)
+    assert [o.stride() for o in outputs] == [e.stride() for e in expected]
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-4)
+
+
+def says(report: Any) -> str:
+    return next((entry.by for entry in report.replaced if "rotary" in entry.by), "")
+
+
+@pytest.mark.parametrize("level", ["output", "layer"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, columns = FORMS[name]
+    monkeypatch.setitem(globals(), "turn", function)
+    model, twin = twins(Attention)
+    assert says(ckpt_kernels.convert(twin, recompute=level)) == "rotary"
+    given = operands(columns)
+    assert_same(model, twin, given)
+    # Of each head the norm's input alone, once; and in between nothing.
+    given[0].requires_grad_()
+    assert saved_bytes(twin, *given) <= saved_bytes(model, *given) - 2 * (HEADS + KEYS) * given[0][..., :COLUMNS].nbytes
+
+
+def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "turn_one", one)
+    model, twin = twins(OneByOne)
+    assert says(ckpt_kernels.convert(twin)) == "2 x rotary" or says(ckpt_kernels.convert(twin)) == "rotary"
+    assert_same(model, twin, operands(COLUMNS // 2))
+
+
+def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the function would give another dtype, as float32 tables do beside bfloat16 heads, it computes."""
+    monkeypatch.setitem(globals(), "turn", halves)
+    model, twin = twins(lambda: Attention().bfloat16())
+    ckpt_kernels.convert(twin)
+    x, *tables = operands(COLUMNS, torch.bfloat16)
+    found, expected = twin(x, *tables), model(x, *tables)
+    truth = model.double()(*(t.double() for t in (x, *tables)))
+    model.bfloat16()
+    for f, e, t in zip(found, expected, truth, strict=True):
+        assert f.dtype == e.dtype
+        assert (f - t).abs().max() <= 1.5 * (e - t).abs().max() + 2**-8 * t.abs().max()
+    # Attention takes no queries of another dtype than values have.
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(x, *(table.float() for table in tables))
+    with pytest.raises(RuntimeError, match="dtype"):
+        twin(x, *(table.float() for table in tables))
+
+
+def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that do not fit are the function's own error."""
+    monkeypatch.setitem(globals(), "turn", halves)
+    model, twin = twins(Attention)
+    ckpt_kernels.convert(twin)
+    x, cos, sin = operands(COLUMNS)
+    for bad in ((cos[..., :8], sin[..., :8]), (cos[:, :3], sin[:, :3]), (cos.double(), sin), (cos, sin[..., :8])):
+        try:
+            expected: Any = model(x, *bad)
+        except RuntimeError as error:
+            with pytest.raises(type(error)) as raised:
+                twin(x, *bad)
+            assert str(raised.value) == str(error)
+        else:
+            torch.testing.assert_close(twin(x, *bad), expected)
+
+
+def other(x: Tensor) -> Tensor:
+    return torch.cat((x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1)
+
+
+def test_it_is_what_is_there_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another function under its name, and another one that it calls."""
+    monkeypatch.setitem(globals(), "turn", halves)
+    model, twin = twins(Attention)
+    ckpt_kernels.convert(twin)
+    given = operands(COLUMNS)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "rotate_half", other)
+        assert_same(model, twin, given)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "turn", in_float32)
+        assert_same(model, twin, given)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "turn", lambda q, k, cos, sin: (q, k))
+        assert_same(model, twin, given)
+
+
+def test_tables_that_want_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "turn", halves)
+    model, twin = twins(Attention)
+    ckpt_kernels.convert(twin)
+    x, *tables = operands(COLUMNS)
+    found = []
+    for each in (model, twin):
+        wanted = [t.clone().requires_grad_() for t in tables]
+        found.append(torch.autograd.grad(sum(o.sum() for o in each(x, *wanted)), wanted))
+    torch.testing.assert_close(*found)
+
+
+_COUNT = [0]
+
+
+def counts(q, k, cos, sin):
+    _COUNT.append(1)
+    return halves(q, k, cos, sin)
+
+
+def decides(q, k, cos, sin):
+    if q.shape[-2] > 64:
+        return q, k
+    return halves(q, k, cos, sin)
+
+
+def names_a_bound(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return torch.cat((q[..., :4096, :] * 1, q[..., 4096:, :] * 2), -2), k
+
+
+def in_place(q, k, cos, sin):
+    return q.mul_(cos.unsqueeze(1)) + rotate_half(q) * sin.unsqueeze(1), k
+
+
+def detached(q, k, cos, sin):
+    return halves(q.detach(), k, cos, sin)
+
+
+def without_gradients(q, k, cos, sin):
+    with torch.no_grad():
+        return halves(q, k, cos, sin)
+
+
+def swaps(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return k, q
+
+
+def scales(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q * 2, k
+
+
+def mixes(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q + 0 * k.sum(), k
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad
+
+
+def with_a_function(q, k, cos, sin):
+    return halves(Scaled.apply(q), k, cos, sin)
+
+
+def in_16_bits(q, k, cos, sin):
+    q, k = halves(q.bfloat16(), k.bfloat16(), cos.bfloat16(), sin.bfloat16())
+    return q.float(), k.float()
+
+
+def drops(q, k, cos, sin):
+    return halves(TF.dropout(q, 0.1), k, cos, sin)
+
+
+def prints(q, k, cos, sin):
+    print(q.shape)
+    return halves(q, k, cos, sin)
+
+
+def remembers(q, k, cos, sin, cache=[]):  # noqa: B006
+    return halves(q, k, cos, sin)
+
+
+def of_any(*args, **kwargs):
+    return halves(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [counts, decides, names_a_bound, in_place, detached, without_gradients, swaps, scales, mixes, with_a_function,
+     in_16_bits, drops, prints, remembers, of_any, sys.getsizeof, TF.scaled_dot_product_attention],
+    ids=lambda function: function.__name__,
+)  # fmt: skip
+def test_no_rotation(function: Any) -> None:
+    count = len(_COUNT)
+    assert rotation_of(function) is None
+    assert len(_COUNT) == count

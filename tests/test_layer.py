@@ -1,0 +1,293 @@
+"""`recompute.layer`: what a layer keeps, what runs again in its backward pass, and that numbers are the same bits."""
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import ckpt_kernels
+from ckpt_kernels import functional as F
+from ckpt_kernels import nn as ours
+from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.recompute import discard_outputs, layer
+
+from .conftest import DEVICE
+
+WIDTH, HEADS, TOKENS = 64, 4, 96
+PRODUCTS = ("mm", "addmm", "linear")
+
+
+class Layer(nn.Module):
+    """A transformer's, with the norm before what it is for, after it, or both."""
+
+    def __init__(self, norms: str = "pre", fused: bool = True, causal: bool = True) -> None:
+        super().__init__()
+        self.norms, self.fused, self.causal = norms, fused, causal
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.mlp = ours.GatedMLP(WIDTH, 3 * WIDTH, recompute="all")
+        self.first, self.second, self.third, self.fourth = (ours.RMSNorm(WIDTH) for _ in range(4))
+        angles = torch.outer(torch.arange(TOKENS), 10000.0 ** -torch.linspace(0, 1, WIDTH // HEADS // 2))
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def attention(self, x: Tensor) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        q, k = F.rotary_qk(q, k, self.cos, self.sin, rotary_dim=WIDTH // HEADS)
+        return self.o(TF.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(-2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norms == "post":
+            x = self.first(x + self.attention(x))
+            return self.second(x + self.mlp(x))
+        if self.norms == "sandwich":
+            x = x + self.second(self.attention(self.first(x)))
+            return x + self.fourth(self.mlp(self.third(x)))
+        attended = self.attention(self.first(x))
+        if not self.fused:
+            x = x + attended
+            return x + self.mlp(self.second(x))
+        normed, total = F.add_rms_norm(attended, x, WIDTH, self.second.weight, self.second.eps)
+        return total + self.mlp(normed)
+
+
+def made(**options: Any) -> tuple[Layer, Tensor]:
+    torch.manual_seed(0)
+    model = Layer(**options).to(DEVICE)
+    return model, torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+
+
+def gradients(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(call(x).square().mean(), [x, *model.parameters()], allow_unused=True))
+
+
+def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
+    for f, e in zip(found, expected, strict=True):
+        assert (f is None) == (e is None)
+        assert f is None or torch.equal(f, e)
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"fused": False}, {"norms": "post"}, {"norms": "sandwich"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_same_bits(options: dict[str, Any]) -> None:
+    model, x = made(**options)
+    assert_same_bits(gradients(layer(model), model, x), gradients(model, model, x))
+
+
+@pytest.mark.parametrize("tables", [True, False], ids=["first", "later"])
+def test_what_a_layer_keeps(tables: bool) -> None:
+    """Its input, attention's result, and numbers a row: rstd of two norms, and what attention has of each head; of the
+    biases of products that run again copies."""
+    model, x = made()
+    call = layer(model)
+    numbers = (2 + HEADS) * 2 * TOKENS * 4 + 4 * WIDTH * 4
+    shared = model.cos.nbytes + model.sin.nbytes
+    assert saved_bytes(call, x) == 2 * x.nbytes + numbers + shared
+    if tables:
+        return
+    # As many again as there are layers, and nothing between them.
+    models = [made()[0] for _ in range(3)]
+
+    def stack(x: Tensor) -> Tensor:
+        for each in models:
+            x = layer(each)(x)
+        return x
+
+    assert saved_bytes(stack, x) == 3 * (2 * x.nbytes + numbers + shared)
+
+
+class Counts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(call: Callable[[Tensor], Tensor], x: Tensor) -> Counter[str]:
+    output = call(x)
+    with Counts() as counts:
+        output.sum().backward()
+    return counts.seen
+
+
+def test_what_runs_again() -> None:
+    """Six products of seven, and no attention."""
+    model, x = made()
+    plain, again = counted(model, x), counted(layer(model), x)
+    products = [sum(counts[name] for name in PRODUCTS) for counts in (plain, again)]
+    # "all" has run gate and value again in both.
+    assert products[1] - products[0] == 4
+    assert not [name for name in again if "attention" in name and "backward" not in name]
+
+
+def test_attention_that_is_written_out() -> None:
+    model, x = made()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TF, "scaled_dot_product_attention", attention)
+        assert_same_bits(gradients(layer(model), model, x), gradients(model, model, x))
+        assert saved_bytes(layer(model), x) < saved_bytes(model, x)
+
+
+def test_what_is_written_to_in_between() -> None:
+    """The layer's input, after it; its output; what it was given by name."""
+    model, x = made()
+
+    def writes(x: Tensor) -> Tensor:
+        start = x * 1
+        output = layer(model)(start)
+        output.mul_(2)
+        return output + 0 * start
+
+    def plain(x: Tensor) -> Tensor:
+        return model(x * 1).mul(2)
+
+    assert_same_bits(gradients(writes, model, x), gradients(plain, model, x))
+
+    def too_late(x: Tensor) -> Tensor:
+        start = x * 1
+        output = layer(model)(start)
+        start.add_(1)
+        return output
+
+    with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
+        gradients(too_late, model, x)
+
+
+@pytest.mark.parametrize("around", ["layer", "discard", "checkpoint", "frozen", "no gradient of x", "twice"])
+def test_within_others(around: str) -> None:
+    model, x = made()
+    call: Callable[[Tensor], Tensor] = layer(model)
+    plain: Callable[[Tensor], Tensor] = model
+    if around == "layer":
+        call = layer(layer(model))
+    elif around == "discard":
+        call = discard_outputs()(call)
+    elif around == "checkpoint":
+        inner = call
+        call = lambda x: checkpoint(inner, x, use_reentrant=False)  # noqa: E731
+    elif around == "frozen":
+        for linear in (model.q, model.o, model.mlp):
+            linear.requires_grad_(False)
+        found, expected = (torch.autograd.grad(c(x).square().mean(), x) for c in (call, plain))
+        assert torch.equal(*found, *expected)
+        return
+    elif around == "no gradient of x":
+        x = x.detach()
+        parameters = [p for p in model.parameters() if p is not model.third.weight and p is not model.fourth.weight]
+        found, expected = (list(torch.autograd.grad(c(x).square().mean(), parameters)) for c in (call, plain))
+        assert_same_bits(found, expected)
+        return
+    else:
+        loss = call(x).square().mean()
+        first = torch.autograd.grad(loss, [x], retain_graph=True)
+        assert torch.equal(*first, *torch.autograd.grad(loss, [x]))
+    assert_same_bits(gradients(call, model, x), gradients(plain, model, x))
+
+
+def test_an_error_within() -> None:
+    """Leaves nothing behind: what follows keeps what it kept."""
+    model, x = made()
+
+    def fails(x: Tensor) -> Tensor:
+        model(x)
+        raise ValueError("no")
+
+    with discard_outputs():
+        with pytest.raises(ValueError, match="no"):
+            layer(fails)(x)
+        assert_same_bits(gradients(model, model, x), gradients(model, model, x))
+    plain = saved_bytes(model, x)
+    with pytest.raises(ValueError, match="no"):
+        layer(fails)(x)
+    assert saved_bytes(model, x) == plain
+
+
+def test_second_gradients() -> None:
+    model, x = made(causal=False)
+
+    def second(call: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            (grad,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+            return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(layer(model)), second(model), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_held_longer() -> None:
+    """Neither what goes in nor what comes out, once the graph is gone."""
+    model, x = made()
+    start = x * 1
+    output = layer(model)(start)
+    seen = [weakref.ref(start), weakref.ref(output)]
+    output.sum().backward()
+    del start, output
+    gc.collect()
+    assert [each() for each in seen] == [None, None]
+
+
+def test_compiled() -> None:
+    model, x = made()
+    expected = gradients(model, model, x)
+    found = gradients(torch.compile(layer(model), backend="aot_eager"), model, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class OfTorch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = TF.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        x = x + self.out(attended)
+        return x + self.second(TF.gelu(self.first(self.norm2(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self, kind: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([kind() for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self.layers:
+            x = each(x)
+        return x
+
+
+def of_torch() -> nn.Module:
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, 0.0, batch_first=True, norm_first=True)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(OfTorch, 2.0), (of_torch, 4.0)], ids=["written out", "torch's"])
+def test_converted(kind: Callable[[], nn.Module], kept: float) -> None:
+    """The level: every member of a list that norms what it was given is a layer. torch's own attention copies queries,
+    keys and values."""
+    torch.manual_seed(0)
+    model = Stack(kind).to(DEVICE)
+    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+    found = {}
+    for level in ("all", "layer"):
+        ckpt_kernels.convert(model, recompute=level)
+        found[level] = gradients(model, model, x)
+    assert_same_bits(found["layer"], found["all"])
+    numbers = 2 * TOKENS * 4 * (4 + HEADS) + 10 * WIDTH * 4
+    assert saved_bytes(model, x) <= 3 * (kept * x.nbytes + numbers)
