@@ -1,7 +1,8 @@
 """Layers of real networks, as eager torch writes them and of our modules: what the benchmarks and floors are about.
 
 Each class takes `level`: "eager" for torch's own modules, else the `recompute` of ours. At "output" and "all" a forward
-pass is to be run within `recompute.discard_outputs()`; `runner` does so.
+pass is to be run within `recompute.discard_outputs()`, and at "layer", for which modules are made as for "all", as a
+`recompute.layer`; `runner` does so.
 """
 
 from collections.abc import Callable
@@ -11,14 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ckpt_kernels.nn as ours
-from ckpt_kernels.recompute import discard_outputs
+from ckpt_kernels.functional import rotary
+from ckpt_kernels.recompute import discard_outputs, layer
 
-LEVELS = ("eager", "block", "output", "all")
+LEVELS = ("eager", "block", "output", "all", "layer")
 
 
 def runner(module: nn.Module, level: str) -> Callable[..., Tensor]:
     """How a module of that level is called."""
+    if level == "layer":
+        return layer(module)
     return discard_outputs()(module.forward) if level in ("output", "all") else module
+
+
+def _within(level: str) -> str:
+    """Of a module in a layer."""
+    return "all" if level == "layer" else level
 
 
 class EagerAddRMSNorm(nn.RMSNorm):
@@ -57,18 +66,20 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, tokens: int, level: str) -> None:
         super().__init__()
-        eager = level == "eager"
+        self.eager = eager = level == "eager"
         self.heads = heads
         self.norm1 = (nn.RMSNorm if eager else ours.RMSNorm)(width, 1e-6)
         self.norm2 = (EagerAddRMSNorm if eager else ours.AddRMSNorm)(width, 1e-6)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.mlp = EagerGatedMLP(width, hidden) if eager else ours.GatedMLP(width, hidden, recompute=level)
+        self.mlp = EagerGatedMLP(width, hidden) if eager else ours.GatedMLP(width, hidden, recompute=_within(level))
         size = width // heads
         angles = torch.outer(torch.arange(tokens), 10000 ** -(torch.arange(0, size, 2) / size)).repeat(1, 2)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 
     def rotated(self, x: Tensor) -> Tensor:
+        if not self.eager:
+            return rotary(x, self.cos, self.sin)
         first, second = x.chunk(2, -1)
         return x * self.cos + torch.cat((-second, first), -1) * self.sin
 
@@ -90,7 +101,7 @@ class GPT2Layer(nn.Module):
         self.norm1 = (nn.LayerNorm if eager else ours.LayerNorm)(width)
         self.norm2 = (EagerAddLayerNorm if eager else ours.AddLayerNorm)(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = EagerMLP(width, 4 * width) if eager else ours.MLP(width, 4 * width, recompute=level)
+        self.mlp = EagerMLP(width, 4 * width) if eager else ours.MLP(width, 4 * width, recompute=_within(level))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -36,10 +36,11 @@ def chain(level: str) -> nn.Module:
 # For each level the tensors kept, in units of (tokens, width), or of a bottleneck's narrow maps; beside these a few
 # statistics a row or channel, which "few" bounds.
 HIDDEN = int(2.69 * WIDTH)
-LLAMA = {"output": 6 + 2 * HIDDEN / WIDTH, "all": 6.0}
+LLAMA = {"output": 6 + 2 * HIDDEN / WIDTH, "all": 6.0, "layer": 2.0}
+GPT2 = {"output": 10.0, "all": 6.0, "layer": 2.0}
 CASES = [
     (lambda level: LlamaLayer(WIDTH, 4, HIDDEN, TOKENS, level), lambda: (text(torch.bfloat16),), 1, LLAMA, 0.08),
-    (lambda level: GPT2Layer(WIDTH, 4, level), lambda: (text(torch.float32),), 1, {"output": 10, "all": 6}, 0.08),
+    (lambda level: GPT2Layer(WIDTH, 4, level), lambda: (text(torch.float32),), 1, GPT2, 0.08),
     (chain, lambda: (image(64),), 1 / 4, {"output": 4 + 3 * 6, "all": 4 + 3 * 6}, 0.4),
     (lambda level: UNetBlock(64, level), lambda: (image(64), torch.randn(2, 64, device=DEVICE)), 1, {"output": 2}, 0.1),
 ]
@@ -67,7 +68,7 @@ def test_every_level_gives_the_same_bits(
         module = make(level).to(DEVICE, x[0].dtype)
         output = runner(module, level)(*x)
         results[level] = [output, *torch.autograd.grad(output.float().square().sum(), [x[0], *module.parameters()])]
-    for level in ("output", "all"):
+    for level in LEVELS[2:]:
         for found, expected in zip(results[level], results["block"], strict=True):
             assert torch.equal(found, expected), level
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .. import backends
-from ..functional.linear import level_name
+from ..functional.linear import RECOMPUTE
 from ..memory import kept_bytes
 from .around import Around, as_layer, discarding, discarding_products, selecting
 from .called import uses_transforms
@@ -35,6 +35,8 @@ from .rule import Rule, Within
 from .selection import Selection
 from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
 from .writes import writer_in
+
+LEVELS = (*RECOMPUTE, "layer")
 
 __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert"]
 
@@ -56,7 +58,8 @@ def convert(
         model: anything; what is not recognised is left alone.
         recompute: what is kept for backward. "block": the inputs of blocks, and what reads their outputs keeps these.
             "output": not the outputs either, which are made again (see `recompute.discard_outputs`). "all": not the
-            products that activations and gates read either, which run again.
+            products that activations and gates read either, which run again. "layer": of each member of a ModuleList
+            that has norms, what goes into it and what its attention saves of its result (see `recompute.layer`).
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
         inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
@@ -81,8 +84,8 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    if recompute != "layer":
-        level_name(recompute)
+    if recompute not in LEVELS:
+        raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(LEVELS)}")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
     selection = Selection(model, include, exclude)
