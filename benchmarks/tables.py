@@ -74,14 +74,15 @@ def _kept(block: Block) -> str:
 
 
 def _figures(block: Block) -> tuple[str, ...]:
-    count = (2 if block.packed else 1) * len(set(block.kept) - set(block.samples))
-    kept = f"{count}: {_kept(block)}" if count else "0"
+    count = (2 if block.packed else 1) * len(set(block.kept).difference(block.samples, block.tables))
+    kept = f"{count}: {_kept(block)}" if block.kept else "0"
     return _eager_keeps(block), kept, *(f"{read} + {written}" for read, written in (block.forward, block.backward))
 
 
 def _eager_keeps(block: Block | Pair) -> str:
-    """Measured in tensors of the block's shape, so large that statistics and rows of samples do not show."""
+    """Measured in tensors of the block's shape, so large that statistics, tables and rows of samples do not show."""
     lead, columns = (2, 512), 128 if isinstance(block, Pair) else 512
+    lead = (64, 32) if isinstance(block, Block) and block.tables else lead
     found = saved_bytes(block.eager, **block.operands(lead, columns, torch.float32, "cpu"))
     return f"{round(found / (lead[0] * lead[1] * columns * 4), 1):g}"
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from . import check, doctor, inspect, memory
 from .arguments import file, natural, picture, positive
-from .convert import convert, is_converted, revert
-from .functional.linear import RECOMPUTE
+from .convert import LEVELS, convert, is_converted, revert
 from .inspect import ARCHITECTURES, COLUMNS
 from .target import BadTarget, Inputs, arguments_of, built
 from .version import __version__
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = commands.add_parser("memory", help="what a model keeps for backward, by module")
     _add_target(kept)
     kept.add_argument(
-        "--convert", choices=RECOMPUTE, metavar="LEVEL", help=f"beside itself converted: {', '.join(RECOMPUTE)}"
+        "--convert", choices=LEVELS, metavar="LEVEL", help=f"beside itself converted: {', '.join(LEVELS)}"
     )
     kept.add_argument(
         "--depth",
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "step; exit status 1 if anything but rounding differs, 2 if they cannot be compared",
     )
     _add_target(compared)
-    compared.add_argument("--recompute", choices=RECOMPUTE, help="what is kept (default: each level in turn)")
+    compared.add_argument("--recompute", choices=LEVELS, help="what is kept (default: each level in turn)")
     compared.add_argument("--turns", type=positive, default=5, metavar="N", help="steps timed of each (default: 5)")
     compared.add_argument("--png", type=picture, metavar="FILE", help="draw the ratios there")
     compared.add_argument("--json", type=file, metavar="FILE", help="write all of it there as data")
@@ -122,7 +121,7 @@ def _memory(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> in
 
 
 def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
-    levels = [options.recompute] if options.recompute else list(RECOMPUTE)
+    levels = [options.recompute] if options.recompute else list(LEVELS)
     checks = {}
     for level in levels:
         if sys.stderr.isatty():

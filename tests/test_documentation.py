@@ -27,6 +27,7 @@ MODULES = (
     "functional.dyt",
     "functional.glu",
     "functional.linear",
+    "functional.rotary",
     "functional.row_norm",
     "memory",
     "nn.bias_act",
@@ -34,6 +35,7 @@ MODULES = (
     "nn.dyt",
     "nn.glu",
     "nn.linear",
+    "nn.rotary",
     "nn.row_norm",
     "recompute",
 )

@@ -105,13 +105,17 @@ def rotary_qk(
     key_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`rotary` of queries and of keys, by the same tables.
+    r"""`rotary` of queries and of keys, by the same tables.
+
+    .. math::
+        (y_i, y_j) = (z_i \cos_i - z_j \sin_i,\; z_j \cos_j + z_i \sin_j), \qquad z = \mathrm{norm}(x),\; x \in \{q, k\}
 
     Args:
         query, key: as `input` of `rotary`; they may have different numbers of heads.
         cos, sin: as there.
         query_weight, key_weight, query_bias, key_bias: those of the two norms.
-        options: all other arguments of `rotary`, the same for both.
+
+    All other arguments of `rotary` are taken by name, the same for both.
 
     Returns:
         Both, as `rotary` returns one.
@@ -121,6 +125,9 @@ def rotary_qk(
 
     Raises:
         RuntimeError, TypeError, ValueError: as `rotary`, by whose names arguments are called.
+
+    Source:
+        As of `rotary`.
 
     Example:
         >>> q, k = torch.randn(2, 8, 16, 64), torch.randn(2, 2, 16, 64)

@@ -11,6 +11,9 @@ from .extras import extras, recorded
 class Rotary(nn.Module):
     r"""The rotation of heads, after a norm over each head if there is one, as one block.
 
+    .. math::
+        (y_i, y_j) = (z_i \cos_i - z_j \sin_i,\; z_j \cos_j + z_i \sin_j), \qquad z = \mathrm{norm}(x)
+
     Args:
         head_dim: D, the length of a head.
         layout, output_layout, rotary_dim, rotary_start, norm, eps: as of `functional.rotary`.
