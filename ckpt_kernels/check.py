@@ -26,6 +26,12 @@ from .target import Inputs, arguments_of
 # Times that spread more than that from step to step are not worth comparing.
 WIDE_SPREAD = 0.15
 
+# How many times its own error a model's error may be when converted, and how many ulps beside; and how many times that
+# of a single tensor, which is less sure.
+_TIMES = 3
+_ULPS = 32
+_WORST = 64
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -56,7 +62,8 @@ class Check:
         report: what `convert` said.
         mode: "training" or "evaluation", in which the errors were taken.
         errors: of the outputs, and of the gradients.
-        changed: what the converted model does that the model does not, other than rounding; [] is well.
+        changed: what the converted model does that the model does not, other than rounding, numbers among it; [] is
+            well.
         kept: bytes kept for backward.
         peak: bytes at the peak of a step.
         seconds: of a step.
@@ -87,7 +94,8 @@ class Check:
         lines += _columns(rows)
         lines += [
             "",
-            "types of outputs, buffers, attributes, random numbers: " + ("changed" if self.changed else "alike"),
+            "numbers but for rounding, types of outputs, buffers, attributes, random numbers: "
+            + ("changed" if self.changed else "alike"),
         ]
         lines += [f"  {change}" for change in self.changed]
         lines += ["", "a step, forward and backward, in training mode:"]
@@ -153,6 +161,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     changed += [f"{name} is another afterwards" for name in _different(*states)]
     kinds = (("outputs", "output"), ("gradients", "grad"))
     errors = [_errors(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
+    changed += [told for found in errors if (told := _beyond_rounding(found, _eps(runs[0][0][0])))]
     plain.train(), twin.train()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kept = _kept(plain, inputs), _kept(twin, inputs)
@@ -302,6 +311,21 @@ def _errors(
 
     worst = max(names, key=ratio)
     return Errors(what, error(eager, truth), error(ours, truth), error(ours, eager), worst, ratio(worst))
+
+
+def _eps(tensors: dict[str, Tensor]) -> float:
+    """Of the dtype with the fewest digits."""
+    return max(torch.finfo(tensor.dtype).eps for tensor in tensors.values())
+
+
+def _beyond_rounding(found: Errors, eps: float) -> str:
+    """In words, if errors are larger than those that the model makes itself, and than some ulps, explain."""
+    if found.converted <= _TIMES * found.eager + _ULPS * eps and found.worst_ratio <= _WORST:
+        return ""
+    return (
+        f"{found.what} are other numbers: an error of {found.converted:.1e}, where the model's own is "
+        f"{found.eager:.1e}; the worst, {found.worst_ratio:.0f}x, in {found.worst}"
+    )
 
 
 def _draws(model: nn.Module, inputs: Inputs) -> bool:

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -209,6 +210,23 @@ def test_convert_check_says_when_its_times_mean_nothing() -> None:
     found = check.Check(report, "training", [], [], (2, 1), (2, 1), (1.0, 0.5), 0.4)
     assert "too noisy for the times to mean anything: steps spread by 40%" in str(found)
     assert "too noisy" not in str(dataclasses.replace(found, noise=0.05))
+
+
+class AsksForItsClass(nn.Module):
+    """Computes something else when converted: what no conversion should do, and what the check is there to tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(x) * (2 if type(self.norm) is nn.LayerNorm else 1))
+
+
+@pytest.mark.parametrize(("kind", "said"), [(AsksForItsClass, ["gradients", "outputs"]), (model, [])])
+def test_convert_check_tells_other_numbers(kind: Callable[[], nn.Module], said: list[str]) -> None:
+    found = check.check(kind(), (torch.randn(3, 16),), turns=1)
+    assert sorted(change.split()[0] for change in found.changed) == said
 
 
 def fails_when_called() -> tuple[nn.Module, torch.Tensor]:
