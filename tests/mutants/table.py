@@ -402,7 +402,7 @@ TRITON = (
     ),
 )
 
-_RECOMPUTE = "ckpt_kernels/recompute.py"
+_RECOMPUTE = "ckpt_kernels/discarder.py"
 _VIEWS = "tests/test_recompute.py -k more_than_strides"
 _BAD = "tests/test_row_norm.py -k bad_input"
 PYTHON = (

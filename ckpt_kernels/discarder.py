@@ -1,0 +1,371 @@
+"""What is kept in the place of each tensor that is saved, while outputs are let go of: the state of the contexts.
+
+A `Discarder` is asked for every tensor that a node of the autograd graph saves, and answers with a `Cell`: the tensor
+itself, or a recipe, which comes from the block that made the tensor, or from the graph behind it (see `provenance`).
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
+
+from . import provenance
+from .provenance import Block, Trace
+from .recipes import Cell, Claim, Foreign, Geometry, Kept, Operand, Recipe, Step, geometry_of, recipe_of_step, watching
+
+# A recipe may need an output that was let go too, and so on. Past this many the output is kept, so that what stands in
+# memory while a chain is rebuilt, and what is computed more than once, stay small.
+LONGEST_CHAIN = 8
+
+
+class _Thread(threading.local):
+    """What is active on a thread: its open contexts, the innermost last, closed ones among them."""
+
+    def __init__(self) -> None:
+        self.active: list[Discarder] = []
+
+
+thread = _Thread()
+
+
+# A function, and the tensors that it makes the output of.
+Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
+
+
+class Entry(NamedTuple):
+    """A tensor that may be discarded, as long as its memory is there and unchanged.
+
+    The tensor that was returned may be gone while a view of it lives, so that it is by its memory that it is known.
+    `output` is that tensor, as long as Python has it.
+    """
+
+    storage: StorageWeakRef
+    output: "weakref.ref[Tensor]"
+    dtype: torch.dtype
+    version: int
+    recipe: Callable[[], Recipe | None]
+
+
+class Packed(NamedTuple):
+    """A tensor that the op which was announced saves, and what its node holds in the place of it."""
+
+    tensor: Tensor
+    cell: Cell
+    # Whether the cell may come to hold something smaller, which then all who keep the tensor do.
+    is_exchanged: bool
+
+
+class Held(NamedTuple):
+    """What comes into a layer or goes out of it: it is kept as it is if somebody saves it, and nothing behind it is
+    looked for."""
+
+    storage: StorageWeakRef
+    tensor: "weakref.ref[Tensor]"
+    version: int
+
+
+class Total(NamedTuple):
+    """Another result of an op than its output, which the op itself saves, such as the sum that is normalised."""
+
+    storage: int
+    recipe: Announcement
+
+
+class Result(NamedTuple):
+    """Who keeps the result of a node that saves its result, first of all the node itself."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    keepers: list[tuple["weakref.ref[Cell]", Geometry]]
+
+
+class Discarder:
+    """The state of one active context."""
+
+    def __init__(self, products: bool, temporaries: bool) -> None:
+        self._products = products
+        self._temporaries = temporaries
+        self._entries: dict[int, Entry] = {}
+        self._most_entries = 64
+        # The versions of biases when a module's forward began, by identity; None where any parameter's word is taken.
+        self._biases: dict[int, tuple[nn.Parameter, int]] | None = None
+        self._outer = top_hooks()
+        self.is_closed = False
+        # Of the op whose forward is over and whose output is not there yet.
+        self.announced: Announcement | None = None
+        self.saved: list[Packed] | None = None
+        self.is_elementwise = False
+        self.total: Total | None = None
+        # How many layers are open, in which products run again whoever reads them; and what goes in and out of them.
+        self.layers = 0
+        self._held: list[Held] = []
+
+    def hold(self, tensor: Tensor) -> None:
+        """At a layer's edge."""
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
+            self._held = [held for held in self._held if not held.storage.expired()]
+            self._held.append(Held(StorageWeakRef(tensor.untyped_storage()), weakref.ref(tensor), tensor._version))
+
+    def _is_held(self, tensor: Tensor) -> bool:
+        key = tensor.untyped_storage()._cdata if self._held else None
+        held = [h for h in self._held if h.storage.cdata == key and not h.storage.expired()]
+        return any(h.version == tensor._version for h in held)
+
+    def held_at(self, node: Any, output: int) -> Operand | None:
+        """What is held of a node's results, as it was then."""
+        for held in self._held:
+            tensor = held.tensor()
+            if tensor is not None and tensor.grad_fn is node and tensor.output_nr == output:
+                return self.pack(tensor) if tensor._version == held.version else None
+        return None
+
+    def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
+        """The output of the op that was announced; or another one, whose recipe is given and lasts as long as it."""
+        if recipe is not None:
+            made = self._recipe(*recipe, ())
+            self._enter(output, lambda: made)
+            return
+        announced, saved = self.announced, self.saved or ()
+        self.announced = self.saved = self.total = None
+        self.is_elementwise = False
+        if announced is None or not output.requires_grad:
+            return
+        made = self._recipe(*announced, saved)
+        if self._keeps(made, announced[1], saved) >= output.nbytes:
+            return
+        # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
+        # graph says of another tensor, which may lead to this node when the output is gone.
+        if saved and _are_among(announced[1], saved):
+            saved[0].cell.attached = made
+            entry = self._enter(output, weakref.ref(made))
+        else:
+            entry = self._enter(output, lambda: made)
+        node: Any = output.grad_fn
+        node.recomputed_block = Block(
+            self, weakref.ref(made), entry.output, entry.storage, entry.version, watching(output)
+        )
+
+    def _recipe(
+        self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Sequence[Packed]
+    ) -> Recipe:
+        operands = [None if t is None else self._operand(t, saved) for t in tensors]
+        return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
+
+    def _keeps(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> int:
+        """Bytes that a recipe alone keeps: nothing is gained by one that keeps as much as it makes again."""
+        kept = [
+            t for t, o in zip(tensors, recipe.operands, strict=True) if t is not None and not (t.is_leaf or o.depth)
+        ]
+        return sum(t.nbytes for t in kept if not (_are_among((t,), saved) or self._is_held(t)))
+
+    def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
+        """What the op's node holds of a tensor, if it holds that to the end; else the tensor is packed for the recipe.
+
+        The content alone: a cell that holds the recipe would be held by it.
+        """
+        lasting = _outlasting(tensor)
+        for packed in saved:
+            if packed.tensor is lasting and not packed.is_exchanged and isinstance(packed.cell.content, Kept):
+                return packed.cell.content
+        return self.pack(lasting)
+
+    def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
+        entries = self._entries
+        if len(entries) >= self._most_entries:
+            for key in [key for key, entry in entries.items() if entry.storage.expired()]:
+                del entries[key]
+            # So a sweep is paid for by as many entries as it looks at.
+            self._most_entries = max(64, 2 * len(entries))
+        storage = StorageWeakRef(output.untyped_storage())
+        entry = Entry(storage, weakref.ref(output), output.dtype, output._version, recipe)
+        entries[storage.cdata] = entry
+        return entry
+
+    def begin(self, module: nn.Module) -> None:
+        """The module's forward begins. From the first such call on, only biases that were there then are copied."""
+        biases = {} if self._biases is None else self._biases
+        biases.update((id(bias), (bias, bias._version)) for bias in _biases_in(module) if id(bias) not in biases)
+        self._biases = biases
+
+    def close(self) -> None:
+        """From now on recipes live by their claims alone, and whatever is saved from now on is kept as it is."""
+        self.is_closed = True
+        self._entries.clear()
+        self._biases = {}
+        self.announced = self.saved = None
+
+    def pack(self, tensor: Tensor) -> Cell:
+        # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
+        if self.is_closed and sees_what_is_saved(self):
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        version = tensor._version
+        found = None if self.is_closed else self._recipe_for(tensor)
+        if found is None and self.total is not None and self.layers:
+            found = self._recipe_of_total(self.total, tensor)
+        if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
+            cell = Cell(Claim(found, geometry_of(tensor)), self, version, watching(tensor))
+        elif self._outer is not None:
+            packed, unpack = self._outer
+            cell = Cell(Foreign(packed(tensor), unpack), self, version, watching(tensor))
+        else:
+            # Without its graph: a node that keeps its own output would otherwise keep itself alive.
+            kept = tensor.detach()
+            cell = Cell(Kept(kept, version), self, version, kept)
+        if self.saved is not None and tensor.layout is torch.strided:
+            self.saved.append(Packed(tensor, cell, isinstance(found, Tensor)))
+        if isinstance(found, Tensor):
+            self._note_keeper(found, tensor, cell)
+        return cell
+
+    def _note_keeper(self, root: Tensor, tensor: Tensor, cell: Cell) -> None:
+        keeper = weakref.ref(cell), geometry_of(tensor)
+        own = provenance.result_cell(root.grad_fn)
+        if own is None:
+            cell.attached = Result(root.shape, root.stride(), root.dtype, [keeper])
+        elif isinstance(own.attached, Result):
+            own.attached.keepers.append(keeper)
+
+    def _recipe_for(self, tensor: Tensor) -> Recipe | Tensor | None:
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
+            return None
+        # What has no graph, by way of `detach()`, may be read when the weights that its recipe needs have been stepped.
+        root = tensor if tensor._base is None else tensor._base
+        if root.grad_fn is None or self._is_held(tensor):
+            return None
+        entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
+        if entry is not None and not entry.storage.expired():
+            if tensor.dtype != entry.dtype:
+                return None
+            if tensor._version == entry.version and (recipe := entry.recipe()) is not None:
+                return recipe
+        return self._traced(tensor)
+
+    def _recipe_of_total(self, total: Total, tensor: Tensor) -> Recipe | None:
+        """Within a layer, of a sum whose parts are to be had."""
+        if tensor.untyped_storage()._cdata != total.storage:
+            return None
+        # It is asked for its parts only once: they are packed too.
+        self.total, saved, self.saved = None, self.saved, None
+        recipe = self._recipe(*total.recipe, ())
+        worth = self._keeps(recipe, total.recipe[1], ()) < tensor.nbytes
+        self.saved = saved
+        if worth and recipe.depth <= LONGEST_CHAIN:
+            self._enter(tensor, lambda: recipe)
+            return recipe
+        return None
+
+    def _traced(self, tensor: Tensor) -> Recipe | Tensor | None:
+        """A recipe from the graph behind a tensor, or behind what it is a view of.
+
+        Where there is none for the result of a node that saves its result, this result: there may be one later.
+        """
+        root = tensor._base
+        if root is None:
+            root = tensor
+        node = root.grad_fn
+        if node is None:
+            return None
+        name = node.name()
+        products = self.layers > 0 or (self._products and self.is_elementwise)
+        if not provenance.is_made_cheaply(name, products):
+            return None
+        # A copy made to be read would lose its tangent.
+        if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        trace = Trace(self, self._temporaries, products)
+        version = root._version
+        if not version:
+            trace.learn(node)
+        elif not trace.is_written_by_graph(node, root.untyped_storage()._cdata, version):
+            return None
+        step = trace.value(node, root.output_nr)
+        if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
+            return root if provenance.saves_result(name) else None
+        recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
+        self._enter(root, weakref.ref(recipe))
+        return recipe
+
+    # For `Trace`
+
+    def is_as_used(self, bias: nn.Parameter) -> bool:
+        """Whether nobody has written to a bias since what reads it ran: since the forward began."""
+        if self._biases is None:
+            return True
+        known, version = self._biases.get(id(bias), (None, 0))
+        return known is bias and bias._version == version
+
+    def share(self, known: Cell | Block) -> Cell | Claim | None:
+        """What is known, as one more recipe's operand."""
+        if isinstance(known, Block):
+            recipe = known.recipe()
+            return None if recipe is None else Claim(recipe, None)
+        if isinstance(known.content, Foreign):
+            # What others packed they may give back only once, as torch's checkpoint does.
+            known.content = Claim(Recipe(known.content.get, (), 0), None)
+        claim = known.content
+        return Claim(claim.recipe, claim.geometry) if isinstance(claim, Claim) else known
+
+    def exchange(self, own: Cell, step: Step) -> None:
+        """A node's result can be made again: all who keep it let go of it, if none keeps another state of it."""
+        result = own.attached
+        if own.owner is not self or not isinstance(result, Result) or step.depth >= LONGEST_CHAIN:
+            return
+        if not result.dtype.is_floating_point:
+            return
+        keepers = [(cell, geometry) for reference, geometry in result.keepers if (cell := reference()) is not None]
+        if any(cell.depth or cell.version != own.version for cell, _ in keepers):
+            return
+        recipe = recipe_of_step(step, result.shape, result.strides, result.dtype)
+        for cell, geometry in keepers:
+            cell.content, cell.watch = Claim(recipe, geometry), watching(cell.watch)
+
+
+def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def sees_what_is_saved(discarder: Discarder) -> bool:
+    """Whether its hooks are the innermost on this thread."""
+    top = top_hooks()
+    return top is not None and getattr(top[0], "__self__", None) is discarder
+
+
+def _biases_in(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of at most one dimension in a module and all that it contains; some of them more than once."""
+    waiting, seen = [module], set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for parameter in module.__dict__["_parameters"].values():
+            if parameter is None or is_lazy(parameter):
+                continue
+            if parameter.dim() < 2 and not parameter.is_inference():
+                yield parameter
+        waiting.extend(child for child in module.__dict__["_modules"].values() if child is not None)
+
+
+def _are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool:
+    """Whether the memory of each is that of one that is saved."""
+    there = {id(packed.tensor) for packed in saved}
+    others = [t for t in tensors if t is not None and id(t) not in there]
+    if not others:
+        return True
+    storages = {packed.tensor.untyped_storage()._cdata for packed in saved}
+    return all(t.untyped_storage()._cdata in storages for t in others)
+
+
+def _outlasting(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of a norm's weight that may be gone when the recipe is asked for: a sharded one is gathered
+    when its own module's backward pass begins, and what reads the module's output comes before."""
+    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not sharded or tensor.dim() != 1 or not (tensor.requires_grad or isinstance(tensor, nn.Parameter)):
+        return tensor
+    return tensor.detach().clone()
