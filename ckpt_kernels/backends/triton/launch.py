@@ -19,6 +19,8 @@ import triton
 # its sums of the gradients of weight and bias; without these, twice that.
 FORWARD_TILE = 16384
 BACKWARD_TILE = 8192
+# The longest head that rotary kernels take: they hold it whole.
+LONGEST_HEAD = 16384
 _PACKED_ELEMENTS = 2048
 # What a thread of a backward kernel is held to, so that this many warps fit a multiprocessor.
 _REGISTERS = 128
@@ -107,6 +109,15 @@ def sums_tile(columns: int) -> Tile:
     """The tile where two sums or three are kept: of short rows half as many as `element_tile` has."""
     tile = element_tile(columns)
     return tile._replace(rows=max(tile.rows // 2, 1))
+
+
+@functools.cache
+def heads_tile(turning: int, passing: int) -> Tile:
+    """The tile of a kernel that takes whole heads; BLOCK is of the columns that turn, those that pass are beside them."""
+    block = max(_next_power_of_two(turning), 2)
+    width = _next_power_of_two(block + (_next_power_of_two(passing) if passing else 0))
+    rows = max(_PACKED_ELEMENTS // width, 1)
+    return Tile(rows, block, _warps(rows * width), True)
 
 
 @functools.cache
