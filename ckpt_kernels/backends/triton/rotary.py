@@ -1,4 +1,4 @@
-"""The rotary kernels: heads whose pairs turn by the angles of two tables, and a norm before that; how they are launched.
+"""The rotary kernels: heads whose pairs turn by the angles of two tables, and a norm before that; their launches.
 
 A program works on tiles of ROWS whole heads, of which BLOCK columns turn. Statistics and arithmetic are in float32.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..blocks import Rotary, RotaryGradients
-from .launch import LONGEST_HEAD, Tile, backward_programs, heads_tile, launch, stages_of
+from .launch import LONGEST_HEAD, Tile, backward_programs, heads_tile, launch
 from .rotary_tiles import (
     added,
     first_row,
@@ -56,9 +56,9 @@ def rotary_kernel(
         x_hat, _ = normalized(head, norm, live, chosen, BLOCK)
         head = scaled(
             seen_by_weight(x_hat, source.data.dtype.element_ty, chosen),
-            load_weight(norm.weight, norm.weight_offset, 1.0, chosen, BLOCK),
+            load_weight(norm.weight, norm.weight_offset, 1.0, chosen, ROWS, BLOCK),
         )
-        head = added(head, load_weight(norm.bias, 0.0, 0.0, chosen, BLOCK))
+        head = added(head, load_weight(norm.bias, 0.0, 0.0, chosen, ROWS, BLOCK))
     head = turned(head, cos, sin, place, live, chosen, BACK, BLOCK)
     if BACK:
         store_head(pointers(target, place), live, chosen, head, chosen.interleaved, BLOCK)
@@ -78,12 +78,12 @@ def norm_rotary_backward_kernel(
     """
     begin = first_row(chosen, program_rows)
     end = tl.minimum(begin + program_rows, levels.rows)
-    w = load_weight(norm.weight, norm.weight_offset, 1.0, chosen, BLOCK)
+    w = load_weight(norm.weight, norm.weight_offset, 1.0, chosen, 1, BLOCK)
     nothing = tl.zeros((ROWS, BLOCK // 2), tl.float32)
     rest = tl.zeros((ROWS, 1 if chosen.passing == 0 else chosen.passing), tl.float32)
     dw = (nothing, nothing, rest)
     db = (nothing, nothing, rest)
-    for first in tl.range(begin, end, ROWS, num_stages=chosen.stages):
+    for first in range(begin, end, ROWS):
         place, live = places(levels, chosen, first, end, ROWS)
         h = load_head(pointers(grad_output, place), live, chosen, chosen.interleaved_output, BLOCK)
         h = turned(h, cos, sin, place, live, chosen, True, BLOCK)
@@ -134,20 +134,20 @@ def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradien
         _launch(block, grad_output, gradients.input, True)
 
 
-def _tile(block: Rotary, heads: Tensor) -> Tile:
-    return heads_tile(block.options.rotary_dim, heads.shape[-1] - block.options.rotary_dim)
+def _tile(block: Rotary, heads: Tensor, sums: bool) -> Tile:
+    turning = block.options.rotary_dim
+    return heads_tile(turning, heads.shape[-1] - turning, sums)
 
 
 def _launch(block: Rotary, source: Tensor, target: Tensor, back: bool) -> None:
-    tile = _tile(block, source)
+    tile = _tile(block, source, False)
     levels, cos, sin, norm, chosen, order = operands_of(block, source, tile)
     arguments = levels, strided(source, order), cos, sin, norm, strided(target, order), chosen, back
     launch(rotary_kernel, triton.cdiv(levels.rows, tile.rows), tile, source.device, *arguments)
 
 
 def _launch_norm_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradients) -> None:
-    device, tile = grad_output.device, _tile(block, grad_output)
-    tile = tile._replace(stages=stages_of(tile, (block.input, grad_output, block.cos, block.sin), device))
+    device, tile = grad_output.device, _tile(block, grad_output, True)
     levels, cos, sin, norm, chosen, order = operands_of(block, grad_output, tile)
     programs, program_rows = backward_programs(device, levels.rows, tile)
     sums = Sums(

@@ -60,7 +60,6 @@ class Choices(NamedTuple):
     cast_before_weight: tl.constexpr
     even: tl.constexpr
     many: tl.constexpr
-    stages: tl.constexpr
 
 
 class Operands(NamedTuple):
@@ -88,27 +87,15 @@ def operands_of(block: Rotary, heads: torch.Tensor, tile: Tile) -> Operands:
     levels = Levels(heads.numel() // columns, sizes[order[1]], sizes[order[2]])
     passing = columns - options.rotary_dim
     block_passing = triton.next_power_of_2(passing) if passing else 0
-    choices = Choices(
-        *map(
-            tl.constexpr,
-            (
-                columns,
-                options.rotary_dim,
-                options.start,
-                block_passing,
-                options.interleaved,
-                options.interleaved_output,
-                block.cos.shape[-1] != options.rotary_dim,
-                options.norm,
-                options.cast_before_weight,
-                options.rotary_dim == tile.block and passing == block_passing and levels.rows % tile.rows == 0,
-                levels.rows >= 1 << 30,
-                tile.stages,
-            ),
-        )
-    )
+    even = options.rotary_dim == tile.block and passing == block_passing and levels.rows % tile.rows == 0
+    paired = block.cos.shape[-1] != options.rotary_dim
+    sizes_of_heads = columns, options.rotary_dim, options.start, block_passing
+    layouts = options.interleaved, options.interleaved_output, paired
+    chosen = *sizes_of_heads, *layouts, options.norm, options.cast_before_weight, even, levels.rows >= 1 << 30
     norm = Norm(block.weight, block.bias, options.weight_offset, options.eps)
-    return Operands(levels, strided(block.cos, order), strided(block.sin, order), norm, choices, order)
+    return Operands(
+        levels, strided(block.cos, order), strided(block.sin, order), norm, Choices(*map(tl.constexpr, chosen)), order
+    )
 
 
 @triton.jit
@@ -122,7 +109,7 @@ def first_row(chosen, program_rows):
 
 @triton.jit
 def places(levels, chosen, first, end, ROWS: tl.constexpr):
-    """Where the rows of a tile are on the three levels, and which of them there are, those from `end` on being others'."""
+    """Where the rows of a tile are on the three levels, and which there are, those from `end` on being others'."""
     row = first + tl.arange(0, ROWS)[:, None]
     if chosen.even:
         live = tl.full(row.shape, 1, tl.int1)
@@ -211,15 +198,17 @@ def store_head(at, live, chosen, head, INTERLEAVED: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def load_weight(W, offset, default, chosen, BLOCK: tl.constexpr):
-    """W + offset, as a tile of one head; `default` where there is none."""
+def load_weight(W, offset, default, chosen, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """W + offset for ROWS heads; `default` where there is none.
+
+    For as many as a tile has, it is read in the tile's layout, without a way through shared memory.
+    """
     if W is None:
         one = tl.full((1, 1), default, tl.float32)
         weight = (one, one, one)
     else:
-        first, second, rest = load_head(
-            W + tl.zeros((1, 1), tl.int32), tl.full((1, 1), 1, tl.int1), chosen, chosen.interleaved, BLOCK
-        )
+        at, live = W + tl.zeros((ROWS, 1), tl.int32), tl.full((ROWS, 1), 1, tl.int1)
+        first, second, rest = load_head(at, live, chosen, chosen.interleaved, BLOCK)
         weight = (first + offset, second + offset, rest + offset)
     return weight
 
