@@ -20,7 +20,7 @@ import triton
 FORWARD_TILE = 16384
 BACKWARD_TILE = 8192
 # The longest head that rotary kernels take: they hold it whole, and backward sums besides.
-LONGEST_HEAD = 8192
+LONGEST_HEAD = 4096
 _PACKED_ELEMENTS = 2048
 # What a thread of a backward kernel is held to, so that 16 warps fit a multiprocessor.
 _REGISTERS = 128
