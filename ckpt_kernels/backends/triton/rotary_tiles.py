@@ -141,7 +141,7 @@ def within(live, column, count, chosen):
 
 @triton.jit
 def passing_columns(chosen):
-    """Which columns pass; and of these the number, for `within`."""
+    """Which columns pass, and which in their row each is, for `within`."""
     count = tl.arange(0, chosen.passing)[None, :]
     if chosen.start == 0:
         column = count + chosen.rotary_dim
