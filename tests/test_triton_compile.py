@@ -29,15 +29,15 @@ for arch in sys.argv[1:]:
     print("END")
 """
 
-# The backward passes, which have the most in registers.
-BACKWARD = """
+# Those that have this in their names.
+NAMED = """
 import sys
 from ckpt_kernels.backends.triton import variants
 from ckpt_kernels.cli import main
 
-every = variants.variants
-variants.variants = lambda *given: [variant for variant in every(*given) if "backward" in variant.name]
-sys.exit(main(["inspect", *sys.argv[1:]]))
+every, name = variants.variants, sys.argv[1]
+variants.variants = lambda *given: [variant for variant in every(*given) if name in variant.name]
+sys.exit(main(["inspect", *sys.argv[2:]]))
 """
 
 # One warp for what four hold: 128 elements of each operand a thread.
@@ -64,6 +64,10 @@ IN_THE_CATALOGUE = {
     "bias_act": "bias_act (gelu)",
     "bias_act+dropout": "bias_act (gelu, dropout)",
     "dyt": "dyt",
+    "rotary": "rotary",
+    "rotary (interleaved)": "rotary (interleaved)",
+    "rms_norm+rotary": "rms_norm+rotary",
+    "layer_norm+rotary (interleaved)": "layer_norm+rotary (interleaved)",
 }
 
 
@@ -101,7 +105,7 @@ def test_no_spills_and_full_width_accesses(arch: str, tmp_path: pathlib.Path) ->
     every = arch == "sm_90"
     columns = (8192, 32768) if every else (8192,)
     lengths = ["--columns", *map(str, columns)]
-    command = ["-m", "ckpt_kernels.cli", "inspect"] if every else ["-c", BACKWARD]
+    command = ["-m", "ckpt_kernels.cli", "inspect"] if every else ["-c", NAMED, "backward"]
     done = run([*command, "--arch", arch, "--json", str(file), *lengths], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(file.read_text())["triton"]
@@ -122,6 +126,28 @@ def test_no_spills_and_full_width_accesses(arch: str, tmp_path: pathlib.Path) ->
         assert traffic(used["name"]) == declared, used
         assert used["tensors"] > 0 and 0 < used["occupancy"] <= 1 and used["instructions"] > 50, used
     assert "estimate, not measured" in done.stdout and "of which 0 spill" in done.stdout
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_heads(arch: str, tmp_path: pathlib.Path) -> None:
+    # Of all sizes for one architecture; for the others the blocks with a norm, where a spill would be.
+    every = arch == "sm_90"
+    file, columns = tmp_path / "kernels.json", (64, 128, 256) if every else (128,)
+    name = "rotary" if every else "norm+rotary"
+    command = ["-c", NAMED, name, "--arch", arch, "--json", str(file), "--columns", *map(str, columns)]
+    done = run(command, tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(file.read_text())["triton"]
+    # Two passes of each block, in two dtypes.
+    assert len(found) == (4 if every else 2) * 2 * 2 * len(columns)
+    for used in found:
+        assert used["stack"] == 0 and used["local"] == 0, used
+        # Once a program, weights are read and their sums stored by as many threads as there are.
+        summed = "norm" in used["name"] and used["name"].endswith("backward")
+        assert 16 in used["widths"] and (summed or used["widths"] == [16]), used
+        assert traffic(used["name"]) == used["floor"], used
+        # In accesses of 16 bytes also the tables, four bytes for each element of a head, and the weights.
+        assert used["tensors"] >= used["floor"] + 4 / {"bf16": 2, "fp32": 4}[used["dtype"]], used
 
 
 def test_a_kernel_that_spills_makes_the_inspection_fail(tmp_path: pathlib.Path) -> None:

@@ -329,6 +329,7 @@ CUDA = (
 )
 
 _TILES = "ckpt_kernels/backends/triton/row_norm_tiles.py"
+_HEADS = "ckpt_kernels/backends/triton/rotary_tiles.py"
 TRITON = (
     Mutant(
         "bias_act writes its output again without the dropout factor, in Triton",
@@ -399,6 +400,27 @@ TRITON = (
         "(row < shape.rows) & (column < «2 * shape.columns»)",
         "shape.columns",
         "tests/test_glu.py -k 'two_halves and triton and interleaved'",
+    ),
+    Mutant(
+        "a rotation's transpose takes the entries of the rotation, in Triton",
+        _HEADS,
+        "head[0] * cos1 + head[1] * «sin2»",
+        "sin1",
+        "tests/test_rotary_triton.py -k 'every_layout and halves-halves-8-plain'",
+    ),
+    Mutant(
+        "the mean of a head leaves out the columns that pass, in Triton",
+        _HEADS,
+        "tl.sum(head[0] + head[1], 1)« + tl.sum(head[2], 1)»",
+        "",
+        "tests/test_rotary_triton.py -k 'in_part and 8-0-halves-rms'",
+    ),
+    Mutant(
+        "pairs that are not there are as far from 0 as the mean is, in Triton",
+        _HEADS,
+        "first, second = «tl.where(pairs, head[0] - mean, 0.0)»",
+        "head[0] - mean",
+        "tests/test_rotary_triton.py -k 'in_part and 13-6-3-halves-layer'",
     ),
 )
 

@@ -7,13 +7,12 @@ from ..reference import (
     channel_backward_coefficients,
     channel_coefficients,
     channel_statistics,
-    rotary_backward,
-    rotary_forward,
 )
 from .bias_act import bias_act_backward, bias_act_forward
 from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
 from .dyt import dyt_backward, dyt_forward
 from .glu import glu_backward, glu_forward
+from .rotary import rotary_backward, rotary_forward
 from .row_norm import row_norm_backward, row_norm_forward
 
 __all__ = [

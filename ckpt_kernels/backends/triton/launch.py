@@ -19,10 +19,11 @@ import triton
 # its sums of the gradients of weight and bias; without these, twice that.
 FORWARD_TILE = 16384
 BACKWARD_TILE = 8192
+# The longest head that rotary kernels take: they hold it whole, and backward sums besides.
+LONGEST_HEAD = 4096
 _PACKED_ELEMENTS = 2048
-# What a thread of a backward kernel is held to, so that this many warps fit a multiprocessor.
+# What a thread of a backward kernel is held to, so that 16 warps fit a multiprocessor.
 _REGISTERS = 128
-_RESIDENT_WARPS = 16
 
 
 class Tile(NamedTuple):
@@ -110,6 +111,20 @@ def sums_tile(columns: int) -> Tile:
 
 
 @functools.cache
+def heads_tile(turning: int, passing: int, sums: bool) -> Tile:
+    """The tile of a kernel that takes whole heads: BLOCK of the columns that turn, beside those that pass.
+
+    With sums to keep it has the power of two below the right number of rows, else the one above; and where columns
+    pass, with what belongs to them besides, more registers.
+    """
+    block = max(_next_power_of_two(turning), 2)
+    width = block + (_next_power_of_two(passing) if passing else 0)
+    most = max(_PACKED_ELEMENTS // width, 1)
+    rows = 1 << most.bit_length() - 1 if sums else _next_power_of_two(most)
+    return Tile(rows, block, _warps(rows * width), True, (168 if passing else _REGISTERS) if sums else None)
+
+
+@functools.cache
 def channel_tile(columns: int, planes: bool) -> Tile:
     """The tile of a kernel that sums over planes, or over rows whose columns are channels.
 
@@ -144,12 +159,17 @@ def shared_memory(device: torch.device) -> int:
     return max(getattr(properties, "shared_memory_per_block_optin", 0), 48 * 1024)
 
 
+def _resident(tile: Tile) -> int:
+    """How many programs there are registers for on a multiprocessor."""
+    return max(2048 // (tile.registers or _REGISTERS) // tile.warps, 1)
+
+
 def stages_of(tile: Tile, rows: Sequence[torch.Tensor | None], device: torch.device) -> int:
     """How many steps of a loop over these rows are in flight: three, if the two to come fit the shared memory of as
     many programs as there are registers for, of which a quarter is for sums across threads; else one. Two were no
     faster than one."""
     step = tile.rows * tile.block * sum(t.element_size() for t in rows if t is not None)
-    room = shared_memory(device) * 3 // 4 // max(_RESIDENT_WARPS // tile.warps, 1)
+    room = shared_memory(device) * 3 // 4 // _resident(tile)
     return 3 if 2 * step <= room else 1
 
 
@@ -219,12 +239,12 @@ def backward_programs(device: torch.device, rows: int, tile: Tile) -> tuple[int,
 
     Each program has a row of partial weight gradients of its own, so there are no more than fill the device.
     """
-    return _shared(rows, tile, processors(device) * max(_RESIDENT_WARPS // tile.warps, 1))
+    return _shared(rows, tile, processors(device) * _resident(tile))
 
 
 def strip_programs(device: torch.device, rows: int, strips: int, tile: Tile) -> tuple[int, int]:
     """The same for each of `strips` strips of columns."""
-    return _shared(rows, tile, max(processors(device) * (_RESIDENT_WARPS // tile.warps) // strips, 1))
+    return _shared(rows, tile, max(processors(device) * _resident(tile) // strips, 1))
 
 
 def _shared(rows: int, tile: Tile, most: int) -> tuple[int, int]:

@@ -9,16 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..blocks import RowNorm, RowNormGradients, RowNormOptions
+from ..blocks import Rotary, RotaryGradients, RotaryOptions, RowNorm, RowNormGradients, RowNormOptions
 from . import launch
 from .bias_act import bias_act_backward, bias_act_forward
 from .channel_norm import channel_backward, channel_forward, channel_moments, channel_sums
 from .dyt import dyt_backward, dyt_forward
 from .glu import glu_backward, glu_forward
+from .rotary import rotary_backward, rotary_forward
 from .row_norm import row_norm_backward, row_norm_forward
 
 # A prime, so that no size derived from it is a multiple of something by chance.
 _ROWS = 4099
+# Of a table's row, and the longest there are in models.
+_HEADS, _HEAD_COLUMNS = 9, 1024
 
 
 class Variant(NamedTuple):
@@ -104,8 +107,31 @@ def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
         yield from _variants(f"{name} backward", columns, *backward, planes, 1, "silu", True)
 
 
+def _rotaries(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
+    """Of heads that turn whole, by float32 tables with one entry for a pair."""
+    x, table = _tensor(1, _ROWS, _HEADS, columns, dtype=dtype), _tensor(1, _ROWS, 1, columns // 2)
+    w, dw = _tensor(columns, dtype=dtype), _tensor(columns)
+    for name, options, norm, sums in (
+        ("rotary", RotaryOptions(columns), (None, None), (None, None)),
+        ("rotary (interleaved)", RotaryOptions(columns, 0, True, True), (None, None), (None, None)),
+        ("rms_norm+rotary", RotaryOptions(columns, norm="rms", eps=1e-6), (w, None), (dw, None)),
+        (
+            "layer_norm+rotary (interleaved)",
+            RotaryOptions(columns, 0, True, True, norm="layer", eps=1e-6),
+            (w, w),
+            (dw, dw),
+        ),
+    ):
+        block = Rotary(x, table, table, *norm, options)
+        yield from _variants(f"{name} forward", columns, rotary_forward, block, x)
+        kept = block._replace(input=None) if options.norm == "none" else block
+        yield from _variants(f"{name} backward", columns, rotary_backward, kept, x, RotaryGradients(x, *sums))
+
+
 def variants(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
     """All families' kernels for rows of this length: one activation for each place that it can take."""
     yield from _row_norms(columns, dtype)
     yield from _elementwise(columns, dtype)
     yield from _channel_norms(columns, dtype)
+    if columns <= _HEAD_COLUMNS:
+        yield from _rotaries(columns, dtype)
