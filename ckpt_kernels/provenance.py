@@ -93,6 +93,10 @@ class Trace:
             if operand is None:
                 return None
             operands.append(operand)
+        for held in () if rule.beside is None else _packed_beside(node, rule.beside):
+            if held is None or held.owner is not self._source or not held.is_unwritten():
+                return None
+            operands.append(self._source.share(held))
         try:
             options = rule.options(node)
         except (AttributeError, RuntimeError):
@@ -249,6 +253,16 @@ def tensors_among(value: Any, depth: int = 4) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list | dict) and depth:
         for part in list(value.values()) if isinstance(value, dict) else value:
             yield from tensors_among(part, depth - 1)
+
+
+def _packed_beside(node: Any, name: str) -> list[Cell | None]:
+    """What a node holds that is no operand, with None for what it does not hold as a cell."""
+    try:
+        saved = getattr(node, f"_raw_saved_{name}")
+        several = saved if isinstance(saved, tuple | list) else (saved,)
+        return [s.data if s is not None and isinstance(s.data, Cell) else None for s in several]
+    except (AttributeError, RuntimeError):
+        return [None]
 
 
 def is_made_cheaply(name: str, products: bool) -> bool:

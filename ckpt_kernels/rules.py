@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 class Rule(NamedTuple):
-    """How the output of a node is made: `function(*operands, *options(node))`.
+    """How the output of a node is made: `function(*operands, *beside, *options(node))`.
 
     `saved` names what the node saves of each operand, None where it saves nothing; there is one for each of its edges.
-    A rule without names takes all that the node has edges for, as one sequence. The first operand is `private` where
+    A rule without names takes all that the node has edges for, as one sequence. What the node saves `beside` its
+    operands, under that name, has no gradient and no edge: a tensor or several. The first operand is `private` where
     torch made it on the way and gave it to nobody else.
     """
 
@@ -23,6 +24,7 @@ class Rule(NamedTuple):
     saved: tuple[str | None, ...] | None
     options: Callable[[Any], tuple] = lambda node: ()
     private: bool = False
+    beside: str | None = None
 
 
 def _of(*names: str) -> Callable[[Any], tuple]:
@@ -51,6 +53,10 @@ def _kind(node: Any) -> tuple:
     return made.device, made.dtype
 
 
+def _dtype(node: Any) -> tuple:
+    return (node._input_metadata[0].dtype,)
+
+
 def _cast(operand: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return operand.to(device, dtype, copy=True)
 
@@ -77,6 +83,14 @@ def _addmm(bias: Tensor, first: Tensor, second: Tensor, beta: float, alpha: floa
 
 def _slice(operand: Tensor, *bounds: int) -> Tensor:
     return torch.ops.aten.slice.Tensor(operand, *bounds)
+
+
+def _index(operand: Tensor, *indices: Tensor) -> Tensor:
+    return operand[indices]
+
+
+def _grouped_mm(first: Tensor, second: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch._grouped_mm(first, second, offs=offsets, out_dtype=None if dtype is first.dtype else dtype)
 
 
 def _contiguous(operand: Tensor) -> Tensor:
@@ -124,6 +138,7 @@ _BY_NEITHER = {
     "AddcmulBackward0": Rule(_addcmul, (None, "tensor1", "tensor2"), _of("value")),
     "CatBackward0": Rule(torch.cat, None, _dims("dim")),
     "CloneBackward0": Rule(_contiguous, (None,)),
+    "IndexBackward0": Rule(_index, (None,), beside="indices"),
     "NegBackward0": Rule(torch.neg, (None,)),
     "SubBackward0": Rule(_sub, (None, None), _of("alpha")),
     "ToCopyBackward0": Rule(_cast, (None,), _kind),
@@ -154,6 +169,7 @@ RULES = {
     "UnsafeViewBackward0": Rule(torch.reshape, (None,), _shape, private=True),
 }
 PRODUCTS = {
+    "GroupedMmBackward0": Rule(_grouped_mm, ("self", "mat2"), _dtype, beside="offs"),
     "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), private=True),
     "MmBackward0": Rule(torch.mm, ("self", "mat2")),
 }

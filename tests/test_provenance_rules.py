@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
-from ckpt_kernels.rules import RULES_AND_PRODUCTS
+from ckpt_kernels.rules import PRODUCTS, RULES_AND_PRODUCTS
 
 from .conftest import DEVICE
 from .letting_go import (
@@ -79,12 +79,22 @@ MADE = {
     "ViewBackward0": lambda n, p: (-three(n)).view(-1, WIDTH),
     "ExpandBackward0": lambda n, p: n.view(1, ROWS, WIDTH).expand(2, ROWS, WIDTH).neg().view(-1, WIDTH),
     "PermuteBackward0": lambda n, p: three(n).permute(-2, 0, -1).neg().permute(1, 0, 2),
+    "SelectBackward0": lambda n, p: n.view(2, -1, WIDTH).select(0, -1).neg(),
+    "SliceBackward0": lambda n, p: n[1:-1:2, 4:].neg() @ p["a"][4:],
+    "IndexBackward0": lambda n, p: n[torch.arange(ROWS, device=DEVICE) // 2],
     "TBackward0": lambda n, p: n.t().neg().t(),
     "TransposeBackward0": lambda n, p: three(n).transpose(-2, -3).neg().transpose(0, 1),
     "UnsafeViewBackward0": lambda n, p: three(n).transpose(0, 1).reshape(-1, WIDTH),
     "AddmmBackward0": lambda n, p: F.bias_act(torch.addmm(p["bias"], n, p["a"], beta=0.5, alpha=2), activation="gelu"),
     "MmBackward0": lambda n, p: F.bias_act(n @ p["a"], activation="gelu"),
+    "GroupedMmBackward0": lambda n, p: F.bias_act(grouped(n, p["a"]), activation="gelu"),
 }
+
+
+def grouped(n: Tensor, weight: Tensor) -> Tensor:
+    """The first rows by one weight, the others by another."""
+    ends = torch.tensor((5, ROWS), dtype=torch.int32, device=DEVICE)
+    return torch._grouped_mm(n, torch.stack((weight, -weight)), offs=ends)
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -105,13 +115,31 @@ def test_every_rule(name: str, x: Tensor) -> None:
         return TF.linear(made, p["c"])
 
     call()
-    products = name in ("AddmmBackward0", "MmBackward0")
+    products = name in PRODUCTS
     assert kept_bytes(recompute.discard_outputs(products=products)(call)) < kept_bytes(call)
     assert_unchanged(call, [x, p["c"]], products=products)
 
 
 def test_there_is_no_other_rule() -> None:
     assert RULES_AND_PRODUCTS.keys() - MADE.keys() == {"AliasBackward0", "ReshapeAliasBackward0"}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before it is read", "after"])
+def test_an_index_that_is_written_to(late: bool, x: Tensor) -> None:
+    """An error, as in torch, whose own gradient needs the index too."""
+    p = Parameters()
+
+    def call() -> Tensor:
+        index = torch.arange(ROWS, device=DEVICE)
+        made = normed(x)[index]
+        if not late:
+            index.zero_()
+        y = TF.linear(made, p["a"])
+        return y if not late else y + 0 * index.zero_().sum()
+
+    for each in (call, recompute.discard_outputs()(call)):
+        with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
+            torch.autograd.grad(each().sum(), [x])
 
 
 def test_the_other_output_of_a_block(x: Tensor) -> None:

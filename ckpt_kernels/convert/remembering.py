@@ -17,7 +17,8 @@ _for_now: list[dict[tuple, Any]] = []
 
 
 def remembered(function: Callable[..., Found]) -> Callable[..., Found]:
-    """The function, which computes once for arguments that are equal; exceptions are not remembered."""
+    """The function, which computes once for arguments that are equal and can be hashed; exceptions are not
+    remembered."""
     for_good: dict[tuple, Found] = {}
     for_now: dict[tuple, Found] = {}
     _for_now.append(for_now)
@@ -25,6 +26,10 @@ def remembered(function: Callable[..., Found]) -> Callable[..., Found]:
     @functools.wraps(function)
     def call(*arguments: Any) -> Found:
         known = for_now if _is_local(arguments) else for_good
+        try:
+            hash(arguments)
+        except TypeError:  # a global that is no module any more, say
+            return function(*arguments)
         if arguments not in known:
             if len(known) >= _MOST:
                 known.clear()
