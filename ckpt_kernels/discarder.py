@@ -205,9 +205,12 @@ class Discarder:
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         version = tensor._version
+        # What is packed for a recipe is nothing that the op saves.
+        saved, self.saved = self.saved, None
         found = None if self.is_closed else self._recipe_for(tensor)
         if found is None and self.total is not None and self.layers:
             found = self._recipe_of_total(self.total, tensor)
+        self.saved = saved
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             cell = Cell(Claim(found, geometry_of(tensor)), self, version, watching(tensor))
         elif self._outer is not None:
@@ -251,11 +254,9 @@ class Discarder:
         if tensor.untyped_storage()._cdata != total.storage:
             return None
         # It is asked for its parts only once: they are packed too.
-        self.total, saved, self.saved = None, self.saved, None
+        self.total = None
         recipe = self._recipe(*total.recipe, ())
-        worth = self._keeps(recipe, total.recipe[1], ()) < tensor.nbytes
-        self.saved = saved
-        if worth and recipe.depth <= LONGEST_CHAIN:
+        if self._keeps(recipe, total.recipe[1], ()) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
             self._enter(tensor, lambda: recipe)
             return recipe
         return None
