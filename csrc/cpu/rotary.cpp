@@ -59,17 +59,16 @@ class Table {
   template <class S, class T>
   void convert(const Angles& given, const Rotary& a) const {
     const int64_t pairs = a.pairs(), runs = given.shift ? 2 : 1;
-    torch::stable::parallel_for(
-        0, sizes_[0] * sizes_[1] * sizes_[2], grain(entries_), [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t above = i / sizes_[2];
-            const T* row = given.rows.at<const T>({above / sizes_[1], above % sizes_[1], i % sizes_[2]});
-            S* copy = copy_.as<S>() + i * entries_;
-            for (int64_t run = 0; run < runs; ++run)
-              for (int64_t k = 0; k < pairs; ++k)
-                copy[run * pairs + k] = converted<S>(row[k * given.step + run * given.shift]);
-          }
-        });
+    torch::stable::parallel_for(0, sizes_[0] * sizes_[1] * sizes_[2], grain(entries_), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t above = i / sizes_[2];
+        const T* row = given.rows.at<const T>({above / sizes_[1], above % sizes_[1], i % sizes_[2]});
+        S* copy = copy_.as<S>() + i * entries_;
+        for (int64_t run = 0; run < runs; ++run)
+          for (int64_t k = 0; k < pairs; ++k)
+            copy[run * pairs + k] = converted<S>(row[k * given.step + run * given.shift]);
+      }
+    });
   }
 
   Angles angles_;

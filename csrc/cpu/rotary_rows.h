@@ -40,7 +40,9 @@ struct Turn {
   const S *cos1, *cos2, *sin1, *sin2;
 
   CKPT_INLINE Turn(const Rotary& a, const Place& place)
-      : cos1(a.cos.rows.at<const S>(place)), cos2(cos1 + a.cos.shift), sin1(a.sin.rows.at<const S>(place)),
+      : cos1(a.cos.rows.at<const S>(place)),
+        cos2(cos1 + a.cos.shift),
+        sin1(a.sin.rows.at<const S>(place)),
         sin2(sin1 + a.sin.shift) {}
   template <class Lanes>
   CKPT_INLINE Pairs<S> operator()(Pairs<S> x, int64_t j, Lanes lanes) const {
@@ -50,6 +52,22 @@ struct Turn {
     return {x.first * c1 - x.second * s1, x.second * c2 + x.first * s2};
   }
 };
+
+// From pair j on of those that begin at column `start`.
+template <bool interleaved, class S, class T>
+CKPT_INLINE void put_pairs(const Written<T>& target, int64_t start, int64_t pairs, int64_t j, Pairs<S> turned,
+                           Full<S> all) {
+  const int64_t first = interleaved ? start + 2 * j : start + j;
+  if (interleaved) turned = interleave(turned);
+  target.put(first, turned.first, all);
+  target.put(first + (interleaved ? Vec<S>::width : pairs), turned.second, all);
+}
+template <bool interleaved, class S, class T>
+CKPT_INLINE void put_pairs(const Written<T>& target, int64_t start, int64_t pairs, int64_t j, Pairs<S> turned,
+                           Partial<S> lanes) {
+  T* first = target.row + start;
+  store_pairs<interleaved>(first, first + pairs, j, turned, lanes);
+}
 
 // One row. Whether pairs are interleaved in it and in the target are From's and To's.
 template <bool From, bool To, bool back, class S, class T, class U>
@@ -61,14 +79,11 @@ CKPT_INLINE void turn_row(const Rotary& a, const Place& place, const T* source, 
   target.streams = target.streams && a.start * int64_t(sizeof(U)) % 64 == 0 && pairs * int64_t(sizeof(U)) % 64 == 0;
   step<S>(pairs, [&](int64_t j, auto lanes) {
     const Pairs<S> turned = turn(load_pairs<From, S>(part, part + (From ? 1 : pairs), j, lanes), j, lanes);
-    if (To) return store_pairs<true>(target.row + a.start, target.row + a.start + 1, j, turned, lanes);
-    target.put(a.start + j, turned.first, lanes);
-    target.put(a.start + pairs + j, turned.second, lanes);
+    put_pairs<To>(target, a.start, pairs, j, turned, lanes);
   });
   auto pass = [&](int64_t first, int64_t last) {
-    step<S>(last - first, [&](int64_t j, auto lanes) {
-      target.put(first + j, Vec<S>(load(source + first + j, lanes)), lanes);
-    });
+    step<S>(last - first,
+            [&](int64_t j, auto lanes) { target.put(first + j, Vec<S>(load(source + first + j, lanes)), lanes); });
   };
   pass(0, a.start);
   pass(end, a.columns);

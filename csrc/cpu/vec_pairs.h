@@ -18,6 +18,13 @@ CKPT_INLINE Pairs<S> deinterleave(Vec<S> low, Vec<S> high) {
   return {shuffle<Evens>(low.v, high.v), shuffle<Odds>(low.v, high.v)};
 }
 
+// What lies first and what lies after that.
+template <class S>
+CKPT_INLINE Pairs<S> interleave(Pairs<S> pairs) {
+  return {shuffle<InterleaveLow>(pairs.first.v, pairs.second.v),
+          shuffle<InterleaveHigh>(pairs.first.v, pairs.second.v)};
+}
+
 // From pair j on. Where they are interleaved, `second` is first + 1, and is not read.
 template <bool interleaved, class S, class T>
 CKPT_INLINE Pairs<S> load_pairs(const T* first, const T* second, int64_t j, Full<S> all) {
@@ -41,8 +48,9 @@ CKPT_INLINE void store_pairs(T* first, T* second, int64_t j, Pairs<S> pairs, Lan
     return;
   }
   T mixed[2 * Vec<S>::width];
-  store(mixed, Vec<S>(shuffle<InterleaveLow>(pairs.first.v, pairs.second.v)), Full<S>{});
-  store(mixed + Vec<S>::width, Vec<S>(shuffle<InterleaveHigh>(pairs.first.v, pairs.second.v)), Full<S>{});
+  pairs = interleave(pairs);
+  store(mixed, pairs.first, Full<S>{});
+  store(mixed + Vec<S>::width, pairs.second, Full<S>{});
   __builtin_memcpy(first + 2 * j, mixed, 2 * lanes.size() * sizeof(T));
 }
 
