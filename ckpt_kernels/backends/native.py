@@ -141,7 +141,8 @@ def row_norm_backward(
 
 
 _rotary_forward, _rotary_backward = _ops.rotary_forward.default, _ops.rotary_backward.default
-_NORMS = {"none": 0, "rms": 1, "layer": 2}
+# The norm before a rotation, as a code.
+ROTARY_NORMS = {"none": 0, "rms": 1, "layer": 2}
 
 
 def rotary_forward(block: Rotary, output: Tensor) -> None:
@@ -159,7 +160,7 @@ def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradien
 
 def _numbers(options: RotaryOptions) -> tuple:
     rotary_dim, start, interleaved, interleaved_output, norm, *rest = options
-    return rotary_dim, start, interleaved, interleaved_output, _NORMS[norm], *rest
+    return rotary_dim, start, interleaved, interleaved_output, ROTARY_NORMS[norm], *rest
 
 
 def _by_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:
@@ -182,7 +183,7 @@ channel_forward = _by_name(_ops.channel_forward.default, 0)
 channel_sums = _by_name(_ops.channel_sums.default, 1)
 channel_backward = _by_name(_ops.channel_backward.default, 1)
 # All steps of a channel norm in one call, where there is such a thing.
-WHOLE_CHANNEL_NORMS = ("cpu",)
+WHOLE_CHANNELROTARY_NORMS = ("cpu",)
 channel_norm_forward = _by_name(_ops.channel_norm_forward.default, 1)
 channel_norm_backward = _by_name(_ops.channel_norm_backward.default, 1)
 
