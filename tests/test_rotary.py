@@ -125,6 +125,7 @@ SHAPES = [(), (5,), (4, 1), (3, 1, 5), (1, 4, 5), (2, 1, 1, 1), (1, 1, 4, 1), (2
 def test_tables_are_broadcast(shape: tuple[int, ...], backend: str) -> None:
     given = operands((2, 3, 4, 5), 16, (*shape, 16))
     check(given)
+    check(given | {name: given[name].bfloat16() for name in ("cos", "sin")})
     few = {"input": given["input"][0] if len(shape) < 4 else given["input"][0, :, None, 0]}
     if len(shape) < 4:
         check(given | few)
@@ -143,6 +144,16 @@ def test_tables_that_are_expanded_or_lie_apart(backend: str) -> None:
     expanded = {name: given[name].expand(2, 3, 4, 16) for name in ("cos", "sin")}
     for tables in (wide, every_second, expanded, wide | {"sin": expanded["sin"]}):
         assert torch.equal(F.rotary(**given | tables), expected)
+
+
+def test_tables_at_any_address(backend: str) -> None:
+    """Wide accesses want what is aligned: of the tables the address, rows, and where second elements' entries begin."""
+    given = operands((2, 3, 4), 32, (4, 32))
+    expected = F.rotary(**given)
+    for before, after in ((1, 3), (4, 1), (4, 4)):
+        lying = {name: torch.nn.functional.pad(given[name], (before, after)) for name in ("cos", "sin")}
+        assert torch.equal(F.rotary(**given | {name: t[:, before:-after] for name, t in lying.items()}), expected)
+    check(operands((2, 3, 4), 32, (4, 24)), rotary_start=4)
 
 
 @pytest.mark.parametrize("norm", [None, "rms"])
