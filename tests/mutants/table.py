@@ -226,7 +226,7 @@ ROTARY = (
         "csrc/cpu/rotary_rows.h",
         "a.start * int64_t(sizeof(U)) % 64 == 0",
         "true",
-        "tests/test_streaming.py -k 'second_column'",
+        "tests/test_streaming.py -k 'second and aligned'",
     ),
     Mutant(
         "the table of the next sample is that of this one",
