@@ -290,6 +290,7 @@ ROTARY = (
         "    }\n    «__syncthreads();»\n  };",
         ";",
         "tests/test_rotary.py -k 'many_rows and cuda_on_host'",
+        "On the host threads run in their order, and a sum reads only of threads after its own.",
     ),
 )
 
