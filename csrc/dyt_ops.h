@@ -24,12 +24,6 @@ struct DytOps {
     a.input = operands.rows("input", input, a.rows, a.columns);
   }
 
-  static const void* checked(const Coefficient& coefficient, const char* name, const OptionalTensor& tensor,
-                             int64_t columns) {
-    STD_TORCH_CHECK(!tensor || tensor->numel() == columns, name, " has not an element for every column");
-    return coefficient.data();
-  }
-
   static void forward(Tensor input, Tensor alpha, OptionalTensor weight, OptionalTensor bias, Tensor output) {
     const Operands operands("input", input);
     const Coefficient scale(operands, "alpha", alpha, 0), w(operands, "weight", weight, 0);
@@ -37,8 +31,8 @@ struct DytOps {
     DytForward a;
     set_operands(a, operands, input, alpha);
     a.alpha = scale.data();
-    a.weight = checked(w, "weight", weight, a.columns);
-    a.bias = checked(b, "bias", bias, a.columns);
+    a.weight = for_columns(w, "weight", weight, a.columns);
+    a.bias = for_columns(b, "bias", bias, a.columns);
     a.output = operands.rows("output", output, a.rows, a.columns);
     Device::run_forward(a, input, operands.kind);
   }
@@ -50,7 +44,7 @@ struct DytOps {
     DytBackward a;
     set_operands(a, operands, input, alpha);
     a.alpha = scale.data();
-    a.weight = checked(w, "weight", weight, a.columns);
+    a.weight = for_columns(w, "weight", weight, a.columns);
     a.grad_output = operands.rows("grad_output", grad_output, a.rows, a.columns);
     a.grad_input = operands.rows("grad_input", grad_input, a.rows, a.columns);
     Device::run_backward(a, input, operands.kind, operands.numbers("grad_alpha", grad_alpha, 1),

@@ -98,7 +98,7 @@ class Operands {
     return {data, columns};
   }
 
-  // One that is read, which may also be (outer, middle, inner, columns).
+  // One that may also be (outer, middle, inner, columns).
   Rows rows_as_they_lie(const char* name, const T& t, int64_t rows, int64_t columns) const {
     if (t.dim() != 4) return this->rows(name, t, rows, columns);
     void* data = address(name, t, int64_t(kind));
@@ -145,5 +145,13 @@ class Operands {
   const char* name_;
   const int64_t device_;
 };
+
+// A weight or bias in the compute type, with an element for every column; null where there is none.
+template <class Coefficient, class T>
+const void* for_columns(const Coefficient& coefficient, const char* name, const std::optional<T>& tensor,
+                        int64_t columns) {
+  STD_TORCH_CHECK(!tensor || tensor->numel() == columns, name, " has not an element for every column");
+  return coefficient.data();
+}
 
 }  // namespace ckpt

@@ -13,6 +13,11 @@ inline int64_t size_of(ScalarKind kind) {
   return kind == ScalarKind::float64 ? 8 : kind == ScalarKind::float32 ? 4 : 2;
 }
 
+// A row by its place on three levels.
+struct Place {
+  int64_t outer, middle, inner;
+};
+
 // A matrix whose rows are contiguous; null where the block has no such operand. The rows may have three strides, as
 // those of a (batch, token, head, element) view of a packed projection do: row (i * middle + j) * inner + k begins at
 // i * stride + j * middle_stride + k * inner_stride.
@@ -32,6 +37,11 @@ struct Rows {
       offset = above / middle * stride + above % middle * middle_stride + index % inner * inner_stride;
     }
     return static_cast<T*>(data) + offset;
+  }
+  // The same row, of a matrix that has three strides.
+  template <class T>
+  CKPT_HD T* at(const Place& place) const {
+    return static_cast<T*>(data) + place.outer * stride + place.middle * middle_stride + place.inner * inner_stride;
   }
   CKPT_HD explicit operator bool() const { return data != nullptr; }
 };

@@ -91,6 +91,17 @@ class _Shapes:
     def maybe(self, length: int) -> Tensor | None:
         return self.vector(length) if self.draw(st.booleans()) else None
 
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * min(self.hidden, self.columns // 2)
+
+    def table(self) -> Tensor:
+        """Of angles: one entry for a pair or two, for some of the last leading dimensions."""
+        lead = self.lead[self.seed % (len(self.lead) + 1) :]
+        sizes = [self.draw(st.sampled_from((size, 1))) for size in lead]
+        entries = self.rotary_dim if self.seed // 8 % 2 else self.rotary_dim // 2
+        return self.tensor(*sizes, entries, dtype=self.draw(st.sampled_from(DTYPES[: 4 if DEVICE == "cpu" else 3])))
+
 
 def laid_out(value: Tensor, layout: str) -> Tensor:
     """The same values (of one of them, where expanded), in other strides or at another offset."""
@@ -145,10 +156,23 @@ _IMAGES: dict[str, Callable[[_Shapes], Any]] = {
     "running_var": lambda s: torch.ones(s.lead[1], device=DEVICE) if s.draw(st.booleans()) else None,
     "num_groups": lambda s: s.draw(st.sampled_from([g for g in range(1, s.lead[1] + 1) if s.lead[1] % g == 0] or [1])),
 }
+_LAYOUTS = st.sampled_from(("halves", "interleaved"))
+_ROTARY: dict[str, Callable[[_Shapes], Any]] = {
+    **_ROWS,
+    **dict.fromkeys(("query", "key"), _ROWS["input"]),
+    **dict.fromkeys(("query_weight", "key_weight", "query_bias", "key_bias"), _ROWS["weight"]),
+    **dict.fromkeys(("cos", "sin"), lambda s: s.table()),
+    "layout": lambda s: s.draw(_LAYOUTS),
+    "output_layout": lambda s: s.draw(st.none() | _LAYOUTS),
+    "rotary_dim": lambda s: s.rotary_dim,
+    "rotary_start": lambda s: s.draw(st.sampled_from((0, (s.columns - s.rotary_dim) // 2, s.columns - s.rotary_dim))),
+    "norm": lambda s: s.draw(st.sampled_from((None, "rms", "layer"))),
+}
 _OF: dict[str, dict[str, Callable[[_Shapes], Any]]] = {
     **dict.fromkeys(CHANNELS, _IMAGES),
     "bias_act": {**_ROWS, "bias": lambda s: s.maybe(s.columns)},
     "dyt": {**_ROWS, "alpha": lambda s: s.vector(1)},
+    **dict.fromkeys(("rotary", "rotary_qk"), _ROTARY),
     "packed_glu": {"input": lambda s: s.tensor(*s.lead, 2 * s.columns)},
     "norm_linear": {**_LINEAR, "weight": lambda s: s.tensor(3, s.columns)},
     "act_linear": {**_LINEAR, "weight": lambda s: s.tensor(3, s.columns)},
@@ -181,6 +205,15 @@ def _nonsense(draw: Draw, value: Any) -> Any:
     return draw(st.sampled_from(changes))()
 
 
+def _parameters(function: Callable) -> tuple[str, ...]:
+    """Of `rotary_qk`, which hands on what it does not name, those of `rotary` too."""
+    parameters = inspect.signature(function).parameters
+    if "options" not in parameters:
+        return tuple(parameters)
+    others = inspect.signature(functional.rotary).parameters.values()
+    return *(p for p in parameters if p != "options"), *(p.name for p in others if p.kind is p.KEYWORD_ONLY)
+
+
 @st.composite
 def calls(draw: Draw, functions: tuple[str, ...] = tuple(functional.__all__)) -> Call:
     """A call of one of the functions, one in three with one argument that is nonsense."""
@@ -198,13 +231,15 @@ def calls(draw: Draw, functions: tuple[str, ...] = tuple(functional.__all__)) ->
         draw(st.integers(0, 2**20)),
     )
     known = _OPTIONS | _OF.get(function, _ROWS)
-    parameters = inspect.signature(getattr(functional, function)).parameters
+    parameters = _parameters(getattr(functional, function))
     arguments = {name: known[name](shapes) for name in parameters}
     if arguments.get("norm") == "layer_norm":
         arguments |= {"weight_offset": 0.0, "cast_before_weight": False}
-    elif "norm" in arguments:
+    elif "norm_bias" in arguments:
         arguments["norm_bias"] = None
-    wrong = draw(st.sampled_from(tuple(parameters))) if draw(st.integers(0, 2)) == 0 else None
+    elif "norm" in arguments and arguments["norm"] is None:
+        arguments |= {name: None for name in parameters if name.endswith(("weight", "bias"))}
+    wrong = draw(st.sampled_from(parameters)) if draw(st.integers(0, 2)) == 0 else None
     if wrong is not None:
         arguments[wrong] = _nonsense(draw, arguments[wrong])
     return Call(function, arguments, wrong, shapes.special, shapes.columns)

@@ -51,7 +51,7 @@ def operands_of(block: Block) -> int:
 def test_each_gradient_alone_is_the_same(block: Block, backend: str) -> None:
     operands = block.operands(ROWS, COLUMNS, torch.float32, DEVICE)
     whole = with_gradients(block.call, operands)
-    for name in operands:
+    for name in (name for name, t in operands.items() if t.requires_grad):
         given = {other: t.detach().requires_grad_(other == name) for other, t in operands.items()}
         assert torch.equal(with_gradients(block.call, given)[f"grad {name}"], whole[f"grad {name}"]), name
 

@@ -32,6 +32,19 @@ def matrix() -> Tensor:
     return many(ROWS, COLUMNS)
 
 
+def heads() -> Tensor:
+    """On three levels."""
+    return many(3, 2, 1, COLUMNS)
+
+
+def _tables() -> dict[str, Tensor]:
+    return {"cos": many(3, 1, 1, COLUMNS), "sin": many(1, 2, 1, COLUMNS // 2)}
+
+
+_ROTARY = {"rotary_dim": COLUMNS, "start": 0, "interleaved": False, "interleaved_output": True, "norm": 2, "eps": 1e-5}
+_ROTARY |= {"weight_offset": 0.0, "cast_before_weight": False}
+
+
 def seed() -> Tensor:
     return torch.zeros(1, dtype=torch.int64, device=DEVICE)
 
@@ -119,6 +132,21 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, object]]]] = {
             | {name: many(COLUMNS) for name in ("weight", "grad_weight", "grad_bias")}
         ),
     ),
+    "rotary": (
+        "rotary_forward",
+        lambda: (
+            {"input": heads(), "output": heads(), "weight": many(COLUMNS), "bias": many(COLUMNS)} | _tables() | _ROTARY
+        ),
+    ),
+    "rotary backward": (
+        "rotary_backward",
+        lambda: (
+            {name: heads() for name in ("grad_output", "input", "grad_input")}
+            | {name: many(COLUMNS) for name in ("weight", "grad_weight", "grad_bias")}
+            | _tables()
+            | _ROTARY
+        ),
+    ),
     "moments": ("channel_moments", lambda: {"input": matrix(), "mean": _pieces(), "squares": _pieces()} | _PIECES),
     "forward": (
         "channel_forward",
@@ -184,7 +212,7 @@ if DEVICE == "cpu":
     }
 
 # Converted from any dtype that is computed in.
-_CONVERTED = ("alpha", "weight", "bias")
+_CONVERTED = ("alpha", "weight", "bias", "cos", "sin")
 
 
 def _arguments(name: str, operands: dict[str, object]) -> list[object]:
@@ -268,6 +296,7 @@ BLOCKS = {
     "packed_glu": lambda x: functional.packed_glu(x),
     "glu": lambda x: functional.glu(x, x),
     "dyt": lambda x: functional.dyt(x, torch.ones(1, device=DEVICE)),
+    "rotary": lambda x: functional.rotary(x, x.detach(), x.detach(), norm="rms"),
     "group_norm": lambda x: functional.group_norm(x, 2),
     "batch_norm": lambda x: functional.batch_norm(x, None, None, training=True),
 }

@@ -17,6 +17,9 @@ BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "add_rms_norm": lambda x: F.add_rms_norm(x, x.detach(), x.shape[1], activation="silu")[0],
     "bias_act": lambda x: F.bias_act(x, activation="silu"),
     "dyt": lambda x: F.dyt(x, x.new_full((1,), 0.7)),
+    "rotary": lambda x: F.rotary(x, x.detach()[0, :512], x.detach()[1, :512]),
+    "rotary from the second column": lambda x: F.rotary(x, x.detach()[0, :512], x.detach()[1, :512], rotary_start=1),
+    "rotary (interleaved)": lambda x: F.rotary(x, x.detach()[0, :512], x.detach()[1, :512], layout="interleaved"),
     "glu": lambda x: F.glu(x, x.detach()),
     "batch_norm": lambda x: F.batch_norm(x, x.detach()[0], x.detach()[1].square(), activation="silu"),
 }

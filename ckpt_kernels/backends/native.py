@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..activations import CODES
 from . import reference
-from .blocks import RowNorm, RowNormGradients
+from .blocks import Rotary, RotaryGradients, RotaryOptions, RowNorm, RowNormGradients
 
 _SCHEMAS = (
     "row_norm_forward(Tensor input, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? seed,"
@@ -35,6 +35,13 @@ _SCHEMAS = (
     "dyt_forward(Tensor input, Tensor alpha, Tensor? weight, Tensor? bias, Tensor(a!) output) -> ()",
     "dyt_backward(Tensor grad_output, Tensor input, Tensor alpha, Tensor? weight, Tensor(a!)? grad_input,"
     " Tensor(b!)? grad_alpha, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias) -> ()",
+    "rotary_forward(Tensor input, Tensor cos, Tensor sin, Tensor? weight, Tensor? bias, Tensor(a!) output,"
+    " int rotary_dim, int start, bool interleaved, bool interleaved_output, int norm, float eps, float weight_offset,"
+    " bool cast_before_weight) -> ()",
+    "rotary_backward(Tensor grad_output, Tensor? input, Tensor cos, Tensor sin, Tensor? weight,"
+    " Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, int rotary_dim, int start,"
+    " bool interleaved, bool interleaved_output, int norm, float eps, float weight_offset, bool cast_before_weight)"
+    " -> ()",
     "channel_moments(Tensor input, Tensor(a!) mean, Tensor(b!) squares, bool planes, int piece_rows) -> ()",
     "channel_statistics(Tensor means, Tensor squares, Tensor(a!) mean, Tensor(b!) var, int groups, int size,"
     " int piece_rows) -> ()",
@@ -133,6 +140,29 @@ def row_norm_backward(
     _row_norm_backward(grad_output, grad_residual_out, input, *tensors, *gradients, output, *codes, *options)
 
 
+_rotary_forward, _rotary_backward = _ops.rotary_forward.default, _ops.rotary_backward.default
+# The norm before a rotation, as a code.
+ROTARY_NORMS = {"none": 0, "rms": 1, "layer": 2}
+
+
+def rotary_forward(block: Rotary, output: Tensor) -> None:
+    """`backends.reference.rotary_forward`."""
+    *tensors, options = block
+    _rotary_forward(*tensors, output, *_numbers(options))
+
+
+def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradients) -> None:
+    """`backends.reference.rotary_backward`."""
+    input, cos, sin, weight, _, options = block
+    input = None if options.norm == "none" else input
+    _rotary_backward(grad_output, input, cos, sin, weight, *gradients, *_numbers(options))
+
+
+def _numbers(options: RotaryOptions) -> tuple:
+    rotary_dim, start, interleaved, interleaved_output, norm, *rest = options
+    return rotary_dim, start, interleaved, interleaved_output, ROTARY_NORMS[norm], *rest
+
+
 def _by_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:
     """The op, taking its activation by name: so many arguments come after that."""
 
@@ -147,14 +177,13 @@ glu_forward = _by_name(_ops.glu_forward.default, 0)
 glu_backward = _by_name(_ops.glu_backward.default, 0)
 bias_act_forward = _by_name(_ops.bias_act_forward.default, 1)
 bias_act_backward = _by_name(_ops.bias_act_backward.default, 1)
-rotary_forward, rotary_backward = reference.rotary_forward, reference.rotary_backward
 dyt_forward, dyt_backward = _ops.dyt_forward.default, _ops.dyt_backward.default
 channel_moments = _ops.channel_moments.default
 channel_forward = _by_name(_ops.channel_forward.default, 0)
 channel_sums = _by_name(_ops.channel_sums.default, 1)
 channel_backward = _by_name(_ops.channel_backward.default, 1)
 # All steps of a channel norm in one call, where there is such a thing.
-WHOLE_CHANNEL_NORMS = ("cpu",)
+WHOLE_CHANNELROTARY_NORMS = ("cpu",)
 channel_norm_forward = _by_name(_ops.channel_norm_forward.default, 1)
 channel_norm_backward = _by_name(_ops.channel_norm_backward.default, 1)
 

@@ -6,6 +6,7 @@
 #include "../channel_norm.h"
 #include "../dyt.h"
 #include "../glu.h"
+#include "../rotary.h"
 #include "../row_norm.h"
 
 namespace ckpt {
@@ -37,6 +38,12 @@ struct DytLoops {
   void (*backward)(const DytBackward&, int64_t row, int64_t begin, int64_t end, double* grad_alpha, void* grad_weight,
                    void* grad_bias);
 };
+struct RotaryLoops {
+  // `scratch` is a row of the compute type where there is a norm.
+  void (*forward)(const RotaryForward&, int64_t begin, int64_t end, void* scratch);
+  void (*backward)(const RotaryBackward&, int64_t begin, int64_t end, void* scratch, void* grad_weight,
+                   void* grad_bias);
+};
 struct ChannelNormLoops {
   // From begin to end count planes, or pieces of rows where channels are last.
   void (*moments)(const ChannelMoments&, int64_t begin, int64_t end);
@@ -55,6 +62,7 @@ struct SumLoops {
   X(GluLoops, glu_loops)                  \
   X(BiasActLoops, bias_act_loops)         \
   X(DytLoops, dyt_loops)                  \
+  X(RotaryLoops, rotary_loops)            \
   X(ChannelNormLoops, channel_norm_loops) \
   X(SumLoops, sum_loops)
 

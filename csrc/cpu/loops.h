@@ -5,5 +5,6 @@
 #include "channel_norm_rows.h"
 #include "dyt_rows.h"
 #include "glu_rows.h"
+#include "rotary_rows.h"
 #include "row_norm_rows.h"
 #include "sum_rows.h"

@@ -47,4 +47,25 @@ CKPT_INLINE void moments_of(const U* u, int64_t columns, S* mean, S* squares) {
   }
 }
 
+template <class S>
+CKPT_INLINE S square_root(S x) {
+  return sizeof(S) == 4 ? S(__builtin_sqrtf(float(x))) : S(__builtin_sqrt(double(x)));
+}
+
+// The statistics of one row of a norm. Where it is not centered, the mean is 0 and the variance is the mean of the
+// squares.
+template <class S, class U>
+CKPT_INLINE void statistics_of(const U* u, int64_t columns, bool centered, S eps, S* mean, S* rstd) {
+  S center = 0, sum_squares;
+  if (centered) {
+    moments_of(u, columns, &center, &sum_squares);
+  } else {
+    Accumulator<S> squares;
+    sweep_values<S>(u, columns, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
+    sum_squares = squares.total();
+  }
+  *mean = center;
+  *rstd = S(1) / square_root(sum_squares / S(columns) + eps);
+}
+
 }  // namespace ckpt::CKPT_ISA

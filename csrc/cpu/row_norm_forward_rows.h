@@ -19,27 +19,6 @@
 
 namespace ckpt::CKPT_ISA {
 
-template <class S>
-CKPT_INLINE S square_root(S x) {
-  return sizeof(S) == 4 ? S(__builtin_sqrtf(float(x))) : S(__builtin_sqrt(double(x)));
-}
-
-// The statistics of one row. For an RMSNorm the mean is 0 and the variance is the mean of the squares.
-template <class S, class U>
-CKPT_INLINE void row_moments(const RowNorm& a, const U* u, S* mean, S* rstd) {
-  const S columns = S(a.columns);
-  S center = 0, sum_squares;
-  if (a.centered) {
-    moments_of(u, a.columns, &center, &sum_squares);
-  } else {
-    Accumulator<S> squares;
-    sweep_values<S>(u, a.columns, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
-    sum_squares = squares.total();
-  }
-  *mean = center;
-  *rstd = S(1) / square_root(sum_squares / columns + S(a.eps));
-}
-
 // Writes y of one row, from u and its statistics.
 template <class S, class T, class U>
 void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t row, const U* u, S mean, S rstd) {
@@ -81,7 +60,7 @@ CKPT_INLINE void forward_row(const RowNormForward& a, const Constants<S>& consta
     mean = a.mean ? static_cast<const S*>(a.mean)[row] : S(0);
     rstd = static_cast<const S*>(a.rstd)[row];
   } else {
-    row_moments(a, u, &mean, &rstd);
+    statistics_of(u, a.columns, a.centered, S(a.eps), &mean, &rstd);
     if (a.mean) static_cast<S*>(a.mean)[row] = mean;
     static_cast<S*>(a.rstd)[row] = rstd;
   }

@@ -85,10 +85,4 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
   }
 }
 
-// x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
-template <class S, class T>
-CKPT_INLINE Vec<S> rounded_if(bool cast, Vec<S> x_hat) {
-  return cast ? round_to<S, T>(x_hat) : x_hat;
-}
-
 }  // namespace ckpt::CKPT_ISA

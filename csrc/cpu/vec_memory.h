@@ -141,6 +141,12 @@ CKPT_INLINE Vec<S> round_to(Vec<S> a) {
   return load(stored, Full<S>{});
 }
 
+// x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
+template <class S, class T>
+CKPT_INLINE Vec<S> rounded_if(bool cast, Vec<S> x_hat) {
+  return cast ? round_to<S, T>(x_hat) : x_hat;
+}
+
 // Into the second level of cache: the next row must not push the present row out of the first level.
 CKPT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 

@@ -43,7 +43,9 @@ struct Written {
 
   static constexpr int64_t stream_bytes = 16 << 20;
   CKPT_INLINE Written(const Rows& rows, int64_t index, int64_t count, int64_t columns)
-      : row(rows.row<T>(index)),
+      : Written(rows.row<T>(index), count, columns) {}
+  CKPT_INLINE Written(T* row_, int64_t count, int64_t columns)
+      : row(row_),
         streams(count * columns * int64_t(sizeof(T)) >= stream_bytes && reinterpret_cast<uintptr_t>(row) % 64 == 0) {}
   template <class S, class Lanes>
   CKPT_INLINE void put(int64_t column, Vec<S> a, Lanes lanes) const {

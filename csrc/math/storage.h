@@ -41,6 +41,7 @@ CKPT_HD float bits_float(uint32_t bits) {
 }
 
 CKPT_HD float to_float(float x) { return x; }
+CKPT_HD float to_float(double x) { return float(x); }
 CKPT_HD float to_float(bfloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 CKPT_HD void from_float(float x, float* y) { *y = x; }
 // To nearest even; NaN becomes the quiet NaN that torch writes.

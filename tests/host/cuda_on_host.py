@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from ckpt_kernels.activations import CODES
-from ckpt_kernels.backends import reference
-from ckpt_kernels.backends.blocks import RowNorm
+from ckpt_kernels.backends import native, reference
+from ckpt_kernels.backends.blocks import Rotary, RowNorm
 
 # The CUDA library has no kernels of its own for these.
 channel_statistics, channel_coefficients = reference.channel_statistics, reference.channel_coefficients
 channel_backward_coefficients = reference.channel_backward_coefficients
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Of tables, which are read in any dtype.
+_TABLE_KINDS = {**_KINDS, torch.float64: 3}
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -118,6 +120,39 @@ def dyt_backward(grad_output, input, alpha, weight, grad_input, grad_alpha, grad
     tensors = {"grad_output": grad_output, "input": input, "alpha": _wide(alpha), "weight": _wide(weight)}
     tensors |= {"grad_input": grad_input, "grad_alpha": grad_alpha, "grad_weight": grad_weight, "grad_bias": grad_bias}
     _module().dyt_backward(_KINDS[input.dtype], _operands(tensors))
+
+
+def _rotary(block: Rotary, heads: Tensor) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """Its tensors, after one that says what the rows are, and all that is no tensor."""
+    named, options = block._asdict(), block.options._asdict()
+    del named["options"]
+    named |= {"weight": _wide(block.weight, options.pop("weight_offset")), "bias": _wide(block.bias)}
+    named |= {name: _without_broadcast(named[name]) for name in ("cos", "sin")}
+    options |= {"norm": native.ROTARY_NORMS[options["norm"]], "middle": heads.shape[1], "inner": heads.shape[2]}
+    options |= {f"{name}_kind": _TABLE_KINDS[named[name].dtype] for name in ("cos", "sin")}
+    if block.cos.shape[-1] == options["rotary_dim"]:
+        interleaved = options["interleaved_output"]
+        options |= {"step": 1 + interleaved, "shift": 1 if interleaved else options["rotary_dim"] // 2}
+    return {"heads": heads} | named, options
+
+
+def _without_broadcast(table: Tensor) -> Tensor:
+    """Strides of 0 where there is one for all."""
+    strides = [0 if size == 1 else stride for size, stride in zip(table.shape[:-1], table.stride()[:-1], strict=True)]
+    return table.as_strided(table.shape, (*strides, 1))
+
+
+def rotary_forward(block, output):
+    tensors, options = _rotary(block, output)
+    _module().rotary_forward(_KINDS[output.dtype], _operands(tensors | {"output": output}, **options))
+
+
+def rotary_backward(block, grad_output, gradients):
+    tensors, options = _rotary(block, grad_output)
+    tensors |= {"grad_output": grad_output}
+    tensors |= {f"grad_{name}": gradient for name, gradient in gradients._asdict().items()}
+    if any(gradient is not None for gradient in gradients):
+        _module().rotary_backward(_KINDS[grad_output.dtype], _operands(tensors, **options))
 
 
 def _channels(tensors: dict[str, Tensor | None], samples: int, channels: int, **options: Any) -> dict[str, Any]:

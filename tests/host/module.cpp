@@ -8,6 +8,7 @@
 #include "../../csrc/cuda/channel_norm_launch.cuh"
 #include "../../csrc/cuda/dyt_kernels.cuh"
 #include "../../csrc/cuda/glu_kernels.cuh"
+#include "../../csrc/cuda/rotary_launch.cuh"
 #include "../../csrc/cuda/row_norm_launch.cuh"
 
 namespace py = pybind11;
@@ -186,6 +187,59 @@ void dyt_backward(int kind, py::dict named) {
                    [&](auto storage) { launch_dyt<decltype(storage)>(a, gradients, sums, host_launch); });
 }
 
+Angles read_angles(const Operands& operands, const char* name) {
+  Angles angles;
+  angles.rows = operands.rows(name);
+  angles.kind = ScalarKind(operands.option<int>((std::string(name) + "_kind").c_str(), 0));
+  angles.step = operands.option<int64_t>("step", 1);
+  angles.shift = operands.option<int64_t>("shift", 0);
+  return angles;
+}
+
+void read(const Operands& operands, Rotary& a) {
+  a.rows = operands.option<int64_t>("rows", 0);
+  a.columns = operands.option<int64_t>("columns", 0);
+  a.middle = operands.option<int64_t>("middle", 1);
+  a.inner = operands.option<int64_t>("inner", 1);
+  a.rotary_dim = operands.option<int64_t>("rotary_dim", 0);
+  a.start = operands.option<int64_t>("start", 0);
+  a.interleaved = operands.option<bool>("interleaved", false);
+  a.interleaved_output = operands.option<bool>("interleaved_output", false);
+  a.cast_before_weight = operands.option<bool>("cast_before_weight", false);
+  a.norm = HeadNorm(operands.option<int>("norm", 0));
+  a.eps = operands.option<double>("eps", 0);
+  a.input = operands.rows("input");
+  a.cos = read_angles(operands, "cos");
+  a.sin = read_angles(operands, "sin");
+  a.weight = operands.data("weight");
+  a.bias = operands.data("bias");
+}
+
+void rotary_forward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  RotaryForward a;
+  read(operands, a);
+  a.output = operands.rows("output");
+  dispatch_storage(ScalarKind(kind), [&](auto storage) { launch_rotary<decltype(storage)>(a, host_launch); });
+}
+
+void rotary_backward(int kind, py::dict named) {
+  const Operands operands(std::move(named));
+  RotaryBackward a;
+  read(operands, a);
+  a.grad_output = operands.rows("grad_output");
+  a.grad_input = operands.rows("grad_input");
+  auto* grad_weight = static_cast<float*>(operands.data("grad_weight"));
+  auto* grad_bias = static_cast<float*>(operands.data("grad_bias"));
+  std::vector<HeadStatistics> statistics(a.rows, {NAN, NAN});
+  std::vector<float> weight(PartialSums(a.rows, a.rows).elements(a.columns), NAN), bias = weight;
+  const RotarySums sums{grad_weight || grad_bias ? statistics.data() : nullptr, grad_weight ? weight.data() : nullptr,
+                        grad_bias ? bias.data() : nullptr};
+  dispatch_storage(ScalarKind(kind), [&](auto storage) {
+    launch_rotary<decltype(storage)>(a, grad_weight, grad_bias, sums, host_launch);
+  });
+}
+
 void read(const Operands& operands, ChannelNorm& a) {
   a.planes = operands.option<bool>("planes", true);
   a.samples = operands.option<int64_t>("samples", 0);
@@ -257,6 +311,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("bias_act_backward", &bias_act_backward);
   m.def("dyt_forward", &dyt_forward);
   m.def("dyt_backward", &dyt_backward);
+  m.def("rotary_forward", &rotary_forward);
+  m.def("rotary_backward", &rotary_backward);
   m.def("channel_moments", &channel_moments);
   m.def("channel_forward", &channel_forward);
   m.def("channel_sums", &channel_sums);
