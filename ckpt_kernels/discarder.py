@@ -159,9 +159,8 @@ class Discarder:
 
     def _keeps(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> int:
         """Bytes that a recipe alone keeps: nothing is gained by one that keeps as much as it makes again."""
-        kept = [
-            t for t, o in zip(tensors, recipe.operands, strict=True) if t is not None and not (t.is_leaf or o.depth)
-        ]
+        pairs = zip(tensors, recipe.operands, strict=True)
+        kept = [t for t, o in pairs if t is not None and o is not None and not (t.is_leaf or o.depth)]
         return sum(t.nbytes for t in kept if not (_are_among((t,), saved) or self._is_held(t)))
 
     def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:

@@ -241,7 +241,7 @@ def geometry_of(tensor: Tensor) -> Geometry:
 
 def watching(tensor: Tensor | None) -> Tensor | None:
     """A tensor without memory that shares the version counter."""
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+    if tensor is None or type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
         return None
     watch = tensor.detach()
     if not tensor.is_meta:

@@ -159,7 +159,7 @@ def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradien
 
 
 def _numbers(options: RotaryOptions) -> tuple:
-    rotary_dim, start, interleaved, interleaved_output, norm, *rest = options
+    rotary_dim, start, interleaved, interleaved_output, norm, *rest, _ = options
     return rotary_dim, start, interleaved, interleaved_output, ROTARY_NORMS[norm], *rest
 
 

@@ -24,7 +24,7 @@ from .pointwise import ActivationRule, activation_by_trial, activation_of, point
 from .reading import Part
 from .remembering import remembered
 from .rewrite import may_be_rewritten, rewritten
-from .rotations import rotation_of
+from .rotation_trials import rotation_of
 from .rule import Rule
 from .scope import UNKNOWN, VALUE, Scope
 from .source import NoSource, decorated, definition_of, layers_of

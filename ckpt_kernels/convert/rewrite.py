@@ -24,7 +24,7 @@ from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Part, Reader, settled
-from .rotations import exchanged_rotation, rotation_of
+from .rotation_trials import exchanged_rotation, rotation_of
 from .scope import Scope
 from .source import Definition, definition_of, rebuilt
 from .writes import written_names
@@ -237,7 +237,7 @@ class _Writer:
             return function
         if known in EXCHANGES:
             instead, said = exchanged(known), known.__name__
-        elif rotation_of(known) is not None:
+        elif isinstance(known, types.FunctionType) and rotation_of(known) is not None:
             instead, said = exchanged_rotation(known), "rotary"
         else:
             return function
