@@ -1,7 +1,7 @@
 """What is measured: blocks of the catalogue, and the shapes.
 
 Shapes are those of real networks, scaled so that a run stays short: rows of transformers, the inner width of a
-Llama-like MLP, the first stage of a ResNet-50, the first blocks of the UNet of Stable Diffusion XL.
+Llama-like MLP, heads of attention, the first stage of a ResNet-50, the first blocks of the UNet of Stable Diffusion XL.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,14 @@ _FAMILIES = (
         "gates and biases",
         (Setting((4096, 2816)),),
         (Setting((8192, 14336)),),
-        ("glu (silu)", "packed_glu (silu)", "bias_act (gelu)", "bias_act (gelu, dropout)"),
+        ("glu (silu)", "packed_glu (silu)", "bias_act (gelu)", "bias_act (gelu, dropout)", "dyt"),
+    ),
+    # Queries of Llama-3 and Qwen3 with 8 billion parameters, and of Flux.
+    (
+        "rotations",
+        (Setting((2, 32, 512, 128)), Setting((1, 24, 1024, 128), full=True), SMALL),
+        (Setting((4, 32, 4096, 128)), Setting((2, 24, 4608, 128)), SMALL),
+        ("rotary", "rotary (interleaved)", "rms_norm+rotary"),
     ),
     ("channel norms", _images(8, 64, 56, 56), _images(64, 256, 56, 56), ("batch_norm+relu", "batch_norm+add+relu")),
     ("channel norms", _images(2, 320, 64, 64), _images(16, 320, 64, 64), ("group_norm+silu",)),

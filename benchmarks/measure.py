@@ -105,7 +105,7 @@ def _buffers(bytes_each: int) -> int:
 
 def _copied(operand: Tensor) -> Tensor:
     """The same values in memory of their own."""
-    return operand.detach().clone().requires_grad_()
+    return operand.detach().clone().requires_grad_(operand.requires_grad)
 
 
 class Turn:
