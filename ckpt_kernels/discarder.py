@@ -107,8 +107,11 @@ class Discarder:
         self._held: list[Held] = []
 
     def hold(self, tensor: Tensor) -> None:
-        """At a layer's edge."""
+        """At a layer's edge: what is not let go of there already."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
+            entry = self._entries.get(tensor.untyped_storage()._cdata)
+            if entry is not None and not entry.storage.expired() and entry.recipe() is not None:
+                return
             self._held = [held for held in self._held if not held.storage.expired()]
             self._held.append(Held(StorageWeakRef(tensor.untyped_storage()), weakref.ref(tensor), tensor._version))
 

@@ -62,6 +62,13 @@ def to_halves(q, k, cos, sin):
     )
 
 
+def turned_back(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    half = q.shape[-1] // 2
+    q_turned = q * cos + torch.cat((q[..., half:], -q[..., :half]), -1) * sin
+    return q_turned, k * cos + torch.cat((k[..., half:], -k[..., :half]), -1) * sin
+
+
 def half_tables(q, k, cos, sin):
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     q1, q2 = torch.chunk(q, 2, dim=-1)
@@ -84,6 +91,7 @@ FORMS: dict[str, tuple[Callable[..., Any], int]] = {
     "a part": (a_leading_part, COLUMNS // 2),
     "the last part": (the_last_part, COLUMNS // 2),
     "neighbours to halves": (to_halves, COLUMNS),
+    "turned back": (turned_back, COLUMNS),
     "half tables": (half_tables, COLUMNS // 2),
 }
 
@@ -158,9 +166,10 @@ def test_a_form(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert says(ckpt_kernels.convert(twin, recompute=level)) == "rotary"
     given = operands(columns)
     assert_same(model, twin, given)
-    # Of each head the norm's input alone, once; and in between nothing.
+    # Of each head the norm's input alone, once; and in between nothing, but a table of another sign.
     given[0].requires_grad_()
-    assert saved_bytes(twin, *given) <= saved_bytes(model, *given) - 2 * (HEADS + KEYS) * given[0][..., :COLUMNS].nbytes
+    fewer = 2 * (HEADS + KEYS) * given[0][..., :COLUMNS].nbytes
+    assert saved_bytes(twin, *given) <= saved_bytes(model, *given) - fewer + given[2].nbytes * (name == "turned back")
 
 
 def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +267,34 @@ def names_a_bound(q, k, cos, sin):
     return torch.cat((q[..., :4096, :] * 1, q[..., 4096:, :] * 2), -2), k
 
 
+BOUND = 64
+
+
+def names_a_global_bound(q, k, cos, sin):
+    turned, k = halves(q, k, cos, sin)
+    return torch.cat((turned[..., :BOUND], q[..., BOUND:]), -1), k
+
+
+def has_a_bound_by_default(q, k, cos, sin, bound=64):
+    turned, k = halves(q, k, cos, sin)
+    return torch.cat((turned[:, :, :bound], q[:, :, bound:]), -2), k
+
+
+def turns_four_heads(q, k, cos, sin):
+    turned, k = halves(q, k, cos, sin)
+    return torch.cat((turned[:, :4], q[:, 4:]), 1), k
+
+
+def turns_two_samples(q, k, cos, sin):
+    turned, k = halves(q, k, cos, sin)
+    return torch.cat((turned[:2], q[2:]), 0), k
+
+
+def splits_by_a_number(q, k, cos, sin):
+    first, *rest = halves(q, k, cos, sin)[0].split(4, 1)
+    return torch.cat((first, *rest), 1), k
+
+
 def in_place(q, k, cos, sin):
     return q.mul_(cos.unsqueeze(1)) + rotate_half(q) * sin.unsqueeze(1), k
 
@@ -324,8 +361,9 @@ def of_any(*args, **kwargs):
 
 @pytest.mark.parametrize(
     "function",
-    [counts, decides, names_a_bound, in_place, detached, without_gradients, swaps, scales, mixes, with_a_function,
-     in_16_bits, drops, prints, remembers, of_any, sys.getsizeof, TF.scaled_dot_product_attention],
+    [counts, decides, names_a_bound, names_a_global_bound, has_a_bound_by_default, turns_four_heads,
+     turns_two_samples, splits_by_a_number, in_place, detached, without_gradients, swaps, scales, mixes,
+     with_a_function, in_16_bits, drops, prints, remembers, of_any, sys.getsizeof, TF.scaled_dot_product_attention],
     ids=lambda function: function.__name__,
 )  # fmt: skip
 def test_no_rotation(function: Any) -> None:

@@ -118,23 +118,13 @@ def has_finalizer(kind: type) -> bool:
 
 def read(module: nn.Module) -> tuple[Settings, Code]:
     """All that the module's forward reads of it beside its parameters, by name, and the code it reaches."""
-    reading = _Reading(module)
+    reading = Reading(module)
     reading.function(type(module).forward, own=True)
     if reading.names & _SHAPES and (reading.branches or reading.steps):
         raise NotTried("decides by the shape of what it is given")
     reading.modules()
     settings = tuple(sorted(reading.settings.items()))
     return settings, Code((type(module), settings, tuple(module._parameters)), reading.found)
-
-
-def read_function(function: types.FunctionType, allowed: frozenset[str]) -> Code:
-    """The code that a function reaches which is no method, and names no attributes but the allowed ones."""
-    reading = _FunctionReading(allowed)
-    reading.function(function)
-    if reading.branches:
-        raise NotTried("decides by what it is given")
-    reading.modules()
-    return Code((nn.Module, (), ()), reading.found)
 
 
 def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> bool:
@@ -151,7 +141,7 @@ def _setting(value: Any) -> Any:
     return tuple(value) if type(value) is list else value
 
 
-class _Reading:
+class Reading:
     """What the code reached from a module's forward reads and does."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -168,7 +158,7 @@ class _Reading:
         """Of a function of Python's; those of torch, but for the module's own methods, need not be read."""
         if isinstance(function, staticmethod | classmethod | functools.partial):
             function = function.func if isinstance(function, functools.partial) else function.__func__
-        if _is_torchs(function) and not own:
+        if is_torchs_own(function) and not own:
             return
         if not isinstance(function, types.FunctionType):
             raise NotTried(
@@ -221,7 +211,7 @@ class _Reading:
             self.steps |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
             self.steps |= step.opname == "COMPARE_OP" or step.argval in _STEPS
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                self._global(step.argval, names)
+                self.named(step.argval, names)
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
                 self.attribute(step.argval)
 
@@ -235,22 +225,22 @@ class _Reading:
         if any(load.opname != "LOAD_CONST" or load.argval is not None for load in loads):
             raise NotTried("computes with a part of what it is given")
 
-    def _global(self, name: str, names: dict[str, Any]) -> None:
+    def named(self, name: str, names: dict[str, Any]) -> None:
         self.names.add(name)
         if name in names:
             self.found.append((names, name, names[name]))
-            self._value(names[name])
+            self.value(names[name])
         elif name not in _BUILTINS or not hasattr(builtins, name):
             raise NotTried(f"names {name}, which is not on the list of what is known")
         else:
             self.found.append((names, name, _MISSING))
 
-    def _value(self, value: Any) -> None:
+    def value(self, value: Any) -> None:
         if isinstance(value, types.ModuleType):
             if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
                 raise NotTried(f"uses {value.__name__}")
         elif isinstance(value, type):
-            if not _is_torchs(value) and not issubclass(value, Exception):
+            if not is_torchs_own(value) and not issubclass(value, Exception):
                 raise NotTried(f"uses the class {value.__name__}")
         elif not isinstance(value, _PLAIN):
             self.function(value)
@@ -281,31 +271,6 @@ class _Reading:
                 raise NotTried(f"names {name}, which is not on the list of what is known")
 
 
-_SMALL = tuple(range(-4, 5))
-
-
-class _FunctionReading(_Reading):
-    """What a function reads and does that is no method: it may take parts of tensors, by their shapes, and no other
-    numbers than the least, so that what it does with a small tensor is what it does with a large one."""
-
-    def __init__(self, allowed: frozenset[str]) -> None:
-        super().__init__(nn.Module())
-        self._allowed = allowed
-
-    def constant(self, value: Any) -> None:
-        numbers = (value.start, value.stop, value.step) if isinstance(value, slice) else (value,)
-        if any(isinstance(number, float | int) and number not in _SMALL for number in numbers):
-            raise NotTried("names a number that a trial may not reach")
-
-    def bounds(self, loads: Sequence[dis.Instruction]) -> None:
-        pass
-
-    def attribute(self, name: str) -> None:
-        self.names.add(name)
-        if name not in self._allowed:
-            raise NotTried(f"names {name}, which is not on the list of what is known")
-
-
 def _is_plain(value: Any) -> bool:
     return _is_constant(_setting(value))
 
@@ -314,7 +279,7 @@ def _is_constant(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(v, int) for v in value))
 
 
-def _is_torchs(function: Any) -> bool:
+def is_torchs_own(function: Any) -> bool:
     named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
     in_its_files = not is_a(function, types.FunctionType) or is_torchs(function)
     return callable(function) and in_its_files and str(named).partition(".")[0] in ("torch", "math")

@@ -16,15 +16,16 @@ from ..backends import reference
 from ..backends.blocks import Rotary
 from ..ops.operands import elementwise_empty
 from .called import is_torchs
-from .reached import Code, NotTried, read_function
+from .reached import Code, NotTried
+from .reached_functions import read_function
 from .remembering import remembered
 from .rotations import Form, Found, Kind, Rotation, parameters_of
 from .trial import in_a_thread_of_its_own
 
 # What such a function may name of tensors and of torch.
 _NAMES = frozenset(
-    """Tensor cat chunk dtype expand flatten float neg repeat repeat_interleave reshape shape size split stack to torch
-    transpose type_as unbind unsqueeze view""".split()
+    """Tensor cat chunk dtype flatten float neg repeat_interleave reshape shape size stack to torch transpose type_as
+    unbind unsqueeze view""".split()
 )
 # The operations that may run in a trial, all of which leave alone what they are given.
 _OPERATIONS = frozenset(
@@ -168,7 +169,7 @@ def _expected(form: Form, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor | N
     options = form.options(heads.shape[-1], cos.shape[-1])
     if options is None:
         return None
-    return reference.rotary(Rotary(heads, form.entries(cos), form.entries(sin), None, None, options))
+    return reference.rotary(Rotary(heads, *form.tables(cos, sin), None, None, options))
 
 
 def _found(
@@ -176,7 +177,7 @@ def _found(
 ) -> Found | None:
     """The form in which the function turns heads of so many dimensions by such a table."""
     sizes = ((8, 8), (12, 12), (32, 32)) if is_whole else ((16, 8), (24, 12), (32, 16))
-    kinds = itertools.product(("full", "half", "first half"), _LAYOUTS, _LAYOUTS, (False, True))
+    kinds = itertools.product(("full", "half", "first half"), _LAYOUTS, _LAYOUTS, (False, True), (False, True))
     forms = [Form(unsqueeze, *kind) for kind in kinds]
     for columns, entries in sizes:
         forms = _fitting(trial, forms, _operands(trial, count, dims, lead, unsqueeze, columns, entries))

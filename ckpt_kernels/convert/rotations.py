@@ -2,7 +2,7 @@
 
 Such a function is known by trying it out on small random tensors, and by nothing else: in which order it takes its
 operands, which elements are pairs, how tables stand beside heads. It must be a function of its arguments alone, without
-a decision in it (see `reached.read_function`). A call of it then is one of ours, where its operands are of the kinds
+a decision in it (see `reached_functions`). A call of it then is one of ours, where its operands are of the kinds
 that were tried; else it is what was written.
 """
 
@@ -23,13 +23,14 @@ from .reached import Code, NotTried
 class Form(NamedTuple):
     """How heads turn. A table gets a dimension at `unsqueeze`; then it has an entry for each column that turns
     ("full"), for each pair ("half"), or twice as many as are read ("first half"). What does not turn comes first where
-    the rest is `at_end`."""
+    the rest is `at_end`; heads turn `back` where the sine's sign is the other one."""
 
     unsqueeze: int | None
     table: str
     layout: str
     output_layout: str
     at_end: bool
+    back: bool
 
     def options(self, columns: int, entries: int) -> RotaryOptions | None:
         """Of heads of that many columns; None where they have not enough."""
@@ -39,8 +40,11 @@ class Form(NamedTuple):
         start = columns - turned if self.at_end else 0
         return RotaryOptions(turned, start, self.layout == "interleaved", self.output_layout == "interleaved")
 
-    def entries(self, table: Tensor) -> Tensor:
-        """The table as it stands beside heads."""
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they stand beside heads."""
+        return self._entries(cos), self._entries(-sin if self.back else sin)
+
+    def _entries(self, table: Tensor) -> Tensor:
         if self.table == "first half":
             table = table[..., : table.shape[-1] // 2]
         return table if self.unsqueeze is None else table.unsqueeze(self.unsqueeze)
@@ -111,7 +115,7 @@ class Rotation:
         options = None if found is None else found.form.options(columns, entries)
         if found is None or options is None or (options.rotary_dim < columns and not found.is_partial):
             return None
-        tables = [found.form.entries(table) for table in (cos, sin)]
+        tables = found.form.tables(cos, sin)
         lead, whole = tables[0].shape[:-1], heads.shape[:-1]
         if len(lead) > len(whole) or not heads.numel():
             return None
