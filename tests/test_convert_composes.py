@@ -15,6 +15,7 @@ from benchmarks import architectures
 from ckpt_kernels import memory
 
 from .conftest import DEVICE
+from .conversion import twins
 from .test_convert import LEVELS, built, check_errors, in_float64, step
 
 pytest.importorskip("transformers", reason="the models are those of transformers")
@@ -375,3 +376,42 @@ def test_a_captured_step_replays() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert equal(captured, step(model, inputs))
+
+
+class Counting(nn.Module):
+    """A layer whose graph breaks where it counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.calls = nn.RMSNorm(16), nn.Linear(16, 16), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        self.calls.append(tuple(x.shape))
+        return x + self.linear(self.norm(x))
+
+
+class CountingStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Counting(), Counting()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for each in self.layers:
+            x = each(x)
+        return x
+
+
+@pytest.mark.parametrize("level", ["output", "layer"])
+def test_torch_compile_of_layers_whose_graph_breaks(level: str) -> None:
+    """Nothing runs twice, and gradients are those of the model as it is."""
+    model, twin = twins(CountingStack)
+    ckpt_kernels.convert(twin, recompute=level)
+    x = torch.randn(4, 16, device=DEVICE)
+    compiled = torch.compile(twin, backend="aot_eager")
+    found, expected = (
+        torch.autograd.grad(each(x).square().sum(), [*owner.parameters()])
+        for each, owner in ((compiled, twin), (model, model))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert [len(each.calls) for each in twin.layers] == [1, 1]

@@ -215,6 +215,27 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(twin(x, *bad), expected)
 
 
+def test_heads_whose_columns_are_no_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results lie as the function's do."""
+    q = torch.randn(2, 7, COLUMNS, 4, device=DEVICE).permute(0, 3, 1, 2)
+    table = torch.randn(2, 7, COLUMNS // 2, device=DEVICE)
+    for function in (half_tables, a_leading_part):
+        rotation = rotation_of(function)
+        assert rotation is not None and rotation.of((q, q, table, table), {}) is None
+        assert rotation.of((q.contiguous(), q.contiguous(), table, table), {}) is not None
+
+
+@pytest.mark.parametrize("level", ["output", "layer"])
+def test_compiled(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole layers, without a break of the graph."""
+    monkeypatch.setitem(globals(), "turn", halves)
+    model, twin = twins(lambda: nn.ModuleList([Attention()]))
+    ckpt_kernels.convert(twin, recompute=level)
+    given = operands(COLUMNS)
+    compiled = torch.compile(twin[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(results(compiled, *given)[0], results(model[0], *given)[0])
+
+
 def other(x: Tensor) -> Tensor:
     return torch.cat((x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1)
 

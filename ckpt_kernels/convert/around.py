@@ -1,7 +1,9 @@
 """What the forward of a converted module runs in, so that outputs are let go of: eager, and under torch.compile."""
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -66,6 +68,18 @@ def _is_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> b
     return False
 
 
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Where the graph breaks within a layer, its checkpoint runs outside of any graph. Then it sees nothing of what is
+    saved: so nothing runs twice, and outputs are let go of as in eager torch."""
+    if torch.compiler.is_compiling():
+        return selective_contexts()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same), contextlib.nullcontext()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Under torch.compile, which has no `discard_outputs`: the forward in a checkpoint that computes blocks again."""
     if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -73,4 +87,4 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
     # A cache, say, that the forward writes to cannot pass into the checkpoint. One of the model's own is enough.
     if is_set(module, "gradient_checkpointing") or not all(isinstance(a, _PASSES) for a in (*args, *kwargs.values())):
         return forward(module, *args, **kwargs)
-    return checkpoint(forward, module, *args, use_reentrant=False, context_fn=selective_contexts, **kwargs)
+    return checkpoint(forward, module, *args, use_reentrant=False, context_fn=_contexts, **kwargs)

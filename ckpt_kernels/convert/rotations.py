@@ -103,8 +103,12 @@ class Rotation:
         """The arguments in the order of the parameters."""
         if len(args) > len(self.names) or not all(name in self.names[len(args) :] for name in kwargs):
             return None
-        rest = [kwargs.get(name, self.defaults.get(name, _MISSING)) for name in self.names[len(args) :]]
-        return None if _MISSING in map(_same_missing, rest) else [*args, *rest]
+        given = list(args)
+        for name in self.names[len(args) :]:
+            if name not in kwargs and name not in self.defaults:
+                return None
+            given.append(kwargs[name] if name in kwargs else self.defaults[name])
+        return given
 
     def _turned(
         self, heads: Tensor, cos: Tensor, sin: Tensor, others: tuple[Any, ...]
@@ -117,21 +121,14 @@ class Rotation:
             return None
         tables = found.form.tables(cos, sin)
         lead, whole = tables[0].shape[:-1], heads.shape[:-1]
-        if len(lead) > len(whole) or not heads.numel():
+        # Results of heads that lie in another way lie as torch.cat likes.
+        if len(lead) > len(whole) or not heads.numel() or heads.stride(-1) != 1:
             return None
         if any(size not in (1, other) for size, other in zip(reversed(lead), reversed(whole), strict=False)):
             return None
 
         options = options._replace(contiguous=not found.keeps_strides)
         return lambda heads: rotary(heads, *tables, None, None, options)
-
-
-_MISSING = object()
-
-
-def _same_missing(value: Any) -> Any:
-    """So that values are not compared, which tensors do element by element."""
-    return _MISSING if value is _MISSING else None
 
 
 def parameters_of(function: types.FunctionType) -> tuple[list[str], dict[str, Any]]:
