@@ -146,6 +146,18 @@ def _network() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("level", ["block", "output", "all"])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_jit_trace_records_the_same_of_a_converted_network_with_convolutions_each_time(level: str) -> None:
+    # torch compares the graph with one made under no_grad, by the names of values too: see its `_check_trace`.
+    layers = [torch.nn.Conv1d(3, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.SiLU(), torch.nn.Conv1d(4, 4, 1)]
+    model = torch.nn.Sequential(*layers).to(DEVICE)
+    converted = copy.deepcopy(model)
+    ckpt_kernels.convert(converted, recompute=level)
+    images = torch.randn(2, 3, 6, device=DEVICE)
+    torch.testing.assert_close(torch.jit.trace(converted, images)(images + 1), model(images + 1))
+
+
+@pytest.mark.parametrize("level", ["block", "output", "all"])
 def test_a_converted_model_is_traced_and_differentiated_as_before(level: str) -> None:
     model = _network()
     converted = copy.deepcopy(model)
