@@ -1,4 +1,8 @@
-"""Blocks with the linear layers that read them, and MLPs, as modules."""
+"""Blocks with the linear layers that read them, and MLPs, as modules.
+
+Each is one fused call of its parts' parameters; where the parts are more than these, they are called one by one: see
+`by_parts`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +15,7 @@ from .. import functional as F
 from ..activations import Activation, activation_name
 from ..functional.linear import level_name, norm_name
 from ..ops.glu import layout_name
+from .by_parts import are_plain, dropped, letting_go
 from .extras import extras, probability, recorded
 from .row_norm import LayerNorm, RMSNorm
 
@@ -79,6 +84,11 @@ class NormLinear(nn.Module):
         centered = isinstance(norm, LayerNorm)
         single = hasattr(self, "linear")
         linears: list[Any] = [self.linear] if single else list(self.linears)
+        if not are_plain(norm, *linears):
+            with letting_go(self, self.recompute):
+                normalized = norm(input)
+                several = tuple(linear(normalized) for linear in linears)
+            return several[0] if single else several
         outputs = F.norm_linear(
             input,
             norm.normalized_shape,
@@ -212,12 +222,18 @@ class MLP(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
             return call
+        first, last = self.fc1, self.fc2
+        if not are_plain(first, last):
+            drop = self.dropout
+            with letting_go(self, self.recompute):
+                act = F.bias_act(first(input), activation=self.activation, dropout_p=drop, training=self.training)
+                return last(act)
         return F.mlp(
             input,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            first.weight,
+            first.bias,
+            last.weight,
+            last.bias,
             activation=self.activation,
             dropout_p=self.dropout,
             training=self.training,
@@ -295,14 +311,22 @@ class GatedMLP(nn.Module):
             return call
         gate = self.gate_up_proj if self.packed else self.gate_proj
         value = None if self.packed else self.up_proj
+        last = self.down_proj
+        if not are_plain(gate, last) or not (value is None or are_plain(value)):
+            with letting_go(self, self.recompute):
+                if value is None:
+                    product = F.packed_glu(gate(input), activation=self.activation, layout=self.layout)
+                else:
+                    product = F.glu(gate(input), value(input), activation=self.activation)
+                return last(dropped(product, self.dropout, self.training))
         return F.gated_mlp(
             input,
             gate.weight,
             None if value is None else value.weight,
-            self.down_proj.weight,
+            last.weight,
             gate.bias,
             None if value is None else value.bias,
-            self.down_proj.bias,
+            last.bias,
             activation=self.activation,
             layout=self.layout,
             dropout_p=self.dropout,
