@@ -47,6 +47,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[Tensor, ...]]] = {
     "ActLinear": (lambda: nn.ActLinear(8, 5, dropout=0.5), (X,)),
     "MLP": (lambda: nn.MLP(8, 16, dropout=0.5, recompute="all"), (X,)),
     "GatedMLP": (lambda: nn.GatedMLP(8, 16, packed=True), (X,)),
+    "Rotary": (lambda: nn.Rotary(8, norm="rms"), (X, X[..., :4].cos(), X[..., :4].sin())),
 }
 by_module = pytest.mark.parametrize("name", MODULES)
 
