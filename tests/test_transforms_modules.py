@@ -110,6 +110,12 @@ def test_torch_fx_records_functions_and_a_module_that_is_traced_itself() -> None
     torch.testing.assert_close(traced(X, weight), functional.glu(functional.layer_norm(X, 8, weight), X))
     norm = nn.LayerNorm(8, activation="gelu").to(DEVICE)
     torch.testing.assert_close(torch.fx.symbolic_trace(norm)(X), norm(X))
+    # Of one tensor, or of two: a trace of the module itself is called as it is.
+    for gate in (nn.GLU(), nn.GLU(1, activation="silu", layout="gate_first")):
+        traced = torch.fx.symbolic_trace(gate)
+        torch.testing.assert_close(traced(X), gate(X))
+        torch.testing.assert_close(traced(X, X + 1), gate(X, X + 1))
+        torch.testing.assert_close(pickle.loads(pickle.dumps(traced))(X), gate(X))
 
 
 @by_module
