@@ -74,7 +74,8 @@ def cpp_extension():
     except Exception as error:  # OSError, say, of a library that is not there
         missing = isinstance(error, ModuleNotFoundError)
         sys.exit(
-            f"ckpt_kernels is compiled against torch, which cannot be imported here ({type(error).__name__}: {error}).\n"
+            "ckpt_kernels is compiled against torch, which cannot be imported here "
+            f"({type(error).__name__}: {error}).\n"
             f"Install it {'first' if missing else 'again'}: pip install {'' if missing else '--force-reinstall '}"
             "'torch>=2.11' ninja 'setuptools>=77'\n"
             "Or build without the compiled libraries: CKPT_KERNELS_BUILD=none pip install ..."
