@@ -68,13 +68,16 @@ def is_gcc() -> bool:
 
 
 def cpp_extension():
-    """torch's part of the build; the process ends with what to install where torch is not there."""
+    """torch's part of the build; the process ends with what to install where torch is not there, or is broken."""
     try:
         from torch.utils import cpp_extension
-    except ImportError as error:
+    except Exception as error:  # OSError, say, of a library that is not there
+        missing = isinstance(error, ModuleNotFoundError)
         sys.exit(
-            f"ckpt_kernels is compiled against torch, which cannot be imported here ({error}).\n"
-            "Install it first: pip install 'torch>=2.11' ninja 'setuptools>=77'\n"
+            "ckpt_kernels is compiled against torch, which cannot be imported here "
+            f"({type(error).__name__}: {error}).\n"
+            f"Install it {'first' if missing else 'again'}: pip install {'' if missing else '--force-reinstall '}"
+            "'torch>=2.11' ninja 'setuptools>=77'\n"
             "Or build without the compiled libraries: CKPT_KERNELS_BUILD=none pip install ..."
         )
     return cpp_extension

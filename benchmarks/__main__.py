@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="counted turns of each provider (default: 12; quick: 7)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="measure nothing new after this long")
     parser.add_argument("--case", default="", help="only blocks whose name contains this")
-    parser.add_argument("--shape", type=_shape, metavar="AxB", help="this shape, of as many dimensions as blocks take")
+    parser.add_argument("--shape", type=_shape, metavar="AxB", help="this shape alone, for the blocks that take it")
     parser.add_argument("--dtype", choices=DTYPES, help="this dtype alone")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--max-autotune", action="store_true", help="torch.compile in that mode too")
@@ -46,8 +46,7 @@ def arguments() -> argparse.Namespace:
     if not named:
         parser.error(f"--case is {options.case!r}; the blocks are {', '.join(case.name for case in CASES)}")
     if options.shape and not any(map(_takes(options.shape), named)):
-        found = sorted({len(case.cpu[0].shape) for case in named})
-        parser.error(f"--shape has {len(options.shape)} dimensions; these blocks take {' or '.join(map(str, found))}")
+        parser.error(f"--shape is {'x'.join(map(str, options.shape))}; these blocks take 2 dimensions or more")
     try:
         options.before = baseline.read(options.baseline) if options.baseline else []
     except (OSError, ValueError) as error:
@@ -66,7 +65,8 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _takes(shape: tuple[int, ...]) -> Callable[[Case], bool]:
-    return lambda case: len(case.cpu[0].shape) == len(shape)
+    """Whether the case's function does."""
+    return lambda case: len(shape) >= (2 if case.block.channels else 1)
 
 
 def plan(device: str, options: argparse.Namespace) -> Iterator[tuple[Case, Setting, torch.dtype]]:
@@ -85,8 +85,11 @@ def plan(device: str, options: argparse.Namespace) -> Iterator[tuple[Case, Setti
 
 def _settings(case: Case, device: str, options: argparse.Namespace) -> list[Setting]:
     if options.shape:
-        layouts = dict.fromkeys(setting.channels_last for setting in case.settings(device))
-        return [Setting(options.shape, layout) for layout in layouts] if _takes(options.shape)(case) else []
+        if not _takes(options.shape)(case):
+            return []
+        images = len(options.shape) == 4
+        layouts = dict.fromkeys(setting.channels_last and images for setting in case.settings(device))
+        return [Setting(options.shape, layout) for layout in layouts]
     found = [setting for setting in case.settings(device) if options.full or not setting.full]
     return found[:1] if options.quick else found
 

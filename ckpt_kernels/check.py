@@ -3,7 +3,6 @@
 Both run on copies; the model that is checked is not touched.
 """
 
-import copy
 import functools
 import json
 import math
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 
 from . import memory
 from .convert import Report, convert, revert
-from .target import Inputs, arguments_of
+from .copies import copy_of
+from .target import Inputs, arguments_of, tensors_in
 
 # Times that spread more than that from step to step are not worth comparing.
 WIDE_SPREAD = 0.15
@@ -68,7 +68,7 @@ class Check:
         peak: bytes at the peak of a step.
         seconds: of a step.
         noise: how far steps spread in time: half of what lies between the quartiles over the median, of the one that
-            spreads more.
+            spreads more; None of a single step of each, which cannot say.
     """
 
     report: Report
@@ -78,7 +78,7 @@ class Check:
     kept: tuple[int, int]
     peak: tuple[int, int]
     seconds: tuple[float, float]
-    noise: float
+    noise: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as data."""
@@ -108,7 +108,9 @@ class Check:
             ratio = f"{after / before:.2f}" if before else "-"
             rows.append((name, f"{before / scale:.2f} {unit}", f"{after / scale:.2f} {unit}", ratio))
         lines += _columns(rows)
-        if self.noise > WIDE_SPREAD:
+        if self.noise is None:
+            lines.append("  a single step of each: nothing says how far times spread, nor that they mean anything")
+        elif self.noise > WIDE_SPREAD:
             lines.append(f"  too noisy for the times to mean anything: steps spread by {self.noise:.0%}")
         return "\n".join(lines)
 
@@ -125,7 +127,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         model: a module.
         inputs: what the model is called with, a tuple or a dict by name.
         recompute: the level at which the copy is converted.
-        turns: how many steps of each are timed.
+        turns: how many steps of each are timed; of one nothing tells how noisy it is.
 
     Returns:
         A `Check`, which prints as a table.
@@ -142,15 +144,15 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         >>> found.kept[1] < found.kept[0]
         True
     """
-    plain = copy.deepcopy(model).train()
+    plain = copy_of(model).train()
     revert(plain)
-    mode = "evaluation" if _draws(copy.deepcopy(plain), inputs) else "training"
+    mode = "evaluation" if _draws(copy_of(plain), inputs) else "training"
     plain.train(mode == "training")
-    twin = copy.deepcopy(plain)
+    twin = copy_of(plain)
     before = _state(twin)
     report = convert(twin, recompute=recompute)
     changed = [f"convert itself changed {name}" for name in _different(before, _state(twin))]
-    truth = _results(copy.deepcopy(plain).double(), _each(inputs, _double))[0]
+    truth = _results(copy_of(plain).double(), _each(inputs, _double))[0]
     runs, states = [], []
     for which in (plain, twin):
         found = [_alike(functools.partial(_results, which, batch)) for batch in (inputs, _other(inputs))]
@@ -171,7 +173,8 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         for index, timed in enumerate((plain, twin)):
             seconds[index].append(_timed(timed, inputs, device))
     medians = statistics.median(seconds[0]), statistics.median(seconds[1])
-    return Check(report, mode, errors, changed, kept, peak, medians, max(map(_spread, seconds)))
+    noise = max(map(_spread, seconds)) if turns > 1 else None
+    return Check(report, mode, errors, changed, kept, peak, medians, noise)
 
 
 def _kept(model: nn.Module, inputs: Inputs) -> int:
@@ -183,8 +186,6 @@ def _peak(model: nn.Module, inputs: Inputs, device: torch.device) -> int:
 
 
 def _spread(times: Sequence[float]) -> float:
-    if len(times) < 2:
-        return 0.0
     low, middle, high = statistics.quantiles(times, n=4)
     return (high - low) / 2 / middle
 
@@ -349,7 +350,7 @@ def _call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _outputs(value: Any) -> list[Tensor]:
-    outputs = [t for t in memory.tensors_in(value) if t.requires_grad]
+    outputs = [t for t in tensors_in(value) if t.requires_grad]
     if not outputs:
         raise ValueError("the model's outputs have no gradient; expected a tensor that depends on its parameters")
     return outputs

@@ -1,7 +1,6 @@
 """The command `ckpt-kernels`."""
 
 import argparse
-import copy
 import importlib.util
 import os
 import pathlib
@@ -15,6 +14,7 @@ from torch import nn
 from . import check, doctor, inspect, memory
 from .arguments import file, natural, picture, positive
 from .convert import LEVELS, convert, is_converted, revert
+from .copies import copy_of
 from .inspect import ARCHITECTURES, COLUMNS
 from .target import BadTarget, Inputs, arguments_of, built
 from .version import __version__
@@ -48,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_target(compared)
     compared.add_argument("--recompute", choices=LEVELS, help="what is kept (default: each level in turn)")
-    compared.add_argument("--turns", type=positive, default=5, metavar="N", help="steps timed of each (default: 5)")
+    compared.add_argument(
+        "--turns",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="steps timed of each (default: 5); of one the noise is unknown",
+    )
     compared.add_argument("--png", type=picture, metavar="FILE", help="draw the ratios there")
     compared.add_argument("--json", type=file, metavar="FILE", help="write all of it there as data")
     kernels = commands.add_parser(
@@ -103,10 +109,10 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 def _memory(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
     args, kwargs = arguments_of(inputs)
     if options.convert or any(map(is_converted, model.modules())):
-        eager = copy.deepcopy(model)
+        eager = copy_of(model)
         revert(eager)
         if options.convert:
-            model = copy.deepcopy(eager)
+            model = copy_of(eager)
             convert(model, recompute=options.convert)
         title = f"converted, {options.convert}" if options.convert else "converted, as given"
         report = memory.report_beside(eager, model, ("eager", title), args, kwargs)

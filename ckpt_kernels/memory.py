@@ -1,7 +1,6 @@
 """What a call keeps for its backward pass: in all, by module, and with blocks' outputs let go of."""
 
 import contextlib
-import copy
 import itertools
 import json
 import pathlib
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from . import memory_table
+from .copies import copied, copy_of
 from .recompute import discard_outputs
-from .target import arguments_of
+from .target import arguments_of, tensors_in
 
 
 def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any) -> int:
@@ -71,36 +71,13 @@ def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], obje
     The model itself, the inputs, and torch's, Python's and numpy's random numbers, stay as they are.
     """
     with _random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
-        twin, (args, kwargs) = _copy_of(model), arguments_of(inputs)
+        twin, (args, kwargs) = copy_of(model), arguments_of(inputs)
         memo: dict[int, Any] = {}
-        args = tuple(_copied(value, memo) for value in args)
-        kwargs = {name: _copied(value, memo) for name, value in kwargs.items()}
+        args = tuple(copied(value, memo) for value in args)
+        kwargs = {name: copied(value, memo) for name, value in kwargs.items()}
         if change is not None:
             change(twin)
         return saved_bytes(twin, *args, **kwargs)
-
-
-def _copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, whatever attributes it has: of a tensor with a graph, which cannot be copied, the values; of another
-    thing that cannot be copied, a lock or a generator, that thing itself."""
-    memo: dict[int, Any] = {}
-    for module in nn.Module.modules(model):  # whatever attributes the model has under that name
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                _copied(value, memo)
-    return copy.deepcopy(model, memo)
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy, of tensors that cannot be copied their values; the thing itself where it cannot be copied."""
-    for tensor in tensors_in(value):
-        if not tensor.is_leaf or tensor.is_inference():
-            memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:
-        memo[id(value)] = value
-        return value
 
 
 @contextlib.contextmanager
@@ -394,8 +371,7 @@ def report_beside(
         A `Report`, where `saved` and `peak` are of `model`, `discarding` and `discarding_peak` of `other`.
 
     Example:
-        >>> import copy
-        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>>         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
         >>> converted = copy.deepcopy(model)
         >>> _ = ckpt_kernels.convert(converted)
         >>> x = torch.randn(8, 64)
@@ -441,18 +417,6 @@ def _replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator
             del model.forward
         else:
             model.forward = before
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -45,8 +45,8 @@ class discard_outputs(contextlib.ContextDecorator):
     other`) has the gradient of what ran, and a function of one's own that saves a parameter gets its values back, not
     the object with its attributes. The first is so of torch's matrix products, the second of all saved-tensor hooks.
 
-    Where saved-tensor hooks are disabled (torch.func) it does nothing, and within torch.compile it does nothing either:
-    see `selective_contexts` for that.
+    Where saved-tensor hooks are disabled (torch.func) it does nothing, nor where torch.jit.trace records, and within
+    torch.compile it does nothing either: see `selective_contexts` for that.
 
     Args:
         module: the one whose forward pass runs within.
@@ -87,7 +87,9 @@ class discard_outputs(contextlib.ContextDecorator):
 
     def __enter__(self) -> "discard_outputs":
         hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
-        if torch.compiler.is_compiling() or not hooks._saved_tensors_hooks_is_enabled():
+        # A trace would record what the hooks do.
+        is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if is_recorded or not hooks._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
         # Within another that sees what is saved, that one goes on: outputs may cross from one to the other.

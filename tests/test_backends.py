@@ -114,9 +114,9 @@ def test_a_with_that_ends_in_another_thread_ends() -> None:
     assert (inside, found, backends.chosen()) == ("reference", ["native"], before)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_at_any_step_of_a_with_leaves_nothing_behind() -> None:
-    before = backends.chosen()
+def test_an_interrupt_at_any_step_of_a_with_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, swallowed = backends.chosen(), []
+    monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
 
     def run() -> None:
         with use_backend("reference"):
@@ -127,6 +127,7 @@ def test_an_interrupt_at_any_step_of_a_with_leaves_nothing_behind() -> None:
         for step in interrupted_at_every_step(run):
             assert backends.chosen() == before, f"interrupted at step {step}"
     assert step > 20
+    assert not swallowed
 
 
 def test_a_backward_pass_is_served_as_its_forward_pass_was(monkeypatch: pytest.MonkeyPatch) -> None:

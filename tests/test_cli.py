@@ -7,7 +7,8 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namesp
         (("--case", "nothing"), r"--case is 'nothing'; the blocks are layer_norm.*rms_norm\+silu"),
         (("--dtype", "int8"), r"'int8' \(choose from .*float32.*bfloat16.*float16"),
         (("--shape", "4096*4"), r"'4096\*4' is no shape; expected numbers with x between them, as in 4096x1024"),
-        (("--case", "batch_norm", "--shape", "4096x4"), r"--shape has 2 dimensions; these blocks take 4"),
+        (("--case", "batch_norm", "--shape", "4096"), r"--shape is 4096; these blocks take 2 dimensions or more"),
     ],
 )
 def test_benchmarks_list_what_exists(
@@ -179,6 +180,13 @@ def test_benchmarks_take_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(case.block.call(**case.operands(setting, dtype, "cpu")) for case, setting, dtype in planned)
     images = benchmarks.plan("cpu", options(monkeypatch, "--shape", "2x6x5x7", "--case", "batch_norm"))
     assert {setting.label for _, setting, _ in images} == {"2x6x5x7", "2x6x5x7 channels last"}
+    for shape in ("40", "2x6", "8x16x20", "2x6x3x4x5"):
+        planned = list(benchmarks.plan("cpu", options(monkeypatch, "--shape", shape)))
+        assert {setting.label for _, setting, _ in planned} - {f"{shape} channels last"} == {shape}
+        assert {case.block.channels for case, _, _ in planned} == ({True, False} if "x" in shape else {False})
+        for case, setting, dtype in planned:
+            operands = case.operands(setting, dtype, "cpu")
+            assert case.block.call(**operands)[0].shape == case.block.eager(**operands)[0].shape
 
 
 def test_benchmarks_say_when_a_run_was_too_noisy() -> None:
@@ -210,6 +218,27 @@ def test_convert_check_says_when_its_times_mean_nothing() -> None:
     found = check.Check(report, "training", [], [], (2, 1), (2, 1), (1.0, 0.5), 0.4)
     assert "too noisy for the times to mean anything: steps spread by 40%" in str(found)
     assert "too noisy" not in str(dataclasses.replace(found, noise=0.05))
+    single = check.check(model(), (torch.randn(8, 16),), turns=1)
+    assert single.noise is None and "a single step of each" in str(single)
+
+
+def with_what_cannot_be_copied() -> tuple[nn.Module, torch.Tensor]:
+    made, inputs = one_tensor()
+    made.lock, made.graph, made.items = threading.Lock(), torch.ones(2, requires_grad=True) * 2, iter_of_two()
+    return made, inputs
+
+
+def iter_of_two() -> Iterator[int]:
+    yield from range(2)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("memory", "--convert", "output"), ("convert-check", "--recompute", "all", "--turns", "1")]
+)
+def test_what_cannot_be_copied_is_no_hindrance(arguments: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+    command, *given = arguments
+    status, out, err = answer(capsys, command, "tests.test_cli:with_what_cannot_be_copied", *given)
+    assert (status, err) == (0, "") and "kept for backward" in out
 
 
 class AsksForItsClass(nn.Module):

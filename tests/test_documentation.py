@@ -35,6 +35,7 @@ MODULES = (
     "nn.dyt",
     "nn.glu",
     "nn.linear",
+    "nn.mlp",
     "nn.rotary",
     "nn.row_norm",
     "recompute",

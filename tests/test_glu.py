@@ -55,6 +55,24 @@ def test_a_view_that_only_begins_one_element_later_is_not_taken_for_interleaved(
     torch.testing.assert_close(F.glu(gate, value), torch.nn.functional.silu(gate) * value)
 
 
+EXPANDED = {
+    "the dimension before it": (randn(1, 6, 1, 8).expand(3, 6, 4, 8), 1),
+    "the last": (randn(6, 1).expand(6, 8), 0),
+    "all but it": (randn(1, 4, 1).expand(5, 4, 3), 1),
+    "itself": (randn(2, 1, 3).expand(2, 4, 3).transpose(0, 2), 1),
+    "a permuted one": (randn(1, 3, 2, 4).expand(5, 3, 2, 4).permute(3, 0, 2, 1), 2),
+}
+
+
+@pytest.mark.parametrize("expanded", EXPANDED)
+def test_the_output_lies_as_torchs_where_the_input_is_expanded(expanded: str, backend: str) -> None:
+    input, dim = EXPANDED[expanded]
+    found, expected = nn.GLU(dim)(input), torch.nn.GLU(dim)(input)
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected)
+    assert nn.GLU(dim, layout="gate_first")(input).stride() == expected.stride()
+
+
 X = torch.randn(4, 8)
 BAD = {
     "not a tensor": (lambda: F.glu([1.0], X), TypeError, "gate is list"),
@@ -69,7 +87,7 @@ BAD = {
     ),
     "scalar": (lambda: F.packed_glu(X[0, 0]), RuntimeError, r"input has shape \(\); expected"),
     "module's dim": (lambda: nn.GLU(5)(X), IndexError, "dim is 5; expected a dimension of input"),
-    "module's scalar": (lambda: nn.GLU()(X[0, 0]), IndexError, "dim is -1; expected a dimension of input"),
+    "module's scalar": (lambda: nn.GLU()(X[0, 0]), RuntimeError, r"input has shape \(\); expected at least one"),
     "module's odd dim": (lambda: nn.GLU(0)(X[:3]), RuntimeError, "expected dimension 0 of even length"),
     "module's layout": (lambda: nn.GLU(layout="mixed"), ValueError, "layout is 'mixed'"),
     "layout": (lambda: F.packed_glu(X, layout="mixed"), ValueError, "layout is 'mixed'; expected one of gate_first"),

@@ -152,14 +152,27 @@ def test_a_view_that_is_more_than_strides_is_kept(view: str, maker: str, p: dict
     assert_same_bits(run(recompute.discard_outputs()), run(contextlib.nullcontext()))
 
 
-def test_what_outlives_the_tensor_is_let_go_of(p: dict) -> None:
-    """A view has the tensor's memory, by which it is known, also when the tensor itself is gone."""
+class Folded(torch.autograd.Function):
+    """The same memory as rows, in a tensor that is no view of what it was called with, nor holds that."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.ops.aten._unsafe_view(x.detach(), (16, WIDTH))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.view(2, 8, WIDTH)
+
+
+@pytest.mark.parametrize("fold", [lambda n: n.view(16, WIDTH), Folded.apply], ids=["a view", "no view"])
+def test_what_outlives_the_tensor_is_let_go_of(fold: Callable[[Tensor], Tensor], p: dict) -> None:
+    """It has the tensor's memory, by which it is known, also when the tensor itself is gone."""
 
     def run(around: contextlib.AbstractContextManager) -> tuple[list, bool]:
         x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
         with around:
             n = F.rms_norm(x * 1, WIDTH, p["norm"])
-            total, left = n.sum(), n.view(16, WIDTH)
+            total, left = n.sum(), fold(n)
             storage = StorageWeakRef(n.untyped_storage())
             del n
             y = TF.linear(left, p["a"])

@@ -153,7 +153,16 @@ def test_dropout_keeps_no_mask() -> None:
 X = torch.randn(4, 8)
 BAD = {
     "not a tensor": (lambda: F.layer_norm([1.0], 8), TypeError, "input is list"),
-    "integers": (lambda: F.layer_norm(X.long(), 8), RuntimeError, "input has dtype torch.int64"),
+    "integers": (lambda: F.layer_norm(X.long(), 8), NotImplementedError, "input has dtype torch.int64"),
+    "booleans": (lambda: F.rms_norm(X > 0, 8), NotImplementedError, "input has dtype torch.bool"),
+    "complex numbers": (lambda: F.rms_norm(X + 0j, 8), NotImplementedError, "input has dtype torch.complex64"),
+    "too few dimensions of rms_norm": (
+        lambda: F.rms_norm(X[0], (4, 8)),
+        ValueError,
+        r"input has shape \(8,\); expected.*\(4, 8\)",
+    ),
+    "too few of layer_norm": (lambda: F.layer_norm(X[0], (4, 8)), RuntimeError, r"input has shape \(8,\)"),
+    "a scalar": (lambda: nn.RMSNorm(8)(X[0, 0]), ValueError, r"input has shape \(\); expected.*\(8,\)"),
     "wrong normalized_shape": (lambda: F.layer_norm(X, 7), RuntimeError, r"input has shape \(4, 8\).*\(7,\)"),
     "empty normalized_shape": (lambda: F.layer_norm(X, ()), RuntimeError, "normalized_shape is empty"),
     "wrong weight": (lambda: F.rms_norm(X, 8, X[0, :7]), RuntimeError, r"weight has shape \(7,\); expected.*\(8,\)"),

@@ -18,9 +18,9 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
-def run(build: str, **variables: str) -> subprocess.CompletedProcess:
+def run(build: str, program: str = WITHOUT_TORCH, **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"CKPT_KERNELS_BUILD": build} | variables
-    command = [sys.executable, "-c", WITHOUT_TORCH]
+    command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -30,6 +30,17 @@ def test_without_torch_it_says_what_to_install(build: str) -> None:
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "compiled against torch, which cannot be imported here" in done.stderr
     assert "pip install 'torch>=2.11'" in done.stderr and "CKPT_KERNELS_BUILD=none" in done.stderr
+
+
+@pytest.mark.parametrize("error", ["OSError('libtorch_cpu.so: not found')", "ImportError('undefined symbol')"])
+def test_with_a_torch_that_does_not_load_it_says_what_to_install(error: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"raise {error}\n")
+    program = WITHOUT_TORCH.replace('sys.modules["torch"] = None', f"sys.path.insert(0, {str(tmp_path)!r})")
+    done = run("cpu", program)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert error.replace("('", ": ").replace("')", "") in done.stderr
+    assert "pip install --force-reinstall 'torch>=2.11'" in done.stderr
 
 
 def test_nothing_is_needed_where_nothing_is_built() -> None:

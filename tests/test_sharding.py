@@ -23,7 +23,6 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
-    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -34,6 +33,7 @@ from ckpt_kernels import functional
 from ckpt_kernels import nn as ours
 from ckpt_kernels.catalogue.block import Block, Operands
 from ckpt_kernels.catalogue.blocks import BLOCKS
+from ckpt_kernels.memory import tensors_in
 
 from .blocks import in_float64, with_gradients
 
@@ -77,7 +77,7 @@ def check_block(mesh: DeviceMesh, block: Block) -> None:
     operands = in_float64(block.operands((3, 5) if not block.channels else (3, 4), 6, torch.float64, "cpu"))
     expected = with_gradients(block.eager, operands)
     for way in ways_of(block, operands):
-        ready = {name: placed(t, mesh, way[name]) for name, t in operands.items()}
+        ready = {name: placed(t, mesh, way[name]).requires_grad_(t.requires_grad) for name, t in operands.items()}
         found = dict(with_gradients_of_sharded(block, ready, mesh))
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -91,9 +91,10 @@ def with_gradients_of_sharded(block: Block, operands: Operands, mesh: DeviceMesh
     outputs = block.call(**operands)
     incoming = [torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().double() for y in outputs]
     loss = sum((y * placed(g, mesh, Replicate()).detach()).sum() for y, g in zip(outputs, incoming, strict=True))
-    found = torch.autograd.grad(loss.full_tensor(), list(operands.values()), allow_unused=True)
+    names = [name for name, t in operands.items() if t.requires_grad]
+    found = torch.autograd.grad(loss.full_tensor(), [operands[name] for name in names], allow_unused=True)
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return results | {f"grad {name}": g for name, g in zip(operands, found, strict=True)}
+    return results | {f"grad {name}": g for name, g in zip(names, found, strict=True)}
 
 
 # Models, with torch's own plans
@@ -166,7 +167,7 @@ def layers(fused: bool = False, handwritten: bool = False, recompute: str = "out
     return model
 
 
-def in_parallel(model: nn.Module, mesh: DeviceMesh, fused: bool = False) -> nn.Module:
+def in_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Each process has its own part of the sequence between modules that read it all, as torch's tutorial has it."""
     plan: dict[str, Any] = {}
     for place, (firsts, last) in enumerate(((("fc1",), "fc2"), (("gate_proj", "up_proj"), "down_proj"))):
@@ -179,14 +180,7 @@ def in_parallel(model: nn.Module, mesh: DeviceMesh, fused: bool = False) -> nn.M
             plan[f"{place}.{name}"] = PrepareModuleInput(
                 input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
             )
-    model = parallelize_module(model, mesh, plan)
-    if fused:
-        # Its output is a DTensor, of parts of a sum, as the linear layer within it is not called as a module.
-        for layer in model:
-            parallelize_module(
-                layer.mlp, mesh, PrepareModuleOutput(output_layouts=(Partial(),), desired_output_layouts=(Shard(1),))
-            )
-    return model
+    return parallelize_module(model, mesh, plan)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -245,6 +239,25 @@ def converted(model: nn.Module, recompute: str) -> nn.Module:
 
 
 # What is not in the tables
+
+
+def check_modules_of_linears(mesh: DeviceMesh) -> None:
+    """Called with what every process has, as tensors that are no DTensors: the hooks of the parts make them that."""
+    columns, rows = ColwiseParallel(), RowwiseParallel()
+    gathered = ColwiseParallel(output_layouts=Replicate())
+    torch.manual_seed(0)
+    for module, plan in (
+        (ours.MLP(WIDTH, HIDDEN), {"fc1": columns, "fc2": rows}),
+        (ours.GatedMLP(WIDTH, HIDDEN), {"gate_proj": columns, "up_proj": columns, "down_proj": rows}),
+        (ours.NormLinear(WIDTH, HIDDEN), {"linear": gathered}),
+        (ours.NormLinear(WIDTH, (HIDDEN, WIDTH)), {"linears.0": gathered, "linears.1": gathered}),
+        (ours.ActLinear(WIDTH, HIDDEN), gathered),
+        (ours.ActLinear(WIDTH, HIDDEN), RowwiseParallel(input_layouts=Replicate())),
+    ):
+        module, x = module.double(), input_of_all()
+        expected = [y.detach() for y in tensors_in(module(x))]
+        found = list(tensors_in(parallelize_module(module, mesh, plan)(x)))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def check_placements(mesh: DeviceMesh) -> None:
@@ -346,6 +359,7 @@ def check_errors(mesh: DeviceMesh) -> None:
 
 def checks(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
     simple = (
+        check_modules_of_linears,
         check_placements,
         check_dropout,
         check_running_statistics,
@@ -361,9 +375,7 @@ def checks(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
         "converted afterwards": lambda mesh: converted(in_parallel(layers(), mesh), "all"),
     }
     for level in LEVELS:
-        models[f"fused, {level}"] = lambda mesh, level=level: in_parallel(
-            layers(fused=True, recompute=level), mesh, fused=True
-        )
+        models[f"fused, {level}"] = lambda mesh, level=level: in_parallel(layers(fused=True, recompute=level), mesh)
         models[f"converted, {level}"] = lambda mesh, level=level: in_parallel(converted(layers(), level), mesh)
     found |= {
         f"tensor parallel, {name}": functools.partial(check_training, make, mesh) for name, make in models.items()

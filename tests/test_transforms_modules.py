@@ -47,6 +47,7 @@ MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[Tensor, ...]]] = {
     "ActLinear": (lambda: nn.ActLinear(8, 5, dropout=0.5), (X,)),
     "MLP": (lambda: nn.MLP(8, 16, dropout=0.5, recompute="all"), (X,)),
     "GatedMLP": (lambda: nn.GatedMLP(8, 16, packed=True), (X,)),
+    "Rotary": (lambda: nn.Rotary(8, norm="rms"), (X, X[..., :4].cos(), X[..., :4].sin())),
 }
 by_module = pytest.mark.parametrize("name", MODULES)
 
@@ -109,6 +110,12 @@ def test_torch_fx_records_functions_and_a_module_that_is_traced_itself() -> None
     torch.testing.assert_close(traced(X, weight), functional.glu(functional.layer_norm(X, 8, weight), X))
     norm = nn.LayerNorm(8, activation="gelu").to(DEVICE)
     torch.testing.assert_close(torch.fx.symbolic_trace(norm)(X), norm(X))
+    # Of one tensor, or of two: a trace of the module itself is called as it is.
+    for gate in (nn.GLU(), nn.GLU(1, activation="silu", layout="gate_first")):
+        traced = torch.fx.symbolic_trace(gate)
+        torch.testing.assert_close(traced(X), gate(X))
+        torch.testing.assert_close(traced(X, X + 1), gate(X, X + 1))
+        torch.testing.assert_close(pickle.loads(pickle.dumps(traced))(X), gate(X))
 
 
 @by_module
@@ -143,6 +150,18 @@ def _network() -> torch.nn.Module:
     layers += [torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.Linear(8, 8)]
     layers[4] = torch.nn.Linear(16, 8)
     return torch.nn.Sequential(*layers).to(DEVICE)
+
+
+@pytest.mark.parametrize("level", ["block", "output", "all"])
+@pytest.mark.filterwarnings("ignore")
+def test_torch_jit_trace_records_the_same_of_a_converted_network_with_convolutions_each_time(level: str) -> None:
+    # torch compares the graph with one made under no_grad, by the names of values too: see its `_check_trace`.
+    layers = [torch.nn.Conv1d(3, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.SiLU(), torch.nn.Conv1d(4, 4, 1)]
+    model = torch.nn.Sequential(*layers).to(DEVICE)
+    converted = copy.deepcopy(model)
+    ckpt_kernels.convert(converted, recompute=level)
+    images = torch.randn(2, 3, 6, device=DEVICE)
+    torch.testing.assert_close(torch.jit.trace(converted, images)(images + 1), model(images + 1))
 
 
 @pytest.mark.parametrize("level", ["block", "output", "all"])

@@ -12,13 +12,12 @@ A backward pass is served by the backend that was asked for in its forward pass,
 remembers it (`ops.registration`), and so does every recipe.
 """
 
-import contextlib
 import contextvars
 import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+import weakref
 from types import ModuleType, TracebackType
 
 import torch
@@ -31,14 +30,20 @@ _of_process = os.environ.get("CKPT_KERNELS_BACKEND", "") or "auto"
 
 
 class _Choice:
-    """That of one `with`. It is over when it says so, wherever that was found out: see `use_backend`."""
+    """That of one `with`. It is over when it says so, wherever that was found out, or when its context is gone, which
+    an interrupt may have kept from saying so: see `serving`."""
 
-    __slots__ = ("is_over", "name", "outer")
+    __slots__ = ("context", "is_ended", "name", "outer")
 
-    def __init__(self, name: str, outer: "_Choice | None") -> None:
+    def __init__(self, name: str, outer: "_Choice | None", context: "weakref.ref[serving] | None") -> None:
         self.name = name
         self.outer = outer
-        self.is_over = False
+        self.context = context
+        self.is_ended = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_ended or (self.context is not None and self.context() is None)
 
 
 _choice: contextvars.ContextVar[_Choice | None] = contextvars.ContextVar("ckpt_kernels_backend", default=None)
@@ -170,7 +175,41 @@ def set_backend(name: str) -> None:
     _of_process = name
 
 
-class use_backend:
+class serving:
+    """`use_backend` for a name that is known to be right.
+
+    The end is a mark on the choice itself, so that it holds wherever the context ends: in another thread or task, whose
+    own choice is not touched. An interrupt just as `__exit__` begins keeps it from being made: then the choice is over
+    when the interrupt's traceback, which holds the context, is dropped.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._entered: list[_Choice] = []
+
+    def __enter__(self) -> "serving":
+        # A compiler traces this, and not the interrupts.
+        context = None if torch.compiler.is_compiling() else weakref.ref(self)
+        choice = _Choice(self._name, _innermost(), context)
+        try:
+            self._entered.append(choice)
+            _choice.set(choice)
+            return self
+        except BaseException:  # an interrupt after one of these steps
+            choice.is_ended = True
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Before anything is called, for after a call an interrupt may come.
+        self._entered[-1].is_ended = True
+        choice = self._entered.pop()
+        if _choice.get() is choice:
+            _choice.set(choice.outer)
+
+
+class use_backend(serving):
     """A context in which one backend serves every call.
 
     It holds for what runs in the `with`, in its thread or asyncio task, and for the backward passes of that, wherever
@@ -190,46 +229,28 @@ class use_backend:
         ...     y = F.layer_norm(torch.randn(8, 64), 64)
     """
 
-    _is_idle = False
-
     def __init__(self, name: str) -> None:
         _check_available(name)
-        self._name = name
-        self._entered: list[contextlib.AbstractContextManager[None]] = []
-        self._is_idle = True
+        super().__init__(name)
+        self._idle: weakref.finalize | None = None
+        if not torch.compiler.is_compiling():
+            # Taken off by `__enter__`: a `__del__` would run at the end of each `with`, and Python swallows an
+            # interrupt in there.
+            self._idle = weakref.finalize(self, _warn_of_idle, name)
+            self._idle.atexit = False
 
     def __enter__(self) -> "use_backend":
-        self._is_idle = False
-        self._entered.append(serving(self._name))
-        self._entered[-1].__enter__()
+        if self._idle is not None:
+            self._idle.detach()
+            self._idle = None
+        super().__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered.pop().__exit__(kind, error, trace)
 
-    def __del__(self) -> None:
-        if self._is_idle:
-            warnings.warn(
-                f"use_backend({self._name!r}) was not entered, and changed nothing: it holds within its `with`; "
-                f"for the whole process call set_backend({self._name!r})",
-                stacklevel=2,
-            )
-
-
-@contextlib.contextmanager
-def serving(name: str) -> Iterator[None]:
-    """`use_backend` for a name that is known to be right.
-
-    The end is a mark on the choice itself, so that it holds wherever this generator is closed: by an interrupt between
-    any two steps, when the last reference to it goes; in another thread or task, whose own choice is not touched.
-    """
-    choice = _Choice(name, _innermost())
-    try:
-        _choice.set(choice)
-        yield
-    finally:
-        choice.is_over = True
-        if _choice.get() is choice:
-            _choice.set(choice.outer)
+def _warn_of_idle(name: str) -> None:
+    warnings.warn(
+        f"use_backend({name!r}) was not entered, and changed nothing: it holds within its `with`; "
+        f"for the whole process call set_backend({name!r})",
+        # The line at whose end the object goes, past weakref's own frame.
+        stacklevel=3,
+    )

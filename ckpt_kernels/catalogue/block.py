@@ -57,7 +57,7 @@ class Block:
         """Random operands, all wanting gradients; `lead` has two dimensions or more."""
         shapes = {name: (*lead, 2 * columns if self.packed else columns) for name in self.rows}
         shapes |= {name: (1,) for name in self.numbers}
-        shapes |= {name: (lead[1] if self.channels else columns,) for name in self.coefficients}
+        shapes |= {name: ((*lead, columns)[1 if self.channels else -1],) for name in self.coefficients}
         shapes |= {name: (lead[0], *[1] * (len(lead) - 1), columns) for name in self.samples}
         shapes |= {name: (lead[-1], columns // 2) for name in self.tables}
         found = random_operands(shapes, self.parameters, dtype, device, seed)

@@ -8,8 +8,9 @@ those of torch's own are; under any autocast two tensors that meet (input and re
 their common dtype, as a sum or product of them would be.
 
 An `activation` is a name (see `ckpt_kernels.activations.NAMES`), or the torch module or function that means the
-same. Errors, before anything is computed: RuntimeError for tensors of wrong shape, dtype or device; ValueError
-for an unknown activation and for a probability outside [0, 1]; TypeError for what is not a tensor.
+same. Errors, before anything is computed: RuntimeError for tensors of wrong shape, dtype or device, which for integers,
+booleans and complex numbers is a NotImplementedError, as torch's is; ValueError for an unknown activation and for a
+probability outside [0, 1]; TypeError for what is not a tensor.
 
 Examples run after `import torch`, `import ckpt_kernels`, `from ckpt_kernels import functional as F` and
 `from ckpt_kernels.memory import saved_bytes`.

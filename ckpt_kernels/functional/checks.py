@@ -101,7 +101,10 @@ def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
     if tensor.dtype not in DTYPES:
-        raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64")
+        # As torch's kernels do; it is a RuntimeError.
+        raise NotImplementedError(
+            f"{argument} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64"
+        )
     if tensor.is_nested and not (nested and tensor.layout == torch.jagged):
         expected = "one of layout torch.jagged, or none" if nested else "none"
         raise RuntimeError(f"{argument} is a nested tensor of layout {tensor.layout}; expected {expected}")
@@ -124,6 +127,15 @@ def check_input(input: Any, normalized_shape: int | Sequence[int], *, nested: bo
         raise RuntimeError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
     # Of rows without elements there are as many results as of no rows of one.
     return math.prod(shape) or 1
+
+
+def check_rms_input(input: Any, normalized_shape: int | Sequence[int]) -> int:
+    """The same for `rms_norm`; ValueError, as torch's own raises, for too few dimensions."""
+    check_tensor(input, "input", nested=True)
+    shape = normalized(normalized_shape)
+    if input.dim() < len(shape):
+        raise ValueError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
+    return check_input(input, shape)
 
 
 def check_device(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:

@@ -15,6 +15,7 @@ from .checks import (
     check_input,
     check_like,
     check_modulation,
+    check_rms_input,
     dropout_seed,
     memory_format,
     number,
@@ -114,7 +115,7 @@ def rms_norm(
 
     Raises:
         RuntimeError: a tensor has another shape, dtype or device than said above.
-        ValueError: an activation is unknown.
+        ValueError: an activation is unknown, or the input has fewer dimensions than `normalized_shape`.
         TypeError: an argument is no tensor, or no number.
 
     Example:
@@ -427,7 +428,7 @@ def _row_norm(tensors: Sequence[Any], given: tuple) -> Tensor:
     input, weight, bias = tensors
     normalized_shape, eps, centered, pre_activation, activation, weight_offset, cast_before_weight = given
     eps = number(eps, "eps") if centered else rms_eps(input, eps)
-    columns = check_input(input, normalized_shape)
+    columns = (check_input if centered else check_rms_input)(input, normalized_shape)
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)

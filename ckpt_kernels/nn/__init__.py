@@ -13,7 +13,8 @@ from .channel_norm import (
 )
 from .dyt import DyT
 from .glu import GLU
-from .linear import MLP, ActLinear, GatedMLP, NormLinear
+from .linear import ActLinear, NormLinear
+from .mlp import MLP, GatedMLP
 from .rotary import Rotary
 from .row_norm import AddLayerNorm, AddRMSNorm, GatedRMSNorm, LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
 

@@ -1,5 +1,6 @@
 """Gated linear units as a module."""
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -50,21 +51,37 @@ class GLU(nn.Module):
     def forward(self, input: Tensor, value: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input, value)) is not None:
             return call
-        if value is not None:
-            return F.glu(input, value, activation=self.activation)
-        if not -input.dim() <= self.dim < input.dim():
-            raise IndexError(f"dim is {self.dim}; expected a dimension of input, which has shape {tuple(input.shape)}")
-        dim = self.dim % input.dim()
-        if input.shape[dim] % 2:
-            raise RuntimeError(f"input has shape {tuple(input.shape)}; expected dimension {dim} of even length")
-        if dim == input.dim() - 1:
-            return F.packed_glu(input, activation=self.activation, layout=self.layout)
-        if input.is_contiguous() and self.layout != "interleaved":
-            # The halves of an inner dimension are the halves of it and all that follow.
-            halves = F.packed_glu(input.flatten(dim), activation=self.activation, layout=self.layout)
-            return halves.unflatten(dim, (input.shape[dim] // 2, *input.shape[dim + 1 :]))
-        last = F.packed_glu(input.movedim(dim, -1), activation=self.activation, layout=self.layout)
-        return last.movedim(-1, dim)
+        return _gated(input, value, self.dim, self.activation, self.layout)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + extras(activation=(self.activation, "sigmoid"), layout=(self.layout, "value_first"))
+
+
+def _gated(input: Tensor, value: Tensor | None, dim: int, activation: str, layout: str) -> Tensor:
+    if value is not None:
+        return F.glu(input, value, activation=activation)
+    dims = input.dim()
+    if dims == 0:
+        raise RuntimeError("input has shape (); expected at least one dimension")
+    if not -dims <= dim < dims:
+        raise IndexError(f"dim is {dim}; expected a dimension of input, which has shape {tuple(input.shape)}")
+    dim %= dims
+    if input.shape[dim] % 2:
+        raise RuntimeError(f"input has shape {tuple(input.shape)}; expected dimension {dim} of even length")
+    if dim == dims - 1:
+        return F.packed_glu(input, activation=activation, layout=layout)
+    if input.is_contiguous() and layout != "interleaved":
+        # The halves of an inner dimension are the halves of it and all that follow.
+        halves = F.packed_glu(input.flatten(dim), activation=activation, layout=layout)
+        return halves.unflatten(dim, (input.shape[dim] // 2, *input.shape[dim + 1 :]))
+    if not input.is_nested and 0 in input.stride() and layout != "interleaved":
+        # Of what is expanded each place in memory counts for several; how the result lies goes by the halves.
+        first, second = input.chunk(2, dim)
+        gate, value = (second, first) if layout == "value_first" else (first, second)
+        return F.glu(gate, value, activation=activation)
+    last = F.packed_glu(input.movedim(dim, -1), activation=activation, layout=layout)
+    return last.movedim(-1, dim)
+
+
+# Where the module itself is traced by torch.fx, whether it is called with one tensor or two shows later.
+torch.fx.wrap("_gated")

@@ -1,4 +1,8 @@
-"""Blocks with the linear layers that read them, and MLPs, as modules."""
+"""Blocks with the linear layers that read them, as modules.
+
+Each is one fused call of its parts' parameters; where the parts are more than these, they are called one by one: see
+`by_parts`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +14,7 @@ from torch.fx import Proxy
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..functional.linear import level_name, norm_name
-from ..ops.glu import layout_name
+from .by_parts import are_plain, letting_go
 from .extras import extras, probability, recorded
 from .row_norm import LayerNorm, RMSNorm
 
@@ -79,6 +83,11 @@ class NormLinear(nn.Module):
         centered = isinstance(norm, LayerNorm)
         single = hasattr(self, "linear")
         linears: list[Any] = [self.linear] if single else list(self.linears)
+        if not are_plain(norm, *linears):
+            with letting_go(self, self.recompute):
+                normalized = norm(input)
+                several = tuple(linear(normalized) for linear in linears)
+            return several[0] if single else several
         outputs = F.norm_linear(
             input,
             norm.normalized_shape,
@@ -156,161 +165,4 @@ class ActLinear(nn.Linear):
     def extra_repr(self) -> str:
         return super().extra_repr() + extras(
             activation=(self.activation, "identity"), dropout=(self.dropout, 0.0), recompute=(self.recompute, "output")
-        )
-
-
-class MLP(nn.Module):
-    r"""Linear, activation, dropout, linear.
-
-    .. math::
-        y = \mathrm{dropout}(\mathrm{act}(x W_1^\top + b_1))\, W_2^\top + b_2
-
-    Args:
-        in_features, hidden_features: of the first linear layer.
-        out_features: of the second; None is `in_features`.
-        bias: whether they have one.
-        device, dtype: of all parameters.
-        activation, dropout: between the two.
-        recompute: "block", "output" or "all".
-
-    Shape:
-        `(*, in_features)` to `(*, out_features)`. Parameters: those of `fc1` and `fc2`.
-
-    Kept for backward:
-        The input; but for "all" the first product; at "block" what the second product reads too.
-
-    Example:
-        >>> mlp = ckpt_kernels.nn.MLP(16, 64, recompute="all")
-        >>> x = torch.randn(8, 16, requires_grad=True)
-        >>> saved_bytes(mlp, x) == x.nbytes
-        True
-
-    Errors and source: `functional.mlp`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        out_features: int | None = None,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: Activation = "gelu",
-        dropout: float = 0.0,
-        recompute: str = "output",
-    ) -> None:
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(in_features, hidden_features, bias, **factory)
-        self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features, bias, **factory)
-        self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
-        self.recompute = level_name(recompute)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
-            return call
-        return F.mlp(
-            input,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            activation=self.activation,
-            dropout_p=self.dropout,
-            training=self.training,
-            recompute=self.recompute,
-        )
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, dropout={self.dropout}, recompute={self.recompute!r}"
-
-
-class GatedMLP(nn.Module):
-    r"""Two products of the input, one of which gates the other, dropout, and a third product.
-
-    .. math::
-        y = \mathrm{dropout}(\mathrm{act}(x W_g^\top + b_g) \odot (x W_v^\top + b_v))\, W^\top + b
-
-    Args:
-        in_features, hidden_features: of the products of the input.
-        out_features: of the last; None is `in_features`.
-        bias: whether they have one.
-        device, dtype: of all parameters.
-        activation: act, applied to the gate.
-        dropout: the probability with which elements that the last product reads are dropped in training.
-        packed: one weight for gate and value.
-        layout: of the packed weight: "gate_first", "value_first" or "interleaved".
-        recompute: "block", "output" or "all".
-
-    Shape:
-        `(*, in_features)` to `(*, out_features)`. Parameters: those of `gate_proj`, `up_proj` (the value's) and
-        `down_proj`, as in Llama; where packed of `gate_up_proj` and `down_proj`, as in Phi-3.
-
-    Kept for backward:
-        The input; but for "all" gate and value; at "block" what the last product reads too.
-
-    Example:
-        >>> mlp = ckpt_kernels.nn.GatedMLP(16, 64)  # "output"
-        >>> x = torch.randn(8, 16, requires_grad=True)
-        >>> saved_bytes(mlp, x) == x.nbytes + 2 * 4 * 8 * 64
-        True
-
-    Errors and source: `functional.gated_mlp`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        out_features: int | None = None,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: Activation = "silu",
-        dropout: float = 0.0,
-        packed: bool = False,
-        layout: str = "gate_first",
-        recompute: str = "output",
-    ) -> None:
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        if packed:
-            self.gate_up_proj = nn.Linear(in_features, 2 * hidden_features, bias, **factory)
-        else:
-            self.gate_proj = nn.Linear(in_features, hidden_features, bias, **factory)
-            self.up_proj = nn.Linear(in_features, hidden_features, bias, **factory)
-        out = in_features if out_features is None else out_features
-        self.down_proj = nn.Linear(hidden_features, out, bias, **factory)
-        self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
-        self.packed, self.layout = packed, layout_name(layout)
-        self.recompute = level_name(recompute)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
-            return call
-        gate = self.gate_up_proj if self.packed else self.gate_proj
-        value = None if self.packed else self.up_proj
-        return F.gated_mlp(
-            input,
-            gate.weight,
-            None if value is None else value.weight,
-            self.down_proj.weight,
-            gate.bias,
-            None if value is None else value.bias,
-            self.down_proj.bias,
-            activation=self.activation,
-            layout=self.layout,
-            dropout_p=self.dropout,
-            training=self.training,
-            recompute=self.recompute,
-        )
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, dropout={self.dropout}" + extras(
-            layout=(self.layout if self.packed else "", ""), recompute=(self.recompute, "")
         )

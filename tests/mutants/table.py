@@ -542,7 +542,7 @@ PYTHON = (
         _VIEWS,
     ),
     Mutant(
-        "an output is forgotten with its tensor, though a view lives",
+        "an output is forgotten with its tensor, though its memory lives",
         _RECOMPUTE,
         "if entry is not None and «not entry.storage.expired()»:",
         "entry.output() is not None",
@@ -600,11 +600,25 @@ PYTHON = (
     ),
     Mutant(
         "an MLP drops out in eval",
-        "ckpt_kernels/nn/linear.py",
-        "self.fc2.bias,\n            activation=self.activation,\n            dropout_p=self.dropout,\n"
+        "ckpt_kernels/nn/mlp.py",
+        "last.bias,\n            activation=self.activation,\n            dropout_p=self.dropout,\n"
         "            training=«self.training»",
         "True",
         "tests/test_linear.py -k test_modules",
+    ),
+    Mutant(
+        "a fused call passes over what is called before its parts",
+        "ckpt_kernels/nn/by_parts.py",
+        'held["_forward_hooks"] or «held["_forward_pre_hooks"]»',
+        "False",
+        "tests/test_linear_parts.py -k 'computed_before or dropout_between'",
+    ),
+    Mutant(
+        "a trace records what saved-tensor hooks do",
+        "ckpt_kernels/recompute.py",
+        "is_recorded = torch.compiler.is_compiling() or «torch._C._get_tracing_state() is not None»",
+        "False",
+        "tests/test_transforms_modules.py -k 'convolutions_each_time and output'",
     ),
     Mutant(
         "dropout in eval",

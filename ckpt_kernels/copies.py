@@ -1,0 +1,31 @@
+"""Copies of models and of what they are called with, to be run in the place of these."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from .target import tensors_in
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, whatever attributes it has: of a tensor with a graph, which cannot be copied, the values; of another
+    thing that cannot be copied, a lock or a generator, that thing itself."""
+    memo: dict[int, Any] = {}
+    for module in nn.Module.modules(model):  # whatever attributes the model has under that name
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                copied(value, memo)
+    return copy.deepcopy(model, memo)
+
+
+def copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy, of tensors that cannot be copied their values; the thing itself where it cannot be copied."""
+    for tensor in tensors_in(value):
+        if not tensor.is_leaf or tensor.is_inference():
+            memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        memo[id(value)] = value
+        return value
