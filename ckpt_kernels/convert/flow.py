@@ -51,7 +51,6 @@ class Run(NamedTuple):
     begin: int
     end: int
     meanings: dict[int, Meaning]
-    made: int
 
 
 def blocks(function: ast.FunctionDef) -> Iterator[Block]:
@@ -76,9 +75,9 @@ def run_of(
     fast: frozenset[str],
     halves: Callable[[ast.expr], bool],
 ) -> Run | None:
-    """The run, if each of its statements but the last does nothing but make one value, or two halves, for one reader
+    """The run, if each of its statements but the last does nothing but make one value, or two halves, which are read
     in the run, and nobody else needs what these are called. `halves`: what is torch.chunk."""
-    readers: dict[int, int] = {}
+    read: set[int] = set()
     meanings: dict[int, Meaning] = {}
     current: dict[str, tuple[int, Meaning]] = {}
     made = 0
@@ -88,7 +87,7 @@ def run_of(
         for node in reads(statement):
             if node.id in current:
                 number, meanings[id(node)] = current[node.id]
-                readers[number] = readers.get(number, 0) + 1
+                read.add(number)
         if statement is block.statements[end]:
             break
         found = dict(_made(statement, halves))
@@ -97,11 +96,11 @@ def run_of(
         for name, meaning in found.items():
             current[name] = made, meaning
             made += 1
-    if readers != dict.fromkeys(range(made), 1):
+    if len(read) != made:
         return None
     if not all(is_dead(name, function, block, begin, end) for name in current):
         return None
-    return Run(begin, end, meanings, made)
+    return Run(begin, end, meanings)
 
 
 def _made(statement: ast.stmt, halves: Callable[[ast.expr], bool]) -> Iterator[tuple[str, Meaning]]:

@@ -1,10 +1,13 @@
 """Reading expressions: what the loads in a method are, and whether operands may be evaluated before all else."""
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .flow import Meaning
+from .formulas import Formula, formula_of
 from .order import comes_first, in_order
+from .scope import Scope
 from .templates import Pattern
 
 if TYPE_CHECKING:
@@ -55,13 +58,15 @@ class Match(NamedTuple):
 class Reader:
     """Reads one function's expressions."""
 
-    def __init__(
-        self, loads: Loads, fast: frozenset[str], known: frozenset[str], formula: Callable[[ast.expr], Any]
-    ) -> None:
+    def __init__(self, loads: Loads, scope: Scope) -> None:
         self.loads = loads
-        self.fast = fast
-        self.locals = known
-        self.formula = formula
+        self.fast = scope.fast
+        self.locals = scope.locals
+        self._scope = scope
+
+    def formula(self, tree: ast.AST, meanings: Mapping[int, Meaning]) -> Formula | None:
+        """An expression as a formula of one value, and what `meanings` has for the names in it."""
+        return formula_of(tree, self._scope, meanings)
 
     def part(self, tree: ast.AST) -> Part:
         """What a load is."""

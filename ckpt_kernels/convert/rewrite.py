@@ -83,7 +83,7 @@ class _Writer:
     def __init__(self, function: types.FunctionType, definition: Definition, loads: Loads, recompute: str) -> None:
         self.scope = Scope(function, definition.tree)
         self.tree = definition.tree
-        self.reader = Reader(loads, self.scope.fast, self.scope.locals, self.scope.pointwise)
+        self.reader = Reader(loads, self.scope)
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
         self.found: list[str] = []

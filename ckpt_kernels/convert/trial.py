@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .reached import Code, NotTried, Settings, has_finalizer, read
@@ -101,6 +102,21 @@ class _Strict(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Casts(TorchFunctionMode):
+    """Ends the trial of what asks for the name of a tensor's type, which is another on another device, or casts to more
+    than a dtype: to a device, say."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.type or func is torch.Tensor.to:
+            given = (*args[1:], *(kwargs or {}).values())
+            if not given or not all(isinstance(value, _CAST_TO) for value in given):
+                raise NotTried("asks for the type of what it is given, or casts to more than a dtype")
+        return func(*args, **(kwargs or {}))
+
+
+_CAST_TO = (torch.dtype, torch.Tensor, bool)
+
+
 def _is_whole(dimension: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
     """Whether a slice is `:`, of whatever length."""
     return start in (None, 0) and end in (None, 2**63 - 1) and step == 1
@@ -123,7 +139,7 @@ def forward_of(
 ) -> torch.Tensor:
     """What the stand-in computes; raises NotTried where that is no tensor, or no trial."""
     try:
-        with _Strict(allowed, dimensions):
+        with _Casts(), _Strict(allowed, dimensions):
             output = type(module).forward(module, input)
     except NotTried:
         raise
