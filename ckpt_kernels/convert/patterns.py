@@ -138,7 +138,25 @@ class Attempt:
             return self.fits(tree.tensor, whole)
         gate, value = self._halves["gate_half"], self._halves["value_half"]
         self.options["layout"] = "gate_first" if gate.number == 0 else "value_first"
+        self.options["dim"] = gate.dim
         return gate.tensor is value.tensor and {gate.number, value.number} == {0, 1}
+
+    def is_of_parts(self, pattern: Pattern) -> bool:
+        """Whether the activation is of a part of what eager torch keeps, as a factor of the activation."""
+        if self.act.name == "identity":
+            return False
+        if pattern.halved:
+            return True
+        gate, value = (next((o.tree for o in self.operands if o.name == name), None) for name in ("gate", "value"))
+        if "parts" not in pattern.takes or gate is None or value is None or not self.reader.are_parts(gate, value):
+            return False
+        self.options["parts"] = True
+        return True
+
+    def said(self, pattern: Pattern) -> str:
+        """What the pattern computes here, for people."""
+        dim = self.options.get("dim", -1)
+        return pattern.said.format(self.act.name) + (f" (where dimension {dim} is the last)" if dim >= 0 else "")
 
     def _viewed(self, tree: Meaning, name: str) -> bool:
         """A view of a local name, which becomes the operand, and how it is taken."""
@@ -172,6 +190,8 @@ def attempts(
             continue
         # Eager torch keeps what such an activation is of: there is something to win, and nobody writes to it.
         if pattern.made or (attempt.act.name not in KEPT_BY_OUTPUT and not attempt.act.of_new):
+            yield attempt
+        elif attempt.is_of_parts(pattern):
             yield attempt
 
 

@@ -12,6 +12,7 @@ from .. import ops
 from .guards import are_alike, are_wanted, chains, level_for, modulates
 from .loads import is_set
 from .norms import Norm, RowNorm
+from .parts import are_parts_of_one
 from .templates import Results, pattern
 
 # Weight and bias of a linear layer.
@@ -31,9 +32,9 @@ def gated_mlp(
 
 @pattern("packed gated MLP", "last(may_drop(act(gate_half(packed(input))) * value_half(packed(input))))")
 def packed_mlp(
-    input: Tensor, packed: Linear, last: Linear, activation: str, p: float, layout: str, recompute: str
+    input: Tensor, packed: Linear, last: Linear, activation: str, p: float, layout: str, dim: int, recompute: str
 ) -> Results | None:
-    if not chains(input, packed, last, 2):
+    if not chains(input, packed, last, 2) or dim not in (-1, input.dim() - 1):
         return None
     options: dict[str, Any] = {
         "activation": activation,
@@ -113,8 +114,8 @@ def add_norm(left: Tensor, right: Tensor, norm: nn.Module, rule: Norm, p: float,
 
 
 @pattern("packed gate", "act(gate_half(input)) * value_half(input)")
-def packed_glu(input: Tensor, activation: str, layout: str) -> Results | None:
-    if input.dim() == 0 or input.shape[-1] % 2:
+def packed_glu(input: Tensor, activation: str, layout: str, dim: int) -> Results | None:
+    if input.dim() == 0 or input.shape[-1] % 2 or dim not in (-1, input.dim() - 1):
         return None
     return [F.packed_glu(input, activation=activation, layout=layout)]
 
@@ -127,8 +128,11 @@ def gated_products(input: Tensor, gate: Linear, value: Linear, activation: str) 
     return [F.glu(linear(input, *gate), linear(input, *value), activation=activation)]
 
 
-@pattern("gate", "act(gate) * value")
-def glu(gate: Tensor, value: Tensor, activation: str) -> Results | None:
+@pattern("gate", "act(gate) * value", parts=False)
+def glu(gate: Tensor, value: Tensor, activation: str, parts: bool) -> Results | None:
+    """`parts`: of such an activation eager torch keeps the value alone, which has to be of one tensor with the gate."""
+    if parts and not are_parts_of_one(gate, value):
+        return None
     if not are_alike(gate, value) or (torch.is_grad_enabled() and not (gate.requires_grad and value.requires_grad)):
         return None
     return [F.glu(gate, value, activation=activation)]

@@ -33,8 +33,8 @@ class Pattern(NamedTuple):
 
     It takes the tensors and the operands (weight, bias) of the linear layers by their names, and, where there are such,
     `norm` with its `rule`, `activation` with its name and `act` with the module or function, and `p`, the dropout's
-    probability. `made`: what the activation is of is computed in the template, and nobody else sees it. `options` are
-    constants.
+    probability. `made`: what the activation is of is computed in the template, and nobody else sees it; `halved`: it
+    is a half of something, of which the other half is a factor. `options` are constants.
     """
 
     compute: Callable[..., Results | None]
@@ -44,6 +44,7 @@ class Pattern(NamedTuple):
     linears: tuple[str, ...]
     takes: frozenset[str]
     made: bool
+    halved: bool
     options: dict[str, Any]
 
 
@@ -65,6 +66,7 @@ def pattern(said: str, template: str, **options: Any) -> Callable[[Callable[...,
             tuple(name for name in called if name not in _NO_LAYERS),
             frozenset(inspect.signature(compute).parameters),
             isinstance(of, ast.Call),
+            of is not called.get("act"),
             options,
         )
 
@@ -145,7 +147,8 @@ def _resolved(pattern: Pattern, operands: dict[str, Any], given: dict[str, Any],
         act = operands.get("act")
         name = activation or activation_of(act, pattern.made)
         # Eager torch keeps the output of some, and not their input, to which somebody may write.
-        if name is None or (not pattern.made and name in KEPT_BY_OUTPUT):
+        kept = pattern.made or pattern.halved or given.get("parts", False)
+        if name is None or (not kept and name in KEPT_BY_OUTPUT):
             return False
         given["activation"] = name
         if "act" in takes:
