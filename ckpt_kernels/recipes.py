@@ -31,7 +31,7 @@ class Operand(Protocol):
 class Cell:
     """What a node holds in the place of a tensor that it saves. The content may be exchanged for one that is smaller.
 
-    `version` is that of the tensor when it was saved, and `watch` shares its version counter. `is_clone`: the tensor was
+    `version` is that of the tensor when it was saved, and `watch` shares its version counter. `is_clone`: that was
     made as a clone. `attached` lives as long as the node keeps the cell.
     """
 

@@ -51,7 +51,7 @@ class Halved(nn.LayerNorm):
     (
         (lambda: nn.LeakyReLU(0.3), "computes none of our activations"),
         (nn.ReLU6, "computes none of our activations"),
-        (lambda: nn.ReLU6(inplace=True), "computes none of our activations"),
+        (lambda: nn.LeakyReLU(0.3, inplace=True), "computes none of our activations"),
         (nn.Hardtanh, "computes none of our activations"),
         (nn.RReLU, "computes none of our activations"),
         (nn.PReLU, "has parameters"),

@@ -21,6 +21,7 @@ from .exchange import EXCHANGES
 from .flow import LONGEST, Meaning, Run, blocks, run_of
 from .formulas import VALUE, Formula, formula_of
 from .guards import CHUNK, is_linear
+from .in_place import writes_over
 from .norms import Norm
 from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
 from .reading import Part
@@ -216,6 +217,8 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
             return Part("linear")
         if (name := activation_of(value, made=True)) is not None:
             return Part("act", name)
+        if writes_over(value):
+            return Part("write")
         is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
         return Part("exchange", known=(value,)) if is_act else Part()
     if not isinstance(value, _FUNCTIONS):

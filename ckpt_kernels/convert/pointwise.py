@@ -143,6 +143,11 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
     return found.forward is forward and forward.__code__ is code and loads_plainly(found, *_SETTINGS)
 
 
+def is_as_torch_has_it(module: nn.Module, *names: str) -> bool:
+    """Whether it computes what torch's class does, of settings under these names that no code of the class computes."""
+    return _is_torchs(module) and loads_plainly(original_of(module), *names)
+
+
 def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
     if _is_torchs(module):
         name = name_of(module)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import ops
 from .guards import are_alike, are_wanted, chains, level_for, modulates
+from .in_place import out_of_place, writes_over
 from .loads import is_set
 from .norms import Norm, RowNorm
 from .parts import are_parts_of_one
@@ -143,6 +144,17 @@ def act_drop(input: Tensor, activation: str, p: float) -> Results | None:
     return [F.bias_act(input, activation=activation, dropout_p=p)] if p else None
 
 
+@pattern("activation of a product, out of place", "write(first(input))")
+def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
+    """Where nothing is kept, in place is better."""
+    if not torch.is_grad_enabled() or not are_wanted(input, first) or first[0].shape[1] != input.shape[-1]:
+        return None
+    if not writes_over(write):
+        return None
+    output = out_of_place(write, ops.linear.linear_of_torch(input, *first))
+    return None if output is None else [output]
+
+
 @pattern("bias_act ({})", "formula(input)")
 def formula(input: Tensor, activation: str) -> Results | None:
     return [F.bias_act(input, activation=activation)]
@@ -160,5 +172,6 @@ PATTERNS = (
     gated_products,
     glu,
     act_drop,
+    written_over,
     formula,
 )

@@ -3,7 +3,7 @@
 In a template, what is called is a part: `act` an activation, `norm` a norm, `drop` a dropout, `may_drop` one that may
 be absent, and by any other name a linear layer. Other names are tensors. `gate_half` and `value_half` are the halves of
 the last dimension of what they are called on, `view` is any view by None, `:` and `...`, and `formula` an activation
-that is written out. Both orders of a sum or a product are tried.
+that is written out, `write` one of torch's that writes over its input. Both orders of a sum or a product are tried.
 """
 
 import ast
@@ -20,7 +20,7 @@ from .pointwise import KEPT_BY_OUTPUT, activation_of
 Results = list[Any]
 
 _HALVES = ("gate_half", "value_half")
-_NO_LAYERS = (*_HALVES, "act", "formula", "norm", "drop", "may_drop", "view")
+_NO_LAYERS = (*_HALVES, "act", "formula", "norm", "drop", "may_drop", "view", "write")
 
 
 def kind_of(name: str) -> str:
@@ -165,6 +165,8 @@ def _resolved(pattern: Pattern, operands: dict[str, Any], given: dict[str, Any],
         given[name] = linear
     if pattern.linears:
         given["input"] = as_products_take(given["input"])
+    if "write" in takes:
+        given["write"] = operands["write"]
     if "norm" in takes:
         rule = norm_rule(operands["norm"])
         if rule is None:
