@@ -206,7 +206,6 @@ class Discarder:
         # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        version = tensor._version
         # What is packed for a recipe is nothing that the op saves.
         saved, self.saved = self.saved, None
         found = None if self.is_closed else self._recipe_for(tensor)
@@ -214,14 +213,14 @@ class Discarder:
             found = self._recipe_of_total(self.total, tensor)
         self.saved = saved
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
-            cell = Cell(Claim(found, geometry_of(tensor)), self, version, watching(tensor))
+            cell = Cell(Claim(found, geometry_of(tensor)), self, tensor, watching(tensor))
         elif self._outer is not None:
             packed, unpack = self._outer
-            cell = Cell(Foreign(packed(tensor), unpack), self, version, watching(tensor))
+            cell = Cell(Foreign(packed(tensor), unpack), self, tensor, watching(tensor))
         else:
             # Without its graph: a node that keeps its own output would otherwise keep itself alive.
             kept = tensor.detach()
-            cell = Cell(Kept(kept, version), self, version, kept)
+            cell = Cell(Kept(kept, kept._version), self, tensor, kept)
         if self.saved is not None and tensor.layout is torch.strided:
             self.saved.append(Packed(tensor, cell, isinstance(found, Tensor)))
         if isinstance(found, Tensor):

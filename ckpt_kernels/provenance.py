@@ -106,11 +106,14 @@ class Trace:
         return Step(rule.function, operands, options)
 
     def is_written_by_graph(self, node: Any, storage: int, version: int) -> bool:
-        """Whether a block's output, now at this version, has been written to by `node` and those before it alone.
+        """Whether a tensor, now at this version, is what `node` wrote over its operand; or a block's output, which has
+        been written to by `node` and those before it alone.
 
         As many writes as nodes: had one of these not been in place, the memory would be another's; had there been
         another write, there would be more writes than nodes.
         """
+        if _wrote_over_operand(node, version):
+            return True
         nodes, block = self._nodes_to_block(node)
         if block is None or block.storage.cdata != storage or block.storage.expired():
             return False
@@ -215,6 +218,18 @@ class Trace:
         if not self._source.is_as_used(leaf):
             return None
         return self._source.pack(leaf.detach().clone())
+
+
+def _wrote_over_operand(node: Any, version: int) -> bool:
+    """Whether a node's output, now at this version, has been written to by the node alone, over its operand.
+
+    Where a node writes over what its gradient needs torch saves a clone of that, to which the node has no edge.
+    """
+    rule = RULES.get(node.name())
+    if version != 1 or rule is None or rule.saved != ("self",):
+        return False
+    held = _packed(node, "self")
+    return isinstance(held, Cell) and held.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
 
 
 def _packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:

@@ -31,16 +31,17 @@ class Operand(Protocol):
 class Cell:
     """What a node holds in the place of a tensor that it saves. The content may be exchanged for one that is smaller.
 
-    `version` is that of the tensor when it was saved, and `watch` shares its version counter. `attached` lives as long
-    as the node keeps the cell.
+    `version` is that of the tensor when it was saved, and `watch` shares its version counter. `is_clone`: that was
+    made as a clone. `attached` lives as long as the node keeps the cell.
     """
 
-    __slots__ = ("__weakref__", "attached", "content", "owner", "version", "watch")
+    __slots__ = ("__weakref__", "attached", "content", "is_clone", "owner", "version", "watch")
 
-    def __init__(self, content: Any, owner: Any, version: int, watch: Tensor | None) -> None:
+    def __init__(self, content: Any, owner: Any, saved: Tensor, watch: Tensor | None) -> None:
         self.content = content
         self.owner = owner
-        self.version = version
+        self.version = saved._version
+        self.is_clone = saved.grad_fn is not None and saved.grad_fn.name() == "CloneBackward0"
         self.watch = watch
         self.attached: Any = None
 

@@ -122,9 +122,12 @@ _BY_INPUT = {
     "SinBackward0": Rule(torch.sin, ("self",)),
     "SoftplusBackward0": Rule(F.softplus, ("self",), _of("beta", "threshold")),
 }
-# Those that save what they make.
+# Those that save what they make; elu, celu and leaky relu where they write over their input.
 BY_RESULT = {
+    "CeluBackward1": Rule(torch.celu, (None,), _of("alpha")),
+    "EluBackward1": Rule(torch.ops.aten.elu, (None,), _of("alpha", "scale", "input_scale")),
     "ExpBackward0": Rule(torch.exp, (None,)),
+    "LeakyReluBackward1": Rule(F.leaky_relu, (None,), _of("negative_slope")),
     "ReciprocalBackward0": Rule(torch.reciprocal, (None,)),
     "ReluBackward0": Rule(torch.relu, (None,)),
     "RsqrtBackward0": Rule(torch.rsqrt, (None,)),

@@ -43,6 +43,22 @@ WRITTEN: dict[str, Callable[[Tensor, Parameters, str], Tensor]] = {
     "what is read": lambda x, p, how: TF.linear(written(TF.silu(x * 1) * x.sin(), how), p["a"]),
     "a block's output": lambda x, p, how: TF.linear(TF.relu(written(normed(x), how)), p["a"]),
     "a block's output, in a sum": lambda x, p, how: TF.linear(written(normed(x), how) + normed(x.sin()), p["a"]),
+    "what a product gave, before a write over it": lambda x, p, how: TF.linear(
+        TF.relu6(written(x @ p["b"], how), inplace=True), p["a"]
+    ),
+    "what a product gave, after a write over it": lambda x, p, how: TF.linear(
+        written(TF.silu(x @ p["b"], inplace=True), how), p["a"]
+    ),
+    "what is made of a clone": lambda x, p, how: TF.linear(written(TF.relu6((x @ p["b"]).clone()), how), p["a"]),
+    "what is made over a clone": lambda x, p, how: TF.linear(
+        written(TF.relu6((x @ p["b"]).clone(), inplace=True), how), p["a"]
+    ),
+    "a block's output, before a write over it": lambda x, p, how: TF.linear(
+        TF.leaky_relu(written(normed(x), how), 0.2, inplace=True), p["a"]
+    ),
+    "a block's output, after a write over it": lambda x, p, how: TF.linear(
+        written(TF.elu(normed(x), 0.5, inplace=True), how), p["a"]
+    ),
     "what is cast": lambda x, p, how: TF.linear(written(normed(x), how).double(), p["a"].double()),
     "a sum": lambda x, p, how: TF.linear(TF.relu(written(normed(x) + normed(x.sin()), how)), p["a"]),
     "a sum in place": lambda x, p, how: TF.linear(TF.relu(written(normed(x).add_(normed(x.sin())), how)), p["a"]),

@@ -24,6 +24,7 @@ from ..memory import kept_bytes
 from .around import Around, as_layer, discarding, discarding_products, selecting
 from .called import uses_transforms
 from .chain import chain_of
+from .likeness import looks_like_activation, looks_like_several
 from .loads import is_set, modules_of, named_modules, tensors_of
 from .methods import looks_like_mlp, written_of
 from .norm_trials import norm_of
@@ -36,6 +37,7 @@ from .selection import Selection
 from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
 from .writes import writer_in
 
+_ONE_BY_ONE = "its parts compute one by one: it writes them in no form that is known"
 LEVELS = (*RECOMPUTE, "layer")
 
 __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert"]
@@ -152,6 +154,8 @@ class _Conversion:
         if lets_go:
             for module in self._roots():
                 self._surround(module)
+        for module, name in named.items():
+            self._explain(name, module)
         order = {name: i for i, name in enumerate(named.values())}
         self.replaced.sort(key=lambda entry: order[entry.name])
         self.left_alone.sort(key=lambda entry: order[entry.name])
@@ -208,7 +212,17 @@ class _Conversion:
         if rule is not None:
             self._apply(name, module, rule)
         elif looks_like_mlp(module, self.selection.covers):
-            self._leave(name, module, reason or "its parts compute one by one: it writes them in no form that is known")
+            self._leave(name, module, reason or _ONE_BY_ONE)
+
+    def _explain(self, name: str, module: nn.Module) -> None:
+        """Says why what looks like something of ours is not replaced, where nothing in it is, and nothing was said."""
+        known = any(entry.name == name for entry in self.left_alone)
+        if known or not self.selection.covers(module) or any(below in self.rules for below in modules_of(module)):
+            return
+        if several := looks_like_several(module):
+            self._leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
+        elif not self.replaced and looks_like_activation(module):
+            self._leave(name, module, "keeps no more than its output, which what reads it keeps too: nothing to win")
 
     def _roots(self) -> Iterator[nn.Module]:
         """The modules whose forward lets go of outputs: the model, and the members of its lists of layers, which may

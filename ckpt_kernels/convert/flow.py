@@ -25,11 +25,12 @@ LONGEST = 8
 
 
 class Half(NamedTuple):
-    """Half of the last dimension of a tensor, and the function that halves it, None where that is a method."""
+    """Half of the dimension `dim` of a tensor, and the function that halves it, None where that is a method."""
 
     tensor: ast.expr
     number: int
     function: ast.expr | None
+    dim: int
 
 
 Meaning = ast.expr | Half
@@ -51,7 +52,6 @@ class Run(NamedTuple):
     begin: int
     end: int
     meanings: dict[int, Meaning]
-    made: int
 
 
 def blocks(function: ast.FunctionDef) -> Iterator[Block]:
@@ -76,9 +76,9 @@ def run_of(
     fast: frozenset[str],
     halves: Callable[[ast.expr], bool],
 ) -> Run | None:
-    """The run, if each of its statements but the last does nothing but make one value, or two halves, for one reader
+    """The run, if each of its statements but the last does nothing but make one value, or two halves, which are read
     in the run, and nobody else needs what these are called. `halves`: what is torch.chunk."""
-    readers: dict[int, int] = {}
+    read: set[int] = set()
     meanings: dict[int, Meaning] = {}
     current: dict[str, tuple[int, Meaning]] = {}
     made = 0
@@ -88,7 +88,7 @@ def run_of(
         for node in reads(statement):
             if node.id in current:
                 number, meanings[id(node)] = current[node.id]
-                readers[number] = readers.get(number, 0) + 1
+                read.add(number)
         if statement is block.statements[end]:
             break
         found = dict(_made(statement, halves))
@@ -97,11 +97,11 @@ def run_of(
         for name, meaning in found.items():
             current[name] = made, meaning
             made += 1
-    if readers != dict.fromkeys(range(made), 1):
+    if len(read) != made:
         return None
     if not all(is_dead(name, function, block, begin, end) for name in current):
         return None
-    return Run(begin, end, meanings, made)
+    return Run(begin, end, meanings)
 
 
 def _made(statement: ast.stmt, halves: Callable[[ast.expr], bool]) -> Iterator[tuple[str, Meaning]]:
@@ -115,11 +115,12 @@ def _made(statement: ast.stmt, halves: Callable[[ast.expr], bool]) -> Iterator[t
         whole = halved(statement.value, halves)
         names = [name.id for name in target.elts if isinstance(name, ast.Name)]
         if whole is not None and len(set(names)) == 2:
-            yield from ((name, Half(whole[0], index, whole[1])) for index, name in enumerate(names))
+            yield from ((name, Half(whole[0], index, whole[1], whole[2])) for index, name in enumerate(names))
 
 
-def halved(tree: ast.expr, halves: Callable[[ast.expr], bool]) -> tuple[ast.expr, ast.expr | None] | None:
-    """x, of x.chunk(2, -1), and of torch.chunk(x, 2, -1), whatever that is called here, with the function."""
+def halved(tree: ast.expr, halves: Callable[[ast.expr], bool]) -> tuple[ast.expr, ast.expr | None, int] | None:
+    """x, of x.chunk(2, -1), and of torch.chunk(x, 2, -1), whatever that is called here, with the function; and -1, or
+    another dimension, which may be the last."""
     if not isinstance(tree, ast.Call):
         return None
     function = tree.func if halves(tree.func) else None
@@ -133,8 +134,10 @@ def halved(tree: ast.expr, halves: Callable[[ast.expr], bool]) -> tuple[ast.expr
     named |= {keyword.arg or "**": keyword.value for keyword in tree.keywords}
     if named.keys() != {"input", "chunks", "dim"} or isinstance(named["input"], ast.Starred):
         return None
-    texts = [ast.unparse(named[name]) for name in ("chunks", "dim")]
-    return (named["input"], function) if len(arguments) + len(tree.keywords) == 3 and texts == ["2", "-1"] else None
+    chunks, dim = (ast.unparse(named[name]) for name in ("chunks", "dim"))
+    if len(arguments) + len(tree.keywords) != 3 or chunks != "2" or not (dim == "-1" or dim.isdecimal()):
+        return None
+    return named["input"], function, int(dim)
 
 
 def is_dead(name: str, function: ast.FunctionDef, block: Block, begin: int, end: int) -> bool:

@@ -18,7 +18,10 @@ from ..activations import FUNCTIONS as ACTIVATIONS
 from ..activations import NAMES
 from ..backends.reference import ACTIVATIONS as FORMULAS
 from .exchange import EXCHANGES
+from .flow import LONGEST, Meaning, Run, blocks, run_of
+from .formulas import VALUE, Formula, formula_of
 from .guards import CHUNK, is_linear
+from .in_place import writes_over
 from .norms import Norm
 from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
 from .reading import Part
@@ -26,7 +29,7 @@ from .remembering import remembered
 from .rewrite import may_be_rewritten, rewritten
 from .rotation_trials import rotation_of
 from .rule import Rule
-from .scope import UNKNOWN, VALUE, Scope
+from .scope import UNKNOWN, Scope
 from .source import NoSource, decorated, definition_of, layers_of
 from .swap import is_plain_method, original_of, rule_of
 from .trial import in_a_thread_of_its_own
@@ -156,11 +159,29 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], lis
             if isinstance(node, ast.Attribute | ast.Subscript | ast.Name) and isinstance(node.ctx, ast.Load):
                 if not (isinstance(node, ast.Name) and node.id in scope.locals):
                     loads.setdefault(ast.unparse(node), node)
-            elif isinstance(node, ast.Call | ast.BinOp) and (found := scope.pointwise(node)) is not None:
-                text, _, functions = found
-                if "(" in text:
-                    formulas.setdefault(text, functions)
+            for formula in _formulas(node, scope, {}):
+                formulas.setdefault(formula.text, formula.functions)
+    for run, last in _runs(tree, scope):
+        for node in ast.walk(last):
+            for formula in _formulas(node, scope, run.meanings):
+                formulas.setdefault(formula.text, formula.functions)
     return list(loads.items()), list(formulas.items())
+
+
+def _runs(tree: ast.FunctionDef, scope: Scope) -> Iterator[tuple[Run, ast.stmt]]:
+    """The runs of statements in a function, and the last statement of each."""
+    for block in blocks(tree):
+        for end, last in enumerate(block.statements):
+            for begin in range(max(0, end - LONGEST + 1), end):
+                run = run_of(tree, block, begin, end, scope.fast, lambda called: scope.value(called) is CHUNK)
+                if run is not None:
+                    yield run, last
+
+
+def _formulas(node: ast.AST, scope: Scope, meanings: Mapping[int, Meaning]) -> list[Formula]:
+    """The formula that a node may be, beyond sums and products of numbers."""
+    found = formula_of(node, scope, meanings) if isinstance(node, ast.Call | ast.BinOp) else None
+    return [found] if found is not None and "(" in found.text else []
 
 
 @remembered
@@ -196,6 +217,8 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
             return Part("linear")
         if (name := activation_of(value, made=True)) is not None:
             return Part("act", name)
+        if writes_over(value):
+            return Part("write")
         is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
         return Part("exchange", known=(value,)) if is_act else Part()
     if not isinstance(value, _FUNCTIONS):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import nn as ours
 from .called import is_as_torch_wrote_it
+from .likeness import looks_like_norm
 from .loads import has_children, loads_plainly, tensors_of
 from .norms import BatchNorm, Case, Dtypes, GroupNorm, InstanceNorm, Norm, RowNorm
 from .reached import NotTried
@@ -55,22 +56,18 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     if kind is not None:
         return (GroupNorm() if kind is nn.GroupNorm else InstanceNorm() if kind in _INSTANCE_NORMS else BatchNorm()), ""
     if not _may_be_row_norm(module):
-        return None, "computes what none of our row norms computes" if _looks_like_norm(module) else ""
+        return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
     try:
         found = _tried_out(outline_of(module))
     except NotTried as error:
         found = str(error)
     if isinstance(found, RowNorm):
         return found, ""
-    return None, found if _looks_like_norm(module) else ""
+    return None, found if looks_like_norm(module) else ""
 
 
 def _runs(module: nn.Module, forward: Callable[..., Tensor], code: types.CodeType) -> bool:
     return type(module).forward is forward and forward.__code__ is code
-
-
-def _looks_like_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not has_children(module)
 
 
 def _may_be_row_norm(module: nn.Module) -> bool:
@@ -84,7 +81,7 @@ def _may_be_row_norm(module: nn.Module) -> bool:
         leaf
         and vectors
         and len({p.numel() for p in own}) <= 1
-        and (bool(own) or _looks_like_norm(module))
+        and (bool(own) or looks_like_norm(module))
         and not from_torch
     )
 

@@ -51,12 +51,18 @@ class Attempt:
             argument = self._dropped(tree) if name == "drop" else self._called(tree, name)
         return argument is not None and self.fits(argument, inner)
 
-    def _through(self, tree: Meaning) -> Meaning:
-        """What a name that the run makes stands for."""
+    def _through(self, tree: Meaning, *others: ast.AST) -> Meaning:
+        """What a name that the run makes stands for, in this place and the `others`. It must not stand elsewhere."""
         while isinstance(tree, ast.AST) and id(tree) in self.meanings:
-            self.looked_through.add(id(tree))
-            tree = self.meanings[id(tree)]
+            meaning = self.meanings[id(tree)]
+            if self._is_read(meaning):
+                return tree
+            self.looked_through.update(map(id, (tree, *others)))
+            tree, others = meaning, ()
         return tree
+
+    def _is_read(self, meaning: Meaning) -> bool:
+        return any(self.meanings[number] is meaning for number in self.looked_through)
 
     def _leaf(self, tree: Meaning, name: str) -> bool:
         """An expression that is an operand as it is; where it stands twice, one local name."""
@@ -71,7 +77,7 @@ class Attempt:
             return False
         return tree.id == before.id and tree.id in self.reader.fast
 
-    def _called(self, tree: Meaning, name: str) -> ast.expr | None:
+    def _called(self, tree: Meaning, name: str) -> Meaning | None:
         """The argument of a call of the part `name`, which becomes an operand."""
         kind = kind_of(name)
         if isinstance(tree, ast.Call) and len(tree.args) == 1 and not tree.keywords:
@@ -82,18 +88,29 @@ class Attempt:
                 return tree.args[0]
         return self._formula(tree) if kind == "act" else None
 
-    def _formula(self, tree: Meaning) -> ast.expr | None:
+    def _formula(self, tree: Meaning) -> Meaning | None:
         """The value that a formula of an activation is of; the functions in it become operands."""
-        found = self.reader.formula(tree) if isinstance(tree, ast.BinOp | ast.Call) else None
-        if found is None:
+        if not isinstance(tree, ast.BinOp | ast.Call):
             return None
-        text, value, functions = found
-        part = self.reader.loads.get(text, Part())
-        if part.kind != "act":
-            return None
-        self.operands += [Operand(f"f{i}", function) for i, function in enumerate(functions)]
-        self.act, self.activation = part, part.name
-        return value
+        # A name in it may be the value, or stand for a part of the formula.
+        for meanings in ({}, self.meanings) if self.meanings else ({},):
+            found = self.reader.formula(tree, meanings)
+            if found is None or not self._are_one(found.values):
+                continue
+            part = self.reader.loads.get(found.text, Part())
+            if part.kind != "act":
+                continue
+            if any(self._is_read(self.meanings[number]) for number in found.names):
+                return None
+            self.looked_through |= found.names
+            self.operands += [Operand(f"f{i}", function) for i, function in enumerate(found.functions)]
+            self.act, self.activation = part, part.name
+            return self._through(*found.values)
+        return None
+
+    def _are_one(self, values: list[ast.expr]) -> bool:
+        """Whether a name that stands in several places stands for the same in all."""
+        return len({id(self.meanings.get(id(value))) for value in values}) == 1
 
     def _dropped(self, tree: Meaning) -> ast.expr | None:
         """What a dropout is called on."""
@@ -121,7 +138,25 @@ class Attempt:
             return self.fits(tree.tensor, whole)
         gate, value = self._halves["gate_half"], self._halves["value_half"]
         self.options["layout"] = "gate_first" if gate.number == 0 else "value_first"
+        self.options["dim"] = gate.dim
         return gate.tensor is value.tensor and {gate.number, value.number} == {0, 1}
+
+    def is_of_parts(self, pattern: Pattern) -> bool:
+        """Whether the activation is of a part of what eager torch keeps, as a factor of the activation."""
+        if self.act.name == "identity":
+            return False
+        if pattern.halved:
+            return True
+        gate, value = (next((o.tree for o in self.operands if o.name == name), None) for name in ("gate", "value"))
+        if "parts" not in pattern.takes or gate is None or value is None or not self.reader.are_parts(gate, value):
+            return False
+        self.options["parts"] = True
+        return True
+
+    def said(self, pattern: Pattern) -> str:
+        """What the pattern computes here, for people."""
+        dim = self.options.get("dim", -1)
+        return pattern.said.format(self.act.name) + (f" (where dimension {dim} is the last)" if dim >= 0 else "")
 
     def _viewed(self, tree: Meaning, name: str) -> bool:
         """A view of a local name, which becomes the operand, and how it is taken."""
@@ -151,10 +186,12 @@ def attempts(
     """The ways to read an expression as a pattern; or as part of it, in the place of the whole."""
     for spelling in pattern.spellings if spellings is None else spellings:
         attempt = Attempt(reader, run)
-        if not attempt.fits(root, spelling) or len(attempt.looked_through) != (run.made if run else 0):
+        if not attempt.fits(root, spelling) or attempt.looked_through != attempt.meanings.keys():
             continue
         # Eager torch keeps what such an activation is of: there is something to win, and nobody writes to it.
         if pattern.made or (attempt.act.name not in KEPT_BY_OUTPUT and not attempt.act.of_new):
+            yield attempt
+        elif attempt.is_of_parts(pattern):
             yield attempt
 
 

@@ -17,6 +17,7 @@ from .. import functional as F
 from ..activations import FUNCTIONS, NAMES, name_of
 from ..backends.reference import ACTIVATIONS
 from .called import is_as_torch_wrote_it
+from .likeness import looks_like_activation
 from .loads import has_children, is_set, loads_plainly, tensors_of
 from .operands import is_called_plainly
 from .reached import Code, NotTried, Settings, is_as_tried
@@ -99,14 +100,22 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
         last = type(module.dim) is int and module.dim == -1
         return (GLURule(), "") if last else (None, "halves another dimension than the last")
     if is_set(module, "inplace"):
-        return None, ""
+        # It counts only where its input has just been made: see `activation_of`.
+        none = name_of(module) is None and looks_like_activation(module)
+        return None, _why_none(module) if none else ""
     try:
         name, settings, code, keeps_input = _named(module)
     except NotTried as error:
-        return None, str(error) if _looks_like_activation(module) else ""
+        return None, str(error) if looks_like_activation(module) else ""
     if name is None:
-        return None, "computes none of our activations" if _looks_like_activation(module) else ""
+        return None, _why_none(module) if looks_like_activation(module) else ""
     return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, settings, code, keeps_input)), ""
+
+
+def _why_none(module: nn.Module) -> str:
+    if any(True for _ in tensors_of(module)):
+        return "has parameters, which none of our activations has"
+    return "computes none of our activations"
 
 
 def activation_of(act: Any, made: bool = False) -> str | None:
@@ -132,6 +141,11 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
         return False
     forward, code = _TORCHS[found]
     return found.forward is forward and forward.__code__ is code and loads_plainly(found, *_SETTINGS)
+
+
+def is_as_torch_has_it(module: nn.Module, *names: str) -> bool:
+    """Whether it computes what torch's class does, of settings under these names that no code of the class computes."""
+    return _is_torchs(module) and loads_plainly(original_of(module), *names)
 
 
 def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
@@ -211,9 +225,3 @@ def _is_of_python(values: Tensor) -> bool:
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
     return False
-
-
-def _looks_like_activation(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    leaf = not has_children(module) and not any(True for _ in tensors_of(module))
-    return leaf and not _is_torchs(module) and name.endswith(("lu", "act", "activation", "swish", "mish", "gate"))

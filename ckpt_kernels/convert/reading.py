@@ -1,10 +1,14 @@
 """Reading expressions: what the loads in a method are, and whether operands may be evaluated before all else."""
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .flow import Meaning
+from .formulas import Formula, formula_of
 from .order import comes_first, in_order
+from .parts import parts_in
+from .scope import Scope
 from .templates import Pattern
 
 if TYPE_CHECKING:
@@ -55,18 +59,27 @@ class Match(NamedTuple):
 class Reader:
     """Reads one function's expressions."""
 
-    def __init__(
-        self, loads: Loads, fast: frozenset[str], known: frozenset[str], formula: Callable[[ast.expr], Any]
-    ) -> None:
+    def __init__(self, loads: Loads, scope: Scope, tree: ast.FunctionDef) -> None:
         self.loads = loads
-        self.fast = fast
-        self.locals = known
-        self.formula = formula
+        self.fast = scope.fast
+        self.locals = scope.locals
+        self._scope = scope
+        self._parts = parts_in(tree)
+
+    def formula(self, tree: ast.AST, meanings: Mapping[int, Meaning]) -> Formula | None:
+        """An expression as a formula of one value, and what `meanings` has for the names in it."""
+        return formula_of(tree, self._scope, meanings)
 
     def part(self, tree: ast.AST) -> Part:
         """What a load is."""
         is_load = isinstance(tree, ast.Name | ast.Attribute | ast.Subscript)
         return self.loads.get(ast.unparse(tree), Part()) if is_load else Part()
+
+    def are_parts(self, tree: ast.expr, other: ast.expr) -> bool:
+        """Whether both are local names that seem to stand for parts of one tensor."""
+        names = [node.id for node in (tree, other) if isinstance(node, ast.Name) and node.id in self.fast]
+        whole = {self._parts.get(name) for name in names}
+        return len(names) == 2 and len(whole) == 1 and None not in whole
 
     def is_plain(self, tree: ast.AST) -> bool:
         """Whether evaluating it runs nobody's code."""

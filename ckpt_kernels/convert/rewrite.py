@@ -83,7 +83,7 @@ class _Writer:
     def __init__(self, function: types.FunctionType, definition: Definition, loads: Loads, recompute: str) -> None:
         self.scope = Scope(function, definition.tree)
         self.tree = definition.tree
-        self.reader = Reader(loads, self.scope.fast, self.scope.locals, self.scope.pointwise)
+        self.reader = Reader(loads, self.scope, definition.tree)
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
         self.found: list[str] = []
@@ -222,7 +222,7 @@ class _Writer:
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
         named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
-        self.found.append(pattern.said.format(attempt.act.name))
+        self.found.append(attempt.said(pattern))
         return _at(match.root, ast.Call(ast.Attribute(named, "pop", ast.Load()), [], []))
 
     def _operand(self, operand: Operand) -> ast.expr:

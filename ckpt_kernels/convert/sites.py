@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import ops
 from .guards import are_alike, are_wanted, chains, level_for, modulates
+from .in_place import out_of_place, writes_over
 from .loads import is_set
 from .norms import Norm, RowNorm
+from .parts import are_parts_of_one
 from .templates import Results, pattern
 
 # Weight and bias of a linear layer.
@@ -31,9 +33,9 @@ def gated_mlp(
 
 @pattern("packed gated MLP", "last(may_drop(act(gate_half(packed(input))) * value_half(packed(input))))")
 def packed_mlp(
-    input: Tensor, packed: Linear, last: Linear, activation: str, p: float, layout: str, recompute: str
+    input: Tensor, packed: Linear, last: Linear, activation: str, p: float, layout: str, dim: int, recompute: str
 ) -> Results | None:
-    if not chains(input, packed, last, 2):
+    if not chains(input, packed, last, 2) or dim not in (-1, input.dim() - 1):
         return None
     options: dict[str, Any] = {
         "activation": activation,
@@ -113,8 +115,8 @@ def add_norm(left: Tensor, right: Tensor, norm: nn.Module, rule: Norm, p: float,
 
 
 @pattern("packed gate", "act(gate_half(input)) * value_half(input)")
-def packed_glu(input: Tensor, activation: str, layout: str) -> Results | None:
-    if input.dim() == 0 or input.shape[-1] % 2:
+def packed_glu(input: Tensor, activation: str, layout: str, dim: int) -> Results | None:
+    if input.dim() == 0 or input.shape[-1] % 2 or dim not in (-1, input.dim() - 1):
         return None
     return [F.packed_glu(input, activation=activation, layout=layout)]
 
@@ -127,8 +129,11 @@ def gated_products(input: Tensor, gate: Linear, value: Linear, activation: str) 
     return [F.glu(linear(input, *gate), linear(input, *value), activation=activation)]
 
 
-@pattern("gate", "act(gate) * value")
-def glu(gate: Tensor, value: Tensor, activation: str) -> Results | None:
+@pattern("gate", "act(gate) * value", parts=False)
+def glu(gate: Tensor, value: Tensor, activation: str, parts: bool) -> Results | None:
+    """`parts`: of such an activation eager torch keeps the value alone, which has to be of one tensor with the gate."""
+    if parts and not are_parts_of_one(gate, value):
+        return None
     if not are_alike(gate, value) or (torch.is_grad_enabled() and not (gate.requires_grad and value.requires_grad)):
         return None
     return [F.glu(gate, value, activation=activation)]
@@ -137,6 +142,17 @@ def glu(gate: Tensor, value: Tensor, activation: str) -> Results | None:
 @pattern("activation, dropout", "drop(act(input))")
 def act_drop(input: Tensor, activation: str, p: float) -> Results | None:
     return [F.bias_act(input, activation=activation, dropout_p=p)] if p else None
+
+
+@pattern("activation of a product, out of place", "write(first(input))")
+def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
+    """Where nothing is kept, in place is better."""
+    if not torch.is_grad_enabled() or not are_wanted(input, first) or first[0].shape[1] != input.shape[-1]:
+        return None
+    if not writes_over(write):
+        return None
+    output = out_of_place(write, ops.linear.linear_of_torch(input, *first))
+    return None if output is None else [output]
 
 
 @pattern("bias_act ({})", "formula(input)")
@@ -156,5 +172,6 @@ PATTERNS = (
     gated_products,
     glu,
     act_drop,
+    written_over,
     formula,
 )

@@ -3,7 +3,7 @@
 In a template, what is called is a part: `act` an activation, `norm` a norm, `drop` a dropout, `may_drop` one that may
 be absent, and by any other name a linear layer. Other names are tensors. `gate_half` and `value_half` are the halves of
 the last dimension of what they are called on, `view` is any view by None, `:` and `...`, and `formula` an activation
-that is written out. Both orders of a sum or a product are tried.
+that is written out, `write` one of torch's that writes over its input. Both orders of a sum or a product are tried.
 """
 
 import ast
@@ -20,7 +20,7 @@ from .pointwise import KEPT_BY_OUTPUT, activation_of
 Results = list[Any]
 
 _HALVES = ("gate_half", "value_half")
-_NO_LAYERS = (*_HALVES, "act", "formula", "norm", "drop", "may_drop", "view")
+_NO_LAYERS = (*_HALVES, "act", "formula", "norm", "drop", "may_drop", "view", "write")
 
 
 def kind_of(name: str) -> str:
@@ -33,8 +33,8 @@ class Pattern(NamedTuple):
 
     It takes the tensors and the operands (weight, bias) of the linear layers by their names, and, where there are such,
     `norm` with its `rule`, `activation` with its name and `act` with the module or function, and `p`, the dropout's
-    probability. `made`: what the activation is of is computed in the template, and nobody else sees it. `options` are
-    constants.
+    probability. `made`: what the activation is of is computed in the template, and nobody else sees it; `halved`: it
+    is a half of something, of which the other half is a factor. `options` are constants.
     """
 
     compute: Callable[..., Results | None]
@@ -44,6 +44,7 @@ class Pattern(NamedTuple):
     linears: tuple[str, ...]
     takes: frozenset[str]
     made: bool
+    halved: bool
     options: dict[str, Any]
 
 
@@ -65,6 +66,7 @@ def pattern(said: str, template: str, **options: Any) -> Callable[[Callable[...,
             tuple(name for name in called if name not in _NO_LAYERS),
             frozenset(inspect.signature(compute).parameters),
             isinstance(of, ast.Call),
+            of is not called.get("act"),
             options,
         )
 
@@ -145,7 +147,8 @@ def _resolved(pattern: Pattern, operands: dict[str, Any], given: dict[str, Any],
         act = operands.get("act")
         name = activation or activation_of(act, pattern.made)
         # Eager torch keeps the output of some, and not their input, to which somebody may write.
-        if name is None or (not pattern.made and name in KEPT_BY_OUTPUT):
+        kept = pattern.made or pattern.halved or given.get("parts", False)
+        if name is None or (not kept and name in KEPT_BY_OUTPUT):
             return False
         given["activation"] = name
         if "act" in takes:
@@ -162,6 +165,8 @@ def _resolved(pattern: Pattern, operands: dict[str, Any], given: dict[str, Any],
         given[name] = linear
     if pattern.linears:
         given["input"] = as_products_take(given["input"])
+    if "write" in takes:
+        given["write"] = operands["write"]
     if "norm" in takes:
         rule = norm_rule(operands["norm"])
         if rule is None:

@@ -5,14 +5,16 @@ buffers, or anybody's random numbers. Which modules may be tried out is for `rea
 operation that is not on the list of those allowed: a random number, a decision by value, a part of a tensor.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .reached import Code, NotTried, Settings, has_finalizer, read
@@ -81,8 +83,20 @@ class _Strict(TorchDispatchMode):
         super().__init__()
         self._allowed = allowed
         self._dimensions = dimensions
+        self._is_suspended = False
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """For what torch makes up of other operations where it has none that does the whole."""
+        self._is_suspended = True
+        try:
+            yield
+        finally:
+            self._is_suspended = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._is_suspended:
+            return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotTried("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
@@ -99,6 +113,31 @@ class _Strict(TorchDispatchMode):
             if over is None or any(dimension not in self._dimensions for dimension in over):
                 raise NotTried("reduces over other dimensions than a norm of ours")
         return func(*args, **(kwargs or {}))
+
+
+class _StrictCalls(TorchFunctionMode):
+    """Ends the trial of what asks for the name of a tensor's type, which is another on another device, or casts to more
+    than a dtype: to a device, say."""
+
+    def __init__(self, operations: _Strict) -> None:
+        super().__init__()
+        self._operations = operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.type or func is torch.Tensor.to:
+            given = (*args[1:], *(kwargs or {}).values())
+            if not given or not all(isinstance(value, _CAST_TO) for value in given):
+                raise NotTried("asks for the type of what it is given, or casts to more than a dtype")
+        if func is nn.functional.rms_norm:
+            tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
+            if len({tensor.dtype for tensor in tensors}) > 1:
+                raise DoesNotTake("takes an input and a weight of two dtypes")
+            with self._operations.suspended():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+_CAST_TO = (torch.dtype, torch.Tensor, bool)
 
 
 def _is_whole(dimension: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
@@ -123,7 +162,7 @@ def forward_of(
 ) -> torch.Tensor:
     """What the stand-in computes; raises NotTried where that is no tensor, or no trial."""
     try:
-        with _Strict(allowed, dimensions):
+        with _Strict(allowed, dimensions) as operations, _StrictCalls(operations):
             output = type(module).forward(module, input)
     except NotTried:
         raise

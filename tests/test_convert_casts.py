@@ -1,0 +1,91 @@
+"""Norms that are subclasses of torch's and cast around its forward: known by a trial, if they cast to dtypes alone."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+from .conversion import kept, twins
+from .test_convert_composes import close
+from .test_convert_rules import WIDTH, by, reason, run, x
+
+
+class Typed(nn.LayerNorm):
+    """As CLIP writes it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        original = h.dtype
+        output = super().forward(h.type(torch.float32))
+        return output.type(original)
+
+
+class InOneLine(nn.LayerNorm):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.float()).type(h.dtype)
+
+
+class RootMeanSquare(nn.RMSNorm):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.type(dtype=torch.float32)).type(h.dtype)
+
+
+FOUND = {Typed: "layer_norm", InOneLine: "layer_norm", RootMeanSquare: "rms_norm"}
+
+
+def between(norm: type[nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 3 * WIDTH), norm(3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH))
+
+
+@pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
+def test_norms_that_cast(kind: type[nn.Module]) -> None:
+    model, twin = twins(lambda: between(kind))
+    assert by(ckpt_kernels.convert(model), "1") == FOUND[kind]
+    assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-5)
+    # Of rows of 1 and 3, and the statistics of a norm: the norm's output is not kept.
+    assert kept(model, x(64, WIDTH)) / kept(twin, x(64, WIDTH)) <= 4.1 / 7
+
+
+@pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_norms_that_cast_give_the_dtype_that_they_gave(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    model, twin = twins(lambda: kind(WIDTH))
+    ckpt_kernels.convert(model)
+    given = x(64, WIDTH, dtype=dtype)
+    ours, theirs = run(model, given), run(twin, given)
+    assert ours["output"].dtype == theirs["output"].dtype == dtype
+    assert close(ours, theirs, 0.02 if dtype == torch.bfloat16 else 0.003)
+
+
+class ByName(nn.LayerNorm):
+    """Another function on another device."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) * (1 + ("cuda" in h.type()))
+
+
+class Elsewhere(nn.LayerNorm):
+    """On the CPU, wherever the input is."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h).to("cpu")
+
+
+class OfAName(nn.LayerNorm):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h).type("torch.FloatTensor")
+
+
+class Wider(nn.LayerNorm):
+    """More exact than ours."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h).type(torch.float64).type(h.dtype)
+
+
+@pytest.mark.parametrize("kind", (ByName, Elsewhere, OfAName, Wider), ids=lambda kind: kind.__name__)
+def test_norms_that_cast_to_more_than_their_dtypes(kind: type[nn.Module]) -> None:
+    report = ckpt_kernels.convert(nn.Sequential(kind(WIDTH)))
+    assert by(report, "0") is None
+    said = "names float64" if kind is Wider else "asks for the type of what it is given"
+    assert said in reason(report, "0")

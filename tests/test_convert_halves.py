@@ -1,0 +1,157 @@
+"""Gates by halves of one tensor, whatever the activation: what they keep, and where the halves are none."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+from .conversion import kept, twins
+from .test_convert_composes import close
+from .test_convert_rules import WIDTH, by, run, x
+
+
+class Gate(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        u, v = h.chunk(2, dim=-1)
+        return u * F.relu(v)
+
+
+class Sigmoid(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        u, v = torch.chunk(h, 2, 2)
+        return torch.sigmoid(u) * v
+
+
+class Written(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        u, v = h.chunk(2, -1)
+        return u * (v * 0.5 * (1.0 + torch.erf(v * 0.5**0.5)))
+
+
+class Slices(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        half = h.shape[-1] // 2
+        u, v = h[..., :half], h[..., half:]
+        return F.relu(u) * v
+
+
+class Chooses(nn.Module):
+    """As timm's GluMlp does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.dim, self.gate_last = nn.Sigmoid(), -1, True
+
+    def forward(self, h: Tensor) -> Tensor:
+        u, v = h.chunk(2, dim=self.dim)
+        return u * self.act(v) if self.gate_last else self.act(u) * v
+
+
+class Within(nn.Module):
+    """One call from the first product to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        a, b = torch.chunk(self.first(h), 2, 2)
+        return self.last(F.relu(a) * b)
+
+
+def between(gate: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 6 * WIDTH), gate, nn.Linear(3 * WIDTH, WIDTH))
+
+
+# What is found, and how many halves of rows eager torch keeps beside the whole, of which we keep none.
+FOUND = {
+    Gate: ("packed gate", 2),
+    Sigmoid: ("packed gate (where dimension 2 is the last)", 2),
+    Written: ("packed gate", 4),
+    Slices: ("gate", 2),
+    Chooses: ("2 x gate", 2),
+}
+
+
+@pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("level", ("block", "output", "all"))
+def test_a_gate_of_halves(kind: type[nn.Module], level: str) -> None:
+    model, twin = twins(lambda: between(kind()))
+    found, halves = FOUND[kind]
+    assert by(ckpt_kernels.convert(model, recompute=level), "1") == found
+    given = x(2, 32, WIDTH)
+    assert close(run(model, given), run(twin, given), 1e-5)
+    # Rows of 1 are given, the whole is one of 6, and a half one of 3.
+    most = 1.0 if level == "block" else 7 / (7 + 3 * halves)
+    assert kept(model, given) / kept(twin, given) <= most + 0.01
+
+
+def test_an_mlp_of_halves() -> None:
+    model, twin = twins(Within)
+    assert by(ckpt_kernels.convert(model), "") == "packed gated MLP (where dimension 2 is the last)"
+    given = x(2, 32, WIDTH)
+    assert close(run(model, given), run(twin, given), 1e-5)
+    assert kept(model, given) / kept(twin, given) <= 3 / 5 + 0.01
+
+
+def test_a_dimension_that_is_not_the_last() -> None:
+    model, twin = twins(Sigmoid)
+    ckpt_kernels.convert(model)
+    given = x(2, 3, 4, 6)
+    assert close(run(model, given), run(twin, given), 1e-6) and model(given).shape == (2, 3, 2, 6)
+
+
+class OfTwo(nn.Module):
+    """Both seem to be parts of one tensor, and are made by somebody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def chunk(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(h), h * 2.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        u, v = self.chunk(h)
+        y = F.relu(u) * v
+        u.add_(1.0)
+        return y
+
+
+class WritesOver(nn.Module):
+    """The activation writes to the tensor that both are parts of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(inplace=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        whole = self.linear(h)
+        u, v = whole[..., :WIDTH], whole[..., WIDTH:]
+        return self.act(u) * v + whole.sum(-1, keepdim=True)
+
+
+class Separate(nn.Module):
+    """The product that the activation is of is not kept by eager torch, and written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        u, v = self.a(h), self.b(h)
+        y = F.relu(u) * v
+        u.add_(1.0)
+        return y + u
+
+
+@pytest.mark.parametrize("make", (OfTwo, WritesOver, Separate))
+def test_halves_of_nothing(make: Callable[[], nn.Module]) -> None:
+    model, twin = twins(make)
+    ckpt_kernels.convert(model)
+    assert close(run(model, x(8, WIDTH)), run(twin, x(8, WIDTH)), 1e-5)
+    assert kept(model, x(8, WIDTH)) <= kept(twin, x(8, WIDTH))

@@ -1,0 +1,134 @@
+"""Activations that write over their input: what is kept of them after a norm, a product, a convolution."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+from .conversion import kept, twins
+from .test_convert_composes import close
+from .test_convert_rules import by, run, x
+
+CHANNELS = 8
+
+
+class Method(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.norm(h)
+        return F.leaky_relu(h, 0.2, inplace=True)
+
+
+def after(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, CHANNELS, 3), *modules, nn.Conv2d(CHANNELS, 4, 3))
+
+
+norms = {"batch norm": nn.BatchNorm2d, "instance norm": nn.InstanceNorm2d, "group norm": lambda c: nn.GroupNorm(2, c)}
+# What makes the module, and how many maps eager torch keeps; we keep one.
+FOUND: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{
+        f"{name}, {act}": (lambda norm=norm, act=act: after(norm(CHANNELS), act), 2)
+        for name, norm in norms.items()
+        for act in (nn.LeakyReLU(0.1, inplace=True), nn.ELU(0.5, inplace=True), nn.CELU(1.5, inplace=True))
+    },
+    "in a method": (lambda: after(Method()), 2),
+    **{
+        f"convolution, {act}": (lambda act=act: after(act), 2)
+        for act in (nn.ReLU6(inplace=True), nn.SiLU(inplace=True), nn.Hardtanh(-0.5, 0.7, inplace=True))
+    },
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_activations_in_place(name: str) -> None:
+    make, maps = FOUND[name]
+    model, twin = twins(make)
+    ckpt_kernels.convert(model, recompute="output")
+    given = x(2, 3, 14, 14)
+    assert close(run(model, given), run(twin, given), 1e-5)
+    image, one = 3 * 14 * 14, CHANNELS * 12 * 12
+    ratio = kept(model, given) / kept(twin, given)
+    assert ratio <= (image + one) / (image + maps * one) + 0.02
+
+
+class OfAProduct(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(16, 48), act, nn.Linear(48, 16)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.first(h)
+        h = self.act(h)
+        return self.last(h)
+
+
+@pytest.mark.parametrize("act", (nn.ReLU6(True), nn.Hardtanh(-0.5, 0.7, True), nn.Hardsigmoid(True)), ids=str)
+@pytest.mark.parametrize("kind", ("method", "sequence"))
+@pytest.mark.parametrize("level", ("block", "output", "all"))
+def test_in_place_of_a_product(act: nn.Module, kind: str, level: str) -> None:
+    """Of more than two dimensions, which is a view: no graph shows what was there."""
+
+    def make() -> nn.Module:
+        return OfAProduct(act) if kind == "method" else nn.Sequential(nn.Linear(16, 48), act, nn.Linear(48, 16))
+
+    model, twin = twins(make)
+    assert by(ckpt_kernels.convert(model, recompute=level), "") == "activation of a product, out of place"
+    given = x(2, 32, 16)
+    assert close(run(model, given), run(twin, given), 1e-5)
+    ratio = kept(model, given) / kept(twin, given)
+    assert ratio <= (1.0 if level == "block" else 4 / 7 + 0.01)
+
+
+def test_in_place_of_what_others_see() -> None:
+    class Seen(OfAProduct):
+        def forward(self, h: Tensor) -> Tensor:
+            h = self.first(h)
+            again = self.act(h)
+            return self.last(again) + h.mean()
+
+    model, twin = twins(lambda: Seen(nn.ReLU6(inplace=True)))
+    assert by(ckpt_kernels.convert(model), "") is None
+    given = x(2, 32, 16)
+    assert close(run(model, given), run(twin, given), 1e-5)
+
+
+@torch.no_grad()
+def test_in_place_without_gradients_stays_in_place() -> None:
+    model, twin = twins(lambda: OfAProduct(nn.ReLU6(inplace=True)))
+    ckpt_kernels.convert(model)
+    assert torch.equal(model(x(2, 32, 16)), twin(x(2, 32, 16)))
+
+
+@pytest.mark.parametrize("act", (nn.ReLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)))
+def test_what_a_convolution_alone_gave_is_not_there_any_more(act: nn.Module) -> None:
+    """Of these eager torch keeps no more than the output."""
+    model, twin = twins(lambda: after(act))
+    ckpt_kernels.convert(model)
+    given = x(2, 3, 14, 14)
+    assert close(run(model, given), run(twin, given), 1e-5)
+    assert kept(model, given) == kept(twin, given)
+
+
+def test_a_write_that_autograd_does_not_see() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, CHANNELS, 3), nn.Conv2d(CHANNELS, 4, 3)
+
+        def forward(self, h: Tensor) -> Tensor:
+            h = F.relu6(self.first(h).clone())
+            h.detach().mul_(1.5)
+            return self.last(h)
+
+    model, twin = twins(Hidden)
+    ckpt_kernels.convert(model)
+    given = x(2, 3, 14, 14)
+    assert close(run(model, given), run(twin, given), 1e-5)
+    assert torch.equal(model(given), twin(given))

@@ -1,0 +1,88 @@
+"""What looks like a norm, an activation, a gate or experts and is not known: the report says so, and why."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+
+from .test_convert_rules import reason
+
+WIDTH = 16
+
+
+class SnakeActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + torch.sin(self.alpha * h) ** 2 / self.alpha
+
+
+class HighwayGate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.opens = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, h: Tensor) -> Tensor:
+        opened = torch.sigmoid(self.opens(h))
+        return opened * torch.tanh(self.linear(h)) + (1 - opened) * h
+
+
+class Experts(nn.Module):
+    def __init__(self, act: Callable[[], nn.Module] = nn.Softsign) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 8), act(), nn.Linear(8, WIDTH)) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.experts[0](h) + self.experts[1](h)
+
+
+class Halved(nn.LayerNorm):
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.half()).type(h.dtype) * h.norm()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    (
+        (lambda: nn.LeakyReLU(0.3), "computes none of our activations"),
+        (nn.ReLU6, "computes none of our activations"),
+        (lambda: nn.LeakyReLU(0.3, inplace=True), "computes none of our activations"),
+        (nn.Hardtanh, "computes none of our activations"),
+        (nn.RReLU, "computes none of our activations"),
+        (nn.PReLU, "has parameters"),
+        (SnakeActivation, "has parameters"),
+        (HighwayGate, "looks like a gate"),
+        (Experts, "looks like experts"),
+        (lambda: Halved(WIDTH), "names half"),
+        (nn.Tanh, "nothing to win"),
+    ),
+    ids=lambda given: getattr(given, "__name__", None),
+)
+def test_what_is_not_known_has_a_reason(make: Callable[[], nn.Module], words: str) -> None:
+    report = ckpt_kernels.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH), make(), nn.Linear(WIDTH, WIDTH)))
+    if words == "nothing to win":  # of what is computed within an MLP, more is won
+        report = ckpt_kernels.convert(nn.Sequential(make(), nn.Linear(WIDTH, WIDTH)))
+        assert words in reason(report, "0")
+    else:
+        assert words in reason(report, "1")
+    assert not report.replaced and "the reasons are below" in str(report)
+
+
+def test_what_is_known_has_none() -> None:
+    report = ckpt_kernels.convert(nn.Sequential(Experts(nn.GELU), nn.Linear(WIDTH, WIDTH)))
+    assert not report.left_alone and "MLP" in str(report)
+
+
+def test_what_is_not_selected_has_none() -> None:
+    report = ckpt_kernels.convert(nn.Sequential(HighwayGate(), nn.LayerNorm(WIDTH)), include=["1"])
+    assert [entry.name for entry in report.replaced] == ["1"] and not report.left_alone
+
+
+def test_a_model_of_products_has_nothing_to_explain() -> None:
+    report = ckpt_kernels.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    assert not report.left_alone and "it has no norm, activation" in str(report)
