@@ -83,8 +83,9 @@ class _Parts:
         if len(bounds) != 1:
             return False
         (bound,) = bounds
-        negated = isinstance(bound, ast.UnaryOp) and isinstance(bound.op, ast.USub)
-        return self._is_length(bound.operand if negated else bound)
+        if isinstance(bound, ast.UnaryOp) and isinstance(bound.op, ast.USub):
+            bound = bound.operand
+        return self._is_length(bound)
 
     def _is_length(self, tree: ast.expr | None, depth: int = 8) -> bool:
         """Of a last dimension, or half of it."""
@@ -98,8 +99,9 @@ class _Parts:
             return _is_half(tree) and self._is_length(tree.left, depth - 1)
         if isinstance(tree, ast.Subscript):
             return isinstance(tree.value, ast.Attribute) and tree.value.attr == "shape" and _number(tree.slice) == -1
-        is_size = isinstance(tree, ast.Call) and isinstance(tree.func, ast.Attribute) and tree.func.attr == "size"
-        return is_size and not tree.keywords and [_number(argument) for argument in tree.args] == [-1]
+        if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Attribute):
+            return False
+        return tree.func.attr == "size" and not tree.keywords and [_number(a) for a in tree.args] == [-1]
 
 
 def _is_half(tree: ast.BinOp) -> bool:
