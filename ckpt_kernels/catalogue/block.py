@@ -59,7 +59,7 @@ class Block:
         shapes |= {name: (1,) for name in self.numbers}
         shapes |= {name: ((*lead, columns)[1 if self.channels else -1],) for name in self.coefficients}
         shapes |= {name: (lead[0], *[1] * (len(lead) - 1), columns) for name in self.samples}
-        shapes |= {name: (lead[-1], columns // 2) for name in self.tables}
+        shapes |= {name: (*lead[-1:], columns // 2) for name in self.tables}
         found = random_operands(shapes, self.parameters, dtype, device, seed)
         return found | {name: found[name].detach() for name in self.tables}
 
