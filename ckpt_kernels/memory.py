@@ -371,7 +371,8 @@ def report_beside(
         A `Report`, where `saved` and `peak` are of `model`, `discarding` and `discarding_peak` of `other`.
 
     Example:
-        >>>         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>> import copy
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
         >>> converted = copy.deepcopy(model)
         >>> _ = ckpt_kernels.convert(converted)
         >>> x = torch.randn(8, 64)
