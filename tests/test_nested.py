@@ -20,7 +20,7 @@ OFFSETS = (0, 5, 5, 12)
 # Samples of 3, 0 and 6 rows; what comes after them is no part of the tensor.
 LENGTHS = (3, 0, 6)
 
-BY_ROWS = [block for block in BLOCKS if not block.channels and not block.samples]
+BY_ROWS = [block for block in BLOCKS if not (block.channels or block.samples or block.tables)]
 
 
 def nested(values: Tensor, lengths: bool = False) -> Tensor:
