@@ -104,7 +104,7 @@ class Discarder:
         self.total: Total | None = None
         # How many layers are open, in which products run again whoever reads them; and what goes in and out of them.
         self.layers = 0
-        self._held: list[Held] = []
+        self._held: dict[int, Held] = {}
 
     def hold(self, tensor: Tensor) -> None:
         """At a layer's edge: what is not let go of there already."""
@@ -112,17 +112,18 @@ class Discarder:
             entry = self._entries.get(tensor.untyped_storage()._cdata)
             if entry is not None and not entry.storage.expired() and entry.recipe() is not None:
                 return
-            self._held = [held for held in self._held if not held.storage.expired()]
-            self._held.append(Held(StorageWeakRef(tensor.untyped_storage()), weakref.ref(tensor), tensor._version))
+            for key in [key for key, held in self._held.items() if held.storage.expired()]:
+                del self._held[key]
+            storage = StorageWeakRef(tensor.untyped_storage())
+            self._held[storage.cdata] = Held(storage, weakref.ref(tensor), tensor._version)
 
     def _is_held(self, tensor: Tensor) -> bool:
-        key = tensor.untyped_storage()._cdata if self._held else None
-        held = [h for h in self._held if h.storage.cdata == key and not h.storage.expired()]
-        return any(h.version == tensor._version for h in held)
+        held = self._held.get(tensor.untyped_storage()._cdata) if self._held else None
+        return held is not None and not held.storage.expired() and held.version == tensor._version
 
     def held_at(self, node: Any, output: int) -> Operand | None:
         """What is held of a node's results, as it was then."""
-        for held in self._held:
+        for held in self._held.values():
             tensor = held.tensor()
             if tensor is not None and tensor.grad_fn is node and tensor.output_nr == output:
                 return self.pack(tensor) if tensor._version == held.version else None
@@ -199,6 +200,7 @@ class Discarder:
         """From now on recipes live by their claims alone, and whatever is saved from now on is kept as it is."""
         self.is_closed = True
         self._entries.clear()
+        self._held.clear()
         self._biases = {}
         self.announced = self.saved = None
 
