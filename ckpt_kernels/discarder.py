@@ -174,8 +174,12 @@ class Discarder:
         """
         lasting = _outlasting(tensor)
         for packed in saved:
-            if packed.tensor is lasting and not packed.is_exchanged and isinstance(packed.cell.content, Kept):
-                return packed.cell.content
+            if packed.tensor is lasting and not packed.is_exchanged:
+                if isinstance(packed.cell.content, Kept):
+                    return packed.cell.content
+                # What others packed is unpacked once for both.
+                if isinstance(packed.cell.content, Foreign) and (shared := self.share(packed.cell)) is not None:
+                    return shared
         return self.pack(lasting)
 
     def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:

@@ -12,6 +12,7 @@ there has to be evidence that nobody did: a version counter that still stands wh
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
@@ -83,7 +84,7 @@ class Trace:
         packed = _packed_operands(node, rule, edges)
         if len(edges) != len(packed):
             return None
-        if rule.private:
+        if rule.private or (rule.casts and _is_cast_by_autocast(edges[0][0])):
             self._trusted.append(edges[0][0])
         operands = []
         for edge, held in zip(edges, packed, strict=True):
@@ -230,6 +231,15 @@ def _wrote_over_operand(node: Any, version: int) -> bool:
         return False
     held = _packed(node, "self")
     return isinstance(held, Cell) and held.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
+
+
+def _is_cast_by_autocast(node: Any) -> bool:
+    """Whether a node's output is what autocast makes of a parameter."""
+    if node is None or node.name() != "ToCopyBackward0":
+        return False
+    maker = node.next_functions[0][0]
+    is_of_leaf = maker is not None and maker.name() == "torch::autograd::AccumulateGrad"
+    return is_of_leaf and torch.is_autocast_enabled(maker.variable.device.type)
 
 
 def _packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:

@@ -17,13 +17,14 @@ class Rule(NamedTuple):
     `saved` names what the node saves of each operand, None where it saves nothing; there is one for each of its edges.
     A rule without names takes all that the node has edges for, as one sequence. What the node saves `beside` its
     operands, under that name, has no gradient and no edge: a tensor or several. The first operand is `private` where
-    torch made it on the way and gave it to nobody else.
+    torch made it on the way and gave it to nobody else, as it does under autocast of one that an op `casts`.
     """
 
     function: Callable[..., Tensor]
     saved: tuple[str | None, ...] | None
     options: Callable[[Any], tuple] = lambda node: ()
     private: bool = False
+    casts: bool = False
     beside: str | None = None
 
 
@@ -173,7 +174,7 @@ RULES = {
 }
 PRODUCTS = {
     "GroupedMmBackward0": Rule(_grouped_mm, ("self", "mat2"), _dtype, beside="offs"),
-    "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), private=True),
+    "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), casts=True),
     "MmBackward0": Rule(torch.mm, ("self", "mat2")),
 }
 RULES_AND_PRODUCTS = RULES | PRODUCTS

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ckpt_kernels import functional as F
-from ckpt_kernels import nn
+from ckpt_kernels import nn, ops
 from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE, serving, where
@@ -297,3 +297,9 @@ def test_an_interrupt_leaves_gradients_on() -> None:
     finally:
         sys.setprofile(None)
     assert not switched
+
+
+def test_all_steps_in_one_call(backend: str) -> None:
+    """Where a backend has them so, which on a CPU is the compiled library."""
+    whole = ops.channel_norm._whole(torch.randn(2, 4, 3, device=DEVICE))
+    assert (whole is not None) == (backend == "native" and DEVICE == "cpu")

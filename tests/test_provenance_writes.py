@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
+from ckpt_kernels import functional as F
+
 from .letting_go import (
     WIDTH,
     Parameters,
@@ -172,3 +174,17 @@ def test_layouts_of_maps(act: Callable, layout: torch.memory_format, image: Tens
         return TF.conv2d(act(h) * h.transpose(2, 3), kernel), (act(h).permute(3, 0, 2, 1) * h[0, 0, 0, 0]).sin()
 
     assert_unchanged(call, [x, kernel])
+
+
+@pytest.mark.parametrize("products", [False, True], ids=["outputs", "products too"])
+def test_what_is_added_to_a_product_is_anybodys(products: bool) -> None:
+    """The first operand of torch.addmm, made by an op and written to where autograd does not see it."""
+    p = Parameters()
+    x = random_tensor(16, WIDTH, seed=1).requires_grad_()
+
+    def call() -> Tensor:
+        t = -p["bias"]
+        t.detach().add_(1)
+        return TF.linear(F.glu(torch.addmm(t, normed(x), p["a"]), x * 1, activation="silu"), p["c"])
+
+    assert_unchanged(call, [x, p["a"], p["c"]], products=products)

@@ -48,7 +48,9 @@ def test_hooks_around_and_inside(p: dict) -> None:
     around: list = []
     with counting_hooks(around):
         assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
-    # All but the norm's output, which each of the three linear layers reads as a matrix, goes to the hooks around.
+    # All but the norm's output, which each of the three linear layers reads as a matrix, goes to the hooks around, and
+    # once: what the recipe shares with the norm is not handed out again.
+    assert len(around) == len(alone) - 3
     assert around.count((16, WIDTH)) == alone.count((16, WIDTH)) - 3
     inside: list = []
 

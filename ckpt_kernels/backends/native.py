@@ -183,7 +183,7 @@ channel_forward = _by_name(_ops.channel_forward.default, 0)
 channel_sums = _by_name(_ops.channel_sums.default, 1)
 channel_backward = _by_name(_ops.channel_backward.default, 1)
 # All steps of a channel norm in one call, where there is such a thing.
-WHOLE_CHANNELROTARY_NORMS = ("cpu",)
+WHOLE_CHANNEL_NORMS = ("cpu",)
 channel_norm_forward = _by_name(_ops.channel_norm_forward.default, 1)
 channel_norm_backward = _by_name(_ops.channel_norm_backward.default, 1)
 

@@ -247,14 +247,14 @@ __global__ void __launch_bounds__(block_threads)
 // time, in `lines`, whose sums are added up in their order.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads)
-    rotary_norm_weight_kernel(RotaryBackward a, const HeadStatistics* all_statistics, int64_t tasgrows, int64_t strips,
+    rotary_norm_weight_kernel(RotaryBackward a, const HeadStatistics* all_statistics, int64_t task_rows, int64_t strips,
                               float* weight_sums, float* bias_sums) {
   __shared__ float shared[2 * VEC][block_threads];
   const int64_t units = units_of<VEC>(a), task = blockIdx.x / strips;
   const int strip_units = units < block_threads ? int(units) : block_threads;
   const int line = threadIdx.x / strip_units, lines = block_threads / strip_units;
   const int64_t k = blockIdx.x % strips * block_threads + threadIdx.x % strip_units;
-  const int64_t begin = task * tasgrows, end = begin + tasgrows < a.rows ? begin + tasgrows : a.rows;
+  const int64_t begin = task * task_rows, end = begin + task_rows < a.rows ? begin + task_rows : a.rows;
   const bool takes_part = line < lines && k < units;
   const Unit unit = unit_of<VEC>(a, takes_part ? k : 0);
   float h[2 * VEC], x_hat[2 * VEC], rounded[2 * VEC], dw[2 * VEC] = {}, db[2 * VEC] = {};
