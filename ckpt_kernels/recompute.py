@@ -30,11 +30,11 @@ class discard_outputs(contextlib.ContextDecorator):
     """While active, what reads a block's output for its own gradient keeps a recipe for it in its place.
 
     Also a decorator: `@discard_outputs()` over a function or a `forward`. It holds for the calling thread, and within
-    another the outer one goes on, with its options. An output can be let go of if its block keeps what it takes to make
-    it again: all do but `bias_act` with the identity, relu or leaky_relu, whose reader keeps no more than the block
-    would. Views of an output count as the output, and so do the copies that autocast makes of it. Where an output has
-    been written to in place, what read it before gets what it read, and what reads it afterwards keeps it, or a recipe
-    with these writes in it if the graph knows them all.
+    another the outer one goes on, with its options. An output is let go of unless as much would be kept to make it
+    again: that of `bias_act` with the identity, relu or leaky_relu stays, and that of `rotary` without a norm where
+    nobody else keeps what it turns. Views of an output count as the output, and so do the copies that autocast makes of
+    it. Where an output has been written to in place, what read it before gets what it read, and what reads it
+    afterwards keeps it, or a recipe with these writes in it if the graph knows them all.
 
     What torch's own cheap ops make is let go of likewise, such as the product in `linear(silu(gate) * value)`: if the
     autograd graph says how it was made, from tensors that the graph keeps anyway, and if these and it have not been
@@ -131,21 +131,27 @@ def _hooked(products: bool, temporaries: bool) -> Iterator[None]:
 
 class layer:
     """A function, or a module, of which the backward pass runs all products again but the last: a layer of a network.
+    What it makes is called as the function is; it is no module.
 
     What goes into it is kept, and what its attention saves of its own result. Queries, keys and values, the product of
     attention's output, what the MLP begins with, norms, gates and rotations are made again, once, when the
     backward pass comes to the layer. Neither attention runs again nor the last product: a checkpoint of the layer runs
     both for nothing.
 
-    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`); where attention is
-    written out, its products of three dimensions are kept.
+    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones). Kept
+    are products of three dimensions, as of an attention that is written out, outputs of convolutions, and plain sums
+    that a norm reads: those of `add_rms_norm` and `add_layer_norm` are made again. Around a function that is no module
+    it is not seen whether a bias is written to in the forward pass. Under no_grad and torch.compile it does nothing.
 
     Args:
         function: anything that is called with tensors, and returns tensors, by themselves or in a tuple, list or dict.
 
     Kept for backward:
         Tensors that are given to it and that come out of it, if somebody's gradient needs them, and what no recipe can
-        make again.
+        make again; copies of biases.
+
+    Raises:
+        RuntimeError: in the backward pass, where a tensor that is to be read again has been written to in place since.
 
     Example:
         >>> block = torch.nn.Sequential(ckpt_kernels.nn.LayerNorm(64), ckpt_kernels.nn.MLP(64, 256))

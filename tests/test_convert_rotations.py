@@ -175,7 +175,7 @@ def test_a_form(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "turn_one", one)
     model, twin = twins(OneByOne)
-    assert says(ckpt_kernels.convert(twin)) == "2 x rotary" or says(ckpt_kernels.convert(twin)) == "rotary"
+    assert says(ckpt_kernels.convert(twin)) == "rotary"
     assert_same(model, twin, operands(COLUMNS // 2))
 
 
@@ -204,7 +204,13 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = twins(Attention)
     ckpt_kernels.convert(twin)
     x, cos, sin = operands(COLUMNS)
-    for bad in ((cos[..., :8], sin[..., :8]), (cos[:, :3], sin[:, :3]), (cos.double(), sin), (cos, sin[..., :8])):
+    for bad in (
+        (cos[..., :8], sin[..., :8]),
+        (cos[:, :3], sin[:, :3]),
+        (cos.double(), sin),
+        (cos, sin.double()),
+        (cos, sin[..., :8]),
+    ):
         try:
             expected: Any = model(x, *bad)
         except RuntimeError as error:
@@ -255,6 +261,46 @@ def test_it_is_what_is_there_at_the_call(monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "turn", lambda q, k, cos, sin: (q, k))
         assert_same(model, twin, given)
+
+
+def given(columns: int = COLUMNS, entries: int = COLUMNS) -> list[Tensor]:
+    shapes = (2, HEADS, TOKENS, columns), (2, KEYS, TOKENS, columns), *((2, TOKENS, entries),) * 2
+    return [torch.randn(shape, device=DEVICE) for shape in shapes]
+
+
+def test_what_is_left_to_the_function() -> None:
+    """Other dtypes, gradients, keywords and sizes than those that were tried."""
+    rotation, half = rotation_of(halves), rotation_of(half_tables)
+    assert rotation is not None and half is not None
+    q, k, cos, sin = given()
+    assert rotation.of((q, k, cos, sin), {}) is not None
+    assert rotation.of((q, k, cos), {"sin": sin, "unsqueeze_dim": 1}) is not None
+    assert rotation.of((q, k.bfloat16(), cos, sin), {}) is None
+    assert rotation.of((q, k, cos, sin.clone().requires_grad_()), {}) is None
+    assert rotation.of((q, k, cos, None), {}) is None
+    assert rotation.of((q, k, cos, sin), {"scale": 2}) is None
+    assert rotation.of((q, k, cos, sin), {"q": q}) is None
+    assert rotation.of((q, k, cos), {}) is None
+    assert rotation.of((q, k, cos, sin, 1, 2), {}) is None
+    for dimension in (1.0, True, "1", [1]):
+        assert rotation.of((q, k, cos, sin, dimension), {}) is None
+    # Half tables for less than a head, and heads of odd length.
+    assert half.of(given(16, 4), {}) is None and half.of(given(16, 8), {}) is not None
+    assert rotation.of(given(7, 7), {}) is None
+
+
+@pytest.mark.parametrize("shapes", [((5, 3, 8), (5, 8)), ((2, 5, 3, 8), (2, 5, 8)), ((2, 3, 5, 8), (5, 8))], ids=str)
+def test_other_arrangements(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Heads of three dimensions, heads after tokens, tables for all samples."""
+    heads, table = shapes
+    dimension = 1 if heads[-3] == table[-2] else 0
+    dimension = 2 if len(table) == 3 else dimension
+    rotation = rotation_of(halves)
+    assert rotation is not None
+    q, (cos, sin) = torch.randn(heads, device=DEVICE), torch.randn(2, *table, device=DEVICE)
+    found, expected = rotation.of((q, q, cos, sin, dimension), {}), halves(q, q, cos, sin, dimension)
+    assert found is not None
+    torch.testing.assert_close(found, expected)
 
 
 def test_tables_that_want_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +360,44 @@ def turns_two_samples(q, k, cos, sin):
 def splits_by_a_number(q, k, cos, sin):
     first, *rest = halves(q, k, cos, sin)[0].split(4, 1)
     return torch.cat((first, *rest), 1), k
+
+
+def multiplies_by_many_halves(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q * (1 + q.shape[-1] // 2 // 2 // 2 // 2 // 2 // 2), k
+
+
+def shifts_a_size(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q * (1 + (q.shape[-1] >> 3 >> 3)), k
+
+
+def compares_a_size(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    c = 4
+    return q * (1 + (q.shape[-1] > c * c * c)), k
+
+
+def unpacks_a_shape(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    _, _, _, columns = q.shape
+    return q * (1 + columns // 2 // 2 // 2 // 2 // 2 // 2), k
+
+
+def divides_a_size(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return q * (1 + q.shape[-1] // 4 // 4 // 4), k
+
+
+def takes_every_third(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    return torch.cat((q[..., ::3], q[..., 1::3], q[..., 2::3]), -1), k
+
+
+def writes_to_a_table(q, k, cos, sin):
+    turned = halves(q, k, cos, sin)
+    torch.neg(sin, out=sin)
+    return turned
 
 
 def in_place(q, k, cos, sin):
@@ -383,7 +467,9 @@ def of_any(*args, **kwargs):
 @pytest.mark.parametrize(
     "function",
     [counts, decides, names_a_bound, names_a_global_bound, has_a_bound_by_default, turns_four_heads,
-     turns_two_samples, splits_by_a_number, in_place, detached, without_gradients, swaps, scales, mixes,
+     turns_two_samples, splits_by_a_number, multiplies_by_many_halves, shifts_a_size, compares_a_size,
+     unpacks_a_shape, divides_a_size, takes_every_third, writes_to_a_table, in_place, detached,
+     without_gradients, swaps, scales, mixes,
      with_a_function, in_16_bits, drops, prints, remembers, of_any, sys.getsizeof, TF.scaled_dot_product_attention],
     ids=lambda function: function.__name__,
 )  # fmt: skip

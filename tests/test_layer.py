@@ -83,18 +83,20 @@ def test_same_bits(options: dict[str, Any]) -> None:
     assert_same_bits(gradients(layer(model), model, x), gradients(model, model, x))
 
 
-@pytest.mark.parametrize("tables", [True, False], ids=["first", "later"])
-def test_what_a_layer_keeps(tables: bool) -> None:
-    """Its input, attention's result, and numbers a row: rstd of two norms, and what attention has of each head; of the
-    biases of products that run again copies."""
+def numbers(model: Layer) -> int:
+    """Bytes of what a layer keeps beside tensors: rstd of two norms, what attention has of each head, tables, and
+    copies of the biases of products that run again."""
+    return (2 + HEADS) * 2 * TOKENS * 4 + 4 * WIDTH * 4 + model.cos.nbytes + model.sin.nbytes
+
+
+def test_what_a_layer_keeps() -> None:
+    """Its input and attention's result."""
     model, x = made()
-    call = layer(model)
-    numbers = (2 + HEADS) * 2 * TOKENS * 4 + 4 * WIDTH * 4
-    shared = model.cos.nbytes + model.sin.nbytes
-    assert saved_bytes(call, x) == 2 * x.nbytes + numbers + shared
-    if tables:
-        return
-    # As many again as there are layers, and nothing between them.
+    assert saved_bytes(layer(model), x) == 2 * x.nbytes + numbers(model)
+
+
+def test_what_layers_keep() -> None:
+    """As many times that as there are layers, and nothing between them."""
     models = [made()[0] for _ in range(3)]
 
     def stack(x: Tensor) -> Tensor:
@@ -102,7 +104,35 @@ def test_what_a_layer_keeps(tables: bool) -> None:
             x = layer(each)(x)
         return x
 
-    assert saved_bytes(stack, x) == 3 * (2 * x.nbytes + numbers + shared)
+    _, x = made()
+    assert saved_bytes(stack, x) == 3 * (2 * x.nbytes + numbers(models[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "sums"), [({"fused": False}, 1), ({"norms": "post"}, 2), ({"norms": "sandwich"}, 2)]
+)
+def test_plain_sums_are_kept(options: dict[str, Any], sums: int) -> None:
+    """Nothing proves of them that what they are of was not written to. Beside them, norms after attention and MLP keep
+    their input."""
+    model, x = made(**options)
+    assert saved_bytes(layer(model), x) <= (2 + sums + 0.5) * x.nbytes + 2 * numbers(model)
+    assert saved_bytes(layer(model), x) < 0.55 * saved_bytes(model, x)
+
+
+def test_operands_by_name() -> None:
+    """And results in a dict: both are edges of a layer."""
+    model, x = made()
+
+    def forward(*, hidden: Tensor) -> dict[str, list[Tensor]]:
+        return {"hidden": [model(hidden)]}
+
+    def stack(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = layer(forward)(hidden=x)["hidden"][0]
+        return x
+
+    assert saved_bytes(stack, x) <= 2 * (2 * x.nbytes + numbers(model))
+    assert_same_bits(gradients(stack, model, x), gradients(lambda x: model(model(x)), model, x))
 
 
 class Counts(TorchDispatchMode):
@@ -145,7 +175,7 @@ def test_attention_that_is_written_out() -> None:
 
 
 def test_what_is_written_to_in_between() -> None:
-    """The layer's input, after it; its output; what it was given by name."""
+    """The layer's input, after it, and its output."""
     model, x = made()
 
     def writes(x: Tensor) -> Tensor:
@@ -198,6 +228,72 @@ def test_within_others(around: str) -> None:
         first = torch.autograd.grad(loss, [x], retain_graph=True)
         assert torch.equal(*first, *torch.autograd.grad(loss, [x]))
     assert_same_bits(gradients(call, model, x), gradients(plain, model, x))
+
+
+def other_forwards() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """What a layer may do beside what transformers do, and its operands."""
+    torch.manual_seed(0)
+    lin, other = nn.Linear(WIDTH, WIDTH).to(DEVICE), nn.Linear(WIDTH, WIDTH).to(DEVICE)
+    x = torch.randn(16, WIDTH, device=DEVICE).requires_grad_()
+    ones = torch.ones(WIDTH, device=DEVICE)
+
+    def drops(x: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        y, total = F.add_rms_norm(lin(x), x, WIDTH, ones, dropout_p=0.5)
+        return other(y) + total
+
+    def parts(x: Tensor) -> Tensor:
+        a, b = (x * 1).chunk(2, -1)
+        return layer(lambda a, b: TF.silu(b + a))(a, b)
+
+    def writes(x: Tensor) -> Tensor:
+        z = x + lin.bias
+        with torch.no_grad():
+            x.mul_(2)
+        return other(TF.silu(z))
+
+    def picks(x: Tensor) -> Tensor:
+        n = F.rms_norm(x, WIDTH, ones)
+        rows, columns = torch.arange(8, device=DEVICE), torch.arange(WIDTH, device=DEVICE).flip(0)
+        return other(n[rows[:, None], columns])
+
+    return {
+        "drops": (drops, [x]),
+        "parts": (parts, [x]),
+        "writes": (lambda x: layer(writes)(x * 1), [x]),
+        "picks": (picks, [x]),
+    }
+
+
+@pytest.mark.parametrize("name", ["drops", "parts", "writes", "picks"])
+def test_other_layers(name: str) -> None:
+    """The same bits, of what no transformer does."""
+    forward, operands = other_forwards()[name]
+    expected = torch.autograd.grad(forward(*operands).square().sum(), operands)
+    with pytest.MonkeyPatch.context() as patch:
+        if name in ("parts", "writes"):
+            # They have their layer within; as it is, without.
+            patch.setitem(globals(), "layer", lambda function: function)
+            expected = torch.autograd.grad(forward(*operands).square().sum(), operands)
+    found = torch.autograd.grad(layer(forward)(*operands).square().sum(), operands)
+    assert torch.equal(*found, *expected)
+
+
+def test_an_error_ends_the_layer() -> None:
+    """What follows in the same context keeps its products."""
+    lin, other = nn.Linear(WIDTH, WIDTH).to(DEVICE), nn.Linear(WIDTH, WIDTH).to(DEVICE)
+    x = torch.randn(16, WIDTH, device=DEVICE).requires_grad_()
+
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("no")
+
+    def after(x: Tensor) -> Tensor:
+        with pytest.raises(ValueError, match="no"):
+            layer(fails)(x)
+        return other(lin(x))
+
+    kept = [saved_bytes(discard_outputs()(call), x) for call in (after, lambda x: other(lin(x)))]
+    assert kept[0] == kept[1]
 
 
 def test_an_error_within() -> None:

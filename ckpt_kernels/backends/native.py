@@ -159,8 +159,16 @@ def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradien
 
 
 def _numbers(options: RotaryOptions) -> tuple:
-    rotary_dim, start, interleaved, interleaved_output, norm, *rest, _ = options
-    return rotary_dim, start, interleaved, interleaved_output, ROTARY_NORMS[norm], *rest
+    return (
+        options.rotary_dim,
+        options.start,
+        options.interleaved,
+        options.interleaved_output,
+        ROTARY_NORMS[options.norm],
+        options.eps,
+        options.weight_offset,
+        options.cast_before_weight,
+    )
 
 
 def _by_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:

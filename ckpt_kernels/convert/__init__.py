@@ -250,7 +250,7 @@ class _Conversion:
             swap(module, rule or Within(), around)
 
     def _is_layer(self, module: nn.Module) -> bool:
-        """Whether it norms what it was given, as layers do, and an expert among others does not."""
+        """Whether a norm in it is converted, as in layers, and not in most experts."""
         return any(isinstance(self.rules.get(below), Norm) for below in modules_of(module))
 
 

@@ -1,23 +1,31 @@
-"""Whether a function takes parts of tensors in a way that holds for tensors of every size.
+"""Whether a function treats tensors of every size as it treats small ones, by the way it is written.
 
-What a trial shows of small tensors holds for large ones if no part is bounded by a number. So a bound is the length of
-a last dimension, or half of that, and bounds a last dimension; or every second element is taken there. That is read in
-the source; whatever else is written in brackets is not understood.
+What a trial shows of small tensors holds for large ones if nothing depends on how large they are but parts that are
+bounded by the length of a last dimension or half of it, or every second element there. So that is all that sizes may be
+read for, beside the shape of a view. Whatever else is written with sizes, in brackets, or that compares, is not
+understood.
 """
 
 import ast
 import types
+from collections.abc import Iterator
 
 from .source import NoSource, definition_of
 
-# Of a shape, or of several results.
+# Indices of a shape.
 _INDICES = (0, 1, 2, 3, -1, -2, -3, -4)
-# What tensors, all of them or none, may be asked for how long they are.
-_MOST_DIMENSIONS = 4
+# A fourth index is the last dimension's: no trial has more dimensions.
+MOST_DIMENSIONS = 4
+_NOT_UNDERSTOOD = tuple(
+    getattr(ast, name)
+    for name in """AugAssign AnnAssign NamedExpr For While With comprehension Lambda Compare BoolOp IfExp FunctionDef
+    ClassDef Try Global Nonlocal Delete""".split()
+)
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
 def are_parts_by_shape(function: types.FunctionType) -> bool:
-    """Whether all that is in brackets is such a part, an index of a shape, or a new dimension."""
+    """Whether sizes bound parts of last dimensions, and do nothing else."""
     try:
         tree = definition_of(function).tree
     except NoSource:
@@ -27,16 +35,15 @@ def are_parts_by_shape(function: types.FunctionType) -> bool:
 
 class _Parts:
     def __init__(self, tree: ast.FunctionDef) -> None:
-        self._arguments = {argument.arg for argument in ast.walk(tree.args) if isinstance(argument, ast.arg)}
-        self._values: dict[str, list[ast.expr | None]] = {}
+        arguments = (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)
+        self._arguments = {argument.arg for argument in arguments}
         self._nodes = [node for statement in tree.body for node in ast.walk(statement)]
+        self._parents = {child: node for node in self._nodes for child in ast.iter_child_nodes(node)}
+        self._values: dict[str, list[ast.expr | None]] = {}
         for node in self._nodes:
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     self._assign(target, node.value)
-            elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-                # One that is given a value in another way has None among its values.
-                self._values.setdefault(node.id, [])
 
     def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
         if isinstance(target, ast.Name):
@@ -48,13 +55,50 @@ class _Parts:
 
     def are_understood(self) -> bool:
         for node in self._nodes:
+            if isinstance(node, _NOT_UNDERSTOOD):
+                return False
+            if isinstance(node, ast.BinOp) and not isinstance(node.op, _ARITHMETIC) and not _is_half(node):
+                return False
             if isinstance(node, ast.Subscript) and not self._is_understood(node):
                 return False
-            if isinstance(node, ast.AugAssign | ast.NamedExpr | ast.For | ast.While | ast.comprehension | ast.Lambda):
+        return all(map(self._stays, self._sizes()))
+
+    def _sizes(self) -> Iterator[ast.AST]:
+        """Where shapes and sizes are read, and names that they have been given."""
+        names = {name for name, values in self._values.items() if any(map(self._reads_a_size, values))}
+        for node in self._nodes:
+            if isinstance(node, ast.Attribute) and node.attr in ("shape", "size"):
+                yield node
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in names:
+                yield node
+
+    def _reads_a_size(self, value: ast.expr | None) -> bool:
+        """Where it is not known what a name is given, it may be a size: `a, b = x.shape`."""
+        if value is None:
+            return True
+        return self._is_length(value) or (isinstance(value, ast.Attribute) and value.attr == "shape")
+
+    def _stays(self, node: ast.AST) -> bool:
+        """Whether a size goes nowhere but into a bound, into the shape of a view, or into a name."""
+        parent = self._parents.get(node)
+        if isinstance(node, ast.Name) and not self._is_length(node):
+            # A part of what several values were given by: a tensor, unless it is one of a shape.
+            return True
+        while isinstance(parent, ast.Subscript | ast.UnaryOp | ast.BinOp | ast.Starred) or (
+            isinstance(parent, ast.Call) and parent.func is node
+        ):
+            if isinstance(parent, ast.Subscript) and parent.value is not node:
                 return False
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod) and not _is_half(node):
+            if isinstance(parent, ast.BinOp) and not _is_half(parent):
                 return False
-        return True
+            node, parent = parent, self._parents.get(parent)
+        if isinstance(parent, ast.Slice):
+            return True
+        if isinstance(parent, ast.Call):
+            return isinstance(parent.func, ast.Attribute) and parent.func.attr in ("view", "reshape")
+        if isinstance(parent, ast.Tuple):
+            parent = self._parents.get(parent)
+        return isinstance(parent, ast.Assign) and (not isinstance(node, ast.expr) or self._is_length(node))
 
     def _is_understood(self, node: ast.Subscript) -> bool:
         index = node.slice
@@ -63,22 +107,21 @@ class _Parts:
             bounds = [index.lower, index.upper, index.step] if isinstance(index, ast.Slice) else [index]
             return all(bound is None or _number(bound) in _INDICES for bound in bounds)
         parts = index.elts if isinstance(index, ast.Tuple) else [index]
-        if not parts or any(_number(part) is not None for part in parts):
+        if not parts:
             return False
         *before, last = parts
         if not all(_is_ellipsis(part) or _is_none(part) or _is_whole(part) for part in before):
             return False
         if _is_ellipsis(last) or _is_none(last) or _is_whole(last):
             return True
-        is_last = any(map(_is_ellipsis, before)) or len([p for p in parts if not _is_none(p)]) == _MOST_DIMENSIONS
+        is_last = any(map(_is_ellipsis, before)) or len([p for p in parts if not _is_none(p)]) == MOST_DIMENSIONS
         return is_last and isinstance(last, ast.Slice) and self._is_by_length(last)
 
     def _is_by_length(self, part: ast.Slice) -> bool:
         """x[..., ::2], x[..., 1::2], x[..., :n], x[..., n:], x[..., :-n], x[..., -n:]"""
         if part.step is not None:
-            return (
-                _number(part.step) == 2 and part.upper is None and (part.lower is None or _number(part.lower) in (0, 1))
-            )
+            first = 0 if part.lower is None else _number(part.lower)
+            return _number(part.step) == 2 and part.upper is None and first in (0, 1)
         bounds = [bound for bound in (part.lower, part.upper) if bound is not None]
         if len(bounds) != 1:
             return False
@@ -87,16 +130,17 @@ class _Parts:
             bound = bound.operand
         return self._is_length(bound)
 
-    def _is_length(self, tree: ast.expr | None, depth: int = 8) -> bool:
+    def _is_length(self, tree: ast.expr | None, may_be_half: bool = True, depth: int = 4) -> bool:
         """Of a last dimension, or half of it."""
         if tree is None or not depth:
             return False
         if isinstance(tree, ast.Name):
-            values = self._values.get(tree.id)
-            own = tree.id not in self._arguments and bool(values)
-            return own and all(self._is_length(value, depth - 1) for value in values or ())
+            values = self._values.get(tree.id, [])
+            if tree.id in self._arguments or not values:
+                return False
+            return all(self._is_length(value, may_be_half, depth - 1) for value in values)
         if isinstance(tree, ast.BinOp):
-            return _is_half(tree) and self._is_length(tree.left, depth - 1)
+            return may_be_half and _is_half(tree) and self._is_length(tree.left, False, depth - 1)
         if isinstance(tree, ast.Subscript):
             return isinstance(tree.value, ast.Attribute) and tree.value.attr == "shape" and _number(tree.slice) == -1
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Attribute):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -59,9 +60,9 @@ def rotary(
         The tables; with a norm, or where gradients of the tables are wanted, the input too. There are no statistics.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
-        TypeError: an argument is no tensor.
-        ValueError: another argument is none of what is said above.
+        RuntimeError: a tensor has another dtype or device than said above, or dimensions that are not broadcast.
+        TypeError: an argument is no tensor, no whole number or no bool.
+        ValueError: another argument is none of what is said above, or heads are shorter than what is to turn.
 
     Example:
         >>> angles = torch.outer(torch.arange(16.0), 10000.0 ** -torch.linspace(0, 1, 32))
@@ -88,6 +89,8 @@ def rotary(
         )
     check_last(weight, "weight", input)
     check_last(bias, "bias", input)
+    if not isinstance(cast_before_weight, bool):
+        raise TypeError(f"cast_before_weight is {cast_before_weight!r}; expected a bool")
     options = _options(input, cos, layout, output_layout, rotary_dim, rotary_start, norm, eps, weight_offset)
     if options.norm == "none" and (weight is not None or bias is not None):
         raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer' where there is a weight or a bias")
@@ -142,6 +145,15 @@ def rotary_qk(
     )
 
 
+def check_rotation(layout: str, output_layout: str | None, norm: str | None) -> None:
+    """ValueError for a name that is none of `rotary`'s."""
+    for name, given in (("layout", layout), ("output_layout", output_layout)):
+        if given not in _LAYOUTS and not (name == "output_layout" and given is None):
+            raise ValueError(f"{name} is {given!r}; expected one of {', '.join(_LAYOUTS)}")
+    if norm not in (None, *_NORMS):
+        raise ValueError(f"norm is {norm!r}; expected None, 'rms' or 'layer'")
+
+
 def _check_table(table: Tensor, argument: str, input: Tensor) -> None:
     check_tensor(table, argument)
     check_device(table, argument, input)
@@ -167,14 +179,13 @@ def _options(
     weight_offset: float,
 ) -> RotaryOptions:
     output_layout = layout if output_layout is None else output_layout
-    for name, given in (("layout", layout), ("output_layout", output_layout)):
-        if given not in _LAYOUTS:
-            raise ValueError(f"{name} is {given!r}; expected one of {', '.join(_LAYOUTS)}")
+    check_rotation(layout, output_layout, norm)
     norm = "none" if norm is None else norm
-    if norm not in _NORMS:
-        raise ValueError(f"norm is {norm!r}; expected None, 'rms' or 'layer'")
     columns, entries = input.shape[-1], cos.shape[-1]
     turned = entries if rotary_dim is None else rotary_dim
+    for name, given in (("rotary_dim", turned), ("rotary_start", rotary_start)):
+        if not isinstance(given, int | torch.SymInt):
+            raise TypeError(f"{name} is {given!r}; expected a whole number")
     if turned % 2 or turned not in (entries, 2 * entries):
         raise ValueError(
             f"rotary_dim is {turned} and tables have {entries} columns; expected an even number, as many or twice that"

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import functional as F
+from ..functional.rotary import check_rotation
 from .extras import extras, recorded
 
 
@@ -16,9 +17,10 @@ class Rotary(nn.Module):
 
     Args:
         head_dim: D, the length of a head.
-        layout, output_layout, rotary_dim, rotary_start, norm, eps: as of `functional.rotary`.
+        layout, output_layout, rotary_dim, rotary_start, norm, eps, weight_offset, cast_before_weight: as of
+            `functional.rotary`.
         elementwise_affine: whether a norm has a weight, which starts at 1.
-        bias: whether it has a bias too, which starts at 0.
+        bias: whether it has a bias too, which starts at 0. ValueError where there is no weight.
         device, dtype: of the parameters.
 
     Shape:
@@ -52,12 +54,19 @@ class Rotary(nn.Module):
         rotary_start: int = 0,
         norm: str | None = None,
         eps: float | None = None,
+        weight_offset: float = 0.0,
+        cast_before_weight: bool = False,
         elementwise_affine: bool = True,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_rotation(layout, output_layout, norm)
+        if bias and (norm is None or not elementwise_affine):
+            raise ValueError(
+                f"bias is True, norm {norm!r} and elementwise_affine {elementwise_affine}; expected a weight"
+            )
         self.head_dim = head_dim
         self.layout = layout
         self.output_layout = output_layout
@@ -65,6 +74,8 @@ class Rotary(nn.Module):
         self.rotary_start = rotary_start
         self.norm = norm
         self.eps = eps
+        self.weight_offset = weight_offset
+        self.cast_before_weight = cast_before_weight
         has_weight = norm is not None and elementwise_affine
         for name, wanted in (("weight", has_weight), ("bias", has_weight and bias)):
             values = torch.empty(head_dim, device=device, dtype=dtype) if wanted else None
@@ -72,9 +83,9 @@ class Rotary(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of 1 and biases of 0."""
+        """Weights that are 1 with their offset, and biases of 0."""
         if self.weight is not None:
-            nn.init.ones_(self.weight)
+            nn.init.constant_(self.weight, 1 - self.weight_offset)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -93,6 +104,8 @@ class Rotary(nn.Module):
             rotary_start=self.rotary_start,
             norm=self.norm,
             eps=self.eps,
+            weight_offset=self.weight_offset,
+            cast_before_weight=self.cast_before_weight,
         )
 
     def extra_repr(self) -> str:
@@ -103,6 +116,8 @@ class Rotary(nn.Module):
             rotary_start=(self.rotary_start, 0),
             norm=(self.norm, None),
             eps=(self.eps, None),
+            weight_offset=(self.weight_offset, 0.0),
+            cast_before_weight=(self.cast_before_weight, False),
             elementwise_affine=(self.weight is not None, self.norm is not None),
             bias=(self.bias is not None, False),
         )
