@@ -32,6 +32,7 @@ CALLED = {
     "GLU": "glu",
     "BiasAct": "bias_act",
     "DyT": "dyt",
+    "Rotary": "rotary",
     "NormLinear": "norm_linear",
     "ActLinear": "act_linear",
     "MLP": "mlp",
