@@ -1,9 +1,9 @@
 """The maths in plain torch: the specification that the other backends are held to.
 
 The functions named after a block compute it, from (rows, columns) matrices where it goes by rows, and can be
-differentiated any number of times. The functions named `*_forward` and `*_backward` are the backend interface, the same in every backend:
-they fill tensors that the caller has allocated, and their gradients are written out here. An
-operand of None is one the block does not have; a gradient of None is one that nobody wants.
+differentiated any number of times. The functions named `*_forward` and `*_backward` are the backend interface, the same
+in every backend: they fill tensors that the caller has allocated, and their gradients are written out here. An operand
+of None is one the block does not have; a gradient of None is one that nobody wants.
 """
 
 import torch
