@@ -181,7 +181,8 @@ def _options(
     output_layout = layout if output_layout is None else output_layout
     check_rotation(layout, output_layout, norm)
     norm = "none" if norm is None else norm
-    columns, entries = input.shape[-1], cos.shape[-1]
+    # Sizes that torch.jit.trace follows are tensors.
+    columns, entries = (int(s) if isinstance(s, Tensor) else s for s in (input.shape[-1], cos.shape[-1]))
     turned = entries if rotary_dim is None else rotary_dim
     for name, given in (("rotary_dim", turned), ("rotary_start", rotary_start)):
         if not isinstance(given, int | torch.SymInt):
