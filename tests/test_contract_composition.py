@@ -257,7 +257,7 @@ def test_state_dict_both_ways_deepcopy_and_pickle(ours: torch.nn.Module, theirs:
 
 
 def test_every_function_is_covered() -> None:
-    """A family taken out of the registry, or never put in, is noticed here. Queries and keys are two calls of rotary."""
+    """A family taken out of the registry, or never put in, is noticed here. `rotary_qk` calls rotary twice."""
     public = {name for name, value in vars(functional).items() if inspect.isfunction(value)}
     assert public == set(functional.__all__)
     assert public == {block.function for block in BLOCKS} | {pair.function for pair in PAIRS} | {"rotary_qk"}
