@@ -389,6 +389,13 @@ def divides_a_size(q, k, cos, sin):
     return q * (1 + q.shape[-1] // 4 // 4 // 4), k
 
 
+def gives_a_size_another_value(q, k, cos, sin):
+    q, k = halves(q, k, cos, sin)
+    size = q.shape[-1]
+    size = size
+    return q * (1 + size // 2 // 2 // 2 // 2 // 2 // 2), k
+
+
 def takes_every_third(q, k, cos, sin):
     q, k = halves(q, k, cos, sin)
     return torch.cat((q[..., ::3], q[..., 1::3], q[..., 2::3]), -1), k
@@ -468,7 +475,8 @@ def of_any(*args, **kwargs):
     "function",
     [counts, decides, names_a_bound, names_a_global_bound, has_a_bound_by_default, turns_four_heads,
      turns_two_samples, splits_by_a_number, multiplies_by_many_halves, shifts_a_size, compares_a_size,
-     unpacks_a_shape, divides_a_size, takes_every_third, writes_to_a_table, in_place, detached,
+     unpacks_a_shape, divides_a_size, gives_a_size_another_value,
+     takes_every_third, writes_to_a_table, in_place, detached,
      without_gradients, swaps, scales, mixes,
      with_a_function, in_16_bits, drops, prints, remembers, of_any, sys.getsizeof, TF.scaled_dot_product_attention],
     ids=lambda function: function.__name__,

@@ -82,8 +82,9 @@ class _Parts:
         """Whether a size goes nowhere but into a bound, into the shape of a view, or into a name."""
         parent = self._parents.get(node)
         if isinstance(node, ast.Name) and not self._is_length(node):
-            # A part of what several values were given by: a tensor, unless it is one of a shape.
-            return True
+            # A part of what several values were given by: a tensor, as shapes are not parted. One that is a size at
+            # times is not understood.
+            return not any(value is not None and self._reads_a_size(value) for value in self._values[node.id])
         while isinstance(parent, ast.Subscript | ast.UnaryOp | ast.BinOp | ast.Starred) or (
             isinstance(parent, ast.Call) and parent.func is node
         ):
