@@ -4,6 +4,7 @@ A `Discarder` is asked for every tensor that a node of the autograd graph saves,
 itself, or a recipe, which comes from the block that made the tensor, or from the graph behind it (see `provenance`).
 """
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +105,8 @@ class Discarder:
         self.total: Total | None = None
         # How many layers are open, in which products run again whoever reads them; and what goes in and out of them.
         self.layers = 0
+        # Whether nothing is let go of but what was recorded before.
+        self.is_paused = False
         self._held: dict[int, Held] = {}
 
     def hold(self, tensor: Tensor) -> None:
@@ -194,6 +197,18 @@ class Discarder:
         entries[storage.cdata] = entry
         return entry
 
+    @contextlib.contextmanager
+    def at(self, level: str) -> Iterator[None]:
+        """Within, outputs are let go of as at a level of `convert`, whatever is around: at "block" none are that are
+        made within."""
+        before = self.is_paused, self._products, self.layers
+        self.is_paused, self._products = level == "block", level in ("all", "layer")
+        self.layers = 1 if level == "layer" else 0
+        try:
+            yield
+        finally:
+            self.is_paused, self._products, self.layers = before
+
     def begin(self, module: nn.Module) -> None:
         """The module's forward begins. From the first such call on, only biases that were there then are copied."""
         biases = {} if self._biases is None else self._biases
@@ -254,7 +269,7 @@ class Discarder:
                 return None
             if tensor._version == entry.version and (recipe := entry.recipe()) is not None:
                 return recipe
-        return self._traced(tensor)
+        return None if self.is_paused else self._traced(tensor)
 
     def _recipe_of_total(self, total: Total, tensor: Tensor) -> Recipe | None:
         """Within a layer, of a sum whose parts are to be had."""

@@ -177,16 +177,49 @@ def run_as_layer(function: Callable[..., Any], module: nn.Module | None, args: t
         discarder = None if torch.compiler.is_compiling() else discarding()
         if discarder is None:
             return function(*args, **kwargs)
-        for tensor in provenance.tensors_among((args, kwargs)):
-            discarder.hold(tensor)
-        discarder.layers += 1
-        try:
-            output = function(*args, **kwargs)
-        finally:
-            discarder.layers -= 1
-        for tensor in provenance.tensors_among(output):
-            discarder.hold(tensor)
-        return output
+        return _between_edges("layer", discarder, function, args, kwargs)
+
+
+def run_at(
+    level: str,
+    function: Callable[..., Any],
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    alone: bool = False,
+) -> Any:
+    """A module's forward at a level of its own, whatever that of the contexts around it.
+
+    Args:
+        level: "block", "output", "all" or "layer", as of `convert`.
+        function: the forward.
+        module: that it is the forward of.
+        args, kwargs: of the call.
+        alone: whether the module is to keep the same, tensor by tensor, when it is called again by itself: then nothing
+            that was made before it is looked at.
+    """
+    with discard_outputs(module):
+        discarder = None if torch.compiler.is_compiling() else discarding()
+        if discarder is None:
+            return function(*args, **kwargs)
+        return _between_edges(level, discarder, function, args, kwargs, alone or level == "layer")
+
+
+def _between_edges(
+    level: str,
+    discarder: Discarder,
+    function: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+    holds: bool = True,
+) -> Any:
+    for tensor in provenance.tensors_among((args, kwargs)) if holds else ():
+        discarder.hold(tensor)
+    with discarder.at(level):
+        output = function(*args, **kwargs)
+    for tensor in provenance.tensors_among(output) if holds else ():
+        discarder.hold(tensor)
+    return output
 
 
 class DiscardOutputs(nn.Module):
@@ -255,7 +288,7 @@ def announce(
     discarder = _innermost()
     if discarder is None:
         return
-    seen = sees_what_is_saved(discarder)
+    seen = sees_what_is_saved(discarder) and not discarder.is_paused
     discarder.announced = announcement if seen else None
     discarder.saved = [] if seen else None
     discarder.is_elementwise = elementwise and seen

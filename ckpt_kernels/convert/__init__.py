@@ -10,7 +10,7 @@ nothing else, and nothing of one call is remembered for the next. The modules st
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .. import backends
-from ..functional.linear import RECOMPUTE
 from ..memory import kept_bytes
 from .around import Around, as_layer, discarding, discarding_products, selecting
 from .called import uses_transforms
@@ -29,6 +28,7 @@ from .loads import is_set, modules_of, named_modules, tensors_of
 from .methods import looks_like_mlp, written_of
 from .norm_trials import norm_of
 from .norms import Norm, RowNorm
+from .planned import LEVELS, AtLevel, Levels, Planned
 from .pointwise import pointwise_of
 from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced, Report
@@ -38,7 +38,6 @@ from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of,
 from .writes import writer_in
 
 _ONE_BY_ONE = "its parts compute one by one: it writes them in no form that is known"
-LEVELS = (*RECOMPUTE, "layer")
 
 __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert"]
 
@@ -46,7 +45,7 @@ __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert
 def convert(
     model: nn.Module,
     *,
-    recompute: str = "output",
+    recompute: "str | Mapping[str, str] | Planned" = "output",
     include: Iterable[str | type[nn.Module]] | None = None,
     exclude: Iterable[str | type[nn.Module]] | None = None,
     inputs: Any = None,
@@ -62,6 +61,9 @@ def convert(
             "output": not the outputs either, which are made again (see `recompute.discard_outputs`). "all": not the
             products that activations and gates read either, which run again. "layer": of each member of a ModuleList
             that has norms, what goes into it and what its attention saves of its result (see `recompute.layer`).
+            Or levels by module: a `Plan`, or a mapping of modules' names (with * and ?) to levels, each for all that is
+            below the module, a later one before an earlier one; of what is not named "output". There a module may
+            also be left as it is, "none", or be checkpointed, "checkpoint".
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
         inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
@@ -86,15 +88,14 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    if recompute not in LEVELS:
-        raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(LEVELS)}")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
+    levels = Levels(model, recompute)
     selection = Selection(model, include, exclude)
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:
-        report = _Conversion(model, recompute, selection).run()
+        report = _Conversion(model, levels, selection).run()
     except BaseException:
         revert(model)
         raise
@@ -132,11 +133,9 @@ def revert(model: nn.Module) -> None:
 
 
 class _Conversion:
-    def __init__(self, model: nn.Module, recompute: str, selection: Selection) -> None:
+    def __init__(self, model: nn.Module, levels: Levels, selection: Selection) -> None:
         self.model = model
-        self.recompute = recompute
-        # Within a module "layer" is "all".
-        self.level = "all" if recompute == "layer" else recompute
+        self.levels = levels
         self.selection = selection
         self.replaced: list[Replaced] = []
         self.left_alone: list[LeftAlone] = []
@@ -144,8 +143,8 @@ class _Conversion:
         self.writer = writer_in(model)
 
     def run(self) -> Report:
-        named = {module: name for name, module in named_modules(self.model)}
-        lets_go = self.recompute != "block" and not any(map(uses_transforms, named))
+        self.names = named = {module: name for name, module in named_modules(self.model)}
+        lets_go = self.levels.whole != "block" and not any(map(uses_transforms, named))
         for module, name in named.items():
             self._convert_leaf(name, module)
         for module, name in named.items():
@@ -153,13 +152,16 @@ class _Conversion:
                 self._convert_composite(name, module)
         if lets_go:
             for module in self._roots():
-                self._surround(module)
+                self._surround(module, self._around(module))
         for module, name in named.items():
             self._explain(name, module)
         order = {name: i for i, name in enumerate(named.values())}
         self.replaced.sort(key=lambda entry: order[entry.name])
         self.left_alone.sort(key=lambda entry: order[entry.name])
-        return Report(self.recompute, _backend_of(self.model), self.replaced, self.left_alone)
+        return Report(str(self.levels), _backend_of(self.model), self.replaced, self.left_alone)
+
+    def _covers(self, module: nn.Module) -> bool:
+        return self.selection.covers(module) and self.levels.of(module) != "none"
 
     def _apply(self, name: str, module: nn.Module, rule: Rule) -> None:
         kind = type(module).__name__
@@ -188,7 +190,7 @@ class _Conversion:
         if rule is None:
             if reason:
                 self._leave(name, module, reason)
-        elif not self.selection.covers(module):
+        elif not self._covers(module):
             self._leave(name, module, "not selected")
         elif parametrize.is_parametrized(module):
             self._leave(name, module, "its parameters are parametrized")
@@ -203,21 +205,21 @@ class _Conversion:
 
     def _convert_composite(self, name: str, module: nn.Module) -> None:
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
-        if leaf or not self.selection.covers(module) or not may_be_swapped(module):
+        if leaf or not self._covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = chain_of(module, self.level, self.selection.covers)
+        rule: Rule | None = chain_of(module, self.levels.of(module), self._covers)
         reason = ""
         if rule is None:
-            rule, reason = written_of(module, self.level, self.selection.covers)
+            rule, reason = written_of(module, self.levels.of(module), self._covers)
         if rule is not None:
             self._apply(name, module, rule)
-        elif looks_like_mlp(module, self.selection.covers):
+        elif looks_like_mlp(module, self._covers):
             self._leave(name, module, reason or _ONE_BY_ONE)
 
     def _explain(self, name: str, module: nn.Module) -> None:
         """Says why what looks like something of ours is not replaced, where nothing in it is, and nothing was said."""
         known = any(entry.name == name for entry in self.left_alone)
-        if known or not self.selection.covers(module) or any(below in self.rules for below in modules_of(module)):
+        if known or not self._covers(module) or any(below in self.rules for below in modules_of(module)):
             return
         if several := looks_like_several(module):
             self._leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
@@ -227,24 +229,33 @@ class _Conversion:
     def _roots(self) -> Iterator[nn.Module]:
         """The modules whose forward lets go of outputs: the model, and the members of its lists of layers, which may
         be checkpointed or called one by one."""
-        found: dict[nn.Module, None] = {self.model: None}
-        for parent in modules_of(self.model):
+        found: dict[nn.Module, None] = {self.model: None, **dict.fromkeys(self.levels.named)}
+        for parent in () if self.levels.is_by_module else modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
                 found.update((layer, None) for layer in parent._modules.values() if layer is not None)
         for module in found:
             covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
             if covered and may_be_swapped(module) and _has_forward(module):
                 yield module
+            elif module in self.levels.named:
+                self._leave(self.names[module], module, "its forward cannot be given a level of its own")
 
-    def _surround(self, module: nn.Module) -> None:
+    def _around(self, module: nn.Module) -> tuple[Around, ...]:
+        """What the forward of one of the roots runs in."""
+        may_repeat = module is not self.model and not any(map(_writes, modules_of(module)))
+        if module in self.levels.named:
+            return (AtLevel(*self.levels.named[module], may_repeat),)
+        whole = self.levels.whole
+        if whole == "layer" and module is not self.model and self._is_layer(module):
+            around: tuple[Around, ...] = (as_layer,)
+        else:
+            around = (discarding_products if whole in ("all", "layer") else discarding,)
+        return (*around, selecting) if may_repeat else around
+
+    def _surround(self, module: nn.Module, around: tuple[Around, ...]) -> None:
         rule = rule_of(module)
         if rule is not None:
             swap_back(module)
-        around: tuple[Around, ...] = (discarding_products if self.recompute in ("all", "layer") else discarding,)
-        if self.recompute == "layer" and module is not self.model and self._is_layer(module):
-            around = (as_layer,)
-        if module is not self.model and not any(map(_writes, modules_of(module))):
-            around += (selecting,)
         # A class that cannot be subclassed has no rule either: nothing is undone then.
         with contextlib.suppress(NotSwapped):
             swap(module, rule or Within(), around)

@@ -1,0 +1,142 @@
+"""Levels by module: which part of a model keeps what, by a mapping of names or by a plan, and what runs it so."""
+
+import fnmatch
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..functional.linear import RECOMPUTE
+from ..recompute import run_at
+from ..runs import Place, run_in
+from .around import _is_transformed, selecting
+from .loads import modules_of, named_modules
+from .rule import Forward
+
+LEVELS = (*RECOMPUTE, "layer")
+# What a module may have besides: to be left as it is, or to be checkpointed, with its blocks' outputs let go of inside.
+BY_MODULE = ("none", *LEVELS, "checkpoint")
+
+
+@dataclass(frozen=True)
+class AtLevel:
+    """What the forward of a module with a level of its own runs in.
+
+    Attributes:
+        level: "none" or one of `LEVELS`.
+        places: where the module is in a checkpointed run, and in runs within that; () is nowhere.
+        may_repeat: whether torch.compile may run it twice.
+    """
+
+    level: str
+    places: tuple[Place, ...] = ()
+    may_repeat: bool = False
+
+    def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
+            return forward(module, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._compiled(forward, module, args, kwargs)
+        if not self.places:
+            level = "block" if self.level == "none" else self.level
+            return run_at(level, functools.partial(forward, module), module, args, kwargs)
+        return run_in(self.places, functools.partial(self._inside, forward, module), module, args, kwargs)
+
+    def _inside(self, forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.level in ("none", "block"):
+            return forward(module, *args, **kwargs)
+        return run_at(self.level, functools.partial(forward, module), module, args, kwargs, alone=True)
+
+    def _compiled(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not self.may_repeat or self.level in ("none", "block") and not self.places:
+            return forward(module, *args, **kwargs)
+        if self.places:
+            return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
+        return selecting(forward, module, args, kwargs)
+
+
+class Planned(Protocol):
+    """What gives modules their levels."""
+
+    def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
+        """By the modules' names: the level, and where the module is in checkpointed runs."""
+        ...
+
+
+class Levels:
+    """The level of each module of a model.
+
+    Args:
+        model: a module.
+        recompute: one level for all, levels by names of modules (with * and ?), or a plan.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: a level is unknown, or a name fits no module.
+    """
+
+    def __init__(self, model: nn.Module, recompute: "str | Mapping[str, str] | Planned") -> None:
+        # The modules that are named, with all that is below them.
+        self.named: dict[nn.Module, tuple[str, tuple[Place, ...]]] = {}
+        self._level: dict[nn.Module, str] = {}
+        self.whole = recompute if isinstance(recompute, str) else "output"
+        self.is_by_module = not isinstance(recompute, str)
+        if isinstance(recompute, str):
+            _check(recompute, LEVELS, "recompute")
+        elif isinstance(recompute, Mapping):
+            self._assign(model, recompute)
+        elif hasattr(recompute, "levels_in"):
+            names = dict(named_modules(model, duplicates=True))
+            for name, (level, places) in recompute.levels_in(model).items():
+                self._cover(names[name], level, places)
+        else:
+            raise TypeError(
+                f"recompute is {type(recompute).__name__}; expected a level, a mapping of names to levels, or a plan"
+            )
+
+    def _assign(self, model: nn.Module, levels: Mapping[str, str]) -> None:
+        names = dict(named_modules(model, duplicates=True))
+        for pattern, level in levels.items():
+            _check(level, BY_MODULE, f"recompute[{pattern!r}]")
+            fitting = [names[name] for name in fnmatch.filter(names, pattern)]
+            if not fitting:
+                raise ValueError(f"recompute names {pattern!r}; expected a name, with * and ?, that fits a module")
+            below: set[nn.Module] = set()
+            for module in fitting:
+                if module in below:
+                    continue
+                below.update(modules_of(module))
+                if level == "checkpoint":
+                    self._cover(module, "output", (Place(len(self._level), 0, True),))
+                else:
+                    self._cover(module, level, ())
+
+    def _cover(self, module: nn.Module, level: str, places: tuple[Place, ...]) -> None:
+        """Whatever was said of what is below before no longer holds."""
+        for below in modules_of(module):
+            self.named.pop(below, None)
+            self._level[below] = level
+        self.named[module] = level, places
+
+    def of(self, module: nn.Module) -> str:
+        """The level of what is in a module: "layer" is "all" within."""
+        level = self._level.get(module, self.whole)
+        return "all" if level == "layer" else level
+
+    def __str__(self) -> str:
+        if not self.is_by_module:
+            return self.whole
+        counts: dict[str, int] = {}
+        for level, places in self.named.values():
+            kind = f"checkpointed {level}" if places else level
+            counts[kind] = counts.get(kind, 0) + 1
+        return "by module: " + (", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "none")
+
+
+def _check(level: Any, levels: tuple[str, ...], argument: str) -> None:
+    if level not in levels:
+        raise ValueError(f"{argument} is {level!r}; expected one of {', '.join(levels)}")

@@ -1,0 +1,186 @@
+"""A training step as a chain of stages, and what each choice costs each stage.
+
+Bytes are those that tensors take on the device beside parameters, their gradients, optimizer state and inputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# The only choice of a stage whose code is no layer's.
+FIXED = "fixed"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage costs at one choice.
+
+    Attributes:
+        kept: bytes that are there after its forward pass and were not before; its output counts.
+        forward_peak: the most bytes within its forward pass, beyond what was there when it began.
+        backward_peak: the most bytes within its backward pass, beyond what was there when it began.
+        forward: seconds of its forward pass.
+        backward: seconds of its backward pass.
+    """
+
+    kept: int
+    forward_peak: int
+    backward_peak: int
+    forward: float
+    backward: float
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """What the first of two forward passes of a stage costs, where nothing is kept for its backward pass.
+
+    Attributes:
+        kept: bytes that stay beside its output.
+        forward_peak: the most bytes within, beyond what was there when it began.
+        forward: its seconds.
+        saved: seconds of the second forward pass that are saved where it ends a run: what follows the last tensor that
+            is needed does not run.
+    """
+
+    kept: int
+    forward_peak: int
+    forward: float
+    saved: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a step: a layer, or what runs between two.
+
+    Attributes:
+        name: of the module; of other code, where it runs.
+        kind: the name of the module's class.
+        output: bytes of what it gives to the next.
+        left: bytes that are there after both its passes and were not before either, whatever is chosen: the gradient
+            of what it was given, less its output and that one's gradient.
+        costs: by choice.
+        checkpointed: as the inside of a checkpoint; None where it must not run twice.
+        follows: whether it takes the output of the stage before as it is, so that one checkpoint may span both.
+        alike: a number that stages of equal structure and shapes share.
+    """
+
+    name: str
+    kind: str
+    output: int
+    left: int
+    costs: Mapping[str, Cost]
+    checkpointed: Checkpointed | None = None
+    follows: bool = False
+    alike: int = field(default=0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"costs": {name: asdict(cost) for name, cost in self.costs.items()}}
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> "Stage":
+        costs = {name: Cost(**cost) for name, cost in data["costs"].items()}
+        checkpointed = data["checkpointed"] and Checkpointed(**data["checkpointed"])
+        return Stage(**{**data, "costs": costs, "checkpointed": checkpointed})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A stage at a level."""
+
+    stage: int
+    level: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Stages in a row under one checkpoint: their input alone is kept, and what is inside is made again, and chosen
+    anew, when the backward pass comes to the last of them."""
+
+    inside: tuple["Choice | Run", ...]
+
+    @property
+    def first(self) -> int:
+        return first_of(self.inside[0])
+
+    @property
+    def last(self) -> int:
+        return last_of(self.inside[-1])
+
+
+Assignment = tuple[Choice | Run, ...]
+
+
+def first_of(part: Choice | Run) -> int:
+    return part.stage if isinstance(part, Choice) else part.first
+
+
+def last_of(part: Choice | Run) -> int:
+    return part.stage if isinstance(part, Choice) else part.last
+
+
+def choices_in(assignment: Assignment) -> list[Choice]:
+    """Those of all stages, in order."""
+    found: list[Choice] = []
+    for part in assignment:
+        found += [part] if isinstance(part, Choice) else choices_in(part.inside)
+    return found
+
+
+def simulated(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, float]:
+    """The peak in bytes and the seconds of a step, walked through from its beginning to its end."""
+    clock = _Clock()
+    _forward(stages, assignment, clock)
+    _backward(stages, assignment, clock)
+    return clock.peak, clock.seconds
+
+
+@dataclass
+class _Clock:
+    level: int = 0
+    peak: int = 0
+    seconds: float = 0.0
+
+    def reach(self, beyond: int) -> None:
+        self.peak = max(self.peak, self.level + beyond)
+
+
+def _forward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> None:
+    for part in assignment:
+        if isinstance(part, Choice):
+            cost = stages[part.stage].costs[part.level]
+            clock.reach(cost.forward_peak)
+            clock.level += cost.kept
+            clock.seconds += cost.forward
+            continue
+        for index in range(part.first, part.last + 1):
+            first = stages[index].checkpointed
+            if first is None:
+                raise ValueError(f"stage {stages[index].name!r} is in a run; expected one that may run twice")
+            # The output of the stage before stands until this one has its own.
+            before = stages[index - 1].output if index > part.first else 0
+            clock.reach(before + first.forward_peak)
+            clock.level += first.kept
+            clock.seconds += first.forward
+        clock.level += stages[part.last].output
+
+
+def _backward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> None:
+    for part in reversed(assignment):
+        if isinstance(part, Choice):
+            stage, cost = stages[part.stage], stages[part.stage].costs[part.level]
+            clock.reach(cost.backward_peak)
+            clock.level += stage.left - cost.kept
+            clock.seconds += cost.backward
+            continue
+        last = stages[part.last]
+        _forward(stages, part.inside, clock)
+        # Nobody asks for the last output of the second pass.
+        clock.level -= last.output
+        clock.seconds -= last.checkpointed.saved if last.checkpointed else 0.0
+        _backward(stages, part.inside, clock)
+        # So far as if the run had kept nothing: what its first pass left goes now.
+        clock.level -= sum(c.kept for s in stages[part.first : part.last + 1] if (c := s.checkpointed))

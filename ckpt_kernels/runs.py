@@ -1,0 +1,436 @@
+"""Checkpoints that span several calls: layers in a row keep the input of the first, and run again for the backward pass.
+
+`torch.utils.checkpoint` needs one function for all that is to run again. A model calls its layers one by one, from a
+loop of its own, and what the loop does between two calls is its own affair. So a `Run` follows the calls: while each
+layer runs, its saved tensors are dropped, and its arguments are noted; those that are outputs of the run's own earlier
+calls, the very tensors, unwritten, are noted as such and not kept. When the backward pass first asks for a tensor, all
+calls of the run are made again from what is kept, up to the last tensor that was saved. A call whose arguments do not
+come from the one before begins another run, so a loop that does more than hand on costs memory and never a wrong number.
+
+As in torch's checkpoint, torch's random numbers and autocast are as they were, and the number, shapes and dtypes of
+what is saved are held against the first time. Beyond it, buffers that the first pass wrote to, such as running
+statistics, are left alone by the second, and a layer's arguments must not have been written to since.
+"""
+
+import contextlib
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .convert.loads import modules_of
+from .discarder import Discarder
+from .provenance import tensors_among
+from .recompute import discarding
+
+# What may be handed to a layer that is to run again: nothing that a layer writes to and somebody else reads.
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class Place(NamedTuple):
+    """Where a layer is in a run: the run's key, how many layers are before this one, and whether it is the last."""
+
+    key: int
+    index: int
+    is_last: bool
+
+
+class _Saved:
+    """What the graph holds in the place of a tensor that a layer saved."""
+
+    __slots__ = ("__weakref__", "dtype", "run", "shape", "value")
+
+    def __init__(self, run: "Run", tensor: Tensor) -> None:
+        self.run = run
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype
+        self.value: Tensor | None = None
+
+    def get(self) -> Tensor:
+        repeated = None
+        while self.value is None:
+            # A run that is repeated may leave it to one within.
+            if self.run is repeated:
+                raise RuntimeError("a checkpointed layer did not save a tensor again that it saved at first")
+            repeated = self.run
+            repeated.repeat()
+        return self.value
+
+
+class _Link(NamedTuple):
+    """An argument that is an output of an earlier call of the run."""
+
+    call: int
+    output: int
+
+
+class _Input(NamedTuple):
+    """An argument that is kept: the tensor, or what a context around keeps in its place."""
+
+    get: Callable[[], Tensor]
+    requires_grad: bool
+
+
+class _Call:
+    """A layer's call, and how to make it again."""
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place]) -> None:
+        self.function = function
+        self.module = module
+        self.places = places
+        self.args: tuple = ()
+        self.kwargs: dict[str, Any] = {}
+        self.saved: list[weakref.ref[_Saved]] = []
+        self.outputs: list[tuple[weakref.ref[Tensor], int]] = []
+        self.written: list[Tensor] = []
+        self.random: _RandomState | None = None
+        self.autocast = _autocast_now()
+
+
+class _Done(BaseException):
+    """The last tensor that is needed is there. No `except Exception` of a model's is to swallow it."""
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        # The run that the next layer may go on with, and whether layers are being run again.
+        self.open: Run | None = None
+        self.repeating = False
+
+
+_thread = _Thread()
+
+
+def run_in(
+    places: Sequence[Place],
+    inside: Callable[..., Any],
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a layer, `inside(*args, **kwargs)`, as a part of a run.
+
+    Args:
+        places: where the layer is in the run, and in the runs within that one which are made when it runs again.
+        inside: what computes the layer's result, without the runs.
+        module: the layer.
+        args, kwargs: of the call.
+    """
+    if _thread.repeating or not torch.is_grad_enabled() or not _are_plain((*args, *kwargs.values())):
+        return inside(*args, **kwargs)
+    place = places[0]
+    run, _thread.open = _thread.open, None
+    if run is None or not run.goes_on(place, args, kwargs):
+        run = Run(place.key)
+    output = run.call(_Call(inside, module, places), args, kwargs)
+    if not place.is_last:
+        _thread.open = run
+    return output
+
+
+def _are_plain(values: Sequence[Any]) -> bool:
+    for value in values:
+        if type(value) in (tuple, dict):
+            if not _are_plain(tuple(value.values()) if isinstance(value, dict) else value):
+                return False
+        elif not (isinstance(value, _PLAIN) or (isinstance(value, Tensor) and value.layout is torch.strided)):
+            return False
+    return True
+
+
+class Run:
+    """The calls under one checkpoint."""
+
+    def __init__(self, key: int, depth: int = 0) -> None:
+        self._key = key
+        self._depth = depth
+        self._calls: list[_Call] = []
+        self._kept: list[tuple[weakref.ref[Tensor], _Input]] = []
+        self._lock = threading.RLock()
+
+    def goes_on(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call is the next of the run: one that takes what the last has given."""
+        if place.key != self._key or place.index != self._calls[-1].places[0].index + 1:
+            return False
+        links = [self._link(tensor) for tensor in tensors_among((args, kwargs)) if tensor.requires_grad]
+        return any(link is not None and link.call == len(self._calls) - 1 for link in links)
+
+    def _link(self, tensor: Tensor) -> _Link | None:
+        for index in reversed(range(len(self._calls))):
+            for number, (output, version) in enumerate(self._calls[index].outputs):
+                if output() is tensor:
+                    return _Link(index, number) if tensor._version == version else None
+        return None
+
+    def call(self, call: _Call, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A call of the first pass."""
+        discarder = discarding()
+        call.args = tuple(self._noted(a, discarder) for a in args)
+        call.kwargs = {name: self._noted(a, discarder) for name, a in kwargs.items()}
+        self._calls.append(call)
+        buffers = [(b, b._version) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
+        before = _RandomState.now(args, kwargs)
+
+        def pack(tensor: Tensor) -> _Saved:
+            saved = _Saved(self, tensor)
+            call.saved.append(weakref.ref(saved))
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.get):
+            output = call.function(*args, **kwargs)
+        if not before.is_now():
+            call.random = before
+        call.written = [buffer for buffer, version in buffers if buffer._version != version]
+        call.outputs = [(weakref.ref(tensor), tensor._version) for tensor in tensors_among(output)]
+        return output
+
+    def _noted(self, value: Any, discarder: Discarder | None) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._noted(part, discarder) for part in value)
+        if isinstance(value, dict):
+            return {key: self._noted(part, discarder) for key, part in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        link = self._link(value)
+        return self._keep(value, discarder) if link is None else link
+
+    def _keep(self, tensor: Tensor, discarder: Discarder | None) -> _Input:
+        for known, noted in self._kept:
+            if known() is tensor:
+                return noted
+        if discarder is not None and tensor.requires_grad and not tensor.is_leaf:
+            get = discarder.pack(tensor).get
+        else:
+            get = _unwritten(tensor)
+        self._kept.append((weakref.ref(tensor), _Input(get, tensor.requires_grad)))
+        return self._kept[-1][1]
+
+    def repeat(self) -> None:
+        """Makes the calls again, and gives all that wait what they saved."""
+        with self._lock, _repeating(), torch.enable_grad(), contextlib.suppress(_Done):
+            inputs: dict[int, Tensor] = {}
+            outputs: list[list[Tensor]] = []
+            pieces = self._pieces()
+            for number, piece in enumerate(pieces):
+                is_last = number == len(pieces) - 1
+                if piece[0].places[self._depth + 1 :]:
+                    self._begin_within(piece, inputs, outputs, is_last)
+                else:
+                    for call in piece:
+                        self._again(call, inputs, outputs, is_last and call is piece[-1])
+
+    def _pieces(self) -> list[list[_Call]]:
+        """The calls by the runs within this one that they are in; each other one by itself."""
+        pieces: list[list[_Call]] = []
+        for call in self._calls:
+            within = call.places[self._depth + 1 :]
+            if within and within[0].index and pieces and _key(pieces[-1][0], self._depth) == within[0].key:
+                pieces[-1].append(call)
+            else:
+                pieces.append([call])
+        return pieces
+
+    def _again(self, call: _Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool) -> None:
+        waiting = list(call.saved)
+        count = 0
+
+        def collect(tensor: Tensor) -> Tensor:
+            nonlocal count
+            if count >= len(waiting):
+                raise RuntimeError("a checkpointed layer saves more tensors than it did at first: is it random?")
+            saved = waiting[count]()
+            count += 1
+            value = tensor.detach()
+            if saved is not None:
+                if (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
+                    raise RuntimeError(
+                        f"a checkpointed layer saves {tensor.dtype} {tuple(tensor.shape)}; expected {saved.dtype} "
+                        f"{tuple(saved.shape)}, as at first: does it decide at random?"
+                    )
+                saved.value = value
+            if is_last and count == len(waiting):
+                raise _Done
+            return value
+
+        if is_last and not waiting:
+            raise _Done
+        with torch.autograd.graph.saved_tensors_hooks(collect, _same):
+            outputs.append(self._made(call, inputs, outputs))
+
+    def _begin_within(
+        self, calls: list[_Call], inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool
+    ) -> None:
+        """A run within this one: nothing of its calls is kept now but what goes into the first."""
+        within = Run(calls[0].places[self._depth + 1].key, self._depth + 1)
+        start = len(outputs)
+        for call in calls:
+            again = _Call(call.function, call.module, call.places)
+            again.random, again.written, again.autocast = call.random, call.written, call.autocast
+            again.saved = call.saved
+            again.args = tuple(within._moved(a, start, inputs, outputs) for a in call.args)
+            again.kwargs = {name: within._moved(a, start, inputs, outputs) for name, a in call.kwargs.items()}
+            within._calls.append(again)
+            for reference in call.saved:
+                if (saved := reference()) is not None:
+                    saved.run = within
+        if is_last:
+            raise _Done
+        for call in calls:
+            with torch.autograd.graph.saved_tensors_hooks(_dropped, _same):
+                outputs.append(self._made(call, inputs, outputs))
+
+    def _moved(self, noted: Any, start: int, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
+        """An argument of the outer run as one of this: what comes from calls before this run's first is kept."""
+        if isinstance(noted, _Link):
+            if noted.call >= start:
+                return _Link(noted.call - start, noted.output)
+            tensor = outputs[noted.call][noted.output]
+            return _Input(_unwritten(tensor.detach()), tensor.requires_grad)
+        if isinstance(noted, _Input):
+            return noted
+        if isinstance(noted, tuple):
+            return tuple(self._moved(part, start, inputs, outputs) for part in noted)
+        if isinstance(noted, dict):
+            return {key: self._moved(part, start, inputs, outputs) for key, part in noted.items()}
+        return noted
+
+    def _made(self, call: _Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> list[Tensor]:
+        args = [_loaded(a, inputs, outputs) for a in call.args]
+        kwargs = {name: _loaded(a, inputs, outputs) for name, a in call.kwargs.items()}
+        # A layer that is sharded gathers its weights in its hooks; of one layer the backward pass has gathered them.
+        function = call.module if len(self._calls) > 1 and _is_sharded(call.module) else call.function
+        kept = [(buffer, buffer.clone()) for buffer in call.written]
+        with contextlib.ExitStack() as stack:
+            if call.random is not None:
+                stack.enter_context(call.random.again())
+            for autocast in call.autocast:
+                stack.enter_context(torch.autocast(*autocast[:1], **autocast[1]))
+            try:
+                return list(tensors_among(function(*args, **kwargs)))
+            finally:
+                for buffer, value in kept:
+                    # Others may have saved it: for them nothing is written.
+                    buffer.data.copy_(value)
+
+
+class _FromOutside(torch.autograd.Function):
+    """The identity: so what is made again has a graph behind its inputs, as it had at first, that tells nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0]
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _key(call: _Call, depth: int) -> int | None:
+    within = call.places[depth + 1 :]
+    return within[0].key if within else None
+
+
+def _loaded(noted: Any, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
+    if isinstance(noted, _Link):
+        return outputs[noted.call][noted.output]
+    if isinstance(noted, _Input):
+        if id(noted) not in inputs:
+            tensor = noted.get()
+            inputs[id(noted)] = _FromOutside.apply(tensor.detach().requires_grad_()) if noted.requires_grad else tensor
+        return inputs[id(noted)]
+    if isinstance(noted, tuple):
+        return tuple(_loaded(part, inputs, outputs) for part in noted)
+    if isinstance(noted, dict):
+        return {key: _loaded(part, inputs, outputs) for key, part in noted.items()}
+    return noted
+
+
+def _unwritten(tensor: Tensor) -> Callable[[], Tensor]:
+    """The tensor, if nobody has written to it by then."""
+    version = None if tensor.is_inference() else tensor._version
+    held = tensor if tensor.is_leaf else tensor.detach()
+
+    def get() -> Tensor:
+        if version is not None and held._version != version:
+            raise RuntimeError(
+                f"an argument of a checkpointed layer, {held.dtype} {tuple(held.shape)}, was modified by an in-place "
+                f"operation since: it is at version {held._version}; expected version {version}"
+            )
+        return held
+
+    return get
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _dropped(tensor: Tensor) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def _repeating() -> Iterator[None]:
+    before, _thread.repeating = _thread.repeating, True
+    open_run, _thread.open = _thread.open, None
+    try:
+        yield
+    finally:
+        _thread.repeating, _thread.open = before, open_run
+
+
+def is_repeating() -> bool:
+    """Whether this thread runs layers again for a backward pass."""
+    return _thread.repeating
+
+
+def _autocast_now() -> list[tuple[str, dict[str, Any]]]:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [
+        (
+            device,
+            {
+                "dtype": torch.get_autocast_dtype(device),
+                "enabled": torch.is_autocast_enabled(device),
+                "cache_enabled": torch.is_autocast_cache_enabled(),
+            },
+        )
+        for device in devices
+    ]
+
+
+class _RandomState:
+    """Of torch's generators: the CPU's, and those of the devices that a call's tensors are on."""
+
+    def __init__(self, states: list[tuple[torch.Generator, Tensor]]) -> None:
+        self._states = states
+
+    @staticmethod
+    def now(args: tuple, kwargs: dict[str, Any]) -> "_RandomState":
+        generators = [torch.default_generator]
+        devices = {tensor.device.index for tensor in tensors_among((args, kwargs)) if tensor.is_cuda}
+        generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
+        return _RandomState([(generator, generator.get_state()) for generator in generators])
+
+    def is_now(self) -> bool:
+        return all(torch.equal(generator.get_state(), state) for generator, state in self._states)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        now = [(generator, generator.get_state()) for generator, _ in self._states]
+        for generator, state in self._states:
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            for generator, state in now:
+                generator.set_state(state)
