@@ -8,15 +8,29 @@ from torch import nn
 from .target import tensors_in
 
 
-def copy_of(model: nn.Module) -> nn.Module:
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, whatever attributes it has: of a tensor with a graph, which cannot be copied, the values; of another
-    thing that cannot be copied, a lock or a generator, that thing itself."""
-    memo: dict[int, Any] = {}
+    thing that cannot be copied, a lock or a generator, that thing itself. A `memo` has what takes the place of things, by
+    their identity."""
+    memo = {} if memo is None else memo
     for module in nn.Module.modules(model):  # whatever attributes the model has under that name
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
                 copied(value, memo)
     return copy.deepcopy(model, memo)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are others in the same memory: they have gradients and hooks of their own."""
+    memo: dict[int, Any] = {}
+    for module in nn.Module.modules(model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                is_plain = type(parameter) is nn.Parameter
+                memo[id(parameter)] = (
+                    nn.Parameter(parameter.detach(), parameter.requires_grad) if is_plain else parameter
+                )
+    return copy_of(model, memo)
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:

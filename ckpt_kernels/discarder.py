@@ -218,6 +218,8 @@ class Discarder:
     def close(self) -> None:
         """From now on recipes live by their claims alone, and whatever is saved from now on is kept as it is."""
         self.is_closed = True
+        # Nodes of the graph know this context longer than they keep tensors, and hooks around may hold some.
+        self._outer = None
         self._entries.clear()
         self._held.clear()
         self._biases = {}

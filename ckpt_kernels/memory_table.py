@@ -35,12 +35,12 @@ def rows_of(modules: Sequence["ModuleMemory"], depth: int | None = None) -> list
     for name, kept in merged.items():
         groups.setdefault((re.sub(r"\b\d+\b", "*", name), *kept), []).append(name)
     return [
-        Row(_spanned(names) or "(whole)", kind, len(names), saved * len(names), other * len(names))
+        Row(spanned(names) or "(whole)", kind, len(names), saved * len(names), other * len(names))
         for (_, kind, saved, other), names in groups.items()
     ]
 
 
-def _spanned(names: Sequence[str]) -> str:
+def spanned(names: Sequence[str]) -> str:
     """One name for several that differ in numbers: `layers.0-11.norm`."""
     spans = []
     for parts in zip(*(name.split(".") for name in names), strict=True):

@@ -83,8 +83,9 @@ class Levels:
         # The modules that are named, with all that is below them.
         self.named: dict[nn.Module, tuple[str, tuple[Place, ...]]] = {}
         self._level: dict[nn.Module, str] = {}
-        self.whole = recompute if isinstance(recompute, str) else "output"
-        self.is_by_module = not isinstance(recompute, str)
+        whole = recompute if isinstance(recompute, str) else getattr(recompute, "whole", None)
+        self.whole = whole or "output"
+        self.is_by_module = whole is None
         if isinstance(recompute, str):
             _check(recompute, LEVELS, "recompute")
         elif isinstance(recompute, Mapping):

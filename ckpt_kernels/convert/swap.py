@@ -22,7 +22,7 @@ from torch import nn
 from .around import Around
 from .called import asks_for_its_class
 from .operands import is_called_plainly
-from .rule import Rule
+from .rule import Rule, Within
 from .wrappers import MADE, Found, surrounded, unless_patched
 
 # What the class of a converted module has beside its methods: its `Conversion`.
@@ -76,6 +76,16 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
         object.__setattr__(module, "__class__", made)
     except Exception as error:  # whatever an __init_subclass__ or a metaclass of the user's raises
         raise NotSwapped("its class does not let itself be subclassed") from error
+
+
+def surround(module: nn.Module, outer: Around) -> None:
+    """Has the forward of a module, converted or not, run as one more function does."""
+    conversion = getattr(type(module), _ATTRIBUTE, None)
+    if conversion is None:
+        swap(module, Within(), (outer,))
+    else:
+        swap_back(module)
+        swap(module, conversion.rule, (*conversion.around, outer))
 
 
 def swap_back(module: nn.Module) -> None:

@@ -1,0 +1,199 @@
+"""The planner: for each layer of a model what to keep, so that a step is the fastest that fits a budget of memory.
+
+    plan = ckpt_kernels.plan(model, batch, budget="12GiB")
+    print(plan)
+    plan.apply()
+
+`layers` finds the layers of a model, `measure` the cost of each choice for each, in steps of the model itself (`marks`
+tells where a layer begins and ends), `solve` the fastest assignment of choices for every amount of memory (`costs` says
+what a chain of stages is). `Plan` is the result.
+"""
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .budget import Budget, DoesNotFit, bytes_of
+from .costs import Assignment, simulated
+from .marks import NotAChain, peak_of
+from .measure import EAGER, LEVELS, Bench, Measured, Step, measured
+from .plan import Plan, structure_of
+from .solve import Solver
+
+__all__ = ["DoesNotFit", "Plan", "plan"]
+
+# Plans that differ in time by less are taken for equally fast, and the one of less memory is taken.
+SLACK = 0.005
+# How often a plan that turned out above the budget is made anew.
+_ATTEMPTS = 4
+
+
+def plan(
+    model: nn.Module,
+    *inputs: Any,
+    budget: Budget,
+    loss: Callable[[Any], Tensor] | None = None,
+    progress: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """The fastest training step of `model(*inputs, **kwargs)` that fits the budget.
+
+    A budget bounds the bytes that a step, forward and backward, makes on the device beside parameters, their gradients,
+    optimizer state and inputs, as `memory.peak_bytes` measures them where the gradients are there before.
+
+    For each layer, a member of a `ModuleList` or `Sequential` with a norm and at least two matrices, it chooses one of
+    the levels of `convert`, or to leave the layer as it is, or to checkpoint it, by itself or together with others in a
+    row; of those in a checkpoint too. Costs are measured, with each choice in all layers, in steps of the model on these
+    inputs; the choice is the best one by these costs; then a step is measured with it, and where that is above the
+    budget another choice is made. The model, its gradients and random numbers stay as they are: steps run on copies
+    that share the parameters' memory. `Plan.apply` converts the model.
+
+    Args:
+        model: a module, converted or not, whose layers run one after the other.
+        inputs, kwargs: what the model is called with, of the size that the budget is for.
+        budget: bytes, a size such as "12GiB", a float up to 1 for a fraction of eager's peak, "device" for what is free
+            on the GPU but 5 %, or None for as much as the fastest plan takes.
+        loss: the loss of what the model returns. By default the output's own `loss`, or the sum of its tensors.
+        progress: called with a line before each step that is made. By default lines go to a terminal's stderr.
+
+    Returns:
+        A `Plan`, which prints as a table.
+
+    Raises:
+        DoesNotFit: no choice fits; the error's `least` are the fewest bytes of any.
+        TypeError, ValueError: the model is no module, the budget is none, or the output has no gradient.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        >>> plan = ckpt_kernels.plan(model, torch.randn(2, 64, 32), budget=0.6)
+        >>> plan.measured.peak <= plan.budget
+        True
+        >>> report = plan.apply()
+
+    Source:
+        The recurrence for chains: Beaumont et al., "Optimal checkpointing for heterogeneous chains", 2019.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("model is compiled already; expected one that is not: plan first, then torch.compile")
+    bytes_of(budget if budget != "device" else None, 1, torch.device("cpu"))
+    shown = progress or _shown_in_terminal
+    bench = Bench(model, inputs, kwargs, loss, shown)
+    try:
+        found = measured(bench)
+    except NotAChain as reason:
+        return _whole(model, bench, budget, str(reason))
+    finally:
+        if progress is None:
+            _end_of_progress()
+    allowed = bytes_of(budget, found.steps[EAGER].peak, bench.device)
+    return _solved(model, bench, found, allowed)
+
+
+def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None) -> Plan:
+    solver = Solver(found.stages)
+    needs, seconds = (values.tolist() for values in solver.front)
+    excess = 0
+    for _ in range(_ATTEMPTS):
+        assignment = _best(solver, None if budget is None else budget - excess)
+        if assignment is None:
+            raise DoesNotFit(budget or 0, int(needs[0]) + excess)
+        peak, predicted = simulated(found.stages, assignment)
+        made = Plan(
+            budget=budget,
+            assignment=assignment,
+            predicted=Step(peak, predicted),
+            measured=Step(peak, predicted),
+            steps=found.steps,
+            bound=_bound(found, solver, budget),
+            frontier=list(zip(needs, seconds, strict=True)),
+            stages=found.stages,
+            layers=found.layers,
+            structure=structure_of(model),
+            shapes=found.shapes,
+            _model=[weakref.ref(model)],
+        )
+        measured_step = _tried(bench, made)
+        if budget is None or measured_step.peak <= budget:
+            note = f"costs predicted {excess:,} bytes too few at first" if excess else ""
+            return _with(made, measured=measured_step, count=bench.count, note=note)
+        excess += measured_step.peak - min(budget - excess, peak)
+    raise DoesNotFit(budget or 0, int(needs[0]) + excess)
+
+
+def _with(made: Plan, **changes: Any) -> Plan:
+    return Plan(**{**vars(made), **changes})
+
+
+def _best(solver: Solver, budget: int | None) -> Assignment | None:
+    """The one of least memory among those that are about as fast as the fastest that fits."""
+    needs, seconds = solver.front
+    memory = int(needs[-1]) if budget is None else budget
+    fastest = solver.front.at(memory)
+    enough = needs[seconds <= fastest * (1 + SLACK)]
+    return solver.best(int(enough[0])) if len(enough) and int(enough[0]) <= memory else None
+
+
+def _bound(found: Measured, solver: Solver, budget: int | None) -> float:
+    front = Solver(found.stages, optimistic=True).front if solver.is_thinned else solver.front
+    return front.at(int(front.needs[-1]) if budget is None else budget)
+
+
+def _tried(bench: Bench, made: Plan, turns: int = 2) -> Step:
+    """A step as the plan has it."""
+    twin = bench.twin(made)
+    _, points = bench.step("memory of the plan", twin, memory=True)
+    times = []
+    for turn in range(turns):
+        _, timed = bench.step(f"time of the plan, {turn + 1} of {turns}", twin, memory=False)
+        times.append(timed[-1].seconds - timed[0].seconds)
+    return Step(peak_of(points), min(times))
+
+
+def _whole(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
+    """One level for all, of a model whose layers cannot be chosen for."""
+    bench.names = []
+    steps: dict[str, Step] = {}
+    for level in LEVELS:
+        twin = bench.twin(None if level == "none" else level)
+        _, points = bench.step(f"memory of {level}", twin, memory=True)
+        _, timed = bench.step(f"time of {level}", twin, memory=False)
+        steps[EAGER if level == "none" else level] = Step(peak_of(points), timed[-1].seconds - timed[0].seconds)
+    allowed = bytes_of(budget, steps[EAGER].peak, bench.device)
+    fitting = {name: step for name, step in steps.items() if allowed is None or step.peak <= allowed}
+    if not fitting:
+        raise DoesNotFit(allowed or 0, min(step.peak for step in steps.values()))
+    best = min(fitting, key=lambda name: (fitting[name].seconds, fitting[name].peak))
+    return Plan(
+        budget=allowed,
+        assignment=(),
+        predicted=fitting[best],
+        measured=fitting[best],
+        steps=steps,
+        bound=fitting[best].seconds,
+        frontier=[],
+        stages=[],
+        layers=[],
+        structure=structure_of(model),
+        shapes={},
+        whole="none" if best == EAGER else best,
+        note=reason,
+        count=bench.count,
+        _model=[weakref.ref(model)],
+    )
+
+
+def _shown_in_terminal(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[Kplanning: {line}", end="", file=sys.stderr, flush=True)
+
+
+def _end_of_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""What a budget means, in bytes."""
+
+import re
+from typing import Any
+
+import torch
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+# Of what is free on a device, what a plan for it leaves: for what others allocate, and for memory in pieces too small.
+RESERVE = 0.05
+
+Budget = int | float | str | None
+_EXPECTED = 'expected bytes, a size such as "12GiB", a fraction of eager\'s peak, "device", or None'
+
+
+class DoesNotFit(ValueError):
+    """No choice fits the budget; `least` is the fewest bytes of any."""
+
+    def __init__(self, budget: int, least: int) -> None:
+        super().__init__(f"budget is {budget:,} bytes; expected at least {least:,}, the least that any choice takes")
+        self.least = least
+
+
+def bytes_of(budget: Budget, eager: int, device: torch.device) -> int | None:
+    """In bytes; None for None.
+
+    Args:
+        budget: bytes, a size with a unit, a fraction of eager's peak up to 1, "device", or None.
+        eager: eager's peak.
+        device: the model's.
+
+    Raises:
+        TypeError, ValueError: it is none of these.
+    """
+    if budget is None:
+        return None
+    if budget == "device":
+        return _free(device)
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*([\d.]+)\s*(|k|m|g|t|ki|mi|gi|ti)(b?)\s*", budget, re.IGNORECASE)
+        if not found or found[1].count(".") > 1 or not any(map(str.isdigit, found[1])):
+            raise ValueError(f"budget is {budget!r}; {_EXPECTED}")
+        return _positive(int(float(found[1]) * _UNITS[found[2].lower()]), budget)
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"budget is {type(budget).__name__}; {_EXPECTED}")
+    if isinstance(budget, float) and 0.0 < budget <= 1.0:
+        return int(budget * eager)
+    return _positive(int(budget) if budget == budget and abs(budget) != float("inf") else 0, budget)
+
+
+def _positive(count: int, budget: Any) -> int:
+    if count <= 0:
+        raise ValueError(f"budget is {budget!r}; {_EXPECTED}")
+    return count
+
+
+def _free(device: torch.device) -> int:
+    if device.type != "cuda":
+        raise ValueError(f'budget is "device" and the model is on {device}; expected a CUDA device, or a size')
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int((free + cached) * (1 - RESERVE))

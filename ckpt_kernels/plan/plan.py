@@ -1,0 +1,204 @@
+"""A plan: which layer keeps what, what that costs, and how a model is made to compute so."""
+
+import hashlib
+import json
+import pathlib
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..convert import Report, convert, revert
+from ..convert.loads import named_modules
+from ..convert.swap import original_of
+from ..runs import Place
+from . import report
+from .costs import FIXED, Assignment, Choice, Run, Stage, choices_in
+from .measure import Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for each layer of a model, with what was measured to find it.
+
+    Bytes are those that a training step makes on the device beside parameters, their gradients, optimizer state and
+    inputs. Seconds are of a step's forward and backward pass.
+
+    Attributes:
+        budget: the bytes that were given; None if none were.
+        assignment: the choices, in the order of the forward pass.
+        predicted: the step that the costs predict.
+        measured: the step as it was measured with the plan applied.
+        steps: whole steps as they were measured, with all layers at one choice; "eager" is the model as it was.
+        bound: the seconds below which no assignment of these choices within the budget can be.
+        frontier: bytes and seconds of the best assignments for every amount of memory.
+        stages: the chain that was solved for.
+        layers: for each stage the name of its module; "" for code between layers.
+        structure: a digest of the names, classes and shapes of the model's modules and parameters.
+        shapes: of the tensors that each layer was called with.
+        whole: one level for the whole model, where its layers could not be chosen for one by one.
+        note: why not, and what else is to be known.
+        count: how many steps were made to find the plan.
+    """
+
+    budget: int | None
+    assignment: Assignment
+    predicted: Step
+    measured: Step
+    steps: dict[str, Step]
+    bound: float
+    frontier: list[tuple[int, float]]
+    stages: list[Stage]
+    layers: list[str]
+    structure: str
+    shapes: dict[str, tuple]
+    whole: str | None = None
+    note: str = ""
+    count: int = 0
+    _model: "list[weakref.ref[nn.Module]]" = field(default_factory=list, compare=False, repr=False)
+
+    def apply(self, model: nn.Module | None = None) -> Report:
+        """Converts the model that the plan was made for, or another of the same structure.
+
+        Args:
+            model: by default the one that the plan was made for.
+
+        Returns:
+            The report of `convert`.
+
+        Raises:
+            ValueError: the plan was read from a file and no model is given, or the model is of another structure.
+        """
+        model = self._its(model)
+        if self.whole == "none":
+            self._check(model)
+            revert(model)
+            return Report("none", "torch", [], [])
+        return convert(model, recompute=self)
+
+    def revert(self, model: nn.Module | None = None) -> None:
+        """Gives the model's modules their own forward back; see `ckpt_kernels.revert`."""
+        revert(self._its(model))
+
+    def _its(self, model: nn.Module | None) -> nn.Module:
+        if model is None:
+            model = self._model[0]() if self._model else None
+        if model is None:
+            raise ValueError("no model is given, and the one that the plan was made for is not there; expected a model")
+        return model
+
+    def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
+        """For `convert`: by the layers' names their levels, and where each is in checkpointed runs."""
+        self._check(model)
+        found: dict[str, tuple[str, tuple[Place, ...]]] = {}
+        self._place(self.assignment, (), found, [0])
+        return found
+
+    def _place(
+        self,
+        parts: Assignment,
+        runs: tuple[tuple[int, Run], ...],
+        found: dict[str, tuple[str, tuple[Place, ...]]],
+        key: list[int],
+    ) -> None:
+        for part in parts:
+            if isinstance(part, Run):
+                key[0] += 1
+                self._place(part.inside, (*runs, (key[0], part)), found, key)
+            elif part.level != FIXED:
+                places = (Place(k, part.stage - run.first, part.stage == run.last) for k, run in runs)
+                found[self.layers[part.stage]] = part.level, tuple(places)
+
+    def _check(self, model: nn.Module) -> None:
+        found = structure_of(model)
+        if found != self.structure:
+            raise ValueError(
+                "the model is of another structure (names, classes and shapes of its modules) than the one that the "
+                "plan was made for; expected the same, or a new plan"
+            )
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes the plan as JSON."""
+        pathlib.Path(path).write_text(json.dumps(self.as_dict(), indent=1))
+
+    @staticmethod
+    def load(path: str | pathlib.Path) -> "Plan":
+        """Reads a plan that was saved.
+
+        Raises:
+            ValueError: the file holds none.
+        """
+        try:
+            data = json.loads(pathlib.Path(path).read_text())
+            return _of(data)
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} holds no plan: {error}; expected a file that Plan.save wrote") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as data."""
+        data = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return data | {
+            "assignment": [_described(part) for part in self.assignment],
+            "predicted": asdict(self.predicted),
+            "measured": asdict(self.measured),
+            "steps": {name: asdict(step) for name, step in self.steps.items()},
+            "stages": [stage.as_dict() for stage in self.stages],
+            "frontier": [list(label) for label in self.frontier],
+            "torch": torch.__version__,
+        }
+
+    @property
+    def levels(self) -> dict[str, str]:
+        """The level of each layer by its name; "checkpoint, output" is that of one in a checkpoint."""
+        found = {}
+        for part in self.assignment:
+            for choice in choices_in((part,)):
+                if choice.level != FIXED:
+                    prefix = "checkpoint, " if isinstance(part, Run) else ""
+                    found[self.layers[choice.stage]] = prefix + choice.level
+        return found
+
+    def __str__(self) -> str:
+        return report.text(self)
+
+    def draw(self, path: str | pathlib.Path) -> None:
+        """A PNG: time against peak, of the frontier, the plan, and all layers at one choice. Needs matplotlib."""
+        report.draw(self, path)
+
+
+def structure_of(model: nn.Module) -> str:
+    """A digest of the names, classes and shapes of a model's modules and parameters, converted or not."""
+    digest = hashlib.sha256()
+    for name, module in named_modules(model):
+        shapes = [(key, tuple(p.shape)) for key, p in module._parameters.items() if p is not None]
+        digest.update(repr((name, original_of(module).__qualname__, shapes)).encode())
+    return digest.hexdigest()
+
+
+def _described(part: Choice | Run) -> Any:
+    return [part.stage, part.level] if isinstance(part, Choice) else {"run": [_described(p) for p in part.inside]}
+
+
+def _part(data: Any) -> Choice | Run:
+    return Run(tuple(map(_part, data["run"]))) if isinstance(data, dict) else Choice(*data)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _of(data: dict[str, Any]) -> Plan:
+    names = ("budget", "bound", "layers", "structure", "whole", "note", "count")
+    return Plan(
+        **{name: data[name] for name in names},
+        assignment=tuple(map(_part, data["assignment"])),
+        predicted=Step(**data["predicted"]),
+        measured=Step(**data["measured"]),
+        steps={name: Step(**step) for name, step in data["steps"].items()},
+        stages=[Stage.of(stage) for stage in data["stages"]],
+        frontier=[(int(need), float(seconds)) for need, seconds in data["frontier"]],
+        shapes={name: _tuples(shapes) for name, shapes in data["shapes"].items()},
+    )
