@@ -28,8 +28,9 @@ from .marks import NotAChain, Point, Recorder, Segment, Where, marking, peak_of,
 Loss = Callable[[Any], Tensor]
 LEVELS = ("none", "block", "output", "all", "layer")
 CHECKPOINT = "checkpoint"
+CHOICES = (*LEVELS, CHECKPOINT)
 EAGER = "eager"
-# Of a stage whose equals are so many a single timed step is enough.
+# Of layers of which so many are alike, each choice is timed in that many at once.
 MANY = 4
 
 
@@ -50,27 +51,25 @@ class Measured:
         layers: for each stage the name of its module; "" for code between layers.
         steps: whole steps, with all layers at one choice, by choice; "eager" is the model as it is.
         shapes: of what each layer was called with.
-        count: how many steps were made.
     """
 
     stages: list[Stage]
     layers: list[str]
     steps: dict[str, Step]
     shapes: dict[str, tuple]
-    count: int
 
 
-class Uniform:
-    """All layers at one choice, as `convert` takes it."""
+class ByLayer:
+    """A choice for each layer, as `convert` takes it."""
 
-    def __init__(self, names: Sequence[str], choice: str) -> None:
-        self._names = names
-        self._choice = choice
+    def __init__(self, choices: Mapping[str, str]) -> None:
+        self.choices = choices
 
     def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
-        if self._choice == CHECKPOINT:
-            return {name: ("output", (Place(key, 0, True),)) for key, name in enumerate(self._names)}
-        return {name: (self._choice, ()) for name in self._names}
+        return {
+            name: ("output", (Place(key, 0, True),)) if choice == CHECKPOINT else (choice, ())
+            for key, (name, choice) in enumerate(self.choices.items())
+        }
 
 
 class Bench:
@@ -91,7 +90,7 @@ class Bench:
         loss: Loss | None,
         progress: Callable[[str], None],
     ) -> None:
-        self._model = model
+        self.model = model
         self._inputs = args, kwargs
         self._loss = loss or default_loss
         self._progress = progress
@@ -104,12 +103,12 @@ class Bench:
 
     def twin(self, recompute: Any) -> nn.Module:
         """A twin of the model whose layers are marked; converted, if not None."""
-        twin = twin_of(self._model)
+        twin = twin_of(self.model)
         if recompute is None:
             revert(twin)
         else:
             convert(twin, recompute=recompute)
-        for mine, its in zip(self._model.parameters(), twin.parameters(), strict=True):
+        for mine, its in zip(self.model.parameters(), twin.parameters(), strict=True):
             if its.requires_grad:
                 if id(mine) not in self._gradients:
                     self._gradients[id(mine)] = torch.zeros_like(its)
@@ -168,34 +167,44 @@ def measured(bench: Bench) -> Measured:
     """
     if not bench.names:
         raise NotAChain("it has no layers: no ModuleList or Sequential whose members can be given levels of their own")
-    choices = (EAGER, *LEVELS[1:], CHECKPOINT)
     twins, recorders, memory, peaks = {}, {}, {}, {}
-    for choice in choices:
-        twins[choice] = bench.twin(None if choice == EAGER else Uniform(bench.names, choice))
-        before = _attributes(twins[choice], bench.names) if choice == EAGER else {}
-        recorders[choice], points = bench.step(f"memory of {choice}", twins[choice], memory=True)
+    for choice in (EAGER, *CHOICES[1:]):
+        twin = bench.twin(None if choice == EAGER else ByLayer(dict.fromkeys(bench.names, choice)))
+        before = _attributes(twin, bench.names) if choice == EAGER else {}
+        recorders[choice], points = bench.step(f"memory of {choice}", twin, memory=True)
         if choice == EAGER:
-            changed = _changed(before, _attributes(twins[choice], bench.names))
+            changed = _changed(before, _attributes(twin, bench.names))
         memory[choice], peaks[choice] = segments(points), peak_of(points)
-    order = list(recorders[EAGER].outputs)
-    for choice in choices:
-        if list(recorders[choice].outputs) != order:
+    order = [bench.names[layer] for layer in recorders[EAGER].outputs]
+    for choice, recorder in recorders.items():
+        if [bench.names[layer] for layer in recorder.outputs] != order:
             raise NotAChain("layers are called in another order from step to step")
-    alike = _alike(bench, recorders[EAGER], order, memory)
-    rounds = 1 if len(set(alike)) * MANY <= len(alike) else 3
-    times: dict[str, list[dict[Where, Segment]]] = {choice: [] for choice in choices}
-    whole: dict[str, list[float]] = {choice: [] for choice in choices}
-    for turn in range(rounds):
-        for choice in choices:
-            _, points = bench.step(f"time of {choice}, {turn + 1} of {rounds}", twins[choice], memory=False)
-            times[choice].append(segments(points))
-            whole[choice].append(points[-1].seconds - points[0].seconds)
-    seconds = {choice: _seconds(times[choice], alike) for choice in choices}
+    memory["none"] = memory.pop(EAGER)
+    kinds = _kinds(bench, recorders[EAGER], order)
+    seconds = _seconds(bench, order, kinds)
     builder = _Stages(bench, recorders[EAGER], order, memory, seconds, changed)
     stages, layers = builder.stages()
-    steps = {choice: Step(peaks[choice], min(whole[choice])) for choice in choices}
-    shapes = {bench.names[layer]: recorders[EAGER].shapes[layer] for layer in order}
-    return Measured(stages, layers, steps, shapes, bench.count)
+    shapes = {name: recorders[EAGER].shapes[bench.names.index(name)] for name in order}
+    steps = {choice: Step(peak, seconds.of_step(choice)) for choice, peak in peaks.items()}
+    return Measured(stages, layers, steps, shapes)
+
+
+def _seconds(bench: Bench, order: list[str], kinds: list[int]) -> "Seconds":
+    """The seconds of all choices. In each step the choices of layers in a row are different, and over as many steps as
+    there are choices each layer has each: so a machine that is slower for a while is so for all choices."""
+    rounds = 1 if len(set(kinds)) * MANY <= len(kinds) else 3
+    chosen, found = [], []
+    turns = len(CHOICES)
+    twins: dict[int, nn.Module] = {}
+    for step in range(rounds * turns):
+        turn = step % turns
+        choices = {name: CHOICES[(place + turn) % turns] for place, name in enumerate(order)}
+        if turn not in twins:
+            twins[turn] = bench.twin(ByLayer(choices))
+        _, points = bench.step(f"times, {step + 1} of {rounds * turns}", twins[turn], memory=False)
+        chosen.append(list(choices.values()))
+        found.append(segments(points))
+    return Seconds.fitted(found, chosen, kinds)
 
 
 def _attributes(twin: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -217,35 +226,89 @@ def _changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]
     return {name for name in before if _different(before[name], after[name])}
 
 
-def _alike(bench: Bench, recorder: Recorder, order: list[int], memory: dict[str, dict[Where, Segment]]) -> list[int]:
-    """For each layer in the order of calls the number of its kind: of equal structure, arguments and memory."""
-    modules = dict(bench._model.named_modules())
+def _kinds(bench: Bench, recorder: Recorder, order: list[str]) -> list[int]:
+    """For each layer in the order of calls the number of its kind: of equal structure and arguments."""
+    modules = dict(bench.model.named_modules())
     kinds: dict[Any, int] = {}
     found = []
-    for index, layer in enumerate(order):
-        module = modules[bench.names[layer]]
+    for name in order:
         structure = tuple(
-            (type(m).__qualname__, m.training, *((n, p.shape, p.dtype, p.requires_grad) for n, p in m._parameters.items() if p is not None))
-            for m in modules_of(module)
+            (type(m).__qualname__, m.training, n, p.shape, p.dtype, p.requires_grad)
+            for m in modules_of(modules[name])
+            for n, p in m._parameters.items()
+            if p is not None
         )
-        kept = tuple(memory[choice]["forward", index].net for choice in memory)
-        key = structure, recorder.shapes[layer], kept
+        key = structure, recorder.shapes[bench.names.index(name)]
         found.append(kinds.setdefault(key, len(kinds)))
     return found
 
 
-def _seconds(rounds: list[dict[Where, Segment]], alike: list[int]) -> dict[Where, float]:
-    """Of each segment, by several steps; a layer's by all that are like it: the median of the faster half, since what
-    disturbs only slows."""
-    found = {}
-    for where in rounds[0]:
-        what, index = where
-        places = [where]
-        if what in ("forward", "backward"):
-            places = [(what, other) for other, kind in enumerate(alike) if kind == alike[index]]
-        times = sorted(segments[place].seconds for segments in rounds for place in places)
-        found[where] = statistics.median(times[: (len(times) + 1) // 2])
-    return found
+class Seconds:
+    """The seconds of each segment at each choice.
+
+    Fitted to steps in which layers have different choices: a segment's seconds are those of its kind and choice, times
+    how slow the machine was in the step. What disturbs a segment alone only slows it, so of several the median of the
+    faster half is taken.
+    """
+
+    def __init__(self, by_kind: dict[tuple[str, int, str], float], kinds: list[int]) -> None:
+        self._by_kind = by_kind
+        self._kinds = kinds
+
+    def of(self, where: Where, choice: str) -> float:
+        """Of a layer's segment at a choice, or of code between layers."""
+        return self._by_kind[_class_of(where, choice, self._kinds)]
+
+    def of_step(self, choice: str) -> float:
+        """Of a whole step with all layers at one choice."""
+        choice = "none" if choice == EAGER else choice
+        layers = range(len(self._kinds))
+        found = sum(self.of((what, index), choice) for what in ("forward", "backward") for index in layers)
+        return found + sum(seconds for (what, _, _), seconds in self._by_kind.items() if what.endswith("_gap"))
+
+    @staticmethod
+    def fitted(steps: list[dict[Where, Segment]], chosen: list[list[str]], kinds: list[int]) -> "Seconds":
+        """By `steps`, in each of which the i-th layer had the i-th of the step's `chosen`."""
+        slowness = [1.0] * len(steps)
+        for _ in range(4):
+            samples: dict[tuple[str, int, str], list[float]] = {}
+            for step, choices, slow in zip(steps, chosen, slowness, strict=True):
+                for where, segment in step.items():
+                    of = _class_of(where, _choice_at(where, choices), kinds)
+                    samples.setdefault(of, []).append(segment.seconds / slow)
+            by_kind = {of: statistics.median(sorted(s)[: (len(s) + 1) // 2]) for of, s in samples.items()}
+            slowness = []
+            for step, choices in zip(steps, chosen, strict=True):
+                ratios = []
+                for where, segment in step.items():
+                    usual = by_kind[_class_of(where, _choice_at(where, choices), kinds)]
+                    if usual > 0:
+                        ratios.append((segment.seconds / usual, usual))
+                slowness.append(_weighted_median(ratios))
+            usual = statistics.median(slowness)
+            slowness = [slow / usual for slow in slowness]
+        return Seconds(by_kind, kinds)
+
+
+def _choice_at(where: Where, choices: list[str]) -> str:
+    what, index = where
+    return "" if what.endswith("_gap") else choices[index]
+
+
+def _class_of(where: Where, choice: str, kinds: list[int]) -> tuple[str, int, str]:
+    """What segments are taken for equal: a layer's by its kind and choice, those between layers each for itself."""
+    what, index = where
+    return (what, index, "") if what.endswith("_gap") else (what, kinds[index], choice)
+
+
+def _weighted_median(values: list[tuple[float, float]]) -> float:
+    """Of (value, weight)."""
+    half = sum(weight for _, weight in values) / 2
+    for value, weight in sorted(values):
+        half -= weight
+        if half <= 0:
+            return value
+    return 1.0
 
 
 class _Stages:
@@ -255,9 +318,9 @@ class _Stages:
         self,
         bench: Bench,
         recorder: Recorder,
-        order: list[int],
+        order: list[str],
         memory: dict[str, dict[Where, Segment]],
-        seconds: dict[str, dict[Where, float]],
+        seconds: Seconds,
         changed: set[str],
     ) -> None:
         self._bench = bench
@@ -276,7 +339,7 @@ class _Stages:
             if gap is not None:
                 found.append((gap, ""))
             layer = self._layer(index)
-            follows = self._recorder.follows[self._order[index]] and gap is None and bool(found)
+            follows = self._recorder.follows[self._bench.names.index(self._order[index])] and gap is None and bool(found)
             found.append((replace(layer, follows=follows), layer.name))
         last = self._gap(len(self._order))
         if last is not None:
@@ -292,12 +355,12 @@ class _Stages:
         """The cost, and what both passes leave."""
         suffix = "" if what == "layer" else "_gap"
         forward, backward = (self._memory[choice][f"{name}{suffix}", index] for name in ("forward", "backward"))
-        times = [self._seconds[choice][f"{name}{suffix}", index] for name in ("forward", "backward")]
+        times = [self._seconds.of((f"{name}{suffix}", index), choice) for name in ("forward", "backward")]
         return Cost(forward.net, forward.peak, backward.peak, *times), forward.net + backward.net
 
     def _gap(self, index: int) -> Stage | None:
         """The code before a layer, or after the last; None where there is nothing to speak of."""
-        costs = [self._cost(choice, "gap", index) for choice in self._memory if choice != EAGER]
+        costs = [self._cost(choice, "gap", index) for choice in self._memory if choice != "none"]
         most = Cost(
             max(cost.kept for cost, _ in costs),
             max(cost.forward_peak for cost, _ in costs),
@@ -309,25 +372,25 @@ class _Stages:
         is_last = index == len(self._order)
         if not is_last and not (most.kept or most.forward_peak or most.backward_peak or left):
             return None
-        name = "after the last layer" if is_last else f"before {self._bench.names[self._order[index]]}"
+        name = "after the last layer" if is_last else f"before {self._order[index]}"
         return Stage(name, "", max(most.kept, 0), left, {FIXED: most})
 
     def _layer(self, index: int) -> Stage:
-        layer = self._order[index]
-        name = self._bench.names[layer]
-        found = {level: self._cost(EAGER if level == "none" else level, "layer", index) for level in LEVELS}
+        name = self._order[index]
+        found = {level: self._cost(level, "layer", index) for level in LEVELS}
         checkpoint, left = self._cost(CHECKPOINT, "layer", index)
         costs = {level: cost for level, (cost, _) in found.items()}
-        output = self._recorder.outputs[layer]
+        output = self._recorder.outputs[self._bench.names.index(name)]
         inside = costs["output"]
         checkpointed = None
         if name not in self._changed and checkpoint.kept < inside.kept:
+            # A forward pass of which nothing is kept does what the other does, and a second one ends early, but not at
+            # half: what is measured beyond that is noise.
+            forward = max(checkpoint.forward, 0.9 * min(cost.forward for cost in costs.values()))
             saved = min(max(inside.seconds - checkpoint.backward, 0.0), inside.forward / 2)
-            checkpointed = Checkpointed(
-                max(checkpoint.kept - output, 0), checkpoint.forward_peak, checkpoint.forward, saved
-            )
+            checkpointed = Checkpointed(max(checkpoint.kept - output, 0), checkpoint.forward_peak, forward, saved)
         left = max(left, *(left for _, left in found.values()))
-        kind = type(dict(self._bench._model.named_modules())[name]).__name__
+        kind = type(dict(self._bench.model.named_modules())[name]).__name__
         return Stage(name, kind, output, left, _worth_having(costs), checkpointed)
 
 
