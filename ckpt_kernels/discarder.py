@@ -128,7 +128,10 @@ class Discarder:
         """What is held of a node's results, as it was then."""
         for held in self._held.values():
             tensor = held.tensor()
-            if tensor is not None and tensor.grad_fn is node and tensor.output_nr == output:
+            if tensor is None or tensor.output_nr != output:
+                continue
+            maker = tensor.grad_fn
+            if maker is node if maker is not None else getattr(node, "variable", None) is tensor:
                 return self.pack(tensor) if tensor._version == held.version else None
         return None
 

@@ -322,7 +322,7 @@ class _FromOutside(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
-        return input.view_as(input)
+        return input.detach()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
