@@ -238,7 +238,7 @@ class Discarder:
         self._entries.clear()
         self._held.clear()
         self._biases = {}
-        self.announced = self.saved = None
+        self.announced = self.saved = self.total = None
 
     def pack(self, tensor: Tensor) -> Cell:
         # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
