@@ -10,8 +10,8 @@ from .target import tensors_in
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, whatever attributes it has: of a tensor with a graph, which cannot be copied, the values; of another
-    thing that cannot be copied, a lock or a generator, that thing itself. A `memo` has what takes the place of things, by
-    their identity."""
+    thing that cannot be copied, a lock or a generator, that thing itself. A `memo` has what takes the place of things,
+    by their identity."""
     memo = {} if memo is None else memo
     for module in nn.Module.modules(model):  # whatever attributes the model has under that name
         for name, value in vars(module).items():

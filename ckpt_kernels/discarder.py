@@ -17,7 +17,20 @@ from torch.nn.parameter import is_lazy
 
 from . import provenance
 from .provenance import Block, Trace
-from .recipes import Cell, Claim, Foreign, Geometry, Kept, Operand, Recipe, Step, Unwritten, geometry_of, recipe_of_step, watching
+from .recipes import (
+    Cell,
+    Claim,
+    Foreign,
+    Geometry,
+    Kept,
+    Operand,
+    Recipe,
+    Step,
+    Unwritten,
+    geometry_of,
+    recipe_of_step,
+    watching,
+)
 
 # A recipe may need an output that was let go too, and so on. Past this many the output is kept, so that what stands in
 # memory while a chain is rebuilt, and what is computed more than once, stay small.

@@ -1,11 +1,11 @@
-"""Checkpoints that span several calls: layers in a row keep the input of the first, and run again for the backward pass.
+"""Checkpoints that span several calls: layers in a row keep the input of the first alone, and run again.
 
 `torch.utils.checkpoint` needs one function for all that is to run again. A model calls its layers one by one, from a
 loop of its own, and what the loop does between two calls is its own affair. So a `Run` follows the calls: while each
 layer runs, its saved tensors are dropped, and its arguments are noted; those that are outputs of the run's own earlier
 calls, the very tensors, unwritten, are noted as such and not kept. When the backward pass first asks for a tensor, all
 calls of the run are made again from what is kept, up to the last tensor that was saved. A call whose arguments do not
-come from the one before begins another run, so a loop that does more than hand on costs memory and never a wrong number.
+come from the one before begins another run: a loop that does more than hand on costs memory, and never a wrong number.
 
 As in torch's checkpoint, torch's random numbers and autocast are as they were, and the number, shapes and dtypes of
 what is saved are held against the first time. Beyond it, buffers that the first pass wrote to, such as running
@@ -35,7 +35,7 @@ class Place(NamedTuple):
     """Where a layer is in a run: the run's key, how many layers are before this one, and whether it is the last."""
 
     key: int
-    index: int
+    place: int
     is_last: bool
 
 
@@ -154,7 +154,7 @@ class Run:
 
     def goes_on(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call is the next of the run: one that takes what the last has given."""
-        if place.key != self._key or place.index != self._calls[-1].places[0].index + 1:
+        if place.key != self._key or place.place != self._calls[-1].places[0].place + 1:
             return False
         links = [self._link(tensor) for tensor in tensors_among((args, kwargs)) if tensor.requires_grad]
         return any(link is not None and link.call == len(self._calls) - 1 for link in links)
@@ -228,7 +228,7 @@ class Run:
         pieces: list[list[_Call]] = []
         for call in self._calls:
             within = call.places[self._depth + 1 :]
-            if within and within[0].index and pieces and _key(pieces[-1][0], self._depth) == within[0].key:
+            if within and within[0].place and pieces and _key(pieces[-1][0], self._depth) == within[0].key:
                 pieces[-1].append(call)
             else:
                 pieces.append([call])

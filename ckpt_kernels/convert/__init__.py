@@ -28,7 +28,7 @@ from .loads import is_set, modules_of, named_modules, tensors_of
 from .methods import looks_like_mlp, written_of
 from .norm_trials import norm_of
 from .norms import Norm, RowNorm
-from .planned import LEVELS, AtLevel, Levels, Planned
+from .planned import AtLevel, Levels, Planned
 from .pointwise import pointwise_of
 from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced, Report

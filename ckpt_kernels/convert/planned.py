@@ -52,7 +52,7 @@ class AtLevel:
         return run_at(self.level, functools.partial(forward, module), module, args, kwargs, alone=True)
 
     def _compiled(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self.may_repeat or self.level in ("none", "block") and not self.places:
+        if not self.may_repeat or (self.level in ("none", "block") and not self.places):
             return forward(module, *args, **kwargs)
         if self.places:
             return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)

@@ -16,8 +16,8 @@ from ..convert.loads import named_modules
 from ..convert.swap import original_of
 from ..runs import Place
 from . import report
+from .bench import Step
 from .costs import FIXED, Assignment, Choice, Run, Stage, choices_in
-from .measure import Step
 
 
 @dataclass(frozen=True)
