@@ -16,24 +16,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .. import backends
 from ..functional.linear import RECOMPUTE
 from ..memory import kept_bytes
-from .around import Around, as_layer, discarding, discarding_products, selecting
+from .around import Around, as_layer, discarding, discarding_products, noticing, selecting
 from .called import uses_transforms
 from .chain import chain_of
+from .later import Continued, looked_for
+from .leaves import Leaves
 from .likeness import looks_like_activation, looks_like_several
 from .loads import is_set, modules_of, named_modules, tensors_of
 from .methods import looks_like_mlp, written_of
-from .norm_trials import norm_of
-from .norms import Norm, RowNorm
-from .pointwise import pointwise_of
+from .norms import Norm
+from .noticing import forget
 from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced, Report
 from .rule import Rule, Within
-from .selection import Selection
+from .selection import Choice, Selection, choice_of
 from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
 from .writes import writer_in
 
@@ -90,11 +90,11 @@ def convert(
         raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(LEVELS)}")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
-    selection = Selection(model, include, exclude)
+    choices = choice_of(model, include, "include"), choice_of(model, exclude, "exclude")
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:
-        report = _Conversion(model, recompute, selection).run()
+        report = _Conversion(model, recompute, *choices).run()
     except BaseException:
         revert(model)
         raise
@@ -129,77 +129,37 @@ def revert(model: nn.Module) -> None:
     for module in modules_of(model):
         if is_converted(module):
             swap_back(module)
+            forget(module)
 
 
-class _Conversion:
-    def __init__(self, model: nn.Module, recompute: str, selection: Selection) -> None:
+class _Conversion(Leaves):
+    def __init__(self, model: nn.Module, recompute: str, include: Choice, exclude: Choice) -> None:
+        super().__init__(Selection(model, include, exclude), writer_in(model), [], [])
         self.model = model
         self.recompute = recompute
         # Within a module "layer" is "all".
         self.level = "all" if recompute == "layer" else recompute
-        self.selection = selection
-        self.replaced: list[Replaced] = []
-        self.left_alone: list[LeftAlone] = []
-        self.rules: dict[nn.Module, Rule] = {}
-        self.writer = writer_in(model)
+        self.above = _above_lists(model)
+        self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone)
 
     def run(self) -> Report:
         named = {module: name for name, module in named_modules(self.model)}
-        lets_go = self.recompute != "block" and not any(map(uses_transforms, named))
         for module, name in named.items():
-            self._convert_leaf(name, module)
+            self.convert(name, module)
         for module, name in named.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        if lets_go:
-            for module in self._roots():
-                self._surround(module)
+        lets_go = self.recompute != "block" and not any(map(uses_transforms, named))
+        roots = [module for module in self._roots() if lets_go or module is self.model]
+        for module in roots:
+            self._surround(module, self._around(module) if lets_go else (noticing,))
+        self.later.begin(self.model, *roots)
         for module, name in named.items():
             self._explain(name, module)
         order = {name: i for i, name in enumerate(named.values())}
         self.replaced.sort(key=lambda entry: order[entry.name])
         self.left_alone.sort(key=lambda entry: order[entry.name])
         return Report(self.recompute, _backend_of(self.model), self.replaced, self.left_alone)
-
-    def _apply(self, name: str, module: nn.Module, rule: Rule) -> None:
-        kind = type(module).__name__
-        try:
-            swap(module, rule)
-        except NotSwapped as error:
-            self._leave(name, module, str(error))
-            return
-        # A part that was left alone as such may have been found in the way its methods are written.
-        self.left_alone = [entry for entry in self.left_alone if entry.name != name]
-        self.replaced.append(Replaced(name, kind, str(rule)))
-        self.rules[module] = rule
-
-    def _leave(self, name: str, module: nn.Module, reason: str) -> None:
-        self.left_alone.append(LeftAlone(name, type(module).__name__, reason))
-
-    def _convert_leaf(self, name: str, module: nn.Module) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            return
-        rule: Rule | None
-        rule, reason = norm_of(module)
-        if isinstance(rule, RowNorm) and self.writer:
-            rule = replace(rule, copied=True)
-        if rule is None and not reason:
-            rule, reason = pointwise_of(module)
-        if rule is None:
-            if reason:
-                self._leave(name, module, reason)
-        elif not self.selection.covers(module):
-            self._leave(name, module, "not selected")
-        elif parametrize.is_parametrized(module):
-            self._leave(name, module, "its parameters are parametrized")
-        elif "forward" in module.__dict__:
-            self._leave(name, module, "its forward was replaced on the instance")
-        elif not may_be_swapped(module):
-            self._leave(name, module, "its forward is no plain method of its class, or asks for its class")
-        else:
-            self._apply(name, module, rule)
-            if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
-                self._leave(name, module, "rounds bfloat16 where none of our row norms does: as it is for 16 bits")
 
     def _convert_composite(self, name: str, module: nn.Module) -> None:
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
@@ -210,9 +170,9 @@ class _Conversion:
         if rule is None:
             rule, reason = written_of(module, self.level, self.selection.covers)
         if rule is not None:
-            self._apply(name, module, rule)
+            self.apply(name, module, rule)
         elif looks_like_mlp(module, self.selection.covers):
-            self._leave(name, module, reason or _ONE_BY_ONE)
+            self.leave(name, module, reason or _ONE_BY_ONE)
 
     def _explain(self, name: str, module: nn.Module) -> None:
         """Says why what looks like something of ours is not replaced, where nothing in it is, and nothing was said."""
@@ -220,14 +180,14 @@ class _Conversion:
         if known or not self.selection.covers(module) or any(below in self.rules for below in modules_of(module)):
             return
         if several := looks_like_several(module):
-            self._leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
+            self.leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
         elif not self.replaced and looks_like_activation(module):
-            self._leave(name, module, "keeps no more than its output, which what reads it keeps too: nothing to win")
+            self.leave(name, module, "keeps no more than its output, which what reads it keeps too: nothing to win")
 
     def _roots(self) -> Iterator[nn.Module]:
-        """The modules whose forward lets go of outputs: the model, and the members of its lists of layers, which may
-        be checkpointed or called one by one."""
-        found: dict[nn.Module, None] = {self.model: None}
+        """The modules whose forward lets go of outputs: the model, and what of it holds the lists of layers, which may
+        be called without it; and the members of these, which may be checkpointed or called one by one."""
+        found = dict.fromkeys(self.above)
         for parent in modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
                 found.update((layer, None) for layer in parent._modules.values() if layer is not None)
@@ -236,15 +196,18 @@ class _Conversion:
             if covered and may_be_swapped(module) and _has_forward(module):
                 yield module
 
-    def _surround(self, module: nn.Module) -> None:
+    def _around(self, module: nn.Module) -> tuple[Around, ...]:
+        around: tuple[Around, ...] = (discarding_products if self.recompute in ("all", "layer") else discarding,)
+        if module in self.above:
+            return around
+        if self.recompute == "layer" and self._is_layer(module):
+            around = (as_layer,)
+        return around if any(map(_writes, modules_of(module))) else (*around, selecting)
+
+    def _surround(self, module: nn.Module, around: tuple[Around, ...]) -> None:
         rule = rule_of(module)
         if rule is not None:
             swap_back(module)
-        around: tuple[Around, ...] = (discarding_products if self.recompute in ("all", "layer") else discarding,)
-        if self.recompute == "layer" and module is not self.model and self._is_layer(module):
-            around = (as_layer,)
-        if module is not self.model and not any(map(_writes, modules_of(module))):
-            around += (selecting,)
         # A class that cannot be subclassed has no rule either: nothing is undone then.
         with contextlib.suppress(NotSwapped):
             swap(module, rule or Within(), around)
@@ -252,6 +215,25 @@ class _Conversion:
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a norm in it is converted, as in layers, and not in most experts."""
         return any(isinstance(self.rules.get(below), Norm) for below in modules_of(module))
+
+
+def _above_lists(model: nn.Module) -> dict[nn.Module, None]:
+    """The model, and what of it holds its outermost lists of layers."""
+    above: dict[nn.Module, None] = {}
+
+    def holds(module: nn.Module) -> bool:
+        if module in seen:
+            return module in above
+        seen.add(module)
+        children = [child for child in module._modules.values() if child is not None]
+        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children]
+        if any(lists):
+            above[module] = None
+        return any(lists)
+
+    seen: set[nn.Module] = set()
+    holds(model)
+    return {model: None} | above
 
 
 def _backend_of(model: nn.Module) -> str:

@@ -21,12 +21,15 @@ from torch import nn
 
 from .around import Around
 from .called import asks_for_its_class
+from .noticing import goes_on
 from .operands import is_called_plainly
 from .rule import Rule
 from .wrappers import MADE, Found, surrounded, unless_patched
 
 # What the class of a converted module has beside its methods: its `Conversion`.
 _ATTRIBUTE = "_ckpt_conversion"
+# And the state of a copy of a converted model: how its conversion goes on.
+_LATER = "_ckpt_later"
 
 
 class NotSwapped(Exception):
@@ -45,7 +48,7 @@ class Conversion(NamedTuple):
 class Converted:
     """The first base of every converted module's class."""
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+    def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
         kind = type(self)
         original, rule, around, _ = getattr(kind, _ATTRIBUTE)
         if original in copyreg.dispatch_table:
@@ -55,7 +58,20 @@ class Converted:
             return reduced
         make, given, *rest = reduced
         given = tuple(original if argument is kind else argument for argument in given)
+        later = goes_on(self)
+        if later is not None and later.is_of(self) and rest and type(rest[0]) is dict:
+            rest[0] = {**rest[0], _LATER: later}
         return _made_again, (original, rule, around, (_PROCESS, id(kind)), make, given), *rest
+
+    def __setstate__(self: Any, state: Any) -> None:
+        later = None
+        if type(state) is dict and _LATER in state:
+            state = dict(state)
+            later = state.pop(_LATER)
+        kind: Any = super()
+        kind.__setstate__(state)
+        if later is not None:
+            later.begin(self)
 
 
 def _is_pickled_plainly(kind: type[nn.Module]) -> bool:
