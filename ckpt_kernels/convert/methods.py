@@ -22,9 +22,10 @@ from .flow import LONGEST, Meaning, Run, blocks, run_of
 from .formulas import VALUE, Formula, formula_of
 from .guards import CHUNK, is_linear
 from .in_place import writes_over
+from .loads import load
 from .norms import Norm
 from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
-from .reading import Part
+from .reading import ADAPTED, Part
 from .remembering import remembered
 from .rewrite import may_be_rewritten, rewritten
 from .rotation_trials import rotation_of
@@ -215,6 +216,10 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
             return Part("dropout")
         if is_linear(value):
             return Part("linear")
+        # Which may be taken out again: whether it is there is asked at each call.
+        within = load(value, "base_layer")
+        if isinstance(within, nn.Module) and is_linear(within) and may_touch(within):
+            return Part("linear", ADAPTED)
         if (name := activation_of(value, made=True)) is not None:
             return Part("act", name)
         if writes_over(value):
