@@ -283,6 +283,14 @@ def test_what_runs_again_is_what_ran(reentrant: bool) -> None:
     torch.testing.assert_close(x.grad.flatten() * x.detach().flatten(), output.detach())
 
 
+def test_one_that_is_there_twice_is_converted_once() -> None:
+    model = made()
+    report = ckpt_kernels.convert(model)
+    model.body.extra = model.extra = nn.GELU()
+    model(rows())
+    assert [entry.by for entry in report.replaced if entry.kind == "GELU"] == ["bias_act (gelu)"]
+
+
 def test_what_is_taken_out_is_forgotten() -> None:
     model = made()
     ckpt_kernels.convert(model)

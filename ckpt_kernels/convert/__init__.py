@@ -20,7 +20,7 @@ from torch import nn
 from .. import backends
 from ..functional.linear import RECOMPUTE
 from ..memory import kept_bytes
-from .around import Around, as_layer, discarding, discarding_products, noticing, selecting
+from .around import Around, as_layer, discarding, discarding_products, looking_over, selecting
 from .called import uses_transforms
 from .chain import chain_of
 from .later import Continued, looked_for
@@ -152,7 +152,7 @@ class _Conversion(Leaves):
         lets_go = self.recompute != "block" and not any(map(uses_transforms, named))
         roots = [module for module in self._roots() if lets_go or module is self.model]
         for module in roots:
-            self._surround(module, self._around(module) if lets_go else (noticing,))
+            self._surround(module, self._around(module) if lets_go else (looking_over,))
         self.later.begin(self.model, *roots)
         for module, name in named.items():
             self._explain(name, module)

@@ -46,7 +46,7 @@ def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str,
     return run_as_layer(functools.partial(forward, module), module, args, kwargs)
 
 
-def noticing(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def looking_over(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward, and before it the conversion of what came into the module later."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         look_over(module)

@@ -56,7 +56,7 @@ class Continued(Later):
     def convert(self, modules: list[nn.Module]) -> None:
         model = self._model()
         with _one_at_a_time:
-            new = [module for module in modules if module not in self.known]
+            new = [module for module in dict.fromkeys(modules) if module not in self.known]
             self.known.update(new)
             # Of another, a trial would say what it computes.
             new = [module for module in new if type(module) in LOOKED_FOR and is_as_torch_has_it(module)]

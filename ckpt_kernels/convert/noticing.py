@@ -59,22 +59,25 @@ def forget(module: nn.Module) -> None:
 
 
 def look_over(model: nn.Module) -> list[nn.Module]:
-    """Has what came later converted; gives those modules that have hooks around their forward. For each call."""
-    waiting, seen = [model], {model}
+    """Has what came later converted; gives those modules that have hooks around their forward. For each call, so that
+    it is to be fast."""
+    own = model.__dict__
+    hooked = [model] if own["_forward_hooks"] or own["_forward_pre_hooks"] else []
     found: list[nn.Module] = []
-    hooked: list[nn.Module] = []
+    waiting, seen = [model], {model}
     for module in waiting:
-        own = module.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            hooked.append(module)
-        if type(module) in LOOKED_FOR:
-            found.append(module)
-        if children := own["_modules"]:
-            for child in children.values():
-                # A module may be below itself.
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    waiting.append(child)
+        for child in module.__dict__["_modules"].values():
+            if child is None:
+                continue
+            own = child.__dict__
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                hooked.append(child)
+            if type(child) in LOOKED_FOR:
+                found.append(child)
+            # A module may be below itself.
+            if own["_modules"] and child not in seen:
+                seen.add(child)
+                waiting.append(child)
     # What runs again in a backward pass, as checkpoints do, is to be what ran.
     if found and (later := goes_on(model)) is not None and torch._C._current_graph_task_id() == -1:
         new = [module for module in found if module not in later.known]
