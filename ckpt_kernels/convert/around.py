@@ -59,14 +59,14 @@ def _is_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> b
     # Within another, that one goes on.
     if torch.compiler.is_compiling() or discarding_now() is not None:
         return False
-    if any(not isinstance(a, _PASSES) and leads_to_transforms(a) for a in (*args, *kwargs.values())):
-        look_over(module)
-        return True
-    return any(
-        leads_to_transforms(hooks)
-        for hooked in look_over(module)
-        for hooks in (hooked._forward_hooks, hooked._forward_pre_hooks)
-    )
+    hooked = look_over(module)
+    for argument in (*args, *kwargs.values()):
+        if not isinstance(argument, _PASSES) and leads_to_transforms(argument):
+            return True
+    for below in hooked:
+        if leads_to_transforms(below._forward_hooks) or leads_to_transforms(below._forward_pre_hooks):
+            return True
+    return False
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

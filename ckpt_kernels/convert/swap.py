@@ -37,12 +37,14 @@ class NotSwapped(Exception):
 
 
 class Conversion(NamedTuple):
-    """How a class was converted: from which, by which rule, what its forward runs in, and what its methods were."""
+    """How a class was converted: from which, by which rule, what its forward runs in, and what its methods were,
+    the forward among them."""
 
     original: type[nn.Module]
     rule: Rule
     around: tuple[Around, ...]
     found: tuple[tuple[str, Found], ...]
+    forward: Found
 
 
 class Converted:
@@ -50,7 +52,7 @@ class Converted:
 
     def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
         kind = type(self)
-        original, rule, around, _ = getattr(kind, _ATTRIBUTE)
+        original, rule, around, *_ = getattr(kind, _ATTRIBUTE)
         if original in copyreg.dispatch_table:
             return copyreg.dispatch_table[original](self)
         reduced: Any = super().__reduce_ex__(protocol)
@@ -88,7 +90,7 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
         raise NotSwapped("is pickled in a way of its own")
     found = tuple((name, Found.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
-        made = _converted_class(Conversion(kind, rule, around, found))
+        made = _converted_class(Conversion(kind, rule, around, found, dict(found)["forward"]))
         object.__setattr__(module, "__class__", made)
     except Exception as error:  # whatever an __init_subclass__ or a metaclass of the user's raises
         raise NotSwapped("its class does not let itself be subclassed") from error
@@ -159,7 +161,7 @@ def rule_in_force(module: nn.Module) -> Rule | None:
 def is_patched(kind: type[nn.Module]) -> bool:
     """Whether the forward of a converted class, or of its original, is another than when the module was converted."""
     conversion = getattr(kind, _ATTRIBUTE)
-    return not (_is_as_made(kind) and dict(conversion.found)["forward"].is_at(conversion.original, "forward"))
+    return not (_is_as_made(kind) and conversion.forward.is_at(conversion.original, "forward"))
 
 
 def _is_as_made(kind: type[nn.Module]) -> bool:
