@@ -20,6 +20,7 @@ from ..backends.reference import ACTIVATIONS as FORMULAS
 from .exchange import EXCHANGES
 from .flow import LONGEST, Meaning, Run, blocks, run_of
 from .formulas import VALUE, Formula, formula_of
+from .function_trials import activation_function
 from .guards import CHUNK, is_linear
 from .in_place import writes_over
 from .loads import load
@@ -234,6 +235,8 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         return Part("halves")
     if value in ACTIVATIONS:
         return Part("act", ACTIVATIONS[value])
+    if (tried := activation_function(value)) is not None:
+        return Part("act", tried.name, not tried.keeps_input, (value,))
     is_exchanged = value in EXCHANGES or rotation_of(value) is not None
     return Part("exchange", known=(value,)) if is_exchanged else Part()
 

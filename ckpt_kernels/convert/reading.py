@@ -26,7 +26,8 @@ class Part(NamedTuple):
     A "linear" may have an adapter around it by now, as its name says.
     An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is
     of has just been computed: torch does not keep that for it, so that somebody else may write to it. `known` are the
-    functions and numbers that a formula was known with, and the module or function that an "exchange" is of.
+    functions and numbers that a formula was known with, a function that is an "act" by itself, and the module or
+    function that an "exchange" is of.
     """
 
     kind: str = ""

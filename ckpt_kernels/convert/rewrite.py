@@ -20,6 +20,7 @@ from . import sites, templates
 from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, run_of
+from .function_trials import activation_function
 from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
@@ -218,7 +219,11 @@ class _Writer:
         pattern, attempt = match.pattern, match.attempt
         options = attempt.options | ({"recompute": self.recompute} if "recompute" in pattern.takes else {})
         captured = [operand.name for operand in match.captured]
-        site = templates.site(pattern, captured, options, attempt.act.known, attempt.activation)
+        known = attempt.act.known
+        if attempt.activation is not None:
+            site = templates.site(pattern, captured, options, known, attempt.activation)
+        else:
+            site = templates.site(pattern, captured, options, tried=activation_function(known[0]) if known else None)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
         named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
