@@ -20,11 +20,13 @@ from ..backends.reference import ACTIVATIONS as FORMULAS
 from .exchange import EXCHANGES
 from .flow import LONGEST, Meaning, Run, blocks, run_of
 from .formulas import VALUE, Formula, formula_of
+from .function_trials import activation_function
 from .guards import CHUNK, is_linear
 from .in_place import writes_over
+from .loads import load
 from .norms import Norm
 from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
-from .reading import Part
+from .reading import ADAPTED, Part
 from .remembering import remembered
 from .rewrite import may_be_rewritten, rewritten
 from .rotation_trials import rotation_of
@@ -215,6 +217,10 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
             return Part("dropout")
         if is_linear(value):
             return Part("linear")
+        # Which may be taken out again: whether it is there is asked at each call.
+        within = load(value, "base_layer")
+        if isinstance(within, nn.Module) and is_linear(within) and may_touch(within):
+            return Part("linear", ADAPTED)
         if (name := activation_of(value, made=True)) is not None:
             return Part("act", name)
         if writes_over(value):
@@ -229,6 +235,8 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         return Part("halves")
     if value in ACTIVATIONS:
         return Part("act", ACTIVATIONS[value])
+    if (tried := activation_function(value)) is not None:
+        return Part("act", tried.name, not tried.keeps_input, (value,))
     is_exchanged = value in EXCHANGES or rotation_of(value) is not None
     return Part("exchange", known=(value,)) if is_exchanged else Part()
 

@@ -120,11 +120,16 @@ def read(module: nn.Module) -> tuple[Settings, Code]:
     """All that the module's forward reads of it beside its parameters, by name, and the code it reaches."""
     reading = Reading(module)
     reading.function(type(module).forward, own=True)
-    if reading.names & _SHAPES and (reading.branches or reading.steps):
+    if reads_shapes(reading):
         raise NotTried("decides by the shape of what it is given")
     reading.modules()
     settings = tuple(sorted(reading.settings.items()))
     return settings, Code((type(module), settings, tuple(module._parameters)), reading.found)
+
+
+def reads_shapes(reading: "Reading") -> bool:
+    """Whether what the code does may depend on the shapes of what it is given."""
+    return bool(reading.names & _SHAPES) and (reading.branches or reading.steps)
 
 
 def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> bool:

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from .function_trials import TriedFunction
 from .guards import CHUNK, as_products_take, linear_operands, norm_rule, probability
 from .operands import as_plain, has_hooks_for_all, is_ordinary, is_watched
 from .pointwise import KEPT_BY_OUTPUT, activation_of
@@ -102,11 +103,12 @@ def site(
     options: dict[str, Any],
     functions: Sequence[Any] = (),
     activation: str | None = None,
+    tried: TriedFunction | None = None,
 ) -> Callable[..., list[Any]]:
     """What the rewritten method calls: the results and True, or what it has to be given back, `captured`, and False.
 
     In a list, from which all is taken: no local name holds a tensor longer than the original's would. `functions` are
-    those that a formula of this activation was known with.
+    those that a formula of this activation was known with; or the activation is a function that was `tried`.
     """
     again = tuple(reversed(captured))
     formulas = tuple((f"f{index}", known) for index, known in enumerate(functions))
@@ -130,7 +132,7 @@ def site(
                 return None
             kind = kind or subclass
             given[name] = tensor
-        if not _resolved(pattern, operands, given, activation):
+        if not _resolved(pattern, operands, given, activation, tried):
             return None
         results = pattern.compute(**given)
         return results if kind is None or results is None else [result.as_subclass(kind) for result in results]
@@ -138,14 +140,20 @@ def site(
     return call
 
 
-def _resolved(pattern: Pattern, operands: dict[str, Any], given: dict[str, Any], activation: str | None) -> bool:
+def _resolved(
+    pattern: Pattern,
+    operands: dict[str, Any],
+    given: dict[str, Any],
+    activation: str | None,
+    tried: TriedFunction | None,
+) -> bool:
     """Whether the parts are what they were taken for; adds what they are to what the function is given."""
     takes = pattern.takes
     if operands.get("halves", CHUNK) is not CHUNK:
         return False
     if "activation" in takes:
         act = operands.get("act")
-        name = activation or activation_of(act, pattern.made)
+        name = activation or (activation_of(act, pattern.made) if tried is None else tried.name_of(act))
         # Eager torch keeps the output of some, and not their input, to which somebody may write.
         kept = pattern.made or pattern.halved or given.get("parts", False)
         if name is None or (not kept and name in KEPT_BY_OUTPUT):
