@@ -24,7 +24,7 @@ Found = tuple[Any, str, Any]
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
     ValueError AssertionError""".split()
-_WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
+WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
 _SHAPES = {"shape", "size", "len"}
 _STEPS = ("int", "max", "min")
 # What code may name of tensors and of torch: arithmetic, and what norms are written with.
@@ -144,6 +144,8 @@ def _setting(value: Any) -> Any:
 class Reading:
     """What the code reached from a module's forward reads and does."""
 
+    writes = WRITES
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.settings: dict[str, Any] = {}
@@ -202,7 +204,7 @@ class Reading:
             self.constant(constant)
         steps = list(dis.get_instructions(code))
         for index, step in enumerate(steps):
-            if step.opname in _WRITES:
+            if step.opname in self.writes:
                 raise NotTried("writes as it goes")
             if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
                 count = step.arg or 0 if step.opname == "BUILD_SLICE" else 2

@@ -24,9 +24,10 @@ from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Part, Reader, settled
-from .rotation_trials import exchanged_rotation, rotation_of
+from .objects import exchanged_object
+from .rotation_trials import exchanged_local_rotation, exchanged_rotation, rotation_of
 from .scope import Scope
-from .source import Definition, definition_of, rebuilt
+from .source import Definition, decorated, definition_of, layers_of, rebuilt
 from .writes import written_names
 
 # Of the names that are new in a function.
@@ -77,6 +78,13 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     tree = copy.copy(definition.tree)
     tree.body = body
     return Rewritten(rebuilt(function, definition._replace(tree=tree), writer.cells), writer.found)
+
+
+def rewritten_method(method: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
+    """The same of a method, within its decorators."""
+    layers = layers_of(method)
+    made = rewritten(layers[-1], loads, recompute)
+    return None if made is None else Rewritten(decorated(layers, made.function), made.found)
 
 
 class _Writer:
@@ -229,20 +237,32 @@ class _Writer:
         return operand.tree if self.reader.is_plain(operand.tree) else self._expressions(operand.tree)
 
     def _exchange(self, function: ast.expr, part: Part) -> ast.expr:
-        (known,) = part.known or (self.scope.value(function),)
+        if part.kind == "object":
+            method, loads = part.known
+            within = rewritten_method(method, dict(loads), self.recompute)
+            if within is None:
+                return function
+            self.found += within.found
+            return self._call(function, exchanged_object(method, within.function))
+        is_local = part.kind == "local exchange"
+        (known,) = part.known or ((self.scope.function_called if is_local else self.scope.value)(function),)
         if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
             self.found.append(str(rule))
-            return _at(function, ast.Call(self._cell(exchanged_module(known, rule)), [function], []))
+            return self._call(function, exchanged_module(known, rule))
         if not isinstance(known, types.FunctionType | types.BuiltinFunctionType):
             return function
         if known in EXCHANGES:
             instead, said = exchanged(known), known.__name__
         elif isinstance(known, types.FunctionType) and rotation_of(known) is not None:
-            instead, said = exchanged_rotation(known), "rotary"
+            instead, said = (exchanged_local_rotation if is_local else exchanged_rotation)(known), "rotary"
         else:
             return function
         self.found.append(said)
-        return _at(function, ast.Call(self._cell(instead), [function], []))
+        return self._call(function, instead)
+
+    def _call(self, function: ast.expr, exchange: Any) -> ast.expr:
+        """What `exchange` makes of the function that is about to be called."""
+        return _at(function, ast.Call(self._cell(exchange), [function], []))
 
     def _cell(self, value: Any) -> ast.expr:
         name = f"{_PREFIX}{len(self.cells)}"
