@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .called import is_a, is_torchs
+from .dead import live_code
 
 Settings = tuple[tuple[str, Any], ...]
 # What holds something, a dict or an object; under which name; and what.
@@ -179,7 +180,9 @@ class Reading:
         if not all(map(_is_constant, function.__defaults__ or ())) or function.__kwdefaults__:
             raise NotTried("has defaults that may change")
         self.found += [(function, name, getattr(function, name)) for name in ("__code__", "__defaults__")]
-        self._code(function.__code__, function.__globals__)
+        code, held = live_code(function)
+        self.found += held
+        self._code(code, function.__globals__)
 
     def modules(self) -> None:
         """What the code may reach of torch's modules, by the names in it."""

@@ -27,9 +27,10 @@ _NAMES = frozenset(
     """Tensor cat chunk device dtype empty_like flatten float neg repeat_interleave reshape shape size stack to torch
     transpose type_as unbind unflatten unsqueeze view view_as_complex view_as_real""".split()
 )
-# The operations that may run in a trial, all of which leave alone what they are given.
+# The operations that may run in a trial, all of which leave alone what they are given. (Autograd detaches what is written
+# to; what a function detaches is seen by its gradient.)
 _OPERATIONS = frozenset(
-    """_to_copy _unsafe_view add alias cat clone empty_like expand mul neg permute repeat repeat_interleave rsub select
+    """_to_copy _unsafe_view add alias cat clone detach empty_like expand mul neg permute repeat repeat_interleave rsub select
     slice split split_with_sizes squeeze stack sub transpose unbind unsqueeze view view_as_complex
     view_as_real""".split()
 )
