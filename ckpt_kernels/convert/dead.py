@@ -1,5 +1,7 @@
-"""Code of a function that does not run: what stands under `if is_installed():`, where that returns a flag of its file that
-is False. It need not be read, as long as the flag stays what it is."""
+"""Code of a function that does not run: what stands under `if is_installed():`, where that returns a flag of its file.
+
+Where the flag is False it need not be read, as long as the flag stays what it is.
+"""
 
 import ast
 import copy
@@ -33,10 +35,10 @@ def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[_Found
 
 def _flag_returned(function: Any) -> _Found | None:
     """The flag of its file that a function without arguments returns, if that is False."""
-    if type(function) is not types.FunctionType or function.__code__.co_argcount or len(function.__code__.co_names) != 1:
+    if type(function) is not types.FunctionType or len(function.__code__.co_names) != 1:
         return None
     (name,) = function.__code__.co_names
-    if function.__closure__ or function.__globals__.get(name) is not False:
+    if function.__code__.co_argcount or function.__closure__ or function.__globals__.get(name) is not False:
         return None
     try:
         body = definition_of(function).tree.body
@@ -53,12 +55,10 @@ class _Living(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
-        test = node.test.values[0] if _is_and(node.test) else node.test
+        test = node.test
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            test = test.values[0]
         if isinstance(test, ast.Call) and not test.args and not test.keywords and isinstance(test.func, ast.Name):
             if test.func.id in self._absent:
                 return node.orelse or ast.copy_location(ast.Pass(), node)
         return node
-
-
-def _is_and(test: ast.expr) -> bool:
-    return isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And)

@@ -5,7 +5,6 @@ object's `__call__` is rewritten to, as long as the class has the `__call__` tha
 """
 
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -23,16 +22,16 @@ def method_called(value: Any) -> types.FunctionType | None:
     """What runs where an object is called; None where that is a module, a function, or torch's own."""
     if issubclass(type(value), _NO_OBJECTS):
         return None
-    method = inspect.getattr_static(type(value), "__call__", None)
+    owners = (vars(owner) for owner in type(value).__mro__)
+    method = next((own["__call__"] for own in owners if "__call__" in own), None)
     return method if is_plain_method(method) and not is_torchs(method) else None
 
 
 def exchanged_object(method: types.FunctionType, instead: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Of what is about to be called: `instead` if it is an object of a class that has this method, and else as it is."""
+    """Of what is about to be called: `instead` of an object whose class has this method, and anything else as it is."""
     found = Found.of(method)
 
     def exchange(called: Any) -> Any:
-        is_object = hasattr(type(called), "__call__") and found.is_at(type(called), "__call__")
-        return functools.partial(instead, called) if is_object else called
+        return functools.partial(instead, called) if found.is_at(type(called), "__call__") else called
 
     return exchange

@@ -145,7 +145,7 @@ def _setting(value: Any) -> Any:
 class Reading:
     """What the code reached from a module's forward reads and does."""
 
-    writes = WRITES
+    writes: tuple[str, ...] = WRITES
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -20,14 +20,14 @@ from . import sites, templates
 from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, run_of
+from .objects import exchanged_object
 from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Part, Reader, settled
-from .objects import exchanged_object
 from .rotation_trials import exchanged_local_rotation, exchanged_rotation, rotation_of
 from .scope import Scope
-from .source import Definition, decorated, definition_of, layers_of, rebuilt
+from .source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
 from .writes import written_names
 
 # Of the names that are new in a function.
@@ -84,7 +84,10 @@ def rewritten_method(method: types.FunctionType, loads: Loads, recompute: str) -
     """The same of a method, within its decorators."""
     layers = layers_of(method)
     made = rewritten(layers[-1], loads, recompute)
-    return None if made is None else Rewritten(decorated(layers, made.function), made.found)
+    if made is None:
+        return None
+    function, found = made
+    return Rewritten(decorated(layers, function), found)
 
 
 class _Writer:
@@ -238,12 +241,7 @@ class _Writer:
 
     def _exchange(self, function: ast.expr, part: Part) -> ast.expr:
         if part.kind == "object":
-            method, loads = part.known
-            within = rewritten_method(method, dict(loads), self.recompute)
-            if within is None:
-                return function
-            self.found += within.found
-            return self._call(function, exchanged_object(method, within.function))
+            return self._exchange_object(function, *part.known)
         is_local = part.kind == "local exchange"
         (known,) = part.known or ((self.scope.function_called if is_local else self.scope.value)(function),)
         if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
@@ -259,6 +257,17 @@ class _Writer:
             return function
         self.found.append(said)
         return self._call(function, instead)
+
+    def _exchange_object(self, function: ast.expr, method: types.FunctionType, loads: Any) -> ast.expr:
+        try:
+            within = rewritten_method(method, dict(loads), self.recompute)
+        except NoSource:
+            within = None
+        if within is None:
+            return function
+        instead, found = within
+        self.found += found
+        return self._call(function, exchanged_object(method, instead))
 
     def _call(self, function: ast.expr, exchange: Any) -> ast.expr:
         """What `exchange` makes of the function that is about to be called."""

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import reference
 from ..backends.blocks import Rotary
 from ..ops.operands import elementwise_empty
-from .called import is_torchs
+from .called import is_torchs, names_in
 from .reached import Code, NotTried
 from .reached_functions import read_function
 from .remembering import remembered
+from .rotation_runs import Trial
 from .rotations import Form, Found, Kind, Rotation, Way, is_setting, parameters_of, settings_of
 from .trial import in_a_thread_of_its_own
 
@@ -26,13 +26,6 @@ from .trial import in_a_thread_of_its_own
 _NAMES = frozenset(
     """Tensor cat chunk device dtype empty_like flatten float neg repeat_interleave reshape shape size stack to torch
     transpose type_as unbind unflatten unsqueeze view view_as_complex view_as_real""".split()
-)
-# The operations that may run in a trial, all of which leave alone what they are given. (Autograd detaches what is written
-# to; what a function detaches is seen by its gradient.)
-_OPERATIONS = frozenset(
-    """_to_copy _unsafe_view add alias cat clone detach empty_like expand mul neg permute repeat repeat_interleave rsub select
-    slice split split_with_sizes squeeze stack sub transpose unbind unsqueeze view view_as_complex
-    view_as_real""".split()
 )
 _LAYOUTS = ("halves", "interleaved")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +51,9 @@ def exchanged_local_rotation(function: types.FunctionType) -> Callable[[Any], An
     def is_one(called: Any) -> bool:
         if called is function:
             return True
+        # Of a function within a frame that torch.compile traces nothing can be asked.
+        if torch.compiler.is_compiling():
+            return False
         plain = type(called) is types.FunctionType and called.__globals__ is function.__globals__
         plain = plain and called.__closure__ is called.__defaults__ is called.__kwdefaults__ is None
         return plain and called.__code__ == function.__code__
@@ -79,76 +75,14 @@ def rotation_of(function: Any) -> Rotation | None:
         return None
 
 
-class _Strict(TorchDispatchMode):
-    """Ends the trial of what runs anything but these operations. It may write to what it made empty, and to nothing
-    else."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name == "copy_" and self._is_made(args[0]):
-            return func(*args, **(kwargs or {}))
-        if name not in _OPERATIONS or func._schema.is_mutable:
-            raise NotTried(f"computes with {name}")
-        output = func(*args, **(kwargs or {}))
-        if name == "empty_like":
-            self._made.append(output)
-        return output
-
-    def _is_made(self, tensor: Tensor) -> bool:
-        storage = tensor.untyped_storage()._cdata
-        return any(made.untyped_storage()._cdata == storage for made in self._made)
-
-
-class _Trial:
-    """Runs a function on random tensors, with its operands given in one way and its settings."""
-
-    def __init__(self, function: types.FunctionType, way: Way, others: tuple[Any, ...]) -> None:
-        self._function = function
-        self._way = way
-        self._others = others
-        self._generator = torch.Generator("cpu").manual_seed(0)
-
-    def random(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64, device="cpu").to(dtype)
-
-    def run(self, operands: Sequence[Tensor]) -> list[Tensor] | None:
-        """The results for heads and tables; None where it does not take them."""
-        *heads, cos, sin = operands
-        tables = self._way.arguments_of(cos, sin)
-        if tables is None:
-            return None
-        order = dict(zip(self._way.places, (*heads, *tables), strict=True))
-        given = [order[place] for place in range(len(order))] + [*self._others]
-        try:
-            with _Strict():
-                results = self._function(*given)
-        except NotTried:
-            raise
-        except Exception:  # whatever it may raise of shapes that it does not take
-            return None
-        results = [results] if len(heads) == 1 else results
-        if (
-            type(results) not in (tuple, list)
-            or len(results) != len(heads)
-            or (len(heads) > 1 and type(results) is list)
-        ):
-            return None
-        fits = (type(r) is Tensor and r.shape == h.shape for r, h in zip(results, heads, strict=True))
-        return list(results) if all(fits) else None
-
-
 @in_a_thread_of_its_own
 def _tried_out(function: types.FunctionType, code: Code) -> Rotation | None:
     names, defaults = parameters_of(function)
     rotation = Rotation(function, code)
     for others in _others(list(defaults.values())):
         settings = settings_of(others)
-        for way in _ways(len(names) - len(defaults)):
-            trial = _Trial(function, way, others)
+        for way in _ways(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
+            trial = Trial(function, way, others)
             for dims, lead, unsqueeze in _arrangements():
                 for is_whole in (True, False):
                     kind = Kind(settings, dims, len(lead), is_whole)
@@ -163,14 +97,14 @@ def _tried_out(function: types.FunctionType, code: Code) -> Rotation | None:
     return rotation if any(dtypes for _, dtypes in rotation.ways.values()) else None
 
 
-def _ways(required: int) -> Iterator[Way]:
+def _ways(required: int, may_be_complex: bool) -> Iterator[Way]:
     """How so many arguments may be heads and tables."""
     heads = range(required - 2)
     if heads:
         yield Way(len(heads), (*heads, required - 2, required - 1))
         yield Way(len(heads), (*heads, required - 1, required - 2))
     if required < 4:
-        for tables in ("cos, sin", "sin, cos", "complex"):
+        for tables in ("cos, sin", "sin, cos", *(("complex",) if may_be_complex else ())):
             yield Way(required - 1, tuple(range(required)), tables)
 
 
@@ -213,11 +147,12 @@ def _expected(form: Form, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor | N
 
 
 def _found(
-    trial: _Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, is_whole: bool
+    trial: Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, is_whole: bool
 ) -> Found | None:
     """The form in which the function turns heads of so many dimensions by such a table."""
     sizes = ((8, 8), (12, 12), (32, 32)) if is_whole else ((16, 8), (24, 12), (32, 16))
-    kinds = itertools.product(("full", "half", "first half", "neighbours"), _LAYOUTS, _LAYOUTS, (False, True), (False, True))
+    tables = ("full", "half", "first half", "neighbours")
+    kinds = itertools.product(tables, _LAYOUTS, _LAYOUTS, (False, True), (False, True))
     forms = [Form(unsqueeze, *kind) for kind in kinds]
     for columns, entries in sizes:
         forms = _fitting(trial, forms, _operands(trial, count, dims, lead, unsqueeze, columns, entries))
@@ -242,13 +177,13 @@ def _found(
 
 
 def _operands(
-    trial: _Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, columns: int, entries: int
+    trial: Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, columns: int, entries: int
 ) -> list[Tensor]:
     heads = [trial.random(shape) for shape in _shapes(dims, lead, unsqueeze, columns)[:count]]
     return [*heads, trial.random((*lead, entries)), trial.random((*lead, entries))]
 
 
-def _fitting(trial: _Trial, forms: Sequence[Form], operands: Sequence[Tensor]) -> list[Form]:
+def _fitting(trial: Trial, forms: Sequence[Form], operands: Sequence[Tensor]) -> list[Form]:
     """Those whose results are those of the function."""
     *heads, cos, sin = operands
     results = trial.run(operands)
@@ -262,7 +197,7 @@ def _fitting(trial: _Trial, forms: Sequence[Form], operands: Sequence[Tensor]) -
     return found
 
 
-def _has_gradients_of(trial: _Trial, form: Form, operands: Sequence[Tensor]) -> bool:
+def _has_gradients_of(trial: Trial, form: Form, operands: Sequence[Tensor]) -> bool:
     """What is detached would have none, and what a function of somebody's own has may be anything."""
     *heads, cos, sin = operands
     given, again = ([h.clone().requires_grad_() for h in heads] for _ in range(2))
@@ -284,7 +219,7 @@ def _are_close(found: Tensor, expected: Tensor) -> bool:
     return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def _how_results_lie(trial: _Trial, count: int, *arrangement: Any) -> bool | None:
+def _how_results_lie(trial: Trial, count: int, *arrangement: Any) -> bool | None:
     """Whether results have the strides of elementwise ones, or are contiguous, whatever heads have; None if neither."""
     *heads, cos, sin = _operands(trial, count, *arrangement)
     keeps, contiguous = True, True
@@ -306,7 +241,7 @@ def _packed(heads: Tensor) -> Tensor:
     return torch.cat((heads, heads), -1)[..., : heads.shape[-1]]
 
 
-def _dtypes(trial: _Trial, heads: int, kind: Kind, found: Found) -> frozenset[tuple[torch.dtype, torch.dtype]]:
+def _dtypes(trial: Trial, heads: int, kind: Kind, found: Found) -> frozenset[tuple[torch.dtype, torch.dtype]]:
     """Those of heads and tables for which results have the heads'."""
     lead = ((5,), (2, 5), (2, 5, 3))[kind.table_dims - 1]
     sizes = (16, 16) if kind.is_whole else (16, 8)

@@ -115,8 +115,8 @@ def settings_of(values: Sequence[Any]) -> Settings:
 
 
 class Rotation:
-    """A function that turns heads: for each of its settings the way in which operands are given, and the dtypes of heads
-    and tables that are taken; and its forms."""
+    """A function that turns heads: its forms, and for each of its settings how operands are given, and which dtypes of
+    heads and tables are taken."""
 
     def __init__(self, function: types.FunctionType, code: Code) -> None:
         self.code = code
@@ -163,9 +163,7 @@ class Rotation:
             given.append(kwargs[name] if name in kwargs else self.defaults[name])
         return given
 
-    def _turned(
-        self, heads: Tensor, cos: Tensor, sin: Tensor, settings: Settings
-    ) -> Callable[[Tensor], Tensor] | None:
+    def _turned(self, heads: Tensor, cos: Tensor, sin: Tensor, settings: Settings) -> Callable[[Tensor], Tensor] | None:
         """What turns such heads."""
         columns, entries = heads.shape[-1], cos.shape[-1]
         found = self.forms.get(Kind(settings, heads.dim(), cos.dim() - 1, entries == columns))

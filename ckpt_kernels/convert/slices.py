@@ -2,9 +2,9 @@
 
 What a trial shows of small tensors holds for large ones if nothing depends on how large they are but parts that are
 bounded by the length of a last dimension or half of it, or every second element there. So that is all that sizes may be
-read for, beside the shape of a view. It may choose its way by an argument that is a number, a truth value or None, and by
-nothing else: a trial with the same goes the same way. Whatever else is written with sizes, in brackets, or that compares,
-is not understood.
+read for, beside the shape of a view. It may choose its way by an argument that is a number, a truth value or None, and
+by nothing else: a trial with the same goes the same way. Whatever else is written with sizes, in brackets, or that
+compares, is not understood.
 """
 
 import ast
@@ -18,8 +18,7 @@ _INDICES = (0, 1, 2, 3, -1, -2, -3, -4)
 # A fourth index is the last dimension's: no trial has more dimensions.
 MOST_DIMENSIONS = 4
 _NOT_UNDERSTOOD = tuple(
-    getattr(ast, name)
-    for name in "NamedExpr comprehension Lambda Compare BoolOp IfExp Await Yield YieldFrom".split()
+    getattr(ast, name) for name in "NamedExpr comprehension Lambda Compare BoolOp IfExp Await Yield YieldFrom".split()
 )
 _STATEMENTS = (ast.Assign, ast.Expr, ast.If, ast.Pass, ast.Raise, ast.Return)
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
