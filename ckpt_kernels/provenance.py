@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from .recipes import Cell, Operand, Step
-from .rules import BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS, Rule
+from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS, Rule
 
 # Past this many ops the tensor is kept, so that a look at the graph and what it finds stay short.
 MOST_STEPS = 8
@@ -193,9 +193,9 @@ class Trace:
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
         name = node.name()
-        if name in BY_RESULT:
-            own = result_cell(node)
-            if own is not None and own.is_unwritten():
+        if name in BY_RESULT or (name in ATTENTIONS and output == 0):
+            own = result_cell(node) if name in BY_RESULT else _packed(node, "output")
+            if isinstance(own, Cell) and own.is_unwritten():
                 return self._shared(own)
         if name == "torch::autograd::AccumulateGrad":
             return self._copied(node.variable)

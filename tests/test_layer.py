@@ -1,5 +1,6 @@
 """`recompute.layer`: what a layer keeps, what runs again in its backward pass, and that numbers are the same bits."""
 
+import contextlib
 import gc
 import weakref
 from collections import Counter
@@ -117,6 +118,46 @@ def test_plain_sums_are_kept(options: dict[str, Any], sums: int) -> None:
     model, x = made(**options)
     assert saved_bytes(layer(model), x) <= (2 + sums + 0.5) * x.nbytes + 2 * numbers(model)
     assert saved_bytes(layer(model), x) < 0.55 * saved_bytes(model, x)
+
+
+class Post(nn.Module):
+    """Norms of torch's layers after the sums, as in BERT, converted; and attention's output copied for its product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.up, self.down = (nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.first, self.second = ours.LayerNorm(WIDTH), ours.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        attended = TF.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        x, total = F.add_layer_norm(self.o(attended.clone().flatten(-2)), x, WIDTH, self.first.weight, self.first.bias)
+        hidden = F.bias_act(self.up(x), activation="gelu")
+        return F.add_layer_norm(self.down(hidden), x, WIDTH, self.second.weight, self.second.bias)[0]
+
+
+def test_no_recipe_leads_from_layer_to_layer() -> None:
+    """With norms last, each layer keeps what the first does."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(Post() for _ in range(4)).to(DEVICE)
+    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+
+    def run(count: int, around: Callable[..., Any] = layer) -> Tensor:
+        y = x
+        with discard_outputs(model, products=True) if around is layer else contextlib.nullcontext():
+            for each in model[:count]:
+                y = around(each)(y)
+            return y
+
+    kept = [saved_bytes(run, count, parameters_of=model) for count in (2, 4)]
+    # What comes into a layer and attention's output; statistics, and the biases that are copied.
+    assert (kept[1] - kept[0]) / 2 <= 2.5 * x.nbytes
+    wanted = [x, *model.parameters()]
+    found, expected = (
+        torch.autograd.grad(run(4, around).square().mean(), wanted, allow_unused=True)
+        for around in (layer, lambda module: module)
+    )
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
 def test_operands_by_name() -> None:

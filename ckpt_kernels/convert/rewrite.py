@@ -98,7 +98,7 @@ class _Writer:
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
         self.found: list[str] = []
-        self.written = set(written_names(definition.tree))
+        self.written = set(written_names(definition.tree, self.scope))
         self._changed: set[int] = set()
         # Statements as they were, which run where a site does not compute; what is found in them is there already.
         self._originals: list[list[ast.stmt]] = []
