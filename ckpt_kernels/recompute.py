@@ -273,6 +273,20 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
         discarder.record(output, recipe)
 
 
+def note(output: Any, *operands: Any) -> None:
+    """After an operation of torch's, a sum, say: where nobody has written to its operands, so that what it made may be
+    made again from what they were made of; and which number stood for one."""
+    if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
+        return
+    if output.grad_fn is None or output._version or discarding() is None:
+        return
+    tensors = [o for o in operands if isinstance(o, Tensor)]
+    numbers = [o for o in operands if type(o) in (int, float)]
+    if len(tensors) + len(numbers) != len(operands) or not all(map(provenance.is_as_made, tensors)):
+        return
+    provenance.note(output.grad_fn, (*(None for _ in tensors), *numbers))
+
+
 def is_active() -> bool:
     """Whether a context is active on this thread."""
     return _innermost() is not None

@@ -113,6 +113,7 @@ _METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES
     "erf",
     "square",
     "chunk",
+    "clamp",
 }
 
 

@@ -20,6 +20,7 @@ from . import sites, templates
 from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, run_of
+from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
 from .objects import exchanged_object
 from .order import comes_first
 from .patterns import attempts, matches
@@ -38,6 +39,9 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
 _LOOKS_OUT = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
 _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
+
+# What is cut off is a gate, say, whose parts are kept one by one.
+_CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 
 # The sum in a norm of one.
 _SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings if isinstance(spelling, ast.Call))
@@ -73,6 +77,8 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     definition = definition_of(function)
     writer = _Writer(function, definition, loads, recompute)
     body = writer.rewritten_body()
+    if not writer.found and writer.noted and _CLAMPS & names_in(function.__code__):
+        writer.found.append("recipes of what is clamped")
     if not writer.found:
         return None
     tree = copy.copy(definition.tree)
@@ -99,7 +105,9 @@ class _Writer:
         self.cells: dict[str, Any] = {}
         self.found: list[str] = []
         self.written = set(written_names(definition.tree, self.scope))
-        self._changed: set[int] = set()
+        # Where outputs are let go of, sums and products are noted, for what is read of them.
+        self.notes = recompute != "block"
+        self.noted = False
         # Statements as they were, which run where a site does not compute; what is found in them is there already.
         self._originals: list[list[ast.stmt]] = []
 
@@ -217,6 +225,9 @@ class _Writer:
         made: Any = _with_parts(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree.func, part)
+        if isinstance(tree, ast.BinOp) and self.notes and (compute := OPERATORS.get(type(tree.op))) is not None:
+            self.noted = True
+            return _at(tree, ast.Call(self._cell(noted_operator(compute)), [made.left, made.right], []))
         return made
 
     def _expression(self, match: Match) -> ast.expr:
@@ -249,6 +260,8 @@ class _Writer:
             return self._call(function, exchanged_module(known, rule))
         if not isinstance(known, types.FunctionType | types.BuiltinFunctionType):
             return function
+        if known in FUNCTIONS and self.notes:
+            return self._call(function, noted_function(known))
         if known in EXCHANGES:
             instead, said = exchanged(known), known.__name__
         elif isinstance(known, types.FunctionType) and rotation_of(known) is not None:

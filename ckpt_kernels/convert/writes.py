@@ -104,7 +104,7 @@ def written_names(function: ast.FunctionDef, scope: Scope) -> Iterator[str]:
 def _dicts(function: ast.FunctionDef) -> set[str]:
     """Names that stand for nothing but dicts that the function has made: who sets an item writes to no tensor."""
     given: dict[str, bool] = {}
-    literals = set()
+    literals: set[int] = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.DictComp):
             literals.update(map(id, node.targets))
