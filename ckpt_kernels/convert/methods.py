@@ -5,6 +5,7 @@ loads and the source, a method is rewritten once for all modules that agree in t
 """
 
 import ast
+import contextlib
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,14 @@ def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module
             parts.append((name, own))
             found += made.found
     return (Written(tuple(parts), recompute, tuple(found)) if parts else None), reason
+
+
+def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
+    """The methods of a module and of the objects that it calls, as they are written."""
+    held = (method_called(value) for value in vars(module).values())
+    for method in (*(method for _, method in _methods(type(module))), *filter(None, held)):
+        with contextlib.suppress(NoSource):
+            yield layers_of(method)[-1]
 
 
 def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:

@@ -61,18 +61,30 @@ def exchanged_local_rotation(function: types.FunctionType) -> Callable[[Any], An
     return lambda called: exchange(function) if is_one(called) else called
 
 
-@remembered
 def rotation_of(function: Any) -> Rotation | None:
     """What a function turns, by trying it out; None where it does nothing of that kind."""
     if type(function) is not types.FunctionType or is_torchs(function):
         return None
+    found = _found_out(function)
+    return found if isinstance(found, Rotation) else None
+
+
+def why_no_rotation(function: types.FunctionType) -> str:
+    """For people."""
+    found = _found_out(function)
+    return "" if isinstance(found, Rotation) else found
+
+
+@remembered
+def _found_out(function: types.FunctionType) -> Rotation | str:
     try:
         names, defaults = parameters_of(function)
         if len(names) - len(defaults) not in (2, 3, 4) or not all(map(is_setting, defaults.values())):
-            return None
-        return _tried_out(function, read_function(function, _NAMES))
-    except NotTried:
-        return None
+            return "takes something else than one or two heads, their tables, and settings that are numbers"
+        found = _tried_out(function, read_function(function, _NAMES))
+    except NotTried as error:
+        return str(error)
+    return "turns nothing as ours does" if found is None else found
 
 
 @in_a_thread_of_its_own
