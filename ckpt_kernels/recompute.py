@@ -262,6 +262,15 @@ def announce(
     discarder.total = Total(total[0].untyped_storage()._cdata, total[1]) if seen and total is not None else None
 
 
+def announce_in_layer(announcement: Announcement) -> bool:
+    """The same of a product, which runs again within a layer alone, before its op; whether it is to be recorded."""
+    discarder = discarding()
+    if discarder is None or not discarder.layers:
+        return False
+    announce(announcement)
+    return True
+
+
 def record(output: Tensor, recipe: Announcement | None = None) -> None:
     """From now on what reads `output` for a gradient, and is discarding, keeps a recipe in the place of it.
 
