@@ -138,9 +138,10 @@ class layer:
     backward pass comes to the layer. Neither attention runs again nor the last product: a checkpoint of the layer runs
     both for nothing.
 
-    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones). Kept
-    are products of three dimensions, as of an attention that is written out, outputs of convolutions, and plain sums
-    that a norm reads: those of `add_rms_norm` and `add_layer_norm` are made again. Around a function that is no module
+    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones), and the
+    last one too where a norm reads it. Kept are products of three dimensions, as of an attention that is written out,
+    outputs of convolutions, and plain sums of products that a norm reads: those of `add_rms_norm` and `add_layer_norm`
+    are made again. Around a function that is no module
     it is not seen whether a bias is written to in the forward pass. Under no_grad and torch.compile it does nothing.
 
     Args:
