@@ -128,10 +128,12 @@ class Discarder:
         self._held: dict[int, Held] = {}
 
     def hold(self, tensor: Tensor) -> None:
-        """At a layer's edge: what is not let go of there already."""
+        """At a layer's edge: what is not let go of there already, in one step from what is kept for itself. A
+        longer way would lead from layer to layer."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
             entry = self._entries.get(tensor.untyped_storage()._cdata)
-            if entry is not None and not entry.storage.expired() and entry.recipe() is not None:
+            recipe = None if entry is None or entry.storage.expired() else entry.recipe()
+            if recipe is not None and recipe.depth == 1:
                 return
             for key in [key for key, held in self._held.items() if held.storage.expired()]:
                 del self._held[key]

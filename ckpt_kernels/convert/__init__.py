@@ -35,6 +35,7 @@ from .report import LeftAlone, Replaced, Report
 from .rule import Rule, Within
 from .selection import Choice, choice_of
 from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
+from .unknown_rotations import why_unknown
 from .writes import writer_in
 
 _ONE_BY_ONE = "its parts compute one by one: it writes them in no form that is known"
@@ -175,6 +176,8 @@ class _Conversion(Leaves):
 
     def _explain(self, name: str, module: nn.Module) -> None:
         """Says why what looks like something of ours is not replaced, where nothing in it is, and nothing was said."""
+        if self.selection.covers(module) and (why := why_unknown(module)):
+            self.leave(name, module, why)
         known = any(entry.name == name for entry in self.left_alone)
         if known or not self.selection.covers(module) or any(below in self.rules for below in modules_of(module)):
             return

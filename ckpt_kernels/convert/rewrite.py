@@ -21,13 +21,15 @@ from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, run_of
 from .function_trials import activation_function
+from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
+from .objects import exchanged_object
 from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Part, Reader, settled
-from .rotation_trials import exchanged_rotation, rotation_of
+from .rotation_trials import exchanged_local_rotation, exchanged_rotation, rotation_of
 from .scope import Scope
-from .source import Definition, definition_of, rebuilt
+from .source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
 from .trees import assigns, at, copies, expressions_in, replaced, with_parts
 from .writes import written_names
 
@@ -39,6 +41,9 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
 _LOOKS_OUT = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
 _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
+
+# What is cut off is a gate, say, whose parts are kept one by one.
+_CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 
 # The sum in a norm of one.
 _SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings if isinstance(spelling, ast.Call))
@@ -74,11 +79,23 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     definition = definition_of(function)
     writer = _Writer(function, definition, loads, recompute)
     body = writer.rewritten_body()
+    if not writer.found and writer.noted and _CLAMPS & names_in(function.__code__):
+        writer.found.append("recipes of what is clamped")
     if not writer.found:
         return None
     tree = copy.copy(definition.tree)
     tree.body = body
     return Rewritten(rebuilt(function, definition._replace(tree=tree), writer.cells), writer.found)
+
+
+def rewritten_method(method: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
+    """The same of a method, within its decorators."""
+    layers = layers_of(method)
+    made = rewritten(layers[-1], loads, recompute)
+    if made is None:
+        return None
+    function, found = made
+    return Rewritten(decorated(layers, function), found)
 
 
 class _Writer:
@@ -89,8 +106,10 @@ class _Writer:
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
         self.found: list[str] = []
-        self.written = set(written_names(definition.tree))
-        self._changed: set[int] = set()
+        self.written = set(written_names(definition.tree, self.scope))
+        # Where outputs are let go of, sums and products are noted, for what is read of them.
+        self.notes = recompute != "block"
+        self.noted = False
         # Statements as they were, which run where a site does not compute; what is found in them is there already.
         self._originals: list[list[ast.stmt]] = []
 
@@ -208,6 +227,9 @@ class _Writer:
         made: Any = with_parts(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree.func, part)
+        if isinstance(tree, ast.BinOp) and self.notes and (compute := OPERATORS.get(type(tree.op))) is not None:
+            self.noted = True
+            return at(tree, ast.Call(self._cell(noted_operator(compute)), [made.left, made.right], []))
         return made
 
     def _expression(self, match: Match) -> ast.expr:
@@ -235,20 +257,40 @@ class _Writer:
         return operand.tree if self.reader.is_plain(operand.tree) else self._expressions(operand.tree)
 
     def _exchange(self, function: ast.expr, part: Part) -> ast.expr:
-        (known,) = part.known or (self.scope.value(function),)
+        if part.kind == "object":
+            return self._exchange_object(function, *part.known)
+        is_local = part.kind == "local exchange"
+        (known,) = part.known or ((self.scope.function_called if is_local else self.scope.value)(function),)
         if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
             self.found.append(str(rule))
-            return at(function, ast.Call(self._cell(exchanged_module(known, rule)), [function], []))
+            return self._call(function, exchanged_module(known, rule))
         if not isinstance(known, types.FunctionType | types.BuiltinFunctionType):
             return function
+        if known in FUNCTIONS and self.notes:
+            return self._call(function, noted_function(known))
         if known in EXCHANGES:
             instead, said = exchanged(known), known.__name__
         elif isinstance(known, types.FunctionType) and rotation_of(known) is not None:
-            instead, said = exchanged_rotation(known), "rotary"
+            instead, said = (exchanged_local_rotation if is_local else exchanged_rotation)(known), "rotary"
         else:
             return function
         self.found.append(said)
-        return at(function, ast.Call(self._cell(instead), [function], []))
+        return self._call(function, instead)
+
+    def _exchange_object(self, function: ast.expr, method: types.FunctionType, loads: Any) -> ast.expr:
+        try:
+            within = rewritten_method(method, dict(loads), self.recompute)
+        except NoSource:
+            within = None
+        if within is None:
+            return function
+        instead, found = within
+        self.found += found
+        return self._call(function, exchanged_object(method, instead))
+
+    def _call(self, function: ast.expr, exchange: Any) -> ast.expr:
+        """What `exchange` makes of the function that is about to be called."""
+        return at(function, ast.Call(self._cell(exchange), [function], []))
 
     def _cell(self, value: Any) -> ast.expr:
         name = f"{_PREFIX}{len(self.cells)}"

@@ -10,32 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import reference
 from ..backends.blocks import Rotary
 from ..ops.operands import elementwise_empty
-from .called import is_torchs
+from .called import is_torchs, names_in
 from .reached import Code, NotTried
 from .reached_functions import read_function
 from .remembering import remembered
-from .rotations import Form, Found, Kind, Rotation, parameters_of
+from .rotation_runs import Trial
+from .rotations import Form, Found, Kind, Rotation, Way, is_setting, parameters_of, settings_of
 from .trial import in_a_thread_of_its_own
 
 # What such a function may name of tensors and of torch.
 _NAMES = frozenset(
-    """Tensor cat chunk dtype flatten float neg repeat_interleave reshape shape size stack to torch transpose type_as
-    unbind unsqueeze view""".split()
-)
-# The operations that may run in a trial, all of which leave alone what they are given.
-_OPERATIONS = frozenset(
-    """_to_copy _unsafe_view add alias cat clone expand mul neg permute repeat repeat_interleave rsub select slice split
-    split_with_sizes squeeze stack sub transpose unbind unsqueeze view""".split()
+    """Tensor cat chunk device dtype empty_like flatten float neg repeat_interleave reshape shape size stack to torch
+    transpose type_as unbind unflatten unsqueeze view view_as_complex view_as_real""".split()
 )
 _LAYOUTS = ("halves", "interleaved")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Where tables may get another dimension.
-_DIMENSIONS = (-2, 0, 1, 2)
+# Where tables may get another dimension, and ways to choose.
+_CHOICES: dict[type, tuple[Any, ...]] = {int: (-2, -1, 0, 1, 2), bool: (False, True)}
 
 
 def exchanged_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
@@ -49,101 +44,92 @@ def exchanged_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
     return lambda called: call if called is function else called
 
 
-@remembered
+def exchanged_local_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
+    """The same of a function that may be made anew each time, by a `def`."""
+    exchange = exchanged_rotation(function)
+
+    def is_one(called: Any) -> bool:
+        if called is function:
+            return True
+        # Of a function within a frame that torch.compile traces nothing can be asked.
+        if torch.compiler.is_compiling():
+            return False
+        plain = type(called) is types.FunctionType and called.__globals__ is function.__globals__
+        plain = plain and called.__closure__ is called.__defaults__ is called.__kwdefaults__ is None
+        return plain and called.__code__ == function.__code__
+
+    return lambda called: exchange(function) if is_one(called) else called
+
+
 def rotation_of(function: Any) -> Rotation | None:
     """What a function turns, by trying it out; None where it does nothing of that kind."""
     if type(function) is not types.FunctionType or is_torchs(function):
         return None
+    found = _found_out(function)
+    return found if isinstance(found, Rotation) else None
+
+
+def why_no_rotation(function: types.FunctionType) -> str:
+    """For people."""
+    found = _found_out(function)
+    return "" if isinstance(found, Rotation) else found
+
+
+@remembered
+def _found_out(function: types.FunctionType) -> Rotation | str:
     try:
         names, defaults = parameters_of(function)
-        required = [name for name in names if name not in defaults]
-        if len(required) not in (3, 4):
-            return None
-        return _tried_out(function, read_function(function, _NAMES))
-    except NotTried:
-        return None
-
-
-class _Strict(TorchDispatchMode):
-    """Ends the trial of what runs anything but these operations."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ not in _OPERATIONS or func._schema.is_mutable:
-            raise NotTried(f"computes with {func.overloadpacket.__name__}")
-        return func(*args, **(kwargs or {}))
-
-
-class _Trial:
-    """Runs a function on random tensors, with its operands in one order and its other arguments as given."""
-
-    def __init__(self, function: types.FunctionType, places: tuple[int, ...], others: tuple[Any, ...]) -> None:
-        self._function = function
-        self._places = places
-        self._others = others
-        self._generator = torch.Generator("cpu").manual_seed(0)
-
-    def random(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64, device="cpu").to(dtype)
-
-    def run(self, operands: Sequence[Tensor]) -> list[Tensor] | None:
-        """The results for heads and tables; None where it does not take them."""
-        others = iter(self._others)
-        count = len(self._places) + len(self._others)
-        order = {place: operand for place, operand in zip(self._places, operands, strict=True)}
-        given = [order[place] if place in order else next(others) for place in range(count)]
-        try:
-            with _Strict():
-                results = self._function(*given)
-        except NotTried:
-            raise
-        except Exception:  # whatever it may raise of shapes that it does not take
-            return None
-        heads = operands[:-2]
-        results = [results] if len(heads) == 1 else results
-        if (
-            type(results) not in (tuple, list)
-            or len(results) != len(heads)
-            or (len(heads) > 1 and type(results) is list)
-        ):
-            return None
-        fits = (type(r) is Tensor and r.shape == h.shape for r, h in zip(results, heads, strict=True))
-        return list(results) if all(fits) else None
+        if len(names) - len(defaults) not in (2, 3, 4) or not all(map(is_setting, defaults.values())):
+            return "takes something else than one or two heads, their tables, and settings that are numbers"
+        found = _tried_out(function, read_function(function, _NAMES))
+    except NotTried as error:
+        return str(error)
+    return "turns nothing as ours does" if found is None else found
 
 
 @in_a_thread_of_its_own
 def _tried_out(function: types.FunctionType, code: Code) -> Rotation | None:
     names, defaults = parameters_of(function)
-    required = len(names) - len(defaults)
-    *heads, first, second = range(required)
-    optional = list(defaults.values())
-    if any(type(value) not in (int, type(None)) for value in optional):
-        return None
-    for places in ((*heads, first, second), (*heads, second, first)):
-        rotation = Rotation(function, places, code)
-        for others in _others(optional):
-            trial = _Trial(function, places, others)
+    rotation = Rotation(function, code)
+    for others in _others(list(defaults.values())):
+        settings = settings_of(others)
+        for way in _ways(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
+            trial = Trial(function, way, others)
             for dims, lead, unsqueeze in _arrangements():
                 for is_whole in (True, False):
-                    kind = Kind(others, dims, len(lead), is_whole)
-                    found = (
-                        None if kind in rotation.forms else _found(trial, len(heads), dims, lead, unsqueeze, is_whole)
-                    )
-                    if found is not None:
-                        rotation.forms[kind] = found
-        if rotation.forms:
-            rotation.dtypes = _dtypes(function, rotation, len(heads))
-            return rotation if rotation.dtypes else None
-    return None
+                    kind = Kind(settings, dims, len(lead), is_whole)
+                    if kind not in rotation.forms:
+                        found = _found(trial, way.heads, dims, lead, unsqueeze, is_whole)
+                        if found is not None:
+                            rotation.forms[kind] = found
+            forms = {kind: found for kind, found in rotation.forms.items() if kind.settings == settings}
+            if forms:
+                rotation.ways[settings] = way, _dtypes(trial, way.heads, *next(iter(forms.items())))
+                break
+    return rotation if any(dtypes for _, dtypes in rotation.ways.values()) else None
 
 
-def _others(optional: list[Any]) -> Iterator[tuple[Any, ...]]:
-    """Values of the arguments that have defaults: a dimension, which is one of the numbers, may be another one."""
-    yield tuple(optional)
-    for place, value in enumerate(optional):
-        if type(value) is int:
-            for dimension in _DIMENSIONS:
-                if dimension != value:
-                    yield (*optional[:place], dimension, *optional[place + 1 :])
+def _ways(required: int, may_be_complex: bool) -> Iterator[Way]:
+    """How so many arguments may be heads and tables."""
+    heads = range(required - 2)
+    if heads:
+        yield Way(len(heads), (*heads, required - 2, required - 1))
+        yield Way(len(heads), (*heads, required - 1, required - 2))
+    if required < 4:
+        for tables in ("cos, sin", "sin, cos", *(("complex",) if may_be_complex else ())):
+            yield Way(required - 1, tuple(range(required)), tables)
+
+
+def _others(defaults: list[Any]) -> Iterator[tuple[Any, ...]]:
+    """Values of the arguments that have defaults: as they are, and with one or two of them another. Numbers may be
+    dimensions."""
+    choices = [[v for v in _CHOICES.get(type(value), ()) if v != value] for value in defaults]
+    yield tuple(defaults)
+    for count in (1, 2):
+        for places in itertools.combinations(range(len(defaults)), count):
+            for values in itertools.product(*(choices[place] for place in places)):
+                instead = dict(zip(places, values, strict=True))
+                yield tuple(instead.get(place, value) for place, value in enumerate(defaults))
 
 
 def _arrangements() -> Iterator[tuple[int, tuple[int, ...], int | None]]:
@@ -173,11 +159,12 @@ def _expected(form: Form, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor | N
 
 
 def _found(
-    trial: _Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, is_whole: bool
+    trial: Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, is_whole: bool
 ) -> Found | None:
     """The form in which the function turns heads of so many dimensions by such a table."""
     sizes = ((8, 8), (12, 12), (32, 32)) if is_whole else ((16, 8), (24, 12), (32, 16))
-    kinds = itertools.product(("full", "half", "first half"), _LAYOUTS, _LAYOUTS, (False, True), (False, True))
+    tables = ("full", "half", "first half", "neighbours")
+    kinds = itertools.product(tables, _LAYOUTS, _LAYOUTS, (False, True), (False, True))
     forms = [Form(unsqueeze, *kind) for kind in kinds]
     for columns, entries in sizes:
         forms = _fitting(trial, forms, _operands(trial, count, dims, lead, unsqueeze, columns, entries))
@@ -202,13 +189,13 @@ def _found(
 
 
 def _operands(
-    trial: _Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, columns: int, entries: int
+    trial: Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, columns: int, entries: int
 ) -> list[Tensor]:
     heads = [trial.random(shape) for shape in _shapes(dims, lead, unsqueeze, columns)[:count]]
     return [*heads, trial.random((*lead, entries)), trial.random((*lead, entries))]
 
 
-def _fitting(trial: _Trial, forms: Sequence[Form], operands: Sequence[Tensor]) -> list[Form]:
+def _fitting(trial: Trial, forms: Sequence[Form], operands: Sequence[Tensor]) -> list[Form]:
     """Those whose results are those of the function."""
     *heads, cos, sin = operands
     results = trial.run(operands)
@@ -222,7 +209,7 @@ def _fitting(trial: _Trial, forms: Sequence[Form], operands: Sequence[Tensor]) -
     return found
 
 
-def _has_gradients_of(trial: _Trial, form: Form, operands: Sequence[Tensor]) -> bool:
+def _has_gradients_of(trial: Trial, form: Form, operands: Sequence[Tensor]) -> bool:
     """What is detached would have none, and what a function of somebody's own has may be anything."""
     *heads, cos, sin = operands
     given, again = ([h.clone().requires_grad_() for h in heads] for _ in range(2))
@@ -244,7 +231,7 @@ def _are_close(found: Tensor, expected: Tensor) -> bool:
     return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def _how_results_lie(trial: _Trial, count: int, *arrangement: Any) -> bool | None:
+def _how_results_lie(trial: Trial, count: int, *arrangement: Any) -> bool | None:
     """Whether results have the strides of elementwise ones, or are contiguous, whatever heads have; None if neither."""
     *heads, cos, sin = _operands(trial, count, *arrangement)
     keeps, contiguous = True, True
@@ -266,22 +253,19 @@ def _packed(heads: Tensor) -> Tensor:
     return torch.cat((heads, heads), -1)[..., : heads.shape[-1]]
 
 
-def _dtypes(function: types.FunctionType, rotation: Rotation, count: int) -> set[tuple[torch.dtype, torch.dtype]]:
+def _dtypes(trial: Trial, heads: int, kind: Kind, found: Found) -> frozenset[tuple[torch.dtype, torch.dtype]]:
     """Those of heads and tables for which results have the heads'."""
-    kind, found = next(iter(rotation.forms.items()))
-    trial = _Trial(function, rotation.places, kind.others)
     lead = ((5,), (2, 5), (2, 5, 3))[kind.table_dims - 1]
-    unsqueeze = found.form.unsqueeze
     sizes = (16, 16) if kind.is_whole else (16, 8)
-    operands = _operands(trial, count, kind.dims, lead, unsqueeze, *sizes)
+    operands = _operands(trial, heads, kind.dims, lead, found.form.unsqueeze, *sizes)
     taken = set()
     for dtype, table in {(d, t) for d in _DTYPES for t in (d, torch.float32)}:
-        *heads, cos, sin = [*(h.to(dtype) for h in operands[:-2]), *(t.to(table) for t in operands[-2:])]
-        results = trial.run((*heads, cos, sin))
+        *given, cos, sin = [*(h.to(dtype) for h in operands[:-2]), *(t.to(table) for t in operands[-2:])]
+        results = trial.run((*given, cos, sin))
         if results is None or any(r.dtype != dtype for r in results):
             continue
-        expected: list[Any] = [_expected(found.form, h.double(), cos.double(), sin.double()) for h in heads]
+        expected: list[Any] = [_expected(found.form, h.double(), cos.double(), sin.double()) for h in given]
         bound = 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
         if all(torch.allclose(r.double(), e, rtol=bound, atol=bound) for r, e in zip(results, expected, strict=True)):
             taken.add((dtype, table))
-    return taken
+    return frozenset(taken)
