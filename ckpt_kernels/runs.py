@@ -172,7 +172,7 @@ class Run:
         call.args = tuple(self._noted(a, discarder) for a in args)
         call.kwargs = {name: self._noted(a, discarder) for name, a in kwargs.items()}
         self._calls.append(call)
-        buffers = [(b, b._version) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
+        buffers = [_Buffer(b) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
         before = _RandomState.now(args, kwargs)
 
         def pack(tensor: Tensor) -> _Saved:
@@ -184,7 +184,7 @@ class Run:
             output = call.function(*args, **kwargs)
         if not before.is_now():
             call.random = before
-        call.written = [buffer for buffer, version in buffers if buffer._version != version]
+        call.written = [buffer.tensor for buffer in buffers if buffer.is_written()]
         call.outputs = [(weakref.ref(tensor), tensor._version) for tensor in tensors_among(output)]
         return output
 
@@ -332,6 +332,23 @@ class _FromOutside(torch.autograd.Function):
 def _is_sharded(module: nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+class _Buffer:
+    """A buffer before a call. Batch norms write to theirs without a new version, so small ones are compared."""
+
+    _MOST = 65536
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._version = None if tensor.is_inference() else tensor._version
+        is_compared = tensor.numel() <= self._MOST and type(tensor) is Tensor and tensor.layout is torch.strided
+        self._value = tensor.detach().clone() if is_compared else None
+
+    def is_written(self) -> bool:
+        if self._version is not None and self.tensor._version != self._version:
+            return True
+        return self._value is not None and not torch.equal(self._value, self.tensor)
 
 
 def _key(call: _Call, depth: int) -> int | None:

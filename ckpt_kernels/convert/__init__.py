@@ -196,7 +196,8 @@ class _Conversion(Leaves):
                 found.update((layer, None) for layer in parent._modules.values() if layer is not None)
         for module in found:
             covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
-            if covered and may_be_swapped(module) and _has_forward(module):
+            # What is to stay as it is may be in a checkpoint, and keeps its outputs within a model that does not.
+            if (covered or module in self.levels.named) and may_be_swapped(module) and _has_forward(module):
                 yield module
             elif module in self.levels.named:
                 self.leave(self.names[module], module, "its forward cannot be given a level of its own")
