@@ -19,9 +19,7 @@ def chain(rng: random.Random, stages: int, choices: int, runs: bool) -> list[Sta
         costs = {}
         for choice in range(choices):
             kept = output + rng.randint(0, 60)
-            costs[f"c{choice}"] = Cost(
-                kept, kept + rng.randint(0, 30), rng.randint(0, 60), rng.random(), rng.random()
-            )
+            costs[f"c{choice}"] = Cost(kept, kept + rng.randint(0, 30), rng.randint(0, 60), rng.random(), rng.random())
         may_repeat = runs and rng.random() < 0.9
         checkpointed = Checkpointed(rng.randint(0, 2), output + rng.randint(0, 30), rng.random(), rng.random() / 10)
         follows = index > 0 and rng.random() < 0.8

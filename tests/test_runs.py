@@ -223,7 +223,9 @@ def test_second_derivatives_and_a_graph_that_is_used_twice() -> None:
         return [torch.autograd.grad(output, x, retain_graph=index == 0)[0] for index in range(2)]
 
     for run in (second, twice):
-        for expected, found in zip(run(made(flat(TREES["two"])), inputs()), run(made(TREES["two"]), inputs()), strict=True):
+        for expected, found in zip(
+            run(made(flat(TREES["two"])), inputs()), run(made(TREES["two"]), inputs()), strict=True
+        ):
             assert (expected is None and found is None) or torch.equal(expected, found)
 
 
@@ -241,7 +243,7 @@ def test_an_argument_that_is_written_to_afterwards_is_refused() -> None:
     net, x, scale = made(TREES["two"]), inputs(), torch.ones(4 * WIDTH)
     output = net(x, scale)
     scale.mul_(2.0)
-    with pytest.raises(RuntimeError, match="argument of a checkpointed layer.*modified"):
+    with pytest.raises(RuntimeError, match=r"argument of a checkpointed layer.*modified"):
         output.sum().backward()
 
 
@@ -252,7 +254,7 @@ def test_a_layer_that_decides_otherwise_is_refused() -> None:
 
     net = nn.Sequential(Fickle())
     ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
-    with pytest.raises(RuntimeError, match="expected torch.float32"):
+    with pytest.raises(RuntimeError, match=r"expected torch\.float32"):
         net(inputs()).sum().backward()
 
 

@@ -51,7 +51,12 @@ def plan(
     row; of those in a checkpoint too. Costs are measured in steps of the model on these inputs; the choice is the best
     one by these costs; then a step is measured with it, and where that is above the budget another choice is made.
     The model, its gradients and random numbers stay as they are: steps run on copies that share the parameters' memory.
-    `Plan.apply` converts the model.
+    Hooks run in these steps too, and what cannot be copied, a lock or an iterator that the model holds, is shared with
+    the copies. `Plan.apply` converts the model.
+
+    A layer is offered a checkpoint only if it saved the same, bit by bit, when it ran again in one of the steps, and
+    wrote to no attribute of its own. Layers that are called more than once a step, or left out at random, are not
+    chosen for: then one level is chosen for the whole model.
 
     Args:
         model: a module, converted or not, whose layers run one after the other.
@@ -67,7 +72,8 @@ def plan(
     Raises:
         DoesNotFit: no choice fits; the error's `least` are the fewest bytes of any.
         MemoryError: a step does not fit into memory at any choice, so that nothing can be measured.
-        TypeError, ValueError: the model is no module, the budget is none, or the output has no gradient.
+        TypeError, ValueError: the model is no module, or compiled or sharded already, or cannot be copied; the budget
+            or the loss is none; the output has no gradient.
 
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
@@ -84,7 +90,14 @@ def plan(
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: plan first, then torch.compile")
-    bytes_of(budget if budget != "device" else None, 1, torch.device("cpu"))
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss is {type(loss).__name__}; expected a function of what the model returns, or None")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {type(progress).__name__}; expected a function of a line, or None")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the model is on {device}, where steps are not measured; expected a CPU or a CUDA device")
+    bytes_of(budget, 1, device)
     shown = progress or _shown_in_terminal
     bench = Bench(model, inputs, kwargs, loss, shown)
     try:
@@ -105,12 +118,14 @@ def _allowed(budget: Budget, steps: dict[str, Step], bench: Bench) -> int | None
 
 def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None) -> Plan:
     solver = Solver(found.stages)
-    needs, seconds = (values.tolist() for values in solver.front)
+    front = solver.front
     excess = 0
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         assignment = _best(solver, None if budget is None else budget - excess)
-        if assignment is None:
-            raise DoesNotFit(budget or 0, int(needs[0]) + excess)
+        is_least = assignment is None or attempt == _ATTEMPTS - 1
+        if assignment is None or is_least:
+            assignment = solver.best(int(front.needs[0]))
+            assert assignment is not None
         peak, predicted = simulated(found.stages, assignment)
         made = Plan(
             budget=budget,
@@ -119,7 +134,7 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
             measured=Step(peak, predicted),
             steps=found.steps,
             bound=_bound(found, solver, budget),
-            frontier=list(zip(needs, seconds, strict=True)),
+            frontier=list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True)),
             stages=found.stages,
             layers=found.layers,
             structure=structure_of(model),
@@ -127,12 +142,24 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
             _model=[weakref.ref(model)],
         )
         step, eager = _tried(bench, made)
+        told = [*found.notes, *([f"costs predicted {excess:,} bytes too few at first"] if excess else [])]
         if budget is None or step.peak <= budget:
-            told = [*found.notes, *([f"costs predicted {excess:,} bytes too few at first"] if excess else [])]
             steps = found.steps | ({EAGER: Step(found.steps[EAGER].peak, eager)} if EAGER in found.steps else {})
-            return _with(made, measured=step, steps=steps, count=bench.count, note="; ".join(told))
+            made = _with(made, measured=step, steps=steps, count=bench.count, note="; ".join(told))
+            return _or_eager(made)
+        if is_least:
+            raise DoesNotFit(budget, step.peak, "; ".join(found.notes))
         excess += step.peak - min(budget - excess, peak)
-    raise DoesNotFit(budget or 0, int(needs[0]) + excess)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _or_eager(made: Plan) -> Plan:
+    """The model as it is, where that fits and is faster than the plan: of tiny models the calls are what costs."""
+    eager = made.steps.get(EAGER)
+    if eager is None or eager.seconds >= made.measured.seconds or eager.peak > (made.budget or eager.peak):
+        return made
+    note = f"as it is the model is faster than planned ({made.measured.seconds * 1e3:.1f} ms)"
+    return _with(made, assignment=(), whole="none", predicted=eager, measured=eager, bound=eager.seconds, note=note)
 
 
 def _with(made: Plan, **changes: Any) -> Plan:
@@ -188,7 +215,7 @@ def _whole(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
     allowed = _allowed(budget, steps, bench)
     fitting = {name: step for name, step in steps.items() if allowed is None or step.peak <= allowed}
     if not fitting:
-        raise DoesNotFit(allowed or 0, min(step.peak for step in steps.values()))
+        raise DoesNotFit(allowed or 0, min(step.peak for step in steps.values()), reason)
     best = min(fitting, key=lambda name: (fitting[name].seconds, fitting[name].peak))
     return Plan(
         budget=allowed,

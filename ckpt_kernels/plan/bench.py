@@ -5,18 +5,23 @@ are. Gradients are there before a step, as while they are accumulated, so that t
 them.
 """
 
+import functools
+import random
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..convert import convert, revert
+from ..convert.loads import named_modules
 from ..convert.swap import surround
 from ..copies import copied, twin_of
-from ..memory import _random_numbers_kept
-from ..runs import Place
+from ..memory import random_numbers_kept
+from ..runs import Place, is_sharded
 from ..target import tensors_in
 from .layers import layers_of
 from .marks import Point, Recorder, marking
@@ -67,6 +72,7 @@ class Bench:
         loss: Loss | None,
         progress: Callable[[str], None],
     ) -> None:
+        _check(model)
         self.model = model
         self._inputs = args, kwargs
         self._loss = loss or default_loss
@@ -104,18 +110,68 @@ class Bench:
         recorder = Recorder(layers, self.device, memory)
         for gradient in self._gradients.values():
             gradient.zero_()
-        memo: dict[int, Any] = {}
-        args, kwargs = copied(self._inputs, memo)
 
         def step(recorder: Recorder) -> None:
             output = twin(*args, **kwargs)
-            loss = self._loss(output)
+            loss = self._loss_of(output)
             recorder.mark("loss")
             recorder.is_backward = True
             loss.backward()
 
-        with _random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
+        with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
+            memo: dict[int, Any] = {}
+            args = tuple(copied(value, memo) for value in self._inputs[0])
+            kwargs = {name: copied(value, memo) for name, value in self._inputs[1].items()}
+            # Layers that are left out at random are others from step to step.
+            if not memory:
+                torch.manual_seed(self.count)
+                random.seed(self.count)
             return recorder, recorder.run(step)
+
+    def _loss_of(self, output: Any) -> Tensor:
+        loss = self._loss(output)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss returns {type(loss).__name__}; expected a tensor of one element")
+        if loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
+            raise ValueError(
+                f"loss returns {loss.dtype} {tuple(loss.shape)}, requires_grad={loss.requires_grad}; "
+                "expected one real number that has a gradient"
+            )
+        return loss
+
+
+def _check(model: nn.Module) -> None:
+    """Whether steps of a twin are steps of this model, and leave it as it is."""
+    for name, module in named_modules(model):
+        if is_sharded(module):
+            raise TypeError(f"{name or 'the model'} is sharded; expected a model that is not: plan, apply, then shard")
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{name}.{key} is a lazy parameter; expected the model to be called once before")
+        for key, value in vars(module).items():
+            if not key.endswith("_hooks") and _holds_modules(value):
+                raise TypeError(
+                    f"{name or 'the model'}.{key} is a function that holds modules, which a copy of the model would "
+                    "call; expected a model whose copy is independent of it"
+                )
+
+
+def _holds_modules(value: Any, depth: int = 3) -> bool:
+    """Whether a function has modules in its closure, or a method is a module's."""
+    if isinstance(value, types.MethodType):
+        return isinstance(value.__self__, nn.Module)
+    if isinstance(value, functools.partial):
+        return any(isinstance(held, nn.Module) or _holds_modules(held, depth) for held in (value.func, *value.args))
+    if not isinstance(value, types.FunctionType) or not depth:
+        return False
+    for cell in value.__closure__ or ():
+        try:
+            held = cell.cell_contents
+        except ValueError:
+            continue
+        if isinstance(held, nn.Module) or _holds_modules(held, depth - 1):
+            return True
+    return False
 
 
 def default_loss(output: Any) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..check import _described, _different
+from ..check import described, different
 from ..convert.loads import modules_of
+from ..runs import watched
 from .bench import CHECKPOINT, CHOICES, EAGER, LEVELS, Bench, ByLayer, Step, is_out_of_memory
 from .costs import FIXED, Checkpointed, Cost, Stage
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
@@ -53,7 +54,8 @@ def measured(bench: Bench) -> Measured:
         twin = bench.twin(None if choice == "none" else ByLayer(dict.fromkeys(bench.names, choice)))
         before = _attributes(twin, bench.names) if choice == "none" else {}
         try:
-            recorders[choice], points = bench.step(f"memory of {_called(choice)}", twin, memory=True)
+            with watched() as differing:
+                recorders[choice], points = bench.step(f"memory of {_called(choice)}", twin, memory=True)
         except NotAChain:
             raise
         except Exception as error:
@@ -64,10 +66,13 @@ def measured(bench: Bench) -> Measured:
             continue
         if choice == "none":
             changed = _changed(before, _attributes(twin, bench.names))
+        changed |= {name for name, module in twin.named_modules() if module in differing}
         memory[choice], peaks[choice] = segments(points), peak_of(points)
     if not recorders:
         raise MemoryError("a step does not fit at any choice: " + "; ".join(notes))
     first, *others = recorders.values()
+    if not first.outputs:
+        raise NotAChain("none of the model's layers is called where gradients are recorded")
     order = [bench.names[layer] for layer in first.outputs]
     if any([bench.names[layer] for layer in recorder.outputs] != order for recorder in others):
         raise NotAChain("layers are called in another order from step to step")
@@ -83,23 +88,26 @@ def _called(choice: str) -> str:
     return EAGER if choice == "none" else choice
 
 
+# What every module has for torch itself.
+_TORCHS = frozenset(vars(nn.Module()))
+
+
 def _attributes(twin: nn.Module, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What Python code may have written to, by layer: attributes, but no parameters and buffers."""
+    """What Python code may have written to, by layer: attributes, and which buffers there are; not what is in these."""
     modules = dict(twin.named_modules())
-    return {
-        name: {
-            f"{index}.{key}": _described(value)
-            for index, module in enumerate(modules_of(modules[name]))
-            for key, value in vars(module).items()
-            if not key.startswith("_")
-        }
-        for name in names
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        found[name] = {}
+        for index, module in enumerate(modules_of(modules[name])):
+            own = {key: described(value) for key, value in vars(module).items() if key not in _TORCHS}
+            own |= {f"buffer {key}": id(buffer) for key, buffer in module._buffers.items()}
+            found[name] |= {f"{index}.{key}": value for key, value in own.items()}
+    return found
 
 
 def _changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> set[str]:
     """The layers that write to their own attributes as they run, which must not happen twice."""
-    return {name for name in before if _different(before[name], after[name])}
+    return {name for name in before if different(before[name], after[name])}
 
 
 def _kinds(bench: Bench, recorder: Recorder, order: list[str]) -> list[int]:

@@ -5,7 +5,7 @@ import statistics
 from torch import nn
 
 from .bench import Bench, ByLayer
-from .marks import Segment, Where, segments
+from .marks import NotAChain, Segment, Where, segments
 
 # Of layers of which so many are alike, each choice is timed in that many at once.
 MANY = 4
@@ -23,7 +23,9 @@ def seconds_of(bench: Bench, order: list[str], kinds: list[int], levels: list[st
         choices = {name: levels[(place + turn) % turns] for place, name in enumerate(order)}
         if turn not in twins:
             twins[turn] = bench.twin(ByLayer(choices))
-        _, points = bench.step(f"times, {step + 1} of {rounds * turns}", twins[turn], memory=False)
+        recorder, points = bench.step(f"times, {step + 1} of {rounds * turns}", twins[turn], memory=False)
+        if [bench.names[layer] for layer in recorder.outputs] != order:
+            raise NotAChain("layers are called in another order from step to step, or left out at random")
         chosen.append(list(choices.values()))
         found.append(segments(points))
     return Seconds.fitted(found, chosen, kinds)
