@@ -92,7 +92,7 @@ def watched() -> Iterator[set[nn.Module]]:
         _differing = before
 
 
-def _bits_of(tensor: Tensor) -> Tensor | None:
+def _bits_of(tensor: Tensor) -> int | None:
     """A sum that another value would change."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_complex():
         return None
@@ -100,7 +100,7 @@ def _bits_of(tensor: Tensor) -> Tensor | None:
     plain = tensor.detach()
     if whole is None:
         return None
-    return (plain if plain.dtype == torch.bool else plain.view(whole)).sum()
+    return int((plain if plain.dtype == torch.bool else plain.view(whole)).sum())
 
 
 class _Call:
@@ -291,7 +291,7 @@ class Run:
                         f"{tuple(saved.shape)}, as at first: does it decide at random?"
                     )
                 saved.value = value
-                if _differing is not None and not _is_same(saved.bits, _bits_of(tensor)):
+                if _differing is not None and saved.bits != _bits_of(tensor):
                     _differing.add(call.module)
             if is_last and count == len(waiting):
                 raise _Done
@@ -400,10 +400,6 @@ class _Buffer:
             yield
         finally:
             self.tensor.data.copy_(now)
-
-
-def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is None or other is None or torch.equal(one, other)
 
 
 def _key(call: _Call, depth: int) -> int | None:
