@@ -61,13 +61,15 @@ class Solver:
         optimistic: whether thinning rounds down.
     """
 
-    def __init__(self, stages: Sequence[Stage], limit: int = 1024, optimistic: bool = False) -> None:
+    def __init__(self, stages: Sequence[Stage], limit: int = 512, optimistic: bool = False) -> None:
         self.stages = stages
         self.is_thinned = False
         self._limit = limit
         self._optimistic = optimistic
         self._left = [0, *itertools.accumulate(stage.left for stage in stages)]
-        self._nested: dict[tuple, Front] = {}
+        self._nested: dict[int, Front] = {}
+        self._pieces: dict[tuple[int, int], int] = {}
+        self._numbers: dict[tuple[int, int, bool], int] = {}
         self._whole: list[Front] = [_EMPTY] * (len(stages) + 1)
         for first in reversed(range(len(stages))):
             self._whole[first] = self._front(first, len(stages) - 1)
@@ -104,14 +106,23 @@ class Solver:
     def _tail(self, first: int, last: int, nested: bool) -> Front:
         if first > last:
             return _EMPTY
-        return self._inside(first, last, whole=False) if nested else self._whole[first]
+        return self._inside(first, last) if nested else self._whole[first]
 
-    def _inside(self, first: int, last: int, whole: bool = True) -> Front:
+    def _inside(self, first: int, last: int) -> Front:
         """The front of stages that run again under a checkpoint. Stages that are alike have the same one."""
-        key = tuple((stage.alike, stage.follows) for stage in self.stages[first : last + 1])
-        if key not in self._nested:
-            self._nested[key] = self._front(first, last, nested=True)
-        return self._nested[key]
+        piece = self._piece(first, last)
+        if piece not in self._nested:
+            self._nested[piece] = self._front(first, last, nested=True)
+        return self._nested[piece]
+
+    def _piece(self, first: int, last: int) -> int:
+        """A number that pieces of the chain have in common if their stages are alike one by one."""
+        known = self._pieces.get((first, last))
+        if known is None:
+            stage = self.stages[last]
+            key = (self._piece(first, last - 1) if first < last else -1, stage.alike, stage.follows)
+            known = self._pieces[first, last] = self._numbers.setdefault(key, len(self._numbers))
+        return known
 
     def _closed(self, last: int, nested: bool) -> int:
         """In a second forward pass the output of the last stage goes at once."""
