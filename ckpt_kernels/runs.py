@@ -13,7 +13,6 @@ for the second what they were, and are not moved by it; a layer's arguments must
 """
 
 import contextlib
-import random
 import sys
 import threading
 import weakref
@@ -23,10 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .call_state import Buffer, RandomState, autocast_now
 from .convert.loads import modules_of
 from .discarder import Discarder
 from .provenance import tensors_among
 from .recompute import discarding
+from .watching import bits_of, note_difference
 
 # What may be handed to a layer that is to run again: nothing that a layer writes to and somebody else reads.
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -49,7 +50,7 @@ class _Saved:
         self.run = run
         self.shape = tensor.shape
         self.dtype = tensor.dtype
-        self.bits = None if _differing is None else _bits_of(tensor)
+        self.bits = bits_of(tensor)
         self.value: Tensor | None = None
 
     def get(self) -> Tensor:
@@ -59,7 +60,7 @@ class _Saved:
             if self.run is repeated:
                 raise RuntimeError("a checkpointed layer did not save a tensor again that it saved at first")
             repeated = self.run
-            repeated.repeat()
+            repeated.repeat(self)
         return self.value
 
 
@@ -77,32 +78,6 @@ class _Input(NamedTuple):
     requires_grad: bool
 
 
-# Where layers are watched: those that did not save the same when they ran again.
-_differing: set[nn.Module] | None = None
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[set[nn.Module]]:
-    """Within, each layer that runs again is held against its first pass, to the bit: those that differ."""
-    global _differing
-    before, _differing = _differing, set()
-    try:
-        yield _differing
-    finally:
-        _differing = before
-
-
-def _bits_of(tensor: Tensor) -> int | None:
-    """A sum that another value would change."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_complex():
-        return None
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.dtype.itemsize)
-    plain = tensor.detach()
-    if whole is None:
-        return None
-    return int((plain if plain.dtype == torch.bool else plain.view(whole)).sum())
-
-
 class _Call:
     """A layer's call, and how to make it again."""
 
@@ -113,10 +88,10 @@ class _Call:
         self.args: tuple = ()
         self.kwargs: dict[str, Any] = {}
         self.saved: list[weakref.ref[_Saved]] = []
-        self.outputs: list[tuple[weakref.ref[Tensor], int]] = []
-        self.written: list[_Buffer] = []
-        self.random: _RandomState | None = None
-        self.autocast = _autocast_now()
+        self.outputs: list[tuple[weakref.ref[Tensor], int | None]] = []
+        self.written: list[Buffer] = []
+        self.random: RandomState | None = None
+        self.autocast = autocast_now()
 
 
 class _Done(BaseException):
@@ -188,7 +163,8 @@ class Run:
         self._key = key
         self._depth = depth
         self._calls: list[_Call] = []
-        self._kept: list[tuple[weakref.ref[Tensor], _Input]] = []
+        # With the versions that they were kept at: one that was written to since is another argument.
+        self._kept: list[tuple[weakref.ref[Tensor], int | None, _Input]] = []
         self._lock = threading.RLock()
 
     def goes_on(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -202,7 +178,7 @@ class Run:
         for index in reversed(range(len(self._calls))):
             for number, (output, version) in enumerate(self._calls[index].outputs):
                 if output() is tensor:
-                    return _Link(index, number) if tensor._version == version else None
+                    return _Link(index, number) if _version_of(tensor) == version else None
         return None
 
     def call(self, call: _Call, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -211,8 +187,8 @@ class Run:
         call.args = tuple(self._noted(a, discarder) for a in args)
         call.kwargs = {name: self._noted(a, discarder) for name, a in kwargs.items()}
         self._calls.append(call)
-        buffers = [_Buffer(b) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
-        before = _RandomState.now(call.module, args, kwargs)
+        buffers = [Buffer(b) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
+        before = RandomState.now(call.module, args, kwargs)
 
         def pack(tensor: Tensor) -> _Saved:
             saved = _Saved(self, tensor)
@@ -224,7 +200,7 @@ class Run:
         if not before.is_now():
             call.random = before
         call.written = [buffer for buffer in buffers if buffer.is_written()]
-        call.outputs = [(weakref.ref(tensor), tensor._version) for tensor in tensors_among(output)]
+        call.outputs = [(weakref.ref(tensor), _version_of(tensor)) for tensor in tensors_among(output)]
         return output
 
     def _noted(self, value: Any, discarder: Discarder | None) -> Any:
@@ -238,19 +214,24 @@ class Run:
         return self._keep(value, discarder) if link is None else link
 
     def _keep(self, tensor: Tensor, discarder: Discarder | None) -> _Input:
-        for known, noted in self._kept:
-            if known() is tensor:
+        version = _version_of(tensor)
+        for known, at, noted in self._kept:
+            if known() is tensor and at == version:
                 return noted
         if discarder is not None and tensor.requires_grad and not tensor.is_leaf:
             get = discarder.pack(tensor).get
         else:
             get = _unwritten(tensor)
-        self._kept.append((weakref.ref(tensor), _Input(get, tensor.requires_grad)))
-        return self._kept[-1][1]
+        made = _Input(get, tensor.requires_grad)
+        self._kept.append((weakref.ref(tensor), version, made))
+        return made
 
-    def repeat(self) -> None:
+    def repeat(self, waiting: "_Saved") -> None:
         """Makes the calls again, and gives all that wait what they saved."""
         with self._lock, _repeating(), torch.enable_grad(), contextlib.suppress(_Done):
+            # Another thread may have been first.
+            if waiting.value is not None or waiting.run is not self:
+                return
             inputs: dict[int, Tensor] = {}
             outputs: list[list[Tensor]] = []
             pieces = self._pieces()
@@ -291,8 +272,8 @@ class Run:
                         f"{tuple(saved.shape)}, as at first: does it decide at random?"
                     )
                 saved.value = value
-                if _differing is not None and saved.bits != _bits_of(tensor):
-                    _differing.add(call.module)
+                if saved.bits is not None and saved.bits != bits_of(tensor):
+                    note_difference(call.module)
             if is_last and count == len(waiting):
                 raise _Done
             return value
@@ -350,8 +331,8 @@ class Run:
                 stack.enter_context(buffer.as_before())
             if call.random is not None:
                 stack.enter_context(call.random.again())
-            for autocast in call.autocast:
-                stack.enter_context(torch.autocast(*autocast[:1], **autocast[1]))
+            for device, options in call.autocast:
+                stack.enter_context(torch.autocast(device, **options))
             return list(tensors_among(function(*args, **kwargs)))
 
 
@@ -371,35 +352,6 @@ def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` has been called on a module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
-class _Buffer:
-    """A buffer before a call. Batch norms write to theirs without a new version, so small ones are compared."""
-
-    _MOST = 65536
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self._version = None if tensor.is_inference() else tensor._version
-        is_compared = tensor.numel() <= self._MOST and type(tensor) is Tensor and tensor.layout is torch.strided
-        self._value = tensor.detach().clone() if is_compared else None
-
-    def is_written(self) -> bool:
-        if self._version is not None and self.tensor._version != self._version:
-            return True
-        return self._value is not None and not torch.equal(self._value, self.tensor)
-
-    @contextlib.contextmanager
-    def as_before(self) -> Iterator[None]:
-        """Within, it has the value that the first pass began with; afterwards that of now. By its data: for others, who
-        may have saved it, nothing is written."""
-        now = self.tensor.detach().clone()
-        if self._value is not None:
-            self.tensor.data.copy_(self._value)
-        try:
-            yield
-        finally:
-            self.tensor.data.copy_(now)
 
 
 def _key(call: _Call, depth: int) -> int | None:
@@ -424,7 +376,7 @@ def _loaded(noted: Any, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) 
 
 def _unwritten(tensor: Tensor) -> Callable[[], Tensor]:
     """The tensor, if nobody has written to it by then."""
-    version = None if tensor.is_inference() else tensor._version
+    version = _version_of(tensor)
     held = tensor if tensor.is_leaf else tensor.detach()
 
     def get() -> Tensor:
@@ -436,6 +388,10 @@ def _unwritten(tensor: Tensor) -> Callable[[], Tensor]:
         return held
 
     return get
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -459,63 +415,3 @@ def _repeating() -> Iterator[None]:
 def is_repeating() -> bool:
     """Whether this thread runs layers again for a backward pass."""
     return _thread.repeating
-
-
-def _autocast_now() -> list[tuple[str, dict[str, Any]]]:
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return [
-        (
-            device,
-            {
-                "dtype": torch.get_autocast_dtype(device),
-                "enabled": torch.is_autocast_enabled(device),
-                "cache_enabled": torch.is_autocast_cache_enabled(),
-            },
-        )
-        for device in devices
-    ]
-
-
-class _RandomState:
-    """Of torch's generators, the CPU's and those of the devices that a call's tensors are on, of generators that the
-    layer holds, and of Python's and numpy's."""
-
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._states = [(generator, generator.get_state()) for generator in generators]
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else numpy.random.get_state()
-
-    @staticmethod
-    def now(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "_RandomState":
-        generators = [torch.default_generator]
-        devices = {tensor.device.index for tensor in tensors_among((args, kwargs)) if tensor.is_cuda}
-        generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
-        held = (value for below in modules_of(module) for value in vars(below).values())
-        return _RandomState([*generators, *(value for value in held if isinstance(value, torch.Generator))])
-
-    def is_now(self) -> bool:
-        if not all(torch.equal(generator.get_state(), state) for generator, state in self._states):
-            return False
-        if random.getstate() != self._python:
-            return False
-        if self._numpy is None:
-            return True
-        numpy = sys.modules["numpy"].random.get_state()
-        return numpy[2:] == self._numpy[2:] and bool((numpy[1] == self._numpy[1]).all())
-
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        now = _RandomState([generator for generator, _ in self._states])
-        self._set()
-        try:
-            yield
-        finally:
-            now._set()
-
-    def _set(self) -> None:
-        for generator, state in self._states:
-            generator.set_state(state)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)

@@ -1,6 +1,7 @@
 """Checkpoints that span several calls: the same bits, what is kept, what runs twice, and loops that do more."""
 
 import gc
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -84,13 +85,14 @@ def inputs() -> Tensor:
     return torch.randn(ROWS, WIDTH, requires_grad=True)
 
 
-def results(net: nn.Module, x: Tensor, *rest: Any) -> list[Tensor]:
+def results(net: Any, x: Tensor, *rest: Any, of: nn.Module | None = None) -> list[Tensor]:
+    module = net if of is None else of
     torch.manual_seed(2)
     output = net(x, *rest)
     (output * torch.linspace(-1, 1, WIDTH)).sum().backward()
-    found = [output.detach(), *(p.grad for p in (x, *net.parameters()) if p.grad is not None)]
+    found = [output.detach(), *(p.grad for p in (x, *module.parameters()) if p.grad is not None)]
     x.grad = None
-    net.zero_grad()
+    module.zero_grad()
     return found
 
 
@@ -229,6 +231,52 @@ def test_second_derivatives_and_a_graph_that_is_used_twice() -> None:
             assert (expected is None and found is None) or torch.equal(expected, found)
 
 
+def test_state_that_moves_is_what_it_was() -> None:
+    """Generators, of a layer and of Python, and a buffer that the output depends on."""
+
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+            self.generator = torch.Generator().manual_seed(3)
+            self.register_buffer("seen", torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            keep = torch.rand(x.shape, generator=self.generator) > 0.3
+            self.seen.mul_(0.9).add_(x.detach().square().mean(0))
+            return self.linear(x * keep) * random.uniform(0.5, 1.5) / self.seen.sqrt()
+
+    found = []
+    for level in ("none", "checkpoint"):
+        torch.manual_seed(0)
+        random.seed(0)
+        net = nn.Sequential(Moving(), Moving())
+        ckpt_kernels.convert(net, recompute=dict.fromkeys("01", level))
+        found.append([*results(net, inputs()), *net.buffers(), torch.tensor(random.random())])
+    assert all(map(torch.equal, *found))
+
+
+def test_a_checkpoint_within_a_checkpoint_is_the_outer_one() -> None:
+    net, x = made(None), inputs()
+    expected = results(net, x)
+    ckpt_kernels.convert(net, recompute={"": "checkpoint", "layers.*": "checkpoint"})
+    torch.testing.assert_close(results(net, x), expected, rtol=1e-4, atol=1e-5)
+    assert saved_bytes(net, x) == 0
+
+
+def test_a_nested_run_within_torchs_checkpoint_and_under_torch_func() -> None:
+    net, x = made(TREES["nested"]), inputs()
+    expected = results(made(flat(TREES["nested"])), x)
+    found = results(lambda given: torch.utils.checkpoint.checkpoint(net, given, use_reentrant=False), x, of=net)
+    assert all(map(torch.equal, expected, found))
+    parameters = dict(net.named_parameters())
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(net, given, (x.detach(),)).sum()
+
+    assert torch.func.grad(loss)(parameters).keys() == parameters.keys()
+
+
 def test_autocast_is_as_it_was() -> None:
     def run(tree: Tree) -> list[Tensor]:
         net, x = made(tree), inputs()
@@ -237,6 +285,38 @@ def test_autocast_is_as_it_was() -> None:
         return list(torch.autograd.grad(output.float().square().sum(), [x, *net.parameters()]))
 
     assert all(map(torch.equal, run(flat(TREES["one"])), run(TREES["one"])))
+
+
+def test_an_argument_that_is_written_to_between_layers_is_two() -> None:
+    class Noted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, note: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x) + note)
+
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layers = nn.Linear(WIDTH, WIDTH), nn.ModuleList(Noted() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            note = self.first(x)
+            x = self.layers[0](x, note)
+            note.mul_(2.0)
+            return self.layers[1](x, note)
+
+    torch.manual_seed(0)
+    net, x = Writing(), inputs()
+    expected = results(net, x)
+    ckpt_kernels.convert(net, recompute=Tree(["none"] * 2))
+    # The first layer's argument is no longer there to run again.
+    with pytest.raises(RuntimeError, match="modified by an in-place"):
+        results(net, x)
+    ckpt_kernels.convert(net, recompute=Tree("none", ["none"]))
+    net.zero_grad()
+    torch.testing.assert_close(results(net, x), expected)
 
 
 def test_an_argument_that_is_written_to_afterwards_is_refused() -> None:

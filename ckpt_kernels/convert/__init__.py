@@ -140,7 +140,9 @@ class _Conversion(Leaves):
         self.model = model
         self.levels = levels
         self.above = _above_lists(model)
-        self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone)
+        names = {module: name for name, module in named_modules(model)}
+        stay = tuple(names[module] for module, (level, _) in levels.named.items() if level == "none")
+        self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone, stay)
 
     def run(self) -> Report:
         self.names = named = {module: name for name, module in named_modules(self.model)}

@@ -19,8 +19,10 @@ def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[_Found
     names = function.__globals__
     held: list[_Found] = []
     absent = set()
-    for name in function.__code__.co_names:
-        if name in names and (flag := _flag_returned(names[name])) is not None:
+    code = function.__code__
+    local = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    for name in code.co_names:
+        if name not in local and name in names and (flag := _flag_returned(names[name])) is not None:
             absent.add(name)
             held += [(names, name, names[name]), (names[name], "__code__", names[name].__code__), flag]
     if not absent:

@@ -20,7 +20,8 @@ _one_at_a_time = threading.Lock()
 
 
 class Continued(Later):
-    """The conversion of a model with these choices; the lists are those of its report.
+    """The conversion of a model with these choices; the lists are those of its report, `as_they_are` the names of
+    modules that stay as they are with all that comes into them.
 
     What comes later is known by its class: nothing is tried out, and no code of the model's runs.
     """
@@ -32,8 +33,10 @@ class Continued(Later):
         known: Iterable[nn.Module],
         replaced: list[Replaced],
         left_alone: list[LeftAlone],
+        as_they_are: tuple[str, ...] = (),
     ) -> None:
         self.known = weakref.WeakSet(known)
+        self._as_they_are = as_they_are
         self._choices = include, exclude
         self._replaced = replaced
         self._left_alone = left_alone
@@ -43,7 +46,7 @@ class Continued(Later):
         """For copies of the model: they have seen what this one has."""
         model = self._model()
         known = [module for module in looked_for(model) if module in self.known] if model is not None else []
-        return Continued, (*self._choices, known, [], [])
+        return Continued, (*self._choices, known, [], [], self._as_they_are)
 
     def is_of(self, module: nn.Module) -> bool:
         return self._model() is module
@@ -68,10 +71,13 @@ class Continued(Later):
             try:
                 leaves.writer = writer_in(model)
                 for module in new:
-                    if module in names:
+                    if module in names and not self._is_to_stay(names[module]):
                         leaves.convert(names[module], module)
             finally:
                 forget_what_is_local()
+
+    def _is_to_stay(self, name: str) -> bool:
+        return any(name == above or name.startswith(f"{above}.") for above in self._as_they_are)
 
 
 def looked_for(model: nn.Module) -> Iterable[nn.Module]:

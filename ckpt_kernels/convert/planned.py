@@ -94,6 +94,9 @@ class Levels:
         elif hasattr(recompute, "levels_in"):
             names = dict(named_modules(model, duplicates=True))
             for name, (level, places) in recompute.levels_in(model).items():
+                _check(level, ("none", *LEVELS), f"the level of {name!r}")
+                if name not in names:
+                    raise ValueError(f"recompute has a level for {name!r}; expected names of modules")
                 self._cover(names[name], level, places)
         else:
             raise TypeError(

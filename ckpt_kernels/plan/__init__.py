@@ -12,6 +12,7 @@
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def plan(
         model: a module, converted or not, whose layers run one after the other.
         inputs, kwargs: what the model is called with, of the size that the budget is for.
         budget: bytes, a size such as "12GiB", a float up to 1 for a fraction of eager's peak, "device" for what is free
-            on the GPU but 5 %, or None for as much as the fastest plan takes.
+            on the GPU but 5 % (call it after a step of the optimizer, which makes its state then), or None for as much
+            as the fastest plan takes.
         loss: the loss of what the model returns. By default the output's own `loss`, or the sum of its tensors.
         progress: called with a line before each step that is made. By default lines go to a terminal's stderr.
 
@@ -101,13 +103,14 @@ def plan(
     shown = progress or _shown_in_terminal
     bench = Bench(model, inputs, kwargs, loss, shown)
     try:
-        found = measured(bench)
-    except NotAChain as reason:
-        return _whole(model, bench, budget, str(reason))
+        try:
+            found = measured(bench)
+        except NotAChain as reason:
+            return _whole(model, bench, budget, str(reason))
+        return _solved(model, bench, found, _allowed(budget, found.steps, bench))
     finally:
         if progress is None:
             _end_of_progress()
-    return _solved(model, bench, found, _allowed(budget, found.steps, bench))
 
 
 def _allowed(budget: Budget, steps: dict[str, Step], bench: Bench) -> int | None:
@@ -120,6 +123,8 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
     solver = Solver(found.stages)
     front = solver.front
     excess = 0
+    structure, bound = structure_of(model), _bound(found, solver, budget)
+    frontier = list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True))
     for attempt in range(_ATTEMPTS):
         assignment = _best(solver, None if budget is None else budget - excess)
         is_least = assignment is None or attempt == _ATTEMPTS - 1
@@ -133,11 +138,11 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
             predicted=Step(peak, predicted),
             measured=Step(peak, predicted),
             steps=found.steps,
-            bound=_bound(found, solver, budget),
-            frontier=list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True)),
+            bound=bound,
+            frontier=frontier,
             stages=found.stages,
             layers=found.layers,
-            structure=structure_of(model),
+            structure=structure,
             shapes=found.shapes,
             _model=[weakref.ref(model)],
         )
@@ -149,7 +154,7 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
             return _or_eager(made)
         if is_least:
             raise DoesNotFit(budget, step.peak, "; ".join(found.notes))
-        excess += step.peak - min(budget - excess, peak)
+        excess = max(excess, step.peak - peak)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -158,12 +163,13 @@ def _or_eager(made: Plan) -> Plan:
     eager = made.steps.get(EAGER)
     if eager is None or eager.seconds >= made.measured.seconds or eager.peak > (made.budget or eager.peak):
         return made
-    note = f"as it is the model is faster than planned ({made.measured.seconds * 1e3:.1f} ms)"
+    told = f"as it is the model is faster than planned ({made.measured.seconds * 1e3:.1f} ms)"
+    note = "; ".join(filter(None, (told, made.note)))
     return _with(made, assignment=(), whole="none", predicted=eager, measured=eager, bound=eager.seconds, note=note)
 
 
 def _with(made: Plan, **changes: Any) -> Plan:
-    return Plan(**{**vars(made), **changes})
+    return replace(made, **changes)
 
 
 def _best(solver: Solver, budget: int | None) -> Assignment | None:

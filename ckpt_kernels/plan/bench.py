@@ -83,6 +83,8 @@ class Bench:
         convert(converted, recompute="block")
         self.names = list(layers_of(converted))
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if len({p.device for p in model.parameters()}) > 1:
+            raise ValueError("the model is on several devices; expected one")
 
     def twin(self, recompute: Any) -> nn.Module:
         """A twin of the model whose layers are marked; converted, if not None."""
@@ -194,4 +196,4 @@ def default_loss(output: Any) -> Tensor:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory was out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

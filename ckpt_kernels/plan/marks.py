@@ -120,6 +120,10 @@ class Recorder:
                 hook.remove()
 
     def _marked(self, step: Callable[["Recorder"], None]) -> None:
+        if self._device.type == "cuda":
+            # What was the most before is nothing of this step's.
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
         self.mark("start")
         step(self)
         self.mark("end")
@@ -170,7 +174,7 @@ def marking(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, 
 
 def _cuda_now(device: torch.device, memory: bool) -> tuple[torch.cuda.Event, int, int]:
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     if not memory:
         return event, 0, 0
     level, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
@@ -227,4 +231,5 @@ def segments(points: list[Point]) -> dict[Where, Segment]:
 
 
 def peak_of(points: list[Point]) -> int:
-    return max(itertools.chain((point.peak for point in points), (0,)))
+    """The most bytes of a step, beyond those at its start."""
+    return max((point.peak for point in points[1:]), default=0)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..check import described, different
 from ..convert.loads import modules_of
-from ..runs import watched
+from ..watching import watched
 from .bench import CHECKPOINT, CHOICES, EAGER, LEVELS, Bench, ByLayer, Step, is_out_of_memory
 from .costs import FIXED, Checkpointed, Cost, Stage
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
@@ -52,7 +52,7 @@ def measured(bench: Bench) -> Measured:
     changed: set[str] = set()
     for choice in CHOICES:
         twin = bench.twin(None if choice == "none" else ByLayer(dict.fromkeys(bench.names, choice)))
-        before = _attributes(twin, bench.names) if choice == "none" else {}
+        before = {} if recorders else _attributes(twin, bench.names)
         try:
             recorders[choice], points = bench.step(f"memory of {_called(choice)}", twin, memory=True)
             with watched() as differing:
@@ -61,17 +61,19 @@ def measured(bench: Bench) -> Measured:
         except NotAChain:
             raise
         except Exception as error:
-            # What the model's own code raises is its affair.
+            # As it is the model has to run; at a choice that its own code refuses it is left out.
             if choice == "none" and not is_out_of_memory(error):
                 raise
             notes.append(f"{_called(choice)} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             continue
-        if choice == "none":
+        if before:
             changed = _changed(before, _attributes(twin, bench.names))
         changed |= {name for name, module in twin.named_modules() if module in differing}
         memory[choice], peaks[choice] = segments(points), peak_of(points)
-    if not recorders:
-        raise MemoryError("a step does not fit at any choice: " + "; ".join(notes))
+    if not recorders.keys() - {CHECKPOINT}:
+        raise MemoryError(
+            "a step does not fit at any choice but, maybe, a checkpoint of each layer: " + "; ".join(notes)
+        )
     first, *others = recorders.values()
     if not first.outputs:
         raise NotAChain("none of the model's layers is called where gradients are recorded")
@@ -203,7 +205,7 @@ class _Stages:
         costs = {level: cost for level, (cost, _) in found.items()}
         output = self._recorder.outputs[self._bench.names.index(name)]
         checkpointed = None
-        if CHECKPOINT in self._memory and "output" in costs and name not in self._changed:
+        if CHECKPOINT in self._memory and name not in self._changed:
             checkpointed = self._checkpointed(index, costs, output)
             left = max(left, self._cost(CHECKPOINT, "layer", index)[1])
         kind = type(dict(self._bench.model.named_modules())[name]).__name__
@@ -211,7 +213,8 @@ class _Stages:
 
     def _checkpointed(self, index: int, costs: dict[str, Cost], output: int) -> Checkpointed | None:
         checkpoint, _ = self._cost(CHECKPOINT, "layer", index)
-        inside = costs["output"]
+        # What is inside it in the steps that are measured; where that does not fit by itself, the nearest that does.
+        inside = costs.get("output") or min(costs.values(), key=lambda cost: cost.kept)
         if checkpoint.kept >= inside.kept:
             return None
         # A forward pass of which nothing is kept does what the other does, and a second one ends early, but not at

@@ -39,7 +39,8 @@ class Plan:
         layers: for each stage the name of its module; "" for code between layers.
         structure: a digest of the names, classes and shapes of the model's modules and parameters.
         shapes: of the tensors that each layer was called with.
-        whole: one level for the whole model, where its layers could not be chosen for one by one.
+        whole: one level for the whole model, where its layers could not be chosen for one by one; "none" also where the
+            model as it is turned out the fastest.
         note: why not, and what else is to be known.
         count: how many steps were made to find the plan.
     """
@@ -159,6 +160,7 @@ class Plan:
             "steps": {name: asdict(step) for name, step in self.steps.items()},
             "stages": [stage.as_dict() for stage in self.stages],
             "frontier": [list(label) for label in self.frontier],
+            "version": _VERSION,
             "torch": torch.__version__,
         }
 
@@ -179,6 +181,10 @@ class Plan:
     def draw(self, path: str | pathlib.Path) -> None:
         """A PNG: time against peak, of the frontier, the plan, and all layers at one choice. Needs matplotlib."""
         report.draw(self, path)
+
+
+# Of files of plans.
+_VERSION = 1
 
 
 def structure_of(model: nn.Module) -> str:
@@ -215,6 +221,8 @@ def _tuples(value: Any) -> Any:
 
 
 def _of(data: dict[str, Any]) -> Plan:
+    if data["version"] != _VERSION:
+        raise ValueError(f"it is of version {data['version']!r}, not {_VERSION}")
     names = ("budget", "bound", "layers", "structure", "whole", "note", "count")
     return Plan(
         **{name: data[name] for name in names},

@@ -35,29 +35,30 @@ class Row(NamedTuple):
 def rows_of(plan: "Plan") -> list[Row]:
     """In the order of the forward pass; layers in a row that are alike in all once."""
     found: list[Row] = []
-    for row in _rows(plan, plan.assignment, ""):
-        if found and found[-1][1:3] == row[1:3] and found[-1][3:5] == row[3:5]:
+    for row in _rows(plan, plan.assignment, "", 0):
+        # Those between layers stand for themselves.
+        if found and row.kind and found[-1][1:5] == row[1:5] and abs(found[-1].added - row.added) < 1e-9:
             found[-1] = found[-1]._replace(layers=[*found[-1].layers, *row.layers])
         else:
             found.append(row)
     return found
 
 
-def _rows(plan: "Plan", parts: Assignment, around: str) -> Iterator[Row]:
+def _rows(plan: "Plan", parts: Assignment, around: str, runs: int) -> Iterator[Row]:
     for part in parts:
         if isinstance(part, Choice):
             stage, cost = plan.stages[part.stage], plan.stages[part.stage].costs[part.level]
             fastest = min(other.seconds for other in stage.costs.values())
             kept = 0 if around else cost.kept
             added = cost.seconds - fastest
-            if around and stage.checkpointed:
-                added += stage.checkpointed.forward
+            # Once more for each run that the stage is in.
+            added += runs * stage.checkpointed.forward if stage.checkpointed else 0.0
             level = "as it is" if part.level in (FIXED, "none") else part.level
             yield Row([stage.name], stage.kind, around + level, kept, cost.backward_peak, added)
         else:
             layers = len(choices_in(part.inside))
             name = f"checkpoint of {layers}, " if layers > 1 else "checkpoint, "
-            yield from _rows(plan, part.inside, around + name)
+            yield from _rows(plan, part.inside, around + name, runs + 1)
 
 
 def text(plan: "Plan") -> str:

@@ -1,0 +1,102 @@
+"""The state that a layer's call begins with, so that a second call of it begins with the same."""
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .convert.loads import modules_of
+from .provenance import tensors_among
+
+
+def autocast_now() -> list[tuple[str, dict[str, Any]]]:
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [
+        (
+            device,
+            {
+                "dtype": torch.get_autocast_dtype(device),
+                "enabled": torch.is_autocast_enabled(device),
+                "cache_enabled": torch.is_autocast_cache_enabled(),
+            },
+        )
+        for device in devices
+    ]
+
+
+class Buffer:
+    """A buffer before a call. Batch norms write to theirs without a new version, so small ones are compared."""
+
+    _MOST = 65536
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._version = None if tensor.is_inference() else tensor._version
+        is_compared = tensor.numel() <= self._MOST and type(tensor) is Tensor and tensor.layout is torch.strided
+        self._value = tensor.detach().clone() if is_compared else None
+
+    def is_written(self) -> bool:
+        if self._version is not None and self.tensor._version != self._version:
+            return True
+        return self._value is not None and not torch.equal(self._value, self.tensor)
+
+    @contextlib.contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Within, it has the value that the first pass began with; afterwards that of now. By its data: for others, who
+        may have saved it, nothing is written."""
+        now = self.tensor.detach().clone()
+        if self._value is not None:
+            self.tensor.data.copy_(self._value)
+        try:
+            yield
+        finally:
+            self.tensor.data.copy_(now)
+
+
+class RandomState:
+    """Of torch's generators, the CPU's and those of the devices that a call's tensors are on, of generators that the
+    layer holds, and of Python's and numpy's."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._states = [(generator, generator.get_state()) for generator in generators]
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else numpy.random.get_state()
+
+    @staticmethod
+    def now(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "RandomState":
+        generators = [torch.default_generator]
+        devices = {tensor.device.index for tensor in tensors_among((args, kwargs)) if tensor.is_cuda}
+        generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
+        held = (value for below in modules_of(module) for value in vars(below).values())
+        return RandomState([*generators, *(value for value in held if isinstance(value, torch.Generator))])
+
+    def is_now(self) -> bool:
+        if not all(torch.equal(generator.get_state(), state) for generator, state in self._states):
+            return False
+        if random.getstate() != self._python:
+            return False
+        if self._numpy is None:
+            return True
+        numpy = sys.modules["numpy"].random.get_state()
+        return numpy[2:] == self._numpy[2:] and bool((numpy[1] == self._numpy[1]).all())
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        now = RandomState([generator for generator, _ in self._states])
+        self._set()
+        try:
+            yield
+        finally:
+            now._set()
+
+    def _set(self) -> None:
+        for generator, state in self._states:
+            generator.set_state(state)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
