@@ -38,6 +38,7 @@ MODULES = (
     "nn.mlp",
     "nn.rotary",
     "nn.row_norm",
+    "plan",
     "recompute",
 )
 FUNCTION = ("Args", "Returns", "Kept for backward", "Raises", "Example", "Source")

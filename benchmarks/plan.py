@@ -1,0 +1,185 @@
+"""`python -m benchmarks.plan`: plans for models at several budgets, beside what else fits them: peaks and times.
+
+Beside each plan stand the levels of `convert` for the whole model, the model's own checkpointing and torch.compile's
+activation memory budgets where these are asked for, by their own measured peaks. A step is forward and backward, with
+gradients there before; times are medians of turns that are taken in turn, in units of eager's.
+"""
+
+import argparse
+import copy
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels import memory
+from ckpt_kernels.convert.planned import LEVELS
+
+WIDTH, BATCH, VOCABULARY = 512, 2, 4096
+
+
+class Case(NamedTuple):
+    """A model, what it is called with, and what turns its own checkpointing on."""
+
+    model: nn.Module
+    inputs: tuple
+    kwargs: dict[str, Any]
+    checkpoint: Callable[[nn.Module], object] | None
+
+
+def _own_checkpointing(model: nn.Module) -> object:
+    return model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _llama(layers: int, tokens: int) -> Case:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=1376,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        vocab_size=VOCABULARY,
+        use_cache=False,
+    )
+    return _causal(LlamaForCausalLM(config), tokens)
+
+
+def _gpt2(layers: int, tokens: int) -> Case:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=WIDTH, n_layer=layers, n_head=8, n_positions=tokens, vocab_size=VOCABULARY, use_cache=False)
+    config.resid_pdrop = config.attn_pdrop = config.embd_pdrop = 0.0
+    return _causal(GPT2LMHeadModel(config), tokens)
+
+
+def _causal(model: nn.Module, tokens: int) -> Case:
+    ids = torch.randint(0, VOCABULARY, (BATCH, tokens))
+    return Case(model.train(), (), {"input_ids": ids, "labels": ids, "use_cache": False}, _own_checkpointing)
+
+
+def _vit(layers: int, tokens: int) -> Case:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=384, num_hidden_layers=layers, num_attention_heads=6, intermediate_size=1536, hidden_dropout_prob=0.0
+    )
+    return Case(ViTModel(config).train(), (torch.randn(4, 3, 224, 224),), {}, _own_checkpointing)
+
+
+def _resnet(layers: int, tokens: int) -> Case:
+    from transformers import ResNetConfig, ResNetModel
+
+    config = ResNetConfig(hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3])
+    return Case(ResNetModel(config).train(), (torch.randn(8, 3, 160, 160),), {}, None)
+
+
+def _unet(layers: int, tokens: int) -> Case:
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=8,
+    ).train()
+    kwargs = {
+        "sample": torch.randn(2, 4, 32, 32),
+        "timestep": torch.tensor([3, 500]),
+        "encoder_hidden_states": torch.randn(2, 16, 128),
+    }
+    return Case(model, (), kwargs, lambda m: m.enable_gradient_checkpointing())
+
+
+CASES = {"llama": _llama, "gpt2": _gpt2, "vit": _vit, "resnet": _resnet, "unet": _unet}
+
+
+def _loss(output: Any) -> Tensor:
+    from ckpt_kernels.plan.bench import default_loss
+
+    return default_loss(output)
+
+
+def _step(model: nn.Module, case: Case) -> None:
+    output = model(*case.inputs, **case.kwargs)
+    _loss(output).backward()
+
+
+def _measured(models: dict[str, nn.Module], case: Case, rounds: int) -> dict[str, tuple[int, float]]:
+    """Of each its peak in bytes and the seconds of a step."""
+    peaks, seconds = {}, {name: [] for name in models}
+    for name, model in models.items():
+        _step(model, case)
+        peaks[name] = memory.peak_bytes(lambda model=model: _step(model, case))
+    for _ in range(rounds):
+        for name, model in models.items():
+            start = time.perf_counter()
+            _step(model, case)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: (peaks[name], statistics.median(seconds[name])) for name in models}
+
+
+def run(name: str, layers: int, tokens: int, budgets: list[float], rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    case = CASES[name](layers, tokens)
+    models: dict[str, nn.Module] = {"eager": copy.deepcopy(case.model)}
+    for level in LEVELS:
+        models[level] = copy.deepcopy(case.model)
+        ckpt_kernels.convert(models[level], recompute=level)
+    if case.checkpoint is not None:
+        models["own checkpointing"] = copy.deepcopy(case.model)
+        case.checkpoint(models["own checkpointing"])
+    plans: dict[str, Any] = {}
+    for budget in budgets:
+        start = time.perf_counter()
+        try:
+            found = ckpt_kernels.plan(case.model, *case.inputs, budget=budget, loss=_loss, **case.kwargs)
+        except ValueError as error:
+            print(f"{name} {budget}: {error}", flush=True)
+            continue
+        plans[f"plan {budget}"] = found
+        models[f"plan {budget}"] = copy.deepcopy(case.model)
+        found.apply(models[f"plan {budget}"])
+        print(f"{name} {budget}: planned in {time.perf_counter() - start:.1f} s, {found.count} steps", flush=True)
+    measured = _measured(models, case, rounds)
+    eager_peak, eager_seconds = measured["eager"]
+    rows = []
+    for provider, (peak, seconds) in measured.items():
+        row = {"model": name, "provider": provider, "peak": peak / eager_peak, "time": seconds / eager_seconds}
+        if provider in plans:
+            budget = plans[provider].budget
+            fitting = [s / eager_seconds for p, (b, s) in measured.items() if p not in plans and b <= budget]
+            row |= {"budget": budget / eager_peak, "of_budget": peak / budget, "best_other": min(fitting, default=None)}
+        rows.append(row)
+        extra = "".join(f"  {key} {row[key]:.3f}" for key in ("of_budget", "best_other") if row.get(key) is not None)
+        print(f"{name:8} {provider:18} peak {row['peak']:.3f}  time {row['time']:.3f}{extra}", flush=True)
+    return {"rows": rows, "layers": layers, "tokens": tokens}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.35, 0.5, 0.7])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=pathlib.Path)
+    options = parser.parse_args()
+    found = {}
+    for name in options.case:
+        found[name] = run(name, options.layers, options.tokens, options.budgets, options.rounds)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
