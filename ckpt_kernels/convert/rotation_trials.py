@@ -1,24 +1,19 @@
 """Trying out what functions turn queries and keys: on small random tensors, results and gradients.
 
-See `rotations` for what is found. A trial ends at the first operation that is not on the list of those allowed.
+See `rotations` for what is found.
 """
 
 import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from ..backends import reference
-from ..backends.blocks import Rotary
-from ..ops.operands import elementwise_empty
 from .called import is_torchs
 from .reached import Code, NotTried
 from .reached_functions import read_function
 from .remembering import remembered
+from .rotation_results import beside_ones, dtypes_of, has_gradients_of, holds_for_all
+from .rotation_runs import Arrangement, Trial
 from .rotations import Form, Found, Kind, Rotation, parameters_of
 from .trial import in_a_thread_of_its_own
 
@@ -27,13 +22,7 @@ _NAMES = frozenset(
     """Tensor cat chunk dtype flatten float neg repeat_interleave reshape shape size stack to torch transpose type_as
     unbind unsqueeze view""".split()
 )
-# The operations that may run in a trial, all of which leave alone what they are given.
-_OPERATIONS = frozenset(
-    """_to_copy _unsafe_view add alias cat clone expand mul neg permute repeat repeat_interleave rsub select slice split
-    split_with_sizes squeeze stack sub transpose unbind unsqueeze view""".split()
-)
 _LAYOUTS = ("halves", "interleaved")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Where tables may get another dimension.
 _DIMENSIONS = (-2, 0, 1, 2)
 
@@ -64,52 +53,6 @@ def rotation_of(function: Any) -> Rotation | None:
         return None
 
 
-class _Strict(TorchDispatchMode):
-    """Ends the trial of what runs anything but these operations."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ not in _OPERATIONS or func._schema.is_mutable:
-            raise NotTried(f"computes with {func.overloadpacket.__name__}")
-        return func(*args, **(kwargs or {}))
-
-
-class _Trial:
-    """Runs a function on random tensors, with its operands in one order and its other arguments as given."""
-
-    def __init__(self, function: types.FunctionType, places: tuple[int, ...], others: tuple[Any, ...]) -> None:
-        self._function = function
-        self._places = places
-        self._others = others
-        self._generator = torch.Generator("cpu").manual_seed(0)
-
-    def random(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64, device="cpu").to(dtype)
-
-    def run(self, operands: Sequence[Tensor]) -> list[Tensor] | None:
-        """The results for heads and tables; None where it does not take them."""
-        others = iter(self._others)
-        count = len(self._places) + len(self._others)
-        order = {place: operand for place, operand in zip(self._places, operands, strict=True)}
-        given = [order[place] if place in order else next(others) for place in range(count)]
-        try:
-            with _Strict():
-                results = self._function(*given)
-        except NotTried:
-            raise
-        except Exception:  # whatever it may raise of shapes that it does not take
-            return None
-        heads = operands[:-2]
-        results = [results] if len(heads) == 1 else results
-        if (
-            type(results) not in (tuple, list)
-            or len(results) != len(heads)
-            or (len(heads) > 1 and type(results) is list)
-        ):
-            return None
-        fits = (type(r) is Tensor and r.shape == h.shape for r, h in zip(results, heads, strict=True))
-        return list(results) if all(fits) else None
-
-
 @in_a_thread_of_its_own
 def _tried_out(function: types.FunctionType, code: Code) -> Rotation | None:
     names, defaults = parameters_of(function)
@@ -121,19 +64,29 @@ def _tried_out(function: types.FunctionType, code: Code) -> Rotation | None:
     for places in ((*heads, first, second), (*heads, second, first)):
         rotation = Rotation(function, places, code)
         for others in _others(optional):
-            trial = _Trial(function, places, others)
-            for dims, lead, unsqueeze in _arrangements():
+            trial = Trial(function, places, others)
+            for arrangement in _arrangements():
                 for is_whole in (True, False):
-                    kind = Kind(others, dims, len(lead), is_whole)
-                    found = (
-                        None if kind in rotation.forms else _found(trial, len(heads), dims, lead, unsqueeze, is_whole)
-                    )
-                    if found is not None:
-                        rotation.forms[kind] = found
+                    _find(rotation, trial, others, arrangement, is_whole)
         if rotation.forms:
-            rotation.dtypes = _dtypes(function, rotation, len(heads))
-            return rotation if rotation.dtypes else None
+            return rotation
     return None
+
+
+def _find(rotation: Rotation, trial: Trial, others: tuple[Any, ...], arrangement: Arrangement, is_whole: bool) -> None:
+    """Adds the forms of one kind of operands, and of those like them that have ones among the tables' sizes."""
+    dims, lead, *_ = arrangement
+    none = (False,) * len(lead)
+    found = None if Kind(others, dims, none, is_whole) in rotation.forms else _found(trial, arrangement, is_whole)
+    if found is None:
+        return
+    sizes = (16, 16 if is_whole else 8)
+    if not rotation.dtypes:
+        rotation.dtypes = dtypes_of(trial, found.form, arrangement, *sizes)
+    for ones in itertools.product((False, True), repeat=len(lead)):
+        beside = beside_ones(trial, found, arrangement, ones, *sizes)
+        if beside is not None:
+            rotation.forms[Kind(others, dims, ones, is_whole)] = beside
 
 
 def _others(optional: list[Any]) -> Iterator[tuple[Any, ...]]:
@@ -146,142 +99,34 @@ def _others(optional: list[Any]) -> Iterator[tuple[Any, ...]]:
                     yield (*optional[:place], dimension, *optional[place + 1 :])
 
 
-def _arrangements() -> Iterator[tuple[int, tuple[int, ...], int | None]]:
-    """How many dimensions heads have, the sizes of a table's but for its last, and where it gets another."""
+def _arrangements() -> Iterator[Arrangement]:
     for dims in (4, 3):
         for lead in ((5,), (2, 5), (2, 5, 3)):
             for unsqueeze in (None, *range(len(lead) + 1)):
                 if len(lead) + (unsqueeze is not None) < dims:
-                    yield dims, lead, unsqueeze
+                    yield Arrangement(dims, lead, unsqueeze)
 
 
-def _shapes(dims: int, lead: tuple[int, ...], unsqueeze: int | None, columns: int) -> list[tuple[int, ...]]:
-    """Of queries and keys beside such a table, which differ in what it is the same for."""
-    whole = list(lead)
-    shapes = []
-    for heads in (3, 4):
-        sizes = [*whole] if unsqueeze is None else [*whole[:unsqueeze], heads, *whole[unsqueeze:]]
-        shapes.append((*(6, heads + 4)[: dims - 1 - len(sizes)], *sizes, columns))
-    return shapes
-
-
-def _expected(form: Form, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
-    options = form.options(heads.shape[-1], cos.shape[-1])
-    if options is None:
-        return None
-    return reference.rotary(Rotary(heads, *form.tables(cos, sin), None, None, options))
-
-
-def _found(
-    trial: _Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, is_whole: bool
-) -> Found | None:
-    """The form in which the function turns heads of so many dimensions by such a table."""
+def _found(trial: Trial, arrangement: Arrangement, is_whole: bool) -> Found | None:
+    """The form in which the function turns heads that are arranged in that way."""
     sizes = ((8, 8), (12, 12), (32, 32)) if is_whole else ((16, 8), (24, 12), (32, 16))
     kinds = itertools.product(("full", "half", "first half"), _LAYOUTS, _LAYOUTS, (False, True), (False, True))
-    forms = [Form(unsqueeze, *kind) for kind in kinds]
+    forms = [Form(arrangement.unsqueeze, *kind) for kind in kinds]
     for columns, entries in sizes:
-        forms = _fitting(trial, forms, _operands(trial, count, dims, lead, unsqueeze, columns, entries))
+        forms = trial.fitting(forms, trial.operands(arrangement, columns, entries))
         if not forms:
             return None
     is_partial = not is_whole and forms[0].table != "half"
     if not is_whole:
         # Whether it turns a part of longer heads, or does not take them.
-        longer = _operands(trial, count, dims, lead, unsqueeze, 40, 8)
+        longer = trial.operands(arrangement, 40, 8)
         if trial.run(longer) is not None:
-            forms, is_partial = _fitting(trial, forms, longer), True
+            forms, is_partial = trial.fitting(forms, longer), True
         elif is_partial:
             return None
     if not is_partial:
         # Where all columns turn, none of them are the last.
         forms = [form for form in forms if not form.at_end]
-    smallest = _operands(trial, count, dims, lead, unsqueeze, *sizes[0])
-    if len(forms) != 1 or not _has_gradients_of(trial, forms[0], smallest):
+    if len(forms) != 1 or not has_gradients_of(trial, forms[0], trial.operands(arrangement, *sizes[0])):
         return None
-    lying = _how_results_lie(trial, count, dims, lead, unsqueeze, *sizes[0])
-    return None if lying is None else Found(forms[0], is_partial, lying)
-
-
-def _operands(
-    trial: _Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, columns: int, entries: int
-) -> list[Tensor]:
-    heads = [trial.random(shape) for shape in _shapes(dims, lead, unsqueeze, columns)[:count]]
-    return [*heads, trial.random((*lead, entries)), trial.random((*lead, entries))]
-
-
-def _fitting(trial: _Trial, forms: Sequence[Form], operands: Sequence[Tensor]) -> list[Form]:
-    """Those whose results are those of the function."""
-    *heads, cos, sin = operands
-    results = trial.run(operands)
-    if results is None:
-        return []
-    found = []
-    for form in forms:
-        expected = (_expected(form, h, cos, sin) for h in heads)
-        if all(e is not None and _are_close(r, e) for r, e in zip(results, expected, strict=True)):
-            found.append(form)
-    return found
-
-
-def _has_gradients_of(trial: _Trial, form: Form, operands: Sequence[Tensor]) -> bool:
-    """What is detached would have none, and what a function of somebody's own has may be anything."""
-    *heads, cos, sin = operands
-    given, again = ([h.clone().requires_grad_() for h in heads] for _ in range(2))
-    results = trial.run((*given, cos, sin))
-    if results is None or not all(r.requires_grad for r in results):
-        return False
-    incoming = [trial.random(h.shape) for h in heads]
-    expected: list[Any] = [_expected(form, h, cos, sin) for h in again]
-    try:
-        found = torch.autograd.grad(results, given, incoming, allow_unused=True)
-    except RuntimeError:
-        return False
-    wanted = torch.autograd.grad(expected, again, incoming)
-    return all(f is not None and _are_close(f, w) for f, w in zip(found, wanted, strict=True))
-
-
-def _are_close(found: Tensor, expected: Tensor) -> bool:
-    """To what float32 can tell, in which a function may compute whatever it is given."""
-    return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def _how_results_lie(trial: _Trial, count: int, *arrangement: Any) -> bool | None:
-    """Whether results have the strides of elementwise ones, or are contiguous, whatever heads have; None if neither."""
-    *heads, cos, sin = _operands(trial, count, *arrangement)
-    keeps, contiguous = True, True
-    for lay in (_transposed, _packed, Tensor.contiguous):
-        lying = [lay(h) for h in heads]
-        results = trial.run((*lying, cos, sin))
-        if results is None:
-            return None
-        keeps &= all(r.stride() == elementwise_empty(h).stride() for r, h in zip(results, lying, strict=True))
-        contiguous &= all(r.is_contiguous() for r in results)
-    return True if keeps else False if contiguous else None
-
-
-def _transposed(heads: Tensor) -> Tensor:
-    return heads.transpose(0, -2).contiguous().transpose(0, -2)
-
-
-def _packed(heads: Tensor) -> Tensor:
-    return torch.cat((heads, heads), -1)[..., : heads.shape[-1]]
-
-
-def _dtypes(function: types.FunctionType, rotation: Rotation, count: int) -> set[tuple[torch.dtype, torch.dtype]]:
-    """Those of heads and tables for which results have the heads'."""
-    kind, found = next(iter(rotation.forms.items()))
-    trial = _Trial(function, rotation.places, kind.others)
-    lead = ((5,), (2, 5), (2, 5, 3))[kind.table_dims - 1]
-    unsqueeze = found.form.unsqueeze
-    sizes = (16, 16) if kind.is_whole else (16, 8)
-    operands = _operands(trial, count, kind.dims, lead, unsqueeze, *sizes)
-    taken = set()
-    for dtype, table in {(d, t) for d in _DTYPES for t in (d, torch.float32)}:
-        *heads, cos, sin = [*(h.to(dtype) for h in operands[:-2]), *(t.to(table) for t in operands[-2:])]
-        results = trial.run((*heads, cos, sin))
-        if results is None or any(r.dtype != dtype for r in results):
-            continue
-        expected: list[Any] = [_expected(found.form, h.double(), cos.double(), sin.double()) for h in heads]
-        bound = 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        if all(torch.allclose(r.double(), e, rtol=bound, atol=bound) for r, e in zip(results, expected, strict=True)):
-            taken.add((dtype, table))
-    return taken
+    return Found(forms[0], is_partial) if holds_for_all(trial, forms[0], arrangement, is_whole, is_partial) else None

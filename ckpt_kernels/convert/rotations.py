@@ -8,7 +8,7 @@ that were tried; else it is what was written.
 
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,13 @@ class Form(NamedTuple):
         """Both as they stand beside heads."""
         return self._entries(cos), self._entries(-sin if self.back else sin)
 
+    def lead(self, shape: Sequence[int]) -> list[int]:
+        """The sizes, but for the last, of a table of that shape as it stands beside heads."""
+        lead = list(shape[:-1])
+        if self.unsqueeze is not None:
+            lead.insert(self.unsqueeze, 1)
+        return lead
+
     def _entries(self, table: Tensor) -> Tensor:
         if self.table == "first half":
             table = table[..., : table.shape[-1] // 2]
@@ -51,21 +58,30 @@ class Form(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a form is known for: the arguments that are no operands, the dimensions of heads, those of tables before
-    their last, and whether tables have as many columns as heads."""
+    """What a form is known for: the arguments that are no operands, the dimensions of heads, whether each of those of
+    tables before their last has size 1, and whether tables have as many columns as heads."""
 
     others: tuple[Any, ...]
     dims: int
-    table_dims: int
+    ones: tuple[bool, ...]
     is_whole: bool
 
 
 class Found(NamedTuple):
-    """A form, whether heads may be longer than what turns, and whether results lie as heads do, else contiguous."""
+    """A form, whether heads may be longer than what turns, whether results lie as heads do, else contiguous, and
+    whether that is so whatever way tables lie in, else only beside contiguous ones."""
 
     form: Form
     is_partial: bool
-    keeps_strides: bool
+    keeps_strides: bool = False
+    takes_any_tables: bool = False
+
+
+class Call(NamedTuple):
+    """What is to be computed of heads."""
+
+    form: Form
+    options: RotaryOptions
 
 
 class Rotation:
@@ -75,7 +91,8 @@ class Rotation:
         self.places = places
         self.code = code
         self.forms: dict[Kind, Found] = {}
-        self.dtypes: set[tuple[torch.dtype, torch.dtype]] = set()
+        # For dtypes of heads and tables whether autograd keeps the cosine and the sine themselves, else copies of them.
+        self.dtypes: dict[tuple[torch.dtype, torch.dtype], tuple[bool, bool]] = {}
         self.names, self.defaults = parameters_of(function)
 
     def of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -93,10 +110,15 @@ class Rotation:
         fits = fits and all(t.device == first.device for t in (*heads, cos, sin))
         if not fits or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
             return None
-        calls = [call for h in heads if (call := self._turned(h, cos, sin, others)) is not None]
-        if len(calls) != len(heads):
+        calls = [call for h in heads if (call := self._call(h, cos, sin, others)) is not None]
+        if len(calls) != len(heads) or len({call.form for call in calls}) > 1:
             return None
-        turned = [call(h) for call, h in zip(calls, heads, strict=True)]
+        tables = list(calls[0].form.tables(cos, sin))
+        if torch.is_grad_enabled() and any(h.requires_grad for h in heads):
+            # Somebody may write to tables of which the function keeps copies.
+            kept = self.dtypes[first.dtype, cos.dtype]
+            tables = [table if keeps else table.clone() for table, keeps in zip(tables, kept, strict=True)]
+        turned = [rotary(h, *tables, None, None, call.options) for call, h in zip(calls, heads, strict=True)]
         return turned[0] if len(turned) == 1 else tuple(turned)
 
     def _bound(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -110,25 +132,27 @@ class Rotation:
             given.append(kwargs[name] if name in kwargs else self.defaults[name])
         return given
 
-    def _turned(
-        self, heads: Tensor, cos: Tensor, sin: Tensor, others: tuple[Any, ...]
-    ) -> Callable[[Tensor], Tensor] | None:
+    def _call(self, heads: Tensor, cos: Tensor, sin: Tensor, others: tuple[Any, ...]) -> Call | None:
         """What turns such heads."""
         columns, entries = heads.shape[-1], cos.shape[-1]
-        found = self.forms.get(Kind(others, heads.dim(), cos.dim() - 1, entries == columns))
+        ones = tuple([size == 1 for size in cos.shape[:-1]])
+        found = self.forms.get(Kind(others, heads.dim(), ones, entries == columns))
         options = None if found is None else found.form.options(columns, entries)
         if found is None or options is None or (options.rotary_dim < columns and not found.is_partial):
             return None
-        tables = found.form.tables(cos, sin)
-        lead, whole = tables[0].shape[:-1], heads.shape[:-1]
-        # Results of heads that lie in another way lie as torch.cat likes.
-        if len(lead) > len(whole) or not heads.numel() or heads.stride(-1) != 1:
+        # To torch.cat parts of one column may look like those of a map whose channels come last.
+        if options.rotary_dim < 4:
+            return None
+        lead, whole = found.form.lead(cos.shape), heads.shape[:-1]
+        # Results of heads that lie in another way, or of expanded ones, lie as torch likes.
+        strides = heads.stride()
+        if len(lead) > len(whole) or not heads.numel() or strides[-1] != 1 or 0 in strides:
+            return None
+        if not (found.takes_any_tables or (cos.is_contiguous() and sin.is_contiguous())):
             return None
         if any(size not in (1, other) for size, other in zip(reversed(lead), reversed(whole), strict=False)):
             return None
-
-        options = options._replace(contiguous=not found.keeps_strides)
-        return lambda heads: rotary(heads, *tables, None, None, options)
+        return Call(found.form, options._replace(contiguous=not found.keeps_strides))
 
 
 def parameters_of(function: types.FunctionType) -> tuple[list[str], dict[str, Any]]:
