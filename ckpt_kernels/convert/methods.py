@@ -23,7 +23,7 @@ from .formulas import VALUE, Formula, formula_of
 from .guards import CHUNK, is_linear
 from .in_place import writes_over
 from .norms import Norm
-from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
+from .pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
 from .reading import Part
 from .remembering import remembered
 from .rewrite import may_be_rewritten, rewritten
@@ -198,8 +198,8 @@ def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, .
         with torch.no_grad():
             values_there = compute(few.clone())
         close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
-        name, keeps_input = activation_by_trial(compute) if any(close) else (None, False)
-        return Part() if name is None else Part("act", name, not keeps_input, known)
+        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else Tried()
+        return Part() if name is None else Part("act", name, not keeps_input, known, is_exact)
     except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
         return Part()
 

@@ -218,7 +218,7 @@ class _Writer:
         pattern, attempt = match.pattern, match.attempt
         options = attempt.options | ({"recompute": self.recompute} if "recompute" in pattern.takes else {})
         captured = [operand.name for operand in match.captured]
-        site = templates.site(pattern, captured, options, attempt.act.known, attempt.activation)
+        site = templates.site(pattern, captured, options, attempt.act.known, attempt.activation, attempt.act.is_exact)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
         named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
