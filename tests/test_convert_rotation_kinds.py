@@ -171,6 +171,10 @@ def cast(q, k, cos, sin):
     return heads_first(q, k, cos.to(q.dtype), sin.to(q.dtype))
 
 
+def weighted(results: tuple[Tensor, ...]) -> Any:
+    return sum((r.double() * torch.arange(COLUMNS, device=DEVICE)).sum() for r in results)
+
+
 B16, F32 = torch.bfloat16, torch.float32
 
 
@@ -194,6 +198,8 @@ def test_tables_that_are_written_to(
     heads = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
     lead = (TOKENS,) if function in (doubled, cast) else (2, TOKENS)
     tables = torch.randn(2, *lead, entries, device=DEVICE).to(table)
+    wide = heads.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(weighted(both(function, wide, *tables.double())[0]), wide)
     grads = []
     for place in (0, 1):
         cos, sin = tables.clone()
@@ -201,11 +207,12 @@ def test_tables_that_are_written_to(
         assert results is not None
         for each in (cos, sin):
             each.mul_(0.5)
-        loss = sum((r.float() * torch.arange(COLUMNS, device=DEVICE)).sum() for r in results)
+        loss = weighted(results)
         if copies:
             grads += torch.autograd.grad(loss, heads)
         else:
             with pytest.raises(RuntimeError, match="modified by an in"):
                 torch.autograd.grad(loss, heads)
     if copies:
-        torch.testing.assert_close(grads[1], grads[0], rtol=2**-6, atol=2**-6)
+        theirs, ours = [(g - truth).abs().max() for g in grads]
+        assert ours <= 1.5 * theirs + 4 * torch.finfo(dtype).eps * truth.abs().max()
