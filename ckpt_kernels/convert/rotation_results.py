@@ -137,4 +137,6 @@ def _kept(trial: Trial, heads: Sequence[Tensor], *tables: Tensor) -> Iterator[tu
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
             results = trial.run([*(h.detach().requires_grad_() for h in heads), cos, sin])
-        yield tuple(results is not None and t.untyped_storage().data_ptr() in kept for t in (cos, sin))  # type: ignore
+        # Without results, which hold what is kept, its memory may be anybody's.
+        holds = [results is not None and table.untyped_storage().data_ptr() in kept for table in (cos, sin)]
+        yield holds[0], holds[1]
