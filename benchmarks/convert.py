@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ckpt_kernels
-from ckpt_kernels.convert import LEVELS
+from ckpt_kernels.convert.planned import LEVELS
 from ckpt_kernels.memory import saved_bytes
 
 from . import report

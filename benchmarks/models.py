@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import ckpt_kernels
-from ckpt_kernels.convert import LEVELS
+from ckpt_kernels.convert.planned import LEVELS
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
 from . import figures, larger, report, start

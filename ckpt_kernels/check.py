@@ -151,7 +151,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     twin = copy_of(plain)
     before = _state(twin)
     report = convert(twin, recompute=recompute)
-    changed = [f"convert itself changed {name}" for name in _different(before, _state(twin))]
+    changed = [f"convert itself changed {name}" for name in different(before, _state(twin))]
     truth = _results(copy_of(plain).double(), _each(inputs, _double))[0]
     runs, states = [], []
     for which in (plain, twin):
@@ -160,7 +160,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         states.append(_state(which))
     for turn, (theirs, ours) in enumerate(zip(*runs, strict=True)):
         changed += [f"{what}, call {turn + 1}" for what in _compared(theirs, ours)]
-    changed += [f"{name} is another afterwards" for name in _different(*states)]
+    changed += [f"{name} is another afterwards" for name in different(*states)]
     kinds = (("outputs", "output"), ("gradients", "grad"))
     errors = [_errors(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
     changed += [told for found in errors if (told := _beyond_rounding(found, _eps(runs[0][0][0])))]
@@ -256,25 +256,25 @@ def _state(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if not key.startswith("_"):
-                found[f"{name}.{key}"] = _described(value)
+                found[f"{name}.{key}"] = described(value)
     return found
 
 
-def _described(value: Any, depth: int = 3) -> Any:
+def described(value: Any, depth: int = 3) -> Any:
     """What can be compared of an attribute."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping) and depth:
-        return type(value).__name__, [(str(key), _described(item, depth - 1)) for key, item in value.items()]
+        return type(value).__name__, [(str(key), described(item, depth - 1)) for key, item in value.items()]
     if isinstance(value, list | tuple | set) and depth:
-        return type(value).__name__, [_described(item, depth - 1) for item in value]
+        return type(value).__name__, [described(item, depth - 1) for item in value]
     if isinstance(value, bool | int | float | str | type(None)):
         return value
     held = vars(value) if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) else {}
-    return type(value).__name__, {str(key): _described(item, depth - 1) for key, item in held.items()}
+    return type(value).__name__, {str(key): described(item, depth - 1) for key, item in held.items()}
 
 
-def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     names = sorted(before.keys() ^ after.keys())
     return names + [name for name in before.keys() & after.keys() if not _same(before[name], after[name])]
 

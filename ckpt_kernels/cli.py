@@ -13,9 +13,12 @@ from torch import nn
 
 from . import check, doctor, inspect, memory
 from .arguments import file, natural, picture, positive
-from .convert import LEVELS, convert, is_converted, revert
+from .convert import convert, is_converted, revert
+from .convert.planned import LEVELS
 from .copies import copy_of
 from .inspect import ARCHITECTURES, COLUMNS
+from .plan import DoesNotFit, plan
+from .plan.budget import Budget, bytes_of
 from .target import BadTarget, Inputs, arguments_of, built
 from .version import __version__
 
@@ -57,6 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     compared.add_argument("--png", type=picture, metavar="FILE", help="draw the ratios there")
     compared.add_argument("--json", type=file, metavar="FILE", help="write all of it there as data")
+    planned = commands.add_parser(
+        "plan",
+        help="for each layer what to keep, for the fastest step that fits a budget; exit status 1 if none fits",
+    )
+    _add_target(planned)
+    planned.add_argument(
+        "--budget",
+        type=_budget,
+        metavar="BUDGET",
+        help='"12GiB", bytes, a fraction of eager\'s peak such as 0.5, or "device" (default: none, the fastest)',
+    )
+    planned.add_argument("--png", type=picture, metavar="FILE", help="draw time against peak there")
+    planned.add_argument("--out", type=file, metavar="FILE", help="write the plan there, for Plan.load")
     kernels = commands.add_parser(
         "inspect",
         help="what the GPU kernels use, compiled without a GPU; exit status 1 if one spills or has no "
@@ -75,8 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.command == "inspect":
         return _inspect(options)
-    if options.command in ("memory", "convert-check"):
-        return _run(_memory if options.command == "memory" else _convert_check, options)
+    commands_of_targets = {"memory": _memory, "convert-check": _convert_check, "plan": _plan}
+    if options.command in commands_of_targets:
+        return _run(commands_of_targets[options.command], options)
     text, well = doctor.report()
     print(text)
     return 0 if well else 1
@@ -139,6 +156,30 @@ def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace
     if options.png:
         check.draw(checks, options.png)
     return 1 if any(found.changed for found in checks.values()) else 0
+
+
+def _budget(text: str) -> Budget:
+    try:
+        budget = float(text) if "." in text and text.replace(".", "", 1).isdecimal() else text
+        bytes_of(None if budget == "device" else budget, 1, torch.device("cpu"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return budget
+
+
+def _plan(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
+    args, kwargs = arguments_of(inputs)
+    try:
+        made = plan(model, *args, budget=options.budget, **kwargs)
+    except DoesNotFit as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(made)
+    if options.out:
+        made.save(options.out)
+    if options.png:
+        made.draw(options.png)
+    return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -3,15 +3,15 @@
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .target import tensors_in
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, whatever attributes it has: of a tensor with a graph, which cannot be copied, the values; of another
-    thing that cannot be copied, a lock or a generator, that thing itself. A `memo` has what takes the place of things, by
-    their identity."""
+    thing that cannot be copied, a lock or a generator, that thing itself. A `memo` has what takes the place of things,
+    by their identity."""
     memo = {} if memo is None else memo
     for module in nn.Module.modules(model):  # whatever attributes the model has under that name
         for name, value in vars(module).items():
@@ -26,11 +26,19 @@ def twin_of(model: nn.Module) -> nn.Module:
     for module in nn.Module.modules(model):
         for parameter in module._parameters.values():
             if parameter is not None:
-                is_plain = type(parameter) is nn.Parameter
-                memo[id(parameter)] = (
-                    nn.Parameter(parameter.detach(), parameter.requires_grad) if is_plain else parameter
-                )
+                memo[id(parameter)] = _alias(parameter)
     return copy_of(model, memo)
+
+
+def _alias(parameter: nn.Parameter) -> Any:
+    """Another parameter of that class, and with its attributes, in the same memory."""
+    data = parameter.detach()
+    if (type(data) is type(parameter) and type(data) is not nn.Parameter) or type(data) is Tensor:
+        alias: Any = Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
+    else:
+        alias = nn.Parameter(data, parameter.requires_grad)
+    vars(alias).update(vars(parameter))
+    return alias
 
 
 def copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -17,7 +17,20 @@ from torch.nn.parameter import is_lazy
 
 from . import provenance
 from .provenance import Block, Trace
-from .recipes import Cell, Claim, Foreign, Geometry, Kept, Operand, Recipe, Step, geometry_of, recipe_of_step, watching
+from .recipes import (
+    Cell,
+    Claim,
+    Foreign,
+    Geometry,
+    Kept,
+    Operand,
+    Recipe,
+    Step,
+    Unwritten,
+    geometry_of,
+    recipe_of_step,
+    watching,
+)
 
 # A recipe may need an output that was let go too, and so on. Past this many the output is kept, so that what stands in
 # memory while a chain is rebuilt, and what is computed more than once, stay small.
@@ -61,13 +74,18 @@ class Packed(NamedTuple):
     is_exchanged: bool
 
 
-class Held(NamedTuple):
+class Held:
     """What comes into a layer or goes out of it: it is kept as it is if somebody saves it, and nothing behind it is
-    looked for."""
+    looked for.
 
-    storage: StorageWeakRef
-    tensor: "weakref.ref[Tensor]"
-    version: int
+    Recipes read it only if a node saves it too (`is_saved`): then torch would refuse a write to it as well.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.tensor = weakref.ref(tensor)
+        self.version = tensor._version
+        self.is_saved = False
 
 
 class Total(NamedTuple):
@@ -110,19 +128,23 @@ class Discarder:
         self._held: dict[int, Held] = {}
 
     def hold(self, tensor: Tensor) -> None:
-        """At a layer's edge: what is not let go of there already."""
+        """At a layer's edge: what is not let go of there already, in one step from what is kept for itself. A
+        longer way would lead from layer to layer."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
             entry = self._entries.get(tensor.untyped_storage()._cdata)
-            if entry is not None and not entry.storage.expired() and entry.recipe() is not None:
+            recipe = None if entry is None or entry.storage.expired() else entry.recipe()
+            if recipe is not None and recipe.depth == 1:
                 return
             for key in [key for key, held in self._held.items() if held.storage.expired()]:
                 del self._held[key]
-            storage = StorageWeakRef(tensor.untyped_storage())
-            self._held[storage.cdata] = Held(storage, weakref.ref(tensor), tensor._version)
+            held = Held(tensor)
+            self._held[held.storage.cdata] = held
 
-    def _is_held(self, tensor: Tensor) -> bool:
+    def _held_as(self, tensor: Tensor) -> Held | None:
         held = self._held.get(tensor.untyped_storage()._cdata) if self._held else None
-        return held is not None and not held.storage.expired() and held.version == tensor._version
+        if held is None or held.storage.expired() or held.version != tensor._version:
+            return None
+        return held
 
     def held_at(self, node: Any, output: int) -> Operand | None:
         """What is held of a node's results, as it was then."""
@@ -132,7 +154,7 @@ class Discarder:
                 continue
             maker = tensor.grad_fn
             if maker is node if maker is not None else getattr(node, "variable", None) is tensor:
-                return self.pack(tensor) if tensor._version == held.version else None
+                return self._packed(tensor) if held.is_saved and tensor._version == held.version else None
         return None
 
     def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
@@ -171,7 +193,7 @@ class Discarder:
         """Bytes that a recipe alone keeps: nothing is gained by one that keeps as much as it makes again."""
         pairs = zip(tensors, recipe.operands, strict=True)
         kept = [t for t, o in pairs if t is not None and o is not None and not (t.is_leaf or o.depth)]
-        return sum(t.nbytes for t in kept if not (_are_among((t,), saved) or self._is_held(t)))
+        return sum(t.nbytes for t in kept if not (_are_among((t,), saved) or self._held_as(t) is not None))
 
     def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
         """What the op's node holds of a tensor, if it holds that to the end; else the tensor is packed for the recipe.
@@ -186,7 +208,12 @@ class Discarder:
                 # What others packed is unpacked once for both.
                 if isinstance(packed.cell.content, Foreign) and (shared := self.share(packed.cell)) is not None:
                     return shared
-        return self.pack(lasting)
+        return self._operand_of(self._packed(lasting))
+
+    def _operand_of(self, cell: Cell) -> Operand:
+        if isinstance(cell.content, Foreign) and cell.watch is not None:
+            return Unwritten(cell.content, cell.watch, cell.version)
+        return cell
 
     def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
         entries = self._entries
@@ -226,12 +253,18 @@ class Discarder:
         self._entries.clear()
         self._held.clear()
         self._biases = {}
-        self.announced = self.saved = None
+        self.announced = self.saved = self.total = None
 
     def pack(self, tensor: Tensor) -> Cell:
         # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
+        held = self._held_as(tensor) if type(tensor) is Tensor and tensor.layout is torch.strided else None
+        if held is not None:
+            held.is_saved = True
+        return self._packed(tensor)
+
+    def _packed(self, tensor: Tensor) -> Cell:
         # What is packed for a recipe is nothing that the op saves.
         saved, self.saved = self.saved, None
         found = None if self.is_closed else self._recipe_for(tensor)
@@ -266,7 +299,7 @@ class Discarder:
             return None
         # What has no graph, by way of `detach()`, may be read when the weights that its recipe needs have been stepped.
         root = tensor if tensor._base is None else tensor._base
-        if root.grad_fn is None or self._is_held(tensor):
+        if root.grad_fn is None or self._held_as(tensor) is not None:
             return None
         entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
         if entry is not None and not entry.storage.expired():
@@ -282,6 +315,8 @@ class Discarder:
             return None
         # It is asked for its parts only once: they are packed too.
         self.total = None
+        if any(t is not None and (held := self._held_as(t)) is not None and not held.is_saved for t in total.recipe[1]):
+            return None
         recipe = self._recipe(*total.recipe, ())
         if self._keeps(recipe, total.recipe[1], ()) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
             self._enter(tensor, lambda: recipe)
@@ -328,7 +363,7 @@ class Discarder:
         known, version = self._biases.get(id(bias), (None, 0))
         return known is bias and bias._version == version
 
-    def share(self, known: Cell | Block) -> Cell | Claim | None:
+    def share(self, known: Cell | Block) -> Operand | None:
         """What is known, as one more recipe's operand."""
         if isinstance(known, Block):
             recipe = known.recipe()
@@ -337,7 +372,11 @@ class Discarder:
             # What others packed they may give back only once, as torch's checkpoint does.
             known.content = Claim(Recipe(known.content.get, (), 0), None)
         claim = known.content
-        return Claim(claim.recipe, claim.geometry) if isinstance(claim, Claim) else known
+        if not isinstance(claim, Claim):
+            return known
+        shared = Claim(claim.recipe, claim.geometry)
+        is_foreign = claim.depth == 0
+        return Unwritten(shared, known.watch, known.version) if is_foreign and known.watch is not None else shared
 
     def exchange(self, own: Cell, step: Step) -> None:
         """A node's result can be made again: all who keep it let go of it, if none keeps another state of it."""

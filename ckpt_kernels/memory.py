@@ -70,7 +70,7 @@ def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], obje
 
     The model itself, the inputs, and torch's, Python's and numpy's random numbers, stay as they are.
     """
-    with _random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
+    with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
         twin, (args, kwargs) = copy_of(model), arguments_of(inputs)
         memo: dict[int, Any] = {}
         args = tuple(copied(value, memo) for value in args)
@@ -81,7 +81,8 @@ def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], obje
 
 
 @contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
+def random_numbers_kept() -> Iterator[None]:
+    """Afterwards torch's, Python's and numpy's random numbers go on as if nothing had been drawn within."""
     numpy = sys.modules.get("numpy")
     drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from .recipes import Cell, Operand, Step
-from .rules import BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS, Rule
+from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS, Rule
 
 # Past this many ops the tensor is kept, so that a look at the graph and what it finds stay short.
 MOST_STEPS = 8
@@ -25,7 +25,20 @@ MOST_STEPS = 8
 MOST_WRITES = 4
 
 Edge = tuple[Any, int]
+# Under which name a node holds what is noted of its operands: the number that stood for one, else None.
+_NOTED = "ckpt_kernels"
 _NUMBERS = (int, float)
+
+
+def is_as_made(tensor: Tensor) -> bool:
+    """Whether nobody has written to a tensor. (A parameter is asked about when it is read again.)"""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
+    return plain and (tensor._version == 0 or tensor.is_leaf)
+
+
+def note(node: Any, numbers: tuple[float | None, ...]) -> None:
+    """That the operands of a node are as they were made."""
+    node.metadata[_NOTED] = numbers
 
 
 class Block(NamedTuple):
@@ -87,10 +100,14 @@ class Trace:
         if rule.private or (rule.casts and _is_cast_by_autocast(edges[0][0])):
             self._trusted.append(edges[0][0])
         operands = []
-        for edge, held in zip(edges, packed, strict=True):
+        noted = node.metadata.get(_NOTED, ())
+        numbers = noted if len(noted) == len(edges) else (None,) * len(edges)
+        for edge, held, number in zip(edges, packed, numbers, strict=True):
             if isinstance(held, Cell) and not held.is_unwritten():
                 return None
-            operand = self._shared(held) if held is not None else self._behind(edge)
+            operand = self._shared(held if held is not None else number)
+            if held is None and number is None:
+                operand = self._behind(edge, bool(noted))
             if operand is None:
                 return None
             operands.append(operand)
@@ -169,15 +186,15 @@ class Trace:
         if step is not None:
             self._source.exchange(own, step)
 
-    def _shared(self, held: Cell | Block | float) -> Operand | float | None:
-        if isinstance(held, _NUMBERS):
+    def _shared(self, held: Cell | Block | float | None) -> Operand | float | None:
+        if held is None or isinstance(held, _NUMBERS):
             return held
         if isinstance(held, Cell) and held.owner is not self._source:
             return None
         self.is_grounded = True
         return self._source.share(held)
 
-    def _behind(self, edge: Edge) -> Operand | float | None:
+    def _behind(self, edge: Edge, is_as_made: bool = False) -> Operand | float | None:
         """What is at an edge, if it is there to be had and nobody wrote to it since its node made it."""
         node, output = edge
         if node is None:
@@ -193,13 +210,13 @@ class Trace:
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
         name = node.name()
-        if name in BY_RESULT:
-            own = result_cell(node)
-            if own is not None and own.is_unwritten():
+        if name in BY_RESULT or (name in ATTENTIONS and output == 0):
+            own = result_cell(node) if name in BY_RESULT else _packed(node, "output")
+            if isinstance(own, Cell) and own.is_unwritten():
                 return self._shared(own)
         if name == "torch::autograd::AccumulateGrad":
             return self._copied(node.variable)
-        if name in VIEWS or node in self._trusted or self._is_written_output(node):
+        if is_as_made or name in VIEWS or node in self._trusted or self._is_written_output(node):
             return self.value(node, output)
         # How a clone lies in memory is not known, and what reads it may go by that.
         return self.value(node, output) if self._temporaries and name != "CloneBackward0" else None

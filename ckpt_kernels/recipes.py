@@ -69,11 +69,8 @@ class Kept(NamedTuple):
 
     def get(self) -> Tensor:
         if self.tensor._version != self.version:
-            raise RuntimeError(
-                "a tensor needed for the gradient computation was modified by an in-place operation: "
-                f"{self.tensor.dtype} {tuple(self.tensor.shape)} is at version {self.tensor._version}; "
-                f"expected version {self.version}"
-            )
+            what = f"{self.tensor.dtype} {tuple(self.tensor.shape)}"
+            raise _written(what, self.tensor._version, self.version)
         if _is_freed(self.tensor):
             raise RuntimeError(
                 f"a weight needed to compute again, {self.tensor.dtype} {tuple(self.tensor.shape)}, has been freed; "
@@ -94,6 +91,31 @@ class Foreign(NamedTuple):
 
     def get(self) -> Tensor:
         return self.unpack(self.packed)
+
+
+class Unwritten(NamedTuple):
+    """An operand of a recipe that hooks around this context keep. These may have no memory of their own for it, as a
+    checkpoint, which makes it again with all that was written to it afterwards: so it has to be as it was."""
+
+    operand: Operand
+    watch: Tensor
+    version: int
+
+    @property
+    def depth(self) -> int:
+        return self.operand.depth
+
+    def get(self) -> Tensor:
+        if self.watch._version != self.version:
+            raise _written(f"{self.watch.dtype}", self.watch._version, self.version)
+        return self.operand.get()
+
+
+def _written(what: str, found: int, expected: int) -> RuntimeError:
+    return RuntimeError(
+        "a tensor needed for the gradient computation was modified by an in-place operation: "
+        f"{what} is at version {found}; expected version {expected}"
+    )
 
 
 class Made:

@@ -138,9 +138,10 @@ class layer:
     backward pass comes to the layer. Neither attention runs again nor the last product: a checkpoint of the layer runs
     both for nothing.
 
-    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones). Kept
-    are products of three dimensions, as of an attention that is written out, outputs of convolutions, and plain sums
-    that a norm reads: those of `add_rms_norm` and `add_layer_norm` are made again. Around a function that is no module
+    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones), and the
+    last one too where a norm reads it. Kept are products of three dimensions, as of an attention that is written out,
+    outputs of convolutions, and plain sums of products that a norm reads: those of `add_rms_norm` and `add_layer_norm`
+    are made again. Around a function that is no module
     it is not seen whether a bias is written to in the forward pass. Under no_grad and torch.compile it does nothing.
 
     Args:
@@ -295,6 +296,15 @@ def announce(
     discarder.total = Total(total[0].untyped_storage()._cdata, total[1]) if seen and total is not None else None
 
 
+def announce_in_layer(announcement: Announcement) -> bool:
+    """The same of a product, which runs again within a layer alone, before its op; whether it is to be recorded."""
+    discarder = discarding()
+    if discarder is None or not discarder.layers:
+        return False
+    announce(announcement)
+    return True
+
+
 def record(output: Tensor, recipe: Announcement | None = None) -> None:
     """From now on what reads `output` for a gradient, and is discarding, keeps a recipe in the place of it.
 
@@ -304,6 +314,20 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
     discarder = _innermost() if recipe is None else discarding()
     if discarder is not None and (recipe is None or output.requires_grad):
         discarder.record(output, recipe)
+
+
+def note(output: Any, *operands: Any) -> None:
+    """After an operation of torch's, a sum, say: where nobody has written to its operands, so that what it made may be
+    made again from what they were made of; and which number stood for one."""
+    if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
+        return
+    if output.grad_fn is None or output._version or discarding() is None:
+        return
+    tensors = [o for o in operands if isinstance(o, Tensor)]
+    numbers = [o for o in operands if type(o) in (int, float)]
+    if len(tensors) + len(numbers) != len(operands) or not all(map(provenance.is_as_made, tensors)):
+        return
+    provenance.note(output.grad_fn, (*(None for _ in tensors), *numbers))
 
 
 def is_active() -> bool:

@@ -136,6 +136,11 @@ BY_RESULT = {
     "SqrtBackward0": Rule(torch.sqrt, (None,)),
     "TanhBackward0": Rule(torch.tanh, (None,)),
 }
+# Those that save what they make beside much else, and do not run again.
+ATTENTIONS = frozenset(
+    f"ScaledDotProduct{kind}Attention{where}Backward0"
+    for kind, where in (("Flash", ""), ("Flash", "ForCpu"), ("Efficient", ""), ("Cudnn", ""))
+)
 # Those that save nothing, or not all of it.
 _BY_NEITHER = {
     "AddBackward0": Rule(_add, (None, None), _of("alpha")),

@@ -1,18 +1,19 @@
-"""Checkpoints that span several calls: layers in a row keep the input of the first, and run again for the backward pass.
+"""Checkpoints that span several calls: layers in a row keep the input of the first alone, and run again.
 
 `torch.utils.checkpoint` needs one function for all that is to run again. A model calls its layers one by one, from a
 loop of its own, and what the loop does between two calls is its own affair. So a `Run` follows the calls: while each
 layer runs, its saved tensors are dropped, and its arguments are noted; those that are outputs of the run's own earlier
 calls, the very tensors, unwritten, are noted as such and not kept. When the backward pass first asks for a tensor, all
 calls of the run are made again from what is kept, up to the last tensor that was saved. A call whose arguments do not
-come from the one before begins another run, so a loop that does more than hand on costs memory and never a wrong number.
+come from the one before begins another run: a loop that does more than hand on costs memory, and never a wrong number.
 
-As in torch's checkpoint, torch's random numbers and autocast are as they were, and the number, shapes and dtypes of
-what is saved are held against the first time. Beyond it, buffers that the first pass wrote to, such as running
-statistics, are left alone by the second, and a layer's arguments must not have been written to since.
+As in torch's checkpoint, random numbers and autocast are as they were, and the number, shapes and dtypes of what is
+saved are held against the first time. Beyond it, buffers that the first pass wrote to, such as running statistics, are
+for the second what they were, and are not moved by it; a layer's arguments must not have been written to since.
 """
 
 import contextlib
+import random
 import sys
 import threading
 import weakref
@@ -35,19 +36,20 @@ class Place(NamedTuple):
     """Where a layer is in a run: the run's key, how many layers are before this one, and whether it is the last."""
 
     key: int
-    index: int
+    place: int
     is_last: bool
 
 
 class _Saved:
     """What the graph holds in the place of a tensor that a layer saved."""
 
-    __slots__ = ("__weakref__", "dtype", "run", "shape", "value")
+    __slots__ = ("__weakref__", "bits", "dtype", "run", "shape", "value")
 
     def __init__(self, run: "Run", tensor: Tensor) -> None:
         self.run = run
         self.shape = tensor.shape
         self.dtype = tensor.dtype
+        self.bits = None if _differing is None else _bits_of(tensor)
         self.value: Tensor | None = None
 
     def get(self) -> Tensor:
@@ -75,6 +77,32 @@ class _Input(NamedTuple):
     requires_grad: bool
 
 
+# Where layers are watched: those that did not save the same when they ran again.
+_differing: set[nn.Module] | None = None
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[set[nn.Module]]:
+    """Within, each layer that runs again is held against its first pass, to the bit: those that differ."""
+    global _differing
+    before, _differing = _differing, set()
+    try:
+        yield _differing
+    finally:
+        _differing = before
+
+
+def _bits_of(tensor: Tensor) -> int | None:
+    """A sum that another value would change."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_complex():
+        return None
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.dtype.itemsize)
+    plain = tensor.detach()
+    if whole is None:
+        return None
+    return int((plain if plain.dtype == torch.bool else plain.view(whole)).sum())
+
+
 class _Call:
     """A layer's call, and how to make it again."""
 
@@ -86,7 +114,7 @@ class _Call:
         self.kwargs: dict[str, Any] = {}
         self.saved: list[weakref.ref[_Saved]] = []
         self.outputs: list[tuple[weakref.ref[Tensor], int]] = []
-        self.written: list[Tensor] = []
+        self.written: list[_Buffer] = []
         self.random: _RandomState | None = None
         self.autocast = _autocast_now()
 
@@ -97,8 +125,9 @@ class _Done(BaseException):
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        # The run that the next layer may go on with, and whether layers are being run again.
-        self.open: Run | None = None
+        # The run that the next layer may go on with; and whether a layer of one runs, or runs again.
+        self.open: weakref.ref[Run] | None = None
+        self.within = False
         self.repeating = False
 
 
@@ -120,15 +149,25 @@ def run_in(
         module: the layer.
         args, kwargs: of the call.
     """
-    if _thread.repeating or not torch.is_grad_enabled() or not _are_plain((*args, *kwargs.values())):
+    hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
+    # What is in a checkpoint already needs none of its own; under torch.func there are none.
+    is_within = _thread.within or _thread.repeating
+    if is_within or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
+        return inside(*args, **kwargs)
+    if not _are_plain((*args, *kwargs.values())):
         return inside(*args, **kwargs)
     place = places[0]
-    run, _thread.open = _thread.open, None
+    run = None if _thread.open is None else _thread.open()
+    _thread.open = None
     if run is None or not run.goes_on(place, args, kwargs):
         run = Run(place.key)
-    output = run.call(_Call(inside, module, places), args, kwargs)
+    _thread.within = True
+    try:
+        output = run.call(_Call(inside, module, places), args, kwargs)
+    finally:
+        _thread.within = False
     if not place.is_last:
-        _thread.open = run
+        _thread.open = weakref.ref(run)
     return output
 
 
@@ -154,7 +193,7 @@ class Run:
 
     def goes_on(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call is the next of the run: one that takes what the last has given."""
-        if place.key != self._key or place.index != self._calls[-1].places[0].index + 1:
+        if place.key != self._key or place.place != self._calls[-1].places[0].place + 1:
             return False
         links = [self._link(tensor) for tensor in tensors_among((args, kwargs)) if tensor.requires_grad]
         return any(link is not None and link.call == len(self._calls) - 1 for link in links)
@@ -172,8 +211,8 @@ class Run:
         call.args = tuple(self._noted(a, discarder) for a in args)
         call.kwargs = {name: self._noted(a, discarder) for name, a in kwargs.items()}
         self._calls.append(call)
-        buffers = [(b, b._version) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
-        before = _RandomState.now(args, kwargs)
+        buffers = [_Buffer(b) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
+        before = _RandomState.now(call.module, args, kwargs)
 
         def pack(tensor: Tensor) -> _Saved:
             saved = _Saved(self, tensor)
@@ -184,7 +223,7 @@ class Run:
             output = call.function(*args, **kwargs)
         if not before.is_now():
             call.random = before
-        call.written = [buffer for buffer, version in buffers if buffer._version != version]
+        call.written = [buffer for buffer in buffers if buffer.is_written()]
         call.outputs = [(weakref.ref(tensor), tensor._version) for tensor in tensors_among(output)]
         return output
 
@@ -228,7 +267,7 @@ class Run:
         pieces: list[list[_Call]] = []
         for call in self._calls:
             within = call.places[self._depth + 1 :]
-            if within and within[0].index and pieces and _key(pieces[-1][0], self._depth) == within[0].key:
+            if within and within[0].place and pieces and _key(pieces[-1][0], self._depth) == within[0].key:
                 pieces[-1].append(call)
             else:
                 pieces.append([call])
@@ -252,6 +291,8 @@ class Run:
                         f"{tuple(saved.shape)}, as at first: does it decide at random?"
                     )
                 saved.value = value
+                if _differing is not None and saved.bits != _bits_of(tensor):
+                    _differing.add(call.module)
             if is_last and count == len(waiting):
                 raise _Done
             return value
@@ -291,7 +332,8 @@ class Run:
             tensor = outputs[noted.call][noted.output]
             return _Input(_unwritten(tensor.detach()), tensor.requires_grad)
         if isinstance(noted, _Input):
-            return noted
+            # Hooks around may give it only once.
+            return _Input(_unwritten(_loaded(noted, inputs, outputs).detach()), noted.requires_grad)
         if isinstance(noted, tuple):
             return tuple(self._moved(part, start, inputs, outputs) for part in noted)
         if isinstance(noted, dict):
@@ -302,19 +344,15 @@ class Run:
         args = [_loaded(a, inputs, outputs) for a in call.args]
         kwargs = {name: _loaded(a, inputs, outputs) for name, a in call.kwargs.items()}
         # A layer that is sharded gathers its weights in its hooks; of one layer the backward pass has gathered them.
-        function = call.module if len(self._calls) > 1 and _is_sharded(call.module) else call.function
-        kept = [(buffer, buffer.clone()) for buffer in call.written]
+        function = call.module if len(self._calls) > 1 and is_sharded(call.module) else call.function
         with contextlib.ExitStack() as stack:
+            for buffer in call.written:
+                stack.enter_context(buffer.as_before())
             if call.random is not None:
                 stack.enter_context(call.random.again())
             for autocast in call.autocast:
                 stack.enter_context(torch.autocast(*autocast[:1], **autocast[1]))
-            try:
-                return list(tensors_among(function(*args, **kwargs)))
-            finally:
-                for buffer, value in kept:
-                    # Others may have saved it: for them nothing is written.
-                    buffer.data.copy_(value)
+            return list(tensors_among(function(*args, **kwargs)))
 
 
 class _FromOutside(torch.autograd.Function):
@@ -329,9 +367,39 @@ class _FromOutside(torch.autograd.Function):
         return grad_outputs[0]
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` has been called on a module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+class _Buffer:
+    """A buffer before a call. Batch norms write to theirs without a new version, so small ones are compared."""
+
+    _MOST = 65536
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._version = None if tensor.is_inference() else tensor._version
+        is_compared = tensor.numel() <= self._MOST and type(tensor) is Tensor and tensor.layout is torch.strided
+        self._value = tensor.detach().clone() if is_compared else None
+
+    def is_written(self) -> bool:
+        if self._version is not None and self.tensor._version != self._version:
+            return True
+        return self._value is not None and not torch.equal(self._value, self.tensor)
+
+    @contextlib.contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Within, it has the value that the first pass began with; afterwards that of now. By its data: for others, who
+        may have saved it, nothing is written."""
+        now = self.tensor.detach().clone()
+        if self._value is not None:
+            self.tensor.data.copy_(self._value)
+        try:
+            yield
+        finally:
+            self.tensor.data.copy_(now)
 
 
 def _key(call: _Call, depth: int) -> int | None:
@@ -409,28 +477,45 @@ def _autocast_now() -> list[tuple[str, dict[str, Any]]]:
 
 
 class _RandomState:
-    """Of torch's generators: the CPU's, and those of the devices that a call's tensors are on."""
+    """Of torch's generators, the CPU's and those of the devices that a call's tensors are on, of generators that the
+    layer holds, and of Python's and numpy's."""
 
-    def __init__(self, states: list[tuple[torch.Generator, Tensor]]) -> None:
-        self._states = states
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._states = [(generator, generator.get_state()) for generator in generators]
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else numpy.random.get_state()
 
     @staticmethod
-    def now(args: tuple, kwargs: dict[str, Any]) -> "_RandomState":
+    def now(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "_RandomState":
         generators = [torch.default_generator]
         devices = {tensor.device.index for tensor in tensors_among((args, kwargs)) if tensor.is_cuda}
         generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
-        return _RandomState([(generator, generator.get_state()) for generator in generators])
+        held = (value for below in modules_of(module) for value in vars(below).values())
+        return _RandomState([*generators, *(value for value in held if isinstance(value, torch.Generator))])
 
     def is_now(self) -> bool:
-        return all(torch.equal(generator.get_state(), state) for generator, state in self._states)
+        if not all(torch.equal(generator.get_state(), state) for generator, state in self._states):
+            return False
+        if random.getstate() != self._python:
+            return False
+        if self._numpy is None:
+            return True
+        numpy = sys.modules["numpy"].random.get_state()
+        return numpy[2:] == self._numpy[2:] and bool((numpy[1] == self._numpy[1]).all())
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        now = [(generator, generator.get_state()) for generator, _ in self._states]
-        for generator, state in self._states:
-            generator.set_state(state)
+        now = _RandomState([generator for generator, _ in self._states])
+        self._set()
         try:
             yield
         finally:
-            for generator, state in now:
-                generator.set_state(state)
+            now._set()
+
+    def _set(self) -> None:
+        for generator, state in self._states:
+            generator.set_state(state)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)

@@ -162,9 +162,13 @@ class RoundedTanh(Two):
         return self.b(0.5 * h * (1.0 + torch.tanh(0.7978845608 * (h + 0.044715 * torch.pow(h, 3)))))
 
 
+def nearly_silu(given):
+    return given * torch.sigmoid(1.0000001 * given)
+
+
 class NearlySiLU(nn.Module):
     def forward(self, given: Tensor) -> Tensor:
-        return given * torch.sigmoid(1.0000001 * given)
+        return nearly_silu(given)
 
 
 class Called(Two):
@@ -174,6 +178,11 @@ class Called(Two):
 
     def forward(self, given: Tensor) -> Tensor:
         return self.b(self.act(self.a(given)))
+
+
+class CalledFunction(Two):
+    def forward(self, given: Tensor) -> Tensor:
+        return self.b(nearly_silu(self.a(given)))
 
 
 class Alone(nn.Sequential):
@@ -186,7 +195,9 @@ class Row(nn.Sequential):
         super().__init__(nn.Linear(WIDTH, WIDTH), NearlySiLU(), nn.Linear(WIDTH, WIDTH))
 
 
-@pytest.mark.parametrize("kind", (RoundedGELU, RoundedTanh, Called, Alone, Row), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", (RoundedGELU, RoundedTanh, Called, CalledFunction, Alone, Row), ids=lambda kind: kind.__name__
+)
 def test_rounded_constants(kind: type[nn.Module]) -> None:
     """To float32 they are the constants that they round, to float64 others."""
     model, twin = twins(kind)

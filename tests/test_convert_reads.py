@@ -334,6 +334,29 @@ def n_own(self, x):
     return h + x
 
 
+def n_asks(self, x):
+    flags = [getattr(self, "flag", True), True]
+    return x * flags.index(True) * torch.tensor(True)
+
+
+def n_sets_items(self, x):
+    tables = {}
+    for key in ("a", "b"):
+        tables[key] = self.get_parameter(key)
+    return self.compute(x, tables)
+
+
+def w_sets_an_item_that_may_be_another(self, x):
+    tables = {}
+    tables = self.find(x)
+    tables[x.shape[0]] = 0
+    return tables
+
+
+def w_a_flag(self, x):
+    return torch.nn.functional.relu(x, True)
+
+
 WRITES = {k: v for k, v in list(globals().items()) if k.startswith("w_")}
 
 
@@ -343,8 +366,9 @@ def test_what_is_a_write(how) -> None:
     assert writer_in(kind())
 
 
-def test_what_is_no_write() -> None:
-    assert not writer_in(type("Own", (nn.Module,), {"forward": n_own})())
+@pytest.mark.parametrize("how", [n_own, n_asks, n_sets_items], ids=lambda how: how.__name__)
+def test_what_is_no_write(how) -> None:
+    assert not writer_in(type("Own", (nn.Module,), {"forward": how})())
 
 
 def test_inplace() -> None:

@@ -107,8 +107,9 @@ def both(function: Callable[..., Any], heads: Tensor, cos: Tensor, sin: Tensor) 
     """What the function computes, or None where it raises, and what is computed in its place, or None."""
     rotation = rotation_of(function)
     assert rotation is not None
-    given = (*(heads,) * (len(rotation.places) - 2), cos, sin)
-    given = tuple(given[rotation.places.index(place)] for place in range(len(given)))
+    ((way, _),) = rotation.ways.values()
+    given = (*(heads,) * way.heads, cos, sin)
+    given = tuple(given[way.places.index(place)] for place in range(len(given)))
     try:
         computed = function(*given)
     except RuntimeError:
@@ -216,3 +217,48 @@ def test_tables_that_are_written_to(
     if copies:
         theirs, ours = [(g - truth).abs().max() for g in grads]
         assert ours <= 1.5 * theirs + 4 * torch.finfo(dtype).eps * truth.abs().max()
+
+
+def of_complex(x, tables):
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * tables.unsqueeze(2)).flatten(3).type_as(x)
+
+
+def of_copied_complex(x, tables):
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * torch.cat((tables,), -1).unsqueeze(2)).flatten(3).type_as(x)
+
+
+def complex_tables() -> list[Tensor]:
+    """Contiguous, across, and expanded."""
+    contiguous, across, sample = (
+        torch.randn(shape, dtype=torch.complex64, device=DEVICE)
+        for shape in ((2, TOKENS, COLUMNS // 2), (2, COLUMNS // 2, TOKENS), (1, 1, COLUMNS // 2))
+    )
+    return [contiguous, across.transpose(-1, -2), sample.expand(2, TOKENS, -1)]
+
+
+@pytest.mark.parametrize("function", [of_complex, of_copied_complex], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_how_results_lie_beside_complex_tables(function: Callable[..., Any], order: tuple[int, ...]) -> None:
+    rotation = rotation_of(function)
+    assert rotation is not None
+    heads = laid((2, TOKENS, HEADS, COLUMNS), (*order, 3))
+    for table in complex_tables():
+        found, expected = rotation.of((heads, table), {}), function(heads, table)
+        assert found is not None and strides(found) == strides(expected)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("place", range(3), ids=("contiguous", "across", "expanded"))
+def test_complex_tables_that_are_written_to(place: int) -> None:
+    heads = torch.randn(2, TOKENS, HEADS, COLUMNS, device=DEVICE, requires_grad=True)
+    table = complex_tables()[place]
+    kept, copied = rotation_of(of_complex), rotation_of(of_copied_complex)
+    assert kept is not None and copied is not None
+    (expected,) = torch.autograd.grad(weighted((of_complex(heads, table),)), heads)
+    losses = [weighted((each.of((heads, table), {}),)) for each in (kept, copied)]
+    (table if place < 2 else table[:1, :1]).mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an in"):
+        torch.autograd.grad(losses[0], heads)
+    torch.testing.assert_close(torch.autograd.grad(losses[1], heads)[0], expected)

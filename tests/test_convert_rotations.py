@@ -471,6 +471,55 @@ def of_any(*args, **kwargs):
     return halves(*args, **kwargs)
 
 
+def apply_rotary_scaled(q, k, cos, sin):
+    return scales(q, k, cos, sin)
+
+
+def apply_rotary_by_size(q, k, cos, sin):
+    return decides(q, k, cos, sin)
+
+
+def rotate_all(q):
+    return -q
+
+
+class Reported(Attention):
+    def forward(self, x, cos, sin):
+        q = self.q(x).unflatten(-1, (HEADS, COLUMNS)).transpose(1, 2)
+        k = self.k(x).unflatten(-1, (KEYS, COLUMNS)).transpose(1, 2)
+        return apply_rotary_named(q, k, cos, sin)
+
+
+class RotatesItself(Attention):
+    def forward(self, x, cos, sin):
+        q = self.q(x)
+        return q * cos + rotate_all(q) * sin
+
+
+apply_rotary_named = apply_rotary_scaled
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(apply_rotary_scaled, "turns nothing as ours does"),
+     (apply_rotary_by_size, "names a number that a trial may not reach"),
+     (of_any, "takes arguments in a way of its own"), (rotate_all, "takes something else than one or two heads")],
+)  # fmt: skip
+def test_the_report_says_why(function: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "apply_rotary_named", function)
+    model = nn.Sequential(RotatesItself() if function is rotate_all else Reported())
+    (entry,) = (entry for entry in ckpt_kernels.convert(model).left_alone if "calls" in entry.reason)
+    assert entry.name == "0" and entry.reason.startswith(f"calls {function.__name__}, which {reason}")
+    report = ckpt_kernels.convert(model, exclude=["0"])
+    assert not any("calls" in entry.reason for entry in report.left_alone)
+
+
+def test_the_report_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "apply_rotary_named", halves)
+    report = ckpt_kernels.convert(nn.Sequential(Reported()))
+    assert says(report) == "rotary" and not report.left_alone
+
+
 @pytest.mark.parametrize(
     "function",
     [counts, decides, names_a_bound, names_a_global_bound, has_a_bound_by_default, turns_four_heads,

@@ -16,25 +16,26 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from .. import backends
 from ..memory import kept_bytes
-from .around import Around, as_layer, discarding, discarding_products, selecting
+from .around import Around, as_layer, discarding, discarding_products, looking_over, selecting
 from .called import uses_transforms
 from .chain import chain_of
+from .later import Continued, looked_for
+from .leaves import Leaves
 from .likeness import looks_like_activation, looks_like_several
 from .loads import is_set, modules_of, named_modules, tensors_of
 from .methods import looks_like_mlp, written_of
-from .norm_trials import norm_of
-from .norms import Norm, RowNorm
-from .planned import LEVELS, AtLevel, Levels, Planned
-from .pointwise import pointwise_of
+from .norms import Norm
+from .noticing import forget
+from .planned import AtLevel, Levels, Planned, Touched
 from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced, Report
 from .rule import Rule, Within
-from .selection import Selection
+from .selection import Choice, choice_of
 from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
+from .unknown_rotations import why_unknown
 from .writes import writer_in
 
 _ONE_BY_ONE = "its parts compute one by one: it writes them in no form that is known"
@@ -91,11 +92,11 @@ def convert(
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
     levels = Levels(model, recompute)
-    selection = Selection(model, include, exclude)
+    choices = choice_of(model, include, "include"), choice_of(model, exclude, "exclude")
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:
-        report = _Conversion(model, levels, selection).run()
+        report = _Conversion(model, levels, *choices).run()
     except BaseException:
         revert(model)
         raise
@@ -130,29 +131,29 @@ def revert(model: nn.Module) -> None:
     for module in modules_of(model):
         if is_converted(module):
             swap_back(module)
+            forget(module)
 
 
-class _Conversion:
-    def __init__(self, model: nn.Module, levels: Levels, selection: Selection) -> None:
+class _Conversion(Leaves):
+    def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice) -> None:
+        super().__init__(Touched(model, include, exclude, levels), writer_in(model), [], [])
         self.model = model
         self.levels = levels
-        self.selection = selection
-        self.replaced: list[Replaced] = []
-        self.left_alone: list[LeftAlone] = []
-        self.rules: dict[nn.Module, Rule] = {}
-        self.writer = writer_in(model)
+        self.above = _above_lists(model)
+        self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone)
 
     def run(self) -> Report:
         self.names = named = {module: name for name, module in named_modules(self.model)}
-        lets_go = self.levels.whole != "block" and not any(map(uses_transforms, named))
         for module, name in named.items():
-            self._convert_leaf(name, module)
+            self.convert(name, module)
         for module, name in named.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        if lets_go:
-            for module in self._roots():
-                self._surround(module, self._around(module))
+        lets_go = self.levels.whole != "block" and not any(map(uses_transforms, named))
+        roots = [module for module in self._roots() if lets_go or module is self.model]
+        for module in roots:
+            self._surround(module, self._around(module) if lets_go else (looking_over,))
+        self.later.begin(self.model, *roots)
         for module, name in named.items():
             self._explain(name, module)
         order = {name: i for i, name in enumerate(named.values())}
@@ -160,93 +161,54 @@ class _Conversion:
         self.left_alone.sort(key=lambda entry: order[entry.name])
         return Report(str(self.levels), _backend_of(self.model), self.replaced, self.left_alone)
 
-    def _covers(self, module: nn.Module) -> bool:
-        return self.selection.covers(module) and self.levels.of(module) != "none"
-
-    def _apply(self, name: str, module: nn.Module, rule: Rule) -> None:
-        kind = type(module).__name__
-        try:
-            swap(module, rule)
-        except NotSwapped as error:
-            self._leave(name, module, str(error))
-            return
-        # A part that was left alone as such may have been found in the way its methods are written.
-        self.left_alone = [entry for entry in self.left_alone if entry.name != name]
-        self.replaced.append(Replaced(name, kind, str(rule)))
-        self.rules[module] = rule
-
-    def _leave(self, name: str, module: nn.Module, reason: str) -> None:
-        self.left_alone.append(LeftAlone(name, type(module).__name__, reason))
-
-    def _convert_leaf(self, name: str, module: nn.Module) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            return
-        rule: Rule | None
-        rule, reason = norm_of(module)
-        if isinstance(rule, RowNorm) and self.writer:
-            rule = replace(rule, copied=True)
-        if rule is None and not reason:
-            rule, reason = pointwise_of(module)
-        if rule is None:
-            if reason:
-                self._leave(name, module, reason)
-        elif not self._covers(module):
-            self._leave(name, module, "not selected")
-        elif parametrize.is_parametrized(module):
-            self._leave(name, module, "its parameters are parametrized")
-        elif "forward" in module.__dict__:
-            self._leave(name, module, "its forward was replaced on the instance")
-        elif not may_be_swapped(module):
-            self._leave(name, module, "its forward is no plain method of its class, or asks for its class")
-        else:
-            self._apply(name, module, rule)
-            if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
-                self._leave(name, module, "rounds bfloat16 where none of our row norms does: as it is for 16 bits")
-
     def _convert_composite(self, name: str, module: nn.Module) -> None:
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
-        if leaf or not self._covers(module) or not may_be_swapped(module):
+        if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = chain_of(module, self.levels.of(module), self._covers)
+        rule: Rule | None = chain_of(module, self.levels.of(module), self.selection.covers)
         reason = ""
         if rule is None:
-            rule, reason = written_of(module, self.levels.of(module), self._covers)
+            rule, reason = written_of(module, self.levels.of(module), self.selection.covers)
         if rule is not None:
-            self._apply(name, module, rule)
-        elif looks_like_mlp(module, self._covers):
-            self._leave(name, module, reason or _ONE_BY_ONE)
+            self.apply(name, module, rule)
+        elif looks_like_mlp(module, self.selection.covers):
+            self.leave(name, module, reason or _ONE_BY_ONE)
 
     def _explain(self, name: str, module: nn.Module) -> None:
         """Says why what looks like something of ours is not replaced, where nothing in it is, and nothing was said."""
+        if self.selection.covers(module) and (why := why_unknown(module)):
+            self.leave(name, module, why)
         known = any(entry.name == name for entry in self.left_alone)
-        if known or not self._covers(module) or any(below in self.rules for below in modules_of(module)):
+        if known or not self.selection.covers(module) or any(below in self.rules for below in modules_of(module)):
             return
         if several := looks_like_several(module):
-            self._leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
+            self.leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
         elif not self.replaced and looks_like_activation(module):
-            self._leave(name, module, "keeps no more than its output, which what reads it keeps too: nothing to win")
+            self.leave(name, module, "keeps no more than its output, which what reads it keeps too: nothing to win")
 
     def _roots(self) -> Iterator[nn.Module]:
-        """The modules whose forward lets go of outputs: the model, and the members of its lists of layers, which may
-        be checkpointed or called one by one."""
-        found: dict[nn.Module, None] = {self.model: None, **dict.fromkeys(self.levels.named)}
+        """The modules whose forward lets go of outputs: the model, and what of it holds the lists of layers, which may
+        be called without it; and the members of these, which may be checkpointed or called one by one, or those that
+        have a level of their own."""
+        found = self.above | dict.fromkeys(self.levels.named)
         for parent in () if self.levels.is_by_module else modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
                 found.update((layer, None) for layer in parent._modules.values() if layer is not None)
         for module in found:
             covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
-            if covered and may_be_swapped(module) and _has_forward(module):
+            # What is to stay as it is may be in a checkpoint, and keeps its outputs within a model that does not.
+            if (covered or module in self.levels.named) and may_be_swapped(module) and _has_forward(module):
                 yield module
             elif module in self.levels.named:
-                self._leave(self.names[module], module, "its forward cannot be given a level of its own")
+                self.leave(self.names[module], module, "its forward cannot be given a level of its own")
 
     def _around(self, module: nn.Module) -> tuple[Around, ...]:
         """What the forward of one of the roots runs in."""
-        may_repeat = module is not self.model and not any(map(_writes, modules_of(module)))
+        may_repeat = module not in self.above and not any(map(_writes, modules_of(module)))
         if module in self.levels.named:
             return (AtLevel(*self.levels.named[module], may_repeat),)
         whole = self.levels.whole
-        if whole == "layer" and module is not self.model and self._is_layer(module):
+        if whole == "layer" and module not in self.above and self._is_layer(module):
             around: tuple[Around, ...] = (as_layer,)
         else:
             around = (discarding_products if whole in ("all", "layer") else discarding,)
@@ -263,6 +225,25 @@ class _Conversion:
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a norm in it is converted, as in layers, and not in most experts."""
         return any(isinstance(self.rules.get(below), Norm) for below in modules_of(module))
+
+
+def _above_lists(model: nn.Module) -> dict[nn.Module, None]:
+    """The model, and what of it holds its outermost lists of layers."""
+    above: dict[nn.Module, None] = {}
+
+    def holds(module: nn.Module) -> bool:
+        if module in seen:
+            return module in above
+        seen.add(module)
+        children = [child for child in module._modules.values() if child is not None]
+        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children]
+        if any(lists):
+            above[module] = None
+        return any(lists)
+
+    seen: set[nn.Module] = set()
+    holds(model)
+    return {model: None} | above
 
 
 def _backend_of(model: nn.Module) -> str:

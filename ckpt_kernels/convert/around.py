@@ -14,6 +14,7 @@ from ..recompute import discard_outputs, run_as_layer, selective_contexts
 from ..recompute import discarding as discarding_now
 from .called import leads_to_transforms
 from .loads import is_set
+from .noticing import look_over
 from .rule import Forward
 
 # Called with a forward, the module, and the forward's arguments.
@@ -45,26 +46,26 @@ def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str,
     return run_as_layer(functools.partial(forward, module), module, args, kwargs)
 
 
+def looking_over(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The forward, and before it the conversion of what came into the module later."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        look_over(module)
+    return forward(module, *args, **kwargs)
+
+
 def _is_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether what came after the conversion, arguments and hooks, leads to torch.func's transforms, which refuse to
     run within `discard_outputs`."""
     # Within another, that one goes on.
     if torch.compiler.is_compiling() or discarding_now() is not None:
         return False
-    if any(not isinstance(a, _PASSES) and leads_to_transforms(a) for a in (*args, *kwargs.values())):
-        return True
-    waiting, seen = [module], set()
-    while waiting:
-        below = waiting.pop()
-        # A module may be below itself.
-        if below in seen:
-            continue
-        seen.add(below)
-        own = below.__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            if leads_to_transforms(own["_forward_hooks"]) or leads_to_transforms(own["_forward_pre_hooks"]):
-                return True
-        waiting.extend(child for child in own["_modules"].values() if child is not None)
+    hooked = look_over(module)
+    for argument in (*args, *kwargs.values()):
+        if not isinstance(argument, _PASSES) and leads_to_transforms(argument):
+            return True
+    for below in hooked:
+        if leads_to_transforms(below._forward_hooks) or leads_to_transforms(below._forward_pre_hooks):
+            return True
     return False
 
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from .loads import has_children
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # torch's activations of one element at a time.
-_ACTIVATIONS = tuple(
+ACTIVATIONS = tuple(
     getattr(nn, name)
     for name in """CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6
     RReLU SELU Sigmoid SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold""".split()
@@ -20,14 +20,14 @@ _NAMED_EXPERTS = re.compile(r"expert|moe(?![a-z])", re.IGNORECASE)
 
 def looks_like_norm(module: nn.Module) -> bool:
     """Whether a module without children is called a norm, or is one of torch's by its class."""
-    return ("norm" in type(module).__name__.lower() or isinstance(module, _NORMS)) and not has_children(module)
+    return ("norm" in type(module).__name__.lower() or isinstance(module, NORMS)) and not has_children(module)
 
 
 def looks_like_activation(module: nn.Module) -> bool:
     """Whether a module without children is called an activation or a gate, or is one of torch's activations."""
     name = type(module).__name__
     called = _NAMED_ACTIVATION.search(name) or _NAMED_GATE.search(name)
-    return (called is not None or isinstance(module, _ACTIVATIONS)) and not has_children(module)
+    return (called is not None or isinstance(module, ACTIVATIONS)) and not has_children(module)
 
 
 def looks_like_several(module: nn.Module) -> str:

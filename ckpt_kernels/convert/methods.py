@@ -5,6 +5,7 @@ loads and the source, a method is rewritten once for all modules that agree in t
 """
 
 import ast
+import contextlib
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,17 +21,20 @@ from ..backends.reference import ACTIVATIONS as FORMULAS
 from .exchange import EXCHANGES
 from .flow import LONGEST, Meaning, Run, blocks, run_of
 from .formulas import VALUE, Formula, formula_of
+from .function_trials import activation_function
 from .guards import CHUNK, is_linear
 from .in_place import writes_over
+from .loads import load
 from .norms import Norm
+from .objects import method_called
 from .pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
-from .reading import Part
+from .reading import ADAPTED, Part
 from .remembering import remembered
-from .rewrite import may_be_rewritten, rewritten
+from .rewrite import Rewritten, may_be_rewritten, rewritten_method
 from .rotation_trials import rotation_of
 from .rule import Rule
 from .scope import UNKNOWN, Scope
-from .source import NoSource, decorated, definition_of, layers_of
+from .source import NoSource, definition_of, layers_of
 from .swap import is_plain_method, original_of, rule_of
 from .trial import in_a_thread_of_its_own
 
@@ -57,7 +61,7 @@ class Written(Rule):
                 found = _rewritten(getattr(original, name), parts, self.recompute)
             except NoSource:  # of a pickled module, where its source is not
                 found = None
-            made[name] = getattr(original, name) if found is None else found[0]
+            made[name] = getattr(original, name) if found is None else found.function
         return made
 
     def __str__(self) -> str:
@@ -69,6 +73,7 @@ def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module
     """What can be rewritten in the module's methods; and why a method that might be cannot."""
     parts, found, reason = [], [], ""
     children = {name for name, child in module._modules.items() if child is not None}
+    children |= {name for name, value in vars(module).items() if method_called(value) is not None}
     for name, method in _methods(type(module)):
         try:
             layers = layers_of(method)
@@ -81,8 +86,16 @@ def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module
             continue
         if made is not None:
             parts.append((name, own))
-            found += made[1]
+            found += made.found
     return (Written(tuple(parts), recompute, tuple(found)) if parts else None), reason
+
+
+def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
+    """The methods of a module and of the objects that it calls, as they are written."""
+    held = (method_called(value) for value in vars(module).values())
+    for method in (*(method for _, method in _methods(type(module))), *filter(None, held)):
+        with contextlib.suppress(NoSource):
+            yield layers_of(method)[-1]
 
 
 def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
@@ -111,27 +124,26 @@ _METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES
     "erf",
     "square",
     "chunk",
+    "clamp",
 }
 
 
 @remembered
-def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> tuple[types.FunctionType, list[str]] | None:
-    layers = layers_of(method)
-    made = rewritten(layers[-1], dict(parts), recompute)
-    if made is None:
-        return None
-    function, found = made
-    return decorated(layers, function), found
+def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> Rewritten | None:
+    return rewritten_method(method, dict(parts), recompute)
 
 
-def _parts(module: nn.Module, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Parts:
+def _parts(module: nn.Module | None, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Parts:
     loads, formulas = _read(function)
     scope = Scope(function, _tree(function), module)
     found = {}
     for text, tree in loads:
         value = scope.value(tree)
         if value is not UNKNOWN:
-            found[text] = part_of(value, may_touch)
+            method = method_called(value)
+            found[text] = part_of(value, may_touch) if method is None else _object(method, may_touch)
+    for name in _local_rotations(function):
+        found[name] = Part("local exchange")
     plain = Scope(function, _tree(function))
     for text, functions in formulas:
         names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} - {VALUE}
@@ -140,6 +152,25 @@ def _parts(module: nn.Module, function: types.FunctionType, may_touch: Callable[
         if part.kind:
             found[text] = part
     return tuple(sorted(found.items()))
+
+
+def _object(method: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Part:
+    """The part of an object by what runs where it is called, which is read as a method is, but for what it is given."""
+    try:
+        written = layers_of(method)[-1]
+        parts = _parts(None, written, may_touch) if may_be_rewritten(written) else ()
+    except NoSource:
+        return Part()
+    return Part("object", known=(method, parts)) if any(part.kind for _, part in parts) else Part()
+
+
+@remembered
+def _local_rotations(function: types.FunctionType) -> list[str]:
+    """The local names that stand for functions which turn heads, wherever they are called."""
+    scope = Scope(function, _tree(function))
+    calls = [node for node in ast.walk(_tree(function)) if isinstance(node, ast.Call)]
+    named = {call.func.id: call.func for call in calls if isinstance(call.func, ast.Name)}
+    return [name for name, tree in named.items() if rotation_of(scope.function_called(tree)) is not None]
 
 
 @remembered
@@ -215,6 +246,10 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
             return Part("dropout")
         if is_linear(value):
             return Part("linear")
+        # Which may be taken out again: whether it is there is asked at each call.
+        within = load(value, "base_layer")
+        if isinstance(within, nn.Module) and is_linear(within) and may_touch(within):
+            return Part("linear", ADAPTED)
         if (name := activation_of(value, made=True)) is not None:
             return Part("act", name)
         if writes_over(value):
@@ -229,6 +264,8 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         return Part("halves")
     if value in ACTIVATIONS:
         return Part("act", ACTIVATIONS[value])
+    if (tried := activation_function(value)) is not None:
+        return Part("act", tried.name, not tried.keeps_input, (value,))
     is_exchanged = value in EXCHANGES or rotation_of(value) is not None
     return Part("exchange", known=(value,)) if is_exchanged else Part()
 

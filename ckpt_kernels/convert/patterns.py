@@ -10,7 +10,7 @@ from typing import Any
 
 from .flow import Half, Meaning, Run
 from .pointwise import KEPT_BY_OUTPUT
-from .reading import Match, Operand, Part, Reader, settled
+from .reading import ADAPTED, Match, Operand, Part, Reader, settled
 from .sites import PATTERNS
 from .templates import Pattern, kind_of
 
@@ -156,7 +156,10 @@ class Attempt:
     def said(self, pattern: Pattern) -> str:
         """What the pattern computes here, for people."""
         dim = self.options.get("dim", -1)
-        return pattern.said.format(self.act.name) + (f" (where dimension {dim} is the last)" if dim >= 0 else "")
+        where = f" (where dimension {dim} is the last)" if dim >= 0 else ""
+        if any(self.reader.part(operand.tree).name == ADAPTED for operand in self.operands):
+            where += " (once its adapters are taken out)"
+        return pattern.said.format(self.act.name) + where
 
     def _viewed(self, tree: Meaning, name: str) -> bool:
         """A view of a local name, which becomes the operand, and how it is taken."""

@@ -16,6 +16,7 @@ from ..runs import Place, run_in
 from .around import _is_transformed, selecting
 from .loads import modules_of, named_modules
 from .rule import Forward
+from .selection import Choice, Selection
 
 LEVELS = (*RECOMPUTE, "layer")
 # What a module may have besides: to be left as it is, or to be checkpointed, with its blocks' outputs let go of inside.
@@ -52,7 +53,7 @@ class AtLevel:
         return run_at(self.level, functools.partial(forward, module), module, args, kwargs, alone=True)
 
     def _compiled(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self.may_repeat or self.level in ("none", "block") and not self.places:
+        if not self.may_repeat or (self.level in ("none", "block") and not self.places):
             return forward(module, *args, **kwargs)
         if self.places:
             return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
@@ -136,6 +137,17 @@ class Levels:
             kind = f"checkpointed {level}" if places else level
             counts[kind] = counts.get(kind, 0) + 1
         return "by module: " + (", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "none")
+
+
+class Touched(Selection):
+    """What a conversion may touch: what is selected, and is not to stay as it is."""
+
+    def __init__(self, model: nn.Module, include: Choice, exclude: Choice, levels: Levels) -> None:
+        super().__init__(model, include, exclude)
+        self._levels = levels
+
+    def covers(self, module: nn.Module) -> bool:
+        return super().covers(module) and self._levels.of(module) != "none"
 
 
 def _check(level: Any, levels: tuple[str, ...], argument: str) -> None:

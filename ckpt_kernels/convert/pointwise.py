@@ -30,6 +30,7 @@ from .trial import POINTWISE, Outline, forward_of, in_a_thread_of_its_own, outli
 _SETTINGS = ("alpha", "approximate", "beta", "dim", "inplace", "negative_slope", "p", "threshold", "training")
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _TORCHS = {
     kind: (kind.forward, kind.forward.__code__)
     for kind in vars(nn).values()
@@ -134,7 +135,7 @@ def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | Non
 
     One that writes over its input counts only where that has just been `made` for it, and nobody else sees it.
     """
-    if isinstance(act, types.FunctionType | types.BuiltinFunctionType):
+    if isinstance(act, _FUNCTIONS):
         return FUNCTIONS.get(act)
     if not isinstance(act, nn.Module) or not is_called_plainly(act) or (is_set(act, "inplace") and not made):
         return None

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .called import is_a, is_torchs
+from .dead import live_code
 
 Settings = tuple[tuple[str, Any], ...]
 # What holds something, a dict or an object; under which name; and what.
@@ -24,7 +25,7 @@ Found = tuple[Any, str, Any]
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
     ValueError AssertionError""".split()
-_WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
+WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
 _SHAPES = {"shape", "size", "len"}
 _STEPS = ("int", "max", "min")
 # What code may name of tensors and of torch: arithmetic, and what norms are written with.
@@ -120,11 +121,16 @@ def read(module: nn.Module) -> tuple[Settings, Code]:
     """All that the module's forward reads of it beside its parameters, by name, and the code it reaches."""
     reading = Reading(module)
     reading.function(type(module).forward, own=True)
-    if reading.names & _SHAPES and (reading.branches or reading.steps):
+    if reads_shapes(reading):
         raise NotTried("decides by the shape of what it is given")
     reading.modules()
     settings = tuple(sorted(reading.settings.items()))
     return settings, Code((type(module), settings, tuple(module._parameters)), reading.found)
+
+
+def reads_shapes(reading: "Reading") -> bool:
+    """Whether what the code does may depend on the shapes of what it is given."""
+    return bool(reading.names & _SHAPES) and (reading.branches or reading.steps)
 
 
 def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> bool:
@@ -143,6 +149,8 @@ def _setting(value: Any) -> Any:
 
 class Reading:
     """What the code reached from a module's forward reads and does."""
+
+    writes: tuple[str, ...] = WRITES
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -177,7 +185,9 @@ class Reading:
         if not all(map(_is_constant, function.__defaults__ or ())) or function.__kwdefaults__:
             raise NotTried("has defaults that may change")
         self.found += [(function, name, getattr(function, name)) for name in ("__code__", "__defaults__")]
-        self._code(function.__code__, function.__globals__)
+        code, held = live_code(function)
+        self.found += held
+        self._code(code, function.__globals__)
 
     def modules(self) -> None:
         """What the code may reach of torch's modules, by the names in it."""
@@ -202,7 +212,7 @@ class Reading:
             self.constant(constant)
         steps = list(dis.get_instructions(code))
         for index, step in enumerate(steps):
-            if step.opname in _WRITES:
+            if step.opname in self.writes:
                 raise NotTried("writes as it goes")
             if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
                 count = step.arg or 0 if step.opname == "BUILD_SLICE" else 2

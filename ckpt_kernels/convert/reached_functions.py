@@ -7,25 +7,27 @@ from typing import Any
 
 from torch import nn
 
-from .reached import Code, NotTried, Reading, is_torchs_own
+from .reached import WRITES, Code, NotTried, Reading, is_torchs_own
 from .slices import are_parts_by_shape
 
 _SMALL = tuple(range(-4, 5))
+_ERRORS = ("NotImplementedError", "RuntimeError", "TypeError", "ValueError")
 
 
 def read_function(function: types.FunctionType, allowed: frozenset[str]) -> Code:
     """The code that a function reaches which is no method, and names no attributes but the allowed ones."""
     reading = _FunctionReading(allowed)
     reading.function(function)
-    if reading.branches:
-        raise NotTried("decides by what it is given")
     reading.modules()
     return Code((nn.Module, (), ()), reading.found)
 
 
 class _FunctionReading(Reading):
     """What a function reads and does that is no method: it may take parts of tensors by their shapes, and name no
-    numbers but the least, so that what it does with a small tensor is what it does with a large one."""
+    numbers but the least, so that what it does with a small tensor is what it does with a large one. What it writes to
+    a trial sees."""
+
+    writes = tuple(name for name in WRITES if name != "STORE_SUBSCR")
 
     def __init__(self, allowed: frozenset[str]) -> None:
         super().__init__(nn.Module())
@@ -35,7 +37,7 @@ class _FunctionReading(Reading):
         super().function(function, own)
         if isinstance(function, types.FunctionType) and not is_torchs_own(function):
             if not are_parts_by_shape(function):
-                raise NotTried("takes parts of what it is given that are not bounded by its shape")
+                raise NotTried("decides by what it is given, or takes parts of it that are not bounded by its shape")
 
     def constant(self, value: Any) -> None:
         numbers = (value.start, value.stop, value.step) if isinstance(value, slice) else (value,)
@@ -46,7 +48,7 @@ class _FunctionReading(Reading):
         pass
 
     def named(self, name: str, names: dict[str, Any]) -> None:
-        if name not in names:
+        if name not in names and name not in _ERRORS:
             raise NotTried(f"names {name}, which is not on the list of what is known")
         super().named(name, names)
 

@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from .patterns import Attempt
 
 
+# Of a linear layer with an adapter around it.
+ADAPTED = "adapted"
+
+
 class Part(NamedTuple):
     """What a load in a method can be in a pattern: "linear", "act", "norm", "dropout", "F.dropout", "halves" (which is
     torch.chunk), "exchange", or "", which is any other plain load.
 
+    A "linear" may have an adapter around it by now, as its name says.
     An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is
     of has just been computed: torch does not keep that for it, so that somebody else may write to it. `known` are the
-    functions and numbers that a formula was known with, and the module or function that an "exchange" is of. A formula
-    is not `is_exact` where its numbers are rounded, which float64 can tell.
+    functions and numbers that a formula was known with, a function that is an "act" by itself, and the module or
+    function that an "exchange" is of. A formula is not `is_exact` where its numbers are rounded, which float64 can
+    tell.
     """
 
     kind: str = ""

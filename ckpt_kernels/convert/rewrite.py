@@ -11,7 +11,7 @@ What the site is given is evaluated once and in the order in which it was writte
 import ast
 import copy
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -20,13 +20,17 @@ from . import sites, templates
 from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, run_of
+from .function_trials import activation_function
+from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
+from .objects import exchanged_object
 from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
 from .reading import Loads, Match, Operand, Part, Reader, settled
-from .rotation_trials import exchanged_rotation, rotation_of
+from .rotation_trials import exchanged_local_rotation, exchanged_rotation, rotation_of
 from .scope import Scope
-from .source import Definition, definition_of, rebuilt
+from .source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
+from .trees import assigns, at, copies, expressions_in, replaced, with_parts
 from .writes import written_names
 
 # Of the names that are new in a function.
@@ -37,6 +41,9 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
 _LOOKS_OUT = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
 _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
+
+# What is cut off is a gate, say, whose parts are kept one by one.
+_CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 
 # The sum in a norm of one.
 _SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings if isinstance(spelling, ast.Call))
@@ -72,11 +79,23 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     definition = definition_of(function)
     writer = _Writer(function, definition, loads, recompute)
     body = writer.rewritten_body()
+    if not writer.found and writer.noted and _CLAMPS & names_in(function.__code__):
+        writer.found.append("recipes of what is clamped")
     if not writer.found:
         return None
     tree = copy.copy(definition.tree)
     tree.body = body
     return Rewritten(rebuilt(function, definition._replace(tree=tree), writer.cells), writer.found)
+
+
+def rewritten_method(method: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
+    """The same of a method, within its decorators."""
+    layers = layers_of(method)
+    made = rewritten(layers[-1], loads, recompute)
+    if made is None:
+        return None
+    function, found = made
+    return Rewritten(decorated(layers, function), found)
 
 
 class _Writer:
@@ -87,8 +106,10 @@ class _Writer:
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
         self.found: list[str] = []
-        self.written = set(written_names(definition.tree))
-        self._changed: set[int] = set()
+        self.written = set(written_names(definition.tree, self.scope))
+        # Where outputs are let go of, sums and products are noted, for what is read of them.
+        self.notes = recompute != "block"
+        self.noted = False
         # Statements as they were, which run where a site does not compute; what is found in them is there already.
         self._originals: list[list[ast.stmt]] = []
 
@@ -126,7 +147,7 @@ class _Writer:
                 if run is None:
                     continue
                 first = statements[begin].value
-                for root in _parts(last.value):
+                for root in expressions_in(last.value):
                     if not comes_first(last, root, self.reader.is_plain):
                         continue
                     match = next(matches(self.reader, root, run, first), None)
@@ -141,7 +162,7 @@ class _Writer:
     def _sums(self, block: Block, end: int, last: Any) -> Iterator[tuple[int, int, int, Any]]:
         """A sum that is given a name, and the norm of it in a later statement; between them other names for it."""
         statements: list[Any] = block.statements
-        for root in _parts(last.value):
+        for root in expressions_in(last.value):
             if not isinstance(root, ast.Call) or len(root.args) != 1 or root.keywords:
                 continue
             name = root.args[0]
@@ -152,9 +173,9 @@ class _Writer:
             ):
                 continue
             begin = end - 1
-            while begin >= 0 and _copies(block.statements[begin], name.id):
+            while begin >= 0 and copies(block.statements[begin], name.id):
                 begin -= 1
-            if begin < 0 or not _assigns(block.statements[begin], name.id):
+            if begin < 0 or not assigns(block.statements[begin], name.id):
                 continue
             names = {n.id for s in block.statements[begin:end] for n in ast.walk(s) if isinstance(n, ast.Name)}
             if names & self.written:
@@ -173,16 +194,16 @@ class _Writer:
 
     def _run(self, match: Match, statements: Sequence[ast.stmt]) -> ast.stmt:
         *_, last = statements
-        return self._either(match, [_exchanged(last, {id(match.root): _taken()})], statements)
+        return self._either(match, [replaced(last, {id(match.root): _taken()})], statements)
 
     def _sum(self, match: Match, norm: ast.expr, statements: Sequence[ast.stmt]) -> ast.stmt:
         first, *between, last = statements
-        computed = [_exchanged(first, {id(match.root): _taken()}), *between, _exchanged(last, {id(norm): _taken()})]
+        computed = [replaced(first, {id(match.root): _taken()}), *between, replaced(last, {id(norm): _taken()})]
         return self._either(match, computed, statements)
 
     def _either(self, match: Match, computed: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> ast.stmt:
         captured = {id(operand.tree): _taken() for operand in match.captured}
-        original = [_exchanged(statement, captured) for statement in statements]
+        original = [replaced(statement, captured) for statement in statements]
         self._originals.append(original)
         made = ast.If(self._asked(match), [*computed], original)
         return ast.copy_location(made, statements[0])
@@ -203,14 +224,17 @@ class _Writer:
             match = next(matches(self.reader, tree, None, tree), None)
             if match is not None:
                 return self._expression(match)
-        made: Any = _with_parts(tree, self._expressions)
+        made: Any = with_parts(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree.func, part)
+        if isinstance(tree, ast.BinOp) and self.notes and (compute := OPERATORS.get(type(tree.op))) is not None:
+            self.noted = True
+            return at(tree, ast.Call(self._cell(noted_operator(compute)), [made.left, made.right], []))
         return made
 
     def _expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): _taken() for operand in match.captured}
-        original = _exchanged(match.root, captured)
+        original = replaced(match.root, captured)
         return ast.copy_location(ast.IfExp(self._asked(match), _taken(), original), match.root)
 
     def _asked(self, match: Match) -> ast.expr:
@@ -218,31 +242,55 @@ class _Writer:
         pattern, attempt = match.pattern, match.attempt
         options = attempt.options | ({"recompute": self.recompute} if "recompute" in pattern.takes else {})
         captured = [operand.name for operand in match.captured]
-        site = templates.site(pattern, captured, options, attempt.act.known, attempt.activation, attempt.act.is_exact)
+        known = attempt.act.known
+        if attempt.activation is not None:
+            site = templates.site(pattern, captured, options, known, attempt.activation, attempt.act.is_exact)
+        else:
+            site = templates.site(pattern, captured, options, tried=activation_function(known[0]) if known else None)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
         named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
         self.found.append(attempt.said(pattern))
-        return _at(match.root, ast.Call(ast.Attribute(named, "pop", ast.Load()), [], []))
+        return at(match.root, ast.Call(ast.Attribute(named, "pop", ast.Load()), [], []))
 
     def _operand(self, operand: Operand) -> ast.expr:
         return operand.tree if self.reader.is_plain(operand.tree) else self._expressions(operand.tree)
 
     def _exchange(self, function: ast.expr, part: Part) -> ast.expr:
-        (known,) = part.known or (self.scope.value(function),)
+        if part.kind == "object":
+            return self._exchange_object(function, *part.known)
+        is_local = part.kind == "local exchange"
+        (known,) = part.known or ((self.scope.function_called if is_local else self.scope.value)(function),)
         if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
             self.found.append(str(rule))
-            return _at(function, ast.Call(self._cell(exchanged_module(known, rule)), [function], []))
+            return self._call(function, exchanged_module(known, rule))
         if not isinstance(known, types.FunctionType | types.BuiltinFunctionType):
             return function
+        if known in FUNCTIONS and self.notes:
+            return self._call(function, noted_function(known))
         if known in EXCHANGES:
             instead, said = exchanged(known), known.__name__
         elif isinstance(known, types.FunctionType) and rotation_of(known) is not None:
-            instead, said = exchanged_rotation(known), "rotary"
+            instead, said = (exchanged_local_rotation if is_local else exchanged_rotation)(known), "rotary"
         else:
             return function
         self.found.append(said)
-        return _at(function, ast.Call(self._cell(instead), [function], []))
+        return self._call(function, instead)
+
+    def _exchange_object(self, function: ast.expr, method: types.FunctionType, loads: Any) -> ast.expr:
+        try:
+            within = rewritten_method(method, dict(loads), self.recompute)
+        except NoSource:
+            within = None
+        if within is None:
+            return function
+        instead, found = within
+        self.found += found
+        return self._call(function, exchanged_object(method, instead))
+
+    def _call(self, function: ast.expr, exchange: Any) -> ast.expr:
+        """What `exchange` makes of the function that is about to be called."""
+        return at(function, ast.Call(self._cell(exchange), [function], []))
 
     def _cell(self, value: Any) -> ast.expr:
         name = f"{_PREFIX}{len(self.cells)}"
@@ -257,53 +305,3 @@ def _rank(match: Match) -> int:
 def _taken() -> ast.expr:
     """The next of the results."""
     return ast.Call(ast.Attribute(ast.Name(_RESULTS, ast.Load()), "pop", ast.Load()), [], [])
-
-
-def _at(place: ast.AST, tree: ast.expr) -> ast.expr:
-    """The tree, all that is new in it at that place of the file."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.expr | ast.keyword) and not hasattr(node, "lineno"):
-            ast.copy_location(node, place)
-    return tree
-
-
-def _with_parts(tree: ast.AST, change: Any) -> ast.AST:
-    """A copy of the node, each of its parts changed."""
-    made = copy.copy(tree)
-    for name, value in ast.iter_fields(tree):
-        if isinstance(value, ast.AST | list):
-            setattr(made, name, change(value))
-    return made
-
-
-def _exchanged(tree: Any, instead: Mapping[int, ast.expr]) -> Any:
-    """A copy of the tree with other expressions in the place of those with these ids."""
-    if isinstance(tree, list):
-        return [_exchanged(part, instead) for part in tree]
-    if not isinstance(tree, ast.AST):
-        return tree
-    if id(tree) in instead:
-        return _at(tree, instead[id(tree)])
-    return _with_parts(tree, lambda part: _exchanged(part, instead))
-
-
-def _parts(tree: ast.AST) -> Iterator[ast.expr]:
-    """The expressions in a tree, from the outermost, that a pattern may begin with."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call | ast.BinOp):
-            yield node
-
-
-def _assigns(statement: ast.stmt, name: str) -> bool:
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-        return False
-    target = statement.targets[0]
-    return isinstance(target, ast.Name) and target.id == name
-
-
-def _copies(statement: ast.stmt, name: str) -> bool:
-    """Another name for what has that name."""
-    if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Name):
-        return False
-    targets = [target.id for target in statement.targets if isinstance(target, ast.Name)]
-    return statement.value.id == name and len(targets) == len(statement.targets) and name not in targets

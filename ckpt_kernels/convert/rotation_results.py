@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.operands import elementwise_empty
 from .rotation_runs import Arrangement, Trial, are_close, expected
-from .rotations import Form, Found
+from .rotations import Dtypes, Form, Found
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Heads of which a trial sees each part that is shorter than a quarter of them.
@@ -106,9 +106,7 @@ _OF_HEADS = (_transposed, _turned, _packed, Tensor.contiguous)
 _OF_TABLES = (_transposed, _columns_first, _expanded)
 
 
-def dtypes_of(
-    trial: Trial, form: Form, arrangement: Arrangement, columns: int, entries: int
-) -> dict[tuple[torch.dtype, torch.dtype], tuple[bool, bool]]:
+def dtypes_of(trial: Trial, form: Form, arrangement: Arrangement, columns: int, entries: int) -> Dtypes:
     """Those of heads and tables for which results have the heads', and whether autograd keeps the tables themselves."""
     operands = trial.operands(arrangement, columns, entries)
     taken = {}
@@ -128,7 +126,11 @@ def dtypes_of(
 def _kept(trial: Trial, heads: Sequence[Tensor], *tables: Tensor) -> Iterator[tuple[bool, bool]]:
     """Whether autograd keeps the memory of the cosine and the sine, however they lie."""
     for lay in (Tensor.contiguous, *_OF_TABLES):
-        cos, sin = map(lay, tables)
+        given = trial.way.arguments_of(*map(lay, tables))
+        held = None if given is None else trial.way.tables_in(given)
+        if given is None or held is None:
+            yield False, False
+            continue
         kept: set[int] = set()
 
         def pack(tensor: Tensor, kept: set[int] = kept) -> Tensor:
@@ -136,7 +138,7 @@ def _kept(trial: Trial, heads: Sequence[Tensor], *tables: Tensor) -> Iterator[tu
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-            results = trial.run([*(h.detach().requires_grad_() for h in heads), cos, sin])
+            results = trial.run_beside([h.detach().requires_grad_() for h in heads], given)
         # Without results, which hold what is kept, its memory may be anybody's.
-        holds = [results is not None and table.untyped_storage().data_ptr() in kept for table in (cos, sin)]
+        holds = [results is not None and table.untyped_storage().data_ptr() in kept for table in held]
         yield holds[0], holds[1]

@@ -14,12 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..backends import reference
 from ..backends.blocks import Rotary
 from .reached import NotTried
-from .rotations import Form
+from .rotations import Form, Way
 
-# The operations that may run in a trial, all of which leave alone what they are given.
+# The operations that may run, all of which leave alone what they are given. (Autograd detaches what is written to; what
+# a function detaches is seen by its gradient.)
 _OPERATIONS = frozenset(
-    """_to_copy _unsafe_view add alias cat clone expand mul neg permute repeat repeat_interleave rsub select slice split
-    split_with_sizes squeeze stack sub transpose unbind unsqueeze view""".split()
+    """_to_copy _unsafe_view add alias cat clone detach empty_like expand mul neg permute repeat repeat_interleave rsub
+    select slice split split_with_sizes squeeze stack sub transpose unbind unsqueeze view view_as_complex
+    view_as_real""".split()
 )
 # Where those that take parts have the dimension.
 _TAKES_PARTS = {"slice": 1, "split": 2, "split_with_sizes": 2}
@@ -51,14 +53,12 @@ class Arrangement(NamedTuple):
 
 
 class Trial:
-    """Runs a function on random tensors, `count` heads and two tables, with its operands in one order and its other
-    arguments as given."""
+    """Runs a function on random tensors, with its operands given in one way and its other arguments as they are."""
 
-    def __init__(self, function: types.FunctionType, places: tuple[int, ...], others: tuple[Any, ...]) -> None:
+    def __init__(self, function: types.FunctionType, way: Way, others: tuple[Any, ...]) -> None:
+        self.way = way
         self._function = function
-        self._places = places
         self._others = others
-        self._count = len(places) - 2
         self._generator = torch.Generator("cpu").manual_seed(0)
 
     def random(self, shape: Sequence[int]) -> Tensor:
@@ -71,15 +71,21 @@ class Trial:
         lead = arrangement.lead
         if ones is not None:
             lead = tuple(1 if one else size for one, size in zip(ones, lead, strict=True))
-        shapes = arrangement.shapes(self._count, columns)
+        shapes = arrangement.shapes(self.way.heads, columns)
         return [self.random(shape) for shape in (*shapes, *((*lead, entries),) * 2)]
 
     def run(self, operands: Sequence[Tensor], unit: int | None = None) -> list[Tensor] | None:
         """The results for heads and tables; None where it does not take them. See `_Strict` for the unit."""
-        others = iter(self._others)
-        count = len(self._places) + len(self._others)
-        order = {place: operand for place, operand in zip(self._places, operands, strict=True)}
-        given = [order[place] if place in order else next(others) for place in range(count)]
+        *heads, cos, sin = operands
+        tables = self.way.arguments_of(cos, sin)
+        return None if tables is None else self.run_beside(heads, tables, unit)
+
+    def run_beside(
+        self, heads: Sequence[Tensor], tables: Sequence[Any], unit: int | None = None
+    ) -> list[Tensor] | None:
+        """The same for tables as the function is given them."""
+        order = dict(zip(self.way.places, (*heads, *tables), strict=True))
+        given = [order[place] for place in range(len(order))] + [*self._others]
         try:
             with _Strict(unit):
                 results = self._function(*given)
@@ -87,7 +93,6 @@ class Trial:
             raise
         except Exception:  # whatever it may raise of shapes that it does not take
             return None
-        heads = operands[:-2]
         results = [results] if len(heads) == 1 else results
         if (
             type(results) not in (tuple, list)
@@ -113,22 +118,31 @@ class Trial:
 
 
 class _Strict(TorchDispatchMode):
-    """Ends the trial of what runs anything but these operations; and, with a unit, of what takes parts of a dimension
-    whose length is no multiple of that, or one after another of a dimension that it has not made itself, which has not
-    more than four."""
+    """Ends the trial of what runs anything but these operations, or writes to anything but what it made empty; and,
+    with a unit, of what takes parts of a dimension whose length is no multiple of that, or one after another of a
+    dimension that it has not made itself, which has not more than four."""
 
     def __init__(self, unit: int | None) -> None:
         super().__init__()
         self._unit = unit
+        self._made: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if name == "copy_" and self._is_made(args[0]):
+            return func(*args, **(kwargs or {}))
         if name not in _OPERATIONS or func._schema.is_mutable:
             raise NotTried(f"computes with {name}")
         result = func(*args, **(kwargs or {}))
         if self._unit is not None and not _are_parts(name, args, result, self._unit):
             raise NotTried("takes parts that a trial may not reach")
+        if name == "empty_like":
+            self._made.append(result)
         return result
+
+    def _is_made(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()._cdata
+        return any(made.untyped_storage()._cdata == storage for made in self._made)
 
 
 def _are_parts(name: str, args: Sequence[Any], result: Any, unit: int) -> bool:

@@ -8,23 +8,26 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .called import is_torchs
+import torch
+
+from .called import is_torchs, names_in
 from .reached import Code, NotTried
 from .reached_functions import read_function
 from .remembering import remembered
 from .rotation_results import beside_ones, dtypes_of, has_gradients_of, holds_for_all
 from .rotation_runs import Arrangement, Trial
-from .rotations import Form, Found, Kind, Rotation, parameters_of
+from .rotations import Dtypes, Form, Found, Kind, Rotation, Settings, Way, is_setting, parameters_of, settings_of
 from .trial import in_a_thread_of_its_own
 
 # What such a function may name of tensors and of torch.
 _NAMES = frozenset(
-    """Tensor cat chunk dtype flatten float neg repeat_interleave reshape shape size stack to torch transpose type_as
-    unbind unsqueeze view""".split()
+    """Tensor cat chunk device dtype empty_like flatten float neg repeat_interleave reshape shape size stack to torch
+    transpose type_as unbind unflatten unsqueeze view view_as_complex view_as_real""".split()
 )
+_TABLES = ("full", "half", "first half", "neighbours")
 _LAYOUTS = ("halves", "interleaved")
-# Where tables may get another dimension.
-_DIMENSIONS = (-2, 0, 1, 2)
+# Where tables may get another dimension, and ways to choose.
+_CHOICES: dict[type, tuple[Any, ...]] = {int: (-2, -1, 0, 1, 2), bool: (False, True)}
 
 
 def exchanged_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
@@ -38,65 +41,109 @@ def exchanged_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
     return lambda called: call if called is function else called
 
 
-@remembered
+def exchanged_local_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
+    """The same of a function that may be made anew each time, by a `def`."""
+    exchange = exchanged_rotation(function)
+
+    def is_one(called: Any) -> bool:
+        if called is function:
+            return True
+        # Of a function within a frame that torch.compile traces nothing can be asked.
+        if torch.compiler.is_compiling():
+            return False
+        plain = type(called) is types.FunctionType and called.__globals__ is function.__globals__
+        plain = plain and called.__closure__ is called.__defaults__ is called.__kwdefaults__ is None
+        return plain and called.__code__ == function.__code__
+
+    return lambda called: exchange(function) if is_one(called) else called
+
+
 def rotation_of(function: Any) -> Rotation | None:
     """What a function turns, by trying it out; None where it does nothing of that kind."""
     if type(function) is not types.FunctionType or is_torchs(function):
         return None
+    found = _found_out(function)
+    return found if isinstance(found, Rotation) else None
+
+
+def why_no_rotation(function: types.FunctionType) -> str:
+    """For people."""
+    found = _found_out(function)
+    return "" if isinstance(found, Rotation) else found
+
+
+@remembered
+def _found_out(function: types.FunctionType) -> Rotation | str:
     try:
         names, defaults = parameters_of(function)
-        required = [name for name in names if name not in defaults]
-        if len(required) not in (3, 4):
-            return None
-        return _tried_out(function, read_function(function, _NAMES))
-    except NotTried:
-        return None
+        if len(names) - len(defaults) not in (2, 3, 4) or not all(map(is_setting, defaults.values())):
+            return "takes something else than one or two heads, their tables, and settings that are numbers"
+        found = _tried_out(function, read_function(function, _NAMES))
+    except NotTried as error:
+        return str(error)
+    return "turns nothing as ours does" if found is None else found
 
 
 @in_a_thread_of_its_own
 def _tried_out(function: types.FunctionType, code: Code) -> Rotation | None:
     names, defaults = parameters_of(function)
-    required = len(names) - len(defaults)
-    *heads, first, second = range(required)
-    optional = list(defaults.values())
-    if any(type(value) not in (int, type(None)) for value in optional):
-        return None
-    for places in ((*heads, first, second), (*heads, second, first)):
-        rotation = Rotation(function, places, code)
-        for others in _others(optional):
-            trial = Trial(function, places, others)
+    rotation = Rotation(function, code)
+    for others in _others(list(defaults.values())):
+        settings = settings_of(others)
+        for way in _ways(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
+            dtypes: Dtypes | None = None
+            trial = Trial(function, way, others)
             for arrangement in _arrangements():
                 for is_whole in (True, False):
-                    _find(rotation, trial, others, arrangement, is_whole)
-        if rotation.forms:
-            return rotation
-    return None
+                    if Kind(settings, arrangement.dims, (False,) * len(arrangement.lead), is_whole) in rotation.forms:
+                        continue
+                    found = _found(trial, arrangement, is_whole)
+                    if found is None:
+                        continue
+                    sizes = (16, 16 if is_whole else 8)
+                    rotation.forms |= _beside_ones(trial, found, settings, arrangement, sizes)
+                    if dtypes is None:
+                        dtypes = dtypes_of(trial, found.form, arrangement, *sizes)
+            if dtypes is not None:
+                rotation.ways[settings] = way, dtypes
+                break
+    return rotation if any(dtypes for _, dtypes in rotation.ways.values()) else None
 
 
-def _find(rotation: Rotation, trial: Trial, others: tuple[Any, ...], arrangement: Arrangement, is_whole: bool) -> None:
-    """Adds the forms of one kind of operands, and of those like them that have ones among the tables' sizes."""
-    dims, lead, *_ = arrangement
-    none = (False,) * len(lead)
-    found = None if Kind(others, dims, none, is_whole) in rotation.forms else _found(trial, arrangement, is_whole)
-    if found is None:
-        return
-    sizes = (16, 16 if is_whole else 8)
-    if not rotation.dtypes:
-        rotation.dtypes = dtypes_of(trial, found.form, arrangement, *sizes)
-    for ones in itertools.product((False, True), repeat=len(lead)):
+def _beside_ones(
+    trial: Trial, found: Found, settings: Settings, arrangement: Arrangement, sizes: tuple[int, int]
+) -> dict[Kind, Found]:
+    """The forms of one kind of operands, and of those like them that have ones among the tables' sizes."""
+    is_whole = sizes[0] == sizes[1]
+    forms = {}
+    for ones in itertools.product((False, True), repeat=len(arrangement.lead)):
         beside = beside_ones(trial, found, arrangement, ones, *sizes)
         if beside is not None:
-            rotation.forms[Kind(others, dims, ones, is_whole)] = beside
+            forms[Kind(settings, arrangement.dims, ones, is_whole)] = beside
+    return forms
 
 
-def _others(optional: list[Any]) -> Iterator[tuple[Any, ...]]:
-    """Values of the arguments that have defaults: a dimension, which is one of the numbers, may be another one."""
-    yield tuple(optional)
-    for place, value in enumerate(optional):
-        if type(value) is int:
-            for dimension in _DIMENSIONS:
-                if dimension != value:
-                    yield (*optional[:place], dimension, *optional[place + 1 :])
+def _ways(required: int, may_be_complex: bool) -> Iterator[Way]:
+    """How so many arguments may be heads and tables."""
+    heads = range(required - 2)
+    if heads:
+        yield Way(len(heads), (*heads, required - 2, required - 1))
+        yield Way(len(heads), (*heads, required - 1, required - 2))
+    if required < 4:
+        for tables in ("cos, sin", "sin, cos", *(("complex",) if may_be_complex else ())):
+            yield Way(required - 1, tuple(range(required)), tables)
+
+
+def _others(defaults: list[Any]) -> Iterator[tuple[Any, ...]]:
+    """Values of the arguments that have defaults: as they are, and with one or two of them another. Numbers may be
+    dimensions."""
+    choices = [[v for v in _CHOICES.get(type(value), ()) if v != value] for value in defaults]
+    yield tuple(defaults)
+    for count in (1, 2):
+        for places in itertools.combinations(range(len(defaults)), count):
+            for values in itertools.product(*(choices[place] for place in places)):
+                instead = dict(zip(places, values, strict=True))
+                yield tuple(instead.get(place, value) for place, value in enumerate(defaults))
 
 
 def _arrangements() -> Iterator[Arrangement]:
@@ -110,7 +157,7 @@ def _arrangements() -> Iterator[Arrangement]:
 def _found(trial: Trial, arrangement: Arrangement, is_whole: bool) -> Found | None:
     """The form in which the function turns heads that are arranged in that way."""
     sizes = ((8, 8), (12, 12), (32, 32)) if is_whole else ((16, 8), (24, 12), (32, 16))
-    kinds = itertools.product(("full", "half", "first half"), _LAYOUTS, _LAYOUTS, (False, True), (False, True))
+    kinds = itertools.product(_TABLES, _LAYOUTS, _LAYOUTS, (False, True), (False, True))
     forms = [Form(arrangement.unsqueeze, *kind) for kind in kinds]
     for columns, entries in sizes:
         forms = trial.fitting(forms, trial.operands(arrangement, columns, entries))

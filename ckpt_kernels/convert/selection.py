@@ -7,38 +7,46 @@ from torch import nn
 
 from .loads import modules_of, named_modules
 
-Choice = Iterable[str | type[nn.Module]] | None
+Choice = tuple[str | type[nn.Module], ...] | None
 
 
 class Selection:
-    """Modules by name (with * and ?) or by class, each with all that is below it.
-
-    Raises ValueError for a name that fits no module of the model, TypeError for what is neither name nor class.
-    """
+    """Modules by name (with * and ?) or by class, each with all that is below it."""
 
     def __init__(self, model: nn.Module, include: Choice, exclude: Choice) -> None:
-        self._included = None if include is None else _chosen(model, include, "include")
-        self._excluded = _chosen(model, exclude or (), "exclude")
+        self._included = None if include is None else _chosen(model, include)
+        self._excluded = _chosen(model, exclude or ())
 
     def covers(self, module: nn.Module) -> bool:
         """Whether that module may be touched."""
         return module not in self._excluded and (self._included is None or module in self._included)
 
 
-def _chosen(model: nn.Module, choice: Iterable[str | type[nn.Module]], argument: str) -> set[nn.Module]:
-    if isinstance(choice, str | type):
-        choice = [choice]
+def choice_of(model: nn.Module, given: Iterable[str | type[nn.Module]] | None, argument: str) -> Choice:
+    """What `include` or `exclude` was given.
+
+    Raises ValueError for a name that fits no module of the model, TypeError for what is neither name nor class.
+    """
+    if given is None:
+        return None
+    choice = (given,) if isinstance(given, str | type) else tuple(given)
+    for wanted in choice:
+        if isinstance(wanted, str):
+            if not fnmatch.filter(dict(named_modules(model, duplicates=True)), wanted):
+                raise ValueError(f"{argument} names {wanted!r}; expected a name, with * and ?, that fits a module")
+        elif not (isinstance(wanted, type) and issubclass(wanted, nn.Module)):
+            raise TypeError(f"{argument} has {wanted!r}; expected names or classes of modules")
+    return choice
+
+
+def _chosen(model: nn.Module, choice: tuple[str | type[nn.Module], ...]) -> set[nn.Module]:
     named = dict(named_modules(model, duplicates=True))
     found: set[nn.Module] = set()
     for wanted in choice:
         if isinstance(wanted, str):
             fitting = [named[name] for name in fnmatch.filter(named, wanted)]
-            if not fitting:
-                raise ValueError(f"{argument} names {wanted!r}; expected a name, with * and ?, that fits a module")
-        elif isinstance(wanted, type) and issubclass(wanted, nn.Module):
-            fitting = [module for module in named.values() if isinstance(module, wanted)]
         else:
-            raise TypeError(f"{argument} has {wanted!r}; expected names or classes of modules")
+            fitting = [module for module in named.values() if isinstance(module, wanted)]
         for module in fitting:
             found.update(modules_of(module))
     return found

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .. import ops
+from .. import recompute as recomputing
+from ..ops.operands import is_autocast
 from .guards import are_alike, are_wanted, chains, level_for, modulates
 from .in_place import out_of_place, writes_over
 from .loads import is_set
@@ -155,6 +157,25 @@ def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
     return None if output is None else [output]
 
 
+@pattern("square, scale and shift", "scale * input ** 2 + shift")
+def scaled_square(input: Tensor, scale: Tensor, shift: Tensor) -> Results | None:
+    """As in StarReLU. Torch keeps what is squared, by which the sum can be had again: nobody sees the product in it."""
+    if torch.compiler.is_compiling() or not recomputing.is_active() or is_autocast(input):
+        return None
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return None
+    if not (scale.is_leaf and scale.numel() == shift.numel() == 1 and scale.dim() <= 1 and shift.dim() <= 1):
+        return None
+    output = _scaled_square(input, scale, shift)
+    # Which torch does not keep: it may be another by the time of the backward pass.
+    recomputing.record(output, (_scaled_square, (input, scale, shift.detach().clone())))
+    return [output]
+
+
+def _scaled_square(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return scale * input**2 + shift
+
+
 @pattern("bias_act ({})", "formula(input)")
 def formula(input: Tensor, activation: str) -> Results | None:
     return [F.bias_act(input, activation=activation)]
@@ -173,5 +194,6 @@ PATTERNS = (
     glu,
     act_drop,
     written_over,
+    scaled_square,
     formula,
 )

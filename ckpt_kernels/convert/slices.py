@@ -2,8 +2,9 @@
 
 What a trial shows of small tensors holds for large ones if nothing depends on how large they are but parts that are
 bounded by the length of a last dimension or half of it, or every second element there. So that is all that sizes may be
-read for, beside the shape of a view. Whatever else is written with sizes, in brackets, or that compares, is not
-understood.
+read for, beside the shape of a view. It may choose its way by an argument that is a number, a truth value or None, and
+by nothing else: a trial with the same goes the same way. Whatever else is written with sizes, in brackets, or that
+compares, is not understood.
 """
 
 import ast
@@ -17,10 +18,9 @@ _INDICES = (0, 1, 2, 3, -1, -2, -3, -4)
 # A fourth index is the last dimension's: no trial has more dimensions.
 MOST_DIMENSIONS = 4
 _NOT_UNDERSTOOD = tuple(
-    getattr(ast, name)
-    for name in """AugAssign AnnAssign NamedExpr For While With comprehension Lambda Compare BoolOp IfExp FunctionDef
-    ClassDef Try Global Nonlocal Delete""".split()
+    getattr(ast, name) for name in "NamedExpr comprehension Lambda Compare BoolOp IfExp Await Yield YieldFrom".split()
 )
+_STATEMENTS = (ast.Assign, ast.Expr, ast.If, ast.Pass, ast.Raise, ast.Return)
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
@@ -40,13 +40,16 @@ class _Parts:
         self._nodes = [node for statement in tree.body for node in ast.walk(statement)]
         self._parents = {child: node for node in self._nodes for child in ast.iter_child_nodes(node)}
         self._values: dict[str, list[ast.expr | None]] = {}
+        self._decisions = {node.test for node in self._nodes if isinstance(node, ast.If)}
         for node in self._nodes:
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     self._assign(target, node.value)
 
     def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
-        if isinstance(target, ast.Name):
+        if isinstance(target, ast.Starred):
+            self._assign(target.value, None)
+        elif isinstance(target, ast.Name):
             self._values.setdefault(target.id, []).append(value)
         elif isinstance(target, ast.Tuple | ast.List):
             parts = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts) else None
@@ -54,14 +57,30 @@ class _Parts:
                 self._assign(part, None if parts is None else parts[index])
 
     def are_understood(self) -> bool:
+        if not all(map(self._is_by_setting, self._decisions)):
+            return False
         for node in self._nodes:
-            if isinstance(node, _NOT_UNDERSTOOD):
+            if isinstance(node, ast.stmt) and not isinstance(node, _STATEMENTS):
+                return False
+            if isinstance(node, _NOT_UNDERSTOOD) and node not in self._decisions:
                 return False
             if isinstance(node, ast.BinOp) and not isinstance(node.op, _ARITHMETIC) and not _is_half(node):
                 return False
             if isinstance(node, ast.Subscript) and not self._is_understood(node):
                 return False
         return all(map(self._stays, self._sizes()))
+
+    def _is_by_setting(self, test: ast.expr) -> bool:
+        """flag, not flag, dimension == 1, dimension is None, where the name is an argument."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            test = test.operand
+        elif isinstance(test, ast.Compare):
+            if not isinstance(test.ops[0], ast.Eq | ast.NotEq | ast.Is | ast.IsNot) or len(test.ops) > 1:
+                return False
+            if _number(test.comparators[0]) is None and not _is_none(test.comparators[0]):
+                return False
+            test = test.left
+        return isinstance(test, ast.Name) and test.id in self._arguments and test.id not in self._values
 
     def _sizes(self) -> Iterator[ast.AST]:
         """Where shapes and sizes are read, and names that they have been given."""

@@ -21,12 +21,15 @@ from torch import nn
 
 from .around import Around
 from .called import asks_for_its_class
+from .noticing import goes_on
 from .operands import is_called_plainly
 from .rule import Rule, Within
 from .wrappers import MADE, Found, surrounded, unless_patched
 
 # What the class of a converted module has beside its methods: its `Conversion`.
 _ATTRIBUTE = "_ckpt_conversion"
+# And the state of a copy of a converted model: how its conversion goes on.
+_LATER = "_ckpt_later"
 
 
 class NotSwapped(Exception):
@@ -34,20 +37,22 @@ class NotSwapped(Exception):
 
 
 class Conversion(NamedTuple):
-    """How a class was converted: from which, by which rule, what its forward runs in, and what its methods were."""
+    """How a class was converted: from which, by which rule, what its forward runs in, and what its methods were,
+    the forward among them."""
 
     original: type[nn.Module]
     rule: Rule
     around: tuple[Around, ...]
     found: tuple[tuple[str, Found], ...]
+    forward: Found
 
 
 class Converted:
     """The first base of every converted module's class."""
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+    def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
         kind = type(self)
-        original, rule, around, _ = getattr(kind, _ATTRIBUTE)
+        original, rule, around, *_ = getattr(kind, _ATTRIBUTE)
         if original in copyreg.dispatch_table:
             return copyreg.dispatch_table[original](self)
         reduced: Any = super().__reduce_ex__(protocol)
@@ -55,7 +60,20 @@ class Converted:
             return reduced
         make, given, *rest = reduced
         given = tuple(original if argument is kind else argument for argument in given)
+        later = goes_on(self)
+        if later is not None and later.is_of(self) and rest and type(rest[0]) is dict:
+            rest[0] = {**rest[0], _LATER: later}
         return _made_again, (original, rule, around, (_PROCESS, id(kind)), make, given), *rest
+
+    def __setstate__(self: Any, state: Any) -> None:
+        later = None
+        if type(state) is dict and _LATER in state:
+            state = dict(state)
+            later = state.pop(_LATER)
+        kind: Any = super()
+        kind.__setstate__(state)
+        if later is not None:
+            later.begin(self)
 
 
 def _is_pickled_plainly(kind: type[nn.Module]) -> bool:
@@ -72,7 +90,7 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
         raise NotSwapped("is pickled in a way of its own")
     found = tuple((name, Found.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
-        made = _converted_class(Conversion(kind, rule, around, found))
+        made = _converted_class(Conversion(kind, rule, around, found, dict(found)["forward"]))
         object.__setattr__(module, "__class__", made)
     except Exception as error:  # whatever an __init_subclass__ or a metaclass of the user's raises
         raise NotSwapped("its class does not let itself be subclassed") from error
@@ -153,7 +171,7 @@ def rule_in_force(module: nn.Module) -> Rule | None:
 def is_patched(kind: type[nn.Module]) -> bool:
     """Whether the forward of a converted class, or of its original, is another than when the module was converted."""
     conversion = getattr(kind, _ATTRIBUTE)
-    return not (_is_as_made(kind) and dict(conversion.found)["forward"].is_at(conversion.original, "forward"))
+    return not (_is_as_made(kind) and conversion.forward.is_at(conversion.original, "forward"))
 
 
 def _is_as_made(kind: type[nn.Module]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .function_trials import TriedFunction
 from .guards import CHUNK, as_products_take, linear_operands, norm_rule, probability
 from .operands import as_plain, has_hooks_for_all, is_ordinary, is_watched
 from .pointwise import KEPT_BY_OUTPUT, activation_of
@@ -105,11 +106,13 @@ def site(
     functions: Sequence[Any] = (),
     activation: str | None = None,
     is_exact: bool = True,
+    tried: TriedFunction | None = None,
 ) -> Callable[..., list[Any]]:
     """What the rewritten method calls: the results and True, or what it has to be given back, `captured`, and False.
 
     In a list, from which all is taken: no local name holds a tensor longer than the original's would. `functions` are
-    those that a formula of this activation was known with, which computes that in float64 too where it `is_exact`.
+    those that a formula of this activation was known with, which computes that in float64 too where it `is_exact`; or
+    the activation is a function that was `tried`.
     """
     again = tuple(reversed(captured))
     formulas = tuple((f"f{index}", known) for index, known in enumerate(functions))
@@ -133,7 +136,7 @@ def site(
                 return None
             kind = kind or subclass
             given[name] = tensor
-        if not _resolved(pattern, operands, given, activation, is_exact):
+        if not _resolved(pattern, operands, given, activation, is_exact, tried):
             return None
         results = pattern.compute(**given)
         return results if kind is None or results is None else [result.as_subclass(kind) for result in results]
@@ -142,7 +145,12 @@ def site(
 
 
 def _resolved(
-    pattern: Pattern, operands: dict[str, Any], given: dict[str, Any], activation: str | None, is_exact: bool
+    pattern: Pattern,
+    operands: dict[str, Any],
+    given: dict[str, Any],
+    activation: str | None,
+    is_exact: bool,
+    tried: TriedFunction | None,
 ) -> bool:
     """Whether the parts are what they were taken for; adds what they are to what the function is given."""
     takes = pattern.takes
@@ -151,7 +159,7 @@ def _resolved(
     if "activation" in takes:
         act = operands.get("act")
         wide = any(given[name].dtype == torch.float64 for name in pattern.tensors)
-        name = activation or activation_of(act, pattern.made, wide)
+        name = activation or (activation_of(act, pattern.made, wide) if tried is None else tried.name_of(act, wide))
         # Eager torch keeps the output of some, and not their input, to which somebody may write.
         kept = pattern.made or pattern.halved or given.get("parts", False)
         if name is None or (wide and not is_exact) or (not kept and name in KEPT_BY_OUTPUT):

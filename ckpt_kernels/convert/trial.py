@@ -161,9 +161,19 @@ def forward_of(
     module: nn.Module, input: torch.Tensor, allowed: frozenset[str], dimensions: tuple[int, ...] = ()
 ) -> torch.Tensor:
     """What the stand-in computes; raises NotTried where that is no tensor, or no trial."""
+    return result_of(functools.partial(type(module).forward, module), input, allowed, dimensions)
+
+
+def result_of(
+    function: Callable[[torch.Tensor], Any],
+    input: torch.Tensor,
+    allowed: frozenset[str],
+    dimensions: tuple[int, ...] = (),
+) -> torch.Tensor:
+    """The same of a function."""
     try:
         with _Strict(allowed, dimensions) as operations, _StrictCalls(operations):
-            output = type(module).forward(module, input)
+            output = function(input)
     except NotTried:
         raise
     except Exception as error:
@@ -174,10 +184,10 @@ def forward_of(
 
 
 @remembered
-def takes_one(forward: Any) -> bool:
-    """Whether it can be called with one argument."""
+def takes_one(function: Any, bound: int = 1) -> bool:
+    """Whether it can be called with one argument beside those that are bound, as a method's first is."""
     try:
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        parameters = list(inspect.signature(function).parameters.values())[bound:]
     except (TypeError, ValueError):
         return False
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

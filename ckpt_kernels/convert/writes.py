@@ -59,7 +59,7 @@ def _writer_of(kind: type[nn.Module]) -> str:
 
 def _writes(function: ast.FunctionDef, scope: Scope) -> bool:
     made = _made_here(function, scope) - _handed_on(function)
-    return any(name not in made for name in written_names(function))
+    return any(name not in made for name in written_names(function, scope))
 
 
 def _handed_on(function: ast.FunctionDef) -> set[str]:
@@ -72,8 +72,9 @@ def _handed_on(function: ast.FunctionDef) -> set[str]:
     return handed
 
 
-def written_names(function: ast.FunctionDef) -> Iterator[str]:
+def written_names(function: ast.FunctionDef, scope: Scope) -> Iterator[str]:
     """The names of what is written to; "" for what has none."""
+    dicts = _dicts(function)
     for node in ast.walk(function):
         if isinstance(node, ast.AugAssign) and isinstance(node.op, _ON_FLOATS):
             if not isinstance(node.value, ast.Tuple | ast.List | ast.JoinedStr):
@@ -82,18 +83,37 @@ def written_names(function: ast.FunctionDef) -> Iterator[str]:
             for target in node.targets:
                 if not isinstance(target, ast.Subscript):
                     continue
+                if isinstance(target.value, ast.Name) and target.value.id in dicts:
+                    continue
                 if not isinstance(target.slice, ast.Constant) or not isinstance(target.slice.value, str):
                     yield _root(target)
         elif isinstance(node, ast.Call):
             called = getattr(node.func, "attr", "")
             if (called.endswith("_") and not called.startswith("_")) or called.startswith("__i"):
                 yield _root(node.func)
-            positional = any(isinstance(a, ast.Constant) and a.value is True for a in node.args)
+            # A flag such as that of F.relu(x, True), which is never first.
+            positional = any(isinstance(a, ast.Constant) and a.value is True for a in node.args[1:])
+            positional = positional and scope.value(node.func) is not getattr
             if positional or (called or getattr(node.func, "id", "")) in _IN_PLACE:
                 yield _root(node.args[0]) if node.args else ""
             for keyword in node.keywords:
                 if keyword.arg == "out" or (keyword.arg == "inplace" and getattr(keyword.value, "value", True)):
                     yield _root(node.args[0]) if node.args else ""
+
+
+def _dicts(function: ast.FunctionDef) -> set[str]:
+    """Names that stand for nothing but dicts that the function has made: who sets an item writes to no tensor."""
+    given: dict[str, bool] = {}
+    literals: set[int] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.DictComp):
+            literals.update(map(id, node.targets))
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            given[node.arg] = False
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            given[node.id] = given.get(node.id, True) and id(node) in literals
+    return {name for name, is_dict in given.items() if is_dict}
 
 
 def _root(tree: ast.AST) -> str:

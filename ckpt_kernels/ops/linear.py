@@ -317,7 +317,27 @@ def block_linear(
     # Without a gradient to find for an operand, the output is the least there is to keep.
     if not any(t is not None and t.requires_grad for t in operands) or not _is_fused(*operands, *weights, *biases):
         return composed_linear(block, operands, weights, biases)
-    return _BlockLinear.apply(block, len(weights), product_dtype(operands[0]), *operands, *weights, *biases)
+    dtype = product_dtype(operands[0])
+
+    def product(weight: Tensor, bias: Tensor | None, *operands: Tensor | None) -> Tensor:
+        return _product(block.forward(operands)[0], weight, bias, dtype)
+
+    announced = len(weights) == 1 and _announced(product, weights[0], biases[0], *operands)
+    first, *others = _BlockLinear.apply(block, len(weights), dtype, *operands, *weights, *biases)
+    return _recorded(first, announced), *others
+
+
+def _announced(product: Callable[..., Tensor], *tensors: Tensor | None) -> bool:
+    """That a last product, which a norm may read, runs again within a layer."""
+    return bool(recompute.thread.active) and recompute.announce_in_layer(
+        (lambda *again: _as_no_view(product(*again)), tensors)
+    )
+
+
+def _recorded(output: Tensor, announced: bool) -> Tensor:
+    if announced:
+        recompute.record(output)
+    return output
 
 
 def composed_linear(
@@ -394,7 +414,13 @@ def linear_block_linear(
     Keeps what `recompute` says: "block" all that is between, "output" the products, "all" the input alone.
     """
     if recompute == "all" and _is_fused(input, *firsts, weight, bias):
-        return _LinearBlockLinear.apply(block, product_dtype(input), input, *firsts, weight, bias)
+        dtype = product_dtype(input)
+
+        def product(weight: Tensor, bias: Tensor | None, input: Tensor, *firsts: Tensor | None) -> Tensor:
+            return _product(block.forward(_products(input, firsts, dtype))[0], weight, bias, dtype)
+
+        announced = _announced(product, weight, bias, input, *firsts)
+        return _recorded(_LinearBlockLinear.apply(block, dtype, input, *firsts, weight, bias), announced)
     operands = [linear(input, w, b) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
     compute = composed_linear if recompute == "block" else block_linear
     return compute(block, operands, (weight,), (bias,))[0]

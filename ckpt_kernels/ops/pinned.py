@@ -31,6 +31,26 @@ def pinned(forward: Rule, backward: Rule) -> tuple[Rule, Rule]:
 
 
 def pinned_function(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The same for an autograd.Function written as a class."""
-    function.forward, function.backward = map(staticmethod, pinned(function.forward, function.backward))
+    """The same for an autograd.Function written as a class, which reads biases again in its backward pass.
+
+    Of what hooks keep torch does not ask whether it was written to since, so the function does.
+    """
+    forward, backward = pinned(function.forward, function.backward)
+
+    def noting(ctx: Any, *arguments: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            biases = [a for a in arguments if isinstance(a, torch.nn.Parameter) and a.dim() == 1]
+            ctx.biases = [(bias, bias._version) for bias in biases if not bias.is_inference()]
+        return forward(ctx, *arguments)
+
+    def checking(ctx: Any, *gradients: Any) -> Any:
+        for bias, version in () if torch.compiler.is_compiling() else ctx.biases:
+            if bias._version != version:
+                raise RuntimeError(
+                    "a bias needed for the gradient computation was modified by an in-place operation: "
+                    f"{bias.dtype} {tuple(bias.shape)} is at version {bias._version}; expected version {version}"
+                )
+        return backward(ctx, *gradients)
+
+    function.forward, function.backward = staticmethod(noting), staticmethod(checking)
     return function

@@ -4,9 +4,9 @@
     print(plan)
     plan.apply()
 
-`layers` finds the layers of a model, `measure` the cost of each choice for each, in steps of the model itself (`marks`
-tells where a layer begins and ends), `solve` the fastest assignment of choices for every amount of memory (`costs` says
-what a chain of stages is). `Plan` is the result.
+`layers` finds the layers of a model. `bench` runs steps of it, in which `marks` tells where a layer begins and ends.
+`measure` makes of these the cost of each choice for each layer (`timing` its seconds), a chain of stages (`costs`), and
+`solve` the fastest assignment of choices for every amount of memory. `Plan` is the result.
 """
 
 import sys
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bench import EAGER, LEVELS, Bench, Step, is_out_of_memory
 from .budget import Budget, DoesNotFit, bytes_of
 from .costs import Assignment, simulated
 from .marks import NotAChain, peak_of
-from .measure import EAGER, LEVELS, Bench, Measured, Step, measured
+from .measure import Measured, measured
 from .plan import Plan, structure_of
 from .solve import Solver
 
@@ -47,10 +48,15 @@ def plan(
 
     For each layer, a member of a `ModuleList` or `Sequential` with a norm and at least two matrices, it chooses one of
     the levels of `convert`, or to leave the layer as it is, or to checkpoint it, by itself or together with others in a
-    row; of those in a checkpoint too. Costs are measured, with each choice in all layers, in steps of the model on these
-    inputs; the choice is the best one by these costs; then a step is measured with it, and where that is above the
-    budget another choice is made. The model, its gradients and random numbers stay as they are: steps run on copies
-    that share the parameters' memory. `Plan.apply` converts the model.
+    row; of those in a checkpoint too. Costs are measured in steps of the model on these inputs; the choice is the best
+    one by these costs; then a step is measured with it, and where that is above the budget another choice is made.
+    The model, its gradients and random numbers stay as they are: steps run on copies that share the parameters' memory.
+    Hooks run in these steps too, and what cannot be copied, a lock or an iterator that the model holds, is shared with
+    the copies. `Plan.apply` converts the model.
+
+    A layer is offered a checkpoint only if it saved the same, bit by bit, when it ran again in one of the steps, and
+    wrote to no attribute of its own. Layers that are called more than once a step, or left out at random, are not
+    chosen for: then one level is chosen for the whole model.
 
     Args:
         model: a module, converted or not, whose layers run one after the other.
@@ -65,7 +71,9 @@ def plan(
 
     Raises:
         DoesNotFit: no choice fits; the error's `least` are the fewest bytes of any.
-        TypeError, ValueError: the model is no module, the budget is none, or the output has no gradient.
+        MemoryError: a step does not fit into memory at any choice, so that nothing can be measured.
+        TypeError, ValueError: the model is no module, or compiled or sharded already, or cannot be copied; the budget
+            or the loss is none; the output has no gradient.
 
     Example:
         >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
@@ -82,7 +90,14 @@ def plan(
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: plan first, then torch.compile")
-    bytes_of(budget if budget != "device" else None, 1, torch.device("cpu"))
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss is {type(loss).__name__}; expected a function of what the model returns, or None")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {type(progress).__name__}; expected a function of a line, or None")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the model is on {device}, where steps are not measured; expected a CPU or a CUDA device")
+    bytes_of(budget, 1, device)
     shown = progress or _shown_in_terminal
     bench = Bench(model, inputs, kwargs, loss, shown)
     try:
@@ -92,18 +107,25 @@ def plan(
     finally:
         if progress is None:
             _end_of_progress()
-    allowed = bytes_of(budget, found.steps[EAGER].peak, bench.device)
-    return _solved(model, bench, found, allowed)
+    return _solved(model, bench, found, _allowed(budget, found.steps, bench))
+
+
+def _allowed(budget: Budget, steps: dict[str, Step], bench: Bench) -> int | None:
+    if EAGER not in steps and isinstance(budget, float) and budget <= 1.0:
+        raise ValueError(f"budget is {budget}, of eager's peak, and a step of eager does not fit; expected bytes")
+    return bytes_of(budget, steps[EAGER].peak if EAGER in steps else 1, bench.device)
 
 
 def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None) -> Plan:
     solver = Solver(found.stages)
-    needs, seconds = (values.tolist() for values in solver.front)
+    front = solver.front
     excess = 0
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         assignment = _best(solver, None if budget is None else budget - excess)
-        if assignment is None:
-            raise DoesNotFit(budget or 0, int(needs[0]) + excess)
+        is_least = assignment is None or attempt == _ATTEMPTS - 1
+        if assignment is None or is_least:
+            assignment = solver.best(int(front.needs[0]))
+            assert assignment is not None
         peak, predicted = simulated(found.stages, assignment)
         made = Plan(
             budget=budget,
@@ -112,7 +134,7 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
             measured=Step(peak, predicted),
             steps=found.steps,
             bound=_bound(found, solver, budget),
-            frontier=list(zip(needs, seconds, strict=True)),
+            frontier=list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True)),
             stages=found.stages,
             layers=found.layers,
             structure=structure_of(model),
@@ -120,12 +142,24 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
             _model=[weakref.ref(model)],
         )
         step, eager = _tried(bench, made)
+        told = [*found.notes, *([f"costs predicted {excess:,} bytes too few at first"] if excess else [])]
         if budget is None or step.peak <= budget:
-            note = f"costs predicted {excess:,} bytes too few at first" if excess else ""
-            steps = found.steps | {EAGER: Step(found.steps[EAGER].peak, eager)}
-            return _with(made, measured=step, steps=steps, count=bench.count, note=note)
+            steps = found.steps | ({EAGER: Step(found.steps[EAGER].peak, eager)} if EAGER in found.steps else {})
+            made = _with(made, measured=step, steps=steps, count=bench.count, note="; ".join(told))
+            return _or_eager(made)
+        if is_least:
+            raise DoesNotFit(budget, step.peak, "; ".join(found.notes))
         excess += step.peak - min(budget - excess, peak)
-    raise DoesNotFit(budget or 0, int(needs[0]) + excess)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _or_eager(made: Plan) -> Plan:
+    """The model as it is, where that fits and is faster than the plan: of tiny models the calls are what costs."""
+    eager = made.steps.get(EAGER)
+    if eager is None or eager.seconds >= made.measured.seconds or eager.peak > (made.budget or eager.peak):
+        return made
+    note = f"as it is the model is faster than planned ({made.measured.seconds * 1e3:.1f} ms)"
+    return _with(made, assignment=(), whole="none", predicted=eager, measured=eager, bound=eager.seconds, note=note)
 
 
 def _with(made: Plan, **changes: Any) -> Plan:
@@ -148,17 +182,17 @@ def _bound(found: Measured, solver: Solver, budget: int | None) -> float:
 
 def _tried(bench: Bench, made: Plan, turns: int = 2) -> tuple[Step, float]:
     """A step as the plan has it, and the seconds of one of eager's, timed in turn."""
-    twins = {"the plan": bench.twin(made), "eager": bench.twin(None)}
+    twins = {"the plan": bench.twin(made)} | ({EAGER: bench.twin(None)} if EAGER in made.steps else {})
     _, points = bench.step("memory of the plan", twins["the plan"], memory=True)
     peak = peak_of(points)
     if made.budget is not None and peak > made.budget:
-        return Step(peak, made.predicted.seconds), made.steps[EAGER].seconds
+        return Step(peak, made.predicted.seconds), 0.0
     times: dict[str, list[float]] = {name: [] for name in twins}
     for turn in range(turns):
         for name, twin in twins.items():
             _, timed = bench.step(f"time of {name}, {turn + 1} of {turns}", twin, memory=False)
             times[name].append(timed[-1].seconds - timed[0].seconds)
-    return Step(peak, min(times["the plan"])), min(times["eager"])
+    return Step(peak, min(times["the plan"])), min(times.get(EAGER, [0.0]))
 
 
 def _whole(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
@@ -166,14 +200,22 @@ def _whole(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
     bench.names = []
     steps: dict[str, Step] = {}
     for level in LEVELS:
+        name = EAGER if level == "none" else level
         twin = bench.twin(None if level == "none" else level)
-        _, points = bench.step(f"memory of {level}", twin, memory=True)
-        _, timed = bench.step(f"time of {level}", twin, memory=False)
-        steps[EAGER if level == "none" else level] = Step(peak_of(points), timed[-1].seconds - timed[0].seconds)
-    allowed = bytes_of(budget, steps[EAGER].peak, bench.device)
+        try:
+            _, points = bench.step(f"memory of {name}", twin, memory=True)
+            _, timed = bench.step(f"time of {name}", twin, memory=False)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            continue
+        steps[name] = Step(peak_of(points), timed[-1].seconds - timed[0].seconds)
+    if not steps:
+        raise MemoryError("a step does not fit at any level")
+    allowed = _allowed(budget, steps, bench)
     fitting = {name: step for name, step in steps.items() if allowed is None or step.peak <= allowed}
     if not fitting:
-        raise DoesNotFit(allowed or 0, min(step.peak for step in steps.values()))
+        raise DoesNotFit(allowed or 0, min(step.peak for step in steps.values()), reason)
     best = min(fitting, key=lambda name: (fitting[name].seconds, fitting[name].peak))
     return Plan(
         budget=allowed,

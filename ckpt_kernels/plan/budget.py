@@ -9,6 +9,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 # Of what is free on a device, what a plan for it leaves: for what others allocate, and for memory in pieces too small.
 RESERVE = 0.05
 
+# More than any memory has, and little enough to be counted with.
+_MOST = 2**60
+
 Budget = int | float | str | None
 _EXPECTED = 'expected bytes, a size such as "12GiB", a fraction of eager\'s peak, "device", or None'
 
@@ -16,8 +19,9 @@ _EXPECTED = 'expected bytes, a size such as "12GiB", a fraction of eager\'s peak
 class DoesNotFit(ValueError):
     """No choice fits the budget; `least` is the fewest bytes of any."""
 
-    def __init__(self, budget: int, least: int) -> None:
-        super().__init__(f"budget is {budget:,} bytes; expected at least {least:,}, the least that any choice takes")
+    def __init__(self, budget: int, least: int, note: str = "") -> None:
+        least_of_all = f"expected at least {least:,}, the least that any choice takes"
+        super().__init__(f"budget is {budget:,} bytes; {least_of_all}{f' ({note})' if note else ''}")
         self.least = least
 
 
@@ -51,7 +55,7 @@ def bytes_of(budget: Budget, eager: int, device: torch.device) -> int | None:
 def _positive(count: int, budget: Any) -> int:
     if count <= 0:
         raise ValueError(f"budget is {budget!r}; {_EXPECTED}")
-    return count
+    return min(count, _MOST)
 
 
 def _free(device: torch.device) -> int:

@@ -14,9 +14,9 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers by name, in the order of the model's modules.
 
-    A layer is a member of a `ModuleList` or `Sequential` that holds at least two matrices and a norm (of a model without
-    norms: two matrices), whose forward may run in another way, and which has no lists of layers in it that make up most
-    of it. In a model whose lists have no such members, those of its longest list.
+    A layer is a member of a `ModuleList` or `Sequential` that holds at least two matrices and a norm (of a model
+    without norms: two matrices), whose forward may run in another way, and which has no lists of layers in it that make
+    up most of it. In a model whose lists have no such members, those of its longest list.
 
     Args:
         model: a module, converted or not.
@@ -31,7 +31,9 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
     found = list(_layers_in(model, is_layer))
     if not found:
-        lists = [[m for m in module._modules.values() if m is not None] for module in names if isinstance(module, _LISTS)]
+        lists = [
+            [m for m in module._modules.values() if m is not None] for module in names if isinstance(module, _LISTS)
+        ]
         members = max(lists, key=len, default=[])
         found = [m for m in members if _has_own_forward(m)]
     order = {module: place for place, module in enumerate(names)}
@@ -60,7 +62,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward and not isinstance(module, nn.ModuleList) and may_be_swapped(module)
+    return (
+        type(module).forward is not nn.Module.forward
+        and not isinstance(module, nn.ModuleList)
+        and may_be_swapped(module)
+    )
 
 
 def _matrices(module: nn.Module) -> int:

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from ..convert import Report, convert, revert
-from ..convert.loads import named_modules
+from ..convert.loads import modules_of, named_modules
 from ..convert.swap import original_of
-from ..runs import Place
+from ..runs import Place, is_sharded
 from . import report
-from .costs import FIXED, Assignment, Choice, Run, Stage, choices_in
-from .measure import Step
+from .bench import LEVELS, Step
+from .costs import FIXED, Assignment, Choice, Run, Stage, choices_in, simulated
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class Plan:
                 found[self.layers[part.stage]] = part.level, tuple(places)
 
     def _check(self, model: nn.Module) -> None:
+        if any(map(is_sharded, modules_of(model))):
+            raise ValueError("the model is sharded; expected a model that is not: apply the plan, then shard")
         found = structure_of(model)
         if found != self.structure:
             raise ValueError(
@@ -132,9 +134,19 @@ class Plan:
             ValueError: the file holds none.
         """
         try:
-            data = json.loads(pathlib.Path(path).read_text())
-            return _of(data)
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            made = _of(json.loads(pathlib.Path(path).read_text()))
+            simulated(made.stages, made.assignment)
+            _check_parts(made)
+            return made
+        except (
+            KeyError,
+            IndexError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+        ) as error:
             raise ValueError(f"{path} holds no plan: {error}; expected a file that Plan.save wrote") from error
 
     def as_dict(self) -> dict[str, Any]:
@@ -176,6 +188,18 @@ def structure_of(model: nn.Module) -> str:
         shapes = [(key, tuple(p.shape)) for key, p in module._parameters.items() if p is not None]
         digest.update(repr((name, original_of(module).__qualname__, shapes)).encode())
     return digest.hexdigest()
+
+
+def _check_parts(made: Plan) -> None:
+    """Raises ValueError for choices that are not those of the stages, one each in their order."""
+    chosen = choices_in(made.assignment)
+    if [choice.stage for choice in chosen] != list(range(len(made.stages) if made.whole is None else 0)):
+        raise ValueError("its choices are not one for each stage")
+    if len(made.layers) != len(made.stages):
+        raise ValueError(f"it has {len(made.layers)} names for {len(made.stages)} stages")
+    unknown = {choice.level for choice in chosen} - {FIXED, *LEVELS}
+    if unknown or (made.whole is not None and made.whole not in LEVELS):
+        raise ValueError(f"it has an unknown level, {unknown or made.whole!r}")
 
 
 def _described(part: Choice | Run) -> Any:

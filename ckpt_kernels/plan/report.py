@@ -62,7 +62,7 @@ def _rows(plan: "Plan", parts: Assignment, around: str) -> Iterator[Row]:
 
 def text(plan: "Plan") -> str:
     """The table, with totals, and what other plans would cost."""
-    eager = plan.steps["eager"]
+    eager = plan.steps.get("eager")
     lines: list[str] = []
     if plan.whole is not None:
         lines.append(f"one level for the whole model, {plan.whole!r}: {plan.note}")
@@ -75,17 +75,19 @@ def text(plan: "Plan") -> str:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         rule = "-" * (sum(widths) + 2 * len(widths) - 2)
         for index, row_cells in enumerate(cells):
-            aligned = [c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row_cells, widths, strict=True))]
+            aligned = [
+                c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row_cells, widths, strict=True))
+            ]
             lines += ["  ".join(aligned).rstrip(), *([rule] if index == 0 else [])]
         lines.append(rule)
-    budget = "none" if plan.budget is None else f"{size(plan.budget)} ({plan.budget / max(eager.peak, 1):.2f} of eager's peak)"
-    lines.append(f"budget          {budget}")
-    for name, predicted, found, unit in (
-        ("peak", plan.predicted.peak, plan.measured.peak, eager.peak),
-        ("time of a step", plan.predicted.seconds, plan.measured.seconds, eager.seconds),
-    ):
-        shown = [size(int(v)) if name == "peak" else f"{v * 1e3:.1f} ms" for v in (predicted, found, unit)]
-        lines.append(f"{name:15} {shown[1]}, {found / unit:.2f} of eager's {shown[2]}; predicted {shown[0]}")
+    if plan.budget is not None:
+        of = f" ({plan.budget / max(eager.peak, 1):.2f} of eager's peak)" if eager else ""
+        lines.append(f"budget          {size(plan.budget)}{of}")
+    for name, unit in (("peak", "peak"), ("time of a step", "seconds")):
+        predicted, found = getattr(plan.predicted, unit), getattr(plan.measured, unit)
+        whole = getattr(eager, unit) if eager else 0
+        of = f", {found / whole:.2f} of eager's {_shown(whole)}" if whole else ""
+        lines.append(f"{name:15} {_shown(found)}{of}; predicted {_shown(predicted)}")
     lines += _beside(plan)
     if plan.bound < plan.predicted.seconds:
         lines.append(f"no plan within the budget can be faster than {plan.bound * 1e3:.1f} ms by these costs")
@@ -94,10 +96,17 @@ def text(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
+def _shown(value: float) -> str:
+    """Bytes, or seconds."""
+    return size(value) if isinstance(value, int) else f"{value * 1e3:.1f} ms"
+
+
 def _beside(plan: "Plan") -> Iterator[str]:
     """The next plans of less memory and of more."""
     less = [label for label in plan.frontier if label[0] < 0.98 * plan.predicted.peak]
-    more = [label for label in plan.frontier if label[0] > plan.predicted.peak and label[1] < 0.99 * plan.predicted.seconds]
+    more = [
+        label for label in plan.frontier if label[0] > plan.predicted.peak and label[1] < 0.99 * plan.predicted.seconds
+    ]
     for word, label in (("less", less[-1] if less else None), ("more", more[0] if more else None)):
         if label is not None:
             change = label[1] / plan.predicted.seconds - 1
@@ -111,7 +120,9 @@ def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    eager = plan.steps["eager"]
+    # Where eager does not fit, the plan itself is the unit.
+    eager = plan.steps.get("eager", plan.measured)
+    unit = "eager" if "eager" in plan.steps else "the plan"
     figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
     if plan.frontier:
         needs = [need / eager.peak for need, _ in plan.frontier]
@@ -122,14 +133,19 @@ def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
         label = "eager" if name == "eager" else f"all layers at {name!r}"
         axis.plot(x, y, "o", color=COLORS[name], markersize=9, label=label)
     measured = plan.measured
-    title = f"{measured.peak / eager.peak:.2f} of eager's peak in {measured.seconds / eager.seconds:.2f} of its time"
+    title = f"{measured.peak / eager.peak:.2f} of {unit}'s peak in {measured.seconds / eager.seconds:.2f} of its time"
     axis.plot(
-        measured.peak / eager.peak, measured.seconds / eager.seconds, "*", color="#d62728", markersize=18, label="this plan"
+        measured.peak / eager.peak,
+        measured.seconds / eager.seconds,
+        "*",
+        color="#d62728",
+        markersize=18,
+        label="this plan",
     )
     if plan.budget is not None:
         axis.axvline(plan.budget / eager.peak, color="#d62728", linestyle="--", linewidth=1, label="budget")
-    axis.set_xlabel(f"peak memory of a step, of eager's {size(eager.peak)}")
-    axis.set_ylabel(f"time of a step, of eager's {eager.seconds * 1e3:.0f} ms")
+    axis.set_xlabel(f"peak memory of a step, of {unit}'s {size(eager.peak)}")
+    axis.set_ylabel(f"time of a step, of {unit}'s {eager.seconds * 1e3:.0f} ms")
     axis.set_title(f"The plan: {title}")
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)

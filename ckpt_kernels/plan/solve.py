@@ -94,11 +94,11 @@ class Solver:
             needs = rest.needs + cost.kept if first < last else rest.needs
             found.append(Front(needs.clamp_min(max(cost.forward_peak, backward)), rest.seconds + cost.seconds))
         for end, span in self._spans(first, last, nested):
-            inside = self._inside(first, end)
-            backward = inside.needs + span.kept + self._left_by(end + 1, last) - done
+            again = self._inside(first, end)
+            backwards = again.needs + span.kept + self._left_by(end + 1, last) - done
             rest = self._tail(end + 1, last, nested)
-            forward = (rest.needs + span.kept if end < last else rest.needs).clamp_min(span.forward_peak)
-            found.append(_both(Front(backward, inside.seconds + span.seconds), Front(forward, rest.seconds)))
+            forwards = (rest.needs + span.kept if end < last else rest.needs).clamp_min(span.forward_peak)
+            found.append(_both(Front(backwards, again.seconds + span.seconds), Front(forwards, rest.seconds)))
         return self._thinned(_pareto(found))
 
     def _tail(self, first: int, last: int, nested: bool) -> Front:

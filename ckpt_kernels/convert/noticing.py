@@ -1,0 +1,86 @@
+"""Modules that come into a model after it was converted: adapters with their dropouts, another norm.
+
+They are seen when the forward of the model begins, so that it makes no difference which came first. Only torch's own
+classes are looked for, of which it is known what they compute. What has been seen once is not asked about again.
+"""
+
+import abc
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .likeness import ACTIVATIONS, NORMS
+
+# By their very class. What is none of ours to compute is looked at once.
+LOOKED_FOR = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {
+    *ACTIVATIONS,
+    nn.Dropout,
+    nn.GLU,
+}
+
+
+class Later(abc.ABC):
+    """How a conversion goes on, for the modules that come later. `known` are those that it has seen, of torch's
+    classes."""
+
+    known: "weakref.WeakSet[nn.Module]"
+
+    @abc.abstractmethod
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether it is that of this model, and not of one that this is part of."""
+
+    @abc.abstractmethod
+    def begin(self, model: nn.Module) -> None:
+        """From now on the forward of that model, a copy of the one that was converted, looks for what came later."""
+
+    @abc.abstractmethod
+    def convert(self, modules: list[nn.Module]) -> None:
+        """Converts them as it would have when it began."""
+
+
+_by_module: "weakref.WeakKeyDictionary[nn.Module, Later]" = weakref.WeakKeyDictionary()
+
+
+def go_on(modules: Iterable[nn.Module], later: Later) -> None:
+    """From now on the forwards of these modules look for what came later."""
+    _by_module.update(dict.fromkeys(modules, later))
+
+
+def goes_on(module: nn.Module) -> Later | None:
+    """How the conversion of a module goes on, if it does."""
+    return _by_module.get(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Its conversion does not go on."""
+    _by_module.pop(module, None)
+
+
+def look_over(model: nn.Module) -> list[nn.Module]:
+    """Has what came later converted; gives those modules that have hooks around their forward. For each call, so that
+    it is to be fast."""
+    own = model.__dict__
+    hooked = [model] if own["_forward_hooks"] or own["_forward_pre_hooks"] else []
+    found: list[nn.Module] = []
+    waiting, seen = [model], {model}
+    for module in waiting:
+        for child in module.__dict__["_modules"].values():
+            if child is None:
+                continue
+            own = child.__dict__
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                hooked.append(child)
+            if type(child) in LOOKED_FOR:
+                found.append(child)
+            # A module may be below itself.
+            if own["_modules"] and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+    # What runs again in a backward pass, as checkpoints do, is to be what ran.
+    if found and (later := goes_on(model)) is not None and torch._C._current_graph_task_id() == -1:
+        new = [module for module in found if module not in later.known]
+        if new:
+            later.convert(new)
+    return hooked

@@ -1,0 +1,197 @@
+"""Steps of a user's own model and batch, on twins of the model.
+
+The twins share the parameters' memory and nothing else: the model, its gradients and all random numbers stay as they
+are. Gradients are there before a step, as while they are accumulated, so that the bytes of a step are those beside
+them.
+"""
+
+import functools
+import random
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from ..convert import convert, revert
+from ..convert.loads import named_modules
+from ..convert.swap import surround
+from ..copies import copied, twin_of
+from ..memory import random_numbers_kept
+from ..runs import Place, is_sharded
+from ..target import tensors_in
+from .layers import layers_of
+from .marks import Point, Recorder, marking
+
+Loss = Callable[[Any], Tensor]
+LEVELS = ("none", "block", "output", "all", "layer")
+CHECKPOINT = "checkpoint"
+CHOICES = (*LEVELS, CHECKPOINT)
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A whole step as it was measured: the peak in bytes, and seconds."""
+
+    peak: int
+    seconds: float
+
+
+class ByLayer:
+    """A choice for each layer, as `convert` takes it."""
+
+    def __init__(self, choices: Mapping[str, str]) -> None:
+        self.choices = choices
+
+    def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
+        return {
+            name: ("output", (Place(key, 0, True),)) if choice == CHECKPOINT else (choice, ())
+            for key, (name, choice) in enumerate(self.choices.items())
+        }
+
+
+class Bench:
+    """Runs steps of twins of a model.
+
+    Args:
+        model: a module.
+        args, kwargs: what the model is called with.
+        loss: the loss of what the model returns; None is the output's `loss`, or the sum of all its tensors.
+        progress: called with a line before each step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple,
+        kwargs: dict[str, Any],
+        loss: Loss | None,
+        progress: Callable[[str], None],
+    ) -> None:
+        _check(model)
+        self.model = model
+        self._inputs = args, kwargs
+        self._loss = loss or default_loss
+        self._progress = progress
+        self._gradients: dict[int, Tensor] = {}
+        self.count = 0
+        converted = twin_of(model)
+        convert(converted, recompute="block")
+        self.names = list(layers_of(converted))
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def twin(self, recompute: Any) -> nn.Module:
+        """A twin of the model whose layers are marked; converted, if not None."""
+        twin = twin_of(self.model)
+        if recompute is None:
+            revert(twin)
+        else:
+            convert(twin, recompute=recompute)
+        for mine, its in zip(self.model.parameters(), twin.parameters(), strict=True):
+            if its.requires_grad:
+                if id(mine) not in self._gradients:
+                    self._gradients[id(mine)] = torch.zeros_like(its)
+                its.grad = self._gradients[id(mine)]
+        modules = dict(twin.named_modules())
+        for name in self.names:
+            surround(modules[name], marking)
+        return twin
+
+    def step(self, what: str, twin: nn.Module, memory: bool) -> tuple[Recorder, list[Point]]:
+        """One step, with its memory recorded, or its times."""
+        self._progress(what)
+        self.count += 1
+        modules = dict(twin.named_modules())
+        layers = {modules[name]: index for index, name in enumerate(self.names)}
+        recorder = Recorder(layers, self.device, memory)
+        for gradient in self._gradients.values():
+            gradient.zero_()
+
+        def step(recorder: Recorder) -> None:
+            output = twin(*args, **kwargs)
+            loss = self._loss_of(output)
+            recorder.mark("loss")
+            recorder.is_backward = True
+            loss.backward()
+
+        with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
+            memo: dict[int, Any] = {}
+            args = tuple(copied(value, memo) for value in self._inputs[0])
+            kwargs = {name: copied(value, memo) for name, value in self._inputs[1].items()}
+            # Layers that are left out at random are others from step to step.
+            if not memory:
+                torch.manual_seed(self.count)
+                random.seed(self.count)
+            return recorder, recorder.run(step)
+
+    def _loss_of(self, output: Any) -> Tensor:
+        loss = self._loss(output)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss returns {type(loss).__name__}; expected a tensor of one element")
+        if loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
+            raise ValueError(
+                f"loss returns {loss.dtype} {tuple(loss.shape)}, requires_grad={loss.requires_grad}; "
+                "expected one real number that has a gradient"
+            )
+        return loss
+
+
+def _check(model: nn.Module) -> None:
+    """Whether steps of a twin are steps of this model, and leave it as it is."""
+    for name, module in named_modules(model):
+        if is_sharded(module):
+            raise TypeError(f"{name or 'the model'} is sharded; expected a model that is not: plan, apply, then shard")
+        for key, parameter in module._parameters.items():
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{name}.{key} is a lazy parameter; expected the model to be called once before")
+        for key, value in vars(module).items():
+            if not key.endswith("_hooks") and _holds_modules(value):
+                raise TypeError(
+                    f"{name or 'the model'}.{key} is a function that holds modules, which a copy of the model would "
+                    "call; expected a model whose copy is independent of it"
+                )
+
+
+def _holds_modules(value: Any, depth: int = 3) -> bool:
+    """Whether a function has modules in its closure, or a method is a module's."""
+    if isinstance(value, types.MethodType):
+        return isinstance(value.__self__, nn.Module)
+    if isinstance(value, functools.partial):
+        return any(isinstance(held, nn.Module) or _holds_modules(held, depth) for held in (value.func, *value.args))
+    if not isinstance(value, types.FunctionType) or not depth:
+        return False
+    for cell in value.__closure__ or ():
+        try:
+            held = cell.cell_contents
+        except ValueError:
+            continue
+        if isinstance(held, nn.Module) or _holds_modules(held, depth - 1):
+            return True
+    return False
+
+
+def default_loss(output: Any) -> Tensor:
+    """The output's own loss, if it has one, or the sum of all tensors in it that have a gradient.
+
+    Raises:
+        ValueError: there is none.
+    """
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(own, Tensor) and own.requires_grad:
+        return own
+    tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+    if not tensors:
+        raise ValueError(f"the model returns {type(output).__name__} without a gradient; expected a loss to be given")
+    total = tensors[0].sum()
+    for tensor in tensors[1:]:
+        total = total + tensor.sum()
+    return total
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was out, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

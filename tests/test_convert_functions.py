@@ -1,0 +1,180 @@
+"""Activations that are functions of the file, which somebody wrote: known by trying them out."""
+
+import copy
+import io
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+
+WIDTH = 32
+calls: list[int] = []
+beta = 1.0
+
+
+def own_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def own_silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def cubed(x: Tensor) -> Tensor:
+    return x * x * x
+
+
+def counted(x: Tensor) -> Tensor:
+    calls.append(1)
+    return x * torch.sigmoid(x)
+
+
+def with_a_global(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(beta * x)
+
+
+class Gated(nn.Module):
+    """A gate whose activation is a function that it holds."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate, self.value = (nn.Linear(WIDTH, 4 * WIDTH, bias=False) for _ in range(2))
+        self.last = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.gate(x)) * self.value(x))
+
+
+class GatedByName(nn.Module):
+    """The same by the function's name in the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.value = (nn.Linear(WIDTH, 4 * WIDTH, bias=False) for _ in range(2))
+        self.last = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(own_gelu(self.gate(x)) * self.value(x))
+
+
+class Plain(nn.Module):
+    """An MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(own_gelu(self.first(x)))
+
+
+class Halves(nn.Module):
+    """A packed gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 8 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.first(x).chunk(2, dim=-1)
+        return self.last(own_gelu(gate) * value)
+
+
+@pytest.fixture
+def rows() -> Iterator[Tensor]:
+    calls.clear()
+    torch.manual_seed(0)
+    yield torch.randn(16, WIDTH, device=DEVICE)
+
+
+def results(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    output = model(x)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), [x, *model.parameters()])]
+
+
+def check(made: Callable[[], nn.Module], x: Tensor, said: str, units: int) -> nn.Module:
+    """`units`, of x, are kept: inputs of products, and what the activation, or the gate, is of. At one level: what is
+    kept within blocks is let go of at each."""
+    model = made().to(DEVICE)
+    eager = copy.deepcopy(model)
+    report = ckpt_kernels.convert(model, recompute="block")
+    assert [entry.by for entry in report.replaced] == [said]
+    for found, expected in zip(results(model, x), results(eager, x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert saved_bytes(model, x) == units * x.nbytes <= 0.65 * saved_bytes(eager, x)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("made", "said", "units"),
+    [
+        (GatedByName, "gated MLP", 13),
+        (lambda: Gated(own_gelu), "gated MLP", 13),
+        (lambda: Gated(own_silu), "gated MLP", 13),
+        (Plain, "MLP", 9),
+        (Halves, "packed gated MLP", 13),
+    ],
+)
+def test_functions_of_the_file_are_activations(
+    made: Callable[[], nn.Module], said: str, units: int, rows: Tensor
+) -> None:
+    check(made, rows, said, units)
+
+
+@pytest.mark.parametrize("act", [cubed, counted, lambda x: x * torch.sigmoid(x)])
+def test_what_is_none_of_ours_runs(act: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+    model = Gated(act).to(DEVICE)
+    assert not ckpt_kernels.convert(model, recompute="block").replaced
+    assert not calls
+    model(rows)
+    assert len(calls) == (act is counted)
+
+
+def test_another_function_runs(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = check(GatedByName, rows, "gated MLP", 13)
+    monkeypatch.setitem(GatedByName.forward.__globals__, "own_gelu", counted)
+    model(rows)
+    assert calls
+
+
+def test_another_code_runs(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = check(lambda: Gated(own_gelu), rows, "gated MLP", 13)
+    monkeypatch.setattr(own_gelu, "__code__", counted.__code__)
+    model(rows)
+    assert calls
+
+
+def test_a_global_that_it_reads_may_change(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = check(lambda: Gated(with_a_global), rows, "gated MLP", 13)
+    monkeypatch.setitem(with_a_global.__globals__, "beta", 1.5)
+    expected = model.last(with_a_global(model.gate(rows)) * model.value(rows))
+    torch.testing.assert_close(model(rows), expected, rtol=0, atol=0)
+
+
+def test_copies_compute_so_too(rows: Tensor) -> None:
+    model = check(lambda: Gated(own_gelu), rows, "gated MLP", 13)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert ckpt_kernels.is_converted(again)
+        assert saved_bytes(again, rows) == saved_bytes(model, rows)
+        torch.testing.assert_close(again(rows), model(rows))
+
+
+def test_torch_compile(rows: Tensor) -> None:
+    model = GatedByName().to(DEVICE)
+    ckpt_kernels.convert(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = model.last(F.gelu(model.gate(rows)) * model.value(rows))
+    torch.testing.assert_close(compiled(rows), expected)

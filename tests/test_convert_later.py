@@ -1,0 +1,327 @@
+"""What comes into a model after it was converted, adapters above all, and what is taken out again: it makes no
+difference which came first."""
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+
+WIDTH = 32
+LEVELS = ("block", "output", "all", "layer")
+
+
+class Adapter(nn.Module):
+    """Around a linear layer, as adapters of low rank are, with a dropout of its own for each."""
+
+    def __init__(self, base_layer: nn.Linear, p: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.drop = nn.ModuleDict({"first": nn.Dropout(p) if p else nn.Identity()})
+        self.down = nn.ModuleDict({"first": nn.Linear(base_layer.in_features, 4, bias=False)})
+        self.up = nn.ModuleDict({"first": nn.Linear(4, base_layer.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base_layer(x)
+        for name in self.drop:
+            result = result + self.up[name](self.down[name](self.drop[name](x)))
+        return result
+
+
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.value = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.last = nn.Linear(3 * WIDTH, WIDTH, bias=False)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.gate(x)) * self.value(x))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH)
+        self.mlp = GatedMLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.norm = nn.RMSNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def made() -> Model:
+    torch.manual_seed(0)
+    return Model().to(DEVICE)
+
+
+def adapted(model: Model, p: float) -> Model:
+    torch.manual_seed(1)
+    for layer in model.body.layers:
+        for name in ("gate", "value", "last"):
+            setattr(layer.mlp, name, Adapter(getattr(layer.mlp, name), p).to(DEVICE))
+    return model
+
+
+def merged(model: Model) -> Model:
+    for layer in model.body.layers:
+        for name in ("gate", "value", "last"):
+            setattr(layer.mlp, name, getattr(layer.mlp, name).base_layer.requires_grad_(True))
+    return model
+
+
+def rows(*shape: int) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn(*(shape or (16, WIDTH)), device=DEVICE)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    model(rows()).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def steps(level: str | None, p: float, order: str) -> list[tuple[int, list[Tensor]]]:
+    """Bytes kept and gradients: with adapters, with a second dropout in each, without that, and without adapters."""
+    model, found = made(), []
+
+    def convert_if(now: str) -> None:
+        if level is not None and order == now:
+            ckpt_kernels.convert(model, recompute=level)
+
+    def measure() -> None:
+        found.append((saved_bytes(model, rows()), gradients(model)))
+
+    convert_if("before")
+    adapted(model, p)
+    convert_if("after")
+    measure()
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    torch.manual_seed(4)
+    for adapter in adapters:
+        adapter.drop["second"] = nn.Dropout(p) if p else nn.Identity()
+        adapter.down["second"] = copy.deepcopy(adapter.down["first"])
+        adapter.up["second"] = copy.deepcopy(adapter.up["first"])
+    measure()
+    for adapter in adapters:
+        for held in (adapter.drop, adapter.down, adapter.up):
+            del held["second"]
+    measure()
+    merged(model)
+    measure()
+    return found
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("level", LEVELS)
+def test_adapters_before_and_after_are_the_same(level: str, p: float) -> None:
+    before, after, eager = steps(level, p, "before"), steps(level, p, "after"), steps(None, p, "")
+    for (kept, mine), (as_much, others), (most, theirs) in zip(before, after, eager, strict=True):
+        assert kept == as_much
+        assert kept <= most
+        for gradient, other, its in zip(mine, others, theirs, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=0, atol=0)
+            if not p:
+                torch.testing.assert_close(gradient, its)
+    # Of a dropout eager torch keeps a mask, and what it makes: with them, without, and where there is a gate again.
+    bound = 0.95 if level == "block" else 0.75
+    assert all(kept < bound * most for (kept, _), (most, _) in zip(before, eager, strict=True) if p)
+    assert before[3][0] < 0.8 * eager[3][0]
+
+
+def test_the_body_lets_go_by_itself() -> None:
+    model, eager = made(), saved_bytes(made().body, rows())
+    ckpt_kernels.convert(model)
+    assert saved_bytes(model.body, rows()) < 0.8 * eager
+    model.body.norm = nn.LayerNorm(WIDTH).to(DEVICE)
+    model.body(rows())
+    assert ckpt_kernels.is_converted(model.body.norm)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_report_and_revert_know_what_came_later(level: str) -> None:
+    model = made()
+    report = ckpt_kernels.convert(model, recompute=level)
+    known = len(report.replaced)
+    adapted(model, 0.5)
+    model.body.norm = nn.LayerNorm(WIDTH).to(DEVICE)
+    with torch.no_grad():
+        model(rows())
+    assert len(report.replaced) == known
+    model(rows())
+    by_name = {entry.name: entry.by for entry in report.replaced}
+    assert by_name["body.layers.1.mlp.gate.drop.first"] == "bias_act (dropout)"
+    assert by_name["body.norm"] == "layer_norm" and len(by_name) == len(report.replaced) == known + 6
+    ckpt_kernels.revert(model)
+    assert not any(map(ckpt_kernels.is_converted, model.modules()))
+    assert type(model.body.norm) is nn.LayerNorm
+    model(rows())
+    assert not any(map(ckpt_kernels.is_converted, model.modules()))
+
+
+def test_what_was_reverted_or_left_alone_stays_so() -> None:
+    model = made()
+    model.body.extra = nn.Dropout(0.5)
+    ckpt_kernels.convert(model, exclude=["body.extra"])
+    ckpt_kernels.revert(model.body.layers[0])
+    adapted(model, 0.5)
+    for _ in range(2):
+        model(rows())
+        first, second = model.body.layers
+        assert type(first.norm) is nn.RMSNorm and ckpt_kernels.is_converted(second.norm)
+        assert type(model.body.extra) is nn.Dropout
+    assert ckpt_kernels.is_converted(first.mlp.gate.drop["first"])
+
+
+@pytest.mark.parametrize(
+    ("choice", "first", "last"),
+    [
+        ({"exclude": ["*.gate"]}, False, True),
+        ({"exclude": [nn.Dropout]}, False, False),
+        ({"include": ["body.layers.0*"]}, True, False),
+        ({"include": [nn.RMSNorm]}, False, False),
+    ],
+)
+def test_choices_hold_for_what_comes_later(choice: dict, first: bool, last: bool) -> None:
+    model = made()
+    report = ckpt_kernels.convert(model, **choice)
+    adapted(model, 0.5)(rows())
+    at_first, at_last = model.body.layers[0].mlp.gate, model.body.layers[1].mlp.last
+    assert ckpt_kernels.is_converted(at_first.drop["first"]) is first
+    assert ckpt_kernels.is_converted(at_last.drop["first"]) is last
+    reasons = {entry.name: entry.reason for entry in report.left_alone}
+    assert first or reasons["body.layers.0.mlp.gate.drop.first"] == "not selected"
+
+
+def copied_by_pickle(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copied_by_pickle])
+def test_copies_go_on(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = made()
+    model.body.extra = nn.Dropout(0.5)
+    report = ckpt_kernels.convert(model, exclude=["body.extra", "*.gate"])
+    ckpt_kernels.revert(model.body.layers[0])
+    known = len(report.replaced)
+    again = copied(copied(model))
+    names = set(vars(model))
+    adapted(again, 0.5)(rows())
+    assert set(vars(again)) == names == set(vars(model))
+    assert type(again.body.extra) is nn.Dropout and type(again.body.layers[0].norm) is nn.RMSNorm
+    assert ckpt_kernels.is_converted(again.body.layers[0].mlp.last.drop["first"])
+    assert not ckpt_kernels.is_converted(again.body.layers[0].mlp.gate.drop["first"])
+    assert len(report.replaced) == known
+
+
+class OwnActivation(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+def test_nothing_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = made(), []
+    ckpt_kernels.convert(model)
+    model.body.own = OwnActivation()
+    model.body.late = nn.GELU()
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        calls.append(x)
+        return x
+
+    monkeypatch.setattr(nn.GELU, "forward", forward)
+    model(rows())
+    assert not calls
+    assert type(model.body.own) is OwnActivation and type(model.body.late) is nn.GELU
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_runs_again_is_what_ran(reentrant: bool) -> None:
+    """A checkpoint may run its function first without gradients: a dropout must not be exchanged between."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Flatten(0))
+    ckpt_kernels.convert(model)
+    model[1] = nn.Dropout(0.5)
+    x = rows().requires_grad_()
+    output = checkpoint(model, x, use_reentrant=reentrant)
+    output.sum().backward()
+    torch.testing.assert_close(x.grad.flatten() * x.detach().flatten(), output.detach())
+
+
+def test_one_that_is_there_twice_is_converted_once() -> None:
+    model = made()
+    report = ckpt_kernels.convert(model)
+    model.body.extra = model.extra = nn.GELU()
+    model(rows())
+    assert [entry.by for entry in report.replaced if entry.kind == "GELU"] == ["bias_act (gelu)"]
+
+
+def test_what_is_taken_out_is_forgotten() -> None:
+    model = made()
+    ckpt_kernels.convert(model)
+    adapted(model, 0.5)(rows())
+    gone = weakref.ref(model.body.layers[0].mlp.gate.drop["first"])
+    assert ckpt_kernels.is_converted(gone())
+    merged(model)
+    gc.collect()
+    assert gone() is None
+    holder = weakref.ref(model)
+    del model
+    gc.collect()
+    assert holder() is None
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_peft(order: str, dora: bool) -> None:
+    peft = pytest.importorskip("peft")
+    wanted = ["gate", "value", "last"]
+    options = peft.LoraConfig(target_modules=wanted, lora_dropout=0.25, r=4, use_dora=dora)
+    model, eager = made(), peft.get_peft_model(made(), options)
+    if order == "before":
+        ckpt_kernels.convert(model)
+    model = peft.get_peft_model(model, options)
+    if order == "after":
+        ckpt_kernels.convert(model)
+    model.train(), eager.train()
+    ratio = saved_bytes(model, rows()) / saved_bytes(eager, rows())
+    assert ratio < (0.85 if dora else 0.8)
+    assert all(ckpt_kernels.is_converted(m) for m in model.modules() if isinstance(m, nn.Dropout))
+    plain, eager = model.merge_and_unload(), eager.merge_and_unload()
+    plain.requires_grad_(True), eager.requires_grad_(True)
+    assert saved_bytes(plain, rows()) < 0.7 * saved_bytes(eager, rows())

@@ -1,0 +1,171 @@
+"""Sums and products in converted methods: what they make is made again, where nobody has written to their operands."""
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.recompute import discard_outputs, note
+
+from .conftest import DEVICE
+from .conversion import twins
+
+WIDTH, ROWS = 64, 96
+
+
+class Clamped(nn.Module):
+    """A gate whose halves are cut off, as GPT-OSS has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.limit, self.alpha = 1.0, 1.702
+
+    def gated(self, both: Tensor) -> Tensor:
+        gate, up = both[..., ::2], both[..., 1::2]
+        gate = gate.clamp(min=None, max=self.limit)
+        up = up.clamp(min=-self.limit, max=self.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.gated(self.first(x)))
+
+
+class Written(Clamped):
+    """Somebody writes to operands where autograd does not see it."""
+
+    def gated(self, both: Tensor) -> Tensor:
+        gate, up = both[..., ::2], both[..., 1::2]
+        gate = gate.clamp(min=None, max=self.limit)
+        up = up.clamp(min=-self.limit, max=self.limit)
+        with torch.no_grad():
+            up.mul_(2)
+        scaled = gate * self.alpha
+        with torch.no_grad():
+            scaled.mul_(3)
+        return (up + 1) * (gate * torch.sigmoid(scaled))
+
+
+class WrittenLater(Clamped):
+    """What was read is written to afterwards."""
+
+    def gated(self, both: Tensor) -> Tensor:
+        gate, up = both[..., ::2], both[..., 1::2]
+        gate = gate.clamp(min=None, max=self.limit)
+        up = up.clamp(min=-self.limit, max=self.limit)
+        scaled = gate * self.alpha
+        result = (up + 1) * (gate * torch.sigmoid(scaled))
+        with torch.no_grad():
+            up.mul_(2)
+            scaled.mul_(3)
+        return result
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    output = model(x)
+    return [output, *torch.autograd.grad(output.square().mean(), [x, *model.parameters()])]
+
+
+def rows(dtype: torch.dtype = torch.float32) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(ROWS, WIDTH, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("level", ["block", "output", "all", "layer"])
+@pytest.mark.parametrize("kind", [Clamped, Written, WrittenLater])
+def test_same_bits(kind: type, level: str) -> None:
+    model, twin = twins(kind)
+    ckpt_kernels.convert(twin, recompute=level)
+    for found, expected in zip(step(twin, rows()), step(model, rows()), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept(dtype: torch.dtype) -> None:
+    """The input and the product, both once; of what is written to, also what it made."""
+    x = rows(dtype).requires_grad_()
+    kept = {}
+    for kind in (Clamped, WrittenLater, Written):
+        model, twin = twins(lambda kind=kind: kind().to(dtype))
+        ckpt_kernels.convert(twin)
+        kept[kind] = saved_bytes(twin, x, parameters_of=twin) / x.nbytes
+        eager = saved_bytes(model, x, parameters_of=model) / x.nbytes
+        assert eager == 8
+    assert kept == {Clamped: 3, WrittenLater: 3, Written: 5}
+
+
+def test_the_report() -> None:
+    report = ckpt_kernels.convert(nn.Sequential(Clamped()))
+    assert ["recipes of what is clamped"] == [entry.by for entry in report.replaced if entry.kind == "Clamped"]
+
+
+def kept_of(first: Tensor, second: Tensor, noted: bool) -> int:
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True, device=DEVICE)
+
+    def run() -> Tensor:
+        with discard_outputs():
+            made = TF.silu(first), TF.silu(second)
+            total = made[0] + made[1]
+            if noted:
+                note(total, *made)
+            return total @ weight
+
+    return saved_bytes(run, parameters_of=nn.ParameterList([weight]))
+
+
+def test_a_sum() -> None:
+    """Of what has been made of tensors that are kept."""
+    first, second = rows().requires_grad_(), rows().requires_grad_()
+    assert kept_of(first, second, False) == 3 * first.nbytes
+    assert kept_of(first, second, True) == 2 * first.nbytes
+
+
+def test_what_is_not_noted() -> None:
+    x = rows().requires_grad_()
+    with discard_outputs():
+        y = x * 2
+        with torch.no_grad():
+            y.add_(1)
+        total = y + y
+        note(total, y, y)
+        assert "ckpt_kernels" not in total.grad_fn.metadata
+        for operands in ((x, True), (x, None), (x, "1")):
+            made = x + 1
+            note(made, *operands)
+            assert "ckpt_kernels" not in made.grad_fn.metadata
+        note(3, x)
+        note(x.detach(), x)
+    made = x + 1
+    note(made, x, 1)
+    assert "ckpt_kernels" not in made.grad_fn.metadata
+
+
+class Layer(nn.Module):
+    """The sum of a product of a product and a number, read by a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.inner, self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.scale = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        x = self.inner(torch.tanh(x))
+        x = residual + x * self.scale
+        residual = x
+        x = self.norm(x)
+        return residual + self.last(TF.gelu(self.first(x))) * self.scale
+
+
+def test_sums_of_layers() -> None:
+    model, twin = twins(lambda: nn.Sequential(nn.ModuleList([Layer()])[0]))
+    layers = nn.ModuleList(model)
+    ckpt_kernels.convert(layers, recompute="layer")
+    x = rows().requires_grad_()
+    for found, expected in zip(step(model, rows()), step(twin, rows()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert saved_bytes(model, x, parameters_of=model) <= 2.2 * x.nbytes

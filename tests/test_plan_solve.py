@@ -1,0 +1,167 @@
+"""The solver: the same optimum as all assignments tried one by one, on random chains; fronts, bounds, times."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from ckpt_kernels.plan.costs import Assignment, Checkpointed, Choice, Cost, Run, Stage, choices_in, simulated
+from ckpt_kernels.plan.solve import Solver
+
+
+def chain(rng: random.Random, stages: int, choices: int, runs: bool) -> list[Stage]:
+    """Costs without any order among them."""
+    found: list[Stage] = []
+    for index in range(stages):
+        output = rng.randint(1, 20)
+        costs = {}
+        for choice in range(choices):
+            kept = output + rng.randint(0, 60)
+            costs[f"c{choice}"] = Cost(kept, kept + rng.randint(0, 30), rng.randint(0, 60), rng.random(), rng.random())
+        may_repeat = runs and rng.random() < 0.9
+        checkpointed = Checkpointed(rng.randint(0, 2), output + rng.randint(0, 30), rng.random(), rng.random() / 10)
+        follows = index > 0 and rng.random() < 0.8
+        left = rng.randint(-20, 20)
+        found.append(
+            Stage(f"s{index}", "S", output, left, costs, checkpointed if may_repeat else None, follows, alike=index)
+        )
+    return found
+
+
+def assignments(stages: list[Stage], first: int, last: int, nested: bool = False) -> Iterator[Assignment]:
+    """All there are, with runs within runs."""
+    if first > last:
+        yield ()
+        return
+    for level in stages[first].costs:
+        for rest in assignments(stages, first + 1, last, nested):
+            yield Choice(first, level), *rest
+    for end in range(first, last + 1):
+        if stages[end].checkpointed is None or (end > first and not stages[end].follows):
+            return
+        if nested and end == last:
+            continue
+        for inside in assignments(stages, first, end, nested=True):
+            for rest in assignments(stages, end + 1, last, nested):
+                yield Run(inside), *rest
+
+
+def compare(stages: list[Stage], tried: list[tuple[int, float]]) -> None:
+    solver = Solver(stages)
+    for memory in {0, 10**6, *(need for need, _ in tried)}:
+        best = min((seconds for need, seconds in tried if need <= memory), default=float("inf"))
+        assert solver.front.at(memory) == pytest.approx(best, abs=1e-9)
+        found = solver.best(memory)
+        if found is None:
+            assert best == float("inf")
+            continue
+        need, seconds = simulated(stages, found)
+        assert need <= memory
+        assert seconds == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_optimum_of_small_chains_with_runs(seed: int) -> None:
+    rng = random.Random(seed)
+    stages = chain(rng, rng.randint(1, 4), rng.randint(1, 2), runs=True)
+    compare(stages, [simulated(stages, found) for found in assignments(stages, 0, len(stages) - 1)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_optimum_of_chains_of_ten(seed: int) -> None:
+    """20 chains at a time, up to the 500 that are asked for of it, of as many choices as can be tried out."""
+    for part in range(20):
+        rng = random.Random(1000 * seed + part)
+        count = rng.randint(1, 10)
+        choices = next(n for n in (5, 4, 3, 2) if n**count <= 1100 or n == 2)
+        stages = chain(rng, count, choices, runs=False)
+        levels = [list(stage.costs) for stage in stages]
+        tried = [
+            simulated(stages, tuple(Choice(i, level) for i, level in enumerate(picked)))
+            for picked in itertools.product(*levels)
+        ]
+        rng.shuffle(tried)
+        compare_some(stages, tried)
+
+
+def compare_some(stages: list[Stage], tried: list[tuple[int, float]]) -> None:
+    solver = Solver(stages)
+    for memory, _ in tried[:8]:
+        best = min(seconds for need, seconds in tried if need <= memory)
+        assert solver.front.at(memory) == pytest.approx(best, abs=1e-9)
+        found = solver.best(memory)
+        assert found is not None
+        assert simulated(stages, found)[0] <= memory
+        assert simulated(stages, found)[1] == pytest.approx(best, abs=1e-9)
+
+
+def alike(stages: int) -> list[Stage]:
+    """Layers as those of a language model are, in units of their output."""
+    costs = {
+        "none": Cost(21, 22, 5, 1.0, 2.0),
+        "output": Cost(11, 15, 10, 1.0, 2.05),
+        "all": Cost(6, 15, 16, 1.0, 2.3),
+        "layer": Cost(2, 12, 17, 1.0, 2.6),
+    }
+    stage = Stage("layer", "Layer", 1, 0, costs, Checkpointed(0, 11, 1.0, 0.1), follows=True)
+    return [replace(stage, name=f"layer {index}", follows=index > 0) for index in range(stages)]
+
+
+def test_time_falls_with_memory_and_fronts_hold_only_what_is_worth_having() -> None:
+    front = Solver(alike(12)).front
+    needs, seconds = front.needs.tolist(), front.seconds.tolist()
+    assert needs == sorted(set(needs))
+    assert seconds == sorted(set(seconds), reverse=True)
+    assert front.at(needs[0] - 1) == float("inf")
+    assert front.at(needs[-1] + 1000) == seconds[-1]
+
+
+def test_thinned_fronts_hold_real_assignments_and_a_bound_from_below() -> None:
+    rng = random.Random(3)
+    stages = chain(rng, 8, 4, runs=True)
+    exact, thinned = Solver(stages, limit=10**9), Solver(stages, limit=16)
+    bound = Solver(stages, limit=16, optimistic=True).front
+    assert thinned.is_thinned
+    assert not exact.is_thinned
+    assert len(thinned.front.needs) <= 17 < len(exact.front.needs)
+    for memory in exact.front.needs.tolist()[::7]:
+        assert bound.at(memory) <= exact.front.at(memory) + 1e-9
+        assert thinned.front.at(memory) >= exact.front.at(memory) - 1e-9
+        found = thinned.best(memory)
+        if found is not None:
+            need, seconds = simulated(stages, found)
+            assert need <= memory
+            assert seconds <= thinned.front.at(memory) + 1e-9
+
+
+def test_many_layers_need_sublinear_memory_for_less_time_than_every_root() -> None:
+    """One checkpoint over each of sqrt(n) runs of sqrt(n) layers, eager inside, is the rule that is beaten."""
+    count, root = 144, 12
+    stages = alike(count)
+    rule = tuple(Run(tuple(Choice(i + j, "none") for j in range(root))) for i in range(0, count, root))
+    need, seconds = simulated(stages, rule)
+    solver = Solver(stages)
+    found = solver.best(need)
+    assert found is not None
+    assert simulated(stages, found)[0] <= need < 0.2 * simulated(stages, choice_everywhere(count, "none"))[0]
+    assert simulated(stages, found)[1] < seconds
+    least = solver.best(int(solver.front.needs[0]))
+    assert least is not None
+    assert simulated(stages, least)[0] < need / 2
+    assert [choice.stage for choice in choices_in(least)] == list(range(count))
+
+
+def choice_everywhere(count: int, level: str) -> Assignment:
+    return tuple(Choice(index, level) for index in range(count))
+
+
+def test_what_must_not_run_twice_is_in_no_run() -> None:
+    stages = [replace(stage, checkpointed=None if i == 2 else stage.checkpointed) for i, stage in enumerate(alike(5))]
+    least = Solver(stages).best(int(Solver(stages).front.needs[0]))
+    assert least is not None
+    assert any(isinstance(part, Run) for part in least)
+    assert all(choice.stage != 2 for part in least if isinstance(part, Run) for choice in choices_in((part,)))
+    with pytest.raises(ValueError, match="may run twice"):
+        simulated(stages, (Run(choice_everywhere(5, "none")),))

@@ -1,0 +1,314 @@
+"""Checkpoints that span several calls: the same bits, what is kept, what runs twice, and loops that do more."""
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.runs import Place, Run, is_repeating
+
+WIDTH, ROWS = 16, 24
+
+
+class Layer(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.drop = nn.Dropout(dropout)
+        self.calls = 0
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        h = self.drop(nn.functional.gelu(self.up(self.norm(x))))
+        return x + self.down(h if scale is None else h * scale)
+
+
+class Net(nn.Module):
+    """Layers in a loop, with something between two of them."""
+
+    def __init__(self, count: int = 6, dropout: float = 0.0, between: Callable[[int, Tensor], Tensor] | None = None):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(dropout) for _ in range(count))
+        self.between = between
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x = layer(x, scale)
+            if self.between is not None:
+                x = self.between(index, x)
+        return x
+
+
+class Tree:
+    """A level for each layer, and runs as nested lists."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.found: list[tuple[str, list[tuple[int, int]]]] = []
+        self.last: dict[int, int] = {}
+        for part in parts:
+            self._walk(part, [])
+
+    def _walk(self, part: Any, runs: list[tuple[int, int]]) -> None:
+        if isinstance(part, str):
+            self.found.append((part, runs))
+            return
+        key = len(self.last)
+        self.last[key] = -1
+        runs = [*runs, (key, len(self.found))]
+        for inside in part:
+            self._walk(inside, runs)
+        self.last[key] = len(self.found) - 1
+
+    def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
+        return {
+            f"layers.{i}": (level, tuple(Place(key, i - first, i == self.last[key]) for key, first in runs))
+            for i, (level, runs) in enumerate(self.found)
+        }
+
+
+TREES = {
+    "one": Tree(["output"] * 6),
+    "two": Tree(["none"] * 3, ["all"] * 3),
+    "mixed": Tree("block", ["layer", "output"], "all", ["none"], "output"),
+    "nested": Tree([["output", "none"], ["all", "block"], "none"], "none"),
+    "deeply": Tree([["output", ["block", "none"], "all"], "layer", ["none"]]),
+}
+
+
+def inputs() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(ROWS, WIDTH, requires_grad=True)
+
+
+def results(net: nn.Module, x: Tensor, *rest: Any) -> list[Tensor]:
+    torch.manual_seed(2)
+    output = net(x, *rest)
+    (output * torch.linspace(-1, 1, WIDTH)).sum().backward()
+    found = [output.detach(), *(p.grad for p in (x, *net.parameters()) if p.grad is not None)]
+    x.grad = None
+    net.zero_grad()
+    return found
+
+
+def made(tree: Any, **options: Any) -> Net:
+    torch.manual_seed(0)
+    net = Net(**options)
+    if tree is not None:
+        ckpt_kernels.convert(net, recompute=tree)
+    return net
+
+
+def flat(tree: Tree) -> Tree:
+    """The same levels without runs."""
+    return Tree(*(level for level, _ in tree.found))
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.2))
+@pytest.mark.parametrize("name", TREES)
+def test_gradients_are_the_same_bits_as_without_runs(name: str, dropout: float) -> None:
+    tree = TREES[name]
+    x = inputs()
+    for _ in range(2):
+        expected = results(made(flat(tree), dropout=dropout), x)
+        found = results(made(tree, dropout=dropout), x)
+        assert len(expected) == len(found) == 2 + 6 * 6
+        assert all(map(torch.equal, expected, found))
+
+
+def test_numbers_are_the_models_own() -> None:
+    for tree in TREES.values():
+        torch.testing.assert_close(results(made(tree), inputs()), results(made(None), inputs()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kept"), (("one", 1), ("two", 2)))
+def test_a_run_keeps_the_input_of_its_first_layer(name: str, kept: int) -> None:
+    x = inputs()
+    # Of the first run that is the model's own input, which nobody saves.
+    assert saved_bytes(made(TREES[name]), x) == (kept - 1) * x.nbytes
+    net = made(TREES[name])
+    graph = net(x)
+    live = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is Tensor and t.shape == (ROWS, WIDTH)}
+    # Inputs of runs, and the result.
+    assert len(live) == kept + 1
+    del graph
+
+
+def test_a_recipe_in_place_of_what_goes_into_a_run() -> None:
+    """A block's output that goes into a run is kept as a recipe by whoever keeps one."""
+
+    class Front(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.net = nn.LayerNorm(WIDTH), Net(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.norm(x))
+
+    front = Front()
+    levels = {f"net.{name}": found for name, found in Tree(["none"] * 2).levels_in(front).items()}
+    ckpt_kernels.convert(front, recompute=type("P", (), {"levels_in": lambda self, model: levels})())
+    x = inputs()
+    expected = saved_bytes(lambda: front.norm(x), parameters_of=front)
+    assert saved_bytes(lambda: front(x), parameters_of=front) == expected
+
+
+def between_in_place(index: int, x: Tensor) -> Tensor:
+    return x.add_(1.0) if index == 2 else x
+
+
+def between_another(index: int, x: Tensor) -> Tensor:
+    return x * 0.5 if index in (1, 3) else x
+
+
+def between_early(index: int, x: Tensor) -> Tensor:
+    return x.detach().requires_grad_() if index == 3 else x
+
+
+@pytest.mark.parametrize("between", (between_in_place, between_another, between_early))
+@pytest.mark.parametrize("name", ("one", "nested"))
+def test_loops_that_do_more_between_layers(name: str, between: Callable[[int, Tensor], Tensor]) -> None:
+    expected = results(made(flat(TREES[name]), between=between), inputs())
+    found = results(made(TREES[name], between=between), inputs())
+    assert all(map(torch.equal, expected, found))
+
+
+def test_a_step_after_one_that_failed_within_a_run() -> None:
+    def fail(index: int, x: Tensor) -> Tensor:
+        if failing and index == 2:
+            raise KeyError("mine")
+        return x
+
+    failing = True
+    net, x = made(TREES["one"], between=fail), inputs()
+    with pytest.raises(KeyError, match="mine"):
+        net(x)
+    failing = False
+    assert all(map(torch.equal, results(net, x), results(made(flat(TREES["one"])), x)))
+
+
+def test_random_numbers_and_statistics_move_once() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.drop = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.drop(self.norm(self.linear(x)))
+
+    torch.manual_seed(0)
+    nets = [nn.Sequential(*(Normed() for _ in range(3))) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, level in zip(nets, ("output", "checkpoint"), strict=True):
+        ckpt_kernels.convert(net, recompute=dict.fromkeys("012", level))
+    states = []
+    for net in nets:
+        results(net, inputs())
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    for name, buffer in nets[0].named_buffers():
+        assert torch.equal(buffer, dict(nets[1].named_buffers())[name]), name
+
+
+def test_second_derivatives_and_a_graph_that_is_used_twice() -> None:
+    def second(net: Net, x: Tensor) -> list[Tensor]:
+        (first,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        return [first, *torch.autograd.grad(first.square().sum(), [x, *net.parameters()], allow_unused=True)]
+
+    def twice(net: Net, x: Tensor) -> list[Tensor]:
+        output = net(x).square().sum()
+        return [torch.autograd.grad(output, x, retain_graph=index == 0)[0] for index in range(2)]
+
+    for run in (second, twice):
+        for expected, found in zip(
+            run(made(flat(TREES["two"])), inputs()), run(made(TREES["two"]), inputs()), strict=True
+        ):
+            assert (expected is None and found is None) or torch.equal(expected, found)
+
+
+def test_autocast_is_as_it_was() -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        net, x = made(tree), inputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = net(x)
+        return list(torch.autograd.grad(output.float().square().sum(), [x, *net.parameters()]))
+
+    assert all(map(torch.equal, run(flat(TREES["one"])), run(TREES["one"])))
+
+
+def test_an_argument_that_is_written_to_afterwards_is_refused() -> None:
+    net, x, scale = made(TREES["two"]), inputs(), torch.ones(4 * WIDTH)
+    output = net(x, scale)
+    scale.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"argument of a checkpointed layer.*modified"):
+        output.sum().backward()
+
+
+def test_a_layer_that_decides_otherwise_is_refused() -> None:
+    class Fickle(Layer):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x if not is_repeating() else x[:2])
+
+    net = nn.Sequential(Fickle())
+    ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
+    with pytest.raises(RuntimeError, match=r"expected torch\.float32"):
+        net(inputs()).sum().backward()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_nothing_of_a_run_outlives_its_backward_pass(name: str) -> None:
+    net, x = made(TREES[name]), inputs()
+    gc.collect()
+    gc.disable()
+    try:
+        loss = net(x).sum()
+        loss.backward()
+        assert not any(isinstance(o, Run) for o in gc.get_objects() if type(o) is Run)
+        big = [o for o in gc.get_objects() if type(o) is Tensor and o.shape in ((ROWS, WIDTH), (ROWS, 4 * WIDTH))]
+        # The input's gradient, the input, and the result, which the graph's last node may keep.
+        assert len({t.untyped_storage().data_ptr() for t in big}) <= 3
+        del loss
+    finally:
+        gc.enable()
+
+
+def test_arguments_that_layers_could_write_to_are_not_handed_to_a_run() -> None:
+    """A cache would be filled twice."""
+
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+            cache: list[Tensor] = []
+            for layer in self.layers:
+                x = Caching.of(layer, x, cache)
+            return x, cache
+
+    class Caching(nn.Linear):
+        @staticmethod
+        def of(layer: nn.Module, x: Tensor, cache: list[Tensor]) -> Tensor:
+            return layer(x, cache)
+
+        def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:  # type: ignore[override]
+            cache.append(x)
+            return super().forward(x)
+
+    net = Cached()
+    net.layers = nn.ModuleList(Caching(WIDTH, WIDTH) for _ in range(2))
+    ckpt_kernels.convert(net, recompute={"layers.*": "checkpoint"})
+    output, cache = net(inputs())
+    output.sum().backward()
+    assert len(cache) == 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
