@@ -79,6 +79,16 @@ def test_float64_is_exact() -> None:
             torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["silu", "sigmoid"])
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, -85.0), (torch.float64, -690.0)])
+def test_slopes_that_are_nearly_zero(name: str, dtype: torch.dtype, least: float) -> None:
+    """As far out as the exponential is finite they are right to their own size."""
+    x = torch.linspace(least, -20, 400, dtype=dtype)
+    found, truth = value_and_derivative(name, x)[1].double(), eager(name, x.double())[1]
+    # The argument of the exponential is a product whose rounding counts as often as it is large.
+    assert (found / truth - 1).abs().max() <= 2 * -least * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_slopes_of_the_reference_are_autograds(name: str) -> None:
     x = torch.cat([whole_range(), torch.tensor([float("inf"), -float("inf"), float("nan")])]).to(DEVICE)

@@ -145,3 +145,73 @@ def test_a_formula_of_something_else(kind: type[nn.Module]) -> None:
     found = by(ckpt_kernels.convert(model), "")
     assert found == ("gate" if kind is TwoReaders else None)
     assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-5)
+
+
+ROUNDED = 1.4142135
+
+
+class RoundedGELU(Two):
+    def forward(self, given: Tensor) -> Tensor:
+        h = self.a(given)
+        return self.b(h * 0.5 * (1.0 + torch.erf(h / ROUNDED)))
+
+
+class RoundedTanh(Two):
+    def forward(self, given: Tensor) -> Tensor:
+        h = self.a(given)
+        return self.b(0.5 * h * (1.0 + torch.tanh(0.7978845608 * (h + 0.044715 * torch.pow(h, 3)))))
+
+
+def nearly_silu(given):
+    return given * torch.sigmoid(1.0000001 * given)
+
+
+class NearlySiLU(nn.Module):
+    def forward(self, given: Tensor) -> Tensor:
+        return nearly_silu(given)
+
+
+class Called(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = NearlySiLU()
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.b(self.act(self.a(given)))
+
+
+class CalledFunction(Two):
+    def forward(self, given: Tensor) -> Tensor:
+        return self.b(nearly_silu(self.a(given)))
+
+
+class Alone(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(NearlySiLU(), nn.Linear(WIDTH, WIDTH))
+
+
+class Row(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(WIDTH, WIDTH), NearlySiLU(), nn.Linear(WIDTH, WIDTH))
+
+
+@pytest.mark.parametrize(
+    "kind", (RoundedGELU, RoundedTanh, Called, CalledFunction, Alone, Row), ids=lambda kind: kind.__name__
+)
+def test_rounded_constants(kind: type[nn.Module]) -> None:
+    """To float32 they are the constants that they round, to float64 others."""
+    model, twin = twins(kind)
+    ckpt_kernels.convert(model)
+    single = x(64, WIDTH)
+    assert close(run(model, single), run(twin, single), 1e-5)
+    assert kind is Alone or kept(model, single) < kept(twin, single)
+    model.double(), twin.double()
+    assert close(run(model, single.double()), run(twin, single.double()), 1e-14)
+
+
+@pytest.mark.parametrize("kind", (GELU, InSteps), ids=lambda kind: kind.__name__)
+def test_exact_constants(kind: type[nn.Module]) -> None:
+    """In another order of rounding they are what they are, in float64 too."""
+    model, twin = twins(lambda: kind().double())
+    ckpt_kernels.convert(model)
+    assert kept(model, x(64, WIDTH).double()) < kept(twin, x(64, WIDTH).double())

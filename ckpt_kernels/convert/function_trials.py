@@ -21,10 +21,13 @@ class TriedFunction(NamedTuple):
     name: str
     code: Code
     keeps_input: bool
+    is_exact: bool
 
-    def name_of(self, called: Any) -> str | None:
-        """The activation that a call of that computes now; None if it is another function, or no more what it was."""
-        return self.name if called is self.function and self.code.is_same() else None
+    def name_of(self, called: Any, wide: bool = False) -> str | None:
+        """The activation that a call of that computes now; None if it is another function, or no more what it was, or
+        another activation to float64 where operands are that `wide`."""
+        holds = called is self.function and (self.is_exact or not wide)
+        return self.name if holds and self.code.is_same() else None
 
 
 @remembered
@@ -53,6 +56,6 @@ def _tried_out(function: types.FunctionType) -> TriedFunction | None:
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if result_of(function, transposed, POINTWISE).stride() != transposed.stride():
         return None
-    name, keeps_input = activation_by_trial(lambda points: result_of(function, points, POINTWISE))
+    name, keeps_input, is_exact = activation_by_trial(lambda points: result_of(function, points, POINTWISE))
     code = Code((nn.Module, (), ()), reading.found)
-    return None if name is None else TriedFunction(function, name, code, keeps_input)
+    return None if name is None else TriedFunction(function, name, code, keeps_input, is_exact)

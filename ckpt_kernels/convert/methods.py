@@ -27,7 +27,7 @@ from .in_place import writes_over
 from .loads import load
 from .norms import Norm
 from .objects import method_called
-from .pointwise import ActivationRule, activation_by_trial, activation_of, pointwise_of
+from .pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
 from .reading import ADAPTED, Part
 from .remembering import remembered
 from .rewrite import Rewritten, may_be_rewritten, rewritten_method
@@ -229,8 +229,8 @@ def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, .
         with torch.no_grad():
             values_there = compute(few.clone())
         close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
-        name, keeps_input = activation_by_trial(compute) if any(close) else (None, False)
-        return Part() if name is None else Part("act", name, not keeps_input, known)
+        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else Tried()
+        return Part() if name is None else Part("act", name, not keeps_input, known, is_exact)
     except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
         return Part()
 

@@ -8,7 +8,7 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,15 @@ _TORCHS = {
 }
 
 
+class Tried(NamedTuple):
+    """The activation that something computes, or None, whether torch keeps its input for that, and whether it is exact:
+    one with rounded constants is another one to float64."""
+
+    name: str | None = None
+    keeps_input: bool = True
+    is_exact: bool = True
+
+
 @dataclass(frozen=True)
 class ActivationRule(Unary):
     """An activation by its name, as long as the module's settings are what they were."""
@@ -46,14 +55,15 @@ class ActivationRule(Unary):
     settings: Settings
     code: Code | None
     keeps_input: bool = True
+    is_exact: bool = True
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the module is what it was tried as."""
-        return is_as_tried(module, self.settings, self.code)
+    def holds(self, module: nn.Module, wide: bool = False) -> bool:
+        """Whether the module is what it was tried as, also where operands are `wide`, which is float64."""
+        return (self.is_exact or not wide) and is_as_tried(module, self.settings, self.code)
 
     def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
         # Eager torch does not keep the input of some formulas, to which somebody may write.
-        if not self.holds(module) or (torch.is_grad_enabled() and not self.keeps_input):
+        if not self.holds(module, input.dtype == torch.float64) or (torch.is_grad_enabled() and not self.keeps_input):
             return None
         return F.bias_act(input, activation=self.name)
 
@@ -105,12 +115,12 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
         none = name_of(module) is None and looks_like_activation(module)
         return None, _why_none(module) if none else ""
     try:
-        name, settings, code, keeps_input = _named(module)
+        (name, keeps_input, is_exact), settings, code = _named(module)
     except NotTried as error:
         return None, str(error) if looks_like_activation(module) else ""
     if name is None:
         return None, _why_none(module) if looks_like_activation(module) else ""
-    return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, settings, code, keeps_input)), ""
+    return (None if name in KEPT_BY_OUTPUT else ActivationRule(name, settings, code, keeps_input, is_exact)), ""
 
 
 def _why_none(module: nn.Module) -> str:
@@ -119,8 +129,9 @@ def _why_none(module: nn.Module) -> str:
     return "computes none of our activations"
 
 
-def activation_of(act: Any, made: bool = False) -> str | None:
-    """The name of the activation that a call of a module or function is now; None if it is none of ours, or more.
+def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | None:
+    """The name of the activation that a call of a module or function is now; None if it is none of ours, or more, or
+    not to float64 where operands are that `wide`.
 
     One that writes over its input counts only where that has just been `made` for it, and nobody else sees it.
     """
@@ -130,7 +141,7 @@ def activation_of(act: Any, made: bool = False) -> str | None:
         return None
     rule = rule_of(act)
     if isinstance(rule, ActivationRule):
-        return rule.name if rule.holds(act) and not is_patched(type(act)) else None
+        return rule.name if rule.holds(act, wide) and not is_patched(type(act)) else None
     if rule is not None or not _is_torchs(act):
         return None
     return name_of(act)
@@ -149,36 +160,34 @@ def is_as_torch_has_it(module: nn.Module, *names: str) -> bool:
     return _is_torchs(module) and loads_plainly(original_of(module), *names)
 
 
-def _named(module: nn.Module) -> tuple[str | None, Settings, Code | None, bool]:
+def _named(module: nn.Module) -> tuple[Tried, Settings, Code | None]:
     if _is_torchs(module):
         name = name_of(module)
         if name is None:
-            return None, (), None, True
+            return Tried(), (), None
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
-        return name, tuple(sorted(plain.items())), None, True
+        return Tried(name), tuple(sorted(plain.items())), None
     if any(True for _ in tensors_of(module)) or has_children(module):
-        return None, (), None, True
+        return Tried(), (), None
     if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
-        return None, (), None, True
+        return Tried(), (), None
     outline = outline_of(module)
-    tried, keeps_input = _tried_out(outline)
-    return tried, outline.settings, outline.code, keeps_input
+    return _tried_out(outline), outline.settings, outline.code
 
 
 @remembered
 @in_a_thread_of_its_own
-def _tried_out(outline: Outline) -> tuple[str | None, bool]:
+def _tried_out(outline: Outline) -> Tried:
     made = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
-        return None, False
+        return Tried()
     return activation_by_trial(lambda points: forward_of(made, points, POINTWISE))
 
 
 @in_a_thread_of_its_own
-def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None, bool]:
-    """The activation that a function of one tensor computes, values and derivative, and whether torch keeps the tensor
-    itself for that."""
+def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> Tried:
+    """The activation that a function of one tensor computes, values and derivative."""
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -190,9 +199,9 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None
         given = points.clone().requires_grad_()
         values = compute(given)
         if type(values) is not Tensor or values.shape != points.shape or values.dtype != points.dtype:
-            return None, False
+            return Tried()
         if not values.requires_grad or given._version or not torch.equal(given, points) or _is_of_python(values):
-            return None, False
+            return Tried()
         keeps_input = given.data_ptr() in kept
         (slopes,) = torch.autograd.grad(values.sum(), given)
         for name in NAMES:
@@ -200,11 +209,16 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> tuple[str | None
             expected = ACTIVATIONS[name](again)
             (expected_slopes,) = torch.autograd.grad(expected.sum(), again)
             # Formulas with rounded constants differ by less than float32 can tell.
-            if torch.allclose(values, expected, rtol=1e-7, atol=1e-7):
-                # But where a relu bends, at one point, whose derivative is a matter of taste.
-                if (~torch.isclose(slopes, expected_slopes, rtol=1e-6, atol=1e-6)).sum() <= 1:
-                    return name, keeps_input
-    return None, False
+            if _are_close(values, expected, 1e-7) and _are_close(slopes, expected_slopes, 1e-6, 1):
+                # Exact ones differ by 25 roundings at most.
+                is_exact = _are_close(values, expected, 1e-14) and _are_close(slopes, expected_slopes, 1e-14, 1)
+                return Tried(name, keeps_input, is_exact)
+    return Tried()
+
+
+def _are_close(found: Tensor, expected: Tensor, bound: float, but: int = 0) -> bool:
+    """But for that many points: one is where a relu bends, whose derivative there is a matter of taste."""
+    return int((~torch.isclose(found, expected, rtol=bound, atol=bound)).sum()) <= but
 
 
 def _points() -> Tensor:

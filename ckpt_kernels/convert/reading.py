@@ -27,13 +27,15 @@ class Part(NamedTuple):
     An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is
     of has just been computed: torch does not keep that for it, so that somebody else may write to it. `known` are the
     functions and numbers that a formula was known with, a function that is an "act" by itself, and the module or
-    function that an "exchange" is of.
+    function that an "exchange" is of. A formula is not `is_exact` where its numbers are rounded, which float64 can
+    tell.
     """
 
     kind: str = ""
     name: str = ""
     of_new: bool = False
     known: tuple[Any, ...] = ()
+    is_exact: bool = True
 
 
 # The part of each load and formula in a method, by its text.

@@ -244,7 +244,7 @@ class _Writer:
         captured = [operand.name for operand in match.captured]
         known = attempt.act.known
         if attempt.activation is not None:
-            site = templates.site(pattern, captured, options, known, attempt.activation)
+            site = templates.site(pattern, captured, options, known, attempt.activation, attempt.act.is_exact)
         else:
             site = templates.site(pattern, captured, options, tried=activation_function(known[0]) if known else None)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]

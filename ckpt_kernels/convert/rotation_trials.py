@@ -1,25 +1,22 @@
 """Trying out what functions turn queries and keys: on small random tensors, results and gradients.
 
-See `rotations` for what is found. A trial ends at the first operation that is not on the list of those allowed.
+See `rotations` for what is found.
 """
 
 import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..backends import reference
-from ..backends.blocks import Rotary
-from ..ops.operands import elementwise_empty
 from .called import is_torchs, names_in
 from .reached import Code, NotTried
 from .reached_functions import read_function
 from .remembering import remembered
-from .rotation_runs import Trial
-from .rotations import Form, Found, Kind, Rotation, Way, is_setting, parameters_of, settings_of
+from .rotation_results import beside_ones, dtypes_of, has_gradients_of, holds_for_all
+from .rotation_runs import Arrangement, Trial
+from .rotations import Dtypes, Form, Found, Kind, Rotation, Settings, Way, is_setting, parameters_of, settings_of
 from .trial import in_a_thread_of_its_own
 
 # What such a function may name of tensors and of torch.
@@ -27,8 +24,8 @@ _NAMES = frozenset(
     """Tensor cat chunk device dtype empty_like flatten float neg repeat_interleave reshape shape size stack to torch
     transpose type_as unbind unflatten unsqueeze view view_as_complex view_as_real""".split()
 )
+_TABLES = ("full", "half", "first half", "neighbours")
 _LAYOUTS = ("halves", "interleaved")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Where tables may get another dimension, and ways to choose.
 _CHOICES: dict[type, tuple[Any, ...]] = {int: (-2, -1, 0, 1, 2), bool: (False, True)}
 
@@ -94,19 +91,36 @@ def _tried_out(function: types.FunctionType, code: Code) -> Rotation | None:
     for others in _others(list(defaults.values())):
         settings = settings_of(others)
         for way in _ways(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
+            dtypes: Dtypes | None = None
             trial = Trial(function, way, others)
-            for dims, lead, unsqueeze in _arrangements():
+            for arrangement in _arrangements():
                 for is_whole in (True, False):
-                    kind = Kind(settings, dims, len(lead), is_whole)
-                    if kind not in rotation.forms:
-                        found = _found(trial, way.heads, dims, lead, unsqueeze, is_whole)
-                        if found is not None:
-                            rotation.forms[kind] = found
-            forms = {kind: found for kind, found in rotation.forms.items() if kind.settings == settings}
-            if forms:
-                rotation.ways[settings] = way, _dtypes(trial, way.heads, *next(iter(forms.items())))
+                    if Kind(settings, arrangement.dims, (False,) * len(arrangement.lead), is_whole) in rotation.forms:
+                        continue
+                    found = _found(trial, arrangement, is_whole)
+                    if found is None:
+                        continue
+                    sizes = (16, 16 if is_whole else 8)
+                    rotation.forms |= _beside_ones(trial, found, settings, arrangement, sizes)
+                    if dtypes is None:
+                        dtypes = dtypes_of(trial, found.form, arrangement, *sizes)
+            if dtypes is not None:
+                rotation.ways[settings] = way, dtypes
                 break
     return rotation if any(dtypes for _, dtypes in rotation.ways.values()) else None
+
+
+def _beside_ones(
+    trial: Trial, found: Found, settings: Settings, arrangement: Arrangement, sizes: tuple[int, int]
+) -> dict[Kind, Found]:
+    """The forms of one kind of operands, and of those like them that have ones among the tables' sizes."""
+    is_whole = sizes[0] == sizes[1]
+    forms = {}
+    for ones in itertools.product((False, True), repeat=len(arrangement.lead)):
+        beside = beside_ones(trial, found, arrangement, ones, *sizes)
+        if beside is not None:
+            forms[Kind(settings, arrangement.dims, ones, is_whole)] = beside
+    return forms
 
 
 def _ways(required: int, may_be_complex: bool) -> Iterator[Way]:
@@ -132,140 +146,34 @@ def _others(defaults: list[Any]) -> Iterator[tuple[Any, ...]]:
                 yield tuple(instead.get(place, value) for place, value in enumerate(defaults))
 
 
-def _arrangements() -> Iterator[tuple[int, tuple[int, ...], int | None]]:
-    """How many dimensions heads have, the sizes of a table's but for its last, and where it gets another."""
+def _arrangements() -> Iterator[Arrangement]:
     for dims in (4, 3):
         for lead in ((5,), (2, 5), (2, 5, 3)):
             for unsqueeze in (None, *range(len(lead) + 1)):
                 if len(lead) + (unsqueeze is not None) < dims:
-                    yield dims, lead, unsqueeze
+                    yield Arrangement(dims, lead, unsqueeze)
 
 
-def _shapes(dims: int, lead: tuple[int, ...], unsqueeze: int | None, columns: int) -> list[tuple[int, ...]]:
-    """Of queries and keys beside such a table, which differ in what it is the same for."""
-    whole = list(lead)
-    shapes = []
-    for heads in (3, 4):
-        sizes = [*whole] if unsqueeze is None else [*whole[:unsqueeze], heads, *whole[unsqueeze:]]
-        shapes.append((*(6, heads + 4)[: dims - 1 - len(sizes)], *sizes, columns))
-    return shapes
-
-
-def _expected(form: Form, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
-    options = form.options(heads.shape[-1], cos.shape[-1])
-    if options is None:
-        return None
-    return reference.rotary(Rotary(heads, *form.tables(cos, sin), None, None, options))
-
-
-def _found(
-    trial: Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, is_whole: bool
-) -> Found | None:
-    """The form in which the function turns heads of so many dimensions by such a table."""
+def _found(trial: Trial, arrangement: Arrangement, is_whole: bool) -> Found | None:
+    """The form in which the function turns heads that are arranged in that way."""
     sizes = ((8, 8), (12, 12), (32, 32)) if is_whole else ((16, 8), (24, 12), (32, 16))
-    tables = ("full", "half", "first half", "neighbours")
-    kinds = itertools.product(tables, _LAYOUTS, _LAYOUTS, (False, True), (False, True))
-    forms = [Form(unsqueeze, *kind) for kind in kinds]
+    kinds = itertools.product(_TABLES, _LAYOUTS, _LAYOUTS, (False, True), (False, True))
+    forms = [Form(arrangement.unsqueeze, *kind) for kind in kinds]
     for columns, entries in sizes:
-        forms = _fitting(trial, forms, _operands(trial, count, dims, lead, unsqueeze, columns, entries))
+        forms = trial.fitting(forms, trial.operands(arrangement, columns, entries))
         if not forms:
             return None
     is_partial = not is_whole and forms[0].table != "half"
     if not is_whole:
         # Whether it turns a part of longer heads, or does not take them.
-        longer = _operands(trial, count, dims, lead, unsqueeze, 40, 8)
+        longer = trial.operands(arrangement, 40, 8)
         if trial.run(longer) is not None:
-            forms, is_partial = _fitting(trial, forms, longer), True
+            forms, is_partial = trial.fitting(forms, longer), True
         elif is_partial:
             return None
     if not is_partial:
         # Where all columns turn, none of them are the last.
         forms = [form for form in forms if not form.at_end]
-    smallest = _operands(trial, count, dims, lead, unsqueeze, *sizes[0])
-    if len(forms) != 1 or not _has_gradients_of(trial, forms[0], smallest):
+    if len(forms) != 1 or not has_gradients_of(trial, forms[0], trial.operands(arrangement, *sizes[0])):
         return None
-    lying = _how_results_lie(trial, count, dims, lead, unsqueeze, *sizes[0])
-    return None if lying is None else Found(forms[0], is_partial, lying)
-
-
-def _operands(
-    trial: Trial, count: int, dims: int, lead: tuple[int, ...], unsqueeze: int | None, columns: int, entries: int
-) -> list[Tensor]:
-    heads = [trial.random(shape) for shape in _shapes(dims, lead, unsqueeze, columns)[:count]]
-    return [*heads, trial.random((*lead, entries)), trial.random((*lead, entries))]
-
-
-def _fitting(trial: Trial, forms: Sequence[Form], operands: Sequence[Tensor]) -> list[Form]:
-    """Those whose results are those of the function."""
-    *heads, cos, sin = operands
-    results = trial.run(operands)
-    if results is None:
-        return []
-    found = []
-    for form in forms:
-        expected = (_expected(form, h, cos, sin) for h in heads)
-        if all(e is not None and _are_close(r, e) for r, e in zip(results, expected, strict=True)):
-            found.append(form)
-    return found
-
-
-def _has_gradients_of(trial: Trial, form: Form, operands: Sequence[Tensor]) -> bool:
-    """What is detached would have none, and what a function of somebody's own has may be anything."""
-    *heads, cos, sin = operands
-    given, again = ([h.clone().requires_grad_() for h in heads] for _ in range(2))
-    results = trial.run((*given, cos, sin))
-    if results is None or not all(r.requires_grad for r in results):
-        return False
-    incoming = [trial.random(h.shape) for h in heads]
-    expected: list[Any] = [_expected(form, h, cos, sin) for h in again]
-    try:
-        found = torch.autograd.grad(results, given, incoming, allow_unused=True)
-    except RuntimeError:
-        return False
-    wanted = torch.autograd.grad(expected, again, incoming)
-    return all(f is not None and _are_close(f, w) for f, w in zip(found, wanted, strict=True))
-
-
-def _are_close(found: Tensor, expected: Tensor) -> bool:
-    """To what float32 can tell, in which a function may compute whatever it is given."""
-    return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def _how_results_lie(trial: Trial, count: int, *arrangement: Any) -> bool | None:
-    """Whether results have the strides of elementwise ones, or are contiguous, whatever heads have; None if neither."""
-    *heads, cos, sin = _operands(trial, count, *arrangement)
-    keeps, contiguous = True, True
-    for lay in (_transposed, _packed, Tensor.contiguous):
-        lying = [lay(h) for h in heads]
-        results = trial.run((*lying, cos, sin))
-        if results is None:
-            return None
-        keeps &= all(r.stride() == elementwise_empty(h).stride() for r, h in zip(results, lying, strict=True))
-        contiguous &= all(r.is_contiguous() for r in results)
-    return True if keeps else False if contiguous else None
-
-
-def _transposed(heads: Tensor) -> Tensor:
-    return heads.transpose(0, -2).contiguous().transpose(0, -2)
-
-
-def _packed(heads: Tensor) -> Tensor:
-    return torch.cat((heads, heads), -1)[..., : heads.shape[-1]]
-
-
-def _dtypes(trial: Trial, heads: int, kind: Kind, found: Found) -> frozenset[tuple[torch.dtype, torch.dtype]]:
-    """Those of heads and tables for which results have the heads'."""
-    lead = ((5,), (2, 5), (2, 5, 3))[kind.table_dims - 1]
-    sizes = (16, 16) if kind.is_whole else (16, 8)
-    operands = _operands(trial, heads, kind.dims, lead, found.form.unsqueeze, *sizes)
-    taken = set()
-    for dtype, table in {(d, t) for d in _DTYPES for t in (d, torch.float32)}:
-        *given, cos, sin = [*(h.to(dtype) for h in operands[:-2]), *(t.to(table) for t in operands[-2:])]
-        results = trial.run((*given, cos, sin))
-        if results is None or any(r.dtype != dtype for r in results):
-            continue
-        expected: list[Any] = [_expected(found.form, h.double(), cos.double(), sin.double()) for h in given]
-        bound = 16 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        if all(torch.allclose(r.double(), e, rtol=bound, atol=bound) for r, e in zip(results, expected, strict=True)):
-            taken.add((dtype, table))
-    return frozenset(taken)
+    return Found(forms[0], is_partial) if holds_for_all(trial, forms[0], arrangement, is_whole, is_partial) else None

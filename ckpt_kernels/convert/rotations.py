@@ -9,7 +9,7 @@ what was written.
 
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,13 @@ class Form(NamedTuple):
         """Both as they stand beside heads."""
         return self._entries(cos, 0), self._entries(-sin if self.back else sin, 1)
 
+    def lead(self, shape: Sequence[int]) -> list[int]:
+        """The sizes, but for the last, of a table of that shape as it stands beside heads."""
+        lead = list(shape[:-1])
+        if self.unsqueeze is not None:
+            lead.insert(self.unsqueeze, 1)
+        return lead
+
     def _entries(self, table: Tensor, of_neighbours: int) -> Tensor:
         if self.table == "first half":
             table = table[..., : table.shape[-1] // 2]
@@ -59,21 +66,30 @@ Settings = tuple[tuple[type, Any], ...]
 
 
 class Kind(NamedTuple):
-    """What a form is known for: the settings, the dimensions of heads, those of tables before their last, and whether
-    tables have as many columns as heads."""
+    """What a form is known for: the settings, the dimensions of heads, whether each of those of tables before their
+    last has size 1, and whether tables have as many columns as heads."""
 
     settings: Settings
     dims: int
-    table_dims: int
+    ones: tuple[bool, ...]
     is_whole: bool
 
 
 class Found(NamedTuple):
-    """A form, whether heads may be longer than what turns, and whether results lie as heads do, else contiguous."""
+    """A form, whether heads may be longer than what turns, whether results lie as heads do, else contiguous, and
+    whether that is so whatever way tables lie in, else only beside contiguous ones."""
 
     form: Form
     is_partial: bool
-    keeps_strides: bool
+    keeps_strides: bool = False
+    takes_any_tables: bool = False
+
+
+class Call(NamedTuple):
+    """What is to be computed of heads."""
+
+    form: Form
+    options: RotaryOptions
 
 
 class Way(NamedTuple):
@@ -87,7 +103,11 @@ class Way(NamedTuple):
     def arguments_of(self, cos: Tensor, sin: Tensor) -> tuple[Any, ...] | None:
         """What is given for tables; None where there is nothing of the kind of that dtype."""
         if self.tables == "complex":
-            return (torch.complex(cos, sin),) if cos.dtype in (torch.float32, torch.float64) else None
+            if cos.dtype not in (torch.float32, torch.float64):
+                return None
+            # torch.complex makes memory for what is expanded.
+            least = tuple([slice(1) if stride == 0 else slice(None) for stride in cos.stride()])
+            return (torch.complex(cos[least], sin[least]).expand(cos.shape),)
         if self.tables == "apart":
             return cos, sin
         return ((cos, sin) if self.tables == "cos, sin" else (sin, cos),)
@@ -105,6 +125,15 @@ class Way(NamedTuple):
             return None
         return given if self.tables == "cos, sin" else given[::-1]
 
+    def are_contiguous(self, arguments: Sequence[Any]) -> bool:
+        """Of what is given for tables and has some in it."""
+        given = arguments if self.tables in ("apart", "complex") else arguments[0]
+        return all(table.is_contiguous() for table in given)
+
+
+# For dtypes of heads and tables whether autograd keeps the cosine and the sine themselves, else copies of them.
+Dtypes = dict[tuple[torch.dtype, torch.dtype], tuple[bool, bool]]
+
 
 def is_setting(value: Any) -> bool:
     return type(value) in (bool, int, type(None))
@@ -121,7 +150,7 @@ class Rotation:
     def __init__(self, function: types.FunctionType, code: Code) -> None:
         self.code = code
         self.forms: dict[Kind, Found] = {}
-        self.ways: dict[Settings, tuple[Way, frozenset[tuple[torch.dtype, torch.dtype]]]] = {}
+        self.ways: dict[Settings, tuple[Way, Dtypes]] = {}
         self.names, self.defaults = parameters_of(function)
 
     def of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -133,11 +162,12 @@ class Rotation:
         if not all(map(is_setting, others)):
             return None
         settings = settings_of(others)
-        way, dtypes = self.ways.get(settings, (None, frozenset()))
-        if way is None:
+        if settings not in self.ways:
             return None
+        way, dtypes = self.ways[settings]
         operands = [given[place] for place in way.places]
-        heads, tables = operands[: way.heads], way.tables_in(operands[way.heads :])
+        heads, held = operands[: way.heads], operands[way.heads :]
+        tables = way.tables_in(held)
         if tables is None or not all(map(is_operand, (*heads, *tables))):
             return None
         first, (cos, sin) = heads[0], tables
@@ -146,10 +176,16 @@ class Rotation:
         fits = fits and all(t.device == first.device for t in (*heads, cos, sin))
         if not fits or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
             return None
-        calls = [call for h in heads if (call := self._turned(h, cos, sin, settings)) is not None]
-        if len(calls) != len(heads):
+        plain = way.are_contiguous(held)
+        calls = [call for h in heads if (call := self._call(h, cos.shape, settings, plain)) is not None]
+        if len(calls) != len(heads) or len({call.form for call in calls}) > 1:
             return None
-        turned = [call(h) for call, h in zip(calls, heads, strict=True)]
+        beside = list(calls[0].form.tables(cos, sin))
+        if torch.is_grad_enabled() and any(h.requires_grad for h in heads):
+            # Somebody may write to tables of which the function keeps copies.
+            kept = dtypes[first.dtype, cos.dtype]
+            beside = [table if keeps else table.clone() for table, keeps in zip(beside, kept, strict=True)]
+        turned = [rotary(h, *beside, None, None, call.options) for call, h in zip(calls, heads, strict=True)]
         return turned[0] if len(turned) == 1 else tuple(turned)
 
     def _bound(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -163,23 +199,27 @@ class Rotation:
             given.append(kwargs[name] if name in kwargs else self.defaults[name])
         return given
 
-    def _turned(self, heads: Tensor, cos: Tensor, sin: Tensor, settings: Settings) -> Callable[[Tensor], Tensor] | None:
-        """What turns such heads."""
-        columns, entries = heads.shape[-1], cos.shape[-1]
-        found = self.forms.get(Kind(settings, heads.dim(), cos.dim() - 1, entries == columns))
+    def _call(self, heads: Tensor, table: Sequence[int], settings: Settings, are_contiguous: bool) -> Call | None:
+        """What turns such heads beside tables of that shape."""
+        columns, entries = heads.shape[-1], table[-1]
+        ones = tuple([size == 1 for size in table[:-1]])
+        found = self.forms.get(Kind(settings, heads.dim(), ones, entries == columns))
         options = None if found is None else found.form.options(columns, entries)
         if found is None or options is None or (options.rotary_dim < columns and not found.is_partial):
             return None
-        tables = found.form.tables(cos, sin)
-        lead, whole = tables[0].shape[:-1], heads.shape[:-1]
-        # Results of heads that lie in another way lie as torch.cat likes.
-        if len(lead) > len(whole) or not heads.numel() or heads.stride(-1) != 1:
+        # To torch.cat parts of one column may look like those of a map whose channels come last.
+        if options.rotary_dim < 4:
+            return None
+        lead, whole = found.form.lead(table), heads.shape[:-1]
+        # Results of heads that lie in another way, or of expanded ones, lie as torch likes.
+        strides = heads.stride()
+        if len(lead) > len(whole) or not heads.numel() or strides[-1] != 1 or 0 in strides:
+            return None
+        if not (found.takes_any_tables or are_contiguous):
             return None
         if any(size not in (1, other) for size, other in zip(reversed(lead), reversed(whole), strict=False)):
             return None
-
-        options = options._replace(contiguous=not found.keeps_strides)
-        return lambda heads: rotary(heads, *tables, None, None, options)
+        return Call(found.form, options._replace(contiguous=not found.keeps_strides))
 
 
 def parameters_of(function: types.FunctionType) -> tuple[list[str], dict[str, Any]]:

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from .function_trials import TriedFunction
 from .guards import CHUNK, as_products_take, linear_operands, norm_rule, probability
 from .operands import as_plain, has_hooks_for_all, is_ordinary, is_watched
@@ -103,12 +105,14 @@ def site(
     options: dict[str, Any],
     functions: Sequence[Any] = (),
     activation: str | None = None,
+    is_exact: bool = True,
     tried: TriedFunction | None = None,
 ) -> Callable[..., list[Any]]:
     """What the rewritten method calls: the results and True, or what it has to be given back, `captured`, and False.
 
     In a list, from which all is taken: no local name holds a tensor longer than the original's would. `functions` are
-    those that a formula of this activation was known with; or the activation is a function that was `tried`.
+    those that a formula of this activation was known with, which computes that in float64 too where it `is_exact`; or
+    the activation is a function that was `tried`.
     """
     again = tuple(reversed(captured))
     formulas = tuple((f"f{index}", known) for index, known in enumerate(functions))
@@ -132,7 +136,7 @@ def site(
                 return None
             kind = kind or subclass
             given[name] = tensor
-        if not _resolved(pattern, operands, given, activation, tried):
+        if not _resolved(pattern, operands, given, activation, is_exact, tried):
             return None
         results = pattern.compute(**given)
         return results if kind is None or results is None else [result.as_subclass(kind) for result in results]
@@ -145,6 +149,7 @@ def _resolved(
     operands: dict[str, Any],
     given: dict[str, Any],
     activation: str | None,
+    is_exact: bool,
     tried: TriedFunction | None,
 ) -> bool:
     """Whether the parts are what they were taken for; adds what they are to what the function is given."""
@@ -153,10 +158,11 @@ def _resolved(
         return False
     if "activation" in takes:
         act = operands.get("act")
-        name = activation or (activation_of(act, pattern.made) if tried is None else tried.name_of(act))
+        wide = any(given[name].dtype == torch.float64 for name in pattern.tensors)
+        name = activation or (activation_of(act, pattern.made, wide) if tried is None else tried.name_of(act, wide))
         # Eager torch keeps the output of some, and not their input, to which somebody may write.
         kept = pattern.made or pattern.halved or given.get("parts", False)
-        if name is None or (not kept and name in KEPT_BY_OUTPUT):
+        if name is None or (wide and not is_exact) or (not kept and name in KEPT_BY_OUTPUT):
             return False
         given["activation"] = name
         if "act" in takes:

@@ -103,12 +103,12 @@ CKPT_INLINE Vec<float, true> exp2(Vec<float, true> x) {
 }
 CKPT_INLINE Vec<float, true> exp(Vec<float, true> x) { return exp2(x * Vec<float, true>(1.44269504088896341)); }
 
-// min(x, 1e30): of an exponential that may be infinite, so that a product with 0 is 0 and not NaN.
+// x, or nearly the largest number: of an exponential that may be infinite, so that a product with 0 is 0 and not NaN.
 template <bool rough>
 CKPT_INLINE Vec<float, rough> bounded(Vec<float, rough> x) {
-  return at_most(x.v, 1e30f);
+  return at_most(x.v, 3e38f);
 }
-CKPT_INLINE Vec<double> bounded(Vec<double> x) { return select(x > Vec<double>(1e30), Vec<double>(1e30), x); }
+CKPT_INLINE Vec<double> bounded(Vec<double> x) { return select(x > Vec<double>(1e308), Vec<double>(1e308), x); }
 
 // log(1 + x) for 0 <= x <= 1.
 CKPT_INLINE Vec<float> log1p_unit(Vec<float> x) {

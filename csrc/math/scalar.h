@@ -20,9 +20,9 @@ CKPT_HD T select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
 
-// min(x, 1e30): of an exponential that may be infinite, so that a product with 0 is 0 and not NaN.
-CKPT_HD float bounded(float x) { return x > 1e30f ? 1e30f : x; }
-CKPT_HD double bounded(double x) { return x > 1e30 ? 1e30 : x; }
+// x, or nearly the largest number: of an exponential that may be infinite, so that a product with 0 is 0 and not NaN.
+CKPT_HD float bounded(float x) { return x > 3e38f ? 3e38f : x; }
+CKPT_HD double bounded(double x) { return x > 1e308 ? 1e308 : x; }
 
 // exp(x) - 1 for x <= 0.
 CKPT_HD float expm1_nonpositive(float x) { return expm1f(x); }

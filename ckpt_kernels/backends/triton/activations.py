@@ -33,7 +33,7 @@ def logistic(x):
     e = exp(-x)
     value = reciprocal(1.0 + e)
     # Where the exponential is infinite and the value 0, their product is to be 0 and not NaN.
-    return value, tl.minimum(e, 1e30) * value * value
+    return value, tl.minimum(e, 3e38) * value * value
 
 
 @triton.jit
