@@ -55,7 +55,9 @@ def _llama(layers: int, tokens: int) -> Case:
 def _gpt2(layers: int, tokens: int) -> Case:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_embd=WIDTH, n_layer=layers, n_head=8, n_positions=tokens, vocab_size=VOCABULARY, use_cache=False)
+    config = GPT2Config(
+        n_embd=WIDTH, n_layer=layers, n_head=8, n_positions=tokens, vocab_size=VOCABULARY, use_cache=False
+    )
     config.resid_pdrop = config.attn_pdrop = config.embd_pdrop = 0.0
     return _causal(GPT2LMHeadModel(config), tokens)
 
@@ -69,7 +71,11 @@ def _vit(layers: int, tokens: int) -> Case:
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(
-        hidden_size=384, num_hidden_layers=layers, num_attention_heads=6, intermediate_size=1536, hidden_dropout_prob=0.0
+        hidden_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.0,
     )
     return Case(ViTModel(config).train(), (torch.randn(4, 3, 224, 224),), {}, _own_checkpointing)
 
