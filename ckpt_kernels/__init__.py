@@ -12,10 +12,11 @@
 from . import functional, memory, nn, recompute
 from .backends import set_backend, use_backend
 from .convert import convert, is_converted, revert
-from .plan import Plan, plan
+from .plan import DoesNotFit, Plan, plan
 from .version import __version__
 
 __all__ = [
+    "DoesNotFit",
     "Plan",
     "__version__",
     "convert",

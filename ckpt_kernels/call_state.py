@@ -29,12 +29,14 @@ def autocast_now() -> list[tuple[str, dict[str, Any]]]:
 
 
 class Buffer:
-    """A buffer before a call. Batch norms write to theirs without a new version, so small ones are compared."""
+    """A buffer before a call. Batch norms write to theirs without a new version, so small ones are compared; on a GPU,
+    where that would wait for it, those of a norm in training are taken for written."""
 
     _MOST = 65536
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, module: nn.Module) -> None:
         self.tensor = tensor
+        self._is_moved = module.training and module._buffers.get("running_mean") is not None
         self._version = None if tensor.is_inference() else tensor._version
         is_compared = tensor.numel() <= self._MOST and type(tensor) is Tensor and tensor.layout is torch.strided
         self._value = tensor.detach().clone() if is_compared else None
@@ -42,7 +44,9 @@ class Buffer:
     def is_written(self) -> bool:
         if self._version is not None and self.tensor._version != self._version:
             return True
-        return self._value is not None and not torch.equal(self._value, self.tensor)
+        if self._value is None or self.tensor.is_cuda:
+            return self._value is not None and self._is_moved
+        return not torch.equal(self._value, self.tensor)
 
     @contextlib.contextmanager
     def as_before(self) -> Iterator[None]:

@@ -128,8 +128,8 @@ class Discarder:
         self._held: dict[int, Held] = {}
 
     def hold(self, tensor: Tensor) -> None:
-        """At a layer's edge: what is not let go of there already, in one step from what is kept for itself. A
-        longer way would lead from layer to layer."""
+        """Marks a tensor at a layer's edge as kept as it is, unless one step makes it again from what is kept anyway.
+        So no recipe reaches from layer to layer."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
             entry = self._entries.get(tensor.untyped_storage()._cdata)
             recipe = None if entry is None or entry.storage.expired() else entry.recipe()

@@ -187,7 +187,7 @@ class Run:
         call.args = tuple(self._noted(a, discarder) for a in args)
         call.kwargs = {name: self._noted(a, discarder) for name, a in kwargs.items()}
         self._calls.append(call)
-        buffers = [Buffer(b) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
+        buffers = [Buffer(b, m) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
         before = RandomState.now(call.module, args, kwargs)
 
         def pack(tensor: Tensor) -> _Saved:
@@ -337,7 +337,7 @@ class Run:
 
 
 class _FromOutside(torch.autograd.Function):
-    """The identity: so what is made again has a graph behind its inputs, as it had at first, that tells nothing."""
+    """The identity: inputs of the second pass have a node behind them, as at first, of which no recipe is known."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
 import pathlib
+import pickle
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
-from ckpt_kernels import Plan, cli, memory, plan
+from ckpt_kernels import DoesNotFit, Plan, cli, memory, plan
 from ckpt_kernels.plan.bench import CHOICES, Bench, ByLayer, default_loss
-from ckpt_kernels.plan.budget import DoesNotFit, bytes_of
+from ckpt_kernels.plan.budget import bytes_of
 from ckpt_kernels.plan.costs import FIXED, Choice, Run, simulated
 from ckpt_kernels.plan.layers import layers_of
 from ckpt_kernels.plan.marks import Segment
@@ -330,6 +333,97 @@ def test_layers_that_write_to_their_attributes_run_once() -> None:
     bench = Bench(model, (tokens,), {}, loss_of, lambda line: None)
     assert all(stage.checkpointed is None for stage in measured(bench).stages)
     assert [layer.seen for layer in model.layers] == [0] * 4
+
+
+class Scaled(nn.Parameter):
+    """A class of a user's own."""
+
+
+def test_parameters_of_other_classes_and_with_attributes_are_left_alone() -> None:
+    model, tokens = made()
+    head = Scaled(model.head.weight.detach())
+    head.scale = 2.0  # type: ignore[attr-defined]
+    model.head.weight = head
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    head.register_post_accumulate_grad_hook(lambda p: optimizer.step())
+    before = head.detach().clone()
+
+    def loss(logits: Tensor) -> Tensor:
+        return loss_of(logits) * 2.0
+
+    plan(model, tokens, budget=None, loss=loss)
+    assert head.grad is None
+    assert torch.equal(head, before)
+
+
+def test_models_whose_copies_would_run_the_model_itself_are_refused() -> None:
+    model, tokens = made()
+    forward = model.layers[1].forward
+    model.layers[1].forward = lambda x: forward(x) * 0.5  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match=r"layers\.1\.forward is a function that holds modules"):
+        plan(model, tokens, budget=None, loss=loss_of)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_layers_that_are_left_out_at_random_are_not_chosen_for() -> None:
+    class Dropping(Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embedding(tokens)
+            for layer in self.layers:
+                if random.random() < 0.5:
+                    x = layer(x)
+            return self.head(self.norm(x))
+
+    torch.manual_seed(0)
+    random.seed(0)
+    found = plan(Dropping(8), torch.randint(0, 50, (2, TOKENS)), budget=None, loss=loss_of)
+    assert found.whole is not None
+    assert "at random" in found.note or "from step to step" in found.note
+
+
+@pytest.mark.parametrize(
+    ("loss", "error"),
+    ((3, TypeError), (lambda y: 1.0, TypeError), (lambda y: y, ValueError), (lambda y: y.detach().sum(), ValueError)),
+)
+def test_losses_that_are_none(loss: Any, error: type[Exception]) -> None:
+    model, tokens = made(layers=2)
+    with pytest.raises(error, match="loss"):
+        plan(model, tokens, budget=None, loss=loss)
+
+
+def test_layers_that_are_random_in_a_way_of_their_own_run_once() -> None:
+    class Odd(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.tensor([float(b) for b in os.urandom(WIDTH)])
+            return super().forward(x * noise)
+
+    model, tokens = made()
+    model.layers = nn.ModuleList(Odd() for _ in range(3))
+    bench = Bench(model, (tokens,), {}, loss_of, lambda line: None)
+    assert all(stage.checkpointed is None for stage in measured(bench).stages)
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    """Though one of them cannot be copied."""
+
+    class Masking(Model):
+        def forward(self, x: Tensor, lock: Any) -> Tensor:  # type: ignore[override]
+            x = x.mul_(1.5) if not x.requires_grad else x
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    x = torch.randn(2, TOKENS, WIDTH)
+    before = x.clone()
+    plan(Masking(2), x, threading.Lock(), budget=None)
+    assert torch.equal(x, before)
+    assert x.grad is None
+
+
+def test_an_error_of_budgets_is_pickled() -> None:
+    error = pickle.loads(pickle.dumps(DoesNotFit(3, 5, "why")))
+    assert (error.budget, error.least, str(error)) == (3, 5, str(DoesNotFit(3, 5, "why")))
 
 
 def test_a_model_with_checkpointing_of_its_own_is_planned_as_a_whole() -> None:

@@ -17,12 +17,21 @@ _EXPECTED = 'expected bytes, a size such as "12GiB", a fraction of eager\'s peak
 
 
 class DoesNotFit(ValueError):
-    """No choice fits the budget; `least` is the fewest bytes of any."""
+    """No choice fits the budget.
+
+    Attributes:
+        budget: in bytes.
+        least: the fewest bytes that any choice was measured to take.
+        note: what else is to be known.
+    """
 
     def __init__(self, budget: int, least: int, note: str = "") -> None:
         least_of_all = f"expected at least {least:,}, the least that any choice takes"
         super().__init__(f"budget is {budget:,} bytes; {least_of_all}{f' ({note})' if note else ''}")
-        self.least = least
+        self.budget, self.least, self.note = budget, least, note
+
+    def __reduce__(self) -> tuple:
+        return DoesNotFit, (self.budget, self.least, self.note)
 
 
 def bytes_of(budget: Budget, eager: int, device: torch.device) -> int | None:

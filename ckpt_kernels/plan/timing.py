@@ -7,7 +7,7 @@ from torch import nn
 from .bench import Bench, ByLayer
 from .marks import NotAChain, Segment, Where, segments
 
-# Of layers of which so many are alike, each choice is timed in that many at once.
+# If each kind has at least this many layers on average, one round of steps is enough; else there are three.
 MANY = 4
 
 
