@@ -55,6 +55,11 @@ class Buffer:
         now = self.tensor.detach().clone()
         if self._value is not None:
             self.tensor.data.copy_(self._value)
+        elif self.is_written():
+            raise RuntimeError(
+                f"a checkpointed layer writes to a buffer of {self.tensor.numel():,} elements; expected at most "
+                f"{self._MOST:,}, of which a copy is kept, or a layer that is not checkpointed"
+            )
         try:
             yield
         finally:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import backends
 from .call_state import Buffer, RandomState, autocast_now
 from .convert.loads import modules_of
 from .discarder import Discarder
@@ -92,6 +93,8 @@ class _Call:
         self.written: list[Buffer] = []
         self.random: RandomState | None = None
         self.autocast = autocast_now()
+        self.backend = backends.chosen()
+        self.parameters = _versions_of(module)
 
 
 class _Done(BaseException):
@@ -188,7 +191,9 @@ class Run:
         call.kwargs = {name: self._noted(a, discarder) for name, a in kwargs.items()}
         self._calls.append(call)
         buffers = [Buffer(b, m) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
-        before = RandomState.now(call.module, args, kwargs)
+        # As long as it runs, for a layer that asks for gradients within its forward, all may have moved.
+        call.random = RandomState.now(call.module, args, kwargs)
+        call.written = buffers
 
         def pack(tensor: Tensor) -> _Saved:
             saved = _Saved(self, tensor)
@@ -197,8 +202,8 @@ class Run:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.get):
             output = call.function(*args, **kwargs)
-        if not before.is_now():
-            call.random = before
+        if call.random.is_now():
+            call.random = None
         call.written = [buffer for buffer in buffers if buffer.is_written()]
         call.outputs = [(weakref.ref(tensor), _version_of(tensor)) for tensor in tensors_among(output)]
         return output
@@ -282,6 +287,10 @@ class Run:
             raise _Done
         with torch.autograd.graph.saved_tensors_hooks(collect, _same):
             outputs.append(self._made(call, inputs, outputs))
+        if count != len(waiting):
+            raise RuntimeError(
+                f"a checkpointed layer saves {count} tensors; expected {len(waiting)}, as at first: is it random?"
+            )
 
     def _begin_within(
         self, calls: list[_Call], inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool
@@ -292,6 +301,7 @@ class Run:
         for call in calls:
             again = _Call(call.function, call.module, call.places)
             again.random, again.written, again.autocast = call.random, call.written, call.autocast
+            again.backend, again.parameters = call.backend, call.parameters
             again.saved = call.saved
             again.args = tuple(within._moved(a, start, inputs, outputs) for a in call.args)
             again.kwargs = {name: within._moved(a, start, inputs, outputs) for name, a in call.kwargs.items()}
@@ -326,7 +336,14 @@ class Run:
         kwargs = {name: _loaded(a, inputs, outputs) for name, a in call.kwargs.items()}
         # A layer that is sharded gathers its weights in its hooks; of one layer the backward pass has gathered them.
         function = call.module if len(self._calls) > 1 and is_sharded(call.module) else call.function
+        for parameter, version in call.parameters:
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"a parameter of a checkpointed layer, {parameter.dtype} {tuple(parameter.shape)}, was modified by "
+                    f"an in-place operation since: it is at version {parameter._version}; expected version {version}"
+                )
         with contextlib.ExitStack() as stack:
+            stack.enter_context(backends.serving(call.backend))
             for buffer in call.written:
                 stack.enter_context(buffer.as_before())
             if call.random is not None:
@@ -388,6 +405,18 @@ def _unwritten(tensor: Tensor) -> Callable[[], Tensor]:
         return held
 
     return get
+
+
+def _versions_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """Of a module's parameters, where these are not gathered and given back under them, as sharding does."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return []
+    return [
+        (parameter, parameter._version)
+        for below in modules_of(module)
+        for parameter in below._parameters.values()
+        if parameter is not None and not parameter.is_inference()
+    ]
 
 
 def _version_of(tensor: Tensor) -> int | None:

@@ -109,14 +109,18 @@ def _find(tree: ast.AST, code: types.CodeType) -> tuple[tuple[ast.stmt, ...], as
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
             return around, node
         inner = (*around, node) if isinstance(node, _DEFINITIONS) else around
-        waiting += [
-            (inner, child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler)
-        ]
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.stmt | ast.excepthandler) and _has_line(child, code.co_firstlineno):
+                waiting.append((inner, child))
     raise NoSource("its definition is not in its file")
 
 
-def _first_line(node: ast.FunctionDef) -> int:
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+def _first_line(node: ast.stmt | ast.excepthandler) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+
+
+def _has_line(node: ast.stmt | ast.excepthandler, line: int) -> bool:
+    return _first_line(node) <= line <= (node.end_lineno or line)
 
 
 def _imports(tree: ast.Module) -> tuple[ast.stmt, ...]:

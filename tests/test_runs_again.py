@@ -1,0 +1,298 @@
+"""What a checkpointed layer's second pass begins with, and what is noticed where it is not the first one's."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels import recompute
+from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.runs import is_repeating
+from ckpt_kernels.watching import watched
+
+from .test_runs import ROWS, TREES, WIDTH, Net, Tree, flat, inputs, made
+
+ONE, NESTED = Tree(["none"] * 2), Tree([["none"] * 2, "none"])
+
+
+def by_tree(layers: list[nn.Module], tree: Tree) -> Net:
+    net = Net(0)
+    net.layers = nn.ModuleList(layers)
+    ckpt_kernels.convert(net, recompute=tree)
+    return net
+
+
+def derived(net: nn.Module, *rest: Any) -> list[Tensor]:
+    """Gradients of the layers one after the other."""
+    x = y = inputs()
+    for layer in net.layers:
+        y = layer(y, *rest)
+    return list(torch.autograd.grad(y.square().sum() + (y * x).sum(), [x, *net.parameters()]))
+
+
+class Of(nn.Module):
+    """A layer that computes a function of itself and its input."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function, self.linear = function, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Any, scale: None = None) -> Tensor:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    (
+        (lambda self, x: (x.double() if is_repeating() else x).exp().to(x.dtype), r"expected torch\.float32"),
+        (lambda self, x: x.sin().sin() if is_repeating() else x.sin(), "saves more tensors"),
+        (lambda self, x: x.sin() if is_repeating() else x.sin().sin(), "saves 1 tensors; expected 2"),
+    ),
+)
+def test_a_second_pass_that_saves_something_else_is_refused(function: Any, message: str) -> None:
+    net = by_tree([Of(function) for _ in range(2)], ONE)
+    with pytest.raises(RuntimeError, match=message):
+        net(inputs()).sum().backward()
+
+
+def test_what_follows_the_last_saved_tensor_does_not_run_again() -> None:
+    calls = []
+
+    def function(self: Of, x: Tensor) -> Tensor:
+        y = x.sin()
+        calls.append(is_repeating())
+        return y
+
+    by_tree([Of(function), Of(function)], ONE)(inputs()).sum().backward()
+    assert calls == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ("nested", "deeply"))
+def test_autocast_within_runs_within_runs(name: str) -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        net, x = made(tree), inputs()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = net(x)
+        return list(torch.autograd.grad(output.float().square().sum(), [x, *net.parameters()]))
+
+    assert all(map(torch.equal, run(flat(TREES[name])), run(TREES[name])))
+
+
+def test_statistics_within_runs_within_runs() -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = by_tree([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(3)], tree)
+        return [*derived(net), *net.buffers()]
+
+    assert all(map(torch.equal, run(flat(NESTED)), run(NESTED)))
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, pair: tuple[Tensor, Tensor], *, named: dict[str, Tensor]) -> Tensor:
+        return self.linear(x * pair[0] + pair[1]).sin() * named["c"]
+
+
+class Paired(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Pairs() for _ in range(3))
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        scale, shift = shift * 2.0, shift * 3.0
+        for layer in self.layers:
+            x = layer(x, (scale, shift), named={"c": scale})
+        return x
+
+
+@pytest.mark.parametrize("tree", (Tree(["none"] * 3), NESTED))
+def test_arguments_in_tuples_and_by_name(tree: Tree) -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, x, shift = Paired(), inputs(), torch.randn(ROWS, WIDTH, requires_grad=True)
+        ckpt_kernels.convert(net, recompute=tree)
+        return list(torch.autograd.grad(net(x, shift).square().sum(), [x, shift, *net.parameters()]))
+
+    assert all(map(torch.equal, run(flat(tree)), run(tree)))
+
+
+def test_tensors_in_a_tuple_are_held_against_writes() -> None:
+    net = nn.Sequential(Pairs())
+    ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
+    shift = torch.ones(WIDTH)
+    output = net[0](inputs(), (shift, shift), named={"c": shift.clone()})
+    shift.mul_(2.0)
+    with pytest.raises(RuntimeError, match="argument of a checkpointed layer"):
+        output.sum().backward()
+
+
+class Exchanging(nn.Module):
+    """Layers that are given the last two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Of(lambda self, pair: self.linear(pair[0].sin() * pair[1])) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x
+        for layer in self.layers:
+            x, before = layer((x, before)), x
+        return x
+
+
+def test_a_run_within_a_run_that_does_not_begin_it() -> None:
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, x = Exchanging(), inputs()
+        ckpt_kernels.convert(net, recompute=tree)
+        return list(torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()]))
+
+    tree = Tree(["none", ["none"] * 2, "none"])
+    assert all(map(torch.equal, run(flat(tree)), run(tree)))
+
+
+def test_a_layer_that_fails_leaves_runs_as_they_were() -> None:
+    def function(self: Of, x: Tensor) -> Tensor:
+        if failing:
+            raise KeyError("mine")
+        return self.linear(x).sin()
+
+    failing = True
+    net, x = by_tree([Of(function) for _ in range(2)], ONE), inputs()
+    with pytest.raises(KeyError, match="mine"):
+        net(x)
+    failing = False
+    assert saved_bytes(net, x) == 0
+
+
+class Counter(nn.Module):
+    """Writes to a buffer and reads it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("state", torch.ones(size, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.state += 1.0
+        return self.linear(x * self.state[0]).sin() * self.state[0]
+
+
+def counted(level: str, size: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Counter(size), Counter(size)), inputs()
+    ckpt_kernels.convert(net, recompute={"*[01]": level})
+    return [*torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()]), *net.buffers()]
+
+
+def test_buffers_that_a_layer_writes_to_and_reads() -> None:
+    assert all(map(torch.equal, counted("none", 1), counted("checkpoint", 1)))
+    with pytest.raises(RuntimeError, match="writes to a buffer of 131,072 elements"):
+        counted("checkpoint", 8192)
+
+
+@pytest.mark.parametrize("kind", ("python", "numpy", "own"))
+def test_random_numbers_of_others(kind: str) -> None:
+    numpy = pytest.importorskip("numpy")
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.generator = nn.Linear(WIDTH, WIDTH), torch.Generator().manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear((x * draw(self.generator)).sin())
+
+    def draw(generator: torch.Generator) -> Any:
+        if kind == "own":
+            return torch.rand((), generator=generator)
+        return random.random() if kind == "python" else float(numpy.random.rand())
+
+    def run(tree: Tree) -> list[Tensor]:
+        torch.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
+        net = by_tree([Noisy() for _ in range(3)], tree)
+        return [*derived(net), torch.as_tensor(draw(net.layers[0].generator))]
+
+    for tree in (Tree(["none"] * 3), NESTED):
+        assert all(map(torch.equal, run(flat(tree)), run(tree)))
+
+
+def test_layers_that_differ_the_second_time_are_watched() -> None:
+    layers = [Of(lambda self, x: (x * (1.0 + is_repeating())).sin()), Of(lambda self, x: x.sin())]
+    net = by_tree(layers, Tree(["none"], ["none"]))
+    with watched() as differing:
+        net(inputs()).sum().backward()
+    assert differing == {net.layers[0]}
+
+
+def test_gradients_within_the_forward_of_a_layer() -> None:
+    """For them the layer runs again before its first pass is over, as it began."""
+
+    def function(self: Of, x: Tensor) -> Tensor:
+        z = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(nn.functional.dropout(z, 0.3).sin().sum(), z)
+        return self.linear(x * gradient).sin()
+
+    def run(level: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, x = nn.Sequential(Of(function)), inputs()
+        ckpt_kernels.convert(net, recompute={"0": level})
+        found = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
+        return [*found, torch.get_rng_state()]
+
+    assert all(map(torch.equal, run("none"), run("checkpoint")))
+
+
+def test_the_second_pass_is_served_by_the_backend_of_the_first() -> None:
+    def run(level: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, x = nn.Sequential(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh())), inputs()
+        ckpt_kernels.convert(net, recompute={"0": level})
+        with ckpt_kernels.use_backend("reference"):
+            output = net(x)
+        return list(torch.autograd.grad(output.square().sum(), [x, *net.parameters()]))
+
+    assert all(map(torch.equal, run("output"), run("checkpoint")))
+
+
+def test_a_weight_that_is_written_to_before_the_backward_pass_is_refused() -> None:
+    net = made(TREES["one"])
+    output = net(inputs())
+    with torch.no_grad():
+        net.layers[2].up.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="parameter of a checkpointed layer"):
+        output.sum().backward()
+
+
+class Two(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return x * 2.0, x * 3.0
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0] * 2.0 + grad_outputs[1] * 3.0
+
+
+def test_two_results_of_one_node_go_into_a_layer() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(8, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.silu(a + b), w) + (a.sin() + b.sin())
+
+    def run(called: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(called(*Two.apply(x)).square().sum(), [x, w])
+
+    assert all(map(torch.equal, run(function), run(recompute.layer(function))))
