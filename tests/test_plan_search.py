@@ -1,0 +1,152 @@
+"""The search for a plan, with steps whose peaks are given: what is tried, what is taken, and what is refused."""
+
+import random
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ckpt_kernels import DoesNotFit, Plan, memory, plan
+from ckpt_kernels.plan.bench import Bench, Step
+from ckpt_kernels.plan.budget import bytes_of
+from ckpt_kernels.plan.costs import Choice, Run, simulated
+from ckpt_kernels.plan.marks import peak_of
+from ckpt_kernels.plan.measure import measured
+from ckpt_kernels.plan.plan import structure_of
+from ckpt_kernels.plan.solve import Solver
+from ckpt_kernels.runs import Place, is_repeating
+
+from .test_plan import Layer, loss_of, made
+from .test_plan_solve import alike, assignments, chain, compare
+
+# Under its name the package has the function.
+planning: Any = sys.modules["ckpt_kernels.plan"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stages_that_are_alike_share_fronts(seed: int) -> None:
+    rng = random.Random(seed)
+    kinds = chain(rng, 2, 1, runs=True)
+    picked = [rng.randrange(2) for _ in range(5)]
+    stages = [
+        replace(kinds[kind], name=f"{index}", alike=kind, follows=index > 0 and rng.random() < 0.6)
+        for index, kind in enumerate(picked)
+    ]
+    compare(stages, [simulated(stages, found) for found in assignments(stages, 0, len(stages) - 1)])
+
+
+def test_the_leanest_assignment_is_there_however_fronts_are_thinned() -> None:
+    for seed in range(6):
+        stages = chain(random.Random(seed), 7, 4, runs=True)
+        exact, thinned = Solver(stages, limit=10**9), Solver(stages, limit=8)
+        assert thinned.is_thinned
+        assert int(thinned.front.needs[0]) == int(exact.front.needs[0])
+
+
+class Searching:
+    """The search with steps whose peaks are given one after the other, or are as predicted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, peaks: list[int], eager: Step | None = None) -> None:
+        self.predicted: list[int] = []
+        self._given = iter(peaks)
+        self._eager = eager
+        monkeypatch.setattr(planning, "_tried", self._tried)
+
+    def _tried(self, bench: Any, made: Plan) -> tuple[Step, float]:
+        self.predicted.append(made.predicted.peak)
+        peak = next(self._given, made.predicted.peak)
+        return Step(peak, made.predicted.seconds), self._eager.seconds if self._eager else 0.0
+
+    def found(self, budget: int) -> Plan:
+        stages = alike(6)
+        measurements = SimpleNamespace(
+            stages=stages,
+            layers=[stage.name for stage in stages],
+            steps={"eager": self._eager} if self._eager else {},
+            shapes={},
+            notes=[],
+        )
+        return planning._solved(nn.Linear(2, 2), SimpleNamespace(count=0), measurements, budget)
+
+
+def test_a_plan_that_turns_out_above_the_budget_is_made_anew_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    search = Searching(monkeypatch, [70, 65, 60])
+    found = search.found(60)
+    first, second, *_ = search.predicted
+    assert first <= 60
+    assert second <= 60 - (70 - first)
+    assert found.measured.peak <= 60
+    assert "too few at first" in found.note
+
+
+def test_no_plan_above_the_budget_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DoesNotFit, match="at least 70"):
+        Searching(monkeypatch, [70] * 10).found(60)
+
+
+def test_eager_is_taken_where_it_fits_and_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Searching(monkeypatch, [], eager=Step(130, 0.0)).found(60).whole is None
+    assert Searching(monkeypatch, [], eager=Step(130, 1e9)).found(200).whole is None
+    assert Searching(monkeypatch, [], eager=Step(130, 0.0)).found(200).whole == "none"
+
+
+def test_places_of_layers_in_runs() -> None:
+    model, _ = made()
+    nothing = Step(0, 0.0)
+    runs = (Choice(0, "none"), Run((Choice(1, "all"), Run((Choice(2, "none"), Choice(3, "none"))))))
+    names = [f"layers.{i}" for i in range(4)]
+    found = Plan(None, runs, nothing, nothing, {}, 0.0, [], [], names, structure_of(model), {}).levels_in(model)
+    assert found == {
+        "layers.0": ("none", ()),
+        "layers.1": ("all", (Place(1, 0, False),)),
+        "layers.2": ("none", (Place(1, 1, False), Place(2, 0, False))),
+        "layers.3": ("none", (Place(1, 2, True), Place(2, 1, True))),
+    }
+
+
+def test_layers_that_differ_when_they_run_again_are_offered_no_checkpoint() -> None:
+    class Fickle(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * (1.0 + 0.1 * is_repeating()))
+
+    model, tokens = made()
+    model.layers[1] = Fickle()
+    found = measured(Bench(model, (tokens,), {}, loss_of, lambda line: None))
+    offered = [stage.checkpointed is not None for name, stage in zip(found.layers, found.stages, strict=True) if name]
+    assert offered == [True, False, True, True]
+
+
+def test_bytes_of_a_step_are_those_beside_gradients() -> None:
+    model, tokens = made()
+    bench = Bench(model, (tokens,), {}, loss_of, lambda line: None)
+    _, points = bench.step("", bench.twin(None), memory=True)
+
+    def step() -> None:
+        output = model(tokens)
+        loss = loss_of(output)
+        loss.backward()
+
+    step()
+    assert peak_of(points) == pytest.approx(memory.peak_bytes(step), rel=0.01)
+
+
+def test_no_step_is_recorded_after_one_that_failed() -> None:
+    model, tokens = made()
+
+    def failing(output: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        plan(model, tokens, budget=None, loss=failing)
+    assert sys.modules["ckpt_kernels.plan.marks"]._recorder is None
+
+
+def test_what_is_free_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 900)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert bytes_of("device", 1, torch.device("cuda", 0)) == 1520
