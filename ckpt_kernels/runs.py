@@ -8,8 +8,9 @@ calls of the run are made again from what is kept, up to the last tensor that wa
 come from the one before begins another run: a loop that does more than hand on costs memory, and never a wrong number.
 
 As in torch's checkpoint, random numbers and autocast are as they were, and the number, shapes and dtypes of what is
-saved are held against the first time. Beyond it, buffers that the first pass wrote to, such as running statistics, are
-for the second what they were, and are not moved by it; a layer's arguments must not have been written to since.
+saved are held against the first time. Beyond it, buffers that the first pass wrote to in place, such as running
+statistics, are for the second what they were, and are not moved by it; a layer's arguments and parameters must not have
+been written to since.
 """
 
 import contextlib

@@ -117,3 +117,12 @@ def served(backend: str, dtype: torch.dtype) -> tuple[str, torch.dtype]:
     if reason:
         pytest.skip(f"{backend} on {DEVICE}: {reason}")
     return backend, dtype
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's threads, of which there is one within: small operations take less time so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

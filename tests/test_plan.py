@@ -7,7 +7,6 @@ import pathlib
 import pickle
 import random
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from ckpt_kernels.plan.measure import measured
 from ckpt_kernels.plan.timing import Seconds
 
 WIDTH, TOKENS = 32, 64
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Layer(nn.Module):
@@ -508,11 +508,3 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path)
 def for_the_command() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     return Model(layers=3), torch.randint(0, 50, (2, TOKENS))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

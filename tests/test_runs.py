@@ -2,7 +2,7 @@
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.runs import Place, Run, is_repeating
 
 WIDTH, ROWS = 16, 24
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Layer(nn.Module):
@@ -391,11 +392,3 @@ def test_arguments_that_layers_could_write_to_are_not_handed_to_a_run() -> None:
     output, cache = net(inputs())
     output.sum().backward()
     assert len(cache) == 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
