@@ -32,6 +32,24 @@ def test_gradcheck_and_double_backward(block: Block) -> None:
 
 
 @by_block
+def test_third_derivatives(block: Block) -> None:
+    """Whose truth is differences of the second: those of torch's layer_norm and batch_norm leave a part out."""
+    operands = block.operands((2, 3), 5, torch.float64, DEVICE)
+    names = list(operands)
+
+    def second(*tensors):
+        outputs = block.call(**dict(zip(names, tensors, strict=True)))
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        for _ in range(2):
+            loss = sum(output.sin().sum() for output in outputs)
+            outputs = torch.autograd.grad(loss, wanted, create_graph=True)
+        return outputs
+
+    if not block.options.get("cast_before_weight"):
+        assert torch.autograd.gradcheck(second, tuple(operands.values()), fast_mode=True)
+
+
+@by_block
 def test_torch_compile_gives_the_same_numbers_without_a_graph_break(block: Block) -> None:
     operands = block.operands((2, 6), 32, torch.float32, DEVICE)
     torch._dynamo.reset()
