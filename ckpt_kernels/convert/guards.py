@@ -18,7 +18,6 @@ from .swap import original_of, rule_in_force
 _F_DROPOUT = nn.functional.dropout
 CHUNK = torch.chunk
 _DICTS = (dict, OrderedDict)
-_COEFFICIENTS = ("weight", "bias")
 _CONV1D = "transformers.pytorch_utils"
 _FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
 # None, which no code is, where somebody has put another forward in torch's place.
@@ -34,7 +33,7 @@ def is_linear(module: Any) -> bool:
     if isinstance(module, nn.Linear):
         kind = type(module)
         own = kind.forward is _FORWARD and _FORWARD.__code__ is _CODE
-        return own and is_left_to_modules(kind, *_COEFFICIENTS)
+        return own and is_left_to_modules(kind, "weight", "bias")
     return isinstance(module, nn.Module) and _is_transposed(module)
 
 
@@ -67,7 +66,7 @@ def linear_operands(modules: Iterable[Any], input: Tensor) -> list[tuple[Tensor,
         if type(held) not in _DICTS:  # of which each load may run code
             return None
         # `module.weight` would cost as much as all that is checked here.
-        if "weight" in held and "bias" in held and own.keys().isdisjoint(_COEFFICIENTS):
+        if "weight" in held and "bias" in held and "weight" not in own and "bias" not in own:
             weight, bias = held["weight"], held["bias"]
         else:  # buffers, tensors that sharding puts in the place of parameters, or what somebody has laid over them
             weight, bias = module.weight, module.bias

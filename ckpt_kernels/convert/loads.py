@@ -71,8 +71,10 @@ def is_left_to_modules(kind: type[nn.Module], *names: str) -> bool:
         return False
     # To be told by hasattr that there is none costs several times as much.
     for each in kind.__mro__:
-        if not each.__dict__.keys().isdisjoint(names):
-            return False
+        held = each.__dict__
+        for name in names:
+            if name in held:
+                return False
     return True
 
 

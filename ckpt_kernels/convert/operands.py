@@ -1,6 +1,5 @@
 """What may be computed by us: tensors of the kinds that our functions take, and modules whose call is their forward."""
 
-import operator
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ _FUNCTION = _METHOD.__func__
 _CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}
 # None, which no method is, where somebody has put others in their place.
 _CALL, _CALL_IMPL = (call if is_as_torch_wrote_it(call) else None for call in _CALLS.values())
-_HOOKS = operator.itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _everybody = nn.modules.module
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
@@ -109,7 +107,13 @@ def calls_forward(kind: type[nn.Module]) -> bool:
 def is_bare(module: nn.Module) -> bool:
     """Whether the module itself has no hooks, and no forward of its own."""
     held = module.__dict__
-    return not (any(_HOOKS(held)) or "forward" in held)
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+    )
 
 
 def has_hooks_for_all() -> bool:
