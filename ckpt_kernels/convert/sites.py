@@ -28,20 +28,9 @@ def gated_mlp(
 ) -> Results | None:
     if not chains(input, gate, last) or value[0].shape != gate[0].shape or not are_wanted(input, gate, value):
         return None
-    return [
-        F.gated_mlp(
-            input,
-            gate[0],
-            value[0],
-            last[0],
-            gate_bias=gate[1],
-            value_bias=value[1],
-            bias=last[1],
-            activation=activation,
-            dropout_p=p,
-            recompute=level_for(recompute, gate, value),
-        )
-    ]
+    biases: dict[str, Any] = {"gate_bias": gate[1], "value_bias": value[1], "bias": last[1]}
+    weights, level = (gate[0], value[0], last[0]), level_for(recompute, gate, value)
+    return [F.gated_mlp(input, *weights, **biases, activation=activation, dropout_p=p, recompute=level)]
 
 
 @pattern("packed gated MLP", "last(may_drop(act(gate_half(packed(input))) * value_half(packed(input))))")
@@ -50,20 +39,9 @@ def packed_mlp(
 ) -> Results | None:
     if not chains(input, packed, last, 2) or dim not in (-1, input.dim() - 1):
         return None
-    return [
-        F.gated_mlp(
-            input,
-            packed[0],
-            None,
-            last[0],
-            gate_bias=packed[1],
-            bias=last[1],
-            activation=activation,
-            layout=layout,
-            dropout_p=p,
-            recompute=level_for(recompute, packed),
-        )
-    ]
+    options: dict[str, Any] = {"activation": activation, "layout": layout, "dropout_p": p}
+    biases, level = {"gate_bias": packed[1], "bias": last[1]}, level_for(recompute, packed)
+    return [F.gated_mlp(input, packed[0], None, last[0], **biases, **options, recompute=level)]
 
 
 @pattern("MLP", "last(may_drop(act(first(input))))")

@@ -208,7 +208,7 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
                     type.__setattr__(made, name, members[name])
             elif name not in _OF_CLASSES and (name in vars(original) or not name.startswith("__")):
                 type.__delattr__(made, name)
-    type.__setattr__(made, _MADE, Found.of(made.forward))
+    type.__setattr__(made, _MADE, Found.of(vars(made).get("forward", original.forward)))
     _classes[_PROCESS, id(made)] = made
     return made
 
