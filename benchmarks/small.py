@@ -8,7 +8,10 @@ enters.
 """
 
 import argparse
+import copy
 import datetime
+import functools
+import itertools
 import os
 import pathlib
 import platform
@@ -50,6 +53,18 @@ class Composed(nn.Module):
 
     def forward(self, *tensors: Tensor) -> object:
         return self.function(*self.parts, *tensors)
+
+
+class GatedMLP(nn.Module):
+    """As models write it."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = gate, up, down
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
 
 
 def _mlp(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
@@ -135,9 +150,9 @@ def _with_bias(module: nn.Module) -> nn.Module:
     return module
 
 
-def step(block: Callable[..., object], tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """Forward and backward, for all that wants a gradient."""
-    parameters = list(block.parameters()) if isinstance(block, nn.Module) else []
+def step(block: Callable[..., object], tensors: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Callable[[], None]:
+    """Forward and backward, for all that wants a gradient: `weights` too where the block is no module."""
+    parameters = list(block.parameters()) if isinstance(block, nn.Module) else weights
     wanted = [*tensors, *parameters]
     outputs = block(*tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -206,6 +221,35 @@ def discarding(seconds: float) -> str:
     )
 
 
+def converted(seconds: float) -> str:
+    """What a call of a converted gated MLP costs beside the same op called by hand: alone, and as a part of a model."""
+    lines = [
+        "| level | dtype | pass | eager, us | by hand, us | converted | in a model |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for level, dtype in itertools.product(("block", "output"), (torch.float32, torch.bfloat16)):
+        gate, up = (nn.Linear(WIDTH, 128, bias=False, dtype=dtype) for _ in range(2))
+        eager = GatedMLP(gate, up, nn.Linear(128, WIDTH, bias=False, dtype=dtype))
+        alone, part = copy.deepcopy(eager), nn.Sequential(copy.deepcopy(eager))
+        for model in (alone, part):
+            ckpt_kernels.convert(model, recompute=level)
+        weights = [linear.weight for linear in (eager.gate, eager.up, eager.down)]
+
+        def by_hand(x: Tensor, weights: Sequence[Tensor] = weights, level: str = level) -> Tensor:
+            return functional.gated_mlp(x, *weights, recompute=level)
+
+        x = torch.randn(4, WIDTH, dtype=dtype, requires_grad=True)
+        calls = eager, by_hand, alone, part[0]
+        both = quartiles([step(call, [x], weights if call is by_hand else ()) for call in calls], seconds)
+        with torch.no_grad():
+            forward = quartiles([functools.partial(call, x) for call in calls], seconds)
+        for name, times in (("both", both), ("no_grad", forward)):
+            more = [f"+{each - times[1]:.1f}" for each in times[2:]]
+            row = [level, str(dtype).removeprefix("torch."), name, *(f"{each:.1f}" for each in times[:2]), *more]
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def processor() -> str:
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -226,7 +270,8 @@ def main() -> None:
     load = f"load {os.getloadavg()[0]:.0f} on {os.cpu_count()} processors" if hasattr(os, "getloadavg") else ""
     head = f"{processor()}, {load}, torch {torch.__version__}, one thread, {today}; `python -m benchmarks.small`"
     text = f"# Small calls\n\nForward and backward, lower quartiles of runs in turn. {head}.\n\n{found}\n\n"
-    text += discarding(arguments.seconds) + "\n"
+    text += discarding(arguments.seconds) + "\n\n"
+    text += f"A gated MLP at (4, {WIDTH}), converted, and by hand:\n\n{converted(arguments.seconds)}\n"
     print(text)
     if arguments.out:
         (pathlib.Path(__file__).parent / arguments.out).write_text(text)

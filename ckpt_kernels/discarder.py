@@ -259,9 +259,10 @@ class Discarder:
         # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        held = self._held_as(tensor) if type(tensor) is Tensor and tensor.layout is torch.strided else None
-        if held is not None:
-            held.is_saved = True
+        if self._held and type(tensor) is Tensor and tensor.layout is torch.strided:
+            held = self._held_as(tensor)
+            if held is not None:
+                held.is_saved = True
         return self._packed(tensor)
 
     def _packed(self, tensor: Tensor) -> Cell:
@@ -406,17 +407,16 @@ def sees_what_is_saved(discarder: Discarder) -> bool:
 def _biases_in(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters of at most one dimension in a module and all that it contains; some of them more than once."""
     waiting, seen = [module], set()
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        for parameter in module.__dict__["_parameters"].values():
+    for module in waiting:
+        own = module.__dict__
+        for parameter in own["_parameters"].values():
             if parameter is None or is_lazy(parameter):
                 continue
             if parameter.dim() < 2 and not parameter.is_inference():
                 yield parameter
-        waiting.extend(child for child in module.__dict__["_modules"].values() if child is not None)
+        if own["_modules"] and module not in seen:
+            seen.add(module)
+            waiting += [child for child in own["_modules"].values() if child is not None]
 
 
 def _are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool:

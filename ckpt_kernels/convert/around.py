@@ -59,14 +59,13 @@ def _is_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> b
     # Within another, that one goes on.
     if torch.compiler.is_compiling() or discarding_now() is not None:
         return False
-    hooked = look_over(module)
+    below = look_over(module)
     for argument in (*args, *kwargs.values()):
         if not isinstance(argument, _PASSES) and leads_to_transforms(argument):
             return True
-    for below in hooked:
-        if leads_to_transforms(below._forward_hooks) or leads_to_transforms(below._forward_pre_hooks):
-            return True
-    return False
+    of_all = [each.__dict__ for each in below if each is not None]
+    hooked = [own for own in of_all if own["_forward_hooks"] or own["_forward_pre_hooks"]]
+    return any(leads_to_transforms(own[name]) for own in hooked for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -82,19 +82,17 @@ def run_of(
     meanings: dict[int, Meaning] = {}
     current: dict[str, tuple[int, Meaning]] = {}
     made = 0
-    for statement in block.statements[begin : end + 1]:
+    names = [dict(_made(statement, halves)) for statement in block.statements[begin:end]]
+    if not all(found and found.keys() <= fast for found in names):
+        return None
+    for index, statement in enumerate(block.statements[begin : end + 1]):
         if any(isinstance(node, (*CLOSED, *_DEFINITIONS)) for node in ast.walk(statement)):
             return None
         for node in reads(statement):
             if node.id in current:
                 number, meanings[id(node)] = current[node.id]
                 read.add(number)
-        if statement is block.statements[end]:
-            break
-        found = dict(_made(statement, halves))
-        if not found or not found.keys() <= fast:
-            return None
-        for name, meaning in found.items():
+        for name, meaning in names[index].items() if index < len(names) else ():
             current[name] = made, meaning
             made += 1
     if len(read) != made:

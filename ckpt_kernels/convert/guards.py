@@ -2,6 +2,7 @@
 
 import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..ops.operands import is_autocast
 from .called import is_as_torch_wrote_it
 from .loads import is_left_to_modules
 from .norms import Norm
-from .operands import is_called_plainly, is_ordinary
+from .operands import calls_forward, is_bare, is_beside, is_called_plainly, is_ordinary
 from .swap import original_of, rule_in_force
 
 _F_DROPOUT = nn.functional.dropout
@@ -48,30 +49,45 @@ def _is_transposed(module: nn.Module) -> bool:
     return as_written and forward.__globals__.get("torch") is torch and is_left_to_modules(kind, "weight", "bias", "nf")
 
 
-def linear_operands(module: Any, input: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias as F.linear takes them, if there is nothing else to it and they are of the input's kind."""
-    if not is_linear(module) or not is_called_plainly(module):
-        return None
-    own, held = module.__dict__, module._parameters
-    if type(held) not in _DICTS:  # of which each load may run code
-        return None
-    # `module.weight` would cost as much as all that is checked here.
-    if "weight" in held and "bias" in held and "weight" not in own and "bias" not in own:
-        weight, bias = held["weight"], held["bias"]
-    else:  # buffers, tensors that sharding puts in the place of parameters, or what somebody has laid over them
-        weight, bias = module.weight, module.bias
-    if not is_ordinary(weight) or weight.dim() != 2 or weight.device != input.device:
-        return None
-    transposed = not isinstance(module, nn.Linear)
-    # What cannot be viewed, or as another shape, is theirs to refuse.
-    if transposed and (bias is None or weight.shape[1] != own.get("nf") or not input.is_contiguous()):
-        return None
-    if not (bias is None or (is_ordinary(bias) and bias.shape == weight.shape[1 if transposed else 0 :][:1])):
-        return None
-    same = weight.dtype == input.dtype and (bias is None or bias.dtype == input.dtype)
-    if not same and not is_autocast(input):
-        return None
-    return (weight.t() if transposed else weight), bias
+def linear_operands(modules: Iterable[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
+    """Weights and biases as F.linear takes them, if there is nothing else to the modules and they are of the input's
+    kind."""
+    found: list[tuple[Tensor, Tensor | None]] = []
+    kind, transposed = None, False
+    for module in modules:
+        if type(module) is not kind:  # a class is asked once
+            kind, transposed = type(module), not isinstance(module, nn.Linear)
+            if not is_linear(module) or not calls_forward(kind):
+                return None
+        if not is_bare(module):
+            return None
+        own = module.__dict__
+        held = own["_parameters"]
+        if type(held) not in _DICTS:  # of which each load may run code
+            return None
+        # `module.weight` would cost as much as all that is checked here.
+        if "weight" in held and "bias" in held and "weight" not in own and "bias" not in own:
+            weight, bias = held["weight"], held["bias"]
+        else:  # buffers, tensors that sharding puts in the place of parameters, or what somebody has laid over them
+            weight, bias = module.weight, module.bias
+        if not (is_beside(weight, input) or _may_be_cast(weight, input)) or weight.dim() != 2:
+            return None
+        if bias is not None:
+            fits = is_beside(bias, input) or _may_be_cast(bias, input)
+            if not fits or bias.shape != weight.shape[1 if transposed else 0 :][:1]:
+                return None
+        if transposed:
+            # What cannot be viewed, or as another shape, is theirs to refuse.
+            if bias is None or weight.shape[1] != own.get("nf") or not input.is_contiguous():
+                return None
+            weight = weight.t()
+        found.append((weight, bias))
+    return found
+
+
+def _may_be_cast(tensor: Any, input: Tensor) -> bool:
+    """Whether autocast gives it the dtype of the input."""
+    return is_autocast(input) and is_ordinary(tensor) and tensor.device == input.device
 
 
 def as_products_take(input: Tensor) -> Tensor:
@@ -103,8 +119,7 @@ def norm_rule(module: Any) -> Norm | None:
 
 
 def probability(drop: Any, p: Any, training: Any) -> float | None:
-    if drop is None:
-        return 0.0
+    """That of a dropout which is called with these; None where it is another, or more."""
     if drop is _F_DROPOUT:
         return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
     module = original_of(drop) is nn.Dropout and is_called_plainly(drop)

@@ -35,7 +35,7 @@ class Continued(Later):
         left_alone: list[LeftAlone],
         as_they_are: tuple[str, ...] = (),
     ) -> None:
-        self.known = weakref.WeakSet(known)
+        self.known = set(map(weakref.ref, known))
         self._as_they_are = as_they_are
         self._choices = include, exclude
         self._replaced = replaced
@@ -45,7 +45,9 @@ class Continued(Later):
     def __reduce__(self) -> tuple:
         """For copies of the model: they have seen what this one has."""
         model = self._model()
-        known = [module for module in looked_for(model) if module in self.known] if model is not None else []
+        known = (
+            [module for module in looked_for(model) if weakref.ref(module) in self.known] if model is not None else []
+        )
         return Continued, (*self._choices, known, [], [], self._as_they_are)
 
     def is_of(self, module: nn.Module) -> bool:
@@ -59,8 +61,8 @@ class Continued(Later):
     def convert(self, modules: list[nn.Module]) -> None:
         model = self._model()
         with _one_at_a_time:
-            new = [module for module in dict.fromkeys(modules) if module not in self.known]
-            self.known.update(new)
+            new = [module for module in dict.fromkeys(modules) if weakref.ref(module) not in self.known]
+            self.known = {known for known in self.known if known() is not None} | set(map(weakref.ref, new))
             # Of another, a trial would say what it computes.
             new = [module for module in new if type(module) in LOOKED_FOR and is_as_torch_has_it(module)]
             if model is None or not new:

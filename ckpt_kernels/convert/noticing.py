@@ -25,7 +25,7 @@ class Later(abc.ABC):
     """How a conversion goes on, for the modules that come later. `known` are those that it has seen, of torch's
     classes."""
 
-    known: "weakref.WeakSet[nn.Module]"
+    known: "set[weakref.ref[nn.Module]]"
 
     @abc.abstractmethod
     def is_of(self, module: nn.Module) -> bool:
@@ -58,29 +58,22 @@ def forget(module: nn.Module) -> None:
     _by_module.pop(module, None)
 
 
-def look_over(model: nn.Module) -> list[nn.Module]:
-    """Has what came later converted; gives those modules that have hooks around their forward. For each call, so that
-    it is to be fast."""
-    own = model.__dict__
-    hooked = [model] if own["_forward_hooks"] or own["_forward_pre_hooks"] else []
-    found: list[nn.Module] = []
-    waiting, seen = [model], {model}
-    for module in waiting:
-        for child in module.__dict__["_modules"].values():
-            if child is None:
-                continue
-            own = child.__dict__
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                hooked.append(child)
-            if type(child) in LOOKED_FOR:
-                found.append(child)
-            # A module may be below itself.
-            if own["_modules"] and child not in seen:
-                seen.add(child)
-                waiting.append(child)
+def look_over(model: nn.Module) -> list[nn.Module | None]:
+    """Has what came later converted; gives the model and all that is in it, some of it more than once, and None where
+    nothing is. For each call, so that it is to be fast."""
+    below: list[nn.Module | None] = [model]
+    seen: set[nn.Module] = set()
+    for module in below:
+        # A module may be below itself.
+        if module is not None and (children := module.__dict__["_modules"]) and module not in seen:
+            seen.add(module)
+            below += children.values()
+    # Most often this is all that is to be told, of many at once.
+    if LOOKED_FOR.isdisjoint(map(type, below)):
+        return below
+    found = [module for module in below if module is not None and type(module) in LOOKED_FOR]
     # What runs again in a backward pass, as checkpoints do, is to be what ran.
-    if found and (later := goes_on(model)) is not None and torch._C._current_graph_task_id() == -1:
-        new = [module for module in found if module not in later.known]
-        if new:
-            later.convert(new)
-    return hooked
+    if (later := goes_on(model)) is not None and torch._C._current_graph_task_id() == -1:
+        if not later.known.issuperset(map(weakref.ref, found)):
+            later.convert([module for module in found if weakref.ref(module) not in later.known])
+    return below

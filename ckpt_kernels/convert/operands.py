@@ -9,7 +9,7 @@ from torch.utils._device import DeviceContext
 
 from ..ops.registration import is_transformed
 from .called import is_as_torch_wrote_it
-from .patched import are_patched
+from .patched import are_patched, are_patched_as_traced
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,11 +19,23 @@ _CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}
 # None, which no method is, where somebody has put others in their place.
 _CALL, _CALL_IMPL = (call if is_as_torch_wrote_it(call) else None for call in _CALLS.values())
 _everybody = nn.modules.module
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
 def is_operand(value: Any) -> bool:
     """Whether our functions take it, here and now."""
     return is_ordinary(value) and not is_watched()
+
+
+def is_beside(value: Any, input: Tensor) -> bool:
+    """Whether it is an ordinary tensor of the dtype, and on the device, of one that is ordinary."""
+    return (
+        type(value) in _TENSORS
+        and value.dtype is input.dtype
+        and value.device == input.device
+        and value.layout is torch.strided
+        and not value.is_nested
+    )
 
 
 def is_ordinary(value: Any) -> bool:
@@ -43,18 +55,13 @@ def is_watched() -> bool:
 
     (torch.compile sees ours.)
     """
-    if are_patched():
-        return True
     if torch.compiler.is_compiling():
-        return False
-    modes = torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
-    return is_transformed() or (modes and _is_in_a_mode())
+        return are_patched_as_traced()
+    return are_patched() or is_transformed() or _dispatch_modes() > 0 or (_function_modes() > 0 and _is_in_a_mode())
 
 
 def _is_in_a_mode() -> bool:
     """Beside that of a default device, which changes nothing but where new tensors are."""
-    if torch._C._len_torch_dispatch_stack():
-        return True
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
@@ -88,17 +95,24 @@ def _overrides(kind: type[Tensor]) -> bool:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
-    held, kind = module.__dict__, type(module)
-    return (
-        not (
-            held["_forward_hooks"]
-            or held["_forward_pre_hooks"]
-            or held["_backward_hooks"]
-            or held["_backward_pre_hooks"]
-            or "forward" in held
-        )
-        and (kind.__call__ is _CALL or hasattr(kind.__call__, "only_names_modules"))
-        and kind._call_impl is _CALL_IMPL
+    return calls_forward(type(module)) and is_bare(module)
+
+
+def calls_forward(kind: type[nn.Module]) -> bool:
+    """Whether a call of a module of the class is torch's way to call its forward."""
+    call = kind.__call__
+    return kind._call_impl is _CALL_IMPL and (call is _CALL or hasattr(call, "only_names_modules"))
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether the module itself has no hooks, and no forward of its own."""
+    held = module.__dict__
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
     )
 
 

@@ -39,31 +39,36 @@ def _held(holder: Any, names: list[str]) -> _Held:
 
 
 _WATCHED = tuple(_held(*of) for of in ((F, _OF_FUNCTIONAL), (torch, _OF_TORCH)))
-(_FUNCTIONAL, _TORCH) = _WATCHED
+_READ_F, _READ_T = (held.read for held in _WATCHED)
 _OF_F, _OF_T, _OF_TENSOR = (vars(holder) for holder in (F, torch, Tensor))
 # Methods that Tensor inherits: another would be one of its own.
 _INHERITED = {name: getattr(Tensor, name) for name in _METHODS if name not in vars(Tensor)}
 _NAMES = frozenset(_INHERITED)
 
 
-# Where somebody was here before this package, all code stays as it is.
-_FROM_TORCH = all(isinstance(f, types.BuiltinFunctionType) or is_torchs(f) for held in _WATCHED for f in held.then)
+# Where somebody was here before this package, all code stays as it is: what is found is never one of these.
+_THEN = tuple(
+    f if isinstance(f, types.BuiltinFunctionType) or is_torchs(f) else object() for held in _WATCHED for f in held.then
+)
+_is = operator.is_
 
 
 def are_patched() -> bool:
-    """Whether any of them is another than when this package was imported."""
-    if torch.compiler.is_compiling():
-        return any(
-            getattr(held.holder, name) is not then
-            for held in _WATCHED
-            for name, then in zip(held.names, held.then, strict=True)
-        )
+    """Whether any of them is another than when this package was imported. For each call."""
     try:
-        same = all(map(operator.is_, _FUNCTIONAL.read(_OF_F), _FUNCTIONAL.then))
-        same = same and all(map(operator.is_, _TORCH.read(_OF_T), _TORCH.then))
+        now = _READ_F(_OF_F) + _READ_T(_OF_T)
     except KeyError:  # one of them is gone
         return True
-    return not (same and _FROM_TORCH and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
+    return not (all(map(_is, now, _THEN)) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
+
+
+def are_patched_as_traced() -> bool:
+    """The same for torch.compile, which guards what it is told of one by one."""
+    return any(
+        getattr(held.holder, name) is not then
+        for held in _WATCHED
+        for name, then in zip(held.names, held.then, strict=True)
+    )
 
 
 def _are_inherited() -> bool:

@@ -18,7 +18,7 @@ from ..activations import FUNCTIONS, NAMES, name_of
 from ..backends.reference import ACTIVATIONS
 from .called import is_as_torch_wrote_it
 from .likeness import looks_like_activation
-from .loads import has_children, is_set, loads_plainly, tensors_of
+from .loads import has_children, is_left_to_modules, is_set, loads_plainly, tensors_of
 from .operands import is_called_plainly
 from .reached import Code, NotTried, Settings, is_as_tried
 from .remembering import remembered
@@ -137,7 +137,7 @@ def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | Non
     """
     if isinstance(act, _FUNCTIONS):
         return FUNCTIONS.get(act)
-    if not isinstance(act, nn.Module) or not is_called_plainly(act) or (is_set(act, "inplace") and not made):
+    if not isinstance(act, nn.Module) or not is_called_plainly(act) or (not made and is_set(act, "inplace")):
         return None
     rule = rule_of(act)
     if isinstance(rule, ActivationRule):
@@ -152,7 +152,8 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
     if found not in _TORCHS or (kind is not None and found is not kind):
         return False
     forward, code = _TORCHS[found]
-    return found.forward is forward and forward.__code__ is code and loads_plainly(found, *_SETTINGS)
+    own = found.forward is forward and forward.__code__ is code
+    return own and (is_left_to_modules(found, *_SETTINGS) or loads_plainly(found, *_SETTINGS))
 
 
 def is_as_torch_has_it(module: nn.Module, *names: str) -> bool:

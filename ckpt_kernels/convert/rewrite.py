@@ -101,12 +101,12 @@ def rewritten_method(method: types.FunctionType, loads: Loads, recompute: str) -
 class _Writer:
     def __init__(self, function: types.FunctionType, definition: Definition, loads: Loads, recompute: str) -> None:
         self.scope = Scope(function, definition.tree)
-        self.tree = definition.tree
-        self.reader = Reader(loads, self.scope, definition.tree)
+        self.tree = copy.deepcopy(definition.tree)
+        self.reader = Reader(loads, self.scope, self.tree)
         self.recompute = recompute
         self.cells: dict[str, Any] = {}
         self.found: list[str] = []
-        self.written = set(written_names(definition.tree, self.scope))
+        self.written = set(written_names(self.tree, self.scope))
         # Where outputs are let go of, sums and products are noted, for what is read of them.
         self.notes = recompute != "block"
         self.noted = False

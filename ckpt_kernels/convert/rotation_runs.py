@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import reference
 from ..backends.blocks import Rotary
 from .reached import NotTried
 from .rotations import Form, Way
+from .trial import Watching
 
 # The operations that may run, all of which leave alone what they are given. (Autograd detaches what is written to; what
 # a function detaches is seen by its gradient.)
@@ -117,7 +117,7 @@ class Trial:
         return found
 
 
-class _Strict(TorchDispatchMode):
+class _Strict(Watching):
     """Ends the trial of what runs anything but these operations, or writes to anything but what it made empty; and,
     with a unit, of what takes parts of a dimension whose length is no multiple of that, or one after another of a
     dimension that it has not made itself, which has not more than four."""

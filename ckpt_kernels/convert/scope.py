@@ -6,6 +6,7 @@ imported Python modules. Everything else is unknown.
 
 import ast
 import builtins
+import functools
 import importlib.util
 import sys
 import types
@@ -31,11 +32,8 @@ class Scope:
         self._globals = function.__globals__
         self._module = module
         arguments = [*tree.args.posonlyargs, *tree.args.args]
-        stored = {
-            node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
-        }
         first = arguments[0].arg if arguments else ""
-        self.self = first if first in self.fast and first not in stored else ""
+        self.self = first if first in self.fast and first not in _stored(tree) else ""
         self._function = function
         self._tree = tree
 
@@ -82,6 +80,13 @@ class Scope:
             except ValueError:
                 return UNKNOWN
         return self._globals.get(name, vars(builtins).get(name, UNKNOWN))
+
+
+@functools.lru_cache(maxsize=1024)
+def _stored(tree: ast.FunctionDef) -> frozenset[str]:
+    """The names that are bound or deleted in a function."""
+    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return frozenset(name.id for name in names if not isinstance(name.ctx, ast.Load))
 
 
 @remembered

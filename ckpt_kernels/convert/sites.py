@@ -28,9 +28,9 @@ def gated_mlp(
 ) -> Results | None:
     if not chains(input, gate, last) or value[0].shape != gate[0].shape or not are_wanted(input, gate, value):
         return None
-    weights: dict[str, Any] = {"gate_bias": gate[1], "value_bias": value[1], "bias": last[1]}
-    options: dict[str, Any] = {"activation": activation, "dropout_p": p, "recompute": level_for(recompute, gate, value)}
-    return [F.gated_mlp(input, gate[0], value[0], last[0], **weights, **options)]
+    biases: dict[str, Any] = {"gate_bias": gate[1], "value_bias": value[1], "bias": last[1]}
+    weights, level = (gate[0], value[0], last[0]), level_for(recompute, gate, value)
+    return [F.gated_mlp(input, *weights, **biases, activation=activation, dropout_p=p, recompute=level)]
 
 
 @pattern("packed gated MLP", "last(may_drop(act(gate_half(packed(input))) * value_half(packed(input))))")
@@ -39,13 +39,9 @@ def packed_mlp(
 ) -> Results | None:
     if not chains(input, packed, last, 2) or dim not in (-1, input.dim() - 1):
         return None
-    options: dict[str, Any] = {
-        "activation": activation,
-        "layout": layout,
-        "dropout_p": p,
-        "recompute": level_for(recompute, packed),
-    }
-    return [F.gated_mlp(input, packed[0], None, last[0], gate_bias=packed[1], bias=last[1], **options)]
+    options: dict[str, Any] = {"activation": activation, "layout": layout, "dropout_p": p}
+    biases, level = {"gate_bias": packed[1], "bias": last[1]}, level_for(recompute, packed)
+    return [F.gated_mlp(input, packed[0], None, last[0], **biases, **options, recompute=level)]
 
 
 @pattern("MLP", "last(may_drop(act(first(input))))")
@@ -58,8 +54,8 @@ def mlp(
     in_place = isinstance(act, nn.Module) and is_set(act, "inplace")
     if recompute == "block" and (in_place or activation in ("sigmoid", "tanh")):
         return None
-    options: dict[str, Any] = {"activation": activation, "dropout_p": p, "recompute": level_for(recompute, first)}
-    return [F.mlp(input, *first, *last, **options)]
+    recompute = level_for(recompute, first)
+    return [F.mlp(input, *first, *last, activation=activation, dropout_p=p, recompute=recompute)]
 
 
 @pattern("norm, scale and shift", "norm(input) * (1 + view(scale)) + view(shift)")

@@ -26,8 +26,8 @@ class NoSource(Exception):
 
 
 class Definition(NamedTuple):
-    """A function's own `def`, a copy, and what it takes to compile it: the classes and functions around it, from the
-    outermost, and the imports of its file."""
+    """A function's own `def`, and what it takes to compile it: the classes and functions around it, from the outermost,
+    and the imports of its file. All who ask get the same trees, which nobody changes."""
 
     tree: ast.FunctionDef
     around: tuple[ast.stmt, ...]
@@ -40,8 +40,14 @@ def definition_of(function: types.FunctionType) -> Definition:
     lines = linecache.getlines(code.co_filename, function.__globals__)
     if not lines:
         raise NoSource("its source is not there")
-    around, tree = _find(_parsed("".join(lines)), code)
-    definition = Definition(copy.deepcopy(tree), around, _imports(_parsed("".join(lines))))
+    return _definition(_parsed("".join(lines)), code, code.co_filename)
+
+
+# Code of two files may be equal.
+@functools.lru_cache(maxsize=4096)
+def _definition(file: ast.Module, code: types.CodeType, _: str) -> Definition:
+    around, tree = _find(file, code)
+    definition = Definition(tree, around, _imports(file))
     if _compiled(definition, code, ()) != code:
         raise NoSource("its source has changed since it was imported")
     return definition
@@ -123,6 +129,7 @@ def _has_line(node: ast.stmt | ast.excepthandler, line: int) -> bool:
     return _first_line(node) <= line <= (node.end_lineno or line)
 
 
+@functools.lru_cache(maxsize=64)
 def _imports(tree: ast.Module) -> tuple[ast.stmt, ...]:
     """Python compiles `torch.f(x)` in one way where `torch` is imported at the top of the file, and else in another."""
     return tuple(node for node in _outside_definitions(tree) if isinstance(node, ast.Import | ast.ImportFrom))

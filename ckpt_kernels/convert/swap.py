@@ -24,10 +24,11 @@ from .called import asks_for_its_class
 from .noticing import goes_on
 from .operands import is_called_plainly
 from .rule import Rule, Within
-from .wrappers import MADE, Found, surrounded, unless_patched
+from .wrappers import Found, surrounded, unless_patched
 
-# What the class of a converted module has beside its methods: its `Conversion`.
+# What the class of a converted module has beside its methods: its `Conversion`, and its forward as it was made.
 _ATTRIBUTE = "_ckpt_conversion"
+_MADE = "_ckpt_made"
 # And the state of a copy of a converted model: how its conversion goes on.
 _LATER = "_ckpt_later"
 
@@ -171,16 +172,9 @@ def rule_in_force(module: nn.Module) -> Rule | None:
 def is_patched(kind: type[nn.Module]) -> bool:
     """Whether the forward of a converted class, or of its original, is another than when the module was converted."""
     conversion = getattr(kind, _ATTRIBUTE)
-    return not (_is_as_made(kind) and conversion.forward.is_at(conversion.original, "forward"))
-
-
-def _is_as_made(kind: type[nn.Module]) -> bool:
-    """Whether nobody has given the converted class itself another forward."""
-    forward = vars(kind).get("forward")
-    if forward is None or getattr(forward, "__code__", None) in MADE:
-        return True
-    within = vars(forward).get("__wrapped__") if isinstance(forward, types.FunctionType) else None
-    return getattr(within, "__code__", None) in MADE and _asks_to_be_outermost("forward", forward)
+    return not (
+        getattr(kind, _MADE).is_at(kind, "forward") and conversion.forward.is_at(conversion.original, "forward")
+    )
 
 
 def _converted_class(conversion: Conversion) -> type[nn.Module]:
@@ -188,7 +182,7 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     references."""
     original = conversion.original
     for known in type.__subclasses__(original):
-        if vars(known).get(_ATTRIBUTE) == conversion and _is_as_made(known):
+        if vars(known).get(_ATTRIBUTE) == conversion and getattr(known, _MADE).is_at(known, "forward"):
             return known
     members: dict[str, Any] = {
         _ATTRIBUTE: conversion,
@@ -214,6 +208,7 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
                     type.__setattr__(made, name, members[name])
             elif name not in _OF_CLASSES and (name in vars(original) or not name.startswith("__")):
                 type.__delattr__(made, name)
+    type.__setattr__(made, _MADE, Found.of(vars(made).get("forward", original.forward)))
     _classes[_PROCESS, id(made)] = made
     return made
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .function_trials import TriedFunction
 from .guards import CHUNK, as_products_take, linear_operands, norm_rule, probability
@@ -117,73 +118,68 @@ def site(
     again = tuple(reversed(captured))
     formulas = tuple((f"f{index}", known) for index, known in enumerate(functions))
     constants = pattern.options | options
+    tensors, linears, takes = pattern.tensors, pattern.linears, pattern.takes
+    passed = [name for name in ("act", "norm", "write") if name in takes]
+    # Eager torch keeps the output of some activations, and not their input, to which somebody may write.
+    kept = pattern.made or pattern.halved or constants.get("parts", False)
 
     def call(**operands: Any) -> list[Any]:
-        results = None if has_hooks_for_all() or is_watched() else computed(operands)
+        results = None if is_watched() or has_hooks_for_all() else computed(operands)
         if results is None:
             return [*[operands[name] for name in again], False]
         results.append(True)
         return results
 
     def computed(operands: dict[str, Any]) -> Results | None:
+        """The results, if the parts are what they were taken for."""
         for name, known in formulas:
             if operands[name] is not known:
                 return None
-        kind, given = None, dict(constants)
-        for name in pattern.tensors:
-            tensor, subclass = as_plain(operands[name])
-            if not is_ordinary(tensor) or (subclass is not None and kind not in (None, subclass)):
-                return None
-            kind = kind or subclass
-            given[name] = tensor
-        if not _resolved(pattern, operands, given, activation, is_exact, tried):
+        if operands.get("halves", CHUNK) is not CHUNK:
             return None
+        kind, wide, given = None, False, constants.copy()
+        for name in tensors:
+            tensor = operands[name]
+            if type(tensor) is not Tensor:
+                tensor, subclass = as_plain(tensor)
+                if subclass is not None and kind not in (None, subclass):
+                    return None
+                kind = kind or subclass
+            if not is_ordinary(tensor):
+                return None
+            wide = wide or tensor.dtype is torch.float64
+            given[name] = tensor
+        for name in passed:
+            given[name] = operands.get(name)
+        if "activation" in takes:
+            act = operands.get("act")
+            found = activation or (
+                activation_of(act, pattern.made, wide) if tried is None else tried.name_of(act, wide)
+            )
+            if found is None or (wide and not is_exact) or (not kept and found in KEPT_BY_OUTPUT):
+                return None
+            given["activation"] = found
+        if "p" in takes:
+            p = (
+                probability(operands["drop"], operands.get("p"), operands.get("training"))
+                if "drop" in operands
+                else 0.0
+            )
+            if p is None:
+                return None
+            given["p"] = p
+        if linears:
+            input = given["input"]
+            of_linears = linear_operands([operands[name] for name in linears], input)
+            if of_linears is None:
+                return None
+            given.update(zip(linears, of_linears, strict=True))
+            given["input"] = as_products_take(input)
+        if "rule" in takes:
+            given["rule"] = norm_rule(operands["norm"])
+            if given["rule"] is None:
+                return None
         results = pattern.compute(**given)
         return results if kind is None or results is None else [result.as_subclass(kind) for result in results]
 
     return call
-
-
-def _resolved(
-    pattern: Pattern,
-    operands: dict[str, Any],
-    given: dict[str, Any],
-    activation: str | None,
-    is_exact: bool,
-    tried: TriedFunction | None,
-) -> bool:
-    """Whether the parts are what they were taken for; adds what they are to what the function is given."""
-    takes = pattern.takes
-    if operands.get("halves", CHUNK) is not CHUNK:
-        return False
-    if "activation" in takes:
-        act = operands.get("act")
-        wide = any(given[name].dtype == torch.float64 for name in pattern.tensors)
-        name = activation or (activation_of(act, pattern.made, wide) if tried is None else tried.name_of(act, wide))
-        # Eager torch keeps the output of some, and not their input, to which somebody may write.
-        kept = pattern.made or pattern.halved or given.get("parts", False)
-        if name is None or (wide and not is_exact) or (not kept and name in KEPT_BY_OUTPUT):
-            return False
-        given["activation"] = name
-        if "act" in takes:
-            given["act"] = act
-    if "p" in takes:
-        p = probability(operands.get("drop"), operands.get("p"), operands.get("training"))
-        if p is None:
-            return False
-        given["p"] = p
-    for name in pattern.linears:
-        linear = linear_operands(operands[name], given["input"])
-        if linear is None:
-            return False
-        given[name] = linear
-    if pattern.linears:
-        given["input"] = as_products_take(given["input"])
-    if "write" in takes:
-        given["write"] = operands["write"]
-    if "norm" in takes:
-        rule = norm_rule(operands["norm"])
-        if rule is None:
-            return False
-        given["norm"], given["rule"] = operands["norm"], rule
-    return True

@@ -75,7 +75,16 @@ def outline_of(module: nn.Module) -> Outline:
     return Outline(type(module), type(module).forward, code, settings, shapes)
 
 
-class _Strict(TorchDispatchMode):
+class Watching(TorchDispatchMode):
+    """A mode of a trial."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiles in a trial's thread: of what keeps the compiler away each operation would pay for."""
+        return False
+
+
+class _Strict(Watching):
     """Ends the trial of what runs anything but these operations, or reduces over a dimension that is not counted from
     the last, or in `dimensions`."""
 

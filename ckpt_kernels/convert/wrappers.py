@@ -29,12 +29,13 @@ class Found(NamedTuple):
     def is_at(self, kind: type[nn.Module], name: str) -> bool:
         """Whether the class still has it."""
         method = getattr(kind, name)
-        if method is not self.method:
-            return False
-        return (
-            getattr(method, "__code__", None) is self.code
-            and getattr(method, "__defaults__", None) is self.defaults
-            and getattr(method, "__kwdefaults__", None) is self.kwdefaults
+        return method is self.method and (
+            type(method) is not types.FunctionType
+            or (
+                method.__code__ is self.code
+                and method.__defaults__ is self.defaults
+                and method.__kwdefaults__ is self.kwdefaults
+            )
         )
 
     # Defaults may be lists.
@@ -84,12 +85,3 @@ def _in_the_place_of(method: Forward) -> Callable[[Forward], Forward]:
         return call
 
     return made
-
-
-# The code of all that takes a method's place.
-MADE = frozenset(
-    code
-    for maker in (unless_patched, surrounded)
-    for code in maker.__code__.co_consts
-    if isinstance(code, types.CodeType)
-)
