@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_kernels import DoesNotFit, Plan, memory, plan
-from ckpt_kernels.plan.bench import Bench, Step
+from ckpt_kernels.plan.bench import Bench, StepCost
 from ckpt_kernels.plan.budget import bytes_of
-from ckpt_kernels.plan.costs import Choice, Run, simulated
+from ckpt_kernels.plan.costs import Checkpoint, StageAt
 from ckpt_kernels.plan.marks import peak_of
 from ckpt_kernels.plan.measure import measured
 from ckpt_kernels.plan.plan import structure_of
 from ckpt_kernels.plan.solve import Solver
 from ckpt_kernels.runs import Place, is_repeating
 
+from .simulated_steps import simulated
 from .test_plan import Layer, loss_of, made
 from .test_plan_solve import alike, assignments, chain, compare
 
@@ -50,16 +51,16 @@ def test_the_leanest_assignment_is_there_however_fronts_are_thinned() -> None:
 class Searching:
     """The search with steps whose peaks are given one after the other, or are as predicted."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, peaks: list[int], eager: Step | None = None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, peaks: list[int], eager: StepCost | None = None) -> None:
         self.predicted: list[int] = []
         self._given = iter(peaks)
         self._eager = eager
         monkeypatch.setattr(planning, "_tried", self._tried)
 
-    def _tried(self, bench: Any, made: Plan) -> tuple[Step, float]:
+    def _tried(self, bench: Any, made: Plan) -> tuple[StepCost, float]:
         self.predicted.append(made.predicted.peak)
         peak = next(self._given, made.predicted.peak)
-        return Step(peak, made.predicted.seconds), self._eager.seconds if self._eager else 0.0
+        return StepCost(peak, made.predicted.seconds), self._eager.seconds if self._eager else 0.0
 
     def found(self, budget: int) -> Plan:
         stages = alike(6)
@@ -89,15 +90,15 @@ def test_no_plan_above_the_budget_is_given(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_eager_is_taken_where_it_fits_and_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Searching(monkeypatch, [], eager=Step(130, 0.0)).found(60).whole is None
-    assert Searching(monkeypatch, [], eager=Step(130, 1e9)).found(200).whole is None
-    assert Searching(monkeypatch, [], eager=Step(130, 0.0)).found(200).whole == "none"
+    assert Searching(monkeypatch, [], eager=StepCost(130, 0.0)).found(60).whole is None
+    assert Searching(monkeypatch, [], eager=StepCost(130, 1e9)).found(200).whole is None
+    assert Searching(monkeypatch, [], eager=StepCost(130, 0.0)).found(200).whole == "none"
 
 
 def test_places_of_layers_in_runs() -> None:
     model, _ = made()
-    nothing = Step(0, 0.0)
-    runs = (Choice(0, "none"), Run((Choice(1, "all"), Run((Choice(2, "none"), Choice(3, "none"))))))
+    nothing = StepCost(0, 0.0)
+    runs = (StageAt(0, "none"), Checkpoint((StageAt(1, "all"), Checkpoint((StageAt(2, "none"), StageAt(3, "none"))))))
     names = [f"layers.{i}" for i in range(4)]
     found = Plan(None, runs, nothing, nothing, {}, 0.0, [], [], names, structure_of(model), {}).levels_in(model)
     assert found == {

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bench import EAGER, LEVELS, Bench, Step, is_out_of_memory
+from .bench import EAGER, LEVELS, Bench, StepCost, is_out_of_memory
 from .budget import Budget, DoesNotFit, bytes_of
-from .costs import Assignment, simulated
+from .costs import Assignment
 from .marks import NotAChain, peak_of
 from .measure import Measured, measured
 from .plan import Plan, structure_of
 from .solve import Solver
+from .ways import predicted
 
 __all__ = ["DoesNotFit", "Plan", "plan"]
 
@@ -113,7 +114,7 @@ def plan(
             _end_of_progress()
 
 
-def _allowed(budget: Budget, steps: dict[str, Step], bench: Bench) -> int | None:
+def _allowed(budget: Budget, steps: dict[str, StepCost], bench: Bench) -> int | None:
     if EAGER not in steps and isinstance(budget, float) and budget <= 1.0:
         raise ValueError(f"budget is {budget}, of eager's peak, and a step of eager does not fit; expected bytes")
     return bytes_of(budget, steps[EAGER].peak if EAGER in steps else 1, bench.device)
@@ -131,12 +132,12 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
         if assignment is None or is_least:
             assignment = solver.best(int(front.needs[0]))
             assert assignment is not None
-        peak, predicted = simulated(found.stages, assignment)
+        peak, seconds = predicted(found.stages, assignment)
         made = Plan(
             budget=budget,
             assignment=assignment,
-            predicted=Step(peak, predicted),
-            measured=Step(peak, predicted),
+            predicted=StepCost(peak, seconds),
+            measured=StepCost(peak, seconds),
             steps=found.steps,
             bound=bound,
             frontier=frontier,
@@ -149,7 +150,7 @@ def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
         step, eager = _tried(bench, made)
         told = [*found.notes, *([f"costs predicted {excess:,} bytes too few at first"] if excess else [])]
         if budget is None or step.peak <= budget:
-            steps = found.steps | ({EAGER: Step(found.steps[EAGER].peak, eager)} if EAGER in found.steps else {})
+            steps = found.steps | ({EAGER: StepCost(found.steps[EAGER].peak, eager)} if EAGER in found.steps else {})
             made = _with(made, measured=step, steps=steps, count=bench.count, note="; ".join(told))
             return _or_eager(made)
         if is_least:
@@ -186,25 +187,25 @@ def _bound(found: Measured, solver: Solver, budget: int | None) -> float:
     return front.at(int(front.needs[-1]) if budget is None else budget)
 
 
-def _tried(bench: Bench, made: Plan, turns: int = 2) -> tuple[Step, float]:
+def _tried(bench: Bench, made: Plan, turns: int = 2) -> tuple[StepCost, float]:
     """A step as the plan has it, and the seconds of one of eager's, timed in turn."""
     twins = {"the plan": bench.twin(made)} | ({EAGER: bench.twin(None)} if EAGER in made.steps else {})
     _, points = bench.step("memory of the plan", twins["the plan"], memory=True)
     peak = peak_of(points)
     if made.budget is not None and peak > made.budget:
-        return Step(peak, made.predicted.seconds), 0.0
+        return StepCost(peak, made.predicted.seconds), 0.0
     times: dict[str, list[float]] = {name: [] for name in twins}
     for turn in range(turns):
         for name, twin in twins.items():
             _, timed = bench.step(f"time of {name}, {turn + 1} of {turns}", twin, memory=False)
             times[name].append(timed[-1].seconds - timed[0].seconds)
-    return Step(peak, min(times["the plan"])), min(times.get(EAGER, [0.0]))
+    return StepCost(peak, min(times["the plan"])), min(times.get(EAGER, [0.0]))
 
 
 def _whole(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
     """One level for all, of a model whose layers cannot be chosen for."""
     bench.names = []
-    steps: dict[str, Step] = {}
+    steps: dict[str, StepCost] = {}
     for level in LEVELS:
         name = EAGER if level == "none" else level
         twin = bench.twin(None if level == "none" else level)
@@ -215,7 +216,7 @@ def _whole(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
             if not is_out_of_memory(error):
                 raise
             continue
-        steps[name] = Step(peak_of(points), timed[-1].seconds - timed[0].seconds)
+        steps[name] = StepCost(peak_of(points), timed[-1].seconds - timed[0].seconds)
     if not steps:
         raise MemoryError("a step does not fit at any level")
     allowed = _allowed(budget, steps, bench)

@@ -34,7 +34,7 @@ EAGER = "eager"
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCost:
     """A whole step as it was measured: the peak in bytes, and seconds."""
 
     peak: int

@@ -10,7 +10,7 @@ from torch import nn
 from ..check import described, different
 from ..convert.loads import modules_of
 from ..watching import watched
-from .bench import CHECKPOINT, CHOICES, EAGER, LEVELS, Bench, ByLayer, Step, is_out_of_memory
+from .bench import CHECKPOINT, CHOICES, EAGER, LEVELS, Bench, ByLayer, StepCost, is_out_of_memory
 from .costs import FIXED, Checkpointed, Cost, Stage
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
 from .timing import Seconds, seconds_of
@@ -30,7 +30,7 @@ class Measured:
 
     stages: list[Stage]
     layers: list[str]
-    steps: dict[str, Step]
+    steps: dict[str, StepCost]
     shapes: dict[str, tuple]
     notes: list[str]
 
@@ -84,7 +84,7 @@ def measured(bench: Bench) -> Measured:
     seconds = seconds_of(bench, order, kinds, list(memory))
     stages, layers = _Stages(bench, first, order, memory, seconds, changed).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
-    steps = {_called(choice): Step(peak, seconds.of_step(choice)) for choice, peak in peaks.items()}
+    steps = {_called(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in peaks.items()}
     return Measured(stages, layers, steps, shapes, notes)
 
 

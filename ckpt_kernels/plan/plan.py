@@ -16,8 +16,9 @@ from ..convert.loads import modules_of, named_modules
 from ..convert.swap import original_of
 from ..runs import Place, is_sharded
 from . import report
-from .bench import LEVELS, Step
-from .costs import FIXED, Assignment, Choice, Run, Stage, choices_in, simulated
+from .bench import LEVELS, StepCost
+from .costs import FIXED, Assignment, Checkpoint, Stage, StageAt, stages_of
+from .ways import predicted
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Plan:
 
     budget: int | None
     assignment: Assignment
-    predicted: Step
-    measured: Step
-    steps: dict[str, Step]
+    predicted: StepCost
+    measured: StepCost
+    steps: dict[str, StepCost]
     bound: float
     frontier: list[tuple[int, float]]
     stages: list[Stage]
@@ -101,12 +102,12 @@ class Plan:
     def _place(
         self,
         parts: Assignment,
-        runs: tuple[tuple[int, Run], ...],
+        runs: tuple[tuple[int, Checkpoint], ...],
         found: dict[str, tuple[str, tuple[Place, ...]]],
         key: list[int],
     ) -> None:
         for part in parts:
-            if isinstance(part, Run):
+            if isinstance(part, Checkpoint):
                 key[0] += 1
                 self._place(part.inside, (*runs, (key[0], part)), found, key)
             elif part.level != FIXED:
@@ -136,7 +137,7 @@ class Plan:
         """
         try:
             made = _of(json.loads(pathlib.Path(path).read_text()))
-            simulated(made.stages, made.assignment)
+            predicted(made.stages, made.assignment)
             _check_parts(made)
             return made
         except (
@@ -169,9 +170,9 @@ class Plan:
         """The level of each layer by its name; "checkpoint, output" is that of one in a checkpoint."""
         found = {}
         for part in self.assignment:
-            for choice in choices_in((part,)):
+            for choice in stages_of((part,)):
                 if choice.level != FIXED:
-                    prefix = "checkpoint, " if isinstance(part, Run) else ""
+                    prefix = "checkpoint, " if isinstance(part, Checkpoint) else ""
                     found[self.layers[choice.stage]] = prefix + choice.level
         return found
 
@@ -198,7 +199,7 @@ def structure_of(model: nn.Module) -> str:
 
 def _check_parts(made: Plan) -> None:
     """Raises ValueError for choices that are not those of the stages, one each in their order."""
-    chosen = choices_in(made.assignment)
+    chosen = stages_of(made.assignment)
     if [choice.stage for choice in chosen] != list(range(len(made.stages) if made.whole is None else 0)):
         raise ValueError("its choices are not one for each stage")
     if len(made.layers) != len(made.stages):
@@ -208,12 +209,12 @@ def _check_parts(made: Plan) -> None:
         raise ValueError(f"it has an unknown level, {unknown or made.whole!r}")
 
 
-def _described(part: Choice | Run) -> Any:
-    return [part.stage, part.level] if isinstance(part, Choice) else {"run": [_described(p) for p in part.inside]}
+def _described(part: StageAt | Checkpoint) -> Any:
+    return [part.stage, part.level] if isinstance(part, StageAt) else {"run": [_described(p) for p in part.inside]}
 
 
-def _part(data: Any) -> Choice | Run:
-    return Run(tuple(map(_part, data["run"]))) if isinstance(data, dict) else Choice(*data)
+def _part(data: Any) -> StageAt | Checkpoint:
+    return Checkpoint(tuple(map(_part, data["run"]))) if isinstance(data, dict) else StageAt(*data)
 
 
 def _tuples(value: Any) -> Any:
@@ -227,9 +228,9 @@ def _of(data: dict[str, Any]) -> Plan:
     return Plan(
         **{name: data[name] for name in names},
         assignment=tuple(map(_part, data["assignment"])),
-        predicted=Step(**data["predicted"]),
-        measured=Step(**data["measured"]),
-        steps={name: Step(**step) for name, step in data["steps"].items()},
+        predicted=StepCost(**data["predicted"]),
+        measured=StepCost(**data["measured"]),
+        steps={name: StepCost(**step) for name, step in data["steps"].items()},
         stages=[Stage.of(stage) for stage in data["stages"]],
         frontier=[(int(need), float(seconds)) for need, seconds in data["frontier"]],
         shapes={name: _tuples(shapes) for name, shapes in data["shapes"].items()},
