@@ -24,7 +24,7 @@ from ..memory import random_numbers_kept
 from ..runs import Place, is_sharded
 from ..target import tensors_in
 from .layers import layers_of
-from .marks import Point, Recorder, marking
+from .marks import Point, Recorder, marking, peak_of
 
 Loss = Callable[[Any], Tensor]
 LEVELS = ("none", "block", "output", "all", "layer")
@@ -129,6 +129,15 @@ class Bench:
                 torch.manual_seed(self.count)
                 random.seed(self.count)
             return recorder, recorder.run(step)
+
+    def peak(self, what: str, twin: nn.Module) -> int:
+        """The bytes of one step."""
+        return peak_of(self.step(what, twin, memory=True)[1])
+
+    def seconds(self, what: str, twin: nn.Module) -> float:
+        """The seconds of one step."""
+        _, points = self.step(what, twin, memory=False)
+        return points[-1].seconds - points[0].seconds
 
     def _loss_of(self, output: Any) -> Tensor:
         loss = self._loss(output)

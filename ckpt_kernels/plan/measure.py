@@ -54,7 +54,7 @@ def measured(bench: Bench) -> Measured:
         twin = bench.twin(None if choice == "none" else ByLayer(dict.fromkeys(bench.names, choice)))
         before = {} if recorders else _attributes(twin, bench.names)
         try:
-            recorders[choice], points = bench.step(f"memory of {_called(choice)}", twin, memory=True)
+            recorders[choice], points = bench.step(f"memory of {called(choice)}", twin, memory=True)
             with watched() as differing:
                 if choice == CHECKPOINT:
                     bench.step("what runs twice", twin, memory=False)
@@ -64,7 +64,7 @@ def measured(bench: Bench) -> Measured:
             # As it is the model has to run; at a choice that its own code refuses it is left out.
             if choice == "none" and not is_out_of_memory(error):
                 raise
-            notes.append(f"{_called(choice)} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            notes.append(f"{called(choice)} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             continue
         if before:
             changed = _changed(before, _attributes(twin, bench.names))
@@ -84,11 +84,12 @@ def measured(bench: Bench) -> Measured:
     seconds = seconds_of(bench, order, kinds, list(memory))
     stages, layers = _Stages(bench, first, order, memory, seconds, changed).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
-    steps = {_called(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in peaks.items()}
+    steps = {called(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in peaks.items()}
     return Measured(stages, layers, steps, shapes, notes)
 
 
-def _called(choice: str) -> str:
+def called(choice: str) -> str:
+    """The name of a whole step with all layers at a choice."""
     return EAGER if choice == "none" else choice
 
 
