@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
-from ckpt_kernels.convert.planned import LEVELS
+from ckpt_kernels.levels import OF_MODELS
 
 WIDTH, BATCH, VOCABULARY = 512, 2, 4096
 
@@ -138,7 +138,7 @@ def run(name: str, layers: int, tokens: int, budgets: list[float], rounds: int) 
     torch.manual_seed(0)
     case = CASES[name](layers, tokens)
     models: dict[str, nn.Module] = {"eager": copy.deepcopy(case.model)}
-    for level in LEVELS:
+    for level in OF_MODELS:
         models[level] = copy.deepcopy(case.model)
         ckpt_kernels.convert(models[level], recompute=level)
     if case.checkpoint is not None:

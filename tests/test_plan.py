@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import DoesNotFit, Plan, cli, memory, plan
-from ckpt_kernels.plan.bench import CHOICES, Bench, ByLayer, default_loss
+from ckpt_kernels.levels import OF_MODULES
+from ckpt_kernels.plan.bench import Bench, ByLayer, default_loss
 from ckpt_kernels.plan.budget import bytes_of
 from ckpt_kernels.plan.costs import FIXED, Checkpoint, StageAt
 from ckpt_kernels.plan.layers import layers_of
@@ -477,7 +478,7 @@ def test_by_hand(recwarn: pytest.WarningsRecorder) -> None:
         ckpt_kernels.convert(model, recompute=["all"])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", OF_MODULES)
 def test_each_level_by_layer_keeps_what_it_keeps_for_the_whole(choice: str) -> None:
     model, tokens = made()
     ckpt_kernels.convert(model, recompute=ByLayer({f"layers.{i}": choice for i in range(4)}))

@@ -20,6 +20,7 @@ from ..convert import convert, revert
 from ..convert.loads import named_modules
 from ..convert.swap import surround
 from ..copies import copied, twin_of
+from ..levels import CHECKPOINT, WITHIN_CHECKPOINT
 from ..memory import random_numbers_kept
 from ..runs import Place, is_sharded
 from ..target import tensors_in
@@ -27,9 +28,6 @@ from .layers import layers_of
 from .marks import Point, Recorder, marking, peak_of
 
 Loss = Callable[[Any], Tensor]
-LEVELS = ("none", "block", "output", "all", "layer")
-CHECKPOINT = "checkpoint"
-CHOICES = (*LEVELS, CHECKPOINT)
 EAGER = "eager"
 
 
@@ -49,7 +47,7 @@ class ByLayer:
 
     def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
         return {
-            name: ("output", (Place(key, 0, True),)) if choice == CHECKPOINT else (choice, ())
+            name: (WITHIN_CHECKPOINT, (Place(key, 0, True),)) if choice == CHECKPOINT else (choice, ())
             for key, (name, choice) in enumerate(self.choices.items())
         }
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from ..check import described, different
 from ..convert.loads import modules_of
+from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODULES, WITHIN_CHECKPOINT
 from ..watching import watched
-from .bench import CHECKPOINT, CHOICES, EAGER, LEVELS, Bench, ByLayer, StepCost, is_out_of_memory
+from .bench import EAGER, Bench, ByLayer, StepCost, is_out_of_memory
 from .costs import FIXED, Checkpointed, Cost, Stage
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
 from .timing import Seconds, seconds_of
@@ -50,8 +51,8 @@ def measured(bench: Bench) -> Measured:
     peaks: dict[str, int] = {}
     notes: list[str] = []
     changed: set[str] = set()
-    for choice in CHOICES:
-        twin = bench.twin(None if choice == "none" else ByLayer(dict.fromkeys(bench.names, choice)))
+    for choice in OF_MODULES:
+        twin = bench.twin(None if choice == NONE else ByLayer(dict.fromkeys(bench.names, choice)))
         before = {} if recorders else _attributes(twin, bench.names)
         try:
             recorders[choice], points = bench.step(f"memory of {called(choice)}", twin, memory=True)
@@ -62,7 +63,7 @@ def measured(bench: Bench) -> Measured:
             raise
         except Exception as error:
             # As it is the model has to run; at a choice that its own code refuses it is left out.
-            if choice == "none" and not is_out_of_memory(error):
+            if choice == NONE and not is_out_of_memory(error):
                 raise
             notes.append(f"{called(choice)} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             continue
@@ -90,7 +91,7 @@ def measured(bench: Bench) -> Measured:
 
 def called(choice: str) -> str:
     """The name of a whole step with all layers at a choice."""
-    return EAGER if choice == "none" else choice
+    return EAGER if choice == NONE else choice
 
 
 # What every module has for torch itself.
@@ -183,7 +184,7 @@ class _Stages:
 
     def _gap(self, index: int) -> Stage | None:
         """The code before a layer, or after the last; None where there is nothing to speak of."""
-        converted = [choice for choice in self._memory if choice != "none"] or list(self._memory)
+        converted = [choice for choice in self._memory if choice != NONE] or list(self._memory)
         costs = [self._cost(choice, "gap", index) for choice in converted]
         most = Cost(
             max(cost.kept for cost, _ in costs),
@@ -215,7 +216,7 @@ class _Stages:
     def _checkpointed(self, index: int, costs: dict[str, Cost], output: int) -> Checkpointed | None:
         checkpoint, _ = self._cost(CHECKPOINT, "layer", index)
         # What is inside it in the steps that are measured; where that does not fit by itself, the nearest that does.
-        inside = costs.get("output") or min(costs.values(), key=lambda cost: cost.kept)
+        inside = costs.get(WITHIN_CHECKPOINT) or min(costs.values(), key=lambda cost: cost.kept)
         if checkpoint.kept >= inside.kept:
             return None
         # A forward pass of which nothing is kept does what the other does, and a second one ends early, but not at
@@ -233,6 +234,6 @@ def _worth_having(costs: dict[str, Cost]) -> dict[str, Cost]:
         no_worse = all(
             getattr(a, name) <= getattr(b, name) for name in ("kept", "forward_peak", "backward_peak", "seconds")
         )
-        return no_worse and (a != b or LEVELS.index(one) < LEVELS.index(other))
+        return no_worse and (a != b or OF_LAYERS.index(one) < OF_LAYERS.index(other))
 
     return {name: cost for name, cost in costs.items() if not any(beats(o, name) for o in costs if o != name)}

@@ -14,9 +14,10 @@ from torch import nn
 from ..convert import Report, convert, revert
 from ..convert.loads import modules_of, named_modules
 from ..convert.swap import original_of
+from ..levels import NONE, OF_LAYERS
 from ..runs import Place, is_sharded
 from . import report
-from .bench import LEVELS, StepCost
+from .bench import StepCost
 from .costs import FIXED, Assignment, Checkpoint, Stage, StageAt, stages_of
 from .ways import predicted
 
@@ -75,10 +76,10 @@ class Plan:
             ValueError: the plan was read from a file and no model is given, or the model is of another structure.
         """
         model = self._its(model)
-        if self.whole == "none":
+        if self.whole == NONE:
             self._check(model)
             revert(model)
-            return Report("none", "torch", [], [])
+            return Report(NONE, "torch", [], [])
         return convert(model, recompute=self)
 
     def revert(self, model: nn.Module | None = None) -> None:
@@ -204,8 +205,8 @@ def _check_parts(made: Plan) -> None:
         raise ValueError("its choices are not one for each stage")
     if len(made.layers) != len(made.stages):
         raise ValueError(f"it has {len(made.layers)} names for {len(made.stages)} stages")
-    unknown = {choice.level for choice in chosen} - {FIXED, *LEVELS}
-    if unknown or (made.whole is not None and made.whole not in LEVELS):
+    unknown = {choice.level for choice in chosen} - {FIXED, *OF_LAYERS}
+    if unknown or (made.whole is not None and made.whole not in OF_LAYERS):
         raise ValueError(f"it has an unknown level, {unknown or made.whole!r}")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..levels import NONE
 from ..memory_table import size, spanned
 from .costs import FIXED, Assignment, StageAt, stages_of
 
@@ -53,7 +54,7 @@ def _rows(plan: "Plan", parts: Assignment, around: str, runs: int) -> Iterator[R
             added = cost.seconds - fastest
             # Once more for each run that the stage is in.
             added += runs * stage.checkpointed.forward if stage.checkpointed else 0.0
-            level = "as it is" if part.level in (FIXED, "none") else part.level
+            level = "as it is" if part.level in (FIXED, NONE) else part.level
             yield Row([stage.name], stage.kind, around + level, kept, cost.backward_peak, added)
         else:
             layers = len(stages_of(part.inside))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bench import CHECKPOINT, CHOICES, EAGER, LEVELS, Bench, StepCost, is_out_of_memory
+from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODULES, WITHIN_CHECKPOINT
+from .bench import EAGER, Bench, StepCost, is_out_of_memory
 from .budget import Budget, DoesNotFit, bytes_of
 from .costs import FIXED, Assignment, Checkpoint, StageAt
 from .measure import Measured, called
@@ -112,7 +113,7 @@ class _Plans:
         """All layers at one choice, with the peak that was measured; None where a layer has better ones."""
         parts: list[StageAt | Checkpoint] = []
         for index, stage in enumerate(self.found.stages):
-            level = FIXED if FIXED in stage.costs else "output" if choice == CHECKPOINT else choice
+            level = FIXED if FIXED in stage.costs else WITHIN_CHECKPOINT if choice == CHECKPOINT else choice
             at = StageAt(index, level)
             if level not in stage.costs or (choice == CHECKPOINT and level != FIXED and stage.checkpointed is None):
                 return None
@@ -127,10 +128,10 @@ def _rivals(plans: _Plans, made: Plan) -> dict[str, Plan]:
     steps, budget = plans.found.steps, plans.budget
     fitting = [
         choice
-        for choice in CHOICES
+        for choice in OF_MODULES
         if called(choice) in steps and (budget is None or steps[called(choice)].peak <= budget)
     ]
-    rivals = {choice: plan for choice in fitting if choice != "none" and (plan := plans.at_one(choice)) is not None}
+    rivals = {choice: plan for choice in fitting if choice != NONE and (plan := plans.at_one(choice)) is not None}
     quickest = min(rivals, key=lambda choice: steps[choice].seconds, default=None)
     if quickest is None or rivals[quickest].assignment == made.assignment:
         return {}
@@ -169,16 +170,16 @@ def _or_eager(made: Plan) -> Plan:
         return made
     told = f"as it is the model is faster than planned ({made.measured.seconds * 1e3:.1f} ms)"
     note = "; ".join(filter(None, (told, made.note)))
-    return replace(made, assignment=(), whole="none", predicted=eager, measured=eager, bound=eager.seconds, note=note)
+    return replace(made, assignment=(), whole=NONE, predicted=eager, measured=eager, bound=eager.seconds, note=note)
 
 
 def one_level(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
     """One level for all, of a model whose layers cannot be chosen for."""
     bench.names = []
     steps: dict[str, StepCost] = {}
-    for level in LEVELS:
+    for level in OF_LAYERS:
         name = called(level)
-        twin = bench.twin(None if level == "none" else level)
+        twin = bench.twin(None if level == NONE else level)
         try:
             peak = bench.peak(f"memory of {name}", twin)
             steps[name] = StepCost(peak, bench.seconds(f"time of {name}", twin))
@@ -204,7 +205,7 @@ def one_level(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Pl
         layers=[],
         structure=structure_of(model),
         shapes={},
-        whole="none" if best == EAGER else best,
+        whole=NONE if best == EAGER else best,
         note=reason,
         count=bench.count,
         _model=[weakref.ref(model)],
