@@ -50,6 +50,7 @@ class Searching:
     those of `seconds` by what is timed, or as predicted."""
 
     count = 0
+    given = (2, 3)
 
     def __init__(self, peaks: list[int], seconds: dict[str, float] | None = None, eager: int | None = None) -> None:
         self.predicted: list[int] = []
@@ -140,6 +141,9 @@ def test_layers_that_differ_when_they_run_again_are_offered_no_checkpoint() -> N
     found = measured(Bench(model, (tokens,), {}, loss_of, lambda line: None))
     offered = [stage.checkpointed is not None for name, stage in zip(found.layers, found.stages, strict=True) if name]
     assert offered == [True, False, True, True]
+    # What is behind it in a checkpoint of several has another input then.
+    follows = [stage.follows for name, stage in zip(found.layers, found.stages, strict=True) if name]
+    assert follows == [False, False, False, False]
 
 
 def test_bytes_of_a_step_are_those_beside_gradients() -> None:

@@ -8,7 +8,7 @@ them.
 import functools
 import random
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,25 @@ class ByLayer:
         }
 
 
+class InRuns:
+    """Layers in the order of their calls, in checkpoints of several each, as `convert` takes it."""
+
+    LENGTH = 4
+
+    def __init__(self, order: Sequence[str]) -> None:
+        self._order = order
+
+    def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
+        last = len(self._order) - 1
+        return {
+            name: (
+                WITHIN_CHECKPOINT,
+                (Place(i // self.LENGTH, i % self.LENGTH, i == last or (i + 1) % self.LENGTH == 0),),
+            )
+            for i, name in enumerate(self._order)
+        }
+
+
 class Bench:
     """Runs steps of twins of a model.
 
@@ -76,6 +95,7 @@ class Bench:
         self._loss = loss or default_loss
         self._progress = progress
         self._gradients: dict[int, Tensor] = {}
+        self.given = shape_given(args, kwargs)
         self.count = 0
         converted = twin_of(model)
         convert(converted, recompute="block")
@@ -147,6 +167,11 @@ class Bench:
                 "expected one real number that has a gradient"
             )
         return loss
+
+
+def shape_given(args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the first tensor that a model is called with; () where there is none."""
+    return next((tuple(tensor.shape) for tensor in tensors_in((args, dict(kwargs)))), ())
 
 
 def _check(model: nn.Module) -> None:

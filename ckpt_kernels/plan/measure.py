@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from ..check import described, different
 from ..convert.loads import modules_of
 from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODULES, WITHIN_CHECKPOINT
 from ..watching import watched
-from .bench import EAGER, Bench, ByLayer, StepCost, is_out_of_memory
+from .bench import EAGER, Bench, ByLayer, InRuns, StepCost, is_out_of_memory
 from .costs import FIXED, Checkpointed, Cost, Stage
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
 from .timing import Seconds, seconds_of
@@ -51,14 +51,15 @@ def measured(bench: Bench) -> Measured:
     peaks: dict[str, int] = {}
     notes: list[str] = []
     changed: set[str] = set()
+    twice = _Twice(set(), set())
     for choice in OF_MODULES:
         twin = bench.twin(None if choice == NONE else ByLayer(dict.fromkeys(bench.names, choice)))
         before = {} if recorders else _attributes(twin, bench.names)
         try:
             recorders[choice], points = bench.step(f"memory of {called(choice)}", twin, memory=True)
-            with watched() as differing:
-                if choice == CHECKPOINT:
-                    bench.step("what runs twice", twin, memory=False)
+            if choice == CHECKPOINT:
+                called_in = [bench.names[layer] for layer in recorders[choice].outputs]
+                twice = _run_twice(bench, twin, called_in)
         except NotAChain:
             raise
         except Exception as error:
@@ -69,7 +70,6 @@ def measured(bench: Bench) -> Measured:
             continue
         if before:
             changed = _changed(before, _attributes(twin, bench.names))
-        changed |= {name for name, module in twin.named_modules() if module in differing}
         memory[choice], peaks[choice] = segments(points), peak_of(points)
     if not recorders.keys() - {CHECKPOINT}:
         raise MemoryError(
@@ -83,7 +83,7 @@ def measured(bench: Bench) -> Measured:
         raise NotAChain("layers are called in another order from step to step")
     kinds = _kinds(bench, first, order)
     seconds = seconds_of(bench, order, kinds, list(memory))
-    stages, layers = _Stages(bench, first, order, memory, seconds, changed).stages()
+    stages, layers = _Stages(bench, first, order, memory, seconds, changed | twice.alone, twice.in_runs).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
     steps = {called(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in peaks.items()}
     return Measured(stages, layers, steps, shapes, notes)
@@ -92,6 +92,26 @@ def measured(bench: Bench) -> Measured:
 def called(choice: str) -> str:
     """The name of a whole step with all layers at a choice."""
     return EAGER if choice == NONE else choice
+
+
+class _Twice(NamedTuple):
+    """The layers that did not save the same, bit by bit, when they ran again: by themselves, and with others in one
+    checkpoint, where those behind one that differs do too."""
+
+    alone: set[str]
+    in_runs: set[str]
+
+
+def _run_twice(bench: Bench, twin: nn.Module, order: list[str]) -> _Twice:
+    """One step tells that no layer differs; else another tells which do by themselves."""
+    in_runs = _differing(bench, bench.twin(InRuns(order)), "what runs twice")
+    return _Twice(_differing(bench, twin, "what runs twice by itself") if in_runs else set(), in_runs)
+
+
+def _differing(bench: Bench, twin: nn.Module, what: str) -> set[str]:
+    with watched() as differing:
+        bench.step(what, twin, memory=False)
+    return {name for name, module in twin.named_modules() if module in differing}
 
 
 # What every module has for torch itself.
@@ -144,6 +164,7 @@ class _Stages:
         memory: dict[str, dict[Where, Segment]],
         seconds: Seconds,
         changed: set[str],
+        differing_in_runs: set[str],
     ) -> None:
         self._bench = bench
         self._recorder = recorder
@@ -151,6 +172,7 @@ class _Stages:
         self._memory = memory
         self._seconds = seconds
         self._changed = changed
+        self._differing_in_runs = differing_in_runs
 
     def stages(self) -> tuple[list[Stage], list[str]]:
         """The chain, and for each stage the layer's name."""
@@ -161,9 +183,8 @@ class _Stages:
             if gap is not None:
                 found.append((gap, ""))
             layer = self._layer(index)
-            follows = (
-                self._recorder.follows[self._bench.names.index(self._order[index])] and gap is None and bool(found)
-            )
+            follows = self._recorder.follows[self._bench.names.index(layer.name)] and gap is None and bool(found)
+            follows = follows and layer.name not in self._differing_in_runs
             found.append((replace(layer, follows=follows), layer.name))
         last = self._gap(len(self._order))
         if last is not None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pathlib
 import weakref
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from ..convert.swap import original_of
 from ..levels import NONE, OF_LAYERS
 from ..runs import Place, is_sharded
 from . import report
-from .bench import StepCost
+from .bench import StepCost, shape_given
 from .costs import FIXED, Assignment, Checkpoint, Stage, StageAt, stages_of
 from .ways import predicted
 
@@ -41,6 +42,7 @@ class Plan:
         layers: for each stage the name of its module; "" for code between layers.
         structure: a digest of the names, classes and shapes of the model's modules and parameters.
         shapes: of the tensors that each layer was called with.
+        given: the shape of the first tensor that the model was called with; () where there was none.
         whole: one level for the whole model, where its layers could not be chosen for one by one; "none" also where the
             model as it is turned out the fastest.
         note: why not, and what else is to be known.
@@ -58,6 +60,7 @@ class Plan:
     layers: list[str]
     structure: str
     shapes: dict[str, tuple]
+    given: tuple[int, ...] = ()
     whole: str | None = None
     note: str = ""
     count: int = 0
@@ -125,6 +128,33 @@ class Plan:
                 "plan was made for; expected the same, or a new plan"
             )
 
+    def predict(self, *inputs: Any, **kwargs: Any) -> StepCost:
+        """What a step would take at another batch or length: an estimate from shapes alone, no step is made.
+
+        Bytes and seconds are those of the step that was measured, times how many more elements the first tensor has.
+        So what does not grow with it, a gradient of a weight before it is added, is counted as if it did, and what
+        grows faster, attention that writes its scores down, as if it did not. Only a plan for these inputs is sure to
+        fit.
+
+        Args:
+            inputs, kwargs: what the model would be called with.
+
+        Raises:
+            ValueError: the first tensor has another number of dimensions than that of the plan, or there is none.
+
+        Example:
+            >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+            >>> model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+            >>> plan = ckpt_kernels.plan(model, torch.randn(2, 64, 32), budget=0.6)
+            >>> plan.predict(torch.randn(4, 64, 32)).peak == 2 * plan.measured.peak
+            True
+        """
+        shape = shape_given(inputs, kwargs)
+        if not shape or len(shape) != len(self.given):
+            raise ValueError(f"the first tensor is of shape {shape}; expected as many dimensions as {self.given} has")
+        ratio = math.prod(shape) / max(math.prod(self.given), 1)
+        return StepCost(math.ceil(self.measured.peak * ratio), self.measured.seconds * ratio)
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the plan as JSON."""
         pathlib.Path(path).write_text(json.dumps(self.as_dict(), indent=1))
@@ -186,7 +216,7 @@ class Plan:
 
 
 # Of files of plans.
-_VERSION = 1
+_VERSION = 2
 
 
 def structure_of(model: nn.Module) -> str:
@@ -235,4 +265,5 @@ def _of(data: dict[str, Any]) -> Plan:
         stages=[Stage.of(stage) for stage in data["stages"]],
         frontier=[(int(need), float(seconds)) for need, seconds in data["frontier"]],
         shapes={name: _tuples(shapes) for name, shapes in data["shapes"].items()},
+        given=tuple(data["given"]),
     )

@@ -44,7 +44,7 @@ def fastest(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
     solver = Solver(found.stages)
     front = solver.front
     frontier = list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True))
-    plans = _Plans(model, found, budget, _bound(found, solver, budget), frontier)
+    plans = _Plans(model, bench.given, found, budget, _bound(found, solver, budget), frontier)
     excess = 0
     for attempt in range(_ATTEMPTS):
         assignment = _best(solver, None if budget is None else budget - excess)
@@ -82,7 +82,13 @@ class _Plans:
     """Makes plans of assignments, of what they have in common."""
 
     def __init__(
-        self, model: nn.Module, found: Measured, budget: int | None, bound: float, frontier: list[tuple[int, float]]
+        self,
+        model: nn.Module,
+        given: tuple[int, ...],
+        found: Measured,
+        budget: int | None,
+        bound: float,
+        frontier: list[tuple[int, float]],
     ) -> None:
         self.found = found
         self.budget = budget
@@ -90,6 +96,7 @@ class _Plans:
             "bound": bound,
             "frontier": frontier,
             "structure": structure_of(model),
+            "given": given,
             "_model": [weakref.ref(model)],
         }
 
@@ -205,6 +212,7 @@ def one_level(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Pl
         layers=[],
         structure=structure_of(model),
         shapes={},
+        given=bench.given,
         whole=NONE if best == EAGER else best,
         note=reason,
         count=bench.count,
