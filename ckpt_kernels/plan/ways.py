@@ -69,6 +69,20 @@ class Chain:
         for level, cost in self.stages[index].costs.items():
             yield Way(level, index, cost.forward_peak, cost.kept, cost.backward_peak, cost.seconds)
 
+    def level_of(self, index: int, level: str) -> Way:
+        found = next((way for way in self.levels_of(index) if way.level == level), None)
+        if found is None:
+            stage = self.stages[index]
+            raise ValueError(f"stage {stage.name!r} is at {level!r}; expected one of {', '.join(stage.costs)}")
+        return found
+
+    def checkpoint(self, first: int, last: int) -> Way:
+        found = next((way for way in self.checkpoints_from(first) if way.end == last), None)
+        if found is None:
+            names = f"{self.stages[first].name!r} to {self.stages[last].name!r}"
+            raise ValueError(f"stages {names} are in a checkpoint; expected stages in a row that may run twice")
+        return found
+
     def checkpoints_from(self, first: int) -> Iterator[Way]:
         """Of any length, as long as stages may run twice and follow each other."""
         forward_peak, kept, seconds, before = 0, 0, 0.0, 0
@@ -96,7 +110,8 @@ def predicted(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, flo
     """The peak in bytes and the seconds of a step with an assignment.
 
     Raises:
-        ValueError: a checkpoint has stages that may not run twice, or that do not follow each other.
+        ValueError: a stage has no such level; a checkpoint has stages that may not run twice, or that do not follow
+            each other.
     """
     need, seconds = _through(Chain(stages), assignment, nested=False)
     return max(need, 0), seconds
@@ -107,14 +122,10 @@ def _through(chain: Chain, parts: Assignment, nested: bool) -> tuple[int, float]
     for part in reversed(parts):
         first, end = first_of(part), last_of(part)
         if isinstance(part, StageAt):
-            way = next(way for way in chain.levels_of(first) if way.level == part.level)
+            way = chain.level_of(first, part.level)
             inside, inside_seconds = 0, 0.0
         else:
-            found = next((way for way in chain.checkpoints_from(first) if way.end == end), None)
-            if found is None:
-                names = f"{chain.stages[first].name!r} to {chain.stages[end].name!r}"
-                raise ValueError(f"stages {names} are in a checkpoint; expected stages in a row that may run twice")
-            way = found
+            way = chain.checkpoint(first, end)
             inside, inside_seconds = _through(chain, part.inside, nested=True)
         base = chain.base(way) + chain.after(last_of(parts[-1]), nested)
         need = max(way.forward_peak, need + way.kept, base + inside)
