@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ckpt_kernels
-from ckpt_kernels.convert.planned import LEVELS
+from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import saved_bytes
 
 from . import report
@@ -33,19 +33,19 @@ def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
         return saved_bytes(lambda: outputs_of(model, inputs))
 
     found: dict[str, Any] = {"architecture": name, "eager": kept()}
-    for level in LEVELS:
+    for level in OF_MODELS:
         conversion = ckpt_kernels.convert(model, recompute=level)
         found[level] = kept()
     return found | {"replaced": len(conversion.replaced), "left_alone": len(conversion.left_alone)}
 
 
 def cells(found: dict[str, Any]) -> list[str]:
-    ratios = [f"{found[level] / found['eager']:.2f}" for level in LEVELS]
+    ratios = [f"{found[level] / found['eager']:.2f}" for level in OF_MODELS]
     counts = [str(found["replaced"]), str(found["left_alone"])]
     return [found["architecture"], f"{found['eager'] / 2**20:.2f}", *ratios, *counts]
 
 
-COLUMNS = ["architecture", "eager, MiB", *LEVELS, "replaced", "left"]
+COLUMNS = ["architecture", "eager, MiB", *OF_MODELS, "replaced", "left"]
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import ckpt_kernels
-from ckpt_kernels.convert.planned import LEVELS
+from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
 from . import figures, larger, report, start
@@ -73,7 +73,7 @@ def runs(build: Callable[..., Built], device: str, compiled: bool) -> Iterator[R
         return Run(provider, model, call if callable(call) else model, _to(inputs, device), again)
 
     yield run("eager", lambda model: None)
-    for level in LEVELS:
+    for level in OF_MODELS:
         yield run(f"ours, {level}", lambda model, level=level: (ckpt_kernels.convert(model, recompute=level), None)[1])
     probe = build(batch=1)[0]
     # transformers and diffusers have their own words for the same.

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import ckpt_kernels.nn as ours
 from ckpt_kernels.functional import rotary
+from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.recompute import discard_outputs, layer
 
-LEVELS = ("eager", "block", "output", "all", "layer")
+LEVELS = ("eager", *OF_MODELS)
 
 
 def runner(module: nn.Module, level: str) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ import torch
 from ckpt_kernels.catalogue.block import Block
 from ckpt_kernels.catalogue.blocks import ACTIVATION_BLOCKS, BLOCKS, DROPOUT_BLOCKS
 from ckpt_kernels.catalogue.linear import PAIRS, Pair
-from ckpt_kernels.functional.linear import RECOMPUTE
+from ckpt_kernels.levels import OF_FUNCTIONS
 from ckpt_kernels.memory import saved_bytes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,10 +47,10 @@ def of_blocks() -> list[Sequence[str]]:
 
 def of_pairs() -> list[Sequence[str]]:
     """What eager torch keeps of a block with its linear layers, and what is kept at each level."""
-    levels = [f'"{level}"' for level in RECOMPUTE]
+    levels = [f'"{level}"' for level in OF_FUNCTIONS]
     rows: list[Sequence[str]] = [("block and linear layers", "eager torch keeps", *levels, 'kept at "output"')]
     for pair in PAIRS:
-        units = [str(pair.units(level)) for level in RECOMPUTE]
+        units = [str(pair.units(level)) for level in OF_FUNCTIONS]
         rows.append((pair.name, _eager_keeps(pair), *units, ", ".join(pair.kept["output"])))
     return rows
 

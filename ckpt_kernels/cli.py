@@ -14,9 +14,9 @@ from torch import nn
 from . import check, doctor, inspect, memory
 from .arguments import file, natural, picture, positive
 from .convert import convert, is_converted, revert
-from .convert.planned import LEVELS
 from .copies import copy_of
 from .inspect import ARCHITECTURES, COLUMNS
+from .levels import OF_MODELS
 from .plan import DoesNotFit, plan
 from .plan.budget import Budget, bytes_of
 from .target import BadTarget, Inputs, arguments_of, built
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kept = commands.add_parser("memory", help="what a model keeps for backward, by module")
     _add_target(kept)
     kept.add_argument(
-        "--convert", choices=LEVELS, metavar="LEVEL", help=f"beside itself converted: {', '.join(LEVELS)}"
+        "--convert", choices=OF_MODELS, metavar="LEVEL", help=f"beside itself converted: {', '.join(OF_MODELS)}"
     )
     kept.add_argument(
         "--depth",
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "step; exit status 1 if anything but rounding differs, 2 if they cannot be compared",
     )
     _add_target(compared)
-    compared.add_argument("--recompute", choices=LEVELS, help="what is kept (default: each level in turn)")
+    compared.add_argument("--recompute", choices=OF_MODELS, help="what is kept (default: each level in turn)")
     compared.add_argument(
         "--turns",
         type=positive,
@@ -144,7 +144,7 @@ def _memory(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> in
 
 
 def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
-    levels = [options.recompute] if options.recompute else list(LEVELS)
+    levels = [options.recompute] if options.recompute else list(OF_MODELS)
     checks = {}
     for level in levels:
         if sys.stderr.isatty():

@@ -16,7 +16,7 @@ from torch import nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
-from ckpt_kernels.convert.planned import LEVELS
+from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.plan.budget import bytes_of
 
 WIDTH, LAYERS, VOCABULARY = 128, 6, 256
@@ -85,7 +85,7 @@ def main() -> None:
     base = llama()
     ways: dict[str, Callable[[int, int], bool]] = {}
     models = {"as it is": copy.deepcopy(base)}
-    for level in LEVELS:
+    for level in OF_MODELS:
         models[f"convert, {level!r}"] = copy.deepcopy(base)
         ckpt_kernels.convert(models[f"convert, {level!r}"], recompute=level)
     models["layers checkpointed"] = copy.deepcopy(base)

@@ -10,7 +10,7 @@ from ckpt_kernels import nn
 from ckpt_kernels.activations import NAMES
 from ckpt_kernels.catalogue.block import Operands
 from ckpt_kernels.catalogue.linear import PAIRS, Pair
-from ckpt_kernels.functional.linear import RECOMPUTE
+from ckpt_kernels.levels import OF_FUNCTIONS
 from ckpt_kernels.memory import saved_bytes
 
 from .blocks import by_pair, with_gradients
@@ -95,7 +95,7 @@ def test_what_is_rounded_before_the_weight_is_so_when_it_is_written_again(backen
 
 # What is kept is decided before a kernel is chosen.
 @where(lambda backend, dtype: not emulated(backend) or dtype == torch.bfloat16)
-@pytest.mark.parametrize("level", RECOMPUTE)
+@pytest.mark.parametrize("level", OF_FUNCTIONS)
 @by_pair
 def test_keeps_the_floor(pair: Pair, level: str, served: tuple) -> None:
     _, dtype = served
@@ -167,7 +167,7 @@ def test_all_runs_one_product_less_than_checkpointing(function: str, usual: int)
     assert products(lambda: step(pair.at("all"))) == usual + forward - 1
 
 
-@pytest.mark.parametrize("level", RECOMPUTE)
+@pytest.mark.parametrize("level", OF_FUNCTIONS)
 @by_pair
 def test_autocast_does_what_it_does_for_linear(pair: Pair, level: str) -> None:
     operands = pair.operands((2, 9), 24, torch.float32, DEVICE)
@@ -226,7 +226,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("level", RECOMPUTE)
+@pytest.mark.parametrize("level", OF_FUNCTIONS)
 @pytest.mark.parametrize("make,kept", MODULES)
 def test_modules(make, kept: dict, level: str) -> None:
     torch.manual_seed(0)

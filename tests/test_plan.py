@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import DoesNotFit, Plan, cli, memory, plan
-from ckpt_kernels.plan.bench import CHOICES, Bench, ByLayer, default_loss
+from ckpt_kernels.levels import OF_MODULES
+from ckpt_kernels.plan.bench import Bench, ByLayer, default_loss
 from ckpt_kernels.plan.budget import bytes_of
-from ckpt_kernels.plan.costs import FIXED, Choice, Run, simulated
+from ckpt_kernels.plan.costs import FIXED, Checkpoint, StageAt
 from ckpt_kernels.plan.layers import layers_of
 from ckpt_kernels.plan.marks import Segment
 from ckpt_kernels.plan.measure import measured
 from ckpt_kernels.plan.timing import Seconds
+from ckpt_kernels.plan.ways import predicted
 
 WIDTH, TOKENS = 32, 64
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,31 +103,31 @@ def test_costs_predict_peaks() -> None:
     assert [found.layers[i] for i in layers] == [f"layers.{i}" for i in range(5)]
     rng = random.Random(0)
     for turn in range(6):
-        parts: list[Choice | Run] = []
+        parts: list[StageAt | Checkpoint] = []
         index = 0
         while index < len(found.stages):
             stage = found.stages[index]
             if index not in layers:
-                parts.append(Choice(index, FIXED))
+                parts.append(StageAt(index, FIXED))
                 index += 1
                 continue
             length = min(rng.choice((1, 1, 2, 3)), layers[-1] + 1 - index)
-            chosen = tuple(Choice(i, rng.choice(list(found.stages[i].costs))) for i in range(index, index + length))
+            chosen = tuple(StageAt(i, rng.choice(list(found.stages[i].costs))) for i in range(index, index + length))
             assert stage.checkpointed is not None
-            parts += [Run(chosen)] if rng.random() < 0.5 else chosen
+            parts += [Checkpoint(chosen)] if rng.random() < 0.5 else chosen
             index += length
-        predicted, _ = simulated(found.stages, tuple(parts))
+        need, _ = predicted(found.stages, tuple(parts))
         mine = plan_of(model, found, tuple(parts))
         _, points = bench.step(f"{turn}", bench.twin(mine), memory=True)
         real = max(point.peak for point in points)
-        assert abs(predicted - real) <= 0.01 * found.steps["eager"].peak, parts
+        assert abs(need - real) <= 0.01 * found.steps["eager"].peak, parts
 
 
 def plan_of(model: nn.Module, found: Any, parts: tuple) -> Plan:
-    from ckpt_kernels.plan.bench import Step
+    from ckpt_kernels.plan.bench import StepCost
     from ckpt_kernels.plan.plan import structure_of
 
-    nothing = Step(0, 0.0)
+    nothing = StepCost(0, 0.0)
     return Plan(
         None, parts, nothing, nothing, {}, 0.0, [], found.stages, found.layers, structure_of(model), found.shapes
     )
@@ -476,7 +478,7 @@ def test_by_hand(recwarn: pytest.WarningsRecorder) -> None:
         ckpt_kernels.convert(model, recompute=["all"])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", OF_MODULES)
 def test_each_level_by_layer_keeps_what_it_keeps_for_the_whole(choice: str) -> None:
     model, tokens = made()
     ckpt_kernels.convert(model, recompute=ByLayer({f"layers.{i}": choice for i in range(4)}))

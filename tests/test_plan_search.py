@@ -3,28 +3,26 @@
 import random
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ckpt_kernels import DoesNotFit, Plan, memory, plan
-from ckpt_kernels.plan.bench import Bench, Step
+from ckpt_kernels.plan.bench import Bench, StepCost
 from ckpt_kernels.plan.budget import bytes_of
-from ckpt_kernels.plan.costs import Choice, Run, simulated
+from ckpt_kernels.plan.costs import Checkpoint, StageAt
 from ckpt_kernels.plan.marks import peak_of
-from ckpt_kernels.plan.measure import measured
+from ckpt_kernels.plan.measure import Measured, measured
 from ckpt_kernels.plan.plan import structure_of
+from ckpt_kernels.plan.search import fastest
 from ckpt_kernels.plan.solve import Solver
 from ckpt_kernels.runs import Place, is_repeating
 
+from .simulated_steps import simulated
 from .test_plan import Layer, loss_of, made
-from .test_plan_solve import alike, assignments, chain, compare
-
-# Under its name the package has the function.
-planning: Any = sys.modules["ckpt_kernels.plan"]
+from .test_plan_solve import alike, assignments, chain, choice_everywhere, compare
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -48,33 +46,47 @@ def test_the_leanest_assignment_is_there_however_fronts_are_thinned() -> None:
 
 
 class Searching:
-    """The search with steps whose peaks are given one after the other, or are as predicted."""
+    """The search with steps whose peaks are given one after the other, or are as predicted, and whose seconds are
+    those of `seconds` by what is timed, or as predicted."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, peaks: list[int], eager: Step | None = None) -> None:
+    count = 0
+    given = (2, 3)
+
+    def __init__(self, peaks: list[int], seconds: dict[str, float] | None = None, eager: int | None = None) -> None:
         self.predicted: list[int] = []
+        self.timed: list[str] = []
         self._given = iter(peaks)
+        self._seconds = seconds or {}
         self._eager = eager
-        monkeypatch.setattr(planning, "_tried", self._tried)
 
-    def _tried(self, bench: Any, made: Plan) -> tuple[Step, float]:
+    def twin(self, made: Plan | None) -> Plan | None:
+        return made
+
+    def peak(self, what: str, made: Plan) -> int:
         self.predicted.append(made.predicted.peak)
-        peak = next(self._given, made.predicted.peak)
-        return Step(peak, made.predicted.seconds), self._eager.seconds if self._eager else 0.0
+        return next(self._given, made.predicted.peak)
+
+    def seconds(self, what: str, made: Plan | None) -> float:
+        name = what.removeprefix("time of ").partition(",")[0]
+        self.timed.append(name)
+        return self._seconds.get(name, made.predicted.seconds if made else 0.0)
 
     def found(self, budget: int) -> Plan:
         stages = alike(6)
-        measurements = SimpleNamespace(
+        levels = {level: StepCost(*simulated(stages, choice_everywhere(6, level))) for level in stages[0].costs}
+        none = levels.pop("none")
+        measurements = Measured(
             stages=stages,
             layers=[stage.name for stage in stages],
-            steps={"eager": self._eager} if self._eager else {},
+            steps=levels | ({"eager": StepCost(self._eager, none.seconds)} if self._eager else {}),
             shapes={},
             notes=[],
         )
-        return planning._solved(nn.Linear(2, 2), SimpleNamespace(count=0), measurements, budget)
+        return fastest(nn.Linear(2, 2), cast(Bench, self), measurements, budget)
 
 
-def test_a_plan_that_turns_out_above_the_budget_is_made_anew_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = Searching(monkeypatch, [70, 65, 60])
+def test_a_plan_that_turns_out_above_the_budget_is_made_anew_for_less() -> None:
+    search = Searching([70, 65, 60])
     found = search.found(60)
     first, second, *_ = search.predicted
     assert first <= 60
@@ -83,21 +95,32 @@ def test_a_plan_that_turns_out_above_the_budget_is_made_anew_for_less(monkeypatc
     assert "too few at first" in found.note
 
 
-def test_no_plan_above_the_budget_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_plan_above_the_budget_is_given() -> None:
     with pytest.raises(DoesNotFit, match="at least 70"):
-        Searching(monkeypatch, [70] * 10).found(60)
+        Searching([70] * 10).found(60)
 
 
-def test_eager_is_taken_where_it_fits_and_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Searching(monkeypatch, [], eager=Step(130, 0.0)).found(60).whole is None
-    assert Searching(monkeypatch, [], eager=Step(130, 1e9)).found(200).whole is None
-    assert Searching(monkeypatch, [], eager=Step(130, 0.0)).found(200).whole == "none"
+def test_eager_is_taken_where_it_fits_and_is_faster() -> None:
+    assert Searching([], {"eager": 0.0}, eager=130).found(60).whole is None
+    assert Searching([], {"eager": 1e9}, eager=130).found(200).whole is None
+    assert Searching([], {"eager": 0.0}, eager=130).found(200).whole == "none"
+
+
+def test_one_level_for_all_is_taken_where_it_fits_and_is_faster() -> None:
+    """Of 60 bytes "all" takes 46 and "output" 76."""
+    search = Searching([], {"all at all": 0.5})
+    found = search.found(60)
+    assert set(search.timed) == {"the plan", "all at all"}
+    assert found.assignment == choice_everywhere(6, "all")
+    assert found.measured == StepCost(simulated(alike(6), found.assignment)[0], 0.5)
+    assert "faster than planned" in found.note
+    assert Searching([], {"all at all": 1e9}).found(60).assignment != found.assignment
 
 
 def test_places_of_layers_in_runs() -> None:
     model, _ = made()
-    nothing = Step(0, 0.0)
-    runs = (Choice(0, "none"), Run((Choice(1, "all"), Run((Choice(2, "none"), Choice(3, "none"))))))
+    nothing = StepCost(0, 0.0)
+    runs = (StageAt(0, "none"), Checkpoint((StageAt(1, "all"), Checkpoint((StageAt(2, "none"), StageAt(3, "none"))))))
     names = [f"layers.{i}" for i in range(4)]
     found = Plan(None, runs, nothing, nothing, {}, 0.0, [], [], names, structure_of(model), {}).levels_in(model)
     assert found == {
@@ -118,6 +141,9 @@ def test_layers_that_differ_when_they_run_again_are_offered_no_checkpoint() -> N
     found = measured(Bench(model, (tokens,), {}, loss_of, lambda line: None))
     offered = [stage.checkpointed is not None for name, stage in zip(found.layers, found.stages, strict=True) if name]
     assert offered == [True, False, True, True]
+    # What is behind it in a checkpoint of several has another input then.
+    follows = [stage.follows for name, stage in zip(found.layers, found.stages, strict=True) if name]
+    assert follows == [False, False, False, False]
 
 
 def test_bytes_of_a_step_are_those_beside_gradients() -> None:

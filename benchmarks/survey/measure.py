@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 import ckpt_kernels
+from ckpt_kernels.levels import OF_MODELS
 
 from . import state
 from .entry import WIDE, Entry, Shape
 from .numbers import EPS, Reference
 from .step import Step, Subject
 
-LEVELS = ("block", "output", "all", "layer")
+LEVELS = OF_MODELS
 # Gradient checkpointing of the model's own, switched on before the model is converted, or after.
 CHECKPOINTED = ("checkpointed before", "checkpointed after")
 PHASES = ("eager", *LEVELS, *CHECKPOINTED)

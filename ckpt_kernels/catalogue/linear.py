@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.reference import ACTIVATIONS as ACT
-from ..functional.linear import RECOMPUTE
+from ..levels import OF_FUNCTIONS
 from .block import Function, Operands, calls_of, random_operands
 
 
@@ -164,7 +164,7 @@ PAIRS = (
     _split(rms_norm_linears("norm_linear (rms_norm, several)")),
     act_linear("act_linear (gelu)", activation="gelu"),
     # The output of relu is all that its slope needs, and the linear layer keeps that.
-    replace(act_linear("act_linear (relu)", activation="relu"), kept={level: {"input": 1} for level in RECOMPUTE}),
+    replace(act_linear("act_linear (relu)", activation="relu"), kept={level: {"input": 1} for level in OF_FUNCTIONS}),
     mlp("mlp (gelu)", activation="gelu"),
     replace(
         mlp("mlp (relu_squared, no bias)", activation="relu_squared", bias1=None, bias2=None),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..functional.linear import RECOMPUTE
+from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODELS, OF_MODULES, WITHIN_CHECKPOINT
 from ..recompute import run_at
 from ..runs import Place, run_in
 from .around import _is_transformed, selecting
@@ -18,17 +18,13 @@ from .loads import modules_of, named_modules
 from .rule import Forward
 from .selection import Choice, Selection
 
-LEVELS = (*RECOMPUTE, "layer")
-# What a module may have besides: to be left as it is, or to be checkpointed, with its blocks' outputs let go of inside.
-BY_MODULE = ("none", *LEVELS, "checkpoint")
-
 
 @dataclass(frozen=True)
 class AtLevel:
     """What the forward of a module with a level of its own runs in.
 
     Attributes:
-        level: "none" or one of `LEVELS`.
+        level: one of `OF_LAYERS`.
         places: where the module is in a checkpointed run, and in runs within that; () is nowhere.
         may_repeat: whether torch.compile may run it twice.
     """
@@ -43,17 +39,17 @@ class AtLevel:
         if torch.compiler.is_compiling():
             return self._compiled(forward, module, args, kwargs)
         if not self.places:
-            level = "block" if self.level == "none" else self.level
+            level = "block" if self.level == NONE else self.level
             return run_at(level, functools.partial(forward, module), module, args, kwargs)
         return run_in(self.places, functools.partial(self._inside, forward, module), module, args, kwargs)
 
     def _inside(self, forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.level in ("none", "block"):
+        if self.level in (NONE, "block"):
             return forward(module, *args, **kwargs)
         return run_at(self.level, functools.partial(forward, module), module, args, kwargs, alone=True)
 
     def _compiled(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not self.may_repeat or (self.level in ("none", "block") and not self.places):
+        if not self.may_repeat or (self.level in (NONE, "block") and not self.places):
             return forward(module, *args, **kwargs)
         if self.places:
             return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
@@ -88,13 +84,13 @@ class Levels:
         self.whole = whole or "output"
         self.is_by_module = whole is None
         if isinstance(recompute, str):
-            _check(recompute, LEVELS, "recompute")
+            _check(recompute, OF_MODELS, "recompute")
         elif isinstance(recompute, Mapping):
             self._assign(model, recompute)
         elif hasattr(recompute, "levels_in"):
             names = dict(named_modules(model, duplicates=True))
             for name, (level, places) in recompute.levels_in(model).items():
-                _check(level, ("none", *LEVELS), f"the level of {name!r}")
+                _check(level, OF_LAYERS, f"the level of {name!r}")
                 if name not in names:
                     raise ValueError(f"recompute has a level for {name!r}; expected names of modules")
                 self._cover(names[name], level, places)
@@ -106,7 +102,7 @@ class Levels:
     def _assign(self, model: nn.Module, levels: Mapping[str, str]) -> None:
         names = dict(named_modules(model, duplicates=True))
         for pattern, level in levels.items():
-            _check(level, BY_MODULE, f"recompute[{pattern!r}]")
+            _check(level, OF_MODULES, f"recompute[{pattern!r}]")
             fitting = [names[name] for name in fnmatch.filter(names, pattern)]
             if not fitting:
                 raise ValueError(f"recompute names {pattern!r}; expected a name, with * and ?, that fits a module")
@@ -115,8 +111,8 @@ class Levels:
                 if module in below:
                     continue
                 below.update(modules_of(module))
-                if level == "checkpoint":
-                    self._cover(module, "output", (Place(len(self._level), 0, True),))
+                if level == CHECKPOINT:
+                    self._cover(module, WITHIN_CHECKPOINT, (Place(len(self._level), 0, True),))
                 else:
                     self._cover(module, level, ())
 
@@ -150,7 +146,7 @@ class Touched(Selection):
         self._levels = levels
 
     def covers(self, module: nn.Module) -> bool:
-        return super().covers(module) and self._levels.of(module) != "none"
+        return super().covers(module) and self._levels.of(module) != NONE
 
 
 def _check(level: Any, levels: tuple[str, ...], argument: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..levels import OF_FUNCTIONS
 from .checks import (
     autocast,
     check_coefficient,
@@ -33,7 +34,6 @@ from .checks import (
     shape_of,
 )
 
-RECOMPUTE = ("block", "output", "all")
 NORMS = ("layer_norm", "rms_norm")
 
 
@@ -371,9 +371,9 @@ def gated_mlp(
 
 
 def level_name(recompute: str) -> str:
-    """`recompute`, if it is one of `RECOMPUTE`; else ValueError."""
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(RECOMPUTE)}")
+    """`recompute`, if it is one of `OF_FUNCTIONS`; else ValueError."""
+    if recompute not in OF_FUNCTIONS:
+        raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(OF_FUNCTIONS)}")
     return recompute
 
 

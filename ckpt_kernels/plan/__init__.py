@@ -5,33 +5,26 @@
     plan.apply()
 
 `layers` finds the layers of a model. `bench` runs steps of it, in which `marks` tells where a layer begins and ends.
-`measure` makes of these the cost of each choice for each layer (`timing` its seconds), a chain of stages (`costs`), and
-`solve` the fastest assignment of choices for every amount of memory. `Plan` is the result.
+`measure` makes of these the cost of each choice for each layer (`timing` its seconds), a chain of stages (`costs`).
+`ways` says what an assignment of choices to them costs, and `solve` finds the fastest for every amount of memory, in
+`fronts`. `search` tries what is found, against the same level for all layers too. `Plan` is the result.
 """
 
 import sys
-import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .bench import EAGER, LEVELS, Bench, Step, is_out_of_memory
+from .bench import Bench
 from .budget import Budget, DoesNotFit, bytes_of
-from .costs import Assignment, simulated
-from .marks import NotAChain, peak_of
-from .measure import Measured, measured
-from .plan import Plan, structure_of
-from .solve import Solver
+from .marks import NotAChain
+from .measure import measured
+from .plan import Plan
+from .search import allowed, fastest, one_level
 
 __all__ = ["DoesNotFit", "Plan", "plan"]
-
-# Plans that differ in time by less are taken for equally fast, and the one of less memory is taken.
-SLACK = 0.005
-# How often a plan that turned out above the budget is made anew.
-_ATTEMPTS = 4
 
 
 def plan(
@@ -106,140 +99,11 @@ def plan(
         try:
             found = measured(bench)
         except NotAChain as reason:
-            return _whole(model, bench, budget, str(reason))
-        return _solved(model, bench, found, _allowed(budget, found.steps, bench))
+            return one_level(model, bench, budget, str(reason))
+        return fastest(model, bench, found, allowed(budget, found.steps, bench.device))
     finally:
         if progress is None:
             _end_of_progress()
-
-
-def _allowed(budget: Budget, steps: dict[str, Step], bench: Bench) -> int | None:
-    if EAGER not in steps and isinstance(budget, float) and budget <= 1.0:
-        raise ValueError(f"budget is {budget}, of eager's peak, and a step of eager does not fit; expected bytes")
-    return bytes_of(budget, steps[EAGER].peak if EAGER in steps else 1, bench.device)
-
-
-def _solved(model: nn.Module, bench: Bench, found: Measured, budget: int | None) -> Plan:
-    solver = Solver(found.stages)
-    front = solver.front
-    excess = 0
-    structure, bound = structure_of(model), _bound(found, solver, budget)
-    frontier = list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True))
-    for attempt in range(_ATTEMPTS):
-        assignment = _best(solver, None if budget is None else budget - excess)
-        is_least = assignment is None or attempt == _ATTEMPTS - 1
-        if assignment is None or is_least:
-            assignment = solver.best(int(front.needs[0]))
-            assert assignment is not None
-        peak, predicted = simulated(found.stages, assignment)
-        made = Plan(
-            budget=budget,
-            assignment=assignment,
-            predicted=Step(peak, predicted),
-            measured=Step(peak, predicted),
-            steps=found.steps,
-            bound=bound,
-            frontier=frontier,
-            stages=found.stages,
-            layers=found.layers,
-            structure=structure,
-            shapes=found.shapes,
-            _model=[weakref.ref(model)],
-        )
-        step, eager = _tried(bench, made)
-        told = [*found.notes, *([f"costs predicted {excess:,} bytes too few at first"] if excess else [])]
-        if budget is None or step.peak <= budget:
-            steps = found.steps | ({EAGER: Step(found.steps[EAGER].peak, eager)} if EAGER in found.steps else {})
-            made = _with(made, measured=step, steps=steps, count=bench.count, note="; ".join(told))
-            return _or_eager(made)
-        if is_least:
-            raise DoesNotFit(budget, step.peak, "; ".join(found.notes))
-        excess = max(excess, step.peak - peak)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _or_eager(made: Plan) -> Plan:
-    """The model as it is, where that fits and is faster than the plan: of tiny models the calls are what costs."""
-    eager = made.steps.get(EAGER)
-    if eager is None or eager.seconds >= made.measured.seconds or eager.peak > (made.budget or eager.peak):
-        return made
-    told = f"as it is the model is faster than planned ({made.measured.seconds * 1e3:.1f} ms)"
-    note = "; ".join(filter(None, (told, made.note)))
-    return _with(made, assignment=(), whole="none", predicted=eager, measured=eager, bound=eager.seconds, note=note)
-
-
-def _with(made: Plan, **changes: Any) -> Plan:
-    return replace(made, **changes)
-
-
-def _best(solver: Solver, budget: int | None) -> Assignment | None:
-    """The one of least memory among those that are about as fast as the fastest that fits."""
-    needs, seconds = solver.front
-    memory = int(needs[-1]) if budget is None else budget
-    fastest = solver.front.at(memory)
-    enough = needs[seconds <= fastest * (1 + SLACK)]
-    return solver.best(int(enough[0])) if len(enough) and int(enough[0]) <= memory else None
-
-
-def _bound(found: Measured, solver: Solver, budget: int | None) -> float:
-    front = Solver(found.stages, optimistic=True).front if solver.is_thinned else solver.front
-    return front.at(int(front.needs[-1]) if budget is None else budget)
-
-
-def _tried(bench: Bench, made: Plan, turns: int = 2) -> tuple[Step, float]:
-    """A step as the plan has it, and the seconds of one of eager's, timed in turn."""
-    twins = {"the plan": bench.twin(made)} | ({EAGER: bench.twin(None)} if EAGER in made.steps else {})
-    _, points = bench.step("memory of the plan", twins["the plan"], memory=True)
-    peak = peak_of(points)
-    if made.budget is not None and peak > made.budget:
-        return Step(peak, made.predicted.seconds), 0.0
-    times: dict[str, list[float]] = {name: [] for name in twins}
-    for turn in range(turns):
-        for name, twin in twins.items():
-            _, timed = bench.step(f"time of {name}, {turn + 1} of {turns}", twin, memory=False)
-            times[name].append(timed[-1].seconds - timed[0].seconds)
-    return Step(peak, min(times["the plan"])), min(times.get(EAGER, [0.0]))
-
-
-def _whole(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
-    """One level for all, of a model whose layers cannot be chosen for."""
-    bench.names = []
-    steps: dict[str, Step] = {}
-    for level in LEVELS:
-        name = EAGER if level == "none" else level
-        twin = bench.twin(None if level == "none" else level)
-        try:
-            _, points = bench.step(f"memory of {name}", twin, memory=True)
-            _, timed = bench.step(f"time of {name}", twin, memory=False)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            continue
-        steps[name] = Step(peak_of(points), timed[-1].seconds - timed[0].seconds)
-    if not steps:
-        raise MemoryError("a step does not fit at any level")
-    allowed = _allowed(budget, steps, bench)
-    fitting = {name: step for name, step in steps.items() if allowed is None or step.peak <= allowed}
-    if not fitting:
-        raise DoesNotFit(allowed or 0, min(step.peak for step in steps.values()), reason)
-    best = min(fitting, key=lambda name: (fitting[name].seconds, fitting[name].peak))
-    return Plan(
-        budget=allowed,
-        assignment=(),
-        predicted=fitting[best],
-        measured=fitting[best],
-        steps=steps,
-        bound=fitting[best].seconds,
-        frontier=[],
-        stages=[],
-        layers=[],
-        structure=structure_of(model),
-        shapes={},
-        whole="none" if best == EAGER else best,
-        note=reason,
-        count=bench.count,
-        _model=[weakref.ref(model)],
-    )
 
 
 def _shown_in_terminal(line: str) -> None:

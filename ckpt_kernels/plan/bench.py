@@ -8,7 +8,7 @@ them.
 import functools
 import random
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +20,19 @@ from ..convert import convert, revert
 from ..convert.loads import named_modules
 from ..convert.swap import surround
 from ..copies import copied, twin_of
+from ..levels import CHECKPOINT, WITHIN_CHECKPOINT
 from ..memory import random_numbers_kept
 from ..runs import Place, is_sharded
 from ..target import tensors_in
 from .layers import layers_of
-from .marks import Point, Recorder, marking
+from .marks import Point, Recorder, marking, peak_of
 
 Loss = Callable[[Any], Tensor]
-LEVELS = ("none", "block", "output", "all", "layer")
-CHECKPOINT = "checkpoint"
-CHOICES = (*LEVELS, CHECKPOINT)
 EAGER = "eager"
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCost:
     """A whole step as it was measured: the peak in bytes, and seconds."""
 
     peak: int
@@ -49,8 +47,27 @@ class ByLayer:
 
     def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
         return {
-            name: ("output", (Place(key, 0, True),)) if choice == CHECKPOINT else (choice, ())
+            name: (WITHIN_CHECKPOINT, (Place(key, 0, True),)) if choice == CHECKPOINT else (choice, ())
             for key, (name, choice) in enumerate(self.choices.items())
+        }
+
+
+class InRuns:
+    """Layers in the order of their calls, in checkpoints of several each, as `convert` takes it."""
+
+    LENGTH = 4
+
+    def __init__(self, order: Sequence[str]) -> None:
+        self._order = order
+
+    def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
+        last = len(self._order) - 1
+        return {
+            name: (
+                WITHIN_CHECKPOINT,
+                (Place(i // self.LENGTH, i % self.LENGTH, i == last or (i + 1) % self.LENGTH == 0),),
+            )
+            for i, name in enumerate(self._order)
         }
 
 
@@ -78,6 +95,7 @@ class Bench:
         self._loss = loss or default_loss
         self._progress = progress
         self._gradients: dict[int, Tensor] = {}
+        self.given = shape_given(args, kwargs)
         self.count = 0
         converted = twin_of(model)
         convert(converted, recompute="block")
@@ -130,6 +148,15 @@ class Bench:
                 random.seed(self.count)
             return recorder, recorder.run(step)
 
+    def peak(self, what: str, twin: nn.Module) -> int:
+        """The bytes of one step."""
+        return peak_of(self.step(what, twin, memory=True)[1])
+
+    def seconds(self, what: str, twin: nn.Module) -> float:
+        """The seconds of one step."""
+        _, points = self.step(what, twin, memory=False)
+        return points[-1].seconds - points[0].seconds
+
     def _loss_of(self, output: Any) -> Tensor:
         loss = self._loss(output)
         if not isinstance(loss, Tensor):
@@ -140,6 +167,11 @@ class Bench:
                 "expected one real number that has a gradient"
             )
         return loss
+
+
+def shape_given(args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the first tensor that a model is called with; () where there is none."""
+    return next((tuple(tensor.shape) for tensor in tensors_in((args, dict(kwargs)))), ())
 
 
 def _check(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 Bytes are those that tensors take on the device beside parameters, their gradients, optimizer state and inputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,8 +42,8 @@ class Checkpointed:
         kept: bytes that stay beside its output.
         forward_peak: the most bytes within, beyond what was there when it began.
         forward: its seconds.
-        saved: seconds of the second forward pass that are saved where it ends a run: what follows the last tensor that
-            is needed does not run.
+        saved: seconds of the second forward pass that are saved where it ends a checkpoint: what follows the last
+            tensor that is needed does not run.
     """
 
     kept: int
@@ -88,7 +88,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Choice:
+class StageAt:
     """A stage at a level."""
 
     stage: int
@@ -96,11 +96,11 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Run:
+class Checkpoint:
     """Stages in a row under one checkpoint: their input alone is kept, and what is inside is made again, and chosen
     anew, when the backward pass comes to the last of them."""
 
-    inside: tuple["Choice | Run", ...]
+    inside: tuple["StageAt | Checkpoint", ...]
 
     @property
     def first(self) -> int:
@@ -111,76 +111,20 @@ class Run:
         return last_of(self.inside[-1])
 
 
-Assignment = tuple[Choice | Run, ...]
+Assignment = tuple[StageAt | Checkpoint, ...]
 
 
-def first_of(part: Choice | Run) -> int:
-    return part.stage if isinstance(part, Choice) else part.first
+def first_of(part: StageAt | Checkpoint) -> int:
+    return part.stage if isinstance(part, StageAt) else part.first
 
 
-def last_of(part: Choice | Run) -> int:
-    return part.stage if isinstance(part, Choice) else part.last
+def last_of(part: StageAt | Checkpoint) -> int:
+    return part.stage if isinstance(part, StageAt) else part.last
 
 
-def choices_in(assignment: Assignment) -> list[Choice]:
+def stages_of(assignment: Assignment) -> list[StageAt]:
     """Those of all stages, in order."""
-    found: list[Choice] = []
+    found: list[StageAt] = []
     for part in assignment:
-        found += [part] if isinstance(part, Choice) else choices_in(part.inside)
+        found += [part] if isinstance(part, StageAt) else stages_of(part.inside)
     return found
-
-
-def simulated(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, float]:
-    """The peak in bytes and the seconds of a step, walked through from its beginning to its end."""
-    clock = _Clock()
-    _forward(stages, assignment, clock)
-    _backward(stages, assignment, clock)
-    return clock.peak, clock.seconds
-
-
-@dataclass
-class _Clock:
-    level: int = 0
-    peak: int = 0
-    seconds: float = 0.0
-
-    def reach(self, beyond: int) -> None:
-        self.peak = max(self.peak, self.level + beyond)
-
-
-def _forward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> None:
-    for part in assignment:
-        if isinstance(part, Choice):
-            cost = stages[part.stage].costs[part.level]
-            clock.reach(cost.forward_peak)
-            clock.level += cost.kept
-            clock.seconds += cost.forward
-            continue
-        for index in range(part.first, part.last + 1):
-            first = stages[index].checkpointed
-            if first is None:
-                raise ValueError(f"stage {stages[index].name!r} is in a run; expected one that may run twice")
-            # The output of the stage before stands until this one has its own.
-            before = stages[index - 1].output if index > part.first else 0
-            clock.reach(before + first.forward_peak)
-            clock.level += first.kept
-            clock.seconds += first.forward
-        clock.level += stages[part.last].output
-
-
-def _backward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> None:
-    for part in reversed(assignment):
-        if isinstance(part, Choice):
-            stage, cost = stages[part.stage], stages[part.stage].costs[part.level]
-            clock.reach(cost.backward_peak)
-            clock.level += stage.left - cost.kept
-            clock.seconds += cost.backward
-            continue
-        last = stages[part.last]
-        _forward(stages, part.inside, clock)
-        # Nobody asks for the last output of the second pass.
-        clock.level -= last.output
-        clock.seconds -= last.checkpointed.saved if last.checkpointed else 0.0
-        _backward(stages, part.inside, clock)
-        # So far as if the run had kept nothing: what its first pass left goes now.
-        clock.level -= sum(c.kept for s in stages[part.first : part.last + 1] if (c := s.checkpointed))

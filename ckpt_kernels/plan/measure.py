@@ -3,14 +3,15 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..check import described, different
 from ..convert.loads import modules_of
+from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODULES, WITHIN_CHECKPOINT
 from ..watching import watched
-from .bench import CHECKPOINT, CHOICES, EAGER, LEVELS, Bench, ByLayer, Step, is_out_of_memory
+from .bench import EAGER, Bench, ByLayer, InRuns, StepCost, is_out_of_memory
 from .costs import FIXED, Checkpointed, Cost, Stage
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
 from .timing import Seconds, seconds_of
@@ -30,7 +31,7 @@ class Measured:
 
     stages: list[Stage]
     layers: list[str]
-    steps: dict[str, Step]
+    steps: dict[str, StepCost]
     shapes: dict[str, tuple]
     notes: list[str]
 
@@ -50,25 +51,25 @@ def measured(bench: Bench) -> Measured:
     peaks: dict[str, int] = {}
     notes: list[str] = []
     changed: set[str] = set()
-    for choice in CHOICES:
-        twin = bench.twin(None if choice == "none" else ByLayer(dict.fromkeys(bench.names, choice)))
+    twice = _Twice(set(), set())
+    for choice in OF_MODULES:
+        twin = bench.twin(None if choice == NONE else ByLayer(dict.fromkeys(bench.names, choice)))
         before = {} if recorders else _attributes(twin, bench.names)
         try:
-            recorders[choice], points = bench.step(f"memory of {_called(choice)}", twin, memory=True)
-            with watched() as differing:
-                if choice == CHECKPOINT:
-                    bench.step("what runs twice", twin, memory=False)
+            recorders[choice], points = bench.step(f"memory of {called(choice)}", twin, memory=True)
+            if choice == CHECKPOINT:
+                called_in = [bench.names[layer] for layer in recorders[choice].outputs]
+                twice = _run_twice(bench, twin, called_in)
         except NotAChain:
             raise
         except Exception as error:
             # As it is the model has to run; at a choice that its own code refuses it is left out.
-            if choice == "none" and not is_out_of_memory(error):
+            if choice == NONE and not is_out_of_memory(error):
                 raise
-            notes.append(f"{_called(choice)} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            notes.append(f"{called(choice)} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             continue
         if before:
             changed = _changed(before, _attributes(twin, bench.names))
-        changed |= {name for name, module in twin.named_modules() if module in differing}
         memory[choice], peaks[choice] = segments(points), peak_of(points)
     if not recorders.keys() - {CHECKPOINT}:
         raise MemoryError(
@@ -82,14 +83,35 @@ def measured(bench: Bench) -> Measured:
         raise NotAChain("layers are called in another order from step to step")
     kinds = _kinds(bench, first, order)
     seconds = seconds_of(bench, order, kinds, list(memory))
-    stages, layers = _Stages(bench, first, order, memory, seconds, changed).stages()
+    stages, layers = _Stages(bench, first, order, memory, seconds, changed | twice.alone, twice.in_runs).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
-    steps = {_called(choice): Step(peak, seconds.of_step(choice)) for choice, peak in peaks.items()}
+    steps = {called(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in peaks.items()}
     return Measured(stages, layers, steps, shapes, notes)
 
 
-def _called(choice: str) -> str:
-    return EAGER if choice == "none" else choice
+def called(choice: str) -> str:
+    """The name of a whole step with all layers at a choice."""
+    return EAGER if choice == NONE else choice
+
+
+class _Twice(NamedTuple):
+    """The layers that did not save the same, bit by bit, when they ran again: by themselves, and with others in one
+    checkpoint, where those behind one that differs do too."""
+
+    alone: set[str]
+    in_runs: set[str]
+
+
+def _run_twice(bench: Bench, twin: nn.Module, order: list[str]) -> _Twice:
+    """One step tells that no layer differs; else another tells which do by themselves."""
+    in_runs = _differing(bench, bench.twin(InRuns(order)), "what runs twice")
+    return _Twice(_differing(bench, twin, "what runs twice by itself") if in_runs else set(), in_runs)
+
+
+def _differing(bench: Bench, twin: nn.Module, what: str) -> set[str]:
+    with watched() as differing:
+        bench.step(what, twin, memory=False)
+    return {name for name, module in twin.named_modules() if module in differing}
 
 
 # What every module has for torch itself.
@@ -142,6 +164,7 @@ class _Stages:
         memory: dict[str, dict[Where, Segment]],
         seconds: Seconds,
         changed: set[str],
+        differing_in_runs: set[str],
     ) -> None:
         self._bench = bench
         self._recorder = recorder
@@ -149,6 +172,7 @@ class _Stages:
         self._memory = memory
         self._seconds = seconds
         self._changed = changed
+        self._differing_in_runs = differing_in_runs
 
     def stages(self) -> tuple[list[Stage], list[str]]:
         """The chain, and for each stage the layer's name."""
@@ -159,9 +183,8 @@ class _Stages:
             if gap is not None:
                 found.append((gap, ""))
             layer = self._layer(index)
-            follows = (
-                self._recorder.follows[self._bench.names.index(self._order[index])] and gap is None and bool(found)
-            )
+            follows = self._recorder.follows[self._bench.names.index(layer.name)] and gap is None and bool(found)
+            follows = follows and layer.name not in self._differing_in_runs
             found.append((replace(layer, follows=follows), layer.name))
         last = self._gap(len(self._order))
         if last is not None:
@@ -182,7 +205,7 @@ class _Stages:
 
     def _gap(self, index: int) -> Stage | None:
         """The code before a layer, or after the last; None where there is nothing to speak of."""
-        converted = [choice for choice in self._memory if choice != "none"] or list(self._memory)
+        converted = [choice for choice in self._memory if choice != NONE] or list(self._memory)
         costs = [self._cost(choice, "gap", index) for choice in converted]
         most = Cost(
             max(cost.kept for cost, _ in costs),
@@ -214,7 +237,7 @@ class _Stages:
     def _checkpointed(self, index: int, costs: dict[str, Cost], output: int) -> Checkpointed | None:
         checkpoint, _ = self._cost(CHECKPOINT, "layer", index)
         # What is inside it in the steps that are measured; where that does not fit by itself, the nearest that does.
-        inside = costs.get("output") or min(costs.values(), key=lambda cost: cost.kept)
+        inside = costs.get(WITHIN_CHECKPOINT) or min(costs.values(), key=lambda cost: cost.kept)
         if checkpoint.kept >= inside.kept:
             return None
         # A forward pass of which nothing is kept does what the other does, and a second one ends early, but not at
@@ -232,6 +255,6 @@ def _worth_having(costs: dict[str, Cost]) -> dict[str, Cost]:
         no_worse = all(
             getattr(a, name) <= getattr(b, name) for name in ("kept", "forward_peak", "backward_peak", "seconds")
         )
-        return no_worse and (a != b or LEVELS.index(one) < LEVELS.index(other))
+        return no_worse and (a != b or OF_LAYERS.index(one) < OF_LAYERS.index(other))
 
     return {name: cost for name, cost in costs.items() if not any(beats(o, name) for o in costs if o != name)}

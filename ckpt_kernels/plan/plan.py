@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pathlib
 import weakref
 from collections.abc import Mapping
@@ -14,10 +15,12 @@ from torch import nn
 from ..convert import Report, convert, revert
 from ..convert.loads import modules_of, named_modules
 from ..convert.swap import original_of
+from ..levels import NONE, OF_LAYERS
 from ..runs import Place, is_sharded
 from . import report
-from .bench import LEVELS, Step
-from .costs import FIXED, Assignment, Choice, Run, Stage, choices_in, simulated
+from .bench import StepCost, shape_given
+from .costs import FIXED, Assignment, Checkpoint, Stage, StageAt, stages_of
+from .ways import predicted
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Plan:
         layers: for each stage the name of its module; "" for code between layers.
         structure: a digest of the names, classes and shapes of the model's modules and parameters.
         shapes: of the tensors that each layer was called with.
+        given: the shape of the first tensor that the model was called with; () where there was none.
         whole: one level for the whole model, where its layers could not be chosen for one by one; "none" also where the
             model as it is turned out the fastest.
         note: why not, and what else is to be known.
@@ -47,15 +51,16 @@ class Plan:
 
     budget: int | None
     assignment: Assignment
-    predicted: Step
-    measured: Step
-    steps: dict[str, Step]
+    predicted: StepCost
+    measured: StepCost
+    steps: dict[str, StepCost]
     bound: float
     frontier: list[tuple[int, float]]
     stages: list[Stage]
     layers: list[str]
     structure: str
     shapes: dict[str, tuple]
+    given: tuple[int, ...] = ()
     whole: str | None = None
     note: str = ""
     count: int = 0
@@ -74,10 +79,10 @@ class Plan:
             ValueError: the plan was read from a file and no model is given, or the model is of another structure.
         """
         model = self._its(model)
-        if self.whole == "none":
+        if self.whole == NONE:
             self._check(model)
             revert(model)
-            return Report("none", "torch", [], [])
+            return Report(NONE, "torch", [], [])
         return convert(model, recompute=self)
 
     def revert(self, model: nn.Module | None = None) -> None:
@@ -101,12 +106,12 @@ class Plan:
     def _place(
         self,
         parts: Assignment,
-        runs: tuple[tuple[int, Run], ...],
+        runs: tuple[tuple[int, Checkpoint], ...],
         found: dict[str, tuple[str, tuple[Place, ...]]],
         key: list[int],
     ) -> None:
         for part in parts:
-            if isinstance(part, Run):
+            if isinstance(part, Checkpoint):
                 key[0] += 1
                 self._place(part.inside, (*runs, (key[0], part)), found, key)
             elif part.level != FIXED:
@@ -123,6 +128,33 @@ class Plan:
                 "plan was made for; expected the same, or a new plan"
             )
 
+    def predict(self, *inputs: Any, **kwargs: Any) -> StepCost:
+        """What a step would take at another batch or length: an estimate from shapes alone, no step is made.
+
+        Bytes and seconds are those of the step that was measured, times how many more elements the first tensor has.
+        So what does not grow with it, a gradient of a weight before it is added, is counted as if it did, and what
+        grows faster, attention that writes its scores down, as if it did not. Only a plan for these inputs is sure to
+        fit.
+
+        Args:
+            inputs, kwargs: what the model would be called with.
+
+        Raises:
+            ValueError: the first tensor has another number of dimensions than that of the plan, or there is none.
+
+        Example:
+            >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+            >>> model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+            >>> plan = ckpt_kernels.plan(model, torch.randn(2, 64, 32), budget=0.6)
+            >>> plan.predict(torch.randn(4, 64, 32)).peak == 2 * plan.measured.peak
+            True
+        """
+        shape = shape_given(inputs, kwargs)
+        if not shape or len(shape) != len(self.given):
+            raise ValueError(f"the first tensor is of shape {shape}; expected as many dimensions as {self.given} has")
+        ratio = math.prod(shape) / max(math.prod(self.given), 1)
+        return StepCost(math.ceil(self.measured.peak * ratio), self.measured.seconds * ratio)
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the plan as JSON."""
         pathlib.Path(path).write_text(json.dumps(self.as_dict(), indent=1))
@@ -136,7 +168,7 @@ class Plan:
         """
         try:
             made = _of(json.loads(pathlib.Path(path).read_text()))
-            simulated(made.stages, made.assignment)
+            predicted(made.stages, made.assignment)
             _check_parts(made)
             return made
         except (
@@ -169,9 +201,9 @@ class Plan:
         """The level of each layer by its name; "checkpoint, output" is that of one in a checkpoint."""
         found = {}
         for part in self.assignment:
-            for choice in choices_in((part,)):
+            for choice in stages_of((part,)):
                 if choice.level != FIXED:
-                    prefix = "checkpoint, " if isinstance(part, Run) else ""
+                    prefix = "checkpoint, " if isinstance(part, Checkpoint) else ""
                     found[self.layers[choice.stage]] = prefix + choice.level
         return found
 
@@ -184,7 +216,7 @@ class Plan:
 
 
 # Of files of plans.
-_VERSION = 1
+_VERSION = 2
 
 
 def structure_of(model: nn.Module) -> str:
@@ -198,22 +230,22 @@ def structure_of(model: nn.Module) -> str:
 
 def _check_parts(made: Plan) -> None:
     """Raises ValueError for choices that are not those of the stages, one each in their order."""
-    chosen = choices_in(made.assignment)
+    chosen = stages_of(made.assignment)
     if [choice.stage for choice in chosen] != list(range(len(made.stages) if made.whole is None else 0)):
         raise ValueError("its choices are not one for each stage")
     if len(made.layers) != len(made.stages):
         raise ValueError(f"it has {len(made.layers)} names for {len(made.stages)} stages")
-    unknown = {choice.level for choice in chosen} - {FIXED, *LEVELS}
-    if unknown or (made.whole is not None and made.whole not in LEVELS):
+    unknown = {choice.level for choice in chosen} - {FIXED, *OF_LAYERS}
+    if unknown or (made.whole is not None and made.whole not in OF_LAYERS):
         raise ValueError(f"it has an unknown level, {unknown or made.whole!r}")
 
 
-def _described(part: Choice | Run) -> Any:
-    return [part.stage, part.level] if isinstance(part, Choice) else {"run": [_described(p) for p in part.inside]}
+def _described(part: StageAt | Checkpoint) -> Any:
+    return [part.stage, part.level] if isinstance(part, StageAt) else {"run": [_described(p) for p in part.inside]}
 
 
-def _part(data: Any) -> Choice | Run:
-    return Run(tuple(map(_part, data["run"]))) if isinstance(data, dict) else Choice(*data)
+def _part(data: Any) -> StageAt | Checkpoint:
+    return Checkpoint(tuple(map(_part, data["run"]))) if isinstance(data, dict) else StageAt(*data)
 
 
 def _tuples(value: Any) -> Any:
@@ -227,10 +259,11 @@ def _of(data: dict[str, Any]) -> Plan:
     return Plan(
         **{name: data[name] for name in names},
         assignment=tuple(map(_part, data["assignment"])),
-        predicted=Step(**data["predicted"]),
-        measured=Step(**data["measured"]),
-        steps={name: Step(**step) for name, step in data["steps"].items()},
+        predicted=StepCost(**data["predicted"]),
+        measured=StepCost(**data["measured"]),
+        steps={name: StepCost(**step) for name, step in data["steps"].items()},
         stages=[Stage.of(stage) for stage in data["stages"]],
         frontier=[(int(need), float(seconds)) for need, seconds in data["frontier"]],
         shapes={name: _tuples(shapes) for name, shapes in data["shapes"].items()},
+        given=tuple(data["given"]),
     )

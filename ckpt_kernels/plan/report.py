@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..levels import NONE
 from ..memory_table import size, spanned
-from .costs import FIXED, Assignment, Choice, choices_in
+from .costs import FIXED, Assignment, StageAt, stages_of
 
 if TYPE_CHECKING:
     import pathlib
@@ -46,17 +47,17 @@ def rows_of(plan: "Plan") -> list[Row]:
 
 def _rows(plan: "Plan", parts: Assignment, around: str, runs: int) -> Iterator[Row]:
     for part in parts:
-        if isinstance(part, Choice):
+        if isinstance(part, StageAt):
             stage, cost = plan.stages[part.stage], plan.stages[part.stage].costs[part.level]
             fastest = min(other.seconds for other in stage.costs.values())
             kept = 0 if around else cost.kept
             added = cost.seconds - fastest
             # Once more for each run that the stage is in.
             added += runs * stage.checkpointed.forward if stage.checkpointed else 0.0
-            level = "as it is" if part.level in (FIXED, "none") else part.level
+            level = "as it is" if part.level in (FIXED, NONE) else part.level
             yield Row([stage.name], stage.kind, around + level, kept, cost.backward_peak, added)
         else:
-            layers = len(choices_in(part.inside))
+            layers = len(stages_of(part.inside))
             name = f"checkpoint of {layers}, " if layers > 1 else "checkpoint, "
             yield from _rows(plan, part.inside, around + name, runs + 1)
 

@@ -1,55 +1,25 @@
 """The fastest assignment of choices to a chain of stages for every amount of memory: a dynamic program over fronts.
 
-A `Front` holds all assignments of a piece of the chain that are worth having: none needs less memory and less time than
-another. The front of stages s..t follows from that of s+1..t by what is chosen for s:
-
-- a level c. The memory needed is the most of what s takes forward; what c keeps, and on top what the rest needs; what
-  c keeps, what the rest leaves, and on top what s takes backward.
-- a checkpoint over s..r. The memory needed is the most of what s..r take forward with nothing kept; the output of r,
-  and on top what r+1..t need; the output of r, what r+1..t leave, and on top what s..r need when they run again, which
-  is a front of its own.
-
-Both are maxima of sums, so that no assignment that is beaten within a piece is part of a best one of the whole: the
-fronts are exact as long as they are not thinned. Where one grows beyond `limit` labels, labels of nearly the same
-memory are left out, which are real assignments still; with `optimistic` they are rounded down in both, which bounds
-from below how fast any assignment can be.
+The front of stages s..t follows from the ways on from s (`ways`): each with the front of what is behind it, and, under
+a checkpoint, with that of the same stages when they run again. What a way needs is a maximum of sums that grow with
+each part, and times add, so that no assignment that is beaten within a piece is part of a best one of the whole: the
+fronts are exact as long as they are not thinned. Pieces that run again and whose stages are alike one by one have the
+same front, which is made once.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .costs import Assignment, Choice, Run, Stage
+from .costs import Assignment, Checkpoint, Stage, StageAt
+from .fronts import INFEASIBLE, Front, both, fastest_at, front_of
+from .ways import NOTHING, Chain
 
-# Runs under one checkpoint have any number of stages up to that, and some numbers beyond.
-ALL_LENGTHS = 16
-_INFEASIBLE = float("inf")
-
-
-class Front(NamedTuple):
-    """Memory in bytes, ascending, and the seconds of the fastest assignment that needs no more, descending."""
-
-    needs: Tensor
-    seconds: Tensor
-
-    def at(self, memory: int) -> float:
-        """The seconds of the fastest that fits."""
-        index = int(torch.searchsorted(self.needs, memory, right=True)) - 1
-        return float(self.seconds[index]) if index >= 0 else _INFEASIBLE
-
-
-_EMPTY = Front(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64))
-
-
-class _Span(NamedTuple):
-    """What a checkpoint over some stages costs apart from its inside."""
-
-    forward_peak: int
-    kept: int
-    seconds: float
+# Rows of the table of fronts: of no stages, and of what a level needs inside.
+_EMPTY, _NO_INSIDE = 0, 1
 
 
 class Solver:
@@ -62,168 +32,170 @@ class Solver:
     """
 
     def __init__(self, stages: Sequence[Stage], limit: int = 512, optimistic: bool = False) -> None:
-        self.stages = stages
         self.is_thinned = False
+        self._chain = Chain(stages)
         self._limit = limit
         self._optimistic = optimistic
-        self._left = [0, *itertools.accumulate(stage.left for stage in stages)]
-        self._nested: dict[int, Front] = {}
-        self._pieces: dict[tuple[int, int], int] = {}
-        self._numbers: dict[tuple[int, int, bool], int] = {}
-        self._whole: list[Front] = [_EMPTY] * (len(stages) + 1)
+        self._fronts = _Fronts()
+        self._fronts.add(Front(torch.tensor([NOTHING]), torch.zeros(1, dtype=torch.float64)))
+        self._fronts.add(Front(torch.tensor([0]), torch.zeros(1, dtype=torch.float64)))
+        self._pieces = _Pieces(stages)
+        self._ways: dict[int, _Ways] = {}
+        self._nested: dict[tuple[int, ...], int] = {}
+        # By first stage; what is behind the last is empty.
+        self._whole = [_EMPTY] * (len(stages) + 1)
         for first in reversed(range(len(stages))):
-            self._whole[first] = self._front(first, len(stages) - 1)
+            self._whole[first] = self._fronts.add(self._front(first, len(stages) - 1, nested=False))
 
     @property
     def front(self) -> Front:
         """That of the whole chain."""
-        return self._whole[0]
+        return self._fronts.row(self._whole[0])
 
     def best(self, memory: int) -> Assignment | None:
         """The fastest assignment that needs no more memory than that, of equally fast ones the one that needs least;
         None where none fits."""
-        index = int(torch.searchsorted(self.front.needs, memory, right=True)) - 1
+        front = self.front
+        index = int(torch.searchsorted(front.needs, memory, right=True)) - 1
         if index < 0:
             return None
-        return self._traced(0, len(self.stages) - 1, int(self.front.needs[index]), nested=False)
+        return self._traced(0, len(self._chain.stages) - 1, int(front.needs[index]), nested=False)
 
-    def _front(self, first: int, last: int, nested: bool = False) -> Front:
-        found = []
-        rest = self._tail(first + 1, last, nested)
-        done = self._closed(last, nested)
-        for cost in self.stages[first].costs.values():
-            backward = cost.kept + self._left_by(first + 1, last) + cost.backward_peak - done
-            needs = rest.needs + cost.kept if first < last else rest.needs
-            found.append(Front(needs.clamp_min(max(cost.forward_peak, backward)), rest.seconds + cost.seconds))
-        for end, span in self._spans(first, last, nested):
-            again = self._inside(first, end)
-            backwards = again.needs + span.kept + self._left_by(end + 1, last) - done
-            rest = self._tail(end + 1, last, nested)
-            forwards = (rest.needs + span.kept if end < last else rest.needs).clamp_min(span.forward_peak)
-            found.append(_both(Front(backwards, again.seconds + span.seconds), Front(forwards, rest.seconds)))
-        return self._thinned(_pareto(found))
+    def _front(self, first: int, last: int, nested: bool) -> Front:
+        ways = self._ways_within(first, last, nested)
+        rest, rest_seconds = self._fronts.rows(self._behind(ways.ends, last, nested))
+        again, again_seconds = self._fronts.rows(self._inside(ways, first))
+        forwards = (rest + ways.kept).maximum(ways.forward_peak)
+        backwards = again + (ways.base + self._chain.after(last, nested))
+        needs, seconds = both(forwards, rest_seconds, backwards, again_seconds)
+        seconds += ways.seconds
+        front, is_thinned = front_of(needs.flatten(), seconds.flatten(), self._limit, self._optimistic)
+        self.is_thinned |= is_thinned
+        return front
 
-    def _tail(self, first: int, last: int, nested: bool) -> Front:
+    def _ways_within(self, first: int, last: int, nested: bool) -> "_Ways":
+        """Those of a piece. Within a checkpoint another over all of what is left of it would gain nothing."""
+        if first not in self._ways:
+            self._ways[first] = _Ways.of(self._chain, first)
+        ways = self._ways[first]
+        count = bisect.bisect(ways.ends, last - nested, ways.levels)
+        return ways if count == len(ways.ends) else ways.until(count)
+
+    def _behind(self, ends: list[int], last: int, nested: bool) -> list[int]:
+        """The rows of the fronts of what comes after ways."""
+        return [self._again(end + 1, last) if nested else self._whole[end + 1] for end in ends]
+
+    def _inside(self, ways: "_Ways", first: int) -> list[int]:
+        """The rows of the fronts of what runs again."""
+        return [_NO_INSIDE] * ways.levels + [self._again(first, end) for end in ways.ends[ways.levels :]]
+
+    def _again(self, first: int, last: int) -> int:
+        """The row of the front of stages that run again under a checkpoint."""
         if first > last:
             return _EMPTY
-        return self._inside(first, last) if nested else self._whole[first]
-
-    def _inside(self, first: int, last: int) -> Front:
-        """The front of stages that run again under a checkpoint. Stages that are alike have the same one."""
-        piece = self._piece(first, last)
-        if piece not in self._nested:
-            self._nested[piece] = self._front(first, last, nested=True)
-        return self._nested[piece]
-
-    def _piece(self, first: int, last: int) -> int:
-        """A number that pieces of the chain have in common if their stages are alike one by one."""
-        known = self._pieces.get((first, last))
-        if known is None:
-            stage = self.stages[last]
-            key = (self._piece(first, last - 1) if first < last else -1, stage.alike, stage.follows)
-            known = self._pieces[first, last] = self._numbers.setdefault(key, len(self._numbers))
-        return known
-
-    def _closed(self, last: int, nested: bool) -> int:
-        """In a second forward pass the output of the last stage goes at once."""
-        return self.stages[last].output if nested else 0
-
-    def _left_by(self, first: int, last: int) -> int:
-        return self._left[last + 1] - self._left[first] if first <= last else 0
-
-    def _spans(self, first: int, last: int, nested: bool) -> Iterator[tuple[int, _Span]]:
-        """The checkpoints that may begin at a stage, by their last stage."""
-        forward_peak, kept, seconds, before = 0, 0, 0.0, 0
-        for end in range(first, last + 1):
-            stage = self.stages[end]
-            if stage.checkpointed is None or (end > first and not stage.follows):
-                return
-            forward_peak = max(forward_peak, kept + before + stage.checkpointed.forward_peak)
-            kept += stage.checkpointed.kept
-            seconds += stage.checkpointed.forward
-            before = stage.output
-            # Within a checkpoint another over all of it would gain nothing.
-            if _is_length(end - first + 1) and not (nested and end == last):
-                yield end, _Span(forward_peak, kept + stage.output, seconds - stage.checkpointed.saved)
-
-    def _thinned(self, front: Front) -> Front:
-        count = len(front.needs)
-        if count <= self._limit:
-            return front
-        self.is_thinned = True
-        low, high = int(front.needs[0]), int(front.needs[-1])
-        cell = (front.needs - low) * self._limit // max(high - low + 1, 1)
-        is_first = torch.ones(count, dtype=torch.bool)
-        is_first[1:] = cell[1:] != cell[:-1]
-        is_last = torch.ones(count, dtype=torch.bool)
-        is_last[:-1] = is_first[1:]
-        if self._optimistic:
-            return Front(front.needs[is_first], front.seconds[is_last])
-        # The leanest stays, whatever it is beside.
-        is_last[0] = True
-        return Front(front.needs[is_last], front.seconds[is_last])
+        if self._pieces.key(first, last) not in self._nested:
+            # The shortest first, so that what is behind a way is there.
+            for begin in reversed(range(first, last + 1)):
+                key = self._pieces.key(begin, last)
+                if key not in self._nested:
+                    self._nested[key] = self._fronts.add(self._front(begin, last, nested=True))
+        return self._nested[self._pieces.key(first, last)]
 
     def _traced(self, first: int, last: int, memory: int, nested: bool) -> Assignment:
-        """The assignment behind a label: at each stage the choice that leaves the least time for what it leaves."""
-        parts: list[Choice | Run] = []
+        """The assignment behind a label: at each stage the way that takes the least time."""
+        parts: list[StageAt | Checkpoint] = []
         while first <= last:
-            best: tuple[float, Choice | None, int, int] = (_INFEASIBLE, None, first, 0)
-            done = self._closed(last, nested)
-            rest = self._tail(first + 1, last, nested)
-            for level, cost in self.stages[first].costs.items():
-                backward = cost.kept + self._left_by(first + 1, last) + cost.backward_peak - done
-                if max(cost.forward_peak, backward) <= memory:
-                    seconds = cost.seconds + (rest.at(memory - cost.kept) if first < last else 0.0)
-                    if seconds < best[0]:
-                        best = seconds, Choice(first, level), first, memory - cost.kept
-            for end, span in self._spans(first, last, nested):
-                inside = memory - span.kept - self._left_by(end + 1, last) + done
-                if span.forward_peak <= memory:
-                    after = self._tail(end + 1, last, nested).at(memory - span.kept) if end < last else 0.0
-                    seconds = span.seconds + self._inside(first, end).at(inside) + after
-                    if seconds < best[0]:
-                        best = seconds, None, end, memory - span.kept
-            _, choice, end, left = best
-            if choice is None:
-                span = dict(self._spans(first, last, nested))[end]
-                inside = memory - span.kept - self._left_by(end + 1, last) + done
-                parts.append(Run(self._traced(first, end, inside, nested=True)))
+            ways = self._ways_within(first, last, nested)
+            for_rest = memory - ways.kept
+            for_inside = memory - ways.base - self._chain.after(last, nested)
+            seconds = ways.seconds + self._fronts.at(self._behind(ways.ends, last, nested), for_rest)
+            seconds += self._fronts.at(self._inside(ways, first), for_inside)
+            chosen = int(seconds.masked_fill_(ways.forward_peak > memory, INFEASIBLE).argmin())
+            way = self._chain.ways(first)[chosen]
+            if way.level is not None:
+                parts.append(StageAt(first, way.level))
             else:
-                parts.append(choice)
-            first, memory = end + 1, left
+                parts.append(Checkpoint(self._traced(first, way.end, int(for_inside[chosen]), nested=True)))
+            first, memory = way.end + 1, int(for_rest[chosen])
         return tuple(parts)
 
 
-def _both(one: Front, other: Front) -> Front:
-    """Of two pieces that each have to fit: for each amount of memory the seconds of both.
+class _Ways(NamedTuple):
+    """Ways on from a stage as columns of numbers; the first of them are `levels`."""
 
-    Each front is a step function, so their sum steps where either does.
-    """
-    needs = torch.cat((one.needs, other.needs))
-    steps = torch.cat([front.seconds.diff(prepend=torch.zeros(1, dtype=torch.float64)) for front in (one, other)])
-    order = needs.argsort(stable=True)
-    needs, seconds = needs[order], steps[order].cumsum(0)
-    fits = needs >= max(int(one.needs[0]), int(other.needs[0]))
-    # Of steps at the same place the last has all of them.
-    fits[:-1] &= needs[1:] > needs[:-1]
-    return Front(needs[fits], seconds[fits])
+    levels: int
+    ends: list[int]
+    forward_peak: Tensor
+    kept: Tensor
+    base: Tensor
+    seconds: Tensor
 
+    @staticmethod
+    def of(chain: Chain, first: int) -> "_Ways":
+        ways = chain.ways(first)
+        columns = torch.tensor([(way.forward_peak, way.kept, chain.base(way)) for way in ways])[:, :, None].unbind(1)
+        seconds = torch.tensor([[way.seconds] for way in ways], dtype=torch.float64)
+        return _Ways(len(chain.stages[first].costs), [way.end for way in ways], *columns, seconds)
 
-def _pareto(fronts: Sequence[Front]) -> Front:
-    """Of several, what is beaten by none."""
-    needs = torch.cat([front.needs for front in fronts])
-    seconds = torch.cat([front.seconds for front in fronts])
-    order = seconds.argsort(stable=True)
-    order = order[needs[order].argsort(stable=True)]
-    needs, seconds = needs[order], seconds[order]
-    is_better = torch.ones(len(seconds), dtype=torch.bool)
-    is_better[1:] = seconds[1:] < seconds.cummin(0).values[:-1]
-    return Front(needs[is_better], seconds[is_better])
+    def until(self, count: int) -> "_Ways":
+        """The first of them."""
+        return _Ways(self.levels, self.ends[:count], *(column[:count] for column in self[2:]))
 
 
-def _is_length(stages: int) -> bool:
-    """Every length up to `ALL_LENGTHS`, and beyond that two to a doubling: 24, 32, 48, 64, ..."""
-    half = ALL_LENGTHS // 2
-    while stages >= 4 * half:
-        half *= 2
-    return stages <= ALL_LENGTHS or stages % half == 0
+class _Fronts:
+    """A table of fronts, one a row. Rows that are shorter repeat their last label."""
+
+    def __init__(self) -> None:
+        self._needs = torch.zeros((64, 16), dtype=torch.int64)
+        self._seconds = torch.zeros((64, 16), dtype=torch.float64)
+        self._lengths: list[int] = []
+
+    def add(self, front: Front) -> int:
+        row, length = len(self._lengths), len(front.needs)
+        rows, columns = self._needs.shape
+        if row == rows or length > columns:
+            more = (0, max(length, columns) - columns, 0, rows if row == rows else 0)
+            self._needs, self._seconds = (torch.nn.functional.pad(t, more) for t in (self._needs, self._seconds))
+            self._needs[:row, columns:] = self._needs[:row, columns - 1 : columns]
+            self._seconds[:row, columns:] = self._seconds[:row, columns - 1 : columns]
+        for table, values in ((self._needs, front.needs), (self._seconds, front.seconds)):
+            table[row, :length] = values
+            table[row, length:] = values[-1]
+        self._lengths.append(length)
+        return row
+
+    def row(self, index: int) -> Front:
+        length = self._lengths[index]
+        return Front(self._needs[index, :length], self._seconds[index, :length])
+
+    def rows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Needs and seconds, as wide as the longest."""
+        width, chosen = max(self._lengths[index] for index in indices), torch.tensor(indices)
+        return self._needs[chosen, :width], self._seconds[chosen, :width]
+
+    def at(self, indices: list[int], memory: Tensor) -> Tensor:
+        """Of each the seconds of the fastest that fits an amount of memory; columns."""
+        needs, seconds = self.rows(indices)
+        return fastest_at(memory, needs, seconds)
+
+
+class _Pieces:
+    """Which pieces of a chain are alike stage by stage, by names of runs of 1, 2, 4, 8... stages."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        names: dict[tuple, int] = {}
+        level = [names.setdefault((stage.alike, stage.follows), len(names)) for stage in stages]
+        self._names = [level]
+        length = 1
+        while 2 * length <= len(stages):
+            names = {}
+            level = [names.setdefault(pair, len(names)) for pair in zip(level, level[length:], strict=False)]
+            self._names.append(level)
+            length *= 2
+
+    def key(self, first: int, last: int) -> tuple[int, int, int]:
+        """What is the same for pieces that are alike. Two runs that overlap tell all of a piece."""
+        length = last - first + 1
+        level = length.bit_length() - 1
+        names = self._names[level]
+        return length, names[first], names[last + 1 - (1 << level)]

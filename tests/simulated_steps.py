@@ -1,0 +1,62 @@
+"""A step of a chain walked through from its beginning to its end: the truth that recurrences are held against."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckpt_kernels.plan.costs import Assignment, Stage, StageAt
+
+
+def simulated(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, float]:
+    """The peak in bytes and the seconds of a step, walked through from its beginning to its end."""
+    clock = _Clock()
+    _forward(stages, assignment, clock)
+    _backward(stages, assignment, clock)
+    return clock.peak, clock.seconds
+
+
+@dataclass
+class _Clock:
+    level: int = 0
+    peak: int = 0
+    seconds: float = 0.0
+
+    def reach(self, beyond: int) -> None:
+        self.peak = max(self.peak, self.level + beyond)
+
+
+def _forward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> None:
+    for part in assignment:
+        if isinstance(part, StageAt):
+            cost = stages[part.stage].costs[part.level]
+            clock.reach(cost.forward_peak)
+            clock.level += cost.kept
+            clock.seconds += cost.forward
+            continue
+        for index in range(part.first, part.last + 1):
+            first = stages[index].checkpointed
+            if first is None:
+                raise ValueError(f"stage {stages[index].name!r} is in a run; expected one that may run twice")
+            # The output of the stage before stands until this one has its own.
+            before = stages[index - 1].output if index > part.first else 0
+            clock.reach(before + first.forward_peak)
+            clock.level += first.kept
+            clock.seconds += first.forward
+        clock.level += stages[part.last].output
+
+
+def _backward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> None:
+    for part in reversed(assignment):
+        if isinstance(part, StageAt):
+            stage, cost = stages[part.stage], stages[part.stage].costs[part.level]
+            clock.reach(cost.backward_peak)
+            clock.level += stage.left - cost.kept
+            clock.seconds += cost.backward
+            continue
+        last = stages[part.last]
+        _forward(stages, part.inside, clock)
+        # Nobody asks for the last output of the second pass.
+        clock.level -= last.output
+        clock.seconds -= last.checkpointed.saved if last.checkpointed else 0.0
+        _backward(stages, part.inside, clock)
+        # So far as if the run had kept nothing: what its first pass left goes now.
+        clock.level -= sum(c.kept for s in stages[part.first : part.last + 1] if (c := s.checkpointed))
