@@ -133,13 +133,14 @@ class _Ways(NamedTuple):
     @staticmethod
     def of(chain: Chain, first: int) -> "_Ways":
         ways = chain.ways(first)
-        columns = torch.tensor([(way.forward_peak, way.kept, chain.base(way)) for way in ways])[:, :, None].unbind(1)
+        peaks, kept, base = torch.tensor([(w.forward_peak, w.kept, chain.base(w)) for w in ways])[:, :, None].unbind(1)
         seconds = torch.tensor([[way.seconds] for way in ways], dtype=torch.float64)
-        return _Ways(len(chain.stages[first].costs), [way.end for way in ways], *columns, seconds)
+        return _Ways(len(chain.stages[first].costs), [way.end for way in ways], peaks, kept, base, seconds)
 
     def until(self, count: int) -> "_Ways":
         """The first of them."""
-        return _Ways(self.levels, self.ends[:count], *(column[:count] for column in self[2:]))
+        columns = (column[:count] for column in (self.forward_peak, self.kept, self.base, self.seconds))
+        return _Ways(self.levels, self.ends[:count], *columns)
 
 
 class _Fronts:
