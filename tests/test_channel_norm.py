@@ -160,41 +160,48 @@ def test_very_large_groups_and_many_channels(backend: str) -> None:
             )
 
 
-def _one_process(rank: int, port: int, sizes: tuple, results: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(sizes))
-    torch.manual_seed(0)
-    whole, residual, g = (torch.randn(sum(sizes), 4, 3, 5) for _ in range(3))
-    norm = nn.SyncBatchNorm(4, activation="relu")
-    torch.nn.init.normal_(norm.weight)
-    parts = [t.split(list(sizes))[rank].clone().requires_grad_() for t in (whole, residual)]
-    y = norm(*parts)
-    y.backward(g.split(list(sizes))[rank])
-    for t in (norm.weight.grad, norm.bias.grad):
-        dist.all_reduce(t)
-    torch.save((y.detach(), *(t.grad for t in parts), norm.weight.grad, norm.state_dict()), f"{results}/{rank}.pt")
+# How many samples each of two processes has.
+SHARES = ((3, 3), (5, 1))
+
+
+def _one_process(rank: int, port: int, results: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = []
+    for sizes in SHARES:
+        torch.manual_seed(0)
+        whole, residual, g = (torch.randn(sum(sizes), 4, 3, 5) for _ in range(3))
+        norm = nn.SyncBatchNorm(4, activation="relu")
+        torch.nn.init.normal_(norm.weight)
+        parts = [t.split(list(sizes))[rank].clone().requires_grad_() for t in (whole, residual)]
+        y = norm(*parts)
+        y.backward(g.split(list(sizes))[rank])
+        for t in (norm.weight.grad, norm.bias.grad):
+            dist.all_reduce(t)
+        found.append((y.detach(), *(t.grad for t in parts), norm.weight.grad, norm.state_dict()))
+    torch.save(found, f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("sizes", [(3, 3), (5, 1)], ids=str)
-def test_sync_batch_norm_is_one_process_with_the_whole_batch(sizes: tuple, tmp_path) -> None:
+def test_sync_batch_norm_is_one_process_with_the_whole_batch(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_one_process, (port, sizes, str(tmp_path)), nprocs=len(sizes))
-    torch.manual_seed(0)
-    whole, residual, g = (torch.randn(sum(sizes), 4, 3, 5) for _ in range(3))
-    leaves = whole.requires_grad_(), residual.requires_grad_()
-    norm = torch.nn.BatchNorm2d(4)
-    torch.nn.init.normal_(norm.weight)
-    y = torch.relu(norm(leaves[0]) + leaves[1])
-    y.backward(g)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes))]
-    for index, expected in enumerate((y.detach(), leaves[0].grad, leaves[1].grad)):
-        torch.testing.assert_close(torch.cat([part[index] for part in found]), expected, rtol=1e-4, atol=1e-5)
-    for _, _, _, grad_weight, state in found:
-        torch.testing.assert_close(grad_weight, norm.weight.grad, rtol=1e-4, atol=1e-4)
-        for name, value in norm.state_dict().items():
-            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5)
+    mp.spawn(_one_process, (port, str(tmp_path)), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for sizes, *found in zip(SHARES, *results, strict=True):
+        torch.manual_seed(0)
+        whole, residual, g = (torch.randn(sum(sizes), 4, 3, 5) for _ in range(3))
+        leaves = whole.requires_grad_(), residual.requires_grad_()
+        norm = torch.nn.BatchNorm2d(4)
+        torch.nn.init.normal_(norm.weight)
+        y = torch.relu(norm(leaves[0]) + leaves[1])
+        y.backward(g)
+        for index, expected in enumerate((y.detach(), leaves[0].grad, leaves[1].grad)):
+            torch.testing.assert_close(torch.cat([part[index] for part in found]), expected, rtol=1e-4, atol=1e-5)
+        for _, _, _, grad_weight, state in found:
+            torch.testing.assert_close(grad_weight, norm.weight.grad, rtol=1e-4, atol=1e-4)
+            for name, value in norm.state_dict().items():
+                torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_sync_batch_norm_by_itself_is_a_batch_norm() -> None:

@@ -114,8 +114,10 @@ def has_dtypes(backend: str, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("block", ACTIVATION_BLOCKS, ids=lambda block: block.name)
 def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tuple) -> None:
     backend, dtype = served
+    # Errors as such are measured above, of every block: here another activation is in its place.
+    roundings = 10 if interprets(backend) and not block.numbers else ROUNDINGS
     check_against_eager(
-        block, lambda seed: block.operands((2, 5), 40, dtype, DEVICE, seed), backend, draws_for(backend)
+        block, lambda seed: block.operands((2, 5), 40, dtype, DEVICE, seed), backend, draws_for(backend), roundings
     )
 
 
@@ -123,20 +125,15 @@ def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tupl
 SIZES = (((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((7, 1), 16), ((1, 70), 16), ((1, 3), 20011))
 
 
-def _but_for_the_activation(block: Block) -> tuple:
-    options = {name: value for name, value in block.options.items() if name != "activation"}
-    return block.function, block.rows, block.coefficients, block.kept, tuple(options.items())
-
-
-# Of blocks that differ in the activation alone.
-LAST_OF_EACH = {_but_for_the_activation(block): block for block in BLOCKS}.values()
+# One block of each function: a kernel takes one element as any other partly filled vector, whatever it computes.
+ONE_OF_EACH = {block.function: block for block in BLOCKS}.values()
 
 
 def has_sizes(block: Block, lead: tuple, columns: int, backend: str) -> bool:
     """One value per channel is an error in training, and a slice is enough where kernels are interpreted."""
     if block.channels and lead[0] * columns == 1:
         return False
-    if interprets(backend) and columns == 1 and block not in LAST_OF_EACH:
+    if interprets(backend) and columns == 1 and block not in ONE_OF_EACH:
         return False
     if not is_quick(block, backend, lead[0] * lead[1] * columns):
         return False

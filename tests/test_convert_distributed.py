@@ -65,43 +65,49 @@ def train(model: nn.Module, tokens: Tensor) -> list[float]:
     return losses
 
 
-def _process(rank: int, port: int, name: str, wrap: Callable, recompute: str, results: str) -> None:
+CASES: tuple[tuple[str, Callable[[nn.Module], nn.Module], str], ...] = (
+    ("llama", replicated, "all"),
+    ("llama", sharded, "all"),
+    ("llama", sharded_finely, "output"),
+    ("llama", sharded_and_checkpointed, "all"),
+    # Where a layer reads what a norm of the layer before gives.
+    ("bert", sharded, "output"),
+)
+
+
+def _process(rank: int, port: int, results: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    model, tokens = model_and_tokens(name, recompute)
-    wrapped = wrap(model)
-    losses = train(wrapped, tokens.chunk(2)[rank])
-    named: dict[str, Any] = {name.removeprefix("module."): p for name, p in wrapped.named_parameters()}
-    weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in named.items()}
-    torch.save((losses, weights), f"{results}/{rank}.pt")
+    found = []
+    for name, wrap, recompute in CASES:
+        model, tokens = model_and_tokens(name, recompute)
+        wrapped = wrap(model)
+        losses = train(wrapped, tokens.chunk(2)[rank])
+        named: dict[str, Any] = {name.removeprefix("module."): p for name, p in wrapped.named_parameters()}
+        weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for name, p in named.items()}
+        found.append((losses, weights))
+    torch.save(found, f"{results}/{rank}.pt")
     dist.barrier()
     # Not by way of the interpreter's end: DDP's and gloo's destructors may wait for each other there, over the GIL.
     os._exit(0)
 
 
-@pytest.mark.parametrize(
-    ("name", "wrap", "recompute"),
-    (
-        ("llama", replicated, "all"),
-        ("llama", sharded, "all"),
-        ("llama", sharded_finely, "output"),
-        ("llama", sharded_and_checkpointed, "all"),
-        # Where a layer reads what a norm of the layer before gives.
-        ("bert", sharded, "output"),
-    ),
-)
-def test_two_processes_train_as_one(name: str, wrap: Callable, recompute: str, tmp_path: Any) -> None:
+def test_two_processes_train_as_one(tmp_path: Any) -> None:
+    """The processes are started once, for all cases: to start them takes longer than a case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (port, name, wrap, recompute, str(tmp_path)), nprocs=2)
-    model, tokens = model_and_tokens(name, None)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    expected = torch.tensor(train(model, tokens))
-    (first, weights), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    torch.testing.assert_close((torch.tensor(first) + torch.tensor(second)) / 2, expected, rtol=1e-5, atol=0)
-    moved = {name: (p.detach() - before[name]).norm().item() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        assert torch.equal(others[name], weights[name])
-        # Some gradients are 0 but for rounding.
-        assert (weights[name] - p).norm() <= 1e-4 * moved[name] + 1e-7 * max(moved.values()), name
+    mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for case, (first, weights), (second, others) in zip(CASES, *results, strict=True):
+        model, tokens = model_and_tokens(case[0], None)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        expected = torch.tensor(train(model, tokens))
+        mean = (torch.tensor(first) + torch.tensor(second)) / 2
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=0, msg=lambda text, case=case: f"{case}: {text}")
+        moved = {name: (p.detach() - before[name]).norm().item() for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            assert torch.equal(others[name], weights[name]), (case, name)
+            # Some gradients are 0 but for rounding.
+            allowed = 1e-4 * moved[name] + 1e-7 * max(moved.values())
+            assert (weights[name] - p).norm() <= allowed, (case, name)

@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -260,6 +268,23 @@ def check_modules_of_linears(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def check_modules_of_linears_with_dtensors(mesh: DeviceMesh) -> None:
+    """Inputs that are DTensors, placed in every way: beside parameters that all processes have, and split ones."""
+    split = {"norm": SequenceParallel(), "linear": ColwiseParallel(use_local_output=False)}
+    x = input_of_all()
+    for recompute in LEVELS:
+        for parallel in (distribute_module, functools.partial(parallelize_module, parallelize_plan=split)):
+            torch.manual_seed(0)
+            module = ours.NormLinear(WIDTH, HIDDEN, recompute=recompute).double()
+            expected = [module(x), *torch.autograd.grad(module(x).square().sum(), [*module.parameters()])]
+            parallel(module, mesh)
+            for placement in placements_of(x):
+                output = module(placed(x, mesh, placement)).full_tensor()
+                found = [output, *torch.autograd.grad(output.square().sum(), [*module.parameters()])]
+                for one, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(whole(one), other.detach(), rtol=1e-11, atol=1e-11)
+
+
 def check_placements(mesh: DeviceMesh) -> None:
     """Results and gradients lie as those of torch's own norms do."""
     for norm, theirs in ((ours.LayerNorm, nn.LayerNorm), (ours.RMSNorm, nn.RMSNorm)):
@@ -360,6 +385,7 @@ def check_errors(mesh: DeviceMesh) -> None:
 def checks(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
     simple = (
         check_modules_of_linears,
+        check_modules_of_linears_with_dtensors,
         check_placements,
         check_dropout,
         check_running_statistics,
