@@ -69,8 +69,8 @@ def is_left_to_modules(kind: type[nn.Module], *names: str) -> bool:
     """Whether a class has nothing under these names itself, nor a way of its own to load them. For each call."""
     if kind.__getattribute__ is not _GETATTRIBUTE or kind.__getattr__ is not _GETATTR:
         return False
-    # To be told by hasattr that there is none costs several times as much.
-    for each in kind.__mro__:
+    # To be told by hasattr that there is none costs several times as much. (Python's object, the last, has none.)
+    for each in kind.__mro__[:-1]:
         held = each.__dict__
         for name in names:
             if name in held:

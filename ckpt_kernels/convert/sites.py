@@ -39,9 +39,9 @@ def packed_mlp(
 ) -> Results | None:
     if not chains(input, packed, last, 2) or dim not in (-1, input.dim() - 1):
         return None
-    options: dict[str, Any] = {"activation": activation, "layout": layout, "dropout_p": p}
-    biases, level = {"gate_bias": packed[1], "bias": last[1]}, level_for(recompute, packed)
-    return [F.gated_mlp(input, packed[0], None, last[0], **biases, **options, recompute=level)]
+    biases: dict[str, Any] = {"gate_bias": packed[1], "bias": last[1]}
+    options: dict[str, Any] = {"activation": activation, "layout": layout, "recompute": level_for(recompute, packed)}
+    return [F.gated_mlp(input, packed[0], None, last[0], **biases, **options, dropout_p=p)]
 
 
 @pattern("MLP", "last(may_drop(act(first(input))))")
