@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import backends
 from ..memory import kept_bytes
+from ..models import check_model
 from .around import Around, as_layer, discarding, discarding_products, looking_over, selecting
 from .called import uses_transforms
 from .chain import chain_of
@@ -87,10 +87,7 @@ def convert(
         >>> after < before
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
+    check_model(model, "convert")
     levels = Levels(model, recompute)
     choices = choice_of(model, include, "include"), choice_of(model, exclude, "exclude")
     before = None if inputs is None else kept_bytes(model, inputs, revert)

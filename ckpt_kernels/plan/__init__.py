@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models import check_model
 from .bench import Bench
 from .budget import Budget, DoesNotFit, bytes_of
 from .marks import NotAChain
@@ -81,10 +82,7 @@ def plan(
     Source:
         The recurrence for chains: Beaumont et al., "Optimal checkpointing for heterogeneous chains", 2019.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TypeError("model is compiled already; expected one that is not: plan first, then torch.compile")
+    check_model(model, "plan")
     if loss is not None and not callable(loss):
         raise TypeError(f"loss is {type(loss).__name__}; expected a function of what the model returns, or None")
     if progress is not None and not callable(progress):
