@@ -212,11 +212,12 @@ def dropout_of(seed: torch.Tensor | None, p: float) -> Dropout:
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it is called with."""
+    """A kernel with all that it is called with, and how many programs of it there are."""
 
     kernel: triton.JITFunction
     tile: Tile
     arguments: tuple
+    programs: int
 
 
 # Launches that there were with tensors of torch's meta device: these are not run, but can be compiled.
@@ -227,7 +228,7 @@ def launch(kernel: triton.JITFunction, programs: int, tile: Tile, device: torch.
     """Runs a kernel, whose last two parameters are the tile's."""
     arguments = (*arguments, tile.rows, tile.block)
     if device.type == "meta":
-        recorded.append(Launch(kernel, tile, arguments))
+        recorded.append(Launch(kernel, tile, arguments, programs))
         return
     # Triton launches on torch's current device, which need not be the tensors'.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
