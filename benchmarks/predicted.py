@@ -10,7 +10,7 @@ import argparse
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +94,8 @@ def predicted(used: list[Usage], floor: int, machine: Machine) -> tuple[float, s
     return floor / sum(time for time, _ in times), max(times)[1]
 
 
-def lines(results: dict[str, Any]) -> Iterator[Line]:
-    """One for each pass of our Triton kernels in a file of results of a known machine."""
+def lines(results: dict[str, Any], only: Collection[int] = ()) -> Iterator[Line]:
+    """One for each pass of our Triton kernels in a file of a known machine's results, of rows of these lengths only."""
     device = results["machine"]["device"]
     machine = next((name for name in MACHINES if name in device), None)
     if machine is None:
@@ -104,7 +104,7 @@ def lines(results: dict[str, Any]) -> Iterator[Line]:
         if one["provider"] != OURS or one["dtype"] != "bfloat16" or one["case"] not in BY_NAME:
             continue
         columns, block = int(one["shape"].split("x")[-1]), BY_NAME[one["case"]]
-        if columns < 128 or "x" not in one["shape"]:
+        if columns < 128 or (only and columns not in only):
             continue
         for direction, used in kernels(one["case"], columns, ARCH[machine]).items():
             traffic = sum(block.forward if direction == "forward" else block.backward)
@@ -135,9 +135,10 @@ def table(found: list[Line]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=pathlib.Path, help="results.json of a run on a GPU")
+    parser.add_argument("--columns", type=int, nargs="+", default=[], metavar="N", help="rows of these lengths only")
     parser.add_argument("--out", type=pathlib.Path, help="write the table there, too")
     options = parser.parse_args()
-    found = [line for file in options.results for line in lines(json.loads(file.read_text()))]
+    found = [line for file in options.results for line in lines(json.loads(file.read_text()), options.columns)]
     print(table(found))
     if options.out:
         options.out.write_text(table(found) + "\n")
