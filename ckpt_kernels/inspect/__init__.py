@@ -7,8 +7,8 @@ be in its interpreter (TRITON_INTERPRET) in the process that compiles.
 
 from .binary import Library, cuda_library
 from .kernels import ARCHITECTURES, COLUMNS, Usage, triton_kernels
-from .report import below_target, report, to_json, worst
 from .roofline import MACHINES, Estimate, Machine, Work, estimate
+from .tables import below_target, report, to_json, worst
 
 __all__ = [
     "ARCHITECTURES",

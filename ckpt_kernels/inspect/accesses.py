@@ -9,7 +9,6 @@ turns it into instructions of a thread, and before it moves those of a loop's ne
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -22,12 +21,16 @@ _NUMBER = re.compile(r"\d+")
 
 
 class Access(NamedTuple):
-    """One read or write of `elements` of `size` bytes, of the operand of that number among those that are pointers."""
+    """One read or write of `elements` of `size` bytes, of the operand of that number among those that are pointers.
+
+    `loop` is the number of the innermost loop that it is in, from 1 on in order, or 0 outside of all.
+    """
 
     operand: int
     elements: int
     size: int
     store: bool
+    loop: int = 0
 
 
 def parse(code: str) -> list[Access]:
@@ -40,8 +43,14 @@ def parse(code: str) -> list[Access]:
         A list of `Access`; of addresses that come from no operand there is none.
     """
     operand: dict[str, int] = {}
+    # The indentation and the number of each loop that is open.
+    open_loops: list[tuple[int, int]] = []
+    loops = 0
     found = []
     for line in code.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if open_loops and indent <= open_loops[-1][0]:
+            open_loops.pop()
         if "tt.func" in line:
             operand = {name: number for number, (name, _) in enumerate(_ARGUMENT.findall(line))}
         elif access := _ACCESS.search(line):
@@ -49,9 +58,12 @@ def parse(code: str) -> list[Access]:
             if access[2] in operand and types:
                 shape, inner, scalar = types[0].groups()
                 elements = math.prod(map(int, _NUMBER.findall(shape or "")))
+                loop = open_loops[-1][1] if open_loops else 0
                 bits = int(_NUMBER.findall(inner or scalar)[-1])
-                found.append(Access(operand[access[2]], elements, bits // 8, access[1] == "store"))
+                found.append(Access(operand[access[2]], elements, bits // 8, access[1] == "store", loop))
         elif "scf.for" in line or "scf.while" in line:
+            loops += 1
+            open_loops.append((indent, loops))
             operand |= {inner: operand[outer] for inner, outer in _CARRIED.findall(line) if outer in operand}
         elif (defined := _DEFINED.match(line)) and defined[2] in operand and "!tt.ptr" in line:
             operand[defined[1]] = operand[defined[2]]
@@ -67,11 +79,20 @@ def bytes_once(accesses: Iterable[Access]) -> int:
     return sum(widest.values())
 
 
-def bytes_in_all(accesses: Iterable[Access]) -> int:
-    """The same, each operand as often as it is read or written."""
-    return sum(one.elements * one.size for one in accesses)
+def passes(accesses: Iterable[Access]) -> dict[int, int]:
+    """How often each operand that is read is read as a whole: once in each loop that reads it, or once where none does.
+
+    What a step of a loop reads a second time is in the first-level cache, and what is read before a loop is a part.
+    """
+    loops: dict[int, set[int]] = {}
+    for one in accesses:
+        if not one.store:
+            loops.setdefault(one.operand, set()).add(one.loop)
+    return {operand: max(len(found - {0}), 1) for operand, found in loops.items()}
 
 
-def passes(accesses: Iterable[Access]) -> int:
-    """How often the operand is read that is read most often; 0 if none is."""
-    return max(Counter(one.operand for one in accesses if not one.store).values(), default=0)
+def bytes_again(accesses: Iterable[Access]) -> int:
+    """Bytes that are read in a second pass and in later ones."""
+    given = [one for one in accesses if not one.store]
+    times = passes(given)
+    return sum((times[number] - 1) * bytes_once(a for a in given if a.operand == number) for number in times)

@@ -1,7 +1,9 @@
 """Every kernel that the launch tables can choose, compiled for an architecture, and what it uses."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -182,7 +184,22 @@ def compile_variant(variant: "Variant", target: Any) -> Any:
         signature[parameter.name] = _specialized(given, (index,), constants, attributes)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {name: value for name, value in tile.options.items() if name != "maxnreg" or target.backend == "cuda"}
-    return triton.compile(source, target=target, options=options)
+    with _as_if_there(target):
+        return triton.compile(source, target=target, options=options)
+
+
+@contextlib.contextmanager
+def _as_if_there(target: Any) -> Iterator[None]:
+    """While kernels ask which GPU they are compiled for, as those do that have instructions of NVIDIA's in them."""
+    from triton.runtime import driver
+
+    # Put back by hand: to reset it is an error where there is no GPU.
+    before = driver._active
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    try:
+        yield
+    finally:
+        driver._active = before
 
 
 def _specialized(

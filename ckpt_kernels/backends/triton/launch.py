@@ -200,7 +200,7 @@ def matrix_of(tensor: torch.Tensor | None) -> Matrix:
 
 
 class Dropout(NamedTuple):
-    """Philox bits from the threshold up are kept, and multiplied by the scale."""
+    """Philox bits from the threshold up are kept, and multiplied by the scale, which is 0 where nothing is kept."""
 
     seed: torch.Tensor | None
     threshold: int
@@ -208,7 +208,7 @@ class Dropout(NamedTuple):
 
 
 def dropout_of(seed: torch.Tensor | None, p: float) -> Dropout:
-    return Dropout(seed, int(p * 4294967296.0), 1 / (1 - p) if p < 1 else 0.0)
+    return Dropout(seed, min(int(p * 4294967296.0), 4294967295), 1 / (1 - p) if p < 1 else 0.0)
 
 
 class Launch(NamedTuple):
