@@ -75,14 +75,16 @@ def dropout_factor(dropout, row, start, ROWS: tl.constexpr, BLOCK: tl.constexpr)
     high = tl.zeros((1, BLOCK // 4), tl.uint32) + (row >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(tl.load(dropout.seed), quad.to(tl.uint32), low, high, high * 0)
     bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, BLOCK))
-    # An argument of 1 is a constant of the compiler's; added to zero it is a number as any other.
-    threshold = (dropout.threshold + tl.zeros((1, 1), tl.int64)).to(tl.uint32)
+    threshold = tl.full((), dropout.threshold, tl.int64).to(tl.uint32)
     return tl.where(bits >= threshold, dropout.scale, 0.0)
 
 
 @triton.jit
 def widened(x):
-    """In float32. Two numbers of bfloat16 that share a register are taken apart by one instruction each, not three."""
+    """In float32. Two numbers of bfloat16 that share a register are taken apart by one instruction each, not three.
+
+    For large operands only: coefficients are widened when they are needed, for which the compiler finds a better place.
+    """
     if (x.dtype == tl.bfloat16) and is_cuda():
         y = tl.inline_asm_elementwise(
             "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
@@ -95,13 +97,13 @@ def widened(x):
 @triton.jit
 def load_at(pointers, mask):
     """What lies there, in float32; zero where the mask is off."""
-    return widened(tl.load(pointers, mask=mask, other=0.0))
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_rows(X, stride, row, column, mask):
     """A tile of X in float32; zero where the mask is off."""
-    return load_at(X + row * stride + column, mask)
+    return widened(tl.load(X + row * stride + column, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -109,7 +111,7 @@ def load(rows, row, column, mask):
     """The same of `launch.Rows`."""
     stride, middle, middle_stride, inner, inner_stride = rows.strides
     start = row // inner // middle * stride + row // inner % middle * middle_stride + row % inner * inner_stride
-    return load_at(rows.data + start + column, mask)
+    return widened(tl.load(rows.data + start + column, mask=mask, other=0.0))
 
 
 @triton.jit
