@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measured(*options.one, options.steps)))
+        name, setting = options.one
+        print(json.dumps(measured(name, setting, options.steps)))
         return
     print("| model | freed memory | ms a step | page faults a step | peak of the process, MiB |")
     print("| --- | --- | --- | --- | --- |")
