@@ -15,7 +15,7 @@ from . import check, doctor, inspect, memory
 from .arguments import file, natural, picture, positive
 from .convert import convert, is_converted, revert
 from .copies import copy_of
-from .inspect import ARCHITECTURES, COLUMNS
+from .inspect import ARCHITECTURES, COLUMNS, roofline
 from .levels import OF_MODELS
 from .plan import DoesNotFit, plan
 from .plan.budget import Budget, bytes_of
@@ -82,7 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kernels.add_argument(
         "--columns", type=positive, nargs="+", default=list(COLUMNS), metavar="N", help="lengths of rows"
     )
-    kernels.add_argument("--json", type=file, metavar="FILE", help="write the figures there as data")
+    kernels.add_argument(
+        "--worst",
+        type=positive,
+        metavar="N",
+        help="instead, the N kernels that are estimated to reach least of a copy's bandwidth, by their machine code; "
+        "exit status 1 if one in bfloat16 is below target",
+    )
+    kernels.add_argument(
+        "--json", type=file, metavar="FILE", help="write the figures there as data, with --worst also the estimates"
+    )
     options = parser.parse_args(arguments)
     # torch's profiler, which finds the peak, prints of each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -186,17 +195,23 @@ def _inspect(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET"):
         print("inspect needs Triton, and TRITON_INTERPRET not set: its compiler runs here", file=sys.stderr)
         return 2
+    if options.worst and not any(arch == options.arch for arch in roofline.ARCH.values()):
+        print(f"--worst knows no machine for {options.arch}; expected sm_90 or sm_100", file=sys.stderr)
+        return 2
     usages = []
-    for usage in inspect.triton_kernels(options.arch, options.columns):
+    for usage in inspect.triton_kernels(options.arch, options.columns, work=bool(options.worst)):
         usages.append(usage)
         if sys.stderr.isatty():
             print(f"\r{len(usages)} kernels, {usage.columns} columns", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     libraries = inspect.cuda_library()
-    print(inspect.report(usages, libraries, options.arch))
     if options.json:
-        pathlib.Path(options.json).write_text(inspect.to_json(usages, libraries))
+        pathlib.Path(options.json).write_text(inspect.to_json(usages, libraries, options.arch))
+    if options.worst:
+        print(inspect.worst(usages, options.arch, options.worst))
+        return 1 if inspect.below_target(usages, options.arch) else 0
+    print(inspect.report(usages, libraries, options.arch))
     return 0 if all(usage.sound for usage in usages) else 1
 
 

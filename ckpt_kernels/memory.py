@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import memory_table
 from .copies import copied, copy_of
+from .freed_memory import keep_freed_memory as keep_freed_memory
 from .recompute import discard_outputs
 from .target import arguments_of, tensors_in
 

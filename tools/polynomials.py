@@ -312,12 +312,16 @@ LOG2_NORMAL_TAIL = Polynomial(
     {0: -1.0},
     tritons,
 )
+# The same for results of 16 bits, relative to the tail everywhere.
+ROUGH_LOG2_NORMAL_TAIL = replace(LOG2_NORMAL_TAIL, name="rough_normal_cdf", weight=torch.ones_like, degree=7)
 # The far tail, of probabilities below 1e-9, is less accurate than the rest.
 POLYNOMIALS["normal tail up to 6"] = replace(POLYNOMIALS["normal tail"], arguments=(0.0, 6.0))
 
+_TRITONS = {"Triton's normal tail": LOG2_NORMAL_TAIL, "Triton's rough normal tail": ROUGH_LOG2_NORMAL_TAIL}
+
 
 def main() -> None:
-    for function, p in (POLYNOMIALS | {"Triton's normal tail": LOG2_NORMAL_TAIL}).items():
+    for function, p in (POLYNOMIALS | _TRITONS).items():
         found, used = remez(p), p.in_use()
         print(f"{function}: {p.name}, degree {p.degree}, over [{p.low:.4g}, {p.high:.4g}]")
         for power, (ours, theirs) in enumerate(zip(rounded(found), used, strict=True)):

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, differentiate
+from .activations import activate, as_stored, differentiate
 from .glu import shape_of, tile_of
 from .launch import column_sum_tile, dropout_of, element_tile, launch, matrix_of, processors
 from .row_norm_tiles import dropout_factor, load_coefficient, load_rows, store_rows
+from .sums import add_up
 
 
 @triton.jit
@@ -68,6 +69,7 @@ def bias_act_forward(
     shape = shape_of(input, tile)
     operands = (matrix_of(input), bias, dropout_of(seed, dropout_p), matrix_of(output), shape)
     programs = triton.cdiv(shape.rows, tile.rows) * shape.column_tiles
+    activation = as_stored(activation, input, bias)
     launch(bias_act_forward_kernel, programs, tile, input.device, *operands, activation)
 
 
@@ -95,7 +97,7 @@ def bias_act_backward(
         sums = torch.empty((runs, shape.columns), dtype=torch.float32, device=device)
     operands = (matrix_of(grad_output), matrix_of(input), bias, dropout_of(seed, dropout_p))
     results = (matrix_of(grad_input), matrix_of(output), sums)
-    programs = runs * shape.column_tiles
+    programs, activation = runs * shape.column_tiles, as_stored(activation, input, bias)
     launch(bias_act_backward_kernel, programs, tile, device, *operands, *results, shape, program_rows, activation)
-    if grad_bias is not None:
-        torch.sum(sums, 0, out=grad_bias)
+    if sums is not None:
+        add_up((sums[None], None), (grad_bias, None))

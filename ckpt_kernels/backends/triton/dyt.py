@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import tanh, tanh_grad
+from .activations import activate, as_stored, differentiate
 from .glu import shape_of, tile_of
 from .launch import element_tile, launch, matrix_of, processors, sums_tile
 from .row_norm_tiles import load_coefficient, load_rows, store_rows
@@ -29,18 +29,20 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def dyt_forward_kernel(x, ALPHA, W, B, y, shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def dyt_forward_kernel(
+    x, ALPHA, W, B, y, shape, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row, _, column, mask = tile_of(shape, ROWS, BLOCK)
     alpha = tl.load(ALPHA).to(tl.float32)
     w = load_coefficient(W, 0, 0, column, column < shape.columns, 1.0)
     b = load_coefficient(B, 0, 0, column, column < shape.columns, 0.0)
-    t = tanh(alpha * load_rows(x.data, x.stride, row, column, mask))
+    t = activate(alpha * load_rows(x.data, x.stride, row, column, mask), ACTIVATION)
     store_rows(y.data, y.stride, row, column, mask, t * w + b)
 
 
 @triton.jit
 def dyt_backward_kernel(
-    dy, x, ALPHA, W, dx, sums, shape, program_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    dy, x, ALPHA, W, dx, sums, shape, program_rows, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     columns = shape.columns
     share = (tl.program_id(0) // shape.column_tiles).to(tl.int64)
@@ -56,9 +58,9 @@ def dyt_backward_kernel(
         mask = (row < end) & (column < columns)
         g = load_rows(dy.data, dy.stride, row, column, mask)
         u = load_rows(x.data, x.stride, row, column, mask)
-        t = tanh(alpha * u)
+        t = activate(alpha * u, ACTIVATION)
         # More exact than 1 - t * t, which has the rounding of t.
-        s = g * w * tanh_grad(alpha * u)
+        s = g * w * differentiate(alpha * u, ACTIVATION)
         if dx.data is not None:
             store_rows(dx.data, dx.stride, row, column, mask, alpha * s)
         # Where the mask is off g and x are 0, and so is all that is summed.
@@ -79,7 +81,9 @@ def dyt_forward(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tenso
     tile = element_tile(input.shape[1])
     shape = shape_of(input, tile)
     operands = (matrix_of(input), alpha, weight, bias, matrix_of(output), shape)
-    launch(dyt_forward_kernel, triton.cdiv(shape.rows, tile.rows) * shape.column_tiles, tile, input.device, *operands)
+    programs = triton.cdiv(shape.rows, tile.rows) * shape.column_tiles
+    activation = as_stored("tanh", input, alpha, weight, bias)
+    launch(dyt_forward_kernel, programs, tile, input.device, *operands, activation)
 
 
 def dyt_backward(
@@ -109,7 +113,8 @@ def dyt_backward(
         )
     )
     operands = (matrix_of(grad_output), matrix_of(input), alpha, weight, matrix_of(grad_input))
-    launch(dyt_backward_kernel, programs, tile, device, *operands, sums, shape, program_rows)
+    activation = as_stored("tanh", input, alpha, weight)
+    launch(dyt_backward_kernel, programs, tile, device, *operands, sums, shape, program_rows, activation)
     for gradient, partial in zip(gradients, sums, strict=True):
         if gradient is not None:
             torch.sum(partial, 0, out=gradient.view(partial.shape[1:]))

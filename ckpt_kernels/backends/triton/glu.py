@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, differentiate
+from .activations import activate, as_stored, differentiate
 from .launch import Matrix, Tile, element_tile, launch, matrix_of
 from .row_norm_tiles import load_rows, store_rows
 
@@ -116,5 +116,7 @@ def glu_backward(
 def _launch(kernel: triton.JITFunction, gate: Tensor, operands: Iterable[Matrix], activation: str) -> None:
     tile = element_tile(gate.shape[1])
     shape = shape_of(gate, tile)
+    given = tuple(operands)
+    activation = as_stored(activation, *(matrix.data for matrix in given))
     programs = triton.cdiv(shape.rows, tile.rows) * shape.column_tiles
-    launch(kernel, programs, tile, gate.device, *operands, shape, activation, _take_turns(gate))
+    launch(kernel, programs, tile, gate.device, *given, shape, activation, _take_turns(gate))

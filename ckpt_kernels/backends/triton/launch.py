@@ -200,7 +200,7 @@ def matrix_of(tensor: torch.Tensor | None) -> Matrix:
 
 
 class Dropout(NamedTuple):
-    """Philox bits from the threshold up are kept, and multiplied by the scale."""
+    """Philox bits from the threshold up are kept, and multiplied by the scale, which is 0 where nothing is kept."""
 
     seed: torch.Tensor | None
     threshold: int
@@ -208,15 +208,16 @@ class Dropout(NamedTuple):
 
 
 def dropout_of(seed: torch.Tensor | None, p: float) -> Dropout:
-    return Dropout(seed, int(p * 4294967296.0), 1 / (1 - p) if p < 1 else 0.0)
+    return Dropout(seed, min(int(p * 4294967296.0), 4294967295), 1 / (1 - p) if p < 1 else 0.0)
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it is called with."""
+    """A kernel with all that it is called with, and how many programs of it there are."""
 
     kernel: triton.JITFunction
     tile: Tile
     arguments: tuple
+    programs: int
 
 
 # Launches that there were with tensors of torch's meta device: these are not run, but can be compiled.
@@ -227,7 +228,7 @@ def launch(kernel: triton.JITFunction, programs: int, tile: Tile, device: torch.
     """Runs a kernel, whose last two parameters are the tile's."""
     arguments = (*arguments, tile.rows, tile.block)
     if device.type == "meta":
-        recorded.append(Launch(kernel, tile, arguments))
+        recorded.append(Launch(kernel, tile, arguments, programs))
         return
     # Triton launches on torch's current device, which need not be the tensors'.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

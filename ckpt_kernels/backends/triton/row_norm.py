@@ -38,6 +38,7 @@ from .row_norm_tiles import (
     store_rows,
     store_statistics,
 )
+from .sums import add_up
 
 
 @triton.jit
@@ -166,9 +167,7 @@ def row_norm_backward(
         sums = partial_sums(gradients, groups, programs, columns)
         arguments = norm, chosen, incoming[0], sums.weight, sums.bias, strips, programs, program_rows
         launch(row_norm_strip_kernel, groups * programs * strips, tile, device, *arguments)
-    for gradient, partial in ((gradients.weight, sums.weight), (gradients.bias, sums.bias)):
-        if gradient is not None:
-            torch.sum(partial, 1, out=gradient.view(groups, columns))
+    add_up((sums.weight, sums.bias), (gradients.weight, gradients.bias))
 
 
 def partial_sums(gradients: RowNormGradients, groups: int, programs: int, columns: int) -> RowNormGradients:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from ..blocks import RowNorm
-from .activations import activate, differentiate
+from .activations import activate, as_stored, differentiate
 from .launch import Dropout, Rows, Tile, dropout_of, rows_of
 
 
@@ -61,7 +62,8 @@ def operands_of(block: RowNorm, tile: Tile) -> tuple[Operands, Choices, int]:
         dropout_of(block.seed, options.dropout_p),
     )
     even = options.columns % tile.block == 0 and operands.rows_per_group % tile.rows == 0
-    chosen = (options.pre_activation, options.activation, options.gate_first, options.cast_before_weight)
+    activations = (as_stored(name, *block[:5]) for name in (options.pre_activation, options.activation))
+    chosen = (*activations, options.gate_first, options.cast_before_weight)
     return operands, Choices(*map(tl.constexpr, (*chosen, even, tile.stages))), groups
 
 
@@ -73,7 +75,23 @@ def dropout_factor(dropout, row, start, ROWS: tl.constexpr, BLOCK: tl.constexpr)
     high = tl.zeros((1, BLOCK // 4), tl.uint32) + (row >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(tl.load(dropout.seed), quad.to(tl.uint32), low, high, high * 0)
     bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, BLOCK))
-    return tl.where(bits.to(tl.int64) >= dropout.threshold, dropout.scale, 0.0)
+    threshold = tl.full((), dropout.threshold, tl.int64).to(tl.uint32)
+    return tl.where(bits >= threshold, dropout.scale, 0.0)
+
+
+@triton.jit
+def widened(x):
+    """In float32. Two numbers of bfloat16 that share a register are taken apart by one instruction each, not three.
+
+    For large operands only: coefficients are widened when they are needed, for which the compiler finds a better place.
+    """
+    if (x.dtype == tl.bfloat16) and is_cuda():
+        y = tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        y = x.to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -85,7 +103,7 @@ def load_at(pointers, mask):
 @triton.jit
 def load_rows(X, stride, row, column, mask):
     """A tile of X in float32; zero where the mask is off."""
-    return load_at(X + row * stride + column, mask)
+    return widened(tl.load(X + row * stride + column, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -93,7 +111,7 @@ def load(rows, row, column, mask):
     """The same of `launch.Rows`."""
     stride, middle, middle_stride, inner, inner_stride = rows.strides
     start = row // inner // middle * stride + row // inner % middle * middle_stride + row % inner * inner_stride
-    return load_at(rows.data + start + column, mask)
+    return widened(tl.load(rows.data + start + column, mask=mask, other=0.0))
 
 
 @triton.jit

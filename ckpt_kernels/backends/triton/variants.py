@@ -17,9 +17,10 @@ from .dyt import dyt_backward, dyt_forward
 from .glu import glu_backward, glu_forward
 from .rotary import rotary_backward, rotary_forward
 from .row_norm import row_norm_backward, row_norm_forward
+from .sums import column_sums_kernel
 
 # A prime, so that no size derived from it is a multiple of something by chance.
-_ROWS = 4099
+ROWS = 4099
 # Of a table's row, and the longest there are in models.
 _HEADS, _HEAD_COLUMNS = 9, 1024
 
@@ -36,18 +37,19 @@ def _variants(name: str, columns: int, call: Callable[..., None], *arguments: ob
     """One for each kernel that the call launches: a second one adds up what a first had no registers for."""
     launch.recorded.clear()
     call(*arguments)
-    launched = list(launch.recorded)
+    # What adds up programs' shares of sums is small beside the rest.
+    launched = [one for one in launch.recorded if one.kernel is not column_sums_kernel]
     for then, one in zip(("", ", sums apart")[: len(launched)], launched, strict=True):
-        yield Variant(name + then, one, _ROWS * columns)
+        yield Variant(name + then, one, ROWS * columns)
 
 
-def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def meta_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _row_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
-    x, w, mean = _tensor(_ROWS, columns, dtype=dtype), _tensor(columns, dtype=dtype), _tensor(_ROWS)
-    dw, seed = _tensor(columns), _tensor(1, dtype=torch.int64)
+    x, w, mean = meta_tensor(ROWS, columns, dtype=dtype), meta_tensor(columns, dtype=dtype), meta_tensor(ROWS)
+    dw, seed = meta_tensor(columns), meta_tensor(1, dtype=torch.int64)
     centered, plain = RowNormOptions(columns, 1e-5, True), RowNormOptions(columns, 1e-5, False)
     gelu, pre = centered._replace(activation="gelu"), plain._replace(pre_activation="silu")
     gated, dropped = plain._replace(activation="silu"), centered._replace(dropout_p=0.5)
@@ -74,31 +76,31 @@ def _row_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _elementwise(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
-    x, packed = _tensor(_ROWS, columns, dtype=dtype), _tensor(_ROWS, 2 * columns, dtype=dtype)
+    x, packed = meta_tensor(ROWS, columns, dtype=dtype), meta_tensor(ROWS, 2 * columns, dtype=dtype)
     for name, gate, value in (("glu", x, x), ("interleaved glu", packed[:, ::2], packed[:, 1::2])):
         yield from _variants(f"{name} forward", columns, glu_forward, gate, value, x, "silu")
         yield from _variants(f"{name} backward", columns, glu_backward, x, gate, value, gate, value, None, "silu")
         yield from _variants(
             f"{name} backward and output", columns, glu_backward, x, gate, value, gate, value, x, "silu"
         )
-    bias, seed = _tensor(columns, dtype=dtype), _tensor(1, dtype=torch.int64)
+    bias, seed = meta_tensor(columns, dtype=dtype), meta_tensor(1, dtype=torch.int64)
     for name, given, p in (("bias_act", None, 0.0), ("bias_act+dropout", seed, 0.5)):
         yield from _variants(f"{name} forward", columns, bias_act_forward, x, bias, given, x, "gelu", p)
         backward = (bias_act_backward, x, x, bias, given, x)
-        yield from _variants(f"{name} backward", columns, *backward, _tensor(columns), None, "gelu", p)
+        yield from _variants(f"{name} backward", columns, *backward, meta_tensor(columns), None, "gelu", p)
         yield from _variants(f"{name} backward and output", columns, *backward, None, x, "gelu", p)
-    alpha, dw = _tensor(1, dtype=dtype), _tensor(columns)
+    alpha, dw = meta_tensor(1, dtype=dtype), meta_tensor(columns)
     yield from _variants("dyt forward", columns, dyt_forward, x, alpha, bias, bias, x)
-    yield from _variants("dyt backward", columns, dyt_backward, x, x, alpha, bias, x, _tensor(1), dw, dw)
+    yield from _variants("dyt backward", columns, dyt_backward, x, x, alpha, bias, x, meta_tensor(1), dw, dw)
 
 
 def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
     """Planes of this many elements, and rows of this many channels."""
-    x = _tensor(_ROWS, columns, dtype=dtype)
+    x = meta_tensor(ROWS, columns, dtype=dtype)
     for name, planes in (("planes", True), ("channels last", False)):
         # One sample of so many channels, or of so many rows.
-        channels = _ROWS if planes else columns
-        sums, coefficients = _tensor(1, 1 if planes else 65, channels), _tensor(6, 1 if planes else 2, channels)
+        channels = ROWS if planes else columns
+        sums, coefficients = meta_tensor(1, 1 if planes else 65, channels), meta_tensor(6, 1 if planes else 2, channels)
         yield from _variants(f"{name} moments", columns, channel_moments, x, sums, sums, planes, 64)
         reduction = (channel_sums, x, x, None, coefficients, sums, sums)
         yield from _variants(f"{name} sums", columns, *reduction, planes, 64, "silu", False)
@@ -109,8 +111,8 @@ def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
 
 def _rotaries(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
     """Of heads that turn whole, by float32 tables with one entry for a pair."""
-    x, table = _tensor(1, _ROWS, _HEADS, columns, dtype=dtype), _tensor(1, _ROWS, 1, columns // 2)
-    w, dw = _tensor(columns, dtype=dtype), _tensor(columns)
+    x, table = meta_tensor(1, ROWS, _HEADS, columns, dtype=dtype), meta_tensor(1, ROWS, 1, columns // 2)
+    w, dw = meta_tensor(columns, dtype=dtype), meta_tensor(columns)
     for name, options, norm, sums in (
         ("rotary", RotaryOptions(columns), (None, None), (None, None)),
         ("rotary (interleaved)", RotaryOptions(columns, 0, True, True), (None, None), (None, None)),

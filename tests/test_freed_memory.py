@@ -1,0 +1,68 @@
+"""Freed memory that is kept: in processes of their own, because the setting is the process's."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from ckpt_kernels import doctor, freed_memory, memory
+from ckpt_kernels.freed_memory import FreshMemory
+
+# Pages that the system hands out while a tensor beyond glibc's own threshold is made and filled four times.
+FAULTS = """
+import ctypes, resource, sys, torch
+from ckpt_kernels import memory
+
+if "keep" in sys.argv:
+    assert memory.keep_freed_memory() is True
+
+def fill():
+    torch.empty(12 * 2**20).fill_(1.0)
+
+for _ in range(3):
+    fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(*arguments: str) -> int:
+    done = subprocess.run([sys.executable, "-c", FAULTS, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def glibc() -> bool:
+    return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
+
+
+@pytest.mark.skipif(not glibc(), reason="glibc's allocator is what is set")
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    by_default = faults()
+    if by_default < 100:
+        pytest.skip("the allocator of this process keeps freed memory already")
+    assert faults("keep") < by_default / 20
+
+
+def test_elsewhere_it_says_that_nothing_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: object())
+    assert memory.keep_freed_memory() is False
+
+
+def test_doctor_says_when_page_faults_bite(monkeypatch: pytest.MonkeyPatch) -> None:
+    for measured, advised in ((FreshMemory(2.0, 9.0), True), (FreshMemory(2.0, 2.5), False)):
+        monkeypatch.setattr(doctor, "fresh_memory", lambda measured=measured: measured)
+        (found,) = (one for one in doctor.findings() if one.subject == "page faults")
+        assert f"{measured.fresh:.1f} ms" in found.text and not found.problem
+        assert ("keep_freed_memory" in found.text) is advised
+
+
+def test_fresh_memory_is_measured() -> None:
+    found = freed_memory.fresh_memory()
+    assert 0 < found.warm and 0 < found.fresh

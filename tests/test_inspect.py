@@ -1,0 +1,220 @@
+"""What is read from kernels' code, on short listings, and what is estimated from it."""
+
+import json
+
+import pytest
+
+from ckpt_kernels.inspect import MACHINES, Usage, Work, accesses, below_target, estimate, roofline, sass, to_json, worst
+from ckpt_kernels.inspect.tables import known
+
+# A loop with a load, a store and a special function, a slow path behind the end that comes back, and the padding.
+LISTING = """
+	.target	sm_90a
+	.section	.text.scale,"ax",@progbits
+.text.scale:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   MOV R2, 0x10 ;
+        /*0020*/               @P1 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0040*/                   FFMA R4, R4, R5, R6 ;
+        /*0050*/                   MUFU.EX2 R4, R4 ;
+        /*0060*/              @!P3 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0070*/               @P0 STG.E.64 desc[UR4][R8.64], R4 ;
+        /*0080*/                   SHFL.BFLY PT, R9, R4, 0x10, 0x1f ;
+        /*0090*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*00a0*/                   ISETP.GE.AND P0, PT, R2, UR5, PT ;
+        /*00b0*/              @!P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*00c0*/                   STG.E desc[UR4][R8.64], R9 ;
+        /*00d0*/                   EXIT ;
+.L_x_2:
+        /*00e0*/                   FADD.FTZ R4, R4, R7 ;
+        /*00f0*/                   BRA `(.L_x_3) ;
+.L_x_4:
+        /*0100*/                   BRA `(.L_x_4);
+        /*0110*/                   NOP;
+.L_x_5:
+"""
+
+
+def test_a_loop_is_what_lies_between_a_branch_back_and_where_it_goes() -> None:
+    blocks = sass.parse(LISTING)
+    (loop,) = sass.innermost_loops(blocks)
+    inside = [one for number in loop for one in blocks[number].instructions]
+    # With the way over the code behind the end, which comes back into the loop.
+    assert [one.name for one in inside] == [
+        *("LDG", "FFMA", "MUFU", "BRA", "STG", "SHFL", "BAR", "ISETP", "BRA", "FADD", "BRA"),
+    ]  # fmt: skip
+    counts = sass.count(inside)
+    assert counts.pipes == {"fp32": 2, "integer": 1, "special": 1, "load/store": 3, "other": 4}
+    assert counts.instructions == 11
+    assert (counts.loaded, counts.stored, counts.exchanges, counts.barriers) == (16, 8, 1, 1)
+
+
+def test_what_is_never_reached_is_not_counted() -> None:
+    everything = [one for block in sass.parse(LISTING) for one in block.instructions]
+    assert len(everything) == 16
+    assert "NOP" not in {one.name for one in everything}
+
+
+def test_only_the_first_function_is_read() -> None:
+    second = LISTING.replace(".text.scale", ".text.other")
+    assert len(sass.parse(LISTING + second)) == len(sass.parse(LISTING))
+
+
+def test_of_loops_in_loops_the_innermost() -> None:
+    code = """
+.text.nested:
+        /*0000*/                   MOV R1, RZ ;
+.L_x_0:
+        /*0010*/                   LDG.E R4, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0020*/                   FADD R4, R4, R4 ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+        /*0040*/                   UISETP.GE.AND UP0, UPT, UR4, UR5, UPT ;
+        /*0050*/                   BRA.U UP0, `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+    blocks = sass.parse(code)
+    (loop,) = sass.innermost_loops(blocks)
+    assert [one.name for number in loop for one in blocks[number].instructions] == ["FADD", "BRA"]
+    # A branch that asks a predicate by its operand may go on, too.
+    assert blocks[-1].instructions[0].name == "EXIT"
+
+
+def test_copies_to_shared_memory_are_loads() -> None:
+    copy = sass.Instruction("LDGSTS.E.BYPASS.128")
+    assert sass.count([copy, copy, sass.Instruction("LDS.U16")])[1:4] == (32, 0, 34)
+
+
+def test_a_listing_without_instructions_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no instruction"):
+        sass.parse("nvdisasm: error")
+
+
+# One operand is read twice, its address carried by a loop; a second is written; a third is a single number.
+CODE = """
+  tt.func public @kernel(%X: !tt.ptr<bf16> {tt.divisibility = 16 : i32}, %n: i32, %Y: !tt.ptr<f32>, %S: !tt.ptr<i64>) {
+    %s = tt.load %S : !tt.ptr<i64>
+    %x = tt.splat %X : !tt.ptr<bf16> -> tensor<2x64x!tt.ptr<bf16>>
+    %x_0 = tt.addptr %x, %column : tensor<2x64x!tt.ptr<bf16>>, tensor<2x64xi32>
+    %u = tt.load %x_0, %mask, %zero : tensor<2x64x!tt.ptr<bf16>>
+    %last = scf.for %i = %c0 to %n step %c1 iter_args(%at = %x_0, %sum = %zeros) -> (tensor<2x64x!tt.ptr<bf16>>) : i32 {
+      %v = tt.load %at : tensor<2x64x!tt.ptr<bf16>>
+      scf.yield %at : tensor<2x64x!tt.ptr<bf16>>
+    }
+    %y = tt.splat %Y : !tt.ptr<f32> -> tensor<2x64x!tt.ptr<f32>>
+    tt.store %y, %u : tensor<2x64x!tt.ptr<f32>>
+    %elsewhere = tt.load %unknown : tensor<2x64x!tt.ptr<f32>>
+"""
+
+
+def test_accesses_are_known_by_operand() -> None:
+    found = accesses.parse(CODE)
+    assert found == [
+        accesses.Access(2, 1, 8, False),
+        accesses.Access(0, 128, 2, False),
+        accesses.Access(0, 128, 2, False, loop=1),
+        accesses.Access(1, 128, 4, True),
+    ]
+    large = [one for one in found if one.operand < 2]
+    assert accesses.bytes_once(large) == 128 * 2 + 128 * 4
+    # What is read before a loop is a part of what the loop reads; a second loop is a second pass.
+    assert accesses.passes(large) == {0: 1} and accesses.bytes_again(large) == 0
+    again = [*large, accesses.Access(0, 128, 2, False, loop=2)]
+    assert accesses.passes(again) == {0: 2} and accesses.bytes_again(again) == 128 * 2
+
+
+# A copy in bfloat16: enough programs, next to no instructions.
+COPY = Work(
+    steady=3.0, instructions=3.0, fp32=0.0, integer=1.0, special=0.0, load_store=0.25, moved=4.0, memory=4.0, again=0.0,
+    passes=1, elements=2048.0, reads=4096.0, programs=16, warps=4, stages=1, exchanges=0, barriers=0,
+)  # fmt: skip
+H200 = MACHINES["H200"]
+
+
+def test_a_copy_is_bound_by_memory() -> None:
+    found = estimate(COPY, H200)
+    assert found.binds == "memory" and found.share > 0.99
+    assert found.in_flight == 16 * 4096 > found.needed == pytest.approx(H200.bytes_a_clock * H200.latency)
+
+
+@pytest.mark.parametrize(
+    ("change", "binds", "limit"),
+    [
+        ({"instructions": 62.0}, "instructions", 4 / H200.bytes_a_clock / (62 / 128)),
+        ({"integer": 31.0}, "integer", 4 / H200.bytes_a_clock / (31 / 64)),
+        ({"special": 8.0}, "special", 4 / H200.bytes_a_clock / (8 / 16)),
+        ({"moved": 64.0}, "load/store", 4 / H200.bytes_a_clock / (64 / 128)),
+        ({"again": 8.0}, "cache", H200.cache / H200.copy / 3),
+    ],
+)
+def test_what_allows_least_binds(change: dict[str, float], binds: str, limit: float) -> None:
+    found = estimate(COPY._replace(**change), H200)
+    assert found.binds == binds and found.limits[binds] == pytest.approx(limit)
+    assert 0.9 * limit < found.share <= limit + 1e-9
+
+
+def test_one_small_program_waits_for_memory() -> None:
+    found = estimate(COPY._replace(programs=1), H200)
+    assert found.binds == "latency" and found.share < 0.4
+    # With loads of two further steps in flight it waits less.
+    assert found.share < estimate(COPY._replace(programs=1, stages=3), H200).share
+
+
+def test_a_queue_comes_round_as_operational_analysis_has_it() -> None:
+    # One customer never waits for others; very many keep the slowest station busy.
+    assert roofline._rate(1, 10.0, 3.0, 5.0) == pytest.approx(1 / 18)
+    assert roofline._rate(500, 10.0, 3.0, 5.0) == pytest.approx(1 / 5)
+    # Two customers, one station, no delay: it is always busy.
+    assert roofline._rate(2, 0.0, 4.0) == pytest.approx(1 / 4)
+
+
+def kernel(name: str, work: Work | None, dtype: str = "bf16") -> Usage:
+    return Usage(name, dtype, 64, 4, 32, 0, 0, 0, (16,), 100, 3.0, 3, 0.5, work)
+
+
+def test_the_worst_come_first_and_those_below_target_are_told() -> None:
+    slow = kernel("slow forward", COPY._replace(instructions=62.0))
+    usages = [kernel("fast forward", COPY), slow, kernel("slow too", slow.work, "fp32")]
+    assert below_target(usages, "sm_90") == [slow]
+    text = worst(usages, "sm_90", 2)
+    head, first, second = text.splitlines()[:3]
+    assert first.startswith("slow") and second.startswith("slow") and "fast" not in text
+    assert "H100" in head and "H200" in head and "B200" not in head
+    assert "1 of 2 kernels in bfloat16 are below target on a H200" in text
+    # Every column is explained, or a machine's, or a pipe's, or what a kernel is called by.
+    for column in head.split():
+        named = ("kernel", "columns", "dtype", "H100", "H200", "fp32", "integer", "special", "load/store")
+        assert column in named or f"{column}: " in text or f"{column}, " in text, column
+
+
+def test_estimates_as_data() -> None:
+    (found,) = json.loads(to_json([kernel("copy forward", COPY)], [], "sm_100"))["triton"]
+    assert found["work"]["memory"] == 4.0 and set(found["estimates"]) == {"B200"}
+    assert found["estimates"]["B200"]["binds"] == "memory"
+    (unknown,) = json.loads(to_json([kernel("copy forward", None)], [], "sm_90"))["triton"]
+    assert unknown["work"] is None and unknown["estimates"] == {}
+
+
+def test_targets_are_by_direction() -> None:
+    assert roofline.target("glu forward") == roofline.target("glu again") == 0.95
+    assert roofline.target("glu backward") == roofline.target("planes sums") == 0.88
+
+
+def test_what_is_not_known_is_an_error() -> None:
+    with pytest.raises(ValueError, match="the work of 'k' is not known"):
+        known(kernel("k", None))
+    with pytest.raises(ValueError, match="arch is 'sm_80'; expected one of a known machine: sm_100, sm_90"):
+        worst([kernel("k", COPY)], "sm_80", 1)
+
+
+def test_occupancy_counts_the_shared_memory_that_a_launch_is_given() -> None:
+    from ckpt_kernels.inspect.kernels import PROCESSORS
+
+    processor = PROCESSORS["sm_90"]
+    assert processor.resident(4, 32, 0) == 16
+    assert processor.resident(4, 32, 100 << 10) == 2
+    assert processor.resident(8, 128, 0) == 2
