@@ -22,6 +22,7 @@ from ..memory import kept_bytes
 from .around import Around, as_layer, discarding, discarding_products, looking_over, selecting
 from .called import uses_transforms
 from .chain import chain_of
+from .heads import Head, heads_in
 from .later import Continued, looked_for
 from .leaves import Leaves
 from .likeness import looks_like_activation, looks_like_several
@@ -49,6 +50,7 @@ def convert(
     recompute: "str | Mapping[str, str] | Planned" = "output",
     include: Iterable[str | type[nn.Module]] | None = None,
     exclude: Iterable[str | type[nn.Module]] | None = None,
+    logits: str | None = None,
     inputs: Any = None,
 ) -> Report:
     """Makes the model's modules compute with this package's kernels, in place, and says what it did.
@@ -67,6 +69,8 @@ def convert(
             also be left as it is, "none", or be checkpointed, "checkpoint".
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
+        logits: the name of the linear layer that makes a language model's logits, such as "lm_head". They are then made
+            when somebody looks at them, and a cross entropy reads them in chunks; see `ckpt_kernels.logits`.
         inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
             that a forward pass keeps before and after, measured on copies of the model.
 
@@ -91,12 +95,12 @@ def convert(
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise TypeError("model is compiled already; expected one that is not: convert first, then torch.compile")
-    levels = Levels(model, recompute)
+    levels, heads = Levels(model, recompute), heads_in(model, logits)
     choices = choice_of(model, include, "include"), choice_of(model, exclude, "exclude")
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:
-        report = _Conversion(model, levels, *choices).run()
+        report = _Conversion(model, levels, *choices).run(heads)
     except BaseException:
         revert(model)
         raise
@@ -144,8 +148,10 @@ class _Conversion(Leaves):
         stay = tuple(names[module] for module, (level, _) in levels.named.items() if level == "none")
         self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone, stay)
 
-    def run(self) -> Report:
+    def run(self, heads: Mapping[str, nn.Module]) -> Report:
         self.names = named = {module: name for name, module in named_modules(self.model)}
+        for name, module in heads.items():
+            self.apply(name, module, Head())
         for module, name in named.items():
             self.convert(name, module)
         for module, name in named.items():

@@ -120,7 +120,7 @@ def norm_linear(
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     eps = (1e-5 if eps is None else number(eps, "eps")) if centered else rms_eps(input, eps)
     for w, b in zip(weights, biases, strict=True):
-        _check_linear(w, b, "weight", "bias", columns, input)
+        check_linear(w, b, "weight", "bias", columns, input)
     options = (columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight))
     block = ops.linear.norm_block(*options)
     known = thin.linear.norm_block(_dtypes(input, *weights, *biases), input, (norm_weight, norm_bias), options)
@@ -193,7 +193,7 @@ def act_linear(
         return _block_linear(block, (input,), (weight,), (bias,), recompute)[0]
     level_name(recompute)
     check_tensor(input, "input", nested=True)
-    _check_linear(weight, bias, "weight", "bias", _last(input), input)
+    check_linear(weight, bias, "weight", "bias", _last(input), input)
     p, seed = dropout_seed(input, dropout_p, training)
     name = activation_name(activation)
     thin.remember(thin.linear.act_block(_dtypes(input, weight, bias), name, p), *call)
@@ -264,8 +264,8 @@ def mlp(
         return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
     level_name(recompute)
     check_tensor(input, "input", nested=True)
-    _check_linear(weight1, bias1, "weight1", "bias1", _last(input), input)
-    _check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
+    check_linear(weight1, bias1, "weight1", "bias1", _last(input), input)
+    check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
     p, seed = dropout_seed(input, dropout_p, training)
     name = activation_name(activation)
     thin.remember(thin.linear.act_block(_dtypes(*tensors), name, p), *call)
@@ -347,10 +347,10 @@ def gated_mlp(
     level_name(recompute)
     ops.glu.layout_name(layout)
     check_tensor(input, "input", nested=True)
-    _check_linear(gate_weight, gate_bias, "gate_weight", "gate_bias", _last(input), input)
+    check_linear(gate_weight, gate_bias, "gate_weight", "gate_bias", _last(input), input)
     hidden = gate_weight.shape[0]
     if value_weight is not None:
-        _check_linear(value_weight, value_bias, "value_weight", "value_bias", _last(input), input)
+        check_linear(value_weight, value_bias, "value_weight", "value_bias", _last(input), input)
         firsts += (value_weight, value_bias)
         if value_weight.shape != gate_weight.shape:
             raise RuntimeError(
@@ -362,7 +362,7 @@ def gated_mlp(
         raise RuntimeError(f"gate_weight has shape {shape_of(gate_weight)}; expected an even first dimension")
     else:
         hidden //= 2
-    _check_linear(weight, bias, "weight", "bias", hidden, input)
+    check_linear(weight, bias, "weight", "bias", hidden, input)
     p, seed = dropout_seed(input, dropout_p, training)
     name, packed = activation_name(activation), value_weight is None
     thin.remember(thin.linear.glu_block(_dtypes(*tensors), name, layout, p, packed), *call)
@@ -405,7 +405,7 @@ def _last(input: Tensor) -> int:
     return input.shape[-1]
 
 
-def _check_linear(
+def check_linear(
     weight: Tensor, bias: Tensor | None, weight_name: str, bias_name: str, columns: int, input: Tensor
 ) -> None:
     _check_operand(weight, weight_name, input)

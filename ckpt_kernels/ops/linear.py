@@ -210,7 +210,7 @@ class _BlockLinear(torch.autograd.Function):
         # Once: who unpacks may compute.
         saved = ctx.saved_tensors
         operands, weights, rest = saved[:first], saved[first : first + ctx.count], saved[first + ctx.count :]
-        if _by_composition(grads):
+        if by_composition(grads):
             found = _through_composition(_composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
         else:
             found = _block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.kinds)
@@ -373,7 +373,7 @@ class _LinearBlockLinear(torch.autograd.Function):
         input, *firsts, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         grad_bias = _grad_bias(grad, ctx.bias_dtype) if needs[-1] else None
-        if _by_composition((grad,)):
+        if by_composition((grad,)):
             tensors = [input, *firsts, weight]
 
             def compose(operands: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype):
@@ -433,7 +433,7 @@ def _is_fused(*tensors: Tensor | None) -> bool:
     return is_plain(tensors) and not is_transformed()
 
 
-def _by_composition(grads: Sequence[Tensor | None]) -> bool:
+def by_composition(grads: Sequence[Tensor | None]) -> bool:
     """Whether a backward pass is to be seen: for gradients of gradients, and where the gradients are batches."""
     if torch.is_grad_enabled() or is_transformed():
         return True
