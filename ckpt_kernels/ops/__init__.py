@@ -14,6 +14,7 @@ from . import (
     row_norm,
     sharding,
     sync_batch_norm,
+    tiles,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "row_norm",
     "sharding",
     "sync_batch_norm",
+    "tiles",
 ]
