@@ -20,7 +20,7 @@ from .recipes import Cell, Operand, Step
 from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS, Rule
 
 # Past this many ops the tensor is kept, so that a look at the graph and what it finds stay short.
-MOST_STEPS = 8
+MOST_STEPS = 12
 # Of a block's output, in place.
 MOST_WRITES = 4
 

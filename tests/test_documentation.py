@@ -27,6 +27,8 @@ MODULES = (
     "functional.dyt",
     "functional.glu",
     "functional.linear",
+    "functional.linear_loss",
+    "logits",
     "functional.rotary",
     "functional.row_norm",
     "memory",

@@ -17,11 +17,13 @@ from typing import Any
 from torch import nn
 
 from .. import backends
+from ..functional.linear import tiles_for
 from ..memory import kept_bytes
 from ..models import check_model
-from .around import Around, as_layer, discarding, discarding_products, looking_over, selecting
+from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
 from .called import uses_transforms
 from .chain import chain_of
+from .heads import Head, heads_in
 from .later import Continued, looked_for
 from .leaves import Leaves
 from .likeness import looks_like_activation, looks_like_several
@@ -49,6 +51,8 @@ def convert(
     recompute: "str | Mapping[str, str] | Planned" = "output",
     include: Iterable[str | type[nn.Module]] | None = None,
     exclude: Iterable[str | type[nn.Module]] | None = None,
+    logits: str | None = None,
+    tiles: int = 1,
     inputs: Any = None,
 ) -> Report:
     """Makes the model's modules compute with this package's kernels, in place, and says what it did.
@@ -67,6 +71,10 @@ def convert(
             also be left as it is, "none", or be checkpointed, "checkpoint".
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
+        logits: the name of the linear layer that makes a language model's logits, such as "lm_head". They are then made
+            when somebody looks at them, and a cross entropy reads them in chunks; see `ckpt_kernels.logits`.
+        tiles: how many parts an MLP takes its rows in, one after the other, where its products are not kept at "block";
+            see `functional.mlp`.
         inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
             that a forward pass keeps before and after, measured on copies of the model.
 
@@ -75,7 +83,8 @@ def convert(
 
     Raises:
         TypeError: `model` is no module, or is compiled already.
-        ValueError: the level is unknown, or a name fits no module.
+        ValueError: the level is unknown, a name fits no module, or `tiles` is no positive number, or is more than 1 at
+            "block".
         RuntimeError: modules were converted and then wrapped by others.
 
     Example:
@@ -88,12 +97,13 @@ def convert(
         True
     """
     check_model(model, "convert")
-    levels = Levels(model, recompute)
+    levels, heads = Levels(model, recompute), heads_in(model, logits)
+    tiled = () if tiles_for(tiles, levels.whole) == 1 else (InTiles(tiles),)
     choices = choice_of(model, include, "include"), choice_of(model, exclude, "exclude")
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:
-        report = _Conversion(model, levels, *choices).run()
+        report = _Conversion(model, levels, *choices, tiled).run(heads)
     except BaseException:
         revert(model)
         raise
@@ -132,17 +142,22 @@ def revert(model: nn.Module) -> None:
 
 
 class _Conversion(Leaves):
-    def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice) -> None:
+    def __init__(
+        self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiled: tuple[Around, ...]
+    ) -> None:
         super().__init__(Touched(model, include, exclude, levels), writer_in(model), [], [])
         self.model = model
         self.levels = levels
+        self.tiled = tiled
         self.above = _above_lists(model)
         names = {module: name for name, module in named_modules(model)}
         stay = tuple(names[module] for module, (level, _) in levels.named.items() if level == "none")
         self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone, stay)
 
-    def run(self) -> Report:
+    def run(self, heads: Mapping[str, nn.Module]) -> Report:
         self.names = named = {module: name for name, module in named_modules(self.model)}
+        for name, module in heads.items():
+            self.apply(name, module, Head())
         for module, name in named.items():
             self.convert(name, module)
         for module, name in named.items():
@@ -151,7 +166,7 @@ class _Conversion(Leaves):
         lets_go = self.levels.whole != "block" and not any(map(uses_transforms, named))
         roots = [module for module in self._roots() if lets_go or module is self.model]
         for module in roots:
-            self._surround(module, self._around(module) if lets_go else (looking_over,))
+            self._surround(module, (*self.tiled, *(self._around(module) if lets_go else (looking_over,))))
         self.later.begin(self.model, *roots)
         for module, name in named.items():
             self._explain(name, module)

@@ -4,12 +4,14 @@ import contextlib
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.tiles import in_tiles
 from ..recompute import discard_outputs, run_as_layer, selective_contexts
 from ..recompute import discarding as discarding_now
 from .called import leads_to_transforms
@@ -44,6 +46,19 @@ def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str,
     if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
         return forward(module, *args, **kwargs)
     return run_as_layer(functools.partial(forward, module), module, args, kwargs)
+
+
+@dataclass(frozen=True)
+class InTiles:
+    """A forward whose MLPs take their rows in so many tiles."""
+
+    tiles: int
+
+    def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(module, *args, **kwargs)
+        with in_tiles(self.tiles):
+            return forward(module, *args, **kwargs)
 
 
 def looking_over(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

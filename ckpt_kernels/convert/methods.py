@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..activations import FUNCTIONS as ACTIVATIONS
 from ..activations import NAMES
 from ..backends.reference import ACTIVATIONS as FORMULAS
+from .adapters import is_adapter
 from .exchange import EXCHANGES
 from .flow import LONGEST, Meaning, Run, blocks, run_of
 from .formulas import VALUE, Formula, formula_of
@@ -30,7 +31,7 @@ from .objects import method_called
 from .pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
 from .reading import ADAPTED, Part
 from .remembering import remembered
-from .rewrite import Rewritten, may_be_rewritten, rewritten_method
+from .rewrite import ADAPTER, Rewritten, may_be_rewritten, rewritten_method
 from .rotation_trials import rotation_of
 from .rule import Rule
 from .scope import UNKNOWN, Scope
@@ -79,7 +80,7 @@ def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module
             layers = layers_of(method)
             if not _names_any(layers[-1], children) or not may_be_rewritten(layers[-1]):
                 continue
-            own = _parts(module, layers[-1], may_touch)
+            own = _parts(module, layers[-1], may_touch) + ADAPTER * is_adapter(module)
             made = _rewritten(method, own, recompute) if any(part.kind for _, part in own) else None
         except NoSource as error:
             reason = str(error)

@@ -45,6 +45,10 @@ _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
 # What is cut off is a gate, say, whose parts are kept one by one.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 
+# Beside the loads of a method: that its module is an adapter, whose sums are worth to be noted.
+_ADAPTER = ""
+ADAPTER = ((_ADAPTER, Part("adapter")),)
+
 # The sum in a norm of one.
 _SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings if isinstance(spelling, ast.Call))
 
@@ -81,6 +85,8 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     body = writer.rewritten_body()
     if not writer.found and writer.noted and _CLAMPS & names_in(function.__code__):
         writer.found.append("recipes of what is clamped")
+    if not writer.found and writer.noted and _ADAPTER in loads:
+        writer.found.append("recipes of an adapter's sum")
     if not writer.found:
         return None
     tree = copy.copy(definition.tree)

@@ -23,6 +23,7 @@ from .channel_norm import batch_norm, group_norm, instance_norm
 from .dyt import dyt
 from .glu import glu, packed_glu
 from .linear import act_linear, gated_mlp, mlp, norm_linear
+from .linear_loss import linear_cross_entropy
 from .rotary import rotary, rotary_qk
 from .row_norm import (
     add_layer_norm,
@@ -47,6 +48,7 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "mlp",
     "modulated_layer_norm",
     "modulated_rms_norm",

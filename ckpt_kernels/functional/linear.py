@@ -120,7 +120,7 @@ def norm_linear(
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     eps = (1e-5 if eps is None else number(eps, "eps")) if centered else rms_eps(input, eps)
     for w, b in zip(weights, biases, strict=True):
-        _check_linear(w, b, "weight", "bias", columns, input)
+        check_linear(w, b, "weight", "bias", columns, input)
     options = (columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight))
     block = ops.linear.norm_block(*options)
     known = thin.linear.norm_block(_dtypes(input, *weights, *biases), input, (norm_weight, norm_bias), options)
@@ -193,7 +193,7 @@ def act_linear(
         return _block_linear(block, (input,), (weight,), (bias,), recompute)[0]
     level_name(recompute)
     check_tensor(input, "input", nested=True)
-    _check_linear(weight, bias, "weight", "bias", _last(input), input)
+    check_linear(weight, bias, "weight", "bias", _last(input), input)
     p, seed = dropout_seed(input, dropout_p, training)
     name = activation_name(activation)
     thin.remember(thin.linear.act_block(_dtypes(input, weight, bias), name, p), *call)
@@ -212,6 +212,7 @@ def mlp(
     dropout_p: float = 0.0,
     training: bool = True,
     recompute: str = "output",
+    tiles: int | None = None,
 ) -> Tensor:
     r"""Linear, activation, dropout, linear.
 
@@ -228,6 +229,9 @@ def mlp(
         dropout_p: the probability with which an element between the products is dropped.
         training: False switches dropout off.
         recompute: "block", "output" or "all".
+        tiles: how many parts the rows are taken in; None is one, or what `convert` was given. What is between the
+            products is there for one part at a time, in both passes, and each part draws a dropout of its own. The
+            gradients of weights are added up in float32.
 
     Returns:
         `(*, out)`, of the input's dtype.
@@ -238,7 +242,8 @@ def mlp(
 
     Raises:
         RuntimeError: a tensor has another shape, dtype or device than said above.
-        ValueError: activation or level are unknown, or `dropout_p` is outside [0, 1].
+        ValueError: activation or level are unknown; `dropout_p` is outside [0, 1]; `tiles` is no positive number, or is
+            given at "block", where what is between the products is kept whole.
         TypeError: an argument is no tensor, or no number.
 
     Example:
@@ -259,15 +264,20 @@ def mlp(
     """
     tensors = (input, weight1, bias1, weight2, bias2)
     call = "mlp", tensors, (activation, dropout_p, training, recompute)
-    block = thin.plan_of(*call)
+    count = tiles_for(tiles, recompute)
+    block = thin.plan_of(*call) if count == 1 else None
     if block is not None:
         return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
     level_name(recompute)
     check_tensor(input, "input", nested=True)
-    _check_linear(weight1, bias1, "weight1", "bias1", _last(input), input)
-    _check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
+    check_linear(weight1, bias1, "weight1", "bias1", _last(input), input)
+    check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
     p, seed = dropout_seed(input, dropout_p, training)
     name = activation_name(activation)
+    if count > 1:
+        seeds = [seed, *(dropout_seed(input, dropout_p, training)[1] for _ in range(count - 1))]
+        blocks = [ops.linear.act_block(name, each, p) for each in seeds]
+        return ops.tiles.tiled_mlp(blocks, input, (weight1, bias1), weight2, bias2, recompute)
     thin.remember(thin.linear.act_block(_dtypes(*tensors), name, p), *call)
     block = ops.linear.act_block(name, seed, p)
     return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
@@ -287,6 +297,7 @@ def gated_mlp(
     dropout_p: float = 0.0,
     training: bool = True,
     recompute: str = "output",
+    tiles: int | None = None,
 ) -> Tensor:
     r"""Two products of the input, one of which gates the other, dropout, and a third product.
 
@@ -307,6 +318,9 @@ def gated_mlp(
         dropout_p: the probability with which an element that the last product reads is dropped.
         training: False switches dropout off.
         recompute: "block", "output" or "all".
+        tiles: how many parts the rows are taken in; None is one, or what `convert` was given. What is between the
+            products is there for one part at a time, in both passes, and each part draws a dropout of its own. The
+            gradients of weights are added up in float32.
 
     Returns:
         `(*, out)`, of the input's dtype.
@@ -317,8 +331,9 @@ def gated_mlp(
 
     Raises:
         RuntimeError: a tensor has another shape, dtype or device than said above.
-        ValueError: activation, layout or level are unknown; `dropout_p` is outside [0, 1]; or `value_bias` is given
-            where `value_weight` is None.
+        ValueError: activation, layout or level are unknown; `dropout_p` is outside [0, 1]; `value_bias` is given
+            where `value_weight` is None; or `tiles` is no positive number, or is given at "block", where what is
+            between the products is kept whole.
         TypeError: an argument is no tensor, or no number.
 
     Example:
@@ -339,7 +354,8 @@ def gated_mlp(
     """
     tensors = (input, gate_weight, value_weight, weight, gate_bias, value_bias, bias)
     call = "gated_mlp", tensors, (activation, layout, dropout_p, training, recompute)
-    block = thin.plan_of(*call)
+    count = tiles_for(tiles, recompute)
+    block = thin.plan_of(*call) if count == 1 else None
     firsts: tuple[Tensor | None, ...] = (gate_weight, gate_bias)
     if block is not None:
         firsts = firsts if value_weight is None else (*firsts, value_weight, value_bias)
@@ -347,10 +363,10 @@ def gated_mlp(
     level_name(recompute)
     ops.glu.layout_name(layout)
     check_tensor(input, "input", nested=True)
-    _check_linear(gate_weight, gate_bias, "gate_weight", "gate_bias", _last(input), input)
+    check_linear(gate_weight, gate_bias, "gate_weight", "gate_bias", _last(input), input)
     hidden = gate_weight.shape[0]
     if value_weight is not None:
-        _check_linear(value_weight, value_bias, "value_weight", "value_bias", _last(input), input)
+        check_linear(value_weight, value_bias, "value_weight", "value_bias", _last(input), input)
         firsts += (value_weight, value_bias)
         if value_weight.shape != gate_weight.shape:
             raise RuntimeError(
@@ -362,9 +378,13 @@ def gated_mlp(
         raise RuntimeError(f"gate_weight has shape {shape_of(gate_weight)}; expected an even first dimension")
     else:
         hidden //= 2
-    _check_linear(weight, bias, "weight", "bias", hidden, input)
+    check_linear(weight, bias, "weight", "bias", hidden, input)
     p, seed = dropout_seed(input, dropout_p, training)
     name, packed = activation_name(activation), value_weight is None
+    if count > 1:
+        seeds = [seed, *(dropout_seed(input, dropout_p, training)[1] for _ in range(count - 1))]
+        blocks = [ops.linear.glu_block(name, layout, each, p) for each in seeds]
+        return ops.tiles.tiled_mlp(blocks, input, firsts, weight, bias, recompute)
     thin.remember(thin.linear.glu_block(_dtypes(*tensors), name, layout, p, packed), *call)
     block = ops.linear.glu_block(name, layout, seed, p)
     return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
@@ -375,6 +395,17 @@ def level_name(recompute: str) -> str:
     if recompute not in OF_FUNCTIONS:
         raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(OF_FUNCTIONS)}")
     return recompute
+
+
+def tiles_for(tiles: int | None, recompute: str) -> int:
+    """How many tiles a call takes, which at "block" has to be one: told, or from the context."""
+    if tiles is None:
+        return 1 if recompute == "block" else ops.tiles.tiles_now()
+    if not isinstance(tiles, int) or tiles < 1:
+        raise ValueError(f"tiles is {tiles!r}; expected a positive whole number, or None")
+    if tiles > 1 and recompute == "block":
+        raise ValueError(f"tiles is {tiles} and recompute is 'block'; expected recompute 'output' or 'all'")
+    return tiles
 
 
 def norm_name(norm: str) -> str:
@@ -405,7 +436,7 @@ def _last(input: Tensor) -> int:
     return input.shape[-1]
 
 
-def _check_linear(
+def check_linear(
     weight: Tensor, bias: Tensor | None, weight_name: str, bias_name: str, columns: int, input: Tensor
 ) -> None:
     _check_operand(weight, weight_name, input)

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from ..functional.linear import level_name
+from ..functional.linear import level_name, tiles_for
 from ..ops.glu import layout_name
 from .by_parts import are_plain, dropped, letting_go
 from .extras import extras, probability, recorded
@@ -29,6 +29,7 @@ class MLP(nn.Module):
         device, dtype: of all parameters.
         activation, dropout: between the two.
         recompute: "block", "output" or "all".
+        tiles: how many parts the rows are taken in; see `functional.mlp`.
 
     Shape:
         `(*, in_features)` to `(*, out_features)`. Parameters: those of `fc1` and `fc2`.
@@ -57,6 +58,7 @@ class MLP(nn.Module):
         activation: Activation = "gelu",
         dropout: float = 0.0,
         recompute: str = "output",
+        tiles: int | None = None,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -64,7 +66,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features, bias, **factory)
         self.activation = activation_name(activation)
         self.dropout = probability(dropout)
-        self.recompute = level_name(recompute)
+        self.recompute, self.tiles = level_name(recompute), tiles
+        tiles_for(tiles, recompute)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
@@ -85,10 +88,13 @@ class MLP(nn.Module):
             dropout_p=self.dropout,
             training=self.training,
             recompute=self.recompute,
+            tiles=self.tiles,
         )
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, dropout={self.dropout}, recompute={self.recompute!r}"
+        return f"activation={self.activation!r}, dropout={self.dropout}" + extras(
+            recompute=(self.recompute, ""), tiles=(self.tiles, None)
+        )
 
 
 class GatedMLP(nn.Module):
@@ -107,6 +113,7 @@ class GatedMLP(nn.Module):
         packed: one weight for gate and value.
         layout: of the packed weight: "gate_first", "value_first" or "interleaved".
         recompute: "block", "output" or "all".
+        tiles: how many parts the rows are taken in; see `functional.mlp`.
 
     Shape:
         `(*, in_features)` to `(*, out_features)`. Parameters: those of `gate_proj`, `up_proj` (the value's) and
@@ -138,6 +145,7 @@ class GatedMLP(nn.Module):
         packed: bool = False,
         layout: str = "gate_first",
         recompute: str = "output",
+        tiles: int | None = None,
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -151,7 +159,8 @@ class GatedMLP(nn.Module):
         self.activation = activation_name(activation)
         self.dropout = probability(dropout)
         self.packed, self.layout = packed, layout_name(layout)
-        self.recompute = level_name(recompute)
+        self.recompute, self.tiles = level_name(recompute), tiles
+        tiles_for(tiles, recompute)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
@@ -179,9 +188,10 @@ class GatedMLP(nn.Module):
             dropout_p=self.dropout,
             training=self.training,
             recompute=self.recompute,
+            tiles=self.tiles,
         )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}" + extras(
-            layout=(self.layout if self.packed else "", ""), recompute=(self.recompute, "")
+            layout=(self.layout if self.packed else "", ""), recompute=(self.recompute, ""), tiles=(self.tiles, None)
         )

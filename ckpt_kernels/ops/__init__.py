@@ -7,12 +7,14 @@ from . import (
     dyt,
     glu,
     linear,
+    linear_loss,
     nested,
     operands,
     rotary,
     row_norm,
     sharding,
     sync_batch_norm,
+    tiles,
 )
 
 __all__ = [
@@ -22,10 +24,12 @@ __all__ = [
     "dyt",
     "glu",
     "linear",
+    "linear_loss",
     "nested",
     "operands",
     "rotary",
     "row_norm",
     "sharding",
     "sync_batch_norm",
+    "tiles",
 ]

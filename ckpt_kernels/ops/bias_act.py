@@ -68,9 +68,10 @@ class _BiasAct(Block):
         return (kept, bias, seed), options
 
     def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple | None:
-        """Where the input is kept; else the reader's copy of the output is the only one there is, or is kept anyway."""
-        activation = arguments[-1].activation
-        if activation == "identity" or activation in SIGNED_BY_OUTPUT:
+        """Where the input is kept, or may have a recipe; else the reader's copy of the output is the only one there is,
+        or is kept anyway."""
+        activation, seed = arguments[-1].activation, arguments[2]
+        if activation in SIGNED_BY_OUTPUT or (activation == "identity" and seed is None):
             return None
         return super().recipe(ctx, arguments, results)
 

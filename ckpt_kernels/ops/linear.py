@@ -40,7 +40,7 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def product_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     operands = (input.to(dtype), weight.to(dtype), _cast(bias, dtype))
     if not is_autocast(input):
         return linear_of_torch(*operands)
@@ -58,7 +58,7 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
-def _grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+def grad_input_of(grad: Tensor, weight: Tensor) -> Tensor:
     return (_matrix(grad) @ weight.to(grad.dtype)).reshape(*grad.shape[:-1], weight.shape[1])
 
 
@@ -79,14 +79,14 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.input_dtype, ctx.weight_dtype = input.dtype, weight.dtype
         ctx.save_for_backward(input if wants_weight else None, weight if wants_input else None)
-        return _as_no_view(_product(input, weight, bias, dtype))
+        return _as_no_view(product_of(input, weight, bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if weight is not None:
-            grad_input = _grad_input(grad, weight).to(ctx.input_dtype)
+            grad_input = grad_input_of(grad, weight).to(ctx.input_dtype)
         if input is not None:
             grad_weight = _grad_weight(grad, input, ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight as they are instead of cast copies of them."""
-    if not is_autocast(input) or not _is_fused(input, weight, bias):
+    if not is_autocast(input) or not is_fused(input, weight, bias):
         return linear_of_torch(input, weight, bias)
     return _Linear.apply(input, weight, bias, product_dtype(input))
 
@@ -105,7 +105,7 @@ def recomputed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     """F.linear. Within `discard_outputs` what reads its output keeps a recipe that runs the product again."""
     output = linear(input, weight, bias)
     if recompute.thread.active:
-        product = functools.partial(_product, dtype=product_dtype(input))
+        product = functools.partial(product_of, dtype=product_dtype(input))
         recompute.record(output, (product, (input, weight, bias)))
     return output
 
@@ -201,7 +201,7 @@ class _BlockLinear(torch.autograd.Function):
         ctx.block, ctx.count, ctx.kinds = block, count, [None if t is None else t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, *weights, *rest)
-        return tuple(_as_no_view(_product(output, w, b, dtype)) for w, b in zip(weights, biases, strict=True))
+        return tuple(_as_no_view(product_of(output, w, b, dtype)) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -210,8 +210,8 @@ class _BlockLinear(torch.autograd.Function):
         # Once: who unpacks may compute.
         saved = ctx.saved_tensors
         operands, weights, rest = saved[:first], saved[first : first + ctx.count], saved[first + ctx.count :]
-        if _by_composition(grads):
-            found = _through_composition(_composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
+        if by_composition(grads):
+            found = through_composition(_composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
         else:
             found = _block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.kinds)
         return None, None, None, *found
@@ -242,7 +242,7 @@ def _block_linear_gradients(
     found, output = [None] * len(operands), None
     if any(operand_needs):
         # The output's dtype, which under autocast is not the products'.
-        grad_output = _grad_of_shared(there, operands[0].dtype)
+        grad_output = grad_of_shared(there, operands[0].dtype)
         found, output = block.backward(grad_output, operands, rest, operand_needs, rewrite)
         found = [g if n else None for g, n in zip(found, operand_needs, strict=True)]
     elif rewrite:
@@ -255,9 +255,9 @@ def _block_linear_gradients(
     return found
 
 
-def _grad_of_shared(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+def grad_of_shared(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """The gradient of what several products read, added up in autograd's order: the last product's first."""
-    parts = [_grad_input(g, w).to(dtype) for g, w in reversed(there)]
+    parts = [grad_input_of(g, w).to(dtype) for g, w in reversed(there)]
     total = parts[0]
     for part in parts[1:]:
         total = total.add_(part)
@@ -267,12 +267,12 @@ def _grad_of_shared(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) 
 def _composed(block: Block) -> Callable[[Sequence[Tensor | None], Sequence[Tensor], torch.dtype], list[Tensor]]:
     def products(operands: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         output = block.composed(operands)
-        return [_product(output, w, None, dtype) for w in weights]
+        return [product_of(output, w, None, dtype) for w in weights]
 
     return products
 
 
-def _through_composition(
+def through_composition(
     compose: Callable[[Sequence[Tensor | None], Sequence[Tensor], torch.dtype], list[Tensor]],
     grads: Sequence[Tensor | None],
     operands: Sequence[Tensor | None],
@@ -315,27 +315,27 @@ def block_linear(
 ) -> tuple[Tensor, ...]:
     """The block's output times each weight, plus bias. Keeps the operands; see the module."""
     # Without a gradient to find for an operand, the output is the least there is to keep.
-    if not any(t is not None and t.requires_grad for t in operands) or not _is_fused(*operands, *weights, *biases):
+    if not any(t is not None and t.requires_grad for t in operands) or not is_fused(*operands, *weights, *biases):
         return composed_linear(block, operands, weights, biases)
     dtype = product_dtype(operands[0])
 
     def product(weight: Tensor, bias: Tensor | None, *operands: Tensor | None) -> Tensor:
-        return _product(block.forward(operands)[0], weight, bias, dtype)
+        return product_of(block.forward(operands)[0], weight, bias, dtype)
 
-    announced = len(weights) == 1 and _announced(product, weights[0], biases[0], *operands)
+    is_announced = len(weights) == 1 and announced(product, weights[0], biases[0], *operands)
     first, *others = _BlockLinear.apply(block, len(weights), dtype, *operands, *weights, *biases)
-    return _recorded(first, announced), *others
+    return recorded(first, is_announced), *others
 
 
-def _announced(product: Callable[..., Tensor], *tensors: Tensor | None) -> bool:
+def announced(product: Callable[..., Tensor], *tensors: Tensor | None) -> bool:
     """That a last product, which a norm may read, runs again within a layer."""
     return bool(recompute.thread.active) and recompute.announce_in_layer(
         (lambda *again: _as_no_view(product(*again)), tensors)
     )
 
 
-def _recorded(output: Tensor, announced: bool) -> Tensor:
-    if announced:
+def recorded(output: Tensor, is_announced: bool) -> Tensor:
+    if is_announced:
         recompute.record(output)
     return output
 
@@ -361,30 +361,30 @@ class _LinearBlockLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: Block, dtype: torch.dtype, input: Tensor, *tensors: Tensor | None) -> Tensor:
         *firsts, weight, bias = tensors
-        operands = _products(input, firsts, dtype)
+        operands = products_of(input, firsts, dtype)
         output, _ = block.forward(operands)
         ctx.block, ctx.dtype = block, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(input, *firsts, weight)
-        return _as_no_view(_product(output, weight, bias, dtype))
+        return _as_no_view(product_of(output, weight, bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         input, *firsts, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         grad_bias = _grad_bias(grad, ctx.bias_dtype) if needs[-1] else None
-        if _by_composition((grad,)):
+        if by_composition((grad,)):
             tensors = [input, *firsts, weight]
 
             def compose(operands: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype):
-                inner = _products(operands[0], operands[1:], dtype)
-                return [_product(ctx.block.composed(inner), weights[0], None, dtype)]
+                inner = products_of(operands[0], operands[1:], dtype)
+                return [product_of(ctx.block.composed(inner), weights[0], None, dtype)]
 
             kinds = [None if t is None else t.dtype for t in (*tensors, None)]
-            found = _through_composition(compose, (grad,), tensors[:-1], tensors[-1:], (*needs[:-1], False), kinds)
+            found = through_composition(compose, (grad,), tensors[:-1], tensors[-1:], (*needs[:-1], False), kinds)
             return None, None, *found[:-1], grad_bias
         wants_input, *first_needs = needs[:-2]
-        operands = _products(input, firsts, ctx.dtype)
+        operands = products_of(input, firsts, ctx.dtype)
         inner_needs = [wants_input or any(first_needs[i : i + 2]) for i in range(0, len(firsts), 2)]
         kinds = [*(t.dtype for t in operands), weight.dtype, None]
         wanted = (*inner_needs, needs[-2], False)
@@ -397,13 +397,13 @@ class _LinearBlockLinear(torch.autograd.Function):
             there.append((g, w))
             found.append(_grad_weight(g, input, w.dtype) if first_needs[2 * index] else None)
             found.append(_grad_bias(g, b.dtype) if first_needs[2 * index + 1] else None)
-        grad_input = _grad_of_shared(there, input.dtype) if wants_input else None
+        grad_input = grad_of_shared(there, input.dtype) if wants_input else None
         return None, None, grad_input, *found, inner[len(inner_needs)], grad_bias
 
 
-def _products(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+def products_of(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
     """The products by (weight, bias, weight, bias, ...)."""
-    return [_product(input, w, b, dtype) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
+    return [product_of(input, w, b, dtype) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
 
 
 def linear_block_linear(
@@ -413,27 +413,27 @@ def linear_block_linear(
 
     Keeps what `recompute` says: "block" all that is between, "output" the products, "all" the input alone.
     """
-    if recompute == "all" and _is_fused(input, *firsts, weight, bias):
+    if recompute == "all" and is_fused(input, *firsts, weight, bias):
         dtype = product_dtype(input)
 
         def product(weight: Tensor, bias: Tensor | None, input: Tensor, *firsts: Tensor | None) -> Tensor:
-            return _product(block.forward(_products(input, firsts, dtype))[0], weight, bias, dtype)
+            return product_of(block.forward(products_of(input, firsts, dtype))[0], weight, bias, dtype)
 
-        announced = _announced(product, weight, bias, input, *firsts)
-        return _recorded(_LinearBlockLinear.apply(block, dtype, input, *firsts, weight, bias), announced)
+        is_announced = announced(product, weight, bias, input, *firsts)
+        return recorded(_LinearBlockLinear.apply(block, dtype, input, *firsts, weight, bias), is_announced)
     operands = [linear(input, w, b) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
     compute = composed_linear if recompute == "block" else block_linear
     return compute(block, operands, (weight,), (bias,))[0]
 
 
-def _is_fused(*tensors: Tensor | None) -> bool:
+def is_fused(*tensors: Tensor | None) -> bool:
     """Whether there is something to keep, and nobody must see the ops one by one."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return is_plain(tensors) and not is_transformed()
 
 
-def _by_composition(grads: Sequence[Tensor | None]) -> bool:
+def by_composition(grads: Sequence[Tensor | None]) -> bool:
     """Whether a backward pass is to be seen: for gradients of gradients, and where the gradients are batches."""
     if torch.is_grad_enabled() or is_transformed():
         return True

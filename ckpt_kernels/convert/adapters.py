@@ -1,0 +1,22 @@
+"""Adapters: modules in which trained matrices stand beside a frozen one, such as LoRA's."""
+
+from torch import nn
+
+from .loads import modules_of
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether the modules in it, which hold none but containers, have matrices that are frozen and such that are not.
+
+    It decides what is worth a look, and nothing about what is right.
+    """
+    wanted: set[bool] = set()
+    for below in modules_of(module):
+        if below is module:
+            continue
+        if any(child is not None for child in below._modules.values()) and not isinstance(below, _CONTAINERS):
+            return False
+        wanted.update(p.requires_grad for p in below._parameters.values() if p is not None and p.dim() == 2)
+    return wanted == {False, True}

@@ -1,0 +1,112 @@
+"""A linear layer and the cross entropy of its output, without the logits of all rows at one time."""
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from .. import ops
+from .checks import check_device, check_tensor, number, shape_of
+from .linear import check_linear
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    r"""The cross entropy of a linear layer's output, whose logits are made for a chunk of the rows at a time.
+
+    .. math::
+        z = c \tanh\big((x W^\top + b) / c\big), \qquad
+        \ell_i = \log \textstyle\sum_j e^{z_{ij}} - z_{i t_i}
+
+    It is `F.cross_entropy(F.linear(input, weight, bias).float(), target, ...)`, of float64 logits without `float()`.
+    The gradients of "mean" and "sum" are made in the forward pass, with the logits of each chunk at hand; those of
+    "none" and of float16 in the backward pass, for which the product runs again. A weight that wants no gradient has
+    none computed, and without gradients nothing is kept. Under torch.compile and torch.func, and for gradients of
+    gradients, the logits are whole.
+
+    Args:
+        input: x, `(*, in)`; float32, bfloat16, float16 or float64.
+        weight: W, `(classes, in)`, of the input's dtype.
+        target: t, `(*)`, int64: the class of each row, or `ignore_index`.
+        bias: b, `(classes)`, of the input's dtype, or None.
+        ignore_index: the target of rows that do not count. As in torch, the mean of none is nan.
+        label_smoothing: how much of the target is spread over all classes, from 0 to 1.
+        reduction: "mean" over the rows that count, "sum", or "none".
+        softcap: c, the limit that logits are bent to, as in Gemma 2; None leaves them as they are.
+        chunk: how many rows at a time; None is as many as make logits of the input's size, and 256 at least.
+
+    Returns:
+        float32, or float64 for such input: a number, or `(*)` for "none".
+
+    Kept for backward:
+        The input; for "mean" and "sum" also the gradients that are wanted, but in float16. No logits.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: the reduction is unknown, the smoothing is outside [0, 1], or `softcap` or `chunk` is not positive.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, weight = torch.randn(8, 64, requires_grad=True), torch.randn(1000, 64)
+        >>> target = torch.randint(1000, (8,))
+        >>> loss = F.linear_cross_entropy(x, weight, target)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(x @ weight.T, target), atol=1e-4)
+        True
+        >>> saved_bytes(lambda: F.linear_cross_entropy(x, weight, target)) - weight.nbytes < 3 * x.nbytes
+        True
+
+    Source:
+        Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, for whole chunks of rows.
+    """
+    check_tensor(input, "input")
+    if input.dim() == 0:
+        raise RuntimeError("input has shape (); expected at least one dimension")
+    columns, lead = input.shape[-1], input.shape[:-1]
+    check_linear(weight, bias, "weight", "bias", columns, input)
+    _check_target(target, input)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(_REDUCTIONS)}")
+    smoothing = number(label_smoothing, "label_smoothing")
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number between 0 and 1")
+    cap = None if softcap is None else number(softcap, "softcap")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"softcap is {softcap}; expected a positive number, or None")
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk is {chunk!r}; expected a positive whole number, or None")
+
+    def rows(logits: Tensor, target: Tensor) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return functional.cross_entropy(
+            logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=smoothing
+        )
+
+    matrix, targets = input.reshape(-1, columns), target.reshape(-1)
+    size = ops.linear_loss.default_chunk(len(matrix), columns, weight.shape[0]) if chunk is None else chunk
+    loss = ops.linear_loss.Loss(rows, ops.linear.product_dtype(input), size)
+    count = ops.linear_loss.count_of(targets, input.dtype, ignore_index, reduction)
+    output = ops.linear_loss.linear_loss(loss, matrix, weight, bias, targets, count)
+    return output.reshape(lead) if reduction == "none" else output
+
+
+def _check_target(target: Tensor, input: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target is {type(target).__name__}; expected a tensor")
+    if target.dtype != torch.int64:
+        raise RuntimeError(f"target has dtype {target.dtype}; expected int64, the class of each row")
+    check_device(target, "target", input)
+    if target.shape != input.shape[:-1]:
+        raise RuntimeError(f"target has shape {shape_of(target)}; expected {shape_of(input)[:-1]}, one for each row")

@@ -1,0 +1,144 @@
+"""Frozen weights with LoRA beside them: what is kept of a layer, at each level, against its floor."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+
+WIDTH, INNER, RANK, TOKENS = 32, 86, 2, 64
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+transformers = pytest.importorskip("transformers")
+
+
+class Adapter(nn.Module):
+    """LoRA as people write it."""
+
+    def __init__(self, base: nn.Linear, p: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.drop = nn.Dropout(p) if p else nn.Identity()
+        self.down = nn.Linear(base.in_features, RANK, bias=False)
+        self.up = nn.Linear(RANK, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 2.0 * self.up(self.down(self.drop(x)))
+
+
+def llama(layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        use_cache=False,
+        vocab_size=32,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+    )
+    return transformers.LlamaModel(config).to(DEVICE)
+
+
+def by_hand(layers: int, p: float) -> nn.Module:
+    model = llama(layers).requires_grad_(False)
+    for layer in model.layers:
+        for holder in (layer.self_attn, layer.mlp):
+            for name in NAMES:
+                if hasattr(holder, name):
+                    setattr(holder, name, Adapter(getattr(holder, name), p).to(DEVICE))
+    return model
+
+
+def by_peft(layers: int, p: float) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(
+        llama(layers), peft.LoraConfig(r=RANK, lora_dropout=p, target_modules=list(NAMES))
+    ).train()
+
+
+def ids() -> Tensor:
+    return torch.arange(TOKENS, device=DEVICE)[None] % 32
+
+
+def kept_by_layer(adapted: Callable[[int, float], nn.Module], p: float, level: str | None) -> float:
+    """What one layer more keeps, in tensors of (tokens, width)."""
+    kept = []
+    for layers in (2, 3):
+        model = adapted(layers, p)
+        if level is not None:
+            ckpt_kernels.convert(model, recompute=level)
+        kept.append(saved_bytes(lambda model=model: model(input_ids=ids()), parameters_of=model))
+    return (kept[1] - kept[0]) / (TOKENS * WIDTH * 4)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    model.zero_grad()
+    model(input_ids=ids()).last_hidden_state.square().mean().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+# Beside the floor: statistics, seeds, and what `down` makes.
+SMALL = 7 * RANK / WIDTH + 0.3
+either = pytest.mark.parametrize("adapted", [by_hand, by_peft])
+
+
+@either
+def test_what_a_layer_keeps(adapted: Callable[[int, float], nn.Module]) -> None:
+    eager, inner = kept_by_layer(adapted, 0.0, None), INNER / WIDTH
+    # Inputs of both norms, queries, keys and values turned, attention's output, gate and value.
+    floors = {"output": 6 + 2 * inner, "all": 6 + inner, "layer": 2}
+    found = {level: kept_by_layer(adapted, 0.0, level) for level in floors}
+    for level, floor in floors.items():
+        assert floor <= found[level] <= floor + SMALL, level
+    assert found["layer"] <= 0.35 * eager
+
+
+@either
+def test_what_a_layer_keeps_with_dropout(adapted: Callable[[int, float], nn.Module]) -> None:
+    eager, inner = kept_by_layer(adapted, 0.1, None), INNER / WIDTH
+    found = {level: kept_by_layer(adapted, 0.1, level) for level in ("output", "layer")}
+    # No mask, and of dropouts' outputs only those before the last products of attention and MLP.
+    assert found["output"] <= 7 + 3 * inner + SMALL
+    assert found["layer"] <= min(3 + inner + SMALL, 0.35 * eager)
+
+
+@pytest.mark.parametrize("level", ["output", "all", "layer"])
+@either
+def test_gradients(adapted: Callable[[int, float], nn.Module], level: str) -> None:
+    model = adapted(2, 0.0)
+    twin = copy.deepcopy(model)
+    ckpt_kernels.convert(twin, recompute=level)
+    for mine, theirs in zip(gradients(twin), gradients(model), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_frozen_linear_keeps_no_input() -> None:
+    model = (
+        nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH)).to(DEVICE).requires_grad_(False)
+    )
+    ckpt_kernels.convert(model)
+    x = torch.randn(TOKENS, WIDTH, device=DEVICE, requires_grad=True)
+    # Each norm keeps its input, for the gradient of that, and a number a row.
+    assert saved_bytes(model, x) == 2 * x.nbytes + 2 * TOKENS * 4
+
+
+def test_a_dropout_before_an_adapter_is_drawn_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, RANK)).to(DEVICE)
+    block, output = copy.deepcopy(model), copy.deepcopy(model)
+    ckpt_kernels.convert(block, recompute="block")
+    ckpt_kernels.convert(output)
+    x = torch.randn(TOKENS, WIDTH, device=DEVICE, requires_grad=True)
+    assert saved_bytes(block, x) - saved_bytes(output, x) == x.nbytes
+    results = []
+    for each in (block, output):
+        torch.manual_seed(1)
+        each(x).square().sum().backward()
+        results.append([p.grad for p in each.parameters()])
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)

@@ -1,0 +1,215 @@
+"""MLPs in tiles of rows: the same results, of which less stands in memory, and one gradient a parameter."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import ckpt_kernels
+from ckpt_kernels import functional as F
+from ckpt_kernels.catalogue.linear import PAIRS, Pair
+from ckpt_kernels.memory import peak_bytes, saved_bytes
+
+from .conftest import DEVICE, DTYPES
+from .test_linear import products
+
+LEVELS = ("output", "all")
+MLPS = [pair for pair in PAIRS if "mlp" in pair.name]
+by_mlp = pytest.mark.parametrize("pair", MLPS, ids=lambda pair: pair.name)
+
+
+def in_tiles(pair: Pair, level: str, tiles: int) -> Callable[..., tuple[Tensor, ...]]:
+    def call(**operands: Tensor) -> tuple[Tensor, ...]:
+        with ckpt_kernels.ops.tiles.in_tiles(tiles):
+            return pair.at(level)(**operands)
+
+    return call
+
+
+def with_gradients(function: Callable[..., tuple[Tensor, ...]], operands: dict) -> dict[str, Tensor]:
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in operands.items() if isinstance(t, Tensor)}
+    (output,) = function(**(operands | leaves))
+    above = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=DEVICE).to(output.dtype)
+    gradients = torch.autograd.grad(output, list(leaves.values()), above.view_as(output))
+    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@by_mlp
+def test_error_is_at_most_eagers(pair: Pair, dtype: torch.dtype, level: str) -> None:
+    operands = pair.operands((2, 9), 24, dtype, DEVICE)
+    wide = {n: t.double() if isinstance(t, Tensor) else t for n, t in operands.items()}
+    found, eager = with_gradients(in_tiles(pair, level, 4), operands), with_gradients(pair.eager, operands)
+    truth = with_gradients(pair.eager, wide)
+    for name, true in truth.items():
+        assert found[name].dtype == eager[name].dtype and found[name].shape == eager[name].shape
+        error, allowed = ((t[name].double() - true).abs().max() for t in (found, eager))
+        ulps = 16 if dtype == torch.float64 else 1  # where eager's is the truth
+        assert error <= 1.5 * allowed + ulps * torch.finfo(dtype).eps * true.abs().max(), name
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (0,), (2, 0)], ids=str)
+@by_mlp
+def test_more_tiles_than_rows(pair: Pair, lead: tuple) -> None:
+    operands = pair.operands(lead, 8, torch.float32, DEVICE)
+    found, whole = (with_gradients(f, operands) for f in (in_tiles(pair, "all", 5), pair.at("all")))
+    for name, value in whole.items():
+        torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("function,usual", [("mlp (gelu)", 6), ("gated_mlp (silu)", 9)])
+def test_all_runs_one_product_less_than_checkpointing(function: str, usual: int) -> None:
+    (pair,) = [pair for pair in MLPS if pair.name == function]
+    operands = pair.operands((8,), 8, torch.float32, DEVICE)
+    for level, expected in (("output", usual * 4), ("all", (usual + usual // 3 - 1) * 4)):
+        # At "output" the first products are made whole.
+        expected -= (usual // 3 - 1) * 3 if level == "output" else 0
+        assert products(lambda level=level: in_tiles(pair, level, 4)(**operands)[0].sum().backward()) == expected
+
+
+@by_mlp
+def test_keeps_what_it_keeps_whole(pair: Pair) -> None:
+    operands = pair.operands((8,), 8, torch.float32, DEVICE)
+    for level in LEVELS:
+        whole, tiled = (saved_bytes(lambda f=f: f(**operands)) for f in (pair.at(level), in_tiles(pair, level, 4)))
+        assert tiled == whole
+
+
+@pytest.mark.parametrize("name", ["mlp (gelu)", "gated_mlp (silu)"])
+def test_a_tiles_transient_is_its_part(name: str) -> None:
+    (pair,) = [pair for pair in MLPS if pair.name == name]
+    operands = pair.operands((4096,), 8, torch.float32, DEVICE)
+    x = operands["input"]
+    inner = 4096 * 4 * 8 * 4  # one tensor of the inner width
+
+    def step(tiles: int) -> None:
+        in_tiles(pair, "all", tiles)(**operands)[0].sum().backward()
+
+    def transient(tiles: int) -> float:
+        """In inner tensors, beside the output, its gradient, the input's, and what is as small as the weights."""
+        for tensor in operands.values():
+            if isinstance(tensor, Tensor):
+                tensor.grad = None
+        return (peak_bytes(lambda: step(tiles), DEVICE) - 3 * x.nbytes) / inner
+
+    whole = transient(1)
+    assert whole > 2.5
+    assert transient(8) < whole / 8 + 0.15
+    with torch.no_grad():
+        forward = [peak_bytes(lambda n=n: in_tiles(pair, "all", n)(**operands), DEVICE) - x.nbytes for n in (1, 8)]
+    assert forward[1] < forward[0] / 8 + 0.15 * inner
+
+
+def test_a_parameters_gradient_comes_once() -> None:
+    torch.manual_seed(0)
+    mlp = ckpt_kernels.nn.GatedMLP(8, 24, recompute="all", tiles=4).to(DEVICE)
+    twin = copy.deepcopy(mlp)
+    twin.tiles = 1
+    counts: list[str] = []
+    for name, parameter in mlp.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: counts.append(name))
+    for seed in range(2):  # added up over two batches
+        x = torch.randn(10, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        for each in (mlp, twin):
+            each(x).square().sum().backward()
+    assert sorted(counts) == sorted(2 * [name for name, _ in mlp.named_parameters()])
+    for mine, theirs in zip(mlp.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("frozen", [("weight1",), ("weight2", "bias2"), ("input",), ("input", "weight1", "bias1")])
+def test_frozen(frozen: tuple) -> None:
+    (pair,) = [pair for pair in MLPS if pair.name == "mlp (gelu)"]
+    operands = pair.operands((9,), 8, torch.float32, DEVICE)
+    leaves = [
+        t for n, t in operands.items() if isinstance(t, Tensor) and t.requires_grad_(n not in frozen).requires_grad
+    ]
+    found, whole = (
+        torch.autograd.grad(f(**operands)[0].square().sum(), leaves) for f in (in_tiles(pair, "all", 4), pair.eager)
+    )
+    for mine, theirs in zip(found, whole, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_second_derivatives_dropout_and_autocast() -> None:
+    shapes = [(5, 4), (6, 4), (6,), (3, 6), (3,)]
+    x, *weights = (torch.randn(s, dtype=torch.float64, device=DEVICE, requires_grad=True) for s in shapes)
+
+    def seeded(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return F.mlp(*tensors, dropout_p=0.4, recompute="all", tiles=2)
+
+    assert torch.autograd.gradcheck(seeded, (x, *weights))
+    assert torch.autograd.gradgradcheck(seeded, (x, *weights))
+    single = [t.detach().float().requires_grad_() for t in (x, *weights)]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        outputs = [F.mlp(*single, recompute="all", tiles=n) for n in (1, 2)]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    gradients = [torch.autograd.grad(output.sum(), single) for output in outputs]
+    for mine, theirs in zip(*reversed(gradients), strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_each_tile_draws_a_dropout_of_its_own() -> None:
+    eye = torch.eye(16, device=DEVICE)
+    output = F.mlp(torch.ones(8, 16, device=DEVICE), eye, None, eye, None, activation="relu", dropout_p=0.5, tiles=4)
+    assert len({tuple(row.tolist()) for row in output}) == 8
+
+
+def test_compiled() -> None:
+    x, weight, last = (
+        torch.randn(6, 4, device=DEVICE),
+        torch.randn(8, 4, device=DEVICE),
+        torch.randn(4, 8, device=DEVICE),
+    )
+    call = torch.compile(lambda x: F.mlp(x, weight, None, last, None, tiles=3), fullgraph=True, backend="eager")
+    torch.testing.assert_close(call(x), F.mlp(x, weight, None, last, None))
+
+
+@pytest.mark.parametrize("level", ["output", "all", "layer"])
+def test_converted(level: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaModel(config).to(DEVICE)
+    whole, tiled = copy.deepcopy(model), copy.deepcopy(model)
+    ckpt_kernels.convert(whole, recompute=level)
+    ckpt_kernels.convert(tiled, recompute=level, tiles=4)
+    ids = torch.randint(32, (1, 512), device=DEVICE)
+
+    def step(model: torch.nn.Module) -> None:
+        model(input_ids=ids).last_hidden_state.square().mean().backward()
+
+    peaks = []
+    for each in (model, whole, tiled):
+        step(each)
+    for each in (whole, tiled):
+        peaks.append(peak_bytes(lambda each=each: step(each), DEVICE))
+        for mine, theirs in zip(each.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad / 2, theirs.grad, rtol=1e-3, atol=1e-6)
+    assert peaks[1] < peaks[0]
+    assert saved_bytes(lambda: tiled(ids)) <= saved_bytes(lambda: whole(ids))
+    copy.deepcopy(tiled)(ids)
+    assert products(lambda: step(tiled)) > products(lambda: step(whole))
+
+
+@pytest.mark.parametrize("tiles", [0, -1, 1.5])
+def test_refuses(tiles: object) -> None:
+    x = torch.randn(4, 4, device=DEVICE)
+    for call in (
+        lambda: F.mlp(x, x, None, x, None, tiles=tiles),
+        lambda: F.gated_mlp(x, x, x, x, tiles=tiles),
+        lambda: ckpt_kernels.nn.MLP(4, 4, tiles=tiles),
+        lambda: ckpt_kernels.nn.GatedMLP(4, 4, tiles=tiles),
+        lambda: ckpt_kernels.convert(torch.nn.GELU(), tiles=tiles),
+    ):
+        with pytest.raises(ValueError, match=r"tiles is .*; expected a positive whole number"):
+            call()
+    with pytest.raises(ValueError, match="tiles is 2 and recompute is 'block'"):
+        F.mlp(x, x, None, x, None, tiles=2, recompute="block")
