@@ -105,7 +105,7 @@ def by_trl(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Watch]:
     table = InMemoryTable.from_pydict({"input_ids": [row["input_ids"].tolist() for row in data]})
     with tempfile.TemporaryDirectory() as where:
         args = SFTConfig(
-            **arguments(steps, where) | {"learning_rate": 1e-2}, bf16=False, gradient_checkpointing=False,
+            **arguments(steps, where) | {"learning_rate": 2e-3}, bf16=False, gradient_checkpointing=False,
             max_length=TOKENS, dataset_kwargs={"skip_prepare_dataset": True},
         )  # fmt: skip
         torch.manual_seed(0)

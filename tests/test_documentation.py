@@ -29,6 +29,8 @@ MODULES = (
     "functional.linear",
     "functional.rotary",
     "functional.row_norm",
+    "integrations.common",
+    "integrations.torchtitan",
     "memory",
     "nn.bias_act",
     "nn.channel_norm",
@@ -38,6 +40,7 @@ MODULES = (
     "nn.mlp",
     "nn.rotary",
     "nn.row_norm",
+    "offload",
     "plan",
     "recompute",
 )
