@@ -105,7 +105,7 @@ class Offloading:
         hooks: Any = torch._C._autograd
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
             return forward(module, *args, **kwargs)
-        before = self._last and self._last()
+        before = _there(self._last)
         visit = Visit(self._least, {tensor.untyped_storage()._cdata for tensor in tensors_of(module, buffers=True)})
         if before is not None:
             visit.before, before.after = weakref.ref(before), weakref.ref(visit)
@@ -116,6 +116,10 @@ class Offloading:
                 return forward(module, *args, **kwargs)
             # It does not see what is saved here: another one lets go of outputs, at its level.
             return run_at(around.level, functools.partial(forward, module), module, args, kwargs)
+
+
+def _there(visit: "weakref.ref[Visit] | None") -> "Visit | None":
+    return None if visit is None else visit()
 
 
 class Visit:
@@ -150,7 +154,7 @@ class Visit:
             packet = Packet(self, _to_host(_bytes_of(storage)), tensor.device)
             self._known[place] = StorageWeakRef(storage), weakref.ref(packet)
             self._packets.append(weakref.ref(packet))
-        return View(packet, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return View(packet, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
     def begin_backward(self) -> None:
         """When the layer first asks for a tensor: its own come back, if they have not yet, and those of the layer whose
@@ -159,9 +163,9 @@ class Visit:
             return
         self._is_in_turn = True
         self.fetch()
-        if (before := self.before and self.before()) is not None:
+        if (before := _there(self.before)) is not None:
             before.fetch()
-        if (after := self.after and self.after()) is not None:
+        if (after := _there(self.after)) is not None:
             after.drop()
 
     def fetch(self) -> None:

@@ -212,13 +212,15 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out") / "trainers")
     options = parser.parse_args()
     if any(name not in os.environ for name in RAISED_THRESHOLDS):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RAISED_THRESHOLDS)
     warnings.filterwarnings("ignore")
     data, found = rows(options.steps), {}
-    for name, (train, needs) in TRAINERS.items():
+    for name in options.trainers:
+        train, needs = TRAINERS[name]
         if absent := [package for package in needs if importlib.util.find_spec(package) is None]:
             print(f"{name}: without {', '.join(absent)} it cannot run", flush=True)
             continue
