@@ -43,4 +43,4 @@ def draw_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, Classifier, draw_batch, DEVICE, steps=60, ways=WAYS))
+    sys.exit(main(__doc__, Classifier, draw_batch, DEVICE, steps=60, learning_rate=2e-4, ways=WAYS))

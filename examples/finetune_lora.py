@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, LAYERS, HEADS = (1024, 16, 16) if DEVICE == "cuda" else (192, 4, 4)
-WAYS = ("checkpoint", "output", "0.3")
+WAYS = ("checkpoint", "output", "0.4")
 
 
 class Tuned(nn.Module):

@@ -39,7 +39,8 @@ class Run:
     """One model, its optimiser, and what it measured."""
 
     def __init__(self, level: str, model: nn.Module, learning_rate: float) -> None:
-        self.name = {"eager": "eager", CHECKPOINT: "checkpointed"}.get(level, f"ours, {level}")
+        ours = f"ours, {level}" if level in (*LEVELS, "layer") else f"planned, {level}"
+        self.name = {"eager": "eager", CHECKPOINT: "checkpointed"}.get(level, ours)
         self.model = model
         self.forward = discard_outputs()(model.forward) if level in ("output", "all") else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
