@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from train_unet import draw_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTHS = (128, 256, 256) if DEVICE == "cuda" else (32, 64, 64)
+WIDTHS = (128, 256, 256) if DEVICE == "cuda" else (16, 32, 32)
 WAYS = ("checkpoint", "output", "0.7")
 
 
