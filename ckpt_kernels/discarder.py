@@ -239,6 +239,13 @@ class Discarder:
         finally:
             self.is_paused, self._products, self.layers = before
 
+    @property
+    def level(self) -> str:
+        """The level of `convert` as at which outputs are let go of now."""
+        if self.is_paused:
+            return "block"
+        return "layer" if self.layers > 0 else "all" if self._products else "output"
+
     def begin(self, module: nn.Module) -> None:
         """The module's forward begins. From the first such call on, only biases that were there then are copied."""
         biases = {} if self._biases is None else self._biases

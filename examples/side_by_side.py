@@ -1,4 +1,5 @@
-"""Trains one model several times at once: with eager torch's layers, and with ours at levels of recomputation.
+"""Trains one model several times at once: with eager torch's layers, and with ours at levels of recomputation, planned
+for a budget, or checkpointed.
 
 All start from the same weights and see the same batches, so their loss curves lie on each other; what differs is the
 memory kept for backward, the peak, and the time of a step. What the examples share.
@@ -12,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,12 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
+from ckpt_kernels.integrations.common import converted
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 from ckpt_kernels.recompute import discard_outputs
 
 # The C library keeps freed blocks instead of giving them back to the system, for all runs alike.
 RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 LEVELS = ("block", "output", "all")
+CHECKPOINT = "checkpoint"
 # torch's profiler, which finds the peak, prints of each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # Of a loss: the model's, of a batch.
@@ -35,7 +39,8 @@ class Run:
     """One model, its optimiser, and what it measured."""
 
     def __init__(self, level: str, model: nn.Module, learning_rate: float) -> None:
-        self.name = "eager" if level == "eager" else f"ours, {level}"
+        ours = f"ours, {level}" if level in (*LEVELS, "layer") else f"planned, {level}"
+        self.name = {"eager": "eager", CHECKPOINT: "checkpointed"}.get(level, ours)
         self.model = model
         self.forward = discard_outputs()(model.forward) if level in ("output", "all") else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
@@ -52,12 +57,23 @@ class Run:
         self.losses.append(loss.item())
         self.seconds.append(time.perf_counter() - start)
 
-    def measure_memory(self, batch: Batch) -> None:
-        """What a pass keeps, and the peak of what a forward and backward pass make beside the model."""
-        self.model.zero_grad(set_to_none=True)
+    def measure_memory(self, batch: Batch, beside_gradients: bool) -> None:
+        """What a pass keeps, and the peak of what a forward and backward pass make beside the model, and beside its
+        gradients, which are there before then."""
+        self.model.zero_grad(set_to_none=not beside_gradients)
         self.saved = saved_bytes(self.forward, *batch, parameters_of=self.model)
         self.peak = peak_bytes(lambda: self.forward(*batch).backward(), batch[0].device)
         self.model.zero_grad(set_to_none=True)
+
+
+def arrange(model: nn.Module, way: str, inputs: Any) -> None:
+    """A model of transformers or diffusers as it is, checkpointed by its own switch, or converted by our flag: a level,
+    or a budget as bytes, such as 64MiB, or as a fraction of eager's peak, such as 0.5."""
+    if way == CHECKPOINT:
+        switches = ("activation_checkpointing_enable", "gradient_checkpointing_enable", "enable_gradient_checkpointing")
+        next(getattr(model, name) for name in switches if hasattr(model, name))()
+    elif way != "eager":
+        converted(model, float(way) if way.replace(".", "").isdigit() else way, inputs=inputs)
 
 
 def draw(runs: list[Run], path: pathlib.Path) -> None:
@@ -97,12 +113,21 @@ def main(
     device: str,
     steps: int,
     learning_rate: float = 1e-3,
+    ways: tuple[str, ...] = (),
 ) -> int:
-    """Runs the example whose models `make(level)` makes, for "eager" and the levels asked for; they return the loss."""
+    """Runs the example whose models `make(level)` makes, for "eager" and the levels asked for; they return the loss.
+
+    An example that has other ways than levels, as `arrange` takes them, names the usual ones; its peaks are beside
+    gradients, as budgets are.
+    """
     name = pathlib.Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--recompute", nargs="+", choices=LEVELS, default=["output", "all"], help="levels to run")
+    if ways:
+        text = "levels, budgets (64MiB, or 0.5 of eager's peak), or checkpoint"
+        parser.add_argument("--recompute", nargs="+", default=ways, help=text)
+    else:
+        parser.add_argument("--recompute", nargs="+", choices=LEVELS, default=["output", "all"], help="levels to run")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out") / name)
     options = parser.parse_args()
     if device == "cpu" and any(name not in os.environ for name in RAISED_THRESHOLDS):
@@ -126,7 +151,7 @@ def main(
                 run.step(batch)
             progress.update(task, advance=1, description=f"loss {' / '.join(f'{r.losses[-1]:.4f}' for r in runs)}")
     for run in runs:
-        run.measure_memory(batch)
+        run.measure_memory(batch, beside_gradients=bool(ways))
 
     table = Table("", *(run.name for run in runs), title="Training", title_justify="left")
     for title, values in (

@@ -31,6 +31,8 @@ MODULES = (
     "logits",
     "functional.rotary",
     "functional.row_norm",
+    "integrations.common",
+    "integrations.torchtitan",
     "memory",
     "nn.bias_act",
     "nn.channel_norm",
@@ -40,6 +42,7 @@ MODULES = (
     "nn.mlp",
     "nn.rotary",
     "nn.row_norm",
+    "offload",
     "plan",
     "recompute",
 )

@@ -1,0 +1,50 @@
+"""accelerate: `prepare`, for training loops written by hand, such as diffusers' training scripts.
+
+unet, optimizer, loader = prepare(accelerator, unet, optimizer, loader, recompute="output")
+"""
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from .common import Recompute, converted
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, *others: Any, recompute: Recompute = "output", inputs: Any = None
+) -> tuple[Any, ...]:
+    """Converts the model, and then prepares all as `accelerator.prepare(model, *others)` does.
+
+    The order is what counts: `prepare` may wrap the model's forward, for mixed precision, and the model, for several
+    devices.
+
+    Args:
+        accelerator: an Accelerator.
+        model: a module that is not prepared yet.
+        others: the optimizer, the data loaders, the scheduler, as `accelerator.prepare` takes them.
+        recompute: a level, levels by name, a plan or its file, or a budget of memory; see `common.parsed`.
+        inputs: for a budget, what the model is called with in a step of the largest size.
+
+    Returns:
+        What `accelerator.prepare` returns: the model and the others, in this order.
+
+    Raises:
+        TypeError, ValueError: `recompute` is nothing that is known, or is a budget without inputs.
+        DoesNotFit: no choice fits the budget.
+
+    Example:
+        >>> from accelerate import Accelerator
+        >>> from ckpt_kernels.integrations.accelerate import prepare
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model, optimizer = prepare(Accelerator(cpu=True), model, optimizer)
+        >>> ckpt_kernels.is_converted(model)
+        True
+    """
+    if accelerator.device_placement:
+        # A budget is planned for where the steps run.
+        model.to(accelerator.device)
+    converted(model, recompute, inputs=inputs, autocast=accelerator.autocast())
+    prepared = accelerator.prepare(model, *others)
+    return prepared if isinstance(prepared, tuple) else (prepared,)

@@ -1,0 +1,166 @@
+"""What all frameworks share: `recompute` as one value of a configuration, and how a model is converted by it."""
+
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+
+from ..convert import Report, convert
+from ..convert.planned import LEVELS
+from ..plan import Plan, plan
+from ..plan.budget import Budget, bytes_of
+from ..target import arguments_of
+
+# A level, levels by name, a plan or its file, or a budget.
+Recompute = Union[str, float, Mapping[str, str], Plan, pathlib.Path, "Planned"]
+_EXPECTED = (
+    f"expected a level ({', '.join(LEVELS)}), a mapping of names to levels, a plan or its .json file, "
+    'or a budget: bytes, a size such as "12GiB", a fraction of eager\'s peak, or "device"'
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A budget that is to be planned for.
+
+    Attributes:
+        budget: as `ckpt_kernels.plan` takes it.
+    """
+
+    budget: Budget
+
+
+def parsed(recompute: Recompute) -> str | Mapping[str, str] | Plan | Planned:
+    """What a value of a configuration means; files are read.
+
+    Args:
+        recompute: a level of `convert`; a mapping of modules' names to levels; a `Plan`, or the path of its file, which
+            ends in .json; or a budget, as `plan` takes it: a number of bytes, a size, a fraction of eager's peak
+            (a float up to 1), or "device".
+
+    Returns:
+        The level, the mapping, the plan, or `Planned` with the budget.
+
+    Raises:
+        TypeError, ValueError: it is none of these.
+        OSError: there is no such file.
+
+    Example:
+        >>> from ckpt_kernels.integrations.common import parsed
+        >>> parsed("output"), parsed("12GiB"), parsed(0.5)
+        ('output', Planned(budget='12GiB'), Planned(budget=0.5))
+    """
+    if isinstance(recompute, Mapping | Plan | Planned):
+        return recompute
+    if isinstance(recompute, bool) or not isinstance(recompute, str | pathlib.Path | int | float):
+        raise TypeError(f"recompute is {type(recompute).__name__}; {_EXPECTED}")
+    if recompute in LEVELS:
+        return str(recompute)
+    if str(recompute).endswith(".json"):
+        return Plan.load(str(recompute))
+    if recompute == "device":
+        return Planned("device")
+    try:
+        bytes_of(recompute, 1 << 20, torch.device("cpu"))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(f"recompute is {recompute!r}; {_EXPECTED}") from None
+    return Planned(recompute)  # type: ignore[arg-type]
+
+
+def converted(
+    model: nn.Module,
+    recompute: Recompute,
+    *,
+    inputs: Any = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    autocast: AbstractContextManager | None = None,
+) -> Report:
+    """Converts the model, in place, as `recompute` says.
+
+    Args:
+        model: a module that no trainer has wrapped yet.
+        recompute: see `parsed`.
+        inputs: for a budget, what the model is called with in a step of the largest size: a tensor, a tuple, or a dict
+            by name. Tensors go to the model's device. Not read otherwise.
+        loss: for a budget, the loss of what the model returns; by default its own.
+        autocast: for a budget, the context that steps run in.
+
+    Returns:
+        The report of `convert`.
+
+    Raises:
+        TypeError, ValueError: `recompute` is nothing that is known, or is a budget without inputs.
+        DoesNotFit: no choice fits the budget.
+
+    Example:
+        >>> from ckpt_kernels.integrations.common import converted
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>> report = converted(model, "output")
+        >>> ckpt_kernels.is_converted(model)
+        True
+    """
+    wanted = parsed(recompute)
+    if isinstance(wanted, Plan):
+        return wanted.apply(model)
+    if not isinstance(wanted, Planned):
+        return convert(model, recompute=wanted)
+    if inputs is None:
+        raise ValueError(
+            f"recompute is {wanted.budget!r}, a budget, and inputs is None; expected what the model is called with in "
+            "a step of the largest size, such as data_collator([dataset[0]] * batch_size)"
+        )
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    args, kwargs = arguments_of(_moved(inputs, device))
+    with autocast or nullcontext():
+        made = plan(model, *args, budget=wanted.budget, loss=loss, **kwargs)
+    return made.apply()
+
+
+def tokens(batch: int, length: int) -> dict[str, Any]:
+    """A batch of a causal language model of transformers, by its size: what a plan needs of the data is its shapes.
+
+    Args:
+        batch: sequences.
+        length: tokens in each.
+    """
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+
+
+def mixed_precision(model: nn.Module, bf16: bool, fp16: bool) -> AbstractContextManager:
+    """The autocast of a trainer that has these two flags."""
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return torch.autocast(device, torch.bfloat16 if bf16 else torch.float16) if bf16 or fp16 else nullcontext()
+
+
+def warn_of_checkpointing(is_on: bool | None) -> None:
+    """Says that the trainer's own checkpointing makes `recompute` pointless."""
+    if is_on:
+        warnings.warn(
+            "gradient_checkpointing is on, so that every layer runs twice, whatever recompute is; expected it off",
+            stacklevel=3,
+        )
+
+
+def called_below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules below one that can be called: its children, and those of lists and dicts of modules."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from ((f"{name}.{below}", found) for below, found in called_below(child))
+        else:
+            yield name, child
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value

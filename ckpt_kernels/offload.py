@@ -1,0 +1,278 @@
+"""What layers keep waits in host memory, and comes back one layer ahead of the backward pass.
+
+    ckpt_kernels.convert(model, recompute="output")
+    ckpt_kernels.offload.offload(model, "model.layers.*")
+
+In forward, each tensor that a layer keeps is copied to pinned memory on a stream of its own, while the next layers
+compute; its memory on the device is free once the copy is through. In backward, when a layer asks for the first of its
+tensors, those of the layer before it start to come back on that stream. So at most two layers' tensors are there, and
+the copies hide behind the computation as far as the bus is fast enough.
+
+It works by torch's saved-tensor hooks around a layer's forward. What a converted layer lets go of is not kept, and so
+is not copied either.
+"""
+
+import fnmatch
+import functools
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .convert.loads import named_modules, tensors_of
+from .convert.rule import Forward
+from .convert.swap import may_be_swapped, surround
+from .discarder import top_hooks
+from .recompute import discarding, run_at
+
+# Smaller ones stay: their copies cost more than their memory is worth.
+LEAST = 2**20
+# The memory that a tensor is a view of is copied whole, for all views of it, but where it is more than so many times as
+# large: such a one belongs to somebody else.
+MOST_BESIDE = 4
+
+
+def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
+    """Has layers keep their tensors in host memory from the forward to the backward pass. `revert(model)` undoes it.
+
+    Results and gradients are the same to the last bit. Parameters and buffers stay where they are, and so do tensors
+    that are no plain dense ones. On a CPU it is simulated, for tests: tensors are copied from memory to memory.
+
+    Args:
+        model: a module, converted first if it is to be converted at all.
+        layers: the name of the layers, with * and ?, such as "model.layers.*"; of those within each
+            other the outermost.
+        least: tensors of fewer bytes stay on the device.
+
+    Returns:
+        The names of the layers.
+
+    Kept for backward:
+        On the device what is smaller; in host memory the rest.
+
+    Raises:
+        ValueError: no module has such a name, or one's forward cannot be surrounded.
+
+    Example:
+        >>> model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in "ab"))
+        >>> x = torch.randn(256, 64, requires_grad=True)
+        >>> import warnings; warnings.simplefilter("ignore")
+        >>> offload(model, "*", least=1024)
+        ['0', '1']
+        >>> saved_bytes(model, x)
+        0
+    """
+    names = dict(named_modules(model))
+    chosen = [name for name in fnmatch.filter(names, layers) if name]
+    chosen = [name for name in chosen if not any(name.startswith(f"{above}.") for above in chosen)]
+    if not chosen:
+        raise ValueError(f"layers is {layers!r}; expected a name, with * and ?, that fits a module")
+    if unfit := [name for name in chosen if not may_be_swapped(names[name])]:
+        raise ValueError(
+            f"layers is {layers!r}; expected layers whose forward is a plain method, which {unfit[0]}'s is not"
+        )
+    if all(tensor.device.type == "cpu" for tensor in tensors_of(model)):
+        warnings.warn("the model is on the CPU, where offload is simulated and saves no memory", stacklevel=2)
+    around = Offloading(least)
+    for name in chosen:
+        surround(names[name], around)
+    return chosen
+
+
+class Offloading:
+    """What the forward of the layers of one model runs in.
+
+    Args:
+        least: tensors of fewer bytes stay.
+    """
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+        self._last: weakref.ref[Visit] | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Offloading":
+        return Offloading(self._least)
+
+    def __reduce__(self) -> tuple:
+        return Offloading, (self._least,)
+
+    def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        hooks: Any = torch._C._autograd
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
+            return forward(module, *args, **kwargs)
+        before = _there(self._last)
+        visit = Visit(self._least, {tensor.untyped_storage()._cdata for tensor in tensors_of(module, buffers=True)})
+        if before is not None:
+            visit.before, before.after = weakref.ref(before), weakref.ref(visit)
+        self._last = weakref.ref(visit)
+        around = discarding()
+        with torch.autograd.graph.saved_tensors_hooks(visit.pack, _unpack):
+            if around is None:
+                return forward(module, *args, **kwargs)
+            # It does not see what is saved here: another one lets go of outputs, at its level.
+            return run_at(around.level, functools.partial(forward, module), module, args, kwargs)
+
+
+def _there(visit: "weakref.ref[Visit] | None") -> "Visit | None":
+    return None if visit is None else visit()
+
+
+class Visit:
+    """One call of one layer: what it keeps, and the calls of layers before it and after it.
+
+    The autograd graph holds the packets, and these hold the visit: all is gone when the graph is.
+    """
+
+    def __init__(self, least: int, stay: set[int]) -> None:
+        self._least = least
+        self._stay = stay
+        # Only the innermost hooks run in torch: what stays is handed on to those around.
+        self._outer = top_hooks()
+        self._packets: list[weakref.ref[Packet]] = []
+        self._known: dict[tuple, tuple[StorageWeakRef, weakref.ref[Packet]]] = {}
+        self._is_in_turn = False
+        self.before: weakref.ref[Visit] | None = None
+        self.after: weakref.ref[Visit] | None = None
+
+    def pack(self, tensor: Tensor) -> "View | Stays":
+        storage = tensor.untyped_storage() if _is_plain(tensor) else None
+        if storage is None or tensor.nbytes < self._least or storage._cdata in self._stay:
+            return Stays(tensor, None) if self._outer is None else Stays(self._outer[0](tensor), self._outer[1])
+        tensor = tensor.detach()
+        if storage.nbytes() > MOST_BESIDE * tensor.nbytes:
+            tensor = tensor.clone()
+            storage = tensor.untyped_storage()
+        place = storage._cdata, tensor._version
+        held, known = self._known.get(place, (None, None))
+        packet = known() if held is not None and known is not None and not held.expired() else None
+        if packet is None:
+            packet = Packet(self, _to_host(_bytes_of(storage)), tensor.device)
+            self._known[place] = StorageWeakRef(storage), weakref.ref(packet)
+            self._packets.append(weakref.ref(packet))
+        return View(packet, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
+
+    def begin_backward(self) -> None:
+        """When the layer first asks for a tensor: its own come back, if they have not yet, and those of the layer whose
+        turn is next; those of the layer whose turn was before go."""
+        if self._is_in_turn:
+            return
+        self._is_in_turn = True
+        self.fetch()
+        if (before := _there(self.before)) is not None:
+            before.fetch()
+        if (after := _there(self.after)) is not None:
+            after.drop()
+
+    def fetch(self) -> None:
+        """Starts to bring back what is not there."""
+        for packet in filter(None, (ref() for ref in self._packets)):
+            if packet.back is None:
+                packet.back = _from_host(packet.host, packet.device)
+
+    def drop(self) -> None:
+        """Lets go of what is back; it is still in host memory, for another backward pass."""
+        self._is_in_turn = False
+        for packet in filter(None, (ref() for ref in self._packets)):
+            packet.back = None
+
+
+@dataclass(eq=False)
+class Packet:
+    """A memory that is kept.
+
+    Attributes:
+        visit: the call that keeps it.
+        host: its bytes, in host memory.
+        device: where it was.
+        back: the bytes that came back, and the event after which it is whole, while it is wanted.
+    """
+
+    visit: Visit
+    host: Tensor
+    device: torch.device
+    back: "tuple[Tensor, torch.cuda.Event | None] | None" = field(default=None)
+
+    def get(self) -> Tensor:
+        self.visit.begin_backward()
+        # Of a layer whose turn is over, which is asked out of order.
+        found, event = self.back or _from_host(self.host, self.device)
+        if event is not None:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_event(event)
+            found.record_stream(now)
+        return found
+
+
+class View(NamedTuple):
+    """What the graph holds in the place of a tensor: the tensor, as a view of a memory."""
+
+    packet: Packet
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def get(self) -> Tensor:
+        found = self.packet.get()
+        empty = torch.empty(0, dtype=self.dtype, device=found.device)
+        return empty.set_(found.untyped_storage(), self.offset, self.shape, self.stride)
+
+
+class Stays(NamedTuple):
+    """A tensor that is not offloaded, or what the hooks around keep in its place, and how they get it back."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor] | None
+
+    def get(self) -> Tensor:
+        return self.packed if self.unpack is None else self.unpack(self.packed)
+
+
+def _unpack(packed: View | Stays) -> Tensor:
+    return packed.get()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type in ("cpu", "cuda")
+    return is_dense and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+_streams: dict[torch.device, "torch.cuda.Stream"] = {}
+
+
+def _stream(device: torch.device) -> "torch.cuda.Stream":
+    """The one for copies; both ways, so that what comes back has been written before."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def _to_host(found: Tensor) -> Tensor:
+    if found.device.type == "cpu":
+        return found.clone()
+    host = torch.empty_like(found, device="cpu", pin_memory=True)
+    stream = _stream(found.device)
+    stream.wait_stream(torch.cuda.current_stream(found.device))
+    with torch.cuda.stream(stream):
+        host.copy_(found, non_blocking=True)
+    found.record_stream(stream)
+    return host
+
+
+def _from_host(host: Tensor, device: torch.device) -> "tuple[Tensor, torch.cuda.Event | None]":
+    if device.type == "cpu":
+        return host.clone(), None
+    stream = _stream(device)
+    with torch.cuda.stream(stream):
+        found = torch.empty_like(host, device=device, pin_memory=False)
+        found.copy_(host, non_blocking=True)
+        return found, stream.record_event()

@@ -1,0 +1,215 @@
+"""One flag in trainers: what the flag may be, and each framework that is installed, trained with it and without."""
+
+import copy
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckpt_kernels
+from ckpt_kernels.convert.planned import LEVELS
+from ckpt_kernels.integrations.common import Planned, called_below, converted, parsed, tokens
+from ckpt_kernels.memory import saved_bytes
+
+from .trained import blocks, same_weights
+
+VOCABULARY, BATCH, TOKENS = 32, 2, 16
+
+
+@pytest.fixture(scope="module")
+def gpt() -> nn.Module:
+    """In float64, so that what is trained twice may be held against each other to many digits."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=TOKENS, n_embd=16, n_layer=2, n_head=2, use_cache=False,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(config).double()
+
+
+@pytest.fixture(scope="module")
+def dataset() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(VOCABULARY, (8, TOKENS), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+class TestTheFlag:
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_levels(self, level: str) -> None:
+        assert parsed(level) == level
+
+    @pytest.mark.parametrize("budget", ["12GiB", "device", 0.5, 10**9, "64 MiB"])
+    def test_budgets(self, budget: Any) -> None:
+        assert parsed(budget) == Planned(budget)
+
+    def test_a_mapping_and_what_is_parsed_already(self) -> None:
+        assert parsed({"layers.*": "all"}) == {"layers.*": "all"}
+        assert parsed(parsed(0.5)) == Planned(0.5)
+
+    @pytest.mark.parametrize("wrong", ["outputs", "", "12 parsecs", "0.5", 0, -1.0, float("nan"), "plan.yaml"])
+    def test_what_is_unknown_is_refused(self, wrong: Any) -> None:
+        with pytest.raises(ValueError, match=r"recompute is .*; expected a level \(block, output, all, layer\)"):
+            parsed(wrong)
+
+    @pytest.mark.parametrize("wrong", [None, True, ["output"]])
+    def test_what_is_of_another_type_is_refused(self, wrong: Any) -> None:
+        with pytest.raises(TypeError, match=r"recompute is \w+; expected a level"):
+            parsed(wrong)
+
+    def test_a_file_that_is_not_there_or_no_plan(self, tmp_path: pathlib.Path) -> None:
+        with pytest.raises(OSError):
+            parsed(str(tmp_path / "plan.json"))
+        (tmp_path / "other.json").write_text("{}")
+        with pytest.raises(ValueError, match="holds no plan"):
+            parsed(tmp_path / "other.json")
+
+    def test_a_budget_and_the_plan_that_is_saved(self, tmp_path: pathlib.Path) -> None:
+        model, x = blocks(), torch.randn(2, 8, 16)
+        with pytest.raises(ValueError, match=r"recompute is 0\.9, a budget, and inputs is None"):
+            converted(model, 0.9)
+        made = ckpt_kernels.plan(model, x, budget=0.9)
+        made.save(tmp_path / "plan.json")
+        for recompute in (made, str(tmp_path / "plan.json"), tmp_path / "plan.json"):
+            report = converted(blocks(), recompute)
+            assert str(report) == str(made.apply(blocks()))
+        least = pytest.raises(ckpt_kernels.DoesNotFit)
+        with least:
+            converted(model, 1, inputs=x)
+
+    def test_lists_are_seen_through(self) -> None:
+        model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.ModuleList([nn.Linear(1, 1), nn.ModuleList([nn.ReLU()])])})
+        assert [name for name, _ in called_below(model)] == ["a", "b.0", "b.1.0"]
+
+    def test_no_framework_is_imported_unasked(self) -> None:
+        code = (
+            "import sys, ckpt_kernels, ckpt_kernels.integrations.common\n"
+            "print({'transformers', 'accelerate', 'lightning', 'pytorch_lightning', 'axolotl', 'torchtitan'}"
+            " & set(sys.modules))"
+        )
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == "set()"
+
+
+class TestTransformers:
+    @pytest.fixture
+    def train(self, gpt: nn.Module, dataset: list, tmp_path: pathlib.Path) -> Iterator[Callable]:
+        transformers = pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
+
+        def run(*callbacks: Any, late: Any = None, **options: Any) -> nn.Module:
+            model = copy.deepcopy(gpt)
+            args = transformers.TrainingArguments(
+                str(tmp_path), max_steps=3, per_device_train_batch_size=BATCH, use_cpu=True, report_to=[],
+                save_strategy="no", disable_tqdm=True, learning_rate=1e-2, **options,
+            )  # fmt: skip
+            trainer = transformers.Trainer(model, args, train_dataset=dataset, callbacks=list(callbacks))
+            if late is not None:
+                trainer.add_callback(late)
+            trainer.train()
+            return model
+
+        yield run
+
+    @pytest.mark.parametrize("recompute", ["output", "all", {"transformer.h.*": "layer"}, 0.8])
+    def test_a_trainer_trains_the_same(self, train: Callable, recompute: Any) -> None:
+        from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
+
+        eager = train()
+        callback = CheckpointKernelsCallback(recompute, inputs=tokens(BATCH, TOKENS))
+        ours = train(callback)
+        same_weights(eager, ours)
+        batch = tokens(BATCH, TOKENS)
+        assert callback.report.replaced and saved_bytes(ours, **batch) < saved_bytes(eager, **batch)
+
+    def test_under_autocast_the_forward_is_converted_before_it_is_wrapped(self, train: Callable) -> None:
+        from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
+
+        eager, ours = train(bf16=True), train(CheckpointKernelsCallback("output"), bf16=True)
+        batch = tokens(BATCH, TOKENS)
+        assert saved_bytes(ours, **batch) < saved_bytes(eager, **batch)
+
+    def test_what_cannot_work_is_said(self, train: Callable) -> None:
+        from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
+
+        with pytest.raises(RuntimeError, match="expected this callback in the argument callbacks"):
+            train(late=CheckpointKernelsCallback())
+        with pytest.raises(ValueError, match=r"recompute is 0\.5, a budget, and inputs is None"):
+            train(CheckpointKernelsCallback(0.5))
+        with pytest.warns(UserWarning, match="every layer runs twice"):
+            train(CheckpointKernelsCallback(), gradient_checkpointing=True)
+
+    def test_layers_convert_themselves_as_they_are_built(self, gpt: nn.Module, tmp_path: pathlib.Path) -> None:
+        patching = pytest.importorskip("transformers.monkey_patching")
+        from transformers import AutoModelForCausalLM
+        from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+        from ckpt_kernels.integrations.transformers import patch_mapping
+
+        gpt.save_pretrained(tmp_path)
+        patching.register_patch_mapping(patch_mapping(GPT2Block, recompute="all"))
+        try:
+            model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+        finally:
+            patching.clear_patch_mapping()
+        assert all(map(ckpt_kernels.is_converted, model.transformer.h))
+        assert all(isinstance(block, GPT2Block) for block in model.transformer.h)
+        batch = tokens(BATCH, TOKENS)
+        torch.testing.assert_close(model(**batch).logits, gpt(**batch).logits)
+        assert saved_bytes(model, **batch) < saved_bytes(gpt, **batch)
+        ckpt_kernels.revert(model)
+        assert type(model.transformer.h[0]) is GPT2Block
+
+    def test_a_level_that_a_layer_alone_cannot_have(self) -> None:
+        pytest.importorskip("transformers")
+        from ckpt_kernels.integrations.transformers import patch_mapping
+
+        with pytest.raises(ValueError, match="recompute is 'layer'; expected one of block, output, all"):
+            patch_mapping(nn.Linear, recompute="layer")
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_trl_trains_the_same(self, gpt: nn.Module, dataset: list, tmp_path: pathlib.Path, lora: bool) -> None:
+        trl = pytest.importorskip("trl")
+        datasets = pytest.importorskip("datasets")
+        peft = pytest.importorskip("peft") if lora else None
+        from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
+
+        table = datasets.table.InMemoryTable.from_pydict({"input_ids": [row["input_ids"].tolist() for row in dataset]})
+        rows = datasets.Dataset(table, fingerprint="rows")
+
+        def run(*callbacks: Any) -> nn.Module:
+            args = trl.SFTConfig(
+                str(tmp_path), max_steps=2, per_device_train_batch_size=BATCH, max_length=TOKENS, use_cpu=True,
+                bf16=False, report_to=[], save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                learning_rate=1e-2,
+            )  # fmt: skip
+            config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], lora_dropout=0.0) if peft else None
+            torch.manual_seed(0)
+            trainer = trl.SFTTrainer(
+                copy.deepcopy(gpt), args, train_dataset=rows, processing_class=_tokenizer(), peft_config=config,
+                callbacks=list(callbacks),
+            )  # fmt: skip
+            trainer.train()
+            return trainer.model
+
+        # A budget: TRL's arguments have the length of a step.
+        callback = CheckpointKernelsCallback(0.9)
+        same_weights(run(), run(callback))
+        assert callback.report.replaced or str(callback.report).startswith("none")
+
+
+def _tokenizer() -> Any:
+    """Of the numbers themselves."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {str(index): index for index in range(VOCABULARY)}
+    model = models.WordLevel(words, unk_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), pad_token="0", eos_token="1")

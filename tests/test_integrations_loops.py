@@ -1,0 +1,221 @@
+"""accelerate, diffusers' training loop, Lightning, axolotl and torchtitan: each with the real package where it is."""
+
+import copy
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.integrations.common import tokens
+from ckpt_kernels.memory import saved_bytes
+
+from .trained import blocks, same_weights
+
+STEPS = 2
+
+
+def batches() -> list[Tensor]:
+    return list(torch.randn(STEPS, 2, 8, 16, generator=torch.Generator().manual_seed(0)))
+
+
+class TestAccelerate:
+    def trained(self, prepare: Callable, **options: Any) -> nn.Module:
+        accelerate = pytest.importorskip("accelerate")
+        model = blocks()
+        accelerator = accelerate.Accelerator(cpu=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = prepare(accelerator, model, optimizer, **options)
+        for x in batches():
+            accelerator.backward(model(x).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        return accelerator.unwrap_model(model)
+
+    @pytest.mark.parametrize("recompute", ["output", 0.9])
+    def test_a_loop_trains_the_same(self, recompute: Any) -> None:
+        accelerate = pytest.importorskip("accelerate")
+        from ckpt_kernels.integrations.accelerate import prepare
+
+        eager = self.trained(accelerate.Accelerator.prepare)
+        ours = self.trained(prepare, recompute=recompute, inputs=batches()[0])
+        same_weights(eager, ours)
+        assert saved_bytes(ours, batches()[0]) < saved_bytes(eager, batches()[0])
+
+    def test_the_loop_of_a_script_of_diffusers(self) -> None:
+        """A UNet, a scheduler's noise, and an average of the weights, as these scripts go."""
+        accelerate = pytest.importorskip("accelerate")
+        diffusers = pytest.importorskip("diffusers")
+        from diffusers.training_utils import EMAModel
+
+        from ckpt_kernels.integrations.accelerate import prepare
+
+        def run(prepare: Callable) -> nn.Module:
+            torch.manual_seed(0)
+            unet = diffusers.UNet2DModel(
+                sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=4,
+                layers_per_block=1, down_block_types=("DownBlock2D", "AttnDownBlock2D"), attention_head_dim=8,
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            )  # fmt: skip
+            ema = EMAModel(unet.parameters(), model_cls=type(unet), model_config=unet.config)
+            schedule = diffusers.DDPMScheduler()
+            accelerator = accelerate.Accelerator(cpu=True)
+            unet, optimizer = prepare(accelerator, unet, torch.optim.SGD(unet.parameters(), lr=0.01))
+            for _ in range(STEPS):
+                with accelerator.accumulate(unet):
+                    images, noise = torch.randn(2, 2, 1, 8, 8)
+                    times = torch.randint(1000, (2,))
+                    found = unet(schedule.add_noise(images, noise, times), times).sample
+                    accelerator.backward(nn.functional.mse_loss(found, noise))
+                    accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                ema.step(unet.parameters())
+            unet = accelerator.unwrap_model(unet)
+            ema.copy_to(unet.parameters())
+            return unet
+
+        eager, ours = run(accelerate.Accelerator.prepare), run(prepare)
+        same_weights(eager, ours)
+        assert eager.state_dict().keys() == ours.state_dict().keys()
+        given = torch.randn(1, 1, 8, 8), torch.tensor([3])
+        assert saved_bytes(ours, *given) < saved_bytes(eager, *given)
+
+
+class TestLightning:
+    @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+    def train(self, request: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable:
+        pl = pytest.importorskip(request.param)
+        if request.param == "pytorch_lightning":
+            for name in ("lightning", "lightning.pytorch"):
+                monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, "ckpt_kernels.integrations.lightning", raising=False)
+        module = importlib.import_module("ckpt_kernels.integrations.lightning")
+        assert issubclass(module.CheckpointKernelsCallback, pl.Callback)
+
+        class Task(pl.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model, self.loss = blocks(), nn.MSELoss()
+
+            def training_step(self, batch: Tensor, index: int) -> Tensor:
+                return self.loss(self.model(batch), batch)
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def run(recompute: Any = None, **options: Any) -> nn.Module:
+            callbacks = [] if recompute is None else [module.CheckpointKernelsCallback(recompute, **options)]
+            task = Task()
+            trainer = pl.Trainer(
+                max_steps=STEPS, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            )  # fmt: skip
+            trainer.fit(task, torch.utils.data.DataLoader(batches(), batch_size=None))
+            return task.model
+
+        return run
+
+    def test_a_trainer_trains_the_same(self, train: Callable) -> None:
+        eager, ours = train(), train("output")
+        same_weights(eager, ours)
+        assert saved_bytes(ours, batches()[0]) < saved_bytes(eager, batches()[0])
+
+    def test_a_budget_and_levels_by_name_are_for_one_model(self, train: Callable) -> None:
+        assert ckpt_kernels.is_converted(train({"*": "block"}, module="model")[0])
+        train(0.9, module="model", inputs=batches()[0])
+        with pytest.raises(ValueError, match=r"the LightningModule holds model, loss; expected module="):
+            train({"*": "block"})
+        with pytest.raises(ValueError, match="module is 'net'; expected the name"):
+            train("output", module="net")
+
+
+class TestAxolotl:
+    """Its own manager of plugins and its own merged configuration; the rest of axolotl needs a GPU."""
+
+    def test_the_plugin_of_a_configuration(self) -> None:
+        base = pytest.importorskip("axolotl.integrations.base")
+        transformers = pytest.importorskip("transformers")
+        from axolotl.utils.dict import DictDefault
+
+        name = "ckpt_kernels.integrations.axolotl.CheckpointKernelsPlugin"
+        manager = base.PluginManager.get_instance()
+        manager.register(name)
+        try:
+            (found,) = [entry for entry in manager.get_input_args() if "ckpt_kernels" in entry]
+            where, _, kind = found.rpartition(".")
+            args = getattr(importlib.import_module(where), kind)
+            config = transformers.LlamaConfig(
+                vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+            )
+            for recompute in ("all", 0.9):
+                given = args(ckpt_kernels_recompute=recompute).model_dump()
+                assert given == {"ckpt_kernels_recompute": recompute}
+                model = transformers.LlamaForCausalLM(config)
+                eager = copy.deepcopy(model)
+                cfg = DictDefault({"micro_batch_size": 2, "sequence_len": 16, "gradient_checkpointing": False, **given})
+                manager.post_model_load(cfg, model)
+                batch = tokens(2, 16)
+                assert saved_bytes(model, **batch) < saved_bytes(eager, **batch)
+            with pytest.raises(ValueError, match="recompute is 'most'"):
+                manager.post_model_load(DictDefault({"ckpt_kernels_recompute": "most"}), model)
+        finally:
+            manager.plugins.pop(name)
+
+
+class TestTorchtitan:
+    @pytest.fixture
+    def module(self) -> Any:
+        return importlib.import_module("ckpt_kernels.integrations.torchtitan")
+
+    def test_its_own_container_of_converters(self, module: Any) -> None:
+        """Of version 0.2."""
+        converters = pytest.importorskip("torchtitan.protocols.model_converter")
+        converters.register_model_converter(module.converter("output"), "ckpt_kernels")
+        try:
+            from torchtitan.config import JobConfig
+
+            config = JobConfig()
+            config.model.converters = ["ckpt_kernels"]
+            found = converters.build_model_converters(config, parallel_dims=None)
+            with torch.device("meta"):
+                model = blocks()
+            found.convert(model)
+            found.post_optimizer_hook(model)
+        finally:
+            converters._registry_model_converter_cls.pop("ckpt_kernels")
+        assert ckpt_kernels.is_converted(model[0])
+
+    @pytest.mark.parametrize("real", [True, False])
+    def test_a_specification(self, module: Any, real: bool) -> None:
+        """Of version 0.3, and a class of the same fields where that is not installed."""
+
+        @dataclasses.dataclass
+        class ModelSpec:
+            name: str
+            parallelize_fn: Callable
+
+        def parallelize(model: nn.Module, degree: int) -> tuple[bool, int]:
+            return ckpt_kernels.is_converted(model[0]), degree
+
+        if real:
+            specs = pytest.importorskip("torchtitan.protocols.model_spec", exc_type=ImportError)
+            if not hasattr(specs, "ModelSpec"):
+                pytest.skip("this version has another specification")
+            spec = specs.ModelSpec("", "", None, parallelize, None, None, None)
+        else:
+            spec = ModelSpec("", parallelize)
+        with torch.device("meta"):
+            model = blocks()
+        assert module.with_conversion(spec, "block").parallelize_fn(model, degree=3) == (True, 3)
+        assert spec.parallelize_fn is parallelize
+
+    def test_a_budget_is_refused(self, module: Any) -> None:
+        for make in (module.converter, lambda recompute: module.with_conversion(None, recompute)):
+            with pytest.raises(ValueError, match=r"recompute is 0\.5, a budget"):
+                make(0.5)
