@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import Report, convert
-from ..convert.planned import LEVELS
+from ..levels import OF_MODELS
 from ..plan import Plan, plan
 from ..plan.budget import Budget, bytes_of
 from ..target import arguments_of
@@ -19,7 +19,7 @@ from ..target import arguments_of
 # A level, levels by name, a plan or its file, or a budget.
 Recompute = Union[str, float, Mapping[str, str], Plan, pathlib.Path, "Planned"]
 _EXPECTED = (
-    f"expected a level ({', '.join(LEVELS)}), a mapping of names to levels, a plan or its .json file, "
+    f"expected a level ({', '.join(OF_MODELS)}), a mapping of names to levels, a plan or its .json file, "
     'or a budget: bytes, a size such as "12GiB", a fraction of eager\'s peak, or "device"'
 )
 
@@ -59,7 +59,7 @@ def parsed(recompute: Recompute) -> str | Mapping[str, str] | Plan | Planned:
         return recompute
     if isinstance(recompute, bool) or not isinstance(recompute, str | pathlib.Path | int | float):
         raise TypeError(f"recompute is {type(recompute).__name__}; {_EXPECTED}")
-    if recompute in LEVELS:
+    if recompute in OF_MODELS:
         return str(recompute)
     if str(recompute).endswith(".json"):
         return Plan.load(str(recompute))

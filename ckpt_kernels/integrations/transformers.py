@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..convert import Report, convert
-from ..functional.linear import RECOMPUTE
+from ..levels import OF_FUNCTIONS
 from .common import Planned, Recompute, converted, mixed_precision, parsed, tokens, warn_of_checkpointing
 
 
@@ -108,8 +108,8 @@ def patch_mapping(*layers: type[nn.Module], recompute: str = "output") -> dict[s
         >>> list(patch_mapping(LlamaMLP))
         ['LlamaMLP']
     """
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(RECOMPUTE)}")
+    if recompute not in OF_FUNCTIONS:
+        raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(OF_FUNCTIONS)}")
     return {layer.__name__: _that_converts_itself(layer, recompute) for layer in layers}
 
 
