@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import ckpt_kernels
-from ckpt_kernels.convert.planned import LEVELS
 from ckpt_kernels.integrations.common import Planned, called_below, converted, parsed, tokens
+from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import saved_bytes
 
 from .trained import blocks, same_weights
@@ -41,7 +41,7 @@ def dataset() -> list[dict[str, torch.Tensor]]:
 
 
 class TestTheFlag:
-    @pytest.mark.parametrize("level", LEVELS)
+    @pytest.mark.parametrize("level", OF_MODELS)
     def test_levels(self, level: str) -> None:
         assert parsed(level) == level
 
