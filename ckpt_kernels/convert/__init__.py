@@ -151,8 +151,8 @@ class _Conversion(Leaves):
         self.tiled = tiled
         self.above = _above_lists(model)
         names = {module: name for name, module in named_modules(model)}
-        stay = tuple(names[module] for module, (level, _) in levels.named.items() if level == "none")
-        self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone, stay)
+        by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
+        self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone, by_name)
 
     def run(self, heads: Mapping[str, nn.Module]) -> Report:
         self.names = named = {module: name for name, module in named_modules(self.model)}

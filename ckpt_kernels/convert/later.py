@@ -1,29 +1,33 @@
 """How a conversion goes on, for modules that come into the model after it: see `noticing`."""
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import nn
 
+from ..levels import NONE
+from .adapters import is_adapter
 from .leaves import Leaves
 from .loads import modules_of, named_modules
-from .noticing import LOOKED_FOR, Later, go_on
+from .methods import adapter_of
+from .noticing import LOOKED_FOR, Later, below, go_on
 from .pointwise import is_as_torch_has_it
 from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced
 from .selection import Choice, Selection
-from .swap import original_of
+from .swap import may_be_swapped, original_of, rule_of
 from .writes import writer_in
 
 _one_at_a_time = threading.Lock()
 
 
 class Continued(Later):
-    """The conversion of a model with these choices; the lists are those of its report, `as_they_are` the names of
-    modules that stay as they are with all that comes into them.
+    """The conversion of a model with these choices; the lists are those of its report, `levels` the levels of modules
+    with all that comes into them, by name.
 
-    What comes later is known by its class: nothing is tried out, and no code of the model's runs.
+    What comes later is known by its class, or noted: nothing is tried out, and no code of the model's runs.
     """
 
     def __init__(
@@ -33,10 +37,11 @@ class Continued(Later):
         known: Iterable[nn.Module],
         replaced: list[Replaced],
         left_alone: list[LeftAlone],
-        as_they_are: tuple[str, ...] = (),
+        levels: Mapping[str, str],
     ) -> None:
         self.known = set(map(weakref.ref, known))
-        self._as_they_are = as_they_are
+        self.sizes = weakref.WeakKeyDictionary()
+        self._levels = levels
         self._choices = include, exclude
         self._replaced = replaced
         self._left_alone = left_alone
@@ -45,10 +50,9 @@ class Continued(Later):
     def __reduce__(self) -> tuple:
         """For copies of the model: they have seen what this one has."""
         model = self._model()
-        known = (
-            [module for module in looked_for(model) if weakref.ref(module) in self.known] if model is not None else []
-        )
-        return Continued, (*self._choices, known, [], [], self._as_they_are)
+        modules = modules_of(model) if model is not None else ()
+        known = [module for module in modules if weakref.ref(module) in self.known]
+        return Continued, (*self._choices, known, [], [], self._levels)
 
     def is_of(self, module: nn.Module) -> bool:
         return self._model() is module
@@ -56,6 +60,7 @@ class Continued(Later):
     def begin(self, model: nn.Module, *others: nn.Module) -> None:
         """And those of `others`, which are in it."""
         self._model = weakref.ref(model)
+        self.sizes.update((module, len(below(module))) for module in (model, *others))
         go_on((model, *others), self)
 
     def convert(self, modules: list[nn.Module]) -> None:
@@ -65,23 +70,44 @@ class Continued(Later):
             self.known = {known for known in self.known if known() is not None} | set(map(weakref.ref, new))
             # Of another, a trial would say what it computes.
             new = [module for module in new if type(module) in LOOKED_FOR and is_as_torch_has_it(module)]
-            if model is None or not new:
-                return
-            names = {module: name for name, module in named_modules(model)}
-            selection = Selection(model, *self._choices)
-            leaves = Leaves(selection, "", self._replaced, self._left_alone)
-            try:
-                leaves.writer = writer_in(model)
-                for module in new:
-                    if module in names and not self._is_to_stay(names[module]):
-                        leaves.convert(names[module], module)
-            finally:
-                forget_what_is_local()
+            if model is not None and new:
+                with self._leaves(model) as (leaves, names):
+                    leaves.writer = writer_in(model)
+                    for module in new:
+                        if module in names and self._level_of(names[module]) != NONE:
+                            leaves.convert(names[module], module)
 
-    def _is_to_stay(self, name: str) -> bool:
-        return any(name == above or name.startswith(f"{above}.") for above in self._as_they_are)
+    def convert_adapters(self) -> None:
+        model = self._model()
+        with _one_at_a_time:
+            if model is None:
+                return
+            with self._leaves(model) as (leaves, names):
+                new = [module for module in names if weakref.ref(module) not in self.known and is_adapter(module)]
+                self.known |= set(map(weakref.ref, new))
+                for module in new:
+                    level = self._level_of(names[module])
+                    if level == NONE or not leaves.selection.covers(module) or not may_be_swapped(module):
+                        continue
+                    if rule_of(module) is None and (rule := adapter_of(module, level)):
+                        leaves.apply(names[module], module, rule)
+
+    @contextlib.contextmanager
+    def _leaves(self, model: nn.Module) -> Iterator[tuple[Leaves, dict[nn.Module, str]]]:
+        """What converts the model's modules, and their names."""
+        names = {module: name for name, module in named_modules(model)}
+        try:
+            yield Leaves(Selection(model, *self._choices), "", self._replaced, self._left_alone), names
+        finally:
+            forget_what_is_local()
+
+    def _level_of(self, name: str) -> str:
+        """That of the module, or of the nearest that it is in. "layer" is "all" within."""
+        while name and name not in self._levels:
+            name = name.rpartition(".")[0]
+        return self._levels[name]
 
 
 def looked_for(model: nn.Module) -> Iterable[nn.Module]:
-    """The modules of the classes that are looked for, converted or not."""
-    return (module for module in modules_of(model) if original_of(module) in LOOKED_FOR)
+    """The modules of the classes that are looked for, converted or not, and adapters."""
+    return (module for module in modules_of(model) if original_of(module) in LOOKED_FOR or is_adapter(module))

@@ -72,6 +72,21 @@ class Written(Rule):
 
 def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> tuple[Written | None, str]:
     """What can be rewritten in the module's methods; and why a method that might be cannot."""
+
+    def parts_of(function: types.FunctionType) -> Parts:
+        return _parts(module, function, may_touch) + ADAPTER * is_adapter(module)
+
+    return _written(module, recompute, parts_of)
+
+
+def adapter_of(module: nn.Module, recompute: str) -> Written | None:
+    """What is noted in the methods of an adapter; nothing is tried out."""
+    return _written(module, recompute, lambda _: ADAPTER)[0]
+
+
+def _written(
+    module: nn.Module, recompute: str, parts_of: Callable[[types.FunctionType], Parts]
+) -> tuple[Written | None, str]:
     parts, found, reason = [], [], ""
     children = {name for name, child in module._modules.items() if child is not None}
     children |= {name for name, value in vars(module).items() if method_called(value) is not None}
@@ -80,7 +95,7 @@ def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module
             layers = layers_of(method)
             if not _names_any(layers[-1], children) or not may_be_rewritten(layers[-1]):
                 continue
-            own = _parts(module, layers[-1], may_touch) + ADAPTER * is_adapter(module)
+            own = parts_of(layers[-1])
             made = _rewritten(method, own, recompute) if any(part.kind for _, part in own) else None
         except NoSource as error:
             reason = str(error)

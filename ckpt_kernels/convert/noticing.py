@@ -1,7 +1,8 @@
 """Modules that come into a model after it was converted: adapters with their dropouts, another norm.
 
-They are seen when the forward of the model begins, so that it makes no difference which came first. Only torch's own
-classes are looked for, of which it is known what they compute. What has been seen once is not asked about again.
+They are seen when the forward of the model begins, so that it makes no difference which came first. Torch's own classes
+are looked for, of which it is known what they compute, and what has been seen once is not asked about again; adapters,
+of anybody's classes, where there are more modules or fewer than before.
 """
 
 import abc
@@ -23,9 +24,10 @@ LOOKED_FOR = frozenset(kind for kind in vars(nn).values() if isinstance(kind, ty
 
 class Later(abc.ABC):
     """How a conversion goes on, for the modules that come later. `known` are those that it has seen, of torch's
-    classes."""
+    classes and adapters; `sizes`, how many modules there were when adapters were looked for, by what they are in."""
 
     known: "set[weakref.ref[nn.Module]]"
+    sizes: "weakref.WeakKeyDictionary[nn.Module, int]"
 
     @abc.abstractmethod
     def is_of(self, module: nn.Module) -> bool:
@@ -38,6 +40,10 @@ class Later(abc.ABC):
     @abc.abstractmethod
     def convert(self, modules: list[nn.Module]) -> None:
         """Converts them as it would have when it began."""
+
+    @abc.abstractmethod
+    def convert_adapters(self) -> None:
+        """Converts the adapters in the model as it would have when it began."""
 
 
 _by_module: "weakref.WeakKeyDictionary[nn.Module, Later]" = weakref.WeakKeyDictionary()
@@ -58,22 +64,30 @@ def forget(module: nn.Module) -> None:
     _by_module.pop(module, None)
 
 
-def look_over(model: nn.Module) -> list[nn.Module | None]:
-    """Has what came later converted; gives the model and all that is in it, some of it more than once, and None where
-    nothing is. For each call, so that it is to be fast."""
-    below: list[nn.Module | None] = [model]
+def below(model: nn.Module) -> list[nn.Module | None]:
+    """The model and all that is in it, some of it more than once, and None where nothing is."""
+    found: list[nn.Module | None] = [model]
     seen: set[nn.Module] = set()
-    for module in below:
+    for module in found:
         # A module may be below itself.
         if module is not None and (children := module.__dict__["_modules"]) and module not in seen:
             seen.add(module)
-            below += children.values()
-    # Most often this is all that is to be told, of many at once.
-    if LOOKED_FOR.isdisjoint(map(type, below)):
-        return below
-    found = [module for module in below if module is not None and type(module) in LOOKED_FOR]
+            found += children.values()
+    return found
+
+
+def look_over(model: nn.Module) -> list[nn.Module | None]:
+    """Has what came later converted; gives what is `below` the model. For each call, so that it is to be fast."""
+    modules = below(model)
     # What runs again in a backward pass, as checkpoints do, is to be what ran.
-    if (later := goes_on(model)) is not None and torch._C._current_graph_task_id() == -1:
+    if (later := goes_on(model)) is None or torch._C._current_graph_task_id() != -1:
+        return modules
+    # Most often this is all that is to be told, of many at once.
+    if not LOOKED_FOR.isdisjoint(map(type, modules)):
+        found = [module for module in modules if module is not None and type(module) in LOOKED_FOR]
         if not later.known.issuperset(map(weakref.ref, found)):
             later.convert([module for module in found if weakref.ref(module) not in later.known])
-    return below
+    if later.sizes.get(model) != len(modules):
+        later.sizes[model] = len(modules)
+        later.convert_adapters()
+    return modules
