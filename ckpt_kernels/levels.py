@@ -10,7 +10,7 @@ checkpoint  a layer keeps its input alone; "output" inside               modules
 
 OF_FUNCTIONS = ("block", "output", "all")
 OF_MODELS = (*OF_FUNCTIONS, "layer")
-# Of a part of a model, in which the others may have another.
+# Levels of single layers, whose neighbours may have others.
 NONE, CHECKPOINT = "none", "checkpoint"
 OF_LAYERS = (NONE, *OF_MODELS)
 OF_MODULES = (*OF_LAYERS, CHECKPOINT)

@@ -8,9 +8,10 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether the modules in it, which hold none but containers, have matrices that are frozen and such that are not.
+    """Whether it has both frozen and trained matrices in it, and nothing deeper than containers, as LoRA's have.
 
-    It decides what is worth a look, and nothing about what is right.
+    Of two dimensions: convolutions with adapters are not found. It decides what is worth a look, and nothing about what
+    is right.
     """
     wanted: set[bool] = set()
     for below in modules_of(module):

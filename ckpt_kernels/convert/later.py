@@ -58,7 +58,7 @@ class Continued(Later):
         return self._model() is module
 
     def begin(self, model: nn.Module, *others: nn.Module) -> None:
-        """And those of `others`, which are in it."""
+        """From now on the forwards of the model, and of `others` in it, look for modules that come later."""
         self._model = weakref.ref(model)
         self.sizes.update((module, len(below(module))) for module in (model, *others))
         go_on((model, *others), self)

@@ -24,7 +24,8 @@ LOOKED_FOR = frozenset(kind for kind in vars(nn).values() if isinstance(kind, ty
 
 class Later(abc.ABC):
     """How a conversion goes on, for the modules that come later. `known` are those that it has seen, of torch's
-    classes and adapters; `sizes`, how many modules there were when adapters were looked for, by what they are in."""
+    classes and adapters; `sizes`, for each module whose forward looks for them, how many modules were in it when
+    adapters were last looked for."""
 
     known: "set[weakref.ref[nn.Module]]"
     sizes: "weakref.WeakKeyDictionary[nn.Module, int]"
@@ -82,7 +83,7 @@ def look_over(model: nn.Module) -> list[nn.Module | None]:
     # What runs again in a backward pass, as checkpoints do, is to be what ran.
     if (later := goes_on(model)) is None or torch._C._current_graph_task_id() != -1:
         return modules
-    # Most often this is all that is to be told, of many at once.
+    # The usual case ends here, with one operation over all modules.
     if not LOOKED_FOR.isdisjoint(map(type, modules)):
         found = [module for module in modules if module is not None and type(module) in LOOKED_FOR]
         if not later.known.issuperset(map(weakref.ref, found)):

@@ -73,8 +73,7 @@ class Usage:
         widths: of its global accesses, in bytes.
         instructions: those of its PTX, or of an AMD kernel's assembly.
         tensors: what its code reads and writes, once through and in accesses of 16 bytes, in tensors of the tile's
-        size,
-            weights and partial sums included.
+            size, weights and partial sums included.
         floor: how many of its operands are that large.
         occupancy: the share of a multiprocessor's warps that registers and shared memory leave room for.
         work: what it does for an element by its machine code, where that was asked for.

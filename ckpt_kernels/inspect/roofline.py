@@ -12,7 +12,8 @@ from typing import NamedTuple
 # What is aimed at, of a copy's bandwidth, in bfloat16.
 FORWARD_TARGET, BACKWARD_TARGET = 0.95, 0.88
 # Clocks until what another lane of the warp gives is there; until all warps of a program are past a barrier; and until
-# an instruction may use the result of the one before. From published microbenchmarks of Volta to Hopper, rounded.
+# an instruction may use the result of the one before. The first two are from published microbenchmarks of Volta to
+# Hopper, rounded; the last was chosen by the table in docs/roofline.md.
 _EXCHANGE, _BARRIER, _RESULT = 25, 40, 4
 _SCHEDULERS = 4
 _COMPUTED = ("instructions", "fp32", "integer", "special", "load/store")
