@@ -22,6 +22,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 # In docstrings, as in Markdown, a name in single backticks is code.
 default_role = "code"
+napoleon_use_ivar = True
 napoleon_custom_sections = ["Shape", "Kept for backward", "Source"]
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
