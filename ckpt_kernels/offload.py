@@ -132,7 +132,7 @@ def _there(visit: "weakref.ref[Visit] | None") -> "Visit | None":
 
 
 class Turns:
-    """Whose tensors are back: in a backward pass those of the layer whose turn it is, and of the one whose turn is next.
+    """Whose tensors are back: in a backward pass those of the layer whose turn it is, and of the next one.
 
     A pass that raised leaves these two where they are, until the next pass or until the graph goes.
     """

@@ -155,7 +155,7 @@ def test_what_is_written_to_between_the_passes_is_an_error_as_in_torch(
     loss = model(x).sum()
     with torch.no_grad():
         found[written].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an in-?place operation"):
+    with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
         loss.backward()
 
 
