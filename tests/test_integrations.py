@@ -87,14 +87,15 @@ class TestTheFlag:
     def test_logits_and_tiles_go_to_convert(self) -> None:
         x = torch.randn(2, 8, 16)
         made = ckpt_kernels.plan(blocks(), x, budget=0.9)
-        for recompute in ("all", {"*": "all"}, made, 0.9):
+        for recompute in ("all", {"*": "all"}, made):
             with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
-                converted(blocks(), recompute, inputs=x, logits="head")
+                converted(blocks(), recompute, logits="head")
             with pytest.raises(ValueError, match="tiles is 0"):
-                converted(blocks(), recompute, inputs=x, tiles=0)
-            assert converted(blocks(), recompute, inputs=x, tiles=2).replaced
-        left = ckpt_kernels.plan(blocks(), x, budget=None)
-        left = dataclasses.replace(left, whole="none")
+                converted(blocks(), recompute, tiles=0)
+            assert converted(blocks(), recompute, tiles=2).replaced
+        with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
+            converted(blocks(), 0.9, inputs=x, logits="head")
+        left = dataclasses.replace(made, whole="none")
         assert not left.apply(blocks()).replaced
         with pytest.raises(ValueError, match="tiles is 2, and the plan leaves the model as it is"):
             left.apply(blocks(), tiles=2)

@@ -91,7 +91,7 @@ def converted(
             by name. Tensors go to the model's device. Not read otherwise.
         loss: for a budget, the loss of what the model returns; by default its own.
         autocast: for a budget, the context that steps run in.
-        logits, tiles: see `ckpt_kernels.convert`. A budget is planned for without them: a step then takes no more.
+        logits, tiles: see `ckpt_kernels.convert`. A budget is planned for without them.
 
     Returns:
         The report of `convert`.

@@ -71,8 +71,7 @@ class Plan:
 
         Args:
             model: by default the one that the plan was made for.
-            logits, tiles: see `ckpt_kernels.convert`. The plan was made without, so that a step takes no more than it
-                says.
+            logits, tiles: see `ckpt_kernels.convert`. The plan's figures are of steps without them.
 
         Returns:
             The report of `convert`.
