@@ -29,6 +29,7 @@ from .convert.loads import named_modules, tensors_of
 from .convert.rule import Forward
 from .convert.swap import may_be_swapped, surround
 from .discarder import top_hooks
+from .host import from_host, to_host
 from .recipes import Unwritten, watching
 from .recompute import discarding, run_at
 from .runs.arguments import unwritten
@@ -203,9 +204,8 @@ class Visit:
         if storage.nbytes() > MOST_BESIDE * tensor.nbytes:
             tensor = tensor.clone()
             storage = tensor.untyped_storage()
-        view = View(
-            self._packet(storage, version), tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
+        offset = int(tensor.storage_offset())
+        view = View(self._packet(storage, version), tensor.dtype, offset, tensor.shape, tensor.stride())
         return Unwritten(view, watch, version).get
 
     def _packet(self, storage: torch.UntypedStorage, version: int) -> "Packet":
@@ -213,7 +213,7 @@ class Visit:
         held, known = self._known.get((storage._cdata, version), (None, None))
         packet = known() if held is not None and known is not None and not held.expired() else None
         if packet is None:
-            packet = Packet(self, _to_host(_bytes_of(storage)), storage.device)
+            packet = Packet(self, to_host(_bytes_of(storage)), storage.device)
             self._known[storage._cdata, version] = StorageWeakRef(storage), weakref.ref(packet)
             self._packets.append(weakref.ref(packet))
         return packet
@@ -222,7 +222,7 @@ class Visit:
         """Starts to bring back what is not there."""
         for packet in filter(None, (ref() for ref in self._packets)):
             if packet.back is None:
-                packet.back = _from_host(packet.host, packet.device)
+                packet.back = from_host(packet.host, packet.device)
 
     def drop(self) -> None:
         """Lets go of what is back; it is still in host memory, for another backward pass."""
@@ -249,7 +249,7 @@ class Packet:
     def get(self) -> Tensor:
         self.visit.turns.begin(self.visit)
         # Of a layer whose turn is over, which is asked out of order, it is not.
-        found, event = self.back or _from_host(self.host, self.device)
+        found, event = self.back or from_host(self.host, self.device)
         if event is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_event(event)
@@ -285,35 +285,3 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-_streams: dict[torch.device, "torch.cuda.Stream"] = {}
-
-
-def _stream(device: torch.device) -> "torch.cuda.Stream":
-    """The one for copies; both ways, so that what comes back has been written before."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
-
-def _to_host(found: Tensor) -> Tensor:
-    if found.device.type == "cpu":
-        return found.clone()
-    host = torch.empty_like(found, device="cpu", pin_memory=True)
-    stream = _stream(found.device)
-    stream.wait_stream(torch.cuda.current_stream(found.device))
-    with torch.cuda.stream(stream):
-        host.copy_(found, non_blocking=True)
-    found.record_stream(stream)
-    return host
-
-
-def _from_host(host: Tensor, device: torch.device) -> "tuple[Tensor, torch.cuda.Event | None]":
-    if device.type == "cpu":
-        return host.clone(), None
-    stream = _stream(device)
-    with torch.cuda.stream(stream):
-        found = torch.empty_like(host, device=device, pin_memory=False)
-        found.copy_(host, non_blocking=True)
-        return found, stream.record_event()

@@ -81,5 +81,5 @@ def test_fresh_memory_is_the_least_of_five_turns_each(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("warm", "fresh", "is_slow"), [(1.0, 1.0, False), (1.0, 2.0, False), (1.0, 2.1, True)])
-def test_fresh_memory_is_slow_from_twice_the_time_on(warm: float, fresh: float, is_slow: bool) -> None:
+def test_fresh_memory_is_slow_beyond_twice_the_time(warm: float, fresh: float, is_slow: bool) -> None:
     assert FreshMemory(warm, fresh).is_slow is is_slow

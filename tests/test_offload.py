@@ -88,7 +88,7 @@ def test_two_layers_tensors_are_there_and_none_after_the_pass(
     """At each turn, and at each tensor that comes; twice, in a graph that is retained."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4)))
     x, turns, most = torch.randn(4, 8), [], []
-    fetch, begin = offload._from_host, offload.Turns.begin
+    fetch, begin = offload.from_host, offload.Turns.begin
 
     def fetched(host: torch.Tensor, device: torch.device) -> tuple:
         most.append(back(alive) + host.nbytes)
@@ -100,7 +100,7 @@ def test_two_layers_tensors_are_there_and_none_after_the_pass(
         if is_new:
             turns.append(back(alive))
 
-    monkeypatch.setattr(offload, "_from_host", fetched)
+    monkeypatch.setattr(offload, "from_host", fetched)
     monkeypatch.setattr(offload.Turns, "begin", begun)
     offload.offload(model, "*", least=1)
     loss = model(x).sum()
