@@ -87,7 +87,7 @@ def _page_faults() -> Finding:
     """Whether a CPU tensor's memory costs more than what is written to it."""
     measured = fresh_memory()
     text = f"32 MiB take {measured.fresh:.1f} ms to fill in a fresh tensor, {measured.warm:.1f} in one that is there"
-    advice = ": training on the CPU, call ckpt_kernels.memory.keep_freed_memory() once" if measured.bites else ""
+    advice = ": training on the CPU, call ckpt_kernels.memory.keep_freed_memory() once" if measured.is_slow else ""
     return Finding("page faults", text + advice)
 
 

@@ -13,7 +13,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
 _TRIAL_BYTES = 32 * 2**20
 # Below this a fresh block costs little beside what a kernel does with it.
-_BITES = 2.0
+_SLOW = 2.0
 
 
 def keep_freed_memory() -> bool:
@@ -32,12 +32,9 @@ def keep_freed_memory() -> bool:
         libraries than glibc (musl). An allocator that was put before glibc's, such as jemalloc, has its own settings.
 
     Example:
-
-    ```python
-    from ckpt_kernels import memory
-
-    memory.keep_freed_memory()
-    ```
+        >>> from ckpt_kernels import memory
+        >>> memory.keep_freed_memory() in (True, False)  # once, before the first step
+        True
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -56,9 +53,9 @@ class FreshMemory(NamedTuple):
     fresh: float
 
     @property
-    def bites(self) -> bool:
+    def is_slow(self) -> bool:
         """Whether page faults take longer than the writing itself."""
-        return self.fresh > _BITES * self.warm
+        return self.fresh > _SLOW * self.warm
 
 
 def fresh_memory() -> FreshMemory:

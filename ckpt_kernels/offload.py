@@ -5,8 +5,9 @@
 
 In forward, each tensor that a layer keeps is copied to pinned memory on a stream of its own, while the next layers
 compute; its memory on the device is free once the copy is through. In backward, when a layer asks for the first of its
-tensors, those of the layer before it start to come back on that stream. So at most two layers' tensors are there, and
-the copies hide behind the computation as far as the bus is fast enough.
+tensors, those of the layer after it go, and those of the layer before it start to come back on that stream. So at most
+two layers' tensors are there, and none after the pass; the copies hide behind the computation as far as the bus is fast
+enough.
 
 It works by torch's saved-tensor hooks around a layer's forward. What a converted layer lets go of is not kept, and so
 is not copied either.
@@ -18,7 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ from .convert.loads import named_modules, tensors_of
 from .convert.rule import Forward
 from .convert.swap import may_be_swapped, surround
 from .discarder import top_hooks
+from .host import from_host, to_host
+from .recipes import Unwritten, watching
 from .recompute import discarding, run_at
+from .runs.arguments import unwritten
 
 # Smaller ones stay: their copies cost more than their memory is worth.
 LEAST = 2**20
@@ -42,6 +46,9 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
 
     Results and gradients are the same to the last bit. Parameters and buffers stay where they are, and so do tensors
     that are no plain dense ones. On a CPU it is simulated, for tests: tensors are copied from memory to memory.
+
+    A tensor that is written to in place between the passes is an error in backward, as it is in torch; of those that
+    were copied too, because the copy may not be through when they are written to.
 
     Args:
         model: a module, converted first if it is to be converted at all.
@@ -94,6 +101,7 @@ class Offloading:
     def __init__(self, least: int) -> None:
         self._least = least
         self._last: weakref.ref[Visit] | None = None
+        self._turns = Turns()
 
     def __deepcopy__(self, memo: dict) -> "Offloading":
         return Offloading(self._least)
@@ -106,9 +114,11 @@ class Offloading:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
             return forward(module, *args, **kwargs)
         before = _there(self._last)
-        visit = Visit(self._least, {tensor.untyped_storage()._cdata for tensor in tensors_of(module, buffers=True)})
+        visit = Visit(
+            self._turns, self._least, {tensor.untyped_storage()._cdata for tensor in tensors_of(module, buffers=True)}
+        )
         if before is not None:
-            visit.before, before.after = weakref.ref(before), weakref.ref(visit)
+            visit.before = weakref.ref(before)
         self._last = weakref.ref(visit)
         around = discarding()
         with torch.autograd.graph.saved_tensors_hooks(visit.pack, _unpack):
@@ -122,61 +132,100 @@ def _there(visit: "weakref.ref[Visit] | None") -> "Visit | None":
     return None if visit is None else visit()
 
 
-class Visit:
-    """One call of one layer: what it keeps, and the calls of layers before it and after it.
+class Turns:
+    """Whose tensors are back: in a backward pass those of the layer whose turn it is, and of the next one.
 
-    The autograd graph holds the packets, and these hold the visit: all is gone when the graph is.
+    A pass that raised leaves these two where they are, until the next pass or until the graph goes.
     """
 
-    def __init__(self, least: int, stay: set[int]) -> None:
+    def __init__(self) -> None:
+        self._back: list[weakref.ref[Visit]] = []
+        self._pass: int | None = None
+
+    def begin(self, visit: "Visit") -> None:
+        """When a layer first asks for a tensor in this pass: what was back for others goes, then its own come, if they
+        have not yet, and those of the layer before it."""
+        now = torch._C._current_graph_task_id()
+        # Outside of a backward pass somebody looks at the graph: there are no turns.
+        if now in (-1, visit.turn):
+            return
+        visit.turn = now
+        wanted = [one for one in (visit, _there(visit.before)) if one is not None]
+        self._leave(wanted)
+        for one in wanted:
+            one.fetch()
+        if self._pass != now:
+            self._pass = now
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._leave([])
+
+    def _leave(self, wanted: "list[Visit]") -> None:
+        """Drops all that is back but what is wanted."""
+        for one in filter(None, map(_there, self._back)):
+            if one not in wanted:
+                one.drop()
+        self._back = [weakref.ref(one) for one in wanted]
+
+
+class Visit:
+    """One call of one layer: what it keeps, and the call of the layer before it.
+
+    The autograd graph holds the packets, and these hold the visit: all is gone when the graph is.
+
+    Attributes:
+        before: the call before it, while its graph is there.
+        turn: the number of the last backward pass in which it had its turn.
+    """
+
+    def __init__(self, turns: Turns, least: int, stay: set[int]) -> None:
+        self.turns = turns
         self._least = least
         self._stay = stay
         # Only the innermost hooks run in torch: what stays is handed on to those around.
         self._outer = top_hooks()
         self._packets: list[weakref.ref[Packet]] = []
         self._known: dict[tuple, tuple[StorageWeakRef, weakref.ref[Packet]]] = {}
-        self._is_in_turn = False
         self.before: weakref.ref[Visit] | None = None
-        self.after: weakref.ref[Visit] | None = None
+        self.turn: int | None = None
 
-    def pack(self, tensor: Tensor) -> "View | Stays":
+    def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """How the graph gets the tensor back. torch itself looks for no writes to tensors that go through hooks."""
         storage = tensor.untyped_storage() if _is_plain(tensor) else None
         if storage is None or tensor.nbytes < self._least or storage._cdata in self._stay:
-            return Stays(tensor, None) if self._outer is None else Stays(self._outer[0](tensor), self._outer[1])
+            if self._outer is None:
+                return unwritten(tensor, "a tensor that a layer keeps")
+            return functools.partial(self._outer[1], self._outer[0](tensor))
+        watch = watching(tensor)
+        assert watch is not None, "a plain tensor has a version counter"
+        version = tensor._version
         tensor = tensor.detach()
         if storage.nbytes() > MOST_BESIDE * tensor.nbytes:
             tensor = tensor.clone()
             storage = tensor.untyped_storage()
-        place = storage._cdata, tensor._version
-        held, known = self._known.get(place, (None, None))
+        offset = int(tensor.storage_offset())
+        view = View(self._packet(storage, version), tensor.dtype, offset, tensor.shape, tensor.stride())
+        return Unwritten(view, watch, version).get
+
+    def _packet(self, storage: torch.UntypedStorage, version: int) -> "Packet":
+        """The one of this memory, of which several tensors may be views."""
+        held, known = self._known.get((storage._cdata, version), (None, None))
         packet = known() if held is not None and known is not None and not held.expired() else None
         if packet is None:
-            packet = Packet(self, _to_host(_bytes_of(storage)), tensor.device)
-            self._known[place] = StorageWeakRef(storage), weakref.ref(packet)
+            packet = Packet(self, to_host(_bytes_of(storage)), storage.device)
+            self._known[storage._cdata, version] = StorageWeakRef(storage), weakref.ref(packet)
             self._packets.append(weakref.ref(packet))
-        return View(packet, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
-
-    def begin_backward(self) -> None:
-        """When the layer first asks for a tensor: its own come back, if they have not yet, and those of the layer whose
-        turn is next; those of the layer whose turn was before go."""
-        if self._is_in_turn:
-            return
-        self._is_in_turn = True
-        self.fetch()
-        if (before := _there(self.before)) is not None:
-            before.fetch()
-        if (after := _there(self.after)) is not None:
-            after.drop()
+        return packet
 
     def fetch(self) -> None:
         """Starts to bring back what is not there."""
         for packet in filter(None, (ref() for ref in self._packets)):
             if packet.back is None:
-                packet.back = _from_host(packet.host, packet.device)
+                packet.back = from_host(packet.host, packet.device)
 
     def drop(self) -> None:
         """Lets go of what is back; it is still in host memory, for another backward pass."""
-        self._is_in_turn = False
         for packet in filter(None, (ref() for ref in self._packets)):
             packet.back = None
 
@@ -198,9 +247,9 @@ class Packet:
     back: "tuple[Tensor, torch.cuda.Event | None] | None" = field(default=None)
 
     def get(self) -> Tensor:
-        self.visit.begin_backward()
-        # Of a layer whose turn is over, which is asked out of order.
-        found, event = self.back or _from_host(self.host, self.device)
+        self.visit.turns.begin(self.visit)
+        # Of a layer whose turn is over, which is asked out of order, it is not.
+        found, event = self.back or from_host(self.host, self.device)
         if event is not None:
             now = torch.cuda.current_stream(self.device)
             now.wait_event(event)
@@ -208,14 +257,16 @@ class Packet:
         return found
 
 
-class View(NamedTuple):
-    """What the graph holds in the place of a tensor: the tensor, as a view of a memory."""
+@dataclass(frozen=True)
+class View:
+    """A tensor, as a view of a memory that is kept."""
 
     packet: Packet
     dtype: torch.dtype
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
+    depth: int = 0
 
     def get(self) -> Tensor:
         found = self.packet.get()
@@ -223,18 +274,8 @@ class View(NamedTuple):
         return empty.set_(found.untyped_storage(), self.offset, self.shape, self.stride)
 
 
-class Stays(NamedTuple):
-    """A tensor that is not offloaded, or what the hooks around keep in its place, and how they get it back."""
-
-    packed: Any
-    unpack: Callable[[Any], Tensor] | None
-
-    def get(self) -> Tensor:
-        return self.packed if self.unpack is None else self.unpack(self.packed)
-
-
-def _unpack(packed: View | Stays) -> Tensor:
-    return packed.get()
+def _unpack(get: Callable[[], Tensor]) -> Tensor:
+    return get()
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -244,35 +285,3 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-_streams: dict[torch.device, "torch.cuda.Stream"] = {}
-
-
-def _stream(device: torch.device) -> "torch.cuda.Stream":
-    """The one for copies; both ways, so that what comes back has been written before."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
-
-def _to_host(found: Tensor) -> Tensor:
-    if found.device.type == "cpu":
-        return found.clone()
-    host = torch.empty_like(found, device="cpu", pin_memory=True)
-    stream = _stream(found.device)
-    stream.wait_stream(torch.cuda.current_stream(found.device))
-    with torch.cuda.stream(stream):
-        host.copy_(found, non_blocking=True)
-    found.record_stream(stream)
-    return host
-
-
-def _from_host(host: Tensor, device: torch.device) -> "tuple[Tensor, torch.cuda.Event | None]":
-    if device.type == "cpu":
-        return host.clone(), None
-    stream = _stream(device)
-    with torch.cuda.stream(stream):
-        found = torch.empty_like(host, device=device, pin_memory=False)
-        found.copy_(host, non_blocking=True)
-        return found, stream.record_event()

@@ -47,6 +47,12 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
     assert faults("keep") < by_default / 20
 
 
+def test_its_example_runs() -> None:
+    code = "import doctest, ckpt_kernels.freed_memory as module; print(doctest.testmod(module))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().startswith("TestResults(failed=0, attempted=2")
+
+
 def test_elsewhere_it_says_that_nothing_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory.keep_freed_memory() is False
@@ -55,7 +61,7 @@ def test_elsewhere_it_says_that_nothing_was_done(monkeypatch: pytest.MonkeyPatch
     assert memory.keep_freed_memory() is False
 
 
-def test_doctor_says_when_page_faults_bite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_when_page_faults_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     for measured, advised in ((FreshMemory(2.0, 9.0), True), (FreshMemory(2.0, 2.5), False)):
         monkeypatch.setattr(doctor, "fresh_memory", lambda measured=measured: measured)
         (found,) = (one for one in doctor.findings() if one.subject == "page faults")
@@ -63,6 +69,17 @@ def test_doctor_says_when_page_faults_bite(monkeypatch: pytest.MonkeyPatch) -> N
         assert ("keep_freed_memory" in found.text) is advised
 
 
-def test_fresh_memory_is_measured() -> None:
-    found = freed_memory.fresh_memory()
-    assert 0 < found.warm and 0 < found.fresh
+def test_fresh_memory_is_the_least_of_five_turns_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that is given: of each turn its start, after the warm fill, and after the fresh one."""
+    turns = [(3.0, 9.0), (2.0, 8.0), (4.0, 5.0), (2.5, 7.0), (6.0, 6.0)]
+    now, told = 0.0, []
+    for warm, fresh in turns:
+        told += [now, now + warm, now + warm + fresh]
+        now += 100.0
+    monkeypatch.setattr(freed_memory.time, "perf_counter", iter(told).__next__)
+    assert freed_memory.fresh_memory() == FreshMemory(warm=2000.0, fresh=5000.0)
+
+
+@pytest.mark.parametrize(("warm", "fresh", "is_slow"), [(1.0, 1.0, False), (1.0, 2.0, False), (1.0, 2.1, True)])
+def test_fresh_memory_is_slow_beyond_twice_the_time(warm: float, fresh: float, is_slow: bool) -> None:
+    assert FreshMemory(warm, fresh).is_slow is is_slow

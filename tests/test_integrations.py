@@ -1,6 +1,7 @@
 """One flag in trainers: what the flag may be, and each framework that is installed, trained with it and without."""
 
 import copy
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import ckpt_kernels
-from ckpt_kernels.integrations.common import Planned, called_below, converted, parsed, tokens
+from ckpt_kernels.integrations.common import Planned, converted, parsed, tokens
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import saved_bytes
 
@@ -83,9 +84,21 @@ class TestTheFlag:
         with least:
             converted(model, 1, inputs=x)
 
-    def test_lists_are_seen_through(self) -> None:
-        model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.ModuleList([nn.Linear(1, 1), nn.ModuleList([nn.ReLU()])])})
-        assert [name for name, _ in called_below(model)] == ["a", "b.0", "b.1.0"]
+    def test_logits_and_tiles_go_to_convert(self) -> None:
+        x = torch.randn(2, 8, 16)
+        made = ckpt_kernels.plan(blocks(), x, budget=0.9)
+        for recompute in ("all", {"*": "all"}, made):
+            with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
+                converted(blocks(), recompute, logits="head")
+            with pytest.raises(ValueError, match="tiles is 0"):
+                converted(blocks(), recompute, tiles=0)
+            assert converted(blocks(), recompute, tiles=2).replaced
+        with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
+            converted(blocks(), 0.9, inputs=x, logits="head")
+        left = dataclasses.replace(made, whole="none")
+        assert not left.apply(blocks()).replaced
+        with pytest.raises(ValueError, match="tiles is 2, and the plan leaves the model as it is"):
+            left.apply(blocks(), tiles=2)
 
     def test_no_framework_is_imported_unasked(self) -> None:
         code = (
@@ -103,8 +116,11 @@ class TestTransformers:
         transformers = pytest.importorskip("transformers")
         pytest.importorskip("accelerate")
 
-        def run(*callbacks: Any, late: Any = None, **options: Any) -> nn.Module:
-            model = copy.deepcopy(gpt)
+        def run(*callbacks: Any, late: Any = None, losses: Any = None, **options: Any) -> nn.Module:
+            # Autocast leaves float64 as it is.
+            model = copy.deepcopy(gpt).to(torch.float32 if "bf16" in options else torch.float64)
+            if losses is not None:
+                model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
             args = transformers.TrainingArguments(
                 str(tmp_path), max_steps=3, per_device_train_batch_size=BATCH, use_cpu=True, report_to=[],
                 save_strategy="no", disable_tqdm=True, learning_rate=1e-2, **options,
@@ -128,12 +144,39 @@ class TestTransformers:
         batch = tokens(BATCH, TOKENS)
         assert callback.report.replaced and saved_bytes(ours, **batch) < saved_bytes(eager, **batch)
 
-    def test_under_autocast_the_forward_is_converted_before_it_is_wrapped(self, train: Callable) -> None:
+    def test_a_head_whose_logits_are_in_chunks_has_the_same_losses(self, train: Callable) -> None:
         from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
 
-        eager, ours = train(bf16=True), train(CheckpointKernelsCallback("output"), bf16=True)
-        batch = tokens(BATCH, TOKENS)
-        assert saved_bytes(ours, **batch) < saved_bytes(eager, **batch)
+        losses, expected = [], []
+        eager = train(losses=expected)
+        callback = CheckpointKernelsCallback("output", logits="lm_head")
+        ours = train(callback, losses=losses)
+        assert "lm_head" in [entry.name for entry in callback.report.replaced]
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0.0)
+        same_weights(eager, ours)
+
+    def test_under_autocast_the_forward_is_converted_before_it_is_wrapped(self, train: Callable) -> None:
+        """The forward that the Trainer calls, before each step: it runs under autocast, and what it keeps there."""
+        transformers = pytest.importorskip("transformers")
+        from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
+
+        class Watch(transformers.TrainerCallback):
+            def __init__(self) -> None:
+                self.kept: list[int] = []
+
+            def on_step_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+                is_on: list[bool] = []
+                watch = model.transformer.wte.register_forward_pre_hook(
+                    lambda *_: is_on.append(torch.is_autocast_enabled("cpu"))
+                )
+                self.kept.append(saved_bytes(model, **tokens(BATCH, TOKENS)))
+                watch.remove()
+                assert is_on == [True]
+
+        eager, ours = Watch(), Watch()
+        train(eager, bf16=True)
+        train(ours, CheckpointKernelsCallback("output"), bf16=True)
+        assert len(ours.kept) == 3 and max(ours.kept) < min(eager.kept)
 
     def test_what_cannot_work_is_said(self, train: Callable) -> None:
         from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
@@ -201,8 +244,10 @@ class TestTransformers:
 
         # A budget: TRL's arguments have the length of a step.
         callback = CheckpointKernelsCallback(0.9)
-        same_weights(run(), run(callback))
-        assert callback.report.replaced or str(callback.report).startswith("none")
+        eager, ours = run(), run(callback)
+        same_weights(eager, ours)
+        batch = tokens(BATCH, TOKENS)
+        assert callback.report.replaced and saved_bytes(ours, **batch) < saved_bytes(eager, **batch)
 
 
 def _tokenizer() -> Any:

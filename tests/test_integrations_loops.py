@@ -127,12 +127,24 @@ class TestLightning:
         assert saved_bytes(ours, batches()[0]) < saved_bytes(eager, batches()[0])
 
     def test_a_budget_and_levels_by_name_are_for_one_model(self, train: Callable) -> None:
-        assert ckpt_kernels.is_converted(train({"*": "block"}, module="model")[0])
-        train(0.9, module="model", inputs=batches()[0])
+        eager = train()
+        for recompute in ({"*": "output"}, 0.9):
+            ours = train(recompute, module="model", inputs=batches()[0])
+            same_weights(eager, ours)
+            assert saved_bytes(ours, batches()[0]) < saved_bytes(eager, batches()[0])
         with pytest.raises(ValueError, match=r"the LightningModule holds model, loss; expected module="):
             train({"*": "block"})
+        with pytest.raises(ValueError, match=r"the LightningModule holds model, loss; expected module="):
+            train("output", logits="head")
         with pytest.raises(ValueError, match="module is 'net'; expected the name"):
             train("output", module="net")
+
+    def test_lists_are_seen_through(self) -> None:
+        pytest.importorskip("pytorch_lightning")
+        from ckpt_kernels.integrations.lightning import _called_below
+
+        model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.ModuleList([nn.Linear(1, 1), nn.ModuleList([nn.ReLU()])])})
+        assert [name for name, _ in _called_below(model)] == ["a", "b.0", "b.1.0"]
 
 
 class TestAxolotl:
@@ -155,6 +167,7 @@ class TestAxolotl:
             )
             for recompute in ("all", 0.9):
                 given = args(ckpt_kernels_recompute=recompute).model_dump()
+                assert given.pop("ckpt_kernels_logits") is None and given.pop("ckpt_kernels_tiles") == 1
                 assert given == {"ckpt_kernels_recompute": recompute}
                 model = transformers.LlamaForCausalLM(config)
                 eager = copy.deepcopy(model)
@@ -162,6 +175,15 @@ class TestAxolotl:
                 manager.post_model_load(cfg, model)
                 batch = tokens(2, 16)
                 assert saved_bytes(model, **batch) < saved_bytes(eager, **batch)
+            sizes = {"micro_batch_size": 2, "sequence_len": 16}
+            for name_of_size in sizes:
+                cfg = DictDefault({**sizes, name_of_size: None, "ckpt_kernels_recompute": 0.9})
+                with pytest.raises(ValueError, match=f"{name_of_size} is None; expected the .* planned for"):
+                    manager.post_model_load(cfg, model)
+            # What is no budget asks for no sizes.
+            cfg = DictDefault({"ckpt_kernels_recompute": "all", "ckpt_kernels_logits": "head"})
+            with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
+                manager.post_model_load(cfg, model)
             with pytest.raises(ValueError, match="recompute is 'most'"):
                 manager.post_model_load(DictDefault({"ckpt_kernels_recompute": "most"}), model)
         finally:

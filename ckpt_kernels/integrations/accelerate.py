@@ -12,7 +12,13 @@ from .common import Recompute, converted
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, *others: Any, recompute: Recompute = "output", inputs: Any = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    *others: Any,
+    recompute: Recompute = "output",
+    inputs: Any = None,
+    logits: str | None = None,
+    tiles: int = 1,
 ) -> tuple[Any, ...]:
     """Converts the model, and then prepares all as `accelerator.prepare(model, *others)` does.
 
@@ -25,6 +31,7 @@ def prepare(
         others: the optimizer, the data loaders, the scheduler, as `accelerator.prepare` takes them.
         recompute: a level, levels by name, a plan or its file, or a budget of memory; see `common.parsed`.
         inputs: for a budget, what the model is called with in a step of the largest size.
+        logits, tiles: see `ckpt_kernels.convert`.
 
     Returns:
         What `accelerator.prepare` returns: the model and the others, in this order.
@@ -45,6 +52,6 @@ def prepare(
     if accelerator.device_placement:
         # A budget is planned for where the steps run.
         model.to(accelerator.device)
-    converted(model, recompute, inputs=inputs, autocast=accelerator.autocast())
+    converted(model, recompute, inputs=inputs, autocast=accelerator.autocast(), logits=logits, tiles=tiles)
     prepared = accelerator.prepare(model, *others)
     return prepared if isinstance(prepared, tuple) else (prepared,)

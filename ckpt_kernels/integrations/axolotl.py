@@ -1,4 +1,4 @@
-"""axolotl: a plugin, and its key of the configuration.
+"""axolotl: a plugin, and its keys of the configuration.
 
 plugins:
   - ckpt_kernels.integrations.axolotl.CheckpointKernelsPlugin
@@ -12,23 +12,43 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field
 from torch import nn
 
-from .common import converted, mixed_precision, tokens, warn_of_checkpointing
+from .common import Planned, converted, mixed_precision, parsed, tokens, warn_of_checkpointing
 
 
 class CheckpointKernelsArgs(BaseModel):
-    """The key that the plugin adds to axolotl's configuration.
+    """The keys that the plugin adds to axolotl's configuration.
 
     Attributes:
         ckpt_kernels_recompute: a level, a plan's file, or a budget of memory; see `common.parsed`.
+        ckpt_kernels_logits: the name of the head, such as "lm_head"; `logits` of `ckpt_kernels.convert`.
+        ckpt_kernels_tiles: `tiles` of `ckpt_kernels.convert`.
+
+    Example:
+        >>> from ckpt_kernels.integrations.axolotl import CheckpointKernelsArgs
+        >>> CheckpointKernelsArgs(ckpt_kernels_recompute="12GiB").ckpt_kernels_logits is None
+        True
     """
 
     ckpt_kernels_recompute: str | float = Field(default="output")
+    ckpt_kernels_logits: str | None = Field(default=None)
+    ckpt_kernels_tiles: int = Field(default=1)
 
 
 class CheckpointKernelsPlugin(BasePlugin):
     """Converts the model when it is loaded, its adapters too, and before a trainer wraps it.
 
     A budget is planned for `micro_batch_size` sequences of `sequence_len` tokens.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from ckpt_kernels.integrations.axolotl import CheckpointKernelsArgs, CheckpointKernelsPlugin
+        >>> cfg = SimpleNamespace(
+        ...     **CheckpointKernelsArgs().model_dump(), gradient_checkpointing=False, bf16=False, fp16=False
+        ... )
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>> CheckpointKernelsPlugin().post_model_load(cfg, model)
+        >>> ckpt_kernels.is_converted(model)
+        True
     """
 
     def get_input_args(self) -> str:
@@ -43,10 +63,22 @@ class CheckpointKernelsPlugin(BasePlugin):
             model: the model.
 
         Raises:
-            TypeError, ValueError: `ckpt_kernels_recompute` is nothing that is known.
+            TypeError, ValueError: `ckpt_kernels_recompute` is nothing that is known, or is a budget and the
+                configuration says no `micro_batch_size` or no `sequence_len`.
             DoesNotFit: no choice fits the budget.
         """
         warn_of_checkpointing(cfg.gradient_checkpointing)
-        inputs = tokens(cfg.micro_batch_size or 1, cfg.sequence_len or 1)
+        recompute = parsed(cfg.ckpt_kernels_recompute or "output")
+        inputs = _largest(cfg) if isinstance(recompute, Planned) else None
         autocast = mixed_precision(model, cfg.bf16, cfg.fp16)
-        converted(model, cfg.ckpt_kernels_recompute or "output", inputs=inputs, autocast=autocast)
+        logits, tiles = cfg.ckpt_kernels_logits, cfg.ckpt_kernels_tiles or 1
+        converted(model, recompute, inputs=inputs, autocast=autocast, logits=logits, tiles=tiles)
+
+
+def _largest(cfg: Any) -> dict[str, Any]:
+    """The batch that a budget is planned for."""
+    if cfg.micro_batch_size is None:
+        raise ValueError("micro_batch_size is None; expected the number of sequences, which a budget is planned for")
+    if cfg.sequence_len is None:
+        raise ValueError("sequence_len is None; expected the length of a sequence, which a budget is planned for")
+    return tokens(cfg.micro_batch_size, cfg.sequence_len)

@@ -2,7 +2,7 @@
 
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Union
@@ -79,6 +79,8 @@ def converted(
     inputs: Any = None,
     loss: Callable[[Any], Tensor] | None = None,
     autocast: AbstractContextManager | None = None,
+    logits: str | None = None,
+    tiles: int = 1,
 ) -> Report:
     """Converts the model, in place, as `recompute` says.
 
@@ -89,6 +91,7 @@ def converted(
             by name. Tensors go to the model's device. Not read otherwise.
         loss: for a budget, the loss of what the model returns; by default its own.
         autocast: for a budget, the context that steps run in.
+        logits, tiles: see `ckpt_kernels.convert`. A budget is planned for without them.
 
     Returns:
         The report of `convert`.
@@ -106,9 +109,9 @@ def converted(
     """
     wanted = parsed(recompute)
     if isinstance(wanted, Plan):
-        return wanted.apply(model)
+        return wanted.apply(model, logits=logits, tiles=tiles)
     if not isinstance(wanted, Planned):
-        return convert(model, recompute=wanted)
+        return convert(model, recompute=wanted, logits=logits, tiles=tiles)
     if inputs is None:
         raise ValueError(
             f"recompute is {wanted.budget!r}, a budget, and inputs is None; expected what the model is called with in "
@@ -118,7 +121,7 @@ def converted(
     args, kwargs = arguments_of(_moved(inputs, device))
     with autocast or nullcontext():
         made = plan(model, *args, budget=wanted.budget, loss=loss, **kwargs)
-    return made.apply()
+    return made.apply(logits=logits, tiles=tiles)
 
 
 def tokens(batch: int, length: int) -> dict[str, Any]:
@@ -145,15 +148,6 @@ def warn_of_checkpointing(is_on: bool | None) -> None:
             "gradient_checkpointing is on, so that every layer runs twice, whatever recompute is; expected it off",
             stacklevel=3,
         )
-
-
-def called_below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules below one that can be called: its children, and those of lists and dicts of modules."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from ((f"{name}.{below}", found) for below, found in called_below(child))
-        else:
-            yield name, child
 
 
 def _moved(value: Any, device: torch.device) -> Any:

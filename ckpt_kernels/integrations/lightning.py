@@ -3,12 +3,13 @@
 trainer = Trainer(callbacks=[CheckpointKernelsCallback("output")])
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from ..convert import Report
-from .common import Planned, Recompute, called_below, converted, parsed
+from .common import Planned, Recompute, converted, parsed
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,6 +29,7 @@ class CheckpointKernelsCallback(Callback):
         module: the name of the attribute that holds the model, such as "model"; None is all that hold modules.
         inputs: for a budget, what that model is called with in a step of the largest size; needs `module`, too, unless
             the LightningModule holds one alone.
+        logits, tiles: see `ckpt_kernels.convert`; `logits` needs `module`, too.
 
     Attributes:
         reports: what `convert` said, by the names of the modules.
@@ -42,10 +44,19 @@ class CheckpointKernelsCallback(Callback):
         {}
     """
 
-    def __init__(self, recompute: Recompute = "output", *, module: str | None = None, inputs: Any = None) -> None:
+    def __init__(
+        self,
+        recompute: Recompute = "output",
+        *,
+        module: str | None = None,
+        inputs: Any = None,
+        logits: str | None = None,
+        tiles: int = 1,
+    ) -> None:
         self.recompute = parsed(recompute)
         self.module = module
         self.inputs = inputs
+        self.options: Any = {"logits": logits, "tiles": tiles}
         self.reports: dict[str, Report] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,17 +74,27 @@ class CheckpointKernelsCallback(Callback):
             pl_module.to(trainer.strategy.root_device)
         context = trainer.precision_plugin.forward_context()
         for name, model in found.items():
-            self.reports[name] = converted(model, self.recompute, inputs=self.inputs, autocast=context)
+            self.reports[name] = converted(model, self.recompute, inputs=self.inputs, autocast=context, **self.options)
 
     def _chosen(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        found = dict(called_below(pl_module))
+        found = dict(_called_below(pl_module))
         if self.module is not None:
             found = {name: module for name, module in pl_module.named_modules() if name == self.module and name}
             if not found:
                 raise ValueError(f"module is {self.module!r}; expected the name of a module of the LightningModule")
-        if not isinstance(self.recompute, str) and len(found) != 1:
+        is_for_one = not isinstance(self.recompute, str) or self.options["logits"] is not None
+        if is_for_one and len(found) != 1:
             raise ValueError(
-                f"recompute is for one model, and the LightningModule holds {', '.join(found) or 'none'}; "
+                f"recompute or logits is for one model, and the LightningModule holds {', '.join(found) or 'none'}; "
                 'expected module="NAME"'
             )
         return found
+
+
+def _called_below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules below one that can be called: its children, and those of lists and dicts of modules."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from ((f"{name}.{below}", found) for below, found in _called_below(child))
+        else:
+            yield name, child

@@ -20,11 +20,12 @@ from .common import Planned, Recompute, converted, parsed
 Spec = TypeVar("Spec")
 
 
-def converter(recompute: Recompute = "output") -> type:
+def converter(recompute: Recompute = "output", *, logits: str | None = None, tiles: int = 1) -> type:
     """A class with the methods of torchtitan's `ModelConverter`.
 
     Args:
         recompute: a level, levels by name, a plan or its file; see `common.parsed`.
+        logits, tiles: see `ckpt_kernels.convert`.
 
     Raises:
         TypeError, ValueError: `recompute` is nothing that is known, or a budget.
@@ -43,7 +44,7 @@ def converter(recompute: Recompute = "output") -> type:
             pass
 
         def convert(self, model: nn.Module) -> None:
-            converted(model, wanted)
+            converted(model, wanted, logits=logits, tiles=tiles)
 
         def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
             pass
@@ -51,24 +52,33 @@ def converter(recompute: Recompute = "output") -> type:
     return CheckpointKernelsConverter
 
 
-def with_conversion(spec: Spec, recompute: Recompute = "output") -> Spec:
+def with_conversion(spec: Spec, recompute: Recompute = "output", *, logits: str | None = None, tiles: int = 1) -> Spec:
     """A model's specification whose `parallelize_fn` converts the model and then does what it did.
 
     Args:
         spec: a `torchtitan.protocols.model_spec.ModelSpec`.
-        recompute: as for `converter`.
+        recompute, logits, tiles: as for `converter`.
 
     Returns:
         A copy of the specification.
 
     Raises:
         TypeError, ValueError: as for `converter`.
+
+    Example:
+        >>> import dataclasses
+        >>> from ckpt_kernels.integrations.torchtitan import with_conversion
+        >>> ModelSpec = dataclasses.make_dataclass("ModelSpec", ["parallelize_fn"])  # stands for torchtitan's
+        >>> spec = with_conversion(ModelSpec(parallelize_fn=lambda model, *args, **kwargs: model), "output")
+        >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+        >>> ckpt_kernels.is_converted(spec.parallelize_fn(model))
+        True
     """
     wanted = _not_planned(recompute)
     parallelize: Callable[..., nn.Module] = spec.parallelize_fn  # type: ignore[attr-defined]
 
     def parallelize_fn(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        converted(model, wanted)
+        converted(model, wanted, logits=logits, tiles=tiles)
         return parallelize(model, *args, **kwargs)
 
     return dataclasses.replace(spec, parallelize_fn=parallelize_fn)  # type: ignore[type-var]

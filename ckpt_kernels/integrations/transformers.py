@@ -25,6 +25,7 @@ class CheckpointKernelsCallback(TrainerCallback):
         inputs: for a budget, what the model is called with in a step of the largest size, such as a batch of the data
             collator. None is a batch of tokens of `per_device_train_batch_size` by `max_length`, which TRL's arguments
             have and Trainer's do not.
+        logits, tiles: see `ckpt_kernels.convert`.
 
     Attributes:
         report: what `convert` said; None before.
@@ -39,9 +40,12 @@ class CheckpointKernelsCallback(TrainerCallback):
         True
     """
 
-    def __init__(self, recompute: Recompute = "output", *, inputs: Any = None) -> None:
+    def __init__(
+        self, recompute: Recompute = "output", *, inputs: Any = None, logits: str | None = None, tiles: int = 1
+    ) -> None:
         self.recompute = parsed(recompute)
         self.inputs = inputs
+        self.options: Any = {"logits": logits, "tiles": tiles}
         self.report: Report | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -76,14 +80,15 @@ class CheckpointKernelsCallback(TrainerCallback):
 
     def _converted(self, model: Any, args: TrainingArguments) -> Report:
         if not isinstance(self.recompute, Planned):
-            return converted(model, self.recompute)
+            return converted(model, self.recompute, **self.options)
         inputs, length = self.inputs, getattr(args, "max_length", None)
         if inputs is None and length is not None:
             inputs = tokens(args.per_device_train_batch_size, length)
         if hasattr(model, "config"):
             # The Trainer sets it too, a line after this.
             model.config.use_cache = args.use_cache
-        return converted(model, self.recompute, inputs=inputs, autocast=mixed_precision(model, args.bf16, args.fp16))
+        autocast = mixed_precision(model, args.bf16, args.fp16)
+        return converted(model, self.recompute, inputs=inputs, autocast=autocast, **self.options)
 
 
 def patch_mapping(*layers: type[nn.Module], recompute: str = "output") -> dict[str, type[nn.Module]]:

@@ -66,24 +66,31 @@ class Plan:
     count: int = 0
     _model: "list[weakref.ref[nn.Module]]" = field(default_factory=list, compare=False, repr=False)
 
-    def apply(self, model: nn.Module | None = None) -> Report:
+    def apply(self, model: nn.Module | None = None, *, logits: str | None = None, tiles: int = 1) -> Report:
         """Converts the model that the plan was made for, or another of the same structure.
 
         Args:
             model: by default the one that the plan was made for.
+            logits, tiles: see `ckpt_kernels.convert`. The plan's figures are of steps without them.
 
         Returns:
             The report of `convert`.
 
         Raises:
-            ValueError: the plan was read from a file and no model is given, or the model is of another structure.
+            ValueError: the plan was read from a file and no model is given, the model is of another structure, or
+                `logits` or `tiles` is not what `convert` takes, or is given where the plan leaves the model as it is.
         """
         model = self._its(model)
         if self.whole == NONE:
             self._check(model)
+            if logits is not None or tiles != 1:
+                raise ValueError(
+                    f"logits is {logits!r} and tiles is {tiles}, and the plan leaves the model as it is; expected None "
+                    "and 1, or convert without a plan"
+                )
             revert(model)
             return Report(NONE, "torch", [], [])
-        return convert(model, recompute=self)
+        return convert(model, recompute=self, logits=logits, tiles=tiles)
 
     def revert(self, model: nn.Module | None = None) -> None:
         """Gives the model's modules their own forward back; see `ckpt_kernels.revert`."""

@@ -63,15 +63,15 @@ def loaded(noted: Any, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -
     return noted
 
 
-def unwritten(tensor: Tensor) -> Callable[[], Tensor]:
-    """The tensor, if nobody has written to it by then."""
+def unwritten(tensor: Tensor, what: str = "an argument of a checkpointed layer") -> Callable[[], Tensor]:
+    """The tensor, if nobody has written to it by then; `what` it is, for the error."""
     version = version_of(tensor)
     held = tensor if tensor.is_leaf else tensor.detach()
 
     def get() -> Tensor:
         if version is not None and held._version != version:
             raise RuntimeError(
-                f"an argument of a checkpointed layer, {held.dtype} {tuple(held.shape)}, was modified by an in-place "
+                f"{what}, {held.dtype} {tuple(held.shape)}, was modified by an in-place "
                 f"operation since: it is at version {held._version}; expected version {version}"
             )
         return held
