@@ -17,8 +17,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .ops.linear import linear_of_torch
 from .ops.linear_loss import Loss, count_of, default_chunk, linear_loss
+from .ops.products import linear_of_torch
 
 Step = Callable[[Tensor], Tensor]
 

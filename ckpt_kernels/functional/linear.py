@@ -122,7 +122,7 @@ def norm_linear(
     for w, b in zip(weights, biases, strict=True):
         check_linear(w, b, "weight", "bias", columns, input)
     options = (columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight))
-    block = ops.linear.norm_block(*options)
+    block = ops.linear_blocks.norm_block(*options)
     known = thin.linear.norm_block(_dtypes(input, *weights, *biases), input, (norm_weight, norm_bias), options)
     thin.remember(known, "norm_linear", tensors, (single, len(weights), given))
     operands = autocast(input, norm_weight, norm_bias)
@@ -197,7 +197,7 @@ def act_linear(
     p, seed = dropout_seed(input, dropout_p, training)
     name = activation_name(activation)
     thin.remember(thin.linear.act_block(_dtypes(input, weight, bias), name, p), *call)
-    block = ops.linear.act_block(name, seed, p)
+    block = ops.linear_blocks.act_block(name, seed, p)
     return _block_linear(block, (input,), (weight,), (bias,), recompute)[0]
 
 
@@ -276,10 +276,10 @@ def mlp(
     name = activation_name(activation)
     if count > 1:
         seeds = [seed, *(dropout_seed(input, dropout_p, training)[1] for _ in range(count - 1))]
-        blocks = [ops.linear.act_block(name, each, p) for each in seeds]
+        blocks = [ops.linear_blocks.act_block(name, each, p) for each in seeds]
         return ops.tiles.tiled_mlp(blocks, input, (weight1, bias1), weight2, bias2, recompute)
     thin.remember(thin.linear.act_block(_dtypes(*tensors), name, p), *call)
-    block = ops.linear.act_block(name, seed, p)
+    block = ops.linear_blocks.act_block(name, seed, p)
     return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
 
 
@@ -383,10 +383,10 @@ def gated_mlp(
     name, packed = activation_name(activation), value_weight is None
     if count > 1:
         seeds = [seed, *(dropout_seed(input, dropout_p, training)[1] for _ in range(count - 1))]
-        blocks = [ops.linear.glu_block(name, layout, each, p) for each in seeds]
+        blocks = [ops.linear_blocks.glu_block(name, layout, each, p) for each in seeds]
         return ops.tiles.tiled_mlp(blocks, input, firsts, weight, bias, recompute)
     thin.remember(thin.linear.glu_block(_dtypes(*tensors), name, layout, p, packed), *call)
-    block = ops.linear.glu_block(name, layout, seed, p)
+    block = ops.linear_blocks.glu_block(name, layout, seed, p)
     return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
 
 
@@ -416,7 +416,7 @@ def norm_name(norm: str) -> str:
 
 
 def _block_linear(
-    block: ops.linear.Block,
+    block: ops.linear_blocks.Block,
     operands: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],

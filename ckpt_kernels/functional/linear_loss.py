@@ -96,7 +96,7 @@ def linear_cross_entropy(
 
     matrix, targets = input.reshape(-1, columns), target.reshape(-1)
     size = ops.linear_loss.default_chunk(len(matrix), columns, weight.shape[0]) if chunk is None else chunk
-    loss = ops.linear_loss.Loss(rows, ops.linear.product_dtype(input), size)
+    loss = ops.linear_loss.Loss(rows, ops.products.product_dtype(input), size)
     count = ops.linear_loss.count_of(targets, input.dtype, ignore_index, reduction)
     output = ops.linear_loss.linear_loss(loss, matrix, weight, bias, targets, count)
     return output.reshape(lead) if reduction == "none" else output
