@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..saved_tensors import as_is
 from .accumulate import add_product, add_sum, buffer_for
 from .composition import by_composition, composed_gradients
 from .products import linear_of_torch
@@ -90,7 +91,8 @@ class _LinearLoss(torch.autograd.Function):
             ctx.made_early = False
             for gradient in found:
                 if gradient is not None:
-                    # By `data`, so that who asks once more, and is given others, may unpack all that was saved.
+                    # Without moving the version counter, so that a second backward pass may still unpack the saved
+                    # tensors.
                     gradient.data.mul_(grad)
         else:
             each = grad if count is None else grad / count
@@ -140,15 +142,11 @@ def _walk(
 
 def _with_gradient(loss: Loss, logits: Tensor, target: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     """The losses of a chunk, and the gradient of the logits."""
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+    # What is kept for the length of a chunk, nobody else's hooks are to see.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(as_is, as_is):
         losses = loss.rows(logits.requires_grad_(), target)
     (grad,) = torch.autograd.grad(losses, logits, each.to(losses.dtype).expand_as(losses))
     return losses.detach(), grad
-
-
-def _same(tensor: Tensor) -> Tensor:
-    """For what is kept for the length of a chunk: nobody else's hooks are to see it."""
-    return tensor
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
