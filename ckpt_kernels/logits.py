@@ -48,12 +48,6 @@ class _Family:
                 with torch.set_grad_enabled(member._has_graph):
                     member._value = member._make()
 
-    def read(self, loss: Callable[[], Tensor]) -> Tensor:
-        """A loss of them, in chunks."""
-        self.check()
-        self.is_read = True
-        return loss()
-
 
 def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor._version, tensor.untyped_storage().nbytes()
@@ -63,7 +57,7 @@ class Logits(Tensor):
     """A tensor in the place of logits; see the module. A head that `convert(model, logits=...)` has named returns it.
 
     Raises:
-        RuntimeError: logits are looked at, or a loss of them is computed, after the input, weight or bias of the head
+        RuntimeError: more than shape, dtype or device is asked of logits after the input, weight or bias of the head
             was written to or released; `retain_grad()` is called on logits whose loss was computed in chunks; the
             gradient of such a loss with respect to its logits is asked for.
 
@@ -91,13 +85,16 @@ class Logits(Tensor):
                 return super().__torch_function__(func, types, args, kwargs)
             if func is Tensor.retain_grad and first._family.is_read:
                 raise RuntimeError("retain_grad() of logits whose loss was computed in chunks: they have no gradient")
+            # Before the rows are taken of an input that may be there no more.
+            first._family.check()
             found = known(func, first._description, args[1:], kwargs)
             if found is first._description:
                 return first
             if isinstance(found, Description):
                 return _placeholder_for(found, first._family, lambda: func(_value_of(first), *args[1:], **kwargs))
             if found is not None:
-                return first._family.read(found)
+                first._family.is_read = True
+                return found()
         return func(*_with_values(args), **_with_values(kwargs))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Blocks and the linear layers that read them; the MLPs are in `functional.mlp`.
+"""Blocks and the linear layers that read them; MLPs are in a file of their own.
 
 Each takes `recompute`, which says how far the backward pass goes back:
 
