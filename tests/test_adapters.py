@@ -14,7 +14,6 @@ from .conftest import DEVICE
 
 WIDTH, INNER, RANK, TOKENS = 32, 86, 2, 64
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-transformers = pytest.importorskip("transformers")
 
 
 class Adapter(nn.Module):
@@ -32,6 +31,7 @@ class Adapter(nn.Module):
 
 
 def llama(layers: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         use_cache=False,

@@ -29,6 +29,7 @@ MODULES = (
     "functional.glu",
     "functional.linear",
     "functional.linear_loss",
+    "functional.mlp",
     "logits",
     "functional.rotary",
     "functional.row_norm",

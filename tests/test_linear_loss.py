@@ -167,6 +167,7 @@ WRONG = {
     "reduction": ({"reduction": "max"}, ValueError, "reduction is 'max'; expected one of mean, sum, none"),
     "smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5; expected a number between 0 and 1"),
     "cap": ({"softcap": 0.0}, ValueError, "softcap is 0.0; expected a positive number, or None"),
+    "chunk of True": ({"chunk": True}, ValueError, "chunk is True; expected a positive whole number, or None"),
     "chunk": ({"chunk": 0}, ValueError, "chunk is 0; expected a positive whole number, or None"),
 }
 

@@ -11,6 +11,7 @@ import ckpt_kernels
 from ckpt_kernels import functional as F
 from ckpt_kernels.catalogue.linear import PAIRS, Pair
 from ckpt_kernels.memory import peak_bytes, saved_bytes
+from ckpt_kernels.ops import accumulate
 
 from .conftest import DEVICE, DTYPES
 from .test_linear import products
@@ -49,6 +50,25 @@ def test_error_is_at_most_eagers(pair: Pair, dtype: torch.dtype, level: str) -> 
         error, allowed = ((t[name].double() - true).abs().max() for t in (found, eager))
         ulps = 16 if dtype == torch.float64 else 1  # where eager's is the truth
         assert error <= 1.5 * allowed + ulps * torch.finfo(dtype).eps * true.abs().max(), name
+
+
+@by_mlp
+def test_many_tiles_of_halves_add_up_in_float32(pair: Pair) -> None:
+    operands = pair.operands((1024,), 8, torch.bfloat16, DEVICE)
+    wide = {n: t.double() if isinstance(t, Tensor) else t for n, t in operands.items()}
+    found, eager = with_gradients(in_tiles(pair, "all", 128), operands), with_gradients(pair.eager, operands)
+    for name, true in with_gradients(pair.eager, wide).items():
+        error, allowed = ((t[name].double() - true).abs().max() for t in (found, eager))
+        assert error <= 1.5 * allowed + torch.finfo(torch.bfloat16).eps * true.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_product_of_halves_is_not_rounded_before_it_is_added(dtype: torch.dtype) -> None:
+    grad, input = (torch.randn(32, columns, device=DEVICE).to(dtype) for columns in (5, 7))
+    buffer = accumulate.buffer_for(grad.new_empty(5, 7), dtype)
+    for _ in range(2):
+        accumulate.add_product(buffer, grad, input)
+    torch.testing.assert_close(buffer.double(), 2 * grad.double().t() @ input.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (0,), (2, 0)], ids=str)
@@ -199,7 +219,7 @@ def test_converted(level: str) -> None:
     assert products(lambda: step(tiled)) > products(lambda: step(whole))
 
 
-@pytest.mark.parametrize("tiles", [0, -1, 1.5])
+@pytest.mark.parametrize("tiles", [0, -1, 1.5, True])
 def test_refuses(tiles: object) -> None:
     x = torch.randn(4, 4, device=DEVICE)
     for call in (

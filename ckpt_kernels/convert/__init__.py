@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from .. import backends
-from ..functional.linear import tiles_for
+from ..functional.mlp import tiles_for
 from ..memory import kept_bytes
 from ..models import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
@@ -71,8 +71,9 @@ def convert(
             also be left as it is, "none", or be checkpointed, "checkpoint".
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
-        logits: the name of the linear layer that makes a language model's logits, such as "lm_head". They are then made
-            when somebody looks at them, and a cross entropy reads them in chunks; see `ckpt_kernels.logits`.
+        logits: the name (with * and ?) of the linear layer that makes a language model's logits, such as "lm_head".
+            They are then made when somebody looks at them, and a cross entropy reads them in chunks; see
+            `ckpt_kernels.logits`.
         tiles: how many parts an MLP takes its rows in, one after the other, where its products are not kept at "block";
             see `functional.mlp`.
         inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
@@ -83,8 +84,8 @@ def convert(
 
     Raises:
         TypeError: `model` is no module, or is compiled already.
-        ValueError: the level is unknown, a name fits no module, or `tiles` is no positive number, or is more than 1 at
-            "block".
+        ValueError: the level is unknown; a name fits no module, or that of `logits` one that is no `nn.Linear`; or
+            `tiles` is no positive number, or is more than 1 at "block".
         RuntimeError: modules were converted and then wrapped by others.
 
     Example:

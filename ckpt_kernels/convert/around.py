@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.tiles import in_tiles
 from ..recompute import discard_outputs, run_as_layer, selective_contexts
 from ..recompute import discarding as discarding_now
+from ..saved_tensors import as_is
 from .called import leads_to_transforms
 from .loads import is_set
 from .noticing import look_over
@@ -88,11 +89,7 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     saved: so nothing runs twice, and outputs are let go of as in eager torch."""
     if torch.compiler.is_compiling():
         return selective_contexts()
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same), contextlib.nullcontext()
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    return torch.autograd.graph.saved_tensors_hooks(as_is, as_is), contextlib.nullcontext()
 
 
 def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..logits import logits_of
-from ..ops.linear import product_dtype
+from ..ops.products import product_dtype
 from .loads import named_modules
 from .operands import has_hooks_for_all, is_called_plainly, is_operand, is_ordinary
 from .rule import Forward, Rule

@@ -123,7 +123,7 @@ def packed_glu(input: Tensor, activation: str, layout: str, dim: int) -> Results
 def gated_products(input: Tensor, gate: Linear, value: Linear, activation: str) -> Results | None:
     if gate[0].shape != value[0].shape or gate[0].shape[1] != input.shape[-1] or not are_wanted(input, gate, value):
         return None
-    linear = ops.linear.linear_of_torch
+    linear = ops.products.linear_of_torch
     return [F.glu(linear(input, *gate), linear(input, *value), activation=activation)]
 
 
@@ -149,7 +149,7 @@ def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
         return None
     if not writes_over(write):
         return None
-    output = out_of_place(write, ops.linear.linear_of_torch(input, *first))
+    output = out_of_place(write, ops.products.linear_of_torch(input, *first))
     return None if output is None else [output]
 
 

@@ -22,8 +22,9 @@ from .bias_act import bias_act
 from .channel_norm import batch_norm, group_norm, instance_norm
 from .dyt import dyt
 from .glu import glu, packed_glu
-from .linear import act_linear, gated_mlp, mlp, norm_linear
+from .linear import act_linear, norm_linear
 from .linear_loss import linear_cross_entropy
+from .mlp import gated_mlp, mlp
 from .rotary import rotary, rotary_qk
 from .row_norm import (
     add_layer_norm,

@@ -49,6 +49,11 @@ def number(value: float, argument: str) -> float:
     raise TypeError(f"{argument} is {value!r}; expected a number")
 
 
+def is_count(value: object) -> bool:
+    """Whether it is a positive whole number, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def rms_eps(input: Tensor, eps: float | None) -> float:
     if eps is not None:
         return number(eps, "eps")

@@ -5,7 +5,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .. import ops
-from .checks import check_device, check_tensor, number, shape_of
+from .checks import check_device, check_tensor, is_count, number, shape_of
 from .linear import check_linear
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -27,13 +27,16 @@ def linear_cross_entropy(
 
     .. math::
         z = c \tanh\big((x W^\top + b) / c\big), \qquad
-        \ell_i = \log \textstyle\sum_j e^{z_{ij}} - z_{i t_i}
+        \ell_i = \log \textstyle\sum_j e^{z_{ij}} - (1 - s)\, z_{i t_i} - s\, \frac{1}{C} \textstyle\sum_j z_{ij}
+
+    with s the smoothing and C the number of classes; z = x W^T + b where `softcap` is None. The losses of the rows that
+    count are returned ("none", 0 for the others), summed up ("sum"), or summed up and divided by their number ("mean").
 
     It is `F.cross_entropy(F.linear(input, weight, bias).float(), target, ...)`, of float64 logits without `float()`.
     The gradients of "mean" and "sum" are made in the forward pass, with the logits of each chunk at hand; those of
     "none" and of float16 in the backward pass, for which the product runs again. A weight that wants no gradient has
-    none computed, and without gradients nothing is kept. Under torch.compile and torch.func, and for gradients of
-    gradients, the logits are whole.
+    none computed, and without gradients nothing is kept. Under autocast the products are in its dtype.
+    Under torch.compile and torch.func, and for gradients of gradients, the logits are whole.
 
     Args:
         input: x, `(*, in)`; float32, bfloat16, float16 or float64.
@@ -41,7 +44,7 @@ def linear_cross_entropy(
         target: t, `(*)`, int64: the class of each row, or `ignore_index`.
         bias: b, `(classes)`, of the input's dtype, or None.
         ignore_index: the target of rows that do not count. As in torch, the mean of none is nan.
-        label_smoothing: how much of the target is spread over all classes, from 0 to 1.
+        label_smoothing: s, how much of the target is spread over all classes, from 0 to 1.
         reduction: "mean" over the rows that count, "sum", or "none".
         softcap: c, the limit that logits are bent to, as in Gemma 2; None leaves them as they are.
         chunk: how many rows at a time; None is as many as make logits of the input's size, and 256 at least.
@@ -83,7 +86,7 @@ def linear_cross_entropy(
     cap = None if softcap is None else number(softcap, "softcap")
     if cap is not None and not cap > 0:
         raise ValueError(f"softcap is {softcap}; expected a positive number, or None")
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and not is_count(chunk):
         raise ValueError(f"chunk is {chunk!r}; expected a positive whole number, or None")
 
     def rows(logits: Tensor, target: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def linear_cross_entropy(
 
     matrix, targets = input.reshape(-1, columns), target.reshape(-1)
     size = ops.linear_loss.default_chunk(len(matrix), columns, weight.shape[0]) if chunk is None else chunk
-    loss = ops.linear_loss.Loss(rows, ops.linear.product_dtype(input), size)
+    loss = ops.linear_loss.Loss(rows, ops.products.product_dtype(input), size)
     count = ops.linear_loss.count_of(targets, input.dtype, ignore_index, reduction)
     output = ops.linear_loss.linear_loss(loss, matrix, weight, bias, targets, count)
     return output.reshape(lead) if reduction == "none" else output

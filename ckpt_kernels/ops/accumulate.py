@@ -19,8 +19,8 @@ def add_product(buffer: Tensor, grad: Tensor, input: Tensor) -> None:
     elif grad.is_cuda:
         buffer.add_(torch.mm(grad.t(), input, out_dtype=buffer.dtype))
     else:
-        # torch multiplies halves into float32 on CUDA alone.
-        buffer.add_(grad.t() @ input)
+        # torch multiplies halves into float32 on CUDA alone: a product of halves would be rounded before it is added.
+        buffer.addmm_(grad.t().to(buffer.dtype), input.to(buffer.dtype))
 
 
 def add_sum(buffer: Tensor, grad: Tensor) -> None:

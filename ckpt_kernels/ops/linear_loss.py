@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..saved_tensors import as_is
 from .accumulate import add_product, add_sum, buffer_for
-from .linear import by_composition, linear_of_torch
+from .composition import by_composition, composed_gradients
+from .products import linear_of_torch
 from .registration import is_plain, is_transformed
 
 # The fewest rows that are worth a product of their own.
@@ -79,13 +81,18 @@ class _LinearLoss(torch.autograd.Function):
         input, weight, bias, target, count, *found = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         if by_composition((grad,)):
-            found = _through_composition(ctx.loss, grad, (input, weight, bias), target, count, needs)
+
+            def compute(*operands: Any) -> list[Tensor]:
+                return [_composed(ctx.loss, *operands, target, count)]
+
+            found = composed_gradients(compute, (input, weight, bias), needs, (grad,))
         elif ctx.made_early:
             # Only once: they are given away.
             ctx.made_early = False
             for gradient in found:
                 if gradient is not None:
-                    # By `data`, so that who asks once more, and is given others, may unpack all that was saved.
+                    # Without moving the version counter, so that a second backward pass may still unpack the saved
+                    # tensors.
                     gradient.data.mul_(grad)
         else:
             each = grad if count is None else grad / count
@@ -135,15 +142,11 @@ def _walk(
 
 def _with_gradient(loss: Loss, logits: Tensor, target: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     """The losses of a chunk, and the gradient of the logits."""
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+    # What is kept for the length of a chunk, nobody else's hooks are to see.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(as_is, as_is):
         losses = loss.rows(logits.requires_grad_(), target)
     (grad,) = torch.autograd.grad(losses, logits, each.to(losses.dtype).expand_as(losses))
     return losses.detach(), grad
-
-
-def _same(tensor: Tensor) -> Tensor:
-    """For what is kept for the length of a chunk: nobody else's hooks are to see it."""
-    return tensor
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -164,27 +167,6 @@ def _composed(
         logits = linear_of_torch(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     losses = loss.rows(logits, target)
     return _reduced(losses, count)
-
-
-def _through_composition(
-    loss: Loss,
-    grad: Tensor,
-    operands: Sequence[Tensor | None],
-    target: Tensor,
-    count: Tensor | None,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients by operators that torch sees, as a graph for gradients of gradients."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Through a view of each, because the derivatives asked for are partial.
-        views = [t.view_as(t) if t is not None and n else t for t, n in zip(operands, needs, strict=True)]
-        input, weight, bias = views
-        assert input is not None and weight is not None
-        output = _composed(loss, input, weight, bias, target, count)
-    wanted = [view for view, need in zip(views, needs, strict=True) if view is not None and need]
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=create_graph))
-    return [next(found) if t is not None and n else None for t, n in zip(operands, needs, strict=True)]
 
 
 def linear_loss(

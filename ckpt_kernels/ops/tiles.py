@@ -13,20 +13,11 @@ import torch
 from torch import Tensor
 
 from .accumulate import add_product, add_sum, buffer_for
-from .linear import (
-    Block,
-    announced,
-    by_composition,
-    grad_input_of,
-    grad_of_shared,
-    linear_block_linear,
-    product_dtype,
-    product_of,
-    products_of,
-    recorded,
-    through_composition,
-)
+from .composition import by_composition
+from .linear import announced, linear_block_linear, recorded, through_composition
+from .linear_blocks import Block
 from .pinned import pinned_function
+from .products import grad_input_of, grad_of_shared, product_dtype, product_of, products_of
 from .registration import is_plain, is_transformed
 
 

@@ -13,6 +13,7 @@ from ..convert.loads import modules_of
 from ..discarder import Discarder
 from ..provenance import tensors_among
 from ..recompute import discarding
+from ..saved_tensors import as_is
 from ..watching import bits_of, note_difference
 from .arguments import Input, Link, loaded, unwritten, version_of
 from .calls import Call, Place, Saved
@@ -149,7 +150,7 @@ class Run:
 
         if is_last and not waiting:
             raise _Done
-        with torch.autograd.graph.saved_tensors_hooks(collect, _same):
+        with torch.autograd.graph.saved_tensors_hooks(collect, as_is):
             outputs.append(self._made(call, inputs, outputs))
         if count != len(waiting):
             raise RuntimeError(
@@ -176,7 +177,7 @@ class Run:
         if is_last:
             raise _Done
         for call in calls:
-            with torch.autograd.graph.saved_tensors_hooks(_dropped, _same):
+            with torch.autograd.graph.saved_tensors_hooks(_dropped, as_is):
                 outputs.append(self._made(call, inputs, outputs))
 
     def _moved(self, noted: Any, start: int, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
@@ -204,10 +205,6 @@ class Run:
 def _key(call: Call, depth: int) -> int | None:
     within = call.places[depth + 1 :]
     return within[0].key if within else None
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _dropped(tensor: Tensor) -> None:

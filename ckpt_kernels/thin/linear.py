@@ -1,4 +1,4 @@
-"""Blocks between products, for calls whose tensors and options have passed the checks before: see `ops.linear.Block`.
+"""Blocks between products, for calls whose tensors and options have passed the checks before (see `ops.linear_blocks`).
 
 Each tries the kernel by a direct call, and goes the way of the block that it stands for where that is refused.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..activations import CODES
 from ..backends.reference import compute_dtype
-from ..ops.linear import Block
+from ..ops.linear_blocks import Block
 from .direct import direct, is_plain
 
 _act_forward, _act_backward = direct("bias_act_forward"), direct("bias_act_backward")
@@ -25,7 +25,7 @@ def act_block(dtypes: set[torch.dtype], activation: str, dropout_p: float) -> Bl
     """Of (input,), without dropout; None where the checks depend on more than was seen."""
     if len(dtypes) != 1 or dropout_p:
         return None
-    full, code = ops.linear.act_block(activation, None, 0.0), CODES[activation]
+    full, code = ops.linear_blocks.act_block(activation, None, 0.0), CODES[activation]
 
     def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
         output = _empty_like(operands[0])
@@ -48,7 +48,7 @@ def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p:
     """Of (gate, value), without dropout; of (packed,) the block as it is."""
     if len(dtypes) != 1 or dropout_p:
         return None
-    full, code = ops.linear.glu_block(activation, layout, None, 0.0), CODES[activation]
+    full, code = ops.linear_blocks.glu_block(activation, layout, None, 0.0), CODES[activation]
     if packed:
         return full
 
@@ -69,12 +69,12 @@ def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p:
 
 
 def norm_block(dtypes: set[torch.dtype], input: Tensor, coefficients: Sequence[Tensor | None], options: tuple) -> Any:
-    """Of (input, weight, bias), over the last dimension; options as of `ops.linear.norm_block`."""
+    """Of (input, weight, bias), over the last dimension; options as of `ops.linear_blocks.norm_block`."""
     columns, eps, centered, pre_activation, activation, weight_offset, cast_before_weight = options
     dtype = compute_dtype(input.dtype)
     if len(dtypes) != 1 or not input.numel() or columns == 1:
         return None
-    full = ops.linear.norm_block(*options)
+    full = ops.linear_blocks.norm_block(*options)
     if any(t is not None and t.dtype != dtype for t in coefficients):
         return full
     # Neither dropout nor a gate.

@@ -578,14 +578,14 @@ PYTHON = (
     ),
     Mutant(
         "a gated MLP writes its output again without dropout",
-        "ckpt_kernels/ops/linear.py",
+        "ckpt_kernels/ops/linear_blocks.py",
         "return gradients, None if product is None else «dropped(product)»",
         "product",
         _DROPPED.format("reference and gated"),
     ),
     Mutant(
         "a gated MLP's gradient goes past the mask",
-        "ckpt_kernels/ops/linear.py",
+        "ckpt_kernels/ops/linear_blocks.py",
         "glu.gradient(«dropped(grad)»,",
         "grad",
         _DROPPED.format("reference and gated"),
@@ -593,9 +593,9 @@ PYTHON = (
     Mutant(
         "the last product of an MLP runs again, though nothing needs it",
         "ckpt_kernels/ops/linear.py",
-        "operands = _products(input, firsts, ctx.dtype)\n        inner_needs",
-        "operands = _products(input, firsts, ctx.dtype)\n"
-        "        _product(ctx.block.forward(operands)[0], weight, None, ctx.dtype)\n        inner_needs",
+        "operands = products_of(input, firsts, ctx.dtype)\n        inner_needs",
+        "operands = products_of(input, firsts, ctx.dtype)\n"
+        "        product_of(ctx.block.forward(operands)[0], weight, None, ctx.dtype)\n        inner_needs",
         "tests/test_linear.py -k one_product_less",
     ),
     Mutant(

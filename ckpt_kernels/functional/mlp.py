@@ -1,0 +1,214 @@
+"""MLPs: products of the input, a block of them, and a product of the block.
+
+Each takes `recompute`, the level of `functional.linear`, and `tiles`, the number of parts that the rows are taken in.
+"""
+
+from torch import Tensor
+
+from .. import ops, thin
+from ..activations import Activation, activation_name
+from .checks import check_tensor, dropout_seed, is_count, shape_of
+from .linear import check_linear, dtypes_of, last_dimension, level_name
+
+
+def mlp(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: Activation = "gelu",
+    dropout_p: float = 0.0,
+    training: bool = True,
+    recompute: str = "output",
+    tiles: int | None = None,
+) -> Tensor:
+    r"""Linear, activation, dropout, linear.
+
+    .. math::
+        y = \mathrm{dropout}(\mathrm{act}(x W_1^\top + b_1))\, W_2^\top + b_2
+
+    Args:
+        input: x, `(*, in)`; float32, bfloat16, float16 or float64.
+        weight1: `(hidden, in)`, of the input's dtype.
+        bias1: `(hidden)`, of the input's dtype, or None.
+        weight2: `(out, hidden)`, of the input's dtype.
+        bias2: `(out)`, of the input's dtype, or None.
+        activation: act.
+        dropout_p: the probability with which an element between the products is dropped.
+        training: False switches dropout off.
+        recompute: "block", "output" or "all".
+        tiles: how many parts the rows are taken in; None is one, or what `convert` was given. What is between the
+            products is there for one part at a time, in both passes, and each part draws a dropout of its own. The
+            gradients of weights are added up over the parts in float32 for 16-bit types, else in their own.
+
+    Returns:
+        `(*, out)`, of the input's dtype.
+
+    Kept for backward:
+        The input; but for "all" the first product, `(*, hidden)`; at "block" what the second product reads too,
+        `(*, hidden)`.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: activation or level are unknown; `dropout_p` is outside [0, 1]; `tiles` is no positive number, or is
+            given at "block", where what is between the products is kept whole.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, w1, w2 = (torch.randn(shape, requires_grad=True) for shape in [(8, 16), (64, 16), (16, 64)])
+        >>> y = F.mlp(x, w1, None, w2, None)
+        >>> torch.allclose(y, torch.nn.functional.gelu(x @ w1.T) @ w2.T, atol=1e-4)
+        True
+        >>> for level in ("block", "output", "all"):
+        ...     kept = saved_bytes(lambda: F.mlp(x, w1, None, w2, None, recompute=level))
+        ...     print(level, (kept - w1.nbytes - w2.nbytes) / x.nbytes)
+        block 9.0
+        output 5.0
+        all 1.0
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017; the levels: Chen et al., "Training Deep Nets with Sublinear
+        Memory Cost", 2016, at the grain of kernels.
+    """
+    tensors = (input, weight1, bias1, weight2, bias2)
+    call = "mlp", tensors, (activation, dropout_p, training, recompute)
+    count = tiles_for(tiles, recompute)
+    block = thin.plan_of(*call) if count == 1 else None
+    if block is not None:
+        return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
+    level_name(recompute)
+    check_tensor(input, "input", nested=True)
+    check_linear(weight1, bias1, "weight1", "bias1", last_dimension(input), input)
+    check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
+    p, seed = dropout_seed(input, dropout_p, training)
+    name = activation_name(activation)
+    if count > 1:
+        seeds = _seeds(seed, count, input, dropout_p, training)
+        blocks = [ops.linear_blocks.act_block(name, each, p) for each in seeds]
+        return ops.tiles.tiled_mlp(blocks, input, (weight1, bias1), weight2, bias2, recompute)
+    thin.remember(thin.linear.act_block(dtypes_of(*tensors), name, p), *call)
+    block = ops.linear_blocks.act_block(name, seed, p)
+    return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
+
+
+def gated_mlp(
+    input: Tensor,
+    gate_weight: Tensor,
+    value_weight: Tensor | None,
+    weight: Tensor,
+    gate_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+    layout: str = "gate_first",
+    dropout_p: float = 0.0,
+    training: bool = True,
+    recompute: str = "output",
+    tiles: int | None = None,
+) -> Tensor:
+    r"""Two products of the input, one of which gates the other, dropout, and a third product.
+
+    .. math::
+        y = \mathrm{dropout}(\mathrm{act}(x W_g^\top + b_g) \odot (x W_v^\top + b_v))\, W^\top + b
+
+    Args:
+        input: x, `(*, in)`; float32, bfloat16, float16 or float64.
+        gate_weight: W_g, `(hidden, in)`, of the input's dtype; where `value_weight` is None `(2 * hidden, in)`, and
+            packs both.
+        value_weight: W_v, `(hidden, in)`, of the input's dtype, or None.
+        weight: W, `(out, hidden)`, of the input's dtype.
+        gate_bias: b_g, `(hidden)`, or `(2 * hidden)` where both are packed; or None.
+        value_bias: b_v, `(hidden)`, or None.
+        bias: b, `(out)`, or None.
+        activation: act, applied to the gate.
+        layout: how gate and value are packed: "gate_first", "value_first" or "interleaved"; see `packed_glu`.
+        dropout_p: the probability with which an element that the last product reads is dropped.
+        training: False switches dropout off.
+        recompute: "block", "output" or "all".
+        tiles: how many parts the rows are taken in; see `mlp`.
+
+    Returns:
+        `(*, out)`, of the input's dtype.
+
+    Kept for backward:
+        The input; but for "all" gate and value, 2 `(*, hidden)`; at "block" what the last product reads too, `(*,
+        hidden)`.
+
+    Raises:
+        RuntimeError: a tensor has another shape, dtype or device than said above.
+        ValueError: activation, layout or level are unknown; `dropout_p` is outside [0, 1]; `value_bias` is given
+            where `value_weight` is None; or `tiles` is no positive number, or is given at "block", where what is
+            between the products is kept whole.
+        TypeError: an argument is no tensor, or no number.
+
+    Example:
+        >>> x, gate, up, down = (torch.randn(s, requires_grad=True) for s in [(8, 16), (64, 16), (64, 16), (16, 64)])
+        >>> y = F.gated_mlp(x, gate, up, down)
+        >>> torch.allclose(y, (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T, atol=1e-3)
+        True
+        >>> for level in ("block", "output", "all"):
+        ...     kept = saved_bytes(lambda: F.gated_mlp(x, gate, up, down, recompute=level))
+        ...     print(level, (kept - 3 * gate.nbytes) / x.nbytes)
+        block 13.0
+        output 9.0
+        all 1.0
+
+    Source:
+        Shazeer, "GLU Variants Improve Transformer", 2020; the levels: Chen et al., "Training Deep Nets with Sublinear
+        Memory Cost", 2016, at the grain of kernels.
+    """
+    tensors = (input, gate_weight, value_weight, weight, gate_bias, value_bias, bias)
+    call = "gated_mlp", tensors, (activation, layout, dropout_p, training, recompute)
+    count = tiles_for(tiles, recompute)
+    block = thin.plan_of(*call) if count == 1 else None
+    firsts: tuple[Tensor | None, ...] = (gate_weight, gate_bias)
+    if block is not None:
+        firsts = firsts if value_weight is None else (*firsts, value_weight, value_bias)
+        return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
+    level_name(recompute)
+    ops.glu.layout_name(layout)
+    check_tensor(input, "input", nested=True)
+    check_linear(gate_weight, gate_bias, "gate_weight", "gate_bias", last_dimension(input), input)
+    hidden = gate_weight.shape[0]
+    if value_weight is not None:
+        check_linear(value_weight, value_bias, "value_weight", "value_bias", last_dimension(input), input)
+        firsts += (value_weight, value_bias)
+        if value_weight.shape != gate_weight.shape:
+            raise RuntimeError(
+                f"value_weight has shape {shape_of(value_weight)}; expected gate_weight's, {shape_of(gate_weight)}"
+            )
+    elif value_bias is not None:
+        raise ValueError("value_bias is given; expected None where value_weight is")
+    elif hidden % 2:
+        raise RuntimeError(f"gate_weight has shape {shape_of(gate_weight)}; expected an even first dimension")
+    else:
+        hidden //= 2
+    check_linear(weight, bias, "weight", "bias", hidden, input)
+    p, seed = dropout_seed(input, dropout_p, training)
+    name, packed = activation_name(activation), value_weight is None
+    if count > 1:
+        seeds = _seeds(seed, count, input, dropout_p, training)
+        blocks = [ops.linear_blocks.glu_block(name, layout, each, p) for each in seeds]
+        return ops.tiles.tiled_mlp(blocks, input, firsts, weight, bias, recompute)
+    thin.remember(thin.linear.glu_block(dtypes_of(*tensors), name, layout, p, packed), *call)
+    block = ops.linear_blocks.glu_block(name, layout, seed, p)
+    return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
+
+
+def tiles_for(tiles: int | None, recompute: str) -> int:
+    """How many tiles a call takes, which at "block" has to be one: told, or from the context."""
+    if tiles is None:
+        return 1 if recompute == "block" else ops.tiles.tiles_now()
+    if not is_count(tiles):
+        raise ValueError(f"tiles is {tiles!r}; expected a positive whole number, or None")
+    if tiles > 1 and recompute == "block":
+        raise ValueError(f"tiles is {tiles} and recompute is 'block'; expected recompute 'output' or 'all'")
+    return tiles
+
+
+def _seeds(first: Tensor | None, count: int, input: Tensor, dropout_p: float, training: bool) -> list[Tensor | None]:
+    """A seed of dropout for each tile, of which the first is drawn already."""
+    return [first, *(dropout_seed(input, dropout_p, training)[1] for _ in range(count - 1))]

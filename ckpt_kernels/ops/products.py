@@ -1,0 +1,71 @@
+"""Products of linear layers, which are torch's, and their gradients, in the dtypes that autocast asks for."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operands import is_autocast
+
+# torch's own, whatever somebody puts in its place later: the backward passes here are those of that.
+linear_of_torch = F.linear
+
+
+def product_dtype(input: Tensor) -> torch.dtype:
+    """What a Linear that reads `input` computes in here: autocast's type, or the input's own."""
+    if is_autocast(input) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def product_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """F.linear, computed in `dtype`."""
+    operands = (input.to(dtype), weight.to(dtype), _cast(bias, dtype))
+    if not is_autocast(input):
+        return linear_of_torch(*operands)
+    with torch.autocast(input.device.type, enabled=False):
+        return linear_of_torch(*operands)
+
+
+def as_no_view(output: Tensor) -> Tensor:
+    """The same memory, but no view: F.linear may return a view of a matrix, and what an autograd.Function returns may
+    be written to in place only if it is none."""
+    return output if output._base is None else torch.ops.aten._unsafe_view.default(output, output.shape)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+
+
+def grad_input_of(grad: Tensor, weight: Tensor) -> Tensor:
+    """`(*, in)`, of the gradient's dtype."""
+    return (_matrix(grad) @ weight.to(grad.dtype)).reshape(*grad.shape[:-1], weight.shape[1])
+
+
+def grad_weight_of(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """`(out, in)`."""
+    return (_matrix(grad).t() @ _matrix(input).to(grad.dtype)).to(weight_dtype)
+
+
+def grad_bias_of(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
+    """`(out)`."""
+    return (grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad).to(bias_dtype)
+
+
+def products_of(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """The products by (weight, bias, weight, bias, ...)."""
+    return [product_of(input, w, b, dtype) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
+
+
+def grad_of_shared(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """The gradient of what several products read, added up in autograd's order: the last product's first."""
+    parts = [grad_input_of(g, w).to(dtype) for g, w in reversed(there)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.add_(part)
+    return total
