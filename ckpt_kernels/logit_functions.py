@@ -27,9 +27,12 @@ class Product(NamedTuple):
     dtype: torch.dtype
     elementwise: tuple[Elementwise, ...] = ()
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.input, self.weight, self.bias
+
     def value(self) -> Tensor:
-        tensors = (self.input, self.weight, self.bias)
-        input, weight, bias = (None if t is None else t.to(self.dtype) for t in tensors)
+        input, weight, bias = (None if t is None else t.to(self.dtype) for t in self.operands)
         assert input is not None and weight is not None
         with torch.autocast(input.device.type, enabled=False):
             return self.after(linear_of_torch(input, weight, bias))
@@ -134,7 +137,8 @@ def _cross_entropy(
     product, like = logits
     if size_average is not None or reduce is not None or weight is not None or not _are_classes(target, logits):
         return None
-    if reduction not in ("mean", "sum", "none"):
+    # What torch refuses is left to it.
+    if reduction not in ("mean", "sum", "none") or type(ignore_index) is not int:
         return None
     device = product.input.device.type
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

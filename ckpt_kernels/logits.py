@@ -5,6 +5,9 @@ between their head and their loss: other shapes of the same rows, slices of rows
 `logit_functions`). A cross entropy of it takes the rows in chunks (see `ops.linear_loss`). Whatever else is done with
 it, by torch, by a method, by C code or by an autograd.Function of one's own, makes the tensor that it stands for and is
 done with that. Only these functions can be wrong; all others see a plain tensor.
+
+There are such logits only where autograd records: under `no_grad`, in the forward of an autograd.Function, and where
+nothing of a head wants a gradient, its output is a plain tensor.
 """
 
 import weakref
@@ -17,13 +20,14 @@ from torch.utils._pytree import tree_map_only
 
 from .logit_functions import Description, Product, known
 from .ops.composition import composed_gradients
+from .saved_tensors import seen_by_nobody
 
 
 class _Family:
     """The logits of one call of a layer, and all that was taken from them."""
 
     def __init__(self, product: Product) -> None:
-        self._operands = [t for t in (product.input, product.weight, product.bias) if t is not None]
+        self._operands = [t for t in product.operands if t is not None]
         self._states = [_state(t) for t in self._operands]
         self.members: list[weakref.ref[Logits]] = []
         # Whether a loss was computed of them that gives them no gradient.
@@ -44,13 +48,33 @@ class _Family:
         self.check()
         for reference in self.members:
             member = reference()
-            if member is not None and member._value is None:
-                with torch.set_grad_enabled(member._has_graph):
-                    member._value = member._make()
+            if member is not None and member._made.value is None:
+                # As when the head was called, whatever is around whoever looks: a checkpoint, `inference_mode`.
+                with torch.inference_mode(False), torch.enable_grad(), seen_by_nobody():
+                    member._made.set(member._make())
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor._version, tensor.untyped_storage().nbytes()
+
+
+class _Made:
+    """The tensor that logits stand for, once it is made."""
+
+    value: Tensor | None = None
+    _version = 0
+
+    def set(self, value: Tensor) -> None:
+        self.value, self._version = value, value._version
+
+    def check(self) -> None:
+        """Raises RuntimeError if the tensor was written to."""
+        if self.value is not None and self.value._version != self._version:
+            raise RuntimeError(
+                "logits were written to, and then read past torch's functions, as by an autograd.Function: the gradient"
+                " of the write would be lost; expected the result of an operation that makes a tensor, such as "
+                "logits.mul(2) for logits.mul_(2), or a model that is converted without `logits`"
+            )
 
 
 class Logits(Tensor):
@@ -59,7 +83,8 @@ class Logits(Tensor):
     Raises:
         RuntimeError: more than shape, dtype or device is asked of logits after the input, weight or bias of the head
             was written to or released; `retain_grad()` is called on logits whose loss was computed in chunks; the
-            gradient of such a loss with respect to its logits is asked for.
+            gradient of such a loss with respect to its logits is asked for; logits that were written to are given to an
+            autograd.Function.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 1000))
@@ -73,14 +98,13 @@ class Logits(Tensor):
     _description: Description
     _family: _Family
     _make: Callable[[], Tensor]
-    _has_graph: bool
-    _value: Tensor | None
+    _made: _Made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if type(first) is Logits and first._value is None:
+        if type(first) is Logits and first._made.value is None:
             if func in _TOLD or (func is Tensor.register_hook and first._family.is_read):
                 return super().__torch_function__(func, types, args, kwargs)
             if func is Tensor.retain_grad and first._family.is_read:
@@ -90,11 +114,12 @@ class Logits(Tensor):
             found = known(func, first._description, args[1:], kwargs)
             if found is first._description:
                 return first
-            if isinstance(found, Description):
+            if isinstance(found, Description) and torch.is_grad_enabled():
                 return _placeholder_for(found, first._family, lambda: func(_value_of(first), *args[1:], **kwargs))
-            if found is not None:
+            if callable(found):
+                loss = found()
                 first._family.is_read = True
-                return found()
+                return loss
         return func(*_with_values(args), **_with_values(kwargs))
 
     @classmethod
@@ -104,17 +129,24 @@ class Logits(Tensor):
 
 
 def logits_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Logits:
-    """What `F.linear(input, weight, bias)` would be, computed in `dtype`, to be made when it is looked at."""
-    product = Product(input, weight, bias, dtype)
+    """What `F.linear(input, weight, bias)` would be, computed in `dtype`, to be made when it is looked at.
+
+    One of the operands is to want a gradient, where gradients are recorded.
+    """
+    product = Product(_as_now(input), _as_now(weight), None if bias is None else _as_now(bias), dtype)
     like = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=dtype, device="meta")
     return _placeholder_for(Description(product, like), _Family(product), product.value)
 
 
+def _as_now(tensor: Tensor) -> Tensor:
+    """Another name for it, which goes on to want a gradient, or not, whatever is said of the tensor later."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
+
+
 def _placeholder_for(description: Description, family: _Family, make: Callable[[], Tensor]) -> Logits:
-    product = description.product
-    logits = _Placeholder.apply(description, product.input, product.weight, product.bias)
-    logits._description, logits._family, logits._make = description, family, make
-    logits._has_graph, logits._value = torch.is_grad_enabled(), None
+    made = _Made()
+    logits = _Placeholder.apply(description, made, *description.product.operands)
+    logits._description, logits._family, logits._make, logits._made = description, family, make, made
     family.members.append(weakref.ref(logits))
     return logits
 
@@ -123,8 +155,11 @@ class _Placeholder(torch.autograd.Function):
     """A tensor without memory, whose gradient, if somebody has one for it, goes on as the product's does."""
 
     @staticmethod
-    def forward(ctx: Any, description: Description, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, description: Description, made: _Made, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         product, like = description
+        ctx.made = made
         ctx.dtype, ctx.elementwise = product.dtype, product.elementwise
         ctx.save_for_backward(input, weight, bias)
         wrapper: Any = Tensor._make_wrapper_subclass
@@ -135,7 +170,8 @@ class _Placeholder(torch.autograd.Function):
         def compute(input: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
             return [Product(input, weight, bias, ctx.dtype, ctx.elementwise).value()]
 
-        return None, *composed_gradients(compute, ctx.saved_tensors, ctx.needs_input_grad[1:], (grad,))
+        ctx.made.check()
+        return None, None, *composed_gradients(compute, ctx.saved_tensors, ctx.needs_input_grad[2:], (grad,))
 
 
 def _with_values(tree: Any) -> Any:
@@ -143,9 +179,9 @@ def _with_values(tree: Any) -> Any:
 
 
 def _value_of(logits: Logits) -> Tensor:
-    if logits._value is None:
+    if logits._made.value is None:
         logits._family.make()
-    value = logits._value
+    value = logits._made.value
     assert value is not None
     return value
 

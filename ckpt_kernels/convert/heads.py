@@ -23,7 +23,8 @@ class Head(Rule):
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             operands = None
-            if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            # Nobody's gradients, and those of an autograd.Function, are not ours to hold back.
+            if len(args) == 1 and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 operands = _operands(module, args[0])
             return original.forward(module, *args, **kwargs) if operands is None else logits_of(*operands)
 
@@ -36,10 +37,12 @@ class Head(Rule):
 def heads_in(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
     """The linear layers of that name, with * and ?, by their full names.
 
-    Raises ValueError for a name that fits none.
+    Raises ValueError for a name that fits none, TypeError for what is no name.
     """
     if name is None:
         return {}
+    if not isinstance(name, str):
+        raise TypeError(f"logits is {type(name).__name__}; expected the name of a linear layer, or None")
     fitting = {full: module for full, module in named_modules(model) if fnmatch.fnmatchcase(full, name)}
     if not fitting or not all(map(_is_linear, fitting.values())):
         found = ", ".join(f"{full} ({type(module).__name__})" for full, module in fitting.items()) or "no module"
@@ -66,6 +69,6 @@ def _operands(module: nn.Module, input: Any) -> tuple[Tensor, Tensor, Tensor | N
     same = dtype != input.dtype or all(t.dtype == dtype for t in tensors)
     if weight is None or input.dim() < 2 or weight.shape[0] < 2 or weight.shape[1:] != input.shape[-1:]:
         return None
-    if not same or any(t.is_inference() for t in tensors):
+    if not same or any(t.is_inference() for t in tensors) or not any(t.requires_grad for t in tensors):
         return None
     return input, weight, bias, dtype

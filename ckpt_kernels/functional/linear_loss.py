@@ -97,7 +97,10 @@ def linear_cross_entropy(
             logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=smoothing
         )
 
-    matrix, targets = input.reshape(-1, columns), target.reshape(-1)
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index is {type(ignore_index).__name__}; expected a whole number")
+    matrix = ops.products.as_matrix(input)
+    targets = target.reshape(-1)
     size = ops.linear_loss.default_chunk(len(matrix), columns, weight.shape[0]) if chunk is None else chunk
     loss = ops.linear_loss.Loss(rows, ops.products.product_dtype(input), size)
     count = ops.linear_loss.count_of(targets, input.dtype, ignore_index, reduction)

@@ -3,6 +3,8 @@
 Each takes `recompute`, the level of `functional.linear`, and `tiles`, the number of parts that the rows are taken in.
 """
 
+import math
+
 from torch import Tensor
 
 from .. import ops, thin
@@ -85,7 +87,7 @@ def mlp(
     p, seed = dropout_seed(input, dropout_p, training)
     name = activation_name(activation)
     if count > 1:
-        seeds = _seeds(seed, count, input, dropout_p, training)
+        seeds = _seeds(seed, _at_most_rows(count, input), input, dropout_p, training)
         blocks = [ops.linear_blocks.act_block(name, each, p) for each in seeds]
         return ops.tiles.tiled_mlp(blocks, input, (weight1, bias1), weight2, bias2, recompute)
     thin.remember(thin.linear.act_block(dtypes_of(*tensors), name, p), *call)
@@ -190,12 +192,16 @@ def gated_mlp(
     p, seed = dropout_seed(input, dropout_p, training)
     name, packed = activation_name(activation), value_weight is None
     if count > 1:
-        seeds = _seeds(seed, count, input, dropout_p, training)
+        seeds = _seeds(seed, _at_most_rows(count, input), input, dropout_p, training)
         blocks = [ops.linear_blocks.glu_block(name, layout, each, p) for each in seeds]
         return ops.tiles.tiled_mlp(blocks, input, firsts, weight, bias, recompute)
     thin.remember(thin.linear.glu_block(dtypes_of(*tensors), name, layout, p, packed), *call)
     block = ops.linear_blocks.glu_block(name, layout, seed, p)
     return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
+
+
+def _at_most_rows(tiles: int, input: Tensor) -> int:
+    return max(1, min(tiles, math.prod(input.shape[:-1])))
 
 
 def tiles_for(tiles: int | None, recompute: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..saved_tensors import as_is
+from ..saved_tensors import seen_by_nobody
 from .accumulate import add_product, add_sum, buffer_for
 from .composition import by_composition, composed_gradients
 from .products import linear_of_torch
@@ -89,11 +89,9 @@ class _LinearLoss(torch.autograd.Function):
         elif ctx.made_early:
             # Only once: they are given away.
             ctx.made_early = False
-            for gradient in found:
-                if gradient is not None:
-                    # Without moving the version counter, so that a second backward pass may still unpack the saved
-                    # tensors.
-                    gradient.data.mul_(grad)
+            # By `data`, which has a version counter of its own: whoever gets them may write to them, and a second
+            # backward pass may still unpack the saved tensors.
+            found = [None if gradient is None else gradient.data.mul_(grad) for gradient in found]
         else:
             each = grad if count is None else grad / count
             _, found = _walk(ctx.loss, input, weight, bias, target, each, needs)
@@ -143,7 +141,7 @@ def _walk(
 def _with_gradient(loss: Loss, logits: Tensor, target: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     """The losses of a chunk, and the gradient of the logits."""
     # What is kept for the length of a chunk, nobody else's hooks are to see.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(as_is, as_is):
+    with torch.enable_grad(), seen_by_nobody():
         losses = loss.rows(logits.requires_grad_(), target)
     (grad,) = torch.autograd.grad(losses, logits, each.to(losses.dtype).expand_as(losses))
     return losses.detach(), grad

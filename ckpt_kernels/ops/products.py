@@ -38,18 +38,19 @@ def as_no_view(output: Tensor) -> Tensor:
     return output if output._base is None else torch.ops.aten._unsafe_view.default(output, output.shape)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Its rows, `(rows, columns)`."""
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
 def grad_input_of(grad: Tensor, weight: Tensor) -> Tensor:
     """`(*, in)`, of the gradient's dtype."""
-    return (_matrix(grad) @ weight.to(grad.dtype)).reshape(*grad.shape[:-1], weight.shape[1])
+    return (as_matrix(grad) @ weight.to(grad.dtype)).reshape(*grad.shape[:-1], weight.shape[1])
 
 
 def grad_weight_of(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tensor:
     """`(out, in)`."""
-    return (_matrix(grad).t() @ _matrix(input).to(grad.dtype)).to(weight_dtype)
+    return (as_matrix(grad).t() @ as_matrix(input).to(grad.dtype)).to(weight_dtype)
 
 
 def grad_bias_of(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:

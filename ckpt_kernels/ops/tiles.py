@@ -17,7 +17,7 @@ from .composition import by_composition
 from .linear import announced, linear_block_linear, recorded, through_composition
 from .linear_blocks import Block
 from .pinned import pinned_function
-from .products import grad_input_of, grad_of_shared, product_dtype, product_of, products_of
+from .products import as_matrix, grad_input_of, grad_of_shared, product_dtype, product_of, products_of
 from .registration import is_plain, is_transformed
 
 
@@ -177,7 +177,7 @@ def tiled_mlp(
     """
     if torch.compiler.is_compiling() or is_transformed() or not is_plain((input, *firsts, weight, bias)):
         return linear_block_linear(blocks[0], input, firsts, weight, bias, recompute)
-    matrix, dtype = input.reshape(-1, input.shape[-1]), product_dtype(input)
+    matrix, dtype = as_matrix(input), product_dtype(input)
     shape = (*input.shape[:-1], weight.shape[0])
     if not torch.is_grad_enabled():
         return _output(blocks, dtype, matrix, firsts, weight, bias, ()).reshape(shape)

@@ -49,7 +49,7 @@ def fastest(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
     for attempt in range(_ATTEMPTS):
         assignment = _best(solver, None if budget is None else budget - excess)
         is_least = assignment is None or attempt == _ATTEMPTS - 1
-        if is_least:
+        if assignment is None or is_least:
             assignment = solver.best(int(front.needs[0]))
             assert assignment is not None
         made = plans.of(assignment)

@@ -23,7 +23,7 @@ class Place(NamedTuple):
     """Where a layer is in a run: the run's key, how many layers are before this one, and whether it is the last."""
 
     key: int
-    index: int
+    number: int
     is_last: bool
 
 

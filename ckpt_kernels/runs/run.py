@@ -37,7 +37,7 @@ class Run:
 
     def goes_on(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call is the next of the run: one that takes what the last has given."""
-        if place.key != self._key or place.index != self._calls[-1].places[0].index + 1:
+        if place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
             return False
         links = [self._link(tensor) for tensor in tensors_among((args, kwargs)) if tensor.requires_grad]
         return any(link is not None and link.call == len(self._calls) - 1 for link in links)
@@ -118,7 +118,7 @@ class Run:
         pieces: list[list[Call]] = []
         for call in self._calls:
             within = call.places[self._depth + 1 :]
-            if within and within[0].index and pieces and _key(pieces[-1][0], self._depth) == within[0].key:
+            if within and within[0].number and pieces and _key(pieces[-1][0], self._depth) == within[0].key:
                 pieces[-1].append(call)
             else:
                 pieces.append([call])

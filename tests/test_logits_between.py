@@ -1,0 +1,136 @@
+"""Logits that are made late, and what a model's own code may do between its head and its loss: gradients are those of
+the forward pass as it was."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import ckpt_kernels
+
+from .conftest import DEVICE
+from .test_logits import CLASSES, COLUMNS, Model, Shared
+
+
+def pair() -> tuple[Model, Model, Tensor, Tensor]:
+    """A model, the same with logits that are made late, an input, and classes of its rows."""
+    torch.manual_seed(0)
+    eager = Model(lambda logits, _: logits).to(DEVICE)
+    ours = copy.deepcopy(eager)
+    ckpt_kernels.convert(ours, logits="head")
+    return eager, ours, torch.randn(6, COLUMNS, device=DEVICE), torch.randint(CLASSES, (6,), device=DEVICE)
+
+
+def test_where_no_gradient_is_recorded_logits_are_plain() -> None:
+    _, ours, x, target = pair()
+    with torch.no_grad():
+        logits = ours(x, target)
+    assert type(logits) is Tensor and not functional.cross_entropy(logits, target).requires_grad
+    later = ours(x, target)
+    with torch.no_grad():
+        scaled = later * 2
+    assert not functional.cross_entropy(scaled, target).requires_grad
+    for parameter in ours.parameters():
+        parameter.requires_grad_(False)
+    assert type(ours(x, target)) is Tensor
+
+
+class Doubled(torch.autograd.Function):
+    """A head that is called within somebody's own function, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, hidden, head):
+        ctx.head = head
+        return head(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad @ ctx.head.weight, None
+
+
+# What a model's own code may do, from its hidden rows to a loss.
+BETWEEN = {
+    "a function's own gradient": lambda m, h, t: functional.cross_entropy(Doubled.apply(h, m.head), t),
+    "reentrant checkpoint": lambda m, h, t: functional.cross_entropy(
+        checkpoint(m.head, h, use_reentrant=True), t
+    ) + checkpoint(m.head, h, use_reentrant=True).sum(),
+    "checkpoint of a loss": lambda m, h, t: checkpoint(
+        lambda z: z.logsumexp(-1).square().mean() + functional.cross_entropy(z, t), m.head(h), use_reentrant=False
+    ),
+    "frozen before the loss": lambda m, h, t: _after(m.head(h), m, False, t),
+    "looked at in inference": lambda m, h, t: _looked_at(m.head(h), t),
+    "without hooks": lambda m, h, t: _without_hooks(m.head(h), t),
+}  # fmt: skip
+
+
+def _after(logits: Tensor, model: Model, wanted: bool, target: Tensor) -> Tensor:
+    model.head.weight.requires_grad_(wanted)
+    loss = functional.cross_entropy(logits, target)
+    model.head.weight.requires_grad_(not wanted)
+    return loss
+
+
+def _looked_at(logits: Tensor, target: Tensor) -> Tensor:
+    with torch.inference_mode():
+        assert not logits.argmax(-1).requires_grad
+    return functional.cross_entropy(logits, target)
+
+
+def _without_hooks(logits: Tensor, target: Tensor) -> Tensor:
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        return functional.cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_gradients_are_those_that_the_forward_pass_saw(name: str) -> None:
+    found = []
+    for model in pair()[:2]:
+        *_, x, target = pair()
+        hidden = model.trunk(x)
+        BETWEEN[name](model, hidden, target).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for grad, expected in zip(*reversed(found), strict=True):
+        assert (grad is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(grad, expected)
+
+
+def test_frozen_while_the_head_ran_and_wanted_since() -> None:
+    _, ours, x, target = pair()
+    ours.head.weight.requires_grad_(False)
+    logits = ours(x, target)
+    ours.head.weight.requires_grad_(True)
+    functional.cross_entropy(logits, target).backward()
+    assert ours.head.weight.grad is None and ours.trunk.weight.grad is not None
+
+
+def test_a_write_that_a_function_would_not_see_is_an_error() -> None:
+    _, ours, x, target = pair()
+    logits = ours(x, target)
+    logits.mul_(3)
+    result = Shared.apply(logits)
+    with pytest.raises(RuntimeError, match="written to, and then read past"):
+        result.sum().backward()
+
+
+def test_gradients_that_were_given_may_be_written_to() -> None:
+    eager, ours, x, target = pair()
+    loss = functional.cross_entropy(ours(x, target), target)
+    (grad,) = torch.autograd.grad(loss, ours.head.weight, retain_graph=True)
+    grad.mul_(3)
+    loss.backward()
+    functional.cross_entropy(eager(x, target), target).backward()
+    torch.testing.assert_close(ours.head.weight.grad, eager.head.weight.grad)
+
+
+def test_a_loss_that_failed_has_read_nothing() -> None:
+    _, ours, x, target = pair()
+    logits = ours(x, target)
+    with pytest.raises(IndexError):
+        functional.cross_entropy(logits, target + CLASSES)
+    logits.retain_grad()
+    with pytest.raises(TypeError, match="ignore_index"):
+        functional.cross_entropy(logits, target, ignore_index=None)
