@@ -70,11 +70,14 @@ class _Made:
     def check(self) -> None:
         """Raises RuntimeError if the tensor was written to."""
         if self.value is not None and self.value._version != self._version:
-            raise RuntimeError(
-                "logits were written to, and then read past torch's functions, as by an autograd.Function: the gradient"
-                " of the write would be lost; expected the result of an operation that makes a tensor, such as "
-                "logits.mul(2) for logits.mul_(2), or a model that is converted without `logits`"
-            )
+            raise RuntimeError(_LOST)
+
+
+_LOST = (
+    "logits were written to, and read by an autograd.Function, or written to by one: the gradient of the write would "
+    "be lost; expected the result of an operation that makes a tensor, such as logits.mul(2) for logits.mul_(2), or a "
+    "model that is converted without `logits`"
+)
 
 
 class Logits(Tensor):
@@ -84,7 +87,7 @@ class Logits(Tensor):
         RuntimeError: more than shape, dtype or device is asked of logits after the input, weight or bias of the head
             was written to or released; `retain_grad()` is called on logits whose loss was computed in chunks; the
             gradient of such a loss with respect to its logits is asked for; logits that were written to are given to an
-            autograd.Function.
+            autograd.Function, or one writes to them.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 1000))
@@ -99,6 +102,7 @@ class Logits(Tensor):
     _family: _Family
     _make: Callable[[], Tensor]
     _made: _Made
+    _node: Any  # of the autograd graph
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -147,6 +151,7 @@ def _placeholder_for(description: Description, family: _Family, make: Callable[[
     made = _Made()
     logits = _Placeholder.apply(description, made, *description.product.operands)
     logits._description, logits._family, logits._make, logits._made = description, family, make, made
+    logits._node = _node_of(logits)
     family.members.append(weakref.ref(logits))
     return logits
 
@@ -183,7 +188,16 @@ def _value_of(logits: Logits) -> Tensor:
         logits._family.make()
     value = logits._made.value
     assert value is not None
+    # An autograd.Function that writes to what it is given becomes the node of that.
+    if _node_of(logits) is not logits._node:
+        raise RuntimeError(_LOST)
     return value
+
+
+def _node_of(logits: Logits) -> Any:
+    """That of the logits themselves, and not of the tensor that they stand for."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return logits.grad_fn
 
 
 # What a tensor tells without a look at its elements.

@@ -112,8 +112,26 @@ def test_a_write_that_a_function_would_not_see_is_an_error() -> None:
     logits = ours(x, target)
     logits.mul_(3)
     result = Shared.apply(logits)
-    with pytest.raises(RuntimeError, match="written to, and then read past"):
+    with pytest.raises(RuntimeError, match="the gradient of the write would be lost"):
         result.sum().backward()
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.mark_dirty(tensor)
+        return tensor.mul_(3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+def test_a_function_that_writes_to_them_is_an_error() -> None:
+    _, ours, x, target = pair()
+    written = Tripled.apply(ours(x, target))
+    with pytest.raises(RuntimeError, match="the gradient of the write would be lost"):
+        written.square().sum()
 
 
 def test_gradients_that_were_given_may_be_written_to() -> None:
