@@ -124,12 +124,14 @@ class Logits(Tensor):
                 loss = found()
                 first._family.is_read = True
                 return loss
-        return func(*_with_values(args), **_with_values(kwargs))
+        args, kwargs = tree_map_only(Logits, _recorded_value_of, (args, kwargs))
+        return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # What comes here has passed torch's functions by; its derivative is that of `_Placeholder`.
-        return func(*_with_values(args), **_with_values(kwargs or {}))
+        args, kwargs = tree_map_only(Logits, _value_of, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def logits_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Logits:
@@ -179,8 +181,11 @@ class _Placeholder(torch.autograd.Function):
         return None, None, *composed_gradients(compute, ctx.saved_tensors, ctx.needs_input_grad[2:], (grad,))
 
 
-def _with_values(tree: Any) -> Any:
-    return tree_map_only(Logits, _value_of, tree)
+def _recorded_value_of(logits: Logits) -> Tensor:
+    # An autograd.Function that writes to what it is given becomes the node of that.
+    if _node_of(logits) is not logits._node:
+        raise RuntimeError(_LOST)
+    return _value_of(logits)
 
 
 def _value_of(logits: Logits) -> Tensor:
@@ -188,9 +193,6 @@ def _value_of(logits: Logits) -> Tensor:
         logits._family.make()
     value = logits._made.value
     assert value is not None
-    # An autograd.Function that writes to what it is given becomes the node of that.
-    if _node_of(logits) is not logits._node:
-        raise RuntimeError(_LOST)
     return value
 
 
