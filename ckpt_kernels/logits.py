@@ -124,7 +124,9 @@ class Logits(Tensor):
                 loss = found()
                 first._family.is_read = True
                 return loss
-        args, kwargs = tree_map_only(Logits, _recorded_value_of, (args, kwargs))
+        # Attributes are read and set by torch itself, within calls.
+        is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__")
+        args, kwargs = tree_map_only(Logits, _value_of if is_attribute else _recorded_value_of, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
