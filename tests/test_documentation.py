@@ -29,7 +29,7 @@ MODULES = (
     "functional.glu",
     "functional.linear",
     "functional.linear_loss",
-    "functional.mlp",
+    "functional.mlps",
     "logits",
     "functional.rotary",
     "functional.row_norm",

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from .. import backends
-from ..functional.mlp import tiles_for
+from ..functional.mlps import tiles_for
 from ..memory import kept_bytes
 from ..models import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting

@@ -24,7 +24,7 @@ from .dyt import dyt
 from .glu import glu, packed_glu
 from .linear import act_linear, norm_linear
 from .linear_loss import linear_cross_entropy
-from .mlp import gated_mlp, mlp
+from .mlps import gated_mlp, mlp
 from .rotary import rotary, rotary_qk
 from .row_norm import (
     add_layer_norm,

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..functional.linear import level_name
-from ..functional.mlp import tiles_for
+from ..functional.mlps import tiles_for
 from ..ops.glu import layout_name
 from .by_parts import are_plain, dropped, letting_go
 from .extras import extras, probability, recorded
