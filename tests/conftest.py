@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import contextlib
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 
@@ -66,6 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     them."""
     items[:] = filter(_is_wanted, items)
     items.sort(key=lambda item: not item.path.name.startswith(("test_triton_compile", "test_programs")))
+
+
+def pytest_collection_finish() -> None:
+    """What there is by now, torch and Triton, the collector need not walk again in every test that asks for it."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_wanted(item: pytest.Item) -> bool:

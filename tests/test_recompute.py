@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -107,11 +107,9 @@ BLOCKS: dict[str, Callable[[Tensor, dict], Tensor]] = {
 
 
 @pytest.fixture
-def young() -> Iterator[None]:
+def young() -> None:
     """The garbage collector looks at nothing that was there before: to look through all takes longer than a test."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("young")

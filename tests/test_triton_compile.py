@@ -128,9 +128,9 @@ def test_no_spills_and_full_width_accesses(arch: str, tmp_path: pathlib.Path) ->
     assert "estimate, not measured" in done.stdout and "of which 0 spill" in done.stdout
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_heads(arch: str, tmp_path: pathlib.Path) -> None:
-    # Of all sizes for one architecture; for the others the blocks with a norm, where a spill would be.
+    # Of all sizes for one architecture; for the other the blocks with a norm, where a spill would be.
     every = arch == "sm_90"
     file, columns = tmp_path / "kernels.json", (64, 128, 256) if every else (128,)
     name = "rotary" if every else "norm+rotary"
