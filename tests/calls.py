@@ -236,7 +236,8 @@ def calls(draw: Draw, functions: tuple[str, ...] = _BLOCKS) -> Call:
     )
     known = _OPTIONS | _OF.get(function, _ROWS)
     parameters = _parameters(getattr(functional, function))
-    arguments = {name: known[name](shapes) for name in parameters}
+    # In tiles a call computes the same, or is an error by its level.
+    arguments = {name: known[name](shapes) for name in parameters if name != "tiles"}
     if arguments.get("norm") == "layer_norm":
         arguments |= {"weight_offset": 0.0, "cast_before_weight": False}
     elif "norm_bias" in arguments:

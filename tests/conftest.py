@@ -75,6 +75,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """At the end all may go."""
+    gc.unfreeze()
+
+
 def _is_wanted(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     conditions = [mark.args[0] for mark in item.iter_markers("where")]

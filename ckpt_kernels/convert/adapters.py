@@ -1,6 +1,7 @@
 """Adapters: modules in which trained matrices stand beside a frozen one, such as LoRA's."""
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .loads import modules_of
 
@@ -19,5 +20,6 @@ def is_adapter(module: nn.Module) -> bool:
             continue
         if any(child is not None for child in below._modules.values()) and not isinstance(below, _CONTAINERS):
             return False
-        wanted.update(p.requires_grad for p in below._parameters.values() if p is not None and p.dim() == 2)
+        held = (p for p in below._parameters.values() if p is not None and not is_lazy(p))
+        wanted.update(p.requires_grad for p in held if p.dim() == 2)
     return wanted == {False, True}
