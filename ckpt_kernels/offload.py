@@ -64,6 +64,7 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
 
     Raises:
         ValueError: no module has such a name, or one's forward cannot be surrounded.
+        TypeError: `model` is no module, `layers` no name, or `least` no number of bytes.
 
     Example:
         >>> model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in "ab"))
@@ -74,6 +75,12 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
         >>> saved_bytes(model, x)
         0
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(layers, str):
+        raise TypeError(f"layers is {type(layers).__name__}; expected a name of modules, with * and ?")
+    if not isinstance(least, int) or least < 0:
+        raise TypeError(f"least is {least!r}; expected a number of bytes")
     names = dict(named_modules(model))
     chosen = [name for name in fnmatch.filter(names, layers) if name]
     chosen = [name for name in chosen if not any(name.startswith(f"{above}.") for above in chosen)]
