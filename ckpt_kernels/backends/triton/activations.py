@@ -177,10 +177,14 @@ def gelu(x):
 
 
 @triton.jit
+def normal_density(x):
+    # exp(-x^2 / 2) / sqrt(2 pi), its factors in the power's exponent.
+    return tl.exp2(x * x * -0.7213475204444817 - 1.3257480647361593)
+
+
+@triton.jit
 def gelu_grad(x):
-    # Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi), the factors of the bell in the power's exponent.
-    bell = tl.exp2(x * x * -0.7213475204444817 - 1.3257480647361593)
-    return normal_cdf(x) + x * bell
+    return normal_cdf(x) + x * normal_density(x)
 
 
 @triton.jit
@@ -190,8 +194,7 @@ def rough_gelu(x):
 
 @triton.jit
 def rough_gelu_grad(x):
-    bell = tl.exp2(x * x * -0.7213475204444817 - 1.3257480647361593)
-    return rough_normal_cdf(x) + x * bell
+    return rough_normal_cdf(x) + x * normal_density(x)
 
 
 @triton.jit
