@@ -23,6 +23,7 @@ from ckpt_kernels.memory import saved_bytes
 from . import report
 from .architectures import ARCHITECTURES, build, outputs_of, why_not
 from .survey import main as surveying
+from .survey.run import TIMEOUT
 
 
 def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -55,10 +56,11 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--survey", action="store_true", help="architectures by the hundred; NAME may have * and ?")
     parser.add_argument("--jobs", type=int, default=2, help="processes of the survey at a time")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds that the survey gives to one of them")
     parser.add_argument("--times", action="store_true", help="the survey also times a step of the wide models")
     options = parser.parse_args()
     if options.survey:
-        return surveying.main(options.architectures, options.out, options.jobs, options.times)
+        return surveying.main(options.architectures, options.out, options.jobs, options.times, options.timeout)
     unknown = [name for name in options.architectures if name not in ARCHITECTURES]
     if unknown:
         parser.error(f"no such architecture: {', '.join(unknown)}")
