@@ -16,7 +16,7 @@ from benchmarks import llama_layer
 from ckpt_kernels import functional, memory, nn
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Those of integrations need their framework. What freed_memory shows is run in a process of its own, by its tests.
+# Those of integrations need their framework. What memory.freed shows is run in a process of its own, by its tests.
 MODULES = (
     "activations",
     "backends",
@@ -39,7 +39,9 @@ MODULES = (
     "integrations.lightning",
     "integrations.torchtitan",
     "integrations.transformers",
-    "memory",
+    "memory.by_module",
+    "memory.peak",
+    "memory.saved",
     "nn.bias_act",
     "nn.channel_norm",
     "nn.dyt",

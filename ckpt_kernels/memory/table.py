@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import pathlib
 
-    from .memory import ModuleMemory, Report
+    from .by_module import ModuleMemory, Report
 
 
 class Row(NamedTuple):
