@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recompute import discard_outputs
-from ..target import tensors_in
+from ..values import tensors_in
 from . import table
 from .peak import peak_bytes
 from .saved import SavedTensor, saved_tensors

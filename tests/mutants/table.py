@@ -520,7 +520,7 @@ TRITON = (
     ),
 )
 
-_RECOMPUTE = "ckpt_kernels/discarder.py"
+_RECOMPUTE = "ckpt_kernels/recompute/discarder.py"
 _VIEWS = "tests/test_recompute.py -k more_than_strides"
 _BAD = "tests/test_row_norm.py -k bad_input"
 PYTHON = (
@@ -543,35 +543,35 @@ PYTHON = (
     ),
     Mutant(
         "an output is forgotten with its tensor, though its memory lives",
-        _RECOMPUTE,
-        "if entry is not None and «not entry.storage.expired()»:",
+        "ckpt_kernels/recompute/entries.py",
+        "entry is not None and «not entry.storage.expired()»",
         "entry.output() is not None",
         "tests/test_recompute.py -k outlives",
     ),
     Mutant(
         "a cast is made again of what the block made, whatever was written to it",
-        "ckpt_kernels/provenance.py",
+        "ckpt_kernels/recompute/provenance.py",
         "output == 0 and block.is_unwritten()",
         "output == 0",
         "tests/test_recompute.py -k cast_of_what_was_written",
     ),
     Mutant(
         "writes that the graph does not know are not counted",
-        "ckpt_kernels/provenance.py",
+        "ckpt_kernels/recompute/provenance.py",
         "version - block.version != len(nodes)",
         "False",
         "tests/test_recompute.py tests/test_provenance_writes.py -k 'written or write or unseen'",
     ),
     Mutant(
         "a kept tensor may be written to",
-        "ckpt_kernels/recipes.py",
+        "ckpt_kernels/recompute/recipes.py",
         "if self.tensor._version != self.version",
         "if False",
         "tests/test_recompute.py -k write_to_what_is_kept",
     ),
     Mutant(
         "a rebuilt output waits for one reader more",
-        "ckpt_kernels/recipes.py",
+        "ckpt_kernels/recompute/recipes.py",
         "waiting = [c for c in self._live() if «c is not claim and »c.served != where]",
         "",
         "tests/test_recompute.py tests/test_recompute_graphs.py -k freed",
@@ -615,7 +615,7 @@ PYTHON = (
     ),
     Mutant(
         "a trace records what saved-tensor hooks do",
-        "ckpt_kernels/recompute.py",
+        "ckpt_kernels/recompute/contexts.py",
         "is_recorded = torch.compiler.is_compiling() or «torch._C._get_tracing_state() is not None»",
         "False",
         "tests/test_transforms_modules.py -k 'convolutions_each_time and output'",
@@ -650,21 +650,21 @@ PYTHON = (
     ),
     Mutant(
         "a shift may be anywhere",
-        "ckpt_kernels/functional/row_norm.py",
+        "ckpt_kernels/functional/modulated_row_norm.py",
         'check_modulation(shift, "shift", input, normalized_shape)',
         "pass",
         _BAD,
     ),
     Mutant(
         "scale and shift may be of different samples",
-        "ckpt_kernels/functional/row_norm.py",
+        "ckpt_kernels/functional/modulated_row_norm.py",
         "scale.numel() != shift.numel()",
         "False",
         _BAD,
     ),
     Mutant(
         "a modulated norm's weight may have any shape",
-        "ckpt_kernels/functional/row_norm.py",
+        "ckpt_kernels/functional/modulated_row_norm.py",
         'that of scale, {shape_of(scale)}")\n    «check_coefficient(weight, "weight", input, normalized_shape)»',
         "pass",
         _BAD,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from .. import backends
 
 _NOTHING = torch.empty(0, device="cpu")
 _NUMBERS = (int, float)

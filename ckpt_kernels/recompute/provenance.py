@@ -9,36 +9,21 @@ but not whether somebody wrote to it afterwards where autograd does not see it (
 there has to be evidence that nobody did: a version counter that still stands where it stood.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from . import nodes
+from .nodes import Edge
 from .recipes import Cell, Operand, Step
-from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS, Rule
+from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS
 
 # Past this many ops the tensor is kept, so that a look at the graph and what it finds stay short.
 MOST_STEPS = 12
 # Of a block's output, in place.
 MOST_WRITES = 4
-
-Edge = tuple[Any, int]
-# Under which name a node holds what is noted of its operands: the number that stood for one, else None.
-_NOTED = "ckpt_kernels"
-_NUMBERS = (int, float)
-
-
-def is_as_made(tensor: Tensor) -> bool:
-    """Whether nobody has written to a tensor. (A parameter is asked about when it is read again.)"""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
-    return plain and (tensor._version == 0 or tensor.is_leaf)
-
-
-def note(node: Any, numbers: tuple[float | None, ...]) -> None:
-    """That the operands of a node are as they were made."""
-    node.metadata[_NOTED] = numbers
 
 
 class Block(NamedTuple):
@@ -94,13 +79,13 @@ class Trace:
         if rule is None or output != 0 or self._steps > MOST_STEPS:
             return None
         edges = node.next_functions
-        packed = _packed_operands(node, rule, edges)
+        packed = nodes.packed_operands(node, rule, edges)
         if len(edges) != len(packed):
             return None
-        if rule.private or (rule.casts and _is_cast_by_autocast(edges[0][0])):
+        if rule.private or (rule.casts and nodes.is_cast_by_autocast(edges[0][0])):
             self._trusted.append(edges[0][0])
         operands = []
-        noted = node.metadata.get(_NOTED, ())
+        noted = nodes.noted(node)
         numbers = noted if len(noted) == len(edges) else (None,) * len(edges)
         for edge, held, number in zip(edges, packed, numbers, strict=True):
             if isinstance(held, Cell) and not held.is_unwritten():
@@ -111,7 +96,7 @@ class Trace:
             if operand is None:
                 return None
             operands.append(operand)
-        for held in () if rule.beside is None else _packed_beside(node, rule.beside):
+        for held in () if rule.beside is None else nodes.packed_beside(node, rule.beside):
             if held is None or held.owner is not self._source or not held.is_unwritten():
                 return None
             operands.append(self._source.share(held))
@@ -167,7 +152,7 @@ class Trace:
         if rule.saved is None or len(rule.saved) < 2 or rule.saved[1] is None:
             return
         edges = node.next_functions
-        packed = _packed_operands(node, rule, edges)
+        packed = nodes.packed_operands(node, rule, edges)
         cells = [(edge, held) for edge, held in zip(edges, packed, strict=False) if isinstance(held, Cell)]
         for edge, cell in cells:
             # At version 0 it is what its node made.
@@ -179,7 +164,7 @@ class Trace:
 
     def _exchange_result(self, node: Any, cell: Cell) -> None:
         """In x * sigmoid(x) both nodes keep the sigmoid, and the product's keeps x, from which it can be made."""
-        own = result_cell(node)
+        own = nodes.result_cell(node)
         if own is None or own.depth or own.version or cell.version or not own.is_unwritten():
             return
         step = self.value(node, 0)
@@ -187,7 +172,7 @@ class Trace:
             self._source.exchange(own, step)
 
     def _shared(self, held: Cell | Block | float | None) -> Operand | float | None:
-        if held is None or isinstance(held, _NUMBERS):
+        if held is None or isinstance(held, nodes.NUMBERS):
             return held
         if isinstance(held, Cell) and held.owner is not self._source:
             return None
@@ -211,7 +196,7 @@ class Trace:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
         name = node.name()
         if name in BY_RESULT or (name in ATTENTIONS and output == 0):
-            own = result_cell(node) if name in BY_RESULT else _packed(node, "output")
+            own = nodes.result_cell(node) if name in BY_RESULT else nodes.packed(node, "output")
             if isinstance(own, Cell) and own.is_unwritten():
                 return self._shared(own)
         if name == "torch::autograd::AccumulateGrad":
@@ -246,65 +231,8 @@ def _wrote_over_operand(node: Any, version: int) -> bool:
     rule = RULES.get(node.name())
     if version != 1 or rule is None or rule.saved != ("self",):
         return False
-    held = _packed(node, "self")
+    held = nodes.packed(node, "self")
     return isinstance(held, Cell) and held.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
-
-
-def _is_cast_by_autocast(node: Any) -> bool:
-    """Whether a node's output is what autocast makes of a parameter."""
-    if node is None or node.name() != "ToCopyBackward0":
-        return False
-    maker = node.next_functions[0][0]
-    is_of_leaf = maker is not None and maker.name() == "torch::autograd::AccumulateGrad"
-    return is_of_leaf and torch.is_autocast_enabled(maker.variable.device.type)
-
-
-def _packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:
-    if rule.saved is None:
-        return [None] * len(edges)
-    return [None if name is None else _packed(node, name) for name in rule.saved]
-
-
-def result_cell(node: Any) -> Cell | None:
-    """What a node that saves its result holds."""
-    packed = _packed(node, "result")
-    return packed if isinstance(packed, Cell) else None
-
-
-def _packed(node: Any, name: str) -> Any:
-    """What a node holds in the place of a tensor: a cell, a number that stood for a tensor, or None for all else."""
-    try:
-        saved = getattr(node, f"_raw_saved_{name}")
-        packed = saved.data
-        if isinstance(packed, Cell):
-            return packed
-        # A Python number, of which torch makes a tensor that it does not give to hooks.
-        if saved.unpack_hook is None and isinstance(packed, Tensor) and packed.dim() == 0 and packed.is_cpu:
-            number = packed.item()
-            return number if isinstance(number, _NUMBERS) and packed._version == 0 else None
-    except (AttributeError, RuntimeError):
-        # A torch that does not show this, or a graph whose tensors are freed.
-        pass
-    return None
-
-
-def tensors_among(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """In tuples, lists and dicts, at most that deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | dict) and depth:
-        for part in list(value.values()) if isinstance(value, dict) else value:
-            yield from tensors_among(part, depth - 1)
-
-
-def _packed_beside(node: Any, name: str) -> list[Cell | None]:
-    """What a node holds that is no operand, with None for what it does not hold as a cell."""
-    try:
-        saved = getattr(node, f"_raw_saved_{name}")
-        several = saved if isinstance(saved, tuple | list) else (saved,)
-        return [s.data if s is not None and isinstance(s.data, Cell) else None for s in several]
-    except (AttributeError, RuntimeError):
-        return [None]
 
 
 def is_made_cheaply(name: str, products: bool) -> bool:

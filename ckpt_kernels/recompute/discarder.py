@@ -5,23 +5,25 @@ itself, or a recipe, which comes from the block that made the tensor, or from th
 """
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import is_lazy
 
-from . import provenance
+from . import nodes, provenance
+from .active import sees_what_is_saved, top_hooks
+from .announced import Announcement, Packed, Total, are_among, outlasting
+from .biases import Biases
+from .edges import Edges
+from .entries import Entries
+from .nodes import Result
 from .provenance import Block, Trace
 from .recipes import (
     Cell,
     Claim,
     Foreign,
-    Geometry,
     Kept,
     Operand,
     Recipe,
@@ -37,83 +39,14 @@ from .recipes import (
 LONGEST_CHAIN = 8
 
 
-class _Thread(threading.local):
-    """What is active on a thread: its open contexts, the innermost last, closed ones among them."""
-
-    def __init__(self) -> None:
-        self.active: list[Discarder] = []
-
-
-thread = _Thread()
-
-
-# A function, and the tensors that it makes the output of.
-Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
-
-
-class Entry(NamedTuple):
-    """A tensor that may be discarded, as long as its memory is there and unchanged.
-
-    The tensor that was returned may be gone while a view of it lives, so that it is by its memory that it is known.
-    `output` is that tensor, as long as Python has it.
-    """
-
-    storage: StorageWeakRef
-    output: "weakref.ref[Tensor]"
-    dtype: torch.dtype
-    version: int
-    recipe: Callable[[], Recipe | None]
-
-
-class Packed(NamedTuple):
-    """A tensor that the op which was announced saves, and what its node holds in the place of it."""
-
-    tensor: Tensor
-    cell: Cell
-    # Whether the cell may come to hold something smaller, which then all who keep the tensor do.
-    is_exchanged: bool
-
-
-class Held:
-    """What comes into a layer or goes out of it: it is kept as it is if somebody saves it, and nothing behind it is
-    looked for.
-
-    Recipes read it only if a node saves it too (`is_saved`): then torch would refuse a write to it as well.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.storage = StorageWeakRef(tensor.untyped_storage())
-        self.tensor = weakref.ref(tensor)
-        self.version = tensor._version
-        self.is_saved = False
-
-
-class Total(NamedTuple):
-    """Another result of an op than its output, which the op itself saves, such as the sum that is normalised."""
-
-    storage: int
-    recipe: Announcement
-
-
-class Result(NamedTuple):
-    """Who keeps the result of a node that saves its result, first of all the node itself."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    keepers: list[tuple["weakref.ref[Cell]", Geometry]]
-
-
 class Discarder:
     """The state of one active context."""
 
     def __init__(self, products: bool, temporaries: bool) -> None:
         self._products = products
         self._temporaries = temporaries
-        self._entries: dict[int, Entry] = {}
-        self._most_entries = 64
-        # The versions of biases when a module's forward began, by identity; None where any parameter's word is taken.
-        self._biases: dict[int, tuple[nn.Parameter, int]] | None = None
+        self._entries = Entries()
+        self.biases = Biases()
         self._outer = top_hooks()
         self.is_closed = False
         # Of the op whose forward is over and whose output is not there yet.
@@ -121,47 +54,31 @@ class Discarder:
         self.saved: list[Packed] | None = None
         self.is_elementwise = False
         self.total: Total | None = None
-        # How many layers are open, in which products run again whoever reads them; and what goes in and out of them.
-        self.layers = 0
+        # Within a layer products run again, whoever reads them.
+        self.is_in_layer = False
         # Whether nothing is let go of but what was recorded before.
         self.is_paused = False
-        self._held: dict[int, Held] = {}
+        self._edges = Edges()
 
     def hold(self, tensor: Tensor) -> None:
         """Marks a tensor at a layer's edge as kept as it is, unless one step makes it again from what is kept anyway.
         So no recipe reaches from layer to layer."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
-            entry = self._entries.get(tensor.untyped_storage()._cdata)
-            recipe = None if entry is None or entry.storage.expired() else entry.recipe()
-            if recipe is not None and recipe.depth == 1:
-                return
-            for key in [key for key, held in self._held.items() if held.storage.expired()]:
-                del self._held[key]
-            held = Held(tensor)
-            self._held[held.storage.cdata] = held
-
-    def _held_as(self, tensor: Tensor) -> Held | None:
-        held = self._held.get(tensor.untyped_storage()._cdata) if self._held else None
-        if held is None or held.storage.expired() or held.version != tensor._version:
-            return None
-        return held
+            entry = self._entries.of(tensor)
+            recipe = None if entry is None else entry.recipe()
+            if recipe is None or recipe.depth != 1:
+                self._edges.add(tensor)
 
     def held_at(self, node: Any, output: int) -> Operand | None:
         """What is held of a node's results, as it was then."""
-        for held in self._held.values():
-            tensor = held.tensor()
-            if tensor is None or tensor.output_nr != output:
-                continue
-            maker = tensor.grad_fn
-            if maker is node if maker is not None else getattr(node, "variable", None) is tensor:
-                return self._packed(tensor) if held.is_saved and tensor._version == held.version else None
-        return None
+        tensor = self._edges.made_by(node, output)
+        return None if tensor is None else self._packed(tensor)
 
     def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
         """The output of the op that was announced; or another one, whose recipe is given and lasts as long as it."""
         if recipe is not None:
             made = self._recipe(*recipe, ())
-            self._enter(output, lambda: made)
+            self._entries.add(output, lambda: made)
             return
         announced, saved = self.announced, self.saved or ()
         self.announced = self.saved = self.total = None
@@ -173,11 +90,11 @@ class Discarder:
             return
         # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
         # graph says of another tensor, which may lead to this node when the output is gone.
-        if saved and _are_among(announced[1], saved):
+        if saved and are_among(announced[1], saved):
             saved[0].cell.attached = made
-            entry = self._enter(output, weakref.ref(made))
+            entry = self._entries.add(output, weakref.ref(made))
         else:
-            entry = self._enter(output, lambda: made)
+            entry = self._entries.add(output, lambda: made)
         node: Any = output.grad_fn
         node.recomputed_block = Block(
             self, weakref.ref(made), entry.output, entry.storage, entry.version, watching(output)
@@ -193,14 +110,14 @@ class Discarder:
         """Bytes that a recipe alone keeps: nothing is gained by one that keeps as much as it makes again."""
         pairs = zip(tensors, recipe.operands, strict=True)
         kept = [t for t, o in pairs if t is not None and o is not None and not (t.is_leaf or o.depth)]
-        return sum(t.nbytes for t in kept if not (_are_among((t,), saved) or self._held_as(t) is not None))
+        return sum(t.nbytes for t in kept if not (are_among((t,), saved) or self._edges.of(t) is not None))
 
     def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
         """What the op's node holds of a tensor, if it holds that to the end; else the tensor is packed for the recipe.
 
         The content alone: a cell that holds the recipe would be held by it.
         """
-        lasting = _outlasting(tensor)
+        lasting = outlasting(tensor)
         for packed in saved:
             if packed.tensor is lasting and not packed.is_exchanged:
                 if isinstance(packed.cell.content, Kept):
@@ -215,42 +132,24 @@ class Discarder:
             return Unwritten(cell.content, cell.watch, cell.version)
         return cell
 
-    def _enter(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
-        entries = self._entries
-        if len(entries) >= self._most_entries:
-            for key in [key for key, entry in entries.items() if entry.storage.expired()]:
-                del entries[key]
-            # So a sweep is paid for by as many entries as it looks at.
-            self._most_entries = max(64, 2 * len(entries))
-        storage = StorageWeakRef(output.untyped_storage())
-        entry = Entry(storage, weakref.ref(output), output.dtype, output._version, recipe)
-        entries[storage.cdata] = entry
-        return entry
-
     @contextlib.contextmanager
     def at(self, level: str) -> Iterator[None]:
         """Within, outputs are let go of as at a level of `convert`, whatever is around: at "block" none are that are
         made within."""
-        before = self.is_paused, self._products, self.layers
+        before = self.is_paused, self._products, self.is_in_layer
         self.is_paused, self._products = level == "block", level in ("all", "layer")
-        self.layers = 1 if level == "layer" else 0
+        self.is_in_layer = level == "layer"
         try:
             yield
         finally:
-            self.is_paused, self._products, self.layers = before
+            self.is_paused, self._products, self.is_in_layer = before
 
     @property
     def level(self) -> str:
         """The level of `convert` as at which outputs are let go of now."""
         if self.is_paused:
             return "block"
-        return "layer" if self.layers > 0 else "all" if self._products else "output"
-
-    def begin(self, module: nn.Module) -> None:
-        """The module's forward begins. From the first such call on, only biases that were there then are copied."""
-        biases = {} if self._biases is None else self._biases
-        biases.update((id(bias), (bias, bias._version)) for bias in _biases_in(module) if id(bias) not in biases)
-        self._biases = biases
+        return "layer" if self.is_in_layer else "all" if self._products else "output"
 
     def close(self) -> None:
         """From now on recipes live by their claims alone, and whatever is saved from now on is kept as it is."""
@@ -258,16 +157,16 @@ class Discarder:
         # Nodes of the graph know this context longer than they keep tensors, and hooks around may hold some.
         self._outer = None
         self._entries.clear()
-        self._held.clear()
-        self._biases = {}
+        self._edges.clear()
+        self.biases.clear()
         self.announced = self.saved = self.total = None
 
     def pack(self, tensor: Tensor) -> Cell:
         # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        if self._held and type(tensor) is Tensor and tensor.layout is torch.strided:
-            held = self._held_as(tensor)
+        if self._edges and type(tensor) is Tensor and tensor.layout is torch.strided:
+            held = self._edges.of(tensor)
             if held is not None:
                 held.is_saved = True
         return self._packed(tensor)
@@ -276,7 +175,7 @@ class Discarder:
         # What is packed for a recipe is nothing that the op saves.
         saved, self.saved = self.saved, None
         found = None if self.is_closed else self._recipe_for(tensor)
-        if found is None and self.total is not None and self.layers:
+        if found is None and self.total is not None and self.is_in_layer:
             found = self._recipe_of_total(self.total, tensor)
         self.saved = saved
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
@@ -296,7 +195,7 @@ class Discarder:
 
     def _note_keeper(self, root: Tensor, tensor: Tensor, cell: Cell) -> None:
         keeper = weakref.ref(cell), geometry_of(tensor)
-        own = provenance.result_cell(root.grad_fn)
+        own = nodes.result_cell(root.grad_fn)
         if own is None:
             cell.attached = Result(root.shape, root.stride(), root.dtype, [keeper])
         elif isinstance(own.attached, Result):
@@ -307,10 +206,10 @@ class Discarder:
             return None
         # What has no graph, by way of `detach()`, may be read when the weights that its recipe needs have been stepped.
         root = tensor if tensor._base is None else tensor._base
-        if root.grad_fn is None or self._held_as(tensor) is not None:
+        if root.grad_fn is None or self._edges.of(tensor) is not None:
             return None
-        entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
-        if entry is not None and not entry.storage.expired():
+        entry = self._entries.of(tensor)
+        if entry is not None:
             if tensor.dtype != entry.dtype:
                 return None
             if tensor._version == entry.version and (recipe := entry.recipe()) is not None:
@@ -323,11 +222,12 @@ class Discarder:
             return None
         # It is asked for its parts only once: they are packed too.
         self.total = None
-        if any(t is not None and (held := self._held_as(t)) is not None and not held.is_saved for t in total.recipe[1]):
+        helds = [self._edges.of(t) for t in total.recipe[1] if t is not None]
+        if any(held is not None and not held.is_saved for held in helds):
             return None
         recipe = self._recipe(*total.recipe, ())
         if self._keeps(recipe, total.recipe[1], ()) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
-            self._enter(tensor, lambda: recipe)
+            self._entries.add(tensor, lambda: recipe)
             return recipe
         return None
 
@@ -343,7 +243,7 @@ class Discarder:
         if node is None:
             return None
         name = node.name()
-        products = self.layers > 0 or (self._products and self.is_elementwise)
+        products = self.is_in_layer or (self._products and self.is_elementwise)
         if not provenance.is_made_cheaply(name, products):
             return None
         # A copy made to be read would lose its tangent.
@@ -359,17 +259,13 @@ class Discarder:
         if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
             return root if provenance.saves_result(name) else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
-        self._enter(root, weakref.ref(recipe))
+        self._entries.add(root, weakref.ref(recipe))
         return recipe
 
     # For `Trace`
 
     def is_as_used(self, bias: nn.Parameter) -> bool:
-        """Whether nobody has written to a bias since what reads it ran: since the forward began."""
-        if self._biases is None:
-            return True
-        known, version = self._biases.get(id(bias), (None, 0))
-        return known is bias and bias._version == version
+        return self.biases.is_as_used(bias)
 
     def share(self, known: Cell | Block) -> Operand | None:
         """What is known, as one more recipe's operand."""
@@ -399,47 +295,3 @@ class Discarder:
         recipe = recipe_of_step(step, result.shape, result.strides, result.dtype)
         for cell, geometry in keepers:
             cell.content, cell.watch = Claim(recipe, geometry), watching(cell.watch)
-
-
-def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def sees_what_is_saved(discarder: Discarder) -> bool:
-    """Whether its hooks are the innermost on this thread."""
-    top = top_hooks()
-    return top is not None and getattr(top[0], "__self__", None) is discarder
-
-
-def _biases_in(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of at most one dimension in a module and all that it contains; some of them more than once."""
-    waiting, seen = [module], set()
-    for module in waiting:
-        own = module.__dict__
-        for parameter in own["_parameters"].values():
-            if parameter is None or is_lazy(parameter):
-                continue
-            if parameter.dim() < 2 and not parameter.is_inference():
-                yield parameter
-        if own["_modules"] and module not in seen:
-            seen.add(module)
-            waiting += [child for child in own["_modules"].values() if child is not None]
-
-
-def _are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool:
-    """Whether the memory of each is that of one that is saved."""
-    there = {id(packed.tensor) for packed in saved}
-    others = [t for t in tensors if t is not None and id(t) not in there]
-    if not others:
-        return True
-    storages = {packed.tensor.untyped_storage()._cdata for packed in saved}
-    return all(t.untyped_storage()._cdata in storages for t in others)
-
-
-def _outlasting(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of a norm's weight that may be gone when the recipe is asked for: a sharded one is gathered
-    when its own module's backward pass begins, and what reads the module's output comes before."""
-    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not sharded or tensor.dim() != 1 or not (tensor.requires_grad or isinstance(tensor, nn.Parameter)):
-        return tensor
-    return tensor.detach().clone()

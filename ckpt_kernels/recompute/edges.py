@@ -1,0 +1,58 @@
+"""The tensors at the edges of layers: what goes into a layer and what comes out of it."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class Held:
+    """What comes into a layer or goes out of it: it is kept as it is if somebody saves it, and nothing behind it is
+    looked for.
+
+    Recipes read it only if a node saves it too (`is_saved`): then torch would refuse a write to it as well.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.tensor = weakref.ref(tensor)
+        self.version = tensor._version
+        self.is_saved = False
+
+
+class Edges:
+    """What is held now, found by its memory."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Held] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    def add(self, tensor: Tensor) -> None:
+        for key in [key for key, held in self._held.items() if held.storage.expired()]:
+            del self._held[key]
+        held = Held(tensor)
+        self._held[held.storage.cdata] = held
+
+    def of(self, tensor: Tensor) -> Held | None:
+        """What is held of a tensor's memory, if nobody has written to it since."""
+        held = self._held.get(tensor.untyped_storage()._cdata) if self._held else None
+        if held is None or held.storage.expired() or held.version != tensor._version:
+            return None
+        return held
+
+    def made_by(self, node: Any, output: int) -> Tensor | None:
+        """The tensor that is held of a node's results, if a node saves it, and nobody has written to it since."""
+        for held in self._held.values():
+            tensor = held.tensor()
+            if tensor is None or tensor.output_nr != output:
+                continue
+            maker = tensor.grad_fn
+            if maker is node if maker is not None else getattr(node, "variable", None) is tensor:
+                return tensor if held.is_saved and tensor._version == held.version else None
+        return None
+
+    def clear(self) -> None:
+        self._held.clear()
