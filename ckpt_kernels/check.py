@@ -31,6 +31,7 @@ from .model_steps import (
     seconds_of_step,
     step,
 )
+from .palette import color_of
 from .target import Inputs
 
 # Times that spread more than that from step to step are not worth comparing.
@@ -300,7 +301,7 @@ def draw(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
     for index, (level, found) in enumerate(checks.items()):
         ratios = [pair[1] / pair[0] if pair[0] else 0.0 for pair in (getattr(found, name) for name in names)]
         places = [place + (index - (len(checks) - 1) / 2) * width for place in range(len(names))]
-        bars = axis.bar(places, ratios, width * 0.92, label=f'"{level}"')
+        bars = axis.bar(places, ratios, width * 0.92, label=f'"{level}"', color=color_of(f"ours, {level}"))
         axis.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)
     axis.axhline(1.0, color="gray", linewidth=1)
     axis.set_xticks(range(len(names)), ("kept for backward", "peak of a step", "time of a step"))
