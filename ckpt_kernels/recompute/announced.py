@@ -41,7 +41,7 @@ def are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool
 def outlasting(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of a norm's weight that may be gone when the recipe is asked for: a sharded one is gathered
     when its own module's backward pass begins, and what reads the module's output comes before."""
-    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not sharded or tensor.dim() != 1 or not (tensor.requires_grad or isinstance(tensor, nn.Parameter)):
+    if tensor.dim() != 1 or not (tensor.requires_grad or isinstance(tensor, nn.Parameter)):
         return tensor
-    return tensor.detach().clone()
+    is_sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return tensor.detach().clone() if is_sharded else tensor

@@ -165,7 +165,7 @@ class Discarder:
         # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        if self._edges and type(tensor) is Tensor and tensor.layout is torch.strided:
+        if self._edges.held and type(tensor) is Tensor and tensor.layout is torch.strided:
             held = self._edges.of(tensor)
             if held is not None:
                 held.is_saved = True

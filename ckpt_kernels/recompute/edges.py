@@ -25,27 +25,25 @@ class Edges:
     """What is held now, found by its memory."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Held] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._held)
+        # By the address of the storage.
+        self.held: dict[int, Held] = {}
 
     def add(self, tensor: Tensor) -> None:
-        for key in [key for key, held in self._held.items() if held.storage.expired()]:
-            del self._held[key]
+        for key in [key for key, held in self.held.items() if held.storage.expired()]:
+            del self.held[key]
         held = Held(tensor)
-        self._held[held.storage.cdata] = held
+        self.held[held.storage.cdata] = held
 
     def of(self, tensor: Tensor) -> Held | None:
         """What is held of a tensor's memory, if nobody has written to it since."""
-        held = self._held.get(tensor.untyped_storage()._cdata) if self._held else None
+        held = self.held.get(tensor.untyped_storage()._cdata) if self.held else None
         if held is None or held.storage.expired() or held.version != tensor._version:
             return None
         return held
 
     def made_by(self, node: Any, output: int) -> Tensor | None:
         """The tensor that is held of a node's results, if a node saves it, and nobody has written to it since."""
-        for held in self._held.values():
+        for held in self.held.values():
             tensor = held.tensor()
             if tensor is None or tensor.output_nr != output:
                 continue
@@ -55,4 +53,4 @@ class Edges:
         return None
 
     def clear(self) -> None:
-        self._held.clear()
+        self.held.clear()
