@@ -103,14 +103,16 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     curves.grid(alpha=0.3)
     curves.legend()
     colors = [color_of(name) for name in runs]
-    for axis, title, values, form in (
-        (kept, "Kept for backward, MiB", [run["saved_bytes"] / 2**20 for run in runs.values()], ".0%"),
-        (peak, "Peak of a step, MiB", [run["peak_bytes"] / 2**20 for run in runs.values()], ".0%"),
-        (times, "Step, ms", [statistics.median(run["seconds"]) * 1e3 for run in runs.values()], ".2f"),
+    for axis, title, values in (
+        (kept, "Kept for backward, MiB", [run["saved_bytes"] / 2**20 for run in runs.values()]),
+        (peak, "Peak of a step, MiB", [run["peak_bytes"] / 2**20 for run in runs.values()]),
+        (times, "Step, ms (median)", [statistics.median(run["seconds"]) * 1e3 for run in runs.values()]),
     ):
         axis.bar_label(axis.bar(list(runs), values, color=colors), fmt="%.1f", fontsize=8)
         axis.margins(y=0.08)
-        axis.set_title(f"{title}:\n{values[-1] / values[0]:{form}} of eager's, {list(runs)[-1]}", fontsize=10)
+        # Ratios of times are medians of ratios, step by step, which the table has.
+        found = "" if axis is times else f":\n{values[-1] / values[0]:.0%} of eager's, {list(runs)[-1]}"
+        axis.set_title(title + found, fontsize=10)
         axis.tick_params("x", rotation=30, labelsize=8)
     machine = results.get("machine", results["device"])
     figure.supxlabel(f"{machine}, torch {results['torch']}", fontsize=8, color="gray")

@@ -1,7 +1,7 @@
 """A fault, and which tests are to notice it.
 
-In `find`, which must be in the file once, «» marks the replaced part where that is not all. Of C++ and CUDA sources this
-part is an expression, or a statement with its semicolon, because both it and its replacement are compiled.
+In `find`, which must be in the file once, «» marks the replaced part where that is not all. Of C++ and CUDA sources
+that is an expression, or a statement with its semicolon, because both it and its replacement are compiled.
 """
 
 from dataclasses import dataclass
