@@ -1,4 +1,4 @@
-"""Which contexts are active on this thread, and whose hooks see what is saved."""
+"""Which contexts are active on this thread, and whose saved-tensor hooks torch calls."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class _Thread(threading.local):
-    """What is active on a thread: its open contexts, the innermost last, closed ones among them."""
+    """The contexts of a thread, the innermost last, closed ones among them."""
 
     def __init__(self) -> None:
         self.active: list[Discarder] = []
@@ -26,7 +26,7 @@ def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | Non
 
 
 def sees_what_is_saved(discarder: "Discarder") -> bool:
-    """Whether its hooks are the innermost on this thread."""
+    """Whether the hooks of this context are the innermost on this thread."""
     top = top_hooks()
     return top is not None and getattr(top[0], "__self__", None) is discarder
 

@@ -1,4 +1,4 @@
-"""What an op announces of its output, and what its node saves: of these a recipe is made."""
+"""An op's announcement of how to make the output again, and the tensors that the op's node saves."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,28 +8,28 @@ from torch import Tensor, nn
 
 from .recipes import Cell
 
-# A function, and the tensors that it makes the output of.
+# A function, and the tensors from which the function makes the output.
 Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 
 
 class Packed(NamedTuple):
-    """A tensor that the op which was announced saves, and what its node holds in the place of it."""
+    """A tensor that the announced op saves, and the cell that the op's node holds instead."""
 
     tensor: Tensor
     cell: Cell
-    # Whether the cell may come to hold something smaller, which then all who keep the tensor do.
+    # Whether the cell's content may be exchanged later, together with that of all others who keep the tensor.
     is_exchanged: bool
 
 
 class Total(NamedTuple):
-    """Another result of an op than its output, which the op itself saves, such as the sum that is normalised."""
+    """A second result of an op, which the op itself saves, such as the sum that is normalised."""
 
     storage: int
     recipe: Announcement
 
 
 def are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool:
-    """Whether the memory of each is that of one that is saved."""
+    """Whether each tensor shares the memory of a saved one."""
     there = {id(packed.tensor) for packed in saved}
     others = [t for t in tensors if t is not None and id(t) not in there]
     if not others:
@@ -39,8 +39,11 @@ def are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool
 
 
 def outlasting(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of a norm's weight that may be gone when the recipe is asked for: a sharded one is gathered
-    when its own module's backward pass begins, and what reads the module's output comes before."""
+    """The tensor, or a copy of a sharded norm's weight, which may be gone when the recipe runs.
+
+    A sharded weight is gathered when the backward pass of its module begins; readers of the module's output, which run
+    the recipe, come before.
+    """
     if tensor.dim() != 1 or not (tensor.requires_grad or isinstance(tensor, nn.Parameter)):
         return tensor
     is_sharded = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""What the ops say of their outputs, while these are let go of: how they can be made again."""
+"""How ops announce recipes for their outputs, while outputs are let go of."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from .announced import Announcement, Total
 def announce(
     announcement: Announcement | None, elementwise: bool = False, total: tuple[Tensor, Announcement] | None = None
 ) -> None:
-    """From within an op's forward: how its output can be had again, from what it keeps anyway; None if it cannot.
+    """Called within an op's forward: how to make the output again from kept tensors; None where that cannot be done.
 
-    What an `elementwise` op saves may be a product that runs again, where that was asked for. `total` is another
-    result, which the op saves, and how that can be had.
+    A tensor that an `elementwise` op saves may be a product that runs again, where that was asked for. `total` is a
+    second result, which the op saves, and how to make that again.
     """
     discarder = innermost()
     if discarder is None:
@@ -29,7 +29,11 @@ def announce(
 
 
 def announce_in_layer(announcement: Announcement) -> bool:
-    """The same of a product, which runs again within a layer alone, before its op; whether it is to be recorded."""
+    """The same for a matrix product, before the product runs; such recipes exist only within a layer.
+
+    Returns:
+        Whether `record` is to be called with the result.
+    """
     discarder = discarding()
     if discarder is None or not discarder.is_in_layer:
         return False
@@ -38,7 +42,7 @@ def announce_in_layer(announcement: Announcement) -> bool:
 
 
 def record(output: Tensor, recipe: Announcement | None = None) -> None:
-    """From now on what reads `output` for a gradient, and is discarding, keeps a recipe in the place of it.
+    """From now on readers that save `output` within the context keep a recipe instead.
 
     After an op's forward: the recipe is the one that was announced. Of another output it is given, and is kept as long
     as the output is.
@@ -49,8 +53,10 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
 
 
 def note(output: Any, *operands: Any) -> None:
-    """After an operation of torch's, a sum, say: where nobody has written to its operands, so that what it made may be
-    made again from what they were made of; and which number stood for one."""
+    """Called after an operation of torch's, such as a sum: notes on the node that nobody has written to operands.
+
+    The output may then be made again from recipes of the operands. An operand that is a number is noted too.
+    """
     if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
         return
     if output.grad_fn is None or output._version or discarding() is None:

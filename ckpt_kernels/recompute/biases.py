@@ -1,4 +1,4 @@
-"""Which biases are as they were when a module's forward began: copies of these may stand for what was read."""
+"""Which biases nobody has written to since a module's forward began: recipes may read copies of these."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch.nn.parameter import is_lazy
 
 
 class Biases:
-    """The versions of biases when a module's forward began. Before that any parameter's word is taken."""
+    """The versions of biases when a module's forward began. Before that all parameters count as unchanged."""
 
     def __init__(self) -> None:
         # By identity; None before the first call.
@@ -20,7 +20,7 @@ class Biases:
         self._versions = versions
 
     def is_as_used(self, bias: nn.Parameter) -> bool:
-        """Whether nobody has written to a bias since what reads it ran: since the forward began."""
+        """Whether nobody has written to a bias since the forward began, so since any of the forward's ops read it."""
         if self._versions is None:
             return True
         known, version = self._versions.get(id(bias), (None, 0))
@@ -32,7 +32,7 @@ class Biases:
 
 
 def _biases_in(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of at most one dimension in a module and all that it contains; some of them more than once."""
+    """The parameters of at most one dimension in a module and below; some of them more than once."""
     waiting, seen = [module], set()
     for module in waiting:
         own = module.__dict__

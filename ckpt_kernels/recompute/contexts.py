@@ -16,37 +16,37 @@ from .recipes import Cell
 
 
 class discard_outputs(contextlib.ContextDecorator):
-    """While active, what reads a block's output for its own gradient keeps a recipe for it in its place.
+    """While active, a reader that saves a block's output for a gradient keeps a recipe for that output instead.
 
-    Also a decorator: `@discard_outputs()` over a function or a `forward`. It holds for the calling thread, and within
-    another the outer one goes on, with its options. An output is let go of unless as much would be kept to make it
-    again: that of `bias_act` with the identity, relu or leaky_relu stays, and that of `rotary` without a norm where
-    nobody else keeps what it turns. Views of an output count as the output, and so do the copies that autocast makes of
-    it. Where an output has been written to in place, what read it before gets what it read, and what reads it
-    afterwards keeps it, or a recipe with these writes in it if the graph knows them all.
+    Also a decorator: `@discard_outputs()` over a function or a `forward`. A context holds for the calling thread;
+    within another the outer one goes on, with the outer options. An output stays where a recipe would keep as much:
+    that of `bias_act` with the identity, relu or leaky_relu, and that of `rotary` without a norm where nobody else
+    keeps the input. Views of an output count as the output, and so do the copies that autocast makes. After a write in
+    place to an output, earlier readers get the old values back, and later readers keep the tensor, or a recipe with
+    these writes if the graph knows them all.
 
-    What torch's own cheap ops make is let go of likewise, such as the product in `linear(silu(gate) * value)`: if the
-    autograd graph says how it was made, from tensors that the graph keeps anyway, and if these and it have not been
-    written to where autograd does not see it. Writes through `.data` and by others' kernels are seen by nobody, and
-    those to a bias, of which a copy is made for what it was added to, only if the module is given that it belongs to.
+    Outputs of torch's own cheap ops are let go of likewise, such as the product in `linear(silu(gate) * value)`: if the
+    autograd graph tells how the output was made, from tensors that the graph keeps anyway, and if nobody has written to
+    any of them where autograd does not see the write. Writes through `.data` and by others' kernels are seen by nobody.
+    Of a bias the recipe keeps a copy; writes to the bias are seen only if `module` is given.
 
-    What is kept is kept as it was: a parameter that is given other data by the time of the backward pass (`p.data =
-    other`) has the gradient of what ran, and a function of one's own that saves a parameter gets its values back, not
+    Kept tensors keep their values: a parameter that is given other data before the backward pass (`p.data = other`) has
+    the gradient of the values that ran, and a function of one's own that saves a parameter gets the values back, not
     the object with its attributes. The first is so of torch's matrix products, the second of all saved-tensor hooks.
 
-    Where saved-tensor hooks are disabled (torch.func) it does nothing, nor where torch.jit.trace records, and within
-    torch.compile it does nothing either: see `selective_contexts` for that.
+    Where saved-tensor hooks are disabled (torch.func), where torch.jit.trace records, and within torch.compile, the
+    context does nothing; for torch.compile see `selective_contexts`.
 
     Args:
         module: the one whose forward pass runs within.
-        products: matrix products too, where it is `bias_act`, `dyt`, `glu` or `packed_glu` that reads them. They run
+        products: let go of matrix products too, where `bias_act`, `dyt`, `glu` or `packed_glu` reads them. They run
             again in the backward pass. Of biases copies are kept.
-        temporaries: also what is made of a tensor that nothing keeps, such as the sum in `relu(norm(x) + y)`. That is
-            right if no such tensor is written to where autograd does not see it, under `no_grad` or by way of
-            `detach()`: it cannot be told from the graph.
+        temporaries: let go of results of tensors that nothing keeps too, such as the sum in `relu(norm(x) + y)`. That
+            is right if nobody writes to such a tensor where autograd does not see the write, under `no_grad` or by way
+            of `detach()`: the graph cannot tell.
 
     Kept for backward:
-        In the place of an output a recipe, which holds the tensors that the block keeps anyway.
+        A recipe instead of an output, which holds the tensors that the block keeps anyway.
 
     Raises:
         RuntimeError: in the backward pass, where a tensor that a recipe needs has been written to in place since.
@@ -81,7 +81,7 @@ class discard_outputs(contextlib.ContextDecorator):
         if is_recorded or not hooks._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
-        # Within another that sees what is saved, that one goes on: outputs may cross from one to the other.
+        # Within another active context that one goes on: outputs may cross from one to the other.
         hooked = None if discarding() is not None else _hooked(self._products, self._temporaries)
         self._entered.append(hooked)
         if hooked is not None:
@@ -119,7 +119,7 @@ def _hooked(products: bool, temporaries: bool) -> Iterator[None]:
 
 
 def _unpack(packed: Cell) -> Tensor:
-    # Compiled autograd traces through hooks. Versions, locks and what is shared by readers are for no tracer.
+    # Compiled autograd traces through hooks. Versions, locks and shared results are for no tracer.
     return _unpack_untraced(packed) if torch.compiler.is_compiling() else packed.content.get()
 
 
@@ -151,10 +151,10 @@ class DiscardOutputs(nn.Module):
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For torch.compile, which does not use hooks: tells its partitioner to compute blocks again and keep the rest.
+    """For torch.compile, which does not use hooks: tells the partitioner to compute blocks again and keep the rest.
 
-    The compiled model keeps what it would keep within `discard_outputs`. By itself the partitioner takes a block for an
-    op that is too dear to run again, and keeps its input and its output.
+    The compiled model keeps the same tensors as an eager one within `discard_outputs`. By default the partitioner takes
+    a block for an op that is too dear to run again, and keeps input and output.
 
     Returns:
         The two contexts that the `context_fn` of `torch.utils.checkpoint.checkpoint` returns.

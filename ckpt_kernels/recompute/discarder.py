@@ -1,4 +1,4 @@
-"""What is kept in the place of each tensor that is saved, while outputs are let go of: the state of the contexts.
+"""The state of one context: for each saved tensor the decision whether the tensor or a recipe is kept.
 
 A `Discarder` is asked for every tensor that a node of the autograd graph saves, and answers with a `Cell`: the tensor
 itself, or a recipe, which comes from the block that made the tensor, or from the graph behind it (see `provenance`).
@@ -34,8 +34,8 @@ from .recipes import (
     watching,
 )
 
-# A recipe may need an output that was let go too, and so on. Past this many the output is kept, so that what stands in
-# memory while a chain is rebuilt, and what is computed more than once, stay small.
+# A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
+# chain takes little memory, and little is computed more than once.
 LONGEST_CHAIN = 8
 
 
@@ -49,20 +49,19 @@ class Discarder:
         self.biases = Biases()
         self._outer = top_hooks()
         self.is_closed = False
-        # Of the op whose forward is over and whose output is not there yet.
+        # Of the op whose forward has run, and whose output `record` has not been given yet.
         self.announced: Announcement | None = None
         self.saved: list[Packed] | None = None
         self.is_elementwise = False
         self.total: Total | None = None
         # Within a layer products run again, whoever reads them.
         self.is_in_layer = False
-        # Whether nothing is let go of but what was recorded before.
+        # Whether only outputs that were recorded before are let go of.
         self.is_paused = False
         self._edges = Edges()
 
     def hold(self, tensor: Tensor) -> None:
-        """Marks a tensor at a layer's edge as kept as it is, unless one step makes it again from what is kept anyway.
-        So no recipe reaches from layer to layer."""
+        """Keeps a tensor at a layer's edge, so that no recipe reaches on, unless one step makes it of kept tensors."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
             entry = self._entries.of(tensor)
             recipe = None if entry is None else entry.recipe()
@@ -70,12 +69,12 @@ class Discarder:
                 self._edges.add(tensor)
 
     def held_at(self, node: Any, output: int) -> Operand | None:
-        """What is held of a node's results, as it was then."""
+        """The held result of a node, as an operand."""
         tensor = self._edges.made_by(node, output)
         return None if tensor is None else self._packed(tensor)
 
     def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
-        """The output of the op that was announced; or another one, whose recipe is given and lasts as long as it."""
+        """Takes the output of the announced op, or another output with a recipe, which lasts as long as that output."""
         if recipe is not None:
             made = self._recipe(*recipe, ())
             self._entries.add(output, lambda: made)
@@ -88,8 +87,8 @@ class Discarder:
         made = self._recipe(*announced, saved)
         if self._keeps(made, announced[1], saved) >= output.nbytes:
             return
-        # It lasts as long as what the op's node saves, where it keeps no more than that. So it is there for what the
-        # graph says of another tensor, which may lead to this node when the output is gone.
+        # A recipe of saved tensors alone lasts as long as the node that saves them. So the recipe is there when a look
+        # at the graph behind another tensor comes to this node and the output is gone.
         if saved and are_among(announced[1], saved):
             saved[0].cell.attached = made
             entry = self._entries.add(output, weakref.ref(made))
@@ -107,13 +106,13 @@ class Discarder:
         return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
 
     def _keeps(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> int:
-        """Bytes that a recipe alone keeps: nothing is gained by one that keeps as much as it makes again."""
+        """Bytes that only the recipe keeps: a recipe that keeps as much as the output gains nothing."""
         pairs = zip(tensors, recipe.operands, strict=True)
         kept = [t for t, o in pairs if t is not None and o is not None and not (t.is_leaf or o.depth)]
         return sum(t.nbytes for t in kept if not (are_among((t,), saved) or self._edges.of(t) is not None))
 
     def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
-        """What the op's node holds of a tensor, if it holds that to the end; else the tensor is packed for the recipe.
+        """The content of the node's cell, if the node keeps it to the end; else the tensor is packed for the recipe.
 
         The content alone: a cell that holds the recipe would be held by it.
         """
@@ -122,7 +121,7 @@ class Discarder:
             if packed.tensor is lasting and not packed.is_exchanged:
                 if isinstance(packed.cell.content, Kept):
                     return packed.cell.content
-                # What others packed is unpacked once for both.
+                # A tensor that outer hooks packed is unpacked once for both.
                 if isinstance(packed.cell.content, Foreign) and (shared := self.share(packed.cell)) is not None:
                     return shared
         return self._operand_of(self._packed(lasting))
@@ -134,8 +133,10 @@ class Discarder:
 
     @contextlib.contextmanager
     def at(self, level: str) -> Iterator[None]:
-        """Within, outputs are let go of as at a level of `convert`, whatever is around: at "block" none are that are
-        made within."""
+        """A context in which outputs are let go of as at a level of `convert`, whatever the level around.
+
+        At "block" none are let go of that are made within.
+        """
         before = self.is_paused, self._products, self.is_in_layer
         self.is_paused, self._products = level == "block", level in ("all", "layer")
         self.is_in_layer = level == "layer"
@@ -146,15 +147,15 @@ class Discarder:
 
     @property
     def level(self) -> str:
-        """The level of `convert` as at which outputs are let go of now."""
+        """The level of `convert` that holds now."""
         if self.is_paused:
             return "block"
         return "layer" if self.is_in_layer else "all" if self._products else "output"
 
     def close(self) -> None:
-        """From now on recipes live by their claims alone, and whatever is saved from now on is kept as it is."""
+        """From now on recipes live by their claims alone, and tensors saved from now on are kept."""
         self.is_closed = True
-        # Nodes of the graph know this context longer than they keep tensors, and hooks around may hold some.
+        # Nodes refer to this context longer than they keep tensors, and the hooks around may hold tensors.
         self._outer = None
         self._entries.clear()
         self._edges.clear()
@@ -162,7 +163,7 @@ class Discarder:
         self.announced = self.saved = self.total = None
 
     def pack(self, tensor: Tensor) -> Cell:
-        # Closed where these hooks could not be taken off, in another thread: this is the first chance to.
+        # The context was closed in another thread, where these hooks could not be taken off: this is the first chance.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         if self._edges.held and type(tensor) is Tensor and tensor.layout is torch.strided:
@@ -172,7 +173,7 @@ class Discarder:
         return self._packed(tensor)
 
     def _packed(self, tensor: Tensor) -> Cell:
-        # What is packed for a recipe is nothing that the op saves.
+        # Tensors that are packed for a recipe do not count as saved by the op.
         saved, self.saved = self.saved, None
         found = None if self.is_closed else self._recipe_for(tensor)
         if found is None and self.total is not None and self.is_in_layer:
@@ -184,7 +185,7 @@ class Discarder:
             packed, unpack = self._outer
             cell = Cell(Foreign(packed(tensor), unpack), self, tensor, watching(tensor))
         else:
-            # Without its graph: a node that keeps its own output would otherwise keep itself alive.
+            # Detached: a node that keeps its own output would otherwise keep itself alive.
             kept = tensor.detach()
             cell = Cell(Kept(kept, kept._version), self, tensor, kept)
         if self.saved is not None and tensor.layout is torch.strided:
@@ -204,7 +205,7 @@ class Discarder:
     def _recipe_for(self, tensor: Tensor) -> Recipe | Tensor | None:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
             return None
-        # What has no graph, by way of `detach()`, may be read when the weights that its recipe needs have been stepped.
+        # A detached tensor may be read after a step of the optimizer, which changes the weights that a recipe needs.
         root = tensor if tensor._base is None else tensor._base
         if root.grad_fn is None or self._edges.of(tensor) is not None:
             return None
@@ -217,10 +218,10 @@ class Discarder:
         return None if self.is_paused else self._traced(tensor)
 
     def _recipe_of_total(self, total: Total, tensor: Tensor) -> Recipe | None:
-        """Within a layer, of a sum whose parts are to be had."""
+        """Within a layer, the recipe of a sum from recipes of the parts."""
         if tensor.untyped_storage()._cdata != total.storage:
             return None
-        # It is asked for its parts only once: they are packed too.
+        # Only once: packing the parts comes back here.
         self.total = None
         helds = [self._edges.of(t) for t in total.recipe[1] if t is not None]
         if any(held is not None and not held.is_saved for held in helds):
@@ -232,7 +233,7 @@ class Discarder:
         return None
 
     def _traced(self, tensor: Tensor) -> Recipe | Tensor | None:
-        """A recipe from the graph behind a tensor, or behind what it is a view of.
+        """A recipe from the graph behind a tensor, or behind the tensor's base.
 
         Where there is none for the result of a node that saves its result, this result: there may be one later.
         """
@@ -246,7 +247,7 @@ class Discarder:
         products = self.is_in_layer or (self._products and self.is_elementwise)
         if not provenance.is_made_cheaply(name, products):
             return None
-        # A copy made to be read would lose its tangent.
+        # A rebuilt copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
         trace = Trace(self, self._temporaries, products)
@@ -268,12 +269,12 @@ class Discarder:
         return self.biases.is_as_used(bias)
 
     def share(self, known: Cell | Block) -> Operand | None:
-        """What is known, as one more recipe's operand."""
+        """A cell or a block's output, as an operand of one more recipe."""
         if isinstance(known, Block):
             recipe = known.recipe()
             return None if recipe is None else Claim(recipe, None)
         if isinstance(known.content, Foreign):
-            # What others packed they may give back only once, as torch's checkpoint does.
+            # Outer hooks may unpack only once, as torch's checkpoint does.
             known.content = Claim(Recipe(known.content.get, (), 0), None)
         claim = known.content
         if not isinstance(claim, Claim):
@@ -283,7 +284,7 @@ class Discarder:
         return Unwritten(shared, known.watch, known.version) if is_foreign and known.watch is not None else shared
 
     def exchange(self, own: Cell, step: Step) -> None:
-        """A node's result can be made again: all who keep it let go of it, if none keeps another state of it."""
+        """Puts a recipe in the place of a node's result for all who keep it, if all keep the same version."""
         result = own.attached
         if own.owner is not self or not isinstance(result, Result) or step.depth >= LONGEST_CHAIN:
             return

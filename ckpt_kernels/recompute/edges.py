@@ -8,10 +8,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class Held:
-    """What comes into a layer or goes out of it: it is kept as it is if somebody saves it, and nothing behind it is
-    looked for.
+    """A tensor at the edge of a layer: kept if somebody saves it, and never replaced by a recipe.
 
-    Recipes read it only if a node saves it too (`is_saved`): then torch would refuse a write to it as well.
+    Recipes read such a tensor only if a node saves it too (`is_saved`): then torch would refuse a write as well.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -22,7 +21,7 @@ class Held:
 
 
 class Edges:
-    """What is held now, found by its memory."""
+    """The held tensors, found by their memory."""
 
     def __init__(self) -> None:
         # By the address of the storage.
@@ -35,14 +34,14 @@ class Edges:
         self.held[held.storage.cdata] = held
 
     def of(self, tensor: Tensor) -> Held | None:
-        """What is held of a tensor's memory, if nobody has written to it since."""
+        """The held tensor with the memory of `tensor`, if nobody has written to that since."""
         held = self.held.get(tensor.untyped_storage()._cdata) if self.held else None
         if held is None or held.storage.expired() or held.version != tensor._version:
             return None
         return held
 
     def made_by(self, node: Any, output: int) -> Tensor | None:
-        """The tensor that is held of a node's results, if a node saves it, and nobody has written to it since."""
+        """The held result of a node, if a node saves this tensor, and nobody has written to it since."""
         for held in self.held.values():
             tensor = held.tensor()
             if tensor is None or tensor.output_nr != output:

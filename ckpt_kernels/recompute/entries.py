@@ -12,10 +12,10 @@ from .recipes import Recipe
 
 
 class Entry(NamedTuple):
-    """A tensor that may be discarded, as long as its memory is there and unchanged.
+    """An output that may be discarded, as long as the memory is there and unchanged.
 
-    The tensor that was returned may be gone while a view of it lives, so that it is by its memory that it is known.
-    `output` is that tensor, as long as Python has it.
+    The output may be gone while a view lives, so that the memory is the key. `output` refers to the tensor, as long as
+    Python has it.
     """
 
     storage: StorageWeakRef
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 class Entries:
-    """All of them, by the address of their storage; those whose memory is gone are swept now and then."""
+    """All entries, by the address of the storage; entries whose memory is gone are swept now and then."""
 
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
@@ -36,7 +36,7 @@ class Entries:
         return len(self._entries)
 
     def of(self, tensor: Tensor) -> Entry | None:
-        """That of a tensor's memory."""
+        """The entry of a tensor's memory."""
         entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
         return entry if entry is not None and not entry.storage.expired() else None
 
@@ -45,7 +45,7 @@ class Entries:
         if len(entries) >= self._most:
             for key in [key for key, entry in entries.items() if entry.storage.expired()]:
                 del entries[key]
-            # So a sweep is paid for by as many entries as it looks at.
+            # Entries double between two sweeps, so that the time for n entries grows as n.
             self._most = max(64, 2 * len(entries))
         storage = StorageWeakRef(output.untyped_storage())
         entry = Entry(storage, weakref.ref(output), output.dtype, output._version, recipe)

@@ -13,26 +13,25 @@ from .discarder import Discarder
 
 
 class layer:
-    """A function, or a module, of which the backward pass runs all products again but the last: a layer of a network.
-    What it makes is called as the function is; it is no module.
+    """A layer of a network, as a function or a module, whose backward pass runs all products again but the last.
 
-    What goes into it is kept, and what its attention saves of its own result. Queries, keys and values, the product of
-    attention's output, what the MLP begins with, norms, gates and rotations are made again, once, when the
-    backward pass comes to the layer. Neither attention runs again nor the last product: a checkpoint of the layer runs
-    both for nothing.
+    The object is called as the function is, and is no module. Kept are the layer's input and the part of attention's
+    result that attention saves. Queries, keys and values, the product of attention's output, the first products of the
+    MLP, norms, gates and rotations are made again, once, when the backward pass comes to the layer. Neither attention
+    runs again nor the last product: a checkpoint of the layer runs both for nothing.
 
     A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones), and the
     last one too where a norm reads it. Kept are products of three dimensions, as of an attention that is written out,
     outputs of convolutions, and plain sums of products that a norm reads: those of `add_rms_norm` and `add_layer_norm`
-    are made again. Around a function that is no module
-    it is not seen whether a bias is written to in the forward pass. Under no_grad and torch.compile it does nothing.
+    are made again. Where the function is no module, writes to a bias in the forward pass are not seen. Under no_grad
+    and torch.compile a layer does nothing.
 
     Args:
         function: anything that is called with tensors, and returns tensors, by themselves or in a tuple, list or dict.
 
     Kept for backward:
-        Tensors that are given to it and that come out of it, if somebody's gradient needs them, and what no recipe can
-        make again; copies of biases.
+        The layer's inputs and outputs, if somebody's gradient needs them; tensors that no recipe can make again; copies
+        of biases.
 
     Raises:
         RuntimeError: in the backward pass, where a tensor that is to be read again has been written to in place since.
@@ -54,7 +53,7 @@ class layer:
 
 
 def run_as_layer(function: Callable[..., Any], module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """See `layer`; the module is that whose forward runs."""
+    """See `layer`. `module` is the one whose forward runs, if there is one."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     with discard_outputs(module, products=True):
@@ -72,7 +71,7 @@ def run_at(
     kwargs: dict[str, Any],
     alone: bool = False,
 ) -> Any:
-    """A module's forward at a level of its own, whatever that of the contexts around it.
+    """A module's forward at a level of its own, whatever the level of the contexts around.
 
     Args:
         level: "block", "output", "all" or "layer", as of `convert`.

@@ -1,4 +1,4 @@
-"""What a node of the autograd graph holds in the place of the tensors that it saves, and what is noted on it."""
+"""What a node of the autograd graph holds for each saved tensor, and notes on nodes."""
 
 import weakref
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from .rules import Rule
 
 # A node, and which of its outputs.
 Edge = tuple[Any, int]
-# Under which name a node holds what is noted of its operands: the number that stood for one, else None.
+# The key of a note in a node's metadata. The note has an entry for each operand: its value if a number, else None.
 _NOTED = "ckpt_kernels"
 NUMBERS = (int, float)
 
 
 class Result(NamedTuple):
-    """Who keeps the result of a node that saves its result, first of all the node itself."""
+    """All who keep the result of a node that saves the result, first of all the node itself."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -33,30 +33,30 @@ def packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:
 
 
 def result_cell(node: Any) -> Cell | None:
-    """What a node that saves its result holds."""
+    """The cell of a node that saves the result."""
     own = packed(node, "result")
     return own if isinstance(own, Cell) else None
 
 
 def packed(node: Any, name: str) -> Any:
-    """What a node holds in the place of a tensor: a cell, a number that stood for a tensor, or None for all else."""
+    """A node's content for a saved tensor of that name: a cell, a number in the place of a tensor, else None."""
     try:
         saved = getattr(node, f"_raw_saved_{name}")
         held = saved.data
         if isinstance(held, Cell):
             return held
-        # A Python number, of which torch makes a tensor that it does not give to hooks.
+        # A Python number: torch wraps such an operand in a tensor that hooks do not see.
         if saved.unpack_hook is None and isinstance(held, Tensor) and held.dim() == 0 and held.is_cpu:
             number = held.item()
             return number if isinstance(number, NUMBERS) and held._version == 0 else None
     except (AttributeError, RuntimeError):
-        # A torch that does not show this, or a graph whose tensors are freed.
+        # This torch does not show saved tensors, or the graph's tensors are freed.
         pass
     return None
 
 
 def packed_beside(node: Any, name: str) -> list[Cell | None]:
-    """What a node holds that is no operand, with None for what it does not hold as a cell."""
+    """A node's cells for saved tensors that are no operands; None for contents that are no cells."""
     try:
         saved = getattr(node, f"_raw_saved_{name}")
         several = saved if isinstance(saved, tuple | list) else (saved,)
@@ -66,23 +66,23 @@ def packed_beside(node: Any, name: str) -> list[Cell | None]:
 
 
 def is_as_made(tensor: Tensor) -> bool:
-    """Whether nobody has written to a tensor. (A parameter is asked about when it is read again.)"""
+    """Whether nobody has written to a tensor. (Of a parameter the version is compared later, at the reading.)"""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
     return plain and (tensor._version == 0 or tensor.is_leaf)
 
 
 def note(node: Any, numbers: tuple[float | None, ...]) -> None:
-    """That the operands of a node are as they were made."""
+    """Notes on a node that nobody has written to the operands."""
     node.metadata[_NOTED] = numbers
 
 
 def noted(node: Any) -> tuple[float | None, ...]:
-    """What `note` has said of a node; () where nothing is said."""
+    """The note on a node; () where there is none."""
     return node.metadata.get(_NOTED, ())
 
 
 def is_cast_by_autocast(node: Any) -> bool:
-    """Whether a node's output is what autocast makes of a parameter."""
+    """Whether a node's output is autocast's cast of a parameter."""
     if node is None or node.name() != "ToCopyBackward0":
         return False
     maker = node.next_functions[0][0]

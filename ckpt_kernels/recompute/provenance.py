@@ -4,9 +4,9 @@ Each node of the graph says by its name which op it is the gradient of, and hold
 the op's own operands. So a tensor that a cheap op made can be made again, to the last bit, from tensors that its node
 keeps in any case. A `Trace` finds out how, or finds nothing: what is not in the tables of `rules` is not made again.
 
-An operand that its node did not save is looked for behind the node's edge, and an edge says which op made the operand
-but not whether somebody wrote to it afterwards where autograd does not see it (under no_grad, through `detach()`). So
-there has to be evidence that nobody did: a version counter that still stands where it stood.
+An operand that the node did not save is looked for behind the node's edge. An edge tells which op made the operand, but
+not whether somebody wrote to the operand later where autograd does not see the write (under no_grad, through
+`detach()`). So there has to be evidence that nobody did: an unchanged version counter.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from .nodes import Edge
 from .recipes import Cell, Operand, Step
 from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS
 
-# Past this many ops the tensor is kept, so that a look at the graph and what it finds stay short.
+# Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12
-# Of a block's output, in place.
+# At most so many writes in place to a block's output.
 MOST_WRITES = 4
 
 
 class Block(NamedTuple):
-    """A block's output, as its node knows it: a recipe, and what tells whether the output has been written to."""
+    """A block's output, as the block's node knows it: a recipe, and the version that shows later writes."""
 
     owner: Any
     recipe: Callable[[], Any]
@@ -41,7 +41,7 @@ class Block(NamedTuple):
 
 
 class Source(Protocol):
-    """Who packs what nodes save, and shares it."""
+    """Packs the tensors that nodes save, and shares the cells."""
 
     def share(self, known: Cell | Block) -> Operand | None: ...
 
@@ -68,7 +68,7 @@ class Trace:
         self._steps = 0
         # Whether a value is made of anything but copies of biases.
         self.is_grounded = False
-        # What is known to be at an edge, and nodes whose output nobody wrote to but by the node that follows.
+        # The known contents of edges; and nodes whose output nobody wrote to but the node that follows.
         self._known: dict[Edge, Cell | Block] = {}
         self._trusted: list[Any] = []
 
@@ -109,8 +109,9 @@ class Trace:
         return Step(rule.function, operands, options)
 
     def is_written_by_graph(self, node: Any, storage: int, version: int) -> bool:
-        """Whether a tensor, now at this version, is what `node` wrote over its operand; or a block's output, which has
-        been written to by `node` and those before it alone.
+        """Whether `node` and the nodes before it are the only ones that wrote to a tensor, now at this version.
+
+        The tensor is the node's operand, written over, or a block's output.
 
         As many writes as nodes: had one of these not been in place, the memory would be another's; had there been
         another write, there would be more writes than nodes.
@@ -127,7 +128,7 @@ class Trace:
         return True
 
     def _nodes_to_block(self, node: Any) -> tuple[list[Any], Block | None]:
-        """The nodes by which, each by its first operand, one comes to a block's."""
+        """The nodes on the way to a block's, each reached by the first operand of the one before."""
         nodes: list[Any] = []
         output = 0
         while node is not None and len(nodes) <= MOST_WRITES:
@@ -147,7 +148,7 @@ class Trace:
         return block if isinstance(block, Block) and block.owner is self._source else None
 
     def learn(self, node: Any) -> None:
-        """What a node shows of its neighbours by saving several, where it did not write over the first."""
+        """Learns the contents of a node's edges, where the node saves several operands and wrote over none."""
         rule = self._rules[node.name()]
         if rule.saved is None or len(rule.saved) < 2 or rule.saved[1] is None:
             return
@@ -155,7 +156,7 @@ class Trace:
         packed = nodes.packed_operands(node, rule, edges)
         cells = [(edge, held) for edge, held in zip(edges, packed, strict=False) if isinstance(held, Cell)]
         for edge, cell in cells:
-            # At version 0 it is what its node made.
+            # At version 0 nobody has written to the tensor since its node made it.
             if cell.version == 0 and cell.is_unwritten():
                 self._known[edge] = cell
         for (maker, _), cell in cells:
@@ -163,7 +164,7 @@ class Trace:
                 self._exchange_result(maker, cell)
 
     def _exchange_result(self, node: Any, cell: Cell) -> None:
-        """In x * sigmoid(x) both nodes keep the sigmoid, and the product's keeps x, from which it can be made."""
+        """In x * sigmoid(x) both nodes keep the sigmoid, and the product's node keeps x, which gives the sigmoid."""
         own = nodes.result_cell(node)
         if own is None or own.depth or own.version or cell.version or not own.is_unwritten():
             return
@@ -180,7 +181,7 @@ class Trace:
         return self._source.share(held)
 
     def _behind(self, edge: Edge, is_as_made: bool = False) -> Operand | float | None:
-        """What is at an edge, if it is there to be had and nobody wrote to it since its node made it."""
+        """The tensor at an edge, if there is a way to get the tensor, and nobody wrote to it since its node made it."""
         node, output = edge
         if node is None:
             return None
@@ -203,11 +204,11 @@ class Trace:
             return self._copied(node.variable)
         if is_as_made or name in VIEWS or node in self._trusted or self._is_written_output(node):
             return self.value(node, output)
-        # How a clone lies in memory is not known, and what reads it may go by that.
+        # The strides of a clone are not known, and a reader may depend on them.
         return self.value(node, output) if self._temporaries and name != "CloneBackward0" else None
 
     def _is_written_output(self, node: Any) -> bool:
-        """Whether the node's output is a block's, written to by this node and those before it alone."""
+        """Whether the node's output is a block's output that only this node and those before it wrote to."""
         block = self._nodes_to_block(node)[1]
         output = None if block is None else block.output()
         if block is None or output is None or output.grad_fn is not node:
@@ -215,7 +216,7 @@ class Trace:
         return self.is_written_by_graph(node, block.storage.cdata, output._version)
 
     def _copied(self, leaf: Tensor) -> Operand | None:
-        """A bias: a copy of it costs nothing beside its rows, and neither an optimizer nor sharding changes it."""
+        """A copy of a bias, which is small beside the rows, and which no optimizer and no sharding changes."""
         if not isinstance(leaf, nn.Parameter) or leaf.dim() > 1 or type(leaf.data) is not Tensor:
             return None
         if not self._source.is_as_used(leaf):
@@ -224,7 +225,7 @@ class Trace:
 
 
 def _wrote_over_operand(node: Any, version: int) -> bool:
-    """Whether a node's output, now at this version, has been written to by the node alone, over its operand.
+    """Whether a node wrote its output, now at this version, over its operand, and nobody else wrote to that.
 
     Where a node writes over what its gradient needs torch saves a clone of that, to which the node has no edge.
     """
@@ -244,7 +245,7 @@ def saves_result(name: str) -> bool:
 
 
 def fills_memory(tensor: Tensor) -> bool:
-    """Whether it is an ordinary tensor that fills its memory, so that something is gained when it goes."""
+    """Whether a tensor is an ordinary one that fills its memory, so that letting go of it gains memory."""
     return (
         tensor.dtype.is_floating_point
         and tensor.device.type in ("cpu", "cuda")
