@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ckpt_kernels import palette
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 from ckpt_kernels.recompute import selective_contexts
 
@@ -233,7 +234,7 @@ def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> None:
             y,
             s=110 if ours else 70,
             marker="o" if ours else "s",
-            color=figures.color_of(result["provider"]),
+            color=palette.color_of(result["provider"]),
             label=result["provider"],
             alpha=0.85,
             zorder=2,
@@ -264,7 +265,7 @@ def draw_overview(results: list[dict[str, Any]], path: pathlib.Path, about: dict
             textcoords="offset points",
             fontsize=9,
             horizontalalignment="right" if left else "left",
-            color=figures.color_of(result["provider"]),
+            color=palette.color_of(result["provider"]),
         )
     axis.set_title(_finding(own), fontsize=11)
     figures.save(figure, path, about)

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import ckpt_kernels
+from ckpt_kernels import palette
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
@@ -162,7 +163,7 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any
         )
         for result in own:
             x, y = result["saved_bytes"] / 2**20, result["times_eager"]
-            axis.scatter(x, y, s=90, color=figures.color_of(result["provider"]), label=result["provider"], zorder=2)
+            axis.scatter(x, y, s=90, color=palette.color_of(result["provider"]), label=result["provider"], zorder=2)
             if result["largest_batch"]:
                 # What is far to the right is named to its left, within the picture.
                 right = x > 0.8 * max(other["saved_bytes"] for other in own) / 2**20

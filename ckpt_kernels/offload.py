@@ -28,10 +28,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .convert.loads import named_modules, tensors_of
 from .convert.rule import Forward
 from .convert.swap import may_be_swapped, surround
-from .discarder import top_hooks
 from .host import from_host, to_host
-from .recipes import Unwritten, watching
 from .recompute import discarding, run_at
+from .recompute.active import top_hooks
+from .recompute.recipes import Unwritten, watching
 from .runs.arguments import unwritten
 
 # Smaller ones stay: their copies cost more than their memory is worth.

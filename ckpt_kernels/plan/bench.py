@@ -23,7 +23,7 @@ from ..copies import copied, twin_of
 from ..levels import CHECKPOINT, WITHIN_CHECKPOINT
 from ..memory import random_numbers_kept
 from ..runs import Place, is_sharded
-from ..target import tensors_in
+from ..values import tensors_in
 from .layers import layers_of
 from .marks import Point, Recorder, marking, peak_of
 

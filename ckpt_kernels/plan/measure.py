@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..check import described, different
 from ..convert.loads import modules_of
 from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODULES, WITHIN_CHECKPOINT
+from ..model_state import described, different
 from ..watching import watched
 from .bench import EAGER, Bench, ByLayer, InRuns, StepCost, is_out_of_memory
 from .costs import FIXED, Checkpointed, Cost, Stage

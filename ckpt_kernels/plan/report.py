@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..levels import NONE
-from ..memory_table import size, spanned
+from ..memory.table import size, spanned
 from .costs import FIXED, Assignment, StageAt, stages_of
 
 if TYPE_CHECKING:
