@@ -16,3 +16,8 @@ OF_LAYERS = (NONE, *OF_MODELS)
 OF_MODULES = (*OF_LAYERS, CHECKPOINT)
 # What there is within a checkpoint by itself.
 WITHIN_CHECKPOINT = "output"
+
+
+def of_blocks(level: str) -> str:
+    """The level of the blocks in what has a level: "layer" is "all" within."""
+    return "all" if level == "layer" else level

@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import backends
 from ..functional.mlps import tiles_for
+from ..levels import of_blocks
 from ..memory import kept_bytes
 from ..models import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
@@ -28,7 +29,7 @@ from .later import Continued, looked_for
 from .leaves import Leaves
 from .likeness import looks_like_activation, looks_like_several
 from .loads import is_set, modules_of, named_modules, tensors_of
-from .methods import looks_like_mlp, written_of
+from .methods import Written, looks_like_mlp, written_of
 from .norms import Norm
 from .noticing import forget
 from .planned import AtLevel, Levels, Planned, Touched
@@ -180,7 +181,7 @@ class _Conversion(Leaves):
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = chain_of(module, self.levels.of(module), self.selection.covers)
+        rule: Rule | None = chain_of(module, of_blocks(self.levels.of(module)), self.selection.covers)
         reason = ""
         if rule is None:
             rule, reason = written_of(module, self.levels.of(module), self.selection.covers)
@@ -239,7 +240,8 @@ class _Conversion(Leaves):
 
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a norm in it is converted, as in layers, and not in most experts."""
-        return any(isinstance(self.rules.get(below), Norm) for below in modules_of(module))
+        rules = [self.rules[below] for below in modules_of(module) if below in self.rules]
+        return any(isinstance(rule, Norm) or (isinstance(rule, Written) and rule.has_norm) for rule in rules)
 
 
 def _above_lists(model: nn.Module) -> dict[nn.Module, None]:

@@ -124,9 +124,8 @@ class Levels:
         self.named[module] = level, places
 
     def of(self, module: nn.Module) -> str:
-        """The level of what is in a module: "layer" is "all" within."""
-        level = self._level.get(module, self.whole)
-        return "all" if level == "layer" else level
+        """The level of a module, or of what it is in."""
+        return self._level.get(module, self.whole)
 
     def __str__(self) -> str:
         if not self.is_by_module:
