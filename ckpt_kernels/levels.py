@@ -13,7 +13,7 @@ wherever one is given or shown: in `convert`, in plans and their files, in table
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 OF_FUNCTIONS = ("block", "output", "all")
@@ -42,6 +42,14 @@ class Policy:
 
     def __str__(self) -> str:
         return self.level if self.tiles is None else f"{self.level}, tiles={self.tiles}"
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.level == CHECKPOINT
+
+    def inside(self) -> "Policy":
+        """That of what is inside, for a checkpoint; any other itself."""
+        return replace(self, level=WITHIN_CHECKPOINT) if self.is_checkpoint else self
 
     @staticmethod
     def read(text: Any, levels: Sequence[str]) -> "Policy | None":

@@ -68,8 +68,8 @@ def convert(
             that has norms, what goes into it and what its attention saves of its result (see `recompute.layer`).
             Or levels by module: a `Plan`, or a mapping of modules' names (with * and ?) to levels, each for all that is
             below the module, a later one before an earlier one; of what is not named "output". There a module may
-            also be left as it is, "none", or be checkpointed, "checkpoint". "output", "all", "layer" and "checkpoint" may
-            have tiles of their own: "all, tiles=4".
+            also be left as it is, "none", or be checkpointed, "checkpoint". All but "none" and "block" may say how many
+            tiles there are: "all, tiles=4".
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
         logits: the name (with * and ?) of the linear layer that makes a language model's logits, such as "lm_head".

@@ -3,14 +3,14 @@
 import fnmatch
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODELS, OF_MODULES, WITHIN_CHECKPOINT, Policy
+from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
 from ..recompute import run_at
 from ..runs import Place, run_in
 from .around import _is_transformed, selecting
@@ -115,11 +115,8 @@ class Levels:
                 if module in below:
                     continue
                 below.update(modules_of(module))
-                if policy.level == CHECKPOINT:
-                    inside = replace(policy, level=WITHIN_CHECKPOINT)
-                    self._cover(module, inside, (Place(len(self._level), 0, True),))
-                else:
-                    self._cover(module, policy, ())
+                places = (Place(len(self._level), 0, True),) if policy.is_checkpoint else ()
+                self._cover(module, policy.inside(), places)
 
     def _cover(self, module: nn.Module, policy: Policy, places: tuple[Place, ...]) -> None:
         """Whatever was said of what is below before no longer holds."""
@@ -157,4 +154,3 @@ class Touched(Selection):
 
     def covers(self, module: nn.Module) -> bool:
         return super().covers(module) and self._levels.of(module) != NONE
-

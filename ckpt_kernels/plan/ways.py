@@ -114,8 +114,8 @@ def predicted(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, flo
     """The peak in bytes and the seconds of a step with an assignment.
 
     Raises:
-        ValueError: a stage has no such level there; a checkpoint has stages that may not run twice, or that do not follow
-            each other.
+        ValueError: a stage has no such level there; a checkpoint has stages that may not run twice, or that do not
+            follow each other.
     """
     need, seconds = _through(Chain(stages), assignment, nested=False)
     return max(need, 0), seconds
