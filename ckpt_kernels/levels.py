@@ -7,8 +7,9 @@ all         and of the product that made its input                       functio
 layer       a layer keeps its input and what attention gives             modules, models
 checkpoint  a layer keeps its input alone; "output" inside               modules
 
-Of a model or a module a level may say how many tiles its MLPs take their rows in: "all, tiles=4". It is spelled so
-wherever one is given or shown: in `convert`, in plans and their files, in tables.
+Of a model or a module a level may say how many tiles its MLPs take their rows in: "all, tiles=4". Of a module it may
+say that what is kept waits in host memory: "output, offload", "all, tiles=4, offload". It is spelled so wherever one is
+given or shown: in `convert`, in plans and their files, in tables.
 """
 
 import re
@@ -26,6 +27,8 @@ OF_MODULES = (*OF_LAYERS, CHECKPOINT)
 WITHIN_CHECKPOINT = "output"
 # Where MLPs do not keep all that is between their products.
 IN_TILES = ("output", "all", "layer", CHECKPOINT)
+_OFFLOAD = "offload"
+_SPELLED = rf"(\w+)(?:, ?tiles=([1-9]\d*))?(, ?{_OFFLOAD})?"
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,16 @@ class Policy:
     Attributes:
         level: its name.
         tiles: how many parts MLPs take their rows in; None where nothing is said of it.
+        is_offloaded: whether what is kept waits in host memory.
     """
 
     level: str
     tiles: int | None = None
+    is_offloaded: bool = False
 
     def __str__(self) -> str:
-        return self.level if self.tiles is None else f"{self.level}, tiles={self.tiles}"
+        tiles = "" if self.tiles is None else f", tiles={self.tiles}"
+        return f"{self.level}{tiles}{', offload' if self.is_offloaded else ''}"
 
     @property
     def is_checkpoint(self) -> bool:
@@ -54,10 +60,13 @@ class Policy:
     @staticmethod
     def read(text: Any, levels: Sequence[str]) -> "Policy | None":
         """What is spelled; None if it is none of these levels, or says what is not possible at it."""
-        found = re.fullmatch(r"(\w+)(?:, ?tiles=([1-9]\d*))?", text) if isinstance(text, str) else None
+        found = re.fullmatch(_SPELLED, text) if isinstance(text, str) else None
         if found is None or found[1] not in levels or (found[2] and found[1] not in IN_TILES):
             return None
-        return Policy(found[1], int(found[2]) if found[2] else None)
+        # What is kept of single layers may be offloaded; a checkpoint's input is no tensor that autograd keeps.
+        if found[3] and (NONE not in levels or found[1] == CHECKPOINT):
+            return None
+        return Policy(found[1], int(found[2]) if found[2] else None, found[3] is not None)
 
     @staticmethod
     def of(text: Any, levels: Sequence[str], argument: str) -> "Policy":
@@ -69,8 +78,9 @@ class Policy:
         policy = Policy.read(text, levels)
         if policy is None:
             tiled = ", ".join(level for level in levels if level in IN_TILES)
+            offloaded = f"; all but checkpoint may end in ', {_OFFLOAD}'" if NONE in levels else ""
             raise ValueError(
                 f"{argument} is {text!r}; expected one of {', '.join(levels)}, or one of {tiled} with tiles, such as "
-                f"'{WITHIN_CHECKPOINT}, tiles=4'"
+                f"'{WITHIN_CHECKPOINT}, tiles=4'{offloaded}"
             )
         return policy

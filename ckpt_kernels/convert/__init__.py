@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import backends
+from .. import backends, offload
 from ..functional.mlps import tiles_for
 from ..memory import kept_bytes
 from ..models import check_model
@@ -69,7 +69,8 @@ def convert(
             Or levels by module: a `Plan`, or a mapping of modules' names (with * and ?) to levels, each for all that is
             below the module, a later one before an earlier one; of what is not named "output". There a module may
             also be left as it is, "none", or be checkpointed, "checkpoint". All but "none" and "block" may say how many
-            tiles there are: "all, tiles=4".
+            tiles there are, "all, tiles=4", and all but "checkpoint" that what is kept waits in host memory, "output,
+            offload" (see `offload.offload`).
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
         logits: the name (with * and ?) of the linear layer that makes a language model's logits, such as "lm_head".
@@ -101,6 +102,8 @@ def convert(
     check_model(model, "convert")
     levels, heads = Levels(model, recompute), heads_in(model, logits)
     tiles = tiles_for(tiles, levels.whole.level)
+    if levels.has_offloaded:
+        offload.warn_if_simulated(model)
     choices = choice_of(model, include, "include"), choice_of(model, exclude, "exclude")
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
@@ -149,6 +152,8 @@ class _Conversion(Leaves):
         self.model = model
         self.levels = levels
         self.tiles = tiles
+        # One for all layers: each brings back what the one before it keeps.
+        self.offloading = offload.Offloading(offload.LEAST)
         self.above = _above_lists(model)
         names = {module: name for name, module in named_modules(model)}
         by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
@@ -167,7 +172,7 @@ class _Conversion(Leaves):
         roots = [module for module in self._roots() if lets_go or module is self.model]
         for module in roots:
             around = self._around(module) if lets_go else (looking_over,)
-            self._surround(module, (*self._in_tiles(module), *around))
+            self._surround(module, (*self._in_tiles(module), *around, *self._offloading(module)))
         self.later.begin(self.model, *roots)
         for module, name in named.items():
             self._explain(name, module)
@@ -236,6 +241,10 @@ class _Conversion(Leaves):
         else:
             around = (discarding_products if whole in ("all", "layer") else discarding,)
         return (*around, selecting) if may_repeat else around
+
+    def _offloading(self, module: nn.Module) -> tuple[Around, ...]:
+        named = self.levels.named.get(module)
+        return (self.offloading,) if named is not None and named[0].is_offloaded else ()
 
     def _surround(self, module: nn.Module, around: tuple[Around, ...]) -> None:
         rule = rule_of(module)

@@ -135,6 +135,11 @@ class Levels:
         """Whether a level says how many tiles there are."""
         return any(policy.tiles for policy in (self.whole, *(policy for policy, _ in self.named.values())))
 
+    @property
+    def has_offloaded(self) -> bool:
+        """Whether what a module keeps is to wait in host memory."""
+        return any(policy.is_offloaded for policy, _ in self.named.values())
+
     def __str__(self) -> str:
         if not self.is_by_module:
             return str(self.whole)
