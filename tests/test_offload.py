@@ -11,7 +11,7 @@ from torch import nn
 
 import ckpt_kernels
 from ckpt_kernels import offload
-from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.memory import peak_bytes, saved_bytes
 
 from .trained import blocks
 
@@ -239,3 +239,58 @@ def test_a_name_that_fits_nothing_is_refused_and_the_cpu_is_told_of() -> None:
         offload.offload(blocks(), "0", least=-1)
     with pytest.warns(UserWarning, match="simulated and saves no memory"):
         offload.offload(blocks(), "0")
+
+
+def step_peak(model: nn.Module, x: torch.Tensor) -> int:
+    """Of a step, the gradients being there before; host memory is not of the device."""
+
+    def step() -> None:
+        model(x).square().mean().backward()
+
+    step()
+    return peak_bytes(step)
+
+
+@pytest.mark.parametrize("level", ("none", "block", "output", "all", "output, tiles=2"))
+def test_a_level_says_that_what_is_kept_is_offloaded(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 1)
+    model, x = blocks(layers=4), torch.randn(8, 32, 16)
+    ckpt_kernels.convert(model, recompute={"?": level})
+    expected, kept, before = gradients(model, x), saved_bytes(model, x), step_peak(model, x)
+    report = ckpt_kernels.convert(model, recompute={"?": f"{level}, offload"})
+    assert report.recompute == f"by module: 4 x {level}, offload"
+    for got, want in zip(gradients(model, x), expected, strict=True):
+        assert torch.equal(got, want)
+    assert saved_bytes(model, x) == 0
+    # Two layers' of four are there at most.
+    assert step_peak(model, x) <= before - kept / 4
+    ckpt_kernels.revert(model)
+    assert not any(map(ckpt_kernels.is_converted, model.modules()))
+
+
+def test_one_layer_is_offloaded_and_its_neighbours_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 1)
+    model, x = blocks(layers=3), torch.randn(8, 32, 16)
+    ckpt_kernels.convert(model, recompute={"?": "output"})
+    kept = saved_bytes(model, x)
+    ckpt_kernels.convert(model, recompute={"?": "output", "1": "output, offload"})
+    assert 0.6 * kept < saved_bytes(model, x) < 0.7 * kept
+
+
+def test_memory_is_flat_over_many_steps(alive: weakref.WeakSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 1)
+    model, x = blocks(), torch.randn(2, 8, 16)
+    ckpt_kernels.convert(model, recompute={"?": "output, offload"})
+    peak = step_peak(model, x)
+    for _ in range(20):
+        gradients(model, x)
+        assert not alive
+    assert step_peak(model, x) == peak
+
+
+@pytest.mark.parametrize("spelled", ("checkpoint, offload", "output, offload, tiles=2", "output, offloaded", "offload"))
+def test_what_cannot_be_offloaded_is_refused(spelled: str) -> None:
+    with pytest.raises(ValueError, match=r"recompute\['0'\] is .*; all but checkpoint may end in ', offload'"):
+        ckpt_kernels.convert(blocks(), recompute={"0": spelled})
+    with pytest.raises(ValueError, match="recompute is 'output, offload'; expected one of block"):
+        ckpt_kernels.convert(blocks(), recompute="output, offload")

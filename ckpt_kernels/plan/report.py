@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..levels import NONE
+from ..levels import NONE, OF_MODULES, Policy
 from ..memory.table import size, spanned
 from .costs import FIXED, Assignment, StageAt, stages_of
 
@@ -133,7 +133,9 @@ def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
     for name, step in plan.steps.items():
         x, y = step.peak / eager.peak, step.seconds / eager.seconds
         label = "eager" if name == "eager" else f"all layers at {name!r}"
-        axis.plot(x, y, "o", color=COLORS[name], markersize=9, label=label)
+        policy = Policy.read(name, OF_MODULES)
+        color, marker = COLORS[policy.level if policy else name], "s" if policy and policy.tiles else "o"
+        axis.plot(x, y, marker, color=color, markersize=9, label=label)
     measured = plan.measured
     title = f"{measured.peak / eager.peak:.2f} of {unit}'s peak in {measured.seconds / eager.seconds:.2f} of its time"
     axis.plot(

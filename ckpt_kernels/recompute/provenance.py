@@ -72,8 +72,8 @@ class Trace:
         self._known: dict[Edge, Cell | Block] = {}
         self._trusted: list[Any] = []
 
-    def value(self, node: Any, output: int) -> Step | None:
-        """How to make a node's output."""
+    def value(self, node: Any, output: int, is_as_made: bool = False) -> Step | None:
+        """How to make a node's output, to which, if it `is_as_made`, nobody has written: nor then to what it views."""
         rule = self._rules.get(node.name())
         self._steps += 1
         if rule is None or output != 0 or self._steps > MOST_STEPS:
@@ -87,12 +87,13 @@ class Trace:
         operands = []
         noted = nodes.noted(node)
         numbers = noted if len(noted) == len(edges) else (None,) * len(edges)
+        are_as_made = bool(noted) or (is_as_made and node.name() in VIEWS)
         for edge, held, number in zip(edges, packed, numbers, strict=True):
             if isinstance(held, Cell) and not held.is_unwritten():
                 return None
             operand = self._shared(held if held is not None else number)
             if held is None and number is None:
-                operand = self._behind(edge, bool(noted))
+                operand = self._behind(edge, are_as_made)
             if operand is None:
                 return None
             operands.append(operand)
@@ -203,7 +204,7 @@ class Trace:
         if name == "torch::autograd::AccumulateGrad":
             return self._copied(node.variable)
         if is_as_made or name in VIEWS or node in self._trusted or self._is_written_output(node):
-            return self.value(node, output)
+            return self.value(node, output, is_as_made)
         # The strides of a clone are not known, and a reader may depend on them.
         return self.value(node, output) if self._temporaries and name != "CloneBackward0" else None
 
