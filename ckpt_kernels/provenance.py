@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from .autocast import is_autocast
 from .recipes import Cell, Operand, Step
 from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS, Rule
 
@@ -256,7 +257,7 @@ def _is_cast_by_autocast(node: Any) -> bool:
         return False
     maker = node.next_functions[0][0]
     is_of_leaf = maker is not None and maker.name() == "torch::autograd::AccumulateGrad"
-    return is_of_leaf and torch.is_autocast_enabled(maker.variable.device.type)
+    return is_of_leaf and is_autocast(maker.variable)
 
 
 def _packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
-from .checks import check_tensor, dropout_seed, is_count, shape_of
+from .checks import check_tensor, dropout_seed, is_count, shape_of, untraced
 from .linear import check_linear, dtypes_of, last_dimension, level_name
 
 
@@ -208,6 +208,7 @@ def tiles_for(tiles: int | None, recompute: str) -> int:
     """How many tiles a call takes, which at "block" has to be one: told, or from the context."""
     if tiles is None:
         return 1 if recompute == "block" else ops.tiles.tiles_now()
+    tiles = untraced(tiles)
     if not is_count(tiles):
         raise ValueError(f"tiles is {tiles!r}; expected a positive whole number, or None")
     if tiles > 1 and recompute == "block":
