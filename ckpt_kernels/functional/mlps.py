@@ -201,7 +201,8 @@ def gated_mlp(
 
 
 def _at_most_rows(tiles: int, input: Tensor) -> int:
-    return max(1, min(tiles, math.prod(input.shape[:-1])))
+    # Those of a nested tensor are taken as one tile, as by whatever else must see the ops one by one.
+    return 1 if input.is_nested else max(1, min(tiles, math.prod(input.shape[:-1])))
 
 
 def tiles_for(tiles: int | None, recompute: str) -> int:
