@@ -65,6 +65,26 @@ def fails() -> None:
     helper()
 
 
+def leaves() -> None:
+    sys.exit(0)
+
+
+class Leaves(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sys.exit(0)
+
+
+def gives_a_model_that_leaves() -> tuple:
+    return Leaves(2, 2), torch.randn(2, 2)
+
+
+def takes_an_argument(size: int) -> tuple:
+    return nn.Linear(size, size), torch.randn(size)
+
+
+a_model = nn.Linear(2, 2)
+
+
 def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
     status = cli.main(arguments)
     captured = capsys.readouterr()
@@ -80,6 +100,8 @@ def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, st
         ("a_number_for_inputs", "gives a int for its inputs; expected (model, inputs)"),
         ("nobody", "tests.test_cli has no 'nobody'"),
         ("ROOT", "'ROOT', not a function"),
+        ("a_model", "is a model, Linear, not a function that gives one; expected (model, inputs)"),
+        ("takes_an_argument", "takes arguments, (size: int) -> tuple; expected a function without any"),
     ],
 )
 def test_what_a_function_must_give_is_said(command: str, name: str, said: str, capsys: pytest.CaptureFixture) -> None:
@@ -94,6 +116,10 @@ def test_a_users_own_exception_is_shown_as_theirs(
     assert status == 2
     assert "Traceback" in err and "in helper" in err and "target.py" not in err
     assert "tests.test_cli:fails() failed, in its own code: TypeError: mine alone" in err
+    # Nor does the command end as if it had said something where that calls sys.exit, or the model does.
+    for name, said in (("leaves", "failed, in its own code"), ("gives_a_model_that_leaves", "cannot be run so")):
+        status, _, err = answer(capsys, "memory", f"tests.test_cli:{name}")
+        assert status == 2 and f"{said}: SystemExit: 0" in err and "Traceback" in err
     # The same of what fails when it is imported, and not of a module that is not there.
     (tmp_path / "broken_module_of_a_user.py").write_text("import no_such_module_of_a_user\n")
     monkeypatch.chdir(tmp_path)
@@ -101,6 +127,8 @@ def test_a_users_own_exception_is_shown_as_theirs(
     assert status == 2 and "Traceback" in err and "the import of broken_module_of_a_user failed, in its own code" in err
     status, _, err = answer(capsys, "memory", "no_such_module_of_a_user.x:f")
     assert status == 2 and "Traceback" not in err and "there is no module 'no_such_module_of_a_user'" in err
+    status, _, err = answer(capsys, "memory", "../broken_module_of_a_user:f")
+    assert status == 2 and "Traceback" not in err and "expected names with dots between them" in err
 
 
 def test_a_single_tensor_is_one_input(capsys: pytest.CaptureFixture) -> None:
