@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import pathlib
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckpt_kernels import arguments as kinds
 from ckpt_kernels import check, cli, convert
 
 from .test_backends import ROOT, run
@@ -187,6 +189,9 @@ def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namesp
     [
         (("--case", "nothing"), r"--case is 'nothing'; the blocks are layer_norm.*rms_norm\+silu"),
         (("--dtype", "int8"), r"'int8' \(choose from .*float32.*bfloat16.*float16"),
+        (("--rounds", "0"), "'0' given; expected a whole number from 1"),
+        (("--seconds", "nan"), "'nan' given; expected a number above 0"),
+        (("--out", __file__), "expected a folder, and .*test_cli.py' is none to write to"),
         (("--shape", "4096*4"), r"'4096\*4' is no shape; expected numbers with x between them, as in 4096x1024"),
         (("--case", "batch_norm", "--shape", "4096"), r"--shape is 4096; these blocks take 2 dimensions or more"),
     ],
@@ -197,6 +202,18 @@ def test_benchmarks_list_what_exists(
     with pytest.raises(SystemExit, match="2"):
         options(monkeypatch, *arguments)
     assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["layers", "models", "convert"])
+def test_benchmarks_of_models_list_what_exists(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("rich", reason="rich is not installed")
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *(["--case"] if name != "convert" else []), "nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert re.search("nothing.* (one of|there are) .*, ", capsys.readouterr().err)
 
 
 def test_benchmarks_take_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +335,13 @@ def test_what_cannot_work_is_said_before_the_run(
     assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(("inspect", "--columns", "-5"))
+
+
+def test_devices_and_files_that_are_not_there_are_no_arguments() -> None:
+    for kind, text in ((kinds.device, "nowhere"), (kinds.device, "cuda:99"), (kinds.existing, "nothing.json")):
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            kind(text)
+    assert kinds.device("cpu") == torch.device("cpu") and kinds.existing(__file__).samefile(__file__)
 
 
 @pytest.mark.parametrize("command", ["memory", "convert-check"])
