@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import is_autocast
 from ..logits import logits_of
-from ..ops.operands import is_autocast
 from ..ops.products import product_dtype
 from .loads import named_modules
 from .operands import has_hooks_for_all, is_called_plainly, is_operand, is_ordinary
