@@ -3,9 +3,9 @@
 python -m benchmarks.redraw benchmarks/results/cpu
 """
 
+import argparse
 import json
 import pathlib
-import sys
 
 from . import layers, models, report, sweep
 from .survey import report as survey
@@ -14,8 +14,13 @@ NAMES = ("results", "layers", "models", "sweep", "survey")
 
 
 def main() -> None:
-    folder = pathlib.Path(sys.argv[1])
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in NAMES}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.redraw", description=__doc__)
+    parser.add_argument("folder", type=pathlib.Path, help="with " + ", ".join(f"{name}.json" for name in NAMES))
+    folder = parser.parse_args().folder
+    try:
+        found = {name: json.loads((folder / f"{name}.json").read_text()) for name in NAMES}
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     about = {name: measured["machine"] for name, measured in found.items()}
     results = {name: measured["results"] for name, measured in found.items()}
     report.draw(folder, about["results"], results["results"])

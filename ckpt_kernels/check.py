@@ -144,7 +144,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         A `Check`, which prints as a table.
 
     Raises:
-        ValueError: no output has a gradient, or the level is unknown.
+        ValueError: no output has a gradient, the level is unknown, or the model is on meta.
 
     Example:
         >>> from ckpt_kernels.check import check
@@ -155,6 +155,9 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         >>> found.kept[1] < found.kept[0]
         True
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise ValueError("the model is on meta, where nothing is computed; expected a device that computes")
     plain = copy_of(model).train()
     revert(plain)
     mode = "evaluation" if draws_random_numbers(copy_of(plain), inputs) else "training"
@@ -176,7 +179,6 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     errors = [_errors(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
     changed += [told for found in errors if (told := _beyond_rounding(found, _eps(runs[0][0][0])))]
     plain.train(), twin.train()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kept = _kept(plain, inputs), _kept(twin, inputs)
     peak = _peak(plain, inputs, device), _peak(twin, inputs, device)
     seconds: tuple[list[float], list[float]] = ([], [])

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,6 +80,14 @@ def test_fresh_memory_is_the_least_of_five_turns_each(monkeypatch: pytest.Monkey
         now += 100.0
     monkeypatch.setattr(freed.time, "perf_counter", iter(told).__next__)
     assert freed.fresh_memory() == FreshMemory(warm=2000.0, fresh=5000.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is set")
+@pytest.mark.parametrize("refused", [-1, -3, None])
+def test_both_thresholds_are_to_be_set(monkeypatch: pytest.MonkeyPatch, refused: int | None) -> None:
+    library = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda name, value: int(name != refused))
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: library)
+    assert memory.keep_freed_memory() is (refused is None)
 
 
 @pytest.mark.parametrize(("warm", "fresh", "is_slow"), [(1.0, 1.0, False), (1.0, 2.0, False), (1.0, 2.1, True)])

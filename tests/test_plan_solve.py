@@ -9,7 +9,7 @@ import pytest
 
 from ckpt_kernels.plan.costs import Assignment, Checkpoint, Checkpointed, Cost, Stage, StageAt, stages_of
 from ckpt_kernels.plan.solve import Solver
-from ckpt_kernels.plan.ways import predicted
+from ckpt_kernels.plan.ways import is_length, predicted
 
 from .simulated_steps import simulated
 
@@ -162,6 +162,10 @@ def test_many_layers_need_sublinear_memory_for_less_time_than_every_root() -> No
     assert least is not None
     assert simulated(stages, least)[0] < need / 2
     assert [choice.stage for choice in stages_of(least)] == list(range(count))
+
+
+def test_lengths_of_checkpoints_beyond_sixteen_are_two_to_a_doubling() -> None:
+    assert [length for length in range(1, 130) if is_length(length)] == [*range(1, 17), 24, 32, 48, 64, 96, 128]
 
 
 def choice_everywhere(count: int, level: str) -> Assignment:

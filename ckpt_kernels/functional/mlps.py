@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
-from .checks import check_tensor, dropout_seed, is_count, shape_of
+from .checks import check_tensor, dropout_seed, is_count, shape_of, untraced
 from .linear import check_linear, dtypes_of, last_dimension, level_name
 
 
@@ -200,6 +200,7 @@ def tiles_for(tiles: int | None, recompute: str) -> int:
     """How many tiles a call takes, which at "block" has to be one: told, or from the context."""
     if tiles is None:
         return 1 if recompute == "block" else ops.tiles.tiles_now()
+    tiles = untraced(tiles)
     if not is_count(tiles):
         raise ValueError(f"tiles is {tiles!r}; expected a positive whole number, or None")
     if tiles > 1 and recompute == "block":
@@ -209,7 +210,8 @@ def tiles_for(tiles: int | None, recompute: str) -> int:
 
 def _seeds(input: Tensor, tiles: int, dropout_p: float, training: bool) -> tuple[float, list[Tensor | None]]:
     """The probability of dropout, and a seed for each tile: there are no more tiles than rows."""
-    # Of one tile the rows are not counted: a compiler may not know them, and jagged tensors have no such number.
-    count = 1 if tiles == 1 else max(1, min(tiles, math.prod(input.shape[:-1])))
+    # Of one tile the rows are not counted: a compiler may not know them. Jagged tensors, which have no such number, are
+    # taken as one tile.
+    count = 1 if tiles == 1 or input.is_nested else max(1, min(tiles, math.prod(input.shape[:-1])))
     drawn = [dropout_seed(input, dropout_p, training) for _ in range(count)]
     return drawn[0][0], [seed for _, seed in drawn]

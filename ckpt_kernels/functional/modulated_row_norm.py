@@ -8,15 +8,18 @@ from torch import Tensor
 from .. import ops, thin
 from ..activations import Activation, activation_name
 from ..backends.blocks import RowNormOptions
+from .bias_act import bias_act
 from .checks import (
     autocast,
     check_coefficient,
     check_input,
     check_modulation,
+    normalized,
     number,
     rms_eps,
     shape_of,
 )
+from .row_norm import layer_norm, rms_norm
 
 
 def modulated_layer_norm(
@@ -129,8 +132,7 @@ def _modulated(tensors: Sequence[Any], given: tuple) -> Tensor:
         return plan(input, None, None, scale, shift, weight, bias, None)[0]
     normalized_shape, eps, centered, pre_activation, activation = given
     eps = number(eps, "eps") if centered else rms_eps(input, eps)
-    # What is given for a sample is not given for rows of which samples have different numbers.
-    columns = check_input(input, normalized_shape, nested=False)
+    columns = check_input(input, normalized_shape)
     check_modulation(scale, "scale", input, normalized_shape)
     check_modulation(shift, "shift", input, normalized_shape)
     if scale.numel() != shift.numel():
@@ -138,8 +140,23 @@ def _modulated(tensors: Sequence[Any], given: tuple) -> Tensor:
     check_coefficient(weight, "weight", input, normalized_shape)
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
+    if input.is_nested:
+        # Samples have different numbers of rows there: torch knows which row is of which.
+        if centered:
+            normed = layer_norm(input, normalized_shape, weight, bias, eps, pre_activation=pre)
+        else:
+            normed = rms_norm(input, normalized_shape, weight, eps, pre_activation=pre)
+        count = len(normalized(normalized_shape))
+        scale, shift = (_beside(normed, t, count) for t in (scale, shift))
+        return bias_act(normed * (1 + scale) + shift, activation=post)
     options = RowNormOptions(columns, eps, centered, pre, post)
     known = thin.row_norm.row_norm(input, None, None, scale, shift, weight, bias, options)
     thin.remember(known, "modulated_row_norm", tensors, given)
     input, scale, shift, weight, bias = autocast(input, scale, shift, weight, bias)
     return ops.row_norm.row_norm(input, None, None, scale, shift, weight, bias, None, options)[0]
+
+
+def _beside(input: Tensor, given: Tensor, count: int) -> Tensor:
+    """What is given for samples, with dimensions of 1 for those of the input before its last `count`."""
+    place = given.dim() - count
+    return given.reshape(*given.shape[:place], *(1,) * (input.dim() - given.dim()), *given.shape[place:])

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import recompute
+from ..autocast import is_autocast
 from .composition import by_composition, composed_gradients, is_fused
 from .linear_blocks import Block
-from .operands import is_autocast
 from .pinned import pinned_function
 from .products import (
     as_no_view,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operands import is_autocast
+from ..autocast import is_autocast, without_autocast
 
 # torch's own, whatever somebody puts in its place later: the backward passes here are those of that.
 linear_of_torch = F.linear
@@ -29,7 +29,7 @@ def product_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     operands = (_cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
     if not is_autocast(input):
         return linear_of_torch(*operands)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input):
         return linear_of_torch(*operands)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autocast import is_autocast
 from .recipes import Cell, Geometry
 from .rules import Rule
 
@@ -87,4 +88,4 @@ def is_cast_by_autocast(node: Any) -> bool:
         return False
     maker = node.next_functions[0][0]
     is_of_leaf = maker is not None and maker.name() == "torch::autograd::AccumulateGrad"
-    return is_of_leaf and torch.is_autocast_enabled(maker.variable.device.type)
+    return is_of_leaf and is_autocast(maker.variable)
