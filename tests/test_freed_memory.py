@@ -86,7 +86,7 @@ def test_fresh_memory_is_the_least_of_five_turns_each(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("refused", [-1, -3, None])
 def test_both_thresholds_are_to_be_set(monkeypatch: pytest.MonkeyPatch, refused: int | None) -> None:
     library = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda name, value: int(name != refused))
-    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(freed.ctypes, "CDLL", lambda name: library)
     assert memory.keep_freed_memory() is (refused is None)
 
 
