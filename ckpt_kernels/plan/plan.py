@@ -178,6 +178,7 @@ class Plan:
             made = _of(json.loads(pathlib.Path(path).read_text()))
             predicted(made.stages, made.assignment)
             _check_parts(made)
+            str(made)
             return made
         except (
             KeyError,
@@ -243,6 +244,9 @@ def _check_parts(made: Plan) -> None:
         raise ValueError("its choices are not one for each stage")
     if len(made.layers) != len(made.stages):
         raise ValueError(f"it has {len(made.layers)} names for {len(made.stages)} stages")
+    named = [name for name in made.layers if name]
+    if len(set(named)) != len(named):
+        raise ValueError("two of its stages have the same name")
     levels = {choice.level for choice in chosen} | ({made.whole} if made.whole is not None else set())
     for level in levels - {FIXED}:
         Policy.of(level, OF_LAYERS, "a level in it")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .. import backends
 
-_NOTHING = torch.empty(0, device="cpu")
 _NUMBERS = (int, float)
 _PLAIN = (Tensor, nn.Parameter)
 # The size, the strides and the offset of a view.
@@ -269,8 +268,13 @@ def watching(tensor: Tensor | None) -> Tensor | None:
         return None
     watch = tensor.detach()
     if not tensor.is_meta:
-        watch.data = _NOTHING
+        watch.data = _nothing(tensor.dtype)
     return watch
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device="cpu")
 
 
 def _is_freed(tensor: Tensor) -> bool:
