@@ -2,17 +2,18 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
+from .asked import Such, linears_surely
 from .called import is_as_torch_wrote_it
-from .loads import is_left_to_modules
+from .loads import LOADS_PLAINLY, is_left_to_modules
 from .norms import Norm
-from .operands import calls_forward, is_bare, is_beside, is_called_plainly, is_ordinary
+from .operands import CALLS_FORWARD, HOOKS, calls_forward, is_bare, is_beside, is_called_plainly, is_ordinary
 from .swap import original_of, rule_in_force
 
 _F_DROPOUT = nn.functional.dropout
@@ -22,6 +23,15 @@ _CONV1D = "transformers.pytorch_utils"
 _FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
 # None, which no code is, where somebody has put another forward in torch's place.
 _CODE, _DROPOUT_CODE = (f.__code__ if is_as_torch_wrote_it(f) else None for f in (_FORWARD, _DROPOUT))
+# All that `linear_operands` asks of most layers.
+_LINEAR = Such(
+    nn.Linear,
+    (("forward", _FORWARD), *CALLS_FORWARD, *LOADS_PLAINLY),
+    ((_FORWARD, "__code__", _CODE),),
+    ("weight", "bias"),
+    HOOKS,
+    ("forward", "weight", "bias"),
+)
 
 
 def is_linear(module: Any) -> bool:
@@ -49,9 +59,15 @@ def _is_transposed(module: nn.Module) -> bool:
     return as_written and forward.__globals__.get("torch") is torch and is_left_to_modules(kind, "weight", "bias", "nf")
 
 
-def linear_operands(modules: Iterable[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
+def linear_operands(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
     """Weights and biases as F.linear takes them, if there is nothing else to the modules and they are of the input's
     kind."""
+    surely = linears_surely(modules, _LINEAR, input)
+    return surely if surely is not None else linear_operands_asked(modules, input)
+
+
+def linear_operands_asked(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
+    """The same in Python, with what is rare."""
     found: list[tuple[Tensor, Tensor | None]] = []
     kind, transposed = None, False
     for module in modules:

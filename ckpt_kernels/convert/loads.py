@@ -10,12 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .asked import MISSING
 from .called import is_as_torch_wrote_it
 
-MISSING = object()
 _GETATTRIBUTE = object.__getattribute__
 # None, which no method is, where somebody has put another in its place.
 _GETATTR = nn.Module.__getattr__ if is_as_torch_wrote_it(nn.Module.__getattr__) else None
+
+
+LOADS_PLAINLY = (("__getattribute__", _GETATTRIBUTE), ("__getattr__", _GETATTR))
 
 
 def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[str, nn.Module]]:

@@ -8,6 +8,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..ops.registration import is_transformed
+from .asked import Such, is_surely
 from .called import is_as_torch_wrote_it
 from .patched import are_patched, are_patched_as_traced
 
@@ -18,6 +19,9 @@ _FUNCTION = _METHOD.__func__
 _CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}
 # None, which no method is, where somebody has put others in their place.
 _CALL, _CALL_IMPL = (call if is_as_torch_wrote_it(call) else None for call in _CALLS.values())
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+CALLS_FORWARD = (("__call__", _CALL), ("_call_impl", _CALL_IMPL))
+_CALLED_PLAINLY = Such(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))
 _everybody = nn.modules.module
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
@@ -95,7 +99,7 @@ def _overrides(kind: type[Tensor]) -> bool:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
-    return calls_forward(type(module)) and is_bare(module)
+    return is_surely(module, _CALLED_PLAINLY) or (calls_forward(type(module)) and is_bare(module))
 
 
 def calls_forward(kind: type[nn.Module]) -> bool:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .asked import MISSING, Found, are_same
 from .called import is_a, is_torchs
 from .dead import live_code
 
 Settings = tuple[tuple[str, Any], ...]
-# What holds something, a dict or an object; under which name; and what.
-Found = tuple[Any, str, Any]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
@@ -35,9 +34,6 @@ _NAMES = frozenset(
     rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as unsqueeze var
     view weight""".split()
 )
-
-
-_MISSING = object()
 
 
 class NotTried(Exception):
@@ -58,11 +54,7 @@ class Code:
 
     def is_same(self) -> bool:
         """Whether all of it still is what it was."""
-        for holder, name, value in self._found:
-            now = holder.get(name, _MISSING) if type(holder) is dict else getattr(holder, name, _MISSING)
-            if now is not value:
-                return False
-        return True
+        return are_same(self._found)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Code) and self._identity() == other._identity()
@@ -137,7 +129,7 @@ def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> boo
     """Whether the module's settings, and the code it reaches, are what they were."""
     held = module.__dict__
     for name, value in settings:
-        now = _setting(held.get(name, _MISSING))
+        now = _setting(held.get(name, MISSING))
         if type(now) is not type(value) or now != value:
             return False
     return code is None or code.is_same()
@@ -243,7 +235,7 @@ class Reading:
         elif name not in _BUILTINS or not hasattr(builtins, name):
             raise NotTried(f"names {name}, which is not on the list of what is known")
         else:
-            self.found.append((names, name, _MISSING))
+            self.found.append((names, name, MISSING))
 
     def value(self, value: Any) -> None:
         if isinstance(value, types.ModuleType):

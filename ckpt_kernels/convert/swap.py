@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .around import Around
+from .asked import are_same
 from .called import asks_for_its_class
 from .noticing import goes_on
 from .operands import is_called_plainly
@@ -29,6 +30,8 @@ from .wrappers import Found, surrounded, unless_patched
 # What the class of a converted module has beside its methods: its `Conversion`, and its forward as it was made.
 _ATTRIBUTE = "_ckpt_conversion"
 _MADE = "_ckpt_made"
+# And what is asked of these, to know whether they are what they were.
+_ASKED = "_ckpt_asked"
 # And the state of a copy of a converted model: how its conversion goes on.
 _LATER = "_ckpt_later"
 
@@ -171,10 +174,8 @@ def rule_in_force(module: nn.Module) -> Rule | None:
 
 def is_patched(kind: type[nn.Module]) -> bool:
     """Whether the forward of a converted class, or of its original, is another than when the module was converted."""
-    conversion = getattr(kind, _ATTRIBUTE)
-    return not (
-        getattr(kind, _MADE).is_at(kind, "forward") and conversion.forward.is_at(conversion.original, "forward")
-    )
+    # A class that was made of a converted one since has both, and its own forward.
+    return not are_same(((kind, "forward", getattr(kind, _MADE).method), *getattr(kind, _ASKED)))
 
 
 def _converted_class(conversion: Conversion) -> type[nn.Module]:
@@ -208,7 +209,9 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
                     type.__setattr__(made, name, members[name])
             elif name not in _OF_CLASSES and (name in vars(original) or not name.startswith("__")):
                 type.__delattr__(made, name)
-    type.__setattr__(made, _MADE, Found.of(vars(made).get("forward", original.forward)))
+    forward = Found.of(vars(made).get("forward", original.forward))
+    type.__setattr__(made, _MADE, forward)
+    type.__setattr__(made, _ASKED, forward.asked(made, "forward") + conversion.forward.asked(original, "forward"))
     _classes[_PROCESS, id(made)] = made
     return made
 

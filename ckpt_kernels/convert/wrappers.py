@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .around import Around
+from .asked import Found as Asked
+from .asked import are_same
 from .rule import Forward
 
 
@@ -28,15 +30,13 @@ class Found(NamedTuple):
 
     def is_at(self, kind: type[nn.Module], name: str) -> bool:
         """Whether the class still has it."""
-        method = getattr(kind, name)
-        return method is self.method and (
-            type(method) is not types.FunctionType
-            or (
-                method.__code__ is self.code
-                and method.__defaults__ is self.defaults
-                and method.__kwdefaults__ is self.kwdefaults
-            )
-        )
+        return are_same(self.asked(kind, name))
+
+    def asked(self, kind: type[nn.Module], name: str) -> tuple[Asked, ...]:
+        """That, as it is asked."""
+        own = (("__code__", self.code), ("__defaults__", self.defaults), ("__kwdefaults__", self.kwdefaults))
+        of_function = own if type(self.method) is types.FunctionType else ()
+        return (kind, name, self.method), *((self.method, each, value) for each, value in of_function)
 
     # Defaults may be lists.
     def __eq__(self, other: object) -> bool:
@@ -49,11 +49,12 @@ class Found(NamedTuple):
 def unless_patched(original: type[nn.Module], name: str, found: Found, method: Forward) -> Forward:
     """The method, or whatever the original class's has become since."""
 
-    _ckpt_name, _ckpt_found, _ckpt_method, _ckpt_original, _ckpt_load = name, found, method, original, getattr
+    _ckpt_name, _ckpt_method, _ckpt_original, _ckpt_load = name, method, original, getattr
+    _ckpt_is_same, _ckpt_asked = are_same, found.asked(original, name)
 
     @_in_the_place_of(found.method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        now = _ckpt_method if _ckpt_found.is_at(_ckpt_original, _ckpt_name) else _ckpt_load(_ckpt_original, _ckpt_name)
+        now = _ckpt_method if _ckpt_is_same(_ckpt_asked) else _ckpt_load(_ckpt_original, _ckpt_name)
         return now(self, *args, **kwargs)
 
     return call

@@ -11,6 +11,7 @@ Where the libraries are missing, or torch's part of this (`torch.Tensor.__dlpack
 import ctypes
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ def key(block: str, tensors: Sequence[Tensor | None], options: tuple) -> tuple |
     return None
 
 
+# What else `_thin` answers: see `convert.asked`.
+asked: Any = None
+
+
 def direct(name: str) -> Callable[..., bool]:
     """The op of that name."""
     return lambda *arguments: False
@@ -43,7 +48,7 @@ def direct(name: str) -> Callable[..., bool]:
 def _load() -> str | None:
     """Puts the functions of `_thin` in the place of those above, which serve nothing; returns why that is not possible,
     or None."""
-    global is_plain, key, direct
+    global is_plain, key, asked, direct
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     library = next(pathlib.Path(__file__).parent.parent.glob("_C.*so"), None)
     if api is None:
@@ -57,7 +62,7 @@ def _load() -> str | None:
         _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, _WATCHERS)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
-    is_plain, key = _thin.is_plain, _thin.key
+    is_plain, key, asked = _thin.is_plain, _thin.key, _thin
     direct = lambda name: _thin.function(find, name)  # noqa: E731
     return None
 

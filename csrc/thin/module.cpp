@@ -1,95 +1,23 @@
-// The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher.
+// The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher, and asks of small
+// calls and of modules what would take Python longer (guards.cpp).
 //
-// Limited API of Python 3.10 and nothing of torch's C++: tensors are read by the DLPack C exchange API, a table of
-// functions that torch.Tensor has as `__dlpack_c_exchange_api__`. Declared here is what is used of it, in the layout of
-// DLPack 1.x (https://dmlc.github.io/dlpack).
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
+// Limited API of Python 3.10 and nothing of torch's C++; tensors.h reads tensors.
+#include "tensors.h"
+
 #include <string.h>
 
-#include <initializer_list>
+#include "guards.h"
 
-#include "../direct_calls.h"
+using namespace ckpt;
 
 namespace {
 
-struct DLTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t dim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  int64_t *sizes, *strides;
-  uint64_t byte_offset;
-};
-
-struct ExchangeApi {
-  uint32_t major, minor;
-  ExchangeApi* previous;
-  void *allocate, *managed_from_object, *managed_to_object;
-  int (*tensor_from_object)(void* object, DLTensor* tensor);
-  void* current_stream;
-};
-
-constexpr int cpu = 1, integer = 0, floating = 2, bfloat = 4;
 constexpr Py_ssize_t most_arguments = 32;
 
-const ExchangeApi* exchange = nullptr;
-// The types of tensors that nothing but autograd sees.
-PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
-// That of shapes, which are tuples.
+// The type of shapes, which are tuples.
 PyTypeObject* size_type = nullptr;
-// Functions: of a tensor, whether its elements are to be negated, and where in its storage it begins; and, each of
-// nothing, whether something sees all ops.
-PyObject *is_negative = nullptr, *storage_offset = nullptr, *watchers = nullptr;
-
-// What came of a question: `failed` where Python has raised.
-enum Answer { yes, no, failed };
-
-// Takes the reference.
-Answer answer_of(PyObject* value) {
-  const int truth = value ? PyObject_IsTrue(value) : -1;
-  Py_XDECREF(value);
-  return truth < 0 ? failed : truth ? yes : no;
-}
-
-int64_t dtype_of(const DLTensor& t) {
-  if (t.lanes != 1) return ckpt_other_dtype;
-  if (t.code == floating) return t.bits == 32 ? 0 : t.bits == 16 ? 2 : t.bits == 64 ? 3 : ckpt_other_dtype;
-  if (t.code == bfloat && t.bits == 16) return 1;
-  return t.code == integer && t.bits == 64 ? int64_t(ckpt_int64) : int64_t(ckpt_other_dtype);
-}
-
-// Whether the tensor's storage was freed. Then its address is the offset in the storage and no more, below all that a
-// process is given: only for one so low, which some systems do give, is torch asked.
-Answer is_freed(PyObject* object, const DLTensor& t) {
-  if (!t.data) return yes;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(t.data);
-  if (address >> 40) return no;
-  PyObject* offset = PyObject_CallFunctionObjArgs(storage_offset, object, nullptr);
-  const long long elements = offset ? PyLong_AsLongLong(offset) : -1;
-  Py_XDECREF(offset);
-  if (elements < 0) return failed;
-  return address == uintptr_t(elements) * (t.bits / 8) ? yes : no;
-}
-
-// Whether `object` is a plain tensor with memory of the CPU's.
-Answer read(PyObject* object, CkptTensor* tensor) {
-  if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return no;
-  DLTensor found;
-  if (exchange->tensor_from_object(object, &found) != 0) {
-    // Torch has no such description of this tensor, which may be a sparse one. What is no such error is not ours.
-    if (!PyErr_ExceptionMatches(PyExc_Exception)) return failed;
-    PyErr_Clear();
-    return no;
-  }
-  if (found.device_type != cpu) return no;
-  const Answer freed = is_freed(object, found);
-  if (freed != no) return freed == yes ? no : failed;
-  *tensor = {static_cast<char*>(found.data) + found.byte_offset, dtype_of(found), found.dim, found.sizes,
-             found.strides};
-  return yes;
-}
+// Functions of nothing: whether something sees all ops.
+PyObject* watchers = nullptr;
 
 Answer is_watched() {
   const Py_ssize_t count = PyTuple_Size(watchers);
@@ -98,14 +26,6 @@ Answer is_watched() {
     if (answer != no) return answer;
   }
   return no;
-}
-
-// Whether `object` is a plain tensor whose memory holds its elements as they are.
-Answer is_as_it_lies(PyObject* object, CkptTensor* tensor) {
-  const Answer answer = read(object, tensor);
-  if (answer != yes) return answer;
-  const Answer negated = answer_of(PyObject_CallFunctionObjArgs(is_negative, object, nullptr));
-  return negated == failed ? failed : negated == yes ? no : yes;
 }
 
 // Whether nothing but autograd is to see what is done with these tensors, where there are such.
@@ -212,9 +132,7 @@ PyObject* key(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return made;
 }
 
-#define CKPT_FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL
-
-Answer read(PyObject* object, char letter, CkptArgument* argument) {
+Answer read_as(PyObject* object, char letter, CkptArgument* argument) {
   switch (letter) {
     case 'O':
       if (object == Py_None) {
@@ -246,7 +164,7 @@ PyObject* run(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
                         Py_ssize_t(strlen(call->parameters)));
   CkptArgument arguments[most_arguments];
   for (Py_ssize_t i = 0; i < count; ++i) {
-    const Answer answer = read(objects[i], call->parameters[i], &arguments[i]);
+    const Answer answer = read_as(objects[i], call->parameters[i], &arguments[i]);
     if (answer != yes) return answer == no ? PyBool_FromLong(0) : nullptr;
   }
   PyThreadState* state = PyEval_SaveThread();
@@ -269,13 +187,11 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
     return PyErr_Format(PyExc_RuntimeError, "torch exchanges tensors by another version of DLPack; expected 1.x");
   if (!PyType_Check(tensor) || !PyType_Check(parameter) || !PyType_Check(size) || !PyTuple_Check(watching))
     return PyErr_Format(PyExc_TypeError, "expected (api, type, type, type, function, function, tuple of functions)");
-  for (PyObject* kept : {tensor, parameter, size, negative, offset, watching}) Py_INCREF(kept);
-  exchange = found;
-  tensor_type = reinterpret_cast<PyTypeObject*>(tensor);
-  parameter_type = reinterpret_cast<PyTypeObject*>(parameter);
+  read_tensors_by(found, reinterpret_cast<PyTypeObject*>(tensor), reinterpret_cast<PyTypeObject*>(parameter), negative,
+                  offset);
+  Py_INCREF(size);
+  Py_INCREF(watching);
   size_type = reinterpret_cast<PyTypeObject*>(size);
-  is_negative = negative;
-  storage_offset = offset;
   watchers = watching;
   Py_RETURN_NONE;
 }
@@ -284,7 +200,7 @@ PyObject* function(PyObject*, PyObject* arguments) {
   unsigned long long find;
   const char* name;
   if (!PyArg_ParseTuple(arguments, "Ks", &find, &name)) return nullptr;
-  if (!exchange) return PyErr_Format(PyExc_RuntimeError, "set_up was not called");
+  if (!tensors_are_read()) return PyErr_Format(PyExc_RuntimeError, "set_up was not called");
   const CkptCall* call = reinterpret_cast<CkptFind>(uintptr_t(find))(name);
   if (!call || Py_ssize_t(strlen(call->parameters)) > most_arguments)
     return PyErr_Format(PyExc_LookupError, "the CPU library has no op %s that can be called directly", name);
@@ -308,7 +224,7 @@ PyMethodDef methods[] = {
 };
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_thin",
-                          "The CPU ops, called without torch's dispatcher.",
+                          "The CPU ops, called without torch's dispatcher, and what is asked at each call.",
                           -1,
                           methods,
                           nullptr,
@@ -318,4 +234,11 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__thin() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__thin() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module && !add_guards(module)) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}
