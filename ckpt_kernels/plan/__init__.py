@@ -26,7 +26,6 @@ from .marks import NotAChain
 from .measure import measured
 from .plan import Plan
 from .search import allowed, fastest, one_level
-from .trials import TILES
 
 __all__ = ["DoesNotFit", "Plan", "plan"]
 
@@ -36,7 +35,7 @@ def plan(
     *inputs: Any,
     budget: Budget,
     loss: Callable[[Any], Tensor] | None = None,
-    tiles: Iterable[int] = TILES,
+    tiles: Iterable[int] | None = None,
     progress: Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> Plan:
@@ -65,8 +64,8 @@ def plan(
             as the fastest plan takes.
         loss: the loss of what the model returns. By default the output's own `loss`, or the sum of its tensors.
         tiles: numbers of tiles that MLPs may take their tokens in, at levels that can be in tiles. Those are tried that
-            leave a tile at least 256 tokens (2,048 on a GPU), and chosen among where they lower a layer's peak. () is
-            none.
+            leave a tile at least 256 tokens (2,048 on a GPU), and chosen among where they lower a layer's peak. None is
+            the largest such number of 8, 4 and 2; () is none.
         progress: called with a line before each step that is made. By default lines go to a terminal's stderr.
 
     Returns:
@@ -94,8 +93,8 @@ def plan(
         raise TypeError(f"loss is {type(loss).__name__}; expected a function of what the model returns, or None")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is {type(progress).__name__}; expected a function of a line, or None")
-    tiles = list(tiles)
-    if not all(is_count(number) and number > 1 for number in tiles):
+    tiles = None if tiles is None else list(tiles)
+    if tiles is not None and not all(is_count(number) and number > 1 for number in tiles):
         raise ValueError(f"tiles is {tiles!r}; expected whole numbers above 1")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type not in ("cpu", "cuda"):

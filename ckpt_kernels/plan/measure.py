@@ -1,6 +1,6 @@
 """The costs of each choice, measured in steps of the user's own model and batch."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from .costs import Stage
 from .marks import NotAChain, Recorder
 from .stages import Stages
 from .timing import seconds_of
-from .trials import TILES, Trials, called
+from .trials import Trials, called
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Measured:
     notes: list[str]
 
 
-def measured(bench: Bench, tiles: Iterable[int] = TILES) -> Measured:
-    """Measures each choice with all layers at it; of levels in tiles, for these numbers.
+def measured(bench: Bench, tiles: Sequence[int] | None = None) -> Measured:
+    """Measures each choice with all layers at it; of levels in tiles, for these numbers (see `plan`).
 
     Raises:
         NotAChain: the layers are not called one after the other.

@@ -5,7 +5,7 @@ layer, the level in so many tiles is a choice like the levels themselves.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -17,8 +17,8 @@ from ..watching import watched
 from .bench import EAGER, Bench, ByLayer, InRuns, is_out_of_memory
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
 
-# The numbers of tiles that are tried by default.
-TILES = (2, 4, 8)
+# By default the first of these numbers of tiles is tried that leaves a tile rows enough: each number costs steps.
+_TILES = (8, 4, 2)
 # Of fewer rows a tile is not worth its calls, by the type of the device.
 _LEAST_ROWS = {"cpu": 256, "cuda": 2048}
 # More tiles lower a peak if it is less than this part of what it was.
@@ -67,8 +67,8 @@ class Trials:
         self.alone: set[str] = set()
         self.in_runs: set[str] = set()
 
-    def run(self, tiles: Iterable[int]) -> None:
-        """Makes the steps of all choices; of levels in tiles, for these numbers.
+    def run(self, tiles: Sequence[int] | None) -> None:
+        """Makes the steps of all choices; of levels in tiles, for these numbers, or None for the most of `_TILES`.
 
         Raises:
             NotAChain: the layers are not called one after the other.
@@ -77,9 +77,12 @@ class Trials:
             self._record(choice)
         if not self.recorders:
             return
+        rows = max(map(_rows, next(iter(self.recorders.values())).shapes.values()), default=0)
+        most_tiles = rows // _LEAST_ROWS[self._bench.device.type]
+        fitting = [number for number in (_TILES if tiles is None else sorted(tiles)) if number <= most_tiles]
         for level in IN_TILES:
             if level != CHECKPOINT:
-                self._record_tiles(level, sorted(tiles))
+                self._record_tiles(level, fitting[:1] if tiles is None else fitting)
         # What runs in a checkpoint does so in the most tiles, in both its forward passes.
         most = max(map(tiles_in, self.memory))
         if most > 1:
@@ -111,11 +114,10 @@ class Trials:
 
     def _record_tiles(self, level: str, tiles: Sequence[int]) -> None:
         """A level in more and more tiles, where they lower a peak of a layer. Two may be no better than one."""
-        rows = max(map(_rows, next(iter(self.recorders.values())).shapes.values()), default=0)
         before = level if level in self.memory else None
         for number in tiles:
             choice = str(Policy(level, number))
-            if rows < number * _LEAST_ROWS[self._bench.device.type] or not self._record(choice):
+            if not self._record(choice):
                 return
             layers = range(len(self.recorders[choice].outputs))
             pairs = [(self.of(choice, layer), self.of(before, layer)) for layer in layers] if before else []
