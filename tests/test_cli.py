@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
+import math
 import pathlib
 import re
 import subprocess
@@ -296,9 +297,12 @@ class AsksForItsClass(nn.Module):
         return self.linear(self.norm(x) * (2 if type(self.norm) is nn.LayerNorm else 1))
 
 
-@pytest.mark.parametrize(("kind", "said"), [(AsksForItsClass, ["gradients", "outputs"]), (model, [])])
-def test_convert_check_tells_other_numbers(kind: Callable[[], nn.Module], said: list[str]) -> None:
-    found = check.check(kind(), (torch.randn(3, 16),), turns=1)
+@pytest.mark.parametrize(
+    ("kind", "factor", "said"),
+    [(AsksForItsClass, 1.0, ["gradients", "outputs"]), (model, 1.0, []), (model, math.nan, []), (model, 1e38, [])],
+)
+def test_convert_check_tells_other_numbers(kind: Callable[[], nn.Module], factor: float, said: list[str]) -> None:
+    found = check.check(kind(), (factor * torch.randn(3, 16),), turns=1)
     assert sorted(change.split()[0] for change in found.changed) == said
 
 

@@ -105,13 +105,14 @@ def _shown(value: float) -> str:
 
 def _beside(plan: "Plan") -> Iterator[str]:
     """The next plans of less memory and of more."""
-    less = [label for label in plan.frontier if label[0] < 0.98 * plan.predicted.peak]
-    more = [
-        label for label in plan.frontier if label[0] > plan.predicted.peak and label[1] < 0.99 * plan.predicted.seconds
-    ]
+    peak, seconds = plan.predicted.peak, plan.predicted.seconds
+    # A plan that was taken by the clock may have other seconds than were predicted: plans of less memory and less time
+    # are none to be told beside it.
+    less = [label for label in plan.frontier if label[0] < 0.98 * peak and label[1] > seconds]
+    more = [label for label in plan.frontier if label[0] > peak and label[1] < 0.99 * seconds]
     for word, label in (("less", less[-1] if less else None), ("more", more[0] if more else None)):
         if label is not None:
-            change = label[1] / plan.predicted.seconds - 1
+            change = label[1] / seconds - 1
             yield f"with {word} memory  {size(label[0])} would take {change:+.1%} time"
 
 
