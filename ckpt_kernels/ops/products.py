@@ -1,6 +1,7 @@
 """Products of linear layers, which are torch's, and their gradients, in the dtypes that autocast asks for."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,14 @@ def product_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    # What there is nothing to do about is not worth a call of torch's.
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 def product_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """F.linear, computed in `dtype`."""
-    operands = (input.to(dtype), weight.to(dtype), _cast(bias, dtype))
+    operands = (_cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype))
     if not is_autocast(input):
         return linear_of_torch(*operands)
     with torch.autocast(input.device.type, enabled=False):
@@ -40,22 +42,26 @@ def as_no_view(output: Tensor) -> Tensor:
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """Its rows, `(rows, columns)`."""
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+    dims = tensor.dim()
+    if dims == 2:
+        return tensor
+    return tensor.flatten(0, -2) if dims > 1 else tensor.unsqueeze(0)
 
 
 def grad_input_of(grad: Tensor, weight: Tensor) -> Tensor:
     """`(*, in)`, of the gradient's dtype."""
-    return (as_matrix(grad) @ weight.to(grad.dtype)).reshape(*grad.shape[:-1], weight.shape[1])
+    product = as_matrix(grad) @ _cast(weight, grad.dtype)
+    return product if grad.dim() == 2 else product.reshape(*grad.shape[:-1], weight.shape[1])
 
 
 def grad_weight_of(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tensor:
     """`(out, in)`."""
-    return (as_matrix(grad).t() @ as_matrix(input).to(grad.dtype)).to(weight_dtype)
+    return _cast(as_matrix(grad).t() @ _cast(as_matrix(input), grad.dtype), weight_dtype)
 
 
 def grad_bias_of(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
     """`(out)`."""
-    return (grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad).to(bias_dtype)
+    return _cast(grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad, bias_dtype)
 
 
 def products_of(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
@@ -65,7 +71,7 @@ def products_of(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dty
 
 def grad_of_shared(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """The gradient of what several products read, added up in autograd's order: the last product's first."""
-    parts = [grad_input_of(g, w).to(dtype) for g, w in reversed(there)]
+    parts = [_cast(grad_input_of(g, w), dtype) for g, w in reversed(there)]
     total = parts[0]
     for part in parts[1:]:
         total = total.add_(part)
