@@ -127,6 +127,9 @@ def chosen() -> str:
         ...     ckpt_kernels.backends.chosen()
         'reference'
     """
+    choice = _choice.get()
+    if choice is None:  # as nearly always
+        return _of_process
     choice = _innermost()
     return _of_process if choice is None else choice.name
 

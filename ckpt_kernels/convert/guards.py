@@ -115,13 +115,14 @@ def as_products_take(input: Tensor) -> Tensor:
 
 def are_wanted(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -> bool:
     """Whether all products have gradients, or none: what eager torch keeps of a gate depends on that."""
-    return not torch.is_grad_enabled() or input.requires_grad or all(w.requires_grad for w, _ in linears)
+    return input.requires_grad or not torch.is_grad_enabled() or all(w.requires_grad for w, _ in linears)
 
 
 def level_for(recompute: str, *linears: tuple[Tensor, Tensor | None]) -> str:
     """ "output" in the place of "all" where a weight is frozen, for which eager torch does not keep the input."""
-    frozen = recompute == "all" and not all(weight.requires_grad for weight, _ in linears)
-    return "output" if frozen else recompute
+    if recompute != "all":
+        return recompute
+    return "all" if all(weight.requires_grad for weight, _ in linears) else "output"
 
 
 def chains(input: Tensor, firsts: tuple, lasts: tuple, parts: int = 1) -> bool:

@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..ops.registration import is_transformed
+from ..thin.direct import is_plain
 from .asked import Such, is_surely
 from .called import is_as_torch_wrote_it
 from .patched import are_patched, are_patched_as_traced
@@ -23,6 +25,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 CALLS_FORWARD = (("__call__", _CALL), ("_call_impl", _CALL_IMPL))
 _CALLED_PLAINLY = Such(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))
 _everybody = nn.modules.module
+_is_compiling = torch.compiler.is_compiling
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
@@ -59,8 +62,10 @@ def is_watched() -> bool:
 
     (torch.compile sees ours.)
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return are_patched_as_traced()
+    if is_plain() and forward_ad._current_level < 0:  # for C: there are no modes and no transforms
+        return are_patched()
     return are_patched() or is_transformed() or _dispatch_modes() > 0 or (_function_modes() > 0 and _is_in_a_mode())
 
 

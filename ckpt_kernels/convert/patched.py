@@ -4,15 +4,14 @@ Somebody may put others in their place, for all modules: one that quantizes in t
 What was there when this package was imported is what ours computes; where anything else is, a model's own code runs.
 """
 
-import operator
 import types
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .asked import Found, are_same
 from .called import is_torchs
 
 _OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish instance_norm layer_norm leaky_relu linear mish
@@ -23,52 +22,33 @@ _METHODS = """__add__ __iadd__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __s
     mean mul pow relu rsqrt sigmoid size sqrt sub t tanh to type_as view""".split()
 
 
-class _Held(NamedTuple):
-    """Names of a module or class, what reads them all at once, and what they were."""
-
-    holder: Any
-    names: tuple[str, ...]
-    read: Callable[[Any], tuple[Any, ...]]
-    then: tuple[Any, ...]
+def _then(function: Any) -> Any:
+    """What a function was. Where somebody was here before this package, all code stays as it is: what is found is never
+    the object that this gives."""
+    return function if isinstance(function, types.BuiltinFunctionType) or is_torchs(function) else object()
 
 
-def _held(holder: Any, names: list[str]) -> _Held:
-    own = tuple(name for name in names if name in vars(holder))
-    read = operator.itemgetter(*own)
-    return _Held(holder, own, read, read(vars(holder)))
-
-
-_WATCHED = tuple(_held(*of) for of in ((F, _OF_FUNCTIONAL), (torch, _OF_TORCH)))
-_READ_F, _READ_T = (held.read for held in _WATCHED)
-_OF_F, _OF_T, _OF_TENSOR = (vars(holder) for holder in (F, torch, Tensor))
+_WATCHED: tuple[Found, ...] = tuple(
+    (vars(holder), name, _then(vars(holder)[name]))
+    for holder, names in ((F, _OF_FUNCTIONAL), (torch, _OF_TORCH))
+    for name in names
+    if name in vars(holder)
+)
+_WATCHED_AS_TRACED = tuple((F if held is vars(F) else torch, name, then) for held, name, then in _WATCHED)
+_OF_TENSOR = vars(Tensor)
 # Methods that Tensor inherits: another would be one of its own.
 _INHERITED = {name: getattr(Tensor, name) for name in _METHODS if name not in vars(Tensor)}
 _NAMES = frozenset(_INHERITED)
 
 
-# Where somebody was here before this package, all code stays as it is: what is found is never one of these.
-_THEN = tuple(
-    f if isinstance(f, types.BuiltinFunctionType) or is_torchs(f) else object() for held in _WATCHED for f in held.then
-)
-_is = operator.is_
-
-
 def are_patched() -> bool:
     """Whether any of them is another than when this package was imported. For each call."""
-    try:
-        now = _READ_F(_OF_F) + _READ_T(_OF_T)
-    except KeyError:  # one of them is gone
-        return True
-    return not (all(map(_is, now, _THEN)) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
+    return not (are_same(_WATCHED) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
 
 
 def are_patched_as_traced() -> bool:
     """The same for torch.compile, which guards what it is told of one by one."""
-    return any(
-        getattr(held.holder, name) is not then
-        for held in _WATCHED
-        for name, then in zip(held.names, held.then, strict=True)
-    )
+    return any(getattr(holder, name) is not then for holder, name, then in _WATCHED_AS_TRACED)
 
 
 def _are_inherited() -> bool:

@@ -140,7 +140,7 @@ def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | Non
     if not isinstance(act, nn.Module) or not is_called_plainly(act) or (not made and is_set(act, "inplace")):
         return None
     rule = rule_of(act)
-    if isinstance(rule, ActivationRule):
+    if type(rule) is ActivationRule:
         return rule.name if rule.holds(act, wide) and not is_patched(type(act)) else None
     if rule is not None or not _is_torchs(act):
         return None

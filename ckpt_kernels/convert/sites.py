@@ -28,9 +28,8 @@ def gated_mlp(
 ) -> Results | None:
     if not chains(input, gate, last) or value[0].shape != gate[0].shape or not are_wanted(input, gate, value):
         return None
-    biases: dict[str, Any] = {"gate_bias": gate[1], "value_bias": value[1], "bias": last[1]}
-    weights, level = (gate[0], value[0], last[0]), level_for(recompute, gate, value)
-    return [F.gated_mlp(input, *weights, **biases, activation=activation, dropout_p=p, recompute=level)]
+    (w, b), (w2, b2), (w3, b3), level = gate, value, last, level_for(recompute, gate, value)
+    return [F.gated_mlp(input, w, w2, w3, b, b2, b3, activation=activation, dropout_p=p, recompute=level)]
 
 
 @pattern("packed gated MLP", "last(may_drop(act(gate_half(packed(input))) * value_half(packed(input))))")

@@ -58,11 +58,16 @@ class _Linear(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None
 
 
+def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its `apply`, without torch's look for torch.func's transforms, of which `is_fused` has said that there are none."""
+    return super(torch.autograd.Function, function).apply
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear. Under autocast, keeps input and weight as they are instead of cast copies of them."""
     if not is_autocast(input) or not is_fused(input, weight, bias):
         return linear_of_torch(input, weight, bias)
-    return _Linear.apply(input, weight, bias, product_dtype(input))
+    return _apply_of(_Linear)(input, weight, bias, product_dtype(input))
 
 
 def recomputed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -186,7 +191,7 @@ def block_linear(
         return product_of(block.forward(operands)[0], weight, bias, dtype)
 
     is_announced = len(weights) == 1 and announced(product, weights[0], biases[0], *operands)
-    first, *others = _BlockLinear.apply(block, len(weights), dtype, *operands, *weights, *biases)
+    first, *others = _apply_of(_BlockLinear)(block, len(weights), dtype, *operands, *weights, *biases)
     return recorded(first, is_announced), *others
 
 
@@ -278,7 +283,8 @@ def linear_block_linear(
             return product_of(block.forward(products_of(input, firsts, dtype))[0], weight, bias, dtype)
 
         is_announced = announced(product, weight, bias, input, *firsts)
-        return recorded(_LinearBlockLinear.apply(block, dtype, input, *firsts, weight, bias), is_announced)
-    operands = [linear(input, w, b) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
+        return recorded(_apply_of(_LinearBlockLinear)(block, dtype, input, *firsts, weight, bias), is_announced)
+    product = linear if is_autocast(input) else linear_of_torch
+    operands = [product(input, w, b) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
     compute = composed_linear if recompute == "block" else block_linear
     return compute(block, operands, (weight,), (bias,))[0]

@@ -39,7 +39,9 @@ def pinned_function(function: type[torch.autograd.Function]) -> type[torch.autog
 
     def noting(ctx: Any, *arguments: Any) -> Any:
         if not torch.compiler.is_compiling():
-            biases = [a for a in arguments if isinstance(a, torch.nn.Parameter) and a.dim() == 1]
+            # The dimension first: of a tensor, whether it is a parameter costs several times as much.
+            vectors = [a for a in arguments if isinstance(a, torch.Tensor) and a.dim() == 1]
+            biases = [a for a in vectors if isinstance(a, torch.nn.Parameter)]
             ctx.biases = [(bias, bias._version) for bias in biases if not bias.is_inference()]
         return forward(ctx, *arguments)
 

@@ -13,7 +13,9 @@ from .. import ops
 from ..activations import CODES
 from ..backends.reference import compute_dtype
 from ..ops.linear_blocks import Block
+from . import bias_act, glu
 from .direct import direct, is_plain
+from .plans import plan_of, remember
 
 _act_forward, _act_backward = direct("bias_act_forward"), direct("bias_act_backward")
 _glu_forward, _glu_backward = direct("glu_forward"), direct("glu_backward")
@@ -41,7 +43,15 @@ def act_block(dtypes: set[torch.dtype], activation: str, dropout_p: float) -> Bl
                 return [grad_input], output
         return full.backward(grad, operands, rest, wanted, rewrite)
 
-    return Block(forward, backward, full.composed)
+    def composed(operands: Sequence[Tensor | None]) -> Tensor:
+        call = "bias_act", (operands[0], None), (activation, 0.0, True)
+        plan = plan_of(*call)
+        if plan is None:
+            remember(bias_act.bias_act(*call[1], ops.bias_act.Options(activation, 0.0)), *call)
+            return full.composed(operands)
+        return plan(operands[0], None, None)
+
+    return Block(forward, backward, composed)
 
 
 def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p: float, packed: bool) -> Block | None:
@@ -65,7 +75,15 @@ def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p:
                 return [grad_gate, grad_value], output
         return full.backward(grad, operands, rest, wanted, rewrite)
 
-    return Block(forward, backward, full.composed)
+    def composed(operands: Sequence[Tensor | None]) -> Tensor:
+        call = "glu", tuple(operands), (activation,)
+        plan = plan_of(*call)
+        if plan is None:
+            remember(glu.glu(*operands, ops.glu.Options(activation)), *call)
+            return full.composed(operands)
+        return plan(*operands)
+
+    return Block(forward, backward, composed)
 
 
 def norm_block(dtypes: set[torch.dtype], input: Tensor, coefficients: Sequence[Tensor | None], options: tuple) -> Any:

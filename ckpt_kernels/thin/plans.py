@@ -13,6 +13,7 @@ from .direct import is_available, key
 # Shapes and options of a program are few; where they are not, what is remembered does not grow without end.
 MOST_PLANS = 4096
 
+_is_compiling = torch.compiler.is_compiling
 _NATIVE = ("auto", "native")
 _plans: dict[tuple | None, Any] = {}
 
@@ -21,7 +22,7 @@ def plan_of(block: str, tensors: Sequence[Tensor | None], options: tuple) -> Any
     """What was remembered of a call like this one, a `Plan` or the block of a linear layer; None where there was none
     like it, or where the full path must serve it."""
     # First: a compiler folds this, and sees nothing of the rest.
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if _is_compiling() or forward_ad._current_level >= 0:
         return None
     if backends.chosen() not in _NATIVE:
         return None
