@@ -22,7 +22,6 @@ _METHODS = """__add__ __iadd__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __s
     mean mul pow relu rsqrt sigmoid size sqrt sub t tanh to type_as view""".split()
 
 
-
 def _then(function: Any) -> Any:
     """What a function was. Where somebody was here before this package, all code stays as it is: what is found is never
     the object that this gives."""

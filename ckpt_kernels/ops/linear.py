@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Its `apply`, without torch's look for torch.func's transforms, of which `is_fused` has said that there are none."""
+    """Its `apply`, without torch's look for torch.func's transforms: `is_fused` has said that there are none."""
     return super(torch.autograd.Function, function).apply
 
 
