@@ -44,8 +44,7 @@ Answer are_all_the_same(PyObject* found, PyObject* missing) {
       PyErr_Format(PyExc_TypeError, "expected tuples (holder, name, value)");
       return failed;
     }
-    const Answer answer =
-        has(PyTuple_GetItem(each, 0), PyTuple_GetItem(each, 1), PyTuple_GetItem(each, 2), missing);
+    const Answer answer = has(PyTuple_GetItem(each, 0), PyTuple_GetItem(each, 1), PyTuple_GetItem(each, 2), missing);
     if (answer != yes) return answer;
   }
   return yes;
@@ -69,9 +68,9 @@ struct Such {
   // False, and an error, where it is none.
   bool read(PyObject* such) {
     PyObject* kind_object;
-    if (!PyTuple_Check(such) || !PyArg_ParseTuple(such, "OO!O!O!O!O!", &kind_object, &PyTuple_Type, &of_class,
-                                                  &PyTuple_Type, &same, &PyTuple_Type, &inherited, &PyTuple_Type,
-                                                  &empty, &PyTuple_Type, &absent))
+    if (!PyTuple_Check(such) ||
+        !PyArg_ParseTuple(such, "OO!O!O!O!O!", &kind_object, &PyTuple_Type, &of_class, &PyTuple_Type, &same,
+                          &PyTuple_Type, &inherited, &PyTuple_Type, &empty, &PyTuple_Type, &absent))
       return false;
     if (!PyType_Check(kind_object)) return PyErr_Format(PyExc_TypeError, "expected a class first") != nullptr;
     kind = reinterpret_cast<PyTypeObject*>(kind_object);

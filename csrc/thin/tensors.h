@@ -1,5 +1,5 @@
-// How the Python module `_thin` reads torch's tensors: by the DLPack C exchange API, a table of functions that torch.Tensor
-// has as `__dlpack_c_exchange_api__`. Declared here is what is used of it, in the layout of DLPack 1.x
+// How the Python module `_thin` reads torch's tensors: by the DLPack C exchange API, a table of functions that
+// torch.Tensor has as `__dlpack_c_exchange_api__`. Declared here is what is used of it, in the layout of DLPack 1.x
 // (https://dmlc.github.io/dlpack).
 //
 // Limited API of Python 3.10 and nothing of torch's C++.
