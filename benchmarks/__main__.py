@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ckpt_kernels.arguments import amount, positive
+
 from . import baseline, report, start
 from .cases import CASES, Case, Setting
 from .measure import measure
@@ -31,8 +33,8 @@ def arguments() -> argparse.Namespace:
     parser = start.parser("benchmarks", __doc__)
     parser.add_argument("--quick", action="store_true", help="under a minute: a shape a block, ours and eager only")
     parser.add_argument("--full", action="store_true", help="more shapes, and torch.compile for all of them")
-    parser.add_argument("--rounds", type=int, help="counted turns of each provider (default: 12; quick: 7)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="measure nothing new after this long")
+    parser.add_argument("--rounds", type=positive, help="counted turns of each provider (default: 12; quick: 7)")
+    parser.add_argument("--seconds", type=amount, default=math.inf, help="measure nothing new after this long")
     parser.add_argument("--case", default="", help="only blocks whose name contains this")
     parser.add_argument("--shape", type=_shape, metavar="AxB", help="this shape alone, for the blocks that take it")
     parser.add_argument("--dtype", choices=DTYPES, help="this dtype alone")

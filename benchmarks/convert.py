@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ckpt_kernels
+from ckpt_kernels.arguments import amount, folder, positive
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import saved_bytes
 
@@ -53,17 +54,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__)
     parser.add_argument("architectures", nargs="*", metavar="NAME", help=f"of {', '.join(ARCHITECTURES)}; default all")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    parser.add_argument("--out", type=folder, default=pathlib.Path("out"))
     parser.add_argument("--survey", action="store_true", help="architectures by the hundred; NAME may have * and ?")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of the survey at a time")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds that the survey gives to one of them")
+    parser.add_argument("--jobs", type=positive, default=2, help="processes of the survey at a time")
+    parser.add_argument("--timeout", type=amount, default=TIMEOUT, help="seconds that the survey gives to one of them")
     parser.add_argument("--times", action="store_true", help="the survey also times a step of the wide models")
     options = parser.parse_args()
     if options.survey:
         return surveying.main(options.architectures, options.out, options.jobs, options.times, options.timeout)
     unknown = [name for name in options.architectures if name not in ARCHITECTURES]
     if unknown:
-        parser.error(f"no such architecture: {', '.join(unknown)}")
+        parser.error(f"no such architecture: {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
     warnings.filterwarnings("ignore", module=r"diffusers\.|transformers\.")
     console = Console()
     names = options.architectures or list(ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""What all pictures share: a colour for each provider, panels side by side, and the machine that was measured."""
+"""What all pictures share: panels side by side, one legend, and the machine that was measured."""
 
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -8,34 +8,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Ours are blue, the darker the less is kept, and layers teal; torch.compile's are green.
-COLORS = {
-    "eager": "#3c3c3c",
-    "ours": "#3182bd",
-    "ours, block": "#8fc3e3",
-    "ours, output": "#3182bd",
-    "ours, all": "#08306b",
-    "ours, layer": "#00796b",
-    "ours, output, compiled": "#7b5fc0",
-    "ours (triton)": "#0b3c75",
-    "checkpoint": "#e6550d",
-    "torch.compile": "#31a354",
-    "torch.compile, budget 0.9": "#8cc878",
-    "torch.compile, budget 0.5": "#0b5c2a",
-    "liger": "#d6a000",
-    "quack": "#c51b7d",
-    "flash-attention": "#8c564b",
-    "apex": "#9e9e9e",
-}
-# Blocks beside each other in one picture.
-CASE_COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
-
-
-def color_of(provider: str) -> str:
-    """That of the longest name which the provider's begins with."""
-    fitting = [name for name in COLORS if provider.lower().startswith(name)]
-    return COLORS[max(fitting, key=len)] if fitting else "#d62728"
 
 
 def panels(count: int, columns: int, width: float, height: float, **options: Any) -> "tuple[Figure, list[Axes]]":

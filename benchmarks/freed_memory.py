@@ -18,6 +18,7 @@ from torch import nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
+from ckpt_kernels.arguments import positive
 
 SETTINGS = ("defaults", "kept")
 MODELS = ("eager", "converted")
@@ -55,8 +56,8 @@ def measured(name: str, setting: str, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4, help="of each process, after one that is not counted")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.freed_memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=positive, default=4, help="of each process, after one that is not counted")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "SETTING"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -15,6 +15,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ckpt_kernels import palette
+from ckpt_kernels.arguments import positive
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 from ckpt_kernels.recompute import selective_contexts
 
@@ -233,7 +235,7 @@ def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> None:
             y,
             s=110 if ours else 70,
             marker="o" if ours else "s",
-            color=figures.color_of(result["provider"]),
+            color=palette.color_of(result["provider"]),
             label=result["provider"],
             alpha=0.85,
             zorder=2,
@@ -264,7 +266,7 @@ def draw_overview(results: list[dict[str, Any]], path: pathlib.Path, about: dict
             textcoords="offset points",
             fontsize=9,
             horizontalalignment="right" if left else "left",
-            color=figures.color_of(result["provider"]),
+            color=palette.color_of(result["provider"]),
         )
     axis.set_title(_finding(own), fontsize=11)
     figures.save(figure, path, about)
@@ -272,16 +274,18 @@ def draw_overview(results: list[dict[str, Any]], path: pathlib.Path, about: dict
 
 def main() -> int:
     parser = start.parser("benchmarks.layers", __doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="counted turns of each provider")
+    parser.add_argument("--rounds", type=positive, default=5, help="counted turns of each provider")
     parser.add_argument("--case", default="", help="only layers whose name contains this")
     parser.add_argument("--full", action="store_true", help="torch.compile for the convolutional layers too")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
+    every = layers("cuda" if torch.cuda.is_available() else "cpu")
+    names = start.named(parser, options.case, [layer.name for layer in every])
     device, about, console = start.start("benchmarks.layers", options)
     results: list[dict[str, Any]] = []
     table = Table(*COLUMNS, title="Layers: forward and backward", title_justify="left")
     with start.progress(console) as progress:
-        chosen = [layer for layer in layers(device) if options.case in layer.name]
+        chosen = [layer for layer in every if layer.name in names]
         task = progress.add_task("measuring", total=len(chosen))
         for layer in chosen:
             progress.update(task, description=f"{layer.name:<30}")

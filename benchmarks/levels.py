@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
+from ckpt_kernels.arguments import positive
 
 WIDTH, HIDDEN, HEADS, BATCH = 512, 1376, 8, 2
 
@@ -49,10 +50,10 @@ def step(model: nn.Module, x: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.levels", description=__doc__)
+    parser.add_argument("--layers", type=positive, default=2)
+    parser.add_argument("--tokens", type=positive, default=512)
+    parser.add_argument("--rounds", type=positive, default=3)
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)

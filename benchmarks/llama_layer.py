@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from ckpt_kernels import palette
 from ckpt_kernels.memory import saved_bytes
 
 from . import figures
@@ -90,7 +91,7 @@ def draw(path: pathlib.Path = PATH) -> None:
     figure, (axis,) = figures.panels(1, 1, 14.4, 8.6)
     axis.set(xlim=(0, 31.1), ylim=(len(LAYER) + 2.4, -2.2))
     axis.axis("off")
-    colors = [figures.COLORS[name] for name in ("eager", "ours, block", "ours, output", "ours, all", "ours, layer")]
+    colors = [palette.COLORS[name] for name in ("eager", "ours, block", "ours, output", "ours, all", "ours, layer")]
     starts = [11.2 + 4.1 * index for index in range(len(LEVELS))]
     axis.plot([2.6, 2.6], [-0.4, len(LAYER) - 0.2], color="gray", linewidth=1.5, zorder=0)
     for place, item in enumerate(LAYER):
@@ -127,7 +128,7 @@ def draw(path: pathlib.Path = PATH) -> None:
 
 
 def _box(axis: "Axes", step: Step, place: int) -> None:
-    color = figures.COLORS["ours"] if step.is_block else "gray"
+    color = palette.COLORS["ours"] if step.is_block else "gray"
     style = {
         "boxstyle": "round,pad=0.35",
         "facecolor": "white",
@@ -154,7 +155,7 @@ def _legend(axis: "Axes", place: float) -> None:
     axis.text(10.1, place, KERNEL, va="center", fontsize=10)
     axis.barh(place, 0.9, 0.5, 16.6, facecolor="none", edgecolor=gray, linestyle=":", hatch="////")
     axis.text(17.7, place, PRODUCT, va="center", fontsize=10)
-    style = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": figures.COLORS["ours"], "linewidth": 2}
+    style = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": palette.COLORS["ours"], "linewidth": 2}
     axis.text(2.6, place, "a block", ha="center", va="center", fontsize=9, bbox=style)
 
 

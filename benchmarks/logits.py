@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ckpt_kernels
-from ckpt_kernels.arguments import positive
+from ckpt_kernels.arguments import device, positive
 from ckpt_kernels.memory import peak_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -22,13 +22,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.logits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocabulary", type=positive, default=32000)
     parser.add_argument("--width", type=positive, default=256)
     parser.add_argument("--layers", type=positive, default=2)
     parser.add_argument("--tokens", type=positive, default=2048)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--turns", type=positive, default=5)
     given = parser.parse_args()
     config = LlamaConfig(

@@ -14,6 +14,8 @@ from rich.table import Table
 from torch import nn
 
 import ckpt_kernels
+from ckpt_kernels import palette
+from ckpt_kernels.arguments import positive
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
@@ -162,7 +164,7 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any
         )
         for result in own:
             x, y = result["saved_bytes"] / 2**20, result["times_eager"]
-            axis.scatter(x, y, s=90, color=figures.color_of(result["provider"]), label=result["provider"], zorder=2)
+            axis.scatter(x, y, s=90, color=palette.color_of(result["provider"]), label=result["provider"], zorder=2)
             if result["largest_batch"]:
                 # What is far to the right is named to its left, within the picture.
                 right = x > 0.8 * max(other["saved_bytes"] for other in own) / 2**20
@@ -194,13 +196,14 @@ def _finding(results: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = start.parser("benchmarks.models", __doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="counted steps of each provider")
+    parser.add_argument("--rounds", type=positive, default=3, help="counted steps of each provider")
     parser.add_argument("--case", default="", help="only models whose name contains this")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes a model")
     options = parser.parse_args()
+    names = start.named(parser, options.case, list(MODELS))
     device, about, console = start.start("benchmarks.models", options)
     warnings.filterwarnings("ignore", module=r"diffusers\.|transformers\.")
-    chosen = {name: build for name, build in MODELS.items() if options.case.lower() in name.lower()}
+    chosen = {name: MODELS[name] for name in names}
     results: list[dict[str, Any]] = []
     rows = []
     with start.progress(console) as progress:

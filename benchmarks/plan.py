@@ -8,7 +8,6 @@ in the same turn.
 import argparse
 import copy
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
+from ckpt_kernels.arguments import amount, file, positive
 from ckpt_kernels.levels import OF_MODELS
 
 WIDTH, BATCH, VOCABULARY = 512, 2, 4096
@@ -174,13 +174,13 @@ def run(name: str, layers: int, tokens: int, budgets: list[float], rounds: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__)
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.35, 0.5, 0.7])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--tokens", type=positive, default=512)
+    parser.add_argument("--budgets", type=amount, nargs="+", default=[0.25, 0.35, 0.5, 0.7])
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--json", type=file)
     options = parser.parse_args()
     found = {}
     for name in options.case:

@@ -8,7 +8,6 @@ interpreter.
 
 import argparse
 import json
-import pathlib
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ckpt_kernels.arguments import existing, file, positive
 from ckpt_kernels.backends.blocks import RowNorm, RowNormGradients, RowNormOptions
 from ckpt_kernels.catalogue.blocks import BY_NAME
 from ckpt_kernels.inspect import MACHINES, Machine, Usage, estimate
@@ -134,10 +134,12 @@ def table(found: list[Line]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", nargs="+", type=pathlib.Path, help="results.json of a run on a GPU")
-    parser.add_argument("--columns", type=int, nargs="+", default=[], metavar="N", help="rows of these lengths only")
-    parser.add_argument("--out", type=pathlib.Path, help="write the table there, too")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="+", type=existing, help="results.json of a run on a GPU")
+    parser.add_argument(
+        "--columns", type=positive, nargs="+", default=[], metavar="N", help="rows of these lengths only"
+    )
+    parser.add_argument("--out", type=file, help="write the table there, too")
     options = parser.parse_args()
     found = [line for file in options.results for line in lines(json.loads(file.read_text()), options.columns)]
     print(table(found))

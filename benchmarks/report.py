@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import ckpt_kernels
+from ckpt_kernels import palette
 
 from . import figures
 
@@ -211,7 +212,7 @@ def _bars(
             }
             places = [place + (index - len(names) / 2 + 0.5) * 0.8 / len(names) for place in range(len(cases))]
             heights = [found.get(case, 0) for case in cases]
-            bars = axis.bar(places, heights, 0.8 / len(names), label=name, color=figures.color_of(name))
+            bars = axis.bar(places, heights, 0.8 / len(names), label=name, color=palette.color_of(name))
             axis.bar_label(bars, [f"{h:.1f}" if h else "" for h in heights], fontsize=6, padding=1)
         ratios = [rows["eager"][figure] / _ours(rows)[figure] for rows in _by_block(here) if "eager" in rows]
         found_here = finding.format(statistics.geometric_mean(ratios)) if ratios else ""

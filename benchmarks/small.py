@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 import ckpt_kernels.nn as ours
 from ckpt_kernels import functional, recompute
+from ckpt_kernels.arguments import amount
 
 WIDTH = 64
 _PACKAGE = str(pathlib.Path(ckpt_kernels.__file__).parent)
@@ -259,8 +260,8 @@ def processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each block")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.small", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=amount, default=1.5, help="for each block")
     parser.add_argument("--out", type=pathlib.Path, help="a Markdown file, beside this one where relative")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -4,14 +4,25 @@ import argparse
 import datetime
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ckpt_kernels.arguments import folder
+
 from . import report
 from .malloc import raise_malloc_thresholds
+
+
+def named(parser: argparse.ArgumentParser, text: str, names: Sequence[str]) -> list[str]:
+    """The names that have the text of --case in them, which ends the command if none has."""
+    found = [name for name in names if text.lower() in name.lower()]
+    if not found:
+        parser.error(f"--case is {text!r}; expected a part of one of {', '.join(names)}")
+    return found
 
 
 class Start(NamedTuple):
@@ -25,7 +36,7 @@ class Start(NamedTuple):
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """One with the options that all share."""
     found = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    found.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks"), help="where results go")
+    found.add_argument("--out", type=folder, default=pathlib.Path("out/benchmarks"), help="where results go")
     found.add_argument(
         "--raise-malloc-thresholds",
         action="store_true",

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ckpt_kernels import palette
+
 from . import figures, report, start
 from .cases import CASES, Case, Setting
 from .measure import measure
@@ -50,37 +52,51 @@ def draw(points: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]
     """A row of panels for each dtype: the fraction of the copy's bandwidth by length, and the time by count."""
     dtypes = list(dict.fromkeys(p["dtype"] for p in points))
     lines = list(dict.fromkeys((p["case"], name) for p in points for name in p["total_ms"]))
-    colors = dict(zip(dict.fromkeys(case for case, _ in lines), figures.CASE_COLORS, strict=False))
+    styles = dict(zip(dict.fromkeys(case for case, _ in lines), ("-", "--", ":", "-."), strict=False))
     figure, axes = figures.panels(2 * len(dtypes), 2, 6.5, 4.4)
-    styles = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 5)))
     for left, right, dtype in zip(axes[::2], axes[1::2], dtypes, strict=True):
+        there = [p for p in points if p["dtype"] == dtype]
+        by_length, by_count = ([p for p in there if p["sweep"] == sweep] for sweep in ("by length", "by count"))
         for case, name in lines:
-            own = [p for p in points if p["case"] == case and p["dtype"] == dtype and name in p["total_ms"]]
-            names = list(dict.fromkeys(other for p in points for other in p["total_ms"]))
             style = {
-                "color": colors[case],
-                "linestyle": styles[names.index(name) % len(styles)],
+                "color": palette.color_of(name),
+                "linestyle": styles.get(case, "-."),
                 "linewidth": 2.2 if name.startswith("ours") else 1.2,
                 "marker": "o",
                 "markersize": 4,
                 "label": f"{case}, {name}",
             }
-            by_length = [p for p in own if p["sweep"] == "by length"]
-            left.plot([p["columns"] for p in by_length], [p["fraction_of_copy"][name] for p in by_length], **style)
-            by_count = [p for p in own if p["sweep"] == "by count"]
-            right.plot([p["rows"] for p in by_count], [p["total_ms"][name] * 1e3 for p in by_count], **style)
+            own = [p for p in by_length if p["case"] == case and name in p["total_ms"]]
+            left.plot([p["columns"] for p in own], [p["fraction_of_copy"][name] for p in own], **style)
+            own = [p for p in by_count if p["case"] == case and name in p["total_ms"]]
+            right.plot([p["rows"] for p in own], [p["total_ms"][name] * 1e3 for p in own], **style)
         left.set_xscale("log", base=2)
         left.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        left.set(xlabel="N, length of a row", ylabel="part of the copy's bandwidth", ylim=(0, None))
-        left.set_title(f"{dtype}: rows of N, as many as make the same size", fontsize=11)
+        left.set(xlabel="N, length of a row; as many rows as make the same size", ylabel="part of the copy's bandwidth")
+        left.set_ylim(0, None)
+        reached = [v for p in by_length for name, v in p["fraction_of_copy"].items() if name.startswith("ours")]
+        left.set_title(f"{dtype}: {min(reached):.0%} to {max(reached):.0%} of a copy's bandwidth", fontsize=11)
         right.set_xscale("log", base=4)
         right.set_yscale("log")
         right.set(xlabel=f"M, number of rows of {COUNTED_LENGTH}", ylabel="forward and backward, us")
-        right.set_title(f"{dtype}: M rows", fontsize=11)
+        right.set_title(f"{dtype}: {_times_as_long(by_count)}", fontsize=11)
         for axis in (left, right):
             axis.grid(alpha=0.3)
     figures.legend(figure, axes[:1], 3)
     figures.save(figure, path, about)
+
+
+def _times_as_long(points: list[dict[str, Any]]) -> str:
+    """Of the fewest rows and of the most, eager's time over ours."""
+
+    def ratio(point: dict[str, Any]) -> float:
+        ours = next(time for name, time in point["total_ms"].items() if name.startswith("ours"))
+        return point["total_ms"]["eager"] / ours
+
+    fewest, most = (choose(points, key=lambda point: point["rows"]) for choose in (min, max))
+    return (
+        f"of {fewest['rows']} to {most['rows']} rows eager takes {ratio(fewest):.1f} to {ratio(most):.1f} times as long"
+    )
 
 
 def main() -> int:

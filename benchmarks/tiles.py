@@ -6,19 +6,19 @@ import time
 
 import torch
 
-from ckpt_kernels.arguments import positive
+from ckpt_kernels.arguments import device, positive
 from ckpt_kernels.memory import peak_bytes
 from ckpt_kernels.nn import GatedMLP
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiles", description=__doc__)
     parser.add_argument("--tokens", type=positive, default=8192)
     parser.add_argument("--width", type=positive, default=256)
     parser.add_argument("--inner", type=positive, default=768)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--turns", type=positive, default=5)
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)

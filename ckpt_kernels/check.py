@@ -5,12 +5,10 @@ Both run on copies; the model that is checked is not touched.
 
 import functools
 import json
-import math
 import pathlib
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +19,20 @@ from torch import Tensor, nn
 from . import memory
 from .convert import Report, convert, revert
 from .copies import copy_of
-from .target import Inputs, arguments_of, tensors_in
+from .model_state import different, state_of, types_in
+from .model_steps import (
+    call,
+    draws_random_numbers,
+    each_of,
+    in_double,
+    outputs_of,
+    projection,
+    reordered,
+    seconds_of_step,
+    step,
+)
+from .palette import color_of
+from .target import Inputs
 
 # Times that spread more than that from step to step are not worth comparing.
 WIDE_SPREAD = 0.15
@@ -133,7 +144,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         A `Check`, which prints as a table.
 
     Raises:
-        ValueError: no output has a gradient, or the level is unknown.
+        ValueError: no output has a gradient, the level is unknown, or the model is on meta.
 
     Example:
         >>> from ckpt_kernels.check import check
@@ -144,20 +155,23 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         >>> found.kept[1] < found.kept[0]
         True
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise ValueError("the model is on meta, where nothing is computed; expected a device that computes")
     plain = copy_of(model).train()
     revert(plain)
-    mode = "evaluation" if _draws(copy_of(plain), inputs) else "training"
+    mode = "evaluation" if draws_random_numbers(copy_of(plain), inputs) else "training"
     plain.train(mode == "training")
     twin = copy_of(plain)
-    before = _state(twin)
+    before = state_of(twin)
     report = convert(twin, recompute=recompute)
-    changed = [f"convert itself changed {name}" for name in different(before, _state(twin))]
-    truth = _results(copy_of(plain).double(), _each(inputs, _double))[0]
+    changed = [f"convert itself changed {name}" for name in different(before, state_of(twin))]
+    truth = _results(copy_of(plain).double(), each_of(inputs, in_double))[0]
     runs, states = [], []
     for which in (plain, twin):
-        found = [_alike(functools.partial(_results, which, batch)) for batch in (inputs, _other(inputs))]
+        found = [_alike(functools.partial(_results, which, batch)) for batch in (inputs, reordered(inputs))]
         runs.append([(*result, drawn) for result, drawn in found])
-        states.append(_state(which))
+        states.append(state_of(which))
     for turn, (theirs, ours) in enumerate(zip(*runs, strict=True)):
         changed += [f"{what}, call {turn + 1}" for what in _compared(theirs, ours)]
     changed += [f"{name} is another afterwards" for name in different(*states)]
@@ -165,24 +179,23 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     errors = [_errors(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
     changed += [told for found in errors if (told := _beyond_rounding(found, _eps(runs[0][0][0])))]
     plain.train(), twin.train()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     kept = _kept(plain, inputs), _kept(twin, inputs)
     peak = _peak(plain, inputs, device), _peak(twin, inputs, device)
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(turns):
         for index, timed in enumerate((plain, twin)):
-            seconds[index].append(_timed(timed, inputs, device))
+            seconds[index].append(seconds_of_step(timed, inputs, device))
     medians = statistics.median(seconds[0]), statistics.median(seconds[1])
     noise = max(map(_spread, seconds)) if turns > 1 else None
     return Check(report, mode, errors, changed, kept, peak, medians, noise)
 
 
 def _kept(model: nn.Module, inputs: Inputs) -> int:
-    return memory.saved_bytes(lambda: _outputs(_call(model, inputs)))
+    return memory.saved_bytes(lambda: outputs_of(call(model, inputs)))
 
 
 def _peak(model: nn.Module, inputs: Inputs, device: torch.device) -> int:
-    return memory.peak_bytes(lambda: _step(model, inputs), device)
+    return memory.peak_bytes(lambda: step(model, inputs), device)
 
 
 def _spread(times: Sequence[float]) -> float:
@@ -195,32 +208,25 @@ def _spread(times: Sequence[float]) -> float:
 
 def _results(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], Any]:
     """Outputs and gradients by name, and the types of what the model returns."""
-    value = _call(model, inputs)
-    loss = _projection(_outputs(value))
+    value = call(model, inputs)
+    loss = projection(outputs_of(value))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    results = {f"output {i}": y.detach() for i, y in enumerate(_outputs(value))}
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs_of(value))}
     results |= {f"grad {name}": g for name, g in zip(named, found, strict=True) if g is not None}
-    return results, _types(value)
+    return results, types_in(value)
 
 
 def _alike(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
     """The result of a run, and the states of all random numbers after it, which begin alike for each."""
     numpy = sys.modules.get("numpy")
-    kept = random.getstate(), numpy and numpy.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            torch.manual_seed(0)
-            random.seed(0)
-            if numpy:
-                numpy.random.seed(0)
-            result = run()
-            drawn = [torch.get_rng_state().tolist(), random.getstate(), numpy and list(numpy.random.get_state()[1])]
-        finally:
-            random.setstate(kept[0])
-            if numpy:
-                numpy.random.set_state(kept[1])
-    return result, drawn
+    with memory.random_numbers_kept():
+        torch.manual_seed(0)
+        random.seed(0)
+        if numpy:
+            numpy.random.seed(0)
+        result = run()
+        return result, [torch.get_rng_state().tolist(), random.getstate(), numpy and list(numpy.random.get_state()[1])]
 
 
 def _compared(theirs: tuple, ours: tuple) -> Iterator[str]:
@@ -239,65 +245,13 @@ def _compared(theirs: tuple, ours: tuple) -> Iterator[str]:
             yield f"{name} is finite elsewhere"
 
 
-def _types(value: Any) -> Any:
-    """The types of a nested value."""
-    if isinstance(value, Mapping):
-        return type(value).__name__, [(key, _types(item)) for key, item in value.items()]
-    if isinstance(value, tuple | list):
-        return type(value).__name__, [_types(item) for item in value]
-    return type(value).__name__
-
-
-def _state(model: nn.Module) -> dict[str, Any]:
-    """Parameters, buffers and attributes of all modules, by name."""
-    found: dict[str, Any] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found[name] = tensor.detach().clone()
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if not key.startswith("_"):
-                found[f"{name}.{key}"] = described(value)
-    return found
-
-
-def described(value: Any, depth: int = 3) -> Any:
-    """What can be compared of an attribute."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping) and depth:
-        return type(value).__name__, [(str(key), described(item, depth - 1)) for key, item in value.items()]
-    if isinstance(value, list | tuple | set) and depth:
-        return type(value).__name__, [described(item, depth - 1) for item in value]
-    if isinstance(value, bool | int | float | str | type(None)):
-        return value
-    held = vars(value) if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) else {}
-    return type(value).__name__, {str(key): described(item, depth - 1) for key, item in held.items()}
-
-
-def different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    names = sorted(before.keys() ^ after.keys())
-    return names + [name for name in before.keys() & after.keys() if not _same(before[name], after[name])]
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        close = a.shape == b.shape and a.dtype == b.dtype
-        return close and (
-            torch.allclose(a, b, rtol=1e-2, atol=1e-4, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)
-        )
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-3) or (a != a and b != b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return type(a) is type(b) and a == b
-
-
 def _errors(
     what: str, prefix: str, truth: dict[str, Tensor], eager: dict[str, Tensor], ours: dict[str, Tensor]
 ) -> Errors:
     names = [name for name in truth if name.startswith(prefix) and name in eager and name in ours]
+    # Whether the same elements are nan or infinite has been asked; of these there is no error.
+    finite = {n: truth[n].isfinite() & eager[n].isfinite() & ours[n].isfinite() for n in names}
+    truth, eager, ours = ({n: torch.where(finite[n], each[n], 0) for n in names} for each in (truth, eager, ours))
     total = float(sum(truth[name].norm() ** 2 for name in names)) ** 0.5 or 1.0
 
     def error(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -329,70 +283,6 @@ def _beyond_rounding(found: Errors, eps: float) -> str:
     )
 
 
-def _draws(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a forward pass moves torch's random numbers on."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    before = [g.get_state() for g in generators]
-    with torch.no_grad():
-        _call(model, inputs)
-    drew = any(not torch.equal(b, g.get_state()) for b, g in zip(before, generators, strict=True))
-    for generator, state in zip(generators, before, strict=True):
-        generator.set_state(state)
-    return drew
-
-
-def _call(model: nn.Module, inputs: Inputs) -> Any:
-    args, kwargs = arguments_of(inputs)
-    return model(*args, **kwargs)
-
-
-def _outputs(value: Any) -> list[Tensor]:
-    outputs = [t for t in tensors_in(value) if t.requires_grad]
-    if not outputs:
-        raise ValueError("the model's outputs have no gradient; expected a tensor that depends on its parameters")
-    return outputs
-
-
-def _projection(outputs: list[Tensor]) -> Tensor:
-    """The sum of outputs with random weights."""
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) / y.numel() ** 0.5 for y in outputs]
-    return sum((y * w.to(y)).sum() for y, w in zip(outputs, weights, strict=True))
-
-
-def _step(model: nn.Module, inputs: Inputs) -> None:
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    torch.autograd.grad(_projection(_outputs(_call(model, inputs))), wanted, allow_unused=True)
-
-
-def _timed(model: nn.Module, inputs: Inputs, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    _step(model, inputs)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def _each(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
-    if isinstance(inputs, Mapping):
-        return {key: change(value) for key, value in inputs.items()}
-    return tuple(map(change, inputs))
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _other(inputs: Inputs) -> Inputs:
-    """The same batch with its samples in another order."""
-    return _each(inputs, lambda value: value.flip(0) if isinstance(value, Tensor) and value.dim() else value)
-
-
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -416,7 +306,7 @@ def draw(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
     for index, (level, found) in enumerate(checks.items()):
         ratios = [pair[1] / pair[0] if pair[0] else 0.0 for pair in (getattr(found, name) for name in names)]
         places = [place + (index - (len(checks) - 1) / 2) * width for place in range(len(names))]
-        bars = axis.bar(places, ratios, width * 0.92, label=f'"{level}"')
+        bars = axis.bar(places, ratios, width * 0.92, label=f'"{level}"', color=color_of(f"ours, {level}"))
         axis.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)
     axis.axhline(1.0, color="gray", linewidth=1)
     axis.set_xticks(range(len(names)), ("kept for backward", "peak of a step", "time of a step"))

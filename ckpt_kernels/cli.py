@@ -117,9 +117,13 @@ def _run(command: Callable[[nn.Module, Inputs, argparse.Namespace], int], option
             return command(model, inputs, options)
     except BadTarget as error:
         print(error, file=sys.stderr)
-    except Exception as error:
+    # The model may end the process, too.
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
-        print(f"{options.command} {options.target}: the model cannot be run so: {error}", file=sys.stderr)
+        print(
+            f"{options.command} {options.target}: the model cannot be run so: {type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
     return 2
 
 

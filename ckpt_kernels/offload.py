@@ -28,10 +28,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .convert.loads import named_modules, tensors_of
 from .convert.rule import Forward
 from .convert.swap import may_be_swapped, surround
-from .discarder import top_hooks
 from .host import from_host, to_host
-from .recipes import Unwritten, watching
 from .recompute import discarding, run_at
+from .recompute.active import top_hooks
+from .recompute.recipes import Unwritten, watching
 from .runs.arguments import unwritten
 
 # Smaller ones stay: their copies cost more than their memory is worth.
@@ -45,7 +45,8 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
     """Has layers keep their tensors in host memory from the forward to the backward pass. `revert(model)` undoes it.
 
     Results and gradients are the same to the last bit. Parameters and buffers stay where they are, and so do tensors
-    that are no plain dense ones. On a CPU it is simulated, for tests: tensors are copied from memory to memory.
+    that are no plain dense ones. On a CPU it is simulated, for tests: tensors are copied to memory that torch's
+    allocator does not count, so that what is measured of a step is what a device would have of it.
 
     A tensor that is written to in place between the passes is an error in backward, as it is in torch; of those that
     were copied too, because the copy may not be through when they are written to.
@@ -90,12 +91,17 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
         raise ValueError(
             f"layers is {layers!r}; expected layers whose forward is a plain method, which {unfit[0]}'s is not"
         )
-    if all(tensor.device.type == "cpu" for tensor in tensors_of(model)):
-        warnings.warn("the model is on the CPU, where offload is simulated and saves no memory", stacklevel=2)
+    warn_if_simulated(model)
     around = Offloading(least)
     for name in chosen:
         surround(names[name], around)
     return chosen
+
+
+def warn_if_simulated(model: nn.Module) -> None:
+    """Says so where the model is on the CPU."""
+    if all(tensor.device.type == "cpu" for tensor in tensors_of(model)):
+        warnings.warn("the model is on the CPU, where offload is simulated and saves no memory", stacklevel=3)
 
 
 class Offloading:

@@ -2,10 +2,11 @@
 them."""
 
 import importlib
+import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,24 +33,19 @@ def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-
-
 def built(target: str) -> tuple[nn.Module, Inputs]:
     """Calls `target`, MODULE:CALLABLE; the inputs as a tuple or a mapping. Raises BadTarget."""
     function = _loaded(target)
+    if isinstance(function, nn.Module):
+        raise BadTarget(f"{target} is a model, {type(function).__name__}, not a function that gives one; {EXPECTED}")
+    if not _is_callable_with_nothing(function):
+        raise BadTarget(f"{target} takes arguments, {inspect.signature(function)}; expected a function without any")
     try:
         found = function()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    # Whatever it is: a call of sys.exit would end the command as if it had said something.
+    except BaseException as error:
         raise BadTarget(_theirs(f"{target}() failed, in its own code", error)) from error
     if isinstance(found, nn.Module):
         raise BadTarget(f"{target}() gives only a model, {type(found).__name__}; {EXPECTED}")
@@ -74,10 +70,14 @@ def _loaded(target: str) -> Any:
     module, colon, name = target.partition(":")
     if not (module and colon and name):
         raise BadTarget(f"the target is {target!r}; expected MODULE:CALLABLE, as in my_module:my_function")
+    if module.startswith(".") or os.sep in module:
+        raise BadTarget(f"{target}: {module!r} is no name of a module; expected names with dots between them")
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and (module == missing or module.startswith(f"{missing}.")):
             raise BadTarget(f"{target}: there is no module {missing!r} here or in Python's path") from error
@@ -89,7 +89,17 @@ def _loaded(target: str) -> Any:
     return function
 
 
-def _theirs(what: str, error: Exception) -> str:
+def _is_callable_with_nothing(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # It has no signature that Python knows.
+        pass
+    return True
+
+
+def _theirs(what: str, error: BaseException) -> str:
     """The traceback from where our own frame ends."""
     trace = error.__traceback__.tb_next if error.__traceback__ else None
     lines = traceback.format_exception(type(error), error, trace)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import ckpt_kernels
+from ckpt_kernels.convert.adapters import is_adapter
 from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE
@@ -28,6 +29,15 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + 2.0 * self.up(self.down(self.drop(x)))
+
+
+def test_adapters_are_known_by_their_matrices() -> None:
+    frozen, deep = nn.Linear(2, 2).requires_grad_(False), nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
+    assert is_adapter(Adapter(nn.Linear(2, 2), 0.1)) and is_adapter(nn.ModuleList([frozen, nn.Linear(2, 2), deep]))
+    # All trained or all frozen; a vector beside a matrix; no matrix yet; a module that is deeper.
+    for others in ([nn.Linear(2, 2)], [frozen], [frozen, nn.LayerNorm(2)], [frozen, nn.LazyLinear(2)]):
+        assert not is_adapter(nn.ModuleList(others))
+    assert not is_adapter(nn.ModuleList([frozen, Adapter(nn.Linear(2, 2), 0.1)]))
 
 
 def llama(layers: int) -> nn.Module:

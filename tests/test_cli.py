@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
+import math
 import pathlib
 import re
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckpt_kernels import arguments as kinds
 from ckpt_kernels import check, cli, convert
 
 from .test_backends import ROOT, run
@@ -65,13 +68,32 @@ def fails() -> None:
     helper()
 
 
+def leaves() -> None:
+    sys.exit(0)
+
+
+class Leaves(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sys.exit(0)
+
+
+def gives_a_model_that_leaves() -> tuple:
+    return Leaves(2, 2), torch.randn(2, 2)
+
+
+def takes_an_argument(size: int) -> tuple:
+    return nn.Linear(size, size), torch.randn(size)
+
+
+a_model = nn.Linear(2, 2)
+
+
 def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
     status = cli.main(arguments)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["memory", "convert-check"])
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -80,10 +102,12 @@ def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, st
         ("a_number_for_inputs", "gives a int for its inputs; expected (model, inputs)"),
         ("nobody", "tests.test_cli has no 'nobody'"),
         ("ROOT", "'ROOT', not a function"),
+        ("a_model", "is a model, Linear, not a function that gives one; expected (model, inputs)"),
+        ("takes_an_argument", "takes arguments, (size: int) -> tuple; expected a function without any"),
     ],
 )
-def test_what_a_function_must_give_is_said(command: str, name: str, said: str, capsys: pytest.CaptureFixture) -> None:
-    status, _, err = answer(capsys, command, f"tests.test_cli:{name}")
+def test_what_a_function_must_give_is_said(name: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    status, _, err = answer(capsys, "memory", f"tests.test_cli:{name}")
     assert status == 2 and said in err and "Traceback" not in err
 
 
@@ -94,6 +118,10 @@ def test_a_users_own_exception_is_shown_as_theirs(
     assert status == 2
     assert "Traceback" in err and "in helper" in err and "target.py" not in err
     assert "tests.test_cli:fails() failed, in its own code: TypeError: mine alone" in err
+    # Nor does the command end as if it had said something where that calls sys.exit, or the model does.
+    for name, said in (("leaves", "failed, in its own code"), ("gives_a_model_that_leaves", "cannot be run so")):
+        status, _, err = answer(capsys, "memory", f"tests.test_cli:{name}")
+        assert status == 2 and f"{said}: SystemExit: 0" in err and "Traceback" in err
     # The same of what fails when it is imported, and not of a module that is not there.
     (tmp_path / "broken_module_of_a_user.py").write_text("import no_such_module_of_a_user\n")
     monkeypatch.chdir(tmp_path)
@@ -101,6 +129,8 @@ def test_a_users_own_exception_is_shown_as_theirs(
     assert status == 2 and "Traceback" in err and "the import of broken_module_of_a_user failed, in its own code" in err
     status, _, err = answer(capsys, "memory", "no_such_module_of_a_user.x:f")
     assert status == 2 and "Traceback" not in err and "there is no module 'no_such_module_of_a_user'" in err
+    status, _, err = answer(capsys, "memory", "../broken_module_of_a_user:f")
+    assert status == 2 and "Traceback" not in err and "expected names with dots between them" in err
 
 
 def test_a_single_tensor_is_one_input(capsys: pytest.CaptureFixture) -> None:
@@ -159,6 +189,9 @@ def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namesp
     [
         (("--case", "nothing"), r"--case is 'nothing'; the blocks are layer_norm.*rms_norm\+silu"),
         (("--dtype", "int8"), r"'int8' \(choose from .*float32.*bfloat16.*float16"),
+        (("--rounds", "0"), "'0' given; expected a whole number from 1"),
+        (("--seconds", "nan"), "'nan' given; expected a number above 0"),
+        (("--out", __file__), "expected a folder, and .*test_cli.py' is none to write to"),
         (("--shape", "4096*4"), r"'4096\*4' is no shape; expected numbers with x between them, as in 4096x1024"),
         (("--case", "batch_norm", "--shape", "4096"), r"--shape is 4096; these blocks take 2 dimensions or more"),
     ],
@@ -169,6 +202,18 @@ def test_benchmarks_list_what_exists(
     with pytest.raises(SystemExit, match="2"):
         options(monkeypatch, *arguments)
     assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["layers", "models", "convert"])
+def test_benchmarks_of_models_list_what_exists(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("rich", reason="rich is not installed")
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *(["--case"] if name != "convert" else []), "nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert re.search("nothing.* (one of|there are) .*, ", capsys.readouterr().err)
 
 
 def test_benchmarks_take_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,9 +297,12 @@ class AsksForItsClass(nn.Module):
         return self.linear(self.norm(x) * (2 if type(self.norm) is nn.LayerNorm else 1))
 
 
-@pytest.mark.parametrize(("kind", "said"), [(AsksForItsClass, ["gradients", "outputs"]), (model, [])])
-def test_convert_check_tells_other_numbers(kind: Callable[[], nn.Module], said: list[str]) -> None:
-    found = check.check(kind(), (torch.randn(3, 16),), turns=1)
+@pytest.mark.parametrize(
+    ("kind", "factor", "said"),
+    [(AsksForItsClass, 1.0, ["gradients", "outputs"]), (model, 1.0, []), (model, math.nan, []), (model, 1e38, [])],
+)
+def test_convert_check_tells_other_numbers(kind: Callable[[], nn.Module], factor: float, said: list[str]) -> None:
+    found = check.check(kind(), (factor * torch.randn(3, 16),), turns=1)
     assert sorted(change.split()[0] for change in found.changed) == said
 
 
@@ -290,6 +338,13 @@ def test_what_cannot_work_is_said_before_the_run(
     assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(("inspect", "--columns", "-5"))
+
+
+def test_devices_and_files_that_are_not_there_are_no_arguments() -> None:
+    for kind, text in ((kinds.device, "nowhere"), (kinds.device, "cuda:99"), (kinds.existing, "nothing.json")):
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            kind(text)
+    assert kinds.device("cpu") == torch.device("cpu") and kinds.existing(__file__).samefile(__file__)
 
 
 @pytest.mark.parametrize("command", ["memory", "convert-check"])

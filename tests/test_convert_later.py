@@ -215,6 +215,7 @@ def test_what_was_reverted_or_left_alone_stays_so() -> None:
         ({"exclude": [nn.Dropout]}, False, False),
         ({"include": ["body.layers.0*"]}, True, False),
         ({"include": [nn.RMSNorm]}, False, False),
+        ({"recompute": {"*": "output", "*.layers.0": "none"}}, False, True),
     ],
 )
 def test_choices_hold_for_what_comes_later(choice: dict, first: bool, last: bool) -> None:
@@ -225,7 +226,10 @@ def test_choices_hold_for_what_comes_later(choice: dict, first: bool, last: bool
     assert ckpt_kernels.is_converted(at_first.drop["first"]) is first
     assert ckpt_kernels.is_converted(at_last.drop["first"]) is last
     reasons = {entry.name: entry.reason for entry in report.left_alone}
-    assert first or reasons["body.layers.0.mlp.gate.drop.first"] == "not selected"
+    assert first or "recompute" in choice or reasons["body.layers.0.mlp.gate.drop.first"] == "not selected"
+    # The adapters themselves, but where dropouts alone are excluded.
+    if choice != {"exclude": [nn.Dropout]}:
+        assert ckpt_kernels.is_converted(at_first) is first and ckpt_kernels.is_converted(at_last) is last
 
 
 def copied_by_pickle(model: nn.Module) -> nn.Module:
@@ -291,6 +295,16 @@ def test_one_that_is_there_twice_is_converted_once() -> None:
     model.body.extra = model.extra = nn.GELU()
     model(rows())
     assert [entry.by for entry in report.replaced if entry.kind == "GELU"] == ["bias_act (gelu)"]
+
+
+def test_adapters_that_are_fewer_than_there_were() -> None:
+    model = made()
+    ckpt_kernels.convert(model)
+    adapted(model, 0.0)(rows())
+    merged(model)(rows())
+    model.body.layers[0].mlp.last = Adapter(model.body.layers[0].mlp.last, 0.0).to(DEVICE)
+    model(rows())
+    assert ckpt_kernels.is_converted(model.body.layers[0].mlp.last)
 
 
 def test_what_is_taken_out_is_forgotten() -> None:

@@ -1,15 +1,9 @@
 """Converted models among other people's code: what it sees of them, and what it does to them and to torch."""
 
-import abc
 import copy
 import functools
-import gc
-import inspect
-import io
-import pickle
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -196,150 +190,6 @@ model(torch.randn(3, 4)).sum().backward()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def _twice(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(forward)
-    def doubled(self: nn.Module, *args: Any) -> Tensor:
-        return forward(self, *args) * 2
-
-    return doubled
-
-
-class _Wrapping(nn.Module):
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.forward = _twice(cls.forward)
-
-
-class _WrappingMeta(type):
-    def __new__(meta, name: str, bases: tuple, members: dict[str, Any]) -> type:
-        if "forward" in members:
-            members["forward"] = _twice(members["forward"])
-        return super().__new__(meta, name, bases, members)
-
-
-class WrappedByBase(_Wrapping):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + x)
-
-
-class WrappedByMeta(nn.Module, metaclass=_WrappingMeta):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + x)
-
-
-class ByProperty(MLP):
-    @property
-    def scale(self) -> float:
-        return TABLE[type(self)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale
-
-
-class ByHelper(MLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * scale_of(self)
-
-
-class ByClassMethod(MLP):
-    @classmethod
-    def scale(cls) -> float:
-        return TABLE[cls]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale()
-
-
-class WithTakenNames(MLP):
-    def forward(self, x: Tensor) -> Tensor:
-        ckpt_0 = x * 2
-        return self.down(self.act(self.up(ckpt_0)))
-
-
-def scale_of(module: nn.Module) -> float:
-    return TABLE[type(module)]
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [WrappedByBase, WrappedByMeta, ByProperty, ByHelper, ByClassMethod, WithTakenNames],
-    ids=lambda k: k.__name__,
-)
-def test_classes_that_look_at_themselves(kind: type[nn.Module]) -> None:
-    TABLE[kind] = 2.0
-    model, converted = twins(kind())
-    x = torch.randn(3, 16)
-    torch.testing.assert_close(converted(x), model(x))
-
-
-def _counted(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(method)
-    def counting(*args: Any) -> Tensor:
-        counting.calls += 1
-        return method(*args)
-
-    counting.calls = 0
-    return counting
-
-
-class Counted(MLP):
-    calls = 0
-
-    @classmethod
-    def count(cls) -> None:
-        cls.calls += 1
-
-    @_counted
-    def forward(self, x: Tensor) -> Tensor:
-        self.count()
-        return self.down(self.act(self.up(x)))
-
-
-def test_what_is_counted_in_a_class_or_on_a_wrapper() -> None:
-    model = Counted()
-    ckpt_kernels.convert(model)
-    model(torch.randn(3, 16))
-    assert model.forward.calls == Counted.calls == 1
-    ckpt_kernels.revert(model)
-    assert model.calls == 1
-
-
-class Optional(nn.Module):
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, flag: bool = True) -> Tensor:
-        return self.norm(x + x)
-
-
-def test_signatures() -> None:
-    model, converted = twins(Optional())
-    for question in (
-        lambda m: inspect.signature(m.forward),
-        lambda m: inspect.getfullargspec(m.forward).args,
-        lambda m: inspect.signature(type(m)),
-    ):
-        assert question(converted) == question(model)
-
-
-def test_the_class_is_pickled_as_its_original() -> None:
-    _, converted = twins(Optional())
-    file = io.BytesIO()
-    torch.save({"kind": type(converted), "model": converted}, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert loaded["kind"] is Optional and ckpt_kernels.is_converted(loaded["model"])
-
-
 class _Functions(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         found = function(*args, **(kwargs or {}))
@@ -360,52 +210,6 @@ def test_a_mode_that_changes_what_a_function_gives(mode: Callable[[], Any]) -> N
         expected, found = model(x), converted(x)
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(expected, model(x))
-
-
-class _Abstract(nn.Module, abc.ABC):
-    @abc.abstractmethod
-    def forward(self, x: Tensor) -> Tensor: ...
-
-
-class _Concrete(_Abstract):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + x)
-
-
-class _Derived(_Concrete):
-    pass
-
-
-def test_abstract_classes_answer_as_before() -> None:
-    _, converted = twins(_Concrete())
-    assert not isinstance(_Derived(), type(converted))
-    assert isinstance(_Derived(), _Concrete) and issubclass(_Derived, _Concrete)
-
-
-def test_a_class_of_a_function_is_freed() -> None:
-    def run() -> list[weakref.ref]:
-        teacher = torch.zeros(10)
-
-        class Student(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.norm, self.act = nn.LayerNorm(16), nn.GELU()
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.act(self.norm(x + x)) + teacher.sum()
-
-        model = Student()
-        ckpt_kernels.convert(model)
-        model(torch.randn(3, 16)).sum().backward()
-        return [weakref.ref(teacher), weakref.ref(Student), weakref.ref(type(model))]
-
-    found = run()
-    gc.collect()
-    assert [reference() for reference in found] == [None, None, None]
 
 
 @pytest.mark.parametrize("kind,name,value", [(nn.ELU, "alpha", 3), (nn.Softplus, "beta", 3)])
@@ -469,21 +273,6 @@ def test_trials_know_nothing_of_what_is_set_around_them(context: Callable[[], An
     with context():
         report = ckpt_kernels.convert(model)
     assert {entry.by for entry in report.replaced} == {"bias_act (quick_gelu)", "rms_norm"}
-
-
-def test_a_pickle_is_read_as_what_was_written_when_its_class_is_gone() -> None:
-    """Where the class was in memory there is another now, of another conversion."""
-    model, other = nn.Sequential(nn.GELU()), nn.Sequential(nn.SiLU())
-    ckpt_kernels.convert(model, recompute="block")
-    ckpt_kernels.convert(other, recompute="block")
-    written, place = pickle.dumps(model), id(type(model[0]))
-    ckpt_kernels.revert(model)
-    swap = sys.modules["ckpt_kernels.convert.swap"]
-    swap._classes[swap._PROCESS, place] = type(other[0])
-    read = pickle.loads(written)
-    x = torch.randn(3, 16)
-    torch.testing.assert_close(read(x), model(x))
-    assert isinstance(read[0], nn.GELU) and ckpt_kernels.is_converted(read[0])
 
 
 def test_code_that_is_exchanged_in_torchs_own_method(monkeypatch: pytest.MonkeyPatch) -> None:

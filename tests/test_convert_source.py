@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ckpt_kernels
-from ckpt_kernels import memory
+from ckpt_kernels.values import tensors_in
 
 from .conftest import DEVICE
 from .conversion import INNER, kept, twins
@@ -118,7 +118,7 @@ def test_forwards_do_what_is_written(how: str, recompute: str) -> None:
             given = x(rows, WIDTH).requires_grad_()
             each.zero_grad()
             answer = each(given)
-            outputs = list(memory.tensors_in(answer))
+            outputs = list(tensors_in(answer))
             sum((y * y.detach().cos()).sum() for y in outputs if y.requires_grad).backward()
             grads = {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
             results.append((type(answer), dict(enumerate(outputs)) | grads | {"input": given.grad}))

@@ -16,20 +16,23 @@ from benchmarks import llama_layer
 from ckpt_kernels import functional, memory, nn
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Those of integrations need their framework. What freed_memory shows is run in a process of its own, by its tests.
+# Those of integrations need their framework. What memory.freed shows is run in a process of its own, by its tests.
 MODULES = (
     "activations",
     "backends",
     "check",
     "convert",
     "convert.swap",
+    "functional.add_row_norm",
     "functional.bias_act",
     "functional.channel_norm",
     "functional.dyt",
+    "functional.gated_row_norm",
     "functional.glu",
     "functional.linear",
     "functional.linear_loss",
     "functional.mlps",
+    "functional.modulated_row_norm",
     "logits",
     "functional.rotary",
     "functional.row_norm",
@@ -39,18 +42,24 @@ MODULES = (
     "integrations.lightning",
     "integrations.torchtitan",
     "integrations.transformers",
-    "memory",
+    "memory.by_module",
+    "memory.peak",
+    "memory.saved",
+    "nn.add_row_norm",
     "nn.bias_act",
     "nn.channel_norm",
     "nn.dyt",
+    "nn.gated_row_norm",
     "nn.glu",
     "nn.linear",
     "nn.mlp",
+    "nn.modulated_row_norm",
     "nn.rotary",
     "nn.row_norm",
     "offload",
     "plan",
-    "recompute",
+    "recompute.contexts",
+    "recompute.layers",
 )
 FUNCTION = ("Args", "Returns", "Kept for backward", "Raises", "Example", "Source")
 MODULE = ("Args", "Shape", "Kept for backward", "Example")

@@ -3,8 +3,21 @@
 import json
 
 import pytest
+import torch
 
-from ckpt_kernels.inspect import MACHINES, Usage, Work, accesses, below_target, estimate, roofline, sass, to_json, worst
+from ckpt_kernels.inspect import (
+    MACHINES,
+    Usage,
+    Work,
+    accesses,
+    below_target,
+    estimate,
+    roofline,
+    sass,
+    to_json,
+    work,
+    worst,
+)
 from ckpt_kernels.inspect.tables import known
 
 # A loop with a load, a store and a special function, a slow path behind the end that comes back, and the padding.
@@ -57,6 +70,10 @@ def test_what_is_never_reached_is_not_counted() -> None:
     everything = [one for block in sass.parse(LISTING) for one in block.instructions]
     assert len(everything) == 16
     assert "NOP" not in {one.name for one in everything}
+    # A predicate that is always true guards nothing.
+    for guard in ("@PT ", "@UPT "):
+        guarded = LISTING.replace("                BRA `(.L_x_3)", f"{guard}BRA `(.L_x_3)")
+        assert guarded != LISTING and sum(len(block.instructions) for block in sass.parse(guarded)) == 16
 
 
 def test_only_the_first_function_is_read() -> None:
@@ -87,6 +104,8 @@ def test_of_loops_in_loops_the_innermost() -> None:
 def test_copies_to_shared_memory_are_loads() -> None:
     copy = sass.Instruction("LDGSTS.E.BYPASS.128")
     assert sass.count([copy, copy, sass.Instruction("LDS.U16")])[1:4] == (32, 0, 34)
+    # What spills goes to the thread's own memory.
+    assert sass.count([sass.Instruction("LDL.64"), sass.Instruction("STL")])[1:4] == (0, 0, 0)
 
 
 def test_a_listing_without_instructions_is_an_error() -> None:
@@ -121,10 +140,25 @@ def test_accesses_are_known_by_operand() -> None:
     ]
     large = [one for one in found if one.operand < 2]
     assert accesses.bytes_once(large) == 128 * 2 + 128 * 4
+    assert accesses.bytes_once([*large, large[0]._replace(store=True)]) == accesses.bytes_once(large) + 128 * 2
     # What is read before a loop is a part of what the loop reads; a second loop is a second pass.
     assert accesses.passes(large) == {0: 1} and accesses.bytes_again(large) == 0
     again = [*large, accesses.Access(0, 128, 2, False, loop=2)]
     assert accesses.passes(again) == {0: 2} and accesses.bytes_again(again) == 128 * 2
+
+
+def test_work_is_that_of_the_loop_for_the_elements_that_there_are() -> None:
+    from ckpt_kernels.backends.triton import launch
+
+    x, y = (torch.empty(64, 48, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
+    tile = launch.Tile(rows=2, block=64, warps=1, whole=True)
+    one = launch.Launch(None, tile, (x, 64, y, torch.empty(1, device="meta")), programs=64)
+    done = work.work_of(LISTING, CODE, one, columns=48, elements=1000, resident=16)
+    # 96 elements of the 128 in a tile; each of 32 lanes moves 16 and 8 bytes, and exchanges 4.
+    assert done.steady == pytest.approx(11 * 32 / 96) and done.moved == pytest.approx((16 + 8 + 4) * 32 / 96)
+    assert (done.elements, done.reads, done.programs, done.passes) == (96, 128 * 2 * 0.75, 16, 1)
+    (stores,) = work._loops(sass.parse(LISTING.replace("LDG.E.128", "FADD")))
+    assert (stores.instructions, stores.loaded, stores.stored) == (11, 0, 8)
 
 
 # A copy in bfloat16: enough programs, next to no instructions.
@@ -162,6 +196,9 @@ def test_one_small_program_waits_for_memory() -> None:
     assert found.binds == "latency" and found.share < 0.4
     # With loads of two further steps in flight it waits less.
     assert found.share < estimate(COPY._replace(programs=1, stages=3), H200).share
+    assert estimate(COPY._replace(stages=3), H200).in_flight == 2 * estimate(COPY, H200).in_flight
+    for waited_for in ("exchanges", "barriers"):
+        assert estimate(COPY._replace(programs=1, **{waited_for: 9}), H200).share < found.share
 
 
 def test_a_queue_comes_round_as_operational_analysis_has_it() -> None:

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import ckpt_kernels
-from ckpt_kernels.integrations.common import Planned, converted, parsed, tokens
+from ckpt_kernels.integrations.common import Planned, _moved, converted, parsed, tokens
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import saved_bytes
 
@@ -99,6 +100,19 @@ class TestTheFlag:
         assert not left.apply(blocks()).replaced
         with pytest.raises(ValueError, match="tiles is 2, and the plan leaves the model as it is"):
             left.apply(blocks(), tiles=2)
+
+    def test_a_budget_is_planned_under_the_autocast_of_steps(self) -> None:
+        def loss(output: torch.Tensor) -> torch.Tensor:
+            raise KeyError(torch.is_autocast_enabled("cpu"))
+
+        with pytest.raises(KeyError, match="True"):
+            autocast = torch.autocast("cpu", torch.bfloat16)
+            converted(blocks(), 0.9, inputs=torch.randn(2, 8, 16), loss=loss, autocast=autocast)
+
+    def test_inputs_go_to_the_device(self) -> None:
+        x, device = torch.ones(2), torch.device("meta")
+        first, (second, third) = _moved({"x": x, "rest": [x, ("y", 3)]}, device).values()
+        assert (first.device, second.device, third) == (device, device, ("y", 3))
 
     def test_no_framework_is_imported_unasked(self) -> None:
         code = (
@@ -215,6 +229,24 @@ class TestTransformers:
 
         with pytest.raises(ValueError, match="recompute is 'layer'; expected one of block, output, all"):
             patch_mapping(nn.Linear, recompute="layer")
+
+    def test_classes_that_derive_from_a_layer_that_converts_itself_stay(self) -> None:
+        pytest.importorskip("transformers")
+        from ckpt_kernels.integrations.transformers import patch_mapping
+
+        made = patch_mapping(nn.LayerNorm)["LayerNorm"]
+        derived = type("Derived", (made,), {})
+        assert ckpt_kernels.is_converted(made(4)) and type(derived(4)) is derived
+
+    def test_a_budget_is_planned_with_the_cache_that_steps_have(self) -> None:
+        pytest.importorskip("transformers")
+        from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
+
+        model, args = blocks(), SimpleNamespace(use_cache=False, bf16=False, fp16=False)
+        model.config = SimpleNamespace(use_cache=True)
+        with pytest.raises(ValueError, match="inputs is None"):
+            CheckpointKernelsCallback(0.5).on_init_end(args, None, None, model=model)
+        assert model.config.use_cache is False
 
     @pytest.mark.parametrize("lora", [False, True])
     def test_trl_trains_the_same(self, gpt: nn.Module, dataset: list, tmp_path: pathlib.Path, lora: bool) -> None:

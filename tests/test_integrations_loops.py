@@ -180,7 +180,11 @@ class TestAxolotl:
                 cfg = DictDefault({**sizes, name_of_size: None, "ckpt_kernels_recompute": 0.9})
                 with pytest.raises(ValueError, match=f"{name_of_size} is None; expected the .* planned for"):
                     manager.post_model_load(cfg, model)
+            found = importlib.import_module(where)._largest(DictDefault(sizes))
+            assert found["input_ids"].shape == (2, 16)
             # What is no budget asks for no sizes.
+            with pytest.raises(ValueError, match="tiles is -1"):
+                manager.post_model_load(DictDefault({"ckpt_kernels_recompute": "all", "ckpt_kernels_tiles": -1}), model)
             cfg = DictDefault({"ckpt_kernels_recompute": "all", "ckpt_kernels_logits": "head"})
             with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
                 manager.post_model_load(cfg, model)
@@ -236,6 +240,9 @@ class TestTorchtitan:
             model = blocks()
         assert module.with_conversion(spec, "block").parallelize_fn(model, degree=3) == (True, 3)
         assert spec.parallelize_fn is parallelize
+        for options, message in (({"logits": "head"}, "logits names 'head'"), ({"tiles": 0}, "tiles is 0")):
+            with pytest.raises(ValueError, match=message):
+                module.with_conversion(spec, "all", **options).parallelize_fn(blocks(), degree=3)
 
     def test_a_budget_is_refused(self, module: Any) -> None:
         for make in (module.converter, lambda recompute: module.with_conversion(None, recompute)):

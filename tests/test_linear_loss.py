@@ -115,6 +115,13 @@ def test_backward_twice(reduction: str) -> None:
 def test_keeps_what_is_wanted() -> None:
     (input, weight, bias), target = operands(torch.float32)
     wanted = {"input": input, "weight": weight, "bias": bias}
+    seen: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+        F.linear_cross_entropy(input.requires_grad_(), weight, target, bias, chunk=7)
+    assert (7, CLASSES) not in seen
+    half = [t.half() for t in (input, weight)]
+    operand_bytes = half[0].nbytes + half[1].nbytes + target.nbytes + 4
+    assert saved_bytes(lambda: F.linear_cross_entropy(half[0].requires_grad_(), half[1], target)) == operand_bytes
     for names in ((), ("input",), ("input", "weight"), ("weight", "bias")):
         for name, tensor in wanted.items():
             tensor.requires_grad_(name in names)
@@ -165,6 +172,10 @@ WRONG = {
     "shape": ({"target": torch.zeros(3, 9, dtype=torch.int64)}, RuntimeError, r"target has shape \(3, 9\); expected"),
     "no tensor": ({"target": 3}, TypeError, "target is int; expected a tensor"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction is 'max'; expected one of mean, sum, none"),
+    "device": ({"target": torch.zeros(3, 11, dtype=torch.int64, device="meta")}, RuntimeError, "target is on meta"),
+    "ignored": ({"ignore_index": None}, TypeError, "ignore_index is NoneType; expected a whole number"),
+    "less than no smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing is -0.1; expected"),
+    "negative cap": ({"softcap": -1.0}, ValueError, "softcap is -1.0; expected a positive number"),
     "smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5; expected a number between 0 and 1"),
     "cap": ({"softcap": 0.0}, ValueError, "softcap is 0.0; expected a positive number, or None"),
     "chunk of True": ({"chunk": True}, ValueError, "chunk is True; expected a positive whole number, or None"),
@@ -176,6 +187,6 @@ WRONG = {
 def test_refuses(given: dict, kind: type[Exception], message: str) -> None:
     (input, weight, _), target = operands(torch.float32)
     arguments = {"input": input, "weight": weight, "target": target, **given}
-    arguments = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    arguments = {n: v.to(DEVICE) if isinstance(v, Tensor) and not v.is_meta else v for n, v in arguments.items()}
     with pytest.raises(kind, match=message):
         F.linear_cross_entropy(**arguments)

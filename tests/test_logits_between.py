@@ -151,5 +151,7 @@ def test_a_loss_that_failed_has_read_nothing() -> None:
     with pytest.raises(IndexError):
         functional.cross_entropy(logits, target + CLASSES)
     logits.retain_grad()
+    with pytest.raises(ValueError, match="is not a valid value for reduction"):
+        functional.cross_entropy(logits, target, reduction="all")
     with pytest.raises(TypeError, match="ignore_index"):
         functional.cross_entropy(logits, target, ignore_index=None)

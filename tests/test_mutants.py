@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 
-from .mutants.table import MUTANTS, Mutant
+from .mutants.mutant import Mutant
+from .mutants.table import MUTANTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 

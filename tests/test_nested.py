@@ -73,6 +73,24 @@ def test_blocks(block: Block, lengths: bool) -> None:
         torch.testing.assert_close(rows_of(ours_) if ours_.is_nested else ours_, gradient, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("shape", ((3, 1, WIDTH), (3, WIDTH), (WIDTH,)))
+def test_modulated_by_samples(shape: tuple[int, ...]) -> None:
+    values, scale, shift = (torch.randn(s, dtype=torch.float64) for s in ((OFFSETS[-1], WIDTH), shape, shape))
+    sample = torch.arange(3).repeat_interleave(torch.tensor(OFFSETS).diff())
+    for norm, theirs in ((functional.modulated_layer_norm, F.layer_norm), (functional.modulated_rms_norm, F.rms_norm)):
+        x, rows, *given = nested(values), *(t.clone().requires_grad_() for t in (values, scale, shift))
+        found, gradients = with_gradients(norm(x, *given, WIDTH, activation="silu"), [x, *given])
+        of_rows = [t.view(-1, WIDTH).expand(3, WIDTH)[sample] for t in given]
+        expected, truth = with_gradients(F.silu(theirs(rows, (WIDTH,)) * (1 + of_rows[0]) + of_rows[1]), [rows, *given])
+        torch.testing.assert_close([*found, rows_of(gradients[0]), *gradients[1:]], [*expected, *truth])
+
+
+def test_rows_of_a_nested_tensor_are_one_tile() -> None:
+    values, first, last = (torch.randn(s, dtype=torch.float64) for s in ((OFFSETS[-1], WIDTH), (8, WIDTH), (WIDTH, 8)))
+    found = functional.mlp(nested(values), first, None, last, None, tiles=3)
+    torch.testing.assert_close(rows_of(found), F.linear(F.gelu(F.linear(values, first)), last))
+
+
 def models() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]]:
     """Ours, and what torch computes with the same parameters."""
     return {
@@ -170,7 +188,7 @@ def test_errors() -> None:
         functional.glu(x, longer)
     with pytest.raises(RuntimeError, match="expected none"):
         functional.group_norm(x, 1)
-    with pytest.raises(RuntimeError, match="expected none"):
-        functional.modulated_rms_norm(x, torch.ones(3, 1, WIDTH), torch.ones(3, 1, WIDTH), WIDTH)
+    with pytest.raises(RuntimeError, match="where the samples are the first dimensions of input"):
+        functional.modulated_rms_norm(x, torch.ones(2, 1, WIDTH), torch.ones(2, 1, WIDTH), WIDTH)
     with pytest.raises(RuntimeError, match=r"expected one of layout torch\.jagged"):
         functional.rms_norm(torch.nested.nested_tensor([values], layout=torch.strided), WIDTH)

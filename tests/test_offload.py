@@ -11,7 +11,7 @@ from torch import nn
 
 import ckpt_kernels
 from ckpt_kernels import offload
-from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.memory import peak_bytes, saved_bytes
 
 from .trained import blocks
 
@@ -92,7 +92,9 @@ def test_two_layers_tensors_are_there_and_none_after_the_pass(
 
     def fetched(host: torch.Tensor, device: torch.device) -> tuple:
         most.append(back(alive) + host.nbytes)
-        return fetch(host, device)
+        found = fetch(host, device)
+        assert found[0].data_ptr() != host.data_ptr()
+        return found
 
     def begun(self: offload.Turns, visit: offload.Visit) -> None:
         is_new = visit.turn != torch._C._current_graph_task_id()
@@ -107,6 +109,7 @@ def test_two_layers_tensors_are_there_and_none_after_the_pass(
     # The inputs of the linear layer and of the activation.
     layer = 2 * x.nbytes
     assert not most and sum(packet.host.nbytes for packet in alive) == 4 * layer
+    assert x.data_ptr() not in {packet.host.data_ptr() for packet in alive}
     for _ in range(2):
         turns.clear(), most.clear()
         loss.backward(retain_graph=True)
@@ -215,18 +218,57 @@ def test_an_error_in_a_pass_leaves_nothing(alive: weakref.WeakSet, least: int) -
 
 def test_of_a_much_larger_memory_only_the_view_is_copied(alive: weakref.WeakSet) -> None:
     model, large = nn.Sequential(nn.Sequential(nn.Linear(4, 4))), torch.randn(100, 2, 4)
-    offload.offload(model, "0", least=1)
+    # What has as many bytes goes.
+    offload.offload(model, "0", least=large[3].nbytes)
     loss = model(large[3]).sum()
     assert [packet.host.nbytes for packet in alive] == [large[3].nbytes]
     loss.backward()
     assert torch.equal(model[0][0].weight.grad, large[3].sum(0).expand(4, 4))
 
 
-def test_a_copy_has_a_chain_of_its_own() -> None:
+class Multiplying(nn.Module):
+    """By a buffer, by what it writes to in between, and by a conjugate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("buffer", torch.full((2, 4), 3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.full_like(x, 2.0)
+        # As long as this graph is there, so is what it keeps.
+        self.unwalked = x * scale
+        scale.add_(5.0)
+        turned = torch.complex(x, x) * torch.full((2, 4), 1 + 1j).conj()
+        return x * self.buffer + x * scale + torch.view_as_real(turned).sum(-1)
+
+
+def test_buffers_stay_and_what_is_written_to_is_another_memory(alive: weakref.WeakSet) -> None:
+    model, x = nn.Sequential(Multiplying()), torch.randn(2, 4, requires_grad=True)
+    offload.offload(model, "0", least=1)
+    model(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3.0 + 7.0 + 2.0))
+    # Of the second kind, the one that no pass has walked.
+    assert model[0].buffer.tolist() not in [packet.host.view(torch.float32).view(2, 4).tolist() for packet in alive]
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        model(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 24.0))
+
+
+def test_a_copy_has_a_chain_of_its_own(alive: weakref.WeakSet) -> None:
     model, x = blocks(), torch.randn(2, 8, 16)
     offload.offload(model, "*", least=1)
     twin = copy.deepcopy(model)
     assert all(map(torch.equal, gradients(twin, x), gradients(model, x)))
+    mine, its = model(x).sum(), twin(x).sum()
+    first = mine.grad_fn
+    visits = {packet.visit for packet in alive}
+    # Of each chain, one layer is the first.
+    assert len(visits) == 4 and sum(visit.before is None or visit.before() is None for visit in visits) == 2
+    del mine, its, first
+
+
+def test_a_name_that_begins_as_another_is_not_within_it() -> None:
+    assert offload.offload(nn.Sequential(*(nn.Tanh() for _ in range(11))), "*") == [str(n) for n in range(11)]
 
 
 def test_a_name_that_fits_nothing_is_refused_and_the_cpu_is_told_of() -> None:
@@ -239,3 +281,58 @@ def test_a_name_that_fits_nothing_is_refused_and_the_cpu_is_told_of() -> None:
         offload.offload(blocks(), "0", least=-1)
     with pytest.warns(UserWarning, match="simulated and saves no memory"):
         offload.offload(blocks(), "0")
+
+
+def step_peak(model: nn.Module, x: torch.Tensor) -> int:
+    """Of a step, the gradients being there before; host memory is not of the device."""
+
+    def step() -> None:
+        model(x).square().mean().backward()
+
+    step()
+    return peak_bytes(step)
+
+
+@pytest.mark.parametrize("level", ("none", "block", "output", "all", "output, tiles=2"))
+def test_a_level_says_that_what_is_kept_is_offloaded(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 1)
+    model, x = blocks(layers=4), torch.randn(8, 32, 16)
+    ckpt_kernels.convert(model, recompute={"?": level})
+    expected, kept, before = gradients(model, x), saved_bytes(model, x), step_peak(model, x)
+    report = ckpt_kernels.convert(model, recompute={"?": f"{level}, offload"})
+    assert report.recompute == f"by module: 4 x {level}, offload"
+    for got, want in zip(gradients(model, x), expected, strict=True):
+        assert torch.equal(got, want)
+    assert saved_bytes(model, x) == 0
+    # Two layers' of four are there at most.
+    assert step_peak(model, x) <= before - kept / 4
+    ckpt_kernels.revert(model)
+    assert not any(map(ckpt_kernels.is_converted, model.modules()))
+
+
+def test_one_layer_is_offloaded_and_its_neighbours_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 1)
+    model, x = blocks(layers=3), torch.randn(8, 32, 16)
+    ckpt_kernels.convert(model, recompute={"?": "output"})
+    kept = saved_bytes(model, x)
+    ckpt_kernels.convert(model, recompute={"?": "output", "1": "output, offload"})
+    assert 0.6 * kept < saved_bytes(model, x) < 0.7 * kept
+
+
+def test_memory_is_flat_over_many_steps(alive: weakref.WeakSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST", 1)
+    model, x = blocks(), torch.randn(2, 8, 16)
+    ckpt_kernels.convert(model, recompute={"?": "output, offload"})
+    peak = step_peak(model, x)
+    for _ in range(20):
+        gradients(model, x)
+        assert not alive
+    assert step_peak(model, x) == peak
+
+
+@pytest.mark.parametrize("spelled", ("checkpoint, offload", "output, offload, tiles=2", "output, offloaded", "offload"))
+def test_what_cannot_be_offloaded_is_refused(spelled: str) -> None:
+    with pytest.raises(ValueError, match=r"recompute\['0'\] is .*; all but checkpoint may end in ', offload'"):
+        ckpt_kernels.convert(blocks(), recompute={"0": spelled})
+    with pytest.raises(ValueError, match="recompute is 'output, offload'; expected one of block"):
+        ckpt_kernels.convert(blocks(), recompute="output, offload")

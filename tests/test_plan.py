@@ -183,9 +183,11 @@ def test_plans_are_saved_and_read(tmp_path: pathlib.Path) -> None:
     report = ckpt_kernels.convert(other, recompute=read)
     assert report.recompute.startswith("by module: ")
     assert peak(other, tokens, loss=loss_of) <= found.budget
-    (tmp_path / "no.json").write_text(json.dumps({"budget": 3}))
-    with pytest.raises(ValueError, match="holds no plan"):
-        Plan.load(tmp_path / "no.json")
+    names = [name or "0" for name in found.layers]
+    for wrong in ({"budget": 3}, found.as_dict() | {"bound": None}, found.as_dict() | {"layers": names}):
+        (tmp_path / "no.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="holds no plan"):
+            Plan.load(tmp_path / "no.json")
 
 
 def test_a_plan_for_another_structure_is_refused() -> None:
@@ -220,6 +222,7 @@ def test_what_does_not_fit_says_what_would() -> None:
         (0.5, 50),
         (1.0, 100),
         (1e9, 10**9),
+        ("9" * 400, 2**60),
         (None, None),
     ),
 )

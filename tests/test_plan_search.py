@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ckpt_kernels import DoesNotFit, Plan, memory, plan
 from ckpt_kernels.plan.bench import Bench, StepCost
 from ckpt_kernels.plan.budget import bytes_of
-from ckpt_kernels.plan.costs import Checkpoint, StageAt
+from ckpt_kernels.plan.costs import Checkpoint, Cost, Stage, StageAt
 from ckpt_kernels.plan.marks import peak_of
 from ckpt_kernels.plan.measure import Measured, measured
 from ckpt_kernels.plan.plan import structure_of
-from ckpt_kernels.plan.search import fastest
+from ckpt_kernels.plan.search import _best, allowed, fastest, one_level
 from ckpt_kernels.plan.solve import Solver
 from ckpt_kernels.runs import Place, is_repeating
 
@@ -104,6 +104,27 @@ def test_eager_is_taken_where_it_fits_and_is_faster() -> None:
     assert Searching([], {"eager": 0.0}, eager=130).found(60).whole is None
     assert Searching([], {"eager": 1e9}, eager=130).found(200).whole is None
     assert Searching([], {"eager": 0.0}, eager=130).found(200).whole == "none"
+    assert Searching([], {"eager": 0.0}, eager=130).found(130).whole == "none"
+
+
+def test_of_plans_that_are_about_as_fast_the_one_of_least_memory() -> None:
+    faster, leaner, slower = (Cost(kept, kept, 0, 1.0, after) for kept, after in ((90, 1.0), (50, 1.002), (10, 1.1)))
+    stage = Stage("s", "S", 1, 0, {"none": faster, "output": leaner, "all": slower}, None, False, alike=0)
+    for budget in (None, 100):
+        assert _best(Solver([stage]), budget) == (StageAt(0, "output"),)
+
+
+def test_an_error_of_a_step_is_the_models_and_a_part_is_of_a_peak() -> None:
+    class Failing(Searching):
+        device = torch.device("cpu")
+
+        def peak(self, what: str, made: Plan) -> int:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        one_level(nn.Linear(2, 2), cast(Bench, Failing([])), None, "")
+    with pytest.raises(ValueError, match=r"budget is 0\.5, of eager's peak, and a step of eager does not fit"):
+        allowed(0.5, {}, torch.device("cpu"))
 
 
 def test_one_level_for_all_is_taken_where_it_fits_and_is_faster() -> None:

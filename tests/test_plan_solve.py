@@ -9,7 +9,7 @@ import pytest
 
 from ckpt_kernels.plan.costs import Assignment, Checkpoint, Checkpointed, Cost, Stage, StageAt, stages_of
 from ckpt_kernels.plan.solve import Solver
-from ckpt_kernels.plan.ways import predicted
+from ckpt_kernels.plan.ways import is_length, predicted
 
 from .simulated_steps import simulated
 
@@ -24,6 +24,8 @@ def chain(rng: random.Random, stages: int, choices: int, runs: bool) -> list[Sta
             kept = output + rng.randint(0, 60)
             costs[f"c{choice}"] = Cost(kept, kept + rng.randint(0, 30), rng.randint(0, 60), rng.random(), rng.random())
         may_repeat = runs and rng.random() < 0.9
+        outside = rng.choice([*costs, None]) if choices > 1 else None
+        costs = {name: replace(cost, may_be_inside=name != outside) for name, cost in costs.items()}
         checkpointed = Checkpointed(rng.randint(0, 2), output + rng.randint(0, 30), rng.random(), rng.random() / 10)
         follows = index > 0 and rng.random() < 0.8
         left = rng.randint(-20, 20)
@@ -38,7 +40,9 @@ def assignments(stages: list[Stage], first: int, last: int, nested: bool = False
     if first > last:
         yield ()
         return
-    for level in stages[first].costs:
+    for level, cost in stages[first].costs.items():
+        if nested and not cost.may_be_inside:
+            continue
         for rest in assignments(stages, first + 1, last, nested):
             yield StageAt(first, level), *rest
     for end in range(first, last + 1):
@@ -160,6 +164,10 @@ def test_many_layers_need_sublinear_memory_for_less_time_than_every_root() -> No
     assert [choice.stage for choice in stages_of(least)] == list(range(count))
 
 
+def test_lengths_of_checkpoints_beyond_sixteen_are_two_to_a_doubling() -> None:
+    assert [length for length in range(1, 130) if is_length(length)] == [*range(1, 17), 24, 32, 48, 64, 96, 128]
+
+
 def choice_everywhere(count: int, level: str) -> Assignment:
     return tuple(StageAt(index, level) for index in range(count))
 
@@ -172,3 +180,17 @@ def test_what_must_not_run_twice_is_in_no_run() -> None:
     assert all(choice.stage != 2 for part in least if isinstance(part, Checkpoint) for choice in stages_of((part,)))
     with pytest.raises(ValueError, match="may run twice"):
         predicted(stages, (Checkpoint(choice_everywhere(5, "none")),))
+
+
+def test_what_may_not_be_inside_is_in_no_run() -> None:
+    """A choice that was measured at another one's first pass under a checkpoint."""
+    stages = [
+        replace(s, costs={name: replace(cost, may_be_inside=name == "layer") for name, cost in s.costs.items()})
+        for s in alike(9)
+    ]
+    least = Solver(stages).best(int(Solver(stages).front.needs[0]))
+    assert least is not None
+    runs = [part for part in least if isinstance(part, Checkpoint)]
+    assert runs and {choice.level for choice in stages_of(tuple(runs))} == {"layer"}
+    with pytest.raises(ValueError, match="'none' in a checkpoint; expected one of layer"):
+        predicted(stages, (Checkpoint(choice_everywhere(9, "none")),))

@@ -28,7 +28,7 @@ from tools.polynomials import (
 
 from .conftest import DEVICE, serving, unserved
 
-TRITON = HEADER.parent.parent.parent / "ckpt_kernels" / "backends" / "triton" / "activations.py"
+TRITON = HEADER.parent.parent.parent / "ckpt_kernels" / "backends" / "triton" / "elementary.py"
 STATED = {name: float(ulp) for ulp, name in re.findall(r"([\d.]+) ulp of ([\w ]+)[,.]", HEADER.read_text())}
 # One for each array.
 ARRAYS = list({p.name: p for p in POLYNOMIALS.values()}.values())

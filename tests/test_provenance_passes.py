@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import functional as F
-from ckpt_kernels import provenance, recompute
+from ckpt_kernels import recompute
+from ckpt_kernels.recompute import nodes
 
 from .conftest import DEVICE
 from .letting_go import (
@@ -211,7 +212,7 @@ def live_bytes() -> int:
 
 def test_a_torch_that_does_not_show_what_nodes_hold(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     p = Parameters()
-    monkeypatch.setattr(provenance, "_packed", lambda node, name: None)
+    monkeypatch.setattr(nodes, "packed", lambda node, name: None)
     assert_unchanged(lambda: model_of_all(x, p), [x])
     call = recompute.discard_outputs()(lambda: TF.linear(normed(x).bfloat16(), p["a"].bfloat16()))
     assert kept_bytes(call) == UNIT + STATISTICS + p["a"].nbytes // 2

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
-from ckpt_kernels.rules import PRODUCTS, RULES_AND_PRODUCTS
+from ckpt_kernels.recompute.rules import PRODUCTS, RULES_AND_PRODUCTS
 
 from .conftest import DEVICE
 from .letting_go import (
@@ -238,7 +238,7 @@ def test_conjugated(x: Tensor) -> None:
 
 
 def test_as_many_steps_as_are_said(x: Tensor) -> None:
-    from ckpt_kernels import provenance
+    from ckpt_kernels.recompute import provenance
 
     p = Parameters()
 

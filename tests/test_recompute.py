@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_kernels import functional as F
-from ckpt_kernels import recipes, recompute
+from ckpt_kernels import recompute
 from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.recompute import recipes
 
 from .conftest import DEVICE
 from .readers import (

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_kernels import functional as F
 from ckpt_kernels import nn, recompute
 from ckpt_kernels.memory import saved_bytes
-from ckpt_kernels.recipes import Recipe
+from ckpt_kernels.recompute.recipes import Recipe
 
 from .conftest import DEVICE
 from .readers import (

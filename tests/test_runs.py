@@ -186,6 +186,30 @@ def test_loops_that_do_more_between_layers(name: str, between: Callable[[int, Te
     assert all(map(torch.equal, expected, found))
 
 
+def test_a_loop_that_begins_again_begins_another_run() -> None:
+    net, x = made(TREES["one"]), inputs()
+    before = whole_tensors()
+    y = x
+    for index in (0, 1, 0, 1):
+        y = net.layers[index](y)
+    # The result, and what goes into the second run.
+    assert len(whole_tensors() - before) == 2
+
+
+def test_another_backward_pass_between_layers_leaves_a_run_open() -> None:
+    def between(index: int, x: Tensor) -> Tensor:
+        if index == 2:
+            other.backward()
+        return x
+
+    net, x = made(TREES["one"], between=between), inputs()
+    other = made(TREES["two"])(inputs()).sum()
+    before = whole_tensors()
+    graph = net(x)
+    assert len(whole_tensors() - before) == 1
+    del graph
+
+
 def test_a_step_after_one_that_failed_within_a_run() -> None:
     def fail(index: int, x: Tensor) -> Tensor:
         if failing and index == 2:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import recompute
+from ckpt_kernels.convert.planned import Levels
 from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.runs import is_repeating
 from ckpt_kernels.watching import watched
@@ -255,19 +256,21 @@ def test_gradients_within_the_forward_of_a_layer() -> None:
 
 
 def test_the_second_pass_is_served_by_the_backend_of_the_first() -> None:
-    def run(level: str) -> list[Tensor]:
+    def run(tree: Tree) -> list[Tensor]:
         torch.manual_seed(0)
-        net, x = nn.Sequential(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh())), inputs()
-        ckpt_kernels.convert(net, recompute={"0": level})
+        layers = (nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+        net, x = by_tree(list(layers), tree), inputs()
         with ckpt_kernels.use_backend("reference"):
-            output = net(x)
+            output = net.layers[1](net.layers[0](x))
         return list(torch.autograd.grad(output.square().sum(), [x, *net.parameters()]))
 
-    assert all(map(torch.equal, run("output"), run("checkpoint")))
+    for tree in (Tree(["output"] * 2), Tree([["output"] * 2])):
+        assert all(map(torch.equal, run(flat(tree)), run(tree)))
 
 
-def test_a_weight_that_is_written_to_before_the_backward_pass_is_refused() -> None:
-    net = made(TREES["one"])
+@pytest.mark.parametrize("tree", [TREES["one"], Tree([["none"] * 6])], ids=["one", "within"])
+def test_a_weight_that_is_written_to_before_the_backward_pass_is_refused(tree: Tree) -> None:
+    net = made(tree)
     output = net(inputs())
     with torch.no_grad():
         net.layers[2].up.weight.mul_(2.0)
@@ -296,3 +299,21 @@ def test_two_results_of_one_node_go_into_a_layer() -> None:
         return torch.autograd.grad(called(*Two.apply(x)).square().sum(), [x, w])
 
     assert all(map(torch.equal, run(function), run(recompute.layer(function))))
+
+
+class Pair(NamedTuple):
+    one: Tensor
+    other: Tensor
+
+
+def test_a_named_tuple_is_not_handed_to_a_run() -> None:
+    """It would come back as a plain one."""
+    net, x = nn.Sequential(Of(lambda self, pair: self.linear(pair.one.sin() * pair.other))), inputs()
+    ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
+    net(Pair(x, x)).sum().backward()
+    assert x.grad is not None
+
+
+def test_the_level_within_a_checkpoint() -> None:
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    assert Levels(net, {"0": "checkpoint"}).of(net[0]) == "output"

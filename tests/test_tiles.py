@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_all_runs_one_product_less_than_checkpointing(function: str, usual: int)
 @by_mlp
 def test_keeps_what_it_keeps_whole(pair: Pair) -> None:
     operands = pair.operands((8,), 8, torch.float32, DEVICE)
-    for level in LEVELS:
+    for level in ("block", *LEVELS):  # at which the context is not asked
         whole, tiled = (saved_bytes(lambda f=f: f(**operands)) for f in (pair.at(level), in_tiles(pair, level, 4)))
         assert tiled == whole
 
@@ -140,7 +141,9 @@ def test_a_parameters_gradient_comes_once() -> None:
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("frozen", [("weight1",), ("weight2", "bias2"), ("input",), ("input", "weight1", "bias1")])
+@pytest.mark.parametrize(
+    "frozen", [("weight1",), ("weight2", "bias2"), ("input",), ("input", "weight1"), ("input", "weight1", "bias1")]
+)
 def test_frozen(frozen: tuple) -> None:
     (pair,) = [pair for pair in MLPS if pair.name == "mlp (gelu)"]
     operands = pair.operands((9,), 8, torch.float32, DEVICE)
@@ -176,8 +179,37 @@ def test_second_derivatives_dropout_and_autocast() -> None:
 
 def test_each_tile_draws_a_dropout_of_its_own() -> None:
     eye = torch.eye(16, device=DEVICE)
-    output = F.mlp(torch.ones(8, 16, device=DEVICE), eye, None, eye, None, activation="relu", dropout_p=0.5, tiles=4)
-    assert len({tuple(row.tolist()) for row in output}) == 8
+    x, options = torch.ones(8, 16, device=DEVICE), dict(activation="relu", dropout_p=0.5, tiles=4)
+    for output in (F.mlp(x, eye, None, eye, None, **options), F.gated_mlp(x, eye, eye, eye, **options)):
+        assert len({tuple(row.tolist()) for row in output}) == 8
+    state = torch.get_rng_state()
+    F.mlp(x, eye, None, eye, None, training=False, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_norm_after_it_keeps_no_input_within_a_layer() -> None:
+    x, weight = torch.randn(64, 8, device=DEVICE, requires_grad=True), torch.randn(8, 8, device=DEVICE)
+
+    def layer(x: Tensor, tiles: int) -> Tensor:
+        return F.layer_norm(F.mlp(x, weight, None, weight, None, recompute="all", tiles=tiles), (8,))
+
+    kept = [saved_bytes(lambda n=n: ckpt_kernels.recompute.layer(layer)(x, n)) for n in (1, 2)]
+    assert kept[1] == kept[0]
+
+
+def test_under_transforms() -> None:
+    x, weight = torch.randn(6, 8, device=DEVICE), torch.randn(8, 8, device=DEVICE)
+    whole, tiled = (
+        torch.func.grad(lambda x, n=n: F.mlp(x, weight, None, weight, None, tiles=n).sum())(x) for n in (1, 3)
+    )
+    torch.testing.assert_close(tiled, whole)
+
+
+def test_a_context_is_of_a_thread_and_ends_by_an_error_too() -> None:
+    with pytest.raises(KeyError), ckpt_kernels.ops.tiles.in_tiles(3), ThreadPoolExecutor(1) as others:
+        assert others.submit(ckpt_kernels.ops.tiles.tiles_now).result() == 1
+        raise KeyError
+    assert ckpt_kernels.ops.tiles.tiles_now() == 1
 
 
 def test_compiled() -> None:

@@ -3,6 +3,7 @@
 In float64, against the eager composition under the same transform.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -130,9 +131,13 @@ def _grads_batched_twice(f: Function, tensors: tuple[Tensor, ...]) -> Any:
 
 
 def _vmap_over_autograd(f: Function, tensors: tuple[Tensor, ...]) -> Any:
-    leaves = _leaves(tensors)
-    outputs = f(*leaves)
-    return vmap(lambda *g: torch.autograd.grad(outputs, leaves, g, retain_graph=True))(*_like(outputs, 1, 2))
+    found = []
+    # Gradients of all operands, and of an input beside constants, of which less is kept.
+    for leaves in (_leaves(tensors), _leaves(tensors[:1])):
+        outputs = f(*leaves, *tensors[len(leaves) :])
+        pull = functools.partial(torch.autograd.grad, outputs, leaves, retain_graph=True)
+        found.append(vmap(lambda *g, pull=pull: pull(g))(*_like(outputs, 1, 2)))
+    return found
 
 
 def _vectorized_jacobian(f: Function, tensors: tuple[Tensor, ...]) -> Any:

@@ -228,6 +228,31 @@ def test_a_meta_default_device(name: str) -> None:
     assert all(p.grad is not None and p.grad.is_meta for p in module.parameters())
 
 
+def test_losses_and_casts_of_parameters_on_meta() -> None:
+    """Where autocast is, there is none for meta, which torch may not be asked."""
+    layer = torch.nn.Linear(8, 8, device="meta")
+    x, target = X.to("meta"), torch.zeros(3, 4, dtype=torch.int64, device="meta")
+    for autocast in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        layer.zero_grad()
+        with autocast, recompute.discard_outputs(products=True):
+            weight, bias = (p.bfloat16() for p in layer.parameters())
+            y = F.linear(F.silu(F.linear(x.bfloat16(), weight, bias)), weight, bias)
+            functional.linear_cross_entropy(y.float(), layer.weight, target, layer.bias).backward()
+        assert all(p.grad.is_meta and p.grad.shape == p.shape for p in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_numbers_may_be_sizes_that_torch_jit_trace_follows() -> None:
+    table, weight = X[0, :, :2], torch.eye(8, device=DEVICE)
+    target = torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)
+    for call in (
+        lambda x: functional.rotary(x, table, table, rotary_dim=x.shape[-1] // 2, rotary_start=x.shape[-1] // 4),
+        lambda x: functional.linear_cross_entropy(x, weight, target, chunk=x.shape[1], ignore_index=x.shape[0]),
+        lambda x: functional.mlp(x, weight, None, weight, None, tiles=x.shape[0]),
+    ):
+        torch.testing.assert_close(torch.jit.trace(call, X, check_trace=False)(X + 1), call(X + 1))
+
+
 DROPOUTS = {
     "bias_act": lambda x: functional.bias_act(x, dropout_p=0.5),
     "add_layer_norm": lambda x: functional.add_layer_norm(x, torch.zeros_like(x), 64, dropout_p=0.5)[1],

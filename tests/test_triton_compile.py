@@ -97,22 +97,30 @@ def run(arguments: list[str], cache: pathlib.Path) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_no_spills_and_full_width_accesses(arch: str, tmp_path: pathlib.Path) -> None:
+# Row norms: five forward and five backward; of two passes, or of all, sums apart where they do not fit.
+ROW_NORMS, LONG_ROW_NORMS, ELEMENTWISE, CHANNEL_NORMS, BACKWARD = 10 + 2, 10 + 5, 14, 8, (5 + 2) + 9 + 2
+
+
+@pytest.mark.parametrize(
+    ("arch", "columns", "names", "count"),
+    [
+        # For one architecture all there is, and the row norms on long rows too, which are walked.
+        ("sm_90", 8192, "", ROW_NORMS + ELEMENTWISE + CHANNEL_NORMS),
+        ("sm_90", 32768, "_norm", LONG_ROW_NORMS),
+        # For the others the largest tile of the backward passes, where a spill would be.
+        ("sm_80", 8192, "backward", BACKWARD),
+        ("sm_100", 8192, "backward", BACKWARD),
+    ],
+)
+def test_no_spills_and_full_width_accesses(
+    arch: str, columns: int, names: str, count: int, tmp_path: pathlib.Path
+) -> None:
     file = tmp_path / "kernels.json"
-    # For one architecture long rows too, which are walked; for the others the largest tile, and the backward passes
-    # alone, where a spill would be.
-    every = arch == "sm_90"
-    columns = (8192, 32768) if every else (8192,)
-    lengths = ["--columns", *map(str, columns)]
-    command = ["-m", "ckpt_kernels.cli", "inspect"] if every else ["-c", NAMED, "backward"]
-    done = run([*command, "--arch", arch, "--json", str(file), *lengths], tmp_path)
+    done = run(["-c", NAMED, names, "--arch", arch, "--json", str(file), "--columns", str(columns)], tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(file.read_text())["triton"]
-    # Of row norms five forward and five backward, and sums apart where they do not fit: of two passes, or of all.
-    row_norms, elementwise, channel_norms = (10 + 2) + (10 + 5), 14, 8
-    backward = (5 + 2) + 9 + 2
-    assert len(found) == (row_norms + (elementwise + channel_norms) * len(columns) if every else backward) * 2
+    # In two dtypes.
+    assert len(found) == count * 2
     for used in found:
         assert used["stack"] == 0 and used["local"] == 0, used
         assert 16 in used["widths"], used

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 
-def blocks() -> nn.Sequential:
-    """Two layers that a plan can choose for."""
+def blocks(layers: int = 2) -> nn.Sequential:
+    """Layers that a plan can choose for."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0, norm_first=True)
-    return nn.Sequential(*(copy.deepcopy(layer) for _ in range(2)))
+    return nn.Sequential(*(copy.deepcopy(layer) for _ in range(layers)))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEADER = ROOT / "csrc" / "cpu" / "polynomials.h"
-TRITON = ROOT / "ckpt_kernels" / "backends" / "triton" / "activations.py"
+TRITON = ROOT / "ckpt_kernels" / "backends" / "triton" / "elementary.py"
 
 Function = Callable[[Tensor], Tensor]
 MultiplyAdd = Callable[[Tensor | float, Tensor | float, Tensor | float], Tensor]

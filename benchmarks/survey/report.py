@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ckpt_kernels import palette
+
 from .. import figures
 from .measure import CHECKPOINTED, LEVELS
 
@@ -163,14 +165,18 @@ def picture(path: pathlib.Path, results: list[Found], about: Found) -> None:
                 values,
                 marker=".",
                 markersize=4,
-                color=figures.COLORS[f"ours, {level}"],
+                color=palette.COLORS[f"ours, {level}"],
                 label=label,
             )
-        axis.set_title(f"{library}, {len(group)} models", fontsize=10)
+        medians = [v for found in group if (v := ratio(found, "output")) is not None]
+        kept = f'{statistics.median(medians):.0%} of eager\'s memory ("output")' if medians else "none converted"
+        axis.set_title(f"{library}, {len(group)} models: {kept}", fontsize=10)
+        axis.set_xlabel("models, from the least kept on", fontsize=9)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8, loc="lower right")
+    # After all are drawn: all share one axis, which is no longer scaled from then on.
+    axes[0].set_ylim(bottom=0)
     figure.supylabel("kept for backward, as a part of what the model keeps itself", fontsize=9)
     figures.save(figure, path, about)

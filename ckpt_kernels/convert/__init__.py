@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from .. import backends
+from .. import backends, offload
 from ..functional.mlps import tiles_for
+from ..levels import of_blocks
 from ..memory import kept_bytes
 from ..models import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
@@ -28,7 +29,7 @@ from .later import Continued, looked_for
 from .leaves import Leaves
 from .likeness import looks_like_activation, looks_like_several
 from .loads import is_set, modules_of, named_modules, tensors_of
-from .methods import looks_like_mlp, written_of
+from .methods import Written, looks_like_mlp, written_of
 from .norms import Norm
 from .noticing import forget
 from .planned import AtLevel, Levels, Planned, Touched
@@ -68,14 +69,16 @@ def convert(
             that has norms, what goes into it and what its attention saves of its result (see `recompute.layer`).
             Or levels by module: a `Plan`, or a mapping of modules' names (with * and ?) to levels, each for all that is
             below the module, a later one before an earlier one; of what is not named "output". There a module may
-            also be left as it is, "none", or be checkpointed, "checkpoint".
+            also be left as it is, "none", or be checkpointed, "checkpoint". All but "none" and "block" may say how many
+            tiles there are, "all, tiles=4", and all but "checkpoint" that what is kept waits in host memory, "output,
+            offload" (see `offload.offload`).
         include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
         exclude: names or classes of modules to be left alone with all that is below them.
         logits: the name (with * and ?) of the linear layer that makes a language model's logits, such as "lm_head".
             They are then made when somebody looks at them, and a cross entropy reads them in chunks; see
             `ckpt_kernels.logits`.
-        tiles: how many parts an MLP takes its rows in, one after the other, where its products are not kept at "block";
-            see `functional.mlp`.
+        tiles: how many parts an MLP takes its rows in, one after the other, where its products are not kept at "block"
+            and its level says no other number; see `functional.mlp`.
         inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
             that a forward pass keeps before and after, measured on copies of the model.
 
@@ -99,12 +102,14 @@ def convert(
     """
     check_model(model, "convert")
     levels, heads = Levels(model, recompute), heads_in(model, logits)
-    tiled = () if tiles_for(tiles, levels.whole) == 1 else (InTiles(tiles),)
+    tiles = tiles_for(tiles, levels.whole.level)
+    if levels.has_offloaded:
+        offload.warn_if_simulated(model)
     choices = choice_of(model, include, "include"), choice_of(model, exclude, "exclude")
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:
-        report = _Conversion(model, levels, *choices, tiled).run(heads)
+        report = _Conversion(model, levels, *choices, tiles).run(heads)
     except BaseException:
         revert(model)
         raise
@@ -143,13 +148,13 @@ def revert(model: nn.Module) -> None:
 
 
 class _Conversion(Leaves):
-    def __init__(
-        self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiled: tuple[Around, ...]
-    ) -> None:
+    def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
         super().__init__(Touched(model, include, exclude, levels), writer_in(model), [], [])
         self.model = model
         self.levels = levels
-        self.tiled = tiled
+        self.tiles = tiles
+        # One for all layers: each brings back what the one before it keeps.
+        self.offloading = offload.Offloading(offload.LEAST)
         self.above = _above_lists(model)
         names = {module: name for name, module in named_modules(model)}
         by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
@@ -164,10 +169,11 @@ class _Conversion(Leaves):
         for module, name in named.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        lets_go = self.levels.whole != "block" and not any(map(uses_transforms, named))
+        lets_go = self.levels.whole.level != "block" and not any(map(uses_transforms, named))
         roots = [module for module in self._roots() if lets_go or module is self.model]
         for module in roots:
-            self._surround(module, (*self.tiled, *(self._around(module) if lets_go else (looking_over,))))
+            around = self._around(module) if lets_go else (looking_over,)
+            self._surround(module, (*self._in_tiles(module), *around, *self._offloading(module)))
         self.later.begin(self.model, *roots)
         for module, name in named.items():
             self._explain(name, module)
@@ -180,7 +186,7 @@ class _Conversion(Leaves):
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = chain_of(module, self.levels.of(module), self.selection.covers)
+        rule: Rule | None = chain_of(module, of_blocks(self.levels.of(module)), self.selection.covers)
         reason = ""
         if rule is None:
             rule, reason = written_of(module, self.levels.of(module), self.selection.covers)
@@ -217,17 +223,29 @@ class _Conversion(Leaves):
             elif module in self.levels.named:
                 self.leave(self.names[module], module, "its forward cannot be given a level of its own")
 
+    def _in_tiles(self, module: nn.Module) -> tuple[Around, ...]:
+        """How many tiles MLPs in one of the roots take. Where some take several, all say so: one is within another."""
+        if self.tiles == 1 and not self.levels.has_tiles:
+            return ()
+        policy = self.levels.named[module][0] if module in self.levels.named else self.levels.whole
+        return (InTiles(policy.tiles or self.tiles),)
+
     def _around(self, module: nn.Module) -> tuple[Around, ...]:
         """What the forward of one of the roots runs in."""
         may_repeat = module not in self.above and not any(map(_writes, modules_of(module)))
         if module in self.levels.named:
-            return (AtLevel(*self.levels.named[module], may_repeat),)
-        whole = self.levels.whole
+            policy, places = self.levels.named[module]
+            return (AtLevel(policy.level, places, may_repeat),)
+        whole = self.levels.whole.level
         if whole == "layer" and module not in self.above and self._is_layer(module):
             around: tuple[Around, ...] = (as_layer,)
         else:
             around = (discarding_products if whole in ("all", "layer") else discarding,)
         return (*around, selecting) if may_repeat else around
+
+    def _offloading(self, module: nn.Module) -> tuple[Around, ...]:
+        named = self.levels.named.get(module)
+        return (self.offloading,) if named is not None and named[0].is_offloaded else ()
 
     def _surround(self, module: nn.Module, around: tuple[Around, ...]) -> None:
         rule = rule_of(module)
@@ -239,7 +257,8 @@ class _Conversion(Leaves):
 
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a norm in it is converted, as in layers, and not in most experts."""
-        return any(isinstance(self.rules.get(below), Norm) for below in modules_of(module))
+        rules = [self.rules[below] for below in modules_of(module) if below in self.rules]
+        return any(isinstance(rule, Norm) or (isinstance(rule, Written) and rule.has_norm) for rule in rules)
 
 
 def _above_lists(model: nn.Module) -> dict[nn.Module, None]:

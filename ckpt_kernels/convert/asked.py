@@ -1,5 +1,4 @@
-"""What is asked of code, modules and tensors at each call, in C where the library `_thin` is there (see
-`csrc/thin/guards.cpp`).
+"""What is asked of code, modules and tensors at each call, in C where `_thin` is there (`csrc/thin/guards.cpp`).
 
 Nothing is remembered from one call to the next: the same is asked again, of what is there then. C only ever says yes
 where the Python beside it does (`guards.linear_operands`, `operands.is_called_plainly`); else that is asked, with what

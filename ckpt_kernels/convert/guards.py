@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.operands import is_autocast
+from ..autocast import is_autocast
 from .asked import Such, linears_surely
 from .called import is_as_torch_wrote_it
 from .loads import LOADS_PLAINLY, is_left_to_modules

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import is_autocast
 from ..logits import logits_of
 from ..ops.products import product_dtype
 from .loads import named_modules
@@ -66,9 +67,14 @@ def _operands(module: nn.Module, input: Any) -> tuple[Tensor, Tensor, Tensor | N
             return None
     tensors = [t for t in (input, weight, bias) if t is not None]
     dtype = product_dtype(input)
-    same = dtype != input.dtype or all(t.dtype == dtype for t in tensors)
+    # Autocast casts whatever is not of float64.
+    is_cast = is_autocast(input) and all(t.dtype != torch.float64 for t in tensors)
     if weight is None or input.dim() < 2 or weight.shape[0] < 2 or weight.shape[1:] != input.shape[-1:]:
         return None
-    if not same or any(t.is_inference() for t in tensors) or not any(t.requires_grad for t in tensors):
+    if (
+        not (is_cast or all(t.dtype == dtype for t in tensors))
+        or any(t.is_inference() for t in tensors)
+        or not any(t.requires_grad for t in tensors)
+    ):
         return None
     return input, weight, bias, dtype

@@ -27,6 +27,7 @@ from .guards import CHUNK, is_linear
 from .in_place import writes_over
 from .loads import load
 from .norms import Norm
+from .notes import FUNCTIONS
 from .objects import method_called
 from .pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
 from .reading import ADAPTED, Part
@@ -41,6 +42,7 @@ from .trial import in_a_thread_of_its_own
 
 # Of one method: the part of each load, by its text.
 Parts = tuple[tuple[str, Part], ...]
+_NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Written(Rule):
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.parts)
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether they call a norm of torch's that is a function."""
+        return not _NORMS.isdisjoint(self.found)
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
         made = {}
@@ -282,7 +289,7 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         return Part("act", ACTIVATIONS[value])
     if (tried := activation_function(value)) is not None:
         return Part("act", tried.name, not tried.keeps_input, (value,))
-    is_exchanged = value in EXCHANGES or rotation_of(value) is not None
+    is_exchanged = value in EXCHANGES or value in FUNCTIONS or rotation_of(value) is not None
     return Part("exchange", known=(value,)) if is_exchanged else Part()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..nn.channel_norm import batch_norm_of, group_of, instance_norm_of
+from ..nn.channel_norms_of_torch import batch_norm_of, group_of, instance_norm_of
 from .operands import is_ordinary
 from .reached import Code, Settings, is_as_tried
 from .rule import Unary

@@ -18,8 +18,8 @@ OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
 }
-# Functions that save their result alone.
-FUNCTIONS = (torch.sigmoid, torch.tanh)
+# Functions of one tensor that save their result alone, and those of several, in a sequence, that save nothing.
+FUNCTIONS = (torch.sigmoid, torch.tanh, torch.cat, torch.concat, torch.concatenate)
 
 
 def noted_operator(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -38,8 +38,8 @@ def noted_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)
-        if len(args) == 1 and not kwargs:
-            note(output, *args)
+        if args:
+            note(output, *(args[0] if type(args[0]) in (tuple, list) else args[:1]))
         return output
 
     return lambda called: call if called is function else called

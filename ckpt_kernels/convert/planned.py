@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODELS, OF_MODULES, WITHIN_CHECKPOINT
+from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
 from ..recompute import run_at
 from ..runs import Place, run_in
 from .around import _is_transformed, selecting
@@ -60,12 +60,17 @@ class Planned(Protocol):
     """What gives modules their levels."""
 
     def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
-        """By the modules' names: the level, and where the module is in checkpointed runs."""
+        """By the modules' names: the level, as it is spelled, and where the module is in checkpointed runs."""
         ...
 
 
 class Levels:
     """The level of each module of a model.
+
+    Attributes:
+        named: by the modules that are named, with all that is below them, their levels and places.
+        whole: the level of all others.
+        is_by_module: whether some are named.
 
     Args:
         model: a module.
@@ -77,23 +82,22 @@ class Levels:
     """
 
     def __init__(self, model: nn.Module, recompute: "str | Mapping[str, str] | Planned") -> None:
-        # The modules that are named, with all that is below them.
-        self.named: dict[nn.Module, tuple[str, tuple[Place, ...]]] = {}
+        self.named: dict[nn.Module, tuple[Policy, tuple[Place, ...]]] = {}
         self._level: dict[nn.Module, str] = {}
         whole = recompute if isinstance(recompute, str) else getattr(recompute, "whole", None)
-        self.whole = whole or "output"
+        self.whole = Policy.of(whole or "output", OF_MODELS if isinstance(recompute, str) else OF_LAYERS, "recompute")
         self.is_by_module = whole is None
         if isinstance(recompute, str):
-            _check(recompute, OF_MODELS, "recompute")
-        elif isinstance(recompute, Mapping):
+            return
+        if isinstance(recompute, Mapping):
             self._assign(model, recompute)
         elif hasattr(recompute, "levels_in"):
             names = dict(named_modules(model, duplicates=True))
             for name, (level, places) in recompute.levels_in(model).items():
-                _check(level, OF_LAYERS, f"the level of {name!r}")
+                policy = Policy.of(level, OF_LAYERS, f"the level of {name!r}")
                 if name not in names:
                     raise ValueError(f"recompute has a level for {name!r}; expected names of modules")
-                self._cover(names[name], level, places)
+                self._cover(names[name], policy, places)
         else:
             raise TypeError(
                 f"recompute is {type(recompute).__name__}; expected a level, a mapping of names to levels, or a plan"
@@ -102,7 +106,7 @@ class Levels:
     def _assign(self, model: nn.Module, levels: Mapping[str, str]) -> None:
         names = dict(named_modules(model, duplicates=True))
         for pattern, level in levels.items():
-            _check(level, OF_MODULES, f"recompute[{pattern!r}]")
+            policy = Policy.of(level, OF_MODULES, f"recompute[{pattern!r}]")
             fitting = [names[name] for name in fnmatch.filter(names, pattern)]
             if not fitting:
                 raise ValueError(f"recompute names {pattern!r}; expected a name, with * and ?, that fits a module")
@@ -111,29 +115,36 @@ class Levels:
                 if module in below:
                     continue
                 below.update(modules_of(module))
-                if level == CHECKPOINT:
-                    self._cover(module, WITHIN_CHECKPOINT, (Place(len(self._level), 0, True),))
-                else:
-                    self._cover(module, level, ())
+                places = (Place(len(self._level), 0, True),) if policy.is_checkpoint else ()
+                self._cover(module, policy.inside(), places)
 
-    def _cover(self, module: nn.Module, level: str, places: tuple[Place, ...]) -> None:
+    def _cover(self, module: nn.Module, policy: Policy, places: tuple[Place, ...]) -> None:
         """Whatever was said of what is below before no longer holds."""
         for below in modules_of(module):
             self.named.pop(below, None)
-            self._level[below] = level
-        self.named[module] = level, places
+            self._level[below] = policy.level
+        self.named[module] = policy, places
 
     def of(self, module: nn.Module) -> str:
-        """The level of what is in a module: "layer" is "all" within."""
-        level = self._level.get(module, self.whole)
-        return "all" if level == "layer" else level
+        """The level of a module, or of what it is in."""
+        return self._level.get(module, self.whole.level)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether a level says how many tiles there are."""
+        return any(policy.tiles for policy in (self.whole, *(policy for policy, _ in self.named.values())))
+
+    @property
+    def has_offloaded(self) -> bool:
+        """Whether what a module keeps is to wait in host memory."""
+        return any(policy.is_offloaded for policy, _ in self.named.values())
 
     def __str__(self) -> str:
         if not self.is_by_module:
-            return self.whole
+            return str(self.whole)
         counts: dict[str, int] = {}
-        for level, places in self.named.values():
-            kind = f"checkpointed {level}" if places else level
+        for policy, places in self.named.values():
+            kind = f"checkpointed {policy}" if places else str(policy)
             counts[kind] = counts.get(kind, 0) + 1
         return "by module: " + (", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "none")
 
@@ -147,8 +158,3 @@ class Touched(Selection):
 
     def covers(self, module: nn.Module) -> bool:
         return super().covers(module) and self._levels.of(module) != NONE
-
-
-def _check(level: Any, levels: tuple[str, ...], argument: str) -> None:
-    if level not in levels:
-        raise ValueError(f"{argument} is {level!r}; expected one of {', '.join(levels)}")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..levels import of_blocks
 from . import sites, templates
 from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
@@ -44,6 +45,8 @@ _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
 
 # What is cut off is a gate, say, whose parts are kept one by one.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
+
+_IN_LAYERS = frozenset(("linear", "norm"))
 
 # Beside the loads of a method: that its module is an adapter, whose sums are worth to be noted.
 _ADAPTER = ""
@@ -87,6 +90,14 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
         writer.found.append("recipes of what is clamped")
     if not writer.found and writer.noted and _ADAPTER in loads:
         writer.found.append("recipes of an adapter's sum")
+    # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
+    if (
+        not writer.found
+        and writer.noted
+        and recompute == "layer"
+        and _IN_LAYERS & {part.kind for part in loads.values()}
+    ):
+        writer.found.append("recipes of sums, products and what is put together")
     if not writer.found:
         return None
     tree = copy.copy(definition.tree)
@@ -246,7 +257,7 @@ class _Writer:
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, and whether it has computed."""
         pattern, attempt = match.pattern, match.attempt
-        options = attempt.options | ({"recompute": self.recompute} if "recompute" in pattern.takes else {})
+        options = attempt.options | ({"recompute": of_blocks(self.recompute)} if "recompute" in pattern.takes else {})
         captured = [operand.name for operand in match.captured]
         known = attempt.act.known
         if attempt.activation is not None:
@@ -273,6 +284,7 @@ class _Writer:
         if not isinstance(known, types.FunctionType | types.BuiltinFunctionType):
             return function
         if known in FUNCTIONS and self.notes:
+            self.noted = True
             return self._call(function, noted_function(known))
         if known in EXCHANGES:
             instead, said = exchanged(known), known.__name__

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional as F
 from .. import ops
 from .. import recompute as recomputing
-from ..ops.operands import is_autocast
+from ..autocast import is_autocast
 from .guards import are_alike, are_wanted, chains, level_for, modulates
 from .in_place import out_of_place, writes_over
 from .loads import is_set

@@ -18,23 +18,18 @@ Examples run after `import torch`, `import ckpt_kernels`, `from ckpt_kernels imp
 
 import torch
 
+from .add_row_norm import add_layer_norm, add_rms_norm
 from .bias_act import bias_act
 from .channel_norm import batch_norm, group_norm, instance_norm
 from .dyt import dyt
+from .gated_row_norm import gated_rms_norm
 from .glu import glu, packed_glu
 from .linear import act_linear, norm_linear
 from .linear_loss import linear_cross_entropy
 from .mlps import gated_mlp, mlp
+from .modulated_row_norm import modulated_layer_norm, modulated_rms_norm
 from .rotary import rotary, rotary_qk
-from .row_norm import (
-    add_layer_norm,
-    add_rms_norm,
-    gated_rms_norm,
-    layer_norm,
-    modulated_layer_norm,
-    modulated_rms_norm,
-    rms_norm,
-)
+from .row_norm import layer_norm, rms_norm
 
 __all__ = [
     "act_linear",

@@ -1,7 +1,6 @@
 """Channel norms: of (N, C, ...)."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from ..activations import Activation, activation_name
 from .checks import (
     autocast,
     check_channels,
-    check_coefficient,
     check_like,
     memory_format,
     number,
     promoted,
     shape_of,
 )
+from .running_statistics import check_running, is_moved_by_torch, move_both, move_by_torch, want_gradients
 
 
 def batch_norm(
@@ -87,10 +86,10 @@ def batch_norm(
     tensors = (input, residual, running_mean, running_var, weight, bias)
     call = "batch_norm", tensors, (training, momentum, eps, activation, process_group)
     plan = thin.plan_of(*call)
-    if plan is not None and not _want_gradients(running_mean, running_var):
+    if plan is not None and not want_gradients(running_mean, running_var):
         output, mean, var = plan(input, residual, weight, bias, None, None)
         count: float = input.numel() // input.shape[1]
-        _move_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
+        move_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
         return output
     input, residual = promoted(input, residual)
     if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
@@ -104,7 +103,7 @@ def batch_norm(
     check_channels(input, weight, bias)
     if residual is not None:
         check_like(residual, "residual", input)
-    _check_running(running_mean, running_var, input)
+    check_running(running_mean, running_var, input)
     name, eps, momentum = activation_name(activation), number(eps, "eps"), number(momentum, "momentum")
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"eps is {eps}; expected a positive number, or, where training is False, 0")
@@ -122,13 +121,13 @@ def batch_norm(
             raise ValueError(
                 f"input has shape {shape_of(input)}; expected more than 1 value per channel where training is True"
             )
-        options = ops.channel_norm.Options(0, eps, name)
+        options = ops.channel_steps.Options(0, eps, name)
         thin.remember(thin.channel_norm.channel_norm(*tensors[:2], weight, bias, options), *call)
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, options)
-    if process_group is None and _is_moved_by_torch():
-        _move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
+    if process_group is None and is_moved_by_torch():
+        move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
     elif count:
-        _move_both(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
+        move_both(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
     return output
 
 
@@ -187,7 +186,7 @@ def group_norm(
         raise TypeError(f"num_groups is {num_groups!r}; expected an integer")
     if num_groups < 1 or input.shape[1] % num_groups:
         raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {shape_of(input)}")
-    options = ops.channel_norm.Options(int(num_groups), number(eps, "eps"), activation_name(activation))
+    options = ops.channel_steps.Options(int(num_groups), number(eps, "eps"), activation_name(activation))
     thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     input, weight, bias = autocast(input, weight, bias)
     return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)[0]
@@ -248,14 +247,14 @@ def instance_norm(
     tensors = (input, running_mean, running_var, weight, bias)
     call = "instance_norm", tensors, (use_input_stats, momentum, eps, activation)
     plan = thin.plan_of(*call)
-    if plan is not None and input.is_contiguous() and not _want_gradients(running_mean, running_var):
+    if plan is not None and input.is_contiguous() and not want_gradients(running_mean, running_var):
         output, mean, var = plan(input, None, weight, bias, None, None)
         if running_mean is not None or running_var is not None:
             size = input.numel() // mean.numel()
-            _move_both(running_mean, running_var, mean.mean(0), var.mean(0), float(momentum), size / (size - 1))
+            move_both(running_mean, running_var, mean.mean(0), var.mean(0), float(momentum), size / (size - 1))
         return output
     check_channels(input, weight, bias)
-    _check_running(running_mean, running_var, input)
+    check_running(running_mean, running_var, input)
     eps, momentum, name = number(eps, "eps"), number(momentum, "momentum"), activation_name(activation)
     if memory_format(input) != torch.contiguous_format:
         # torch's own computes in a contiguous copy, and gives one back.
@@ -265,28 +264,14 @@ def instance_norm(
     size = math.prod(input.shape[2:])
     if size == 1:
         raise ValueError(f"input has shape {shape_of(input)}; expected more than 1 element in space")
-    options = ops.channel_norm.Options(input.shape[1], eps, name)
+    options = ops.channel_steps.Options(input.shape[1], eps, name)
     thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)
-    if _is_moved_by_torch():
-        _move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
+    if is_moved_by_torch():
+        move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
     elif input.numel():
-        _move_both(running_mean, running_var, mean.mean(0), var.mean(0), momentum, size / max(size - 1, 1))
+        move_both(running_mean, running_var, mean.mean(0), var.mean(0), momentum, size / max(size - 1, 1))
     return output
-
-
-def _check_running(mean: Tensor | None, var: Tensor | None, input: Tensor) -> None:
-    if (mean is None) != (var is None):
-        given, missing = ("running_mean", "running_var") if var is None else ("running_var", "running_mean")
-        raise ValueError(f"{given} is given, and {missing} is None; expected both or neither")
-    for tensor, argument in ((mean, "running_mean"), (var, "running_var")):
-        check_coefficient(tensor, argument, input, input.shape[1])
-        if _want_gradients(tensor):
-            raise RuntimeError(f"{argument} requires a gradient, and has none; expected one that requires none")
-
-
-def _want_gradients(*statistics: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in statistics) and torch.is_grad_enabled()
 
 
 def _by_running_statistics(
@@ -301,56 +286,6 @@ def _by_running_statistics(
 ) -> Tensor:
     if running_mean is None or running_var is None:
         raise RuntimeError("running_mean or running_var is None; expected both where they are to be used")
-    options = ops.channel_norm.Options(0, eps, activation)
+    options = ops.channel_steps.Options(0, eps, activation)
     found = ops.channel_norm.channel_norm(input, residual, weight, bias, running_mean, running_var, options)
     return found[0]
-
-
-def _move_both(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
-    unbiased: float | Tensor,
-) -> None:
-    """The running statistics towards those of a batch, whose variance times `unbiased` is unbiased."""
-    _move(running_mean, mean, momentum)
-    _move(running_var, var, momentum, unbiased)
-
-
-def _move(running: Tensor | None, towards: Tensor, momentum: float, factor: float | Tensor = 1.0) -> None:
-    """running = (1 - momentum) * running + momentum * factor * towards."""
-    if isinstance(factor, Tensor):  # of a size that torch.jit.trace follows
-        towards, factor = towards * factor, 1.0
-    if running is not None:
-        # Detached, not under no_grad: an interrupt in torch's own context would leave gradients off. And by its data,
-        # where nobody follows what is written: in torch's own norm, too, a pass in training does not stand in the way
-        # of the backward pass of one in evaluation.
-        plain = type(running) is Tensor and not torch.compiler.is_compiling() and not _is_followed()
-        held = running.data if plain else running.detach()
-        held.mul_(1 - momentum).add_(towards, alpha=momentum * factor)
-
-
-def _is_followed() -> bool:
-    """Whether a mode sees each op, or torch.jit.trace."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-
-
-def _is_moved_by_torch() -> bool:
-    """Within transforms. Not under torch.jit.trace: an output that nobody reads is removed, and the write with it."""
-    return ops.registration.is_transformed() and torch._C._get_tracing_state() is None
-
-
-def _move_by_torch(
-    norm: Callable[..., Tensor],
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> None:
-    """The same by torch's own norm, the one writer to captured tensors that transforms know, or refuse in its words."""
-    if running_mean is not None or running_var is not None:
-        with torch.no_grad():
-            norm(input, running_mean, running_var, None, None, True, momentum, eps)

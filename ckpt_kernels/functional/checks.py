@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .. import ops
+from ..autocast import is_autocast
 
 _SEEDS = (-(2**63), 2**63 - 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,10 +44,17 @@ def number(value: float, argument: str) -> float:
     """`value` as a float; TypeError if it is no number."""
     if isinstance(value, float | int):
         return float(value)
-    # Those of numpy, symbols of torch.compile, tensors of one element.
+    if isinstance(value, torch.SymInt):
+        return float(int(value))
+    # Those of numpy, other symbols of torch.compile, tensors of one element.
     if hasattr(value, "__float__"):
         return float(value)
     raise TypeError(f"{argument} is {value!r}; expected a number")
+
+
+def untraced(value: Any) -> Any:
+    """A size that torch.jit.trace follows, which is a tensor, as a number; whatever else as it is."""
+    return int(value) if isinstance(value, Tensor) and torch._C._get_tracing_state() is not None else value
 
 
 def is_count(value: object) -> bool:
@@ -65,7 +73,7 @@ def promoted(tensor: Tensor, other: Tensor | None) -> tuple[Tensor, Any]:
     """Two tensors that meet in a sum or product, in their common dtype where autocast may have parted them."""
     if not isinstance(other, Tensor) or not isinstance(tensor, Tensor) or tensor.dtype == other.dtype:
         return tensor, other
-    if not ops.operands.is_autocast(tensor):
+    if not is_autocast(tensor):
         return tensor, other
     common = torch.promote_types(tensor.dtype, other.dtype)
     return tensor.to(common), other.to(common)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..autocast import is_autocast
 from ..levels import OF_FUNCTIONS
 from .checks import (
     autocast,
@@ -252,5 +253,5 @@ def check_linear(
 def _check_operand(tensor: Tensor, argument: str, input: Tensor) -> None:
     check_tensor(tensor, argument)
     check_device(tensor, argument, input)
-    if tensor.dtype != input.dtype and not ops.operands.is_autocast(input):
+    if tensor.dtype != input.dtype and not is_autocast(input):
         raise RuntimeError(f"{argument} has dtype {tensor.dtype}; expected the input's, {input.dtype}")

@@ -5,7 +5,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .. import ops
-from .checks import check_device, check_tensor, is_count, number, shape_of
+from .checks import check_device, check_tensor, is_count, number, shape_of, untraced
 from .linear import check_linear
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -72,6 +72,7 @@ def linear_cross_entropy(
     Source:
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, for whole chunks of rows.
     """
+    chunk, ignore_index = untraced(chunk), untraced(ignore_index)
     check_tensor(input, "input")
     if input.dim() == 0:
         raise RuntimeError("input has shape (); expected at least one dimension")

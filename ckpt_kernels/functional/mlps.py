@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
-from .checks import check_tensor, dropout_seed, is_count, shape_of
+from .checks import check_tensor, dropout_seed, is_count, shape_of, untraced
 from .linear import check_linear, dtypes_of, last_dimension, level_name
 
 
@@ -84,15 +84,13 @@ def mlp(
     check_tensor(input, "input", nested=True)
     check_linear(weight1, bias1, "weight1", "bias1", last_dimension(input), input)
     check_linear(weight2, bias2, "weight2", "bias2", weight1.shape[0], input)
-    p, seed = dropout_seed(input, dropout_p, training)
+    p, seeds = _seeds(input, count, dropout_p, training)
     name = activation_name(activation)
+    blocks = [ops.linear_blocks.act_block(name, seed, p) for seed in seeds]
     if count > 1:
-        seeds = _seeds(seed, _at_most_rows(count, input), input, dropout_p, training)
-        blocks = [ops.linear_blocks.act_block(name, each, p) for each in seeds]
         return ops.tiles.tiled_mlp(blocks, input, (weight1, bias1), weight2, bias2, recompute)
     thin.remember(thin.linear.act_block(dtypes_of(*tensors), name, p), *call)
-    block = ops.linear_blocks.act_block(name, seed, p)
-    return ops.linear.linear_block_linear(block, input, (weight1, bias1), weight2, bias2, recompute)
+    return ops.linear.linear_block_linear(blocks[0], input, (weight1, bias1), weight2, bias2, recompute)
 
 
 def gated_mlp(
@@ -189,25 +187,20 @@ def gated_mlp(
     else:
         hidden //= 2
     check_linear(weight, bias, "weight", "bias", hidden, input)
-    p, seed = dropout_seed(input, dropout_p, training)
+    p, seeds = _seeds(input, count, dropout_p, training)
     name, packed = activation_name(activation), value_weight is None
+    blocks = [ops.linear_blocks.glu_block(name, layout, seed, p) for seed in seeds]
     if count > 1:
-        seeds = _seeds(seed, _at_most_rows(count, input), input, dropout_p, training)
-        blocks = [ops.linear_blocks.glu_block(name, layout, each, p) for each in seeds]
         return ops.tiles.tiled_mlp(blocks, input, firsts, weight, bias, recompute)
     thin.remember(thin.linear.glu_block(dtypes_of(*tensors), name, layout, p, packed), *call)
-    block = ops.linear_blocks.glu_block(name, layout, seed, p)
-    return ops.linear.linear_block_linear(block, input, firsts, weight, bias, recompute)
-
-
-def _at_most_rows(tiles: int, input: Tensor) -> int:
-    return max(1, min(tiles, math.prod(input.shape[:-1])))
+    return ops.linear.linear_block_linear(blocks[0], input, firsts, weight, bias, recompute)
 
 
 def tiles_for(tiles: int | None, recompute: str) -> int:
     """How many tiles a call takes, which at "block" has to be one: told, or from the context."""
     if tiles is None:
         return 1 if recompute == "block" else ops.tiles.tiles_now()
+    tiles = untraced(tiles)
     if not is_count(tiles):
         raise ValueError(f"tiles is {tiles!r}; expected a positive whole number, or None")
     if tiles > 1 and recompute == "block":
@@ -215,6 +208,10 @@ def tiles_for(tiles: int | None, recompute: str) -> int:
     return tiles
 
 
-def _seeds(first: Tensor | None, count: int, input: Tensor, dropout_p: float, training: bool) -> list[Tensor | None]:
-    """A seed of dropout for each tile, of which the first is drawn already."""
-    return [first, *(dropout_seed(input, dropout_p, training)[1] for _ in range(count - 1))]
+def _seeds(input: Tensor, tiles: int, dropout_p: float, training: bool) -> tuple[float, list[Tensor | None]]:
+    """The probability of dropout, and a seed for each tile: there are no more tiles than rows."""
+    # Of one tile the rows are not counted: a compiler may not know them. Jagged tensors, which have no such number, are
+    # taken as one tile.
+    count = 1 if tiles == 1 or input.is_nested else max(1, min(tiles, math.prod(input.shape[:-1])))
+    drawn = [dropout_seed(input, dropout_p, training) for _ in range(count)]
+    return drawn[0][0], [seed for _, seed in drawn]

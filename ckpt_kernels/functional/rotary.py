@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..backends.blocks import RotaryOptions
-from .checks import check_device, check_last, check_tensor, number, rms_eps, shape_of
+from .checks import check_device, check_last, check_tensor, number, rms_eps, shape_of, untraced
 
 _LAYOUTS = ("halves", "interleaved")
 _NORMS = ("none", "rms", "layer")
@@ -181,8 +181,9 @@ def _options(
     output_layout = layout if output_layout is None else output_layout
     check_rotation(layout, output_layout, norm)
     norm = "none" if norm is None else norm
-    # Sizes that torch.jit.trace follows are tensors.
-    columns, entries = (int(s) if isinstance(s, Tensor) else s for s in (input.shape[-1], cos.shape[-1]))
+    columns, entries, rotary_dim, rotary_start = map(
+        untraced, (input.shape[-1], cos.shape[-1], rotary_dim, rotary_start)
+    )
     turned = entries if rotary_dim is None else rotary_dim
     for name, given in (("rotary_dim", turned), ("rotary_start", rotary_start)):
         if not isinstance(given, int | torch.SymInt):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import Report, convert
-from ..levels import OF_MODELS
+from ..levels import OF_MODELS, Policy
 from ..plan import Plan, plan
 from ..plan.budget import Budget, bytes_of
 from ..target import arguments_of
@@ -59,8 +59,8 @@ def parsed(recompute: Recompute) -> str | Mapping[str, str] | Plan | Planned:
         return recompute
     if isinstance(recompute, bool) or not isinstance(recompute, str | pathlib.Path | int | float):
         raise TypeError(f"recompute is {type(recompute).__name__}; {_EXPECTED}")
-    if recompute in OF_MODELS:
-        return str(recompute)
+    if (policy := Policy.read(recompute, OF_MODELS)) is not None:
+        return str(policy)
     if str(recompute).endswith(".json"):
         return Plan.load(str(recompute))
     if recompute == "device":

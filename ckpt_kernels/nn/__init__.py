@@ -1,5 +1,6 @@
 """The blocks as modules: torch.nn's own constructors and state_dict keys, plus `activation=`."""
 
+from .add_row_norm import AddLayerNorm, AddRMSNorm
 from .bias_act import BiasAct
 from .channel_norm import (
     BatchNorm1d,
@@ -12,11 +13,13 @@ from .channel_norm import (
     SyncBatchNorm,
 )
 from .dyt import DyT
+from .gated_row_norm import GatedRMSNorm
 from .glu import GLU
 from .linear import ActLinear, NormLinear
 from .mlp import MLP, GatedMLP
+from .modulated_row_norm import ModulatedLayerNorm, ModulatedRMSNorm
 from .rotary import Rotary
-from .row_norm import AddLayerNorm, AddRMSNorm, GatedRMSNorm, LayerNorm, ModulatedLayerNorm, ModulatedRMSNorm, RMSNorm
+from .row_norm import LayerNorm, RMSNorm
 
 __all__ = [
     "GLU",

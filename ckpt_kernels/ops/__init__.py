@@ -3,7 +3,9 @@
 from . import (
     bias_act,
     block,
+    channel_layout,
     channel_norm,
+    channel_steps,
     dyt,
     glu,
     linear,
@@ -22,7 +24,9 @@ from . import (
 __all__ = [
     "bias_act",
     "block",
+    "channel_layout",
     "channel_norm",
+    "channel_steps",
     "dyt",
     "glu",
     "linear",

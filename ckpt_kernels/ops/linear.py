@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import recompute
+from ..autocast import is_autocast
 from .composition import by_composition, composed_gradients, is_fused
 from .linear_blocks import Block
-from .operands import is_autocast
 from .pinned import pinned_function
 from .products import (
     as_no_view,
@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """Its `apply`, without torch's look for torch.func's transforms: `is_fused` has said that there are none."""
+    """Its `apply`, without a look for torch.func's transforms, of which `is_fused` has said that there are none."""
     return super(torch.autograd.Function, function).apply
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..saved_tensors import seen_by_nobody
 from .accumulate import add_product, add_sum, buffer_for
 from .composition import by_composition, composed_gradients
@@ -118,7 +119,7 @@ def _walk(
     losses = []
     for begin, end in _chunks(len(input), loss.chunk):
         part = input[begin:end].to(dtype)
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input):
             logits = linear_of_torch(part, product_weight, product_bias)
         if not any(needs) or each is None:
             losses.append(loss.rows(logits, target[begin:end]))
@@ -126,7 +127,7 @@ def _walk(
         some, grad = _with_gradient(loss, logits, target[begin:end], each[begin:end] if each.dim() else each)
         losses.append(some)
         del logits
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input):
             if grad_input is not None:
                 grad_input[begin:end] = grad @ product_weight
             if grad_weight is not None:
@@ -161,7 +162,7 @@ def _composed(
     loss: Loss, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, count: Tensor | None
 ) -> Tensor:
     dtype = loss.dtype
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input):
         logits = linear_of_torch(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     losses = loss.rows(logits, target)
     return _reduced(losses, count)

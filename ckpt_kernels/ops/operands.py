@@ -10,12 +10,6 @@ from torch.autograd import forward_ad
 from ..backends import reference
 
 
-def is_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is enabled for the tensor's device; torch knows none for meta, and must not be asked."""
-    # Where it is enabled nowhere, which is soon told, the device need not be named.
-    return torch._C._is_any_autocast_enabled() and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
-
-
 def as_rows(tensor: Tensor, columns: int) -> Tensor:
     """(rows, columns) with contiguous rows: a view where strides allow it, else a copy."""
     if tensor.dim() != 2 or tensor.shape[1] != columns:

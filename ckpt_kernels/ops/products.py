@@ -1,13 +1,12 @@
 """Products of linear layers, which are torch's, and their gradients, in the dtypes that autocast asks for."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operands import is_autocast
+from ..autocast import is_autocast, without_autocast
 
 # torch's own, whatever somebody puts in its place later: the backward passes here are those of that.
 linear_of_torch = F.linear
@@ -20,17 +19,17 @@ def product_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    # What there is nothing to do about is not worth a call of torch's.
-    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which costs as much as a small product even where there is nothing to cast."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def product_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """F.linear, computed in `dtype`."""
-    operands = (_cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype))
+    operands = (_cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
     if not is_autocast(input):
         return linear_of_torch(*operands)
-    with torch.autocast(input.device.type, enabled=False):
+    with without_autocast(input):
         return linear_of_torch(*operands)
 
 
@@ -42,10 +41,9 @@ def as_no_view(output: Tensor) -> Tensor:
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """Its rows, `(rows, columns)`."""
-    dims = tensor.dim()
-    if dims == 2:
+    if tensor.dim() == 2:
         return tensor
-    return tensor.flatten(0, -2) if dims > 1 else tensor.unsqueeze(0)
+    return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor.unsqueeze(0)
 
 
 def grad_input_of(grad: Tensor, weight: Tensor) -> Tensor:

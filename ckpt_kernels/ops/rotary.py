@@ -94,9 +94,9 @@ class _Rotary(Block):
     def first_order(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """A rotation is the same at every input: where none is kept, any serves."""
+        """Where no input is kept, its gradient alone is wanted, and is the rotation back."""
         if kept[0] is None:
-            kept = (grads[0].detach().requires_grad_(), *kept[1:])
+            return reference.rotated_back(grads[0], Rotary(*kept, options)), *(None,) * 4
         return super().first_order(grads, kept, options, wanted)
 
 

@@ -13,16 +13,15 @@ from torch import Tensor
 
 from .. import recompute
 from ..backends import reference
-from .channel_norm import (
+from .channel_layout import Layout, layout_of
+from .channel_steps import (
     GradientOptions,
-    Layout,
     Options,
     Statistics,
     apply,
     backward_coefficients,
     gradient_sums,
     input_gradients,
-    layout_of,
     rematerialized,
     slope_source,
 )

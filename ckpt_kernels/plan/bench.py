@@ -20,10 +20,10 @@ from ..convert import convert, revert
 from ..convert.loads import named_modules
 from ..convert.swap import surround
 from ..copies import copied, twin_of
-from ..levels import CHECKPOINT, WITHIN_CHECKPOINT
+from ..levels import OF_MODULES, WITHIN_CHECKPOINT, Policy
 from ..memory import random_numbers_kept
 from ..runs import Place, is_sharded
-from ..target import tensors_in
+from ..values import tensors_in
 from .layers import layers_of
 from .marks import Point, Recorder, marking, peak_of
 
@@ -46,9 +46,10 @@ class ByLayer:
         self.choices = choices
 
     def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
+        policies = {name: Policy.of(choice, OF_MODULES, name) for name, choice in self.choices.items()}
         return {
-            name: (WITHIN_CHECKPOINT, (Place(key, 0, True),)) if choice == CHECKPOINT else (choice, ())
-            for key, (name, choice) in enumerate(self.choices.items())
+            name: (str(policy.inside()), (Place(key, 0, True),) if policy.is_checkpoint else ())
+            for key, (name, policy) in enumerate(policies.items())
         }
 
 

@@ -53,7 +53,7 @@ def bytes_of(budget: Budget, eager: int, device: torch.device) -> int | None:
         found = re.fullmatch(r"\s*([\d.]+)\s*(|k|m|g|t|ki|mi|gi|ti)(b?)\s*", budget, re.IGNORECASE)
         if not found or found[1].count(".") > 1 or not any(map(str.isdigit, found[1])):
             raise ValueError(f"budget is {budget!r}; {_EXPECTED}")
-        return _positive(int(float(found[1]) * _UNITS[found[2].lower()]), budget)
+        return _positive(int(min(float(found[1]) * _UNITS[found[2].lower()], _MOST)), budget)
     if isinstance(budget, bool) or not isinstance(budget, int | float):
         raise TypeError(f"budget is {type(budget).__name__}; {_EXPECTED}")
     if isinstance(budget, float) and 0.0 < budget <= 1.0:

@@ -21,6 +21,8 @@ class Cost:
         backward_peak: the most bytes within its backward pass, beyond what was there when it began.
         forward: seconds of its forward pass.
         backward: seconds of its backward pass.
+        may_be_inside: whether it may be chosen within a checkpoint, whose first forward pass runs at the same choice
+            and was measured at another.
     """
 
     kept: int
@@ -28,6 +30,7 @@ class Cost:
     backward_peak: int
     forward: float
     backward: float
+    may_be_inside: bool = True
 
     @property
     def seconds(self) -> float:
@@ -63,7 +66,8 @@ class Stage:
         left: bytes that are there after both its passes and were not before either, whatever is chosen: the gradient
             of what it was given, less its output and that one's gradient.
         costs: by choice.
-        checkpointed: as the inside of a checkpoint; None where it must not run twice.
+        checkpointed: as the inside of a checkpoint; None where it must not run twice, or has no choice that may be
+            inside.
         follows: whether it takes the output of the stage before as it is, so that one checkpoint may span both.
         alike: a number that stages of equal structure and shapes share.
     """
@@ -89,7 +93,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageAt:
-    """A stage at a level."""
+    """A stage at a level, as it is spelled."""
 
     stage: int
     level: str

@@ -15,7 +15,7 @@ from torch import nn
 from ..convert import Report, convert, revert
 from ..convert.loads import modules_of, named_modules
 from ..convert.swap import original_of
-from ..levels import NONE, OF_LAYERS
+from ..levels import NONE, OF_LAYERS, Policy
 from ..runs import Place, is_sharded
 from . import report
 from .bench import StepCost, shape_given
@@ -71,7 +71,8 @@ class Plan:
 
         Args:
             model: by default the one that the plan was made for.
-            logits, tiles: see `ckpt_kernels.convert`. The plan's figures are of steps without them.
+            logits, tiles: see `ckpt_kernels.convert`. The plan's figures are of steps without them. Layers that the
+                plan has in tiles stay in so many.
 
         Returns:
             The report of `convert`.
@@ -177,6 +178,7 @@ class Plan:
             made = _of(json.loads(pathlib.Path(path).read_text()))
             predicted(made.stages, made.assignment)
             _check_parts(made)
+            str(made)
             return made
         except (
             KeyError,
@@ -242,9 +244,12 @@ def _check_parts(made: Plan) -> None:
         raise ValueError("its choices are not one for each stage")
     if len(made.layers) != len(made.stages):
         raise ValueError(f"it has {len(made.layers)} names for {len(made.stages)} stages")
-    unknown = {choice.level for choice in chosen} - {FIXED, *OF_LAYERS}
-    if unknown or (made.whole is not None and made.whole not in OF_LAYERS):
-        raise ValueError(f"it has an unknown level, {unknown or made.whole!r}")
+    named = [name for name in made.layers if name]
+    if len(set(named)) != len(named):
+        raise ValueError("two of its stages have the same name")
+    levels = {choice.level for choice in chosen} | ({made.whole} if made.whole is not None else set())
+    for level in levels - {FIXED}:
+        Policy.of(level, OF_LAYERS, "a level in it")
 
 
 def _described(part: StageAt | Checkpoint) -> Any:

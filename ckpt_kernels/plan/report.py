@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..levels import NONE
-from ..memory_table import size, spanned
+from ..levels import NONE, OF_MODULES, Policy
+from ..memory.table import size, spanned
 from .costs import FIXED, Assignment, StageAt, stages_of
 
 if TYPE_CHECKING:
@@ -105,13 +105,14 @@ def _shown(value: float) -> str:
 
 def _beside(plan: "Plan") -> Iterator[str]:
     """The next plans of less memory and of more."""
-    less = [label for label in plan.frontier if label[0] < 0.98 * plan.predicted.peak]
-    more = [
-        label for label in plan.frontier if label[0] > plan.predicted.peak and label[1] < 0.99 * plan.predicted.seconds
-    ]
+    peak, seconds = plan.predicted.peak, plan.predicted.seconds
+    # A plan that was taken by the clock may have other seconds than were predicted: plans of less memory and less time
+    # are none to be told beside it.
+    less = [label for label in plan.frontier if label[0] < 0.98 * peak and label[1] > seconds]
+    more = [label for label in plan.frontier if label[0] > peak and label[1] < 0.99 * seconds]
     for word, label in (("less", less[-1] if less else None), ("more", more[0] if more else None)):
         if label is not None:
-            change = label[1] / plan.predicted.seconds - 1
+            change = label[1] / seconds - 1
             yield f"with {word} memory  {size(label[0])} would take {change:+.1%} time"
 
 
@@ -133,7 +134,9 @@ def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
     for name, step in plan.steps.items():
         x, y = step.peak / eager.peak, step.seconds / eager.seconds
         label = "eager" if name == "eager" else f"all layers at {name!r}"
-        axis.plot(x, y, "o", color=COLORS[name], markersize=9, label=label)
+        policy = Policy.read(name, OF_MODULES)
+        color, marker = COLORS[policy.level if policy else name], "s" if policy and policy.tiles else "o"
+        axis.plot(x, y, marker, color=color, markersize=9, label=label)
     measured = plan.measured
     title = f"{measured.peak / eager.peak:.2f} of {unit}'s peak in {measured.seconds / eager.seconds:.2f} of its time"
     axis.plot(

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..levels import CHECKPOINT, NONE, OF_LAYERS, OF_MODULES, WITHIN_CHECKPOINT
+from ..levels import NONE, OF_LAYERS, OF_MODULES, Policy
 from .bench import EAGER, Bench, StepCost, is_out_of_memory
 from .budget import Budget, DoesNotFit, bytes_of
 from .costs import FIXED, Assignment, Checkpoint, StageAt
-from .measure import Measured, called
+from .measure import Measured
 from .plan import Plan, structure_of
 from .solve import Solver
+from .trials import called
 from .ways import predicted
 
 # Plans that differ in time by less are taken for equally fast, and the one of less memory is taken.
@@ -119,26 +120,24 @@ class _Plans:
     def at_one(self, choice: str) -> Plan | None:
         """All layers at one choice, with the peak that was measured; None where a layer has better ones."""
         parts: list[StageAt | Checkpoint] = []
+        policy = Policy.of(choice, OF_MODULES, "choice")
         for index, stage in enumerate(self.found.stages):
-            level = FIXED if FIXED in stage.costs else WITHIN_CHECKPOINT if choice == CHECKPOINT else choice
-            at = StageAt(index, level)
-            if level not in stage.costs or (choice == CHECKPOINT and level != FIXED and stage.checkpointed is None):
-                return None
-            parts.append(Checkpoint((at,)) if choice == CHECKPOINT and level != FIXED else at)
-        made = self.of(tuple(parts))
-        return replace(made, measured=replace(made.measured, peak=self.found.steps[called(choice)].peak))
+            is_fixed = FIXED in stage.costs
+            at = StageAt(index, FIXED if is_fixed else str(policy.inside()))
+            parts.append(Checkpoint((at,)) if policy.is_checkpoint and not is_fixed else at)
+        try:
+            made = self.of(tuple(parts))
+        except ValueError:
+            return None
+        return replace(made, measured=replace(made.measured, peak=self.found.steps[choice].peak))
 
 
 def _rivals(plans: _Plans, made: Plan) -> dict[str, Plan]:
     """What the plan is held against: the model as it is, and of the choices that fit the one that was the fastest with
     all layers at it."""
     steps, budget = plans.found.steps, plans.budget
-    fitting = [
-        choice
-        for choice in OF_MODULES
-        if called(choice) in steps and (budget is None or steps[called(choice)].peak <= budget)
-    ]
-    rivals = {choice: plan for choice in fitting if choice != NONE and (plan := plans.at_one(choice)) is not None}
+    fitting = [name for name, step in steps.items() if budget is None or step.peak <= budget]
+    rivals = {choice: plan for choice in fitting if choice != EAGER and (plan := plans.at_one(choice)) is not None}
     quickest = min(rivals, key=lambda choice: steps[choice].seconds, default=None)
     if quickest is None or rivals[quickest].assignment == made.assignment:
         return {}

@@ -40,7 +40,7 @@ class Solver:
         self._fronts.add(Front(torch.tensor([NOTHING]), torch.zeros(1, dtype=torch.float64)))
         self._fronts.add(Front(torch.tensor([0]), torch.zeros(1, dtype=torch.float64)))
         self._pieces = _Pieces(stages)
-        self._ways: dict[int, _Ways] = {}
+        self._ways: dict[tuple[int, bool], _Ways] = {}
         self._nested: dict[tuple[int, ...], int] = {}
         # By first stage; what is behind the last is empty.
         self._whole = [_EMPTY] * (len(stages) + 1)
@@ -75,9 +75,10 @@ class Solver:
 
     def _ways_within(self, first: int, last: int, nested: bool) -> "_Ways":
         """Those of a piece. Within a checkpoint another over all of what is left of it would gain nothing."""
-        if first not in self._ways:
-            self._ways[first] = _Ways.of(self._chain, first)
-        ways = self._ways[first]
+        key = first, nested
+        if key not in self._ways:
+            self._ways[key] = _Ways.of(self._chain, first, nested)
+        ways = self._ways[key]
         count = bisect.bisect(ways.ends, last - nested, ways.levels)
         return ways if count == len(ways.ends) else ways.until(count)
 
@@ -111,7 +112,7 @@ class Solver:
             seconds = ways.seconds + self._fronts.at(self._behind(ways.ends, last, nested), for_rest)
             seconds += self._fronts.at(self._inside(ways, first), for_inside)
             chosen = int(seconds.masked_fill_(ways.forward_peak > memory, INFEASIBLE).argmin())
-            way = self._chain.ways(first)[chosen]
+            way = self._chain.ways(first, nested)[chosen]
             if way.level is not None:
                 parts.append(StageAt(first, way.level))
             else:
@@ -131,11 +132,12 @@ class _Ways(NamedTuple):
     seconds: Tensor
 
     @staticmethod
-    def of(chain: Chain, first: int) -> "_Ways":
-        ways = chain.ways(first)
+    def of(chain: Chain, first: int, nested: bool) -> "_Ways":
+        ways = chain.ways(first, nested)
+        levels = sum(way.level is not None for way in ways)
         peaks, kept, base = torch.tensor([(w.forward_peak, w.kept, chain.base(w)) for w in ways])[:, :, None].unbind(1)
         seconds = torch.tensor([[way.seconds] for way in ways], dtype=torch.float64)
-        return _Ways(len(chain.stages[first].costs), [way.end for way in ways], peaks, kept, base, seconds)
+        return _Ways(levels, [way.end for way in ways], peaks, kept, base, seconds)
 
     def until(self, count: int) -> "_Ways":
         """The first of them."""

@@ -7,7 +7,8 @@ way through stages s..e needs, with the rest of the chain e+1..t, beyond what th
 - `kept` + the need of the rest: what s..e keep stands while the rest runs, forward and backward;
 - `base` + the need of the inside: when the backward pass comes to s..e there are what they keep and what the rest
   leaves. On top comes, for a level, its own backward pass, which is counted in `base` (the inside needs nothing), and
-  for a checkpoint the need of the same stages when they run again, each with a way of its own.
+  for a checkpoint the need of the same stages when they run again, each with a way of its own, of those that may be
+  inside.
 
 The seconds are those of the way, of the rest, and of the inside. This is all that `solve` and `predicted` know of
 steps.
@@ -56,25 +57,28 @@ class Chain:
         self.stages = stages
         # What the first n stages leave, by n.
         self.left = [0, *itertools.accumulate(stage.left for stage in stages)]
-        self._ways: dict[int, list[Way]] = {}
+        self._ways: dict[tuple[int, bool], list[Way]] = {}
 
-    def ways(self, first: int) -> list[Way]:
+    def ways(self, first: int, nested: bool) -> list[Way]:
         """The levels of a stage, and the checkpoints that may begin there, in the order of their ends."""
-        if first not in self._ways:
+        key = first, nested
+        if key not in self._ways:
             checkpoints = (way for way in self.checkpoints_from(first) if is_length(way.end - first + 1))
-            self._ways[first] = [*self.levels_of(first), *checkpoints]
-        return self._ways[first]
+            self._ways[key] = [*self.levels_of(first, nested), *checkpoints]
+        return self._ways[key]
 
-    def levels_of(self, index: int) -> Iterator[Way]:
+    def levels_of(self, index: int, nested: bool) -> Iterator[Way]:
         for level, cost in self.stages[index].costs.items():
-            yield Way(level, index, cost.forward_peak, cost.kept, cost.backward_peak, cost.seconds)
+            if cost.may_be_inside or not nested:
+                yield Way(level, index, cost.forward_peak, cost.kept, cost.backward_peak, cost.seconds)
 
-    def level_of(self, index: int, level: str) -> Way:
-        found = next((way for way in self.levels_of(index) if way.level == level), None)
-        if found is None:
-            stage = self.stages[index]
-            raise ValueError(f"stage {stage.name!r} is at {level!r}; expected one of {', '.join(stage.costs)}")
-        return found
+    def level_of(self, index: int, level: str, nested: bool) -> Way:
+        ways = {way.level: way for way in self.levels_of(index, nested)}
+        if level not in ways:
+            at = f"{level!r} in a checkpoint" if nested else repr(level)
+            expected = ", ".join(filter(None, ways))
+            raise ValueError(f"stage {self.stages[index].name!r} is at {at}; expected one of {expected}")
+        return ways[level]
 
     def checkpoint(self, first: int, last: int) -> Way:
         found = next((way for way in self.checkpoints_from(first) if way.end == last), None)
@@ -110,8 +114,8 @@ def predicted(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, flo
     """The peak in bytes and the seconds of a step with an assignment.
 
     Raises:
-        ValueError: a stage has no such level; a checkpoint has stages that may not run twice, or that do not follow
-            each other.
+        ValueError: a stage has no such level there; a checkpoint has stages that may not run twice, or that do not
+            follow each other.
     """
     need, seconds = _through(Chain(stages), assignment, nested=False)
     return max(need, 0), seconds
@@ -122,7 +126,7 @@ def _through(chain: Chain, parts: Assignment, nested: bool) -> tuple[int, float]
     for part in reversed(parts):
         first, end = first_of(part), last_of(part)
         if isinstance(part, StageAt):
-            way = chain.level_of(first, part.level)
+            way = chain.level_of(first, part.level, nested)
             inside, inside_seconds = 0, 0.0
         else:
             way = chain.checkpoint(first, end)

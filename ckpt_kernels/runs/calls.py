@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..call_state import Buffer, RandomState, autocast_now
 from ..convert.loads import modules_of
-from ..provenance import tensors_among
+from ..values import tensors_among
 from ..watching import bits_of
 
 if TYPE_CHECKING:

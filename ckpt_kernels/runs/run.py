@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..call_state import Buffer, RandomState
 from ..convert.loads import modules_of
-from ..discarder import Discarder
-from ..provenance import tensors_among
 from ..recompute import discarding
+from ..recompute.discarder import Discarder
 from ..saved_tensors import as_is
+from ..values import tensors_among
 from ..watching import bits_of, note_difference
 from .arguments import Input, Link, loaded, unwritten, version_of
 from .calls import Call, Place, Saved

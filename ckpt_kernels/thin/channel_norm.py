@@ -9,7 +9,8 @@ from torch import Tensor
 from .. import ops
 from ..activations import CODES
 from ..backends.reference import compute_dtype
-from ..ops.channel_norm import GradientOptions, Options, layout_of, slope_source
+from ..ops.channel_layout import layout_of
+from ..ops.channel_steps import GradientOptions, Options, slope_source
 from .direct import direct
 from .plan import Plan, thread
 

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from .table import MUTANTS, Mutant
+from .mutant import Mutant
+from .table import MUTANTS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 TREE = ROOT / "build" / "mutants" / "tree"

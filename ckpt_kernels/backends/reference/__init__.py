@@ -30,7 +30,7 @@ from .elementwise import (
     glu_backward,
     glu_forward,
 )
-from .rotary import rotary, rotary_backward, rotary_forward, rotary_table_gradients
+from .rotary import rotary, rotary_backward, rotary_forward, rotary_table_gradients, rotated_back
 from .row_norm import row_norm, row_norm_backward, row_norm_forward
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "rotary_backward",
     "rotary_forward",
     "rotary_table_gradients",
+    "rotated_back",
     "row_norm",
     "row_norm_backward",
     "row_norm_forward",

@@ -53,8 +53,12 @@ def _rotated(z: Tensor, block: Rotary) -> Tensor:
     return torch.cat((before, _joined_pairs(*turned, options.interleaved_output), after), -1)
 
 
+def rotated_back(grad: Tensor, block: Rotary) -> Tensor:
+    """The gradient of what is rotated, whose values it does not depend on; of any shape, as in `rotary`."""
+    return _rotated_back(grad.to(compute_dtype(grad.dtype)), block).to(grad.dtype)
+
+
 def _rotated_back(grad: Tensor, block: Rotary) -> Tensor:
-    """The gradient of what is rotated."""
     options = block.options
     before, part, after = _parts(grad, options)
     first, second = _pairs(part, options.interleaved_output)

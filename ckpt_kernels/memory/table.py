@@ -4,10 +4,12 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..palette import COLORS
+
 if TYPE_CHECKING:
     import pathlib
 
-    from .memory import ModuleMemory, Report
+    from .by_module import ModuleMemory, Report
 
 
 class Row(NamedTuple):
@@ -99,9 +101,9 @@ def draw(report: "Report", path: "str | pathlib.Path", depth: int | None = None,
     if len(rows) > most:
         rest = rows[most - 1 :]
         rows[most - 1 :] = [Row(f"{len(rest)} more", "", 1, sum(r.saved for r in rest), sum(r.other for r in rest))]
-    series = [(report.titles[0], [row.saved for row in rows], report.saved, "tab:blue")]
+    series = [(report.titles[0], [row.saved for row in rows], report.saved, COLORS["eager"])]
     if not report.is_alike:
-        series.append((report.titles[1], [row.other for row in rows], report.discarding, "tab:orange"))
+        series.append((report.titles[1], [row.other for row in rows], report.discarding, COLORS["ours"]))
     figure, axis = plt.subplots(figsize=(10, 1.8 + 0.3 * len(series) * len(rows)), layout="constrained")
     height = 0.8 / len(series)
     # The axis in the unit that the longest bar's label has.

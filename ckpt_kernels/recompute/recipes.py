@@ -1,4 +1,4 @@
-"""What is kept in the place of a tensor, and how the tensor is had back from it."""
+"""The contents of a saved tensor's place in the graph: the tensor itself, or a recipe that makes the tensor again."""
 
 import contextlib
 import functools
@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from .. import backends
 
-_NOTHING = torch.empty(0, device="cpu")
 _NUMBERS = (int, float)
 _PLAIN = (Tensor, nn.Parameter)
 # The size, the strides and the offset of a view.
@@ -20,7 +19,7 @@ Geometry = tuple[Sequence[int], Sequence[int], int | torch.SymInt]
 
 
 class Operand(Protocol):
-    """What a value is made from; `depth` is how many recipes in a row it takes to get it."""
+    """An operand of a recipe; `depth` counts the recipes that run one after the other to get the tensor."""
 
     @property
     def depth(self) -> int: ...
@@ -29,10 +28,10 @@ class Operand(Protocol):
 
 
 class Cell:
-    """What a node holds in the place of a tensor that it saves. The content may be exchanged for one that is smaller.
+    """A node's place for a saved tensor. The content may be exchanged for a smaller one.
 
-    `version` is that of the tensor when it was saved, and `watch` shares its version counter. `is_clone`: that was
-    made as a clone. `attached` lives as long as the node keeps the cell.
+    `version` is the tensor's version at saving, `watch` shares the tensor's version counter, and `is_clone` says that
+    the tensor was made by `clone`. `attached` lives as long as the node keeps the cell.
     """
 
     __slots__ = ("__weakref__", "attached", "content", "is_clone", "owner", "version", "watch")
@@ -53,12 +52,12 @@ class Cell:
         return self.content.depth
 
     def is_unwritten(self) -> bool:
-        """Since it was saved."""
+        """Whether nobody has written to the tensor since it was saved."""
         return self.watch is not None and self.watch._version == self.version
 
 
 class Kept(NamedTuple):
-    """A tensor that is kept as it is, with the version by which a later write to it is noticed."""
+    """A tensor that is kept, with the version by which a later write is noticed."""
 
     tensor: Tensor
     version: int
@@ -80,7 +79,7 @@ class Kept(NamedTuple):
 
 
 class Foreign(NamedTuple):
-    """What the hooks around this context made of a tensor."""
+    """A tensor as packed by the saved-tensor hooks around this context."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]
@@ -94,8 +93,10 @@ class Foreign(NamedTuple):
 
 
 class Unwritten(NamedTuple):
-    """An operand of a recipe that hooks around this context keep. These may have no memory of their own for it, as a
-    checkpoint, which makes it again with all that was written to it afterwards: so it has to be as it was."""
+    """An operand of a recipe that hooks around this context keep; the tensor must not have been written to since.
+
+    The hooks may keep no memory of the tensor: a checkpoint makes the tensor again, with all later writes in it.
+    """
 
     operand: Operand
     watch: Tensor
@@ -119,10 +120,10 @@ def _written(what: str, found: int, expected: int) -> RuntimeError:
 
 
 class Made:
-    """A tensor that was made again, in the backward pass and on the stream where it was.
+    """A tensor that was made again, with the backward pass and the stream of the making.
 
-    It is the claims that have not had it that hold it, and nothing else: with the last of them it goes, whether they
-    ask for it or not, and nothing has to run for that. An interrupt finds nothing half done.
+    Only claims that have not been served hold this object. So the memory goes with the last of these claims, whether
+    they ask or not, and no code has to run for that: an interrupt finds nothing half done.
     """
 
     __slots__ = ("__weakref__", "stream", "value", "version", "where")
@@ -134,16 +135,15 @@ class Made:
         self.stream = _stream(value)
 
     def serves(self, where: int) -> bool:
-        """Whether one who asks in this backward pass, on the stream that is current, may have it, and nobody who had it
-        has written to it."""
+        """Whether a reader in this backward pass, on the current stream, may have the tensor: no reader has written."""
         return self.where == where and self.stream == _stream(self.value) and self.value._version == self.version
 
 
 class Recipe:
-    """How to make a tensor again: `rebuild(*operands)`; `depth` is how many recipes in a row that takes, with this one.
+    """How to make a tensor again: `rebuild(*operands)`; `depth` counts the recipes in a row, with this one.
 
-    It is made once in a backward pass for all who ask, and let go of when the last of these has it, or when the pass
-    ends.
+    The tensor is made once in a backward pass for all readers, and let go of after the last reader, or at the end of
+    the pass.
     """
 
     def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Operand | None], depth: int) -> None:
@@ -154,7 +154,7 @@ class Recipe:
         # Backward passes may run on several threads. Recipes lock in the order of the graph, so they cannot deadlock.
         self._lock = threading.RLock()
         self._made: weakref.ref[Made] | None = None
-        # Who may ask. One that goes takes itself off by a built-in function: Python code could be interrupted.
+        # All who may ask. A claim that dies takes itself off by a built-in function: Python code could be interrupted.
         self._claims: set[weakref.ref[Claim]] = set()
 
     def claim(self, claim: "Claim") -> None:
@@ -182,12 +182,12 @@ class Recipe:
             claim.made = None
 
     def _make(self) -> Tensor:
-        # Contexts that mostly change nothing, and cost what a small kernel does.
+        # The contexts below mostly change nothing, and cost as much as a small kernel.
         same_backend = backends.chosen() == self._backend
         is_inference = torch.is_inference_mode_enabled()
         if same_backend and not is_inference and not torch.is_grad_enabled():
             return self._rebuild(*[None if o is None else o.get() for o in self.operands])
-        # In inference mode what is made has no version, by which a reader's write to it would be noticed.
+        # A tensor made in inference mode has no version, by which a reader's write would be noticed.
         with (
             contextlib.nullcontext() if same_backend else backends.serving(self._backend),
             torch.inference_mode(False) if is_inference else contextlib.nullcontext(),
@@ -204,7 +204,7 @@ class Claim:
     def __init__(self, recipe: Recipe, geometry: Geometry | None) -> None:
         self.recipe = recipe
         self.geometry = geometry
-        # What was made for another, as long as this one may ask for it; and in which backward pass it was served.
+        # The tensor made for another claim, until this one asks; and the backward pass in which this one was served.
         self.made: Made | None = None
         self.served = -1
         recipe.claim(self)
@@ -221,7 +221,7 @@ class Claim:
 
 
 class Step(NamedTuple):
-    """An op to run again. Its operands are whatever gives tensors, and numbers."""
+    """An op to run again, of operands that give tensors, and of numbers."""
 
     function: Callable[..., Tensor]
     operands: Sequence[Operand | float]
@@ -236,7 +236,7 @@ class Step(NamedTuple):
 
 
 def recipe_of_step(step: Step, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Recipe:
-    """Runs a step, and lays its value in memory as the first one lay."""
+    """Runs a step, and gives the value the strides of the first one."""
     return Recipe(functools.partial(_remade, step, shape, strides, dtype), (), 1 + step.depth)
 
 
@@ -263,24 +263,29 @@ def geometry_of(tensor: Tensor) -> Geometry:
 
 
 def watching(tensor: Tensor | None) -> Tensor | None:
-    """A tensor without memory that shares the version counter."""
+    """A tensor without memory that shares the version counter of `tensor`."""
     if tensor is None or type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
         return None
     watch = tensor.detach()
     if not tensor.is_meta:
-        watch.data = _NOTHING
+        watch.data = _nothing(tensor.dtype)
     return watch
 
 
+@functools.cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device="cpu")
+
+
 def _is_freed(tensor: Tensor) -> bool:
-    """Whether its memory has been given back under it, as sharding does with gathered weights."""
+    """Whether somebody has freed the tensor's memory, as sharding does with gathered weights."""
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta or tensor.data_ptr():
         return False
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _stream(value: Tensor) -> Any:
-    """What another stream's reader must not share."""
+    """The stream of the value: readers on other streams must not share the value."""
     return torch.cuda.current_stream(value.device) if value.is_cuda else None
 
 

@@ -1,0 +1,23 @@
+"""What a call keeps for its backward pass: in all, by module, and with blocks' outputs let go of."""
+
+from .by_module import ModuleMemory, Report, report, report_beside
+from .copied import kept_bytes, random_numbers_kept
+from .freed import keep_freed_memory
+from .peak import allocations, peak_bytes
+from .saved import SavedTensor, saved_bytes, saved_bytes_beside_output, saved_tensors
+
+__all__ = [
+    "ModuleMemory",
+    "Report",
+    "SavedTensor",
+    "allocations",
+    "keep_freed_memory",
+    "kept_bytes",
+    "peak_bytes",
+    "random_numbers_kept",
+    "report",
+    "report_beside",
+    "saved_bytes",
+    "saved_bytes_beside_output",
+    "saved_tensors",
+]

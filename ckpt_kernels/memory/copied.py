@@ -1,0 +1,44 @@
+"""What a copy of a model keeps: the model, its inputs and all random numbers stay as they are."""
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..copies import copied, copy_of
+from ..target import arguments_of
+from .saved import saved_bytes
+
+
+def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], object] | None = None) -> int:
+    """Bytes that a forward pass of a copy of the model keeps, after a `change` of the copy; `inputs` is a tensor, a
+    tuple, or a dict by name.
+
+    The model itself, the inputs, and torch's, Python's and numpy's random numbers, stay as they are.
+    """
+    with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
+        twin, (args, kwargs) = copy_of(model), arguments_of(inputs)
+        memo: dict[int, Any] = {}
+        args = tuple(copied(value, memo) for value in args)
+        kwargs = {name: copied(value, memo) for name, value in kwargs.items()}
+        if change is not None:
+            change(twin)
+        return saved_bytes(twin, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Afterwards torch's, Python's and numpy's random numbers go on as if nothing had been drawn within."""
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(drawn[0])
+        if numpy is not None:
+            numpy.random.set_state(drawn[1])

@@ -1,0 +1,38 @@
+"""The most memory that tensors take at one time."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most bytes that tensors made by `fn()` take at one time.
+
+    Args:
+        fn: a function of no arguments.
+        device: the device whose memory is counted. Of the CPU, the allocations that torch's profiler sees.
+
+    Returns:
+        The number of bytes, as an int.
+
+    Example:
+        >>> ckpt_kernels.memory.peak_bytes(lambda: torch.ones(1024).sum()) >= 4096
+        True
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        fn()
+        return torch.cuda.max_memory_allocated(device) - start
+    return max(itertools.accumulate(allocations(fn), initial=0))
+
+
+def allocations(fn: Callable[[], Any]) -> list[int]:
+    """Bytes of every block of CPU memory that tensors take while `fn()` runs, and, negative, that they give back."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

@@ -1,0 +1,188 @@
+"""What a call keeps for its backward pass, as bytes and as a list of tensors."""
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..values import tensors_in
+
+
+def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any) -> int:
+    """Bytes of the distinct storages that `fn(*args, **kwargs)` keeps for backward.
+
+    Each storage counts once and whole, however many views of it are kept. Not counted: the storages of parameters (any
+    `nn.Parameter` that is kept, or a view of one), and of all parameters and buffers of the module `parameters_of`.
+    Inputs that are kept do count. The call is made once, with gradients as they are set; what the graph of its result
+    holds counts, and the result is dropped. A `discard_outputs` around this call has no say in it; one within `fn` has.
+
+    Args:
+        fn: a function or a module.
+        args, kwargs: what `fn` is called with.
+        parameters_of: the module whose parameters and buffers do not count; by default `fn`, if that is a module.
+
+    Returns:
+        The number of bytes, as an int.
+
+    Example:
+        >>> x = torch.randn(8, 64, requires_grad=True)
+        >>> saved_bytes(torch.relu, x) == x.nbytes  # relu keeps its output
+        True
+    """
+    return sum(tensor.counted for tensor in saved_tensors(fn, *args, parameters_of=parameters_of, **kwargs))
+
+
+def saved_bytes_beside_output(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """`saved_bytes` but for the first tensor of the result, which whatever reads that keeps anyway.
+
+    So an activation that saves its output (relu, tanh) is not charged with what the next layer saves too.
+
+    Args:
+        fn: a function or a module.
+        args, kwargs: what `fn` is called with.
+
+    Returns:
+        The number of bytes, as an int.
+
+    Example:
+        >>> x = torch.randn(8, 64, requires_grad=True)
+        >>> ckpt_kernels.memory.saved_bytes_beside_output(torch.relu, x)
+        0
+    """
+    return sum(tensor.counted for tensor in _saved(fn, args, kwargs, _module(fn), but_for_output=True))
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor that is kept.
+
+    Attributes:
+        module: the name of the module that keeps the tensor; "" is the whole.
+        shape: of the tensor.
+        dtype: of the tensor, without "torch.".
+        counted: bytes of the storage for the first who keeps it, 0 for those who share it with the `owner`.
+        owner: the name of the module whose storage it is.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    dtype: str
+    counted: int
+    owner: str
+
+
+def saved_tensors(
+    fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any
+) -> list[SavedTensor]:
+    """What `fn(*args, **kwargs)` keeps for backward, in the order in which it is kept; see `saved_bytes`.
+
+    Args:
+        fn: a function or a module.
+        args, kwargs: what `fn` is called with.
+        parameters_of: the module whose parameters and buffers do not count; by default `fn`, if that is a module.
+
+    Returns:
+        A list of `SavedTensor`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU())
+        >>> for kept in ckpt_kernels.memory.saved_tensors(model, torch.randn(8, 64)):
+        ...     print(kept.module, kept.shape, kept.counted)
+        0 (8, 64) 2048
+        1 (8, 64) 2048
+    """
+    owner = _module(fn) if parameters_of is None else parameters_of
+    return _saved(fn, args, kwargs, owner, but_for_output=False)
+
+
+def _module(fn: Callable[..., Any]) -> nn.Module | None:
+    return fn if isinstance(fn, nn.Module) else None
+
+
+def _saved(
+    fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], parameters_of: nn.Module | None, but_for_output: bool
+) -> list[SavedTensor]:
+    modules: list[str] = [""]
+    owned = set()
+    if parameters_of is not None:
+        owned = {_storage(t) for t in (*parameters_of.parameters(), *parameters_of.buffers())}
+    packed: list[tuple[str, weakref.ref[_Held]]] = []
+
+    def pack(tensor: Tensor) -> _Held:
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            owned.add(_storage(tensor))
+        held = _Held(tensor)
+        packed.append((modules[-1], weakref.ref(held)))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor), _naming(fn, modules):
+        result = fn(*args, **kwargs)
+    if but_for_output:
+        owned.update(map(_storage, itertools.islice(tensors_in(result), 1)))
+    # What the graph holds in the end: some of it may have been let go of since.
+    kept = [(module, reference()) for module, reference in packed]
+    found: list[SavedTensor] = []
+    owners: dict[int, str] = {}
+    for module, held in kept:
+        if held is None:
+            continue
+        tensor = held.tensor
+        storage = _storage(tensor)
+        if storage in owned or tensor.numel() == 0:
+            continue
+        counted = 0 if storage in owners else tensor.untyped_storage().nbytes()
+        owner = owners.setdefault(storage, module)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found.append(SavedTensor(module, tuple(tensor.shape), dtype, counted, owner))
+    del result
+    return found
+
+
+class _Held:
+    """A tensor, as long as a graph holds it. Without its own graph: a node that keeps its output would otherwise keep
+    itself alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+@contextlib.contextmanager
+def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
+    """While active, the last of `modules` is the one whose forward pass runs.
+
+    By the call of all modules and not by hooks: a converted module that has hooks, or anybody's for all modules,
+    computes in another way than it does without.
+    """
+    if not isinstance(fn, nn.Module):
+        yield
+        return
+    names = {module: name for name, module in fn.named_modules()}
+    call = nn.Module.__call__
+
+    def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A compiler traces this, and its graph must not depend on who measures.
+        if torch.compiler.is_compiling() or module not in names:
+            return call(module, *args, **kwargs)
+        modules.append(names[module])
+        try:
+            return call(module, *args, **kwargs)
+        finally:
+            modules.pop()
+
+    # For converted modules, which else take it for a call of somebody's own.
+    vars(named)["only_names_modules"] = True
+    modules_of_torch: Any = nn.Module
+    modules_of_torch.__call__ = named
+    try:
+        yield
+    finally:
+        modules_of_torch.__call__ = call
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

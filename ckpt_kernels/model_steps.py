@@ -1,0 +1,75 @@
+"""Forward and backward passes of any model: its outputs, a loss of them, a step, the time that one takes."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .target import Inputs, arguments_of
+from .values import tensors_in
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    args, kwargs = arguments_of(inputs)
+    return model(*args, **kwargs)
+
+
+def outputs_of(value: Any) -> list[Tensor]:
+    outputs = [t for t in tensors_in(value) if t.requires_grad]
+    if not outputs:
+        raise ValueError("the model's outputs have no gradient; expected a tensor that depends on its parameters")
+    return outputs
+
+
+def projection(outputs: list[Tensor]) -> Tensor:
+    """The sum of outputs with random weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) / y.numel() ** 0.5 for y in outputs]
+    return sum((y * w.to(y)).sum() for y, w in zip(outputs, weights, strict=True))
+
+
+def step(model: nn.Module, inputs: Inputs) -> None:
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(projection(outputs_of(call(model, inputs))), wanted, allow_unused=True)
+
+
+def seconds_of_step(model: nn.Module, inputs: Inputs, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step(model, inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def draws_random_numbers(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a forward pass moves torch's random numbers on."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [g.get_state() for g in generators]
+    with torch.no_grad():
+        call(model, inputs)
+    drew = any(not torch.equal(b, g.get_state()) for b, g in zip(before, generators, strict=True))
+    for generator, state in zip(generators, before, strict=True):
+        generator.set_state(state)
+    return drew
+
+
+def each_of(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return {key: change(value) for key, value in inputs.items()}
+    return tuple(map(change, inputs))
+
+
+def in_double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def reordered(inputs: Inputs) -> Inputs:
+    """The same batch with its samples in another order."""
+    return each_of(inputs, lambda value: value.flip(0) if isinstance(value, Tensor) and value.dim() else value)

@@ -1,0 +1,106 @@
+"""How a channel norm's input lies in memory, and so its output: as planes, or channels last."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from ..backends import reference
+
+# How many pieces the rows of a channels-last tensor are summed in: enough to keep every processor busy, few enough
+# that the pieces' own sums cost nothing. Fixed for a device, so that results do not depend on the number of threads.
+_PIECES = {"cpu": 64}
+_PIECES_ELSEWHERE = 512
+_LEAST_ROWS = 64
+
+
+class Layout(NamedTuple):
+    """How (samples, channels, *space) lies in memory.
+
+    As planes, (samples * channels, size) with a channel a row; or channels last, (samples * size, channels).
+    """
+
+    planes: bool
+    samples: int
+    channels: int
+    size: int
+    piece_rows: int  # of a sample, that are summed together; a whole plane where there are planes
+
+    @property
+    def pieces(self) -> int:
+        return 1 if self.planes else -(-self.size // self.piece_rows)
+
+    def matrix(self, tensor: Tensor | None) -> Tensor | None:
+        """As a contiguous matrix: a view where `tensor` lies so, else a copy."""
+        if tensor is None:
+            return None
+        if self.planes:
+            return tensor.contiguous().view(self.samples * self.channels, self.size)
+        rows = self.samples * self.size
+        if tensor.stride() == _last_strides(tensor.shape):
+            # One view instead of three, which small inputs feel.
+            return tensor.as_strided((rows, self.channels), (self.channels, 1))
+        return tensor.movedim(1, -1).contiguous().view(rows, self.channels)
+
+    def empty(self, like: Tensor) -> Tensor:
+        """Memory for a result of this shape, laid out in this way.
+
+        Not a view of anything: autograd adds gradients up in place only where nobody else has their memory.
+        """
+        strides = _last_strides(like.shape)
+        # Where a channel has one element in each sample, both ways are one, and strides only say which it is meant to
+        # be; to torch, three dimensions never have their channels last.
+        if self.planes or (like.is_contiguous() and (like.dim() == 3 or like.stride() != strides)):
+            return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+
+    def statistics(self, count: int, like: Tensor) -> Tensor:
+        """Memory for `count` numbers for each piece of each channel: (count, samples, pieces, channels)."""
+        shape = (count, self.samples, self.pieces, self.channels)
+        return torch.empty(shape, dtype=reference.compute_dtype(like.dtype), device=like.device)
+
+
+def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense (samples, channels, *space) with channels last."""
+    strides, step = [], shape[1]
+    for size in reversed(shape[2:]):
+        strides.append(step)
+        step = step * size
+    return (step, 1, *reversed(strides))
+
+
+def layout_of(input: Tensor, groups: int) -> Layout:
+    """The layout to compute in, which is that of the output: channels last where torch's memory format says so.
+
+    A batch norm (no groups) takes all samples of a channels-last tensor as one.
+    """
+    last = (
+        not input.is_contiguous()
+        and input.dim() in (4, 5)
+        # The first of these is the answer to most, and costs less.
+        and (input.stride() == _last_strides(input.shape) or suggest_memory_format(input) != torch.contiguous_format)
+    )
+    arguments = (tuple(input.shape), last, groups, input.device.type)
+    try:
+        return _layout(*arguments)
+    except TypeError:  # of sizes that torch.compile knows only by name, which no cache can hold
+        return _layout.__wrapped__(*arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], last: bool, groups: int, device: str) -> Layout:
+    samples, channels = shape[:2]
+    size = math.prod(shape[2:])
+    if not (last or len(shape) == 2 or size == 1):
+        return Layout(True, samples, channels, size, size)
+    if groups == 0:
+        samples, size = 1, samples * size
+    most = max(_PIECES.get(device, _PIECES_ELSEWHERE) // max(samples, 1), 1)
+    least = min(max(-(-size // most), _LEAST_ROWS), max(size, 1))
+    # Pieces of one size where that is not much larger: they merge in fewer steps.
+    even = next((rows for rows in range(least, 2 * least) if size % rows == 0), least)
+    return Layout(False, samples, channels, size, even)

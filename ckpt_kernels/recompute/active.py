@@ -1,0 +1,50 @@
+"""Which contexts are active on this thread, and whose saved-tensor hooks torch calls."""
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .discarder import Discarder
+
+
+class _Thread(threading.local):
+    """The contexts of a thread, the innermost last, closed ones among them."""
+
+    def __init__(self) -> None:
+        self.active: list[Discarder] = []
+
+
+thread = _Thread()
+
+
+def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def sees_what_is_saved(discarder: "Discarder") -> bool:
+    """Whether the hooks of this context are the innermost on this thread."""
+    top = top_hooks()
+    return top is not None and getattr(top[0], "__self__", None) is discarder
+
+
+def discarding() -> "Discarder | None":
+    """The context that sees what is saved now: the innermost, unless somebody else's hooks are within it."""
+    found = innermost()
+    return found if found is not None and sees_what_is_saved(found) else None
+
+
+def is_active() -> bool:
+    """Whether a context is active on this thread."""
+    return innermost() is not None
+
+
+def innermost() -> "Discarder | None":
+    """The innermost context that is open; closed ones are forgotten."""
+    active = thread.active
+    while active and active[-1].is_closed:
+        active.pop()
+    return active[-1] if active else None

@@ -1,0 +1,298 @@
+"""The state of one context: for each saved tensor the decision whether the tensor or a recipe is kept.
+
+A `Discarder` is asked for every tensor that a node of the autograd graph saves, and answers with a `Cell`: the tensor
+itself, or a recipe, which comes from the block that made the tensor, or from the graph behind it (see `provenance`).
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import nodes, provenance
+from .active import sees_what_is_saved, top_hooks
+from .announced import Announcement, Packed, Total, are_among, outlasting
+from .biases import Biases
+from .edges import Edges
+from .entries import Entries
+from .nodes import Result
+from .provenance import Block, Trace
+from .recipes import (
+    Cell,
+    Claim,
+    Foreign,
+    Kept,
+    Operand,
+    Recipe,
+    Step,
+    Unwritten,
+    geometry_of,
+    recipe_of_step,
+    watching,
+)
+
+# A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
+# chain takes little memory, and little is computed more than once.
+LONGEST_CHAIN = 8
+
+
+class Discarder:
+    """The state of one active context."""
+
+    def __init__(self, products: bool, temporaries: bool) -> None:
+        self._products = products
+        self._temporaries = temporaries
+        self._entries = Entries()
+        self.biases = Biases()
+        self._outer = top_hooks()
+        self.is_closed = False
+        # Of the op whose forward has run, and whose output `record` has not been given yet.
+        self.announced: Announcement | None = None
+        self.saved: list[Packed] | None = None
+        self.is_elementwise = False
+        self.total: Total | None = None
+        # Within a layer products run again, whoever reads them.
+        self.is_in_layer = False
+        # Whether only outputs that were recorded before are let go of.
+        self.is_paused = False
+        self._edges = Edges()
+
+    def hold(self, tensor: Tensor) -> None:
+        """Keeps a tensor at a layer's edge, so that no recipe reaches on, unless one step makes it of kept tensors."""
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
+            entry = self._entries.of(tensor)
+            recipe = None if entry is None else entry.recipe()
+            if recipe is None or recipe.depth != 1:
+                self._edges.add(tensor)
+
+    def held_at(self, node: Any, output: int) -> Operand | None:
+        """The held result of a node, as an operand."""
+        tensor = self._edges.made_by(node, output)
+        return None if tensor is None else self._packed(tensor)
+
+    def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
+        """Takes the output of the announced op, or another output with a recipe, which lasts as long as that output."""
+        if recipe is not None:
+            made = self._recipe(*recipe, ())
+            self._entries.add(output, lambda: made)
+            return
+        announced, saved = self.announced, self.saved or ()
+        self.announced = self.saved = self.total = None
+        self.is_elementwise = False
+        if announced is None or not output.requires_grad:
+            return
+        made = self._recipe(*announced, saved)
+        if self._keeps(made, announced[1], saved) >= output.nbytes:
+            return
+        # A recipe of saved tensors alone lasts as long as the node that saves them. So the recipe is there when a look
+        # at the graph behind another tensor comes to this node and the output is gone.
+        if saved and are_among(announced[1], saved):
+            saved[0].cell.attached = made
+            entry = self._entries.add(output, weakref.ref(made))
+        else:
+            entry = self._entries.add(output, lambda: made)
+        node: Any = output.grad_fn
+        node.recomputed_block = Block(
+            self, weakref.ref(made), entry.output, entry.storage, entry.version, watching(output)
+        )
+
+    def _recipe(
+        self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Sequence[Packed]
+    ) -> Recipe:
+        operands = [None if t is None else self._operand(t, saved) for t in tensors]
+        return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
+
+    def _keeps(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> int:
+        """Bytes that only the recipe keeps: a recipe that keeps as much as the output gains nothing."""
+        pairs = zip(tensors, recipe.operands, strict=True)
+        kept = [t for t, o in pairs if t is not None and o is not None and not (t.is_leaf or o.depth)]
+        return sum(t.nbytes for t in kept if not (are_among((t,), saved) or self._edges.of(t) is not None))
+
+    def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
+        """The content of the node's cell, if the node keeps it to the end; else the tensor is packed for the recipe.
+
+        The content alone: a cell that holds the recipe would be held by it.
+        """
+        lasting = outlasting(tensor)
+        for packed in saved:
+            if packed.tensor is lasting and not packed.is_exchanged:
+                if isinstance(packed.cell.content, Kept):
+                    return packed.cell.content
+                # A tensor that outer hooks packed is unpacked once for both.
+                if isinstance(packed.cell.content, Foreign) and (shared := self.share(packed.cell)) is not None:
+                    return shared
+        return self._operand_of(self._packed(lasting))
+
+    def _operand_of(self, cell: Cell) -> Operand:
+        if isinstance(cell.content, Foreign) and cell.watch is not None:
+            return Unwritten(cell.content, cell.watch, cell.version)
+        return cell
+
+    @contextlib.contextmanager
+    def at(self, level: str) -> Iterator[None]:
+        """A context in which outputs are let go of as at a level of `convert`, whatever the level around.
+
+        At "block" none are let go of that are made within.
+        """
+        before = self.is_paused, self._products, self.is_in_layer
+        self.is_paused, self._products = level == "block", level in ("all", "layer")
+        self.is_in_layer = level == "layer"
+        try:
+            yield
+        finally:
+            self.is_paused, self._products, self.is_in_layer = before
+
+    @property
+    def level(self) -> str:
+        """The level of `convert` that holds now."""
+        if self.is_paused:
+            return "block"
+        return "layer" if self.is_in_layer else "all" if self._products else "output"
+
+    def close(self) -> None:
+        """From now on recipes live by their claims alone, and tensors saved from now on are kept."""
+        self.is_closed = True
+        # Nodes refer to this context longer than they keep tensors, and the hooks around may hold tensors.
+        self._outer = None
+        self._entries.clear()
+        self._edges.clear()
+        self.biases.clear()
+        self.announced = self.saved = self.total = None
+
+    def pack(self, tensor: Tensor) -> Cell:
+        # The context was closed in another thread, where these hooks could not be taken off: this is the first chance.
+        if self.is_closed and sees_what_is_saved(self):
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        if self._edges.held and type(tensor) is Tensor and tensor.layout is torch.strided:
+            held = self._edges.of(tensor)
+            if held is not None:
+                held.is_saved = True
+        return self._packed(tensor)
+
+    def _packed(self, tensor: Tensor) -> Cell:
+        # Tensors that are packed for a recipe do not count as saved by the op.
+        saved, self.saved = self.saved, None
+        found = None if self.is_closed else self._recipe_for(tensor)
+        if found is None and self.total is not None and self.is_in_layer:
+            found = self._recipe_of_total(self.total, tensor)
+        self.saved = saved
+        if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
+            cell = Cell(Claim(found, geometry_of(tensor)), self, tensor, watching(tensor))
+        elif self._outer is not None:
+            packed, unpack = self._outer
+            cell = Cell(Foreign(packed(tensor), unpack), self, tensor, watching(tensor))
+        else:
+            # Detached: a node that keeps its own output would otherwise keep itself alive.
+            kept = tensor.detach()
+            cell = Cell(Kept(kept, kept._version), self, tensor, kept)
+        if self.saved is not None and tensor.layout is torch.strided:
+            self.saved.append(Packed(tensor, cell, isinstance(found, Tensor)))
+        if isinstance(found, Tensor):
+            self._note_keeper(found, tensor, cell)
+        return cell
+
+    def _note_keeper(self, root: Tensor, tensor: Tensor, cell: Cell) -> None:
+        keeper = weakref.ref(cell), geometry_of(tensor)
+        own = nodes.result_cell(root.grad_fn)
+        if own is None:
+            cell.attached = Result(root.shape, root.stride(), root.dtype, [keeper])
+        elif isinstance(own.attached, Result):
+            own.attached.keepers.append(keeper)
+
+    def _recipe_for(self, tensor: Tensor) -> Recipe | Tensor | None:
+        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
+            return None
+        # A detached tensor may be read after a step of the optimizer, which changes the weights that a recipe needs.
+        root = tensor if tensor._base is None else tensor._base
+        if root.grad_fn is None or self._edges.of(tensor) is not None:
+            return None
+        entry = self._entries.of(tensor)
+        if entry is not None:
+            if tensor.dtype != entry.dtype:
+                return None
+            if tensor._version == entry.version and (recipe := entry.recipe()) is not None:
+                return recipe
+        return None if self.is_paused else self._traced(tensor)
+
+    def _recipe_of_total(self, total: Total, tensor: Tensor) -> Recipe | None:
+        """Within a layer, the recipe of a sum from recipes of the parts."""
+        if tensor.untyped_storage()._cdata != total.storage:
+            return None
+        # Only once: packing the parts comes back here.
+        self.total = None
+        helds = [self._edges.of(t) for t in total.recipe[1] if t is not None]
+        if any(held is not None and not held.is_saved for held in helds):
+            return None
+        recipe = self._recipe(*total.recipe, ())
+        if self._keeps(recipe, total.recipe[1], ()) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
+            self._entries.add(tensor, lambda: recipe)
+            return recipe
+        return None
+
+    def _traced(self, tensor: Tensor) -> Recipe | Tensor | None:
+        """A recipe from the graph behind a tensor, or behind the tensor's base.
+
+        Where there is none for the result of a node that saves its result, this result: there may be one later.
+        """
+        root = tensor._base
+        if root is None:
+            root = tensor
+        node = root.grad_fn
+        if node is None:
+            return None
+        name = node.name()
+        products = self.is_in_layer or (self._products and self.is_elementwise)
+        if not provenance.is_made_cheaply(name, products):
+            return None
+        # A rebuilt copy would lose the tangent.
+        if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        trace = Trace(self, self._temporaries, products)
+        version = root._version
+        if not version:
+            trace.learn(node)
+        elif not trace.is_written_by_graph(node, root.untyped_storage()._cdata, version):
+            return None
+        step = trace.value(node, root.output_nr)
+        if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
+            return root if provenance.saves_result(name) else None
+        recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
+        self._entries.add(root, weakref.ref(recipe))
+        return recipe
+
+    # For `Trace`
+
+    def is_as_used(self, bias: nn.Parameter) -> bool:
+        return self.biases.is_as_used(bias)
+
+    def share(self, known: Cell | Block) -> Operand | None:
+        """A cell or a block's output, as an operand of one more recipe."""
+        if isinstance(known, Block):
+            recipe = known.recipe()
+            return None if recipe is None else Claim(recipe, None)
+        if isinstance(known.content, Foreign):
+            # Outer hooks may unpack only once, as torch's checkpoint does.
+            known.content = Claim(Recipe(known.content.get, (), 0), None)
+        claim = known.content
+        if not isinstance(claim, Claim):
+            return known
+        shared = Claim(claim.recipe, claim.geometry)
+        is_foreign = claim.depth == 0
+        return Unwritten(shared, known.watch, known.version) if is_foreign and known.watch is not None else shared
+
+    def exchange(self, own: Cell, step: Step) -> None:
+        """Puts a recipe in the place of a node's result for all who keep it, if all keep the same version."""
+        result = own.attached
+        if own.owner is not self or not isinstance(result, Result) or step.depth >= LONGEST_CHAIN:
+            return
+        if not result.dtype.is_floating_point:
+            return
+        keepers = [(cell, geometry) for reference, geometry in result.keepers if (cell := reference()) is not None]
+        if any(cell.depth or cell.version != own.version for cell, _ in keepers):
+            return
+        recipe = recipe_of_step(step, result.shape, result.strides, result.dtype)
+        for cell, geometry in keepers:
+            cell.content, cell.watch = Claim(recipe, geometry), watching(cell.watch)

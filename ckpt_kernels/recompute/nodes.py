@@ -1,0 +1,91 @@
+"""What a node of the autograd graph holds for each saved tensor, and notes on nodes."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..autocast import is_autocast
+from .recipes import Cell, Geometry
+from .rules import Rule
+
+# A node, and which of its outputs.
+Edge = tuple[Any, int]
+# The key of a note in a node's metadata. The note has an entry for each operand: its value if a number, else None.
+_NOTED = "ckpt_kernels"
+NUMBERS = (int, float)
+
+
+class Result(NamedTuple):
+    """All who keep the result of a node that saves the result, first of all the node itself."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    keepers: list[tuple["weakref.ref[Cell]", Geometry]]
+
+
+def packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:
+    if rule.saved is None:
+        return [None] * len(edges)
+    return [None if name is None else packed(node, name) for name in rule.saved]
+
+
+def result_cell(node: Any) -> Cell | None:
+    """The cell of a node that saves the result."""
+    own = packed(node, "result")
+    return own if isinstance(own, Cell) else None
+
+
+def packed(node: Any, name: str) -> Any:
+    """A node's content for a saved tensor of that name: a cell, a number in the place of a tensor, else None."""
+    try:
+        saved = getattr(node, f"_raw_saved_{name}")
+        held = saved.data
+        if isinstance(held, Cell):
+            return held
+        # A Python number: torch wraps such an operand in a tensor that hooks do not see.
+        if saved.unpack_hook is None and isinstance(held, Tensor) and held.dim() == 0 and held.is_cpu:
+            number = held.item()
+            return number if isinstance(number, NUMBERS) and held._version == 0 else None
+    except (AttributeError, RuntimeError):
+        # This torch does not show saved tensors, or the graph's tensors are freed.
+        pass
+    return None
+
+
+def packed_beside(node: Any, name: str) -> list[Cell | None]:
+    """A node's cells for saved tensors that are no operands; None for contents that are no cells."""
+    try:
+        saved = getattr(node, f"_raw_saved_{name}")
+        several = saved if isinstance(saved, tuple | list) else (saved,)
+        return [s.data if s is not None and isinstance(s.data, Cell) else None for s in several]
+    except (AttributeError, RuntimeError):
+        return [None]
+
+
+def is_as_made(tensor: Tensor) -> bool:
+    """Whether nobody has written to a tensor. (Of a parameter the version is compared later, at the reading.)"""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
+    return plain and (tensor._version == 0 or tensor.is_leaf)
+
+
+def note(node: Any, numbers: tuple[float | None, ...]) -> None:
+    """Notes on a node that nobody has written to the operands."""
+    node.metadata[_NOTED] = numbers
+
+
+def noted(node: Any) -> tuple[float | None, ...]:
+    """The note on a node; () where there is none."""
+    return node.metadata.get(_NOTED, ())
+
+
+def is_cast_by_autocast(node: Any) -> bool:
+    """Whether a node's output is autocast's cast of a parameter."""
+    if node is None or node.name() != "ToCopyBackward0":
+        return False
+    maker = node.next_functions[0][0]
+    is_of_leaf = maker is not None and maker.name() == "torch::autograd::AccumulateGrad"
+    return is_of_leaf and is_autocast(maker.variable)

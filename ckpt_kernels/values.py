@@ -1,0 +1,27 @@
+"""The tensors in values of several: arguments and results of calls."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def tensors_among(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """The same of tuples, lists and dicts, at most that deep: of a list, say, that contains itself."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict) and depth:
+        for part in list(value.values()) if isinstance(value, dict) else value:
+            yield from tensors_among(part, depth - 1)

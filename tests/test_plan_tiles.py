@@ -1,0 +1,221 @@
+"""MLPs in tiles as choices by layer: as they are spelled, as they are measured, and as they are planned."""
+
+import pathlib
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels import DoesNotFit, Plan, plan
+from ckpt_kernels.levels import OF_MODULES, Policy
+from ckpt_kernels.memory import peak_bytes
+from ckpt_kernels.plan.bench import Bench
+from ckpt_kernels.plan.costs import FIXED, Assignment, Checkpoint, StageAt, stages_of
+from ckpt_kernels.plan.measure import Measured, measured
+from ckpt_kernels.plan.trials import Peaks
+from ckpt_kernels.plan.ways import predicted
+
+from .test_plan import plan_of
+
+WIDTH, INNER, TOKENS = 16, 64, 1024
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Layer(nn.Module):
+    """A gated MLP, whose tensors of the inner width are nearly all that a step takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH)
+        self.gate, self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+
+class Mixer(nn.Module):
+    """A layer without an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.two = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one(self.norm(x)) * self.two(x)
+
+
+class Stack(nn.Module):
+    def __init__(self, *kinds: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for kind in kinds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def made(*kinds: type[nn.Module]) -> tuple[Stack, Tensor]:
+    torch.manual_seed(0)
+    return Stack(*(kinds or (Layer, Layer, Layer))), torch.randn(TOKENS, WIDTH)
+
+
+def peak(model: nn.Module, x: Tensor) -> int:
+    """Of a step, the gradients being there before."""
+
+    def step() -> None:
+        model(x).sum().backward()
+
+    step()
+    return peak_bytes(step)
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("level", ("output", "all", "layer", "checkpoint"))
+def test_a_level_says_how_many_tiles_there_are(level: str) -> None:
+    model, x = made()
+    expected = gradients(model, x)
+    peaks = {}
+    for spelled in (level, f"{level}, tiles=4"):
+        report = ckpt_kernels.convert(model, recompute={"layers.*": spelled})
+        assert report.recompute == f"by module: 3 x {spelled.replace('checkpoint', 'checkpointed output')}"
+        torch.testing.assert_close(gradients(model, x), expected, rtol=1e-4, atol=1e-4)
+        peaks[spelled] = peak(model, x)
+    # Of three and more tensors of the inner width beside what is kept a quarter stands, and what a tile hands over.
+    assert peaks[f"{level}, tiles=4"] <= peaks[level] - TOKENS * INNER * x.element_size()
+
+
+def test_the_nearest_says_how_many_tiles_there_are() -> None:
+    model, x = made()
+
+    def of(recompute: Any, tiles: int = 1) -> int:
+        ckpt_kernels.convert(model, recompute=recompute, tiles=tiles)
+        return peak(model, x)
+
+    one, four = of("all"), of("all", tiles=4)
+    assert four < one
+    # Of a whole model, of its layers, and of what is not told.
+    assert of("all, tiles=4") == of("all, tiles=4", tiles=2) == of({"layers.*": "all"}, tiles=4) == four
+    assert of({"layers.*": "all, tiles=1"}, tiles=4) == one
+    assert of({"*": "all, tiles=1", "layers.*": "all, tiles=4"}) == four
+    assert of({"layers.*": "all, tiles=4", "layers.?": "all"}) == one
+
+
+@pytest.mark.parametrize(
+    "spelled", ("none, tiles=2", "block, tiles=2", "all, tiles=0", "all, tiles=-1", "all, tile=2", "tiles=2", "", 3)
+)
+def test_what_cannot_be_in_tiles_is_refused(spelled: Any) -> None:
+    model, _ = made()
+    with pytest.raises(ValueError, match=r"recompute\['layers.0'\] is .*expected one of none, .*, or one of output, "):
+        ckpt_kernels.convert(model, recompute={"layers.0": spelled})
+    assert not any(map(ckpt_kernels.is_converted, model.modules()))
+
+
+def test_a_level_is_read_as_it_is_spelled() -> None:
+    for text in (*OF_MODULES, "all, tiles=4", "checkpoint, tiles=12"):
+        assert str(Policy.of(text, OF_MODULES, "level")) == text
+    assert Policy.read("checkpoint", OF_MODULES[:-1]) is None
+    assert Policy.of("checkpoint, tiles=2", OF_MODULES, "level").inside() == Policy("output", 2)
+
+
+@pytest.fixture(scope="module")
+def trials() -> tuple[Stack, Bench, Measured]:
+    """Of a layer with no MLP between others; by one step for each choice, and few of them."""
+    model, x = made(Layer, Mixer, Layer, Layer)
+    bench = Bench(model, (x,), {}, None, lambda line: None)
+    return model, bench, measured(bench, (2, 4))
+
+
+def test_tiles_are_offered_where_they_lower_a_peak(trials: tuple[Stack, Bench, Measured]) -> None:
+    _, _, found = trials
+    for name, stage in zip(found.layers, found.stages, strict=True):
+        tiled = {level for level in stage.costs if "tiles" in level}
+        assert bool(tiled) == (name not in ("", "layers.1")), name
+        for level in tiled:
+            fewer = stage.costs.get(level.replace("4", "2")) or stage.costs.get(level.partition(",")[0])
+            if fewer is not None and fewer is not stage.costs[level]:
+                mine = Peaks(stage.costs[level].forward_peak, stage.costs[level].backward_peak)
+                assert mine.is_lower_than(Peaks(fewer.forward_peak, fewer.backward_peak))
+        # Within a checkpoint both forward passes are in the most tiles.
+        inside = {level.partition(", ")[2] for level, cost in stage.costs.items() if cost.may_be_inside}
+        if name:
+            assert inside == {"tiles=4" if tiled else ""}
+
+
+def test_costs_predict_peaks(trials: tuple[Stack, Bench, Measured]) -> None:
+    """Of random assignments, in runs and in none."""
+    model, bench, found = trials
+    rng = random.Random(0)
+    tiles = set()
+    for turn in range(5):
+        parts = assignment(found, rng)
+        tiles.update(choice.level for choice in stages_of(parts) if "tiles" in choice.level)
+        need, _ = predicted(found.stages, parts)
+        real = bench.peak(f"{turn}", bench.twin(plan_of(model, found, parts)))
+        assert abs(need - real) <= 0.01 * found.steps["eager"].peak, parts
+    assert tiles
+
+
+def assignment(found: Measured, rng: random.Random) -> Assignment:
+    parts: list[StageAt | Checkpoint] = []
+    while (index := len(stages_of(tuple(parts)))) < len(found.stages):
+        stage = found.stages[index]
+        if FIXED in stage.costs:
+            parts.append(StageAt(index, FIXED))
+        elif rng.random() < 0.4:
+            parts.append(StageAt(index, rng.choice(list(stage.costs))))
+        else:
+            ends = [end for end in range(index, len(found.stages)) if found.stages[end].checkpointed]
+            run = range(index, rng.choice([end for end in ends if found.layers[end]]) + 1)
+            levels = [[level for level, cost in found.stages[i].costs.items() if cost.may_be_inside] for i in run]
+            parts.append(Checkpoint(tuple(StageAt(i, rng.choice(of)) for i, of in zip(run, levels, strict=True))))
+    return tuple(parts)
+
+
+def test_a_budget_that_only_tiles_fit(tmp_path: pathlib.Path) -> None:
+    model, x = made()
+    expected = gradients(model, x)
+    with pytest.raises(DoesNotFit) as raised:
+        plan(model, x, budget=0.25, tiles=())
+    assert raised.value.least > 0.25 * peak(model, x)
+    found = plan(model, x, budget=0.25, tiles=[4])
+    assert found.measured.peak <= found.budget
+    assert abs(found.predicted.peak - found.measured.peak) <= 0.01 * found.steps["eager"].peak
+    assert any("tiles=4" in level for level in found.levels.values())
+    assert "tiles=4" in str(found)
+    found.save(tmp_path / "plan.json")
+    read = Plan.load(tmp_path / "plan.json")
+    assert read == found
+    report = read.apply(model)
+    assert "tiles=4" in report.recompute
+    assert peak(model, x) <= found.budget
+    torch.testing.assert_close(gradients(model, x), expected, rtol=1e-4, atol=1e-4)
+    read.revert(model)
+    assert not any(map(ckpt_kernels.is_converted, model.modules()))
+    damaged = (tmp_path / "plan.json").read_text().replace("tiles=4", "tiles=none")
+    (tmp_path / "plan.json").write_text(damaged)
+    with pytest.raises(ValueError, match="holds no plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_few_tokens_are_not_taken_apart() -> None:
+    model, x = made()
+    lines: list[str] = []
+    plan(model, x[:256], budget=None, progress=lines.append)
+    assert not any("tiles" in line for line in lines)
+
+
+@pytest.mark.parametrize("tiles", ([1], [2, 0], ["2"], [True]))
+def test_numbers_of_tiles_that_are_none(tiles: Any) -> None:
+    model, x = made()
+    with pytest.raises(ValueError, match=r"tiles is .*; expected whole numbers above 1"):
+        plan(model, x, budget=None, tiles=tiles)
