@@ -59,6 +59,7 @@ def _load() -> str | None:
         from .. import _thin
 
         find = ctypes.cast(ctypes.CDLL(str(library)).ckpt_kernels_find_call, ctypes.c_void_p).value
+        _thin.are_same  # noqa: B018  (which one that was built of older sources lacks)
         _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, _WATCHERS)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
