@@ -33,7 +33,7 @@ def takes_torch(header: pathlib.Path) -> bool:
 
 
 # What a source includes first is compiled by itself in every build. launcher.cuh takes CUDA's own headers.
-BUILT = set().union(*(first_includes(source) for source in CSRC.glob("cpu/*.cpp")))
+BUILT = set().union(*(first_includes(source) for source in CSRC.rglob("*.cpp")))
 HEADERS = [path for path in sorted(CSRC.rglob("*.*h")) if path not in BUILT and path.name != "launcher.cuh"]
 
 
