@@ -1,12 +1,14 @@
 """The command `ckpt-kernels`."""
 
 import argparse
+import functools
 import importlib.util
 import os
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,6 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if well else 1
 
 
+class _NotWritten(Exception):
+    """A result that could not be written, where the folder said that it could be."""
+
+
+def _write(write: Callable[..., None], path: pathlib.Path, *arguments: Any) -> None:
+    try:
+        write(path, *arguments)
+    except OSError as error:
+        raise _NotWritten(f"{path} cannot be written: {error}") from error
+
+
 def _run(command: Callable[[nn.Module, Inputs, argparse.Namespace], int], options: argparse.Namespace) -> int:
     """The command's exit status; 2 where the target or its model fails, so that 1 means what was measured."""
     try:
@@ -115,7 +128,7 @@ def _run(command: Callable[[nn.Module, Inputs, argparse.Namespace], int], option
         # Whatever the target's code has left: what is kept for gradients is the question.
         with torch.enable_grad():
             return command(model, inputs, options)
-    except BadTarget as error:
+    except (BadTarget, _NotWritten) as error:
         print(error, file=sys.stderr)
     # The model may end the process, too.
     except (Exception, SystemExit) as error:
@@ -150,9 +163,9 @@ def _memory(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> in
         report = memory.report(model, *args, **kwargs)
     print(report.table(options.depth))
     if options.json:
-        report.to_json(options.json)
+        _write(report.to_json, options.json)
     if options.png:
-        report.draw(options.png, options.depth)
+        _write(report.draw, options.png, options.depth)
     return 0
 
 
@@ -165,9 +178,9 @@ def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace
         checks[level] = check.check(model, inputs, recompute=level, turns=options.turns)
         print(checks[level], end="\n\n")
     if options.json:
-        check.to_json(checks, options.json)
+        _write(functools.partial(check.to_json, checks), options.json)
     if options.png:
-        check.draw(checks, options.png)
+        _write(functools.partial(check.draw, checks), options.png)
     return 1 if any(found.changed for found in checks.values()) else 0
 
 
@@ -183,15 +196,20 @@ def _budget(text: str) -> Budget:
 def _plan(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
     args, kwargs = arguments_of(inputs)
     try:
+        bytes_of(options.budget, 1, next((p.device for p in model.parameters()), torch.device("cpu")))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
         made = plan(model, *args, budget=options.budget, **kwargs)
     except DoesNotFit as error:
         print(error, file=sys.stderr)
         return 1
     print(made)
     if options.out:
-        made.save(options.out)
+        _write(made.save, options.out)
     if options.png:
-        made.draw(options.png)
+        _write(made.draw, options.png)
     return 0
 
 

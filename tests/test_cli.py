@@ -362,3 +362,23 @@ def test_what_is_kept_is_told_whatever_the_target_leaves(capsys: pytest.CaptureF
         )
     finally:
         torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("memory", "--json", "/dev/full"), "/dev/full cannot be written"),
+        (
+            ("plan", "--budget", "device"),
+            'budget is "device" and the model is on cpu; expected a CUDA device, or a size',
+        ),
+    ],
+)
+def test_what_is_no_fault_of_the_model_is_not_said_to_be(
+    command: tuple[str, ...], said: str, capsys: pytest.CaptureFixture
+) -> None:
+    name, *options = command
+    if "/dev/full" in options and not pathlib.Path("/dev/full").exists():
+        pytest.skip("there is no full device")
+    status, _, err = answer(capsys, name, "tests.test_cli:one_tensor", *options)
+    assert status == 2 and said in err and "cannot be run" not in err
