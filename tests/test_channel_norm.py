@@ -24,7 +24,8 @@ SHAPES = (
     (2, 6, 150, 3),
     (2, 4, 3, 3, 3),
     (1, 3, 2, 2500),
-    (2, 6, 131),
+    # Of a number of rows that no pieces divide, where channels are last.
+    (2, 6, 131, 1),
 )
 
 

@@ -58,6 +58,7 @@ PYTHON = (
         "waiting = [c for c in self._live() if «c is not claim and »c.served != where]",
         "",
         "tests/test_recompute.py tests/test_recompute_graphs.py -k freed",
+        "the reader that asks gives back its own hold of the tensor at once, whoever else is waiting",
     ),
     Mutant(
         "a gated MLP writes its output again without dropout",
