@@ -92,11 +92,11 @@ def _loaded(target: str) -> Any:
 def _is_callable_with_nothing(function: Any) -> bool:
     try:
         inspect.signature(function).bind()
+        return True
     except TypeError:
         return False
-    except ValueError:  # It has no signature that Python knows.
-        pass
-    return True
+    except ValueError:  # Python knows no signature of it: only a call tells.
+        return True
 
 
 def _theirs(what: str, error: BaseException) -> str:

@@ -46,6 +46,7 @@ _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
 # What is cut off is a gate, say, whose parts are kept one by one.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 
+# What a method calls that makes, or reads, what runs again in a layer.
 _IN_LAYERS = frozenset(("linear", "norm"))
 
 # Beside the loads of a method: that its module is an adapter, whose sums are worth to be noted.
@@ -91,12 +92,8 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     if not writer.found and writer.noted and _ADAPTER in loads:
         writer.found.append("recipes of an adapter's sum")
     # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
-    if (
-        not writer.found
-        and writer.noted
-        and recompute == "layer"
-        and _IN_LAYERS & {part.kind for part in loads.values()}
-    ):
+    is_in_layer = recompute == "layer" and not _IN_LAYERS.isdisjoint(part.kind for part in loads.values())
+    if not writer.found and writer.noted and is_in_layer:
         writer.found.append("recipes of sums, products and what is put together")
     if not writer.found:
         return None
