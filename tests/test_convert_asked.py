@@ -74,7 +74,7 @@ CLASSES = [nn.Linear, nn.Bilinear, _OwnForward, _OwnWeight, _OwnCall, _OwnLoads]
 
 def _both(layer: object, input: Tensor) -> tuple[object, object]:
     """What C knows of it, and what Python does."""
-    return asked.linears_surely([layer], guards._LINEAR, input), guards.linear_operands_asked([layer], input)
+    return asked.linears_surely([layer], guards.LINEAR, input), guards.linear_operands_asked([layer], input)
 
 
 @pytest.mark.parametrize("change", PLAIN)
@@ -109,7 +109,7 @@ def test_classes(kind: type[nn.Module]) -> None:
 
 def test_what_is_no_module() -> None:
     for other in (None, torch.randn(2, 4), types.SimpleNamespace(weight=1)):
-        assert asked.linears_surely([other], guards._LINEAR, torch.randn(2, 4)) is None
+        assert asked.linears_surely([other], guards.LINEAR, torch.randn(2, 4)) is None
         assert not asked.is_surely(other, operands._CALLED_PLAINLY)
 
 
@@ -118,11 +118,11 @@ def test_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     for holder, name in ((nn.Linear, "forward"), (nn.Module, "__call__"), (nn.Module, "__getattr__")):
         with monkeypatch.context() as patch:
             patch.setattr(holder, name, lambda *call: getattr(nn.Module, "never"))  # noqa: B009
-            assert asked.linears_surely([layer], guards._LINEAR, torch.randn(2, 4)) is None
+            assert asked.linears_surely([layer], guards.LINEAR, torch.randn(2, 4)) is None
     with monkeypatch.context() as patch:
         patch.setattr(nn.Linear.forward, "__code__", _OwnCall.__call__.__code__.replace(co_freevars=()))
-        assert asked.linears_surely([layer], guards._LINEAR, torch.randn(2, 4)) is None
-    assert asked.linears_surely([layer], guards._LINEAR, torch.randn(2, 4)) is not None
+        assert asked.linears_surely([layer], guards.LINEAR, torch.randn(2, 4)) is None
+    assert asked.linears_surely([layer], guards.LINEAR, torch.randn(2, 4)) is not None
 
 
 def test_are_same_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:

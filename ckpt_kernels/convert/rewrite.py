@@ -25,6 +25,7 @@ from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
 from .objects import exchanged_object
 from .order import comes_first
 from .patterns import attempts, matches
+from .quick import quick_site
 from .reading import Loads, Match, Operand, Part, Reader, settled
 from .scope import Scope
 from .source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
@@ -224,7 +225,7 @@ class _Writer:
         return ast.copy_location(ast.IfExp(self._asked(match), _taken(), original), match.root)
 
     def _asked(self, match: Match) -> ast.expr:
-        """The call of a site, and whether it has computed."""
+        """The call of a site, after that of a quick one if there is one, and whether it has computed."""
         pattern, attempt = match.pattern, match.attempt
         options = attempt.options | ({"recompute": of_blocks(self.recompute)} if "recompute" in pattern.takes else {})
         captured = [operand.name for operand in match.captured]
@@ -235,9 +236,12 @@ class _Writer:
             site = templates.site(pattern, captured, options, tried=activation_function(known[0]) if known else None)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
-        named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
         self.found.append(attempt.said(pattern))
-        return at(match.root, ast.Call(ast.Attribute(named, "pop", ast.Load()), [], []))
+        asked = _has_computed(call)
+        if (quick := quick_site(match, self.scope.self, options)) is not None:
+            function, values = quick
+            asked = ast.BoolOp(ast.Or(), [_has_computed(ast.Call(self._cell(function), values, [])), asked])
+        return at(match.root, asked)
 
     def _operand(self, operand: Operand) -> ast.expr:
         return operand.tree if self.reader.is_plain(operand.tree) else self._expressions(operand.tree)
@@ -278,6 +282,12 @@ class _Writer:
         name = f"{PREFIX}{len(self.cells)}"
         self.cells[name] = value
         return ast.Name(name, ast.Load())
+
+
+def _has_computed(call: ast.Call) -> ast.expr:
+    """The call, whose results get a name, and what comes last of these."""
+    named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
+    return ast.Call(ast.Attribute(named, "pop", ast.Load()), [], [])
 
 
 def _rank(match: Match) -> int:
