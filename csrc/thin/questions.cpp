@@ -61,7 +61,8 @@ bool read_fields(PyObject* object, std::initializer_list<PyObject**> fields, Py_
     *field = PyTuple_GetItem(object, place);
     fits = place++ < tuples_from || PyTuple_Check(*field);
   }
-  return fits || !PyErr_Format(PyExc_TypeError, "expected a tuple of %zd fields", Py_ssize_t(fields.size()));
+  if (!fits) PyErr_Format(PyExc_TypeError, "expected a tuple of %zd fields", Py_ssize_t(fields.size()));
+  return fits;
 }
 
 Answer are_all_the_same(PyObject* found, PyObject* missing) {

@@ -166,7 +166,7 @@ class Operands {
   PyObject* read(PyObject* object, Py_UCS4 letter) {
     if (letter == 'a') return name_of(object, activations_);
     if (letter == 'l') return weights_of(object);
-    if (letter == 't' && !is_tensor(object)) return nullptr;
+    if (letter != 'o' && !(letter == 't' && is_tensor(object))) return nullptr;
     Py_INCREF(object);
     return object;
   }
