@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 # Of a linear layer with an adapter around it.
 ADAPTED = "adapted"
+# The kind of a module that is none of the others.
+MODULE = "module"
 
 
 class Part(NamedTuple):
     """What a load in a method can be in a pattern: "linear", "act", "norm", "dropout", "F.dropout", "halves" (which is
-    torch.chunk), "exchange", or "", which is any other plain load.
+    torch.chunk), "exchange", "module", which is any other, or "", which is any other plain load.
 
     A "linear" may have an adapter around it by now, as its name says.
     An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is

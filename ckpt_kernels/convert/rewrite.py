@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..levels import of_blocks
+from ..recompute import watch
 from . import sites, templates
 from .called import is_a, is_torchs, names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
@@ -27,7 +28,7 @@ from .objects import exchanged_object
 from .order import comes_first
 from .patterns import attempts, matches
 from .pointwise import ActivationRule, pointwise_of
-from .reading import Loads, Match, Operand, Part, Reader, settled
+from .reading import MODULE, Loads, Match, Operand, Part, Reader, settled
 from .rotation_trials import exchanged_local_rotation, exchanged_rotation, rotation_of
 from .scope import Scope
 from .source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
@@ -47,7 +48,7 @@ _PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 
 # What a method calls that makes, or reads, what runs again in a layer.
-_IN_LAYERS = frozenset(("linear", "norm"))
+IN_LAYERS = frozenset(("linear", "norm", MODULE))
 
 # Beside the loads of a method: that its module is an adapter, whose sums are worth to be noted.
 _ADAPTER = ""
@@ -92,7 +93,7 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     if not writer.found and writer.noted and _ADAPTER in loads:
         writer.found.append("recipes of an adapter's sum")
     # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
-    is_in_layer = recompute == "layer" and not _IN_LAYERS.isdisjoint(part.kind for part in loads.values())
+    is_in_layer = recompute == "layer" and not IN_LAYERS.isdisjoint(part.kind for part in loads.values())
     if not writer.found and writer.noted and is_in_layer:
         writer.found.append("recipes of sums, products and what is put together")
     if not writer.found:
@@ -241,6 +242,9 @@ class _Writer:
         made: Any = with_parts(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree.func, part)
+            if self.recompute == "layer" and part.kind in IN_LAYERS:
+                self.noted = True
+                return at(tree, ast.Call(self._cell(watch), [made], []))
         if isinstance(tree, ast.BinOp) and self.notes and (compute := OPERATORS.get(type(tree.op))) is not None:
             self.noted = True
             return at(tree, ast.Call(self._cell(noted_operator(compute)), [made.left, made.right], []))

@@ -76,7 +76,7 @@ class Trace:
         """How to make a node's output, to which, if it `is_as_made`, nobody has written: nor then to what it views."""
         rule = self._rules.get(node.name())
         self._steps += 1
-        if rule is None or output != 0 or self._steps > MOST_STEPS:
+        if rule is None or (output != 0 and not rule.parts) or self._steps > MOST_STEPS:
             return None
         edges = node.next_functions
         packed = nodes.packed_operands(node, rule, edges)
@@ -105,6 +105,8 @@ class Trace:
             options = rule.options(node)
         except (AttributeError, RuntimeError):
             return None
+        if rule.parts:
+            return Step(lambda *given: rule.function(*given)[output], operands, options)
         if rule.saved is None:
             return Step(lambda *given: rule.function(given[: len(edges)], *given[len(edges) :]), operands, options)
         return Step(rule.function, operands, options)
@@ -203,10 +205,12 @@ class Trace:
                 return self._shared(own)
         if name == "torch::autograd::AccumulateGrad":
             return self._copied(node.variable)
+        # The strides of a clone are not known, and a reader may depend on them.
+        is_clone = name == "CloneBackward0"
+        is_as_made = is_as_made or (nodes.is_watched(node, output) and not is_clone)
         if is_as_made or name in VIEWS or node in self._trusted or self._is_written_output(node):
             return self.value(node, output, is_as_made)
-        # The strides of a clone are not known, and a reader may depend on them.
-        return self.value(node, output) if self._temporaries and name != "CloneBackward0" else None
+        return self.value(node, output) if self._temporaries and not is_clone else None
 
     def _is_written_output(self, node: Any) -> bool:
         """Whether the node's output is a block's output that only this node and those before it wrote to."""

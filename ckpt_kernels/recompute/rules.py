@@ -18,6 +18,7 @@ class Rule(NamedTuple):
     A rule without names takes all that the node has edges for, as one sequence. What the node saves `beside` its
     operands, under that name, has no gradient and no edge: a tensor or several. The first operand is `private` where
     torch made it on the way and gave it to nobody else, as it does under autocast of one that an op `casts`.
+    What gives `parts` has a node with several outputs.
     """
 
     function: Callable[..., Tensor]
@@ -26,6 +27,7 @@ class Rule(NamedTuple):
     private: bool = False
     casts: bool = False
     beside: str | None = None
+    parts: bool = False
 
 
 def _of(*names: str) -> Callable[[Any], tuple]:
@@ -164,6 +166,9 @@ VIEWS = {
     "ViewBackward0": _RESHAPED,
     "ExpandBackward0": Rule(Tensor.expand, (None,), _shape),
     "SelectBackward0": Rule(torch.select, (None,), _dims("dim", "index")),
+    "SplitBackward0": Rule(torch.split, (None,), _dims("split_size", "dim"), parts=True),
+    "SplitWithSizesBackward0": Rule(torch.split_with_sizes, (None,), _dims("split_sizes", "dim"), parts=True),
+    "UnbindBackward0": Rule(torch.unbind, (None,), _dims("dim"), parts=True),
     "SliceBackward0": Rule(_slice, (None,), _dims("dim", "start", "end", "step")),
     "PermuteBackward0": Rule(torch.permute, (None,), _dims("dims")),
     "TBackward0": Rule(torch.t, (None,)),
