@@ -26,6 +26,7 @@ from .called import uses_transforms
 from .chain import chain_of
 from .heads import Head, heads_in
 from .later import Continued, looked_for
+from .layers import layers_of
 from .leaves import Leaves
 from .likeness import looks_like_activation, looks_like_several
 from .loads import is_set, modules_of, named_modules, tensors_of
@@ -215,6 +216,8 @@ class _Conversion(Leaves):
         for parent in () if self.levels.is_by_module else modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
                 found.update((layer, None) for layer in parent._modules.values() if layer is not None)
+        if self.levels.whole.level == "layer" and not self.levels.is_by_module:
+            found.update(dict.fromkeys(layers_of(self.model).values()))
         for module in found:
             covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
             # What is to stay as it is may be in a checkpoint, and keeps its outputs within a model that does not.

@@ -78,12 +78,16 @@ class Trace:
         self._steps += 1
         if rule is None or (output != 0 and not rule.parts) or self._steps > MOST_STEPS:
             return None
-        edges = node.next_functions
+        without = rule.without(node)
+        edges = node.next_functions[: len(node.next_functions) - without]
         packed = nodes.packed_operands(node, rule, edges)
+        packed = packed[: len(packed) - without]
         if len(edges) != len(packed):
             return None
-        if rule.private or (rule.casts and nodes.is_cast_by_autocast(edges[0][0])):
+        if rule.private:
             self._trusted.append(edges[0][0])
+        if rule.casts is not None and rule.casts < len(edges) and nodes.is_cast_by_autocast(edges[rule.casts][0]):
+            self._trusted.append(edges[rule.casts][0])
         operands = []
         noted = nodes.noted(node)
         numbers = noted if len(noted) == len(edges) else (None,) * len(edges)
