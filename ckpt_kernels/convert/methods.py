@@ -30,7 +30,7 @@ from .norms import Norm
 from .notes import FUNCTIONS
 from .objects import method_called
 from .pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
-from .reading import ADAPTED, MODULE, Part
+from .reading import ADAPTED, MODULE, Part, are_worth_it
 from .remembering import remembered
 from .rewrite import ADAPTER, Rewritten, may_be_rewritten, rewritten_method
 from .rotation_trials import rotation_of
@@ -103,7 +103,7 @@ def _written(
             if not _names_any(layers[-1], children) or not may_be_rewritten(layers[-1]):
                 continue
             own = parts_of(layers[-1])
-            made = _rewritten(method, own, recompute) if _is_worth_it(own, recompute) else None
+            made = _rewritten(method, own, recompute) if are_worth_it(own, recompute) else None
         except NoSource as error:
             reason = str(error)
             continue
@@ -151,12 +151,6 @@ _METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES
 }
 
 
-def _is_worth_it(parts: Parts, recompute: str) -> bool:
-    """Whether anything may be found. Modules that are nothing to us count in layers alone."""
-    kinds = {part.kind for _, part in parts} - {""}
-    return bool(kinds if recompute == "layer" else kinds - {MODULE})
-
-
 @remembered
 def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> Rewritten | None:
     return rewritten_method(method, dict(parts), recompute)
@@ -190,7 +184,7 @@ def _object(method: types.FunctionType, may_touch: Callable[[nn.Module], bool]) 
         parts = _parts(None, written, may_touch) if may_be_rewritten(written) else ()
     except NoSource:
         return Part()
-    return Part("object", known=(method, parts)) if any(part.kind not in ("", MODULE) for _, part in parts) else Part()
+    return Part("object", known=(method, parts)) if are_worth_it(parts) else Part()
 
 
 @remembered

@@ -1,7 +1,7 @@
 """Reading expressions: what the loads in a method are, and whether operands may be evaluated before all else."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .flow import Meaning
@@ -42,6 +42,12 @@ class Part(NamedTuple):
 
 # The part of each load and formula in a method, by its text.
 Loads = Mapping[str, Part]
+
+
+def are_worth_it(parts: Iterable[tuple[str, Part]], recompute: str = "output") -> bool:
+    """Whether anything may be found with them. Modules that are nothing to us count in layers alone."""
+    kinds = {part.kind for _, part in parts} - {""}
+    return bool(kinds if recompute == "layer" else kinds - {MODULE})
 
 
 class Operand(NamedTuple):

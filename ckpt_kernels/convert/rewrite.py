@@ -19,9 +19,10 @@ from torch import nn
 from ..levels import of_blocks
 from ..recompute import watch
 from . import sites, templates
-from .called import is_a, is_torchs, names_in
+from .called import names_in
 from .exchange import EXCHANGES, exchanged, exchanged_module
 from .flow import CLOSED, LONGEST, Block, blocks, run_of
+from .frames import is_nobodys_affair
 from .function_trials import activation_function
 from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
 from .objects import exchanged_object
@@ -39,11 +40,6 @@ from .writes import written_names
 _PREFIX = "_ckpt_kernels_"
 _RESULTS = f"{_PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-# A function that looks at its own frame sees what it is made of.
-_LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
-_LOOKS_OUT = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
-_PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
-
 # What is cut off is a gate, say, whose parts are kept one by one.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 
@@ -69,18 +65,7 @@ def may_be_rewritten(function: types.FunctionType) -> bool:
     """Whether what is in its frame is nobody's affair but its own, and the new names are new."""
     code = function.__code__
     names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
-    if any(name.startswith(_PREFIX) for name in names):
-        return False
-    called = (function.__globals__.get(name) for name in code.co_names)
-    return not (_LOOKS & names or code.co_flags & _PLAIN_FLAGS or any(map(_looks_out, called)))
-
-
-def _looks_out(function: Any) -> bool:
-    """Whether a function looks at the frame that calls it."""
-    if not is_a(function, types.FunctionType) or is_torchs(function):
-        return False
-    names = names_in(function.__code__)
-    return bool(_LOOKS_OUT & names) or {"inspect", "stack"} <= names
+    return not any(name.startswith(_PREFIX) for name in names) and is_nobodys_affair(function)
 
 
 def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
