@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     op `casts`. What gives `parts` has a node with several outputs. Of the last operands a node may be `without` some.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     saved: tuple[str | None, ...] | None
     options: Callable[[Any], tuple] = lambda node: ()
     private: bool = False
