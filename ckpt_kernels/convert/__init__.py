@@ -67,7 +67,8 @@ def convert(
         recompute: what is kept for backward. "block": the inputs of blocks, and what reads their outputs keeps these.
             "output": not the outputs either, which are made again (see `recompute.discard_outputs`). "all": not the
             products that activations and gates read either, which run again. "layer": of each member of a ModuleList
-            that has norms, what goes into it and what its attention saves of its result (see `recompute.layer`).
+            that has norms, and of a Sequential if it has two matrices too, what goes into it and what its attention
+            saves of its result (see `recompute.layer`).
             Or levels by module: a `Plan`, or a mapping of modules' names (with * and ?) to levels, each for all that is
             below the module, a later one before an earlier one; of what is not named "output". There a module may
             also be left as it is, "none", or be checkpointed, "checkpoint". All but "none" and "block" may say how many
