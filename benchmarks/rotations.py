@@ -25,7 +25,7 @@ _GIVEN: tuple[tuple[Any, ...], ...] = ((16,), ((4, 16),), (16, 4), (16, 1e-6), (
 
 
 class Call(NamedTuple):
-    """A call that turns heads, in which class; why its function is not known, or "" ; norms by attribute, and theirs."""
+    """A call that turns heads, in which class; why its function is not known, or ""; norms, and why not those."""
 
     owner: str
     name: str
