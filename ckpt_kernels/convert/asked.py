@@ -35,8 +35,16 @@ class Such(NamedTuple):
 
 def are_same(found: tuple[Found, ...]) -> bool:
     """Whether each holder still has what it had."""
-    if not (direct.asked is None or _is_compiling()):
-        return direct.asked.are_same(found, MISSING)
+    return _are_the_same(found) if _is_compiling() else are_same_untraced(found)
+
+
+def are_same_untraced(found: tuple[Found, ...]) -> bool:
+    """The same, for whoever knows that no compiler traces the call."""
+    asked = direct.asked
+    return _are_the_same(found) if asked is None else asked.are_same(found, MISSING)
+
+
+def _are_the_same(found: tuple[Found, ...]) -> bool:
     for holder, name, value in found:
         now = holder.get(name, MISSING) if type(holder) is dict else getattr(holder, name, MISSING)
         if now is not value:

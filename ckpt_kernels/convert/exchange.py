@@ -11,7 +11,8 @@ import torch.nn.functional
 from torch import Tensor, nn
 
 from .. import functional as ours
-from .norms import are_moved, lies_as_a_map
+from .channel_norms import are_moved
+from .norms import lies_as_a_map
 from .operands import as_plain, is_called_plainly, is_operand, is_ordinary
 from .pointwise import ActivationRule
 

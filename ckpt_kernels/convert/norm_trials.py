@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .. import nn as ours
 from .called import is_as_torch_wrote_it
+from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
 from .loads import has_children, loads_plainly, tensors_of
-from .norms import BatchNorm, Case, Dtypes, GroupNorm, InstanceNorm, Norm, RowNorm
+from .norms import Case, Dtypes, Norm, RowNorm
 from .reached import NotTried
 from .remembering import remembered
 from .trial import CHANNELS, ROWS, DoesNotTake, Outline, forward_of, in_a_thread_of_its_own, outline_of, takes_one

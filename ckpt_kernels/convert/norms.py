@@ -1,4 +1,5 @@
-"""Norms as rules: what a converted norm computes, and of which inputs. How a module is known as one: `norm_trials`."""
+"""Norms as rules: what a converted norm computes, and of which inputs; here those of rows, in `channel_norms` torch's
+others. How a module is known as one: `norm_trials`."""
 
 import abc
 from dataclasses import dataclass
@@ -8,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from ..nn.channel_norms_of_torch import batch_norm_of, group_of, instance_norm_of
 from .operands import is_ordinary
 from .reached import Code, Settings, is_as_tried
 from .rule import Unary
 
 # Of the input and of the weight. Each is tried.
 Dtypes = tuple[torch.dtype, torch.dtype]
+# What the functions of row norms take first: input, normalized_shape, weight, bias, eps.
+Operands = tuple[Tensor, Any, Tensor | None, Tensor | None, float]
 
 
 class Case(NamedTuple):
@@ -70,26 +72,35 @@ class RowNorm(Norm):
         """Whether it computes bfloat16, input and weight, as ours does."""
         return self.cases is None or any(case.dtypes == (torch.bfloat16, torch.bfloat16) for case in self.cases)
 
-    def operands(self, module: nn.Module, input: Tensor) -> tuple[Tensor, Any, Tensor | None, Tensor | None, float]:
+    def operands(self, module: nn.Module, input: Tensor) -> Operands:
         """What the functions of row norms take first: input, normalized_shape, weight, bias, eps."""
-        weight, bias = (getattr(module, name) if name else None for name in (self.weight, self.bias))
-        eps = getattr(module, self.eps) if isinstance(self.eps, str) else self.eps
+        return self._operands(module, input, *self._coefficients(module))
+
+    def _coefficients(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias. Each load of them is a call in Python: the module itself does not hold them, but a dict of
+        its own."""
+        weight = getattr(module, self.weight) if self.weight else None
+        return weight, (getattr(module, self.bias) if self.bias else None)
+
+    def _operands(self, module: nn.Module, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Operands:
+        eps: Any = getattr(module, self.eps) if type(self.eps) is str else self.eps
         if self.cases is None:
             return input, module.normalized_shape, weight, bias, eps
         # (C, 1, 1) is as good as (C,).
-        weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
+        weight = weight if weight is None or weight.dim() == 1 else weight.flatten()
+        bias = bias if bias is None or bias.dim() == 1 else bias.flatten()
         return input, (input.shape[-1:] if weight is None else weight.shape), weight, bias, eps
 
     def takes(self, module: nn.Module, input: Tensor) -> bool:
         """Whether ours computes what the module does of that input, as it is, and in its dtype."""
-        case = self._case(module, input)
+        weight, bias = self._coefficients(module)
+        case = self._case(module, input, weight, bias)
         if case is None or case.output != input.dtype or not input.is_contiguous():
             return False
-        return not self._must_copy(module, input, case)
+        return not self._must_copy(input, weight, case)
 
-    def _case(self, module: nn.Module, input: Tensor) -> Case | None:
+    def _case(self, module: nn.Module, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Case | None:
         """None where it is not known what the module computes."""
-        weight, bias = (getattr(module, name) if name else None for name in (self.weight, self.bias))
         if not are_coefficients(input, weight, bias):
             return None
         if self.cases is not None and not self._fits(module, input, weight):
@@ -113,42 +124,43 @@ class RowNorm(Norm):
         columns = input.shape[1 if self.channels_first else -1] if input.dim() > 1 else 0
         return columns > 0 and (weight is None or weight.numel() == columns)
 
-    def _must_copy(self, module: nn.Module, input: Tensor, case: Case) -> bool:
+    def _must_copy(self, input: Tensor, weight: Tensor | None, case: Case) -> bool:
         """Whether ours has to keep a copy of the input: eager torch does not keep it, and it may be written to, or be a
         part of a larger tensor."""
         if not torch.is_grad_enabled() or (case.keeps_input if input.requires_grad else case.keeps_data):
             return False
         if not input.requires_grad:
-            weight = getattr(module, self.weight) if self.weight else None
             return weight is not None and weight.requires_grad
         return self.copied or input.untyped_storage().nbytes() > input.numel() * input.itemsize
 
     def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
-        case = self._case(module, input)
+        weight, bias = self._coefficients(module)
+        case = self._case(module, input, weight, bias)
         if case is None or (self.channels_first and input.dim() < 3):
             return None
         if case.output != input.dtype:
             input = input.to(case.output)
-        elif self._must_copy(module, input, case):
+        elif self._must_copy(input, weight, case):
             input = input.clone()
         if not self.channels_first:
             # Maps in channels_last, of which torch's own RMSNorm makes such, are its own affair.
             if self.cases is None and not self.centered and not input.is_contiguous() and lies_as_a_map(input):
                 return None
             if input.is_contiguous() or not self.strided:
-                return self._compute(module, input, activation)
+                return self._compute(activation, *self._operands(module, input, weight, bias))
             order = _order_in_memory(input)
             if order is None:
                 return None
-            rows = self._compute(module, input.permute(order), activation)
+            rows = self._compute(activation, *self._operands(module, input.permute(order), weight, bias))
             return _as_no_view(rows.permute([order.index(dimension) for dimension in range(input.dim())]))
-        output = self._compute(module, input.movedim(1, -1), activation).movedim(-1, 1)
+        output = self._compute(activation, *self._operands(module, input.movedim(1, -1), weight, bias)).movedim(-1, 1)
         if self.contiguous and input.is_contiguous() and not output.is_contiguous():
             return output.contiguous()
         return _as_no_view(output)
 
-    def _compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor:
-        input, shape, weight, bias, eps = self.operands(module, input)
+    def _compute(
+        self, activation: str, input: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         if self.centered:
             return F.layer_norm(input, shape, weight, bias, eps, activation=activation)
         return F.rms_norm(input, shape, weight, eps, activation=activation, **self.rms_options())
@@ -183,41 +195,14 @@ def _as_no_view(output: Tensor) -> Tensor:
 
 def are_coefficients(input: Tensor, *coefficients: Tensor | None) -> bool:
     """Whether torch's norms take these beside the input: of its dtype, or of float32 beside 16 bits."""
-    given = [coefficient for coefficient in coefficients if coefficient is not None]
-    if not all(map(is_ordinary, given)) or len({coefficient.dtype for coefficient in given}) > 1:
-        return False
-    narrow = input.dtype.itemsize < 4
-    return all(c.dtype == input.dtype or (narrow and c.dtype == torch.float32) for c in given)
-
-
-def _are_of_channels(module: Any, input: Tensor) -> bool:
-    """Whether weight and bias are for the channels of the input."""
-    weight, bias = module.weight, module.bias
-    if not are_coefficients(input, weight, bias):
-        return False
-    return weight is None or (weight.dim() == 1 and (bias is None or bias.shape == weight.shape))
-
-
-def are_statistics(input: Tensor, module: nn.Module) -> bool:
-    """Whether torch's norm takes its running statistics, and moves them, as ours does: both are there or none, beside
-    coefficients of their dtype, and plain settings say how they move."""
-    mean, variance, momentum = module.running_mean, module.running_var, module.momentum
-    if type(module.training) is not bool or type(module.track_running_stats) is not bool:
-        return False
-    if mean is None and variance is None:
-        return True
-    if mean is None or variance is None or not (momentum is None or type(momentum) in (float, int)):
-        return False
-    return are_coefficients(input, module.weight, mean, variance) and are_moved(mean, variance, module.num_features)
-
-
-def are_moved(mean: Tensor, variance: Tensor, channels: int) -> bool:
-    """Whether these are running statistics of so many channels, which no gradient flows to."""
-    return mean.shape == variance.shape == (channels,) and not (mean.requires_grad or variance.requires_grad)
-
-
-def is_plain_counter(tensor: Any) -> bool:
-    return type(tensor) is Tensor and tensor.dtype == torch.int64 and tensor.dim() == 0
+    dtype = None
+    for coefficient in coefficients:
+        if coefficient is None:
+            continue
+        if not is_ordinary(coefficient) or (dtype is not None and coefficient.dtype is not dtype):
+            return False
+        dtype = coefficient.dtype
+    return dtype is None or dtype is input.dtype or (dtype is torch.float32 and input.dtype.itemsize < 4)
 
 
 def _order_in_memory(input: Tensor) -> list[int] | None:
@@ -235,60 +220,3 @@ def lies_as_a_map(input: Tensor) -> bool:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()])
     return input.numel() > 0 and (last or input.is_contiguous())
-
-
-@dataclass(frozen=True)
-class BatchNorm(Norm):
-    """torch.nn's batch norms, synchronised or not."""
-
-    def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
-        # What torch's refuses it refuses after it has counted the batch.
-        if input.dim() < 2 or input.shape[1] != module.num_features or input.numel() <= input.shape[1]:
-            return None
-        if not _are_of_channels(module, input) or not are_statistics(input, module):
-            return None
-        if not (module.num_batches_tracked is None or is_plain_counter(module.num_batches_tracked)):
-            return None
-        group = group_of(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None
-        return batch_norm_of(module, input, None, activation, group, again=True)
-
-    def __str__(self) -> str:
-        return "batch_norm"
-
-
-@dataclass(frozen=True)
-class GroupNorm(Norm):
-    """`torch.nn.GroupNorm`."""
-
-    def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
-        # Of (N, C) eager torch keeps less.
-        if input.dim() < 3 or input.shape[1] != module.num_channels or not _are_of_channels(module, input):
-            return None
-        # Of others eager torch keeps a copy, and not what they may be a part of.
-        input = input if lies_as_a_map(input) else input.contiguous()
-        return F.group_norm(input, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
-
-    def __str__(self) -> str:
-        return "group_norm"
-
-
-@dataclass(frozen=True)
-class InstanceNorm(Norm):
-    """torch.nn's instance norms, whose inputs may lack the dimension of samples."""
-
-    def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
-        module._check_input_dim(input)
-        single = input.dim() == module._get_no_batch_dim()
-        if input.shape[0 if single else 1] != module.num_features:
-            return None
-        if not _are_of_channels(module, input) or not are_statistics(input, module):
-            return None
-        input = input.unsqueeze(0) if single else input
-        # As in torch, the output is contiguous, and what is kept is no part of a larger tensor.
-        output = instance_norm_of(
-            module, input if lies_as_a_map(input) else input.contiguous(), activation
-        ).contiguous()
-        return output.squeeze(0) if single else output
-
-    def __str__(self) -> str:
-        return "instance_norm"

@@ -31,6 +31,11 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 
 def is_operand(value: Any) -> bool:
     """Whether our functions take it, here and now."""
+    if _is_compiling():
+        return is_ordinary(value) and not are_patched_as_traced()
+    # The usual case, of which C answers most at once: a plain tensor, and neither modes nor transforms.
+    if value is not None and is_plain(value) and forward_ad._current_level < 0:
+        return value.dtype in _DTYPES and not are_patched()
     return is_ordinary(value) and not is_watched()
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .asked import Found, are_same
+from .asked import Found, are_same_untraced
 from .called import is_torchs
 
 _OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish instance_norm layer_norm leaky_relu linear mish
@@ -42,8 +42,8 @@ _NAMES = frozenset(_INHERITED)
 
 
 def are_patched() -> bool:
-    """Whether any of them is another than when this package was imported. For each call."""
-    return not (are_same(_WATCHED) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
+    """Whether any of them is another than when this package was imported. For each call that no compiler traces."""
+    return not (are_same_untraced(_WATCHED) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
 
 
 def are_patched_as_traced() -> bool:
