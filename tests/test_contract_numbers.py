@@ -98,7 +98,7 @@ def has_rows(block: Block, backend: str, dtype: torch.dtype, columns: int) -> bo
     if (
         interprets(backend)
         and block not in ONE_OF_EACH
-        and (dtype == torch.float16 or block.channels and columns == 320)
+        and (dtype == torch.float16 or (block.channels and columns == 320))
     ):
         return False
     return is_quick(block, backend, 2 * 9 * columns)
