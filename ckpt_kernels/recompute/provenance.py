@@ -9,7 +9,7 @@ not whether somebody wrote to the operand later where autograd does not see the 
 `detach()`). So there has to be evidence that nobody did: an unchanged version counter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from . import nodes
 from .nodes import Edge
 from .recipes import Cell, Operand, Step
-from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS
+from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12
@@ -57,14 +57,14 @@ class Source(Protocol):
 class Trace:
     """One look at the graph behind a tensor.
 
-    Where `temporaries` are trusted an operand that nothing keeps is made again by its node without evidence. Where
-    `products` may run again matrix products count as cheap.
+    The `rules` are those of what may run again. Where `temporaries` are trusted an operand that nothing keeps is made
+    again by its node without evidence.
     """
 
-    def __init__(self, source: Source, temporaries: bool = False, products: bool = False) -> None:
+    def __init__(self, source: Source, rules: Mapping[str, Rule] = RULES, temporaries: bool = False) -> None:
         self._source = source
         self._temporaries = temporaries
-        self._rules = RULES_AND_PRODUCTS if products else RULES
+        self._rules = rules
         self._steps = 0
         # Whether a value is made of anything but copies of biases.
         self.is_grounded = False
@@ -243,10 +243,6 @@ def _wrote_over_operand(node: Any, version: int) -> bool:
         return False
     held = nodes.packed(node, "self")
     return isinstance(held, Cell) and held.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
-
-
-def is_made_cheaply(name: str, products: bool) -> bool:
-    return name in RULES or (products and name in PRODUCTS)
 
 
 def saves_result(name: str) -> bool:

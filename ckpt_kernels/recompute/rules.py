@@ -201,9 +201,12 @@ RULES = {
 PRODUCTS = {
     "GroupedMmBackward0": Rule(_grouped_mm, ("self", "mat2"), _dtype, beside="offs"),
     "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), casts=0),
-    "ConvolutionBackward0": Rule(
-        _convolution, ("input", "weight", None), _of_convolution, casts=2, without=_has_no_bias
-    ),
     "MmBackward0": Rule(torch.mm, ("self", "mat2")),
 }
 RULES_AND_PRODUCTS = RULES | PRODUCTS
+CONVOLUTIONS = {
+    "ConvolutionBackward0": Rule(
+        _convolution, ("input", "weight", None), _of_convolution, casts=2, without=_has_no_bias
+    ),
+}
+RULES_IN_LAYERS = RULES_AND_PRODUCTS | CONVOLUTIONS
