@@ -2,6 +2,7 @@
 `convert` knows, and whose norms of queries and keys it knows; and why not those of the others."""
 
 import ast
+import functools
 import importlib
 import pathlib
 import re
@@ -42,11 +43,17 @@ def calls_in(module: types.ModuleType) -> Iterator[Call]:
         methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
         made = {name: kind for each in methods if each.name == "__init__" for name, kind in _norms_made(each)}
         for method in methods:
+            calls = [each for each in ast.walk(method) if isinstance(each, ast.Call) and _ROTATES.search(_name(each))]
+            if not calls:
+                continue
             read = {each.attr for each in ast.walk(method) if isinstance(each, ast.Attribute)}
             norms = {name: _why_no_norm(module, kind) for name, kind in made.items() if name in read}
-            for call in ast.walk(method):
-                if isinstance(call, ast.Call) and _ROTATES.search(name := ast.unparse(call.func).split(".")[-1]):
-                    yield Call(node.name, name, _why_unknown(getattr(owner, method.name), call.func), norms)
+            for call in calls:
+                yield Call(node.name, _name(call), _why_unknown(getattr(owner, method.name), call.func), norms)
+
+
+def _name(call: ast.Call) -> str:
+    return ast.unparse(call.func).split(".")[-1]
 
 
 def _why_unknown(method: Any, called: ast.expr) -> str:
@@ -70,6 +77,7 @@ def _norms_made(init: ast.FunctionDef) -> Iterator[tuple[str, str]]:
                 yield target.attr, kinds[0]
 
 
+@functools.cache
 def _why_no_norm(module: types.ModuleType, kind: str) -> str:
     """Why a class of norms is not known; "" if it is, or holds those that are."""
     found = getattr(nn, kind[3:]) if kind.startswith("nn.") else getattr(module, kind, None)
