@@ -41,7 +41,7 @@ GPT2 = {"output": 10.0, "all": 6.0, "layer": 2.0}
 CASES = [
     (lambda level: LlamaLayer(WIDTH, 4, HIDDEN, TOKENS, level), lambda: (text(torch.bfloat16),), 1, LLAMA, 0.08),
     (lambda level: GPT2Layer(WIDTH, 4, level), lambda: (text(torch.float32),), 1, GPT2, 0.08),
-    (chain, lambda: (image(64),), 1 / 4, {"output": 4 + 3 * 6, "all": 4 + 3 * 6}, 0.4),
+    (chain, lambda: (image(64),), 1 / 4, {"output": 4 + 3 * 6, "all": 4 + 3 * 6, "layer": 6}, 0.4),
     (lambda level: UNetBlock(64, level), lambda: (image(64), torch.randn(2, 64, device=DEVICE)), 1, {"output": 2}, 0.1),
 ]
 

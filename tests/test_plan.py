@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import DoesNotFit, Plan, cli, memory, plan
+from ckpt_kernels.convert.layers import layers_of
 from ckpt_kernels.levels import OF_MODULES
 from ckpt_kernels.plan.bench import Bench, ByLayer, default_loss
 from ckpt_kernels.plan.budget import bytes_of
 from ckpt_kernels.plan.costs import FIXED, Checkpoint, StageAt
-from ckpt_kernels.plan.layers import layers_of
 from ckpt_kernels.plan.marks import Segment
 from ckpt_kernels.plan.measure import measured
 from ckpt_kernels.plan.timing import Seconds

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
-from ckpt_kernels.recompute.rules import PRODUCTS, RULES_AND_PRODUCTS
+from ckpt_kernels.recompute.rules import CONVOLUTIONS, PRODUCTS, RULES_IN_LAYERS
 
 from .conftest import DEVICE
 from .letting_go import (
@@ -85,6 +85,9 @@ MADE = {
     "SelectBackward0": lambda n, p: n.view(2, -1, WIDTH).select(0, -1).neg(),
     "SliceBackward0": lambda n, p: n[1:-1:2, 4:].neg() @ p["a"][4:],
     "IndexBackward0": lambda n, p: n[torch.arange(ROWS, device=DEVICE) // 2],
+    "SplitBackward0": lambda n, p: -n.split(WIDTH // 2, -1)[-1] @ p["a"][: WIDTH // 2],
+    "SplitWithSizesBackward0": lambda n, p: -n.split((4, WIDTH - 4), -1)[1] @ p["a"][4:],
+    "UnbindBackward0": lambda n, p: -n.view(2, -1, WIDTH).unbind(-3)[1],
     "TBackward0": lambda n, p: n.t().neg().t(),
     "TransposeBackward0": lambda n, p: three(n).transpose(-2, -3).neg().transpose(0, 1),
     "UnsafeViewBackward0": lambda n, p: three(n).transpose(0, 1).reshape(-1, WIDTH),
@@ -124,7 +127,9 @@ def test_every_rule(name: str, x: Tensor) -> None:
 
 
 def test_there_is_no_other_rule() -> None:
-    assert RULES_AND_PRODUCTS.keys() - MADE.keys() == {"AliasBackward0", "ReshapeAliasBackward0"}
+    """Convolutions run again in layers alone: see test_convert_layers."""
+    others = {"AliasBackward0", "ReshapeAliasBackward0", *CONVOLUTIONS}
+    assert RULES_IN_LAYERS.keys() - MADE.keys() == others
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before it is read", "after"])

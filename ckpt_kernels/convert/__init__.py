@@ -26,6 +26,7 @@ from .called import uses_transforms
 from .chain import chain_of
 from .heads import Head, heads_in
 from .later import Continued, looked_for
+from .layers import layers_of
 from .leaves import Leaves
 from .likeness import looks_like_activation, looks_like_several
 from .loads import is_set, modules_of, named_modules, tensors_of
@@ -66,7 +67,8 @@ def convert(
         recompute: what is kept for backward. "block": the inputs of blocks, and what reads their outputs keeps these.
             "output": not the outputs either, which are made again (see `recompute.discard_outputs`). "all": not the
             products that activations and gates read either, which run again. "layer": of each member of a ModuleList
-            that has norms, what goes into it and what its attention saves of its result (see `recompute.layer`).
+            that has norms, and of a Sequential if it has two matrices too, what goes into it and what its attention
+            saves of its result (see `recompute.layer`).
             Or levels by module: a `Plan`, or a mapping of modules' names (with * and ?) to levels, each for all that is
             below the module, a later one before an earlier one; of what is not named "output". There a module may
             also be left as it is, "none", or be checkpointed, "checkpoint". All but "none" and "block" may say how many
@@ -215,6 +217,8 @@ class _Conversion(Leaves):
         for parent in () if self.levels.is_by_module else modules_of(self.model):
             if isinstance(parent, nn.ModuleList):
                 found.update((layer, None) for layer in parent._modules.values() if layer is not None)
+        if self.levels.whole.level == "layer" and not self.levels.is_by_module:
+            found.update(dict.fromkeys(layers_of(self.model).values()))
         for module in found:
             covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
             # What is to stay as it is may be in a checkpoint, and keeps its outputs within a model that does not.

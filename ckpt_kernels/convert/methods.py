@@ -31,7 +31,7 @@ from .norms import Norm
 from .notes import FUNCTIONS
 from .objects import method_called
 from .pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
-from .reading import ADAPTED, Part
+from .reading import ADAPTED, MODULE, Part, are_worth_it
 from .remembering import remembered
 from .rewrite import ADAPTER, Rewritten, rewritten_method
 from .rotation_trials import turns_heads
@@ -104,7 +104,7 @@ def _written(
             if not _names_any(layers[-1], children) or not may_be_rewritten(layers[-1]):
                 continue
             own = parts_of(layers[-1])
-            made = _rewritten(method, own, recompute) if any(part.kind for _, part in own) else None
+            made = _rewritten(method, own, recompute) if are_worth_it(own, recompute) else None
         except NoSource as error:
             reason = str(error)
             continue
@@ -184,7 +184,7 @@ def _object(method: types.FunctionType, may_touch: Callable[[nn.Module], bool]) 
         parts = _parts(None, written, may_touch) if may_be_rewritten(written) else ()
     except NoSource:
         return Part()
-    return Part("object", known=(method, parts)) if any(part.kind for _, part in parts) else Part()
+    return Part("object", known=(method, parts)) if are_worth_it(parts) else Part()
 
 
 @remembered
@@ -278,7 +278,7 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         if writes_over(value):
             return Part("write")
         is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
-        return Part("exchange", known=(value,)) if is_act else Part()
+        return Part("exchange", known=(value,)) if is_act else Part(MODULE)
     if not isinstance(value, FUNCTION_TYPES):
         return Part()
     if value is F.dropout:

@@ -1,7 +1,7 @@
 """Reading expressions: what the loads in a method are, and whether operands may be evaluated before all else."""
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .flow import Meaning
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 # Of a linear layer with an adapter around it.
 ADAPTED = "adapted"
+# The kind of a module that is none of the others.
+MODULE = "module"
 
 
 class Part(NamedTuple):
     """What a load in a method can be in a pattern: "linear", "act", "norm", "dropout", "F.dropout", "halves" (which is
-    torch.chunk), "exchange", or "", which is any other plain load.
+    torch.chunk), "exchange", "module", which is any other, or "", which is any other plain load.
 
     A "linear" may have an adapter around it by now, as its name says.
     An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is
@@ -40,6 +42,12 @@ class Part(NamedTuple):
 
 # The part of each load and formula in a method, by its text.
 Loads = Mapping[str, Part]
+
+
+def are_worth_it(parts: Iterable[tuple[str, Part]], recompute: str = "output") -> bool:
+    """Whether anything may be found with them. Modules that are nothing to us count in layers alone."""
+    kinds = {part.kind for _, part in parts} - {""}
+    return bool(kinds if recompute == "layer" else kinds - {MODULE})
 
 
 class Operand(NamedTuple):

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..levels import of_blocks
+from ..recompute import watch
 from . import sites, templates
 from .called import names_in
 from .exchange import FUNCTION_TYPES, exchange_for
@@ -26,7 +27,7 @@ from .objects import exchanged_object
 from .order import comes_first
 from .patterns import attempts, matches
 from .quick import quick_site
-from .reading import Loads, Match, Operand, Part, Reader, settled
+from .reading import MODULE, Loads, Match, Operand, Part, Reader, settled
 from .scope import Scope
 from .source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
 from .trees import assigns, at, copies, expressions_in, replaced, with_parts
@@ -38,7 +39,7 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 
 # What a method calls that makes, or reads, what runs again in a layer.
-_IN_LAYERS = frozenset(("linear", "norm"))
+IN_LAYERS = frozenset(("linear", "norm", MODULE))
 
 # Beside the loads of a method: that its module is an adapter, whose sums are worth to be noted.
 _ADAPTER = ""
@@ -65,7 +66,7 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     if not writer.found and writer.noted and _ADAPTER in loads:
         writer.found.append("recipes of an adapter's sum")
     # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
-    is_in_layer = recompute == "layer" and not _IN_LAYERS.isdisjoint(part.kind for part in loads.values())
+    is_in_layer = recompute == "layer" and not IN_LAYERS.isdisjoint(part.kind for part in loads.values())
     if not writer.found and writer.noted and is_in_layer:
         writer.found.append("recipes of sums, products and what is put together")
     if not writer.found:
@@ -214,6 +215,9 @@ class _Writer:
         made: Any = with_parts(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree, part)
+            if self.recompute == "layer" and part.kind in IN_LAYERS:
+                self.noted = True
+                return at(tree, ast.Call(self._cell(watch), [made], []))
         if isinstance(tree, ast.BinOp) and self.notes and (compute := OPERATORS.get(type(tree.op))) is not None:
             self.noted = True
             return at(tree, ast.Call(self._cell(noted_operator(compute)), [made.left, made.right], []))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from ..convert import convert, revert
+from ..convert.layers import layers_of
 from ..convert.loads import named_modules
 from ..convert.swap import surround
 from ..copies import copied, twin_of
@@ -24,7 +25,6 @@ from ..levels import OF_MODULES, WITHIN_CHECKPOINT, Policy
 from ..memory import random_numbers_kept
 from ..runs import Place, is_sharded
 from ..values import tensors_in
-from .layers import layers_of
 from .marks import Point, Recorder, marking, peak_of
 
 Loss = Callable[[Any], Tensor]

@@ -59,10 +59,26 @@ def note(output: Any, *operands: Any) -> None:
     """
     if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
         return
-    if output.grad_fn is None or output._version or discarding() is None:
+    if output.grad_fn is None or output._version or (discarder := discarding()) is None:
         return
     tensors = [o for o in operands if isinstance(o, Tensor)]
     numbers = [o for o in operands if type(o) in (int, float)]
     if len(tensors) + len(numbers) != len(operands) or not all(map(nodes.is_as_made, tensors)):
         return
     nodes.note(output.grad_fn, (*(None for _ in tensors), *numbers))
+    if discarder.is_in_layer:
+        nodes.watch(output)
+
+
+def watch(output: Any) -> Any:
+    """Called with what a module has just returned, which is given back: writes to it are seen from now on.
+
+    Within a layer, what is made of the output, and keeps nothing of it, may then be made again.
+    """
+    if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
+        return output
+    if output.grad_fn is not None and nodes.is_as_made(output):
+        discarder = discarding()
+        if discarder is not None and discarder.is_in_layer:
+            nodes.watch(output)
+    return output

@@ -22,6 +22,7 @@ from .entries import Block, Entries, Entry
 from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import Claim, Recipe, Step, geometry_of, recipe_of_step
+from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
 
 # A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
 # chain takes little memory, and little is computed more than once.
@@ -251,13 +252,14 @@ class Discarder:
             return None
         name = node.name()
         is_elementwise = self.announced is not None and self.announced.is_elementwise
-        products = self.is_in_layer or (self._products and is_elementwise)
-        if not provenance.is_made_cheaply(name, products):
+        of_products = RULES_AND_PRODUCTS if self._products and is_elementwise else RULES
+        rules = RULES_IN_LAYERS if self.is_in_layer else of_products
+        if name not in rules:
             return None
         # A rebuilt copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
-        trace = Trace(self, self._temporaries, products)
+        trace = Trace(self, rules, self._temporaries)
         version = root._version
         if not version:
             trace.learn(node)

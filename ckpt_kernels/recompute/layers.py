@@ -20,10 +20,10 @@ class layer:
     MLP, norms, gates and rotations are made again, once, when the backward pass comes to the layer. Neither attention
     runs again nor the last product: a checkpoint of the layer runs both for nothing.
 
-    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones), and the
-    last one too where a norm reads it. Kept are products of three dimensions, as of an attention that is written out,
-    outputs of convolutions, and plain sums of products that a norm reads: those of `add_rms_norm` and `add_layer_norm`
-    are made again. Where the function is no module, writes to a bias in the forward pass are not seen. Under no_grad
+    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones,
+    convolutions), and the last one too where a norm reads it. Kept are products of three dimensions, as of an attention
+    that is written out, and plain sums of products that a norm reads: those of `add_rms_norm` and `add_layer_norm` are
+    made again. Where the function is no module, writes to a bias in the forward pass are not seen. Under no_grad
     and torch.compile a layer does nothing.
 
     Args:

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
-from .contents import Cell
+from .contents import Cell, watching
 from .recipes import Geometry
 from .rules import Rule
 
 # A node, and which of its outputs.
 Edge = tuple[Any, int]
-# The key of a note in a node's metadata. The note has an entry for each operand: its value if a number, else None.
+# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, else None; and of
+# what shares the version counter of the node's output, with the number of that output.
 _NOTED = "ckpt_kernels"
+_WATCHED = "ckpt_kernels watched"
 NUMBERS = (int, float)
 
 
@@ -81,6 +83,18 @@ def note(node: Any, numbers: tuple[float | None, ...]) -> None:
 def noted(node: Any) -> tuple[float | None, ...]:
     """The note on a node; () where there is none."""
     return node.metadata.get(_NOTED, ())
+
+
+def watch(tensor: Tensor) -> None:
+    """From now on the node of a tensor that nobody has written to shows whether somebody has."""
+    node: Any = tensor.grad_fn
+    node.metadata[_WATCHED] = tensor.output_nr, watching(tensor)
+
+
+def is_watched(node: Any, output: int) -> bool:
+    """Whether a node's output is watched, and nobody has written to it."""
+    number, watched = node.metadata.get(_WATCHED, (None, None))
+    return number == output and watched is not None and watched._version == 0
 
 
 def is_cast_by_autocast(node: Any) -> bool:

@@ -9,6 +9,7 @@ not whether somebody wrote to the operand later where autograd does not see the 
 `detach()`). So there has to be evidence that nobody did: an unchanged version counter.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .contents import Cell, Operand
 from .entries import Block
 from .nodes import Edge
 from .recipes import Step
-from .rules import ATTENTIONS, BY_RESULT, PRODUCTS, RULES, RULES_AND_PRODUCTS, VIEWS
+from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12
@@ -44,14 +45,14 @@ class Source(Protocol):
 class Trace:
     """One look at the graph behind a tensor.
 
-    Where `temporaries` are trusted an operand that nothing keeps is made again by its node without evidence. Where
-    `products` may run again matrix products count as cheap.
+    The `rules` are those of what may run again. Where `temporaries` are trusted an operand that nothing keeps is made
+    again by its node without evidence.
     """
 
-    def __init__(self, source: Source, temporaries: bool = False, products: bool = False) -> None:
+    def __init__(self, source: Source, rules: Mapping[str, Rule] = RULES, temporaries: bool = False) -> None:
         self._source = source
         self._temporaries = temporaries
-        self._rules = RULES_AND_PRODUCTS if products else RULES
+        self._rules = rules
         self._steps = 0
         # Whether a value is made of anything but copies of biases.
         self.is_grounded = False
@@ -63,14 +64,18 @@ class Trace:
         """How to make a node's output, to which, if it `is_as_made`, nobody has written: nor then to what it views."""
         rule = self._rules.get(node.name())
         self._steps += 1
-        if rule is None or output != 0 or self._steps > MOST_STEPS:
+        if rule is None or (output != 0 and not rule.parts) or self._steps > MOST_STEPS:
             return None
-        edges = node.next_functions
+        without = rule.without(node)
+        edges = node.next_functions[: len(node.next_functions) - without]
         packed = nodes.packed_operands(node, rule, edges)
+        packed = packed[: len(packed) - without]
         if len(edges) != len(packed):
             return None
-        if rule.private or (rule.casts and nodes.is_cast_by_autocast(edges[0][0])):
+        if rule.private:
             self._trusted.append(edges[0][0])
+        if rule.casts is not None and rule.casts < len(edges) and nodes.is_cast_by_autocast(edges[rule.casts][0]):
+            self._trusted.append(edges[rule.casts][0])
         operands = []
         noted = nodes.noted(node)
         numbers = noted if len(noted) == len(edges) else (None,) * len(edges)
@@ -92,6 +97,8 @@ class Trace:
             options = rule.options(node)
         except (AttributeError, RuntimeError):
             return None
+        if rule.parts:
+            return Step(lambda *given: rule.function(*given)[output], operands, options)
         if rule.saved is None:
             return Step(lambda *given: rule.function(given[: len(edges)], *given[len(edges) :]), operands, options)
         return Step(rule.function, operands, options)
@@ -188,10 +195,12 @@ class Trace:
                 return self._shared(own)
         if name == "torch::autograd::AccumulateGrad":
             return self._copied(node.variable)
+        # The strides of a clone are not known, and a reader may depend on them.
+        is_clone = name == "CloneBackward0"
+        is_as_made = is_as_made or (nodes.is_watched(node, output) and not is_clone)
         if is_as_made or name in VIEWS or node in self._trusted or self._is_written_output(node):
             return self.value(node, output, is_as_made)
-        # The strides of a clone are not known, and a reader may depend on them.
-        return self.value(node, output) if self._temporaries and name != "CloneBackward0" else None
+        return self.value(node, output) if self._temporaries and not is_clone else None
 
     def _is_written_output(self, node: Any) -> bool:
         """Whether the node's output is a block's output that only this node and those before it wrote to."""
@@ -228,10 +237,6 @@ def block_of(node: Any) -> Block | None:
         return None
     block = getattr(node, "recomputed_block", None)
     return block if isinstance(block, Block) else None
-
-
-def is_made_cheaply(name: str, products: bool) -> bool:
-    return name in RULES or (products and name in PRODUCTS)
 
 
 def saves_result(name: str) -> bool:

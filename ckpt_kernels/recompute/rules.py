@@ -17,15 +17,18 @@ class Rule(NamedTuple):
     `saved` names what the node saves of each operand, None where it saves nothing; there is one for each of its edges.
     A rule without names takes all that the node has edges for, as one sequence. What the node saves `beside` its
     operands, under that name, has no gradient and no edge: a tensor or several. The first operand is `private` where
-    torch made it on the way and gave it to nobody else, as it does under autocast of one that an op `casts`.
+    torch made it on the way and gave it to nobody else, as it does under autocast of the operand in the place that an
+    op `casts`. What gives `parts` has a node with several outputs. Of the last operands a node may be `without` some.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     saved: tuple[str | None, ...] | None
     options: Callable[[Any], tuple] = lambda node: ()
     private: bool = False
-    casts: bool = False
+    casts: int | None = None
     beside: str | None = None
+    parts: bool = False
+    without: Callable[[Any], int] = lambda node: 0
 
 
 def _of(*names: str) -> Callable[[Any], tuple]:
@@ -92,6 +95,21 @@ def _index(operand: Tensor, *indices: Tensor) -> Tensor:
 
 def _grouped_mm(first: Tensor, second: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     return torch._grouped_mm(first, second, offs=offsets, out_dtype=None if dtype is first.dtype else dtype)
+
+
+def _convolution(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """With a bias or without."""
+    *bias, options = rest
+    return torch.convolution(input, weight, *(bias or [None]), *options)
+
+
+def _of_convolution(node: Any) -> tuple:
+    names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    return (tuple(getattr(node, f"_saved_{name}") for name in names),)
+
+
+def _has_no_bias(node: Any) -> bool:
+    return node._saved_bias_sym_sizes_opt in (None, (0,))
 
 
 def _contiguous(operand: Tensor) -> Tensor:
@@ -164,6 +182,9 @@ VIEWS = {
     "ViewBackward0": _RESHAPED,
     "ExpandBackward0": Rule(Tensor.expand, (None,), _shape),
     "SelectBackward0": Rule(torch.select, (None,), _dims("dim", "index")),
+    "SplitBackward0": Rule(torch.split, (None,), _dims("split_size", "dim"), parts=True),
+    "SplitWithSizesBackward0": Rule(torch.split_with_sizes, (None,), _dims("split_sizes", "dim"), parts=True),
+    "UnbindBackward0": Rule(torch.unbind, (None,), _dims("dim"), parts=True),
     "SliceBackward0": Rule(_slice, (None,), _dims("dim", "start", "end", "step")),
     "PermuteBackward0": Rule(torch.permute, (None,), _dims("dims")),
     "TBackward0": Rule(torch.t, (None,)),
@@ -179,7 +200,13 @@ RULES = {
 }
 PRODUCTS = {
     "GroupedMmBackward0": Rule(_grouped_mm, ("self", "mat2"), _dtype, beside="offs"),
-    "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), casts=True),
+    "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), casts=0),
     "MmBackward0": Rule(torch.mm, ("self", "mat2")),
 }
 RULES_AND_PRODUCTS = RULES | PRODUCTS
+CONVOLUTIONS = {
+    "ConvolutionBackward0": Rule(
+        _convolution, ("input", "weight", None), _of_convolution, casts=2, without=_has_no_bias
+    ),
+}
+RULES_IN_LAYERS = RULES_AND_PRODUCTS | CONVOLUTIONS

@@ -1,12 +1,12 @@
-"""Which modules of a model a plan chooses for: its layers."""
+"""Which modules of a model are its layers: what a plan chooses for, and what the level "layer" is of."""
 
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from ..convert.loads import modules_of, named_modules
-from ..convert.norms import Norm
-from ..convert.swap import may_be_swapped, rule_of
+from .loads import modules_of, named_modules
+from .norms import Norm
+from .swap import may_be_swapped, rule_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 

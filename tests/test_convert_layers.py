@@ -1,0 +1,281 @@
+"""The level "layer": convolutions, heads that are copied and split, attention that is written out, written norms."""
+
+import contextlib
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.recompute import layer
+
+from .conftest import DEVICE
+from .conversion import twins
+from .test_layer import counted
+
+WIDTH, HEADS, TOKENS, CHANNELS = 32, 4, 24, 16
+
+
+class Attention(nn.Module):
+    """Written out, of heads that lie side by side in one product."""
+
+    def __init__(self, written: str = "") -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.written = written
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.qkv(x)
+        if self.written == "before":
+            with torch.no_grad():
+                both[0].mul_(2)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in both.split(WIDTH, -1))
+        weights = (torch.matmul(q, k.transpose(-1, -2)) * 0.5).softmax(-1)
+        attended = torch.matmul(weights, v)
+        if self.written == "after":
+            with torch.no_grad():
+                both[0].mul_(2)
+        return self.out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class WrittenNorm(nn.LayerNorm):
+    """A norm that is a rewritten method, and none of ours: its weight is stored less 1."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return TF.layer_norm(input, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
+
+
+class Layer(nn.Module):
+    """Sums of what other modules give; nothing is computed in the method itself."""
+
+    def __init__(self, written: str = "") -> None:
+        super().__init__()
+        self.first, self.second = WrittenNorm(WIDTH), WrittenNorm(WIDTH)
+        self.attention = Attention(written)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first(x))
+        normed = self.second(x)
+        return x + self.mlp(normed)
+
+
+def step(model: nn.Module, *operands: Tensor) -> list[Tensor | None]:
+    given = [operand.clone().requires_grad_() for operand in operands]
+    output = model(*given)
+    wanted = [*given, *(p for p in model.parameters() if p.requires_grad)]
+    return [output, *torch.autograd.grad(output.square().mean(), wanted, allow_unused=True)]
+
+
+def assert_same_bits(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    for f, e in zip(found, expected, strict=True):
+        assert (f is None and e is None) or (f is not None and e is not None and torch.equal(f, e))
+
+
+def at_levels(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """The member of a list, at "block" and at "layer"."""
+    plain, twin = twins(lambda: nn.ModuleList([make()]))
+    ckpt_kernels.convert(plain, recompute="block")
+    ckpt_kernels.convert(twin, recompute="layer")
+    return plain[0], twin[0]
+
+
+def tokens() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, TOKENS, WIDTH, device=DEVICE)
+
+
+@pytest.mark.parametrize("written", ["", "before", "after"])
+def test_attention_that_is_written_out(written: str) -> None:
+    """Queries, keys and values run again, where nobody wrote to them before they were read; the weights do not."""
+    plain, twin = at_levels(lambda: Layer(written))
+    assert_same_bits(step(twin, tokens()), step(plain, tokens()))
+    x = tokens().requires_grad_()
+    weights = 2 * HEADS * TOKENS * TOKENS * 4
+    kept = (saved_bytes(twin, x, parameters_of=twin) - weights) / x.nbytes
+    # The input and what attention gives, rows' statistics and copies of biases; else each part, once.
+    assert kept < 2.5 if written != "before" else 4.5 < kept < 5.5
+
+
+def test_what_modules_give_is_kept_elsewhere() -> None:
+    """At other levels nothing is watched, and no method is rewritten for a module that is nothing to us."""
+    model = nn.ModuleList([Layer()])
+    report = ckpt_kernels.convert(model, recompute="output")
+    assert "Layer" not in {entry.kind for entry in report.replaced if "recipes" in entry.by}
+    report = ckpt_kernels.convert(model, recompute="layer")
+    assert "Layer" in {entry.kind for entry in report.replaced if "recipes" in entry.by}
+
+
+class Residual(nn.Module):
+    """A block of a diffusion UNet; `last` makes the second convolution."""
+
+    def __init__(self, last: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second = nn.GroupNorm(4, CHANNELS), nn.GroupNorm(4, CHANNELS)
+        self.conv1, self.conv2 = last(), last()
+        self.time = nn.Linear(WIDTH, CHANNELS)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        hidden = self.conv1(self.act(self.first(x)))
+        hidden = hidden + self.time(self.act(time))[:, :, None, None]
+        hidden = self.conv2(self.act(self.second(hidden)))
+        return (x + hidden) / 2.0
+
+
+def images() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, CHANNELS, 12, 12, device=DEVICE), torch.randn(2, WIDTH, device=DEVICE).requires_grad_()
+
+
+def frozen_bias() -> nn.Module:
+    made = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+    assert made.bias is not None
+    made.bias.requires_grad_(False)
+    return made
+
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    "3x3": (lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), 1.0),
+    "no bias": (lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), 1.0),
+    "groups": (lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=2, dilation=2, groups=CHANNELS), 1.0),
+    "transposed": (lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 3, padding=1), 1.0),
+    # Which the graph knows nothing of.
+    "frozen bias": (frozen_bias, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("around", ["", "autocast", "channels last"])
+def test_convolutions_run_again(name: str, around: str) -> None:
+    make, least = CONVOLUTIONS[name]
+    plain, twin = at_levels(lambda: Residual(make))
+    x, time = images()
+    if around == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+        plain, twin = (each.to(memory_format=torch.channels_last) for each in (plain, twin))
+    context = torch.autocast(DEVICE, torch.bfloat16) if around == "autocast" else contextlib.nullcontext()
+    with context:
+        assert_same_bits(step(twin, x, time), step(plain, x, time))
+        given = x.requires_grad_()
+        kept, before = (saved_bytes(each, given, time, parameters_of=each) / x.nbytes for each in (twin, plain))
+    if around != "autocast":
+        assert least <= kept < least + 0.5
+    assert kept < 0.7 * before
+
+
+def test_no_last_convolution_runs_again() -> None:
+    x, time = images()
+    plain, twin = at_levels(lambda: Residual(CONVOLUTIONS["3x3"][0]))
+    x.requires_grad_()
+    before, after = (counted(lambda x, each=each: each(x, time), x)["convolution"] for each in (plain, twin))
+    assert (before, after) == (0, 1)
+
+
+class Bottleneck(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        inner = CHANNELS // 4
+        self.conv1, self.norm1 = nn.Conv2d(CHANNELS, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.norm2 = nn.Conv2d(inner, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner)
+        self.conv3, self.norm3 = nn.Conv2d(inner, CHANNELS, 1, bias=False), nn.BatchNorm2d(CHANNELS)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self.norm1(self.conv1(x)))
+        hidden = self.act(self.norm2(self.conv2(hidden)))
+        return self.act(x + self.norm3(self.conv3(hidden)))
+
+
+def test_members_of_a_sequential() -> None:
+    """Of each bottleneck its input is kept; running statistics move once."""
+    plain, twin = twins(lambda: nn.Sequential(*(Bottleneck() for _ in range(3))))
+    ckpt_kernels.convert(plain, recompute="output")
+    ckpt_kernels.convert(twin, recompute="layer")
+    x, _ = images()
+    assert_same_bits(step(twin, x), step(plain, x))
+    for name, buffer in twin.state_dict().items():
+        assert torch.equal(buffer, plain.state_dict()[name]), name
+    x.requires_grad_()
+    kept, before = (saved_bytes(each, x, parameters_of=each) / x.nbytes for each in (twin, plain))
+    # Inputs of the blocks, and the last output, of which relu keeps the sign.
+    assert kept < 4.2 < before
+
+
+def test_a_layer_by_hand() -> None:
+    """Convolutions that blocks read, without convert."""
+    norm, first, last = (
+        ckpt_kernels.nn.GroupNorm(4, CHANNELS, activation="silu").to(DEVICE),
+        nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).to(DEVICE),
+        nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).to(DEVICE),
+    )
+    model = nn.Sequential(norm, first, norm, last)
+    x = images()[0].requires_grad_()
+    assert saved_bytes(layer(model), x, parameters_of=model) < 1.2 * x.nbytes < saved_bytes(model, x)
+    assert_same_bits(step(Within(model), x.detach()), step(model, x.detach()))
+
+
+class Within(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer(self.inner)(x)
+
+
+def places(message: str) -> str:
+    """Asks where its caller is."""
+    caller = inspect.getouterframes(inspect.currentframe())[1]
+    return f"{message} in {caller.filename}, line {caller.lineno}, in {caller.function}"
+
+
+def names(message: str) -> list[str]:
+    """Asks for what its caller has."""
+    caller = inspect.getouterframes(inspect.currentframe())[1]
+    return [message, *caller.frame.f_locals]
+
+
+def passes_on(message: str) -> list[object]:
+    caller = inspect.getouterframes(inspect.currentframe())[1]
+    return [message, *map(str, caller[1:4])]
+
+
+class Asking(nn.Module):
+    """What asks is another module's affair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.said = places("here")
+        return self.last(self.act(self.first(x)))
+
+
+class Looking(Asking):
+    def forward(self, x: Tensor) -> Tensor:
+        self.said = names("here")
+        return self.last(self.act(self.first(x)))
+
+
+class Passing(Asking):
+    def forward(self, x: Tensor) -> Tensor:
+        self.said = passes_on("here")
+        return self.last(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize(("kind", "is_rewritten"), [(Asking, True), (Looking, False), (Passing, False)])
+def test_who_asks_for_the_callers_place(kind: type[nn.Module], is_rewritten: bool) -> None:
+    """A rewritten method is where it was."""
+    plain, twin = twins(kind)
+    report = ckpt_kernels.convert(twin)
+    assert ("MLP" in {entry.by for entry in report.replaced}) == is_rewritten
+    x = torch.randn(4, 8, device=DEVICE)
+    plain(x)
+    twin(x)
+    assert twin.said == plain.said
