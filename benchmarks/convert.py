@@ -58,10 +58,9 @@ def main() -> int:
     parser.add_argument("--survey", action="store_true", help="architectures by the hundred; NAME may have * and ?")
     parser.add_argument("--jobs", type=positive, default=2, help="processes of the survey at a time")
     parser.add_argument("--timeout", type=amount, default=TIMEOUT, help="seconds that the survey gives to one of them")
-    parser.add_argument("--times", action="store_true", help="the survey also times a step of the wide models")
     options = parser.parse_args()
     if options.survey:
-        return surveying.main(options.architectures, options.out, options.jobs, options.times, options.timeout)
+        return surveying.main(options.architectures, options.out, options.jobs, options.timeout)
     unknown = [name for name in options.architectures if name not in ARCHITECTURES]
     if unknown:
         parser.error(f"no such architecture: {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")

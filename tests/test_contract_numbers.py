@@ -95,11 +95,8 @@ def has_rows(block: Block, backend: str, dtype: torch.dtype, columns: int) -> bo
     Where they are interpreted, one block of each function is, in float16 and on the long rows of channels."""
     if emulated(backend) and dtype == torch.float16 and columns == 320:
         return False
-    if (
-        interprets(backend)
-        and block not in ONE_OF_EACH
-        and (dtype == torch.float16 or block.channels and columns == 320)
-    ):
+    rare = dtype == torch.float16 or (block.channels and columns == 320)
+    if rare and interprets(backend) and block not in ONE_OF_EACH:
         return False
     return is_quick(block, backend, 2 * 9 * columns)
 

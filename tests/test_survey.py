@@ -154,7 +154,7 @@ def test_what_conversion_gets_wrong_is_found(monkeypatch):
 def test_end_to_end(tmp_path: pathlib.Path):
     """Three models: nothing is wrong with them, and the report says so."""
     names = ["torch/perceptron", "handwritten/block_pre", "handwritten/counting"]
-    results = run.survey(survey.chosen(names), jobs=2, timed=False, timeout=60)
+    results = run.survey(survey.chosen(names), jobs=2, timeout=60)
     assert sorted(found["name"] for found in results) == sorted(names)
     for found in results:
         assert report.runs(found)
@@ -168,8 +168,13 @@ def test_end_to_end(tmp_path: pathlib.Path):
 
 
 def test_times_of_a_wide_model():
-    (found,) = run.survey(survey.chosen(["torch/perceptron"]), timed=True, timeout=60)
-    assert found["phases"]["times"]["ratio"] > 0
+    from benchmarks.survey import timing
+
+    found = timing.timed(survey.catalogue()["torch/perceptron"], timeout=60)
+    assert all(found[shape]["ratio"] > 0 for shape in timing.SHAPES)
+    assert timing.cells(found)[0] == "torch/perceptron" and len(timing.cells(found)) == len(timing.COLUMNS)
+    late = timing.timed(survey.catalogue()["torch/perceptron"], timeout=0)
+    assert timing.cells(late)[1:] == ["-"] * 4 and timing.summary([late]) == []
 
 
 def test_shapes_differ_between_batches():

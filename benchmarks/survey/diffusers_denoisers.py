@@ -46,8 +46,8 @@ _BLOCKS_3D = _BLOCKS | {
 _WAN = {"rope_max_seq_len": 32}
 _SANA = {
     "num_cross_attention_heads": 4,
-    "cross_attention_head_dim": 16,
-    "cross_attention_dim": NARROW,
+    "cross_attention_head_dim": lambda width: width // 4,
+    "cross_attention_dim": lambda width: width,
 }
 _HUNYUAN_DIT = _DENOISE | {
     "timestep": part,

@@ -15,7 +15,7 @@ from . import chosen, left_out, report
 from .run import TIMEOUT, prepare, survey
 
 
-def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timed: bool = False, timeout: float = TIMEOUT) -> int:
+def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timeout: float = TIMEOUT) -> int:
     """Surveys the entries that fit one of the patterns, or all, and writes what is found to `out`."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     prepare()
@@ -49,7 +49,7 @@ def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timed: bool = Fa
         # What has come until it is broken off is told all the same.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
-            survey(entries, jobs=jobs, timed=timed, timeout=timeout, done=done)
+            survey(entries, jobs=jobs, timeout=timeout, done=done)
     order = {entry.name: index for index, entry in enumerate(entries)}
     results.sort(key=lambda found: order[found["name"]])
     console.print(report.table("Architectures", report.COLUMNS, [report.row(found) for found in results]))

@@ -1,7 +1,5 @@
 """What is measured of one architecture: phase by phase, in a process that may die of any of them."""
 
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ import ckpt_kernels
 from ckpt_kernels.levels import OF_MODELS
 
 from . import state
-from .entry import WIDE, Entry, Shape
+from .entry import Entry
 from .numbers import EPS, Reference
 from .step import Step, Subject
 
@@ -24,8 +22,6 @@ PHASES = ("eager", *LEVELS, *CHECKPOINTED)
 _CLOSE = 1e-3
 # How often a model is trained with its weights moved by some ulps.
 _SHAKEN = 2
-# A passage long enough that it is computing that is timed.
-_TIMED = Shape(4, 64)
 
 Found = dict[str, Any]
 
@@ -229,21 +225,3 @@ def _bits(left: Step, right: Step, also: tuple[str, ...] = ()) -> str | None:
 def said(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}"
-
-
-def times(entry: Entry, rounds: int = 5) -> Found:
-    """Seconds of a step of the wide model as it is and converted, taken in turn, and the ratio of their medians."""
-    subject = Subject(entry, WIDE, (_TIMED, _TIMED))
-    model = subject.model()
-    seconds: dict[str, list[float]] = {"eager": [], "output": []}
-    for turn in range(2 * rounds):
-        name = ("eager", "output")[turn % 2]
-        ckpt_kernels.revert(model) if name == "eager" else ckpt_kernels.convert(model, recompute="output")
-        # The first after a change is not like the rest.
-        for timed in (False, True):
-            start = time.perf_counter()
-            subject.bare_step(model)
-            if timed:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return medians | {"ratio": medians["output"] / medians["eager"]}

@@ -16,7 +16,7 @@ from .measure import CHECKPOINTED, LEVELS
 Found = dict[str, Any]
 
 COLUMNS = ["architecture", "class", "eager, KiB", *LEVELS, *CHECKPOINTED, "replaced", "left", "found"]
-SUMMARY = ["library", "models", "not run", "raised", "wrong numbers", "changed state", *LEVELS, "time of output"]
+SUMMARY = ["library", "models", "not run", "raised", "wrong numbers", "changed state", *LEVELS]
 
 
 def phases(found: Found) -> dict[str, Found]:
@@ -93,8 +93,7 @@ def _summary_row(name: str, group: list[Found]) -> list[str]:
     running = [found for found in group if runs(found)]
     counts = [sum(bool(told(found)) for found in running) for told in (raised, wrong, changed)]
     medians = [_median(ratio(found, level) for found in running) for level in LEVELS]
-    times = _median(found["phases"].get("times", {}).get("ratio") for found in running)
-    return [name, str(len(group)), str(len(group) - len(running)), *map(str, counts), *medians, times]
+    return [name, str(len(group)), str(len(group) - len(running)), *map(str, counts), *medians]
 
 
 def _median(values: Iterable[float | None]) -> str:
@@ -129,17 +128,9 @@ def write(folder: pathlib.Path, about: Found, results: list[Found], left_out: di
     for library in _libraries(results):
         group = [found for found in results if found["library"] == library]
         lines += ["", f"## {library}", "", *_markdown(COLUMNS, [row(found) for found in group])]
-        timed = [[f["name"], *_times(f["phases"]["times"])] for f in group if "ratio" in f["phases"].get("times", {})]
-        if timed:
-            lines += ["", "A step of the wide model, in milliseconds:", ""]
-            lines += _markdown(["architecture", "eager", "output", "ratio"], timed)
     lines += ["", "## Left out", "", *(f"- {name}: {reason}" for name, reason in left_out.items())]
     (folder / "survey.md").write_text("\n".join(lines) + "\n")
     picture(folder / "survey.png", results, about)
-
-
-def _times(times: Found) -> list[str]:
-    return [f"{1e3 * times['eager']:.1f}", f"{1e3 * times['output']:.1f}", f"{times['ratio']:.2f}"]
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 
 from . import declare_missing_operators
 from .entry import Entry
-from .measure import PHASES, Measured, said, times
+from .measure import PHASES, Measured, said
 
 TIMEOUT = 120.0
 
@@ -41,7 +41,7 @@ def prepare() -> None:
             importlib.import_module(name)
 
 
-def _child(send: Connection, errors: str, entry: Entry, phases: tuple[str, ...], timed: bool) -> None:
+def _child(send: Connection, errors: str, entry: Entry, phases: tuple[str, ...]) -> None:
     """Sends (phase, what it found), one after another, and (phase, None) before each."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
@@ -65,12 +65,6 @@ def _child(send: Connection, errors: str, entry: Entry, phases: tuple[str, ...],
             send.send((phase, found | {"seconds": time.perf_counter() - begin}))
             if phase == "eager" and "raised" in found:
                 return
-        if timed and entry.has_wide:
-            send.send(("times", None))
-            try:
-                send.send(("times", times(entry)))
-            except Exception as error:
-                send.send(("times", {"raised": said(error)}))
 
 
 def _where(error: BaseException) -> str:
@@ -82,9 +76,8 @@ def _where(error: BaseException) -> str:
 class _Running:
     """One architecture in work. A process that dies takes its phase with it; another goes on with the phases left."""
 
-    def __init__(self, entry: Entry, timed: bool, timeout: float) -> None:
+    def __init__(self, entry: Entry, timeout: float) -> None:
         self.entry = entry
-        self.timed = timed
         self.timeout = timeout
         self.left = PHASES
         self.found: Found = {"name": entry.name, "library": entry.library, "phases": {}}
@@ -97,7 +90,7 @@ class _Running:
         descriptor, self.errors = tempfile.mkstemp(prefix="survey")
         os.close(descriptor)
         self.receive, send = _fork.Pipe(duplex=False)
-        arguments = (send, self.errors, self.entry, self.left, self.timed)
+        arguments = (send, self.errors, self.entry, self.left)
         self.process = _fork.Process(target=_child, args=arguments, daemon=True)
         self.process.start()
         send.close()
@@ -155,7 +148,6 @@ def survey(
     entries: Iterable[Entry],
     *,
     jobs: int = 2,
-    timed: bool = False,
     timeout: float = TIMEOUT,
     done: Callable[[Found], None] = lambda found: None,
 ) -> list[Found]:
@@ -164,7 +156,7 @@ def survey(
     waiting, running, finished = entries[::-1], [], {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            running.append(_Running(waiting.pop(), timed, timeout))
+            running.append(_Running(waiting.pop(), timeout))
         wait([one.receive for one in running], timeout=1.0)
         for one in [one for one in running if one.go_on()]:
             running.remove(one)
