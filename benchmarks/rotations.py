@@ -84,7 +84,7 @@ def _why_no_norm(module: types.ModuleType, kind: str) -> str:
     for given in _GIVEN:
         try:
             norm = found(*given)
-        except TypeError:
+        except (TypeError, AttributeError):
             continue
         report = ckpt_kernels.convert(nn.Sequential(norm))
         return "" if report.replaced else "; ".join(entry.reason for entry in report.left_alone)
