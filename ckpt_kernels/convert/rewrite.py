@@ -28,12 +28,12 @@ from .order import comes_first
 from .patterns import attempts, matches
 from .quick import quick_site
 from .reading import MODULE, Loads, Match, Operand, Part, Reader, settled
+from .results import has_computed, taken
 from .scope import Scope
 from .source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
 from .trees import assigns, at, copies, expressions_in, replaced, with_parts
 from .writes import written_names
 
-_RESULTS = f"{PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # What is cut off is a gate, say, whose parts are kept one by one.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
@@ -182,15 +182,15 @@ class _Writer:
 
     def _run(self, match: Match, statements: Sequence[ast.stmt]) -> ast.stmt:
         *_, last = statements
-        return self._either(match, [replaced(last, {id(match.root): _taken()})], statements)
+        return self._either(match, [replaced(last, {id(match.root): taken()})], statements)
 
     def _sum(self, match: Match, norm: ast.expr, statements: Sequence[ast.stmt]) -> ast.stmt:
         first, *between, last = statements
-        computed = [replaced(first, {id(match.root): _taken()}), *between, replaced(last, {id(norm): _taken()})]
+        computed = [replaced(first, {id(match.root): taken()}), *between, replaced(last, {id(norm): taken()})]
         return self._either(match, computed, statements)
 
     def _either(self, match: Match, computed: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> ast.stmt:
-        captured = {id(operand.tree): _taken() for operand in match.captured}
+        captured = {id(operand.tree): taken() for operand in match.captured}
         original = [replaced(statement, captured) for statement in statements]
         self._originals.append(original)
         made = ast.If(self._asked(match), [*computed], original)
@@ -224,9 +224,9 @@ class _Writer:
         return made
 
     def _expression(self, match: Match) -> ast.expr:
-        captured = {id(operand.tree): _taken() for operand in match.captured}
+        captured = {id(operand.tree): taken() for operand in match.captured}
         original = replaced(match.root, captured)
-        return ast.copy_location(ast.IfExp(self._asked(match), _taken(), original), match.root)
+        return ast.copy_location(ast.IfExp(self._asked(match), taken(), original), match.root)
 
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, after that of a quick one if there is one, and whether it has computed."""
@@ -241,10 +241,10 @@ class _Writer:
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
         self.found.append(attempt.said(pattern))
-        asked = _has_computed(call)
+        asked = has_computed(call)
         if (quick := quick_site(match, self.scope.self, options)) is not None:
             function, values = quick
-            asked = ast.BoolOp(ast.Or(), [_has_computed(ast.Call(self._cell(function), values, [])), asked])
+            asked = ast.BoolOp(ast.Or(), [has_computed(ast.Call(self._cell(function), values, [])), asked])
         return at(match.root, asked)
 
     def _operand(self, operand: Operand) -> ast.expr:
@@ -288,16 +288,5 @@ class _Writer:
         return ast.Name(name, ast.Load())
 
 
-def _has_computed(call: ast.Call) -> ast.expr:
-    """The call, whose results get a name, and what comes last of these."""
-    named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
-    return ast.Call(ast.Attribute(named, "pop", ast.Load()), [], [])
-
-
 def _rank(match: Match) -> int:
     return sites.PATTERNS.index(match.pattern)
-
-
-def _taken() -> ast.expr:
-    """The next of the results."""
-    return ast.Call(ast.Attribute(ast.Name(_RESULTS, ast.Load()), "pop", ast.Load()), [], [])
