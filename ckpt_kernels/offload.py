@@ -31,7 +31,7 @@ from .convert.swap import may_be_swapped, surround
 from .host import from_host, to_host
 from .recompute import discarding, run_at
 from .recompute.active import top_hooks
-from .recompute.recipes import Unwritten, watching
+from .recompute.contents import Unwritten, watching
 from .runs.arguments import unwritten
 
 # Smaller ones stay: their copies cost more than their memory is worth.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels.convert.rotation_trials import rotation_of
+from ckpt_kernels.convert.rotations import Rotation
 from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE
@@ -312,3 +313,33 @@ def test_tables_that_want_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         wanted = [t.clone().requires_grad_() for t in tables]
         found.append(torch.autograd.grad(sum(o.sum() for o in each(x, *wanted)), wanted))
     torch.testing.assert_close(*found)
+
+
+class Placed(Attention):
+    """With a setting that its call gives."""
+
+    dimension = 2
+
+    def forward(self, x, cos, sin):
+        q = self.q(x).unflatten(-1, (HEADS, COLUMNS))
+        k = self.k(x).unflatten(-1, (KEYS, COLUMNS))
+        one = turn(q, k, cos, sin, self.dimension)
+        return *one, *turn(q, k, cos, sin, unsqueeze_dim=self.dimension), *turn(q, k, cos, sin, *[self.dimension])
+
+
+def test_settings_that_a_call_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only these are tried out beside the defaults."""
+    monkeypatch.setitem(globals(), "turn", halves)
+    served: list[bool] = []
+    of = Rotation.of
+    monkeypatch.setattr(Rotation, "of", lambda *given: served.append((found := of(*given)) is not None) or found)
+    model, twin = twins(Placed)
+    ckpt_kernels.convert(twin)
+    x, cos, sin = operands(COLUMNS)
+    for ours, theirs in zip(twin(x, cos, sin), model(x, cos, sin), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert served == [True] * 3
+    by_default, by_all = rotation_of(halves, ()), rotation_of(halves)
+    assert by_default is not None and by_all is not None
+    assert list(by_default.ways) == [((int, 1),)] and len(by_all.ways) > 1
+    assert by_default.ways.items() <= by_all.ways.items() and by_default.forms.items() <= by_all.forms.items()

@@ -221,7 +221,7 @@ def test_errors_of_what_the_look_up_asks_are_not_swallowed(monkeypatch: pytest.M
                 with pytest.raises(KeyboardInterrupt):
                     call()
     finally:
-        _thin.set_up(*asked, Tensor.is_neg, Tensor.storage_offset, direct._WATCHERS)
+        _thin.set_up(*asked, Tensor.is_neg, Tensor.storage_offset, direct.WATCHERS)
     assert not direct.is_plain(X.to_sparse()), "which has no such memory, and is the full path's to refuse"
 
 

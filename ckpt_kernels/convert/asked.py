@@ -1,11 +1,12 @@
 """What is asked of code, modules and tensors at each call, in C where `_thin` is there (`csrc/thin/guards.cpp`).
 
 Nothing is remembered from one call to the next: the same is asked again, of what is there then. C only ever says yes
-where the Python beside it does (`guards.linear_operands`, `operands.is_called_plainly`); else that is asked, with what
-is rare. A compiler sees none of it, and traces the Python.
+where the Python beside it does (`guards.linear_operands`, `operands.is_called_plainly`, of a whole site
+`templates.site`); else that is asked, with what is rare. A compiler sees none of it, and traces the Python.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,50 @@ class Such(NamedTuple):
     absent: tuple[str, ...]
 
 
+class Quiet(NamedTuple):
+    """What must be so for nobody but autograd to see or change what a site does: the functions `still` give what is
+    false, all of `same` is what it was, and under the names there is nothing in the holders `without`, and an empty
+    dict in the dicts `empty`."""
+
+    still: tuple[Callable[[], Any], ...]
+    same: tuple[Found, ...]
+    without: tuple[tuple[Any, tuple[str, ...]], ...]
+    empty: tuple[tuple[dict[str, Any], tuple[str, ...]], ...]
+
+
+class Activation(NamedTuple):
+    """What an activation has to be to have a name: such a module, with these settings."""
+
+    such: Such
+    settings: tuple[tuple[str, Any], ...]
+    name: str
+
+
+# Under this name a converted class has the `Activation` that its modules are, or None.
+ACTIVATION = "_ckpt_activation"
+
+
+class Site(NamedTuple):
+    """What is asked of the values at a site. Each of `wanted` is the place of a value, or the name of an attribute of
+    the first value, a module that is such an `owner`; and a letter: "t" of an ordinary tensor of at most 32 bits an
+    element, "l" of a linear layer that is such a `linear` and reads the first of these tensors, "a" of an activation,
+    and "o" of any object.
+
+    The answer has weight and bias in the place of the layer, and the name in that of the activation: what
+    `activations` have for the function or the class, or the class itself has under `ACTIVATION`.
+    """
+
+    quiet: Quiet
+    owner: Such
+    linear: Such
+    activations: tuple[tuple[Any, str | Activation], ...]
+    wanted: tuple[tuple[int | str, str], ...]
+
+    def asker(self) -> Callable[..., tuple | None] | None:
+        """The function that C answers by, of the values: None, where something may be other than it was."""
+        return None if direct.asked is None else functools.partial(direct.asked.operands, *self)
+
+
 def are_same(found: tuple[Found, ...]) -> bool:
     """Whether each holder still has what it had."""
     return _are_the_same(found) if _is_compiling() else are_same_untraced(found)
@@ -50,6 +95,13 @@ def _are_the_same(found: tuple[Found, ...]) -> bool:
         if now is not value:
             return False
     return True
+
+
+def surely_same(found: tuple[Found, ...]) -> Callable[[], bool]:
+    """The same as a function of nothing, which no compiler is to see."""
+    if direct.asked is None:
+        return functools.partial(are_same, found)
+    return functools.partial(direct.asked.are_same, found, MISSING)
 
 
 def is_surely(module: Any, such: Such) -> bool:

@@ -1,6 +1,7 @@
 """Functions of torch that ours take the place of where they are called: `F.layer_norm(x, ...)` as it is written, with
 ours for `F.layer_norm`. Each takes theirs' own arguments, and calls theirs for what ours does not take."""
 
+import ast
 import functools
 import types
 from collections.abc import Callable
@@ -14,10 +15,27 @@ from .. import functional as ours
 from .channel_norms import are_moved
 from .norms import lies_as_a_map
 from .operands import as_plain, is_called_plainly, is_operand, is_ordinary
-from .pointwise import ActivationRule
+from .pointwise import ActivationRule, pointwise_of
+from .rotation_trials import exchanged_local_rotation, exchanged_rotation, settings_in, turns_heads
 
 # As they were when this package was imported, whatever is in their place now.
 theirs = types.SimpleNamespace(**vars(torch.nn.functional))
+FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
+
+
+def exchange_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callable[[Any], Any], str] | None:
+    """What makes ours of a module or a function that is called so, a function that `is_local` being another object each
+    time, and what ours is, for people; None where there is nothing of ours."""
+    if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
+        return exchanged_module(known, rule), str(rule)
+    if not isinstance(known, FUNCTION_TYPES):
+        return None
+    if known in EXCHANGES:
+        return exchanged(known), known.__name__
+    if isinstance(known, types.FunctionType) and turns_heads(known):
+        rotation = exchanged_local_rotation if is_local else exchanged_rotation
+        return rotation(known, settings_in(call, known)), "rotary"
+    return None
 
 
 def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:

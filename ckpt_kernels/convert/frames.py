@@ -1,4 +1,4 @@
-"""Functions that look at frames: their own, or that of who calls them.
+"""Whether the names and the frame of a function are nobody's affair but its own, so that it may be made anew.
 
 What is in the frame of a rewritten function is not what was there, but for its place: the file, the line and the name
 are those of the function as it was written.
@@ -11,22 +11,26 @@ from typing import Any
 from .called import is_a, is_torchs, names_in
 from .source import NoSource, definition_of
 
+# Of the names that are new in a function.
+PREFIX = "_ckpt_kernels_"
 # A function that looks at its own frame sees what it is made of.
 _LOOKS = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
 _LOOKS_OUT = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
-_PLAIN_FLAGS = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
+_RESUMED = 0x20 | 0x80 | 0x100 | 0x200  # generators and coroutines
 
 # What of a frame is its place.
 _CALLERS = "inspect.getouterframes(inspect.currentframe())"
 _PLACE = frozenset(("filename", "lineno", "function"))
 
 
-def is_nobodys_affair(function: types.FunctionType) -> bool:
-    """Whether nobody looks at what is in a function's frame, neither itself nor what it calls by a global name."""
+def may_be_rewritten(function: types.FunctionType) -> bool:
+    """Whether what is in its frame is nobody's affair but its own, and the new names are new."""
     code = function.__code__
     names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    if any(name.startswith(PREFIX) for name in names):
+        return False
     called = (function.__globals__.get(name) for name in code.co_names)
-    return not (_LOOKS & names or code.co_flags & _PLAIN_FLAGS or any(map(_looks_out, called)))
+    return not (_LOOKS & names or code.co_flags & _RESUMED or any(map(_looks_out, called)))
 
 
 def _looks_out(function: Any) -> bool:

@@ -24,7 +24,7 @@ _FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
 # None, which no code is, where somebody has put another forward in torch's place.
 _CODE, _DROPOUT_CODE = (f.__code__ if is_as_torch_wrote_it(f) else None for f in (_FORWARD, _DROPOUT))
 # All that `linear_operands` asks of most layers.
-_LINEAR = Such(
+LINEAR = Such(
     nn.Linear,
     (("forward", _FORWARD), *CALLS_FORWARD, *LOADS_PLAINLY),
     ((_FORWARD, "__code__", _CODE),),
@@ -62,7 +62,7 @@ def _is_transposed(module: nn.Module) -> bool:
 def linear_operands(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
     """Weights and biases as F.linear takes them, if there is nothing else to the modules and they are of the input's
     kind."""
-    surely = linears_surely(modules, _LINEAR, input)
+    surely = linears_surely(modules, LINEAR, input)
     return surely if surely is not None else linear_operands_asked(modules, input)
 
 

@@ -19,9 +19,10 @@ from ..activations import FUNCTIONS as ACTIVATIONS
 from ..activations import NAMES
 from ..backends.reference import ACTIVATIONS as FORMULAS
 from .adapters import is_adapter
-from .exchange import EXCHANGES
+from .exchange import EXCHANGES, FUNCTION_TYPES
 from .flow import LONGEST, Meaning, Run, blocks, run_of
 from .formulas import VALUE, Formula, formula_of
+from .frames import may_be_rewritten
 from .function_trials import activation_function
 from .guards import CHUNK, is_linear
 from .in_place import writes_over
@@ -32,8 +33,8 @@ from .objects import method_called
 from .pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
 from .reading import ADAPTED, MODULE, Part, are_worth_it
 from .remembering import remembered
-from .rewrite import ADAPTER, Rewritten, may_be_rewritten, rewritten_method
-from .rotation_trials import rotation_of
+from .rewrite import ADAPTER, Rewritten, rewritten_method
+from .rotation_trials import turns_heads
 from .rule import Rule
 from .scope import UNKNOWN, Scope
 from .source import NoSource, definition_of, layers_of
@@ -139,10 +140,9 @@ def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
     if names & (_METHODS | set(children)):
         return True
     values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
-    return any(isinstance(value, _FUNCTIONS) and (value in ACTIVATIONS or value in EXCHANGES) for value in values)
+    return any(isinstance(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in EXCHANGES) for value in values)
 
 
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES) if hasattr(function, "__name__")) | {
     "erf",
     "square",
@@ -193,7 +193,7 @@ def _local_rotations(function: types.FunctionType) -> list[str]:
     scope = Scope(function, _tree(function))
     calls = [node for node in ast.walk(_tree(function)) if isinstance(node, ast.Call)]
     named = {call.func.id: call.func for call in calls if isinstance(call.func, ast.Name)}
-    return [name for name, tree in named.items() if rotation_of(scope.function_called(tree)) is not None]
+    return [name for name, tree in named.items() if turns_heads(scope.function_called(tree))]
 
 
 @remembered
@@ -279,7 +279,7 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
             return Part("write")
         is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
         return Part("exchange", known=(value,)) if is_act else Part(MODULE)
-    if not isinstance(value, _FUNCTIONS):
+    if not isinstance(value, FUNCTION_TYPES):
         return Part()
     if value is F.dropout:
         return Part("F.dropout")
@@ -289,7 +289,7 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         return Part("act", ACTIVATIONS[value])
     if (tried := activation_function(value)) is not None:
         return Part("act", tried.name, not tried.keeps_input, (value,))
-    is_exchanged = value in EXCHANGES or value in FUNCTIONS or rotation_of(value) is not None
+    is_exchanged = value in EXCHANGES or value in FUNCTIONS or turns_heads(value)
     return Part("exchange", known=(value,)) if is_exchanged else Part()
 
 

@@ -9,10 +9,10 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from ..ops.registration import is_transformed
-from ..thin.direct import is_plain
-from .asked import Such, is_surely
+from ..thin.direct import WATCHERS, is_plain
+from .asked import Quiet, Such, is_surely
 from .called import is_as_torch_wrote_it
-from .patched import are_patched, are_patched_as_traced
+from .patched import INHERITED, WATCHED, are_patched, are_patched_as_traced
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,6 +27,15 @@ _CALLED_PLAINLY = Such(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))
 _everybody = nn.modules.module
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+
+
+# What `is_watched`, `has_hooks_for_all` and `is_autocast` ask.
+QUIET = Quiet(
+    (*WATCHERS, torch._C._is_any_autocast_enabled),
+    (*WATCHED, (vars(forward_ad), "_current_level", -1)),
+    ((vars(Tensor), tuple(INHERITED)),),
+    ((vars(_everybody), tuple(f"_global_{name[1:]}" for name in HOOKS)),),
+)
 
 
 def is_operand(value: Any) -> bool:

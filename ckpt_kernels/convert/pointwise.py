@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..activations import FUNCTIONS, NAMES, name_of
 from ..backends.reference import ACTIVATIONS
+from .asked import Activation, Found, Such
 from .called import is_as_torch_wrote_it
 from .likeness import looks_like_activation
-from .loads import has_children, is_left_to_modules, is_set, loads_plainly, tensors_of
-from .operands import is_called_plainly
+from .loads import LOADS_PLAINLY, has_children, is_left_to_modules, is_set, loads_plainly, tensors_of
+from .operands import CALLS_FORWARD, HOOKS, is_called_plainly
 from .reached import Code, NotTried, Settings, is_as_tried
 from .remembering import remembered
 from .rule import Rule, Unary
@@ -66,6 +67,13 @@ class ActivationRule(Unary):
         if not self.holds(module, input.dtype == torch.float64) or (torch.is_grad_enabled() and not self.keeps_input):
             return None
         return F.bias_act(input, activation=self.name)
+
+    def as_activation(self, asked: tuple[Found, ...]) -> Activation:
+        found = asked if self.code is None else (*asked, *self.code.found)
+        # A class below it may have another forward.
+        (_, name, forward), *_ = asked
+        such = Such(nn.Module, ((name, forward), *CALLS_FORWARD), found, (), HOOKS, ("forward",))
+        return Activation(such, self.settings, self.name)
 
     def __str__(self) -> str:
         return f"bias_act ({self.name}){'' if self.keeps_input else ' where it is fused, and without gradients'}"
@@ -145,6 +153,20 @@ def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | Non
     if rule is not None or not _is_torchs(act):
         return None
     return name_of(act)
+
+
+def _of_torchs(kind: type[nn.Module], name: str) -> Activation:
+    forward, code = _TORCHS.get(kind, (None, None))
+    own = (("forward", forward), *CALLS_FORWARD, *LOADS_PLAINLY)
+    such = Such(kind, own, ((kind.forward, "__code__", code),), _SETTINGS, HOOKS, ("forward",))
+    return Activation(such, (), name)
+
+
+# What C knows of functions, and of torch's classes that are left as they are.
+KNOWN: tuple[tuple[Any, str | Activation], ...] = (
+    *FUNCTIONS.items(),
+    *((kind, _of_torchs(kind, name)) for kind, name in ((nn.ReLU, "relu"), (nn.Sigmoid, "sigmoid"), (nn.Tanh, "tanh"))),
+)
 
 
 def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:

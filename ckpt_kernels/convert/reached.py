@@ -50,11 +50,11 @@ class Code:
 
     def __init__(self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], found: Iterable[Found]) -> None:
         self._module = module
-        self._found = tuple({(id(holder), name): (holder, name, value) for holder, name, value in found}.values())
+        self.found = tuple({(id(holder), name): (holder, name, value) for holder, name, value in found}.values())
 
     def is_same(self) -> bool:
         """Whether all of it still is what it was."""
-        return are_same(self._found)
+        return are_same(self.found)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Code) and self._identity() == other._identity()
@@ -63,7 +63,7 @@ class Code:
         return hash(self._identity())
 
     def _identity(self) -> tuple:
-        return tuple((id(holder), name, id(value)) for holder, name, value in self._found)
+        return tuple((id(holder), name, id(value)) for holder, name, value in self.found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
         return self
@@ -73,7 +73,7 @@ class Code:
 
     def text(self) -> tuple[str, ...]:
         """What was found, for another process: functions by their code, plain values, and the names of all else."""
-        return tuple(f"{name}: {_text(value)}" for _, name, value in self._found)
+        return tuple(f"{name}: {_text(value)}" for _, name, value in self.found)
 
 
 def _text(value: Any) -> str:

@@ -14,31 +14,26 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from ..levels import of_blocks
 from ..recompute import watch
 from . import sites, templates
 from .called import names_in
-from .exchange import EXCHANGES, exchanged, exchanged_module
+from .exchange import FUNCTION_TYPES, exchange_for
 from .flow import CLOSED, LONGEST, Block, blocks, run_of
-from .frames import is_nobodys_affair
+from .frames import PREFIX
 from .function_trials import activation_function
 from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
 from .objects import exchanged_object
 from .order import comes_first
 from .patterns import attempts, matches
-from .pointwise import ActivationRule, pointwise_of
+from .quick import quick_site
 from .reading import MODULE, Loads, Match, Operand, Part, Reader, settled
-from .rotation_trials import exchanged_local_rotation, exchanged_rotation, rotation_of
 from .scope import Scope
 from .source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
 from .trees import assigns, at, copies, expressions_in, replaced, with_parts
 from .writes import written_names
 
-# Of the names that are new in a function.
-_PREFIX = "_ckpt_kernels_"
-_RESULTS = f"{_PREFIX}results"
+_RESULTS = f"{PREFIX}results"
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # What is cut off is a gate, say, whose parts are kept one by one.
 _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
@@ -59,13 +54,6 @@ class Rewritten(NamedTuple):
 
     function: types.FunctionType
     found: list[str]
-
-
-def may_be_rewritten(function: types.FunctionType) -> bool:
-    """Whether what is in its frame is nobody's affair but its own, and the new names are new."""
-    code = function.__code__
-    names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
-    return not any(name.startswith(_PREFIX) for name in names) and is_nobodys_affair(function)
 
 
 def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
@@ -226,7 +214,7 @@ class _Writer:
                 return self._expression(match)
         made: Any = with_parts(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
-            made.func = self._exchange(tree.func, part)
+            made.func = self._exchange(tree, part)
             if self.recompute == "layer" and part.kind in IN_LAYERS:
                 self.noted = True
                 return at(tree, ast.Call(self._cell(watch), [made], []))
@@ -241,7 +229,7 @@ class _Writer:
         return ast.copy_location(ast.IfExp(self._asked(match), _taken(), original), match.root)
 
     def _asked(self, match: Match) -> ast.expr:
-        """The call of a site, and whether it has computed."""
+        """The call of a site, after that of a quick one if there is one, and whether it has computed."""
         pattern, attempt = match.pattern, match.attempt
         options = attempt.options | ({"recompute": of_blocks(self.recompute)} if "recompute" in pattern.takes else {})
         captured = [operand.name for operand in match.captured]
@@ -252,32 +240,30 @@ class _Writer:
             site = templates.site(pattern, captured, options, tried=activation_function(known[0]) if known else None)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
         call = ast.Call(self._cell(site), [], keywords)
-        named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
         self.found.append(attempt.said(pattern))
-        return at(match.root, ast.Call(ast.Attribute(named, "pop", ast.Load()), [], []))
+        asked = _has_computed(call)
+        if (quick := quick_site(match, self.scope.self, options)) is not None:
+            function, values = quick
+            asked = ast.BoolOp(ast.Or(), [_has_computed(ast.Call(self._cell(function), values, [])), asked])
+        return at(match.root, asked)
 
     def _operand(self, operand: Operand) -> ast.expr:
         return operand.tree if self.reader.is_plain(operand.tree) else self._expressions(operand.tree)
 
-    def _exchange(self, function: ast.expr, part: Part) -> ast.expr:
+    def _exchange(self, call: ast.Call, part: Part) -> ast.expr:
+        """What is called instead."""
+        function = call.func
         if part.kind == "object":
             return self._exchange_object(function, *part.known)
         is_local = part.kind == "local exchange"
         (known,) = part.known or ((self.scope.function_called if is_local else self.scope.value)(function),)
-        if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
-            self.found.append(str(rule))
-            return self._call(function, exchanged_module(known, rule))
-        if not isinstance(known, types.FunctionType | types.BuiltinFunctionType):
-            return function
-        if known in FUNCTIONS and self.notes:
+        if self.notes and isinstance(known, FUNCTION_TYPES) and known in FUNCTIONS:
             self.noted = True
             return self._call(function, noted_function(known))
-        if known in EXCHANGES:
-            instead, said = exchanged(known), known.__name__
-        elif isinstance(known, types.FunctionType) and rotation_of(known) is not None:
-            instead, said = (exchanged_local_rotation if is_local else exchanged_rotation)(known), "rotary"
-        else:
+        exchange = exchange_for(known, call, is_local)
+        if exchange is None:
             return function
+        instead, said = exchange
         self.found.append(said)
         return self._call(function, instead)
 
@@ -297,9 +283,15 @@ class _Writer:
         return at(function, ast.Call(self._cell(exchange), [function], []))
 
     def _cell(self, value: Any) -> ast.expr:
-        name = f"{_PREFIX}{len(self.cells)}"
+        name = f"{PREFIX}{len(self.cells)}"
         self.cells[name] = value
         return ast.Name(name, ast.Load())
+
+
+def _has_computed(call: ast.Call) -> ast.expr:
+    """The call, whose results get a name, and what comes last of these."""
+    named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
+    return ast.Call(ast.Attribute(named, "pop", ast.Load()), [], [])
 
 
 def _rank(match: Match) -> int:

@@ -3,9 +3,10 @@
 See `rotations` for what is found.
 """
 
+import ast
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ _LAYOUTS = ("halves", "interleaved")
 _CHOICES: dict[type, tuple[Any, ...]] = {int: (-2, -1, 0, 1, 2), bool: (False, True)}
 
 
-def exchanged_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
+def exchanged_rotation(function: types.FunctionType, settings: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
     """Of what is about to be called: ours if that is `function`, and anything else as it is."""
-    rotation = rotation_of(function)
+    rotation = rotation_of(function, settings)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         turned = None if rotation is None else rotation.of(args, kwargs)
@@ -41,9 +42,11 @@ def exchanged_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
     return lambda called: call if called is function else called
 
 
-def exchanged_local_rotation(function: types.FunctionType) -> Callable[[Any], Any]:
+def exchanged_local_rotation(
+    function: types.FunctionType, settings: tuple[str, ...] | None = None
+) -> Callable[[Any], Any]:
     """The same of a function that may be made anew each time, by a `def`."""
-    exchange = exchanged_rotation(function)
+    exchange = exchanged_rotation(function, settings)
 
     def is_one(called: Any) -> bool:
         if called is function:
@@ -58,37 +61,58 @@ def exchanged_local_rotation(function: types.FunctionType) -> Callable[[Any], An
     return lambda called: exchange(function) if is_one(called) else called
 
 
-def rotation_of(function: Any) -> Rotation | None:
-    """What a function turns, by trying it out; None where it does nothing of that kind."""
+def settings_in(call: ast.Call, function: types.FunctionType) -> tuple[str, ...]:
+    """The arguments with a default that a call gives, or may give."""
+    if any(isinstance(given, ast.Starred) for given in call.args) or None in [k.arg for k in call.keywords]:
+        return _settings_of(function)
+    given = {*function.__code__.co_varnames[: len(call.args)], *(keyword.arg for keyword in call.keywords)}
+    return tuple(name for name in _settings_of(function) if name in given)
+
+
+def _settings_of(function: types.FunctionType) -> tuple[str, ...]:
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return names[len(names) - len(function.__defaults__ or ()) :]
+
+
+def turns_heads(function: Any) -> bool:
+    """Whether it does by its defaults, or by other settings."""
+    return rotation_of(function, ()) is not None or rotation_of(function) is not None
+
+
+def rotation_of(function: Any, settings: tuple[str, ...] | None = None) -> Rotation | None:
+    """What a function turns, by trying it out; None where it does nothing of that kind.
+
+    `settings` are the names of those arguments that may be others than their defaults, which are all if it is None.
+    """
     if type(function) is not types.FunctionType or is_torchs(function):
         return None
-    found = _found_out(function)
+    found = _found_out(function, _settings_of(function) if settings is None else settings)
     return found if isinstance(found, Rotation) else None
 
 
 def why_no_rotation(function: types.FunctionType) -> str:
     """For people."""
-    found = _found_out(function)
+    found = _found_out(function, _settings_of(function))
     return "" if isinstance(found, Rotation) else found
 
 
 @remembered
-def _found_out(function: types.FunctionType) -> Rotation | str:
+def _found_out(function: types.FunctionType, settings: tuple[str, ...]) -> Rotation | str:
     try:
         names, defaults = parameters_of(function)
         if len(names) - len(defaults) not in (2, 3, 4) or not all(map(is_setting, defaults.values())):
             return "takes something else than one or two heads, their tables, and settings that are numbers"
-        found = _tried_out(function, read_function(function, _NAMES))
+        found = _tried_out(function, read_function(function, _NAMES), settings)
     except NotTried as error:
         return str(error)
     return "turns nothing as ours does" if found is None else found
 
 
 @in_a_thread_of_its_own
-def _tried_out(function: types.FunctionType, code: Code) -> Rotation | None:
+def _tried_out(function: types.FunctionType, code: Code, varied: Sequence[str]) -> Rotation | None:
     names, defaults = parameters_of(function)
     rotation = Rotation(function, code)
-    for others in _others(list(defaults.values())):
+    for others in _others(defaults, varied):
         settings = settings_of(others)
         for way in _ways(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
             dtypes: Dtypes | None = None
@@ -134,16 +158,19 @@ def _ways(required: int, may_be_complex: bool) -> Iterator[Way]:
             yield Way(required - 1, tuple(range(required)), tables)
 
 
-def _others(defaults: list[Any]) -> Iterator[tuple[Any, ...]]:
-    """Values of the arguments that have defaults: as they are, and with one or two of them another. Numbers may be
-    dimensions."""
-    choices = [[v for v in _CHOICES.get(type(value), ()) if v != value] for value in defaults]
-    yield tuple(defaults)
+def _others(defaults: dict[str, Any], varied: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Values of the arguments that have defaults: as they are, and with one or two of those that may vary another.
+    Numbers may be dimensions."""
+    choices = [
+        [v for v in _CHOICES.get(type(value), ()) if v != value and name in varied] for name, value in defaults.items()
+    ]
+    values = list(defaults.values())
+    yield tuple(values)
     for count in (1, 2):
         for places in itertools.combinations(range(len(defaults)), count):
-            for values in itertools.product(*(choices[place] for place in places)):
-                instead = dict(zip(places, values, strict=True))
-                yield tuple(instead.get(place, value) for place, value in enumerate(defaults))
+            for chosen in itertools.product(*(choices[place] for place in places)):
+                instead = dict(zip(places, chosen, strict=True))
+                yield tuple(instead.get(place, value) for place, value in enumerate(values))
 
 
 def _arrangements() -> Iterator[Arrangement]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .asked import Activation, Found
 from .operands import as_plain, is_operand
 
 Forward = Callable[..., Any]
@@ -22,6 +23,10 @@ class Rule(abc.ABC):
     @abc.abstractmethod
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         """What takes the place of these methods; each takes the module first."""
+
+    def as_activation(self, asked: tuple[Found, ...]) -> Activation | None:
+        """What its modules are, where that is an activation; `asked` is what their class and its forward have to be."""
+        return None
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -11,6 +11,7 @@ from .. import functional as F
 from .. import ops
 from .. import recompute as recomputing
 from ..autocast import is_autocast
+from ..functional.mlps import known_gated_mlp, known_mlp
 from .guards import are_alike, are_wanted, chains, level_for, modulates
 from .in_place import out_of_place, writes_over
 from .loads import is_set
@@ -26,9 +27,14 @@ Linear = tuple[Tensor, Tensor | None]
 def gated_mlp(
     input: Tensor, gate: Linear, value: Linear, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
-    if not chains(input, gate, last) or value[0].shape != gate[0].shape or not are_wanted(input, gate, value):
+    if not are_wanted(input, gate, value):
         return None
-    (w, b), (w2, b2), (w3, b3), level = gate, value, last, level_for(recompute, gate, value)
+    level = level_for(recompute, gate, value)
+    if (output := known_gated_mlp(input, gate, value, last, activation, p, level)) is not None:
+        return [output]
+    if not chains(input, gate, last) or value[0].shape != gate[0].shape:
+        return None
+    (w, b), (w2, b2), (w3, b3) = gate, value, last
     return [F.gated_mlp(input, w, w2, w3, b, b2, b3, activation=activation, dropout_p=p, recompute=level)]
 
 
@@ -47,13 +53,15 @@ def packed_mlp(
 def mlp(
     input: Tensor, first: Linear, act: Any, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
-    if not chains(input, first, last):
-        return None
     # Of these, eager torch keeps no more than the output.
     in_place = isinstance(act, nn.Module) and is_set(act, "inplace")
     if recompute == "block" and (in_place or activation in ("sigmoid", "tanh")):
         return None
     recompute = level_for(recompute, first)
+    if (output := known_mlp(input, first, last, activation, p, recompute)) is not None:
+        return [output]
+    if not chains(input, first, last):
+        return None
     return [F.mlp(input, *first, *last, activation=activation, dropout_p=p, recompute=recompute)]
 
 

@@ -15,6 +15,8 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .excerpts import excerpt_of, imported_names, likely_around
+
 _FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
@@ -40,12 +42,29 @@ def definition_of(function: types.FunctionType) -> Definition:
     lines = linecache.getlines(code.co_filename, function.__globals__)
     if not lines:
         raise NoSource("its source is not there")
-    return _definition(_parsed("".join(lines)), code, code.co_filename)
+    text = "".join(lines)
+    # Of functions anybody may set the name.
+    name = getattr(code, "co_qualname", function.__qualname__)
+    alone = _by_itself(excerpt_of(code, lines), name, imported_names(code, text), code, code.co_filename)
+    return alone or _in_its_file(text, code, code.co_filename)
 
 
 # Code of two files may be equal.
 @functools.lru_cache(maxsize=4096)
-def _definition(file: ast.Module, code: types.CodeType, _: str) -> Definition:
+def _by_itself(excerpt: str, name: str, imported: tuple[str, ...], code: types.CodeType, _: str) -> Definition | None:
+    """The definition by its own lines; None where these compile to anything else than what runs."""
+    try:
+        tree = _find(ast.parse(excerpt), code)[1]
+        definition = Definition(tree, likely_around(name), tuple(ast.Import([ast.alias(each)]) for each in imported))
+        return definition if _compiled(definition, code, ()) == code else None
+    except (SyntaxError, ValueError, NoSource):
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_its_file(text: str, code: types.CodeType, _: str) -> Definition:
+    """The same by the whole file."""
+    file = _parsed(text)
     around, tree = _find(file, code)
     definition = Definition(tree, around, _imports(file))
     if _compiled(definition, code, ()) != code:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .around import Around
-from .asked import are_same
+from .asked import ACTIVATION, are_same
 from .called import asks_for_its_class
 from .noticing import goes_on
 from .operands import is_called_plainly
@@ -211,7 +211,9 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
                 type.__delattr__(made, name)
     forward = Found.of(vars(made).get("forward", original.forward))
     type.__setattr__(made, _MADE, forward)
-    type.__setattr__(made, _ASKED, forward.asked(made, "forward") + conversion.forward.asked(original, "forward"))
+    asked = forward.asked(made, "forward") + conversion.forward.asked(original, "forward")
+    type.__setattr__(made, _ASKED, asked)
+    type.__setattr__(made, ACTIVATION, conversion.rule.as_activation(asked))
     _classes[_PROCESS, id(made)] = made
     return made
 

@@ -9,7 +9,7 @@ that is written out, `write` one of torch's that writes over its input. Both ord
 import ast
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ class Pattern(NamedTuple):
     spellings: tuple[ast.expr, ...]
     tensors: tuple[str, ...]
     linears: tuple[str, ...]
-    takes: frozenset[str]
+    takes: tuple[str, ...]
     made: bool
     halved: bool
     options: dict[str, Any]
@@ -68,7 +68,7 @@ def pattern(said: str, template: str, **options: Any) -> Callable[[Callable[...,
             tuple(spellings(tree)),
             tuple(name for name in names if name not in called),
             tuple(name for name in called if name not in _NO_LAYERS),
-            frozenset(inspect.signature(compute).parameters),
+            tuple(inspect.signature(compute).parameters),
             isinstance(of, ast.Call),
             of is not called.get("act"),
             options,
@@ -100,6 +100,12 @@ def spellings(tree: ast.expr) -> Iterator[ast.expr]:
         yield tree
 
 
+def keeps(pattern: Pattern, constants: Mapping[str, Any]) -> bool:
+    """Whether eager torch keeps what the activation is of, too, whichever that is. It keeps the output of some, and not
+    their input, to which somebody may write."""
+    return pattern.made or pattern.halved or constants.get("parts", False)
+
+
 def site(
     pattern: Pattern,
     captured: Sequence[str],
@@ -120,8 +126,7 @@ def site(
     constants = pattern.options | options
     tensors, linears, takes = pattern.tensors, pattern.linears, pattern.takes
     passed = [name for name in ("act", "norm", "write") if name in takes]
-    # Eager torch keeps the output of some activations, and not their input, to which somebody may write.
-    kept = pattern.made or pattern.halved or constants.get("parts", False)
+    kept = keeps(pattern, constants)
 
     def call(**operands: Any) -> list[Any]:
         results = None if is_watched() or has_hooks_for_all() else computed(operands)

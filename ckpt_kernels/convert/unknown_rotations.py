@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .methods import functions_in
-from .rotation_trials import rotation_of, why_no_rotation
+from .rotation_trials import turns_heads, why_no_rotation
 from .scope import Scope
 from .source import NoSource, definition_of
 
@@ -21,7 +21,7 @@ def why_unknown(module: nn.Module) -> str:
         if not any(map(_NAMED.search, (*function.__code__.co_names, *function.__code__.co_varnames))):
             continue
         for called in _called(function):
-            if rotation_of(called) is None:
+            if not turns_heads(called):
                 return f"calls {called.__name__}, which {why_no_rotation(called)}"
     return ""
 

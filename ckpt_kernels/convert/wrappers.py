@@ -8,11 +8,12 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from .around import Around
 from .asked import Found as Asked
-from .asked import are_same
+from .asked import are_same, surely_same
 from .rule import Forward
 
 
@@ -51,10 +52,13 @@ def unless_patched(original: type[nn.Module], name: str, found: Found, method: F
 
     _ckpt_name, _ckpt_method, _ckpt_original, _ckpt_load = name, method, original, getattr
     _ckpt_is_same, _ckpt_asked = are_same, found.asked(original, name)
+    _ckpt_is_compiling, _ckpt_are_surely = torch.compiler.is_compiling, surely_same(_ckpt_asked)
 
     @_in_the_place_of(found.method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        now = _ckpt_method if _ckpt_is_same(_ckpt_asked) else _ckpt_load(_ckpt_original, _ckpt_name)
+        # A compiler is to see what is asked.
+        is_same = _ckpt_is_same(_ckpt_asked) if _ckpt_is_compiling() else _ckpt_are_surely()
+        now = _ckpt_method if is_same else _ckpt_load(_ckpt_original, _ckpt_name)
         return now(self, *args, **kwargs)
 
     return call

@@ -13,7 +13,7 @@ are computed as those of F.linear; what is kept is the operand itself, not the c
 gradients, and torch.compile, go through the composition.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def norm_linear(
     given = (normalized_shape, eps, norm, activation, pre_activation, weight_offset, cast_before_weight, recompute)
     block = thin.plan_of("norm_linear", tensors, (single, len(weights), given))
     if block is not None:
-        outputs = _block_linear(block, tensors[:3], weights, biases, recompute)
+        outputs = of_plan(recompute)(block, tensors[:3], weights, biases)
         return outputs[0] if single else outputs
     level_name(recompute)
     columns = check_input(input, normalized_shape)
@@ -191,7 +191,7 @@ def act_linear(
     call = "act_linear", (input, weight, bias), (activation, dropout_p, training, recompute)
     block = thin.plan_of(*call)
     if block is not None:
-        return _block_linear(block, (input,), (weight,), (bias,), recompute)[0]
+        return of_plan(recompute)(block, (input,), (weight,), (bias,))[0]
     level_name(recompute)
     check_tensor(input, "input", nested=True)
     check_linear(weight, bias, "weight", "bias", last_dimension(input), input)
@@ -225,6 +225,12 @@ def _block_linear(
 ) -> tuple[Tensor, ...]:
     compute = ops.linear.composed_linear if recompute == "block" else ops.linear.block_linear
     return compute(block, operands, weights, biases)
+
+
+def of_plan(recompute: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The same for a block that a plan has found: nothing but autograd sees the ops."""
+    is_fused = recompute != "block" and torch.is_grad_enabled()
+    return ops.linear.fused_block_linear if is_fused else ops.linear.composed_linear
 
 
 def dtypes_of(*tensors: Tensor | None) -> set[torch.dtype]:

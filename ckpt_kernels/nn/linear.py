@@ -81,7 +81,7 @@ class NormLinear(nn.Module):
             return call
         norm = self.norm
         centered = isinstance(norm, LayerNorm)
-        single = hasattr(self, "linear")
+        single = "linear" in self._modules
         linears: list[Any] = [self.linear] if single else list(self.linears)
         if not are_plain(norm, *linears):
             with letting_go(self, self.recompute):

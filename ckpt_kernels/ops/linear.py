@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import recompute
 from ..autocast import is_autocast
-from .composition import by_composition, composed_gradients, is_fused
+from .composition import by_composition, is_fused
 from .linear_blocks import Block
+from .linear_gradients import block_linear_gradients, block_product_gradients, composed, parted, through_composition
 from .pinned import pinned_function
 from .products import (
     as_no_view,
@@ -83,12 +84,41 @@ def recomputed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 @pinned_function
+class _BlockProduct(torch.autograd.Function):
+    """A product of a block's output, of which the block's operands are kept, and not the output."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, dtype: torch.dtype, *tensors: Tensor | None) -> Tensor:
+        *operands, weight, bias = tensors
+        output, rest = block.forward(operands)
+        ctx.block, ctx.bias_dtype = block, None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*operands, weight, *rest)
+        return as_no_view(product_of(output, weight, bias, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        needs = ctx.needs_input_grad[2:]
+        count = len(needs) - 2
+        # Once: who unpacks may compute.
+        saved = ctx.saved_tensors
+        operands, weight, rest = saved[:count], saved[count], saved[count + 1 :]
+        if by_composition((grad,)):
+            kinds = [None if t is None else t.dtype for t in (*operands, weight)]
+            kinds.append(ctx.bias_dtype)
+            found = through_composition(composed(ctx.block), (grad,), operands, (weight,), needs, kinds)
+        else:
+            found = block_product_gradients(ctx.block, grad, operands, weight, rest, needs, ctx.bias_dtype)
+        return None, None, *found
+
+
+@pinned_function
 class _BlockLinear(torch.autograd.Function):
-    """Products of a block's output, of which the block's operands are kept, and not the output."""
+    """Several products of a block's output, of which the block's operands are kept, and not the output."""
 
     @staticmethod
     def forward(ctx: Any, block: Block, count: int, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        operands, weights, biases = _parted(tensors, count)
+        operands, weights, biases = parted(tensors, count)
         output, rest = block.forward(operands)
         ctx.block, ctx.count, ctx.kinds = block, count, [None if t is None else t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
@@ -103,96 +133,40 @@ class _BlockLinear(torch.autograd.Function):
         saved = ctx.saved_tensors
         operands, weights, rest = saved[:first], saved[first : first + ctx.count], saved[first + ctx.count :]
         if by_composition(grads):
-            found = through_composition(_composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
+            found = through_composition(composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
         else:
-            found = _block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.kinds)
+            found = block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.kinds)
         return None, None, None, *found
-
-
-def _parted(tensors: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """The block's operands, the weights and the biases of `count` products."""
-    first = len(tensors) - 2 * count
-    return tensors[:first], tensors[first : first + count], tensors[first + count :]
-
-
-def _block_linear_gradients(
-    block: Block,
-    grads: Sequence[Tensor | None],
-    operands: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-    rest: tuple[Tensor, ...],
-    needs: Sequence[bool],
-    kinds: Sequence[torch.dtype | None],
-) -> list[Tensor | None]:
-    """The gradients of operands, weights and biases; the block's output comes out of its gradient kernel."""
-    operand_needs, weight_needs, bias_needs = _parted(needs, len(weights))
-    _, _, bias_kinds = _parted(kinds, len(weights))
-    there = [(g, w) for g, w in zip(grads, weights, strict=True) if g is not None]
-    rewrite = any(g is not None and n for g, n in zip(grads, weight_needs, strict=True))
-    if not there:
-        return [None] * len(needs)
-    found, output = [None] * len(operands), None
-    if any(operand_needs):
-        # The output's dtype, which under autocast is not the products'.
-        grad_output = grad_of_shared(there, operands[0].dtype)
-        found, output = block.backward(grad_output, operands, rest, operand_needs, rewrite)
-        found = [g if n else None for g, n in zip(found, operand_needs, strict=True)]
-    elif rewrite:
-        # Whoever unpacked them may have negated them lazily, which a block for small calls takes to be ruled out.
-        output, _ = block.forward([None if t is None else t.resolve_neg() for t in operands])
-    for grad, weight, need in zip(grads, weights, weight_needs, strict=True):
-        found.append(grad_weight_of(grad, output, weight.dtype) if need and grad is not None else None)
-    for grad, need, kind in zip(grads, bias_needs, bias_kinds, strict=True):
-        found.append(grad_bias_of(grad, kind) if need and grad is not None else None)
-    return found
-
-
-def _composed(block: Block) -> Callable[[Sequence[Tensor | None], Sequence[Tensor], torch.dtype], list[Tensor]]:
-    def products(operands: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        output = block.composed(operands)
-        return [product_of(output, w, None, dtype) for w in weights]
-
-    return products
-
-
-def through_composition(
-    compose: Callable[[Sequence[Tensor | None], Sequence[Tensor], torch.dtype], list[Tensor]],
-    grads: Sequence[Tensor | None],
-    operands: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
-    needs: Sequence[bool],
-    kinds: Sequence[torch.dtype | None],
-) -> list[Tensor | None]:
-    """The same by operators that torch sees, as a graph for gradients of gradients: those of the composition. Biases
-    add, and have none there."""
-    operand_needs, weight_needs, bias_needs = _parted(needs, len(weights))
-    _, _, bias_kinds = _parted(kinds, len(weights))
-    dtype = next((g.dtype for g in grads if g is not None), operands[0].dtype)
-
-    def products(*tensors: Tensor | None) -> list[Tensor]:
-        return compose(tensors[: len(operands)], tensors[len(operands) :], dtype)
-
-    result = composed_gradients(products, (*operands, *weights), (*operand_needs, *weight_needs), grads)
-    for grad, need, kind in zip(grads, bias_needs, bias_kinds, strict=True):
-        result.append(grad_bias_of(grad, kind) if need and grad is not None else None)
-    return result
 
 
 def block_linear(
     block: Block, operands: Sequence[Tensor | None], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """The block's output times each weight, plus bias. Keeps the operands; see the module."""
+    if not is_fused(*operands, *weights, *biases):
+        return composed_linear(block, operands, weights, biases)
+    return fused_block_linear(block, operands, weights, biases)
+
+
+def fused_block_linear(
+    block: Block, operands: Sequence[Tensor | None], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The same, where `is_fused` of all tensors is known."""
     # Without a gradient to find for an operand, the output is the least there is to keep.
-    if not any(t is not None and t.requires_grad for t in operands) or not is_fused(*operands, *weights, *biases):
+    if not any([t is not None and t.requires_grad for t in operands]):
         return composed_linear(block, operands, weights, biases)
     dtype = product_dtype(operands[0])
+    if len(weights) > 1:
+        return _apply_of(_BlockLinear)(block, len(weights), dtype, *operands, *weights, *biases)
+    (weight,), (bias,) = weights, biases
+    if not recompute.thread.active:
+        return (_apply_of(_BlockProduct)(block, dtype, *operands, weight, bias),)
 
     def product(weight: Tensor, bias: Tensor | None, *operands: Tensor | None) -> Tensor:
         return product_of(block.forward(operands)[0], weight, bias, dtype)
 
-    is_announced = len(weights) == 1 and announced(product, weights[0], biases[0], *operands)
-    first, *others = _apply_of(_BlockLinear)(block, len(weights), dtype, *operands, *weights, *biases)
-    return recorded(first, is_announced), *others
+    is_announced = announced(product, weight, bias, *operands)
+    return (recorded(_apply_of(_BlockProduct)(block, dtype, *operands, weight, bias), is_announced),)
 
 
 def announced(product: Callable[..., Tensor], *tensors: Tensor | None) -> bool:
@@ -256,7 +230,7 @@ class _LinearBlockLinear(torch.autograd.Function):
         inner_needs = [wants_input or any(first_needs[i : i + 2]) for i in range(0, len(firsts), 2)]
         kinds = [*(t.dtype for t in operands), weight.dtype, None]
         wanted = (*inner_needs, needs[-2], False)
-        inner = _block_linear_gradients(ctx.block, (grad,), operands, (weight,), (), wanted, kinds)
+        inner = block_linear_gradients(ctx.block, (grad,), operands, (weight,), (), wanted, kinds)
         del operands
         found: list[Tensor | None] = []
         there = []

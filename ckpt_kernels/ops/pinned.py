@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import backends
 
+# Of what is none of torch's parameters, the question whether it is one takes long.
+_NO_PARAMETERS = frozenset((Tensor, type(None), bool, int, float, str, tuple, torch.dtype))
 Rule = Callable[..., Any]
 
 
@@ -35,24 +38,29 @@ def pinned_function(function: type[torch.autograd.Function]) -> type[torch.autog
 
     Of what hooks keep torch does not ask whether it was written to since, so the function does.
     """
-    forward, backward = pinned(function.forward, function.backward)
+    forward, backward = function.forward, function.backward
 
     def noting(ctx: Any, *arguments: Any) -> Any:
+        ctx.backend = backends.chosen()
         if not torch.compiler.is_compiling():
-            # The dimension first: of a tensor, whether it is a parameter costs several times as much.
-            vectors = [a for a in arguments if isinstance(a, torch.Tensor) and a.dim() == 1]
-            biases = [a for a in vectors if isinstance(a, torch.nn.Parameter)]
-            ctx.biases = [(bias, bias._version) for bias in biases if not bias.is_inference()]
+            parameters = [a for a in arguments if type(a) not in _NO_PARAMETERS and isinstance(a, nn.Parameter)]
+            ctx.biases = [(p, p._version) for p in parameters if p.dim() == 1 and not p.is_inference()]
         return forward(ctx, *arguments)
 
     def checking(ctx: Any, *gradients: Any) -> Any:
-        for bias, version in () if torch.compiler.is_compiling() else ctx.biases:
+        # A compiler traces this, and what it makes runs elsewhere anyway.
+        if torch.compiler.is_compiling():
+            return backward(ctx, *gradients)
+        for bias, version in ctx.biases:
             if bias._version != version:
                 raise RuntimeError(
                     "a bias needed for the gradient computation was modified by an in-place operation: "
                     f"{bias.dtype} {tuple(bias.shape)} is at version {bias._version}; expected version {version}"
                 )
-        return backward(ctx, *gradients)
+        if backends.chosen() == ctx.backend:
+            return backward(ctx, *gradients)
+        with backends.serving(ctx.backend):
+            return backward(ctx, *gradients)
 
     function.forward, function.backward = staticmethod(noting), staticmethod(checking)
     return function

@@ -19,14 +19,14 @@ def product_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.to(dtype)`, which costs as much as a small product even where there is nothing to cast."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def product_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """F.linear, computed in `dtype`."""
-    operands = (_cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype))
+    operands = (cast(input, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
     if not is_autocast(input):
         return linear_of_torch(*operands)
     with without_autocast(input):
@@ -48,18 +48,18 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def grad_input_of(grad: Tensor, weight: Tensor) -> Tensor:
     """`(*, in)`, of the gradient's dtype."""
-    product = as_matrix(grad) @ _cast(weight, grad.dtype)
+    product = as_matrix(grad) @ cast(weight, grad.dtype)
     return product if grad.dim() == 2 else product.reshape(*grad.shape[:-1], weight.shape[1])
 
 
 def grad_weight_of(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tensor:
     """`(out, in)`."""
-    return _cast(as_matrix(grad).t() @ _cast(as_matrix(input), grad.dtype), weight_dtype)
+    return cast(as_matrix(grad).t() @ cast(as_matrix(input), grad.dtype), weight_dtype)
 
 
 def grad_bias_of(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
     """`(out)`."""
-    return _cast(grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad, bias_dtype)
+    return cast(grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad, bias_dtype)
 
 
 def products_of(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
@@ -69,7 +69,7 @@ def products_of(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dty
 
 def grad_of_shared(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """The gradient of what several products read, added up in autograd's order: the last product's first."""
-    parts = [_cast(grad_input_of(g, w), dtype) for g, w in reversed(there)]
+    parts = [cast(grad_input_of(g, w), dtype) for g, w in reversed(there)]
     total = parts[0]
     for part in parts[1:]:
         total = total.add_(part)

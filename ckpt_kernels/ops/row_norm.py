@@ -116,10 +116,8 @@ class _RowNorm(Block):
 
     def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> tuple | None:
         """The norm of what is kept, by the statistics that are kept."""
-        (input, *rest), options = self.keep(arguments, results, ctx.needs_input_grad)
-        if input is None:
-            return None
-        return lambda *kept: _rebuilt(Kept(*kept), options), (input, *rest)
+        kept, options = self.keep(arguments, results, ctx.needs_input_grad)
+        return None if kept[0] is None else (lambda *again: rebuilt(again, options), tuple(kept))
 
     def total(self, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> Any:
         """The sum, rounded as it was: torch adds in float32 too."""
@@ -252,7 +250,8 @@ def _sum(residual: Tensor, input: Tensor) -> Tensor:
     return (residual + input).contiguous()
 
 
-def _rebuilt(kept: Kept, options: RowNormOptions) -> Tensor:
+def rebuilt(kept: Sequence[Tensor | None], options: RowNormOptions) -> Tensor:
+    """The output again, of what is kept."""
     input, gate, scale, shift, weight, bias, _, mean, rstd = kept
     output = contiguous(input)
     if output.numel():

@@ -21,13 +21,16 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return _top_hooks(True)
 
 
 def sees_what_is_saved(discarder: "Discarder") -> bool:
     """Whether the hooks of this context are the innermost on this thread."""
-    top = top_hooks()
+    top = _top_hooks(True)
     return top is not None and getattr(top[0], "__self__", None) is discarder
 
 
@@ -45,6 +48,9 @@ def is_active() -> bool:
 def innermost() -> "Discarder | None":
     """The innermost context that is open; closed ones are forgotten."""
     active = thread.active
-    while active and active[-1].is_closed:
+    while active:
+        last = active[-1]
+        if not last.is_closed:
+            return last
         active.pop()
-    return active[-1] if active else None
+    return None

@@ -1,24 +1,21 @@
 """An op's announcement of how to make the output again, and the tensors that the op's node saves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .recipes import Cell
+from .contents import Cell, Kept
 
+_HAS_PROCESSES = torch.distributed.is_available()
 # A function, and the tensors from which the function makes the output.
 Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 
 
-class Packed(NamedTuple):
-    """A tensor that the announced op saves, and the cell that the op's node holds instead."""
-
-    tensor: Tensor
-    cell: Cell
-    # Whether the cell's content may be exchanged later, together with that of all others who keep the tensor.
-    is_exchanged: bool
+# A tensor that the announced op saves; the cell that the op's node holds instead; and whether the cell's content may be
+# exchanged later, together with that of all others who keep the tensor.
+Packed = tuple[Tensor, Cell, bool]
 
 
 class Total(NamedTuple):
@@ -28,13 +25,29 @@ class Total(NamedTuple):
     recipe: Announcement
 
 
-def are_among(tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> bool:
-    """Whether each tensor shares the memory of a saved one."""
-    there = {id(packed.tensor) for packed in saved}
-    others = [t for t in tensors if t is not None and id(t) not in there]
+class Announced:
+    """An op whose forward has run, and whose output has not been recorded yet.
+
+    `saved` is what the node has saved so far, by the tensors' identity, and `kept` that of it which stays as it is to
+    the node's end.
+    """
+
+    __slots__ = ("announcement", "is_elementwise", "kept", "saved", "total")
+
+    def __init__(self, announcement: Announcement | None, is_elementwise: bool, total: Total | None) -> None:
+        self.announcement = announcement
+        self.is_elementwise = is_elementwise
+        self.total = total
+        self.saved: dict[int, Packed] = {}
+        self.kept: dict[int, Kept] = {}
+
+
+def are_among(tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]) -> bool:
+    """Whether each tensor shares the memory of a saved one, found by identity."""
+    others = [t for t in tensors if t is not None and id(t) not in saved]
     if not others:
         return True
-    storages = {packed.tensor.untyped_storage()._cdata for packed in saved}
+    storages = {tensor.untyped_storage()._cdata for tensor, _, _ in saved.values()}
     return all(t.untyped_storage()._cdata in storages for t in others)
 
 
@@ -44,7 +57,10 @@ def outlasting(tensor: Tensor) -> Tensor:
     A sharded weight is gathered when the backward pass of its module begins; readers of the module's output, which run
     the recipe, come before.
     """
-    if tensor.dim() != 1 or not (tensor.requires_grad or isinstance(tensor, nn.Parameter)):
-        return tensor
-    is_sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return tensor.detach().clone() if is_sharded else tensor
+    is_weight = tensor.dim() == 1 and (tensor.requires_grad or isinstance(tensor, nn.Parameter))
+    return tensor.detach().clone() if is_weight and may_be_sharded() else tensor
+
+
+def may_be_sharded() -> bool:
+    """Whether this process is one of several."""
+    return _HAS_PROCESSES and torch.distributed.is_initialized()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import nodes
 from .active import discarding, innermost, sees_what_is_saved, thread
-from .announced import Announcement, Total
+from .announced import Announced, Announcement, Total
 
 
 def announce(
@@ -21,11 +21,11 @@ def announce(
     discarder = innermost()
     if discarder is None:
         return
-    seen = sees_what_is_saved(discarder) and not discarder.is_paused
-    discarder.announced = announcement if seen else None
-    discarder.saved = [] if seen else None
-    discarder.is_elementwise = elementwise and seen
-    discarder.total = Total(total[0].untyped_storage()._cdata, total[1]) if seen and total is not None else None
+    if discarder.is_paused or not sees_what_is_saved(discarder):
+        discarder.announced = None
+        return
+    second = None if total is None else Total(total[0].untyped_storage()._cdata, total[1])
+    discarder.announced = Announced(announcement, elementwise, second)
 
 
 def announce_in_layer(announcement: Announcement) -> bool:

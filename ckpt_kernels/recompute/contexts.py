@@ -1,7 +1,7 @@
 """The contexts in which outputs are let go of: saved-tensor hooks, on the thread and for the time of the context."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from .active import discarding, sees_what_is_saved, thread
+from .active import discarding, innermost, sees_what_is_saved, thread
+from .contents import Cell
 from .discarder import Discarder
-from .recipes import Cell
+
+_is_traced = torch.compiler.is_dynamo_compiling
 
 
 class discard_outputs(contextlib.ContextDecorator):
@@ -69,7 +71,7 @@ class discard_outputs(contextlib.ContextDecorator):
         self._module = module
         self._products = products
         self._temporaries = temporaries
-        self._entered: list[AbstractContextManager[None] | None] = []
+        self._entered: list[Generator[None, None, None] | None] = []
 
     def _recreate_cm(self) -> "discard_outputs":
         return discard_outputs(self._module, products=self._products, temporaries=self._temporaries)
@@ -82,12 +84,10 @@ class discard_outputs(contextlib.ContextDecorator):
             self._entered.append(None)
             return self
         # Within another active context that one goes on: outputs may cross from one to the other.
-        hooked = None if discarding() is not None else _hooked(self._products, self._temporaries)
+        hooked = None if discarding() is not None else _hooked(self._module, self._products, self._temporaries)
         self._entered.append(hooked)
         if hooked is not None:
-            hooked.__enter__()
-            if self._module is not None:
-                thread.active[-1].biases.begin(self._module)
+            next(hooked)
         return self
 
     def __exit__(
@@ -95,32 +95,32 @@ class discard_outputs(contextlib.ContextDecorator):
     ) -> None:
         hooked = self._entered.pop()
         if hooked is not None:
-            hooked.__exit__(kind, error, trace)
+            hooked.close()
 
 
-@contextlib.contextmanager
-def _hooked(products: bool, temporaries: bool) -> Iterator[None]:
-    """A discarder at work.
+def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Generator[None, None, None]:
+    """A discarder at work, from the first step to the end.
 
     The end is a mark on the discarder itself, so that it holds wherever this generator is closed: by an interrupt
     between any two steps, when the last reference to it goes; in another thread, whose own hooks are not touched.
     """
-    discarder = Discarder(products, temporaries)
-    hooks = torch.autograd.graph.saved_tensors_hooks(discarder.pack, _unpack)
+    discarder = Discarder(module, products, temporaries)
+    hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
     try:
-        hooks.__enter__()
+        hooks._push_saved_tensors_default_hooks(discarder.pack, _unpack)
         thread.active.append(discarder)
         yield
     finally:
         discarder.is_closed = True
+        innermost()
         discarder.close()
         if sees_what_is_saved(discarder):
-            hooks.__exit__(None, None, None)
+            hooks._pop_saved_tensors_default_hooks()
 
 
 def _unpack(packed: Cell) -> Tensor:
     # Compiled autograd traces through hooks. Versions, locks and shared results are for no tracer.
-    return _unpack_untraced(packed) if torch.compiler.is_compiling() else packed.content.get()
+    return _unpack_untraced(packed) if _is_traced() else packed.content.get()
 
 
 @torch._disable_dynamo
@@ -146,8 +146,9 @@ class DiscardOutputs(nn.Module):
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with discard_outputs(self.module):
-            return self.module(*args, **kwargs)
+        module = self.module
+        with discard_outputs(module):
+            return module(*args, **kwargs)
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -6,33 +6,22 @@ itself, or a recipe, which comes from the block that made the tensor, or from th
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import nodes, provenance
+from . import provenance
 from .active import sees_what_is_saved, top_hooks
-from .announced import Announcement, Packed, Total, are_among, outlasting
+from .announced import Announced, Announcement, Packed, Total, are_among, may_be_sharded, outlasting
 from .biases import Biases
+from .contents import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
 from .edges import Edges
-from .entries import Entries
-from .nodes import Result
-from .provenance import Block, Trace
-from .recipes import (
-    Cell,
-    Claim,
-    Foreign,
-    Kept,
-    Operand,
-    Recipe,
-    Step,
-    Unwritten,
-    geometry_of,
-    recipe_of_step,
-    watching,
-)
+from .entries import Block, Entries, Entry
+from .keepers import exchange, note_keeper
+from .provenance import Trace
+from .recipes import Claim, Recipe, Step, geometry_of, recipe_of_step
 from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
 
 # A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
@@ -43,18 +32,18 @@ LONGEST_CHAIN = 8
 class Discarder:
     """The state of one active context."""
 
-    def __init__(self, products: bool, temporaries: bool) -> None:
+    def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
         self._products = products
         self._temporaries = temporaries
         self._entries = Entries()
-        self.biases = Biases()
+        self._biases = Biases(module)
+        self._may_be_sharded = may_be_sharded()
         self._outer = top_hooks()
         self.is_closed = False
         # Of the op whose forward has run, and whose output `record` has not been given yet.
-        self.announced: Announcement | None = None
-        self.saved: list[Packed] | None = None
-        self.is_elementwise = False
-        self.total: Total | None = None
+        self.announced: Announced | None = None
+        # Whether a tensor is packed for a recipe, and so does not count as saved by that op.
+        self._is_apart = False
         # Within a layer products run again, whoever reads them.
         self.is_in_layer = False
         # Whether only outputs that were recorded before are let go of.
@@ -77,54 +66,59 @@ class Discarder:
     def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
         """Takes the output of the announced op, or another output with a recipe, which lasts as long as that output."""
         if recipe is not None:
-            made = self._recipe(*recipe, ())
-            self._entries.add(output, lambda: made)
+            made = self._recipe(*recipe, {})
+            self._entries.add(Entry(output, lambda: made))
             return
-        announced, saved = self.announced, self.saved or ()
-        self.announced = self.saved = self.total = None
-        self.is_elementwise = False
-        if announced is None or not output.requires_grad:
+        announced, self.announced = self.announced, None
+        if announced is None or announced.announcement is None or not output.requires_grad:
             return
-        made = self._recipe(*announced, saved)
-        if self._keeps(made, announced[1], saved) >= output.nbytes:
+        rebuild, tensors = announced.announcement
+        saved, kept = announced.saved, announced.kept
+        try:
+            operands = [None if t is None else kept[id(t)] for t in tensors]
+            made, is_of_saved, more = Recipe(rebuild, operands, 1), True, 0
+        except KeyError:
+            made, is_of_saved = self._recipe(rebuild, tensors, saved), are_among(tensors, saved)
+            more = self._keeps(made, tensors, saved)
+        if more >= output.nbytes:
             return
+        entry = Entry(output, weakref.ref(made))
         # A recipe of saved tensors alone lasts as long as the node that saves them. So the recipe is there when a look
         # at the graph behind another tensor comes to this node and the output is gone.
-        if saved and are_among(announced[1], saved):
-            saved[0].cell.attached = made
-            entry = self._entries.add(output, weakref.ref(made))
+        if saved and is_of_saved:
+            _, first, _ = next(iter(saved.values()))
+            first.attached = made
+            self._entries.add(entry)
         else:
-            entry = self._entries.add(output, lambda: made)
+            self._entries.add(Entry(output, lambda: made))
         node: Any = output.grad_fn
-        node.recomputed_block = Block(
-            self, weakref.ref(made), entry.output, entry.storage, entry.version, watching(output)
-        )
+        node.recomputed_block = Block(self, entry, watching(output))
 
     def _recipe(
-        self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Sequence[Packed]
+        self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]
     ) -> Recipe:
         operands = [None if t is None else self._operand(t, saved) for t in tensors]
         return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
 
-    def _keeps(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Sequence[Packed]) -> int:
+    def _keeps(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]) -> int:
         """Bytes that only the recipe keeps: a recipe that keeps as much as the output gains nothing."""
         pairs = zip(tensors, recipe.operands, strict=True)
         kept = [t for t, o in pairs if t is not None and o is not None and not (t.is_leaf or o.depth)]
         return sum(t.nbytes for t in kept if not (are_among((t,), saved) or self._edges.of(t) is not None))
 
-    def _operand(self, tensor: Tensor, saved: Sequence[Packed]) -> Operand:
+    def _operand(self, tensor: Tensor, saved: Mapping[int, Packed]) -> Operand:
         """The content of the node's cell, if the node keeps it to the end; else the tensor is packed for the recipe.
 
         The content alone: a cell that holds the recipe would be held by it.
         """
-        lasting = outlasting(tensor)
-        for packed in saved:
-            if packed.tensor is lasting and not packed.is_exchanged:
-                if isinstance(packed.cell.content, Kept):
-                    return packed.cell.content
-                # A tensor that outer hooks packed is unpacked once for both.
-                if isinstance(packed.cell.content, Foreign) and (shared := self.share(packed.cell)) is not None:
-                    return shared
+        lasting = outlasting(tensor) if self._may_be_sharded else tensor
+        _, cell, is_exchanged = saved.get(id(lasting), (None, None, False))
+        if cell is not None and not is_exchanged:
+            if isinstance(cell.content, Kept):
+                return cell.content
+            # A tensor that outer hooks packed is unpacked once for both.
+            if isinstance(cell.content, Foreign) and (shared := self.share(cell)) is not None:
+                return shared
         return self._operand_of(self._packed(lasting))
 
     def _operand_of(self, cell: Cell) -> Operand:
@@ -160,48 +154,60 @@ class Discarder:
         self._outer = None
         self._entries.clear()
         self._edges.clear()
-        self.biases.clear()
-        self.announced = self.saved = self.total = None
+        self.announced = None
 
     def pack(self, tensor: Tensor) -> Cell:
         # The context was closed in another thread, where these hooks could not be taken off: this is the first chance.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        if self._edges.held and type(tensor) is Tensor and tensor.layout is torch.strided:
+        if self._edges.held and is_plain(tensor):
             held = self._edges.of(tensor)
             if held is not None:
                 held.is_saved = True
         return self._packed(tensor)
 
     def _packed(self, tensor: Tensor) -> Cell:
-        # Tensors that are packed for a recipe do not count as saved by the op.
-        saved, self.saved = self.saved, None
-        found = None if self.is_closed else self._recipe_for(tensor)
-        if found is None and self.total is not None and self.is_in_layer:
-            found = self._recipe_of_total(self.total, tensor)
-        self.saved = saved
-        if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
-            cell = Cell(Claim(found, geometry_of(tensor)), self, tensor, watching(tensor))
-        elif self._outer is not None:
-            packed, unpack = self._outer
-            cell = Cell(Foreign(packed(tensor), unpack), self, tensor, watching(tensor))
+        node, announced = tensor.grad_fn, self.announced
+        if node is None and tensor._base is None and (announced is None or announced.total is None):
+            # A weight, an input or a statistic, which has no past to be made from.
+            content, watch = self._kept(tensor)
+            cell, is_exchanged = Cell(content, self, tensor._version, watch), False
         else:
-            # Detached: a node that keeps its own output would otherwise keep itself alive.
-            kept = tensor.detach()
-            cell = Cell(Kept(kept, kept._version), self, tensor, kept)
-        if self.saved is not None and tensor.layout is torch.strided:
-            self.saved.append(Packed(tensor, cell, isinstance(found, Tensor)))
-        if isinstance(found, Tensor):
-            self._note_keeper(found, tensor, cell)
+            cell, is_exchanged = self._made_or_kept(tensor, node)
+        if announced is not None and not self._is_apart and tensor.layout is torch.strided:
+            announced.saved[id(tensor)] = tensor, cell, is_exchanged
+            if type(cell.content) is Kept and not is_exchanged and not self._may_be_sharded:
+                announced.kept[id(tensor)] = cell.content
         return cell
 
-    def _note_keeper(self, root: Tensor, tensor: Tensor, cell: Cell) -> None:
-        keeper = weakref.ref(cell), geometry_of(tensor)
-        own = nodes.result_cell(root.grad_fn)
-        if own is None:
-            cell.attached = Result(root.shape, root.stride(), root.dtype, [keeper])
-        elif isinstance(own.attached, Result):
-            own.attached.keepers.append(keeper)
+    def _made_or_kept(self, tensor: Tensor, node: Any) -> tuple[Cell, bool]:
+        """The cell, with a recipe if there is one; and whether there may be one later, for all who keep the tensor."""
+        before, self._is_apart = self._is_apart, True
+        found = None if self.is_closed else self._recipe_for(tensor)
+        if found is None and self.is_in_layer and self.announced is not None and self.announced.total is not None:
+            found = self._recipe_of_total(self.announced, self.announced.total, tensor)
+        self._is_apart = before
+        if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
+            content: Operand = Claim(found, geometry_of(tensor))
+            block = provenance.block_of(node)
+            # A block's output is watched already.
+            watch = block.watch if block is not None and block.entry.output() is tensor else watching(tensor)
+        else:
+            content, watch = self._kept(tensor)
+        cell = Cell(content, self, tensor._version, watch)
+        cell.is_clone = node is not None and node.name() == "CloneBackward0"
+        if isinstance(found, Tensor):
+            note_keeper(found, tensor, cell)
+        return cell, isinstance(found, Tensor)
+
+    def _kept(self, tensor: Tensor) -> tuple[Operand, Tensor | None]:
+        """A tensor's content where the tensor is kept, by the hooks around if there are any; and the watch."""
+        if self._outer is not None:
+            packed, unpack = self._outer
+            return Foreign(packed(tensor), unpack), watching(tensor)
+        # Detached: a node that keeps its own output would otherwise keep itself alive.
+        kept = tensor.detach()
+        return Kept(kept, is_plain(tensor)), kept
 
     def _recipe_for(self, tensor: Tensor) -> Recipe | Tensor | None:
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
@@ -212,24 +218,24 @@ class Discarder:
             return None
         entry = self._entries.of(tensor)
         if entry is not None:
-            if tensor.dtype != entry.dtype:
+            if tensor.dtype is not entry.dtype:
                 return None
             if tensor._version == entry.version and (recipe := entry.recipe()) is not None:
                 return recipe
         return None if self.is_paused else self._traced(tensor)
 
-    def _recipe_of_total(self, total: Total, tensor: Tensor) -> Recipe | None:
+    def _recipe_of_total(self, announced: Announced, total: Total, tensor: Tensor) -> Recipe | None:
         """Within a layer, the recipe of a sum from recipes of the parts."""
         if tensor.untyped_storage()._cdata != total.storage:
             return None
         # Only once: packing the parts comes back here.
-        self.total = None
+        announced.total = None
         helds = [self._edges.of(t) for t in total.recipe[1] if t is not None]
         if any(held is not None and not held.is_saved for held in helds):
             return None
-        recipe = self._recipe(*total.recipe, ())
-        if self._keeps(recipe, total.recipe[1], ()) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
-            self._entries.add(tensor, lambda: recipe)
+        recipe = self._recipe(*total.recipe, {})
+        if self._keeps(recipe, total.recipe[1], {}) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
+            self._entries.add(Entry(tensor, lambda: recipe))
             return recipe
         return None
 
@@ -245,7 +251,8 @@ class Discarder:
         if node is None:
             return None
         name = node.name()
-        of_products = RULES_AND_PRODUCTS if self._products and self.is_elementwise else RULES
+        is_elementwise = self.announced is not None and self.announced.is_elementwise
+        of_products = RULES_AND_PRODUCTS if self._products and is_elementwise else RULES
         rules = RULES_IN_LAYERS if self.is_in_layer else of_products
         if name not in rules:
             return None
@@ -262,18 +269,18 @@ class Discarder:
         if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
             return root if provenance.saves_result(name) else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
-        self._entries.add(root, weakref.ref(recipe))
+        self._entries.add(Entry(root, weakref.ref(recipe)))
         return recipe
 
     # For `Trace`
 
     def is_as_used(self, bias: nn.Parameter) -> bool:
-        return self.biases.is_as_used(bias)
+        return self._biases.is_as_used(bias)
 
     def share(self, known: Cell | Block) -> Operand | None:
         """A cell or a block's output, as an operand of one more recipe."""
         if isinstance(known, Block):
-            recipe = known.recipe()
+            recipe = known.entry.recipe()
             return None if recipe is None else Claim(recipe, None)
         if isinstance(known.content, Foreign):
             # Outer hooks may unpack only once, as torch's checkpoint does.
@@ -286,15 +293,5 @@ class Discarder:
         return Unwritten(shared, known.watch, known.version) if is_foreign and known.watch is not None else shared
 
     def exchange(self, own: Cell, step: Step) -> None:
-        """Puts a recipe in the place of a node's result for all who keep it, if all keep the same version."""
-        result = own.attached
-        if own.owner is not self or not isinstance(result, Result) or step.depth >= LONGEST_CHAIN:
-            return
-        if not result.dtype.is_floating_point:
-            return
-        keepers = [(cell, geometry) for reference, geometry in result.keepers if (cell := reference()) is not None]
-        if any(cell.depth or cell.version != own.version for cell, _ in keepers):
-            return
-        recipe = recipe_of_step(step, result.shape, result.strides, result.dtype)
-        for cell, geometry in keepers:
-            cell.content, cell.watch = Claim(recipe, geometry), watching(cell.watch)
+        if own.owner is self and step.depth < LONGEST_CHAIN:
+            exchange(own, step)

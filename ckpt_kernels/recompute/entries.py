@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +11,36 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .recipes import Recipe
 
 
-class Entry(NamedTuple):
+class Entry:
     """An output that may be discarded, as long as the memory is there and unchanged.
 
     The output may be gone while a view lives, so that the memory is the key. `output` refers to the tensor, as long as
     Python has it.
     """
 
-    storage: StorageWeakRef
-    output: "weakref.ref[Tensor]"
-    dtype: torch.dtype
-    version: int
-    recipe: Callable[[], Recipe | None]
+    __slots__ = ("dtype", "output", "recipe", "storage", "version")
+
+    def __init__(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> None:
+        self.storage = StorageWeakRef(output.untyped_storage())
+        self.output: weakref.ref[Tensor] = weakref.ref(output)
+        self.dtype: torch.dtype = output.dtype
+        self.version: int = output._version
+        self.recipe = recipe
+
+
+class Block:
+    """A block's output, as the block's node knows it: the entry, and a tensor that shares the version counter."""
+
+    __slots__ = ("entry", "owner", "watch")
+
+    def __init__(self, owner: Any, entry: Entry, watch: Tensor | None) -> None:
+        self.owner = owner
+        self.entry = entry
+        self.watch = watch
+
+    def is_unwritten(self) -> bool:
+        """Whether nobody has written to the output since."""
+        return self.watch is not None and self.watch._version == self.entry.version
 
 
 class Entries:
@@ -36,21 +54,17 @@ class Entries:
         return len(self._entries)
 
     def of(self, tensor: Tensor) -> Entry | None:
-        """The entry of a tensor's memory."""
-        entry = self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
-        return entry if entry is not None and not entry.storage.expired() else None
+        """The entry of a tensor's memory. No other memory comes to that address while the entry refers to it."""
+        return self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
 
-    def add(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> Entry:
+    def add(self, entry: Entry) -> None:
         entries = self._entries
         if len(entries) >= self._most:
             for key in [key for key, entry in entries.items() if entry.storage.expired()]:
                 del entries[key]
             # Entries double between two sweeps, so that the time for n entries grows as n.
             self._most = max(64, 2 * len(entries))
-        storage = StorageWeakRef(output.untyped_storage())
-        entry = Entry(storage, weakref.ref(output), output.dtype, output._version, recipe)
-        entries[storage.cdata] = entry
-        return entry
+        entries[entry.storage.cdata] = entry
 
     def clear(self) -> None:
         self._entries.clear()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
-from .recipes import Cell, Geometry, watching
+from .contents import Cell, watching
+from .recipes import Geometry
 from .rules import Rule
 
 # A node, and which of its outputs.

@@ -9,35 +9,23 @@ not whether somebody wrote to the operand later where autograd does not see the 
 `detach()`). So there has to be evidence that nobody did: an unchanged version counter.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from . import nodes
+from .contents import Cell, Operand
+from .entries import Block
 from .nodes import Edge
-from .recipes import Cell, Operand, Step
+from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12
 # At most so many writes in place to a block's output.
 MOST_WRITES = 4
-
-
-class Block(NamedTuple):
-    """A block's output, as the block's node knows it: a recipe, and the version that shows later writes."""
-
-    owner: Any
-    recipe: Callable[[], Any]
-    output: Callable[[], Tensor | None]
-    storage: Any
-    version: int
-    watch: Tensor | None
-
-    def is_unwritten(self) -> bool:
-        return self.watch is not None and self.watch._version == self.version
 
 
 class Source(Protocol):
@@ -126,9 +114,9 @@ class Trace:
         if _wrote_over_operand(node, version):
             return True
         nodes, block = self._nodes_to_block(node)
-        if block is None or block.storage.cdata != storage or block.storage.expired():
+        if block is None or block.entry.storage.cdata != storage or block.entry.storage.expired():
             return False
-        if version - block.version != len(nodes):
+        if version - block.entry.version != len(nodes):
             return False
         self._trusted += nodes
         self._known[nodes[-1].next_functions[0]] = block
@@ -149,10 +137,8 @@ class Trace:
         return nodes, None
 
     def _block(self, node: Any) -> Block | None:
-        if not isinstance(node, BackwardCFunction):
-            return None
-        block = getattr(node, "recomputed_block", None)
-        return block if isinstance(block, Block) and block.owner is self._source else None
+        block = block_of(node)
+        return block if block is not None and block.owner is self._source else None
 
     def learn(self, node: Any) -> None:
         """Learns the contents of a node's edges, where the node saves several operands and wrote over none."""
@@ -219,10 +205,10 @@ class Trace:
     def _is_written_output(self, node: Any) -> bool:
         """Whether the node's output is a block's output that only this node and those before it wrote to."""
         block = self._nodes_to_block(node)[1]
-        output = None if block is None else block.output()
+        output = None if block is None else block.entry.output()
         if block is None or output is None or output.grad_fn is not node:
             return False
-        return self.is_written_by_graph(node, block.storage.cdata, output._version)
+        return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
 
     def _copied(self, leaf: Tensor) -> Operand | None:
         """A copy of a bias, which is small beside the rows, and which no optimizer and no sharding changes."""
@@ -243,6 +229,14 @@ def _wrote_over_operand(node: Any, version: int) -> bool:
         return False
     held = nodes.packed(node, "self")
     return isinstance(held, Cell) and held.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
+
+
+def block_of(node: Any) -> Block | None:
+    """What a block's node knows of the output, which is the first."""
+    if not isinstance(node, BackwardCFunction):
+        return None
+    block = getattr(node, "recomputed_block", None)
+    return block if isinstance(block, Block) else None
 
 
 def saves_result(name: str) -> bool:

@@ -1,122 +1,22 @@
-"""The contents of a saved tensor's place in the graph: the tensor itself, or a recipe that makes the tensor again."""
+"""Recipes, which make a tensor again, and the claims of those who read it."""
 
 import contextlib
 import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends
+from .contents import Operand
 
+_graph_task_id = torch._C._current_graph_task_id
 _NUMBERS = (int, float)
-_PLAIN = (Tensor, nn.Parameter)
 # The size, the strides and the offset of a view.
 Geometry = tuple[Sequence[int], Sequence[int], int | torch.SymInt]
-
-
-class Operand(Protocol):
-    """An operand of a recipe; `depth` counts the recipes that run one after the other to get the tensor."""
-
-    @property
-    def depth(self) -> int: ...
-
-    def get(self) -> Tensor: ...
-
-
-class Cell:
-    """A node's place for a saved tensor. The content may be exchanged for a smaller one.
-
-    `version` is the tensor's version at saving, `watch` shares the tensor's version counter, and `is_clone` says that
-    the tensor was made by `clone`. `attached` lives as long as the node keeps the cell.
-    """
-
-    __slots__ = ("__weakref__", "attached", "content", "is_clone", "owner", "version", "watch")
-
-    def __init__(self, content: Any, owner: Any, saved: Tensor, watch: Tensor | None) -> None:
-        self.content = content
-        self.owner = owner
-        self.version = saved._version
-        self.is_clone = saved.grad_fn is not None and saved.grad_fn.name() == "CloneBackward0"
-        self.watch = watch
-        self.attached: Any = None
-
-    def get(self) -> Tensor:
-        return self.content.get()
-
-    @property
-    def depth(self) -> int:
-        return self.content.depth
-
-    def is_unwritten(self) -> bool:
-        """Whether nobody has written to the tensor since it was saved."""
-        return self.watch is not None and self.watch._version == self.version
-
-
-class Kept(NamedTuple):
-    """A tensor that is kept, with the version by which a later write is noticed."""
-
-    tensor: Tensor
-    version: int
-
-    @property
-    def depth(self) -> int:
-        return 0
-
-    def get(self) -> Tensor:
-        if self.tensor._version != self.version:
-            what = f"{self.tensor.dtype} {tuple(self.tensor.shape)}"
-            raise _written(what, self.tensor._version, self.version)
-        if _is_freed(self.tensor):
-            raise RuntimeError(
-                f"a weight needed to compute again, {self.tensor.dtype} {tuple(self.tensor.shape)}, has been freed; "
-                "expected it where its module's backward pass begins (is it sharded apart from what reads its product?)"
-            )
-        return self.tensor
-
-
-class Foreign(NamedTuple):
-    """A tensor as packed by the saved-tensor hooks around this context."""
-
-    packed: Any
-    unpack: Callable[[Any], Tensor]
-
-    @property
-    def depth(self) -> int:
-        return 0
-
-    def get(self) -> Tensor:
-        return self.unpack(self.packed)
-
-
-class Unwritten(NamedTuple):
-    """An operand of a recipe that hooks around this context keep; the tensor must not have been written to since.
-
-    The hooks may keep no memory of the tensor: a checkpoint makes the tensor again, with all later writes in it.
-    """
-
-    operand: Operand
-    watch: Tensor
-    version: int
-
-    @property
-    def depth(self) -> int:
-        return self.operand.depth
-
-    def get(self) -> Tensor:
-        if self.watch._version != self.version:
-            raise _written(f"{self.watch.dtype}", self.watch._version, self.version)
-        return self.operand.get()
-
-
-def _written(what: str, found: int, expected: int) -> RuntimeError:
-    return RuntimeError(
-        "a tensor needed for the gradient computation was modified by an in-place operation: "
-        f"{what} is at version {found}; expected version {expected}"
-    )
 
 
 class Made:
@@ -161,18 +61,26 @@ class Recipe:
         self._claims.add(weakref.ref(claim, self._claims.discard))
 
     def serve(self, claim: "Claim") -> Tensor:
-        where = torch._C._current_graph_task_id()
+        where = _graph_task_id()
         with self._lock:
             made = None if self._made is None else self._made()
             if made is None or not made.serves(where):
-                made = Made(self._make(), where)
-                self._made = weakref.ref(made)
-                waiting = [c for c in self._live() if c is not claim and c.served != where]
-                if waiting and _at_end_of_backward(weakref.WeakMethod(self._let_go)):
-                    for other in waiting:
-                        other.made = made
+                value = self._make()
+                if len(self._claims) > 1:
+                    self._hand_on(value, where, claim)
+            else:
+                value = made.value
             claim.served, claim.made = where, None
-            return made.value
+            return value
+
+    def _hand_on(self, value: Tensor, where: int, claim: "Claim") -> None:
+        """Holds the tensor for all others who may ask in this backward pass."""
+        made = Made(value, where)
+        self._made = weakref.ref(made)
+        waiting = [c for c in self._live() if c is not claim and c.served != where]
+        if waiting and _at_end_of_backward(weakref.WeakMethod(self._let_go)):
+            for other in waiting:
+                other.made = made
 
     def _live(self) -> list["Claim"]:
         return [claim for reference in list(self._claims) if (claim := reference()) is not None]
@@ -199,19 +107,16 @@ class Recipe:
 class Claim:
     """One reader's share of a recipe: the tensor, or a view of it."""
 
-    __slots__ = ("__weakref__", "geometry", "made", "recipe", "served")
+    __slots__ = ("__weakref__", "depth", "geometry", "made", "recipe", "served")
 
     def __init__(self, recipe: Recipe, geometry: Geometry | None) -> None:
         self.recipe = recipe
+        self.depth = recipe.depth
         self.geometry = geometry
         # The tensor made for another claim, until this one asks; and the backward pass in which this one was served.
         self.made: Made | None = None
         self.served = -1
         recipe.claim(self)
-
-    @property
-    def depth(self) -> int:
-        return self.recipe.depth
 
     def get(self) -> Tensor:
         whole = self.recipe.serve(self)
@@ -260,28 +165,6 @@ def _without_autocast() -> contextlib.AbstractContextManager:
 
 def geometry_of(tensor: Tensor) -> Geometry:
     return tensor.size(), tensor.stride(), tensor.storage_offset()
-
-
-def watching(tensor: Tensor | None) -> Tensor | None:
-    """A tensor without memory that shares the version counter of `tensor`."""
-    if tensor is None or type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
-        return None
-    watch = tensor.detach()
-    if not tensor.is_meta:
-        watch.data = _nothing(tensor.dtype)
-    return watch
-
-
-@functools.cache
-def _nothing(dtype: torch.dtype) -> Tensor:
-    return torch.empty(0, dtype=dtype, device="cpu")
-
-
-def _is_freed(tensor: Tensor) -> bool:
-    """Whether somebody has freed the tensor's memory, as sharding does with gathered weights."""
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta or tensor.data_ptr():
-        return False
-    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _stream(value: Tensor) -> Any:

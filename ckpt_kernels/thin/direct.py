@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # What may see every op: torch.func, modes of both kinds, the profiler, torch.jit.trace.
-_WATCHERS = (
+WATCHERS = (
     torch._C._are_functorch_transforms_active,
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
@@ -59,8 +59,8 @@ def _load() -> str | None:
         from .. import _thin
 
         find = ctypes.cast(ctypes.CDLL(str(library)).ckpt_kernels_find_call, ctypes.c_void_p).value
-        _thin.are_same  # noqa: B018  (which one that was built of older sources lacks)
-        _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, _WATCHERS)
+        _thin.operands  # noqa: B018  (which one that was built of older sources lacks)
+        _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, WATCHERS)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
     is_plain, key, asked = _thin.is_plain, _thin.key, _thin

@@ -1,6 +1,5 @@
 """How a call goes past the full path, and comes back to it where it does not serve."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,15 +57,9 @@ class Plan:
 
     def announce(self, ctx: Any, tensors: tuple, results: Sequence[Tensor | None]) -> None:
         """Where outputs are let go of: how this one can be had again."""
-        recipe = self.op.recipe(ctx, (*tensors, self.options), results)
-        if recipe is not None:
-            full, operands = recipe
-            recipe = functools.partial(self.rebuilt, full), operands
-        recompute.announce(recipe, self.op.elementwise, self.op.total((*tensors, self.options), results))
-
-    def rebuilt(self, full: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-        """The first output again, of what its recipe takes; `full` is the op's own way."""
-        return full(*tensors)
+        arguments = (*tensors, self.options)
+        recipe, total = self.op.recipe(ctx, arguments, results), self.op.total(arguments, results)
+        recompute.announce(recipe, self.op.elementwise, total)
 
 
 def _backward_of(op: Block) -> Callable[..., tuple]:

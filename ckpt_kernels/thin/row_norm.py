@@ -1,12 +1,12 @@
 """Plans of the row norms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, recompute
 from ..activations import CODES
 from ..backends.blocks import RowNormOptions
 from ..backends.reference import compute_dtype
@@ -61,10 +61,12 @@ class RowNorm(Plan):
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
             ctx.set_materialize_grads(False)
-            kept = input if residual is None else residual_out
-            ctx.save_for_backward(kept, gate, scale, shift, weight, bias, seed, mean, rstd)
+            kept = (input if residual is None else residual_out, *operands[2:], mean, rstd)
+            ctx.save_for_backward(*kept)
             if thread.active:
-                plan.announce(ctx, operands, (output, residual_out, mean, rstd))
+                results = (output, residual_out)
+                total = None if residual is None else plan.op.total((*operands, plan.options), results)
+                recompute.announce((plan.rebuilt, kept), total=total)
         return output, residual_out
 
     def backward(
@@ -100,12 +102,15 @@ class RowNorm(Plan):
             None,
         )
 
-    def rebuilt(self, full: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    def rebuilt(self, *tensors: Tensor | None) -> Tensor:
+        """The output again, of what is kept."""
         input, gate, scale, shift, weight, bias, _, mean, rstd = tensors
         output = _empty_like(input)
         factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
         operands = (input, None, gate, factor, offset, None, mean, rstd, output, None)
-        return output if is_plain(*tensors) and _forward(*operands, *self._native_forward, True) else full(*tensors)
+        if is_plain(*tensors) and _forward(*operands, *self._native_forward, True):
+            return output
+        return ops.row_norm.rebuilt(tensors, self.options)
 
 
 def row_norm(

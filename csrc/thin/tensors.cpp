@@ -55,7 +55,7 @@ bool tensors_are_read() { return exchange != nullptr; }
 
 int64_t dtype_of(const DLTensor& t) {
   if (t.lanes != 1) return ckpt_other_dtype;
-  if (t.code == floating) return t.bits == 32 ? 0 : t.bits == 16 ? 2 : t.bits == 64 ? 3 : ckpt_other_dtype;
+  if (t.code == floating) return t.bits == 32 ? 0 : t.bits == 16 ? 2 : t.bits == 64 ? 3 : int64_t(ckpt_other_dtype);
   if (t.code == bfloat && t.bits == 16) return 1;
   return t.code == integer && t.bits == 64 ? int64_t(ckpt_int64) : int64_t(ckpt_other_dtype);
 }

@@ -1,0 +1,118 @@
+"""Definitions that are read by their own lines are those that the whole file has."""
+
+import ast
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckpt_kernels.convert import source
+from ckpt_kernels.convert.excerpts import excerpt_of
+from ckpt_kernels.convert.source import definition_of, layers_of
+
+try:
+    import torch.nn.functional as functions
+except ImportError:  # which makes it an import all the same
+    functions = None
+
+
+def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*args)
+
+    return wrapper
+
+
+class Kinds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__own = 1
+
+    @decorated
+    def has_decorators(self, x: Any) -> Any:
+        return torch.relu(x) + functions.relu(x)
+
+    def has_private_names(self) -> Any:
+        return self.__own, super().training
+
+    def one_line(self) -> int: return 1  # fmt: skip
+
+    def has_comments(self, x: Any) -> Any:
+        y = torch.relu(
+            x
+# which stands where a statement would end the function
+        )  # fmt: skip
+        return [
+            y
+        ]  # fmt: skip
+
+    def has_text(self) -> str:
+        text = """
+of lines that begin where a class would
+"""
+        return text
+
+    def has_functions(self, x: Any) -> Any:
+        def inner(y: Any) -> Any:
+            return [x, y, *(lambda z: [z for _ in range(2)])(y)]
+
+        return inner
+
+    class Inner:
+        @staticmethod
+        def method(x: Any) -> Any:
+            return isinstance(x, ast.Module) and inspect.isclass(x)
+
+    def ends_in_text(self) -> str:
+        return """
+of lines that begin where a class would
+"""
+
+
+def nested(x: Any) -> Callable[[], Any]:
+    class Local:
+        def method(self) -> Any:
+            return x, __class__  # type: ignore[name-defined]
+
+    return Local.method
+
+
+def without_code() -> None:
+    """Of this nothing is compiled."""
+
+
+METHODS = [value for value in vars(Kinds).values() if isinstance(value, types.FunctionType)]
+FUNCTIONS = [*METHODS, Kinds.has_functions(None, 1), Kinds.Inner.method, nested(1), nested, without_code]  # type: ignore[arg-type]
+TORCHS = [nn.Linear.forward, nn.MultiheadAttention.forward, nn.Module._call_impl, nn.functional.cross_entropy]
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, *TORCHS], ids=lambda function: function.__qualname__)
+def test_they_are_those_of_the_whole_file(function: types.FunctionType) -> None:
+    function = layers_of(function)[-1]
+    code = function.__code__
+    with open(code.co_filename) as file:
+        whole = source._in_its_file(file.read(), code, code.co_filename)
+    found = definition_of(function)
+    assert ast.dump(found.tree, include_attributes=True) == ast.dump(whole.tree, include_attributes=True)
+    assert [type(each) for each in found.around] == [type(each) for each in whole.around]
+    assert found is not whole or function is Kinds.ends_in_text
+
+
+@pytest.mark.parametrize("instead", ["", "def fits(x):\n    return x\n", "def fits(x):\n    return x +\n", "x = 1\n"])
+def test_what_compiles_to_anything_else_is_not_used(instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = nn.Linear.forward
+    expected = ast.dump(definition_of(function).tree)
+    before = "\n" * (function.__code__.co_firstlineno - 1)
+    monkeypatch.setattr(source, "excerpt_of", lambda *_: before + instead.replace("fits", "forward"))
+    assert ast.dump(definition_of(function).tree) == expected
+
+
+def test_lines_that_are_not_there() -> None:
+    code = nn.Linear.forward.__code__
+    assert excerpt_of(code, []) == "" and excerpt_of(code, ["\n"] * code.co_firstlineno) == ""
