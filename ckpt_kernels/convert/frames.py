@@ -1,4 +1,4 @@
-"""Whether the names and the frame of a function are nobody's affair but its own, so that it may be made anew.
+"""Functions that look at frames: their own, or that of who calls them.
 
 What is in the frame of a rewritten function is not what was there, but for its place: the file, the line and the name
 are those of the function as it was written.
@@ -24,7 +24,8 @@ _PLACE = frozenset(("filename", "lineno", "function"))
 
 
 def may_be_rewritten(function: types.FunctionType) -> bool:
-    """Whether what is in its frame is nobody's affair but its own, and the new names are new."""
+    """Whether nobody looks at what is in a function's frame, neither itself nor what it calls by a global name, and the
+    new names are new."""
     code = function.__code__
     names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
     if any(name.startswith(PREFIX) for name in names):
