@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import ckpt_kernels
 from ckpt_kernels.convert import source
 from ckpt_kernels.convert.excerpts import excerpt_of
 from ckpt_kernels.convert.source import definition_of, layers_of
@@ -116,3 +117,41 @@ def test_what_compiles_to_anything_else_is_not_used(instead: str, monkeypatch: p
 def test_lines_that_are_not_there() -> None:
     code = nn.Linear.forward.__code__
     assert excerpt_of(code, []) == "" and excerpt_of(code, ["\n"] * code.co_firstlineno) == ""
+
+
+DEEP = """
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return self.last({sum})
+"""
+
+
+@pytest.mark.parametrize("terms", [50, 400])
+def test_expressions_that_nest_deep(terms: int, tmp_path: Any) -> None:
+    file = tmp_path / "deep.py"
+    file.write_text(DEEP.format(sum=" + ".join(["h"] * terms)))
+    names = {"nn": nn}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    model: Any = names["Deep"]().double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    expected = model(x)
+    for level in ("output", "layer"):
+        ckpt_kernels.convert(model, recompute=level)
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_a_loader_that_raises() -> None:
+    class Loader:
+        def get_source(self, name: str) -> str:
+            raise KeyError(name)
+
+    names = {"nn": nn, "__name__": "nowhere", "__loader__": Loader()}
+    exec(compile(DEEP.format(sum="h"), "nowhere.py", "exec"), names)
+    model: Any = names["Deep"]()
+    assert ckpt_kernels.convert(model).replaced
+    assert model(torch.randn(3, 4)).shape == (3, 4)

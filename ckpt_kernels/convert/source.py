@@ -21,6 +21,8 @@ _FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
 _DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
+# A sum of 60 terms nests 60 deep, and so does a chain of as many `elif`.
+_DEEPEST = 100
 
 
 class NoSource(Exception):
@@ -39,7 +41,10 @@ class Definition(NamedTuple):
 def definition_of(function: types.FunctionType) -> Definition:
     """The `def` that `function` was made from. What it compiles to is what the function runs."""
     code = function.__code__
-    lines = linecache.getlines(code.co_filename, function.__globals__)
+    try:
+        lines = linecache.getlines(code.co_filename, function.__globals__)
+    except Exception as error:  # of a loader of somebody's own
+        raise NoSource(f"its source cannot be read ({type(error).__name__})") from error
     if not lines:
         raise NoSource("its source is not there")
     text = "".join(lines)
@@ -55,9 +60,11 @@ def _by_itself(excerpt: str, name: str, imported: tuple[str, ...], code: types.C
     """The definition by its own lines; None where these compile to anything else than what runs."""
     try:
         tree = _find(ast.parse(excerpt), code)[1]
+        if not _is_shallow(tree):
+            return None
         definition = Definition(tree, likely_around(name), tuple(ast.Import([ast.alias(each)]) for each in imported))
         return definition if _compiled(definition, code, ()) == code else None
-    except (SyntaxError, ValueError, NoSource):
+    except (SyntaxError, ValueError, RecursionError, NoSource):
         return None
 
 
@@ -66,6 +73,8 @@ def _in_its_file(text: str, code: types.CodeType, _: str) -> Definition:
     """The same by the whole file."""
     file = _parsed(text)
     around, tree = _find(file, code)
+    if not _is_shallow(tree):
+        raise NoSource("its expressions or statements nest too deep")
     definition = Definition(tree, around, _imports(file))
     if _compiled(definition, code, ()) != code:
         raise NoSource("its source has changed since it was imported")
@@ -122,8 +131,16 @@ def _content(cell: types.CellType) -> Any:
 def _parsed(text: str) -> ast.Module:
     try:
         return ast.parse(text)
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise NoSource("its source cannot be parsed") from error
+
+
+def _is_shallow(tree: ast.AST) -> bool:
+    """Whether nothing in a definition nests so deep that walks over it, which call themselves, run out of stack."""
+    level, depth = [tree], 0
+    while level and depth <= _DEEPEST:
+        level, depth = [child for node in level for child in ast.iter_child_nodes(node)], depth + 1
+    return not level
 
 
 def _find(tree: ast.AST, code: types.CodeType) -> tuple[tuple[ast.stmt, ...], ast.FunctionDef]:

@@ -73,7 +73,8 @@ PyMethodDef methods[] = {
      "plain_linears(such, input, *modules): weights and biases of linear layers that are as `such` says, beside an "
      "input of their kind; None where one may not be."},
     {"operands", CKPT_FAST(operands),
-     "operands(quiet, owner, linear, activations, wanted, *values): what a site computes with; None where something may be "
+     "operands(quiet, owner, linear, activations, wanted, *values): what a site computes with; None where something "
+     "may be "
      "other than it was."},
     {nullptr, nullptr, 0, nullptr},
 };
