@@ -15,6 +15,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -56,6 +57,8 @@ def times(entry: Entry, shape: Shape, turns: int = _TURNS) -> Found:
 def _child(send: Any, entry: Entry) -> None:
     from .measure import said
 
+    # Threads that the parent has are not there after a fork.
+    torch.set_num_threads(1)
     for name, shape in SHAPES.items():
         try:
             send.send((name, times(entry, shape)))

@@ -15,7 +15,11 @@ PYTHON = (
         _VIEWS,
     ),
     Mutant(
-        "a view in another dtype is rebuilt in the output's", _RECOMPUTE, "tensor.dtype != entry.dtype", "False", _VIEWS
+        "a view in another dtype is rebuilt in the output's",
+        _RECOMPUTE,
+        "tensor.dtype is not entry.dtype",
+        "False",
+        _VIEWS,
     ),
     Mutant(
         "a view in another dtype is rebuilt in that of torch's own result",
@@ -27,8 +31,8 @@ PYTHON = (
     Mutant(
         "an output is forgotten with its tensor, though its memory lives",
         "ckpt_kernels/recompute/entries.py",
-        "entry is not None and «not entry.storage.expired()»",
-        "entry.output() is not None",
+        "return «self._entries.get(tensor.untyped_storage()._cdata)» if self._entries",
+        "next((e for e in [self._entries.get(tensor.untyped_storage()._cdata)] if e and e.output() is not None), None)",
         "tests/test_recompute.py -k outlives",
     ),
     Mutant(
@@ -41,14 +45,14 @@ PYTHON = (
     Mutant(
         "writes that the graph does not know are not counted",
         "ckpt_kernels/recompute/provenance.py",
-        "version - block.version != len(nodes)",
+        "version - block.entry.version != len(nodes)",
         "False",
         "tests/test_recompute.py tests/test_provenance_writes.py -k 'written or write or unseen'",
     ),
     Mutant(
         "a kept tensor may be written to",
-        "ckpt_kernels/recompute/recipes.py",
-        "if self.tensor._version != self.version",
+        "ckpt_kernels/recompute/contents.py",
+        "if tensor._version != self.version",
         "if False",
         "tests/test_recompute.py -k write_to_what_is_kept",
     ),
