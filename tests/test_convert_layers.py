@@ -1,6 +1,7 @@
 """The level "layer": convolutions, heads that are copied and split, attention that is written out, written norms."""
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -279,3 +280,27 @@ def test_who_asks_for_the_callers_place(kind: type[nn.Module], is_rewritten: boo
     plain(x)
     twin(x)
     assert twin.said == plain.said
+
+
+class GivenOtherData(nn.Module):
+    """A layer whose first bias is given other data after its product ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        self.first.bias.data = self.first.bias.data + 3 * torch.arange(8).to(x)
+        return self.last(self.act(self.norm(h)))
+
+
+@pytest.mark.parametrize("recompute", ["output", "all", "layer"])
+def test_a_bias_that_is_given_other_data_after_the_product(recompute: str) -> None:
+    model = nn.ModuleList([GivenOtherData()]).double()
+    other = copy.deepcopy(model)
+    ckpt_kernels.convert(other, recompute=recompute)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    expected, found = (torch.autograd.grad(m[0](x).square().sum(), x)[0] for m in (model, other))
+    torch.testing.assert_close(found, expected)

@@ -1,11 +1,13 @@
 """Which biases nobody has written to since a module's forward began: recipes may read copies of these."""
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 
 class Biases:
-    """The versions of a module's biases when the forward began; without a module all parameters count as unchanged."""
+    """The versions and the memory of a module's biases when the forward began; without a module all parameters count as
+    unchanged. A bias that is given other data (`bias.data = other`) has the version that it had."""
 
     def __init__(self, module: nn.Module | None) -> None:
         self._versions = None if module is None else _versions_in(module)
@@ -14,12 +16,17 @@ class Biases:
         """Whether nobody has written to a bias since the forward began, so since any of the forward's ops read it."""
         if self._versions is None:
             return True
-        known, version = self._versions.get(id(bias), (None, 0))
-        return known is bias and bias._version == version
+        known, version, address = self._versions.get(id(bias), (None, 0, 0))
+        return known is bias and bias._version == version and _address(bias) == address
 
 
-def _versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
-    """The parameters of at most one dimension in a module and below, and their versions, by identity."""
+def _address(parameter: nn.Parameter) -> int:
+    """That of the memory; 0 for a kind of tensor that is not asked."""
+    return parameter.data_ptr() if type(parameter) is nn.Parameter and parameter.layout is torch.strided else 0
+
+
+def _versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int, int]]:
+    """The parameters of at most one dimension in a module and below, their versions and addresses, by identity."""
     versions = {}
     waiting, seen = [module], set()
     for module in waiting:
@@ -28,7 +35,7 @@ def _versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
             if parameter is None or (type(parameter) is not nn.Parameter and is_lazy(parameter)):
                 continue
             if parameter.dim() < 2 and not parameter.is_inference():
-                versions[id(parameter)] = parameter, parameter._version
+                versions[id(parameter)] = parameter, parameter._version, _address(parameter)
         children = own["_modules"]
         if children and module not in seen:
             seen.add(module)
