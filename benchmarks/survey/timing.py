@@ -6,6 +6,7 @@ on a machine that others use as well single steps take twice as long.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import multiprocessing
@@ -74,12 +75,10 @@ def timed(entry: Entry, timeout: float) -> Found:
     send.close()
     found: Found = {"name": entry.name}
     deadline = time.perf_counter() + timeout
-    try:
+    with contextlib.suppress(EOFError):  # with which the process has told all
         while receive.poll(max(deadline - time.perf_counter(), 0.0)):
             name, value = receive.recv()
             found[name] = value
-    except EOFError:
-        pass
     process.kill()
     process.join()
     return found
