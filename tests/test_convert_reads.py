@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import grad as differentiate
 
 import ckpt_kernels
-from ckpt_kernels.convert.called import uses_transforms
-from ckpt_kernels.convert.writes import writer_in
+from ckpt_kernels.convert.code.called import uses_transforms
+from ckpt_kernels.convert.code.writes import writer_in
 
 from . import test_convert_tried as tried
 from .conversion import twins

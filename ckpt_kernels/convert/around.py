@@ -15,10 +15,10 @@ from ..ops.tiles import in_tiles
 from ..recompute import discard_outputs, run_as_layer, selective_contexts
 from ..recompute import discarding as discarding_now
 from ..saved_tensors import as_is
-from .called import leads_to_transforms
+from .code.called import leads_to_transforms
 from .loads import is_set
 from .noticing import look_over
-from .rule import Forward
+from .rules.rule import Forward
 
 # Called with a forward, the module, and the forward's arguments.
 Around = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .likeness import ACTIVATIONS, NORMS
+from .rules.likeness import ACTIVATIONS, NORMS
 
 # By their very class. What is none of ours to compute is looked at once.
 LOOKED_FOR = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {

@@ -15,7 +15,7 @@ from ..recompute import run_at
 from ..runs import Place, run_in
 from .around import _is_transformed, selecting
 from .loads import modules_of, named_modules
-from .rule import Forward
+from .rules.rule import Forward
 from .selection import Choice, Selection
 
 
