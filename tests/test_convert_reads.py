@@ -9,18 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad as differentiate
 
 import ckpt_kernels
-from ckpt_kernels.convert.code.called import uses_transforms
 from ckpt_kernels.convert.code.writes import writer_in
 
 from . import test_convert_tried as tried
-from .conversion import twins
-from .test_convert_composes import close
-from .test_convert_rules import run
 from .test_convert_rules import x as random
-from .test_convert_tried import Differentiates, Patched, Sloped, found_in, rows
+from .test_convert_tried import Patched, Sloped, found_in, rows
 
 
 class Branches(nn.Module):
@@ -257,18 +252,6 @@ class ByModule(nn.Module):
 def test_functions_that_write_are_reached(make) -> None:
     kind = make if isinstance(make, type) else make()
     assert writer_in(kind())
-
-
-class ByAnotherName(Differentiates):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.linear(x)) + differentiate(lambda t: F.silu(self.linear(t)).sum())(x)
-
-
-def test_a_transform_by_another_name() -> None:
-    assert uses_transforms(ByAnotherName())
-    model, converted = twins(ByAnotherName)
-    ckpt_kernels.convert(converted)
-    assert close(run(converted, rows()), run(model, rows()))
 
 
 def w_view(self, x):

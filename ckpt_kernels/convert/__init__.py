@@ -22,7 +22,6 @@ from ..levels import of_blocks
 from ..memory import kept_bytes
 from ..models import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
-from .code.called import uses_transforms
 from .code.remembering import forget_what_is_local
 from .code.writes import writer_in
 from .later import Continued, looked_for
@@ -171,7 +170,7 @@ class _Conversion(Leaves):
         for module, name in named.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        lets_go = self.levels.whole.level != "block" and not any(map(uses_transforms, named))
+        lets_go = self.levels.whole.level != "block"
         roots = [module for module in self._roots() if lets_go or module is self.model]
         for module in roots:
             around = self._around(module) if lets_go else (looking_over,)

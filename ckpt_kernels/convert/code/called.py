@@ -1,14 +1,11 @@
 """The functions that a module's forward may call, as far as the names in their code tell."""
 
 import ast
-import dis
 import functools
 import inspect
-import itertools
 import os
 import sys
 import types
-import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -72,66 +69,6 @@ def names_in(code: types.CodeType) -> set[str]:
     """The globals and attributes that code names, and the functions within it."""
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*map(names_in, inner))
-
-
-def uses_transforms(module: nn.Module) -> bool:
-    """Whether its forward may reach torch.func's transforms, which do not allow saved-tensor hooks around them.
-
-    Besides the functions of its class: those that it holds, its hooks, and the methods of objects that it holds.
-    """
-    return _names_transforms_of(type(module)) or any(map(leads_to_transforms, vars(module).values()))
-
-
-_DATA = (bool, int, float, str, type(None), type, torch.Tensor, nn.Module)
-_CONTAINERS = (list, tuple, set, frozenset)
-# Hooks are asked about at every call.
-_LEADING: weakref.WeakKeyDictionary[types.FunctionType, bool] = weakref.WeakKeyDictionary()
-
-
-def leads_to_transforms(value: Any, depth: int = 4) -> bool:
-    """The same of a function, of what holds functions, containers within containers of at most that depth, and of an
-    object's methods."""
-    if is_a(value, _DATA) or not depth:
-        return False
-    if is_a(value, (dict, *_CONTAINERS)):
-        # A copy: another thread may add to what is looked at.
-        values = list(value.values() if is_a(value, dict) else value)
-        if all(issubclass(kind, _DATA) for kind in set(map(type, values))):
-            return False
-        return any(leads_to_transforms(each, depth - 1) for each in values)
-    if is_a(value, functools.partial):
-        return leads_to_transforms((value.func, *value.args), depth)
-    if is_a(value, types.MethodType):
-        return leads_to_transforms((value.__func__, value.__self__), depth)
-    if is_a(value, types.FunctionType):
-        known = _LEADING.get(value)
-        if known is None:
-            known = _LEADING[value] = any(map(_names_transforms, (value, *_reached_from(value, object))))
-        return known
-    return not is_torchs(type(value)) and _names_transforms_of(type(value))
-
-
-@remembered
-def _names_transforms_of(kind: type) -> bool:
-    if issubclass(kind, nn.Module):
-        return any(map(_names_transforms, functions_of(kind)))
-    return any(_names_transforms(value) for value in vars(kind).values() if isinstance(value, types.FunctionType))
-
-
-def _names_transforms(function: types.FunctionType) -> bool:
-    names = names_in(function.__code__)
-    if names & {"functorch", "disable_saved_tensors_hooks"} or ({"torch", "func"} <= names and _loads_func(function)):
-        return True
-    values = [function.__globals__.get(name) for name in names] + _contents(function.__closure__ or ())
-    return _is_of_functorch(function.__globals__.get("__name__")) or any(map(_is_of_functorch, values))
-
-
-def _loads_func(function: types.FunctionType) -> bool:
-    codes = [function.__code__]
-    for code in codes:
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    loads = [step.argval for code in codes for step in dis.get_instructions(code)]
-    return any(pair == ("torch", "func") for pair in itertools.pairwise(loads))
 
 
 @remembered
@@ -219,11 +156,6 @@ def is_torchs(value: Any) -> bool:
         return False
     name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__ or ""
     return name.partition(".")[0] in ("torch", "builtins")
-
-
-def _is_of_functorch(value: Any) -> bool:
-    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", value)
-    return isinstance(name, str) and name.startswith(("torch.func", "torch._functorch", "functorch"))
 
 
 def _contents(cells: Iterable[types.CellType]) -> list[Any]:
