@@ -23,9 +23,10 @@ _Disabling = Callable[[str], Generator[None, None, None]]
 def allow_transforms() -> None:
     """Lets torch.func's gradients begin within contexts; does nothing where torch's function is another than known."""
     function: Any = torch.autograd.graph.disable_saved_tensors_hooks
+    generator: _Disabling | None = getattr(function, "__wrapped__", None)
     for cell in getattr(function, "__closure__", None) or ():
-        if cell.cell_contents is getattr(function, "__wrapped__", None):
-            cell.cell_contents = _without_own(cell.cell_contents)
+        if generator is not None and cell.cell_contents is generator:
+            cell.cell_contents = _without_own(generator)
 
 
 def _without_own(disabling: _Disabling) -> _Disabling:

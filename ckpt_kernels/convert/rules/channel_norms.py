@@ -59,9 +59,8 @@ class InstanceNorm(Norm):
             return None
         input = input.unsqueeze(0) if single else input
         # As in torch, the output is contiguous, and what is kept is no part of a larger tensor.
-        output = instance_norm_of(
-            module, input if lies_as_a_map(input) else input.contiguous(), activation
-        ).contiguous()
+        input = input if lies_as_a_map(input) else input.contiguous()
+        output = instance_norm_of(module, input, activation, again=True).contiguous()
         return output.squeeze(0) if single else output
 
     def __str__(self) -> str:
