@@ -207,11 +207,10 @@ def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace
 
 def _budget(text: str) -> Budget:
     try:
-        budget = float(text) if "." in text and text.replace(".", "", 1).isdecimal() else text
-        bytes_of(None if budget == "device" else budget, 1, torch.device("cpu"))
+        bytes_of(None if text == "device" else text, 1, torch.device("cpu"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return budget
+    return text
 
 
 def _plan(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:

@@ -126,6 +126,7 @@ def revert(model: nn.Module) -> None:
         model: a module.
 
     Raises:
+        TypeError: `model` is no module.
         RuntimeError: a converted module has been wrapped by a parametrization or by FSDP since, which have to be taken
             off first. Nothing is changed.
 
@@ -136,6 +137,8 @@ def revert(model: nn.Module) -> None:
         >>> type(model[0]) is torch.nn.LayerNorm
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     for name, module in named_modules(model):
         if is_wrapped(module):
             raise RuntimeError(

@@ -107,6 +107,8 @@ class Levels:
     def _assign(self, model: nn.Module, levels: Mapping[str, str]) -> None:
         names = dict(named_modules(model, duplicates=True))
         for pattern, level in levels.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"recompute has the key {pattern!r}; expected names of modules, with * and ?")
             policy = Policy.of(level, OF_MODULES, f"recompute[{pattern!r}]")
             fitting = [names[name] for name in fnmatch.filter(names, pattern)]
             if not fitting:

@@ -73,23 +73,21 @@ class Plan:
         Args:
             model: by default the one that the plan was made for.
             logits, tiles: see `ckpt_kernels.convert`. The plan's figures are of steps without them. Layers that the
-                plan has in tiles stay in so many.
+                plan has in tiles stay in so many. Where the plan leaves the model as it is, either of these converts
+                the model at "output", which keeps no more.
 
         Returns:
             The report of `convert`.
 
         Raises:
             ValueError: the plan was read from a file and no model is given, the model is of another structure, or
-                `logits` or `tiles` is not what `convert` takes, or is given where the plan leaves the model as it is.
+                `logits` or `tiles` is not what `convert` takes.
         """
         model = self._its(model)
         if self.whole == NONE:
             self._check(model)
             if logits is not None or tiles != 1:
-                raise ValueError(
-                    f"logits is {logits!r} and tiles is {tiles}, and the plan leaves the model as it is; expected None "
-                    "and 1, or convert without a plan"
-                )
+                return convert(model, recompute="output", logits=logits, tiles=tiles)
             revert(model)
             return Report(NONE, "torch", [], [])
         return convert(model, recompute=self, logits=logits, tiles=tiles)

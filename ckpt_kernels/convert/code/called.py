@@ -26,11 +26,11 @@ def functions_of(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
 
     A function whose decorators are not known stands for itself.
     """
-    return _reached_from(getattr(kind, "forward", None), kind)
+    return functions_behind(getattr(kind, "forward", None), kind)
 
 
-def _reached_from(function: Any, kind: type) -> tuple[types.FunctionType, ...]:
-    """The functions that one may reach which has an object of that class at hand."""
+def functions_behind(function: Any, kind: type) -> tuple[types.FunctionType, ...]:
+    """The same of a function that has an object of that class at hand."""
     reached: dict[types.FunctionType, types.FunctionType] = {}
     waiting: list[Any] = [function]
     while waiting:
