@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from .active import discarding, innermost, sees_what_is_saved, thread
 from .contents import Cell
 from .discarder import Discarder
+from .transforms import allow_transforms
 
 _is_traced = torch.compiler.is_dynamo_compiling
 
@@ -104,6 +105,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     The end is a mark on the discarder itself, so that it holds wherever this generator is closed: by an interrupt
     between any two steps, when the last reference to it goes; in another thread, whose own hooks are not touched.
     """
+    allow_transforms()
     discarder = Discarder(module, products, temporaries)
     hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
     try:
