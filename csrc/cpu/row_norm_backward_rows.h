@@ -124,9 +124,9 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
 
 // The second pass, over one row: the gradient of u, and from it those of the operands that u is made of.
 template <class S, class T, class U>
-void distribute_row(const RowNormBackward& a, const Constants<S>& constants, const BackwardRow<S, T, U>& r) {
+void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
   const int64_t row = r.index;
-  Coefficients<S> weight(a.weight, row, a, constants.ones.value);
+  Coefficients<S> weight(a.weight, row, a, constants<S>.ones.value);
   const bool h_is_stored = has_epilogue(a);
   const S c2 = a.centered ? sum_lanes(r.sum_h) / S(a.columns) : S(0);
   const S c1 = sum_lanes(r.sum_h_x_hat) / S(a.columns);
@@ -189,11 +189,11 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
 // Both passes over a tile, whose first `live` rows are rows of the matrix; the others are rows of zeros, which add
 // nothing to any sum.
 template <class S, class T, class U>
-void backward_tile(const RowNormBackward& a, const Constants<S>& constants, BackwardRow<S, T, U>* rows, int64_t live,
+void backward_tile(const RowNormBackward& a, BackwardRow<S, T, U>* rows, int64_t live,
                    S* grad_weight, S* grad_bias) {
   Chunk<S> unused;  // takes the sums for a gradient that nobody wants
-  Coefficients<S> weight(a.weight, rows[0].index, a, constants.ones.value);
-  Coefficients<S> bias(a.bias, rows[0].index, a, constants.zeros.value);
+  Coefficients<S> weight(a.weight, rows[0].index, a, constants<S>.ones.value);
+  Coefficients<S> bias(a.bias, rows[0].index, a, constants<S>.zeros.value);
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     auto reduce = [&](auto epilogue) {
@@ -208,7 +208,7 @@ void backward_tile(const RowNormBackward& a, const Constants<S>& constants, Back
       visit_activation(a.activation, [&](auto function) { reduce(ActivationEpilogue<T, decltype(function)>{}); });
   }
   if (a.grad_input)
-    for (int64_t i = 0; i < live; ++i) distribute_row<S, T, U>(a, constants, rows[i]);
+    for (int64_t i = 0; i < live; ++i) distribute_row<S, T, U>(a, rows[i]);
 }
 
 // All tiles of the rows from begin to end. source(row, i) gives u of a row, which is the i-th of its tile. `zeros` and
@@ -216,7 +216,6 @@ void backward_tile(const RowNormBackward& a, const Constants<S>& constants, Back
 template <class S, class T, class U, class Source>
 CKPT_INLINE void backward_tiles(const RowNormBackward& a, int64_t begin, int64_t end, S* grad_x_hat, S* zeros, S* sink,
                                 S* grad_weight, S* grad_bias, Source source) {
-  const Constants<S> constants;
   const int64_t width = whole_vectors<S>(a.columns);
   BackwardRow<S, T, U> rows[tile_rows];
   if ((end - begin) % tile_rows) __builtin_memset(zeros, 0, width * sizeof(S));
@@ -245,7 +244,7 @@ CKPT_INLINE void backward_tiles(const RowNormBackward& a, int64_t begin, int64_t
         r.mean = r.rstd = S(0);
       }
     }
-    backward_tile(a, constants, rows, live, grad_weight, grad_bias);
+    backward_tile(a, rows, live, grad_weight, grad_bias);
   }
   end_streams();
 }

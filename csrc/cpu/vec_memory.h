@@ -136,6 +136,7 @@ CKPT_INLINE void load_pair(const bfloat16* p, Vec<float>* first, Vec<float>* sec
 // The value after a round trip through storage type T.
 template <class S, class T>
 CKPT_INLINE Vec<S> round_to(Vec<S> a) {
+  if (sizeof(T) == sizeof(S)) return a;
   T stored[Vec<S>::width];
   store(stored, a, Full<S>{});
   return load(stored, Full<S>{});
@@ -144,7 +145,7 @@ CKPT_INLINE Vec<S> round_to(Vec<S> a) {
 // x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
 template <class S, class T>
 CKPT_INLINE Vec<S> rounded_if(bool cast, Vec<S> x_hat) {
-  return cast ? round_to<S, T>(x_hat) : x_hat;
+  return cast && sizeof(T) < sizeof(S) ? round_to<S, T>(x_hat) : x_hat;
 }
 
 // Into the second level of cache: the next row must not push the present row out of the first level.
