@@ -19,40 +19,60 @@
 
 namespace ckpt::CKPT_ISA {
 
-// Writes y of one row, from u and its statistics, and prefetches the input of a row `ahead`.
-template <class S, class T, class U>
-void finish_row(const RowNormForward& a, int64_t row, int64_t ahead, const U* u, Statistics<S> statistics) {
-  Coefficients<S> weight(a.weight, row, a, constants<S>.ones.value), bias(a.bias, row, a, constants<S>.zeros.value);
+// What comes after z = x_hat * weight + bias: y of one vector of a row.
+struct ForwardAsIs {
+  template <class V, class Lanes>
+  CKPT_INLINE V output(V z, int64_t, Lanes) const {
+    return z;
+  }
+};
+template <class T, class Function>
+struct ForwardActivation {
+  template <class V, class Lanes>
+  CKPT_INLINE V output(V z, int64_t, Lanes) const {
+    return value_of<T>(Function{}, z);
+  }
+};
+template <class T, class Function>
+struct ForwardGate {
+  const T* gate;
+  template <class V, class Lanes>
+  CKPT_INLINE V output(V z, int64_t column, Lanes lanes) const {
+    return z * value_of<T>(Function{}, V(load(gate + column, lanes)));
+  }
+};
+
+// Writes y of one row, from u and its statistics, and prefetches the input of the row `ahead`.
+template <class S, class T, class U, class Epilogue>
+void write_row(const RowNormForward& a, int64_t row, int64_t ahead, const U* u, Statistics<S> statistics,
+               Epilogue epilogue) {
+  const Coefficients<S> weight(a.weight, row, a, constants<S>.ones.value), bias(a.bias, row, a, constants<S>.zeros.value);
   const Written<T> output(a.output, row, a.rows, a.columns);
   const bool cast = a.cast_before_weight;
-  const Vec<S> means(statistics.mean), rstds(statistics.rstd);
-  const T* next = a.input.row<const T>(row + ahead < a.rows ? row + ahead : row);
+  const Vec<S> mean(statistics.mean), rstd(statistics.rstd);
+  const T* next = a.input.row<const T>(ahead < a.rows ? ahead : row);
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
-    int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
+    const int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S *w = weight.at(j0), *b = bias.at(j0);
-    auto normalized = [=](int64_t j, auto lanes, auto slot) {
+    sweep<S>(n, [=](int64_t j, auto lanes, auto slot) {
       prefetch_lines(next + j0 + j, slot);
-      Vec<S> x_hat = rounded_if<S, T>(cast, (load(u + j0 + j, lanes) - means) * rstds);
-      return x_hat * load(w + j, lanes) + load(b + j, lanes);
-    };
-    if (!has_epilogue(a)) {
-      sweep<S>(n, [=](int64_t j, auto lanes, auto slot) { output.put(j0 + j, normalized(j, lanes, slot), lanes); });
-    } else if (a.gate) {
-      const T* gate = a.gate.row<const T>(row) + j0;
-      visit_activation(a.activation, [=](auto function) {
-        step<S>(n, [=](int64_t j, auto lanes) {
-          Vec<S> factor = value_of<T>(function, load(gate + j, lanes));
-          output.put(j0 + j, normalized(j, lanes, Slot<0>{}) * factor, lanes);
-        });
-      });
-    } else {
-      visit_activation(a.activation, [=](auto function) {
-        step<S>(n, [=](int64_t j, auto lanes) {
-          output.put(j0 + j, value_of<T>(function, normalized(j, lanes, Slot<0>{})), lanes);
-        });
-      });
-    }
+      Vec<S> x_hat = rounded_if<S, T>(cast, (load(u + j0 + j, lanes) - mean) * rstd);
+      Vec<S> z = x_hat * load(w + j, lanes) + load(b + j, lanes);
+      output.put(j0 + j, epilogue.output(z, j0 + j, lanes), lanes);
+    });
   }
+}
+
+template <class S, class T, class U>
+CKPT_INLINE void finish_row(const RowNormForward& a, int64_t row, int64_t ahead, const U* u, Statistics<S> statistics) {
+  if (!has_epilogue(a)) return write_row<S, T>(a, row, ahead, u, statistics, ForwardAsIs{});
+  visit_activation(a.activation, [&](auto function) {
+    using Function = decltype(function);
+    if (a.gate)
+      write_row<S, T>(a, row, ahead, u, statistics, ForwardGate<T, Function>{a.gate.row<const T>(row)});
+    else
+      write_row<S, T>(a, row, ahead, u, statistics, ForwardActivation<T, Function>{});
+  });
 }
 
 // Rows of at most so many columns are worked on a tile at a time, which then stays in the first level of cache.
@@ -77,7 +97,7 @@ CKPT_INLINE void forward_tiles(const RowNormForward& a, int64_t begin, int64_t e
         rstds[first + i] = statistics[i].rstd;
       }
     }
-    for (int64_t i = 0; i < live; ++i) finish_row<S, T>(a, first + i, count, u[i], statistics[i]);
+    for (int64_t i = 0; i < live; ++i) finish_row<S, T>(a, first + i, first + i + count, u[i], statistics[i]);
   }
 }
 

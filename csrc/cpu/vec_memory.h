@@ -119,6 +119,24 @@ CKPT_INLINE void store(T* p, Vec<S> a, Partial<S> lanes) {
   for (int64_t i = 0; i < lanes.count; ++i) p[i] = padded[i];
 }
 
+// Of floats, the wider sets have instructions for it.
+#if CKPT_VECTOR_BYTES == 64
+CKPT_INLINE Vec<float> load(const float* p, Partial<float> lanes) {
+  return Raw<float>::type(_mm512_maskz_loadu_ps(__mmask16((1 << lanes.count) - 1), p));
+}
+CKPT_INLINE void store(float* p, Vec<float> a, Partial<float> lanes) {
+  _mm512_mask_storeu_ps(p, __mmask16((1 << lanes.count) - 1), a.v);
+}
+#elif CKPT_VECTOR_BYTES == 32
+CKPT_INLINE __m256i mask_of(Partial<float> lanes) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(lanes.count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+CKPT_INLINE Vec<float> load(const float* p, Partial<float> lanes) {
+  return Raw<float>::type(_mm256_maskload_ps(p, mask_of(lanes)));
+}
+CKPT_INLINE void store(float* p, Vec<float> a, Partial<float> lanes) { _mm256_maskstore_ps(p, mask_of(lanes), a.v); }
+#endif
+
 // The next two vectors' worth of elements, in any order: for sums, where the order does not matter. Of bfloat16, the
 // even elements and the odd ones are two vectors without a shuffle.
 template <class T, class S>
