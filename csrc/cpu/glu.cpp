@@ -16,8 +16,7 @@ bool is_dense(const Glu& a) {
 
 struct Cpu : CpuDevice {
   static void run_forward(const GluForward& a, const View& gate, ScalarKind kind) {
-    if (a.rows > 1 && is_dense(a) && is_one_piece(a.output, a.columns))
-      return run_forward(as_one_row(a), gate, kind);
+    if (a.rows > 1 && is_dense(a) && is_one_piece(a.output, a.columns)) return run_forward(as_one_row(a), gate, kind);
     const GluLoops& loops = glu_loops(kind);
     for_pieces(a.rows, a.columns, [&](const Part& part) { loops.forward(a, part); });
   }

@@ -17,8 +17,8 @@ namespace ckpt::CKPT_ISA {
 
 constexpr int64_t guess_columns = 64, segment_columns = 4096;
 
-// Moments of one row, or of each of a few rows that are worked on together: the sums of one row take so many steps, each
-// waiting for the one before, that several rows at a time are faster than one after the other.
+// Moments of one row, or of each of a few rows that are worked on together: the sums of one row take so many steps,
+// each waiting for the one before, that several rows at a time are faster than one after the other.
 template <class S>
 struct RowMoments {
   S mean, squares;
@@ -44,8 +44,7 @@ CKPT_INLINE void segment_moments(const U* const (&u)[count], int64_t j0, int64_t
     total[i] = sum.total();
     squares[i] = sum_squares.total() - total[i] * total[i] / S(n);
   }
-  for (int i = 0; i < count; ++i)
-    moments[i] = {center[i] + total[i] / S(n), squares[i] < 0 ? S(0) : squares[i]};
+  for (int i = 0; i < count; ++i) moments[i] = {center[i] + total[i] / S(n), squares[i] < 0 ? S(0) : squares[i]};
 }
 
 template <class S, class U, int count>

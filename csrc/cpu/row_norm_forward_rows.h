@@ -46,7 +46,8 @@ struct ForwardGate {
 template <class S, class T, class U, class Epilogue>
 void write_row(const RowNormForward& a, int64_t row, int64_t ahead, const U* u, Statistics<S> statistics,
                Epilogue epilogue) {
-  const Coefficients<S> weight(a.weight, row, a, constants<S>.ones.value), bias(a.bias, row, a, constants<S>.zeros.value);
+  const Coefficients<S> weight(a.weight, row, a, constants<S>.ones.value),
+      bias(a.bias, row, a, constants<S>.zeros.value);
   const Written<T> output(a.output, row, a.rows, a.columns);
   const bool cast = a.cast_before_weight;
   const Vec<S> mean(statistics.mean), rstd(statistics.rstd);

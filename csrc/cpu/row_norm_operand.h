@@ -74,13 +74,13 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
       const Written<T> sum(residual_out, row, a.rows, a.columns);
       if (a.dropout) {
         dropout_factors(a.dropout, row, j0, n, factor.value);
-        sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        sweep<S>(n, [=, &factor](int64_t j, auto lanes, auto) {
           Vec<S> total = load(residual + j, lanes) + load(z + j, lanes) * load(factor.value + j, lanes);
           sum.put(j0 + j, total, lanes);
           store(z + j, round_to<S, T>(total), Full<S>{});
         });
       } else {
-        sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        sweep<S>(n, [=](int64_t j, auto lanes, auto) {
           Vec<S> total = load(residual + j, lanes) + load(z + j, lanes);
           sum.put(j0 + j, total, lanes);
           store(z + j, round_to<S, T>(total), Full<S>{});

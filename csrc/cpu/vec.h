@@ -100,8 +100,8 @@ CKPT_INLINE V shuffle(V a, V b) {
   return shuffle<Order>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
 }
 
-// Each lane plus the one `half` lanes on, then a quarter, ...: by shuffles, because lanes that are written one at a time
-// go through memory.
+// Each lane plus the one `half` lanes on, then a quarter, ...: by shuffles, because lanes that are written one at a
+// time go through memory.
 template <int by>
 struct Rotate {
   static constexpr int lane(int i, int width) { return (i + by) % width; }
