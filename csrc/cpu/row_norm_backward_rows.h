@@ -142,7 +142,7 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S* w = weight.at(j0);
-    auto grad_u = [&](int64_t j, auto lanes, auto slot) {
+    auto grad_u = [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
       if (!h_is_stored) prefetch_lines(next + j0 + j, slot);
       Vec<S> h =
           h_is_stored ? load(grad_x_hat + j0 + j, lanes) : load(grad_output + j0 + j, lanes) * load(w + j, lanes);
@@ -151,7 +151,7 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
     if (a.pre_activation) {
       copy_to_chunk(a.input.row<const T>(row) + j0, n, slope.value);
       differentiate<T>(a.pre_activation, slope.value, n);
-      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) {
+      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
         grad_input.put(j0 + j, grad_u(j, lanes, slot) * load(slope.value + j, lanes), lanes);
       });
     } else if (a.gate_first) {
@@ -161,25 +161,26 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
       copy_to_chunk(gate.value, n, slope.value);
       activate<T>(a.activation, gate.value, n);
       differentiate<T>(a.activation, slope.value, n);
-      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) {
+      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
         Vec<S> g = grad_u(j, lanes, slot);
         grad_input.put(j0 + j, g * load(gate.value + j, lanes), lanes);
         store(grad_gate + j, g * load(input + j, lanes) * load(slope.value + j, lanes), lanes);
       });
     } else if (a.grad_residual_out) {
       const T* above = a.grad_residual_out.row<const T>(row) + j0;
-      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) {
+      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
         grad_input.put(j0 + j, grad_u(j, lanes, slot) + load(above + j, lanes), lanes);
       });
     } else {
-      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) { grad_input.put(j0 + j, grad_u(j, lanes, slot), lanes); });
+      sweep<S>(n, [&](int64_t j, auto lanes, auto slot)
+                      CKPT_INLINE_BODY { grad_input.put(j0 + j, grad_u(j, lanes, slot), lanes); });
     }
     if (a.grad_residual) {
       // So far grad_input holds the gradient of the sum residual + dropout(input). The residual's gradient is the same,
       // the input's is multiplied by dropout's factors.
       T* grad_residual = a.grad_residual.row<T>(row) + j0;
       dropout_factors(a.dropout, row, j0, n, slope.value);
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) CKPT_INLINE_BODY {
         Vec<S> g = load(grad_input.row + j0 + j, lanes);
         store(grad_residual + j, g, lanes);
         store(grad_input.row + j0 + j, g * load(slope.value + j, lanes), lanes);

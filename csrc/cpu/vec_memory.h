@@ -50,12 +50,13 @@ CKPT_INLINE typename Raw<S>::type encode(const S*, Vec<S> a) {
 
 // A bfloat16 is the upper half of a float32.
 CKPT_INLINE Vec<float> load(const bfloat16* p, Full<float>) { return Raw<float>::type(widen(p) << 16); }
-CKPT_INLINE Raw<float>::half encode(const bfloat16*, Vec<float> a) {
+// In the upper half of each lane; the lower half holds anything.
+CKPT_INLINE Raw<float>::bits rounded_to_bfloat16(Vec<float> a) {
   Raw<float>::bits bits = Raw<float>::bits(a.v);
-  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  bits = (a.v == a.v) ? bits : Raw<float>::bits{} + 0x7fc0u;
-  return narrow(bits);
+  bits = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (a.v == a.v) ? bits : Raw<float>::bits{} + 0x7fc00000u;
 }
+CKPT_INLINE Raw<float>::half encode(const bfloat16*, Vec<float> a) { return narrow(rounded_to_bfloat16(a) >> 16); }
 
 #if CKPT_VECTOR_BYTES == 64
 CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
@@ -151,13 +152,18 @@ CKPT_INLINE void load_pair(const bfloat16* p, Vec<float>* first, Vec<float>* sec
   *second = Raw<float>::type(raw & 0xffff0000u);
 }
 
-// The value after a round trip through storage type T.
+// The value after a round trip through storage type T, the type that the pointer is to.
+template <class S, class T>
+CKPT_INLINE Vec<S> round_to(const T* type, Vec<S> a) {
+  auto raw = encode(type, a);
+  return load(reinterpret_cast<const T*>(&raw), Full<S>{});
+}
+CKPT_INLINE Vec<float> round_to(const bfloat16*, Vec<float> a) {
+  return Raw<float>::type(rounded_to_bfloat16(a) & 0xffff0000u);
+}
 template <class S, class T>
 CKPT_INLINE Vec<S> round_to(Vec<S> a) {
-  if (sizeof(T) == sizeof(S)) return a;
-  T stored[Vec<S>::width];
-  store(stored, a, Full<S>{});
-  return load(stored, Full<S>{});
+  return round_to(static_cast<const T*>(nullptr), a);
 }
 
 // x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
