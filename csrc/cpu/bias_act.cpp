@@ -8,25 +8,31 @@
 namespace ckpt {
 namespace {
 
+// Whether nothing depends on an element's place in its row, and the rows of the input follow each other.
+bool is_elementwise(const BiasAct& a) { return !a.bias && !a.dropout && is_one_piece(a.input, a.columns); }
+
 struct Cpu : CpuDevice {
   using Coefficient = ckpt::Coefficient;
-  static void run_forward(const BiasActForward& a, const View&, ScalarKind kind) {
-    for_pieces(a.rows, a.columns,
-               [&](int64_t row, int64_t begin, int64_t end) { bias_act_loops(kind).forward(a, row, begin, end); });
+  static void run_forward(const BiasActForward& a, const View& input, ScalarKind kind) {
+    if (a.rows > 1 && is_elementwise(a) && is_one_piece(a.output, a.columns))
+      return run_forward(as_one_row(a), input, kind);
+    const BiasActLoops& loops = bias_act_loops(kind);
+    for_pieces(a.rows, a.columns, [&](const Part& part) { loops.forward(a, part); });
   }
-  static void run_backward(const BiasActBackward& a, const View&, ScalarKind kind, void* grad_bias) {
+  static void run_backward(const BiasActBackward& a, const View& input, ScalarKind kind, void* grad_bias) {
     const BiasActLoops& loops = bias_act_loops(kind);
     if (!grad_bias) {
-      for_pieces(a.rows, a.columns,
-                 [&](int64_t row, int64_t begin, int64_t end) { loops.backward(a, row, begin, end, nullptr); });
+      if (a.rows > 1 && is_elementwise(a) && is_one_piece(a.grad_output, a.columns) &&
+          is_one_piece(a.grad_input, a.columns) && is_one_piece(a.output, a.columns))
+        return run_backward(as_one_row(a), input, kind, nullptr);
+      for_pieces(a.rows, a.columns, [&](const Part& part) { loops.backward(a, part, nullptr); });
       return;
     }
     const RowTasks tasks(a.rows, a.rows, a.columns);
     const PartialSums sums(grad_bias, tasks, a.columns, kind);
     const int64_t shares = shares_of(tasks.wave, grain(a.columns * tasks.task_rows));
     for_tasks(tasks, shares, {&sums}, [&](int64_t, int64_t task) {
-      void* sum = sums.of(task);
-      for (int64_t row = tasks.begin(task); row < tasks.end(task); ++row) loops.backward(a, row, 0, a.columns, sum);
+      loops.backward(a, {tasks.begin(task), tasks.end(task), 0, a.columns}, sums.of(task));
     });
   }
 };

@@ -17,58 +17,66 @@
 
 namespace ckpt::CKPT_ISA {
 
-// Calls body(column of the row, columns, bias, factors) for the chunks of a row's columns from begin to end; factors is
-// null where there is no dropout. `begin` is a multiple of chunk_columns.
+// Calls body(column of the row, columns, bias, factors) for the part's columns of a row; bias is null where there is
+// none. With dropout it does so for one chunk after the other, because the factors of a chunk are drawn at a time;
+// without, factors is null. The part begins at a multiple of chunk_columns.
 template <class S, class Body>
-CKPT_INLINE void for_chunks(const BiasAct& a, int64_t row, int64_t begin, int64_t end, Body body) {
-  Chunk<S> factors, zeros;
-  if (!a.bias)
-    for (int64_t j = 0; j < chunk_columns; ++j) zeros.value[j] = 0;
-  for (int64_t j0 = begin; j0 < end; j0 += chunk_columns) {
-    const int64_t n = end - j0 < chunk_columns ? end - j0 : chunk_columns;
-    if (a.dropout) dropout_factors(a.dropout, row, j0, n, factors.value);
-    body(j0, n, a.bias ? static_cast<const S*>(a.bias) + j0 : zeros.value, a.dropout ? factors.value : nullptr);
+CKPT_INLINE void for_chunks(const BiasAct& a, int64_t row, const Part& part, Body body) {
+  const S* bias = static_cast<const S*>(a.bias);
+  if (!a.dropout) return body(part.begin, part.end - part.begin, bias ? bias + part.begin : nullptr, nullptr);
+  Chunk<S> factors;
+  for (int64_t j0 = part.begin; j0 < part.end; j0 += chunk_columns) {
+    const int64_t n = part.end - j0 < chunk_columns ? part.end - j0 : chunk_columns;
+    dropout_factors(a.dropout, row, j0, n, factors.value);
+    body(j0, n, bias ? bias + j0 : nullptr, factors.value);
   }
 }
 
 template <class S, class T>
-void bias_act_forward(const BiasActForward& a, int64_t row, int64_t begin, int64_t end) {
-  const T* input = a.input.row<const T>(row);
-  const Written<T> output(a.output, row, a.rows, a.columns);
+void bias_act_forward(const BiasActForward& a, const Part& part) {
   visit_activation(a.activation, [&](auto function) {
-    for_chunks<S>(a, row, begin, end, [&](int64_t j0, int64_t n, const S* bias, const S* factor) {
-      step<S>(n, [&](int64_t j, auto lanes) {
-        Vec<S> y = value_of<T>(function, load(input + j0 + j, lanes) + load(bias + j, lanes));
-        if (factor) y = y * load(factor + j, lanes);
-        output.put(j0 + j, y, lanes);
+    for (int64_t row = part.first; row < part.last; ++row) {
+      const T* input = a.input.row<const T>(row);
+      const Written<T> output(a.output, row, a.rows, a.columns);
+      for_chunks<S>(a, row, part, [=](int64_t j0, int64_t n, const S* bias, const S* factor) {
+        step<S>(n, [=](int64_t j, auto lanes) {
+          Vec<S> z = load(input + j0 + j, lanes);
+          if (bias) z += load(bias + j, lanes);
+          Vec<S> y = value_of<T>(function, z);
+          if (factor) y = y * load(factor + j, lanes);
+          output.put(j0 + j, y, lanes);
+        });
       });
-    });
+    }
   });
   end_streams();
 }
 
-// `sums` is a row of sums for the gradient of the bias, to which this row's part is added; null where nobody wants it.
+// `sums` is a row of sums for the gradient of the bias, to which the part's rows are added; null where nobody wants it.
 template <class S, class T>
-void bias_act_backward(const BiasActBackward& a, int64_t row, int64_t begin, int64_t end, void* sums) {
-  const T* input = a.input.row<const T>(row);
-  const T* grad_output = a.grad_output.row<const T>(row);
-  const Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
-  T* output = a.output ? a.output.row<T>(row) : nullptr;
+void bias_act_backward(const BiasActBackward& a, const Part& part, void* sums) {
   S* grad_bias = static_cast<S*>(sums);
   visit_activation(a.activation, [&](auto function) {
-    for_chunks<S>(a, row, begin, end, [&](int64_t j0, int64_t n, const S* bias, const S* factor) {
-      step<S>(n, [&](int64_t j, auto lanes) {
-        Vec<S> g = load(grad_output + j0 + j, lanes), z = load(input + j0 + j, lanes) + load(bias + j, lanes);
-        if (factor) g = g * load(factor + j, lanes);
-        g = g * derivative_of<T>(function, z);
-        if (output) {
-          Vec<S> y = value_of<T>(function, z);
-          store(output + j0 + j, factor ? y * load(factor + j, lanes) : y, lanes);
-        }
-        if (grad_input.row) grad_input.put(j0 + j, g, lanes);
-        if (grad_bias) store(grad_bias + j0 + j, load(grad_bias + j0 + j, lanes) + g, lanes);
+    for (int64_t row = part.first; row < part.last; ++row) {
+      const T* input = a.input.row<const T>(row);
+      const T* grad_output = a.grad_output.row<const T>(row);
+      const Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
+      T* output = a.output ? a.output.row<T>(row) : nullptr;
+      for_chunks<S>(a, row, part, [=](int64_t j0, int64_t n, const S* bias, const S* factor) {
+        step<S>(n, [=](int64_t j, auto lanes) {
+          Vec<S> g = load(grad_output + j0 + j, lanes), z = load(input + j0 + j, lanes);
+          if (bias) z += load(bias + j, lanes);
+          if (factor) g = g * load(factor + j, lanes);
+          g = g * derivative_of<T>(function, z);
+          if (output) {
+            Vec<S> y = value_of<T>(function, z);
+            store(output + j0 + j, factor ? y * load(factor + j, lanes) : y, lanes);
+          }
+          if (grad_input.row) grad_input.put(j0 + j, g, lanes);
+          if (grad_bias) store(grad_bias + j0 + j, load(grad_bias + j0 + j, lanes) + g, lanes);
+        });
       });
-    });
+    }
   });
   end_streams();
 }

@@ -16,9 +16,13 @@ namespace ckpt::CKPT_ISA {
 
 template <class S, class T>
 void channel_moments_of_planes(const ChannelMoments& a, int64_t begin, int64_t end) {
-  for (int64_t plane = begin; plane < end; ++plane)
-    moments_of(row_at<T>(a.input, plane, a.size), a.size, static_cast<S*>(a.first) + plane,
-               static_cast<S*>(a.second) + plane);
+  for (int64_t plane = begin; plane < end; ++plane) {
+    const T* const elements[] = {row_at<T>(a.input, plane, a.size)};
+    RowMoments<S> moments[1];
+    moments_of(elements, a.size, moments);
+    static_cast<S*>(a.first)[plane] = moments[0].mean;
+    static_cast<S*>(a.second)[plane] = moments[0].squares;
+  }
 }
 
 // For each channel, in one pass about the mean of the piece's first few rows; moments_rows.h says why that is accurate.

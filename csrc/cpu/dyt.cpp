@@ -22,15 +22,13 @@ struct Cpu : CpuDevice {
   using Coefficient = ckpt::Coefficient;
   static void run_forward(const DytForward& a, const View&, ScalarKind kind) {
     const DytLoops& loops = dyt_loops(kind);
-    for_pieces(a.rows, a.columns, [&](int64_t row, int64_t begin, int64_t end) { loops.forward(a, row, begin, end); });
+    for_pieces(a.rows, a.columns, [&](const Part& part) { loops.forward(a, part); });
   }
   static void run_backward(const DytBackward& a, const View&, ScalarKind kind, void* grad_alpha, void* grad_weight,
                            void* grad_bias) {
     const DytLoops& loops = dyt_loops(kind);
     if (!grad_alpha && !grad_weight && !grad_bias) {
-      for_pieces(a.rows, a.columns, [&](int64_t row, int64_t begin, int64_t end) {
-        loops.backward(a, row, begin, end, nullptr, nullptr, nullptr);
-      });
+      for_pieces(a.rows, a.columns, [&](const Part& part) { loops.backward(a, part, nullptr, nullptr, nullptr); });
       return;
     }
     const RowTasks tasks(a.rows, a.rows, a.columns);
@@ -39,9 +37,8 @@ struct Cpu : CpuDevice {
     const int64_t shares = shares_of(tasks.wave, grain(a.columns * tasks.task_rows));
     for_tasks(tasks, shares, {&weight_sums, &bias_sums}, [&](int64_t, int64_t task) {
       double* alpha_sum = grad_alpha ? &alpha_sums[task] : nullptr;
-      void *weight_sum = weight_sums.of(task), *bias_sum = bias_sums.of(task);
-      for (int64_t row = tasks.begin(task); row < tasks.end(task); ++row)
-        loops.backward(a, row, 0, a.columns, alpha_sum, weight_sum, bias_sum);
+      loops.backward(a, {tasks.begin(task), tasks.end(task), 0, a.columns}, alpha_sum, weight_sums.of(task),
+                     bias_sums.of(task));
     });
     if (grad_alpha) add_up(alpha_sums, tasks.count(), grad_alpha, kind);
   }

@@ -24,48 +24,52 @@ CKPT_INLINE Vec<S> alpha_of(const Dyt& a) {
 }
 
 template <class S, class T>
-void dyt_forward(const DytForward& a, int64_t row, int64_t begin, int64_t end) {
-  const T* input = a.input.row<const T>(row);
-  const Written<T> output(a.output, row, a.rows, a.columns);
+void dyt_forward(const DytForward& a, const Part& part) {
   const S *weight = static_cast<const S*>(a.weight), *bias = static_cast<const S*>(a.bias);
   const Vec<S> alpha = alpha_of<S>(a);
-  step<S>(end - begin, [&](int64_t offset, auto lanes) {
-    const int64_t j = begin + offset;
-    Vec<S> y = value_of<T>(Tanh{}, alpha * load(input + j, lanes));
-    if (weight) y = y * load(weight + j, lanes);
-    if (bias) y = y + load(bias + j, lanes);
-    output.put(j, y, lanes);
-  });
+  const int64_t begin = part.begin, n = part.end - begin;
+  for (int64_t row = part.first; row < part.last; ++row) {
+    const T* input = a.input.row<const T>(row);
+    const Written<T> output(a.output, row, a.rows, a.columns);
+    step<S>(n, [=](int64_t offset, auto lanes) {
+      const int64_t j = begin + offset;
+      Vec<S> y = value_of<T>(Tanh{}, alpha * load(input + j, lanes));
+      if (weight) y = y * load(weight + j, lanes);
+      if (bias) y = y + load(bias + j, lanes);
+      output.put(j, y, lanes);
+    });
+  }
   end_streams();
 }
 
-// `weight_sums` and `bias_sums` are rows of sums for the gradients of weight and bias, to which this row's part is
+// `weight_sums` and `bias_sums` are rows of sums for the gradients of weight and bias, to which the part's rows are
 // added, and *alpha_sum is one number; null where nobody wants it. Sums over a chunk are added up in float64, which
 // leaves them as exact as a sum in float32 can be made however many elements there are.
 template <class S, class T>
-void dyt_backward(const DytBackward& a, int64_t row, int64_t begin, int64_t end, double* alpha_sum, void* weight_sums,
-                  void* bias_sums) {
-  const T* input = a.input.row<const T>(row);
-  const T* grad_output = a.grad_output.row<const T>(row);
-  const Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
+void dyt_backward(const DytBackward& a, const Part& part, double* alpha_sum, void* weight_sums, void* bias_sums) {
   const S* weight = static_cast<const S*>(a.weight);
   S *grad_weight = static_cast<S*>(weight_sums), *grad_bias = static_cast<S*>(bias_sums);
   const Vec<S> alpha = alpha_of<S>(a);
-  for (int64_t j0 = begin; j0 < end; j0 += chunk_columns) {
-    const int64_t n = end - j0 < chunk_columns ? end - j0 : chunk_columns;
-    Accumulator<S> sum;
-    sweep<S>(n, [&](int64_t offset, auto lanes, auto slot) {
-      const int64_t j = j0 + offset;
-      Vec<S> x = load(input + j, lanes), g = load(grad_output + j, lanes);
-      Vec<S> t = value_of<T>(Tanh{}, alpha * x);
-      if (grad_weight) store(grad_weight + j, load(grad_weight + j, lanes) + g * t, lanes);
-      if (grad_bias) store(grad_bias + j, load(grad_bias + j, lanes) + g, lanes);
-      if (weight) g = g * load(weight + j, lanes);
-      Vec<S> s = g * (Vec<S>(1.0) - t * t);
-      if (grad_input.row) grad_input.put(j, alpha * s, lanes);
-      sum.part[slot.index] += s * x;
-    });
-    if (alpha_sum) *alpha_sum += double(sum.total());
+  for (int64_t row = part.first; row < part.last; ++row) {
+    const T* input = a.input.row<const T>(row);
+    const T* grad_output = a.grad_output.row<const T>(row);
+    const Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
+    for (int64_t j0 = part.begin; j0 < part.end; j0 += chunk_columns) {
+      const int64_t n = part.end - j0 < chunk_columns ? part.end - j0 : chunk_columns;
+      Accumulator<S> sum;
+      sweep<S>(n, [=, &sum](int64_t offset, auto lanes, auto slot) {
+        const int64_t j = j0 + offset;
+        Vec<S> x = load(input + j, lanes), g = load(grad_output + j, lanes);
+        Vec<S> t = value_of<T>(Tanh{}, alpha * x);
+        if (grad_weight) store(grad_weight + j, load(grad_weight + j, lanes) + g * t, lanes);
+        if (grad_bias) store(grad_bias + j, load(grad_bias + j, lanes) + g, lanes);
+        if (weight) g = g * load(weight + j, lanes);
+        Vec<S> s = g * (Vec<S>(1.0) - t * t);
+        if (grad_input.row) grad_input.put(j, alpha * s, lanes);
+        sum.part[slot.index] += s * x;
+      });
+      if (alpha_sum) *alpha_sum += double(sum.total());
+    }
   }
   end_streams();
 }

@@ -9,14 +9,23 @@
 namespace ckpt {
 namespace {
 
+// Whether the rows of gate and value follow each other without gaps.
+bool is_dense(const Glu& a) {
+  return is_one_piece(a.gate, a.step * a.columns) && is_one_piece(a.value, a.step * a.columns);
+}
+
 struct Cpu : CpuDevice {
-  static void run_forward(const GluForward& a, const View&, ScalarKind kind) {
-    for_pieces(a.rows, a.columns,
-               [&](int64_t row, int64_t begin, int64_t end) { glu_loops(kind).forward(a, row, begin, end); });
+  static void run_forward(const GluForward& a, const View& gate, ScalarKind kind) {
+    if (a.rows > 1 && is_dense(a) && is_one_piece(a.output, a.columns)) return run_forward(as_one_row(a), gate, kind);
+    const GluLoops& loops = glu_loops(kind);
+    for_pieces(a.rows, a.columns, [&](const Part& part) { loops.forward(a, part); });
   }
-  static void run_backward(const GluBackward& a, const View&, ScalarKind kind) {
-    for_pieces(a.rows, a.columns,
-               [&](int64_t row, int64_t begin, int64_t end) { glu_loops(kind).backward(a, row, begin, end); });
+  static void run_backward(const GluBackward& a, const View& gate, ScalarKind kind) {
+    if (a.rows > 1 && is_dense(a) && is_one_piece(a.grad_output, a.columns) && is_one_piece(a.output, a.columns) &&
+        is_one_piece(a.grad_gate, a.step * a.columns) && is_one_piece(a.grad_value, a.step * a.columns))
+      return run_backward(as_one_row(a), gate, kind);
+    const GluLoops& loops = glu_loops(kind);
+    for_pieces(a.rows, a.columns, [&](const Part& part) { loops.backward(a, part); });
   }
 };
 

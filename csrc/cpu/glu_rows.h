@@ -17,45 +17,51 @@
 namespace ckpt::CKPT_ISA {
 
 template <bool interleaved, class S, class T>
-void glu_forward_row(const GluForward& a, int64_t row, int64_t begin, int64_t end) {
-  const T* gate = a.gate.row<const T>(row) + begin * a.step;
-  const T* value = a.value.row<const T>(row) + begin * a.step;
-  const Written<T> output(a.output, row, a.rows, a.columns);
+void glu_forward_rows(const GluForward& a, const Part& part) {
+  const int64_t begin = part.begin, n = part.end - begin;
   visit_activation(a.activation, [&](auto function) {
-    step<S>(end - begin, [&](int64_t j, auto lanes) {
-      Pairs<S> x = load_pairs<interleaved, S>(gate, value, j, lanes);
-      output.put(begin + j, value_of<T>(function, x.first) * x.second, lanes);
-    });
+    for (int64_t row = part.first; row < part.last; ++row) {
+      const T* gate = a.gate.row<const T>(row) + begin * a.step;
+      const T* value = a.value.row<const T>(row) + begin * a.step;
+      const Written<T> output(a.output, row, a.rows, a.columns);
+      step<S>(n, [=](int64_t j, auto lanes) {
+        Pairs<S> x = load_pairs<interleaved, S>(gate, value, j, lanes);
+        output.put(begin + j, value_of<T>(function, x.first) * x.second, lanes);
+      });
+    }
   });
   end_streams();
 }
 
 template <bool interleaved, class S, class T>
-void glu_backward_row(const GluBackward& a, int64_t row, int64_t begin, int64_t end) {
-  const T* gate = a.gate.row<const T>(row) + begin * a.step;
-  const T* value = a.value.row<const T>(row) + begin * a.step;
-  const T* grad_output = a.grad_output.row<const T>(row) + begin;
-  T* grad_gate = a.grad_gate ? a.grad_gate.row<T>(row) + begin * a.step : nullptr;
-  T* grad_value = a.grad_value ? a.grad_value.row<T>(row) + begin * a.step : nullptr;
-  T* output = a.output ? a.output.row<T>(row) + begin : nullptr;
+void glu_backward_rows(const GluBackward& a, const Part& part) {
+  const int64_t begin = part.begin, n = part.end - begin;
   visit_activation(a.activation, [&](auto function) {
-    step<S>(end - begin, [&](int64_t j, auto lanes) {
-      Pairs<S> x = load_pairs<interleaved, S>(gate, value, j, lanes);
-      Vec<S> g = load(grad_output + j, lanes), factor = value_of<T>(function, x.first);
-      Pairs<S> gradient{g * x.second * derivative_of<T>(function, x.first), g * factor};
-      store_pairs<interleaved, S>(grad_gate, grad_value, j, gradient, lanes);
-      if (output) store(output + j, factor * x.second, lanes);
-    });
+    for (int64_t row = part.first; row < part.last; ++row) {
+      const T* gate = a.gate.row<const T>(row) + begin * a.step;
+      const T* value = a.value.row<const T>(row) + begin * a.step;
+      const T* grad_output = a.grad_output.row<const T>(row) + begin;
+      T* grad_gate = a.grad_gate ? a.grad_gate.row<T>(row) + begin * a.step : nullptr;
+      T* grad_value = a.grad_value ? a.grad_value.row<T>(row) + begin * a.step : nullptr;
+      T* output = a.output ? a.output.row<T>(row) + begin : nullptr;
+      step<S>(n, [=](int64_t j, auto lanes) {
+        Pairs<S> x = load_pairs<interleaved, S>(gate, value, j, lanes);
+        Vec<S> g = load(grad_output + j, lanes), factor = value_of<T>(function, x.first);
+        Pairs<S> gradient{g * x.second * derivative_of<T>(function, x.first), g * factor};
+        store_pairs<interleaved, S>(grad_gate, grad_value, j, gradient, lanes);
+        if (output) store(output + j, factor * x.second, lanes);
+      });
+    }
   });
 }
 
 template <class S, class T>
-void glu_forward(const GluForward& a, int64_t row, int64_t begin, int64_t end) {
-  a.step == 1 ? glu_forward_row<false, S, T>(a, row, begin, end) : glu_forward_row<true, S, T>(a, row, begin, end);
+void glu_forward(const GluForward& a, const Part& part) {
+  a.step == 1 ? glu_forward_rows<false, S, T>(a, part) : glu_forward_rows<true, S, T>(a, part);
 }
 template <class S, class T>
-void glu_backward(const GluBackward& a, int64_t row, int64_t begin, int64_t end) {
-  a.step == 1 ? glu_backward_row<false, S, T>(a, row, begin, end) : glu_backward_row<true, S, T>(a, row, begin, end);
+void glu_backward(const GluBackward& a, const Part& part) {
+  a.step == 1 ? glu_backward_rows<false, S, T>(a, part) : glu_backward_rows<true, S, T>(a, part);
 }
 
 template <class T>

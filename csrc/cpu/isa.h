@@ -15,6 +15,11 @@ namespace ckpt {
 // is added to a sum in memory.
 constexpr int64_t tile_rows = 4;
 
+// A part of a matrix: the columns from `begin` to `end` of the rows from `first` to `last`.
+struct Part {
+  int64_t first, last, begin, end;
+};
+
 // The loops of a family for one storage type. A result that is a sum over rows is added to what is in memory.
 struct RowNormLoops {
   // `scratch` holds as many elements of the compute type as forward_scratch or backward_scratch says.
@@ -25,18 +30,16 @@ struct RowNormLoops {
   int64_t (*backward_scratch)(const RowNormBackward&);
 };
 struct GluLoops {
-  // For the columns from begin to end of one row.
-  void (*forward)(const GluForward&, int64_t row, int64_t begin, int64_t end);
-  void (*backward)(const GluBackward&, int64_t row, int64_t begin, int64_t end);
+  void (*forward)(const GluForward&, const Part&);
+  void (*backward)(const GluBackward&, const Part&);
 };
 struct BiasActLoops {
-  void (*forward)(const BiasActForward&, int64_t row, int64_t begin, int64_t end);
-  void (*backward)(const BiasActBackward&, int64_t row, int64_t begin, int64_t end, void* grad_bias);
+  void (*forward)(const BiasActForward&, const Part&);
+  void (*backward)(const BiasActBackward&, const Part&, void* grad_bias);
 };
 struct DytLoops {
-  void (*forward)(const DytForward&, int64_t row, int64_t begin, int64_t end);
-  void (*backward)(const DytBackward&, int64_t row, int64_t begin, int64_t end, double* grad_alpha, void* grad_weight,
-                   void* grad_bias);
+  void (*forward)(const DytForward&, const Part&);
+  void (*backward)(const DytBackward&, const Part&, double* grad_alpha, void* grad_weight, void* grad_bias);
 };
 struct RotaryLoops {
   // `scratch` is a row of the compute type where there is a norm.

@@ -17,33 +17,48 @@ namespace ckpt::CKPT_ISA {
 
 constexpr int64_t guess_columns = 64, segment_columns = 4096;
 
-template <class S, class U>
-CKPT_INLINE void segment_moments(const U* u, int64_t n, S* mean, S* squares) {
+// Moments of one row, or of each of a few rows that are worked on together: the sums of one row take so many steps,
+// each waiting for the one before, that several rows at a time are faster than one after the other.
+template <class S>
+struct RowMoments {
+  S mean, squares;
+};
+
+template <class S, class U, int count>
+CKPT_INLINE void segment_moments(const U* const (&u)[count], int64_t j0, int64_t n, RowMoments<S> (&moments)[count]) {
   const int64_t few = n < guess_columns ? n : guess_columns;
-  Accumulator<S> guess, sum, sum_squares;
-  sweep_values<S>(u, few, [&](Vec<S> value, auto, auto slot) { guess.part[slot.index] += value; });
-  const S center = guess.total() / S(few);  // near the mean
-  sweep_values<S>(u, n, [&](Vec<S> value, auto lanes, auto slot) {
-    Vec<S> d = lanes.keep(value - Vec<S>(center));
-    sum.part[slot.index] += d;
-    sum_squares.part[slot.index] += d * d;
-  });
-  const S total = sum.total();
-  *mean = center + total / S(n);
-  *squares = sum_squares.total() - total * total / S(n);
-  if (*squares < 0) *squares = 0;
+  S center[count], total[count], squares[count];  // the center is near the mean
+  for (int i = 0; i < count; ++i) {
+    Accumulator<S> guess;
+    sweep_values<S>(u[i] + j0, few, [&](Vec<S> value, auto, auto slot) { guess.part[slot.index] += value; });
+    center[i] = guess.total() / S(few);
+  }
+  for (int i = 0; i < count; ++i) {
+    Accumulator<S> sum, sum_squares;
+    const Vec<S> centers(center[i]);
+    sweep_values<S>(u[i] + j0, n, [&](Vec<S> value, auto lanes, auto slot) {
+      Vec<S> d = lanes.keep(value - centers);
+      sum.part[slot.index] += d;
+      sum_squares.part[slot.index] += d * d;
+    });
+    total[i] = sum.total();
+    squares[i] = sum_squares.total() - total[i] * total[i] / S(n);
+  }
+  for (int i = 0; i < count; ++i) moments[i] = {center[i] + total[i] / S(n), squares[i] < 0 ? S(0) : squares[i]};
 }
 
-template <class S, class U>
-CKPT_INLINE void moments_of(const U* u, int64_t columns, S* mean, S* squares) {
-  segment_moments(u, columns < segment_columns ? columns : segment_columns, mean, squares);
+template <class S, class U, int count>
+CKPT_INLINE void moments_of(const U* const (&u)[count], int64_t columns, RowMoments<S> (&moments)[count]) {
+  segment_moments(u, 0, columns < segment_columns ? columns : segment_columns, moments);
   for (int64_t j0 = segment_columns; j0 < columns; j0 += segment_columns) {
     const int64_t n = columns - j0 < segment_columns ? columns - j0 : segment_columns;
-    S segment_mean, segment_squares;
-    segment_moments(u + j0, n, &segment_mean, &segment_squares);
-    const S delta = segment_mean - *mean, share = S(n) / S(j0 + n);
-    *mean += delta * share;
-    *squares += segment_squares + delta * delta * S(j0) * share;
+    RowMoments<S> segment[count];
+    segment_moments(u, j0, n, segment);
+    for (int i = 0; i < count; ++i) {
+      const S delta = segment[i].mean - moments[i].mean, share = S(n) / S(j0 + n);
+      moments[i].mean += delta * share;
+      moments[i].squares += segment[i].squares + delta * delta * S(j0) * share;
+    }
   }
 }
 
@@ -52,20 +67,28 @@ CKPT_INLINE S square_root(S x) {
   return sizeof(S) == 4 ? S(__builtin_sqrtf(float(x))) : S(__builtin_sqrt(double(x)));
 }
 
-// The statistics of one row of a norm. Where it is not centered, the mean is 0 and the variance is the mean of the
+// The statistics of a few rows of a norm. Where it is not centered, the mean is 0 and the variance is the mean of the
 // squares.
-template <class S, class U>
-CKPT_INLINE void statistics_of(const U* u, int64_t columns, bool centered, S eps, S* mean, S* rstd) {
-  S center = 0, sum_squares;
+template <class S>
+struct Statistics {
+  S mean, rstd;
+};
+
+template <class S, class U, int count>
+CKPT_INLINE void statistics_of(const U* const (&u)[count], int64_t columns, bool centered, S eps,
+                               Statistics<S> (&statistics)[count]) {
+  RowMoments<S> moments[count];
   if (centered) {
-    moments_of(u, columns, &center, &sum_squares);
+    moments_of(u, columns, moments);
   } else {
-    Accumulator<S> squares;
-    sweep_values<S>(u, columns, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
-    sum_squares = squares.total();
+    for (int i = 0; i < count; ++i) {
+      Accumulator<S> squares;
+      sweep_values<S>(u[i], columns, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
+      moments[i] = {0, squares.total()};
+    }
   }
-  *mean = center;
-  *rstd = S(1) / square_root(sum_squares / S(columns) + eps);
+  for (int i = 0; i < count; ++i)
+    statistics[i] = {moments[i].mean, S(1) / square_root(moments[i].squares / S(columns) + eps)};
 }
 
 }  // namespace ckpt::CKPT_ISA

@@ -108,10 +108,11 @@ struct HeadStatistics {
 
   template <class T>
   CKPT_INLINE HeadStatistics(const Rotary& a, const T* x) {
-    S m, r;
-    statistics_of(x, a.columns, a.norm == HeadNorm::layer, S(a.eps), &m, &r);
-    mean = Vec<S>(double(m));
-    rstd = Vec<S>(double(r));
+    const T* const row[] = {x};
+    Statistics<S> found[1];
+    statistics_of(row, a.columns, a.norm == HeadNorm::layer, S(a.eps), found);
+    mean = Vec<S>(double(found[0].mean));
+    rstd = Vec<S>(double(found[0].rstd));
   }
 };
 

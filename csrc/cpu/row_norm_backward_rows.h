@@ -91,13 +91,13 @@ template <class Epilogue, class S, class T, class U>
 CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* rows, int64_t j0, int64_t n, const S* w,
                               const S* b, S* grad_weight, S* grad_bias, Epilogue epilogue) {
   const bool cast = a.cast_before_weight;
+  // Copies, because whatever is in memory is read again after each store.
+  BackwardRow<S, T, U> row[tile_rows];
   const T *next_u[tile_rows], *next_g[tile_rows];
-  Vec<S> sum_h[tile_rows], sum_h_x_hat[tile_rows];
   for (int i = 0; i < tile_rows; ++i) {
+    row[i] = rows[i];
     next_u[i] = a.input.row<const T>(rows[i].ahead) + j0;
     next_g[i] = a.grad_output.row<const T>(rows[i].ahead) + j0;
-    sum_h[i] = rows[i].sum_h;
-    sum_h_x_hat[i] = rows[i].sum_h_x_hat;
   }
   step<S>(n, [&](int64_t j, auto lanes) {
     Vec<S> weight = load(w + j, lanes), bias = load(b + j, lanes);
@@ -105,34 +105,36 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
     for (int i = 0; i < tile_rows; ++i) {
       prefetch(next_u[i] + j);
       if (Epilogue::stores_h) prefetch(next_g[i] + j);
-      Vec<S> x_hat = rows[i].x_hat(j0 + j, lanes), rounded = rounded_if<S, T>(cast, x_hat);
-      Vec<S> grad = load(rows[i].grad_output + j0 + j, lanes);
-      Vec<S> g = epilogue.grad_z(rows[i], j0 + j, lanes, grad, rounded, weight, bias);
-      if (rows[i].output) store(rows[i].output + j0 + j, epilogue.output(rounded * weight + bias), lanes);
+      Vec<S> x_hat = row[i].x_hat(j0 + j, lanes), rounded = rounded_if<S, T>(cast, x_hat);
+      Vec<S> grad = load(row[i].grad_output + j0 + j, lanes);
+      Vec<S> g = epilogue.grad_z(row[i], j0 + j, lanes, grad, rounded, weight, bias);
+      if (row[i].output) store(row[i].output + j0 + j, epilogue.output(rounded * weight + bias), lanes);
       gw += g * rounded;
       gb += g;
       Vec<S> h = g * weight;
-      sum_h[i] += h;
-      sum_h_x_hat[i] += h * x_hat;
-      if (Epilogue::stores_h) store(rows[i].grad_x_hat + j0 + j, h, Full<S>{});
+      row[i].sum_h += h;
+      row[i].sum_h_x_hat += h * x_hat;
+      if (Epilogue::stores_h) store(row[i].grad_x_hat + j0 + j, h, Full<S>{});
     }
     store(grad_weight + j, gw, lanes);
     store(grad_bias + j, gb, lanes);
   });
-  for (int i = 0; i < tile_rows; ++i) rows[i].sum_h = sum_h[i], rows[i].sum_h_x_hat = sum_h_x_hat[i];
+  for (int i = 0; i < tile_rows; ++i) rows[i].sum_h = row[i].sum_h, rows[i].sum_h_x_hat = row[i].sum_h_x_hat;
 }
 
 // The second pass, over one row: the gradient of u, and from it those of the operands that u is made of.
 template <class S, class T, class U>
-void distribute_row(const RowNormBackward& a, const Constants<S>& constants, const BackwardRow<S, T, U>& r) {
+void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
   const int64_t row = r.index;
-  Coefficients<S> weight(a.weight, row, a, constants.ones.value);
+  Coefficients<S> weight(a.weight, row, a, constants<S>.ones.value);
   const bool h_is_stored = has_epilogue(a);
   const S c2 = a.centered ? sum_lanes(r.sum_h) / S(a.columns) : S(0);
   const S c1 = sum_lanes(r.sum_h_x_hat) / S(a.columns);
   // dL/du = rstd * (h - x_hat * c1 - c2) = (u - mean) * by_deviation + (h * rstd + constant).
   const Vec<S> mean(r.mean), rstd(r.rstd), by_deviation(-r.rstd * r.rstd * c1), constant(-r.rstd * c2);
-  const T* next = a.grad_output.row<const T>(r.ahead);
+  const U* u = r.u;
+  const S* grad_x_hat = r.grad_x_hat;
+  const T *grad_output = r.grad_output, *next = a.grad_output.row<const T>(r.ahead);
   Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
   // The residual's gradient is made of grad_input, read again, which should then be in cache.
   if (a.grad_residual) grad_input.streams = false;
@@ -140,17 +142,17 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S* w = weight.at(j0);
-    auto grad_u = [&](int64_t j, auto lanes) {
-      if (!h_is_stored) prefetch(next + j0 + j);
+    auto grad_u = [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
+      if (!h_is_stored) prefetch_lines(next + j0 + j, slot);
       Vec<S> h =
-          h_is_stored ? load(r.grad_x_hat + j0 + j, lanes) : load(r.grad_output + j0 + j, lanes) * load(w + j, lanes);
-      return (load(r.u + j0 + j, lanes) - mean) * by_deviation + (h * rstd + constant);
+          h_is_stored ? load(grad_x_hat + j0 + j, lanes) : load(grad_output + j0 + j, lanes) * load(w + j, lanes);
+      return (load(u + j0 + j, lanes) - mean) * by_deviation + (h * rstd + constant);
     };
     if (a.pre_activation) {
       copy_to_chunk(a.input.row<const T>(row) + j0, n, slope.value);
       differentiate<T>(a.pre_activation, slope.value, n);
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-        grad_input.put(j0 + j, grad_u(j, lanes) * load(slope.value + j, lanes), lanes);
+      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
+        grad_input.put(j0 + j, grad_u(j, lanes, slot) * load(slope.value + j, lanes), lanes);
       });
     } else if (a.gate_first) {
       const T* input = a.input.row<const T>(row) + j0;
@@ -159,25 +161,26 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
       copy_to_chunk(gate.value, n, slope.value);
       activate<T>(a.activation, gate.value, n);
       differentiate<T>(a.activation, slope.value, n);
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-        Vec<S> g = grad_u(j, lanes);
+      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
+        Vec<S> g = grad_u(j, lanes, slot);
         grad_input.put(j0 + j, g * load(gate.value + j, lanes), lanes);
         store(grad_gate + j, g * load(input + j, lanes) * load(slope.value + j, lanes), lanes);
       });
     } else if (a.grad_residual_out) {
       const T* above = a.grad_residual_out.row<const T>(row) + j0;
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
-        grad_input.put(j0 + j, grad_u(j, lanes) + load(above + j, lanes), lanes);
+      sweep<S>(n, [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
+        grad_input.put(j0 + j, grad_u(j, lanes, slot) + load(above + j, lanes), lanes);
       });
     } else {
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) { grad_input.put(j0 + j, grad_u(j, lanes), lanes); });
+      sweep<S>(n, [&](int64_t j, auto lanes, auto slot)
+                      CKPT_INLINE_BODY { grad_input.put(j0 + j, grad_u(j, lanes, slot), lanes); });
     }
     if (a.grad_residual) {
       // So far grad_input holds the gradient of the sum residual + dropout(input). The residual's gradient is the same,
       // the input's is multiplied by dropout's factors.
       T* grad_residual = a.grad_residual.row<T>(row) + j0;
       dropout_factors(a.dropout, row, j0, n, slope.value);
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+      sweep<S>(n, [&](int64_t j, auto lanes, auto) CKPT_INLINE_BODY {
         Vec<S> g = load(grad_input.row + j0 + j, lanes);
         store(grad_residual + j, g, lanes);
         store(grad_input.row + j0 + j, g * load(slope.value + j, lanes), lanes);
@@ -189,11 +192,10 @@ void distribute_row(const RowNormBackward& a, const Constants<S>& constants, con
 // Both passes over a tile, whose first `live` rows are rows of the matrix; the others are rows of zeros, which add
 // nothing to any sum.
 template <class S, class T, class U>
-void backward_tile(const RowNormBackward& a, const Constants<S>& constants, BackwardRow<S, T, U>* rows, int64_t live,
-                   S* grad_weight, S* grad_bias) {
+void backward_tile(const RowNormBackward& a, BackwardRow<S, T, U>* rows, int64_t live, S* grad_weight, S* grad_bias) {
   Chunk<S> unused;  // takes the sums for a gradient that nobody wants
-  Coefficients<S> weight(a.weight, rows[0].index, a, constants.ones.value);
-  Coefficients<S> bias(a.bias, rows[0].index, a, constants.zeros.value);
+  Coefficients<S> weight(a.weight, rows[0].index, a, constants<S>.ones.value);
+  Coefficients<S> bias(a.bias, rows[0].index, a, constants<S>.zeros.value);
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
     int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     auto reduce = [&](auto epilogue) {
@@ -208,7 +210,7 @@ void backward_tile(const RowNormBackward& a, const Constants<S>& constants, Back
       visit_activation(a.activation, [&](auto function) { reduce(ActivationEpilogue<T, decltype(function)>{}); });
   }
   if (a.grad_input)
-    for (int64_t i = 0; i < live; ++i) distribute_row<S, T, U>(a, constants, rows[i]);
+    for (int64_t i = 0; i < live; ++i) distribute_row<S, T, U>(a, rows[i]);
 }
 
 // All tiles of the rows from begin to end. source(row, i) gives u of a row, which is the i-th of its tile. `zeros` and
@@ -216,7 +218,6 @@ void backward_tile(const RowNormBackward& a, const Constants<S>& constants, Back
 template <class S, class T, class U, class Source>
 CKPT_INLINE void backward_tiles(const RowNormBackward& a, int64_t begin, int64_t end, S* grad_x_hat, S* zeros, S* sink,
                                 S* grad_weight, S* grad_bias, Source source) {
-  const Constants<S> constants;
   const int64_t width = whole_vectors<S>(a.columns);
   BackwardRow<S, T, U> rows[tile_rows];
   if ((end - begin) % tile_rows) __builtin_memset(zeros, 0, width * sizeof(S));
@@ -245,7 +246,7 @@ CKPT_INLINE void backward_tiles(const RowNormBackward& a, int64_t begin, int64_t
         r.mean = r.rstd = S(0);
       }
     }
-    backward_tile(a, constants, rows, live, grad_weight, grad_bias);
+    backward_tile(a, rows, live, grad_weight, grad_bias);
   }
   end_streams();
 }

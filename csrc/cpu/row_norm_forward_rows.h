@@ -19,74 +19,114 @@
 
 namespace ckpt::CKPT_ISA {
 
-// Writes y of one row, from u and its statistics.
-template <class S, class T, class U>
-void finish_row(const RowNormForward& a, const Constants<S>& constants, int64_t row, const U* u, S mean, S rstd) {
-  Coefficients<S> weight(a.weight, row, a, constants.ones.value), bias(a.bias, row, a, constants.zeros.value);
+// What comes after z = x_hat * weight + bias: y of one vector of a row.
+struct ForwardAsIs {
+  template <class V, class Lanes>
+  CKPT_INLINE V output(V z, int64_t, Lanes) const {
+    return z;
+  }
+};
+template <class T, class Function>
+struct ForwardActivation {
+  template <class V, class Lanes>
+  CKPT_INLINE V output(V z, int64_t, Lanes) const {
+    return value_of<T>(Function{}, z);
+  }
+};
+template <class T, class Function>
+struct ForwardGate {
+  const T* gate;
+  template <class V, class Lanes>
+  CKPT_INLINE V output(V z, int64_t column, Lanes lanes) const {
+    return z * value_of<T>(Function{}, V(load(gate + column, lanes)));
+  }
+};
+
+// Writes y of one row, from u and its statistics, and prefetches the input of the row `ahead`.
+template <class S, class T, class U, class Epilogue>
+void write_row(const RowNormForward& a, int64_t row, int64_t ahead, const U* u, Statistics<S> statistics,
+               Epilogue epilogue) {
+  const Coefficients<S> weight(a.weight, row, a, constants<S>.ones.value),
+      bias(a.bias, row, a, constants<S>.zeros.value);
   const Written<T> output(a.output, row, a.rows, a.columns);
   const bool cast = a.cast_before_weight;
-  const Vec<S> means(mean), rstds(rstd);
-  const T* next = a.input.row<const T>(row + 1 < a.rows ? row + 1 : row);
+  const Vec<S> mean(statistics.mean), rstd(statistics.rstd);
+  const T* next = a.input.row<const T>(ahead < a.rows ? ahead : row);
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
-    int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
+    const int64_t n = a.columns - j0 < chunk_columns ? a.columns - j0 : chunk_columns;
     const S *w = weight.at(j0), *b = bias.at(j0);
-    auto normalized = [=](int64_t j, auto lanes) {
-      prefetch(next + j0 + j);
-      Vec<S> x_hat = rounded_if<S, T>(cast, (load(u + j0 + j, lanes) - means) * rstds);
-      return x_hat * load(w + j, lanes) + load(b + j, lanes);
-    };
-    if (!has_epilogue(a)) {
-      sweep<S>(n, [&](int64_t j, auto lanes, auto) { output.put(j0 + j, normalized(j, lanes), lanes); });
-    } else if (a.gate) {
-      const T* gate = a.gate.row<const T>(row) + j0;
-      visit_activation(a.activation, [&](auto function) {
-        step<S>(n, [&](int64_t j, auto lanes) {
-          output.put(j0 + j, normalized(j, lanes) * value_of<T>(function, load(gate + j, lanes)), lanes);
-        });
-      });
-    } else {
-      visit_activation(a.activation, [&](auto function) {
-        step<S>(n,
-                [&](int64_t j, auto lanes) { output.put(j0 + j, value_of<T>(function, normalized(j, lanes)), lanes); });
-      });
-    }
+    sweep<S>(n, [=](int64_t j, auto lanes, auto slot) {
+      prefetch_lines(next + j0 + j, slot);
+      Vec<S> x_hat = rounded_if<S, T>(cast, (load(u + j0 + j, lanes) - mean) * rstd);
+      Vec<S> z = x_hat * load(w + j, lanes) + load(b + j, lanes);
+      output.put(j0 + j, epilogue.output(z, j0 + j, lanes), lanes);
+    });
   }
 }
 
 template <class S, class T, class U>
-CKPT_INLINE void forward_row(const RowNormForward& a, const Constants<S>& constants, int64_t row, const U* u) {
-  S mean, rstd;
-  if (a.given_statistics) {
-    mean = a.mean ? static_cast<const S*>(a.mean)[row] : S(0);
-    rstd = static_cast<const S*>(a.rstd)[row];
-  } else {
-    statistics_of(u, a.columns, a.centered, S(a.eps), &mean, &rstd);
-    if (a.mean) static_cast<S*>(a.mean)[row] = mean;
-    static_cast<S*>(a.rstd)[row] = rstd;
+CKPT_INLINE void finish_row(const RowNormForward& a, int64_t row, int64_t ahead, const U* u, Statistics<S> statistics) {
+  if (!has_epilogue(a)) return write_row<S, T>(a, row, ahead, u, statistics, ForwardAsIs{});
+  visit_activation(a.activation, [&](auto function) {
+    using Function = decltype(function);
+    if (a.gate)
+      write_row<S, T>(a, row, ahead, u, statistics, ForwardGate<T, Function>{a.gate.row<const T>(row)});
+    else
+      write_row<S, T>(a, row, ahead, u, statistics, ForwardActivation<T, Function>{});
+  });
+}
+
+// Rows of at most so many columns are worked on a tile at a time, which then stays in the first level of cache.
+constexpr int64_t tile_columns = 1024;
+
+// All rows from begin to end, `count` at a time. source(row, i) gives u of a row, which is the i-th of its tile. In the
+// place of rows that the last tile lacks, its first one is taken again.
+template <int count, class S, class T, class U, class Source>
+CKPT_INLINE void forward_tiles(const RowNormForward& a, int64_t begin, int64_t end, Source source) {
+  S *means = static_cast<S*>(a.mean), *rstds = static_cast<S*>(a.rstd);
+  for (int64_t first = begin; first < end; first += count) {
+    const int64_t live = end - first < count ? end - first : count;
+    const U* u[count];
+    Statistics<S> statistics[count];
+    for (int64_t i = 0; i < count; ++i) u[i] = i < live ? source(first + i, i) : u[0];
+    if (a.given_statistics) {
+      for (int64_t i = 0; i < live; ++i) statistics[i] = {means ? means[first + i] : S(0), rstds[first + i]};
+    } else {
+      statistics_of(u, a.columns, a.centered, S(a.eps), statistics);
+      for (int64_t i = 0; i < live; ++i) {
+        if (means) means[first + i] = statistics[i].mean;
+        rstds[first + i] = statistics[i].rstd;
+      }
+    }
+    for (int64_t i = 0; i < live; ++i) finish_row<S, T>(a, first + i, first + i + count, u[i], statistics[i]);
   }
-  finish_row<S, T>(a, constants, row, u, mean, rstd);
+}
+
+template <int count, class S, class T>
+void forward_rows_by(const RowNormForward& a, int64_t begin, int64_t end, S* scratch) {
+  const int64_t width = whole_vectors<S>(a.columns);
+  if (has_prologue(a))
+    forward_tiles<count, S, T, S>(a, begin, end, [=, &a](int64_t row, int64_t i) {
+      stage_row<S, T>(a, a.residual_out, row, scratch + i * width);
+      return scratch + i * width;
+    });
+  else
+    forward_tiles<count, S, T, T>(a, begin, end, [&](int64_t row, int64_t) { return a.input.row<const T>(row); });
 }
 
 template <class S, class T>
 void forward_rows(const RowNormForward& a, int64_t begin, int64_t end, void* scratch) {
-  const Constants<S> constants;
-  const bool staged = has_prologue(a);
-  S* u = static_cast<S*>(scratch);
-  for (int64_t row = begin; row < end; ++row) {
-    if (staged) {
-      stage_row<S, T>(a, a.residual_out, row, u);
-      forward_row<S, T>(a, constants, row, u);
-    } else {
-      forward_row<S, T>(a, constants, row, a.input.row<const T>(row));
-    }
-  }
+  if (a.columns <= tile_columns)
+    forward_rows_by<tile_rows, S, T>(a, begin, end, static_cast<S*>(scratch));
+  else
+    forward_rows_by<1, S, T>(a, begin, end, static_cast<S*>(scratch));
   end_streams();
 }
 
 // In elements of S.
 template <class S>
 int64_t forward_scratch(const RowNormForward& a) {
-  return has_prologue(a) ? whole_vectors<S>(a.columns) : 0;
+  return has_prologue(a) ? (a.columns <= tile_columns ? tile_rows : 1) * whole_vectors<S>(a.columns) : 0;
 }
 
 }  // namespace ckpt::CKPT_ISA

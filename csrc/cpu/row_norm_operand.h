@@ -13,22 +13,27 @@
 
 namespace ckpt::CKPT_ISA {
 
+// A chunk of zeros, and one of ones.
+template <class S>
+struct Constants {
+  Chunk<S> zeros{}, ones{};
+  constexpr Constants() {
+    for (int64_t j = 0; j < chunk_columns; ++j) ones.value[j] = 1;
+  }
+};
+template <class S>
+constexpr Constants<S> constants;
+
 // A weight or bias for one row: the given one, or else a chunk of a constant, which serves every chunk of columns.
 template <class S>
 struct Coefficients {
   const S* data;
   bool given;
-  Coefficients(const void* vector, int64_t row, const RowNorm& a, const S* constant)
-      : data(vector ? static_cast<const S*>(vector) + row / a.rows_per_group * a.columns : constant), given(vector) {}
+  CKPT_INLINE Coefficients(const void* vector, int64_t row, const RowNorm& a, const S* constant)
+      : data(vector ? static_cast<const S*>(vector) + (row < a.rows_per_group ? 0 : row / a.rows_per_group * a.columns)
+                    : constant),
+        given(vector) {}
   CKPT_INLINE const S* at(int64_t j0) const { return given ? data + j0 : data; }
-};
-
-template <class S>
-struct Constants {
-  Chunk<S> zeros, ones;
-  Constants() {
-    for (int64_t j = 0; j < chunk_columns; ++j) zeros.value[j] = 0, ones.value[j] = 1;
-  }
 };
 
 // Whether u differs from the input: then it is staged in scratch.
@@ -69,13 +74,13 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
       const Written<T> sum(residual_out, row, a.rows, a.columns);
       if (a.dropout) {
         dropout_factors(a.dropout, row, j0, n, factor.value);
-        sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        sweep<S>(n, [=, &factor](int64_t j, auto lanes, auto) {
           Vec<S> total = load(residual + j, lanes) + load(z + j, lanes) * load(factor.value + j, lanes);
           sum.put(j0 + j, total, lanes);
           store(z + j, round_to<S, T>(total), Full<S>{});
         });
       } else {
-        sweep<S>(n, [&](int64_t j, auto lanes, auto) {
+        sweep<S>(n, [=](int64_t j, auto lanes, auto) {
           Vec<S> total = load(residual + j, lanes) + load(z + j, lanes);
           sum.put(j0 + j, total, lanes);
           store(z + j, round_to<S, T>(total), Full<S>{});

@@ -20,19 +20,34 @@ constexpr int64_t parallel_elements = 32768;
 // The least number of runs of `elements` elements each that is worth a thread.
 inline int64_t grain(int64_t elements) { return divide_up(parallel_elements, elements < 1 ? 1 : elements); }
 
-// Calls body(row, begin, end) for all columns of all rows; long rows are cut into pieces. A piece begins at a multiple
-// of chunk_columns, so that the loops draw the same dropout factors however a row is cut.
+// Calls body(part) for parts that together are all of a matrix: whole rows, or pieces of long ones. A piece begins at a
+// multiple of chunk_columns, so that the loops draw the same dropout factors however a row is cut.
 template <class Body>
 void for_pieces(int64_t rows, int64_t columns, const Body& body) {
   constexpr int64_t piece = 16384;
   const int64_t pieces = divide_up(columns, piece);
-  torch::stable::parallel_for(0, rows * pieces, grain(columns < piece ? columns : piece),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const int64_t first = i % pieces * piece;
-                                  body(i / pieces, first, first + piece < columns ? first + piece : columns);
-                                }
-                              });
+  torch::stable::parallel_for(
+      0, rows * pieces, grain(columns < piece ? columns : piece), [&](int64_t begin, int64_t end) {
+        if (pieces == 1) return body(Part{begin, end, 0, columns});
+        for (int64_t i = begin; i < end;) {
+          const int64_t row = i / pieces, row_end = (row + 1) * pieces, last = row_end < end ? row_end : end;
+          body(Part{row, row + 1, i % pieces * piece, last == row_end ? columns : last % pieces * piece});
+          i = last;
+        }
+      });
+}
+
+// Whether a matrix of so many columns, or none, lies in memory without gaps, so that it may be taken for one long row.
+inline bool is_one_piece(const Rows& matrix, int64_t columns) {
+  return !matrix || (matrix.inner == 0 && matrix.stride == columns);
+}
+
+// The same block with one long row, which costs less than many short ones. For blocks that do the same to each element.
+template <class Block>
+Block as_one_row(Block a) {
+  a.columns *= a.rows;
+  a.rows = 1;
+  return a;
 }
 
 // Cuts the numbers from 0 to `count` into `shares` shares, and calls body(share, begin, end) for each on a thread.

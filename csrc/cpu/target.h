@@ -26,6 +26,9 @@
 #endif
 
 #define CKPT_INLINE inline __attribute__((always_inline))
+// After the parameters of a lambda. What a lambda that is called as a function has captured lies in memory, and is read
+// again after each store.
+#define CKPT_INLINE_BODY __attribute__((always_inline))
 
 // Defines name(kind), which returns the loops that name_for<storage type>() makes. Loops in float64 serve tests of
 // gradients more than they serve speed, so only the generic set has them.

@@ -71,13 +71,6 @@ struct Partial {
   CKPT_INLINE int64_t size() const { return count; }
 };
 
-template <class S>
-CKPT_INLINE S sum_lanes(Vec<S> a) {
-  for (int half = Vec<S>::width / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
-  return a.v[0];
-}
-
 // shuffle<Order>(a, b) takes lane Order::lane(i, width) of the pair as its lane i; the lanes of b are numbered on from
 // those of a. Evens and Odds undo what InterleaveLow and InterleaveHigh do together: a0 b0 a1 b1 ...
 struct Evens {
@@ -105,6 +98,20 @@ CKPT_INLINE V shuffle(V a, V b, std::integer_sequence<int, i...>) {
 template <class Order, class V>
 CKPT_INLINE V shuffle(V a, V b) {
   return shuffle<Order>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
+}
+
+// Each lane plus the one `half` lanes on, then a quarter, ...: by shuffles, because lanes that are written one at a
+// time go through memory.
+template <int by>
+struct Rotate {
+  static constexpr int lane(int i, int width) { return (i + by) % width; }
+};
+template <class S, int half = Vec<S>::width / 2>
+CKPT_INLINE S sum_lanes(Vec<S> a) {
+  if constexpr (half == 0)
+    return a.v[0];
+  else
+    return sum_lanes<S, half / 2>(Vec<S>(a.v + shuffle<Rotate<half>>(a.v, a.v)));
 }
 
 }  // namespace ckpt::CKPT_ISA

@@ -35,6 +35,12 @@ CKPT_INLINE void sweep(int64_t n, Body body) {
   if (j < n) body(j, Partial<S>{n - j}, Slot<0>{});
 }
 
+// Prefetches the next row's elements at p in a sweep over the present row, a line of cache once.
+template <class T, int k>
+CKPT_INLINE void prefetch_lines(const T* p, Slot<k>) {
+  if (k * Vec<typename ComputeType<T>::type>::width * sizeof(T) % 64 == 0) prefetch(p);
+}
+
 // Calls body(value, lanes, slot) with all n elements at p, for bodies that do not care for their order.
 template <class S, class T, class Body>
 CKPT_INLINE void sweep_values(const T* p, int64_t n, Body body) {

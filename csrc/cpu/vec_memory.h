@@ -50,12 +50,13 @@ CKPT_INLINE typename Raw<S>::type encode(const S*, Vec<S> a) {
 
 // A bfloat16 is the upper half of a float32.
 CKPT_INLINE Vec<float> load(const bfloat16* p, Full<float>) { return Raw<float>::type(widen(p) << 16); }
-CKPT_INLINE Raw<float>::half encode(const bfloat16*, Vec<float> a) {
+// In the upper half of each lane; the lower half holds anything.
+CKPT_INLINE Raw<float>::bits rounded_to_bfloat16(Vec<float> a) {
   Raw<float>::bits bits = Raw<float>::bits(a.v);
-  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  bits = (a.v == a.v) ? bits : Raw<float>::bits{} + 0x7fc0u;
-  return narrow(bits);
+  bits = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (a.v == a.v) ? bits : Raw<float>::bits{} + 0x7fc00000u;
 }
+CKPT_INLINE Raw<float>::half encode(const bfloat16*, Vec<float> a) { return narrow(rounded_to_bfloat16(a) >> 16); }
 
 #if CKPT_VECTOR_BYTES == 64
 CKPT_INLINE Vec<float> load(const float16* p, Full<float>) {
@@ -119,6 +120,24 @@ CKPT_INLINE void store(T* p, Vec<S> a, Partial<S> lanes) {
   for (int64_t i = 0; i < lanes.count; ++i) p[i] = padded[i];
 }
 
+// Of floats, the wider sets have instructions for it.
+#if CKPT_VECTOR_BYTES == 64
+CKPT_INLINE Vec<float> load(const float* p, Partial<float> lanes) {
+  return Raw<float>::type(_mm512_maskz_loadu_ps(__mmask16((1 << lanes.count) - 1), p));
+}
+CKPT_INLINE void store(float* p, Vec<float> a, Partial<float> lanes) {
+  _mm512_mask_storeu_ps(p, __mmask16((1 << lanes.count) - 1), a.v);
+}
+#elif CKPT_VECTOR_BYTES == 32
+CKPT_INLINE __m256i mask_of(Partial<float> lanes) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(lanes.count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+CKPT_INLINE Vec<float> load(const float* p, Partial<float> lanes) {
+  return Raw<float>::type(_mm256_maskload_ps(p, mask_of(lanes)));
+}
+CKPT_INLINE void store(float* p, Vec<float> a, Partial<float> lanes) { _mm256_maskstore_ps(p, mask_of(lanes), a.v); }
+#endif
+
 // The next two vectors' worth of elements, in any order: for sums, where the order does not matter. Of bfloat16, the
 // even elements and the odd ones are two vectors without a shuffle.
 template <class T, class S>
@@ -133,18 +152,24 @@ CKPT_INLINE void load_pair(const bfloat16* p, Vec<float>* first, Vec<float>* sec
   *second = Raw<float>::type(raw & 0xffff0000u);
 }
 
-// The value after a round trip through storage type T.
+// The value after a round trip through storage type T, the type that the pointer is to.
+template <class S, class T>
+CKPT_INLINE Vec<S> round_to(const T* type, Vec<S> a) {
+  auto raw = encode(type, a);
+  return load(reinterpret_cast<const T*>(&raw), Full<S>{});
+}
+CKPT_INLINE Vec<float> round_to(const bfloat16*, Vec<float> a) {
+  return Raw<float>::type(rounded_to_bfloat16(a) & 0xffff0000u);
+}
 template <class S, class T>
 CKPT_INLINE Vec<S> round_to(Vec<S> a) {
-  T stored[Vec<S>::width];
-  store(stored, a, Full<S>{});
-  return load(stored, Full<S>{});
+  return round_to(static_cast<const T*>(nullptr), a);
 }
 
 // x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
 template <class S, class T>
 CKPT_INLINE Vec<S> rounded_if(bool cast, Vec<S> x_hat) {
-  return cast ? round_to<S, T>(x_hat) : x_hat;
+  return cast && sizeof(T) < sizeof(S) ? round_to<S, T>(x_hat) : x_hat;
 }
 
 // Into the second level of cache: the next row must not push the present row out of the first level.

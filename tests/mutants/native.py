@@ -109,7 +109,7 @@ NATIVE = (
     Mutant(
         "a long row's last piece begins where the row does",
         "csrc/cpu/row_tasks.h",
-        "const int64_t first = «i % pieces * piece»;",
+        "Part{row, row + 1, «i % pieces * piece», last",
         "0",
         "tests/test_bias_act.py -k every_backend_draws",
     ),
