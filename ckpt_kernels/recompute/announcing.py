@@ -16,7 +16,7 @@ def announce(
     """Called within an op's forward: how to make the output again from kept tensors; None where that cannot be done.
 
     A tensor that an `elementwise` op saves may be a product that runs again, where that was asked for. `total` is a
-    second result, which the op saves, and how to make that again.
+    second result, which the op saves, and how to make that again, within a layer.
     """
     discarder = innermost()
     if discarder is None:
@@ -24,7 +24,7 @@ def announce(
     if discarder.is_paused or not sees_what_is_saved(discarder):
         discarder.announced = None
         return
-    second = None if total is None else Total(total[0].untyped_storage()._cdata, total[1])
+    second = None if total is None or not discarder.is_in_layer else Total(total[0].untyped_storage()._cdata, total[1])
     discarder.announced = Announced(announcement, elementwise, second)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from . import quick
 from .active import discarding, innermost, sees_what_is_saved, thread
 from .contents import Cell
 from .discarder import Discarder
@@ -107,7 +108,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     discarder = Discarder(module, products, temporaries)
     hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
     try:
-        hooks._push_saved_tensors_default_hooks(discarder.pack, _unpack)
+        hooks._push_saved_tensors_default_hooks(quick.packing(discarder), _unpack)
         thread.active.append(discarder)
         yield
     finally:
@@ -120,7 +121,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
 
 def _unpack(packed: Cell) -> Tensor:
     # Compiled autograd traces through hooks. Versions, locks and shared results are for no tracer.
-    return _unpack_untraced(packed) if _is_traced() else packed.content.get()
+    return _unpack_untraced(packed) if _is_traced() else quick.unpack(packed)
 
 
 @torch._disable_dynamo

@@ -37,18 +37,22 @@ class Discarder:
         self._temporaries = temporaries
         self._entries = Entries()
         self._biases = Biases(module)
-        self._may_be_sharded = may_be_sharded()
-        self._outer = top_hooks()
+        self.may_be_sharded = may_be_sharded()
+        self.outer = top_hooks()
         self.is_closed = False
         # Of the op whose forward has run, and whose output `record` has not been given yet.
         self.announced: Announced | None = None
         # Whether a tensor is packed for a recipe, and so does not count as saved by that op.
-        self._is_apart = False
+        self.is_apart = False
         # Within a layer products run again, whoever reads them.
         self.is_in_layer = False
         # Whether only outputs that were recorded before are let go of.
         self.is_paused = False
         self._edges = Edges()
+        # Read by `csrc/thin/cells.cpp`: the edges, and the entries, by the addresses of their storages; and the names of
+        # the nodes whose results may have a recipe.
+        self.held, self.entries = self._edges.held, self._entries.by_storage
+        self.rules = RULES_AND_PRODUCTS if products else RULES
 
     def hold(self, tensor: Tensor) -> None:
         """Keeps a tensor at a layer's edge, so that no recipe reaches on, unless one step makes it of kept tensors."""
@@ -111,7 +115,7 @@ class Discarder:
 
         The content alone: a cell that holds the recipe would be held by it.
         """
-        lasting = outlasting(tensor) if self._may_be_sharded else tensor
+        lasting = outlasting(tensor) if self.may_be_sharded else tensor
         _, cell, is_exchanged = saved.get(id(lasting), (None, None, False))
         if cell is not None and not is_exchanged:
             if isinstance(cell.content, Kept):
@@ -132,13 +136,14 @@ class Discarder:
 
         At "block" none are let go of that are made within.
         """
-        before = self.is_paused, self._products, self.is_in_layer
+        before = self.is_paused, self._products, self.is_in_layer, self.rules
         self.is_paused, self._products = level == "block", level in ("all", "layer")
         self.is_in_layer = level == "layer"
+        self.rules = RULES_IN_LAYERS if self.is_in_layer else RULES_AND_PRODUCTS if self._products else RULES
         try:
             yield
         finally:
-            self.is_paused, self._products, self.is_in_layer = before
+            self.is_paused, self._products, self.is_in_layer, self.rules = before
 
     @property
     def level(self) -> str:
@@ -151,7 +156,7 @@ class Discarder:
         """From now on recipes live by their claims alone, and tensors saved from now on are kept."""
         self.is_closed = True
         # Nodes refer to this context longer than they keep tensors, and the hooks around may hold tensors.
-        self._outer = None
+        self.outer = None
         self._entries.clear()
         self._edges.clear()
         self.announced = None
@@ -160,7 +165,7 @@ class Discarder:
         # The context was closed in another thread, where these hooks could not be taken off: this is the first chance.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        if self._edges.held and is_plain(tensor):
+        if self.held and is_plain(tensor):
             held = self._edges.of(tensor)
             if held is not None:
                 held.is_saved = True
@@ -174,19 +179,19 @@ class Discarder:
             cell, is_exchanged = Cell(content, self, tensor._version, watch), False
         else:
             cell, is_exchanged = self._made_or_kept(tensor, node)
-        if announced is not None and not self._is_apart and tensor.layout is torch.strided:
+        if announced is not None and not self.is_apart and tensor.layout is torch.strided:
             announced.saved[id(tensor)] = tensor, cell, is_exchanged
-            if type(cell.content) is Kept and not is_exchanged and not self._may_be_sharded:
+            if type(cell.content) is Kept and not is_exchanged and not self.may_be_sharded:
                 announced.kept[id(tensor)] = cell.content
         return cell
 
     def _made_or_kept(self, tensor: Tensor, node: Any) -> tuple[Cell, bool]:
         """The cell, with a recipe if there is one; and whether there may be one later, for all who keep the tensor."""
-        before, self._is_apart = self._is_apart, True
+        before, self.is_apart = self.is_apart, True
         found = None if self.is_closed else self._recipe_for(tensor)
-        if found is None and self.is_in_layer and self.announced is not None and self.announced.total is not None:
+        if found is None and self.announced is not None and self.announced.total is not None:
             found = self._recipe_of_total(self.announced, self.announced.total, tensor)
-        self._is_apart = before
+        self.is_apart = before
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             content: Operand = Claim(found, geometry_of(tensor))
             block = provenance.block_of(node)
@@ -202,8 +207,8 @@ class Discarder:
 
     def _kept(self, tensor: Tensor) -> tuple[Operand, Tensor | None]:
         """A tensor's content where the tensor is kept, by the hooks around if there are any; and the watch."""
-        if self._outer is not None:
-            packed, unpack = self._outer
+        if self.outer is not None:
+            packed, unpack = self.outer
             return Foreign(packed(tensor), unpack), watching(tensor)
         # Detached: a node that keeps its own output would otherwise keep itself alive.
         kept = tensor.detach()
@@ -251,9 +256,9 @@ class Discarder:
         if node is None:
             return None
         name = node.name()
-        is_elementwise = self.announced is not None and self.announced.is_elementwise
-        of_products = RULES_AND_PRODUCTS if self._products and is_elementwise else RULES
-        rules = RULES_IN_LAYERS if self.is_in_layer else of_products
+        rules = self.rules
+        if rules is RULES_AND_PRODUCTS and (self.announced is None or not self.announced.is_elementwise):
+            rules = RULES
         if name not in rules:
             return None
         # A rebuilt copy would lose the tangent.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from . import quick
 from .contents import Operand
 
 _graph_task_id = torch._C._current_graph_task_id
@@ -94,14 +95,14 @@ class Recipe:
         same_backend = backends.chosen() == self._backend
         is_inference = torch.is_inference_mode_enabled()
         if same_backend and not is_inference and not torch.is_grad_enabled():
-            return self._rebuild(*[None if o is None else o.get() for o in self.operands])
+            return self._rebuild(*quick.tensors(self.operands))
         # A tensor made in inference mode has no version, by which a reader's write would be noticed.
         with (
             contextlib.nullcontext() if same_backend else backends.serving(self._backend),
             torch.inference_mode(False) if is_inference else contextlib.nullcontext(),
             torch.no_grad(),
         ):
-            return self._rebuild(*[None if o is None else o.get() for o in self.operands])
+            return self._rebuild(*quick.tensors(self.operands))
 
 
 class Claim:

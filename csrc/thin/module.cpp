@@ -6,6 +6,7 @@
 
 #include <string.h>
 
+#include "cells.h"
 #include "guards.h"
 
 using namespace ckpt;
@@ -236,7 +237,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 
 PyMODINIT_FUNC PyInit__thin() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && !add_guards(module)) {
+  if (module && !(add_guards(module) && add_cells(module))) {
     Py_DECREF(module);
     return nullptr;
   }
