@@ -18,7 +18,7 @@ from .announced import Announced, Announcement, Packed, Total, are_among, may_be
 from .biases import Biases
 from .contents import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
 from .edges import Edges
-from .entries import Block, Entries, Entry
+from .entries import Entries, Entry
 from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import Claim, Recipe, Step, geometry_of, recipe_of_step
@@ -86,7 +86,8 @@ class Discarder:
             more = self._keeps(made, tensors, saved)
         if more >= output.nbytes:
             return
-        entry = Entry(output, weakref.ref(made))
+        node: Any = output.grad_fn
+        node.recomputed_block = entry = Entry(output, weakref.ref(made), self)
         # A recipe of saved tensors alone lasts as long as the node that saves them. So the recipe is there when a look
         # at the graph behind another tensor comes to this node and the output is gone.
         if saved and is_of_saved:
@@ -95,8 +96,6 @@ class Discarder:
             self._entries.add(entry)
         else:
             self._entries.add(Entry(output, lambda: made))
-        node: Any = output.grad_fn
-        node.recomputed_block = Block(self, entry, watching(output))
 
     def _recipe(
         self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]
@@ -194,9 +193,8 @@ class Discarder:
         self.is_apart = before
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             content: Operand = Claim(found, geometry_of(tensor))
-            block = provenance.block_of(node)
-            # A block's output is watched already.
-            watch = block.watch if block is not None and block.entry.output() is tensor else watching(tensor)
+            entry = self._entries.of(tensor)
+            watch = watching(tensor) if entry is None else entry.watch_of(tensor)
         else:
             content, watch = self._kept(tensor)
         cell = Cell(content, self, tensor._version, watch)
@@ -282,10 +280,10 @@ class Discarder:
     def is_as_used(self, bias: nn.Parameter) -> bool:
         return self._biases.is_as_used(bias)
 
-    def share(self, known: Cell | Block) -> Operand | None:
+    def share(self, known: Cell | Entry) -> Operand | None:
         """A cell or a block's output, as an operand of one more recipe."""
-        if isinstance(known, Block):
-            recipe = known.entry.recipe()
+        if isinstance(known, Entry):
+            recipe = known.recipe()
             return None if recipe is None else Claim(recipe, None)
         if isinstance(known.content, Foreign):
             # Outer hooks may unpack only once, as torch's checkpoint does.

@@ -56,10 +56,10 @@ class Recipe:
         self._lock = threading.RLock()
         self._made: weakref.ref[Made] | None = None
         # All who may ask. A claim that dies takes itself off by a built-in function: Python code could be interrupted.
-        self._claims: set[weakref.ref[Claim]] = set()
+        self.claims: set[weakref.ref[Claim]] = set()
 
     def claim(self, claim: "Claim") -> None:
-        self._claims.add(weakref.ref(claim, self._claims.discard))
+        self.claims.add(weakref.ref(claim, self.claims.discard))
 
     def serve(self, claim: "Claim") -> Tensor:
         where = _graph_task_id()
@@ -67,7 +67,7 @@ class Recipe:
             made = None if self._made is None else self._made()
             if made is None or not made.serves(where):
                 value = self._make()
-                if len(self._claims) > 1:
+                if len(self.claims) > 1:
                     self._hand_on(value, where, claim)
             else:
                 value = made.value
@@ -84,7 +84,7 @@ class Recipe:
                 other.made = made
 
     def _live(self) -> list["Claim"]:
-        return [claim for reference in list(self._claims) if (claim := reference()) is not None]
+        return [claim for reference in list(self.claims) if (claim := reference()) is not None]
 
     def _let_go(self) -> None:
         for claim in self._live():
