@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from . import quick
+from . import provenance, quick
 from .active import discarding, innermost, sees_what_is_saved, thread
-from .contents import Cell
+from .contents import Cell, Kept
 from .discarder import Discarder
+from .recipes import LONGEST_CHAIN, Claim
+from .rules import ATTENTIONS, PASSING
 
 _is_traced = torch.compiler.is_dynamo_compiling
 
@@ -117,6 +120,13 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
         discarder.close()
         if sees_what_is_saved(discarder):
             hooks._pop_saved_tensors_default_hooks()
+
+
+def answer_by(thin: Any) -> None:
+    """From now on `_thin`, which is given, packs and unpacks in the usual cases."""
+    stops = ATTENTIONS | {provenance.LEAF}
+    thin.set_up_cells(Cell, Kept, Claim, torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
+    quick.library = thin
 
 
 def _unpack(packed: Cell) -> Tensor:

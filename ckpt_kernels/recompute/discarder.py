@@ -21,12 +21,8 @@ from .edges import Edges
 from .entries import Entries, Entry
 from .keepers import exchange, note_keeper
 from .provenance import Trace
-from .recipes import Claim, Recipe, Step, geometry_of, recipe_of_step
+from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
 from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
-
-# A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
-# chain takes little memory, and little is computed more than once.
-LONGEST_CHAIN = 8
 
 
 class Discarder:
@@ -49,8 +45,8 @@ class Discarder:
         # Whether only outputs that were recorded before are let go of.
         self.is_paused = False
         self._edges = Edges()
-        # Read by `csrc/thin/cells.cpp`: the edges, and the entries, by the addresses of their storages; and the names of
-        # the nodes whose results may have a recipe.
+        # Read by `csrc/thin/cells.cpp`: edges and entries by the addresses of their storages, and the rules by the names
+        # of nodes.
         self.held, self.entries = self._edges.held, self._entries.by_storage
         self.rules = RULES_AND_PRODUCTS if products else RULES
 

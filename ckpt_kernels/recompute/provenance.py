@@ -24,6 +24,8 @@ from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12
+# The name of the node that a leaf's gradient comes to.
+LEAF = "torch::autograd::AccumulateGrad"
 # At most so many writes in place to a block's output.
 MOST_WRITES = 4
 
@@ -193,7 +195,7 @@ class Trace:
             own = nodes.result_cell(node) if name in BY_RESULT else nodes.packed(node, "output")
             if isinstance(own, Cell) and own.is_unwritten():
                 return self._shared(own)
-        if name == "torch::autograd::AccumulateGrad":
+        if name == LEAF:
             return self._copied(node.variable)
         # The strides of a clone are not known, and a reader may depend on them.
         is_clone = name == "CloneBackward0"

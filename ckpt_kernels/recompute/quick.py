@@ -8,23 +8,15 @@ it calls that Python, which alone serves where `_thin` is missing.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from .contents import Cell, Kept, Operand
+from .contents import Cell, Operand
 
 if TYPE_CHECKING:
     from .discarder import Discarder
 
-# `_thin`, if it is there.
+# `_thin`, if it is there: see `contexts.answer_by`.
 library: Any = None
-
-
-def answer_by(thin: Any) -> None:
-    """From now on C answers the usual cases."""
-    global library
-    thin.set_up_cells(Cell, Kept, torch.strided)
-    library = thin
 
 
 def packing(discarder: "Discarder") -> Callable[[Tensor], Cell]:

@@ -16,6 +16,9 @@ from .contents import Operand
 
 _graph_task_id = torch._C._current_graph_task_id
 _NUMBERS = (int, float)
+# A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
+# chain takes little memory, and little is computed more than once.
+LONGEST_CHAIN = 8
 # The size, the strides and the offset of a view.
 Geometry = tuple[Sequence[int], Sequence[int], int | torch.SymInt]
 

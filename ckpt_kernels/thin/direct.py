@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..recompute import quick
+from ..recompute import contexts
 
 # What may see every op: torch.func, modes of both kinds, the profiler, torch.jit.trace.
 WATCHERS = (
@@ -66,7 +66,7 @@ def _load() -> str | None:
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
     is_plain, key, asked = _thin.is_plain, _thin.key, _thin
-    quick.answer_by(_thin)
+    contexts.answer_by(_thin)
     direct = lambda name: _thin.function(find, name)  # noqa: E731
     return None
 

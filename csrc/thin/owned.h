@@ -1,5 +1,8 @@
-// A reference to a Python object that is given back at the end of a scope.
+// References to Python objects that are given back at the end of a scope, and what is asked of objects by names.
 #pragma once
+
+#include <initializer_list>
+#include <utility>
 
 #include "tensors.h"
 
@@ -29,5 +32,31 @@ class Owned {
  private:
   PyObject* object_;
 };
+
+// Of an object that is borrowed, or null.
+inline Owned shared(PyObject* object) {
+  Py_XINCREF(object);
+  return Owned(object);
+}
+
+// The following are null, with an error, of null.
+inline Owned attribute(PyObject* object, PyObject* name) {
+  return Owned(object ? PyObject_GetAttr(object, name) : nullptr);
+}
+inline Owned attribute(const Owned& object, PyObject* name) { return attribute(object.get(), name); }
+
+// What a method gives that is called with nothing, and what a function gives.
+inline Owned called(PyObject* object, PyObject* method) {
+  return Owned(object ? PyObject_CallMethodObjArgs(object, method, nullptr) : nullptr);
+}
+inline Owned called(const Owned& function) { return Owned(function ? PyObject_CallNoArgs(function.get()) : nullptr); }
+
+// Makes the names that are asked for; false after an error.
+inline bool prepare_names(std::initializer_list<std::pair<PyObject**, const char*>> names) {
+  for (const auto& [place, text] : names) {
+    if (!(*place = PyUnicode_InternFromString(text))) return false;
+  }
+  return true;
+}
 
 }  // namespace ckpt
