@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -17,8 +17,6 @@ from .contents import Cell, Kept
 from .discarder import Discarder
 from .recipes import LONGEST_CHAIN, Claim
 from .rules import ATTENTIONS, PASSING
-
-_is_traced = torch.compiler.is_dynamo_compiling
 
 
 class discard_outputs(contextlib.ContextDecorator):
@@ -111,7 +109,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     discarder = Discarder(module, products, temporaries)
     hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
     try:
-        hooks._push_saved_tensors_default_hooks(quick.packing(discarder), _unpack)
+        hooks._push_saved_tensors_default_hooks(quick.packing(discarder), quick.unpack)
         thread.active.append(discarder)
         yield
     finally:
@@ -127,16 +125,6 @@ def answer_by(thin: Any) -> None:
     stops = ATTENTIONS | {provenance.LEAF}
     thin.set_up_cells(Cell, Kept, Claim, torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
     quick.library = thin
-
-
-def _unpack(packed: Cell) -> Tensor:
-    # Compiled autograd traces through hooks. Versions, locks and shared results are for no tracer.
-    return _unpack_untraced(packed) if _is_traced() else quick.unpack(packed)
-
-
-@torch._disable_dynamo
-def _unpack_untraced(packed: Cell) -> Tensor:
-    return packed.get()
 
 
 class DiscardOutputs(nn.Module):

@@ -45,8 +45,8 @@ class Discarder:
         # Whether only outputs that were recorded before are let go of.
         self.is_paused = False
         self._edges = Edges()
-        # Read by `csrc/thin/cells.cpp`: edges and entries by the addresses of their storages, and the rules by the names
-        # of nodes.
+        # Read by `csrc/thin/cells.cpp`: edges and entries by the addresses of storages, the rules by the names of
+        # nodes.
         self.held, self.entries = self._edges.held, self._entries.by_storage
         self.rules = RULES_AND_PRODUCTS if products else RULES
 

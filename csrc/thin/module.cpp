@@ -6,6 +6,7 @@
 
 #include <string.h>
 
+#include "biases.h"
 #include "cells.h"
 #include "guards.h"
 
@@ -237,7 +238,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 
 PyMODINIT_FUNC PyInit__thin() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && !(add_guards(module) && add_cells(module))) {
+  if (module && !(add_guards(module) && add_cells(module) && add_biases(module))) {
     Py_DECREF(module);
     return nullptr;
   }

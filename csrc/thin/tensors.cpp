@@ -55,6 +55,8 @@ bool tensors_are_read() { return exchange != nullptr; }
 
 bool is_tensor_type(const PyTypeObject* type) { return type == tensor_type || type == parameter_type; }
 
+bool is_parameter_type(const PyTypeObject* type) { return type == parameter_type; }
+
 int64_t dtype_of(const DLTensor& t) {
   if (t.lanes != 1) return ckpt_other_dtype;
   if (t.code == floating) return t.bits == 32 ? 0 : t.bits == 16 ? 2 : t.bits == 64 ? 3 : int64_t(ckpt_other_dtype);
