@@ -75,7 +75,7 @@ class Discarder:
         rebuild, tensors = announced.announcement
         saved, kept = announced.saved, announced.kept
         try:
-            operands = [None if t is None else kept[id(t)] for t in tensors]
+            operands = list(map(kept.__getitem__, map(id, tensors)))
             made, is_of_saved, more = Recipe(rebuild, operands, 1), True, 0
         except KeyError:
             made, is_of_saved = self._recipe(rebuild, tensors, saved), are_among(tensors, saved)
