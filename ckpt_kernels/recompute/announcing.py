@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import nodes
+from . import nodes, quick
 from .active import discarding, innermost, sees_what_is_saved, thread
 from .announced import Announced, Announcement, Total
 
@@ -48,7 +48,11 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
     as the output is.
     """
     discarder = innermost() if recipe is None else discarding()
-    if discarder is not None and (recipe is None or output.requires_grad):
+    if discarder is None:
+        return
+    if recipe is None:
+        quick.record(discarder, output)
+    elif output.requires_grad:
         discarder.record(output, recipe)
 
 

@@ -18,7 +18,7 @@ from .announced import Announced, Announcement, Packed, Total, are_among, may_be
 from .biases import Biases
 from .contents import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
 from .edges import Edges
-from .entries import Entries, Entry
+from .entries import Block, Entries, Entry
 from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
@@ -31,7 +31,7 @@ class Discarder:
     def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
         self._products = products
         self._temporaries = temporaries
-        self._entries = Entries()
+        self.all_entries = Entries()
         self._biases = Biases(module)
         self.may_be_sharded = may_be_sharded()
         self.outer = top_hooks()
@@ -47,13 +47,13 @@ class Discarder:
         self._edges = Edges()
         # Read by `csrc/thin/cells.cpp`: edges and entries by the addresses of storages, the rules by the names of
         # nodes.
-        self.held, self.entries = self._edges.held, self._entries.by_storage
+        self.held, self.entries = self._edges.held, self.all_entries.by_storage
         self.rules = RULES_AND_PRODUCTS if products else RULES
 
     def hold(self, tensor: Tensor) -> None:
         """Keeps a tensor at a layer's edge, so that no recipe reaches on, unless one step makes it of kept tensors."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
-            entry = self._entries.of(tensor)
+            entry = self.all_entries.of(tensor)
             recipe = None if entry is None else entry.recipe()
             if recipe is None or recipe.depth != 1:
                 self._edges.add(tensor)
@@ -67,7 +67,7 @@ class Discarder:
         """Takes the output of the announced op, or another output with a recipe, which lasts as long as that output."""
         if recipe is not None:
             made = self._recipe(*recipe, {})
-            self._entries.add(Entry(output, lambda: made))
+            self.all_entries.add(Entry(output, lambda: made))
             return
         announced, self.announced = self.announced, None
         if announced is None or announced.announcement is None or not output.requires_grad:
@@ -82,16 +82,17 @@ class Discarder:
             more = self._keeps(made, tensors, saved)
         if more >= output.nbytes:
             return
+        entry = Entry(output, weakref.ref(made))
         node: Any = output.grad_fn
-        node.recomputed_block = entry = Entry(output, weakref.ref(made), self)
+        node.recomputed_block = Block(self, entry, watching(output))
         # A recipe of saved tensors alone lasts as long as the node that saves them. So the recipe is there when a look
         # at the graph behind another tensor comes to this node and the output is gone.
         if saved and is_of_saved:
             _, first, _ = next(iter(saved.values()))
             first.attached = made
-            self._entries.add(entry)
+            self.all_entries.add(entry)
         else:
-            self._entries.add(Entry(output, lambda: made))
+            self.all_entries.add(Entry(output, lambda: made))
 
     def _recipe(
         self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]
@@ -152,7 +153,7 @@ class Discarder:
         self.is_closed = True
         # Nodes refer to this context longer than they keep tensors, and the hooks around may hold tensors.
         self.outer = None
-        self._entries.clear()
+        self.all_entries.clear()
         self._edges.clear()
         self.announced = None
 
@@ -189,8 +190,7 @@ class Discarder:
         self.is_apart = before
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             content: Operand = Claim(found, geometry_of(tensor))
-            entry = self._entries.of(tensor)
-            watch = watching(tensor) if entry is None else entry.watch_of(tensor)
+            watch = provenance.watch_of(tensor, self.all_entries.of(tensor))
         else:
             content, watch = self._kept(tensor)
         cell = Cell(content, self, tensor._version, watch)
@@ -215,7 +215,7 @@ class Discarder:
         root = tensor if tensor._base is None else tensor._base
         if root.grad_fn is None or self._edges.of(tensor) is not None:
             return None
-        entry = self._entries.of(tensor)
+        entry = self.all_entries.of(tensor)
         if entry is not None:
             if tensor.dtype is not entry.dtype:
                 return None
@@ -234,7 +234,7 @@ class Discarder:
             return None
         recipe = self._recipe(*total.recipe, {})
         if self._keeps(recipe, total.recipe[1], {}) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
-            self._entries.add(Entry(tensor, lambda: recipe))
+            self.all_entries.add(Entry(tensor, lambda: recipe))
             return recipe
         return None
 
@@ -268,7 +268,7 @@ class Discarder:
         if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
             return root if provenance.saves_result(name) else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
-        self._entries.add(Entry(root, weakref.ref(recipe)))
+        self.all_entries.add(Entry(root, weakref.ref(recipe)))
         return recipe
 
     # For `Trace`
@@ -276,10 +276,10 @@ class Discarder:
     def is_as_used(self, bias: nn.Parameter) -> bool:
         return self._biases.is_as_used(bias)
 
-    def share(self, known: Cell | Entry) -> Operand | None:
+    def share(self, known: Cell | Block) -> Operand | None:
         """A cell or a block's output, as an operand of one more recipe."""
-        if isinstance(known, Entry):
-            recipe = known.recipe()
+        if isinstance(known, Block):
+            recipe = known.entry.recipe()
             return None if recipe is None else Claim(recipe, None)
         if isinstance(known.content, Foreign):
             # Outer hooks may unpack only once, as torch's checkpoint does.

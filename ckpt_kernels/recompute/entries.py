@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .contents import watching
 from .recipes import Recipe
 
 
@@ -16,30 +15,32 @@ class Entry:
     """An output that may be discarded, as long as the memory is there and unchanged.
 
     The output may be gone while a view lives, so that the memory is the key. `output` refers to the tensor, as long as
-    Python has it. Of a block's output, which the block's node refers to as `recomputed_block`, `owner` is the context
-    that let go of it, and `watch` shares its version counter.
+    Python has it.
     """
 
-    __slots__ = ("dtype", "output", "owner", "recipe", "storage", "version", "watch")
+    __slots__ = ("dtype", "output", "recipe", "storage", "version")
 
-    def __init__(self, output: Tensor, recipe: Callable[[], Recipe | None], owner: Any = None) -> None:
+    def __init__(self, output: Tensor, recipe: Callable[[], Recipe | None]) -> None:
         self.storage = StorageWeakRef(output.untyped_storage())
         self.output: weakref.ref[Tensor] = weakref.ref(output)
         self.dtype: torch.dtype = output.dtype
         self.version: int = output._version
         self.recipe = recipe
+
+
+class Block:
+    """A block's output, as the block's node knows it: the entry, and a tensor that shares the version counter."""
+
+    __slots__ = ("entry", "owner", "watch")
+
+    def __init__(self, owner: Any, entry: Entry, watch: Tensor | None) -> None:
         self.owner = owner
-        self.watch = None if owner is None else watching(output)
+        self.entry = entry
+        self.watch = watch
 
     def is_unwritten(self) -> bool:
-        """Whether nobody has written to a block's output since."""
-        return self.watch is not None and self.watch._version == self.version
-
-    def watch_of(self, tensor: Tensor) -> Tensor | None:
-        """What shares the version counter of a tensor in this memory: one for the output and the views of it."""
-        output = self.output()
-        is_shared = output is not None and (tensor is output or tensor._base is output)
-        return self.watch if is_shared and self.watch is not None else watching(tensor)
+        """Whether nobody has written to the output since."""
+        return self.watch is not None and self.watch._version == self.entry.version
 
 
 class Entries:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from . import nodes
-from .contents import Cell, Operand
-from .entries import Entry
+from .contents import Cell, Operand, watching
+from .entries import Block, Entry
 from .nodes import Edge
 from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
@@ -33,7 +33,7 @@ MOST_WRITES = 4
 class Source(Protocol):
     """Packs the tensors that nodes save, and shares the cells."""
 
-    def share(self, known: Cell | Entry) -> Operand | None: ...
+    def share(self, known: Cell | Block) -> Operand | None: ...
 
     def pack(self, tensor: Tensor) -> Cell: ...
 
@@ -59,7 +59,7 @@ class Trace:
         # Whether a value is made of anything but copies of biases.
         self.is_grounded = False
         # The known contents of edges; and nodes whose output nobody wrote to but the node that follows.
-        self._known: dict[Edge, Cell | Entry] = {}
+        self._known: dict[Edge, Cell | Block] = {}
         self._trusted: list[Any] = []
 
     def value(self, node: Any, output: int, is_as_made: bool = False) -> Step | None:
@@ -116,15 +116,15 @@ class Trace:
         if _wrote_over_operand(node, version):
             return True
         nodes, block = self._nodes_to_block(node)
-        if block is None or block.storage.cdata != storage or block.storage.expired():
+        if block is None or block.entry.storage.cdata != storage or block.entry.storage.expired():
             return False
-        if version - block.version != len(nodes):
+        if version - block.entry.version != len(nodes):
             return False
         self._trusted += nodes
         self._known[nodes[-1].next_functions[0]] = block
         return True
 
-    def _nodes_to_block(self, node: Any) -> tuple[list[Any], Entry | None]:
+    def _nodes_to_block(self, node: Any) -> tuple[list[Any], Block | None]:
         """The nodes on the way to a block's, each reached by the first operand of the one before."""
         nodes: list[Any] = []
         output = 0
@@ -138,7 +138,7 @@ class Trace:
             node, output = node.next_functions[0]
         return nodes, None
 
-    def _block(self, node: Any) -> Entry | None:
+    def _block(self, node: Any) -> Block | None:
         block = block_of(node)
         return block if block is not None and block.owner is self._source else None
 
@@ -167,7 +167,7 @@ class Trace:
         if step is not None:
             self._source.exchange(own, step)
 
-    def _shared(self, held: Cell | Entry | float | None) -> Operand | float | None:
+    def _shared(self, held: Cell | Block | float | None) -> Operand | float | None:
         if held is None or isinstance(held, nodes.NUMBERS):
             return held
         if isinstance(held, Cell) and held.owner is not self._source:
@@ -207,10 +207,10 @@ class Trace:
     def _is_written_output(self, node: Any) -> bool:
         """Whether the node's output is a block's output that only this node and those before it wrote to."""
         block = self._nodes_to_block(node)[1]
-        output = None if block is None else block.output()
+        output = None if block is None else block.entry.output()
         if block is None or output is None or output.grad_fn is not node:
             return False
-        return self.is_written_by_graph(node, block.storage.cdata, output._version)
+        return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
 
     def _copied(self, leaf: Tensor) -> Operand | None:
         """A copy of a bias, which is small beside the rows, and which no optimizer and no sharding changes."""
@@ -233,12 +233,22 @@ def _wrote_over_operand(node: Any, version: int) -> bool:
     return isinstance(held, Cell) and held.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
 
 
-def block_of(node: Any) -> Entry | None:
+def block_of(node: Any) -> Block | None:
     """What a block's node knows of the output, which is the first."""
     if not isinstance(node, BackwardCFunction):
         return None
     block = getattr(node, "recomputed_block", None)
-    return block if isinstance(block, Entry) else None
+    return block if isinstance(block, Block) else None
+
+
+def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
+    """What shares the version counter of a tensor in an entry's memory: one for a block's output and its views."""
+    output = None if entry is None else entry.output()
+    if output is not None and (tensor is output or tensor._base is output):
+        block = block_of(output.grad_fn)
+        if block is not None and block.entry is entry:
+            return block.watch
+    return watching(tensor)
 
 
 def saves_result(name: str) -> bool:

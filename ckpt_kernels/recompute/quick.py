@@ -1,22 +1,20 @@
-"""Packing and unpacking in C where `_thin` is there (`csrc/thin/cells.cpp`), for the usual cases.
+"""Packing and recording in C where `_thin` is there (`csrc/thin/cells.cpp`, `csrc/thin/records.cpp`).
 
-C makes the cells that Python beside it makes, of the same classes: where a tensor is surely kept as it is, and where it
-is a block's output, or a view of it. It gives the tensors that these give, where nobody has written to them. In every
-other case, and for every error, it calls that Python, which alone serves where `_thin` is missing.
+C makes what Python beside it makes, of the same classes, in the usual cases: cells of tensors that are surely kept as
+they are, and of blocks' outputs and views of these; and recipes of what a block's node keeps. In every other case, and
+for every error, Python is asked, which alone serves where `_thin` is missing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from .contents import Cell, Operand
+from .contents import Cell
 
 if TYPE_CHECKING:
     from .discarder import Discarder
 
-_is_traced = torch.compiler.is_dynamo_compiling
 # `_thin`, if it is there: see `contexts.answer_by`.
 library: Any = None
 
@@ -26,26 +24,12 @@ def packing(discarder: "Discarder") -> Callable[[Tensor], Cell]:
     return discarder.pack if library is None else library.packer(discarder)
 
 
-def unpack(cell: Cell) -> Tensor:
-    """The hook that unpacks: the tensor that a cell stands for."""
-    # Compiled autograd traces through hooks. Versions, locks and shared results are for no tracer.
-    if _is_traced():
-        return _unpack_untraced(cell)
-    return cell.content.get() if library is None else library.unpack(cell)
-
-
-@torch._disable_dynamo
-def _unpack_untraced(cell: Cell) -> Tensor:
-    return cell.get()
+def record(discarder: "Discarder", output: Tensor) -> None:
+    """Takes the output of the announced op."""
+    if library is None or not library.record(discarder, output):
+        discarder.record(output)
 
 
 def biases(module: nn.Module) -> "dict[int, tuple[nn.Parameter, int, int]] | None":
     """What `biases.versions_in` finds; None where that is to be asked."""
     return None if library is None else library.biases(module)
-
-
-def tensors(operands: Sequence[Operand | None]) -> Sequence[Tensor | None]:
-    """Those of a recipe's operands."""
-    if library is None:
-        return [None if o is None else o.get() for o in operands]
-    return library.tensors(operands)

@@ -1,7 +1,7 @@
 #include "cells.h"
 
 #include "graph.h"
-#include "owned.h"
+#include "made.h"
 
 namespace ckpt {
 
@@ -13,20 +13,11 @@ PyObject* strided = nullptr;
 long longest_chain = 0;
 
 PyObject *of_announced, *of_attached, *of_base, *of_cdata, *of_claims, *of_content, *of_depth, *of_detach, *of_discard,
-    *of_dtype, *of_entries, *of_geometry, *of_get, *of_grad_fn, *of_held, *of_is_apart, *of_is_clone, *of_is_closed,
+    *of_dtype, *of_entries, *of_entry, *of_geometry, *of_grad_fn, *of_held, *of_is_apart, *of_is_clone, *of_is_closed,
     *of_is_leaf, *of_is_neg, *of_is_nested, *of_is_paused, *of_is_plain, *of_kept, *of_layout, *of_made,
-    *of_may_be_sharded, *of_name, *of_outer, *of_output, *of_owner, *of_pack, *of_recipe, *of_rules, *of_saved,
-    *of_served, *of_size, *of_storage_offset, *of_stride, *of_tensor, *of_total, *of_untyped_storage, *of_version,
-    *of_tensor_version, *of_watch, *nothing_served;
-
-// An object of one of Python's classes that have slots, with these values in them; null after an error.
-Owned made(PyTypeObject* type, std::initializer_list<std::pair<PyObject*, PyObject*>> values) {
-  Owned object(PyType_GenericAlloc(type, 0));
-  for (const auto& [name, value] : values) {
-    if (!object || PyObject_SetAttr(object.get(), name, value) != 0) return Owned();
-  }
-  return object;
-}
+    *of_may_be_sharded, *of_name, *of_outer, *of_output, *of_owner, *of_pack, *of_recipe, *of_recomputed_block,
+    *of_rules, *of_saved, *of_served, *of_size, *of_storage_offset, *of_stride, *of_tensor, *of_total,
+    *of_untyped_storage, *of_version, *of_tensor_version, *of_watch, *nothing_served;
 
 // What a dict has under a key; null, perhaps with an error, where it has nothing.
 Owned held_under(const Owned& dict, const Owned& key) {
@@ -106,11 +97,9 @@ class Packing {
     const Owned recipe = recipe_of(entry);
     const Owned depth = recipe ? attribute(recipe, of_depth) : Owned();
     if (!depth || PyLong_AsLong(depth.get()) > longest_chain || PyErr_Occurred()) return Owned();
-    const Owned output = called(attribute(entry, of_output));
-    const Owned watch = output ? attribute(entry, of_watch) : Owned();
-    const bool is_shared = output && (output.is(tensor_) || output.is(base.get())) && !output.is(Py_None);
+    const Owned watch = watch_of(entry, base);
     // A parameter is kept, and so of another type than what watches it.
-    if (!is_shared || !watch || Py_TYPE(watch.get()) != Py_TYPE(tensor_)) return Owned();
+    if (!watch || Py_TYPE(watch.get()) != Py_TYPE(tensor_)) return Owned();
     const Owned claim = claim_of(recipe, depth);
     Owned cell = claim ? cell_of(claim, watch, Py_False) : Owned();
     return cell && is_noted(cell) ? std::move(cell) : Owned();
@@ -125,6 +114,14 @@ class Packing {
     if (!version || PyObject_RichCompareBool(version.get(), version_.get(), Py_EQ) != 1) return Owned();
     Owned recipe = called(attribute(entry, of_recipe));
     return recipe.is(Py_None) ? Owned() : std::move(recipe);
+  }
+
+  // Of a block's output, or a view of that.
+  Owned watch_of(const Owned& entry, const Owned& base) const {
+    const Owned output = called(attribute(entry, of_output));
+    if (!output || output.is(Py_None) || !(output.is(tensor_) || output.is(base.get()))) return Owned();
+    const Owned block = attribute(attribute(output, of_grad_fn), of_recomputed_block);
+    return block && attribute(block, of_entry).is(entry.get()) ? attribute(block, of_watch) : Owned();
   }
 
   Owned claim_of(const Owned& recipe, const Owned& depth) const {
@@ -182,41 +179,6 @@ PyMethodDef pack_definition = {"pack", pack, METH_O, "Discarder.pack, which it c
 
 PyObject* packer(PyObject*, PyObject* discarder) { return PyCFunction_New(&pack_definition, discarder); }
 
-// The tensor that is kept, if there is one to which nobody has written, and which has memory; null, perhaps with an
-// error, where Python is to be asked.
-Owned kept_tensor(PyObject* kept) {
-  if (Py_TYPE(kept) != kept_type || !attribute(kept, of_is_plain).is(Py_True)) return Owned();
-  Owned tensor = attribute(kept, of_tensor);
-  const Owned version = attribute(kept, of_version), now = attribute(tensor, of_tensor_version);
-  if (!now || !version || PyObject_RichCompareBool(now.get(), version.get(), Py_EQ) != 1) return Owned();
-  DLTensor described;
-  return describe(tensor.get(), &described) == yes && described.data ? std::move(tensor) : Owned();
-}
-
-// Of any content of a cell, and any operand of a recipe.
-Owned tensor_of(PyObject* content) {
-  Owned tensor = kept_tensor(content);
-  if (tensor || (PyErr_Occurred() && no_if_exception() == failed)) return tensor;
-  return called(content, of_get);
-}
-
-PyObject* unpack(PyObject*, PyObject* cell) {
-  const Owned content = attribute(cell, of_content);
-  return content ? tensor_of(content.get()).release() : nullptr;
-}
-
-PyObject* tensors(PyObject*, PyObject* operands) {
-  const Py_ssize_t count = PySequence_Size(operands);
-  Owned found(count < 0 ? nullptr : PyTuple_New(count));
-  for (Py_ssize_t i = 0; found && i < count; ++i) {
-    Owned operand(PySequence_GetItem(operands, i));
-    if (!operand) return nullptr;
-    if (!operand.is(Py_None)) operand = tensor_of(operand.get());
-    if (!operand || PyTuple_SetItem(found.get(), i, operand.release()) != 0) return nullptr;
-  }
-  return found.release();
-}
-
 PyObject* set_up_cells(PyObject*, PyObject* arguments) {
   PyObject *cell, *kept, *claim, *layout, *passing, *stops, *python_node;
   if (!PyArg_ParseTuple(arguments, "O!O!O!OlOOO", &PyType_Type, &cell, &PyType_Type, &kept, &PyType_Type, &claim,
@@ -237,8 +199,6 @@ PyMethodDef methods[] = {
      "here; the layout of dense tensors; how long chains of recipes may be; names of nodes that pass what they need on "
      "to all their edges, and of those outside of all rules at which there may be a tensor; the type of Python's."},
     {"packer", packer, METH_O, "packer(discarder): its hook `pack`."},
-    {"unpack", unpack, METH_O, "unpack(cell): the tensor that a cell stands for."},
-    {"tensors", tensors, METH_O, "tensors(operands): those of a recipe, as a tuple; None stays None."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -255,8 +215,8 @@ bool prepare_cells() {
                                           {&of_discard, "discard"},
                                           {&of_dtype, "dtype"},
                                           {&of_entries, "entries"},
+                                          {&of_entry, "entry"},
                                           {&of_geometry, "geometry"},
-                                          {&of_get, "get"},
                                           {&of_grad_fn, "grad_fn"},
                                           {&of_held, "held"},
                                           {&of_is_apart, "is_apart"},
@@ -277,6 +237,7 @@ bool prepare_cells() {
                                           {&of_owner, "owner"},
                                           {&of_pack, "pack"},
                                           {&of_recipe, "recipe"},
+                                          {&of_recomputed_block, "recomputed_block"},
                                           {&of_rules, "rules"},
                                           {&of_saved, "saved"},
                                           {&of_served, "served"},

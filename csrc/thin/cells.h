@@ -1,5 +1,4 @@
-// What stands in the place of saved tensors: the usual cases of Python's `recompute.discarder.Discarder.pack`, and of
-// getting a tensor back.
+// What stands in the place of saved tensors: the usual cases of Python's `recompute.discarder.Discarder.pack`.
 #pragma once
 
 #include "tensors.h"
