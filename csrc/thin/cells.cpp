@@ -1,7 +1,7 @@
 #include "cells.h"
 
 #include "graph.h"
-#include "made.h"
+#include "owned.h"
 
 namespace ckpt {
 

@@ -34,29 +34,21 @@ class Owned {
 };
 
 // Of an object that is borrowed, or null.
-inline Owned shared(PyObject* object) {
-  Py_XINCREF(object);
-  return Owned(object);
-}
+Owned shared(PyObject* object);
 
 // The following are null, with an error, of null.
-inline Owned attribute(PyObject* object, PyObject* name) {
-  return Owned(object ? PyObject_GetAttr(object, name) : nullptr);
-}
+Owned attribute(PyObject* object, PyObject* name);
 inline Owned attribute(const Owned& object, PyObject* name) { return attribute(object.get(), name); }
 
 // What a method gives that is called with nothing, and what a function gives.
-inline Owned called(PyObject* object, PyObject* method) {
-  return Owned(object ? PyObject_CallMethodObjArgs(object, method, nullptr) : nullptr);
-}
-inline Owned called(const Owned& function) { return Owned(function ? PyObject_CallNoArgs(function.get()) : nullptr); }
+Owned called(PyObject* object, PyObject* method);
+Owned called(const Owned& function);
+
+// An object of one of Python's classes that have slots, made without its __init__, with these values in them; null
+// after an error.
+Owned made(PyTypeObject* type, std::initializer_list<std::pair<PyObject*, PyObject*>> values);
 
 // Makes the names that are asked for; false after an error.
-inline bool prepare_names(std::initializer_list<std::pair<PyObject**, const char*>> names) {
-  for (const auto& [place, text] : names) {
-    if (!(*place = PyUnicode_InternFromString(text))) return false;
-  }
-  return true;
-}
+bool prepare_names(std::initializer_list<std::pair<PyObject**, const char*>> names);
 
 }  // namespace ckpt

@@ -1,6 +1,6 @@
 #include "records.h"
 
-#include "made.h"
+#include "owned.h"
 
 namespace ckpt {
 
