@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 import ckpt_kernels
-from ckpt_kernels.convert.rotation_trials import rotation_of, why_no_rotation
-from ckpt_kernels.convert.scope import Scope
-from ckpt_kernels.convert.source import NoSource, definition_of, layers_of
+from ckpt_kernels.convert.code.scope import Scope
+from ckpt_kernels.convert.code.source import NoSource, definition_of, layers_of
+from ckpt_kernels.convert.rotations.trials import rotation_of, why_no_rotation
 
 _ROTATES = re.compile(r"^_*(\w+_)?apply_(\w+_)?(rotary|rope)")
 # Of queries and keys, and not of what they are made of in latent attention.

@@ -27,6 +27,16 @@ from .version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit status."""
+    try:
+        return _main(arguments)
+    except _NotWritten as error:
+        # Who reads no further, as `head` does, knows.
+        if not isinstance(error.__cause__, BrokenPipeError):
+            print(error, file=sys.stderr)
+        return 2
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="ckpt-kernels", description="Tools for the ckpt_kernels package.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -106,15 +116,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command in commands_of_targets:
         return _run(commands_of_targets[options.command], options)
     text, well = doctor.report()
-    print(text)
+    _print(text)
     return 0 if well else 1
 
 
 class _NotWritten(Exception):
-    """A result that could not be written, where the folder said that it could be."""
+    """A result that could not be written, where the folder said that it could be, or nobody reads on."""
 
 
-def _write(write: Callable[..., None], path: pathlib.Path, *arguments: Any) -> None:
+def _print(result: Any, end: str = "\n") -> None:
+    try:
+        print(result, end=end, flush=True)
+    except OSError as error:
+        # Python would write what is left when it ends, and fail again.
+        sys.stdout = open(os.devnull, "w")
+        raise _NotWritten(f"standard output cannot be written to: {error}") from error
+
+
+def _write(write: Callable[..., Any], path: pathlib.Path, *arguments: Any) -> None:
     try:
         write(path, *arguments)
     except OSError as error:
@@ -128,7 +147,9 @@ def _run(command: Callable[[nn.Module, Inputs, argparse.Namespace], int], option
         # Whatever the target's code has left: what is kept for gradients is the question.
         with torch.enable_grad():
             return command(model, inputs, options)
-    except (BadTarget, _NotWritten) as error:
+    except _NotWritten:
+        raise
+    except BadTarget as error:
         print(error, file=sys.stderr)
     # The model may end the process, too.
     except (Exception, SystemExit) as error:
@@ -161,7 +182,7 @@ def _memory(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> in
         report = memory.report_beside(eager, model, ("eager", title), args, kwargs)
     else:
         report = memory.report(model, *args, **kwargs)
-    print(report.table(options.depth))
+    _print(report.table(options.depth))
     if options.json:
         _write(report.to_json, options.json)
     if options.png:
@@ -176,7 +197,7 @@ def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace
         if sys.stderr.isatty():
             print(f"checking recompute={level!r}", file=sys.stderr, flush=True)
         checks[level] = check.check(model, inputs, recompute=level, turns=options.turns)
-        print(checks[level], end="\n\n")
+        _print(checks[level], end="\n\n")
     if options.json:
         _write(functools.partial(check.to_json, checks), options.json)
     if options.png:
@@ -186,11 +207,10 @@ def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace
 
 def _budget(text: str) -> Budget:
     try:
-        budget = float(text) if "." in text and text.replace(".", "", 1).isdecimal() else text
-        bytes_of(None if budget == "device" else budget, 1, torch.device("cpu"))
+        bytes_of(None if text == "device" else text, 1, torch.device("cpu"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    return budget
+    return text
 
 
 def _plan(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
@@ -205,7 +225,7 @@ def _plan(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
     except DoesNotFit as error:
         print(error, file=sys.stderr)
         return 1
-    print(made)
+    _print(made)
     if options.out:
         _write(made.save, options.out)
     if options.png:
@@ -228,13 +248,15 @@ def _inspect(options: argparse.Namespace) -> int:
     if sys.stderr.isatty():
         print(file=sys.stderr)
     libraries = inspect.cuda_library()
-    if options.json:
-        pathlib.Path(options.json).write_text(inspect.to_json(usages, libraries, options.arch))
     if options.worst:
-        print(inspect.worst(usages, options.arch, options.worst))
-        return 1 if inspect.below_target(usages, options.arch) else 0
-    print(inspect.report(usages, libraries, options.arch))
-    return 0 if all(usage.sound for usage in usages) else 1
+        _print(inspect.worst(usages, options.arch, options.worst))
+        is_well = not inspect.below_target(usages, options.arch)
+    else:
+        _print(inspect.report(usages, libraries, options.arch))
+        is_well = all(usage.sound for usage in usages)
+    if options.json:
+        _write(pathlib.Path.write_text, options.json, inspect.to_json(usages, libraries, options.arch))
+    return 0 if is_well else 1
 
 
 if __name__ == "__main__":

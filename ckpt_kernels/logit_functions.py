@@ -156,7 +156,7 @@ def _cross_entropy(
     def loss() -> Tensor:
         chunk = default_chunk(len(product.input), product.input.shape[1], like.shape[1])
         count = count_of(target, like.dtype, ignore_index, reduction)
-        of_rows = Loss(rows, product.dtype, chunk)
+        of_rows = Loss(rows, product.dtype, chunk, ignore_index)
         return linear_loss(of_rows, product.input, product.weight, product.bias, target, count)
 
     return loss

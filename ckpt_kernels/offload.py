@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .convert.loads import named_modules, tensors_of
-from .convert.rule import Forward
+from .convert.rules.rule import Forward
 from .convert.swap import may_be_swapped, surround
 from .host import from_host, to_host
 from .recompute import discarding, run_at

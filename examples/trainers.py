@@ -46,6 +46,13 @@ class Watch:
         return statistics.median(b - a for a, b in zip(self.starts[1:], self.starts[2:], strict=False))
 
 
+def steps_to_time(text: str) -> int:
+    """Enough steps for a median of those after the first."""
+    if not text.isdecimal() or int(text) < 3:
+        raise argparse.ArgumentTypeError(f"{text!r} given; expected a whole number from 3")
+    return int(text)
+
+
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -211,7 +218,7 @@ def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=steps_to_time, default=50)
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out") / "trainers")
     options = parser.parse_args()

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import importlib.util
+import io
 import math
 import pathlib
 import re
@@ -382,3 +383,17 @@ def test_what_is_no_fault_of_the_model_is_not_said_to_be(
         pytest.skip("there is no full device")
     status, _, err = answer(capsys, name, "tests.test_cli:one_tensor", *options)
     assert status == 2 and said in err and "cannot be run" not in err
+
+
+@pytest.mark.parametrize(("error", "said"), ((BrokenPipeError(), ""), (OSError("no space"), "cannot be written to")))
+def test_output_that_nobody_takes_is_no_fault_of_the_model(
+    error: OSError, said: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["memory", "tests.test_cli:one_tensor"]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed if said else printed == ""

@@ -1,5 +1,6 @@
 """What is done around the calls of a converted model: measured, listed, initialised, compiled, trained in two modes."""
 
+import copy
 import threading
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ckpt_kernels
 from ckpt_kernels import functional
@@ -227,3 +229,27 @@ def test_an_offset_belongs_to_a_weight(backend: str) -> None:
     expected = F.rms_norm(x, (WIDTH,), None, eps=torch.finfo(torch.float32).eps)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), x)[0], rtol=1e-4, atol=1e-5)
+
+
+NORMS_WITH_STATISTICS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm2d(3),
+    "cumulative": lambda: nn.BatchNorm2d(3, momentum=None),
+    "instance": lambda: nn.InstanceNorm2d(3, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("last", ["norm", "activation", "convolution"])
+@pytest.mark.parametrize("kind", NORMS_WITH_STATISTICS)
+def test_running_statistics_move_as_often_as_torchs_in_a_checkpoint(kind: str, last: str, use_reentrant: bool) -> None:
+    """A checkpoint that stops early stops where the last tensor that it wants is saved."""
+    norm = NORMS_WITH_STATISTICS[kind]()
+    after = {"norm": [], "activation": [nn.ReLU()], "convolution": [nn.SiLU(), nn.Conv2d(3, 3, 1)]}[last]
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), norm, *after)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    twin = copy.deepcopy(model)
+    ckpt_kernels.convert(twin)
+    for each in (model, twin):
+        checkpoint(each, x, use_reentrant=use_reentrant).sum().backward()
+    for (name, theirs), mine in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)

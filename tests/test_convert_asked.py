@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ckpt_kernels
-from ckpt_kernels.convert import asked, guards, operands, sites
-from ckpt_kernels.convert.quick import quick
-from ckpt_kernels.convert.templates import site
+from ckpt_kernels.convert import asked, operands
+from ckpt_kernels.convert.rewriting import guards, sites
+from ckpt_kernels.convert.rewriting.quick import quick
+from ckpt_kernels.convert.rewriting.templates import site
 from ckpt_kernels.thin import direct
 
 pytestmark = pytest.mark.skipif(direct.asked is None, reason="there is no _thin here")

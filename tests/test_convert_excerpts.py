@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import ckpt_kernels
-from ckpt_kernels.convert import source
-from ckpt_kernels.convert.excerpts import excerpt_of
-from ckpt_kernels.convert.source import definition_of, layers_of
+from ckpt_kernels.convert.code import source
+from ckpt_kernels.convert.code.excerpts import excerpt_of
+from ckpt_kernels.convert.code.source import definition_of, layers_of
 
 try:
     import torch.nn.functional as functions

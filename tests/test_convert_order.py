@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from ckpt_kernels.convert import order
+from ckpt_kernels.convert.code import order
 
 from .test_convert_replaced import MLP, alike
 from .test_convert_rules import WIDTH

@@ -1,6 +1,8 @@
 """Code around a converted model: names of users, code that asks for its class, copies, transforms."""
 
 import copy
+import functools
+import importlib
 import io
 import pickle
 from collections.abc import Callable
@@ -243,36 +245,57 @@ def test_methods_and_numbers_that_change_in_place(monkeypatch: pytest.MonkeyPatc
     assert close(run(converted, rows()), run(model, rows()))
 
 
-# Transforms that no name in a method tells of
+# Transforms within a forward
 
 
-class Energy:
-    def of(self, x: Tensor) -> Tensor:
-        return torch.func.vmap(torch.func.grad(lambda row: row.tanh().sum()))(x)
+def norm_of(module: "Transforms", x: Tensor) -> Tensor:
+    return module.norm(x).tanh()
 
 
-class HoldsObject(nn.Module):
-    def __init__(self) -> None:
+class Transforms(nn.Module):
+    """A forward in which one of torch.func's transforms is applied to what converted modules compute."""
+
+    def __init__(self, transform: Callable) -> None:
         super().__init__()
-        self.norm, self.energy = nn.LayerNorm(WIDTH), Energy()
+        self.first, self.norm, self.last = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.transform = transform
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.energy.of(self.norm(x))
+        x = F.gelu(self.norm(self.first(x)))
+        return self.last(F.gelu(self.transform(functools.partial(norm_of, self), x)))
 
 
-class HoldsFunction(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.slope = nn.LayerNorm(WIDTH), torch.func.grad(lambda x: x.tanh().sum())
+TRANSFORMS: dict[str, Callable] = {
+    "grad": lambda f, x: torch.func.grad(lambda t: f(t).sum())(x),
+    "grad for each row": lambda f, x: torch.func.vmap(torch.func.grad(lambda t: f(t).sum()))(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](x)[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x[0]).expand(len(x), -1, -1).mean(1),
+    "hessian": lambda f, x: torch.func.hessian(lambda t: f(t).sum())(x[0]).expand(len(x), -1, -1).mean(1),
+    "loaded by name": lambda f, x: importlib.import_module("torch.func").grad(lambda t: f(t).sum())(x),
+}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.slope(self.norm(x))
+
+@pytest.mark.parametrize("level", ["block", "output", "all", "layer"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_within_a_forward(transform: str, level: str) -> None:
+    model, converted = twins(functools.partial(Transforms, TRANSFORMS[transform]))
+    ckpt_kernels.convert(converted, recompute=level)
+    assert close(run(converted, rows()), run(model, rows()))
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-@pytest.mark.parametrize("kind", [HoldsObject, HoldsFunction])
-def test_transforms_that_a_module_holds(kind: type[nn.Module]) -> None:
-    model, converted = twins(kind)
+def test_hooks_of_others_are_refused_by_transforms_as_ever() -> None:
+    converted = Transforms(TRANSFORMS["grad"])
     ckpt_kernels.convert(converted)
-    with torch.no_grad():
-        expected = model(rows())
-    torch.testing.assert_close(converted(rows()), expected)
+    with torch.autograd.graph.save_on_cpu(), pytest.raises(RuntimeError, match="saved tensor hooks"):
+        converted(rows())
+    converted(rows()).sum().backward()
+
+
+def test_a_transform_in_a_compiled_function_after_a_forward_without() -> None:
+    ckpt_kernels.convert(model := nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)))
+    model(rows())
+    compiled = torch.compile(torch.func.grad(lambda x: x.sin().sum()), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(rows()), rows().cos())

@@ -1,26 +1,23 @@
 """What a module reads, from wherever, is asked for at every call; and what of a model is a write."""
 
+import functools
 import importlib
 import operator
 import pickle
 import types
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad as differentiate
 
 import ckpt_kernels
-from ckpt_kernels.convert.called import uses_transforms
-from ckpt_kernels.convert.writes import writer_in
+from ckpt_kernels.convert.code.writes import writer_in
 
 from . import test_convert_tried as tried
-from .conversion import twins
-from .test_convert_composes import close
-from .test_convert_rules import run
 from .test_convert_rules import x as random
-from .test_convert_tried import Differentiates, Patched, Sloped, found_in, rows
+from .test_convert_tried import Patched, Sloped, found_in, rows
 
 
 class Branches(nn.Module):
@@ -259,18 +256,6 @@ def test_functions_that_write_are_reached(make) -> None:
     assert writer_in(kind())
 
 
-class ByAnotherName(Differentiates):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.linear(x)) + differentiate(lambda t: F.silu(self.linear(t)).sum())(x)
-
-
-def test_a_transform_by_another_name() -> None:
-    assert uses_transforms(ByAnotherName())
-    model, converted = twins(ByAnotherName)
-    ckpt_kernels.convert(converted)
-    assert close(run(converted, rows()), run(model, rows()))
-
-
 def w_view(self, x):
     v = x.view(-1)
     v.add_(1)
@@ -357,6 +342,75 @@ def w_a_flag(self, x):
     return torch.nn.functional.relu(x, True)
 
 
+def w_held_in_a_list(self, x):
+    held = [x]
+    held[0] += 1
+    return x
+
+
+def w_held_in_a_dict(self, x):
+    held = {"x": x}
+    held["x"].mul_(2)
+    return x
+
+
+def w_a_multiple_of_a_list(self, x):
+    held = [x] * 2
+    held[1].add_(1)
+    return x
+
+
+def w_two_targets(self, x):
+    x[..., 0], x[..., 1] = 0.0, 1.0
+    return x
+
+
+def w_an_annotated_target(self, x):
+    x[..., 0]: Tensor = 0.0
+    return x
+
+
+def w_the_target_of_a_loop(self, x):
+    for x[:, 0] in (0.0,):
+        pass
+    return x
+
+
+def w_einsum_that_is_a_view(self, x):
+    y = torch.einsum("bd->db", x)
+    y[0] = 0.0
+    return x
+
+
+def w_a_method_that_is_bound_first(self, x):
+    add = x.add_
+    add(1)
+    return x
+
+
+def w_a_method_by_name(self, x):
+    x.add_(1)
+    return x
+
+
+def w_a_method_by_a_name_put_together(self, x):
+    getattr(x, "add" + "_")(1)
+    return x
+
+
+def w_the_larger_of_two(self, x):
+    y = max(x, 0)
+    y += 1
+    return x
+
+
+def n_grows_a_list(self, x):
+    found = []
+    found += [x]
+    found[0] = x + 1
+    return found
+
+
 WRITES = {k: v for k, v in list(globals().items()) if k.startswith("w_")}
 
 
@@ -366,9 +420,27 @@ def test_what_is_a_write(how) -> None:
     assert writer_in(kind())
 
 
-@pytest.mark.parametrize("how", [n_own, n_asks, n_sets_items], ids=lambda how: how.__name__)
+@pytest.mark.parametrize("how", [n_own, n_asks, n_sets_items, n_grows_a_list], ids=lambda how: how.__name__)
 def test_what_is_no_write(how) -> None:
     assert not writer_in(type("Own", (nn.Module,), {"forward": how})())
+
+
+class Doubles:
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [Doubles(), [write_to], functools.partial(write_to), Doubles().__call__],
+    ids=["object", "list", "partial", "method"],
+)
+def test_what_a_module_holds_may_write(held: Any) -> None:
+    module = nn.Module()
+    module.held = held
+    assert writer_in(module)
+    module.held = [F.gelu, functools.partial(torch.add, alpha=2), {"a": 1}]
+    assert not writer_in(module)
 
 
 def test_inplace() -> None:

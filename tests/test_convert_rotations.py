@@ -9,8 +9,8 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import ckpt_kernels
-from ckpt_kernels.convert.rotation_trials import rotation_of
-from ckpt_kernels.convert.rotations import Rotation
+from ckpt_kernels.convert.rotations.forms import Rotation
+from ckpt_kernels.convert.rotations.trials import rotation_of
 from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import ckpt_kernels
 from ckpt_kernels.convert import Report
-from ckpt_kernels.convert.writes import writer_in
+from ckpt_kernels.convert.code.writes import writer_in
 
 from .conftest import DEVICE
 from .conversion import kept, twins

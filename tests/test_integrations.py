@@ -47,7 +47,7 @@ class TestTheFlag:
     def test_levels(self, level: str) -> None:
         assert parsed(level) == level
 
-    @pytest.mark.parametrize("budget", ["12GiB", "device", 0.5, 10**9, "64 MiB"])
+    @pytest.mark.parametrize("budget", ["12GiB", "device", 0.5, "0.5", 10**9, "64 MiB"])
     def test_budgets(self, budget: Any) -> None:
         assert parsed(budget) == Planned(budget)
 
@@ -55,18 +55,18 @@ class TestTheFlag:
         assert parsed({"layers.*": "all"}) == {"layers.*": "all"}
         assert parsed(parsed(0.5)) == Planned(0.5)
 
-    @pytest.mark.parametrize("wrong", ["outputs", "", "12 parsecs", "0.5", 0, -1.0, float("nan"), "plan.yaml"])
+    @pytest.mark.parametrize("wrong", ["outputs", "", "12 parsecs", "1.5", 0, -1.0, float("nan"), "plan.yaml"])
     def test_what_is_unknown_is_refused(self, wrong: Any) -> None:
         with pytest.raises(ValueError, match=r"recompute is .*; expected a level \(block, output, all, layer\)"):
             parsed(wrong)
 
     @pytest.mark.parametrize("wrong", [None, True, ["output"]])
     def test_what_is_of_another_type_is_refused(self, wrong: Any) -> None:
-        with pytest.raises(TypeError, match=r"recompute is \w+; expected a level"):
+        with pytest.raises(TypeError, match=r"recompute is .+, of type \w+; expected a level"):
             parsed(wrong)
 
     def test_a_file_that_is_not_there_or_no_plan(self, tmp_path: pathlib.Path) -> None:
-        with pytest.raises(OSError):
+        with pytest.raises(FileNotFoundError, match=r"recompute is .*, and there is no such file; expected a level"):
             parsed(str(tmp_path / "plan.json"))
         (tmp_path / "other.json").write_text("{}")
         with pytest.raises(ValueError, match="holds no plan"):
@@ -98,8 +98,10 @@ class TestTheFlag:
             converted(blocks(), 0.9, inputs=x, logits="head")
         left = dataclasses.replace(made, whole="none")
         assert not left.apply(blocks()).replaced
-        with pytest.raises(ValueError, match="tiles is 2, and the plan leaves the model as it is"):
-            left.apply(blocks(), tiles=2)
+        # A plan that finds eager the fastest does not undo what is asked for beside it.
+        assert left.apply(blocks(), tiles=2).replaced
+        with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
+            left.apply(blocks(), logits="head")
 
     def test_a_budget_is_planned_under_the_autocast_of_steps(self) -> None:
         def loss(output: torch.Tensor) -> torch.Tensor:

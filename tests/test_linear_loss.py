@@ -87,6 +87,14 @@ def test_of_nothing_it_is_what_torchs_is(reduction: str, lead: tuple) -> None:
         torch.testing.assert_close(mine, theirs, equal_nan=True)
 
 
+def test_where_no_row_counts_a_division_by_their_number_harms_no_gradient() -> None:
+    tensors, _ = operands(torch.float32, (5,))
+    target = torch.full((5,), -100, device=DEVICE)
+    leaves = [t.requires_grad_() for t in tensors]
+    loss = F.linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], reduction="sum") / 0
+    assert loss.isnan() and not any(g.any() for g in torch.autograd.grad(loss, leaves))
+
+
 def test_second_derivatives() -> None:
     tensors, _ = operands(torch.float64, (5,))
     leaves = [t[:6, :4].clone().requires_grad_() for t in tensors[:2]]

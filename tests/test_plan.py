@@ -9,6 +9,7 @@ import random
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,7 +185,12 @@ def test_plans_are_saved_and_read(tmp_path: pathlib.Path) -> None:
     assert report.recompute.startswith("by module: ")
     assert peak(other, tokens, loss=loss_of) <= found.budget
     names = [name or "0" for name in found.layers]
-    for wrong in ({"budget": 3}, found.as_dict() | {"bound": None}, found.as_dict() | {"layers": names}):
+    for wrong in (
+        {"budget": 3},
+        found.as_dict() | {"budget": -1},
+        found.as_dict() | {"bound": None},
+        found.as_dict() | {"layers": names},
+    ):
         (tmp_path / "no.json").write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match="holds no plan"):
             Plan.load(tmp_path / "no.json")
@@ -222,6 +228,7 @@ def test_what_does_not_fit_says_what_would() -> None:
         (0.5, 50),
         (1.0, 100),
         (1e9, 10**9),
+        (np.int64(7), 7),
         ("9" * 400, 2**60),
         (None, None),
     ),
@@ -230,7 +237,9 @@ def test_budgets(budget: Any, expected: int | None) -> None:
     assert bytes_of(budget, 100, torch.device("cpu")) == expected
 
 
-@pytest.mark.parametrize("budget", (0, -1, 0.0, float("nan"), float("inf"), "", "12 GiBs", "1.2.3k", ".", "device"))
+@pytest.mark.parametrize(
+    "budget", (0, -1, 0.0, float("nan"), float("inf"), "", "12 GiBs", "1.2.3k", ".", "device", 1.5)
+)
 def test_budgets_that_are_none(budget: Any) -> None:
     with pytest.raises(ValueError, match="budget is"):
         bytes_of(budget, 100, torch.device("cpu"))
@@ -308,6 +317,12 @@ def test_models_that_are_no_plain_chains(kind: type[nn.Module]) -> None:
     assert (found.whole is not None) == (kind in (Shared, Plain))
     if kind is Shared:
         assert "more than once" in str(found)
+
+
+def test_layers_that_are_computed_as_one_are_not_chosen_for_one_by_one() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+    found = plan(model, torch.randn(4, WIDTH), budget=None)
+    assert found.whole is not None and "computed as one" in str(found)
 
 
 def test_layers_are_found_in_what_holds_them() -> None:

@@ -22,25 +22,24 @@ from ..levels import of_blocks
 from ..memory import kept_bytes
 from ..models import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
-from .called import uses_transforms
-from .chain import chain_of
-from .heads import Head, heads_in
+from .code.remembering import forget_what_is_local
+from .code.writes import writer_in
 from .later import Continued, looked_for
 from .layers import layers_of
-from .leaves import Leaves
-from .likeness import looks_like_activation, looks_like_several
 from .loads import is_set, modules_of, named_modules, tensors_of
-from .methods import Written, looks_like_mlp, written_of
-from .norms import Norm
 from .noticing import forget
 from .planned import AtLevel, Levels, Planned, Touched
-from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced, Report
-from .rule import Rule, Within
+from .rewriting.chain import chain_of
+from .rewriting.methods import Written, looks_like_mlp, written_of
+from .rotations.unknown import why_unknown
+from .rules.heads import Head, heads_in
+from .rules.leaves import Leaves
+from .rules.likeness import looks_like_activation, looks_like_several
+from .rules.norms import Norm
+from .rules.rule import Rule, Within
 from .selection import Choice, choice_of
 from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
-from .unknown_rotations import why_unknown
-from .writes import writer_in
 
 _ONE_BY_ONE = "its parts compute one by one: it writes them in no form that is known"
 
@@ -127,6 +126,7 @@ def revert(model: nn.Module) -> None:
         model: a module.
 
     Raises:
+        TypeError: `model` is no module.
         RuntimeError: a converted module has been wrapped by a parametrization or by FSDP since, which have to be taken
             off first. Nothing is changed.
 
@@ -137,6 +137,8 @@ def revert(model: nn.Module) -> None:
         >>> type(model[0]) is torch.nn.LayerNorm
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     for name, module in named_modules(model):
         if is_wrapped(module):
             raise RuntimeError(
@@ -171,7 +173,7 @@ class _Conversion(Leaves):
         for module, name in named.items():
             if module not in self.rules:
                 self._convert_composite(name, module)
-        lets_go = self.levels.whole.level != "block" and not any(map(uses_transforms, named))
+        lets_go = self.levels.whole.level != "block"
         roots = [module for module in self._roots() if lets_go or module is self.model]
         for module in roots:
             around = self._around(module) if lets_go else (looking_over,)

@@ -15,10 +15,9 @@ from ..ops.tiles import in_tiles
 from ..recompute import discard_outputs, run_as_layer, selective_contexts
 from ..recompute import discarding as discarding_now
 from ..saved_tensors import as_is
-from .called import leads_to_transforms
 from .loads import is_set
 from .noticing import look_over
-from .rule import Forward
+from .rules.rule import Forward
 
 # Called with a forward, the module, and the forward's arguments.
 Around = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
@@ -28,24 +27,27 @@ _PASSES = (Tensor, type(None), bool, int, float, str, tuple)
 
 def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward within `discard_outputs`."""
-    if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
+    if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
+    look_for_later(module)
     with discard_outputs(module):
         return forward(module, *args, **kwargs)
 
 
 def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward within `discard_outputs`, which lets go of the products that blocks read too."""
-    if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
+    if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
+    look_for_later(module)
     with discard_outputs(module, products=True):
         return forward(module, *args, **kwargs)
 
 
 def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward of a layer, whose products run again, but the last."""
-    if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
+    if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
+    look_for_later(module)
     return run_as_layer(functools.partial(forward, module), module, args, kwargs)
 
 
@@ -69,19 +71,10 @@ def looking_over(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[
     return forward(module, *args, **kwargs)
 
 
-def _is_transformed(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether what came after the conversion, arguments and hooks, leads to torch.func's transforms, which refuse to
-    run within `discard_outputs`."""
-    # Within another, that one goes on.
-    if torch.compiler.is_compiling() or discarding_now() is not None:
-        return False
-    below = look_over(module)
-    for argument in (*args, *kwargs.values()):
-        if not isinstance(argument, _PASSES) and leads_to_transforms(argument):
-            return True
-    of_all = [each.__dict__ for each in below if each is not None]
-    hooked = [own for own in of_all if own["_forward_hooks"] or own["_forward_pre_hooks"]]
-    return any(leads_to_transforms(own[name]) for own in hooked for name in ("_forward_hooks", "_forward_pre_hooks"))
+def look_for_later(module: nn.Module) -> None:
+    """Has what came into the module later converted. Within another converted module that one has looked."""
+    if not torch.compiler.is_compiling() and discarding_now() is None:
+        look_over(module)
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -9,16 +9,16 @@ from torch import nn
 
 from ..levels import NONE
 from .adapters import is_adapter
-from .leaves import Leaves
+from .code.remembering import forget_what_is_local
+from .code.writes import writer_in
 from .loads import modules_of, named_modules
-from .methods import adapter_of
 from .noticing import LOOKED_FOR, Later, below, go_on
-from .pointwise import is_as_torch_has_it
-from .remembering import forget_what_is_local
 from .report import LeftAlone, Replaced
+from .rewriting.methods import adapter_of
+from .rules.leaves import Leaves
+from .rules.pointwise import is_as_torch_has_it
 from .selection import Choice, Selection
 from .swap import may_be_swapped, original_of, rule_of
-from .writes import writer_in
 
 _one_at_a_time = threading.Lock()
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from .loads import modules_of, named_modules
-from .norms import Norm
+from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .asked import MISSING
-from .called import is_as_torch_wrote_it
+from .code.called import is_as_torch_wrote_it
 
 _GETATTRIBUTE = object.__getattribute__
 # None, which no method is, where somebody has put another in its place.

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .likeness import ACTIVATIONS, NORMS
+from .rules.likeness import ACTIVATIONS, NORMS
 
 # By their very class. What is none of ours to compute is looked at once.
 LOOKED_FOR = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {
@@ -77,12 +77,12 @@ def below(model: nn.Module) -> list[nn.Module | None]:
     return found
 
 
-def look_over(model: nn.Module) -> list[nn.Module | None]:
-    """Has what came later converted; gives what is `below` the model. For each call, so that it is to be fast."""
-    modules = below(model)
+def look_over(model: nn.Module) -> None:
+    """Has what came later converted. For each call, so that it is to be fast."""
     # What runs again in a backward pass, as checkpoints do, is to be what ran.
     if (later := goes_on(model)) is None or torch._C._current_graph_task_id() != -1:
-        return modules
+        return
+    modules = below(model)
     # The usual case ends here, with one operation over all modules.
     if not LOOKED_FOR.isdisjoint(map(type, modules)):
         found = [module for module in modules if module is not None and type(module) in LOOKED_FOR]
@@ -91,4 +91,3 @@ def look_over(model: nn.Module) -> list[nn.Module | None]:
     if later.sizes.get(model) != len(modules):
         later.sizes[model] = len(modules)
         later.convert_adapters()
-    return modules

@@ -11,7 +11,7 @@ from torch.utils._device import DeviceContext
 from ..ops.registration import is_transformed
 from ..thin.direct import WATCHERS, is_plain
 from .asked import Quiet, Such, is_surely
-from .called import is_as_torch_wrote_it
+from .code.called import is_as_torch_wrote_it
 from .patched import INHERITED, WATCHED, are_patched, are_patched_as_traced
 
 _TENSORS = (Tensor, nn.Parameter)

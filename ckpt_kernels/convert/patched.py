@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .asked import Found, are_same_untraced
-from .called import is_torchs
+from .code.called import is_torchs
 
 _OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish instance_norm layer_norm leaky_relu linear mish
     relu rms_norm sigmoid silu softplus tanh""".split()

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
 from ..recompute import run_at
 from ..runs import Place, run_in
-from .around import _is_transformed, selecting
+from .around import look_for_later, selecting
 from .loads import modules_of, named_modules
-from .rule import Forward
+from .rules.rule import Forward
 from .selection import Choice, Selection
 
 
@@ -34,8 +34,9 @@ class AtLevel:
     may_repeat: bool = False
 
     def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not torch.is_grad_enabled() or _is_transformed(module, args, kwargs):
+        if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
+        look_for_later(module)
         if torch.compiler.is_compiling():
             return self._compiled(forward, module, args, kwargs)
         if not self.places:
@@ -106,6 +107,8 @@ class Levels:
     def _assign(self, model: nn.Module, levels: Mapping[str, str]) -> None:
         names = dict(named_modules(model, duplicates=True))
         for pattern, level in levels.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"recompute has the key {pattern!r}; expected names of modules, with * and ?")
             policy = Policy.of(level, OF_MODULES, f"recompute[{pattern!r}]")
             fitting = [names[name] for name in fnmatch.filter(names, pattern)]
             if not fitting:

@@ -21,10 +21,10 @@ from torch import nn
 
 from .around import Around
 from .asked import ACTIVATION, are_same
-from .called import asks_for_its_class
+from .code.called import asks_for_its_class
 from .noticing import goes_on
 from .operands import is_called_plainly
-from .rule import Rule, Within
+from .rules.rule import Rule, Within
 from .wrappers import Found, surrounded, unless_patched
 
 # What the class of a converted module has beside its methods: its `Conversion`, and its forward as it was made.

@@ -14,7 +14,7 @@ from torch import nn
 from .around import Around
 from .asked import Found as Asked
 from .asked import are_same, surely_same
-from .rule import Forward
+from .rules.rule import Forward
 
 
 class Found(NamedTuple):

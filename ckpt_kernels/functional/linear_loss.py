@@ -103,7 +103,7 @@ def linear_cross_entropy(
     matrix = ops.products.as_matrix(input)
     targets = target.reshape(-1)
     size = ops.linear_loss.default_chunk(len(matrix), columns, weight.shape[0]) if chunk is None else chunk
-    loss = ops.linear_loss.Loss(rows, ops.products.product_dtype(input), size)
+    loss = ops.linear_loss.Loss(rows, ops.products.product_dtype(input), size, ignore_index)
     count = ops.linear_loss.count_of(targets, input.dtype, ignore_index, reduction)
     output = ops.linear_loss.linear_loss(loss, matrix, weight, bias, targets, count)
     return output.reshape(lead) if reduction == "none" else output

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ..models import check_model
 from .common import Recompute, converted
 
 
@@ -37,6 +38,7 @@ def prepare(
         What `accelerator.prepare` returns: the model and the others, in this order.
 
     Raises:
+        TypeError: `model` is no module, or is compiled already.
         TypeError, ValueError: `recompute` is nothing that is known, or is a budget without inputs.
         DoesNotFit: no choice fits the budget.
 
@@ -49,6 +51,7 @@ def prepare(
         >>> ckpt_kernels.is_converted(model)
         True
     """
+    check_model(model, "prepare")
     if accelerator.device_placement:
         # A budget is planned for where the steps run.
         model.to(accelerator.device)

@@ -19,7 +19,8 @@ class CheckpointKernelsArgs(BaseModel):
     """The keys that the plugin adds to axolotl's configuration.
 
     Attributes:
-        ckpt_kernels_recompute: a level, a plan's file, or a budget of memory; see `common.parsed`.
+        ckpt_kernels_recompute: a level, levels by names of modules, a plan's file, or a budget of memory; see
+            `common.parsed`, which refuses true and false.
         ckpt_kernels_logits: the name of the head, such as "lm_head"; `logits` of `ckpt_kernels.convert`.
         ckpt_kernels_tiles: `tiles` of `ckpt_kernels.convert`.
 
@@ -29,7 +30,7 @@ class CheckpointKernelsArgs(BaseModel):
         True
     """
 
-    ckpt_kernels_recompute: str | float = Field(default="output")
+    ckpt_kernels_recompute: bool | int | float | str | dict[str, str] = Field(default="output")
     ckpt_kernels_logits: str | None = Field(default=None)
     ckpt_kernels_tiles: int = Field(default=1)
 
@@ -68,7 +69,8 @@ class CheckpointKernelsPlugin(BasePlugin):
             DoesNotFit: no choice fits the budget.
         """
         warn_of_checkpointing(cfg.gradient_checkpointing)
-        recompute = parsed(cfg.ckpt_kernels_recompute or "output")
+        given = cfg.ckpt_kernels_recompute
+        recompute = parsed("output" if given is None else given)
         inputs = _largest(cfg) if isinstance(recompute, Planned) else None
         autocast = mixed_precision(model, cfg.bf16, cfg.fp16)
         logits, tiles = cfg.ckpt_kernels_logits, cfg.ckpt_kernels_tiles or 1

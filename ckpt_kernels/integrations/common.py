@@ -58,10 +58,12 @@ def parsed(recompute: Recompute) -> str | Mapping[str, str] | Plan | Planned:
     if isinstance(recompute, Mapping | Plan | Planned):
         return recompute
     if isinstance(recompute, bool) or not isinstance(recompute, str | pathlib.Path | int | float):
-        raise TypeError(f"recompute is {type(recompute).__name__}; {_EXPECTED}")
+        raise TypeError(f"recompute is {recompute!r}, of type {type(recompute).__name__}; {_EXPECTED}")
     if (policy := Policy.read(recompute, OF_MODELS)) is not None:
         return str(policy)
     if str(recompute).endswith(".json"):
+        if not pathlib.Path(recompute).is_file():  # type: ignore[arg-type]
+            raise FileNotFoundError(f"recompute is {str(recompute)!r}, and there is no such file; {_EXPECTED}")
         return Plan.load(str(recompute))
     if recompute == "device":
         return Planned("device")

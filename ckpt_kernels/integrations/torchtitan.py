@@ -63,7 +63,7 @@ def with_conversion(spec: Spec, recompute: Recompute = "output", *, logits: str 
         A copy of the specification.
 
     Raises:
-        TypeError, ValueError: as for `converter`.
+        TypeError, ValueError: as for `converter`; or `spec` has no `parallelize_fn`.
 
     Example:
         >>> import dataclasses
@@ -75,7 +75,9 @@ def with_conversion(spec: Spec, recompute: Recompute = "output", *, logits: str 
         True
     """
     wanted = _not_planned(recompute)
-    parallelize: Callable[..., nn.Module] = spec.parallelize_fn  # type: ignore[attr-defined]
+    if not hasattr(spec, "parallelize_fn"):
+        raise TypeError(f"spec is {type(spec).__name__}; expected a ModelSpec, which has a parallelize_fn")
+    parallelize: Callable[..., nn.Module] = spec.parallelize_fn
 
     def parallelize_fn(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         converted(model, wanted, logits=logits, tiles=tiles)

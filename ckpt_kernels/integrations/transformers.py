@@ -105,6 +105,7 @@ def patch_mapping(*layers: type[nn.Module], recompute: str = "output") -> dict[s
         A class by the name of the class that it stands for.
 
     Raises:
+        TypeError: one of `layers` is no class of modules.
         ValueError: the level is none of these.
 
     Example:
@@ -115,6 +116,9 @@ def patch_mapping(*layers: type[nn.Module], recompute: str = "output") -> dict[s
     """
     if recompute not in OF_FUNCTIONS:
         raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(OF_FUNCTIONS)}")
+    for layer in layers:
+        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            raise TypeError(f"layers has {layer!r}; expected classes of modules, such as LlamaDecoderLayer")
     return {layer.__name__: _that_converts_itself(layer, recompute) for layer in layers}
 
 

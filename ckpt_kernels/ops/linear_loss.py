@@ -30,13 +30,14 @@ _FEWEST = 256
 class Loss(NamedTuple):
     """What is computed of logits.
 
-    `rows(logits, target)` is the loss of each row, which depends on no other row; `dtype` that of the products, and
-    `chunk` how many rows are taken at once.
+    `rows(logits, target)` is the loss of each row, which depends on no other row, and is 0 where the target is
+    `ignore_index`; `dtype` that of the products, and `chunk` how many rows are taken at once.
     """
 
     rows: Callable[[Tensor, Tensor], Tensor]
     dtype: torch.dtype
     chunk: int
+    ignore_index: int
 
 
 class _Gradients(NamedTuple):
@@ -90,6 +91,9 @@ class _LinearLoss(torch.autograd.Function):
         elif ctx.made_early:
             # Only once: they are given away.
             ctx.made_early = False
+            # Where no row counts, torch's gradients are 0 of an infinite gradient too, that of a division by 0 rows.
+            counts = (target != ctx.loss.ignore_index).any()
+            grad = torch.where(counts, grad, torch.zeros_like(grad))
             # By `data`, which has a version counter of its own: whoever gets them may write to them, and a second
             # backward pass may still unpack the saved tensors.
             found = [None if gradient is None else gradient.data.mul_(grad) for gradient in found]

@@ -23,7 +23,7 @@ from ..models import check_model
 from .bench import Bench
 from .budget import Budget, DoesNotFit, bytes_of
 from .marks import NotAChain
-from .measure import measured
+from .measure import Measured, measured
 from .plan import Plan
 from .search import allowed, fastest, one_level
 
@@ -103,14 +103,21 @@ def plan(
     shown = progress or _shown_in_terminal
     bench = Bench(model, inputs, kwargs, loss, shown)
     try:
-        try:
-            found = measured(bench, tiles)
-        except NotAChain as reason:
-            return one_level(model, bench, budget, str(reason))
+        found, reason = _measured(bench, tiles)
+        if found is None:
+            return one_level(model, bench, budget, reason)
         return fastest(model, bench, found, allowed(budget, found.steps, bench.device))
     finally:
         if progress is None:
             _end_of_progress()
+
+
+def _measured(bench: Bench, tiles: list[int] | None) -> tuple[Measured | None, str]:
+    """What is measured of the layers, or why they cannot be chosen for one by one."""
+    try:
+        return measured(bench, tiles), ""
+    except NotAChain as reason:
+        return None, str(reason)
 
 
 def _shown_in_terminal(line: str) -> None:

@@ -1,5 +1,7 @@
 """What a budget means, in bytes."""
 
+import math
+import numbers
 import re
 from typing import Any
 
@@ -13,7 +15,7 @@ RESERVE = 0.05
 _MOST = 2**60
 
 Budget = int | float | str | None
-_EXPECTED = 'expected bytes, a size such as "12GiB", a fraction of eager\'s peak, "device", or None'
+_EXPECTED = 'expected bytes, a size such as "12GiB", a fraction of eager\'s peak up to 1.0, "device", or None'
 
 
 class DoesNotFit(ValueError):
@@ -49,16 +51,27 @@ def bytes_of(budget: Budget, eager: int, device: torch.device) -> int | None:
         return None
     if budget == "device":
         return _free(device)
+    if (fraction := fraction_of(budget)) is not None:
+        return int(fraction * eager)
     if isinstance(budget, str):
         found = re.fullmatch(r"\s*([\d.]+)\s*(|k|m|g|t|ki|mi|gi|ti)(b?)\s*", budget, re.IGNORECASE)
         if not found or found[1].count(".") > 1 or not any(map(str.isdigit, found[1])):
             raise ValueError(f"budget is {budget!r}; {_EXPECTED}")
-        return _positive(int(min(float(found[1]) * _UNITS[found[2].lower()], _MOST)), budget)
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget is {type(budget).__name__}; {_EXPECTED}")
-    if isinstance(budget, float) and 0.0 < budget <= 1.0:
-        return int(budget * eager)
-    return _positive(int(budget) if budget == budget and abs(budget) != float("inf") else 0, budget)
+        count = min(float(found[1]) * _UNITS[found[2].lower()], float(_MOST))
+        # Nobody means so many bytes and a half, as a number either.
+        return _positive(int(count) if found[2] or count.is_integer() else 0, budget)
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise TypeError(f"budget is {budget!r}, of type {type(budget).__name__}; {_EXPECTED}")
+    return _positive(int(budget) if math.isfinite(budget) and budget == int(budget) else 0, budget)
+
+
+def fraction_of(budget: Budget) -> float | None:
+    """The fraction of eager's peak that a budget is, as a number or as it is typed; None where it is no fraction."""
+    if isinstance(budget, str):
+        number = float(budget) if re.fullmatch(r"\s*\d*\.\d+\s*|\s*\d+\.\d*\s*", budget) else 0.0
+    else:
+        number = budget if isinstance(budget, numbers.Real) and not isinstance(budget, numbers.Integral) else 0.0
+    return float(number) if 0.0 < number <= 1.0 else None
 
 
 def _positive(count: int, budget: Any) -> int:

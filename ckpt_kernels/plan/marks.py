@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..convert.rule import Forward
+from ..convert.rules.rule import Forward
 from ..runs import is_repeating
 from ..values import tensors_among
 

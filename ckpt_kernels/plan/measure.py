@@ -53,6 +53,8 @@ def measured(bench: Bench, tiles: Sequence[int] | None = None) -> Measured:
     if not first.outputs:
         raise NotAChain("none of the model's layers is called where gradients are recorded")
     order = [bench.names[layer] for layer in first.outputs]
+    if any(recorder.outputs.keys() != first.outputs.keys() for recorder in others):
+        raise NotAChain("at some levels several of the model's layers are computed as one")
     if any([bench.names[layer] for layer in recorder.outputs] != order for recorder in others):
         raise NotAChain("layers are called in another order from step to step")
     kinds = _kinds(bench, first, order)

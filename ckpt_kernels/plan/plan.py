@@ -15,6 +15,7 @@ from torch import nn
 from ..convert import Report, convert, revert
 from ..convert.loads import modules_of, named_modules
 from ..convert.swap import original_of
+from ..functional.checks import is_count
 from ..levels import NONE, OF_LAYERS, Policy
 from ..runs import Place, is_sharded
 from . import report
@@ -72,23 +73,21 @@ class Plan:
         Args:
             model: by default the one that the plan was made for.
             logits, tiles: see `ckpt_kernels.convert`. The plan's figures are of steps without them. Layers that the
-                plan has in tiles stay in so many.
+                plan has in tiles stay in so many. Where the plan leaves the model as it is, either of these converts
+                the model at "output", which keeps no more.
 
         Returns:
             The report of `convert`.
 
         Raises:
             ValueError: the plan was read from a file and no model is given, the model is of another structure, or
-                `logits` or `tiles` is not what `convert` takes, or is given where the plan leaves the model as it is.
+                `logits` or `tiles` is not what `convert` takes.
         """
         model = self._its(model)
         if self.whole == NONE:
             self._check(model)
             if logits is not None or tiles != 1:
-                raise ValueError(
-                    f"logits is {logits!r} and tiles is {tiles}, and the plan leaves the model as it is; expected None "
-                    "and 1, or convert without a plan"
-                )
+                return convert(model, recompute="output", logits=logits, tiles=tiles)
             revert(model)
             return Report(NONE, "torch", [], [])
         return convert(model, recompute=self, logits=logits, tiles=tiles)
@@ -180,16 +179,10 @@ class Plan:
             _check_parts(made)
             str(made)
             return made
-        except (
-            KeyError,
-            IndexError,
-            TypeError,
-            AttributeError,
-            ValueError,
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-        ) as error:
-            raise ValueError(f"{path} holds no plan: {error}; expected a file that Plan.save wrote") from error
+        except KeyError as error:
+            raise ValueError(f"{path} holds no plan: it has no {error}; {_EXPECTED}") from error
+        except (IndexError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} holds no plan: {error}; {_EXPECTED}") from error
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as data."""
@@ -226,6 +219,7 @@ class Plan:
 
 # Of files of plans.
 _VERSION = 2
+_EXPECTED = "expected a file that Plan.save wrote"
 
 
 def structure_of(model: nn.Module) -> str:
@@ -238,7 +232,9 @@ def structure_of(model: nn.Module) -> str:
 
 
 def _check_parts(made: Plan) -> None:
-    """Raises ValueError for choices that are not those of the stages, one each in their order."""
+    """Raises ValueError for a budget that is none, and choices that are not those of the stages, each in its order."""
+    if made.budget is not None and not is_count(made.budget):
+        raise ValueError(f"its budget is {made.budget!r}")
     chosen = stages_of(made.assignment)
     if [choice.stage for choice in chosen] != list(range(len(made.stages) if made.whole is None else 0)):
         raise ValueError("its choices are not one for each stage")

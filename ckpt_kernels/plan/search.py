@@ -9,7 +9,7 @@ from torch import nn
 
 from ..levels import NONE, OF_LAYERS, OF_MODULES, Policy
 from .bench import EAGER, Bench, StepCost, is_out_of_memory
-from .budget import Budget, DoesNotFit, bytes_of
+from .budget import Budget, DoesNotFit, bytes_of, fraction_of
 from .costs import FIXED, Assignment, Checkpoint, StageAt
 from .measure import Measured
 from .plan import Plan, structure_of
@@ -31,7 +31,7 @@ def allowed(budget: Budget, steps: dict[str, StepCost], device: torch.device) ->
     Raises:
         ValueError: it is a part of eager's peak, and a step of eager does not fit into memory.
     """
-    if EAGER not in steps and isinstance(budget, float) and budget <= 1.0:
+    if EAGER not in steps and fraction_of(budget) is not None:
         raise ValueError(f"budget is {budget}, of eager's peak, and a step of eager does not fit; expected bytes")
     return bytes_of(budget, steps[EAGER].peak if EAGER in steps else 1, device)
 

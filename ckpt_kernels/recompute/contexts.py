@@ -21,6 +21,7 @@ from .discarder import Discarder
 from .entries import Block, Entry
 from .recipes import LONGEST_CHAIN, Claim, Recipe
 from .rules import ATTENTIONS, PASSING
+from .transforms import allow_transforms
 
 _is_traced = torch.compiler.is_dynamo_compiling
 
@@ -112,6 +113,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     The end is a mark on the discarder itself, so that it holds wherever this generator is closed: by an interrupt
     between any two steps, when the last reference to it goes; in another thread, whose own hooks are not touched.
     """
+    allow_transforms()
     discarder = Discarder(module, products, temporaries)
     hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
     try:

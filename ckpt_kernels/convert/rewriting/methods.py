@@ -1,0 +1,299 @@
+"""Modules whose methods, as they are written, call ours in places.
+
+What a method's loads are, a linear layer, an activation, a norm, is read off the module when it is converted. By these
+loads and the source, a method is rewritten once for all modules that agree in them.
+"""
+
+import ast
+import contextlib
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...activations import FUNCTIONS as ACTIVATIONS
+from ...activations import NAMES
+from ...backends.reference import ACTIVATIONS as FORMULAS
+from ..adapters import is_adapter
+from ..code.flow import LONGEST, Meaning, Run, blocks, run_of
+from ..code.frames import may_be_rewritten
+from ..code.remembering import remembered
+from ..code.scope import UNKNOWN, Scope
+from ..code.source import NoSource, definition_of, layers_of
+from ..loads import load
+from ..rotations.trials import turns_heads
+from ..rules.function_trials import activation_function
+from ..rules.in_place import writes_over
+from ..rules.norms import Norm
+from ..rules.pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
+from ..rules.rule import Rule
+from ..rules.trial import in_a_thread_of_its_own
+from ..swap import is_plain_method, original_of, rule_of
+from .exchange import EXCHANGES, FUNCTION_TYPES
+from .formulas import VALUE, Formula, formula_of
+from .guards import CHUNK, is_linear
+from .notes import FUNCTIONS
+from .objects import method_called
+from .reading import ADAPTED, MODULE, Part, are_worth_it
+from .rewrite import ADAPTER, Rewritten, rewritten_method
+
+# Of one method: the part of each load, by its text.
+Parts = tuple[tuple[str, Part], ...]
+_NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
+
+
+@dataclass(frozen=True)
+class Written(Rule):
+    """What is found in the methods of a module: the parts of their loads, and for people what they have become."""
+
+    parts: tuple[tuple[str, Parts], ...]
+    recompute: str
+    found: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.parts)
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether they call a norm of torch's that is a function."""
+        return not _NORMS.isdisjoint(self.found)
+
+    def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
+        made = {}
+        for name, parts in self.parts:
+            try:
+                found = _rewritten(getattr(original, name), parts, self.recompute)
+            except NoSource:  # of a pickled module, where its source is not
+                found = None
+            made[name] = getattr(original, name) if found is None else found.function
+        return made
+
+    def __str__(self) -> str:
+        counts = {text: self.found.count(text) for text in self.found}
+        return "; ".join(text if count == 1 else f"{count} x {text}" for text, count in counts.items())
+
+
+def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> tuple[Written | None, str]:
+    """What can be rewritten in the module's methods; and why a method that might be cannot."""
+
+    def parts_of(function: types.FunctionType) -> Parts:
+        return _parts(module, function, may_touch) + ADAPTER * is_adapter(module)
+
+    return _written(module, recompute, parts_of)
+
+
+def adapter_of(module: nn.Module, recompute: str) -> Written | None:
+    """What is noted in the methods of an adapter; nothing is tried out."""
+    return _written(module, recompute, lambda _: ADAPTER)[0]
+
+
+def _written(
+    module: nn.Module, recompute: str, parts_of: Callable[[types.FunctionType], Parts]
+) -> tuple[Written | None, str]:
+    parts, found, reason = [], [], ""
+    children = {name for name, child in module._modules.items() if child is not None}
+    children |= {name for name, value in vars(module).items() if method_called(value) is not None}
+    for name, method in _methods(type(module)):
+        try:
+            layers = layers_of(method)
+            if not _names_any(layers[-1], children) or not may_be_rewritten(layers[-1]):
+                continue
+            own = parts_of(layers[-1])
+            made = _rewritten(method, own, recompute) if are_worth_it(own, recompute) else None
+        except NoSource as error:
+            reason = str(error)
+            continue
+        if made is not None:
+            parts.append((name, own))
+            found += made.found
+    return (Written(tuple(parts), recompute, tuple(found)) if parts else None), reason
+
+
+def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
+    """The methods of a module and of the objects that it calls, as they are written."""
+    held = (method_called(value) for value in vars(module).values())
+    for method in (*(method for _, method in _methods(type(module))), *filter(None, held)):
+        with contextlib.suppress(NoSource):
+            yield layers_of(method)[-1]
+
+
+def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
+    """The methods of a class, but for those of nn.Module itself and Python's own."""
+    seen: set[str] = set()
+    for owner in kind.__mro__:
+        if owner is nn.Module:
+            return
+        for name, method in vars(owner).items():
+            if name not in seen and is_plain_method(method) and not name.startswith("__"):
+                yield name, method
+            seen.add(name)
+
+
+def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
+    """Whether it names a child of the module, or what a formula or an exchange may be made of."""
+    names = set(function.__code__.co_names)
+    if names & (_METHODS | set(children)):
+        return True
+    values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
+    return any(isinstance(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in EXCHANGES) for value in values)
+
+
+_METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES) if hasattr(function, "__name__")) | {
+    "erf",
+    "square",
+    "chunk",
+    "clamp",
+}
+
+
+@remembered
+def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> Rewritten | None:
+    return rewritten_method(method, dict(parts), recompute)
+
+
+def _parts(module: nn.Module | None, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Parts:
+    loads, formulas = _read(function)
+    scope = Scope(function, _tree(function), module)
+    found = {}
+    for text, tree in loads:
+        value = scope.value(tree)
+        if value is not UNKNOWN:
+            method = method_called(value)
+            found[text] = part_of(value, may_touch) if method is None else _object(method, may_touch)
+    for name in _local_rotations(function):
+        found[name] = Part("local exchange")
+    plain = Scope(function, _tree(function))
+    for text, functions in formulas:
+        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} - {VALUE}
+        values = tuple((name, plain.value(ast.Name(name, ast.Load()))) for name in sorted(names))
+        part = _formula(text, values, tuple(map(plain.value, functions)))
+        if part.kind:
+            found[text] = part
+    return tuple(sorted(found.items()))
+
+
+def _object(method: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Part:
+    """The part of an object by what runs where it is called, which is read as a method is, but for what it is given."""
+    try:
+        written = layers_of(method)[-1]
+        parts = _parts(None, written, may_touch) if may_be_rewritten(written) else ()
+    except NoSource:
+        return Part()
+    return Part("object", known=(method, parts)) if are_worth_it(parts) else Part()
+
+
+@remembered
+def _local_rotations(function: types.FunctionType) -> list[str]:
+    """The local names that stand for functions which turn heads, wherever they are called."""
+    scope = Scope(function, _tree(function))
+    calls = [node for node in ast.walk(_tree(function)) if isinstance(node, ast.Call)]
+    named = {call.func.id: call.func for call in calls if isinstance(call.func, ast.Name)}
+    return [name for name, tree in named.items() if turns_heads(scope.function_called(tree))]
+
+
+@remembered
+def _tree(function: types.FunctionType) -> ast.FunctionDef:
+    return definition_of(function).tree
+
+
+@remembered
+def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
+    """The loads in a function's body, by their text; and the formulas in it, with the functions and numbers in each."""
+    tree = _tree(function)
+    scope = Scope(function, tree)
+    loads: dict[str, ast.expr] = {}
+    formulas: dict[str, list[ast.expr]] = {}
+    for statement in tree.body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Attribute | ast.Subscript | ast.Name) and isinstance(node.ctx, ast.Load):
+                if not (isinstance(node, ast.Name) and node.id in scope.locals):
+                    loads.setdefault(ast.unparse(node), node)
+            for formula in _formulas(node, scope, {}):
+                formulas.setdefault(formula.text, formula.functions)
+    for run, last in _runs(tree, scope):
+        for node in ast.walk(last):
+            for formula in _formulas(node, scope, run.meanings):
+                formulas.setdefault(formula.text, formula.functions)
+    return list(loads.items()), list(formulas.items())
+
+
+def _runs(tree: ast.FunctionDef, scope: Scope) -> Iterator[tuple[Run, ast.stmt]]:
+    """The runs of statements in a function, and the last statement of each."""
+    for block in blocks(tree):
+        for end, last in enumerate(block.statements):
+            for begin in range(max(0, end - LONGEST + 1), end):
+                run = run_of(tree, block, begin, end, scope.fast, lambda called: scope.value(called) is CHUNK)
+                if run is not None:
+                    yield run, last
+
+
+def _formulas(node: ast.AST, scope: Scope, meanings: Mapping[int, Meaning]) -> list[Formula]:
+    """The formula that a node may be, beyond sums and products of numbers."""
+    found = formula_of(node, scope, meanings) if isinstance(node, ast.Call | ast.BinOp) else None
+    return [found] if found is not None and "(" in found.text else []
+
+
+@remembered
+@in_a_thread_of_its_own
+def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, ...]) -> Part:
+    """The part of a formula, which may be an activation of ours, with these values of the names in it."""
+    code = compile(text, "<formula>", "eval")
+
+    def compute(points: Tensor) -> Any:
+        return eval(code, {"__builtins__": {}} | dict(values), {VALUE: points})
+
+    try:
+        few = torch.tensor((-11.0, -2.5, -0.7, 0.3, 1.9, 10.0), dtype=torch.float64, device="cpu")
+        with torch.no_grad():
+            values_there = compute(few.clone())
+        close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
+        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else Tried()
+        return Part() if name is None else Part("act", name, not keeps_input, known, is_exact)
+    except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
+        return Part()
+
+
+def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
+    """The part that a value can have in a pattern."""
+    if isinstance(value, nn.Module):
+        if not may_touch(value) or isinstance(value, torch.jit.ScriptModule):
+            return Part()
+        if isinstance(rule_of(value), Norm):
+            return Part("norm")
+        if original_of(value) is nn.Dropout:
+            return Part("dropout")
+        if is_linear(value):
+            return Part("linear")
+        # Which may be taken out again: whether it is there is asked at each call.
+        within = load(value, "base_layer")
+        if isinstance(within, nn.Module) and is_linear(within) and may_touch(within):
+            return Part("linear", ADAPTED)
+        if (name := activation_of(value, made=True)) is not None:
+            return Part("act", name)
+        if writes_over(value):
+            return Part("write")
+        is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
+        return Part("exchange", known=(value,)) if is_act else Part(MODULE)
+    if not isinstance(value, FUNCTION_TYPES):
+        return Part()
+    if value is F.dropout:
+        return Part("F.dropout")
+    if value is CHUNK:
+        return Part("halves")
+    if value in ACTIVATIONS:
+        return Part("act", ACTIVATIONS[value])
+    if (tried := activation_function(value)) is not None:
+        return Part("act", tried.name, not tried.keeps_input, (value,))
+    is_exchanged = value in EXCHANGES or value in FUNCTIONS or turns_heads(value)
+    return Part("exchange", known=(value,)) if is_exchanged else Part()
+
+
+def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) -> bool:
+    """Whether it has, for itself, two linear layers and an activation."""
+    parts = [part_of(child, may_touch).kind for child in module._modules.values()]
+    return parts.count("linear") >= 2 and "act" in parts

@@ -1,0 +1,40 @@
+"""What is named like a function that turns queries and keys and is not known as one: for the report, and why."""
+
+import ast
+import re
+import types
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..code.scope import Scope
+from ..code.source import NoSource, definition_of
+from ..rewriting.methods import functions_in
+from .trials import turns_heads, why_no_rotation
+
+_NAMED = re.compile(r"^_*apply_(\w+_)?(rotary|rope)|^_*rotate_")
+
+
+def why_unknown(module: nn.Module) -> str:
+    """Of the first such function that a method of the module calls, or an object that it holds; "" if there is none."""
+    for function in functions_in(module):
+        if not any(map(_NAMED.search, (*function.__code__.co_names, *function.__code__.co_varnames))):
+            continue
+        for called in _called(function):
+            if not turns_heads(called):
+                return f"calls {called.__name__}, which {why_no_rotation(called)}"
+    return ""
+
+
+def _called(function: types.FunctionType) -> Iterator[types.FunctionType]:
+    """The functions of such names that are called there."""
+    try:
+        tree = definition_of(function).tree
+    except NoSource:
+        return
+    scope = Scope(function, tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and _NAMED.search(node.func.id):
+            for value in (scope.value(node.func), scope.function_called(node.func)):
+                if isinstance(value, types.FunctionType):
+                    yield value

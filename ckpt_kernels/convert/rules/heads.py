@@ -1,0 +1,83 @@
+"""Heads of language models: linear layers whose logits need not be whole, because a loss reads them in chunks."""
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...autocast import is_autocast
+from ...logits import logits_of
+from ...ops.products import product_dtype
+from ..loads import named_modules
+from ..operands import has_hooks_for_all, is_called_plainly, is_operand, is_ordinary
+from ..swap import original_of
+from .rule import Forward, Rule
+
+
+@dataclass(frozen=True)
+class Head(Rule):
+    """A linear layer whose output is made when somebody looks at it."""
+
+    def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            operands = None
+            # Nobody's gradients, and those of an autograd.Function, are not ours to hold back.
+            if len(args) == 1 and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                operands = _operands(module, args[0])
+            return original.forward(module, *args, **kwargs) if operands is None else logits_of(*operands)
+
+        return {"forward": forward}
+
+    def __str__(self) -> str:
+        return "logits that are made when they are looked at"
+
+
+def heads_in(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
+    """The linear layers of that name, with * and ?, by their full names.
+
+    Raises ValueError for a name that fits none, TypeError for what is no name.
+    """
+    if name is None:
+        return {}
+    if not isinstance(name, str):
+        raise TypeError(f"logits is {type(name).__name__}; expected the name of a linear layer, or None")
+    fitting = {full: module for full, module in named_modules(model) if fnmatch.fnmatchcase(full, name)}
+    if not fitting or not all(map(_is_linear, fitting.values())):
+        found = (
+            ", ".join(f"{full or 'the model'} ({type(module).__name__})" for full, module in fitting.items())
+            or "no module"
+        )
+        raise ValueError(f"logits names {name!r}, which fits {found}; expected the name of a torch.nn.Linear")
+    return fitting
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and original_of(module).forward is nn.Linear.forward
+
+
+def _operands(module: nn.Module, input: Any) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype] | None:
+    """What the product is of, if the call is nothing but that product."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if "parametrizations" in module._modules or "weight" in module.__dict__ or "bias" in module.__dict__:
+        return None
+    if has_hooks_for_all() or not is_called_plainly(module) or not is_operand(input):
+        return None
+    for parameter in (weight, bias):
+        if parameter is not None and (not is_ordinary(parameter) or parameter.device != input.device):
+            return None
+    tensors = [t for t in (input, weight, bias) if t is not None]
+    dtype = product_dtype(input)
+    # Autocast casts whatever is not of float64.
+    is_cast = is_autocast(input) and all(t.dtype != torch.float64 for t in tensors)
+    if weight is None or input.dim() < 2 or weight.shape[0] < 2 or weight.shape[1:] != input.shape[-1:]:
+        return None
+    if (
+        not (is_cast or all(t.dtype == dtype for t in tensors))
+        or any(t.is_inference() for t in tensors)
+        or not any(t.requires_grad for t in tensors)
+    ):
+        return None
+    return input, weight, bias, dtype

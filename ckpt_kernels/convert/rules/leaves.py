@@ -1,0 +1,76 @@
+"""Converting norms, activations, dropouts and gates: modules that compute one thing, found by what they compute."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..report import LeftAlone, Replaced
+from ..selection import Selection
+from ..swap import NotSwapped, may_be_swapped, swap
+from .norm_trials import norm_of
+from .norms import RowNorm
+from .pointwise import pointwise_of
+from .rule import Rule
+
+
+class Leaves:
+    """What converts modules, and writes down what it did: in a report's lists, and in `rules`.
+
+    `writer` is a method of the model that may write to what is given to a norm, "" for none.
+    """
+
+    def __init__(
+        self, selection: Selection, writer: str, replaced: list[Replaced], left_alone: list[LeftAlone]
+    ) -> None:
+        self.selection = selection
+        self.writer = writer
+        self.replaced = replaced
+        self.left_alone = left_alone
+        self.rules: dict[nn.Module, Rule] = {}
+
+    def convert(self, name: str, module: nn.Module) -> None:
+        """Converts a module that computes something of ours, or says why not."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        rule: Rule | None
+        rule, reason = norm_of(module)
+        if isinstance(rule, RowNorm) and self.writer:
+            rule = replace(rule, copied=True)
+        if rule is None and not reason:
+            rule, reason = pointwise_of(module)
+        if rule is None:
+            if reason:
+                self.leave(name, module, reason)
+        elif not self.selection.covers(module):
+            self.leave(name, module, "not selected")
+        elif parametrize.is_parametrized(module):
+            self.leave(name, module, "its parameters are parametrized")
+        elif "forward" in module.__dict__:
+            self.leave(name, module, "its forward was replaced on the instance")
+        elif not may_be_swapped(module):
+            self.leave(name, module, "its forward is no plain method of its class, or asks for its class")
+        else:
+            self.apply(name, module, rule)
+            if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
+                self.leave(name, module, "rounds bfloat16 where none of our row norms does: as it is for 16 bits")
+
+    def apply(self, name: str, module: nn.Module, rule: Rule) -> None:
+        """Converts a module by a rule."""
+        kind = type(module).__name__
+        try:
+            swap(module, rule)
+        except NotSwapped as error:
+            self.leave(name, module, str(error))
+            return
+        # A part that was left alone as such may have been found in the way its methods are written; and where another
+        # module was, one may come later.
+        self.left_alone[:] = [entry for entry in self.left_alone if entry.name != name]
+        self.replaced[:] = [entry for entry in self.replaced if entry.name != name]
+        self.replaced.append(Replaced(name, kind, str(rule)))
+        self.rules[module] = rule
+
+    def leave(self, name: str, module: nn.Module, reason: str) -> None:
+        """Writes down why a module stays as it is."""
+        self.left_alone.append(LeftAlone(name, type(module).__name__, reason))

@@ -1,0 +1,44 @@
+"""What a module looks like, by its class and the name of that: for the report, which says why it stays as it is."""
+
+import re
+
+from torch import nn
+
+from ..loads import has_children
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+# torch's activations of one element at a time.
+ACTIVATIONS = tuple(
+    getattr(nn, name)
+    for name in """CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6
+    RReLU SELU Sigmoid SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold""".split()
+)
+_NAMED_ACTIVATION = re.compile(r"(lu\d?|act|activation|swish|mish)$", re.IGNORECASE)
+_NAMED_GATE = re.compile(r"^gate|Gat(e|ed|ing)(?![a-z])|glu(?![a-z])|_gate|GLU")
+_NAMED_EXPERTS = re.compile(r"expert|moe(?![a-z])", re.IGNORECASE)
+
+
+def looks_like_norm(module: nn.Module) -> bool:
+    """Whether a module without children is called a norm, or is one of torch's by its class."""
+    return ("norm" in type(module).__name__.lower() or isinstance(module, NORMS)) and not has_children(module)
+
+
+def looks_like_activation(module: nn.Module) -> bool:
+    """Whether a module without children is called an activation or a gate, or is one of torch's activations."""
+    name = type(module).__name__
+    called = _NAMED_ACTIVATION.search(name) or _NAMED_GATE.search(name)
+    return (called is not None or isinstance(module, ACTIVATIONS)) and not has_children(module)
+
+
+def looks_like_several(module: nn.Module) -> str:
+    """What a module with children is called: a norm, an activation, a gate, experts; "" for none."""
+    name = type(module).__name__
+    if not has_children(module) or type(module).__module__.startswith("torch.nn.modules."):
+        return ""
+    if _NAMED_EXPERTS.search(name):
+        return "experts"
+    if _NAMED_GATE.search(name):
+        return "a gate"
+    if _NAMED_ACTIVATION.search(name):
+        return "an activation"
+    return "a norm" if "norm" in name.lower() else ""
