@@ -18,6 +18,9 @@ Announcement = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]]
 Packed = tuple[Tensor, Cell, bool]
 
 
+_OF_NONE = id(None)
+
+
 class Total(NamedTuple):
     """A second result of an op, which the op itself saves, such as the sum that is normalised."""
 
@@ -29,7 +32,7 @@ class Announced:
     """An op whose forward has run, and whose output has not been recorded yet.
 
     `saved` is what the node has saved so far, by the tensors' identity, and `kept` that of it which stays as it is to
-    the node's end.
+    the node's end; None in the place of None.
     """
 
     __slots__ = ("announcement", "is_elementwise", "kept", "saved", "total")
@@ -39,7 +42,7 @@ class Announced:
         self.is_elementwise = is_elementwise
         self.total = total
         self.saved: dict[int, Packed] = {}
-        self.kept: dict[int, Kept] = {}
+        self.kept: dict[int, Kept | None] = {_OF_NONE: None}
 
 
 def are_among(tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import nodes
+from . import nodes, quick
 from .active import discarding, innermost, sees_what_is_saved, thread
 from .announced import Announced, Announcement, Total
 
@@ -16,7 +16,7 @@ def announce(
     """Called within an op's forward: how to make the output again from kept tensors; None where that cannot be done.
 
     A tensor that an `elementwise` op saves may be a product that runs again, where that was asked for. `total` is a
-    second result, which the op saves, and how to make that again.
+    second result, which the op saves, and how to make that again, within a layer.
     """
     discarder = innermost()
     if discarder is None:
@@ -24,7 +24,7 @@ def announce(
     if discarder.is_paused or not sees_what_is_saved(discarder):
         discarder.announced = None
         return
-    second = None if total is None else Total(total[0].untyped_storage()._cdata, total[1])
+    second = None if total is None or not discarder.is_in_layer else Total(total[0].untyped_storage()._cdata, total[1])
     discarder.announced = Announced(announcement, elementwise, second)
 
 
@@ -48,7 +48,11 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
     as the output is.
     """
     discarder = innermost() if recipe is None else discarding()
-    if discarder is not None and (recipe is None or output.requires_grad):
+    if discarder is None:
+        return
+    if recipe is None:
+        quick.record(discarder, output)
+    elif output.requires_grad:
         discarder.record(output, recipe)
 
 

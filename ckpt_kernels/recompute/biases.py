@@ -4,13 +4,16 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from . import quick
+
 
 class Biases:
     """The versions and the memory of a module's biases when the forward began; without a module all parameters count as
     unchanged. A bias that is given other data (`bias.data = other`) has the version that it had."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self._versions = None if module is None else _versions_in(module)
+        found = None if module is None else quick.biases(module)
+        self._versions = versions_in(module) if found is None and module is not None else found
 
     def is_as_used(self, bias: nn.Parameter) -> bool:
         """Whether nobody has written to a bias since the forward began, so since any of the forward's ops read it."""
@@ -25,7 +28,7 @@ def _address(parameter: nn.Parameter) -> int:
     return parameter.data_ptr() if type(parameter) is nn.Parameter and parameter.layout is torch.strided else 0
 
 
-def _versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int, int]]:
+def versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int, int]]:
     """The parameters of at most one dimension in a module and below, their versions and addresses, by identity."""
     versions = {}
     waiting, seen = [module], set()

@@ -123,12 +123,13 @@ def watching(tensor: Tensor | None) -> Tensor | None:
         return None
     watch = tensor.detach()
     if not tensor.is_meta:
-        watch.data = _nothing(tensor.dtype)
+        watch.data = nothing(tensor.dtype)
     return watch
 
 
 @functools.cache
-def _nothing(dtype: torch.dtype) -> Tensor:
+def nothing(dtype: torch.dtype) -> Tensor:
+    """The data of what watches."""
     return torch.empty(0, dtype=dtype, device="cpu")
 
 

@@ -1,6 +1,7 @@
 """The contexts in which outputs are let go of: saved-tensor hooks, on the thread and for the time of the context."""
 
 import contextlib
+import threading
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -8,11 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from .. import backends
+from . import provenance, quick
 from .active import discarding, innermost, sees_what_is_saved, thread
-from .contents import Cell
+from .contents import Cell, Kept, nothing
 from .discarder import Discarder
+from .entries import Block, Entry
+from .recipes import LONGEST_CHAIN, Claim, Recipe
+from .rules import ATTENTIONS, PASSING
 from .transforms import allow_transforms
 
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -109,7 +117,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     discarder = Discarder(module, products, temporaries)
     hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
     try:
-        hooks._push_saved_tensors_default_hooks(discarder.pack, _unpack)
+        hooks._push_saved_tensors_default_hooks(quick.packing(discarder), _unpack)
         thread.active.append(discarder)
         yield
     finally:
@@ -118,6 +126,14 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
         discarder.close()
         if sees_what_is_saved(discarder):
             hooks._pop_saved_tensors_default_hooks()
+
+
+def answer_by(thin: Any) -> None:
+    """From now on `_thin`, which is given, packs and records in the usual cases."""
+    stops = ATTENTIONS | {provenance.LEAF}
+    thin.set_up_cells(Cell, Kept, Claim, torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
+    thin.set_up_records(Recipe, Entry, Block, StorageWeakRef, backends.chosen, threading.RLock, nothing)
+    quick.library = thin
 
 
 def _unpack(packed: Cell) -> Tensor:

@@ -21,12 +21,8 @@ from .edges import Edges
 from .entries import Block, Entries, Entry
 from .keepers import exchange, note_keeper
 from .provenance import Trace
-from .recipes import Claim, Recipe, Step, geometry_of, recipe_of_step
+from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
 from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
-
-# A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
-# chain takes little memory, and little is computed more than once.
-LONGEST_CHAIN = 8
 
 
 class Discarder:
@@ -35,25 +31,29 @@ class Discarder:
     def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
         self._products = products
         self._temporaries = temporaries
-        self._entries = Entries()
+        self.all_entries = Entries()
         self._biases = Biases(module)
-        self._may_be_sharded = may_be_sharded()
-        self._outer = top_hooks()
+        self.may_be_sharded = may_be_sharded()
+        self.outer = top_hooks()
         self.is_closed = False
         # Of the op whose forward has run, and whose output `record` has not been given yet.
         self.announced: Announced | None = None
         # Whether a tensor is packed for a recipe, and so does not count as saved by that op.
-        self._is_apart = False
+        self.is_apart = False
         # Within a layer products run again, whoever reads them.
         self.is_in_layer = False
         # Whether only outputs that were recorded before are let go of.
         self.is_paused = False
         self._edges = Edges()
+        # Read by `csrc/thin/cells.cpp`: edges and entries by the addresses of storages, the rules by the names of
+        # nodes.
+        self.held, self.entries = self._edges.held, self.all_entries.by_storage
+        self.rules = RULES_AND_PRODUCTS if products else RULES
 
     def hold(self, tensor: Tensor) -> None:
         """Keeps a tensor at a layer's edge, so that no recipe reaches on, unless one step makes it of kept tensors."""
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.requires_grad:
-            entry = self._entries.of(tensor)
+            entry = self.all_entries.of(tensor)
             recipe = None if entry is None else entry.recipe()
             if recipe is None or recipe.depth != 1:
                 self._edges.add(tensor)
@@ -67,7 +67,7 @@ class Discarder:
         """Takes the output of the announced op, or another output with a recipe, which lasts as long as that output."""
         if recipe is not None:
             made = self._recipe(*recipe, {})
-            self._entries.add(Entry(output, lambda: made))
+            self.all_entries.add(Entry(output, lambda: made))
             return
         announced, self.announced = self.announced, None
         if announced is None or announced.announcement is None or not output.requires_grad:
@@ -75,7 +75,7 @@ class Discarder:
         rebuild, tensors = announced.announcement
         saved, kept = announced.saved, announced.kept
         try:
-            operands = [None if t is None else kept[id(t)] for t in tensors]
+            operands = list(map(kept.__getitem__, map(id, tensors)))
             made, is_of_saved, more = Recipe(rebuild, operands, 1), True, 0
         except KeyError:
             made, is_of_saved = self._recipe(rebuild, tensors, saved), are_among(tensors, saved)
@@ -83,16 +83,16 @@ class Discarder:
         if more >= output.nbytes:
             return
         entry = Entry(output, weakref.ref(made))
+        node: Any = output.grad_fn
+        node.recomputed_block = Block(self, entry, watching(output))
         # A recipe of saved tensors alone lasts as long as the node that saves them. So the recipe is there when a look
         # at the graph behind another tensor comes to this node and the output is gone.
         if saved and is_of_saved:
             _, first, _ = next(iter(saved.values()))
             first.attached = made
-            self._entries.add(entry)
+            self.all_entries.add(entry)
         else:
-            self._entries.add(Entry(output, lambda: made))
-        node: Any = output.grad_fn
-        node.recomputed_block = Block(self, entry, watching(output))
+            self.all_entries.add(Entry(output, lambda: made))
 
     def _recipe(
         self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]
@@ -111,7 +111,7 @@ class Discarder:
 
         The content alone: a cell that holds the recipe would be held by it.
         """
-        lasting = outlasting(tensor) if self._may_be_sharded else tensor
+        lasting = outlasting(tensor) if self.may_be_sharded else tensor
         _, cell, is_exchanged = saved.get(id(lasting), (None, None, False))
         if cell is not None and not is_exchanged:
             if isinstance(cell.content, Kept):
@@ -132,13 +132,14 @@ class Discarder:
 
         At "block" none are let go of that are made within.
         """
-        before = self.is_paused, self._products, self.is_in_layer
+        before = self.is_paused, self._products, self.is_in_layer, self.rules
         self.is_paused, self._products = level == "block", level in ("all", "layer")
         self.is_in_layer = level == "layer"
+        self.rules = RULES_IN_LAYERS if self.is_in_layer else RULES_AND_PRODUCTS if self._products else RULES
         try:
             yield
         finally:
-            self.is_paused, self._products, self.is_in_layer = before
+            self.is_paused, self._products, self.is_in_layer, self.rules = before
 
     @property
     def level(self) -> str:
@@ -151,8 +152,8 @@ class Discarder:
         """From now on recipes live by their claims alone, and tensors saved from now on are kept."""
         self.is_closed = True
         # Nodes refer to this context longer than they keep tensors, and the hooks around may hold tensors.
-        self._outer = None
-        self._entries.clear()
+        self.outer = None
+        self.all_entries.clear()
         self._edges.clear()
         self.announced = None
 
@@ -160,7 +161,7 @@ class Discarder:
         # The context was closed in another thread, where these hooks could not be taken off: this is the first chance.
         if self.is_closed and sees_what_is_saved(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        if self._edges.held and is_plain(tensor):
+        if self.held and is_plain(tensor):
             held = self._edges.of(tensor)
             if held is not None:
                 held.is_saved = True
@@ -174,24 +175,22 @@ class Discarder:
             cell, is_exchanged = Cell(content, self, tensor._version, watch), False
         else:
             cell, is_exchanged = self._made_or_kept(tensor, node)
-        if announced is not None and not self._is_apart and tensor.layout is torch.strided:
+        if announced is not None and not self.is_apart and tensor.layout is torch.strided:
             announced.saved[id(tensor)] = tensor, cell, is_exchanged
-            if type(cell.content) is Kept and not is_exchanged and not self._may_be_sharded:
+            if type(cell.content) is Kept and not is_exchanged and not self.may_be_sharded:
                 announced.kept[id(tensor)] = cell.content
         return cell
 
     def _made_or_kept(self, tensor: Tensor, node: Any) -> tuple[Cell, bool]:
         """The cell, with a recipe if there is one; and whether there may be one later, for all who keep the tensor."""
-        before, self._is_apart = self._is_apart, True
+        before, self.is_apart = self.is_apart, True
         found = None if self.is_closed else self._recipe_for(tensor)
-        if found is None and self.is_in_layer and self.announced is not None and self.announced.total is not None:
+        if found is None and self.announced is not None and self.announced.total is not None:
             found = self._recipe_of_total(self.announced, self.announced.total, tensor)
-        self._is_apart = before
+        self.is_apart = before
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             content: Operand = Claim(found, geometry_of(tensor))
-            block = provenance.block_of(node)
-            # A block's output is watched already.
-            watch = block.watch if block is not None and block.entry.output() is tensor else watching(tensor)
+            watch = provenance.watch_of(tensor, self.all_entries.of(tensor))
         else:
             content, watch = self._kept(tensor)
         cell = Cell(content, self, tensor._version, watch)
@@ -202,8 +201,8 @@ class Discarder:
 
     def _kept(self, tensor: Tensor) -> tuple[Operand, Tensor | None]:
         """A tensor's content where the tensor is kept, by the hooks around if there are any; and the watch."""
-        if self._outer is not None:
-            packed, unpack = self._outer
+        if self.outer is not None:
+            packed, unpack = self.outer
             return Foreign(packed(tensor), unpack), watching(tensor)
         # Detached: a node that keeps its own output would otherwise keep itself alive.
         kept = tensor.detach()
@@ -216,7 +215,7 @@ class Discarder:
         root = tensor if tensor._base is None else tensor._base
         if root.grad_fn is None or self._edges.of(tensor) is not None:
             return None
-        entry = self._entries.of(tensor)
+        entry = self.all_entries.of(tensor)
         if entry is not None:
             if tensor.dtype is not entry.dtype:
                 return None
@@ -235,7 +234,7 @@ class Discarder:
             return None
         recipe = self._recipe(*total.recipe, {})
         if self._keeps(recipe, total.recipe[1], {}) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
-            self._entries.add(Entry(tensor, lambda: recipe))
+            self.all_entries.add(Entry(tensor, lambda: recipe))
             return recipe
         return None
 
@@ -251,9 +250,9 @@ class Discarder:
         if node is None:
             return None
         name = node.name()
-        is_elementwise = self.announced is not None and self.announced.is_elementwise
-        of_products = RULES_AND_PRODUCTS if self._products and is_elementwise else RULES
-        rules = RULES_IN_LAYERS if self.is_in_layer else of_products
+        rules = self.rules
+        if rules is RULES_AND_PRODUCTS and (self.announced is None or not self.announced.is_elementwise):
+            rules = RULES
         if name not in rules:
             return None
         # A rebuilt copy would lose the tangent.
@@ -269,7 +268,7 @@ class Discarder:
         if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
             return root if provenance.saves_result(name) else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
-        self._entries.add(Entry(root, weakref.ref(recipe)))
+        self.all_entries.add(Entry(root, weakref.ref(recipe)))
         return recipe
 
     # For `Trace`

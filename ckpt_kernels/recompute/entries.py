@@ -47,18 +47,19 @@ class Entries:
     """All entries, by the address of the storage; entries whose memory is gone are swept now and then."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, Entry] = {}
+        # By the address of the storage.
+        self.by_storage: dict[int, Entry] = {}
         self._most = 64
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.by_storage)
 
     def of(self, tensor: Tensor) -> Entry | None:
         """The entry of a tensor's memory. No other memory comes to that address while the entry refers to it."""
-        return self._entries.get(tensor.untyped_storage()._cdata) if self._entries else None
+        return self.by_storage.get(tensor.untyped_storage()._cdata) if self.by_storage else None
 
     def add(self, entry: Entry) -> None:
-        entries = self._entries
+        entries = self.by_storage
         if len(entries) >= self._most:
             for key in [key for key, entry in entries.items() if entry.storage.expired()]:
                 del entries[key]
@@ -67,4 +68,4 @@ class Entries:
         entries[entry.storage.cdata] = entry
 
     def clear(self) -> None:
-        self._entries.clear()
+        self.by_storage.clear()

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from . import nodes
-from .contents import Cell, Operand
-from .entries import Block
+from .contents import Cell, Operand, watching
+from .entries import Block, Entry
 from .nodes import Edge
 from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12
+# The name of the node that a leaf's gradient comes to.
+LEAF = "torch::autograd::AccumulateGrad"
 # At most so many writes in place to a block's output.
 MOST_WRITES = 4
 
@@ -193,7 +195,7 @@ class Trace:
             own = nodes.result_cell(node) if name in BY_RESULT else nodes.packed(node, "output")
             if isinstance(own, Cell) and own.is_unwritten():
                 return self._shared(own)
-        if name == "torch::autograd::AccumulateGrad":
+        if name == LEAF:
             return self._copied(node.variable)
         # The strides of a clone are not known, and a reader may depend on them.
         is_clone = name == "CloneBackward0"
@@ -237,6 +239,16 @@ def block_of(node: Any) -> Block | None:
         return None
     block = getattr(node, "recomputed_block", None)
     return block if isinstance(block, Block) else None
+
+
+def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
+    """What shares the version counter of a tensor in an entry's memory: one for a block's output and its views."""
+    output = None if entry is None else entry.output()
+    if output is not None and (tensor is output or tensor._base is output):
+        block = block_of(output.grad_fn)
+        if block is not None and block.entry is entry:
+            return block.watch
+    return watching(tensor)
 
 
 def saves_result(name: str) -> bool:

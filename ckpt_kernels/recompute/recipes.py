@@ -15,6 +15,9 @@ from .contents import Operand
 
 _graph_task_id = torch._C._current_graph_task_id
 _NUMBERS = (int, float)
+# A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
+# chain takes little memory, and little is computed more than once.
+LONGEST_CHAIN = 8
 # The size, the strides and the offset of a view.
 Geometry = tuple[Sequence[int], Sequence[int], int | torch.SymInt]
 
@@ -46,27 +49,29 @@ class Recipe:
     the pass.
     """
 
+    __slots__ = ("__weakref__", "backend", "claims", "depth", "lock", "made", "operands", "rebuild")
+
     def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Operand | None], depth: int) -> None:
         self.depth = depth
-        self._rebuild = rebuild
+        self.rebuild = rebuild
         self.operands = operands
-        self._backend = backends.chosen()
+        self.backend = backends.chosen()
         # Backward passes may run on several threads. Recipes lock in the order of the graph, so they cannot deadlock.
-        self._lock = threading.RLock()
-        self._made: weakref.ref[Made] | None = None
+        self.lock = threading.RLock()
+        self.made: weakref.ref[Made] | None = None
         # All who may ask. A claim that dies takes itself off by a built-in function: Python code could be interrupted.
-        self._claims: set[weakref.ref[Claim]] = set()
+        self.claims: set[weakref.ref[Claim]] = set()
 
     def claim(self, claim: "Claim") -> None:
-        self._claims.add(weakref.ref(claim, self._claims.discard))
+        self.claims.add(weakref.ref(claim, self.claims.discard))
 
     def serve(self, claim: "Claim") -> Tensor:
         where = _graph_task_id()
-        with self._lock:
-            made = None if self._made is None else self._made()
+        with self.lock:
+            made = None if self.made is None else self.made()
             if made is None or not made.serves(where):
                 value = self._make()
-                if len(self._claims) > 1:
+                if len(self.claims) > 1:
                     self._hand_on(value, where, claim)
             else:
                 value = made.value
@@ -76,14 +81,14 @@ class Recipe:
     def _hand_on(self, value: Tensor, where: int, claim: "Claim") -> None:
         """Holds the tensor for all others who may ask in this backward pass."""
         made = Made(value, where)
-        self._made = weakref.ref(made)
+        self.made = weakref.ref(made)
         waiting = [c for c in self._live() if c is not claim and c.served != where]
         if waiting and _at_end_of_backward(weakref.WeakMethod(self._let_go)):
             for other in waiting:
                 other.made = made
 
     def _live(self) -> list["Claim"]:
-        return [claim for reference in list(self._claims) if (claim := reference()) is not None]
+        return [claim for reference in list(self.claims) if (claim := reference()) is not None]
 
     def _let_go(self) -> None:
         for claim in self._live():
@@ -91,17 +96,17 @@ class Recipe:
 
     def _make(self) -> Tensor:
         # The contexts below mostly change nothing, and cost as much as a small kernel.
-        same_backend = backends.chosen() == self._backend
+        same_backend = backends.chosen() == self.backend
         is_inference = torch.is_inference_mode_enabled()
         if same_backend and not is_inference and not torch.is_grad_enabled():
-            return self._rebuild(*[None if o is None else o.get() for o in self.operands])
+            return self.rebuild(*[None if o is None else o.get() for o in self.operands])
         # A tensor made in inference mode has no version, by which a reader's write would be noticed.
         with (
-            contextlib.nullcontext() if same_backend else backends.serving(self._backend),
+            contextlib.nullcontext() if same_backend else backends.serving(self.backend),
             torch.inference_mode(False) if is_inference else contextlib.nullcontext(),
             torch.no_grad(),
         ):
-            return self._rebuild(*[None if o is None else o.get() for o in self.operands])
+            return self.rebuild(*[None if o is None else o.get() for o in self.operands])
 
 
 class Claim:

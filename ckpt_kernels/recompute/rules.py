@@ -198,6 +198,10 @@ RULES = {
     # Of a copy, within `reshape`, or of a product.
     "UnsafeViewBackward0": Rule(torch.reshape, (None,), _shape, private=True),
 }
+# Of all that a node of these makes itself of, one that cannot be had again is enough for there to be no recipe.
+PASSING = frozenset(
+    name for name, rule in RULES.items() if name not in BY_RESULT and (rule.saved is None or not any(rule.saved))
+)
 PRODUCTS = {
     "GroupedMmBackward0": Rule(_grouped_mm, ("self", "mat2"), _dtype, beside="offs"),
     "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), casts=0),

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..recompute import contexts
+
 # What may see every op: torch.func, modes of both kinds, the profiler, torch.jit.trace.
 WATCHERS = (
     torch._C._are_functorch_transforms_active,
@@ -59,11 +61,12 @@ def _load() -> str | None:
         from .. import _thin
 
         find = ctypes.cast(ctypes.CDLL(str(library)).ckpt_kernels_find_call, ctypes.c_void_p).value
-        _thin.operands  # noqa: B018  (which one that was built of older sources lacks)
+        _thin.packer  # noqa: B018  (which one that was built of older sources lacks)
         _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, WATCHERS)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
     is_plain, key, asked = _thin.is_plain, _thin.key, _thin
+    contexts.answer_by(_thin)
     direct = lambda name: _thin.function(find, name)  # noqa: E731
     return None
 

@@ -1,5 +1,6 @@
 """How a call goes past the full path, and comes back to it where it does not serve."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,8 +59,20 @@ class Plan:
     def announce(self, ctx: Any, tensors: tuple, results: Sequence[Tensor | None]) -> None:
         """Where outputs are let go of: how this one can be had again."""
         arguments = (*tensors, self.options)
-        recipe, total = self.op.recipe(ctx, arguments, results), self.op.total(arguments, results)
+        recipe, total = self.recipe(ctx, arguments, results), self.op.total(arguments, results)
         recompute.announce(recipe, self.op.elementwise, total)
+
+    def recipe(self, ctx: Any, arguments: tuple, results: Sequence[Tensor | None]) -> recompute.Announcement | None:
+        """The op's recipe, of an op that makes its first result again by its forward: that goes by this plan too."""
+        found = self.op.recipe(ctx, arguments, results)
+        if found is None:
+            return None
+        rebuild, tensors = found
+        return functools.partial(self._made_again, rebuild, results[0].stride()), tensors
+
+    def _made_again(self, rebuild: Callable[..., Tensor], strides: tuple[int, ...], *tensors: Tensor | None) -> Tensor:
+        output = self.forward(None, *tensors, self) if is_plain(*tensors) else None
+        return output if output is not None and output.stride() == strides else rebuild(*tensors)
 
 
 def _backward_of(op: Block) -> Callable[..., tuple]:

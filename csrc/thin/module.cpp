@@ -6,7 +6,10 @@
 
 #include <string.h>
 
+#include "biases.h"
+#include "cells.h"
 #include "guards.h"
+#include "records.h"
 
 using namespace ckpt;
 
@@ -236,7 +239,7 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
 
 PyMODINIT_FUNC PyInit__thin() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && !add_guards(module)) {
+  if (module && !(add_guards(module) && add_cells(module) && add_records(module) && add_biases(module))) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -53,6 +53,10 @@ void read_tensors_by(const ExchangeApi* api, PyTypeObject* tensor, PyTypeObject*
 
 bool tensors_are_read() { return exchange != nullptr; }
 
+bool is_tensor_type(const PyTypeObject* type) { return type == tensor_type || type == parameter_type; }
+
+bool is_parameter_type(const PyTypeObject* type) { return type == parameter_type; }
+
 int64_t dtype_of(const DLTensor& t) {
   if (t.lanes != 1) return ckpt_other_dtype;
   if (t.code == floating) return t.bits == 32 ? 0 : t.bits == 16 ? 2 : t.bits == 64 ? 3 : int64_t(ckpt_other_dtype);
@@ -61,7 +65,7 @@ int64_t dtype_of(const DLTensor& t) {
 }
 
 Answer describe(PyObject* object, DLTensor* tensor) {
-  if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return no;
+  if (!is_tensor_type(Py_TYPE(object))) return no;
   // Torch has no such description of some tensors, sparse ones, say. What is no such error is not ours.
   return exchange->tensor_from_object(object, tensor) == 0 ? yes : no_if_exception();
 }

@@ -45,6 +45,10 @@ void read_tensors_by(const ExchangeApi* api, PyTypeObject* tensor, PyTypeObject*
                      PyObject* storage_offset);
 bool tensors_are_read();
 
+// Whether tensors of a type are seen by nothing but autograd.
+bool is_tensor_type(const PyTypeObject* type);
+bool is_parameter_type(const PyTypeObject* type);
+
 // Whether `object` is a plain tensor that torch can describe so, on any device.
 Answer describe(PyObject* object, DLTensor* tensor);
 

@@ -31,8 +31,9 @@ PYTHON = (
     Mutant(
         "an output is forgotten with its tensor, though its memory lives",
         "ckpt_kernels/recompute/entries.py",
-        "return «self._entries.get(tensor.untyped_storage()._cdata)» if self._entries",
-        "next((e for e in [self._entries.get(tensor.untyped_storage()._cdata)] if e and e.output() is not None), None)",
+        "return «self.by_storage.get(tensor.untyped_storage()._cdata)» if self.by_storage",
+        "next((e for e in [self.by_storage.get(tensor.untyped_storage()._cdata)] if e and e.output() is not None), "
+        "None)",
         "tests/test_recompute.py -k outlives",
     ),
     Mutant(

@@ -1,0 +1,91 @@
+#include "biases.h"
+
+#include "owned.h"
+#include "questions.h"
+
+namespace ckpt {
+
+namespace {
+
+PyObject *of_data_ptr, *of_modules, *of_parameters, *of_tensor_version;
+
+// Adds (parameter, version, address) under the parameter's identity if it is a bias; no where Python is to be asked.
+Answer add_if_bias(PyObject* parameter, PyObject* versions) {
+  DLTensor described;
+  if (!is_parameter_type(Py_TYPE(parameter))) return no;
+  const Answer answer = describe(parameter, &described);
+  if (answer != yes || described.dim >= 2) return answer;
+  const Owned version = attribute(parameter, of_tensor_version);
+  const Owned address = version ? called(parameter, of_data_ptr) : Owned();
+  if (!address) return failed;
+  const Owned identity(PyLong_FromVoidPtr(parameter));
+  const Owned found(PyTuple_Pack(3, parameter, version.get(), address.get()));
+  return identity && found && PyDict_SetItem(versions, identity.get(), found.get()) == 0 ? yes : failed;
+}
+
+// A copy of what a module holds under a name, as a list; null, perhaps without an error, where it holds no dict.
+Owned values_under(const Owned& held, PyObject* name) {
+  PyObject* values = PyDict_CheckExact(held.get()) ? PyDict_GetItemWithError(held.get(), name) : nullptr;
+  return Owned(values && is_plain_dict(values) ? PyDict_Values(values) : nullptr);
+}
+
+Answer add_all_in(PyObject* module, PyObject* versions, PyObject* seen);
+
+// Adds those of each module below.
+Answer add_all_below(const Owned& children, PyObject* versions, PyObject* seen) {
+  Answer answer = yes;
+  for (Py_ssize_t i = 0; answer == yes && i < PyList_Size(children.get()); ++i) {
+    PyObject* child = PyList_GetItem(children.get(), i);
+    if (child != Py_None) answer = add_all_in(child, versions, seen);
+  }
+  return answer;
+}
+
+Answer add_all_in(PyObject* module, PyObject* versions, PyObject* seen) {
+  const Owned held(held_by_itself(module));
+  if (!held) return failed;
+  const Owned parameters = values_under(held, of_parameters);
+  const Owned children = parameters ? values_under(held, of_modules) : Owned();
+  if (!children) return PyErr_Occurred() ? failed : no;
+  for (Py_ssize_t i = 0; i < PyList_Size(parameters.get()); ++i) {
+    PyObject* parameter = PyList_GetItem(parameters.get(), i);
+    const Answer answer = parameter == Py_None ? yes : add_if_bias(parameter, versions);
+    if (answer != yes) return answer;
+  }
+  if (PyList_Size(children.get()) == 0) return yes;
+  const int was_seen = PySet_Contains(seen, module);
+  if (was_seen != 0) return was_seen < 0 ? failed : yes;
+  if (PySet_Add(seen, module) != 0 || Py_EnterRecursiveCall(" in a module's children") != 0) return failed;
+  const Answer answer = add_all_below(children, versions, seen);
+  Py_LeaveRecursiveCall();
+  return answer;
+}
+
+PyObject* biases(PyObject*, PyObject* module) {
+  Owned versions(PyDict_New());
+  const Owned seen(PySet_New(nullptr));
+  if (!versions || !seen) return nullptr;
+  const Answer answer = add_all_in(module, versions.get(), seen.get());
+  if (answer == yes) return versions.release();
+  if (answer == failed && no_if_exception() == failed) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"biases", biases, METH_O,
+     "biases(module): (parameter, version, address) of the parameters of at most one dimension in a module and below, "
+     "by identity; None where Python is to be asked."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+bool add_biases(PyObject* module) {
+  return prepare_names({{&of_data_ptr, "data_ptr"},
+                        {&of_modules, "_modules"},
+                        {&of_parameters, "_parameters"},
+                        {&of_tensor_version, "_version"}}) &&
+         PyModule_AddFunctions(module, methods) == 0;
+}
+
+}  // namespace ckpt

@@ -1,0 +1,244 @@
+"""What C makes of saved tensors and of outputs is what Python makes of them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+from ckpt_kernels import functional as F
+from ckpt_kernels import recompute
+from ckpt_kernels.recompute import biases, quick
+from ckpt_kernels.recompute.contents import Cell, Kept
+from ckpt_kernels.recompute.discarder import Discarder
+from ckpt_kernels.recompute.recipes import Claim
+
+from .letting_go import Parameters, model_of_all, random_tensor, same_bits, shows_saved
+from .test_provenance_programs import Square, random_program
+
+pytestmark = [
+    pytest.mark.skipif(quick.library is None, reason="there is no _thin here"),
+    pytest.mark.skipif(not shows_saved, reason="this torch does not show what nodes hold"),
+]
+
+
+@contextlib.contextmanager
+def python_alone() -> Iterator[None]:
+    library, quick.library = quick.library, None
+    try:
+        yield
+    finally:
+        quick.library = library
+
+
+def nodes_of(output: Tensor) -> list[Any]:
+    waiting, seen = [output.grad_fn], set()
+    for node in waiting:
+        if node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions if before is not None]
+    return waiting
+
+
+def cells_of(output: Tensor) -> list[tuple[str, str, Cell]]:
+    """All cells in the graph behind a tensor, with the nodes' names and the names there."""
+    found = []
+    for node in nodes_of(output):
+        for name in sorted(name for name in dir(node) if name.startswith("_raw_saved")):
+            held = getattr(node, name)
+            for saved in held if isinstance(held, tuple) else [held]:
+                if saved is not None and isinstance(saved.data, Cell):
+                    found.append((node.name(), name, saved.data))
+    return found
+
+
+def said(cell: Cell) -> list[Any]:
+    """All that a cell says, whoever made it."""
+    content, watch = cell.content, cell.watch
+    found = [type(content), content.depth, cell.version, cell.is_clone, cell.is_unwritten(), type(cell.attached)]
+    found += [type(watch), None if watch is None else (watch.numel(), watch._version)]
+    if isinstance(content, Kept):
+        found += [content.version, content.is_plain, content.tensor.shape, content.tensor.stride(), watch is content]
+        found += [content.tensor.requires_grad, content.tensor is watch]
+    if isinstance(content, Claim):
+        found += [content.geometry, content.served, content.made, len(content.recipe.claims)]
+        found += [[type(o) for o in content.recipe.operands]]
+    return found
+
+
+def all_said(output: Tensor) -> list[Any]:
+    return [(node, name, said(cell)) for node, name, cell in cells_of(output)]
+
+
+def model_of_casts(x: Tensor, p: Parameters) -> Tensor:
+    """As under autocast, with copies of products, and sums that norms read."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        h = TF.linear(F.layer_norm(x, 32), p["a"], p["bias"])
+        q, k, v = (t.transpose(0, 1).contiguous() for t in TF.linear(h, p["b"]).view(8, 8, 4, 8).unbind(2)[:3])
+        mixed = (q * k).transpose(0, 1).reshape(8, -1) @ v.reshape(64, 8)
+        return x + TF.linear(F.rms_norm(x + h, 32, activation="silu"), p["c"]) + mixed.float().mean()
+
+
+MODELS = [model_of_all, model_of_casts]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("level", ["block", "output", "all", "layer"])
+def test_cells_of_models(model: Callable[[Tensor, Parameters], Tensor], level: str) -> None:
+    p = Parameters()
+    x = random_tensor(64, 32, seed=1).requires_grad_()
+
+    def run() -> tuple[list[Any], list[Tensor]]:
+        module = nn.Module()
+        output = recompute.run_at(level, lambda: model(x, p), module, (), {})
+        found = all_said(output)
+        return found, list(torch.autograd.grad(output.square().sum(), [x, p["a"]]))
+
+    found, gradients = run()
+    with python_alone():
+        expected, expected_gradients = run()
+    assert found == expected and len(found) > 10
+    assert all(map(same_bits, gradients, expected_gradients))
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_cells_of_random_programs(part: int) -> None:
+    p = Square()
+    x = random_tensor(16, 16).requires_grad_()
+    for seed in range(part * 25, part * 25 + 25):
+        options = {"products": seed % 2 == 1, "temporaries": seed % 3 == 0}
+
+        def run(seed: int = seed, options: dict[str, bool] = options) -> list[Any]:
+            with recompute.discard_outputs(**options):
+                return all_said(random_program(seed, x, p, 3 + seed % 20))
+
+        found = run()
+        with python_alone():
+            assert found == run()
+
+
+@contextlib.contextmanager
+def no_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def fail(*arguments: Any) -> Any:
+        raise AssertionError("Python was called")
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Discarder, "pack"), (Discarder, "record"), (biases, "versions_in")):
+            patch.setattr(owner, name, fail)
+        yield
+
+
+def test_usual_cases_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and inputs, their transposed views, views of products, sums of products, blocks' outputs and views."""
+    x = random_tensor(4, 8, 32, seed=1).requires_grad_()
+    p = Parameters()
+    norm, bias = torch.ones(32, requires_grad=True), p["bias"]
+    layer = nn.ModuleList([nn.LayerNorm(32), nn.Linear(32, 32)])
+    with no_python(monkeypatch), recompute.discard_outputs(layer):
+        h = x + TF.linear(F.layer_norm(TF.linear(x, p["c"]), 32, norm, bias), p["a"], bias)
+        q, k = (t.transpose(1, 2) for t in TF.linear(F.rms_norm(h, 32), p["b"]).view(4, 8, 2, 16).unbind(2)[:2])
+        contiguous = (q @ k.transpose(1, 2)).contiguous()
+        loss = (contiguous * contiguous.detach()).sum() + TF.log_softmax(h, -1).sum()
+    loss.backward()
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "a write": lambda t: t.detach().mul_(2),
+    "freed memory": lambda t: t.untyped_storage().resize_(0),
+    "other data": lambda t: setattr(t, "data", torch.zeros_like(t)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_is_the_same_error(change: str) -> None:
+    def run() -> list[Any]:
+        x, weight = random_tensor(4, 32).requires_grad_(), nn.Parameter(random_tensor(32, 32))
+        with recompute.discard_outputs():
+            output = TF.linear(F.layer_norm(x * 1, 32), weight).sum()
+        CHANGES[change](weight)
+        try:
+            return [g.tolist() for g in torch.autograd.grad(output, (x, weight))]
+        except RuntimeError as error:
+            return [str(error)]
+
+    found = run()
+    with python_alone():
+        assert found == run()
+    assert (len(found) == 1) == (change != "other data")
+
+
+def tensors() -> dict[str, Tensor]:
+    """Of many kinds."""
+    x = random_tensor(4, 4).requires_grad_()
+    written = x * 1
+    written += 1
+    with torch.no_grad():
+        unseen = x.view(16)
+    return {
+        "a leaf": x,
+        "a parameter": nn.Parameter(random_tensor(4)),
+        "a view of a leaf": x.t(),
+        "a view without a gradient": unseen,
+        "detached": (x * 2).detach(),
+        "a clone": x.clone(),
+        "a view of a clone": x.clone()[1:],
+        "a product": x @ x,
+        "a view of a product": (x @ x).t(),
+        "a sum of a product": (x @ x) + x.t(),
+        "written": written,
+        "an exponential": x.exp(),
+        "a cast": x.double(),
+        "a slice of a cast": x.double()[:2],
+        "empty": torch.zeros(0, 4, requires_grad=True) * 2,
+        "conjugate": torch.zeros(2, dtype=torch.complex64).conj(),
+        "negative": torch.zeros(2, dtype=torch.complex64, requires_grad=True).conj().imag,
+        "sparse": torch.eye(3).to_sparse().requires_grad_(),
+        "meta": torch.zeros(3, device="meta", requires_grad=True) * 2,
+        "integers": torch.arange(3),
+    }
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("state", ["as it is", "closed", "paused", "within hooks", "in a layer"])
+def test_cells_of_tensors(state: str, products: bool) -> None:
+    def packed(packing: Callable[[Discarder], Callable[[Tensor], Cell]]) -> dict[str, Any]:
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        with hooks if state == "within hooks" else contextlib.nullcontext():
+            discarder = Discarder(None, products, False)
+        discarder.is_closed, discarder.is_paused = state == "closed", state == "paused"
+        if state == "in a layer":
+            discarder.hold(random_tensor(4).requires_grad_() * 1)
+        pack = packing(discarder)
+        assert pack.__self__ is discarder  # type: ignore[attr-defined]
+        return {name: said(pack(tensor)) for name, tensor in tensors().items()}
+
+    assert packed(quick.library.packer) == packed(lambda discarder: discarder.pack)
+
+
+def test_inference_tensors_are_the_same_error() -> None:
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+    discarder = Discarder(None, False, False)
+    for pack in (quick.library.packer(discarder), discarder.pack):
+        with pytest.raises(RuntimeError, match="Inference tensors do not track version counter"):
+            pack(tensor)
+
+
+def test_biases_of_modules() -> None:
+    shared = nn.Linear(4, 4)
+    module = nn.Sequential(
+        shared, nn.BatchNorm1d(4), nn.ModuleList([shared, nn.Sequential(nn.Linear(4, 4, bias=False))])
+    )
+    module.register_parameter("nothing", None)
+    shared.bias.data = shared.bias.data.clone()
+    with torch.no_grad():
+        shared.bias.add_(1)
+    found, expected = quick.biases(module), biases.versions_in(module)
+    assert found == expected is not None and len(expected) == 3
+    assert quick.biases(nn.Linear(2, 2, bias=False)) == {}
+    module.append(nn.LazyLinear(3))
+    assert quick.biases(module) is None
+    assert quick.biases(object()) is None
