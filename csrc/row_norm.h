@@ -10,8 +10,9 @@
 namespace ckpt {
 
 // y = activation(z) with z = x_hat * weight + bias and x_hat = (u - mean) * rstd, where u is one of
-//   input,  pre_activation(input),  residual + dropout(input),  input * activation(gate) with gate_first;
-// with a gate and without gate_first, y = z * activation(gate). LayerNorm is centered; RMSNorm is not: its mean is 0.
+//   input,  pre_activation(input),  residual + dropout(input),  input * activation(gate) with gate_before_norm;
+// with a gate and without gate_before_norm, y = z * activation(gate). LayerNorm is centered; RMSNorm is not: its mean
+// is 0.
 struct RowNorm {
   int64_t rows = 0, columns = 0;
   int64_t rows_per_group = 1;                     // rows that share one row of weight and bias
@@ -19,7 +20,7 @@ struct RowNorm {
   const void *weight = nullptr, *bias = nullptr;  // compute type, (groups, columns)
   void *mean = nullptr, *rstd = nullptr;          // compute type, (rows,); mean is null if not centered
   double eps = 0;
-  bool centered = true, cast_before_weight = false, gate_first = false;
+  bool centered = true, cast_before_weight = false, gate_before_norm = false;
   int pre_activation = 0, activation = 0;
   Dropout dropout;
 };

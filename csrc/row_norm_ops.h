@@ -51,7 +51,7 @@ struct RowNormOps {
                                OptionalTensor bias, OptionalTensor seed, OptionalTensor mean, Tensor rstd,
                                Tensor output, OptionalTensor residual_out, double eps, int64_t pre_activation,
                                int64_t activation, double weight_offset, bool cast_before_weight, double dropout_p,
-                               bool gate_first, bool given_statistics) {
+                               bool gate_before_norm, bool given_statistics) {
     RowNormForward a;
     const RowNormOperands<Device> operands(a, input, gate, weight, bias, seed, mean, rstd, weight_offset, dropout_p);
     STD_TORCH_CHECK(bool(residual) == bool(residual_out), "expected both a residual and residual_out, or neither");
@@ -62,7 +62,7 @@ struct RowNormOps {
     a.pre_activation = int(pre_activation);
     a.activation = int(activation);
     a.cast_before_weight = cast_before_weight;
-    a.gate_first = gate_first;
+    a.gate_before_norm = gate_before_norm;
     a.given_statistics = given_statistics;
     Device::run_forward(a, input, operands.kind);
   }
@@ -74,7 +74,7 @@ struct RowNormOps {
                                 Tensor rstd, OptionalTensor grad_input, OptionalTensor grad_residual,
                                 OptionalTensor grad_gate, OptionalTensor grad_weight, OptionalTensor grad_bias,
                                 OptionalTensor output, int64_t pre_activation, int64_t activation, double weight_offset,
-                                bool cast_before_weight, double dropout_p, bool gate_first) {
+                                bool cast_before_weight, double dropout_p, bool gate_before_norm) {
     RowNormBackward a;
     const RowNormOperands<Device> operands(a, input, gate, weight, bias, seed, mean, rstd, weight_offset, dropout_p);
     const int64_t coefficients = a.rows / a.rows_per_group * a.columns;
@@ -87,8 +87,8 @@ struct RowNormOps {
     a.pre_activation = int(pre_activation);
     a.activation = int(activation);
     a.cast_before_weight = cast_before_weight;
-    a.gate_first = gate_first;
-    STD_TORCH_CHECK(!a.gate_first || bool(a.grad_input) == bool(a.grad_gate),
+    a.gate_before_norm = gate_before_norm;
+    STD_TORCH_CHECK(!a.gate_before_norm || bool(a.grad_input) == bool(a.grad_gate),
                     "expected both gradients or neither where the gate comes before the norm");
     Device::run_backward(a, grad_output, operands.kind, operands.numbers("grad_weight", grad_weight, coefficients),
                          operands.numbers("grad_bias", grad_bias, coefficients));

@@ -161,7 +161,7 @@ def op_arguments() -> dict[str, tuple]:
         ),
         "row_norm, gate": (
             *(x, None, y, None, None, w, None, None),
-            *RowNormOptions(8, 1e-5, False, activation="silu", gate_first=True),
+            *RowNormOptions(8, 1e-5, False, activation="silu", gate_before_norm=True),
         ),
         "glu": (x, y, "silu"),
         "packed_glu": (x, "gelu", "interleaved"),

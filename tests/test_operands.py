@@ -56,7 +56,7 @@ def _channels(*names: str) -> dict[str, Tensor]:
 def _row_norm(**more: Tensor) -> dict[str, object]:
     block = {"input": matrix(), "weight": many(COLUMNS), "bias": many(COLUMNS), "mean": many(ROWS), "rstd": many(ROWS)}
     numbers = {"eps": 1e-5, "pre_activation": 0, "activation": 1, "weight_offset": 0.0, "cast_before_weight": False}
-    return block | numbers | {"dropout_p": 0.0, "gate_first": False, "given_statistics": False} | more
+    return block | numbers | {"dropout_p": 0.0, "gate_before_norm": False, "given_statistics": False} | more
 
 
 def _row_norm_gradients() -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ class RowNormOptions(NamedTuple):
 
     Rows have `columns` elements. The mean is taken as 0 unless `centered` (RMSNorm). `cast_before_weight` rounds x_hat
     to the input's dtype before the weight, to which `weight_offset` is added. A gate multiplies after the norm, or,
-    `gate_first`, before.
+    `gate_before_norm`, before.
     """
 
     columns: int
@@ -21,13 +21,13 @@ class RowNormOptions(NamedTuple):
     weight_offset: float = 0.0
     cast_before_weight: bool = False
     dropout_p: float = 0.0
-    gate_first: bool = False
+    gate_before_norm: bool = False
 
 
 class RowNorm(NamedTuple):
     """A row norm: y = activation(x_hat * (weight + offset) + bias) with x_hat = (u - mean) * rstd, where u is one of
 
-        input, pre_activation(input), residual + dropout(input), input * activation(gate) (gate_first)
+        input, pre_activation(input), residual + dropout(input), input * activation(gate) (gate_before_norm)
 
     and y is x_hat * weight * activation(gate) with a gate that does not come first. An operand of None is one that the
     block does not have.

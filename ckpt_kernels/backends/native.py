@@ -19,12 +19,12 @@ from .blocks import Rotary, RotaryGradients, RotaryOptions, RowNorm, RowNormGrad
 _SCHEMAS = (
     "row_norm_forward(Tensor input, Tensor? residual, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? seed,"
     " Tensor(a!)? mean, Tensor(b!) rstd, Tensor(c!) output, Tensor(d!)? residual_out, float eps, int pre_activation,"
-    " int activation, float weight_offset, bool cast_before_weight, float dropout_p, bool gate_first,"
+    " int activation, float weight_offset, bool cast_before_weight, float dropout_p, bool gate_before_norm,"
     " bool given_statistics) -> ()",
     "row_norm_backward(Tensor grad_output, Tensor? grad_residual_out, Tensor input, Tensor? gate, Tensor? weight,"
     " Tensor? bias, Tensor? seed, Tensor? mean, Tensor rstd, Tensor(a!)? grad_input, Tensor(b!)? grad_residual,"
     " Tensor(c!)? grad_gate, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias, Tensor(f!)? output, int pre_activation,"
-    " int activation, float weight_offset, bool cast_before_weight, float dropout_p, bool gate_first) -> ()",
+    " int activation, float weight_offset, bool cast_before_weight, float dropout_p, bool gate_before_norm) -> ()",
     "glu_forward(Tensor gate, Tensor value, Tensor(a!) output, int activation) -> ()",
     "glu_backward(Tensor grad_output, Tensor gate, Tensor value, Tensor(a!)? grad_gate, Tensor(b!)? grad_value,"
     " Tensor(c!)? output, int activation) -> ()",

@@ -73,7 +73,7 @@ def gated_rms_norm(
     check_like(gate, "gate", input)
     check_coefficient(weight, "weight", input, normalized_shape)
     eps, name = rms_eps(input, eps), activation_name(activation)
-    options = RowNormOptions(columns, eps, False, activation=name, gate_first=not norm_before_gate)
+    options = RowNormOptions(columns, eps, False, activation=name, gate_before_norm=not norm_before_gate)
     thin.remember(thin.row_norm.row_norm(tensors[0], None, tensors[1], None, None, weight, None, options), *call)
     input, gate, weight = autocast(input, gate, weight)
     return ops.row_norm.row_norm(input, None, gate, None, None, weight, None, None, options)[0]

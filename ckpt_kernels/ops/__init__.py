@@ -3,7 +3,6 @@
 from . import (
     bias_act,
     block,
-    channel_layout,
     channel_norm,
     channel_steps,
     dyt,
@@ -11,6 +10,7 @@ from . import (
     linear,
     linear_blocks,
     linear_loss,
+    maps,
     nested,
     operands,
     products,
@@ -24,7 +24,6 @@ from . import (
 __all__ = [
     "bias_act",
     "block",
-    "channel_layout",
     "channel_norm",
     "channel_steps",
     "dyt",
@@ -32,6 +31,7 @@ __all__ = [
     "linear",
     "linear_blocks",
     "linear_loss",
+    "maps",
     "nested",
     "operands",
     "products",

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..backends import reference
 from .block import Block
-from .channel_layout import layout_of
 from .channel_steps import (
     GradientOptions,
     Options,
@@ -24,11 +23,11 @@ from .channel_steps import (
     gradient_sums,
     input_gradients,
     normalized,
-    place,
     rematerialized,
     slope_source,
     whole_backend,
 )
+from .maps import maps_of
 from .operands import constant, in_dtypes_of, vector, wide, zero
 from .sharding import Sharding, channels_of_input, every_dim, like_input
 
@@ -63,7 +62,7 @@ class _ChannelNorm(Block):
 
     def empty(self, input: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         groups = rest[-1].groups
-        return layout_of(input, groups).empty(input), *Statistics.empty(input, groups)
+        return maps_of(input, groups).empty(input), *Statistics.empty(input, groups)
 
     def forward(self, input: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         weight, bias, given_mean, given_var, options = rest
@@ -92,34 +91,34 @@ class _ChannelNorm(Block):
     ) -> Sequence[Tensor | None]:
         input, other, weight, bias, *statistics = kept
         var = statistics[1]
-        layout = layout_of(input, options.groups)
+        maps = maps_of(input, options.groups)
         affine = [wide(t, var.dtype) if w else None for t, w in zip((weight, bias), wanted[2:], strict=True)]
         if not input.numel():
             zero(*affine)
-            large = [layout.empty(input) if w else None for w in wanted[:2]]
+            large = [maps.empty(input) if w else None for w in wanted[:2]]
             return in_dtypes_of((input, input, weight, bias), (*large, *affine))
-        matrix, grad, other = (layout.matrix(t) for t in (input, *grads, other))
-        count = float(layout.size * (layout.channels // options.groups if options.groups else layout.samples))
+        matrix, grad, other = (maps.matrix(t) for t in (input, *grads, other))
+        count = float(maps.count(options.groups))
         if (backend := whole_backend(input)) is not None:
-            large = [layout.empty(input) if w else None for w in wanted[:2]]
+            large = [maps.empty(input) if w else None for w in wanted[:2]]
             operands = (grad, matrix, other, vector(weight), vector(bias), *statistics)
             groups, eps, activation, fixed, by_output = options
             numbers = (groups, count, eps, fixed, activation, by_output)
-            backend.channel_norm_backward(*operands, *map(layout.matrix, large), *affine, *place(layout), *numbers)
+            backend.channel_norm_backward(*operands, *map(maps.matrix, large), *affine, *maps.sizes, *numbers)
         else:
             slopes = (options.activation, options.by_output)
-            coefficients = Statistics(*statistics).coefficients(weight, bias, layout.channels, options.eps)
-            sums = gradient_sums(grad, matrix, other, coefficients, layout, slopes)
+            coefficients = Statistics(*statistics).coefficients(weight, bias, maps.channels, options.eps)
+            sums = gradient_sums(grad, matrix, other, coefficients, maps, slopes)
             six = backward_coefficients(coefficients, sums, var, vector(weight), affine, count, options)
-            large = input_gradients(grad, matrix, other, six, layout, slopes, wanted, input)
+            large = input_gradients(grad, matrix, other, six, maps, slopes, wanted, input)
         return in_dtypes_of((input, input, weight, bias), (*large, *affine))
 
     def empty_gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor | None], options: GradientOptions, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
         input, _, *affine = kept[:4]
-        layout = layout_of(input, options.groups)
-        large = [layout.empty(input) if w else None for w in wanted[:2]]
+        maps = maps_of(input, options.groups)
+        large = [maps.empty(input) if w else None for w in wanted[:2]]
         return *large, *super().empty_gradients(grads, affine, options, wanted[2:])
 
     def composition(self, input: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends, recompute
 from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
-from .channel_layout import Layout, layout_of
+from .maps import Maps, maps_of
 from .operands import vector
 
 
@@ -51,11 +51,11 @@ class Statistics(NamedTuple):
         return cls(*(torch.empty(shape, dtype=dtype, device=input.device) for _ in range(2)))
 
     @classmethod
-    def of(cls, input: Tensor, matrix: Tensor, layout: Layout, groups: int) -> "Statistics":
+    def of(cls, input: Tensor, matrix: Tensor, maps: Maps, groups: int) -> "Statistics":
         backend, found = backends.select(input), cls.empty(input, groups)
-        means, squares = layout.statistics(2, matrix)
-        backend.channel_moments(matrix, means, squares, layout.planes, layout.piece_rows)
-        backend.channel_statistics(means, squares, *found, groups, layout.size, layout.piece_rows)
+        means, squares = maps.statistics(2, matrix)
+        backend.channel_moments(matrix, means, squares, maps.planes, maps.piece_rows)
+        backend.channel_statistics(means, squares, *found, groups, maps.size, maps.piece_rows)
         return found
 
     @classmethod
@@ -74,19 +74,19 @@ class Statistics(NamedTuple):
 
 
 def apply(
-    input: Tensor, residual: Tensor | None, coefficients: Tensor, layout: Layout, activation: str, matrix: Tensor
+    input: Tensor, residual: Tensor | None, coefficients: Tensor, maps: Maps, activation: str, matrix: Tensor
 ) -> Tensor:
     """The output by these coefficients."""
-    output = layout.empty(input)
+    output = maps.empty(input)
     if not input.numel():
         return output
     backends.select(input).channel_forward(
         matrix,
-        layout.matrix(residual),
+        maps.matrix(residual),
         coefficients,
-        layout.matrix(output),
-        layout.planes,
-        layout.samples,
+        maps.matrix(output),
+        maps.planes,
+        maps.samples,
         activation,
     )
     return output
@@ -96,10 +96,6 @@ def whole_backend(input: Tensor) -> ModuleType | None:
     """The backend that serves, if it takes all steps of such a norm in one call."""
     backend = backends.select(input)
     return backend if input.device.type in getattr(backend, "WHOLE_CHANNEL_NORMS", ()) else None
-
-
-def place(layout: Layout) -> tuple[bool, int, int]:
-    return layout.planes, layout.samples, layout.piece_rows
 
 
 def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
@@ -123,18 +119,18 @@ def normalized(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output and its statistics: those given, or else found."""
-    layout = layout_of(input, options.groups)
+    maps = maps_of(input, options.groups)
     if not input.numel():
-        return layout.empty(input), *(given or (t.zero_() for t in Statistics.empty(input, options.groups)))
-    matrix = layout.matrix(input)
+        return maps.empty(input), *(given or (t.zero_() for t in Statistics.empty(input, options.groups)))
+    matrix = maps.matrix(input)
     if (backend := whole_backend(input)) is not None:
-        output, statistics = layout.empty(input), given or Statistics.empty(input, options.groups)
-        operands = (matrix, layout.matrix(residual), vector(weight), vector(bias), layout.matrix(output), *statistics)
-        backend.channel_norm_forward(*operands, *place(layout), *options, given is not None)
+        output, statistics = maps.empty(input), given or Statistics.empty(input, options.groups)
+        operands = (matrix, maps.matrix(residual), vector(weight), vector(bias), maps.matrix(output), *statistics)
+        backend.channel_norm_forward(*operands, *maps.sizes, *options, given is not None)
         return output, *statistics
-    statistics = given or Statistics.of(input, matrix, layout, options.groups)
-    coefficients = statistics.coefficients(weight, bias, layout.channels, options.eps)
-    return apply(input, residual, coefficients, layout, options.activation, matrix), *statistics
+    statistics = given or Statistics.of(input, matrix, maps, options.groups)
+    coefficients = statistics.coefficients(weight, bias, maps.channels, options.eps)
+    return apply(input, residual, coefficients, maps, options.activation, matrix), *statistics
 
 
 def rematerialized(
@@ -150,13 +146,13 @@ def rematerialized(
 
 
 def gradient_sums(
-    grads: Tensor, matrix: Tensor, other: Tensor | None, coefficients: Tensor, layout: Layout, options: tuple
+    grads: Tensor, matrix: Tensor, other: Tensor | None, coefficients: Tensor, maps: Maps, options: tuple
 ) -> Tensor:
     """The sums of g, the gradient before the norm, and of g * (x - mean) over each piece of each channel of each
     sample: (2, samples, pieces, channels)."""
-    sums = layout.statistics(2, matrix)
+    sums = maps.statistics(2, matrix)
     backends.select(matrix).channel_sums(
-        grads, matrix, other, coefficients, *sums, layout.planes, layout.piece_rows, *options
+        grads, matrix, other, coefficients, *sums, maps.planes, maps.piece_rows, *options
     )
     return sums
 
@@ -185,24 +181,24 @@ def input_gradients(
     matrix: Tensor,
     other: Tensor | None,
     coefficients: Tensor,
-    layout: Layout,
+    maps: Maps,
     options: tuple,
     wanted: list[bool],
     input: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of input and residual by these coefficients."""
-    grad_input = layout.empty(input) if wanted[0] else None
-    grad_residual = layout.empty(input) if wanted[1] else None
+    grad_input = maps.empty(input) if wanted[0] else None
+    grad_residual = maps.empty(input) if wanted[1] else None
     if input.numel() and (wanted[0] or wanted[1]):
         backends.select(matrix).channel_backward(
             grads,
             matrix,
             other,
             coefficients,
-            layout.matrix(grad_input),
-            layout.matrix(grad_residual),
-            layout.planes,
-            layout.samples,
+            maps.matrix(grad_input),
+            maps.matrix(grad_residual),
+            maps.planes,
+            maps.samples,
             *options,
         )
     return grad_input, grad_residual

@@ -164,7 +164,7 @@ class _RowNorm(Block):
         columns, dtype = options.columns, reference.compute_dtype(input.dtype)
         total = wanted.input or wanted.residual
         # A gate before the norm: both gradients come out of the same products.
-        both = options.gate_first and (wanted.input or wanted.gate)
+        both = options.gate_before_norm and (wanted.input or wanted.gate)
         factor, offset, need_factor, need_offset = weight, bias, wanted.weight, wanted.bias
         if scale is not None:
             factor, offset = _modulated(scale, shift, weight, bias, columns, dtype)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import recompute
 from ..backends import reference
-from .channel_layout import Layout, layout_of
 from .channel_steps import (
     GradientOptions,
     Options,
@@ -25,19 +24,20 @@ from .channel_steps import (
     rematerialized,
     slope_source,
 )
+from .maps import Maps, maps_of
 from .operands import vector
 from .pinned import pinned_function
 
 
 def _merged_moments(
-    input: Tensor, matrix: Tensor, layout: Layout, group: dist.ProcessGroup
+    input: Tensor, matrix: Tensor, maps: Maps, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, float]:
     """Mean, variance and count over all processes."""
     channels = input.shape[1]
     own = torch.zeros(2 * channels + 1, dtype=reference.compute_dtype(matrix.dtype), device=matrix.device)
     if matrix.numel():
-        mean, var = Statistics.of(input, matrix, layout, 0)
-        own = torch.cat((mean, var, own.new_full((1,), layout.samples * layout.size)))
+        mean, var = Statistics.of(input, matrix, maps, 0)
+        own = torch.cat((mean, var, own.new_full((1,), maps.samples * maps.size)))
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     everyone = torch.stack(gathered)
@@ -61,11 +61,11 @@ class _SyncBatchNorm(torch.autograd.Function):
         activation: str,
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor, float]:
-        layout = layout_of(input, 0)
-        matrix = layout.matrix(input)
-        mean, var, count = _merged_moments(input, matrix, layout, group)
-        coefficients = Statistics(mean, var).coefficients(weight, bias, layout.channels, eps)
-        output = apply(input, residual, coefficients, layout, activation, matrix)
+        maps = maps_of(input, 0)
+        matrix = maps.matrix(input)
+        mean, var, count = _merged_moments(input, matrix, maps, group)
+        coefficients = Statistics(mean, var).coefficients(weight, bias, maps.channels, eps)
+        output = apply(input, residual, coefficients, maps, activation, matrix)
         ctx.mark_non_differentiable(mean, var)
         ctx.eps, ctx.activation, ctx.group, ctx.count = eps, activation, group, count
         other, ctx.by_output = slope_source(activation, residual, output)
@@ -80,13 +80,13 @@ class _SyncBatchNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple:
         input, other, weight, bias, mean, var = ctx.saved_tensors
-        layout = layout_of(input, 0)
-        matrix, grads, other = (layout.matrix(t) for t in (input, grad_output, other))
+        maps = maps_of(input, 0)
+        matrix, grads, other = (maps.matrix(t) for t in (input, grad_output, other))
         options = (ctx.activation, ctx.by_output)
-        coefficients = Statistics(mean, var).coefficients(weight, bias, layout.channels, ctx.eps)
+        coefficients = Statistics(mean, var).coefficients(weight, bias, maps.channels, ctx.eps)
         sums = torch.zeros(2, 1, 1, input.shape[1], dtype=var.dtype, device=input.device)
         if input.numel():
-            sums = gradient_sums(grads, matrix, other, coefficients, layout, options).sum((1, 2)).view(sums.shape)
+            sums = gradient_sums(grads, matrix, other, coefficients, maps, options).sum((1, 2)).view(sums.shape)
         # The gradients of weight and bias are of this process's batch alone, as those of any other layer.
         affine = [torch.empty_like(var) if wanted else None for wanted in ctx.needs_input_grad[2:4]]
         fixed = GradientOptions(0, ctx.eps, ctx.activation, True, ctx.by_output)
@@ -95,7 +95,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         found = fixed._replace(fixed=False)
         six = backward_coefficients(coefficients, sums, var, vector(weight), (None, None), ctx.count, found)
         wanted = list(ctx.needs_input_grad[:2])
-        grad_input, grad_residual = input_gradients(grads, matrix, other, six, layout, options, wanted, input)
+        grad_input, grad_residual = input_gradients(grads, matrix, other, six, maps, options, wanted, input)
         grad_weight, grad_bias = (None if g is None else g.to(d) for g, d in zip(affine, ctx.dtypes, strict=True))
         return grad_input, grad_residual, grad_weight, grad_bias, None, None, None
 

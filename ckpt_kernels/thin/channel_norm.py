@@ -9,8 +9,8 @@ from torch import Tensor
 from .. import ops
 from ..activations import CODES
 from ..backends.reference import compute_dtype
-from ..ops.channel_layout import layout_of
 from ..ops.channel_steps import GradientOptions, Options, slope_source
+from ..ops.maps import maps_of
 from .direct import direct
 from .plan import Plan, thread
 
@@ -27,13 +27,13 @@ class ChannelNorm(Plan):
         self.options = options
         groups, eps, activation = options
         samples, channels = input.shape[:2]
-        layout = layout_of(input, groups)
-        count = layout.size * (layout.channels // groups if groups else layout.samples)
-        place = (layout.planes, layout.samples, layout.piece_rows, groups)
+        maps = maps_of(input, groups)
+        count = maps.count(groups)
+        sizes = (*maps.sizes, groups)
         self._statistics = (samples, groups) if groups else (channels,)
         self._dtype = compute_dtype(input.dtype)
-        self._native_forward = (*place, eps, CODES[activation], False)
-        self._native_backward = (*place, float(count), eps, False, CODES[activation])
+        self._native_forward = (*sizes, eps, CODES[activation], False)
+        self._native_backward = (*sizes, float(count), eps, False, CODES[activation])
         # Of the gradient, where its slope comes from the output and where not.
         self._kept_options = [GradientOptions(*options, False, by_output) for by_output in (False, True)]
 

@@ -29,7 +29,7 @@ class RowNorm(Plan):
         self._dtype = compute_dtype(input.dtype)
         self._native = (CODES[pre_activation], CODES[activation], *rest)
         self._native_forward = (eps, *self._native)
-        self._gate_first = options.gate_first
+        self._gate_before_norm = options.gate_before_norm
 
     @staticmethod
     def forward(
@@ -80,7 +80,7 @@ class RowNorm(Plan):
         if scale is not None:
             factor, offset, wants_factor, wants_offset = 1 + scale, shift, wants_scale, wants_shift
         # Of a gate before the norm both gradients come out of the same products.
-        both = self._gate_first and (wants_input or wants_gate)
+        both = self._gate_before_norm and (wants_input or wants_gate)
         grad_input = _empty_like(input) if wants_input or wants_residual or both else None
         # Without dropout the two gradients are one tensor.
         grad_residual = _empty_like(input) if seed is not None and grad_input is not None else None

@@ -154,7 +154,7 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
       sweep<S>(n, [&](int64_t j, auto lanes, auto slot) CKPT_INLINE_BODY {
         grad_input.put(j0 + j, grad_u(j, lanes, slot) * load(slope.value + j, lanes), lanes);
       });
-    } else if (a.gate_first) {
+    } else if (a.gate_before_norm) {
       const T* input = a.input.row<const T>(row) + j0;
       T* grad_gate = a.grad_gate.row<T>(row) + j0;
       copy_to_chunk(a.gate.row<const T>(row) + j0, n, gate.value);

@@ -37,13 +37,13 @@ struct Coefficients {
 };
 
 // Whether u differs from the input: then it is staged in scratch.
-CKPT_INLINE bool has_prologue(const RowNorm& a) { return a.pre_activation || a.residual || a.gate_first; }
+CKPT_INLINE bool has_prologue(const RowNorm& a) { return a.pre_activation || a.residual || a.gate_before_norm; }
 
 // Whether there is a gate that multiplies the norm's result.
-CKPT_INLINE bool gate_last(const RowNorm& a) { return a.gate && !a.gate_first; }
+CKPT_INLINE bool gate_last(const RowNorm& a) { return a.gate && !a.gate_before_norm; }
 
 // Whether anything but weight and bias comes after x_hat.
-CKPT_INLINE bool has_epilogue(const RowNorm& a) { return gate_last(a) || (a.activation && !a.gate_first); }
+CKPT_INLINE bool has_epilogue(const RowNorm& a) { return gate_last(a) || (a.activation && !a.gate_before_norm); }
 
 template <class S, class T>
 CKPT_INLINE void copy_to_chunk(const T* source, int64_t n, S* z) {
@@ -61,7 +61,7 @@ void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
     S* z = u + j0;
     copy_to_chunk(x + j0, n, z);
     if (a.pre_activation) activate<T>(a.pre_activation, z, n);
-    if (a.gate_first) {
+    if (a.gate_before_norm) {
       copy_to_chunk(a.gate.row<const T>(row) + j0, n, factor.value);
       activate<T>(a.activation, factor.value, n);
       sweep<S>(n, [&](int64_t j, auto, auto) {

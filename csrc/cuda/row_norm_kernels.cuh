@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_operand(const RowNorm& a, const Rows& resid
                                              float* u) {
   load<VEC>(a.input.row<const T>(row) + j, u);
   if (a.pre_activation) activate<VEC>(a.pre_activation, u);
-  if (a.gate_first) {
+  if (a.gate_before_norm) {
     float gate[VEC];
     load<VEC>(a.gate.row<const T>(row) + j, gate);
     activate<VEC>(a.activation, gate);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(block_threads) row_norm_forward_kernel(RowNorm
       for (int i = 0; i < VEC; ++i) y[i] = y[i] * w[i] + b[i];
       if (!a.gate) {
         activate<VEC>(a.activation, y);
-      } else if (!a.gate_first) {
+      } else if (!a.gate_before_norm) {
         float gate[VEC];
         load<VEC>(a.gate.row<const T>(row) + j, gate);
         activate<VEC>(a.activation, gate);
@@ -133,7 +133,7 @@ __device__ __forceinline__ void norm_gradient(const RowNormBackward& a, int64_t 
     for (int i = 0; i < VEC; ++i) slope[i] = rounded[i] * w[i] + b[i];
     differentiate<VEC>(a.activation, slope);
     for (int i = 0; i < VEC; ++i) g[i] *= slope[i];
-  } else if (!a.gate_first) {
+  } else if (!a.gate_before_norm) {
     float gate[VEC];
     load<VEC>(a.gate.row<const T>(row) + j, gate);
     if (store_gate && a.grad_gate) {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void norm_gradient(const RowNormBackward& a, int64_t 
 template <class T, int VEC>
 __device__ __forceinline__ void store_input_gradients(const RowNormBackward& a, int64_t row, int64_t j, float* du) {
   float x[VEC], other[VEC];
-  if (a.gate_first) {
+  if (a.gate_before_norm) {
     load<VEC>(a.input.row<const T>(row) + j, x);
     load<VEC>(a.gate.row<const T>(row) + j, other);
     differentiate<VEC>(a.activation, other);

@@ -61,7 +61,7 @@ void read(const Operands& operands, RowNorm& a) {
   a.eps = operands.option<double>("eps", 0);
   a.centered = a.mean != nullptr;
   a.cast_before_weight = operands.option<bool>("cast_before_weight", false);
-  a.gate_first = operands.option<bool>("gate_first", false);
+  a.gate_before_norm = operands.option<bool>("gate_before_norm", false);
   a.pre_activation = operands.option<int>("pre_activation", 0);
   a.activation = operands.option<int>("activation", 0);
 }

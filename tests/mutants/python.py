@@ -168,7 +168,7 @@ PYTHON = (
     Mutant(
         "a gate's gradient alone is not computed where the gate comes first",
         "ckpt_kernels/ops/row_norm.py",
-        "both = options.gate_first and («wanted.input or wanted.gate»)",
+        "both = options.gate_before_norm and («wanted.input or wanted.gate»)",
         "wanted.input",
         "tests/test_contract_memory.py -k each_gradient_alone",
     ),

@@ -40,7 +40,7 @@ def row_norm(block: RowNorm) -> tuple[Tensor, Tensor | None, Tensor | None, Tens
         u = residual_out.to(u.dtype)
     u = ACTIVATIONS[options.pre_activation](u)
     factor = None if block.gate is None else ACTIVATIONS[options.activation](block.gate.to(u.dtype))
-    if factor is not None and options.gate_first:
+    if factor is not None and options.gate_before_norm:
         u = u * factor
     x_hat, mean, rstd = normalize(u, options.eps, options.centered)
     if options.cast_before_weight:
@@ -48,7 +48,7 @@ def row_norm(block: RowNorm) -> tuple[Tensor, Tensor | None, Tensor | None, Tens
     output = _affine(x_hat, block.weight, block.bias, options.weight_offset)
     if factor is None:
         output = ACTIVATIONS[options.activation](output)
-    elif not options.gate_first:
+    elif not options.gate_before_norm:
         output = output * factor
     return output.to(dtype), residual_out, mean, rstd
 
@@ -90,7 +90,7 @@ def row_norm_backward(
         for t in (block.input, block.gate, grad_output, grad_residual_out)
     )
     u = ACTIVATIONS[options.pre_activation](x)
-    if options.gate_first:
+    if options.gate_before_norm:
         factor = ACTIVATIONS[options.activation](gate)
         u = u * factor
     x_hat = (u if block.mean is None else u - block.mean.unsqueeze(1)) * block.rstd.unsqueeze(1)
@@ -100,7 +100,7 @@ def row_norm_backward(
     if gate is None:
         g = slope(options.activation, z, dy)
         fill((output,), (ACTIVATIONS[options.activation](z),))
-    elif options.gate_first:
+    elif options.gate_before_norm:
         g = dy
     else:
         g = dy * ACTIVATIONS[options.activation](gate)
@@ -113,7 +113,7 @@ def row_norm_backward(
     if block.mean is not None:
         du = du - h.mean(1, keepdim=True)
     du = du * block.rstd.unsqueeze(1)
-    if options.gate_first:
+    if options.gate_before_norm:
         du, grad_gate = du * factor, slope(options.activation, gate, du * x)
     du = slope(options.pre_activation, x, du)
     if dh is not None:

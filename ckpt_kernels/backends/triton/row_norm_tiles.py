@@ -38,7 +38,7 @@ class Choices(NamedTuple):
 
     pre_activation: tl.constexpr
     activation: tl.constexpr
-    gate_first: tl.constexpr
+    gate_before_norm: tl.constexpr
     cast_before_weight: tl.constexpr
     even: tl.constexpr
     stages: tl.constexpr
@@ -63,7 +63,7 @@ def operands_of(block: RowNorm, tile: Tile) -> tuple[Operands, Choices, int]:
     )
     even = options.columns % tile.block == 0 and operands.rows_per_group % tile.rows == 0
     activations = (as_stored(name, *block[:5]) for name in (options.pre_activation, options.activation))
-    chosen = (*activations, options.gate_first, options.cast_before_weight)
+    chosen = (*activations, options.gate_before_norm, options.cast_before_weight)
     return operands, Choices(*map(tl.constexpr, (*chosen, even, tile.stages))), groups
 
 
@@ -156,7 +156,7 @@ def load_coefficient(C, group, columns, column, there, default):
 def load_operand(norm, chosen, row, column, mask):
     """What is normalised: pre_activation(x), or x * activation(gate) where the gate comes first."""
     u = load(norm.input, row, column, mask)
-    if chosen.gate_first:
+    if chosen.gate_before_norm:
         u = u * activate(load(norm.gate, row, column, mask), chosen.activation)
     elif chosen.pre_activation != "identity":
         # Off the mask an activation may not be zero, and the statistics must not see it.
@@ -181,7 +181,7 @@ def finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask):
     y = seen_by_weight(norm, chosen, (u - mean) * rstd) * w + b
     if norm.gate.data is None:
         y = activate(y, chosen.activation)
-    elif not chosen.gate_first:
+    elif not chosen.gate_before_norm:
         y = y * activate(load(norm.gate, row, column, mask), chosen.activation)
     store_rows(Y, norm.columns, row, column, mask, y)
 
@@ -200,7 +200,7 @@ def affine_gradient(norm, chosen, grad_output, seen, w, b, DGATE, row, column, m
     if norm.gate.data is None:
         if chosen.activation != "identity":
             g = tl.where(mask, g * differentiate(seen * w + b, chosen.activation), 0.0)
-    elif not chosen.gate_first:
+    elif not chosen.gate_before_norm:
         gate = load(norm.gate, row, column, mask)
         if DGATE is not None:
             store_rows(DGATE, norm.columns, row, column, mask, g * (seen * w) * differentiate(gate, chosen.activation))
@@ -213,7 +213,7 @@ def store_input_gradients(
     norm, chosen, du, grad_sum, gradients, row, start, column, mask, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """From the gradient of what was normalised to the gradients of what it was made from, stored."""
-    if chosen.gate_first:
+    if chosen.gate_before_norm:
         x = load(norm.input, row, column, mask)
         gate = load(norm.gate, row, column, mask)
         store_rows(gradients.gate, norm.columns, row, column, mask, du * x * differentiate(gate, chosen.activation))

@@ -18,8 +18,8 @@ _PIECES_ELSEWHERE = 512
 _LEAST_ROWS = 64
 
 
-class Layout(NamedTuple):
-    """How (samples, channels, *space) lies in memory.
+class Maps(NamedTuple):
+    """How maps, (samples, channels, *space), lie in memory.
 
     As planes, (samples * channels, size) with a channel a row; or channels last, (samples * size, channels).
     """
@@ -29,6 +29,15 @@ class Layout(NamedTuple):
     channels: int
     size: int
     piece_rows: int  # of a sample, that are summed together; a whole plane where there are planes
+
+    @property
+    def sizes(self) -> tuple[bool, int, int]:
+        """As the kernels of all steps in one take them."""
+        return self.planes, self.samples, self.piece_rows
+
+    def count(self, groups: int) -> int:
+        """How many elements share their statistics."""
+        return self.size * (self.channels // groups if groups else self.samples)
 
     @property
     def pieces(self) -> int:
@@ -73,8 +82,8 @@ def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return (step, 1, *reversed(strides))
 
 
-def layout_of(input: Tensor, groups: int) -> Layout:
-    """The layout to compute in, which is that of the output: channels last where torch's memory format says so.
+def maps_of(input: Tensor, groups: int) -> Maps:
+    """How the input is computed, and the output made: channels last where torch's memory format says so.
 
     A batch norm (no groups) takes all samples of a channels-last tensor as one.
     """
@@ -86,21 +95,21 @@ def layout_of(input: Tensor, groups: int) -> Layout:
     )
     arguments = (tuple(input.shape), last, groups, input.device.type)
     try:
-        return _layout(*arguments)
+        return _maps(*arguments)
     except TypeError:  # of sizes that torch.compile knows only by name, which no cache can hold
-        return _layout.__wrapped__(*arguments)
+        return _maps.__wrapped__(*arguments)
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(shape: tuple[int, ...], last: bool, groups: int, device: str) -> Layout:
+def _maps(shape: tuple[int, ...], last: bool, groups: int, device: str) -> Maps:
     samples, channels = shape[:2]
     size = math.prod(shape[2:])
     if not (last or len(shape) == 2 or size == 1):
-        return Layout(True, samples, channels, size, size)
+        return Maps(True, samples, channels, size, size)
     if groups == 0:
         samples, size = 1, samples * size
     most = max(_PIECES.get(device, _PIECES_ELSEWHERE) // max(samples, 1), 1)
     least = min(max(-(-size // most), _LEAST_ROWS), max(size, 1))
     # Pieces of one size where that is not much larger: they merge in fewer steps.
     even = next((rows for rows in range(least, 2 * least) if size % rows == 0), least)
-    return Layout(False, samples, channels, size, even)
+    return Maps(False, samples, channels, size, even)
