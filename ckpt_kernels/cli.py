@@ -121,7 +121,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 class _NotWritten(Exception):
-    """A result that could not be written, where the folder said that it could be, or nobody reads on."""
+    """A result that could not be written, though a moment ago it could be, or that nobody reads."""
 
 
 def _print(result: Any, end: str = "\n") -> None:
@@ -148,7 +148,7 @@ def _run(command: Callable[[nn.Module, Inputs, argparse.Namespace], int], option
         with torch.enable_grad():
             return command(model, inputs, options)
     except _NotWritten:
-        raise
+        raise  # for `main`
     except BadTarget as error:
         print(error, file=sys.stderr)
     # The model may end the process, too.

@@ -61,7 +61,7 @@ def said(cell: Cell) -> list[Any]:
     found = [type(content), content.depth, cell.version, cell.is_clone, cell.is_unwritten(), type(cell.attached)]
     found += [type(watch), None if watch is None else (watch.numel(), watch._version)]
     if isinstance(content, Kept):
-        found += [content.version, content.is_plain, content.tensor.shape, content.tensor.stride(), watch is content]
+        found += [content.version, content.is_plain, content.tensor.shape, content.tensor.stride()]
         found += [content.tensor.requires_grad, content.tensor is watch]
     if isinstance(content, Claim):
         found += [content.geometry, content.served, content.made, len(content.recipe.claims)]
@@ -242,3 +242,15 @@ def test_biases_of_modules() -> None:
     module.append(nn.LazyLinear(3))
     assert quick.biases(module) is None
     assert quick.biases(object()) is None
+
+
+def test_what_c_makes_has_all_that_its_class_has() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    with recompute.discard_outputs():
+        output = F.layer_norm(x, 8, activation="gelu")
+        read = TF.linear(output, torch.randn(8, 8, requires_grad=True))
+    block = output.grad_fn.recomputed_block
+    claim = next(cell.content for _, _, cell in cells_of(read) if isinstance(cell.content, Claim))
+    kept = next(cell for _, _, cell in cells_of(read) if isinstance(cell.content, Kept))
+    for made in (claim, claim.recipe, block, block.entry, kept, kept.content):
+        assert not [name for name in type(made).__slots__ if name != "__weakref__" and not hasattr(made, name)]

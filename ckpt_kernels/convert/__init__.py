@@ -3,9 +3,9 @@
     report = ckpt_kernels.convert(model)
     print(report)
 
-Norms, activations, dropouts and gates are found by what they compute (`norms`, `pointwise`, `trial`); what belongs
-together, by how a module's methods are written (`methods`, `patterns`). A user's code runs on real tensors and on
-nothing else, and nothing of one call is remembered for the next. The modules stay the objects they were (`swap`), and
+Norms, activations, dropouts and gates are found by what they compute (`rules`); what belongs together, by how a
+module's methods are written (`code`, `rewriting`, `rotations`). A user's code runs on real tensors and on nothing
+else, and nothing of one call is remembered for the next. The modules stay the objects they were (`swap`), and
 `revert` gives them their own class back.
 """
 
@@ -25,8 +25,8 @@ from .around import Around, InTiles, as_layer, discarding, discarding_products, 
 from .code.remembering import forget_what_is_local
 from .code.writes import writer_in
 from .later import Continued, looked_for
-from .layers import layers_of
-from .loads import is_set, modules_of, named_modules, tensors_of
+from .layers import above_lists, has_forward, layers_of, writes_as_set
+from .loads import modules_of, named_modules, tensors_of
 from .noticing import forget
 from .planned import AtLevel, Levels, Planned, Touched
 from .report import LeftAlone, Replaced, Report
@@ -159,7 +159,7 @@ class _Conversion(Leaves):
         self.tiles = tiles
         # One for all layers: each brings back what the one before it keeps.
         self.offloading = offload.Offloading(offload.LEAST)
-        self.above = _above_lists(model)
+        self.above = above_lists(model)
         names = {module: name for name, module in named_modules(model)}
         by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
         self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone, by_name)
@@ -224,7 +224,7 @@ class _Conversion(Leaves):
         for module in found:
             covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
             # What is to stay as it is may be in a checkpoint, and keeps its outputs within a model that does not.
-            if (covered or module in self.levels.named) and may_be_swapped(module) and _has_forward(module):
+            if (covered or module in self.levels.named) and may_be_swapped(module) and has_forward(module):
                 yield module
             elif module in self.levels.named:
                 self.leave(self.names[module], module, "its forward cannot be given a level of its own")
@@ -238,7 +238,7 @@ class _Conversion(Leaves):
 
     def _around(self, module: nn.Module) -> tuple[Around, ...]:
         """What the forward of one of the roots runs in."""
-        may_repeat = module not in self.above and not any(map(_writes, modules_of(module)))
+        may_repeat = module not in self.above and not any(map(writes_as_set, modules_of(module)))
         if module in self.levels.named:
             policy, places = self.levels.named[module]
             return (AtLevel(policy.level, places, may_repeat),)
@@ -267,35 +267,7 @@ class _Conversion(Leaves):
         return any(isinstance(rule, Norm) or (isinstance(rule, Written) and rule.has_norm) for rule in rules)
 
 
-def _above_lists(model: nn.Module) -> dict[nn.Module, None]:
-    """The model, and what of it holds its outermost lists of layers."""
-    above: dict[nn.Module, None] = {}
-
-    def holds(module: nn.Module) -> bool:
-        if module in seen:
-            return module in above
-        seen.add(module)
-        children = [child for child in module._modules.values() if child is not None]
-        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children]
-        if any(lists):
-            above[module] = None
-        return any(lists)
-
-    seen: set[nn.Module] = set()
-    holds(model)
-    return {model: None} | above
-
-
 def _backend_of(model: nn.Module) -> str:
     """The backend that serves the model's device; on a device that none of ours is for, torch's own code does."""
     device = next((t.device.type for t in tensors_of(model, buffers=True)), "cpu")
     return backends.selected_name(device) if device in ("cpu", "cuda") else "reference"
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
-
-
-def _writes(module: nn.Module) -> bool:
-    """Whether it writes to what it was given, or to its own buffers, which must not happen twice."""
-    return is_set(module, "inplace") or is_set(module, "track_running_stats")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from .loads import modules_of, named_modules
+from .loads import is_set, modules_of, named_modules
 from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
 
@@ -75,3 +75,32 @@ def _matrices(module: nn.Module) -> int:
 
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for m in modules_of(module) for p in m._parameters.values() if p is not None)
+
+
+def above_lists(model: nn.Module) -> dict[nn.Module, None]:
+    """The model, and what of it holds its outermost lists of layers."""
+    above: dict[nn.Module, None] = {}
+
+    def holds(module: nn.Module) -> bool:
+        if module in seen:
+            return module in above
+        seen.add(module)
+        children = [child for child in module._modules.values() if child is not None]
+        lists = [isinstance(child, nn.ModuleList) or holds(child) for child in children]
+        if any(lists):
+            above[module] = None
+        return any(lists)
+
+    seen: set[nn.Module] = set()
+    holds(model)
+    return {model: None} | above
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether it can be called: a list of modules cannot."""
+    return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
+
+
+def writes_as_set(module: nn.Module) -> bool:
+    """Whether it is set to write to what it was given, or to its own buffers, which must not happen twice."""
+    return is_set(module, "inplace") or is_set(module, "track_running_stats")

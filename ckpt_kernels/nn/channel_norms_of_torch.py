@@ -68,7 +68,8 @@ def instance_norm_of(
     training = module.training or not module.track_running_stats
     momentum = module.momentum if module.momentum is not None else 0.0
     tracked = again or not (training and _recomputing())
-    # Torch's own moves them when the norm has saved, and before the activation does.
+    # Torch's instance norm, unlike the batch norm, moves them after the norm has saved, and so before the activation
+    # does: ours are to move first only where an activation is in the block.
     if tracked and training and _recomputing() and activation != "identity":
         _move_first(functional.instance_norm, module, input, momentum)
         tracked = False

@@ -91,7 +91,8 @@ class _LinearLoss(torch.autograd.Function):
         elif ctx.made_early:
             # Only once: they are given away.
             ctx.made_early = False
-            # Where no row counts, torch's gradients are 0 of an infinite gradient too, that of a division by 0 rows.
+            # Where no row counts, whoever divides the sum by their number makes `grad` infinite; torch's gradients of
+            # such rows are 0 all the same.
             counts = (target != ctx.loss.ignore_index).any()
             grad = torch.where(counts, grad, torch.zeros_like(grad))
             # By `data`, which has a version counter of its own: whoever gets them may write to them, and a second

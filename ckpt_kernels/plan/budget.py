@@ -58,7 +58,7 @@ def bytes_of(budget: Budget, eager: int, device: torch.device) -> int | None:
         if not found or found[1].count(".") > 1 or not any(map(str.isdigit, found[1])):
             raise ValueError(f"budget is {budget!r}; {_EXPECTED}")
         count = min(float(found[1]) * _UNITS[found[2].lower()], float(_MOST))
-        # Nobody means so many bytes and a half, as a number either.
+        # 1.5 is no number of bytes; "1.5k" is.
         return _positive(int(count) if found[2] or count.is_integer() else 0, budget)
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget is {budget!r}, of type {type(budget).__name__}; {_EXPECTED}")

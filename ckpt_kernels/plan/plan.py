@@ -74,7 +74,7 @@ class Plan:
             model: by default the one that the plan was made for.
             logits, tiles: see `ckpt_kernels.convert`. The plan's figures are of steps without them. Layers that the
                 plan has in tiles stay in so many. Where the plan leaves the model as it is, either of these converts
-                the model at "output", which keeps no more.
+                the model at "output", which keeps no more than the model does.
 
         Returns:
             The report of `convert`.

@@ -32,7 +32,7 @@ class Announced:
     """An op whose forward has run, and whose output has not been recorded yet.
 
     `saved` is what the node has saved so far, by the tensors' identity, and `kept` that of it which stays as it is to
-    the node's end; None in the place of None.
+    the node's end. `kept` has None by None's identity, so that an operand that is missing is looked up like the others.
     """
 
     __slots__ = ("announcement", "is_elementwise", "kept", "saved", "total")

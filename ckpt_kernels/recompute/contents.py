@@ -20,7 +20,8 @@ class Operand(Protocol):
 
 
 class Cell:
-    """A node's place for a saved tensor. The content may be exchanged for a smaller one.
+    """A node's place for a saved tensor. The content, a `Kept`, a `Foreign` or a recipe's `Claim`, may be exchanged for
+    a smaller one.
 
     `version` is the tensor's version at saving, `watch` shares the tensor's version counter, and `is_clone` says that
     the tensor was made by `clone`. `attached` lives as long as the node keeps the cell.
@@ -28,7 +29,7 @@ class Cell:
 
     __slots__ = ("__weakref__", "attached", "content", "is_clone", "owner", "version", "watch")
 
-    def __init__(self, content: Any, owner: Any, version: int, watch: Tensor | None) -> None:
+    def __init__(self, content: Operand, owner: Any, version: int, watch: Tensor | None) -> None:
         self.content = content
         self.owner = owner
         self.version = version

@@ -45,7 +45,8 @@ class discard_outputs(contextlib.ContextDecorator):
     the gradient of the values that ran, and a function of one's own that saves a parameter gets the values back, not
     the object with its attributes. The first is so of torch's matrix products, the second of all saved-tensor hooks.
 
-    Where saved-tensor hooks are disabled (torch.func), where torch.jit.trace records, and within torch.compile, the
+    torch.func's gradients may begin within the context; what runs in them keeps what torch keeps. Where saved-tensor
+    hooks are disabled (around the context), where torch.jit.trace records, and within torch.compile, the
     context does nothing; for torch.compile see `selective_contexts`.
 
     Args:
@@ -128,7 +129,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
             hooks._pop_saved_tensors_default_hooks()
 
 
-def answer_by(thin: Any) -> None:
+def use_library(thin: Any) -> None:
     """From now on `_thin`, which is given, packs and records in the usual cases."""
     stops = ATTENTIONS | {provenance.LEAF}
     thin.set_up_cells(Cell, Kept, Claim, torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)

@@ -45,8 +45,8 @@ class Discarder:
         # Whether only outputs that were recorded before are let go of.
         self.is_paused = False
         self._edges = Edges()
-        # Read by `csrc/thin/cells.cpp`: edges and entries by the addresses of storages, the rules by the names of
-        # nodes.
+        # csrc/thin (cells.cpp, records.cpp) reads the public attributes. Edges and entries by the addresses of storages
+        # stay the same two dicts.
         self.held, self.entries = self._edges.held, self.all_entries.by_storage
         self.rules = RULES_AND_PRODUCTS if products else RULES
 

@@ -15,7 +15,7 @@ from .contents import Cell
 if TYPE_CHECKING:
     from .discarder import Discarder
 
-# `_thin`, if it is there: see `contexts.answer_by`.
+# `_thin`, if it is there: see `contexts.use_library`.
 library: Any = None
 
 

@@ -198,7 +198,8 @@ RULES = {
     # Of a copy, within `reshape`, or of a product.
     "UnsafeViewBackward0": Rule(torch.reshape, (None,), _shape, private=True),
 }
-# Of all that a node of these makes itself of, one that cannot be had again is enough for there to be no recipe.
+# Nodes that save none of their operands: each has to be found behind an edge, and without one of them there is no
+# recipe. `csrc/thin/graph.cpp` goes by this.
 PASSING = frozenset(
     name for name, rule in RULES.items() if name not in BY_RESULT and (rule.saved is None or not any(rule.saved))
 )

@@ -21,7 +21,8 @@ _Disabling = Callable[[str], Generator[None, None, None]]
 
 @functools.cache
 def allow_transforms() -> None:
-    """Lets torch.func's gradients begin within contexts; does nothing where torch's function is another than known."""
+    """Lets torch.func's gradients begin within contexts; does nothing where torch's function is another than
+    known: torch's own error comes then."""
     function: Any = torch.autograd.graph.disable_saved_tensors_hooks
     generator: _Disabling | None = getattr(function, "__wrapped__", None)
     for cell in getattr(function, "__closure__", None) or ():

@@ -1,4 +1,5 @@
-"""What `_thin`, a module in C, gives: the CPU ops as plain functions, and the check of a small call.
+"""What `_thin`, a module in C, gives: the CPU ops as plain functions, and the check of a small call. Others take from
+it what converted models ask (`convert.asked`) and what outputs are let go of by (`recompute.quick`).
 
 A function made by `direct` takes what the op of the same name in `torch.ops.ckpt_kernels_native` takes, and runs the
 same C++ function, without torch's dispatcher. It returns True; or False, its results undefined, where a tensor is none
@@ -61,12 +62,12 @@ def _load() -> str | None:
         from .. import _thin
 
         find = ctypes.cast(ctypes.CDLL(str(library)).ckpt_kernels_find_call, ctypes.c_void_p).value
-        _thin.packer  # noqa: B018  (which one that was built of older sources lacks)
         _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, WATCHERS)
+        # One that was built of older sources lacks some of this.
+        contexts.use_library(_thin)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
     is_plain, key, asked = _thin.is_plain, _thin.key, _thin
-    contexts.answer_by(_thin)
     direct = lambda name: _thin.function(find, name)  # noqa: E731
     return None
 

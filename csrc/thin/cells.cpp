@@ -38,7 +38,7 @@ class Packing {
     if (!version_ || !base) return Owned();
     PyObject* root = base.is(Py_None) ? tensor_ : base.get();
     const Owned is_leaf = attribute(root, of_is_leaf);
-    // What nothing made, nor what it is a view of, has no past to be made from.
+    // A leaf, or a view of one: no op made it, so that there is no recipe.
     if (is_leaf.is(Py_True)) return kept(Py_False);
     if (!is_leaf) return Owned();
     const Owned address = attribute(called(tensor_, of_untyped_storage), of_cdata);
@@ -84,7 +84,7 @@ class Packing {
     const Owned kept =
         made(kept_type, {{of_tensor, tensor.get()}, {of_version, version_.get()}, {of_is_plain, Py_True}});
     Owned cell = cell_of(kept, tensor, is_clone);
-    if (!cell || !is_noted(cell)) return Owned();
+    if (!cell || !note(cell)) return Owned();
     if (announces() && has(of_may_be_sharded, Py_False)) {
       const Owned all_kept = attribute(announced_, of_kept);
       if (!all_kept || PyObject_SetItem(all_kept.get(), identity().get(), kept.get()) != 0) return Owned();
@@ -98,11 +98,11 @@ class Packing {
     const Owned depth = recipe ? attribute(recipe, of_depth) : Owned();
     if (!depth || PyLong_AsLong(depth.get()) > longest_chain || PyErr_Occurred()) return Owned();
     const Owned watch = watch_of(entry, base);
-    // A parameter is kept, and so of another type than what watches it.
+    // As in `_recipe_for`, there is no recipe of a Parameter. What watches is a plain Tensor, so that the type tells.
     if (!watch || Py_TYPE(watch.get()) != Py_TYPE(tensor_)) return Owned();
     const Owned claim = claim_of(recipe, depth);
     Owned cell = claim ? cell_of(claim, watch, Py_False) : Owned();
-    return cell && is_noted(cell) ? std::move(cell) : Owned();
+    return cell && note(cell) ? std::move(cell) : Owned();
   }
 
   // The recipe of an entry, if it is this very tensor's, or a view's, to which nobody has written since.
@@ -156,7 +156,7 @@ class Packing {
   Owned identity() const { return Owned(PyLong_FromVoidPtr(tensor_)); }
 
   // Tells the op; false after an error.
-  bool is_noted(const Owned& cell) const {
+  bool note(const Owned& cell) const {
     if (!announces()) return !PyErr_Occurred();
     const Owned key = identity(), packed(PyTuple_Pack(3, tensor_, cell.get(), Py_False));
     const Owned saved = attribute(announced_, of_saved);

@@ -6,6 +6,7 @@ namespace ckpt {
 
 namespace {
 
+// As provenance.MOST_STEPS, though it need not be: fewer only ask Python more often.
 constexpr Py_ssize_t most_nodes = 12;
 
 PyObject *of_name = nullptr, *of_next_functions = nullptr;
@@ -17,7 +18,7 @@ Answer is_in(PyObject* names, PyObject* name) {
   return found < 0 ? failed : found ? yes : no;
 }
 
-// Nodes on the way back from one, none further than the last.
+// A queue of nodes on the way back from one, the nearest first.
 class Way {
  public:
   // Takes the reference; false where there is no more place.
@@ -58,7 +59,7 @@ Answer has_surely_no_recipe(PyObject* first, PyObject* first_name, PyObject* rul
     if (!name) return failed;
     if (!PyDict_GetItemWithError(rules, name.get())) {
       if (PyErr_Occurred()) return failed;
-      // The first was not asked for as a block's, of which the output is known by its memory.
+      // Were the first a block's, the output would have been found by its memory.
       if (node == first) return yes;
       const Answer stops = is_in(stop_names, name.get());
       if (stops != no) {

@@ -1,5 +1,5 @@
-// What torch's graph of gradients says of how a tensor was made: the part of Python's `recompute.provenance` that most
-// looks at it come to.
+// Whether torch's graph of gradients says at once that there is no recipe: the answer that most looks of Python's
+// `recompute.provenance` end with.
 #pragma once
 
 #include "tensors.h"

@@ -1,5 +1,6 @@
-// The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher, and asks of small
-// calls and of modules what would take Python longer (guards.cpp).
+// The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher (direct_calls.h),
+// asks what small calls and converted models ask each time (guards, questions, sites), and packs and records what
+// outputs are let go of by (cells, graph, records, biases).
 //
 // Limited API of Python 3.10 and nothing of torch's C++; tensors.h reads tensors.
 #include "tensors.h"
@@ -227,7 +228,7 @@ PyMethodDef methods[] = {
 };
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_thin",
-                          "The CPU ops, called without torch's dispatcher, and what is asked at each call.",
+                          "The CPU ops without torch's dispatcher, and in C what is asked, packed and recorded.",
                           -1,
                           methods,
                           nullptr,

@@ -20,8 +20,8 @@ Owned called_with(PyObject* function, const Owned& argument) {
   return Owned(argument ? PyObject_CallFunctionObjArgs(function, argument.get(), nullptr) : nullptr);
 }
 
-// The output of an op that was announced, and what the op's node has saved. Each null, perhaps with an error, leaves
-// the output to Python.
+// The output of an op that was announced, and what the op's node has saved. Where `is_usual` says no, perhaps with an
+// error, Python is asked. After `record` has begun an error is raised: what was announced is gone then.
 class Recording {
  public:
   Recording(PyObject* discarder, PyObject* output) : discarder_(discarder), output_(output) {}

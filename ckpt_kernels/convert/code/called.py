@@ -30,7 +30,7 @@ def functions_of(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
 
 
 def functions_behind(function: Any, kind: type) -> tuple[types.FunctionType, ...]:
-    """The same of a function that has an object of that class at hand."""
+    """The function and all of Python's functions that it may reach, where an object of that class is at hand."""
     reached: dict[types.FunctionType, types.FunctionType] = {}
     waiting: list[Any] = [function]
     while waiting:

@@ -192,7 +192,7 @@ def _makes(tree: ast.expr, scope: Scope, containers: set[str]) -> bool:
     if isinstance(tree, ast.Call):
         called = getattr(tree.func, "attr", getattr(tree.func, "id", ""))
         named = called in _MAKERS or (called in _MAKERS_OF_TORCH and isinstance(tree.func, ast.Attribute))
-        return named and _is_not_of_its_own(scope.value(tree.func), tree.func)
+        return named and _is_torchs_or_a_method(scope.value(tree.func), tree.func)
     if isinstance(tree, ast.IfExp):
         return _makes(tree.body, scope, containers) and _makes(tree.orelse, scope, containers)
     if isinstance(tree, ast.BinOp):
@@ -201,7 +201,7 @@ def _makes(tree: ast.expr, scope: Scope, containers: set[str]) -> bool:
     return isinstance(tree, ast.Constant | ast.Compare)
 
 
-def _is_not_of_its_own(called: Any, tree: ast.expr) -> bool:
+def _is_torchs_or_a_method(called: Any, tree: ast.expr) -> bool:
     """Whether what has the name of a function of torch's is that, or one of Python's; or a method, of a tensor."""
     if called is UNKNOWN:
         return isinstance(tree, ast.Attribute)

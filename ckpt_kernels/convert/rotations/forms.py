@@ -3,8 +3,8 @@
 Such a function is known by trying it out on small random tensors, and by nothing else: in which order it takes its
 operands, which elements are pairs, how tables stand beside heads, and whether they are given as a pair or as one of
 complex numbers. It must be a function of its arguments alone, without a decision in it but by its settings (see
-`reached_functions`). A call of it then is one of ours, where its operands are of the kinds that were tried; else it is
-what was written.
+`code.reached_functions`). A call of it then is one of ours, where its operands are of the kinds that were tried; else
+it is what was written.
 """
 
 import inspect

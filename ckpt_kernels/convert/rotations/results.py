@@ -19,8 +19,8 @@ _SEEN = 32
 def holds_for_all(trial: Trial, form: Form, arrangement: Arrangement, is_whole: bool, is_partial: bool) -> bool:
     """Whether a function turns heads of all lengths.
 
-    Parts are bounded by other lengths, or half of them: see `slices`. Where all that are taken are quarters of heads
-    and halves of what turns, results are those of a form for all lengths if they are for those that leave each
+    Parts are bounded by other lengths, or half of them: see `code.slices`. Where all that are taken are quarters of
+    heads and halves of what turns, results are those of a form for all lengths if they are for those that leave each
     remainder by four, be there more or less columns that do not turn.
     """
     operands = trial.operands(arrangement.larger(), _SEEN, _SEEN if is_whole else _SEEN // 2)

@@ -1,6 +1,6 @@
 """Trying out what functions turn queries and keys: on small random tensors, results and gradients.
 
-See `rotations` for what is found.
+See `forms` for what is found.
 """
 
 import ast

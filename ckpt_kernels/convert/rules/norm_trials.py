@@ -28,12 +28,19 @@ from .trial import CHANNELS, ROWS, DoesNotTake, Outline, forward_of, in_a_thread
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_NAMESAKES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *_BATCH_NORMS, *_INSTANCE_NORMS)
-_KNOWN = {kind: (kind.forward, kind.forward.__code__) for kind in _NAMESAKES if is_as_torch_wrote_it(kind.forward)}
+# What torch's own norms compute.
+_RULES: dict[type[nn.Module], Norm] = {
+    nn.LayerNorm: RowNorm(True, "weight", "bias", "eps"),
+    nn.RMSNorm: RowNorm(False, "weight", "", "eps"),
+    nn.GroupNorm: GroupNorm(),
+    **dict.fromkeys(_BATCH_NORMS, BatchNorm()),
+    **dict.fromkeys(_INSTANCE_NORMS, InstanceNorm()),
+}
+_KNOWN = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_as_torch_wrote_it(kind.forward)}
 # What their forwards read.
 _READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
-_OURS = tuple(getattr(ours, kind.__name__) for kind in _NAMESAKES)
+_OURS = tuple(getattr(ours, kind.__name__) for kind in _RULES)
 
 _WIDE: Dtypes = (torch.float32, torch.float32)
 _OTHERS: tuple[Dtypes, ...] = (
@@ -52,10 +59,8 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     kind = next((kind for kind, known in _KNOWN.items() if isinstance(module, kind) and _runs(module, *known)), None)
     if kind is not None and not loads_plainly(type(module), *_READ):
         return None, "computes what it reads"
-    if kind in (nn.LayerNorm, nn.RMSNorm):
-        return RowNorm(kind is nn.LayerNorm, "weight", "bias" if kind is nn.LayerNorm else "", "eps"), ""
     if kind is not None:
-        return (GroupNorm() if kind is nn.GroupNorm else InstanceNorm() if kind in _INSTANCE_NORMS else BatchNorm()), ""
+        return _RULES[kind], ""
     if not _may_be_row_norm(module):
         return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
     try:
@@ -145,10 +150,19 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
         ):
             if not first and any(len(shape) > 1 for shape in outline.parameters.values()):
                 continue
-            tried = outline.settings, outline.code, wide
-            dimensions = len(_sizes(outline, first)[0])
             yield RowNorm(
-                centered, weight, bias, eps, offset, False, first, *tried, False, contiguous, dimensions, shapes
+                centered,
+                weight,
+                bias,
+                eps,
+                offset,
+                channels_first=first,
+                settings=outline.settings,
+                code=outline.code,
+                cases=wide,
+                contiguous=contiguous,
+                dimensions=len(_sizes(outline, first)[0]),
+                shapes=shapes,
             )
 
 

@@ -1,8 +1,8 @@
 """Trying out what a module computes: on a stand-in of its own, never on the module.
 
 A stand-in has the module's class, plain settings, and random parameters; nothing that it does reaches the module, its
-buffers, or anybody's random numbers. Which modules may be tried out is for `reached` to say. A trial ends at the first
-operation that is not on the list of those allowed: a random number, a decision by value, a part of a tensor.
+buffers, or anybody's random numbers. Which modules may be tried out is for `code.reached` to say. A trial ends at the
+first operation that is not on the list of those allowed: a random number, a decision by value, a part of a tensor.
 """
 
 import contextlib
