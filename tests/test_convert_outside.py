@@ -286,6 +286,18 @@ def test_transforms_within_a_forward(transform: str, level: str) -> None:
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+def test_a_context_goes_on_after_a_transform_within() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise KeyError
+
+    with ckpt_kernels.recompute.discard_outputs():
+        before = ckpt_kernels.recompute.discarding()
+        torch.func.grad(lambda x: x.sin().sum())(rows())
+        with pytest.raises(KeyError):
+            torch.func.grad(fails)(rows())
+        assert before is not None and ckpt_kernels.recompute.discarding() is before
+
+
 def test_hooks_of_others_are_refused_by_transforms_as_ever() -> None:
     converted = Transforms(TRANSFORMS["grad"])
     ckpt_kernels.convert(converted)

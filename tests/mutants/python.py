@@ -179,4 +179,32 @@ PYTHON = (
         "piece_rows",
         "tests/test_channel_norm.py -k 'every_shape and reference and 131'",
     ),
+    Mutant(
+        "hooks do not come back after a transform",
+        "ckpt_kernels/recompute/transforms.py",
+        "if not discarder.is_closed:\n                    «hooks._push_saved_tensors_default_hooks(*pair)»",
+        "pass",
+        "tests/test_convert_outside.py -k goes_on_after_a_transform",
+    ),
+    Mutant(
+        "running statistics move after a block that runs again",
+        "ckpt_kernels/nn/channel_norms_of_torch.py",
+        "if «counted and repeated» and process_group is None",
+        "False",
+        "tests/test_convert_around_it.py -k in_a_checkpoint",
+    ),
+    Mutant(
+        "an infinite gradient reaches rows of which none counts",
+        "ckpt_kernels/ops/linear_loss.py",
+        "grad = torch.where(«counts», grad, torch.zeros_like(grad))",
+        "torch.ones_like(counts)",
+        "tests/test_linear_loss.py -k no_row_counts",
+    ),
+    Mutant(
+        "what a module holds is not looked at for writes",
+        "ckpt_kernels/convert/code/writes.py",
+        "_writer_of(type(module)) «or _writer_held(vars(module))»",
+        "",
+        "tests/test_convert_reads.py -k holds_may_write",
+    ),
 )
