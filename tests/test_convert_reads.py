@@ -5,12 +5,13 @@ import importlib
 import operator
 import pickle
 import types
+from operator import iadd as plus
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, relu_
 
 import ckpt_kernels
 from ckpt_kernels.convert.code.writes import writer_in
@@ -404,6 +405,48 @@ def w_the_larger_of_two(self, x):
     return x
 
 
+def w_by_another_name(self, x):
+    plus(x, 1)
+    return x
+
+
+def w_a_function_in_place(self, x):
+    return relu_(x)
+
+
+def w_a_flag_by_position(self, x):
+    return F.relu(x, self.flag)
+
+
+def w_a_flag_in_a_dict(self, x):
+    return F.relu(x, **self.flags)
+
+
+def w_setitem(self, x):
+    x.__setitem__(0, 1)
+    return x
+
+
+def w_setitem_as_a_function(self, x):
+    operator.setitem(x, 0, 1)
+    return x
+
+
+def w_foreach(self, x):
+    torch._foreach_mul_([x], 2)
+    return x
+
+
+def w_of_a_module_with_the_name_of_a_function(self, x):
+    y = self.pad(x)
+    y += 1
+    return x
+
+
+def n_a_flag_that_is_off(self, x):
+    return F.relu(x, False) + F.dropout(x, 0.5, self.training)
+
+
 def n_grows_a_list(self, x):
     found = []
     found += [x]
@@ -420,7 +463,9 @@ def test_what_is_a_write(how) -> None:
     assert writer_in(kind())
 
 
-@pytest.mark.parametrize("how", [n_own, n_asks, n_sets_items, n_grows_a_list], ids=lambda how: how.__name__)
+@pytest.mark.parametrize(
+    "how", [n_own, n_asks, n_sets_items, n_grows_a_list, n_a_flag_that_is_off], ids=lambda how: how.__name__
+)
 def test_what_is_no_write(how) -> None:
     assert not writer_in(type("Own", (nn.Module,), {"forward": how})())
 

@@ -35,9 +35,11 @@ _MAKERS_OF_TORCH = frozenset(("max", "min"))
 _ON_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
 _DISPLAYS = (ast.List, ast.Dict, ast.Tuple, ast.ListComp, ast.DictComp)
 
-_IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"))
+# Of Python's operators, as functions and as methods.
+_IN_PLACE = frozenset("iadd ifloordiv imatmul imod imul ipow isub itruediv setitem".split())
 # Functions by whose arguments attributes are named.
 _BY_NAME = frozenset(("getattr", "attrgetter", "methodcaller"))
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _DATA = (bool, int, float, str, type(None), type, Tensor, nn.Module)
 
 
@@ -135,17 +137,37 @@ def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
         if not known or any(isinstance(n, ast.Constant) and _is_in_place(str(n.value)) for n in names):
             yield first if called == "getattr" else ""
         return
+    value = scope.value(call.func)
+    # What is called may have been imported by another name.
+    if any(map(_is_in_place, (called, getattr(value, "__name__", "") if is_a(value, _FUNCTIONS) else ""))):
+        yield first
     # A flag such as that of F.relu(x, True), which is never first.
-    if called in _IN_PLACE or any(isinstance(a, ast.Constant) and a.value is True for a in call.args[1:]):
+    if any(isinstance(a, ast.Constant) and a.value is True for a in call.args[1:]) or _may_ask_for_it(call, value):
         yield first
     for keyword in call.keywords:
         if keyword.arg == "out" or (keyword.arg == "inplace" and getattr(keyword.value, "value", True)):
             yield first
 
 
+def _may_ask_for_it(call: ast.Call, function: Any) -> bool:
+    """Whether arguments by position, or those in a dict, may be the flag or the output of a function of torch's."""
+    in_a_dict = any(keyword.arg is None for keyword in call.keywords)
+    if is_a(function, types.BuiltinFunctionType):
+        return in_a_dict
+    if not is_a(function, types.FunctionType) or not is_torchs(function):
+        return False
+    parameters = list(inspect.signature(function).parameters)
+    if "inplace" not in parameters:
+        return False
+    place = parameters.index("inplace")
+    flags = [a for a in call.args[place : place + 1] if not (isinstance(a, ast.Constant) and a.value is False)]
+    return in_a_dict or bool(flags) or any(isinstance(a, ast.Starred) for a in call.args)
+
+
 def _is_in_place(name: str) -> bool:
-    """Whether a method of this name writes to its tensor."""
-    return (name.endswith("_") and not name.startswith("_")) or name.removeprefix("__").removesuffix("__") in _IN_PLACE
+    """Whether a method or a function of this name writes to its tensor."""
+    plain = name.removeprefix("__").removesuffix("__")
+    return (name.endswith("_") and not name.endswith("__")) or plain in _IN_PLACE
 
 
 def _name(tree: ast.expr) -> str:
@@ -202,9 +224,10 @@ def _makes(tree: ast.expr, scope: Scope, containers: set[str]) -> bool:
 
 
 def _is_torchs_or_a_method(called: Any, tree: ast.expr) -> bool:
-    """Whether what has the name of a function of torch's is that, or one of Python's; or a method, of a tensor."""
+    """Whether what has the name of a function of torch's is that, or one of Python's; or a method, of a tensor, and not
+    one of the module's, or a module in it."""
     if called is UNKNOWN:
-        return isinstance(tree, ast.Attribute)
+        return isinstance(tree, ast.Attribute) and _name(tree.value) != "self"
     return isinstance(called, types.BuiltinFunctionType | type) or (
         isinstance(called, types.FunctionType) and is_torchs(called)
     )
