@@ -14,8 +14,9 @@ from .rules import Rule
 
 # A node, and which of its outputs.
 Edge = tuple[Any, int]
-# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, else None; and of
-# what shares the version counter of the node's output, with the number of that output.
+# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, a `Beside` if a small
+# tensor, else None; and of what shares the version counter of the node's output, with the number of that output.
+# (`csrc/thin/graph.cpp` reads notes too.)
 _NOTED = "ckpt_kernels"
 _WATCHED = "ckpt_kernels watched"
 NUMBERS = (int, float)
@@ -28,6 +29,32 @@ class Result(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     keepers: list[tuple["weakref.ref[Cell]", Geometry]]
+
+
+class Beside:
+    """An operand that is small beside the result, such as the shift of a modulation, at an operation that saves none.
+
+    The tensor is held for as long as the context `owner` lasts; a recipe of the result takes a copy, because neither
+    autograd nor the recipe may care for what is written to the operand later.
+    """
+
+    __slots__ = ("owner", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, owner: Any) -> None:
+        # A part of a larger tensor is copied now, so that nothing else is held with it.
+        self.tensor: Tensor | None = tensor.detach() if fills_memory(tensor) else tensor.detach().clone()
+        self.version = self.tensor._version
+        self.owner = owner
+
+    def copied(self) -> Tensor | None:
+        """The operand as it was; None after a write, and where the memory is gone, as that of sharded weights is."""
+        tensor = self.tensor
+        if tensor is None or tensor._version != self.version or not fills_memory(tensor):
+            return None
+        return tensor.clone()
+
+
+Note = tuple[float | Beside | None, ...]
 
 
 def packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:
@@ -75,12 +102,21 @@ def is_as_made(tensor: Tensor) -> bool:
     return plain and (tensor._version == 0 or tensor.is_leaf)
 
 
-def note(node: Any, numbers: tuple[float | None, ...]) -> None:
+def fills_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one that fills its memory, so that letting go of it gains memory."""
+    return (
+        tensor.dtype.is_floating_point
+        and tensor.device.type in ("cpu", "cuda")
+        and 0 < tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    )
+
+
+def note(node: Any, operands: Note) -> None:
     """Notes on a node that nobody has written to the operands."""
-    node.metadata[_NOTED] = numbers
+    node.metadata[_NOTED] = operands
 
 
-def noted(node: Any) -> tuple[float | None, ...]:
+def noted(node: Any) -> Note:
     """The note on a node; () where there is none."""
     return node.metadata.get(_NOTED, ())
 

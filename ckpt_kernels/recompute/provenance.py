@@ -78,19 +78,28 @@ class Trace:
             self._trusted.append(edges[0][0])
         if rule.casts is not None and rule.casts < len(edges) and nodes.is_cast_by_autocast(edges[rule.casts][0]):
             self._trusted.append(edges[rule.casts][0])
-        operands = []
-        noted = nodes.noted(node)
-        numbers = noted if len(noted) == len(edges) else (None,) * len(edges)
-        are_as_made = bool(noted) or (is_as_made and node.name() in VIEWS)
-        for edge, held, number in zip(edges, packed, numbers, strict=True):
+        operands: list[Any] = []
+        note = nodes.noted(node)
+        noted = note if len(note) == len(edges) else (None,) * len(edges)
+        are_as_made = bool(note) or (is_as_made and node.name() in VIEWS)
+        for edge, held, known in zip(edges, packed, noted, strict=True):
             if isinstance(held, Cell) and not held.is_unwritten():
                 return None
-            operand = self._shared(held if held is not None else number)
-            if held is None and number is None:
+            if held is None and known is None:
                 operand = self._behind(edge, are_as_made)
+            elif held is None and isinstance(known, nodes.Beside):
+                operand = known
+            else:
+                operand = self._shared(known if held is None else held)
             if operand is None:
                 return None
             operands.append(operand)
+        # Copies last, when all else is found.
+        for place, operand in enumerate(operands):
+            if isinstance(operand, nodes.Beside):
+                operands[place] = self._copied_beside(operand)
+                if operands[place] is None:
+                    return None
         for held in () if rule.beside is None else nodes.packed_beside(node, rule.beside):
             if held is None or held.owner is not self._source or not held.is_unwritten():
                 return None
@@ -212,6 +221,11 @@ class Trace:
             return False
         return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
 
+    def _copied_beside(self, known: nodes.Beside) -> Operand | None:
+        """A copy of a small operand."""
+        copy = known.copied() if known.owner is self._source else None
+        return None if copy is None else self._source.pack(copy)
+
     def _copied(self, leaf: Tensor) -> Operand | None:
         """A copy of a bias, which is small beside the rows, and which no optimizer and no sharding changes."""
         if not isinstance(leaf, nn.Parameter) or leaf.dim() > 1 or type(leaf.data) is not Tensor:
@@ -254,11 +268,3 @@ def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
 def saves_result(name: str) -> bool:
     return name in BY_RESULT
 
-
-def fills_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one that fills its memory, so that letting go of it gains memory."""
-    return (
-        tensor.dtype.is_floating_point
-        and tensor.device.type in ("cpu", "cuda")
-        and 0 < tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-    )

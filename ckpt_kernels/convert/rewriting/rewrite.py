@@ -65,6 +65,8 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
         writer.found.append("recipes of what is clamped")
     if not writer.found and writer.noted and _ADAPTER in loads:
         writer.found.append("recipes of an adapter's sum")
+    if not writer.found and writer.scales and any(part.kind == "norm" for part in loads.values()):
+        writer.found.append("recipes of what is scaled")
     # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
     is_in_layer = recompute == "layer" and not IN_LAYERS.isdisjoint(part.kind for part in loads.values())
     if not writer.found and writer.noted and is_in_layer:
@@ -98,6 +100,8 @@ class _Writer:
         # Where outputs are let go of, sums and products are noted, for what is read of them.
         self.notes = recompute != "block"
         self.noted = False
+        # Whether a product is noted: one of a norm's output, perhaps, which is made again where that is.
+        self.scales = False
         # Statements as they were, which run where a site does not compute; what is found in them is there already.
         self._originals: list[list[ast.stmt]] = []
 
@@ -212,6 +216,10 @@ class _Writer:
             match = next(matches(self.reader, tree, None, tree), None)
             if match is not None:
                 return self._expression(match)
+        return self._parts(tree)
+
+    def _parts(self, tree: Any) -> Any:
+        """The same of what no site computes as a whole."""
         made: Any = with_parts(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree, part)
@@ -220,13 +228,17 @@ class _Writer:
                 return at(tree, ast.Call(self._cell(watch), [made], []))
         if isinstance(tree, ast.BinOp) and self.notes and (compute := OPERATORS.get(type(tree.op))) is not None:
             self.noted = True
+            self.scales = self.scales or isinstance(tree.op, ast.Mult)
             return at(tree, ast.Call(self._cell(noted_operator(compute)), [made.left, made.right], []))
         return made
 
     def _expression(self, match: Match) -> ast.expr:
+        asked = self._asked(match)
+        found = len(self.found)
         captured = {id(operand.tree): taken() for operand in match.captured}
-        original = replaced(match.root, captured)
-        return ast.copy_location(ast.IfExp(self._asked(match), taken(), original), match.root)
+        original = self._parts(replaced(match.root, captured))
+        del self.found[found:]
+        return ast.copy_location(ast.IfExp(asked, taken(), original), match.root)
 
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, after that of a quick one if there is one, and whether it has computed."""
