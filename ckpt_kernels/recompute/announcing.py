@@ -70,7 +70,8 @@ def note(output: Any, *operands: Any) -> None:
     numbers = [o for o in operands if type(o) in (int, float)]
     if len(tensors) + len(numbers) != len(operands) or not all(map(nodes.is_as_made, tensors)):
         return
-    nodes.note(output.grad_fn, (*(discarder.beside(t, output) for t in tensors), *numbers))
+    small = discarder.small_operands.noted
+    nodes.note(output.grad_fn, (*(small(t, output, discarder) for t in tensors), *numbers))
     if discarder.is_in_layer:
         nodes.watch(output)
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import nodes, provenance
+from . import provenance
 from .active import sees_what_is_saved, top_hooks
 from .announced import Announced, Announcement, Packed, Total, are_among, may_be_sharded, outlasting
+from .beside import SmallOperands, fills_memory
 from .biases import Biases
 from .contents import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
 from .edges import Edges
@@ -23,9 +24,6 @@ from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
 from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
-
-# An operand that a recipe keeps a copy of is at most one part in so many of what the recipe makes.
-_SMALL = 4
 
 
 class Discarder:
@@ -48,7 +46,7 @@ class Discarder:
         # Whether only outputs that were recorded before are let go of.
         self.is_paused = False
         self._edges = Edges()
-        self._beside: list[nodes.Beside] = []
+        self.small_operands = SmallOperands()
         # csrc/thin (cells.cpp, records.cpp) reads the public attributes. Edges and entries by the addresses of storages
         # stay the same two dicts.
         self.held, self.entries = self._edges.held, self.all_entries.by_storage
@@ -61,14 +59,6 @@ class Discarder:
             recipe = None if entry is None else entry.recipe()
             if recipe is None or recipe.depth != 1:
                 self._edges.add(tensor)
-
-    def beside(self, operand: Tensor, result: Tensor) -> nodes.Beside | None:
-        """What a note on the result's node says of an operand: something of one that is small beside the result."""
-        if operand.nbytes * _SMALL > result.nbytes or not operand.dtype.is_floating_point:
-            return None
-        found = nodes.Beside(operand, self)
-        self._beside.append(found)
-        return found
 
     def held_at(self, node: Any, output: int) -> Operand | None:
         """The held result of a node, as an operand."""
@@ -167,9 +157,7 @@ class Discarder:
         self.outer = None
         self.all_entries.clear()
         self._edges.clear()
-        for noted in self._beside:
-            noted.tensor = None
-        self._beside.clear()
+        self.small_operands.clear()
         self.announced = None
 
     def pack(self, tensor: Tensor) -> Cell:
@@ -280,7 +268,7 @@ class Discarder:
         elif not trace.is_written_by_graph(node, root.untyped_storage()._cdata, version):
             return None
         step = trace.value(node, root.output_nr)
-        if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not nodes.fills_memory(root):
+        if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not fills_memory(root):
             return root if provenance.saves_result(name) else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
         self.all_entries.add(Entry(root, weakref.ref(recipe)))

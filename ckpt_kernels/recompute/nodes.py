@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
+from .beside import Beside
 from .contents import Cell, watching
 from .recipes import Geometry
 from .rules import Rule
@@ -20,6 +21,7 @@ Edge = tuple[Any, int]
 _NOTED = "ckpt_kernels"
 _WATCHED = "ckpt_kernels watched"
 NUMBERS = (int, float)
+Note = tuple[float | Beside | None, ...]
 
 
 class Result(NamedTuple):
@@ -29,32 +31,6 @@ class Result(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     keepers: list[tuple["weakref.ref[Cell]", Geometry]]
-
-
-class Beside:
-    """An operand that is small beside the result, such as the shift of a modulation, at an operation that saves none.
-
-    The tensor is held for as long as the context `owner` lasts; a recipe of the result takes a copy, because neither
-    autograd nor the recipe may care for what is written to the operand later.
-    """
-
-    __slots__ = ("owner", "tensor", "version")
-
-    def __init__(self, tensor: Tensor, owner: Any) -> None:
-        # A part of a larger tensor is copied now, so that nothing else is held with it.
-        self.tensor: Tensor | None = tensor.detach() if fills_memory(tensor) else tensor.detach().clone()
-        self.version = self.tensor._version
-        self.owner = owner
-
-    def copied(self) -> Tensor | None:
-        """The operand as it was; None after a write, and where the memory is gone, as that of sharded weights is."""
-        tensor = self.tensor
-        if tensor is None or tensor._version != self.version or not fills_memory(tensor):
-            return None
-        return tensor.clone()
-
-
-Note = tuple[float | Beside | None, ...]
 
 
 def packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:
@@ -100,15 +76,6 @@ def is_as_made(tensor: Tensor) -> bool:
     """Whether nobody has written to a tensor. (Of a parameter the version is compared later, at the reading.)"""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
     return plain and (tensor._version == 0 or tensor.is_leaf)
-
-
-def fills_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one that fills its memory, so that letting go of it gains memory."""
-    return (
-        tensor.dtype.is_floating_point
-        and tensor.device.type in ("cpu", "cuda")
-        and 0 < tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-    )
 
 
 def note(node: Any, operands: Note) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from . import nodes
+from .beside import Beside
 from .contents import Cell, Operand, watching
 from .entries import Block, Entry
 from .nodes import Edge
@@ -85,18 +86,18 @@ class Trace:
         for edge, held, known in zip(edges, packed, noted, strict=True):
             if isinstance(held, Cell) and not held.is_unwritten():
                 return None
-            if held is None and known is None:
-                operand = self._behind(edge, are_as_made)
-            elif held is None and isinstance(known, nodes.Beside):
+            if held is not None:
+                operand = self._shared(held)
+            elif isinstance(known, nodes.NUMBERS):
                 operand = known
             else:
-                operand = self._shared(known if held is None else held)
+                operand = self._behind_or_beside(edge, are_as_made, known)
             if operand is None:
                 return None
             operands.append(operand)
         # Copies last, when all else is found.
         for place, operand in enumerate(operands):
-            if isinstance(operand, nodes.Beside):
+            if isinstance(operand, Beside):
                 operands[place] = self._copied_beside(operand)
                 if operands[place] is None:
                     return None
@@ -221,7 +222,16 @@ class Trace:
             return False
         return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
 
-    def _copied_beside(self, known: nodes.Beside) -> Operand | None:
+    def _behind_or_beside(self, edge: Edge, is_as_made: bool, small: Beside | None) -> Any:
+        """What `_behind` finds, and else the small operand."""
+        before = self._steps, self.is_grounded
+        found = self._behind(edge, is_as_made)
+        if found is None and small is not None:
+            self._steps, self.is_grounded = before
+            return small
+        return found
+
+    def _copied_beside(self, known: Beside) -> Operand | None:
         """A copy of a small operand."""
         copy = known.copied() if known.owner is self._source else None
         return None if copy is None else self._source.pack(copy)
@@ -267,4 +277,3 @@ def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
 
 def saves_result(name: str) -> bool:
     return name in BY_RESULT
-
