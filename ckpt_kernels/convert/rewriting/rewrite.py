@@ -41,9 +41,10 @@ _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 # What a method calls that makes, or reads, what runs again in a layer.
 IN_LAYERS = frozenset(("linear", "norm", MODULE))
 
-# Beside the loads of a method: that its module is an adapter, whose sums are worth to be noted.
-_ADAPTER = ""
-ADAPTER = ((_ADAPTER, Part("adapter")),)
+# Beside the loads of a method: that its sums are worth to be noted, and whose they are.
+_NOTED = ""
+ADAPTER = ((_NOTED, Part("noted", "an adapter's sum")),)
+BIASED = ((_NOTED, Part("noted", "a linear layer's sum")),)
 
 # The sum in a norm of one.
 _SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings if isinstance(spelling, ast.Call))
@@ -63,8 +64,8 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     body = writer.rewritten_body()
     if not writer.found and writer.noted and _CLAMPS & names_in(function.__code__):
         writer.found.append("recipes of what is clamped")
-    if not writer.found and writer.noted and _ADAPTER in loads:
-        writer.found.append("recipes of an adapter's sum")
+    if not writer.found and writer.noted and _NOTED in loads:
+        writer.found.append(f"recipes of {loads[_NOTED].name}")
     # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
     is_in_layer = recompute == "layer" and not IN_LAYERS.isdisjoint(part.kind for part in loads.values())
     if not writer.found and writer.noted and is_in_layer:
