@@ -21,8 +21,11 @@ def adds_bias(module: nn.Module) -> bool:
     held = [p for p in module._parameters.values() if p is not None and not is_lazy(p)]
     if has_children(module) or sorted(p.dim() for p in held) != [1, 2]:
         return False
+    forward = type(module).forward
+    if not isinstance(forward, types.FunctionType):
+        return False
     try:
-        return _is_product_and_sum(layers_of(type(module).forward)[-1])
+        return _is_product_and_sum(layers_of(forward)[-1])
     except NoSource:
         return False
 

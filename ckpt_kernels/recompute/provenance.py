@@ -191,10 +191,9 @@ class Trace:
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
         name = node.name()
-        if name in BY_RESULT or (name in ATTENTIONS and output == 0):
-            own = nodes.result_cell(node) if name in BY_RESULT else nodes.packed(node, "output")
-            if isinstance(own, Cell) and own.is_unwritten():
-                return self._shared(own)
+        own = _result_kept(node, output)
+        if own is not None and own.is_unwritten():
+            return self._shared(own)
         if name == LEAF:
             return self._copied(node.variable)
         # The strides of a clone are not known, and a reader may depend on them.
@@ -219,6 +218,17 @@ class Trace:
         if not self._source.is_as_used(leaf):
             return None
         return self._source.pack(leaf.detach().clone())
+
+
+def _result_kept(node: Any, output: int) -> Cell | None:
+    """The cell of a node that saves this output of its own."""
+    name = node.name()
+    if name in BY_RESULT:
+        return nodes.result_cell(node)
+    if name in ATTENTIONS and output == 0:
+        own = nodes.packed(node, "output")
+        return own if isinstance(own, Cell) else None
+    return nodes.results_of_function(node).get(output) if isinstance(node, BackwardCFunction) else None
 
 
 def _wrote_over_operand(node: Any, version: int) -> bool:
