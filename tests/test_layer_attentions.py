@@ -123,3 +123,14 @@ def test_a_write_to_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
             gradients(call, model, x)
     assert x.device.type == DEVICE
+
+
+def test_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch refuses it where a gradient is wanted, though it computes it."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(flex, "_validate_device", lambda *operands: None, raising=False)
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: flex.flex_attention(q, k, v))
+    model, x = made()
+    assert_same_bits(gradients(layer(model), model, x), gradients(model, model, x))
+    # A copy of the output would be one more.
+    assert 2 * x.nbytes <= saved_bytes(layer(model), x) < 2.5 * x.nbytes
