@@ -41,6 +41,8 @@ class Source(Protocol):
 
     def is_as_used(self, bias: nn.Parameter) -> bool: ...
 
+    def is_stacked_as_used(self, weight: nn.Parameter) -> bool: ...
+
     def held_at(self, node: Any, output: int) -> Operand | None: ...
 
 
@@ -88,6 +90,8 @@ class Trace:
             operand = self._shared(held if held is not None else number)
             if held is None and number is None:
                 operand = self._behind(edge, are_as_made)
+                if operand is None and rule.gathers:
+                    operand = self._stacked(edge)
             if operand is None:
                 return None
             operands.append(operand)
@@ -218,6 +222,15 @@ class Trace:
         if not self._source.is_as_used(leaf):
             return None
         return self._source.pack(leaf.detach().clone())
+
+    def _stacked(self, edge: Edge) -> Operand | None:
+        """A weight of which some are gathered, such as those of experts: read itself, and not copied."""
+        node, _ = edge
+        weight = node.variable if node is not None and node.name() == LEAF else None
+        if not isinstance(weight, nn.Parameter) or not self._source.is_stacked_as_used(weight):
+            return None
+        self.is_grounded = True
+        return self._source.pack(weight)
 
 
 def _result_kept(node: Any, output: int) -> Cell | None:
