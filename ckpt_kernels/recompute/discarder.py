@@ -24,6 +24,7 @@ from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
 from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .stacked import Stacked
 
 
 class Discarder:
@@ -33,7 +34,7 @@ class Discarder:
         self._products = products
         self._temporaries = temporaries
         self.all_entries = Entries()
-        self._biases = Biases(module)
+        self._biases, self._stacked = Biases(module), Stacked(module)
         self.may_be_sharded = may_be_sharded()
         self.outer = top_hooks()
         self.is_closed = False
@@ -278,6 +279,9 @@ class Discarder:
 
     def is_as_used(self, bias: nn.Parameter) -> bool:
         return self._biases.is_as_used(bias)
+
+    def is_stacked_as_used(self, weight: nn.Parameter) -> bool:
+        return self._stacked.is_as_used(weight)
 
     def share(self, known: Cell | Block) -> Operand | None:
         """A cell or a block's output, as an operand of one more recipe."""

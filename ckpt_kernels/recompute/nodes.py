@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
+from .active import thread
 from .beside import Beside
 from .contents import Cell, watching
 from .recipes import Geometry
@@ -60,6 +61,27 @@ def packed(node: Any, name: str) -> Any:
         # This torch does not show saved tensors, or the graph's tensors are freed.
         pass
     return None
+
+
+def results_of_function(node: Any) -> dict[int, Cell]:
+    """The cells in which the node of an `autograd.Function` saves its own outputs, by the outputs' numbers.
+
+    Torch itself says which they are: of what a node saves, its own outputs have that node for their maker.
+    """
+    try:
+        cells = [saved.data for saved in node._raw_saved_tensors]
+        if not all(cell is None or isinstance(cell, Cell) for cell in cells):
+            return {}
+        thread.is_asking = True
+        try:
+            tensors = node.saved_tensors
+        finally:
+            thread.is_asking = False
+    except (AttributeError, RuntimeError):
+        # This torch does not show saved tensors, or the graph's tensors are freed.
+        return {}
+    pairs = [(tensor, cell) for tensor, cell in zip(tensors, cells, strict=True) if cell is not None]
+    return {tensor.output_nr: cell for tensor, cell in pairs if tensor.grad_fn is node}
 
 
 def packed_beside(node: Any, name: str) -> list[Cell | None]:

@@ -42,6 +42,8 @@ class Source(Protocol):
 
     def is_as_used(self, bias: nn.Parameter) -> bool: ...
 
+    def is_stacked_as_used(self, weight: nn.Parameter) -> bool: ...
+
     def held_at(self, node: Any, output: int) -> Operand | None: ...
 
 
@@ -92,6 +94,8 @@ class Trace:
                 operand = known
             else:
                 operand = self._behind_or_beside(edge, are_as_made, known)
+                if operand is None and rule.gathers:
+                    operand = self._stacked(edge)
             if operand is None:
                 return None
             operands.append(operand)
@@ -201,10 +205,9 @@ class Trace:
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
         name = node.name()
-        if name in BY_RESULT or (name in ATTENTIONS and output == 0):
-            own = nodes.result_cell(node) if name in BY_RESULT else nodes.packed(node, "output")
-            if isinstance(own, Cell) and own.is_unwritten():
-                return self._shared(own)
+        own = _result_kept(node, output)
+        if own is not None and own.is_unwritten():
+            return self._shared(own)
         if name == LEAF:
             return self._copied(node.variable)
         # The strides of a clone are not known, and a reader may depend on them.
@@ -243,6 +246,26 @@ class Trace:
         if not self._source.is_as_used(leaf):
             return None
         return self._source.pack(leaf.detach().clone())
+
+    def _stacked(self, edge: Edge) -> Operand | None:
+        """A weight of which some are gathered, such as those of experts: read itself, and not copied."""
+        node, _ = edge
+        weight = node.variable if node is not None and node.name() == LEAF else None
+        if not isinstance(weight, nn.Parameter) or not self._source.is_stacked_as_used(weight):
+            return None
+        self.is_grounded = True
+        return self._source.pack(weight)
+
+
+def _result_kept(node: Any, output: int) -> Cell | None:
+    """The cell of a node that saves this output of its own."""
+    name = node.name()
+    if name in BY_RESULT:
+        return nodes.result_cell(node)
+    if name in ATTENTIONS and output == 0:
+        own = nodes.packed(node, "output")
+        return own if isinstance(own, Cell) else None
+    return nodes.results_of_function(node).get(output) if isinstance(node, BackwardCFunction) else None
 
 
 def _wrote_over_operand(node: Any, version: int) -> bool:

@@ -12,9 +12,10 @@ _CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
 # What a method calls that makes, or reads, what runs again in a layer.
 IN_LAYERS = frozenset(("linear", "norm", MODULE))
 
-# Beside the loads of a method: that its module is an adapter, whose sums are worth to be noted.
-_ADAPTER = ""
-ADAPTER = ((_ADAPTER, Part("adapter")),)
+# Beside the loads of a method: that its sums are worth to be noted, and whose they are.
+_NOTED = ""
+ADAPTER = ((_NOTED, Part("noted", "an adapter's sum")),)
+BIASED = ((_NOTED, Part("noted", "a linear layer's sum")),)
 
 
 def gains_of_notes(function: types.FunctionType, loads: Loads, recompute: str, scales: bool) -> Iterator[str]:
@@ -22,8 +23,8 @@ def gains_of_notes(function: types.FunctionType, loads: Loads, recompute: str, s
     kinds = {part.kind for part in loads.values()}
     if _CLAMPS & names_in(function.__code__):
         yield "recipes of what is clamped"
-    if _ADAPTER in loads:
-        yield "recipes of an adapter's sum"
+    if _NOTED in loads:
+        yield f"recipes of {loads[_NOTED].name}"
     if scales and "norm" in kinds:
         yield "recipes of what is scaled"
     # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
