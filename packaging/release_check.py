@@ -120,7 +120,9 @@ def sdist_tests() -> str:
             if name.endswith((".so", ".pyd")):
                 (there / name).write_bytes(data)
         tests = ("tests/test_activations.py", "tests/test_setup.py", "tests/test_documentation.py")
-        return said(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, where=there).splitlines()[-1]
+        return said(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, where=there).splitlines()[
+            -1
+        ]
 
 
 def wheel() -> str:

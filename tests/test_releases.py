@@ -2,13 +2,17 @@
 
 import importlib.util
 import io
+import json
 import pathlib
+import re
 import sys
 import tarfile
 import zipfile
 from types import ModuleType
 
 import pytest
+
+from tools import docs_versions
 
 ROOT = pathlib.Path(__file__).parent.parent
 SAYS = "Metadata-Version: 2.4\nName: ckpt-kernels\nVersion: 1.2.0\nDescription-Content-Type: text/markdown\n\n# Title\n"
@@ -104,3 +108,15 @@ def test_a_failure_is_in_the_table(checks: ModuleType, tmp_path: pathlib.Path, c
     assert checks.main(["sdist", "wheel"]) == 1
     out = capsys.readouterr().out
     assert "sdist        FAILED  expected one *.tar.gz in dist/" in out and "wheel        ok" in out
+
+
+def test_versions_of_the_documentation(tmp_path: pathlib.Path) -> None:
+    for name in ("0.9.0", "0.10.0", "dev", "0.2", "pictures", "0.3.0rc1"):
+        write(tmp_path, f"{name}/index.html", "")
+    (tmp_path / "1.0").mkdir()
+    docs_versions.main(tmp_path)
+    assert json.loads((tmp_path / "versions.json").read_text()) == ["0.10.0", "0.9.0", "0.2", "dev"]
+    links = re.findall(r'href="(.*?)/"', (tmp_path / "index.html").read_text())
+    assert links == ["0.10.0", "0.9.0", "0.2", "dev"]
+    # The list itself is no version.
+    assert docs_versions.versions(tmp_path) == links
