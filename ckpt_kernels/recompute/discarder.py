@@ -23,7 +23,7 @@ from .entries import Block, Entries, Entry
 from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
-from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
 from .stacked import Stacked
 
 
@@ -34,7 +34,7 @@ class Discarder:
         self._products = products
         self._temporaries = temporaries
         self.all_entries = Entries()
-        self._biases, self._stacked = Biases(module), Stacked(module)
+        self.biases, self.stacked = Biases(module), Stacked(module)
         self.may_be_sharded = may_be_sharded()
         self.outer = top_hooks()
         self.is_closed = False
@@ -270,18 +270,12 @@ class Discarder:
             return None
         step = trace.value(node, root.output_nr)
         if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not fills_memory(root):
-            return root if provenance.saves_result(name) else None
+            return root if name in BY_RESULT else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
         self.all_entries.add(Entry(root, weakref.ref(recipe)))
         return recipe
 
     # For `Trace`
-
-    def is_as_used(self, bias: nn.Parameter) -> bool:
-        return self._biases.is_as_used(bias)
-
-    def is_stacked_as_used(self, weight: nn.Parameter) -> bool:
-        return self._stacked.is_as_used(weight)
 
     def share(self, known: Cell | Block) -> Operand | None:
         """A cell or a block's output, as an operand of one more recipe."""

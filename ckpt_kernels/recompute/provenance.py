@@ -17,11 +17,13 @@ from torch.autograd.function import BackwardCFunction
 
 from . import nodes
 from .beside import Beside
+from .biases import Biases
 from .contents import Cell, Operand, watching
 from .entries import Block, Entry
 from .nodes import Edge
 from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
+from .stacked import Stacked
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12
@@ -32,17 +34,16 @@ MOST_WRITES = 4
 
 
 class Source(Protocol):
-    """Packs the tensors that nodes save, and shares the cells."""
+    """Packs the tensors that nodes save, and shares the cells; with the parameters that recipes may read."""
+
+    biases: Biases
+    stacked: Stacked
 
     def share(self, known: Cell | Block) -> Operand | None: ...
 
     def pack(self, tensor: Tensor) -> Cell: ...
 
     def exchange(self, own: Cell, step: Step) -> None: ...
-
-    def is_as_used(self, bias: nn.Parameter) -> bool: ...
-
-    def is_stacked_as_used(self, weight: nn.Parameter) -> bool: ...
 
     def held_at(self, node: Any, output: int) -> Operand | None: ...
 
@@ -169,7 +170,7 @@ class Trace:
             if cell.version == 0 and cell.is_unwritten():
                 self._known[edge] = cell
         for (maker, _), cell in cells:
-            if len(cells) > 1 and maker is not None and saves_result(maker.name()):
+            if len(cells) > 1 and maker is not None and maker.name() in BY_RESULT:
                 self._exchange_result(maker, cell)
 
     def _exchange_result(self, node: Any, cell: Cell) -> None:
@@ -243,7 +244,7 @@ class Trace:
         """A copy of a bias, which is small beside the rows, and which no optimizer and no sharding changes."""
         if not isinstance(leaf, nn.Parameter) or leaf.dim() > 1 or type(leaf.data) is not Tensor:
             return None
-        if not self._source.is_as_used(leaf):
+        if not self._source.biases.is_as_used(leaf):
             return None
         return self._source.pack(leaf.detach().clone())
 
@@ -251,7 +252,7 @@ class Trace:
         """A weight of which some are gathered, such as those of experts: read itself, and not copied."""
         node, _ = edge
         weight = node.variable if node is not None and node.name() == LEAF else None
-        if not isinstance(weight, nn.Parameter) or not self._source.is_stacked_as_used(weight):
+        if not isinstance(weight, nn.Parameter) or not self._source.stacked.is_as_used(weight):
             return None
         self.is_grounded = True
         return self._source.pack(weight)
@@ -296,7 +297,3 @@ def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
         if block is not None and block.entry is entry:
             return block.watch
     return watching(tensor)
-
-
-def saves_result(name: str) -> bool:
-    return name in BY_RESULT
