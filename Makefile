@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench bench-all test fuzz mutants lint tables docs wheel wheel-check gpu-check build clean
+.PHONY: bench bench-all test fuzz mutants lint tables docs wheel wheel-check release-check targets gpu-check build clean
 
 # The main job: benchmarks and a short training on real text.
 bench: build
@@ -80,6 +80,15 @@ wheel: $(VENV)/ready
 # Tries the wheel of dist/ in a fresh environment: make wheel-check PYTHON=python3.12 TORCH=torch==2.11.0
 wheel-check:
 	bash packaging/check_wheel.sh $(PYTHON) $(TORCH)
+
+# All that a release is held to, from an sdist and a wheel that are built anew; CHECKS="version places" for some alone.
+release-check: wheel
+	TORCH="$(TORCH)" PYTHON="$(PYTHON)" $(BIN)/python packaging/release_check.py $(CHECKS)
+
+# The C++ sources for Linux, macOS and Windows by clang, which is a package of 100 MB.
+targets: $(VENV)/ready
+	test -d build/ziglang || $(BIN)/pip install -q --no-deps --target build/ziglang ziglang==0.17.1
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=build/ziglang bash packaging/check_targets.sh
 
 # On a machine with a GPU and no network: its own python, torch and nvcc.
 gpu-check:

@@ -2,8 +2,9 @@
 
 CKPT_KERNELS_BUILD=none|cpu|cuda forces what is built ("cuda" is both); forced, a failure stops the build, left
 alone it is a warning, and the package works without that library. CKPT_KERNELS_VERSION_SUFFIX=+name gives what is
-built a local version. `_C` and `_C_cuda` use torch's stable ABI and nothing of Python's C API, `_thin` the limited API
-of Python and nothing of torch's, so one build serves every Python >= 3.10 and every torch >= 2.11.
+built a local version. The compiler is GCC or clang, on Windows clang-cl, or what CXX names. `_C` and `_C_cuda` use
+torch's stable ABI and nothing of Python's C API, `_thin` the limited API of Python and nothing of torch's, so one build
+serves every Python >= 3.10 and every torch >= 2.11.
 """
 
 import os
@@ -19,11 +20,16 @@ from setuptools.command.build_py import build_py
 
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+WINDOWS = sys.platform == "win32"
 DEFINES = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA"]
 # Rounding and NaN stay as written; what is given up is errno, floating-point traps and the sign of zero.
 MATH = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 # By this variable whoever packages asks for the same bytes each time.
 REPRODUCIBLE = "SOURCE_DATE_EPOCH" in os.environ
+# Error messages name their source file; wherever that lay when it was compiled, the library is the same.
+PATH_MAP = f"-ffile-prefix-map={pathlib.Path(__file__).resolve().parent}=."
+# The table of local symbols holds names of nvcc's temporary files. A library of Windows has no such table.
+STRIP = {"darwin": ["-Wl,-x"], "win32": []}.get(sys.platform, ["-Wl,-s"])
 # For tests: a CPU library that stops at the first bad access or undefined operation. With -O3 the vector code takes the
 # compiler too long.
 SANITIZE = (
@@ -58,13 +64,43 @@ class BuildPython(build_py):
 
 
 def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or "c++") or shutil.which("g++")
+    """What CXX names, or the usual one. On Windows that is clang-cl: Microsoft's own does not know vectors as types."""
+    usual, otherwise = ("clang-cl", "clang-cl") if WINDOWS else ("c++", "g++")
+    return shutil.which(os.environ.get("CXX", "").split(" ")[0] or usual) or shutil.which(otherwise)
 
 
 def is_gcc() -> bool:
     """Whether the compiler is GCC, and not one that takes its options (clang also goes by the name of c++)."""
     printed = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
     return "Free Software Foundation" in printed
+
+
+def cxx_flags() -> list[str]:
+    """What C++ sources are compiled with."""
+    flags = [
+        *(SANITIZE or ["-O3", "-g0"]),
+        "-fvisibility=hidden",
+        PATH_MAP,
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+        *DEFINES,
+        *MATH,
+    ]
+    if is_gcc():
+        # GCC 12 warns of its own intrinsics headers.
+        flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    # torch looks for the standard in the words of the system's own compiler, and would add another.
+    return ["/std:c++17", *(f"/clang:{flag}" for flag in flags)] if WINDOWS else ["-std=c++17", *flags]
+
+
+def compiler_runtime() -> dict[str, list[str]]:
+    """The library that has what clang asks the processor by, where the linker, Microsoft's, does not look for it."""
+    if not WINDOWS:
+        return {}
+    printed = subprocess.run([compiler(), "-print-resource-dir"], capture_output=True, text=True, check=True).stdout
+    folder = pathlib.Path(printed.strip(), "lib", "windows")
+    return {"library_dirs": [str(folder)], "libraries": ["clang_rt.builtins-x86_64"]}
 
 
 def cpp_extension():
@@ -113,29 +149,18 @@ def extensions(build: str) -> list:
             sorted(str(path) for path in pathlib.Path("csrc", folder).glob(f"*.{suffix}")),
             depends=sorted(str(path) for path in pathlib.Path("csrc").rglob("*.*")),
             extra_compile_args=flags,
-            # The table of local symbols holds names of nvcc's temporary files.
-            extra_link_args=["-Wl,-s"] * REPRODUCIBLE + SANITIZE + (link or []),
+            extra_link_args=(STRIP if REPRODUCIBLE else []) + SANITIZE + (link or []),
             py_limited_api=True,
             **options,
         )
 
-    # Error messages name their source file; wherever that lay when it was compiled, the library is the same.
-    path_map = f"-ffile-prefix-map={pathlib.Path(__file__).resolve().parent}=."
-    cxx = [
-        "-std=c++17",
-        *(SANITIZE or ["-O3", "-g0"]),
-        "-fvisibility=hidden",
-        path_map,
-        "-Wall",
-        "-Wno-psabi",
-        "-Wno-unknown-pragmas",
-        *DEFINES,
-        *MATH,
+    if WINDOWS:
+        os.environ.setdefault("CXX", "clang-cl")  # read by torch's part of the build
+    flags = {"cxx": cxx_flags()}
+    found = [
+        extension("_C", "cpu", "cpp", flags, export_symbols=["ckpt_kernels_find_call"], **compiler_runtime()),
+        extension("_thin", "thin", "cpp", flags, export_symbols=["PyInit__thin"]),
     ]
-    if is_gcc():
-        # GCC 12 warns of its own intrinsics headers.
-        cxx += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    found = [extension("_C", "cpu", "cpp", {"cxx": cxx}), extension("_thin", "thin", "cpp", {"cxx": cxx})]
     home = cuda_home()
     if build == "cuda" and home is None:
         sys.exit("CKPT_KERNELS_BUILD is 'cuda', but nvcc was not found")
@@ -144,7 +169,7 @@ def extensions(build: str) -> list:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         libraries = next((home / name for name in ("lib64", "lib") if (home / name).exists()), home / "lib64")
         nvcc = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden", *DEFINES]
-        nvcc += [f"-Xcompiler={path_map}"]
+        nvcc += [f"-Xcompiler={PATH_MAP}"]
         if REPRODUCIBLE:
             # Names of what is internal to a file are drawn at random; the same ones each time, from nvcc 12.3.
             nvcc += ["-frandom-seed=ckpt_kernels"]
@@ -153,7 +178,7 @@ def extensions(build: str) -> list:
                 "_C_cuda",
                 "cuda",
                 "cu",
-                {"cxx": cxx, "nvcc": nvcc},
+                flags | {"nvcc": nvcc},
                 include_dirs=[str(home / "include")],
                 library_dirs=[str(libraries)],
                 libraries=["cudart_static", "dl", "rt", "pthread"],

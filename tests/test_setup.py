@@ -1,14 +1,21 @@
 """How the C++ sources are built: by which compilers, and what setup.py says where something is missing."""
 
+import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
+from ckpt_kernels.libraries import library
+
 ROOT = pathlib.Path(__file__).parent.parent
+# The lines that install something before a wheel is built or tried.
+WHEELS = re.compile(r"(?m)^before-build = .*(?:\n.*)*?^before-test = .*$")
 # Runs setup.py in a Python that does not find torch.
 WITHOUT_TORCH = """
 import runpy, sys
@@ -53,6 +60,51 @@ def test_nothing_is_needed_where_nothing_is_built() -> None:
 def test_without_a_compiler_it_says_so() -> None:
     done = run("cpu", PATH="/nowhere", CXX="")
     assert done.returncode == 1 and "no C++ compiler was found" in done.stderr
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module, after it has printed the version."""
+    monkeypatch.setenv("CKPT_KERNELS_BUILD", "none")
+    monkeypatch.setattr(sys, "argv", ["setup.py", "-q", "--version"])
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("ckpt_kernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_windows_takes_clang_and_its_words(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = setup.cxx_flags()
+    assert here[0] == "-std=c++17" and setup.compiler_runtime() == {}
+    called = []
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(setup, "WINDOWS", True)
+    monkeypatch.setattr(setup, "is_gcc", lambda: False)
+    monkeypatch.setattr(setup.shutil, "which", lambda name: called.append(name) or f"C:/{name}.exe")
+    assert setup.compiler() == "C:/clang-cl.exe" and set(called) == {"clang-cl"}
+    there = setup.cxx_flags()
+    # All the rest goes to clang as it is.
+    assert there[0] == "/std:c++17" and {"/clang:" + flag for flag in setup.MATH} <= set(there[1:])
+    assert all(flag.startswith("/clang:-") for flag in there[1:])
+    printed = subprocess.CompletedProcess([], 0, "C:/LLVM/lib/clang/22\n")
+    monkeypatch.setattr(setup.subprocess, "run", lambda *args, **kwargs: printed)
+    runtime = setup.compiler_runtime()
+    assert runtime["libraries"] == ["clang_rt.builtins-x86_64"]
+    assert pathlib.Path(runtime["library_dirs"][0]) == pathlib.Path("C:/LLVM/lib/clang/22/lib/windows")
+
+
+def test_wheels_are_built_with_the_torch_that_is_tested() -> None:
+    pinned = re.search(r"TORCH \?= (torch==\S+)", (ROOT / "Makefile").read_text()).group(1)
+    asked = re.findall(r"\btorch\b[^\s\"']*", WHEELS.search((ROOT / "pyproject.toml").read_text()).group(0))
+    assert asked == [pinned, pinned]
+
+
+@pytest.mark.parametrize("name", ["_C.abi3.so", "_C.pyd"])
+def test_a_library_is_found_by_the_name_that_its_system_gives(name: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / name).touch()
+    assert library("_C", tmp_path) == tmp_path / name
+    assert library("_C_cuda", tmp_path) is None
 
 
 @pytest.mark.parametrize("source", ["isa_generic", "isa_avx512"])

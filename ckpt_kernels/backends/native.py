@@ -6,13 +6,13 @@ weights and biases (columns,) or (groups, columns), statistics and weight
 gradients in the compute type (float32, or float64 for float64 input).
 """
 
-import pathlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..activations import CODES
+from ..libraries import library
 from . import reference
 from .blocks import Rotary, RotaryGradients, RotaryOptions, RowNorm, RowNormGradients
 
@@ -73,13 +73,13 @@ _ops = torch.ops.ckpt_kernels_native
 
 def _load(stem: str) -> str | None:
     """Loads one library; returns why that is not possible, or None."""
-    found = sorted(pathlib.Path(__file__).parent.parent.glob(f"{stem}.*so"))
-    if not found:
+    found = library(stem)
+    if found is None:
         return f"the library {stem} was not built (see CKPT_KERNELS_BUILD in the README)"
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(found))
     except OSError as error:
-        return f"the library {found[0].name} does not load: {error}"
+        return f"the library {found.name} does not load: {error}"
     return None
 
 

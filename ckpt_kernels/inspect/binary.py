@@ -7,6 +7,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..libraries import library
+
 
 class Binary(NamedTuple):
     """What is read from a compiled kernel; `widths` has the bytes of every access of global memory, and `shared` the
@@ -89,12 +91,12 @@ def cuda_library() -> list[Library]:
     Returns:
         A list of `Library`, one for each architecture; empty where the library was not built.
     """
-    found = sorted(pathlib.Path(__file__).parent.parent.glob("_C_cuda.*so"))
-    if not found:
+    path = library("_C_cuda")
+    if path is None:
         return []
     by_arch: dict[str, list[dict[str, int]]] = {}
     arch = ""
-    for line in run_tool("cuobjdump", "--dump-resource-usage", str(found[0])).splitlines():
+    for line in run_tool("cuobjdump", "--dump-resource-usage", str(path)).splitlines():
         if line.startswith("arch = "):
             arch = line.removeprefix("arch = ")
         elif "REG:" in line:

@@ -9,17 +9,20 @@ from torch import Tensor, nn
 
 from ..autocast import is_autocast
 from .active import thread
+from .beside import Beside
 from .contents import Cell, watching
 from .recipes import Geometry
 from .rules import Rule
 
 # A node, and which of its outputs.
 Edge = tuple[Any, int]
-# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, else None; and of
-# what shares the version counter of the node's output, with the number of that output.
+# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, a `Beside` if a small
+# tensor, else None; and of what shares the version counter of the node's output, with the number of that output.
+# (`csrc/thin/graph.cpp` reads notes too.)
 _NOTED = "ckpt_kernels"
 _WATCHED = "ckpt_kernels watched"
 NUMBERS = (int, float)
+Note = tuple[float | Beside | None, ...]
 
 
 class Result(NamedTuple):
@@ -97,12 +100,12 @@ def is_as_made(tensor: Tensor) -> bool:
     return plain and (tensor._version == 0 or tensor.is_leaf)
 
 
-def note(node: Any, numbers: tuple[float | None, ...]) -> None:
+def note(node: Any, operands: Note) -> None:
     """Notes on a node that nobody has written to the operands."""
-    node.metadata[_NOTED] = numbers
+    node.metadata[_NOTED] = operands
 
 
-def noted(node: Any) -> tuple[float | None, ...]:
+def noted(node: Any) -> Note:
     """The note on a node; () where there is none."""
     return node.metadata.get(_NOTED, ())
 

@@ -10,13 +10,13 @@ Where the libraries are missing, or torch's part of this (`torch.Tensor.__dlpack
 """
 
 import ctypes
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..libraries import library
 from ..recompute import contexts
 
 # What may see every op: torch.func, modes of both kinds, the profiler, torch.jit.trace.
@@ -53,15 +53,15 @@ def _load() -> str | None:
     or None."""
     global is_plain, key, asked, direct
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    library = next(pathlib.Path(__file__).parent.parent.glob("_C.*so"), None)
+    path = library("_C")
     if api is None:
         return f"torch {torch.__version__} does not exchange tensors by DLPack's C functions"
-    if library is None:
+    if path is None:
         return "the library _C was not built"
     try:
         from .. import _thin
 
-        find = ctypes.cast(ctypes.CDLL(str(library)).ckpt_kernels_find_call, ctypes.c_void_p).value
+        find = ctypes.cast(ctypes.CDLL(str(path)).ckpt_kernels_find_call, ctypes.c_void_p).value
         _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, WATCHERS)
         # One that was built of older sources lacks some of this.
         contexts.use_library(_thin)

@@ -36,11 +36,12 @@ from ..rules.trial import in_a_thread_of_its_own
 from ..swap import is_plain_method, original_of, rule_of
 from .exchange import EXCHANGES, FUNCTION_TYPES
 from .formulas import VALUE, Formula, formula_of
+from .gains import ADAPTER, BIASED
 from .guards import CHUNK, is_linear
 from .notes import FUNCTIONS
 from .objects import method_called
 from .reading import ADAPTED, MODULE, Part, are_worth_it
-from .rewrite import ADAPTER, BIASED, Rewritten, rewritten_method
+from .rewrite import Rewritten, rewritten_method
 
 # Of one method: the part of each load, by its text.
 Parts = tuple[tuple[str, Part], ...]
