@@ -18,6 +18,7 @@ from torch import nn
 from ..asked import MISSING, Found, are_same
 from .called import is_a, is_torchs
 from .dead import live_code
+from .own_gradients import METHODS, NAMES, is_plain_function
 
 Settings = tuple[tuple[str, Any], ...]
 
@@ -94,7 +95,7 @@ def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, .
     made.__dict__.update(nn.Module().__dict__ | dict(settings))
     made.__dict__["_parameters"] = dict.fromkeys(parameters)
     with contextlib.suppress(NotTried):
-        found = read(made)[1]
+        found = read(made, gradients=True)[1]
         if found.text() == text:
             return found
     return _never_the_same(kind, settings, parameters)
@@ -109,9 +110,10 @@ def has_finalizer(kind: type) -> bool:
     return hasattr(kind, "__del__")
 
 
-def read(module: nn.Module) -> tuple[Settings, Code]:
-    """All that the module's forward reads of it beside its parameters, by name, and the code it reaches."""
-    reading = Reading(module)
+def read(module: nn.Module, gradients: bool = False) -> tuple[Settings, Code]:
+    """All that the module's forward reads of it beside its parameters, by name, and the code it reaches, with what has
+    gradients of its own if whoever tries it out tries those out too."""
+    reading = Reading(module, gradients)
     reading.function(type(module).forward, own=True)
     if reads_shapes(reading):
         raise NotTried("decides by the shape of what it is given")
@@ -144,8 +146,10 @@ class Reading:
 
     writes: tuple[str, ...] = WRITES
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, gradients: bool = False) -> None:
         self.module = module
+        self._gradients = gradients
+        self._known = _NAMES
         self.settings: dict[str, Any] = {}
         self.names: set[str] = set()
         self.branches = False
@@ -241,6 +245,11 @@ class Reading:
         if isinstance(value, types.ModuleType):
             if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
                 raise NotTried(f"uses {value.__name__}")
+        elif self._gradients and isinstance(value, type) and is_plain_function(value):
+            self._known |= NAMES
+            for method in METHODS:
+                self.found.append((value, method, getattr(value, method)))
+                self.function(getattr(value, method), own=True)
         elif isinstance(value, type):
             if not is_torchs_own(value) and not issubclass(value, Exception):
                 raise NotTried(f"uses the class {value.__name__}")
@@ -269,7 +278,7 @@ class Reading:
                     raise NotTried(f"reads {name} of its class")
                 self.found.append((owner, name, getattr(owner, name)))
                 self.function(held, own=True)
-            if not holders and name not in _NAMES:
+            if not holders and name not in self._known:
                 raise NotTried(f"names {name}, which is not on the list of what is known")
 
 

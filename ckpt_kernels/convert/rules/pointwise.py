@@ -18,6 +18,7 @@ from ...activations import FUNCTIONS, NAMES, name_of
 from ...backends.reference import ACTIVATIONS
 from ..asked import Activation, Found, Such
 from ..code.called import is_as_torch_wrote_it
+from ..code.own_gradients import has_own_gradient
 from ..code.reached import Code, NotTried, Settings, is_as_tried
 from ..code.remembering import remembered
 from ..loads import LOADS_PLAINLY, has_children, is_left_to_modules, is_set, loads_plainly, tensors_of
@@ -25,7 +26,7 @@ from ..operands import CALLS_FORWARD, HOOKS, is_called_plainly
 from ..swap import is_patched, original_of, rule_of
 from .likeness import looks_like_activation
 from .rule import Rule, Unary
-from .trial import POINTWISE, Outline, forward_of, in_a_thread_of_its_own, outline_of, takes_one
+from .trial import POINTWISE, Outline, forward_of, in_a_thread_of_its_own, outline_of, result_of, takes_one
 
 # What the forwards of torch's activations, dropouts and gates read.
 _SETTINGS = ("alpha", "approximate", "beta", "dim", "inplace", "negative_slope", "p", "threshold", "training")
@@ -194,7 +195,7 @@ def _named(module: nn.Module) -> tuple[Tried, Settings, Code | None]:
         return Tried(), (), None
     if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
         return Tried(), (), None
-    outline = outline_of(module)
+    outline = outline_of(module, gradients=True)
     return _tried_out(outline), outline.settings, outline.code
 
 
@@ -205,12 +206,17 @@ def _tried_out(outline: Outline) -> Tried:
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
         return Tried()
-    return activation_by_trial(lambda points: forward_of(made, points, POINTWISE))
+    is_own = has_own_gradient(outline.code.found)
+    return activation_by_trial(lambda points: forward_of(made, points, POINTWISE), is_own)
 
 
 @in_a_thread_of_its_own
-def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> Tried:
-    """The activation that a function of one tensor computes, values and derivative."""
+def activation_by_trial(compute: Callable[[Tensor], Tensor], is_own: bool = False) -> Tried:
+    """The activation that a function of one tensor computes, values and derivative.
+
+    The gradient may be its own, an `autograd.Function`'s whose code was read: it has to be the derivative times any
+    gradient that comes in, and nothing else.
+    """
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -223,7 +229,9 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> Tried:
         values = compute(given)
         if type(values) is not Tensor or values.shape != points.shape or values.dtype != points.dtype:
             return Tried()
-        if not values.requires_grad or given._version or not torch.equal(given, points) or _is_of_python(values):
+        if not values.requires_grad or given._version or not torch.equal(given, points):
+            return Tried()
+        if not _is_linear(values, given) if is_own else _is_of_python(values):
             return Tried()
         keeps_input = given.data_ptr() in kept
         (slopes,) = torch.autograd.grad(values.sum(), given)
@@ -237,6 +245,20 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor]) -> Tried:
                 is_exact = _are_close(values, expected, 1e-14) and _are_close(slopes, expected_slopes, 1e-14, 1)
                 return Tried(name, keeps_input, is_exact)
     return Tried()
+
+
+def _is_linear(values: Tensor, given: Tensor) -> bool:
+    """Whether the gradient is one factor times what comes in, of either sign, small or large."""
+
+    def gradient(incoming: Tensor) -> Tensor:
+        return torch.autograd.grad(values, given, incoming, retain_graph=True)[0]
+
+    slopes = result_of(gradient, torch.ones_like(values), POINTWISE)
+    scales = torch.logspace(-6, 6, len(values), dtype=values.dtype, device=values.device)
+    return all(
+        torch.allclose(result_of(gradient, incoming, POINTWISE), incoming * slopes, rtol=1e-9, atol=0)
+        for incoming in (scales, -scales, scales.flip(0))
+    )
 
 
 def _are_close(found: Tensor, expected: Tensor, bound: float, but: int = 0) -> bool:

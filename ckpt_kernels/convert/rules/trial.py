@@ -66,12 +66,12 @@ class Outline(NamedTuple):
         return made
 
 
-def outline_of(module: nn.Module) -> Outline:
-    """Raises NotTried where the module may not be tried out."""
+def outline_of(module: nn.Module, gradients: bool = False) -> Outline:
+    """Raises NotTried where the module may not be tried out: without its `gradients`, if it has any of its own."""
     if has_finalizer(type(module)):
         raise NotTried("has a finalizer, which would run for what it is tried out on")
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
-    settings, code = read(module)
+    settings, code = read(module, gradients)
     return Outline(type(module), type(module).forward, code, settings, shapes)
 
 
