@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from ckpt_kernels import functional as F
 from ckpt_kernels import nn, ops
 from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.recompute import discard_outputs
 
 from .conftest import DEVICE, serving, where
 
@@ -120,6 +121,40 @@ def test_eval_gradients_of_every_operand(backend: str) -> None:
     wanted = (x, r, w, b)
     for a, e in zip(torch.autograd.grad(ours, wanted, g), torch.autograd.grad(theirs, wanted, g), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_gradients_are_those_of_the_statistics_that_forward_read(activation: str, backend: str) -> None:
+    """No version counter shows that a later pass in training has moved the running statistics."""
+    x, g, w, b = randn(4, 6, 5, 5).requires_grad_(), randn(4, 6, 5, 5), randn(6).requires_grad_(), randn(6)
+    mean, var = randn(6), randn(6).abs() + 0.5
+    expected = torch.autograd.grad(F.batch_norm(x, mean, var, w, b, activation=activation), (x, w), g)
+    output = F.batch_norm(x, mean, var, w, b, activation=activation)
+    torch.nn.functional.batch_norm(5 * randn(4, 6, 5, 5) + 3, mean, var, training=True, momentum=0.9)
+    for found, wanted in zip(torch.autograd.grad(output, (x, w), g), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_an_output_is_made_again_of_the_statistics_that_forward_read() -> None:
+    x, g, w = randn(4, 6).requires_grad_(), randn(4, 3), randn(3, 6).requires_grad_()
+    mean, var = randn(6), randn(6).abs() + 0.5
+    gradients = []
+    for moves in (False, True):
+        with discard_outputs():
+            output = torch.nn.functional.linear(F.batch_norm(x, mean, var), w)
+        if moves:
+            torch.nn.functional.batch_norm(5 * randn(4, 6) + 3, mean, var, training=True, momentum=0.9)
+        gradients.append(torch.autograd.grad(output, w, g)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_in_evaluation_no_element_sees_another(last: bool, backend: str) -> None:
+    x, mean, var = randn(3, 4, 4, 4), randn(4), randn(4).abs() + 0.5
+    x[0, 0, 0, 0], x[1, 1, 1, 1] = float("inf"), float("nan")
+    x = (channels_last(x) if last else x).requires_grad_()
+    (grad,) = torch.autograd.grad(F.batch_norm(x, mean, var, activation="relu").sum(), x)
+    assert grad.isfinite().sum() >= grad.numel() - 2
 
 
 def test_instance_norm_moves_its_running_statistics_as_torchs() -> None:

@@ -68,6 +68,37 @@ def test_torch_compile_of_the_whole_model(name: str) -> None:
         assert kept < memory.saved_bytes(lambda: architectures.outputs_of(plain, inputs))
 
 
+class PreNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(8), nn.GELU()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.act(self.first(self.norm(x))))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([PreNorm(), PreNorm()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("recompute", ["output", "layer"])
+def test_torch_compile_with_dynamic_shapes(recompute: str) -> None:
+    model = Layers().to(DEVICE)
+    ckpt_kernels.convert(model, recompute=recompute)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for rows in (3, 5):
+        x = torch.randn(2, rows, 8, device=DEVICE)
+        assert torch.allclose(compiled(x), model(x))
+
+
 def test_torch_compile_draws_dropout_once() -> None:
     """But for that of torch's attention, which on GPUs draws as it likes."""
     model, inputs = converted("bert")

@@ -72,15 +72,19 @@ class _ChannelNorm(Block):
     def keep(self, arguments: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple:
         input, residual, weight, bias, given_mean, _, options = arguments
         other, by_output = slope_source(options.activation, residual, results[0])
-        kept = (input, other, weight, bias, *self._statistics(arguments, results))
+        # The slope is that of what the forward pass computed.
+        statistics = results[1:] if options.activation != "identity" else self._statistics(arguments, results)
+        kept = (input, other, weight, bias, *statistics)
         return kept, GradientOptions(*options, given_mean is not None, by_output)
 
     def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple:
-        operands = (*arguments[:4], *self._statistics(arguments, results))
-        return functools.partial(rematerialized, arguments[-1]), operands
+        return functools.partial(rematerialized, arguments[-1]), (*arguments[:4], *results[1:])
 
     def _statistics(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The caller's own where these can be kept, copies in the compute type else."""
+        """The caller's own where these can be kept, as torch keeps them, copies in the compute type else.
+
+        A later forward pass in training moves a module's running statistics, and no version counter shows it.
+        """
         found, given = results[1:], arguments[4:6]
         if given[0] is not None and all(t.dtype == found[0].dtype and t.is_contiguous() for t in given):
             return given

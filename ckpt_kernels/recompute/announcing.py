@@ -59,7 +59,8 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
 def note(output: Any, *operands: Any) -> None:
     """Called after an operation of torch's, such as a sum: notes on the node that nobody has written to operands.
 
-    The output may then be made again from recipes of the operands. An operand that is a number is noted too.
+    The output may then be made again from recipes of the operands. An operand that is a number is noted too, and one
+    that is small beside the output, of which a recipe may keep a copy.
     """
     if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
         return
@@ -69,7 +70,8 @@ def note(output: Any, *operands: Any) -> None:
     numbers = [o for o in operands if type(o) in (int, float)]
     if len(tensors) + len(numbers) != len(operands) or not all(map(nodes.is_as_made, tensors)):
         return
-    nodes.note(output.grad_fn, (*(None for _ in tensors), *numbers))
+    small = discarder.small_operands.noted
+    nodes.note(output.grad_fn, (*(small(t, output, discarder) for t in tensors), *numbers))
     if discarder.is_in_layer:
         nodes.watch(output)
 

@@ -1,5 +1,7 @@
 """Which biases nobody has written to since a module's forward began: recipes may read copies of these."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -20,27 +22,29 @@ class Biases:
         if self._versions is None:
             return True
         known, version, address = self._versions.get(id(bias), (None, 0, 0))
-        return known is bias and bias._version == version and _address(bias) == address
+        return known is bias and bias._version == version and address_of(bias) == address
 
 
-def _address(parameter: nn.Parameter) -> int:
+def address_of(parameter: nn.Parameter) -> int:
     """That of the memory; 0 for a kind of tensor that is not asked."""
     return parameter.data_ptr() if type(parameter) is nn.Parameter and parameter.layout is torch.strided else 0
 
 
 def versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int, int]]:
     """The parameters of at most one dimension in a module and below, their versions and addresses, by identity."""
-    versions = {}
+    found = (p for p in parameters_in(module) if p.dim() < 2 and not p.is_inference())
+    return {id(p): (p, p._version, address_of(p)) for p in found}
+
+
+def parameters_in(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters in a module and below, but for those that have no shape yet."""
     waiting, seen = [module], set()
     for module in waiting:
         own = module.__dict__
         for parameter in own["_parameters"].values():
-            if parameter is None or (type(parameter) is not nn.Parameter and is_lazy(parameter)):
-                continue
-            if parameter.dim() < 2 and not parameter.is_inference():
-                versions[id(parameter)] = parameter, parameter._version, _address(parameter)
+            if parameter is not None and (type(parameter) is nn.Parameter or not is_lazy(parameter)):
+                yield parameter
         children = own["_modules"]
         if children and module not in seen:
             seen.add(module)
             waiting += [child for child in children.values() if child is not None]
-    return versions

@@ -139,7 +139,9 @@ def use_library(thin: Any) -> None:
 
 def _unpack(packed: Cell) -> Tensor:
     # Compiled autograd traces through hooks. Versions, locks and shared results are for no tracer.
-    return _unpack_untraced(packed) if _is_traced() else packed.content.get()
+    if _is_traced():
+        return _unpack_untraced(packed)
+    return nothing(torch.float32) if thread.is_asking else packed.content.get()
 
 
 @torch._disable_dynamo

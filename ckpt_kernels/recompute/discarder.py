@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import provenance
 from .active import sees_what_is_saved, top_hooks
 from .announced import Announced, Announcement, Packed, Total, are_among, may_be_sharded, outlasting
+from .beside import SmallOperands, fills_memory
 from .biases import Biases
 from .contents import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
 from .edges import Edges
@@ -22,7 +23,8 @@ from .entries import Block, Entries, Entry
 from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
-from .rules import RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .stacked import Stacked
 
 
 class Discarder:
@@ -32,7 +34,7 @@ class Discarder:
         self._products = products
         self._temporaries = temporaries
         self.all_entries = Entries()
-        self._biases = Biases(module)
+        self.biases, self.stacked = Biases(module), Stacked(module)
         self.may_be_sharded = may_be_sharded()
         self.outer = top_hooks()
         self.is_closed = False
@@ -45,6 +47,7 @@ class Discarder:
         # Whether only outputs that were recorded before are let go of.
         self.is_paused = False
         self._edges = Edges()
+        self.small_operands = SmallOperands()
         # csrc/thin (cells.cpp, records.cpp) reads the public attributes. Edges and entries by the addresses of storages
         # stay the same two dicts.
         self.held, self.entries = self._edges.held, self.all_entries.by_storage
@@ -155,6 +158,7 @@ class Discarder:
         self.outer = None
         self.all_entries.clear()
         self._edges.clear()
+        self.small_operands.clear()
         self.announced = None
 
     def pack(self, tensor: Tensor) -> Cell:
@@ -265,16 +269,13 @@ class Discarder:
         elif not trace.is_written_by_graph(node, root.untyped_storage()._cdata, version):
             return None
         step = trace.value(node, root.output_nr)
-        if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not provenance.fills_memory(root):
-            return root if provenance.saves_result(name) else None
+        if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not fills_memory(root):
+            return root if name in BY_RESULT else None
         recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
         self.all_entries.add(Entry(root, weakref.ref(recipe)))
         return recipe
 
     # For `Trace`
-
-    def is_as_used(self, bias: nn.Parameter) -> bool:
-        return self._biases.is_as_used(bias)
 
     def share(self, known: Cell | Block) -> Operand | None:
         """A cell or a block's output, as an operand of one more recipe."""

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import is_autocast
+from .active import thread
+from .beside import Beside
 from .contents import Cell, watching
 from .recipes import Geometry
 from .rules import Rule
 
 # A node, and which of its outputs.
 Edge = tuple[Any, int]
-# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, else None; and of
-# what shares the version counter of the node's output, with the number of that output.
+# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, a `Beside` if a small
+# tensor, else None; and of what shares the version counter of the node's output, with the number of that output.
+# (`csrc/thin/graph.cpp` reads notes too.)
 _NOTED = "ckpt_kernels"
 _WATCHED = "ckpt_kernels watched"
 NUMBERS = (int, float)
+Note = tuple[float | Beside | None, ...]
 
 
 class Result(NamedTuple):
@@ -59,6 +63,27 @@ def packed(node: Any, name: str) -> Any:
     return None
 
 
+def results_of_function(node: Any) -> dict[int, Cell]:
+    """The cells in which the node of an `autograd.Function` saves its own outputs, by the outputs' numbers.
+
+    Torch itself says which they are: of what a node saves, its own outputs have that node for their maker.
+    """
+    try:
+        cells = [saved.data for saved in node._raw_saved_tensors]
+        if not all(cell is None or isinstance(cell, Cell) for cell in cells):
+            return {}
+        thread.is_asking = True
+        try:
+            tensors = node.saved_tensors
+        finally:
+            thread.is_asking = False
+    except (AttributeError, RuntimeError):
+        # This torch does not show saved tensors, or the graph's tensors are freed.
+        return {}
+    pairs = [(tensor, cell) for tensor, cell in zip(tensors, cells, strict=True) if cell is not None]
+    return {tensor.output_nr: cell for tensor, cell in pairs if tensor.grad_fn is node}
+
+
 def packed_beside(node: Any, name: str) -> list[Cell | None]:
     """A node's cells for saved tensors that are no operands; None for contents that are no cells."""
     try:
@@ -75,12 +100,12 @@ def is_as_made(tensor: Tensor) -> bool:
     return plain and (tensor._version == 0 or tensor.is_leaf)
 
 
-def note(node: Any, numbers: tuple[float | None, ...]) -> None:
+def note(node: Any, operands: Note) -> None:
     """Notes on a node that nobody has written to the operands."""
-    node.metadata[_NOTED] = numbers
+    node.metadata[_NOTED] = operands
 
 
-def noted(node: Any) -> tuple[float | None, ...]:
+def noted(node: Any) -> Note:
     """The note on a node; () where there is none."""
     return node.metadata.get(_NOTED, ())
 

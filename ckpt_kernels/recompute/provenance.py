@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from . import nodes
+from .beside import Beside
+from .biases import Biases
 from .contents import Cell, Operand, watching
 from .entries import Block, Entry
 from .nodes import Edge
 from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
+from .stacked import Stacked
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12
@@ -31,15 +34,16 @@ MOST_WRITES = 4
 
 
 class Source(Protocol):
-    """Packs the tensors that nodes save, and shares the cells."""
+    """Packs the tensors that nodes save, and shares the cells; with the parameters that recipes may read."""
+
+    biases: Biases
+    stacked: Stacked
 
     def share(self, known: Cell | Block) -> Operand | None: ...
 
     def pack(self, tensor: Tensor) -> Cell: ...
 
     def exchange(self, own: Cell, step: Step) -> None: ...
-
-    def is_as_used(self, bias: nn.Parameter) -> bool: ...
 
     def held_at(self, node: Any, output: int) -> Operand | None: ...
 
@@ -78,19 +82,30 @@ class Trace:
             self._trusted.append(edges[0][0])
         if rule.casts is not None and rule.casts < len(edges) and nodes.is_cast_by_autocast(edges[rule.casts][0]):
             self._trusted.append(edges[rule.casts][0])
-        operands = []
-        noted = nodes.noted(node)
-        numbers = noted if len(noted) == len(edges) else (None,) * len(edges)
-        are_as_made = bool(noted) or (is_as_made and node.name() in VIEWS)
-        for edge, held, number in zip(edges, packed, numbers, strict=True):
+        operands: list[Any] = []
+        note = nodes.noted(node)
+        noted = note if len(note) == len(edges) else (None,) * len(edges)
+        are_as_made = bool(note) or (is_as_made and node.name() in VIEWS)
+        for edge, held, known in zip(edges, packed, noted, strict=True):
             if isinstance(held, Cell) and not held.is_unwritten():
                 return None
-            operand = self._shared(held if held is not None else number)
-            if held is None and number is None:
-                operand = self._behind(edge, are_as_made)
+            if held is not None:
+                operand = self._shared(held)
+            elif isinstance(known, nodes.NUMBERS):
+                operand = known
+            else:
+                operand = self._behind_or_beside(edge, are_as_made, known)
+                if operand is None and rule.gathers:
+                    operand = self._stacked(edge)
             if operand is None:
                 return None
             operands.append(operand)
+        # Copies last, when all else is found.
+        for place, operand in enumerate(operands):
+            if isinstance(operand, Beside):
+                operands[place] = self._copied_beside(operand)
+                if operands[place] is None:
+                    return None
         for held in () if rule.beside is None else nodes.packed_beside(node, rule.beside):
             if held is None or held.owner is not self._source or not held.is_unwritten():
                 return None
@@ -155,7 +170,7 @@ class Trace:
             if cell.version == 0 and cell.is_unwritten():
                 self._known[edge] = cell
         for (maker, _), cell in cells:
-            if len(cells) > 1 and maker is not None and saves_result(maker.name()):
+            if len(cells) > 1 and maker is not None and maker.name() in BY_RESULT:
                 self._exchange_result(maker, cell)
 
     def _exchange_result(self, node: Any, cell: Cell) -> None:
@@ -191,10 +206,9 @@ class Trace:
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
         name = node.name()
-        if name in BY_RESULT or (name in ATTENTIONS and output == 0):
-            own = nodes.result_cell(node) if name in BY_RESULT else nodes.packed(node, "output")
-            if isinstance(own, Cell) and own.is_unwritten():
-                return self._shared(own)
+        own = _result_kept(node, output)
+        if own is not None and own.is_unwritten():
+            return self._shared(own)
         if name == LEAF:
             return self._copied(node.variable)
         # The strides of a clone are not known, and a reader may depend on them.
@@ -212,13 +226,47 @@ class Trace:
             return False
         return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
 
+    def _behind_or_beside(self, edge: Edge, is_as_made: bool, small: Beside | None) -> Any:
+        """What `_behind` finds, and else the small operand."""
+        before = self._steps, self.is_grounded
+        found = self._behind(edge, is_as_made)
+        if found is None and small is not None:
+            self._steps, self.is_grounded = before
+            return small
+        return found
+
+    def _copied_beside(self, known: Beside) -> Operand | None:
+        """A copy of a small operand."""
+        copy = known.copied() if known.owner is self._source else None
+        return None if copy is None else self._source.pack(copy)
+
     def _copied(self, leaf: Tensor) -> Operand | None:
         """A copy of a bias, which is small beside the rows, and which no optimizer and no sharding changes."""
         if not isinstance(leaf, nn.Parameter) or leaf.dim() > 1 or type(leaf.data) is not Tensor:
             return None
-        if not self._source.is_as_used(leaf):
+        if not self._source.biases.is_as_used(leaf):
             return None
         return self._source.pack(leaf.detach().clone())
+
+    def _stacked(self, edge: Edge) -> Operand | None:
+        """A weight of which some are gathered, such as those of experts: read itself, and not copied."""
+        node, _ = edge
+        weight = node.variable if node is not None and node.name() == LEAF else None
+        if not isinstance(weight, nn.Parameter) or not self._source.stacked.is_as_used(weight):
+            return None
+        self.is_grounded = True
+        return self._source.pack(weight)
+
+
+def _result_kept(node: Any, output: int) -> Cell | None:
+    """The cell of a node that saves this output of its own."""
+    name = node.name()
+    if name in BY_RESULT:
+        return nodes.result_cell(node)
+    if name in ATTENTIONS and output == 0:
+        own = nodes.packed(node, "output")
+        return own if isinstance(own, Cell) else None
+    return nodes.results_of_function(node).get(output) if isinstance(node, BackwardCFunction) else None
 
 
 def _wrote_over_operand(node: Any, version: int) -> bool:
@@ -249,16 +297,3 @@ def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
         if block is not None and block.entry is entry:
             return block.watch
     return watching(tensor)
-
-
-def saves_result(name: str) -> bool:
-    return name in BY_RESULT
-
-
-def fills_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one that fills its memory, so that letting go of it gains memory."""
-    return (
-        tensor.dtype.is_floating_point
-        and tensor.device.type in ("cpu", "cuda")
-        and 0 < tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-    )

@@ -19,6 +19,7 @@ class Rule(NamedTuple):
     operands, under that name, has no gradient and no edge: a tensor or several. The first operand is `private` where
     torch made it on the way and gave it to nobody else, as it does under autocast of the operand in the place that an
     op `casts`. What gives `parts` has a node with several outputs. Of the last operands a node may be `without` some.
+    What `gathers` may read a weight itself.
     """
 
     function: Callable[..., Any]
@@ -29,6 +30,7 @@ class Rule(NamedTuple):
     beside: str | None = None
     parts: bool = False
     without: Callable[[Any], int] = lambda node: 0
+    gathers: bool = False
 
 
 def _of(*names: str) -> Callable[[Any], tuple]:
@@ -91,6 +93,10 @@ def _slice(operand: Tensor, *bounds: int) -> Tensor:
 
 def _index(operand: Tensor, *indices: Tensor) -> Tensor:
     return operand[indices]
+
+
+def _index_select(operand: Tensor, index: Tensor, dim: int) -> Tensor:
+    return torch.index_select(operand, dim, index)
 
 
 def _grouped_mm(first: Tensor, second: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,7 +171,8 @@ _BY_NEITHER = {
     "AddcmulBackward0": Rule(_addcmul, (None, "tensor1", "tensor2"), _of("value")),
     "CatBackward0": Rule(torch.cat, None, _dims("dim")),
     "CloneBackward0": Rule(_contiguous, (None,)),
-    "IndexBackward0": Rule(_index, (None,), beside="indices"),
+    "IndexBackward0": Rule(_index, (None,), beside="indices", gathers=True),
+    "IndexSelectBackward0": Rule(_index_select, (None,), _dims("dim"), beside="index", gathers=True),
     "NegBackward0": Rule(torch.neg, (None,)),
     "SubBackward0": Rule(_sub, (None, None), _of("alpha")),
     "ToCopyBackward0": Rule(_cast, (None,), _kind),

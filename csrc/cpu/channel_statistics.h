@@ -133,11 +133,13 @@ void channel_backward_coefficients(const Sets& sets, const S* first, const S* se
     for (int64_t channel = 0; channel < sets.channels; ++channel) {
       const int64_t set = sets.of(row, channel);
       S* own = coefficients + row * sets.channels + channel;
-      const double share = fixed ? 0 : -rstd[set] / count;
+      const double share = -rstd[set] / count;
       own[ChannelCoefficients::by_gradient * stride] = own[ChannelCoefficients::scale * stride];
       // c1 = rstd * sum_h_deviation / count, c2 = sum_h / count.
-      own[ChannelCoefficients::by_deviation * stride] = S(share * sum_h_deviation[set] * rstd[set] * rstd[set]);
-      own[ChannelCoefficients::constant * stride] = S(share * sum_h[set]);
+      // (0 even where the sums are NaN: with fixed statistics nothing flows from one element to another.)
+      own[ChannelCoefficients::by_deviation * stride] =
+          fixed ? S(0) : S(share * sum_h_deviation[set] * rstd[set] * rstd[set]);
+      own[ChannelCoefficients::constant * stride] = fixed ? S(0) : S(share * sum_h[set]);
     }
 }
 

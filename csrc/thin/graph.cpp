@@ -9,7 +9,7 @@ namespace {
 // As provenance.MOST_STEPS, though it need not be: fewer only ask Python more often.
 constexpr Py_ssize_t most_nodes = 12;
 
-PyObject *of_name = nullptr, *of_next_functions = nullptr;
+PyObject *of_name = nullptr, *of_next_functions = nullptr, *of_metadata = nullptr, *of_note = nullptr;
 // As `read_graph_by` was given them.
 PyObject *passing_names = nullptr, *stop_names = nullptr, *python_node_type = nullptr;
 
@@ -34,11 +34,19 @@ class Way {
   Py_ssize_t count_ = 0, at_ = 0;
 };
 
+// Whether the note on a node, if there is one, tells of an operand: no look behind that edge is needed.
+bool is_noted(PyObject* note, Py_ssize_t place, Py_ssize_t edges) {
+  return note && PyTuple_Check(note) && PyTuple_Size(note) == edges && PyTuple_GetItem(note, place) != Py_None;
+}
+
 // Adds the nodes at the edges of one; false after an error.
 bool add_edges(PyObject* node, Way* way) {
-  const Owned edges = attribute(node, of_next_functions);
-  if (!edges || !PyTuple_Check(edges.get())) return false;
+  const Owned edges = attribute(node, of_next_functions), metadata = attribute(node, of_metadata);
+  if (!edges || !PyTuple_Check(edges.get()) || !metadata || !PyDict_Check(metadata.get())) return false;
+  PyObject* note = PyDict_GetItemWithError(metadata.get(), of_note);
+  if (!note && PyErr_Occurred()) return false;
   for (Py_ssize_t i = PyTuple_Size(edges.get()); i-- > 0;) {
+    if (is_noted(note, i, PyTuple_Size(edges.get()))) continue;
     PyObject* edge = PyTuple_GetItem(edges.get(), i);
     if (!PyTuple_Check(edge)) return false;
     // Without a node there is a number, or a tensor without a gradient, of which a note may tell.
@@ -86,6 +94,11 @@ void read_graph_by(PyObject* passing, PyObject* stops, PyObject* python_node) {
   python_node_type = python_node;
 }
 
-bool prepare_graph() { return prepare_names({{&of_name, "name"}, {&of_next_functions, "next_functions"}}); }
+bool prepare_graph() {
+  return prepare_names({{&of_name, "name"},
+                        {&of_next_functions, "next_functions"},
+                        {&of_metadata, "metadata"},
+                        {&of_note, "ckpt_kernels"}});
+}
 
 }  // namespace ckpt

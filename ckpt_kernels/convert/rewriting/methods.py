@@ -19,6 +19,7 @@ from ...activations import FUNCTIONS as ACTIVATIONS
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import is_adapter
+from ..biased import adds_bias
 from ..code.flow import LONGEST, Meaning, Run, blocks, run_of
 from ..code.frames import may_be_rewritten
 from ..code.remembering import remembered
@@ -35,11 +36,12 @@ from ..rules.trial import in_a_thread_of_its_own
 from ..swap import is_plain_method, original_of, rule_of
 from .exchange import EXCHANGES, FUNCTION_TYPES
 from .formulas import VALUE, Formula, formula_of
+from .gains import ADAPTER, BIASED
 from .guards import CHUNK, is_linear
 from .notes import FUNCTIONS
 from .objects import method_called
 from .reading import ADAPTED, MODULE, Part, are_worth_it
-from .rewrite import ADAPTER, Rewritten, rewritten_method
+from .rewrite import Rewritten, rewritten_method
 
 # Of one method: the part of each load, by its text.
 Parts = tuple[tuple[str, Part], ...]
@@ -81,6 +83,9 @@ class Written(Rule):
 def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> tuple[Written | None, str]:
     """What can be rewritten in the module's methods; and why a method that might be cannot."""
 
+    if adds_bias(module):
+        return _written(module, recompute, lambda _: BIASED, has_places=True)
+
     def parts_of(function: types.FunctionType) -> Parts:
         return _parts(module, function, may_touch) + ADAPTER * is_adapter(module)
 
@@ -93,15 +98,16 @@ def adapter_of(module: nn.Module, recompute: str) -> Written | None:
 
 
 def _written(
-    module: nn.Module, recompute: str, parts_of: Callable[[types.FunctionType], Parts]
+    module: nn.Module, recompute: str, parts_of: Callable[[types.FunctionType], Parts], has_places: bool = False
 ) -> tuple[Written | None, str]:
+    """`has_places`: whether the methods need not name anything of ours to be worth a look."""
     parts, found, reason = [], [], ""
     children = {name for name, child in module._modules.items() if child is not None}
     children |= {name for name, value in vars(module).items() if method_called(value) is not None}
     for name, method in _methods(type(module)):
         try:
             layers = layers_of(method)
-            if not _names_any(layers[-1], children) or not may_be_rewritten(layers[-1]):
+            if not (has_places or _names_any(layers[-1], children)) or not may_be_rewritten(layers[-1]):
                 continue
             own = parts_of(layers[-1])
             made = _rewritten(method, own, recompute) if are_worth_it(own, recompute) else None

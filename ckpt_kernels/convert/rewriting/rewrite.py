@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from ...levels import of_blocks
 from ...recompute import watch
-from ..code.called import names_in
 from ..code.flow import CLOSED, LONGEST, Block, blocks, run_of
 from ..code.frames import PREFIX
 from ..code.order import comes_first
@@ -27,24 +26,15 @@ from ..code.writes import written_names
 from ..rules.function_trials import activation_function
 from . import sites, templates
 from .exchange import FUNCTION_TYPES, exchange_for
+from .gains import IN_LAYERS, gains_of_notes
 from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
 from .objects import exchanged_object
 from .patterns import attempts, matches
 from .quick import quick_site
-from .reading import MODULE, Loads, Match, Operand, Part, Reader, settled
+from .reading import Loads, Match, Operand, Part, Reader, settled
 from .results import has_computed, taken
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-# What is cut off is a gate, say, whose parts are kept one by one.
-_CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
-
-# What a method calls that makes, or reads, what runs again in a layer.
-IN_LAYERS = frozenset(("linear", "norm", MODULE))
-
-# Beside the loads of a method: that its module is an adapter, whose sums are worth to be noted.
-_ADAPTER = ""
-ADAPTER = ((_ADAPTER, Part("adapter")),)
-
 # The sum in a norm of one.
 _SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings if isinstance(spelling, ast.Call))
 
@@ -61,14 +51,8 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     definition = definition_of(function)
     writer = _Writer(function, definition, loads, recompute)
     body = writer.rewritten_body()
-    if not writer.found and writer.noted and _CLAMPS & names_in(function.__code__):
-        writer.found.append("recipes of what is clamped")
-    if not writer.found and writer.noted and _ADAPTER in loads:
-        writer.found.append("recipes of an adapter's sum")
-    # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
-    is_in_layer = recompute == "layer" and not IN_LAYERS.isdisjoint(part.kind for part in loads.values())
-    if not writer.found and writer.noted and is_in_layer:
-        writer.found.append("recipes of sums, products and what is put together")
+    if not writer.found and writer.noted:
+        writer.found += gains_of_notes(function, loads, recompute, writer.scales)
     if not writer.found:
         return None
     tree = copy.copy(definition.tree)
@@ -98,6 +82,8 @@ class _Writer:
         # Where outputs are let go of, sums and products are noted, for what is read of them.
         self.notes = recompute != "block"
         self.noted = False
+        # Whether a product is noted: one of a norm's output, perhaps, which is made again where that is.
+        self.scales = False
         # Statements as they were, which run where a site does not compute; what is found in them is there already.
         self._originals: list[list[ast.stmt]] = []
 
@@ -218,15 +204,29 @@ class _Writer:
             if self.recompute == "layer" and part.kind in IN_LAYERS:
                 self.noted = True
                 return at(tree, ast.Call(self._cell(watch), [made], []))
-        if isinstance(tree, ast.BinOp) and self.notes and (compute := OPERATORS.get(type(tree.op))) is not None:
-            self.noted = True
-            return at(tree, ast.Call(self._cell(noted_operator(compute)), [made.left, made.right], []))
-        return made
+        return self._operator(made)
+
+    def _operator(self, tree: Any) -> Any:
+        """An operator, noted; anything else as it is."""
+        compute = OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.notes else None
+        if compute is None:
+            return tree
+        self.noted = True
+        self.scales = self.scales or isinstance(tree.op, ast.Mult)
+        return at(tree, ast.Call(self._cell(noted_operator(compute)), [tree.left, tree.right], []))
 
     def _expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): taken() for operand in match.captured}
-        original = replaced(match.root, captured)
+        original = self._noted(replaced(match.root, captured))
         return ast.copy_location(ast.IfExp(self._asked(match), taken(), original), match.root)
+
+    def _noted(self, tree: Any) -> Any:
+        """The tree, of which operators are noted, and which has no sites: these would take what is captured."""
+        if isinstance(tree, list):
+            return [self._noted(part) for part in tree]
+        if not isinstance(tree, ast.AST) or isinstance(tree, (*CLOSED, *_DEFINITIONS)):
+            return tree
+        return self._operator(with_parts(tree, self._noted))
 
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, after that of a quick one if there is one, and whether it has computed."""

@@ -1,0 +1,32 @@
+"""What notes alone gain, in a method where nothing else is exchanged: else it stays as it is."""
+
+import types
+from collections.abc import Iterator
+
+from ..code.called import names_in
+from .reading import MODULE, Loads, Part
+
+# What is cut off is a gate, say, whose parts are kept one by one.
+_CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
+
+# What a method calls that makes, or reads, what runs again in a layer.
+IN_LAYERS = frozenset(("linear", "norm", MODULE))
+
+# Beside the loads of a method: that its sums are worth to be noted, and whose they are.
+_NOTED = ""
+ADAPTER = ((_NOTED, Part("noted", "an adapter's sum")),)
+BIASED = ((_NOTED, Part("noted", "a linear layer's sum")),)
+
+
+def gains_of_notes(function: types.FunctionType, loads: Loads, recompute: str, scales: bool) -> Iterator[str]:
+    """What is said of them, for people. The method `scales` if it multiplies."""
+    kinds = {part.kind for part in loads.values()}
+    if _CLAMPS & names_in(function.__code__):
+        yield "recipes of what is clamped"
+    if _NOTED in loads:
+        yield f"recipes of {loads[_NOTED].name}"
+    if scales and "norm" in kinds:
+        yield "recipes of what is scaled"
+    # Where products run again, sums that a norm reads can be made again too, and heads that are put together.
+    if recompute == "layer" and not IN_LAYERS.isdisjoint(kinds):
+        yield "recipes of sums, products and what is put together"

@@ -1,0 +1,63 @@
+"""Operands that are small beside the result, such as the shift of a modulation, of operations that save none of them.
+
+Nothing but a note on the operation's node tells of these, and a recipe of the result takes a copy of them.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+# Such an operand is at most one part in so many of what the recipe makes.
+_SMALL = 4
+
+
+class Beside:
+    """A small operand, held until the context `owner` is closed.
+
+    A recipe takes a copy, because eager torch does not care for what is written to the operand later.
+    """
+
+    __slots__ = ("owner", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, owner: Any) -> None:
+        # A part of a larger tensor is copied now, so that nothing else is held with it.
+        self.tensor: Tensor | None = tensor.detach() if fills_memory(tensor) else tensor.detach().clone()
+        self.version = self.tensor._version
+        self.owner = owner
+
+    def copied(self) -> Tensor | None:
+        """The operand as it was; None after a write, and where the memory is gone, as that of sharded weights is."""
+        tensor = self.tensor
+        if tensor is None or tensor._version != self.version or not fills_memory(tensor):
+            return None
+        return tensor.clone()
+
+
+class SmallOperands:
+    """Those of one context."""
+
+    def __init__(self) -> None:
+        self._noted: list[Beside] = []
+
+    def noted(self, operand: Tensor, result: Tensor, owner: Any) -> Beside | None:
+        """What a note says of an operand: None of one that is not small."""
+        if operand.nbytes * _SMALL > result.nbytes or not operand.dtype.is_floating_point:
+            return None
+        found = Beside(operand, owner)
+        self._noted.append(found)
+        return found
+
+    def clear(self) -> None:
+        """From now on there is nothing to copy."""
+        for noted in self._noted:
+            noted.tensor = None
+        self._noted.clear()
+
+
+def fills_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one that fills its memory, so that letting go of it gains memory."""
+    return (
+        tensor.dtype.is_floating_point
+        and tensor.device.type in ("cpu", "cuda")
+        and 0 < tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    )

@@ -1,0 +1,134 @@
+"""Modulations, `norm(x) * (1 + scale) + shift`, in forms that no pattern has: the sum saves neither of its operands, so
+that a copy of the shift, which is small, is what lets go of the result."""
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+from .conversion import twins
+
+WIDTH, TOKENS = 16, 24
+
+
+class Modulated(nn.Module):
+    """A norm and its modulation apart, as diffusion transformers write them; `written` says who writes to the shift."""
+
+    def __init__(self, written: str = "", parts: int = 2) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.table = nn.Parameter(torch.randn(parts, WIDTH) / 4)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.written = written
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        values = self.table[None] + x.mean((0, 1))
+        shift, scale = values.unbind(1)[:2]
+        if self.written:
+            shift = shift.neg()
+        normed = normed * (1 + scale) + shift
+        if self.written == "before":
+            with torch.no_grad():
+                shift.mul_(3)
+        output = self.linear(normed)
+        if self.written == "after":
+            with torch.no_grad():
+                shift.mul_(3)
+        return output
+
+
+class Turned(nn.Module):
+    """The form that has a pattern, of rows that the pattern's kernel does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.table = nn.Linear(WIDTH, 2 * WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.table(x.mean(1)).chunk(2, -1)
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        return self.linear(self.norm(x) * (1 + scale[:, None]) + shift[:, None])
+
+
+class Beside(nn.Module):
+    """A sum whose second operand is as large as the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.last = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        return self.last(normed * 2 + self.linear(x))
+
+
+def rows() -> Tensor:
+    return torch.randn(2, TOKENS, WIDTH, device=DEVICE)
+
+
+def kept(model: nn.Module) -> float:
+    return saved_bytes(model, rows().requires_grad_(), parameters_of=model) / rows().nbytes
+
+
+@pytest.mark.parametrize("written", ["", "before", "after"])
+def test_same_bits_whoever_writes_to_the_shift(written: str) -> None:
+    model, twin = twins(lambda: nn.ModuleList([Modulated(written)]))
+    ckpt_kernels.convert(model, recompute="block")
+    ckpt_kernels.convert(twin, recompute="output")
+    x = rows()
+    for one in (model, twin):
+        one[0](x).square().sum().backward()
+    for found, expected in zip(twin.parameters(), model.parameters(), strict=True):
+        assert found.grad is not None and expected.grad is not None
+        assert torch.equal(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize("kind", [Modulated, Turned])
+def test_a_modulation_is_not_kept(kind: type[nn.Module]) -> None:
+    model, twin = twins(kind)
+    ckpt_kernels.convert(twin, recompute="output")
+    # The norm's output, which the product reads, and the modulated one.
+    assert kept(model) - kept(twin) > 1.8
+
+
+def test_an_operand_that_was_written_to_is_not_copied() -> None:
+    written, other = Modulated("before").to(DEVICE), Modulated("after").to(DEVICE)
+    for model in (written, other):
+        ckpt_kernels.convert(model, recompute="output")
+    assert kept(written) - kept(other) > 0.9
+
+
+def test_no_more_is_kept_of_what_a_shift_is_a_part_of() -> None:
+    model, twin = twins(lambda: Modulated(parts=40 * TOKENS))
+    ckpt_kernels.convert(twin, recompute="output")
+    assert kept(twin) < kept(model)
+
+
+def test_a_large_operand_is_not_copied() -> None:
+    model, twin = twins(Beside)
+    ckpt_kernels.convert(twin, recompute="output")
+    assert kept(twin) <= kept(model)
+
+
+def test_small_operands_are_let_go_of_after_the_forward() -> None:
+    seen = []
+
+    class Seen(Modulated):
+        def forward(self, x: Tensor) -> Tensor:
+            shift = self.table[:1] * 2
+            seen.append(weakref.ref(shift.untyped_storage()))
+            return self.norm(x) * self.table[1:] + shift
+
+    model = Seen().to(DEVICE)
+    ckpt_kernels.convert(model, recompute="output")
+    output = model(rows().requires_grad_())
+    assert output.grad_fn is not None
+    assert seen[0]() is None

@@ -1,0 +1,136 @@
+"""Attentions that are somebody's `autograd.Function` or custom op: a layer keeps the output that they save, once."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.recompute import layer
+
+from .conftest import DEVICE
+from .test_layer import HEADS, TOKENS, assert_same_bits, counted, gradients, made
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the logarithm of what each row of the weights was divided by."""
+    scores = q @ k.transpose(-1, -2)
+    total = scores.logsumexp(-1, keepdim=True)
+    return (scores - total).exp() @ v, total
+
+
+def gradients_of(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+    weights = (q @ k.transpose(-1, -2) - total).exp()
+    slopes = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True))
+    return slopes @ k, slopes.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, total = attend(q, k, v)
+        ctx.save_for_backward(q, k, None, v, out, total)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, _, v, out, total = ctx.saved_tensors
+        return gradients_of(grad, q, k, v, out, total)
+
+
+class Second(Attention):
+    """The output is the second."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        out, total = attend(q, k, v)
+        ctx.save_for_backward(q, k, None, v, out, total)
+        ctx.mark_non_differentiable(total)
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return Attention.backward(ctx, grads[1])
+
+
+class Another(Attention):
+    """Saves a copy of the output, and what has the output's shape."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, total = attend(q, k, v)
+        ctx.save_for_backward(q, k, None, v, out.clone(), total)
+        return out
+
+
+@torch.library.custom_op("ckpt_kernels_tests::attention", mutates_args=())
+def custom(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return attend(q, k, v)
+
+
+def _set_up(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, ...]:
+    return gradients_of(grad, *ctx.saved_tensors)
+
+
+custom.register_autograd(_backward, setup_context=_set_up)
+
+
+def written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention, and a write to its output, which its gradient needs."""
+    out = Attention.apply(q, k, v)
+    with torch.no_grad():
+        out.mul_(2)
+    return out
+
+
+ATTENTIONS = {
+    "function": (Attention.apply, 2),
+    "second output": (lambda *heads: Second.apply(*heads)[1], 2),
+    "custom op": (lambda *heads: custom(*heads)[0], 2),
+    "saves another": (Another.apply, 3),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_what_a_layer_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its input and attention's output; not the copy that the product reads, for which heads are put side by side."""
+    attention, most = ATTENTIONS[name]
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v))
+    model, x = made()
+    assert_same_bits(gradients(layer(model), model, x), gradients(model, model, x))
+    few = 2 * TOKENS * (2 + HEADS) * 4 + 2 * model.cos.nbytes + 4 * 64 * 4
+    assert most * x.nbytes <= saved_bytes(layer(model), x) <= most * x.nbytes + few
+
+
+def test_attention_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its products as many run in the backward pass as without."""
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v))
+    model, x = made()
+    assert counted(layer(model), x)["bmm"] == counted(model, x)["bmm"] > 0
+
+
+def test_a_write_to_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is the error that it is without a layer."""
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: written_to(q, k, v))
+    model, x = made()
+    for call in (model, layer(model)):
+        with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
+            gradients(call, model, x)
+    assert x.device.type == DEVICE
+
+
+def test_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU torch refuses it where a gradient is wanted, though it computes it."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(flex, "_validate_device", lambda *operands: None, raising=False)
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: flex.flex_attention(q, k, v))
+    model, x = made()
+    assert_same_bits(gradients(layer(model), model, x), gradients(model, model, x))
+    # A copy of the output would be one more.
+    assert 2 * x.nbytes <= saved_bytes(layer(model), x) < 2.5 * x.nbytes

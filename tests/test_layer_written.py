@@ -1,0 +1,85 @@
+"""The level "layer" where models write by hand what torch has modules for: linear layers."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from ckpt_kernels.memory import saved_bytes
+
+from .conftest import DEVICE
+from .test_convert_layers import assert_same_bits, at_levels, step
+from .test_layer import counted
+
+WIDTH, TOKENS = 32, 24
+
+
+class Linear(nn.Linear):
+    """As Falcon's; `written` says when somebody writes to the product."""
+
+    written = ""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T
+        if self.written == "before":
+            with torch.no_grad():
+                product[0].mul_(2)
+        output = product + self.bias
+        if self.written == "after":
+            with torch.no_grad():
+                product[0].mul_(2)
+        return output
+
+
+class Called(Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.matmul(input, self.weight.T) + self.bias
+
+
+class Before(Linear):
+    written = "before"
+
+
+class After(Linear):
+    written = "after"
+
+
+class Layer(nn.Module):
+    def __init__(self, linear: type[nn.Linear], act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(WIDTH), act or nn.GELU()
+        self.up, self.down = linear(WIDTH, 4 * WIDTH), linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+def rows() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, TOKENS, WIDTH, device=DEVICE)
+
+
+def kept(model: nn.Module) -> float:
+    """In tensors of the input's size."""
+    x = rows().requires_grad_()
+    return saved_bytes(model, x, parameters_of=model) / x.nbytes
+
+
+@pytest.mark.parametrize(("linear", "most"), [(Linear, 1), (Called, 1), (After, 1), (Before, 5)])
+def test_linear_layers_that_add_the_bias_themselves(linear: type[nn.Linear], most: int) -> None:
+    """The layer's input is kept; where somebody wrote to the product before the sum, that too."""
+    plain, twin = at_levels(lambda: Layer(linear))
+    assert_same_bits(step(twin, rows()), step(plain, rows()))
+    assert most <= kept(twin) < most + 0.5
+
+
+def test_the_last_product_runs_once() -> None:
+    plain, twin = at_levels(lambda: Layer(Linear))
+    before, after = (counted(each, rows().requires_grad_())["mm"] for each in (plain, twin))
+    assert after == before + 1
+
+
+def test_the_report() -> None:
+    report = ckpt_kernels.convert(nn.ModuleList([Layer(Linear), Layer(nn.Linear)]), recompute="all")
+    named = [entry.name for entry in report.replaced if entry.by == "recipes of a linear layer's sum"]
+    assert named == ["0.up", "0.down"]
