@@ -7,6 +7,7 @@ downloads torch into it: $TORCH, by $PYTHON.
 
 import contextlib
 import email
+import email.message
 import os
 import pathlib
 import re
