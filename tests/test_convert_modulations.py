@@ -133,6 +133,29 @@ class Seen(nn.Module):
         return self.norm(x) * self.table[1:] + shift
 
 
+class Sums(nn.Module):
+    """A chain of sums, of each of which one operand is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Linear(WIDTH, WIDTH)
+        self.many = nn.Parameter(torch.randn(9, 1, TOKENS // 2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x) * 2
+        for each in self.many:
+            h = h + each.neg().repeat(1, 2, 1)
+        return self.linear(h)
+
+
+def test_no_more_is_copied_than_a_recipe_gains() -> None:
+    model, twin = twins(Sums)
+    ckpt_kernels.convert(twin, recompute="output")
+    x = torch.randn(4, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+    found, eager = (saved_bytes(each, x, parameters_of=each) for each in (twin, model))
+    assert found <= eager
+
+
 def test_small_operands_are_let_go_of_after_the_forward() -> None:
     model = Seen().to(DEVICE)
     ckpt_kernels.convert(model, recompute="output")
