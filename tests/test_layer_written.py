@@ -1,7 +1,8 @@
-"""The level "layer" where models write by hand what torch has modules for: linear layers."""
+"""The level "layer" where models write by hand what torch has modules for: linear layers, heads picked by a list."""
 
 import pytest
 import torch
+import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import ckpt_kernels
@@ -83,3 +84,43 @@ def test_the_report() -> None:
     report = ckpt_kernels.convert(nn.ModuleList([Layer(Linear), Layer(nn.Linear)]), recompute="all")
     named = [entry.name for entry in report.replaced if entry.by == "recipes of a linear layer's sum"]
     assert named == ["0.up", "0.down"]
+
+
+class Grouped(nn.Module):
+    """Attention of heads in groups, each of two queries, a key and a value, as Falcon's."""
+
+    def __init__(self, written: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 2 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.written = written
+
+    def split(self, both: Tensor) -> list[Tensor]:
+        both = both.unflatten(-1, (2, 4, -1))
+        query, key, value = both[:, :, :, :-2], both[:, :, :, [-2]], both[:, :, :, [-1]]
+        if self.written:
+            with torch.no_grad():
+                key.mul_(2)
+        key, value = torch.broadcast_to(key, query.shape), torch.broadcast_to(value, query.shape)
+        return [part.flatten(2, 3) for part in (query, key, value)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.qkv(x)
+        q, k, v = (part.transpose(1, 2) for part in self.split(both))
+        return self.out(TF.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Attending(nn.Module):
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), Grouped(written)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+@pytest.mark.parametrize(("written", "most"), [(False, 2), (True, 3)])
+def test_heads_that_are_picked_by_a_list(written: bool, most: int) -> None:
+    """The input and what attention gives; where somebody wrote to the keys, those too."""
+    plain, twin = at_levels(lambda: Attending(written))
+    assert_same_bits(step(twin, rows()), step(plain, rows()))
+    assert most <= kept(twin) < most + 0.5

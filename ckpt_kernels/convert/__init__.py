@@ -31,7 +31,8 @@ from .noticing import forget
 from .planned import AtLevel, Levels, Planned, Touched
 from .report import LeftAlone, Replaced, Report
 from .rewriting.chain import chain_of
-from .rewriting.methods import Written, looks_like_mlp, written_of
+from .rewriting.methods import Written, written_of
+from .rewriting.values import looks_like_mlp
 from .rotations.unknown import why_unknown
 from .rules.heads import Head, heads_in
 from .rules.leaves import Leaves

@@ -106,6 +106,15 @@ class Unwritten(NamedTuple):
         return self.operand.get()
 
 
+class Absent(NamedTuple):
+    """An operand that an op was not given, such as the index of a dimension that is taken whole."""
+
+    depth: int = 0
+
+    def get(self) -> Any:
+        return None
+
+
 def _written(what: str, found: int, expected: int) -> RuntimeError:
     return RuntimeError(
         "a tensor needed for the gradient computation was modified by an in-place operation: "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..autocast import is_autocast
 from .active import thread
 from .beside import Beside
-from .contents import Cell, watching
+from .contents import Absent, Cell, watching
 from .recipes import Geometry
 from .rules import Rule
 
@@ -84,14 +84,22 @@ def results_of_function(node: Any) -> dict[int, Cell]:
     return {tensor.output_nr: cell for tensor, cell in pairs if tensor.grad_fn is node}
 
 
-def packed_beside(node: Any, name: str) -> list[Cell | None]:
-    """A node's cells for saved tensors that are no operands; None for contents that are no cells."""
+def packed_beside(node: Any, name: str) -> list[Cell | Absent | None]:
+    """A node's cells for saved tensors that are no operands; `Absent` where there is no tensor, None for other
+    contents."""
     try:
         saved = getattr(node, f"_raw_saved_{name}")
         several = saved if isinstance(saved, tuple | list) else (saved,)
-        return [s.data if s is not None and isinstance(s.data, Cell) else None for s in several]
+        return [_cell_or_absent(s) for s in several]
     except (AttributeError, RuntimeError):
         return [None]
+
+
+def _cell_or_absent(saved: Any) -> Cell | Absent | None:
+    held = None if saved is None else saved.data
+    if held is None and saved is not None and saved.unpack_hook is None:
+        return Absent()
+    return held if isinstance(held, Cell) else None
 
 
 def is_as_made(tensor: Tensor) -> bool:

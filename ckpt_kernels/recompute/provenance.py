@@ -18,7 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from . import nodes
 from .beside import Beside
 from .biases import Biases
-from .contents import Cell, Operand
+from .contents import Absent, Cell, Operand
 from .entries import Block, block_of
 from .nodes import Edge
 from .recipes import Step
@@ -108,9 +108,10 @@ class Trace:
                 if operands[place] is None:
                     return None
         for held in () if rule.beside is None else nodes.packed_beside(node, rule.beside):
-            if held is None or held.owner is not self._source or not held.is_unwritten():
+            is_ours = isinstance(held, Cell) and held.owner is self._source and held.is_unwritten()
+            if not is_ours and not isinstance(held, Absent):
                 return None
-            operands.append(self._source.share(held))
+            operands.append(self._source.share(held) if isinstance(held, Cell) else held)
         try:
             options = rule.options(node)
         except (AttributeError, RuntimeError):

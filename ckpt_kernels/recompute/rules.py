@@ -91,8 +91,8 @@ def _slice(operand: Tensor, *bounds: int) -> Tensor:
     return torch.ops.aten.slice.Tensor(operand, *bounds)
 
 
-def _index(operand: Tensor, *indices: Tensor) -> Tensor:
-    return operand[indices]
+def _index(operand: Tensor, *indices: Tensor | None) -> Tensor:
+    return torch.ops.aten.index.Tensor(operand, list(indices))
 
 
 def _index_select(operand: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -11,9 +11,9 @@ from ..code.called import is_as_torch_wrote_it
 from ..rules.pointwise import KEPT_BY_OUTPUT
 from ..rules.rule import Rule
 from . import sites
-from .methods import part_of
 from .reading import Part
 from .templates import Pattern, callee, kind_of, site
+from .values import part_of
 
 
 def _chains() -> Iterator[tuple[Pattern, tuple[str, ...]]]:

@@ -1,9 +1,12 @@
 """What notes alone gain, in a method where nothing else is exchanged: else it stays as it is."""
 
+import ast
 import types
 from collections.abc import Iterator
 
 from ..code.called import names_in
+from ..code.remembering import remembered
+from ..code.source import definition_of
 from .reading import MODULE, Loads, Part
 
 # What is cut off is a gate, say, whose parts are kept one by one.
@@ -16,6 +19,21 @@ IN_LAYERS = frozenset(("linear", "norm", MODULE))
 _NOTED = ""
 ADAPTER = ((_NOTED, Part("noted", "an adapter's sum")),)
 BIASED = ((_NOTED, Part("noted", "a linear layer's sum")),)
+# Or that it picks heads, say, which are copied.
+PICKING = ((_NOTED, Part("noted", "what is picked")),)
+
+
+@remembered
+def picks(function: types.FunctionType) -> bool:
+    """Whether it takes parts of something by a list of numbers."""
+    return any(is_picked(node) for node in ast.walk(definition_of(function).tree))
+
+
+def is_picked(tree: ast.AST) -> bool:
+    """Whether an expression is such a part, as `qkv[..., [-1], :]`."""
+    if not isinstance(tree, ast.Subscript) or not isinstance(tree.ctx, ast.Load):
+        return False
+    return any(isinstance(part, ast.List) for part in getattr(tree.slice, "elts", [tree.slice]))
 
 
 def gains_of_notes(function: types.FunctionType, loads: Loads, recompute: str, scales: bool) -> Iterator[str]:

@@ -26,23 +26,19 @@ from ..code.frames import may_be_rewritten
 from ..code.remembering import remembered
 from ..code.scope import UNKNOWN, Scope
 from ..code.source import NoSource, definition_of, layers_of
-from ..loads import load
 from ..rotations.trials import turns_heads
-from ..rules.function_trials import activation_function
-from ..rules.in_place import writes_over
-from ..rules.norms import Norm
-from ..rules.pointwise import ActivationRule, Tried, activation_by_trial, activation_of, pointwise_of
+from ..rules.pointwise import Tried, activation_by_trial
 from ..rules.rule import Rule
 from ..rules.trial import in_a_thread_of_its_own
-from ..swap import is_plain_method, original_of, rule_of
+from ..swap import is_plain_method
 from .exchange import EXCHANGES, FUNCTION_TYPES
 from .formulas import VALUE, Formula, formula_of
-from .gains import ADAPTER, BIASED
-from .guards import CHUNK, is_linear
-from .notes import FUNCTIONS
+from .gains import ADAPTER, BIASED, PICKING, picks
+from .guards import CHUNK
 from .objects import method_called
-from .reading import ADAPTED, MODULE, Part, are_worth_it
+from .reading import Part, are_worth_it
 from .rewrite import Rewritten, rewritten_method
+from .values import part_of
 
 # Of one method: the part of each load, by its text.
 Parts = tuple[tuple[str, Part], ...]
@@ -86,7 +82,8 @@ def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module
         return _written(module, recompute, lambda _: BIASED, has_places=True)
 
     def parts_of(function: types.FunctionType) -> Parts:
-        return _parts(module, function, may_touch) + ADAPTER * is_adapter(module)
+        noted = ADAPTER if is_adapter(module) else PICKING * (recompute == "layer" and picks(function))
+        return _parts(module, function, may_touch) + noted
 
     return _written(module, recompute, parts_of)
 
@@ -106,7 +103,8 @@ def _written(
     for name, method in _methods(type(module)):
         try:
             layers = layers_of(method)
-            if not (has_places or _names_any(layers[-1], children)) or not may_be_rewritten(layers[-1]):
+            names_any = has_places or _names_any(layers[-1], children) or (recompute == "layer" and picks(layers[-1]))
+            if not names_any or not may_be_rewritten(layers[-1]):
                 continue
             own = parts_of(layers[-1])
             made = _rewritten(method, own, recompute) if are_worth_it(own, recompute) else None
@@ -257,44 +255,3 @@ def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, .
         return Part() if name is None else Part("act", name, not keeps_input, known, is_exact)
     except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
         return Part()
-
-
-def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
-    """The part that a value can have in a pattern."""
-    if isinstance(value, nn.Module):
-        if not may_touch(value) or isinstance(value, torch.jit.ScriptModule):
-            return Part()
-        if isinstance(rule_of(value), Norm):
-            return Part("norm")
-        if original_of(value) is nn.Dropout:
-            return Part("dropout")
-        if is_linear(value):
-            return Part("linear")
-        # Which may be taken out again: whether it is there is asked at each call.
-        within = load(value, "base_layer")
-        if isinstance(within, nn.Module) and is_linear(within) and may_touch(within):
-            return Part("linear", ADAPTED)
-        if (name := activation_of(value, made=True)) is not None:
-            return Part("act", name)
-        if writes_over(value):
-            return Part("write")
-        is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
-        return Part("exchange", known=(value,)) if is_act else Part(MODULE)
-    if not isinstance(value, FUNCTION_TYPES):
-        return Part()
-    if value is F.dropout:
-        return Part("F.dropout")
-    if value is CHUNK:
-        return Part("halves")
-    if value in ACTIVATIONS:
-        return Part("act", ACTIVATIONS[value])
-    if (tried := activation_function(value)) is not None:
-        return Part("act", tried.name, not tried.keeps_input, (value,))
-    is_exchanged = value in EXCHANGES or value in FUNCTIONS or turns_heads(value)
-    return Part("exchange", known=(value,)) if is_exchanged else Part()
-
-
-def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) -> bool:
-    """Whether it has, for itself, two linear layers and an activation."""
-    parts = [part_of(child, may_touch).kind for child in module._modules.values()]
-    return parts.count("linear") >= 2 and "act" in parts

@@ -26,7 +26,7 @@ from ..code.writes import written_names
 from ..rules.function_trials import activation_function
 from . import sites, templates
 from .exchange import FUNCTION_TYPES, exchange_for
-from .gains import IN_LAYERS, gains_of_notes
+from .gains import IN_LAYERS, gains_of_notes, is_picked
 from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
 from .objects import exchanged_object
 from .patterns import attempts, matches
@@ -204,6 +204,9 @@ class _Writer:
             if self.recompute == "layer" and part.kind in IN_LAYERS:
                 self.noted = True
                 return at(tree, ast.Call(self._cell(watch), [made], []))
+        if self.recompute == "layer" and is_picked(tree):
+            self.noted = True
+            return at(tree, ast.Call(self._cell(watch), [made], []))
         return self._operator(made)
 
     def _operator(self, tree: Any) -> Any:
