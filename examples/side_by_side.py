@@ -120,65 +120,49 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def main(
-    description: str,
+class Picture:
+    """A picture in a file. A notebook shows it where a cell ends with it."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+
+def compare(
+    name: str,
     make: Callable[[str], nn.Module],
     draw_batch: Callable[[torch.Generator], Batch],
     device: str,
     steps: int,
     learning_rate: float = 1e-3,
     ways: tuple[str, ...] = (),
-) -> int:
-    """Runs the example whose models `make(level)` makes, for "eager" and the levels asked for; they return the loss.
-
-    An example that has other ways than levels, as `arrange` takes them, names the usual ones; its peaks are beside
-    gradients, as budgets are.
-    """
-    name = pathlib.Path(sys.argv[0]).stem
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--steps", type=int, default=steps)
-    if ways:
-        text = "levels, budgets (64MiB, or 0.5 of eager's peak), or checkpoint"
-        parser.add_argument("--recompute", nargs="+", default=ways, help=text)
-    else:
-        parser.add_argument("--recompute", nargs="+", choices=LEVELS, default=["output", "all"], help="levels to run")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out") / name)
-    options = parser.parse_args()
-    if device == "cpu" and any(name not in os.environ for name in RAISED_THRESHOLDS):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RAISED_THRESHOLDS)
+    beside_gradients: bool = True,
+    out: pathlib.Path | None = None,
+) -> Picture:
+    """Trains the models that `make(way)` makes, for "eager" and each of the ways, on the same batches; they return the
+    loss. Prints what each kept and took, and leaves that and its picture in `out`, otherwise in out/NAME."""
     runs = []
-    for level in ("eager", *options.recompute):
+    for way in ("eager", *ways):
         torch.manual_seed(0)
-        runs.append(Run(level, make(level).to(device), learning_rate))
+        runs.append(Run(way, make(way).to(device), learning_rate))
         runs[-1].model.load_state_dict(runs[0].model.state_dict())
 
     console = Console()
-    console.print(description)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     generator = torch.Generator().manual_seed(1)
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=options.steps)
-        for step in range(options.steps):
+        task = progress.add_task("training", total=steps)
+        for step in range(steps):
             batch = tuple(tensor.to(device) for tensor in draw_batch(generator))
             # In turn, and each first when its time comes.
             for run in runs[step % len(runs) :] + runs[: step % len(runs)]:
                 run.step(batch)
             progress.update(task, advance=1, description=f"loss {' / '.join(f'{r.losses[-1]:.4f}' for r in runs)}")
     for run in runs:
-        run.measure_memory(batch, beside_gradients=bool(ways))
-
-    table = Table("", *(run.name for run in runs), title="Training", title_justify="left")
-    for title, values in (
-        ("final loss (mean of last 10)", [f"{statistics.mean(run.losses[-10:]):.4f}" for run in runs]),
-        ("kept for backward, MiB", [f"{run.saved / 2**20:.2f}" for run in runs]),
-        ("peak of a step, MiB", [f"{run.peak / 2**20:.2f}" for run in runs]),
-        ("step, ms (median)", [f"{statistics.median(run.seconds) * 1e3:.2f}" for run in runs]),
-        ("step, x eager", [f"{statistics.median(a / b for a, b in zip(run.seconds, runs[0].seconds, strict=True)):.3f}"
-                           for run in runs]),
-    ):  # fmt: skip
-        table.add_row(title, *values)
-    console.print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
+        run.measure_memory(batch, beside_gradients)
+    console.print(table_of(runs))
     results = {
         "device": device,
         "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or device,
@@ -193,9 +177,58 @@ def main(
             for run in runs
         },
     }
-    (options.out / f"{name}.json").write_text(json.dumps(results))
+    out = out or pathlib.Path("out") / name
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(results))
     difference = apart(results["runs"])
     console.print(f"greatest relative difference of the losses over the first 20 steps: {difference:.1e}")
-    draw(results, options.out / f"{name}.png")
-    console.print(f"{name}.json and {name}.png are in {options.out}")
+    draw(results, out / f"{name}.png")
+    console.print(f"{name}.json and {name}.png are in {out}")
+    return Picture(out / f"{name}.png")
+
+
+def table_of(runs: list[Run]) -> Table:
+    """What each run kept and took."""
+    table = Table("", *(run.name for run in runs), title="Training", title_justify="left")
+    for title, values in (
+        ("final loss (mean of last 10)", [f"{statistics.mean(run.losses[-10:]):.4f}" for run in runs]),
+        ("kept for backward, MiB", [f"{run.saved / 2**20:.2f}" for run in runs]),
+        ("peak of a step, MiB", [f"{run.peak / 2**20:.2f}" for run in runs]),
+        ("step, ms (median)", [f"{statistics.median(run.seconds) * 1e3:.2f}" for run in runs]),
+        ("step, x eager", [f"{statistics.median(a / b for a, b in zip(run.seconds, runs[0].seconds, strict=True)):.3f}"
+                           for run in runs]),
+    ):  # fmt: skip
+        table.add_row(title, *values)
+    return table
+
+
+def main(
+    description: str,
+    make: Callable[[str], nn.Module],
+    draw_batch: Callable[[torch.Generator], Batch],
+    device: str,
+    steps: int,
+    learning_rate: float = 1e-3,
+    ways: tuple[str, ...] = (),
+) -> int:
+    """`compare` by the command line of an example, for the levels asked for.
+
+    An example that has other ways than levels, as `arrange` takes them, names the usual ones; its peaks are beside
+    gradients, as budgets are.
+    """
+    name = pathlib.Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--steps", type=int, default=steps)
+    if ways:
+        text = "levels, budgets (64MiB, or 0.5 of eager's peak), or checkpoint"
+        parser.add_argument("--recompute", nargs="+", default=ways, help=text)
+    else:
+        parser.add_argument("--recompute", nargs="+", choices=LEVELS, default=["output", "all"], help="levels to run")
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    if device == "cpu" and any(name not in os.environ for name in RAISED_THRESHOLDS):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | RAISED_THRESHOLDS)
+    Console().print(description)
+    asked = tuple(options.recompute)
+    compare(name, make, draw_batch, device, options.steps, learning_rate, asked, bool(ways), options.out)
     return 0

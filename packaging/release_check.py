@@ -7,6 +7,7 @@ downloads torch into it: $TORCH, by $PYTHON.
 
 import contextlib
 import email
+import email.message
 import os
 import pathlib
 import re
@@ -149,7 +150,7 @@ def places() -> str:
             hosts = {host.decode() for host in re.findall(rb"https?://([\w.-]+\w)", data)}
             paths = {path.decode() for path in re.findall(rb"(?<![\w.~*)}>\]/-])(?:/[\w.+-]+){2,}", data)}
             wrong |= {f"{name}: {host}" for host in hosts - HOSTS}
-            wrong |= {f"{name}: {p}" for p in paths if not p.startswith(EVERYWHERE) and pathlib.Path(p).exists()}
+            wrong |= {f"{name}: {p}" for p in paths if not f"{p}/".startswith(EVERYWHERE) and pathlib.Path(p).exists()}
     if wrong:
         raise Failed("\n".join(sorted(wrong)[:8]))
     return f"{count} files"

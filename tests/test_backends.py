@@ -208,7 +208,7 @@ from ckpt_kernels.backends import native
 print(native.cpu_isa())
 for block in BLOCKS:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for columns in (5, 64, 333, 1100):
+        for columns in (5, 333):
             operands = block.operands((2, 7), columns, dtype, "cpu")
             with serving("reference"):
                 expected = with_gradients(block.call, operands)

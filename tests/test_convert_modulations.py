@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.recompute import discard_outputs
 
 from .conftest import DEVICE
 from .conversion import twins
@@ -118,17 +119,57 @@ def test_a_large_operand_is_not_copied() -> None:
     assert kept(twin) <= kept(model)
 
 
+class Seen(nn.Module):
+    """A modulation of which nothing saves the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.table = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Parameter(torch.randn(2, WIDTH))
+        self.seen: list[weakref.ref] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.table[:1] * 2
+        self.seen.append(weakref.ref(shift.untyped_storage()))
+        return self.norm(x) * self.table[1:] + shift
+
+
+class Sums(nn.Module):
+    """A chain of sums, of each of which one operand is small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Linear(WIDTH, WIDTH)
+        self.many = nn.Parameter(torch.randn(9, 1, TOKENS // 2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x) * 2
+        for each in self.many:
+            h = h + each.neg().repeat(1, 2, 1)
+        return self.linear(h)
+
+
+def test_no_more_is_copied_than_a_recipe_gains() -> None:
+    model, twin = twins(Sums)
+    ckpt_kernels.convert(twin, recompute="output")
+    x = torch.randn(4, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+    found, eager = (saved_bytes(each, x, parameters_of=each) for each in (twin, model))
+    assert found <= eager
+
+
 def test_small_operands_are_let_go_of_after_the_forward() -> None:
-    seen = []
-
-    class Seen(Modulated):
-        def forward(self, x: Tensor) -> Tensor:
-            shift = self.table[:1] * 2
-            seen.append(weakref.ref(shift.untyped_storage()))
-            return self.norm(x) * self.table[1:] + shift
-
     model = Seen().to(DEVICE)
     ckpt_kernels.convert(model, recompute="output")
     output = model(rows().requires_grad_())
     assert output.grad_fn is not None
-    assert seen[0]() is None
+    assert model.seen[0]() is None
+
+
+def test_small_operands_are_let_go_of_with_the_graph() -> None:
+    """In a context that stays open, as one around a whole training does."""
+    model = Seen().to(DEVICE)
+    ckpt_kernels.convert(model, recompute="output")
+    with discard_outputs():
+        output = model(rows().requires_grad_())
+        assert model.seen[0]() is not None
+        del output
+        assert model.seen[0]() is None

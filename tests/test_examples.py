@@ -1,4 +1,9 @@
-"""The examples that people run first, at toy size: they run, the ways train alike, and the picture is drawn."""
+"""The examples that people run first, as notebooks and as scripts, at toy size: they run, the ways train alike, and the
+picture is drawn.
+
+The cells of a notebook run one after the other in one namespace, as in a kernel. A kernel itself, which takes longer to
+start than all of them to run, is not needed.
+"""
 
 import importlib
 import json
@@ -9,54 +14,99 @@ from typing import Any
 import pytest
 import torch
 
+from tools import notebooks
+
 pytest.importorskip("rich", reason="rich is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
-# Each with what it needs, its sizes, and the names of the sizes of its data.
-TOYS: dict[str, tuple[tuple[str, ...], str, dict[str, Any], str, dict[str, Any]]] = {
+# Each with what it needs, its sizes, and the module and names of the sizes of its data.
+TOYS: dict[str, tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = {
     "finetune_lora": (
         ("transformers", "peft"),
-        "Tuned",
         {"WIDTH": 16, "LAYERS": 2, "HEADS": 2},
         "train_lm",
         {"CONTEXT": 16, "BATCH": 2},
     ),
     "convert_vit": (
         ("transformers",),
-        "Classifier",
         {"WIDTH": 16, "LAYERS": 2, "HEADS": 2, "SIZE": 8},
         "train_unet",
         {"SIZE": 8, "BATCH": 2},
     ),
-    "convert_unet": (("diffusers",), "Denoiser", {"WIDTHS": (8, 8, 8)}, "train_unet", {"SIZE": 8, "BATCH": 2}),
+    "convert_unet": (("diffusers",), {"WIDTHS": (8, 8, 8)}, "train_unet", {"SIZE": 8, "BATCH": 2}),
 }
 
 
-@pytest.mark.parametrize("name", TOYS)
-def test_an_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    needs, kind, sizes, source, of_data = TOYS[name]
-    for package in needs:
-        pytest.importorskip(package)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    for module in ("side_by_side", "train_lm", "train_unet", name):
-        monkeypatch.delitem(sys.modules, module, raising=False)
-    data = importlib.import_module(source)
-    for key, value in of_data.items():
-        monkeypatch.setattr(data, key, value)
-    example = importlib.import_module(name)
-    for key, value in sizes.items():
-        monkeypatch.setattr(example, key, value)
-    side_by_side = importlib.import_module("side_by_side")
-    for key in side_by_side.RAISED_THRESHOLDS:
+@pytest.fixture
+def side_by_side(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the examples share, imported anew, with them, as by a program in their folder."""
+    monkeypatch.syspath_prepend(str(notebooks.EXAMPLES))
+    for name in ("side_by_side", "train_lm", "train_unet", *TOYS):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module("side_by_side")
+    for key in module.RAISED_THRESHOLDS:
         monkeypatch.setenv(key, "0")
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--steps", "2", "--out", str(tmp_path)])
+    return module
+
+
+def code_cells(name: str) -> list[str]:
+    cells = json.loads((notebooks.EXAMPLES / f"{name}.ipynb").read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def make_small(name: str, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives an example, and the module of its data, toy sizes."""
+    _, sizes, source, of_data = TOYS[name]
+    for key, value in of_data.items():
+        monkeypatch.setattr(importlib.import_module(source), key, value)
+    assert sizes.keys() <= example.keys()
+    example.update(sizes, WAYS=example["WAYS"][:2])
+
+
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_a_notebook_is_that_of_its_script(name: str) -> None:
+    written = (notebooks.EXAMPLES / f"{name}.ipynb").read_text()
+    assert written == notebooks.notebook(name), "python -m tools.notebooks"
+
+
+@pytest.mark.parametrize("name", notebooks.NAMES)
+def test_a_notebook_runs(name: str, side_by_side: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    for package in TOYS[name][0]:
+        pytest.importorskip(package)
+    pictures = []
+
+    def compare(*args: Any, **options: Any) -> None:
+        pictures.append(side_by_side_compare(*args, **options | {"steps": 2, "out": tmp_path}))
+
+    side_by_side_compare = side_by_side.compare
+    monkeypatch.setattr(side_by_side, "compare", compare)
+    # What this sets lasts as long as the process, which is that of other tests.
+    monkeypatch.setattr("ckpt_kernels.memory.keep_freed_memory", lambda: True)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     with torch.random.fork_rng():
-        ways = example.WAYS[:2]
-        assert side_by_side.main("", getattr(example, kind), example.draw_batch, "cpu", 2, ways=ways) == 0
+        for cell in code_cells(name):
+            exec(cell, namespace)
+            if "WAYS" in namespace and "small" not in namespace:
+                make_small(name, namespace, monkeypatch)
+                namespace["small"] = True
     runs = json.loads((tmp_path / f"{name}.json").read_text())["runs"]
     assert list(runs) == ["eager", "checkpointed", "ours, output"]
     for run in runs.values():
         assert run["losses"] == pytest.approx(runs["eager"]["losses"], rel=1e-4)
     assert runs["ours, output"]["saved_bytes"] < runs["eager"]["saved_bytes"]
-    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    (picture,) = pictures
+    assert picture._repr_png_().startswith(b"\x89PNG") and len(picture._repr_png_()) > 10_000
+
+
+def test_a_script_runs(side_by_side: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("transformers")
+    example = importlib.import_module("convert_vit")
+    make_small("convert_vit", vars(example), monkeypatch)
+    options = ["--steps", "1", "--recompute", "output", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["convert_vit.py", *options])
+    with torch.random.fork_rng():
+        ways = ("checkpoint",)
+        assert side_by_side.main("", example.Classifier, example.draw_batch, "cpu", steps=60, ways=ways) == 0
+    runs = json.loads((tmp_path / "convert_vit.json").read_text())["runs"]
+    assert {name: len(run["losses"]) for name, run in runs.items()} == {"eager": 1, "ours, output": 1}
+    assert (tmp_path / "convert_vit.png").exists()

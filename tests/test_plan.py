@@ -189,6 +189,7 @@ def test_plans_are_saved_and_read(tmp_path: pathlib.Path) -> None:
         {"budget": 3},
         found.as_dict() | {"budget": -1},
         found.as_dict() | {"bound": None},
+        found.as_dict() | {"measured": {"peak": -1, "seconds": 1.0}},
         found.as_dict() | {"layers": names},
     ):
         (tmp_path / "no.json").write_text(json.dumps(wrong))

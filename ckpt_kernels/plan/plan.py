@@ -243,6 +243,9 @@ def _check_parts(made: Plan) -> None:
     named = [name for name in made.layers if name]
     if len(set(named)) != len(named):
         raise ValueError("two of its stages have the same name")
+    for name, step in {"measured": made.measured, **made.steps}.items():
+        if not all(value >= 0 for value in asdict(step).values()):
+            raise ValueError(f"the step {name!r} is {step}")
     levels = {choice.level for choice in chosen} | ({made.whole} if made.whole is not None else set())
     for level in levels - {FIXED}:
         Policy.of(level, OF_LAYERS, "a level in it")

@@ -3,6 +3,7 @@
 Nothing but a note on the operation's node tells of these, and a recipe of the result takes a copy of them.
 """
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +13,12 @@ _SMALL = 4
 
 
 class Beside:
-    """A small operand, held until the context `owner` is closed.
+    """A small operand, held as long as the note, until the context `owner` is closed.
 
     A recipe takes a copy, because eager torch does not care for what is written to the operand later.
     """
 
-    __slots__ = ("owner", "tensor", "version")
+    __slots__ = ("__weakref__", "owner", "tensor", "version")
 
     def __init__(self, tensor: Tensor, owner: Any) -> None:
         # A part of a larger tensor is copied now, so that nothing else is held with it.
@@ -34,17 +35,17 @@ class Beside:
 
 
 class SmallOperands:
-    """Those of one context."""
+    """Those of one context; the notes hold them, and so the graph."""
 
     def __init__(self) -> None:
-        self._noted: list[Beside] = []
+        self._noted: weakref.WeakSet[Beside] = weakref.WeakSet()
 
     def noted(self, operand: Tensor, result: Tensor, owner: Any) -> Beside | None:
         """What a note says of an operand: None of one that is not small."""
         if operand.nbytes * _SMALL > result.nbytes or not operand.dtype.is_floating_point:
             return None
         found = Beside(operand, owner)
-        self._noted.append(found)
+        self._noted.add(found)
         return found
 
     def clear(self) -> None:

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import provenance
 from .active import sees_what_is_saved, top_hooks
 from .announced import Announced, Announcement, Packed, Total, are_among, may_be_sharded, outlasting
 from .beside import SmallOperands, fills_memory
 from .biases import Biases
 from .contents import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
 from .edges import Edges
-from .entries import Block, Entries, Entry
+from .entries import Block, Entries, Entry, watch_of
 from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
@@ -194,7 +193,7 @@ class Discarder:
         self.is_apart = before
         if isinstance(found, Recipe) and found.depth <= LONGEST_CHAIN:
             content: Operand = Claim(found, geometry_of(tensor))
-            watch = provenance.watch_of(tensor, self.all_entries.of(tensor))
+            watch = watch_of(tensor, self.all_entries.of(tensor))
         else:
             content, watch = self._kept(tensor)
         cell = Cell(content, self, tensor._version, watch)
@@ -262,7 +261,7 @@ class Discarder:
         # A rebuilt copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
-        trace = Trace(self, rules, self._temporaries)
+        trace = Trace(self, rules, self._temporaries, root.nbytes // 2)
         version = root._version
         if not version:
             trace.learn(node)

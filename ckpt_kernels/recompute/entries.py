@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .contents import watching
 from .recipes import Recipe
 
 
@@ -69,3 +71,21 @@ class Entries:
 
     def clear(self) -> None:
         self.by_storage.clear()
+
+
+def block_of(node: Any) -> Block | None:
+    """What a block's node knows of the output, which is the first."""
+    if not isinstance(node, BackwardCFunction):
+        return None
+    block = getattr(node, "recomputed_block", None)
+    return block if isinstance(block, Block) else None
+
+
+def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
+    """What shares the version counter of a tensor in an entry's memory: one for a block's output and its views."""
+    output = None if entry is None else entry.output()
+    if output is not None and (tensor is output or tensor._base is output):
+        block = block_of(output.grad_fn)
+        if block is not None and block.entry is entry:
+            return block.watch
+    return watching(tensor)

@@ -18,8 +18,8 @@ from torch.autograd.function import BackwardCFunction
 from . import nodes
 from .beside import Beside
 from .biases import Biases
-from .contents import Absent, Cell, Operand, watching
-from .entries import Block, Entry
+from .contents import Absent, Cell, Operand
+from .entries import Block, block_of
 from .nodes import Edge
 from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
@@ -51,12 +51,13 @@ class Source(Protocol):
 class Trace:
     """One look at the graph behind a tensor.
 
-    The `rules` are those of what may run again. Where `temporaries` are trusted an operand that nothing keeps is made
-    again by its node without evidence.
+    The `rules` are those of what may run again. Of small operands it copies no more than `most_copied` bytes. Where
+    `temporaries` are trusted an operand that nothing keeps is made again by its node without evidence.
     """
 
-    def __init__(self, source: Source, rules: Mapping[str, Rule] = RULES, temporaries: bool = False) -> None:
+    def __init__(self, source: Source, rules: Mapping[str, Rule], temporaries: bool, most_copied: int) -> None:
         self._source = source
+        self._most_copied = most_copied
         self._temporaries = temporaries
         self._rules = rules
         self._steps = 0
@@ -237,9 +238,11 @@ class Trace:
         return found
 
     def _copied_beside(self, known: Beside) -> Operand | None:
-        """A copy of a small operand."""
         copy = known.copied() if known.owner is self._source else None
-        return None if copy is None else self._source.pack(copy)
+        if copy is None or copy.nbytes > self._most_copied:
+            return None
+        self._most_copied -= copy.nbytes
+        return self._source.pack(copy)
 
     def _copied(self, leaf: Tensor) -> Operand | None:
         """A copy of a bias, which is small beside the rows, and which no optimizer and no sharding changes."""
@@ -280,21 +283,3 @@ def _wrote_over_operand(node: Any, version: int) -> bool:
         return False
     held = nodes.packed(node, "self")
     return isinstance(held, Cell) and held.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
-
-
-def block_of(node: Any) -> Block | None:
-    """What a block's node knows of the output, which is the first."""
-    if not isinstance(node, BackwardCFunction):
-        return None
-    block = getattr(node, "recomputed_block", None)
-    return block if isinstance(block, Block) else None
-
-
-def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
-    """What shares the version counter of a tensor in an entry's memory: one for a block's output and its views."""
-    output = None if entry is None else entry.output()
-    if output is not None and (tensor is output or tensor._base is output):
-        block = block_of(output.grad_fn)
-        if block is not None and block.entry is entry:
-            return block.watch
-    return watching(tensor)

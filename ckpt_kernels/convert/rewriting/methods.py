@@ -6,6 +6,7 @@ loads and the source, a method is rewritten once for all modules that agree in t
 
 import ast
 import contextlib
+import itertools
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,11 +65,10 @@ class Written(Rule):
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
         made = {}
         for name, parts in self.parts:
-            try:
-                found = _rewritten(getattr(original, name), parts, self.recompute)
-            except NoSource:  # of a pickled module, where its source is not
-                found = None
-            made[name] = getattr(original, name) if found is None else found.function
+            made[name] = getattr(original, name)
+            with contextlib.suppress(NoSource):  # of a pickled module, where its source is not
+                if (found := _rewritten(made[name], parts, self.recompute)) is not None:
+                    made[name] = found.function
         return made
 
     def __str__(self) -> str:
@@ -109,8 +109,7 @@ def _written(
             own = parts_of(layers[-1])
             made = _rewritten(method, own, recompute) if are_worth_it(own, recompute) else None
         except NoSource as error:
-            reason = str(error)
-            continue
+            made, reason = None, str(error)
         if made is not None:
             parts.append((name, own))
             found += made.found
@@ -128,9 +127,7 @@ def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
 def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
     """The methods of a class, but for those of nn.Module itself and Python's own."""
     seen: set[str] = set()
-    for owner in kind.__mro__:
-        if owner is nn.Module:
-            return
+    for owner in itertools.takewhile(lambda owner: owner is not nn.Module, kind.__mro__):
         for name, method in vars(owner).items():
             if name not in seen and is_plain_method(method) and not name.startswith("__"):
                 yield name, method
@@ -139,8 +136,7 @@ def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
 
 def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
     """Whether it names a child of the module, or what a formula or an exchange may be made of."""
-    names = set(function.__code__.co_names)
-    if names & (_METHODS | set(children)):
+    if not (names := set(function.__code__.co_names)).isdisjoint(_METHODS | set(children)):
         return True
     values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
     return any(isinstance(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in EXCHANGES) for value in values)
