@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.recompute import discard_outputs
+from ckpt_kernels.recompute.beside import Beside as Small
 
 from .conftest import DEVICE
 from .conversion import twins
@@ -71,12 +72,41 @@ class Beside(nn.Module):
         return self.last(normed * 2 + self.linear(x))
 
 
-def rows() -> Tensor:
-    return torch.randn(2, TOKENS, WIDTH, device=DEVICE)
+class Positioned(nn.Module):
+    """A sum of a scaled norm and a parameter that is as large as one sequence, of which there are `views`."""
+
+    def __init__(self, views: int = 0) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.table = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
+        self.views = views
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table
+        for _ in range(self.views):
+            table = table.transpose(0, 1)
+        return self.linear(table + self.norm(x) * 2)
 
 
-def kept(model: nn.Module) -> float:
-    return saved_bytes(model, rows().requires_grad_(), parameters_of=model) / rows().nbytes
+class Normed(nn.Module):
+    """The norm of a sum, a form that has a pattern, of operands that the pattern's kernel does not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.table = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.relu(x) + self.table)
+
+
+def rows(sequences: int = 2) -> Tensor:
+    return torch.randn(sequences, TOKENS, WIDTH, device=DEVICE)
+
+
+def kept(model: nn.Module, sequences: int = 2) -> float:
+    x = rows(sequences).requires_grad_()
+    return saved_bytes(model, x, parameters_of=model) / x.nbytes
 
 
 @pytest.mark.parametrize("written", ["", "before", "after"])
@@ -173,3 +203,43 @@ def test_small_operands_are_let_go_of_with_the_graph() -> None:
         assert model.seen[0]() is not None
         del output
         assert model.seen[0]() is None
+
+
+@pytest.mark.parametrize(("sequences", "gain"), [(3, 0), (4, 3 / 4)])
+def test_at_most_a_quarter_is_copied(sequences: int, gain: float) -> None:
+    model, twin = twins(Positioned)
+    ckpt_kernels.convert(twin, recompute="output")
+    assert kept(model, sequences) - kept(twin, sequences) == pytest.approx(gain, abs=0.05)
+
+
+def test_a_sum_within_a_call_is_not_kept() -> None:
+    model, twin = twins(Normed)
+    ckpt_kernels.convert(twin, recompute="output")
+    assert kept(model, 8) - kept(twin, 8) > 0.8
+
+
+def test_a_parameter_that_an_optimizer_has_written_to_is_copied() -> None:
+    model = Positioned().to(DEVICE)
+    ckpt_kernels.convert(model, recompute="output")
+    before = kept(model, 8)
+    with torch.no_grad():
+        model.table.mul_(2)
+    assert kept(model, 8) == before
+
+
+def test_a_long_past_of_a_small_operand_does_not_count() -> None:
+    """Of the other operand as many steps are looked at as without."""
+    few, many = Positioned(views=2).to(DEVICE), Positioned(views=12).to(DEVICE)
+    for model in (few, many):
+        ckpt_kernels.convert(model, recompute="output")
+    assert kept(many, 8) == kept(few, 8)
+
+
+def test_memory_that_is_gone_is_not_copied() -> None:
+    """Such as that of weights that are sharded again."""
+    operand = torch.ones(4, device=DEVICE)
+    small = Small(operand, None)
+    copy = small.copied()
+    assert copy is not None and torch.equal(copy, operand)
+    operand.untyped_storage().resize_(0)
+    assert small.copied() is None

@@ -102,6 +102,24 @@ def test_the_report() -> None:
     assert ["recipes of what is clamped"] == [entry.by for entry in report.replaced if entry.kind == "Clamped"]
 
 
+class Sum(nn.Module):
+    """No product of a norm's output, and at no level below "layer" anything that runs again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        return x + self.last(normed)
+
+
+@pytest.mark.parametrize(("kind", "level"), [(Clamped, "block"), (Sum, "output"), (Sum, "all")])
+def test_where_notes_gain_nothing_methods_stay(kind: type[nn.Module], level: str) -> None:
+    report = ckpt_kernels.convert(nn.Sequential(kind()), recompute=level)
+    assert not [entry.by for entry in report.replaced if entry.kind == kind.__name__]
+
+
 def kept_of(first: Tensor, second: Tensor, noted: bool) -> int:
     weight = torch.randn(WIDTH, WIDTH, requires_grad=True, device=DEVICE)
 

@@ -1,5 +1,6 @@
 """Attentions that are somebody's `autograd.Function` or custom op: a layer keeps the output that they save, once."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -123,6 +124,48 @@ def test_a_write_to_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
             gradients(call, model, x)
     assert x.device.type == DEVICE
+
+
+def test_a_write_to_the_output_that_a_product_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product's own gradient is that of what it read."""
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: written_to(q, k, v))
+    model, x = made()
+    found, expected = (torch.autograd.grad(call(x).sum(), model.o.weight) for call in (layer(model), model))
+    assert_same_bits(list(found), list(expected))
+
+
+@pytest.mark.parametrize("around", ["attention", "layer"])
+def test_what_somebodys_hooks_packed_is_not_asked_for(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the backward pass: they may move tensors to another place, or give them once."""
+    asked: list[int] = []
+
+    def hooks() -> Any:
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda held: (asked.append(1), *held)[1])
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        with hooks() if around == "attention" else contextlib.nullcontext():
+            return Attention.apply(q, k, v)
+
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", attention)
+    model, x = made()
+    with hooks() if around == "layer" else contextlib.nullcontext():
+        output = layer(model)(x)
+    assert not asked
+    assert_same_bits(gradients(lambda _: output, model, x), gradients(model, model, x))
+
+
+def test_attention_whose_graph_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a gradient that somebody takes within the layer."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        output = Attention.apply(q, k, v)
+        torch.autograd.grad(output.sum(), v)
+        return output
+
+    monkeypatch.setattr(TF, "scaled_dot_product_attention", attention)
+    model, x = made()
+    found, expected = (torch.autograd.grad(call(x).sum(), model.o.weight) for call in (layer(model), model))
+    assert_same_bits(list(found), list(expected))
 
 
 def test_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,9 @@
 """The level "layer" where models write by hand what torch has modules for: linear layers, heads picked by a list."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -124,3 +128,68 @@ def test_heads_that_are_picked_by_a_list(written: bool, most: int) -> None:
     plain, twin = at_levels(lambda: Attending(written))
     assert_same_bits(step(twin, rows()), step(plain, rows()))
     assert most <= kept(twin) < most + 0.5
+
+
+def decorated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def call(*args: Any) -> Tensor:
+        return forward(*args)
+
+    return call
+
+
+class Decorated(Linear):
+    @decorated
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+class WithChild(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.last = nn.Identity()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.last(input @ self.weight.T + self.bias)
+
+
+class WithGain(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (input @ self.weight.T + self.bias) * self.gain
+
+
+class Multiplied(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return (input @ self.weight.T) * self.bias
+
+
+class Lazy(nn.LazyLinear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+def without_source() -> nn.Module:
+    names: dict[str, Any] = {}
+    exec("def forward(self, input):\n    return input @ self.weight.T + self.bias", names)
+    return type("WithoutSource", (nn.Linear,), {"forward": names["forward"]})(WIDTH, WIDTH)
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "with a child": WithChild,
+    "with another parameter": WithGain,
+    "no sum": lambda: Multiplied(WIDTH, WIDTH),
+    "no bias": lambda: Linear(WIDTH, WIDTH, bias=False),
+    "no shape yet": lambda: Lazy(WIDTH),
+    "no source": without_source,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_such_linear_layer(name: str) -> None:
+    report = ckpt_kernels.convert(nn.ModuleList([OTHERS[name](), Decorated(WIDTH, WIDTH)]), recompute="all")
+    named = [entry.name for entry in report.replaced if entry.by == "recipes of a linear layer's sum"]
+    assert named == ["1"]

@@ -85,7 +85,7 @@ MADE = {
     "SelectBackward0": lambda n, p: n.view(2, -1, WIDTH).select(0, -1).neg(),
     "SliceBackward0": lambda n, p: n[1:-1:2, 4:].neg() @ p["a"][4:],
     "IndexBackward0": lambda n, p: n[torch.arange(ROWS, device=DEVICE) // 2],
-    "IndexSelectBackward0": lambda n, p: n.index_select(0, torch.arange(ROWS, device=DEVICE) // 2),
+    "IndexSelectBackward0": lambda n, p: n.index_select(1, torch.arange(n.shape[1], device=DEVICE) // 2),
     "SplitBackward0": lambda n, p: -n.split(WIDTH // 2, -1)[-1] @ p["a"][: WIDTH // 2],
     "SplitWithSizesBackward0": lambda n, p: -n.split((4, WIDTH - 4), -1)[1] @ p["a"][4:],
     "UnbindBackward0": lambda n, p: -n.view(2, -1, WIDTH).unbind(-3)[1],

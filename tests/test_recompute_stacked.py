@@ -135,6 +135,64 @@ def test_what_is_known_of_no_module_is_kept() -> None:
     assert [copies(layer(model), model, x) for _ in range(2)] == [1, 0]
 
 
+class Own(nn.Parameter):
+    """A kind of parameter of somebody's, of which it is not known where the memory is."""
+
+
+def test_a_parameter_of_a_kind_of_its_own_is_not_read_again() -> None:
+    model, x = made()
+    model.up = Own(model.up.detach())
+    assert copies(layer(model), model, x) == 1
+
+
+class Table(nn.Module):
+    """Reads another parameter than a stack of weights, or reads a stack and gathers nothing."""
+
+    def __init__(self, shape: tuple[int, ...], read: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table, self.read = nn.Parameter(torch.randn(shape)), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.table, x) * x
+
+
+IDS = torch.arange(TOKENS, device=DEVICE) % EXPERTS
+TABLES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "2 dimensions": ((EXPERTS, WIDTH), lambda table, _: table[IDS]),
+    "4 dimensions": ((EXPERTS, 1, 1, WIDTH), lambda table, _: table[IDS].flatten(1)),
+    "sum": ((1, TOKENS, WIDTH), lambda table, x: (x.relu() + table)[0]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_write_to_another_parameter_after_the_forward(name: str) -> None:
+    """Is none of its gradient's concern, as without a layer."""
+    model, x = Table(*TABLES[name]).to(DEVICE), made()[1]
+    expected = gradients(model, model, x)
+    output = layer(model)(x)
+    writes_to(model.table)()
+    assert_same_bits(list(torch.autograd.grad(output.square().sum(), [x, model.table])), expected)
+
+
+def test_weights_that_were_made_in_inference_mode() -> None:
+    """Have no versions, and are kept as they were gathered."""
+    with torch.inference_mode():
+        model, _ = made()
+    _, x = made()
+    model.ids = model.ids.clone()
+    (found,), (expected,) = (torch.autograd.grad(call(x).sum(), x) for call in (layer(model), model))
+    assert torch.equal(found, expected)
+
+
+def test_a_weight_that_was_exchanged_is_not_held() -> None:
+    model, x = made()
+    layer(model)(x).sum().backward()
+    seen = weakref.ref(model.up)
+    model.up = nn.Parameter(model.up.detach().clone())
+    gc.collect()
+    assert seen() is None
+
+
 def test_nothing_holds_the_module() -> None:
     model, x = made()
     layer(model)(x).sum().backward()
