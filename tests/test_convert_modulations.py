@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.recompute import discard_outputs
-from ckpt_kernels.recompute.beside import Beside as Small
+from ckpt_kernels.recompute.small_operands import SmallOperand
 
 from .conftest import DEVICE
 from .conversion import twins
@@ -238,7 +238,7 @@ def test_a_long_past_of_a_small_operand_does_not_count() -> None:
 def test_memory_that_is_gone_is_not_copied() -> None:
     """Such as that of weights that are sharded again."""
     operand = torch.ones(4, device=DEVICE)
-    small = Small(operand, None)
+    small = SmallOperand(operand, None)
     copy = small.copied()
     assert copy is not None and torch.equal(copy, operand)
     operand.untyped_storage().resize_(0)

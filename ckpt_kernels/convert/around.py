@@ -89,7 +89,8 @@ def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str
     """Under torch.compile, which has no `discard_outputs`: the forward in a checkpoint that computes blocks again."""
     if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    # Numbers are then inputs of the graph, and what one checkpoint has of them torch (2.13) refuses in the next.
+    # With dynamic shapes numbers are inputs of the graph, and what one checkpoint has of them torch 2.13 refuses in the
+    # next.
     if not torch._dynamo.config.assume_static_by_default:
         return forward(module, *args, **kwargs)
     # A cache, say, that the forward writes to cannot pass into the checkpoint. One of the model's own is enough.

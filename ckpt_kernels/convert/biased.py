@@ -14,7 +14,7 @@ _PRODUCTS = frozenset(("linear", "matmul", "mm"))
 
 
 def adds_bias(module: nn.Module) -> bool:
-    """Whether it has a matrix and a bias, nothing deeper, and both a matrix product and a sum in its forward.
+    """Whether it has a matrix and a bias, no children, and both a matrix product and a sum in its forward.
 
     It decides what is worth a look, and nothing about what is right.
     """

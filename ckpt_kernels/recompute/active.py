@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class _Thread(threading.local):
-    """The contexts of a thread, the innermost last, closed ones among them; and whether it asks torch which tensors a
-    node saves, and not for their values."""
+    """The contexts of a thread, the innermost last, closed ones among them; and whether it asks torch whose the
+    tensors are that a node saves, and not for their values."""
 
     def __init__(self) -> None:
         self.active: list[Discarder] = []
-        self.is_asking = False
+        self.wants_identities = False
 
 
 thread = _Thread()

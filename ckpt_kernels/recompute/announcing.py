@@ -71,6 +71,7 @@ def note(output: Any, *operands: Any) -> None:
     if len(tensors) + len(numbers) != len(operands) or not all(map(nodes.is_as_made, tensors)):
         return
     small = discarder.small_operands.noted
+    # In the order of the node's edges, of which a number's is the last: torch computes 2 + x as x + 2.
     nodes.note(output.grad_fn, (*(small(t, output, discarder) for t in tensors), *numbers))
     if discarder.is_in_layer:
         nodes.watch(output)

@@ -141,7 +141,8 @@ def _unpack(packed: Cell) -> Tensor:
     # Compiled autograd traces through hooks. Versions, locks and shared results are for no tracer.
     if _is_traced():
         return _unpack_untraced(packed)
-    return nothing(torch.float32) if thread.is_asking else packed.content.get()
+    # `nodes.results_of_function` asks whose outputs these are: values would be made for nothing.
+    return nothing(torch.float32) if thread.wants_identities else packed.content.get()
 
 
 @torch._disable_dynamo

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from .active import sees_what_is_saved, top_hooks
 from .announced import Announced, Announcement, Packed, Total, are_among, may_be_sharded, outlasting
-from .beside import SmallOperands, fills_memory
 from .biases import Biases
 from .contents import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
 from .edges import Edges
@@ -23,6 +22,7 @@ from .keepers import exchange, note_keeper
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
 from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .small_operands import COPIED, SmallOperands, fills_memory
 from .stacked import Stacked
 
 
@@ -261,7 +261,7 @@ class Discarder:
         # A rebuilt copy would lose the tangent.
         if tensor.dtype != root.dtype or torch.autograd.forward_ad._current_level >= 0:
             return None
-        trace = Trace(self, rules, self._temporaries, root.nbytes // 2)
+        trace = Trace(self, rules, self._temporaries, root.nbytes // COPIED)
         version = root._version
         if not version:
             trace.learn(node)

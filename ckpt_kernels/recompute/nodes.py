@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 from ..autocast import is_autocast
 from .active import thread
-from .beside import Beside
 from .contents import Absent, Cell, watching
 from .recipes import Geometry
 from .rules import Rule
+from .small_operands import SmallOperand
 
 # A node, and which of its outputs.
 Edge = tuple[Any, int]
-# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, a `Beside` if a small
-# tensor, else None; and of what shares the version counter of the node's output, with the number of that output.
+# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, a `SmallOperand` if a
+# small tensor, else None; and of what shares the version counter of the node's output, with the number of that output.
 # (`csrc/thin/graph.cpp` reads notes too.)
 _NOTED = "ckpt_kernels"
 _WATCHED = "ckpt_kernels watched"
 NUMBERS = (int, float)
-Note = tuple[float | Beside | None, ...]
+Note = tuple[float | SmallOperand | None, ...]
 
 
 class Result(NamedTuple):
@@ -72,11 +72,11 @@ def results_of_function(node: Any) -> dict[int, Cell]:
         cells = [saved.data for saved in node._raw_saved_tensors]
         if not all(cell is None or isinstance(cell, Cell) for cell in cells):
             return {}
-        thread.is_asking = True
+        thread.wants_identities = True
         try:
             tensors = node.saved_tensors
         finally:
-            thread.is_asking = False
+            thread.wants_identities = False
     except (AttributeError, RuntimeError):
         # This torch does not show saved tensors, or the graph's tensors are freed.
         return {}

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from . import nodes
-from .beside import Beside
 from .biases import Biases
 from .contents import Absent, Cell, Operand
 from .entries import Block, block_of
 from .nodes import Edge
 from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
+from .small_operands import SmallOperand
 from .stacked import Stacked
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
@@ -61,7 +61,7 @@ class Trace:
         self._temporaries = temporaries
         self._rules = rules
         self._steps = 0
-        # Whether a value is made of anything but copies of biases.
+        # Whether a value is made of anything that the graph keeps: copies of biases and small operands gain nothing.
         self.is_grounded = False
         # The known contents of edges; and nodes whose output nobody wrote to but the node that follows.
         self._known: dict[Edge, Cell | Block] = {}
@@ -95,7 +95,7 @@ class Trace:
             elif isinstance(known, nodes.NUMBERS):
                 operand = known
             else:
-                operand = self._behind_or_beside(edge, are_as_made, known)
+                operand = self._behind_or_small(edge, are_as_made, known)
                 if operand is None and rule.gathers:
                     operand = self._stacked(edge)
             if operand is None:
@@ -103,8 +103,8 @@ class Trace:
             operands.append(operand)
         # Copies last, when all else is found.
         for place, operand in enumerate(operands):
-            if isinstance(operand, Beside):
-                operands[place] = self._copied_beside(operand)
+            if isinstance(operand, SmallOperand):
+                operands[place] = self._copied_small(operand)
                 if operands[place] is None:
                     return None
         for held in () if rule.beside is None else nodes.packed_beside(node, rule.beside):
@@ -228,7 +228,7 @@ class Trace:
             return False
         return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
 
-    def _behind_or_beside(self, edge: Edge, is_as_made: bool, small: Beside | None) -> Any:
+    def _behind_or_small(self, edge: Edge, is_as_made: bool, small: SmallOperand | None) -> Any:
         """What `_behind` finds, and else the small operand."""
         before = self._steps, self.is_grounded
         found = self._behind(edge, is_as_made)
@@ -237,7 +237,7 @@ class Trace:
             return small
         return found
 
-    def _copied_beside(self, known: Beside) -> Operand | None:
+    def _copied_small(self, known: SmallOperand) -> Operand | None:
         copy = known.copied() if known.owner is self._source else None
         if copy is None or copy.nbytes > self._most_copied:
             return None

@@ -19,7 +19,7 @@ class Rule(NamedTuple):
     operands, under that name, has no gradient and no edge: a tensor or several. The first operand is `private` where
     torch made it on the way and gave it to nobody else, as it does under autocast of the operand in the place that an
     op `casts`. What gives `parts` has a node with several outputs. Of the last operands a node may be `without` some.
-    What `gathers` may read a weight itself.
+    What `gathers` rows of a parameter, and keeps nothing of it, runs again on the parameter itself (see `stacked`).
     """
 
     function: Callable[..., Any]

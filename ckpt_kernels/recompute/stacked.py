@@ -11,6 +11,8 @@ from torch import nn
 
 from .biases import address_of, parameters_in
 
+# The dimensions of the matrices of experts in one parameter; a linear layer's matrix has two.
+_STACKED = 3
 # The weights that were found in a module, once: of what came later nothing is known, and its copies are kept.
 _found: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]]" = weakref.WeakKeyDictionary()
 
@@ -27,7 +29,12 @@ class Stacked:
     def is_as_used(self, weight: nn.Parameter) -> bool:
         """Whether nobody has written to a weight since the forward began, so since any of the forward's ops read it."""
         known, version, address = self._versions.get(id(weight), (None, 0, 0))
-        if known is None and self._module is not None and (module := self._module()) is not None:
+        if (
+            known is None
+            and weight.dim() == _STACKED
+            and self._module is not None
+            and (module := self._module()) is not None
+        ):
             # It may have come later: the next forward looks again.
             _found.pop(module, None)
         return known is weight and weight._version == version and address_of(weight) == address
@@ -36,6 +43,8 @@ class Stacked:
 def _weights_in(module: nn.Module) -> "list[weakref.ref[nn.Parameter]]":
     found = _found.get(module)
     if found is None:
-        weights = (weight for weight in parameters_in(module) if type(weight) is nn.Parameter and weight.dim() == 3)
+        weights = (
+            weight for weight in parameters_in(module) if type(weight) is nn.Parameter and weight.dim() == _STACKED
+        )
         found = _found[module] = list(map(weakref.ref, weights))
     return found

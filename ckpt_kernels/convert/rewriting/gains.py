@@ -1,4 +1,4 @@
-"""What notes alone gain, in a method where nothing else is exchanged: else it stays as it is."""
+"""Reasons to note a method's operators where nothing else in it is exchanged; without one the method stays."""
 
 import ast
 import types
@@ -37,7 +37,7 @@ def is_picked(tree: ast.AST) -> bool:
 
 
 def gains_of_notes(function: types.FunctionType, loads: Loads, recompute: str, scales: bool) -> Iterator[str]:
-    """What is said of them, for people. The method `scales` if it multiplies."""
+    """The reasons, each a line of the report. The method `scales` if it multiplies."""
     kinds = {part.kind for part in loads.values()}
     if _CLAMPS & names_in(function.__code__):
         yield "recipes of what is clamped"

@@ -79,7 +79,7 @@ class Written(Rule):
 def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> tuple[Written | None, str]:
     """What can be rewritten in the module's methods; and why a method that might be cannot."""
     if adds_bias(module):
-        return _written(module, recompute, lambda _: BIASED, has_places=True)
+        return _written(module, recompute, lambda _: BIASED, look_anyway=True)
 
     def parts_of(function: types.FunctionType) -> Parts:
         noted = ADAPTER if is_adapter(module) else PICKING * (recompute == "layer" and picks(function))
@@ -94,16 +94,16 @@ def adapter_of(module: nn.Module, recompute: str) -> Written | None:
 
 
 def _written(
-    module: nn.Module, recompute: str, parts_of: Callable[[types.FunctionType], Parts], has_places: bool = False
+    module: nn.Module, recompute: str, parts_of: Callable[[types.FunctionType], Parts], look_anyway: bool = False
 ) -> tuple[Written | None, str]:
-    """`has_places`: whether the methods need not name anything of ours to be worth a look."""
+    """`look_anyway`: whether to read the methods even if they name no child and no function of ours."""
     parts, found, reason = [], [], ""
     children = {name for name, child in module._modules.items() if child is not None}
     children |= {name for name, value in vars(module).items() if method_called(value) is not None}
     for name, method in _methods(type(module)):
         try:
             layers = layers_of(method)
-            names_any = has_places or _names_any(layers[-1], children) or (recompute == "layer" and picks(layers[-1]))
+            names_any = look_anyway or _names_any(layers[-1], children) or (recompute == "layer" and picks(layers[-1]))
             if not names_any or not may_be_rewritten(layers[-1]):
                 continue
             own = parts_of(layers[-1])

@@ -23,7 +23,8 @@ MODULE = "module"
 
 class Part(NamedTuple):
     """What a load in a method can be in a pattern: "linear", "act", "norm", "dropout", "F.dropout", "halves" (which is
-    torch.chunk), "exchange", "module", which is any other, "noted", or "", which is any other plain load.
+    torch.chunk), "exchange", "module", which is any other, "noted", which no load is but
+    whose name says why the method's operators are noted (see `gains`), or "", which is any other plain load.
 
     A "linear" may have an adapter around it by now, as its name says.
     An "act", which may be a formula too, has the activation's name, and is `of_new` if it counts only where what it is

@@ -220,16 +220,16 @@ class _Writer:
 
     def _expression(self, match: Match) -> ast.expr:
         captured = {id(operand.tree): taken() for operand in match.captured}
-        original = self._noted(replaced(match.root, captured))
+        original = self._with_notes(replaced(match.root, captured))
         return ast.copy_location(ast.IfExp(self._asked(match), taken(), original), match.root)
 
-    def _noted(self, tree: Any) -> Any:
-        """The tree, of which operators are noted, and which has no sites: these would take what is captured."""
+    def _with_notes(self, tree: Any) -> Any:
+        """The tree with its operators noted, but without sites: the results of one would replace what was captured."""
         if isinstance(tree, list):
-            return [self._noted(part) for part in tree]
+            return [self._with_notes(part) for part in tree]
         if not isinstance(tree, ast.AST) or isinstance(tree, (*CLOSED, *_DEFINITIONS)):
             return tree
-        return self._operator(with_parts(tree, self._noted))
+        return self._operator(with_parts(tree, self._with_notes))
 
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, after that of a quick one if there is one, and whether it has computed."""

@@ -1,4 +1,4 @@
-"""Operands that are small beside the result, such as the shift of a modulation, of operations that save none of them.
+"""Operands that are small beside the result of an operation that saves none of them, as the shift of a modulation.
 
 Nothing but a note on the operation's node tells of these, and a recipe of the result takes a copy of them.
 """
@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-# Such an operand is at most one part in so many of what the recipe makes.
+# An operand is small if it has at most one part in so many of the bytes of the operation's result.
 _SMALL = 4
+# All copies of one recipe have at most one part in so many of the bytes of the tensor that it makes, so that the recipe
+# keeps less than the tensor, however many operations lead to it.
+COPIED = 2
 
 
-class Beside:
+class SmallOperand:
     """A small operand, held as long as the note, until the context `owner` is closed.
 
     A recipe takes a copy, because eager torch does not care for what is written to the operand later.
@@ -38,13 +41,13 @@ class SmallOperands:
     """Those of one context; the notes hold them, and so the graph."""
 
     def __init__(self) -> None:
-        self._noted: weakref.WeakSet[Beside] = weakref.WeakSet()
+        self._noted: weakref.WeakSet[SmallOperand] = weakref.WeakSet()
 
-    def noted(self, operand: Tensor, result: Tensor, owner: Any) -> Beside | None:
+    def noted(self, operand: Tensor, result: Tensor, owner: Any) -> SmallOperand | None:
         """What a note says of an operand: None of one that is not small."""
         if operand.nbytes * _SMALL > result.nbytes or not operand.dtype.is_floating_point:
             return None
-        found = Beside(operand, owner)
+        found = SmallOperand(operand, owner)
         self._noted.add(found)
         return found
 
