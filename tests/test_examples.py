@@ -72,7 +72,7 @@ def test_a_notebook_is_that_of_its_script(name: str) -> None:
 @pytest.mark.parametrize("name", notebooks.NAMES)
 def test_a_notebook_runs(name: str, side_by_side: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     for package in TOYS[name][0]:
-        pytest.importorskip(package)
+        pytest.importorskip(package, reason=f"{package} is not installed")
     pictures = []
 
     def compare(*args: Any, **options: Any) -> None:
@@ -99,7 +99,7 @@ def test_a_notebook_runs(name: str, side_by_side: Any, monkeypatch: pytest.Monke
 
 
 def test_a_script_runs(side_by_side: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     example = importlib.import_module("convert_vit")
     make_small("convert_vit", vars(example), monkeypatch)
     options = ["--steps", "1", "--recompute", "output", "--out", str(tmp_path)]
