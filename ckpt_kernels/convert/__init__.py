@@ -21,24 +21,32 @@ from ..functional.mlps import tiles_for
 from ..levels import of_blocks
 from ..memory import kept_bytes
 from ..models import check_model
-from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
 from .code.remembering import forget_what_is_local
 from .code.writes import writer_in
-from .later import Continued, looked_for
+from .forward_contexts import (
+    ForwardContext,
+    InTiles,
+    as_layer,
+    checkpointing_selectively,
+    converting_late_modules,
+    discarding,
+    discarding_products,
+)
+from .late_conversion import ContinuedConversion, late_candidates
+from .late_modules import remove_late_conversion
 from .layers import above_lists, has_forward, layers_of, writes_as_set
-from .loads import modules_of, named_modules, tensors_of
-from .noticing import forget
-from .planned import AtLevel, Levels, Planned, Touched
+from .module_levels import AtLevel, ConvertibleModules, Levels, LevelSource
+from .module_tree import modules_of, named_modules, tensors_of
 from .report import LeftAlone, Replaced, Report
 from .rewriting.chain import chain_of
 from .rewriting.methods import Written, written_of
 from .rewriting.values import looks_like_mlp
 from .rotations.unknown import why_unknown
 from .rules.heads import Head, heads_in
-from .rules.leaves import Leaves
+from .rules.leaves import LeafConverter
 from .rules.likeness import looks_like_activation, looks_like_several
 from .rules.norms import Norm
-from .rules.rule import Rule, Within
+from .rules.rule import ContextOnly, Rule
 from .selection import Choice, choice_of
 from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
 
@@ -50,7 +58,7 @@ __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert
 def convert(
     model: nn.Module,
     *,
-    recompute: "str | Mapping[str, str] | Planned" = "output",
+    recompute: "str | Mapping[str, str] | LevelSource" = "output",
     include: Iterable[str | type[nn.Module]] | None = None,
     exclude: Iterable[str | type[nn.Module]] | None = None,
     logits: str | None = None,
@@ -149,12 +157,12 @@ def revert(model: nn.Module) -> None:
     for module in modules_of(model):
         if is_converted(module):
             swap_back(module)
-            forget(module)
+            remove_late_conversion(module)
 
 
-class _Conversion(Leaves):
+class _Conversion(LeafConverter):
     def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
-        super().__init__(Touched(model, include, exclude, levels), writer_in(model), [], [])
+        super().__init__(ConvertibleModules(model, include, exclude, levels), writer_in(model), [], [])
         self.model = model
         self.levels = levels
         self.tiles = tiles
@@ -163,7 +171,9 @@ class _Conversion(Leaves):
         self.above = above_lists(model)
         names = {module: name for name, module in named_modules(model)}
         by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
-        self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone, by_name)
+        self.later = ContinuedConversion(
+            include, exclude, late_candidates(model), self.replaced, self.left_alone, by_name
+        )
 
     def run(self, heads: Mapping[str, nn.Module]) -> Report:
         self.names = named = {module: name for name, module in named_modules(self.model)}
@@ -177,7 +187,7 @@ class _Conversion(Leaves):
         lets_go = self.levels.whole.level != "block"
         roots = [module for module in self._roots() if lets_go or module is self.model]
         for module in roots:
-            around = self._around(module) if lets_go else (looking_over,)
+            around = self._around(module) if lets_go else (converting_late_modules,)
             self._surround(module, (*self._in_tiles(module), *around, *self._offloading(module)))
         self.later.begin(self.model, *roots)
         for module, name in named.items():
@@ -205,7 +215,7 @@ class _Conversion(Leaves):
         if self.selection.covers(module) and (why := why_unknown(module)):
             self.leave(name, module, why)
         known = any(entry.name == name for entry in self.left_alone)
-        if known or not self.selection.covers(module) or any(below in self.rules for below in modules_of(module)):
+        if known or not self.selection.covers(module) or any(inner in self.rules for inner in modules_of(module)):
             return
         if several := looks_like_several(module):
             self.leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
@@ -230,14 +240,14 @@ class _Conversion(Leaves):
             elif module in self.levels.named:
                 self.leave(self.names[module], module, "its forward cannot be given a level of its own")
 
-    def _in_tiles(self, module: nn.Module) -> tuple[Around, ...]:
+    def _in_tiles(self, module: nn.Module) -> tuple[ForwardContext, ...]:
         """How many tiles MLPs in one of the roots take. Where some take several, all say so: one is within another."""
         if self.tiles == 1 and not self.levels.has_tiles:
             return ()
         policy = self.levels.named[module][0] if module in self.levels.named else self.levels.whole
         return (InTiles(policy.tiles or self.tiles),)
 
-    def _around(self, module: nn.Module) -> tuple[Around, ...]:
+    def _around(self, module: nn.Module) -> tuple[ForwardContext, ...]:
         """What the forward of one of the roots runs in."""
         may_repeat = module not in self.above and not any(map(writes_as_set, modules_of(module)))
         if module in self.levels.named:
@@ -245,26 +255,26 @@ class _Conversion(Leaves):
             return (AtLevel(policy.level, places, may_repeat),)
         whole = self.levels.whole.level
         if whole == "layer" and module not in self.above and self._is_layer(module):
-            around: tuple[Around, ...] = (as_layer,)
+            around: tuple[ForwardContext, ...] = (as_layer,)
         else:
             around = (discarding_products if whole in ("all", "layer") else discarding,)
-        return (*around, selecting) if may_repeat else around
+        return (*around, checkpointing_selectively) if may_repeat else around
 
-    def _offloading(self, module: nn.Module) -> tuple[Around, ...]:
+    def _offloading(self, module: nn.Module) -> tuple[ForwardContext, ...]:
         named = self.levels.named.get(module)
         return (self.offloading,) if named is not None and named[0].is_offloaded else ()
 
-    def _surround(self, module: nn.Module, around: tuple[Around, ...]) -> None:
+    def _surround(self, module: nn.Module, around: tuple[ForwardContext, ...]) -> None:
         rule = rule_of(module)
         if rule is not None:
             swap_back(module)
         # A class that cannot be subclassed has no rule either: nothing is undone then.
         with contextlib.suppress(NotSwapped):
-            swap(module, rule or Within(), around)
+            swap(module, rule or ContextOnly(), around)
 
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a norm in it is converted, as in layers, and not in most experts."""
-        rules = [self.rules[below] for below in modules_of(module) if below in self.rules]
+        rules = [self.rules[inner] for inner in modules_of(module) if inner in self.rules]
         return any(isinstance(rule, Norm) or (isinstance(rule, Written) and rule.has_norm) for rule in rules)
 
 

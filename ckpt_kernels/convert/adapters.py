@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .loads import modules_of
+from .module_tree import modules_of
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
 

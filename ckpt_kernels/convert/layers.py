@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from .loads import is_set, modules_of, named_modules
+from .attribute_loads import is_set
+from .module_tree import modules_of, named_modules
 from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
 

@@ -10,9 +10,9 @@ from torch.utils._device import DeviceContext
 
 from ..ops.registration import is_transformed
 from ..thin.direct import WATCHERS, is_plain
-from .asked import Quiet, Such, is_surely
 from .code.called import is_as_torch_wrote_it
-from .patched import INHERITED, WATCHED, are_patched, are_patched_as_traced
+from .native_guards import GlobalStateGuard, ModuleGuard, passes_natively
+from .torch_patches import INHERITED_METHODS, TORCH_FUNCTIONS, are_patched, are_patched_as_traced
 
 _TENSORS = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,17 +23,17 @@ _CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}
 _CALL, _CALL_IMPL = (call if is_as_torch_wrote_it(call) else None for call in _CALLS.values())
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CALLS_FORWARD = (("__call__", _CALL), ("_call_impl", _CALL_IMPL))
-_CALLED_PLAINLY = Such(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))
+_CALLED_PLAINLY = ModuleGuard(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))
 _everybody = nn.modules.module
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
-# What `is_watched`, `has_hooks_for_all` and `is_autocast` ask.
-QUIET = Quiet(
+# What `is_observed`, `has_global_hooks` and `is_autocast` ask.
+GLOBAL_STATE = GlobalStateGuard(
     (*WATCHERS, torch._C._is_any_autocast_enabled),
-    (*WATCHED, (vars(forward_ad), "_current_level", -1)),
-    ((vars(Tensor), tuple(INHERITED)),),
+    (*TORCH_FUNCTIONS, (vars(forward_ad), "_current_level", -1)),
+    ((vars(Tensor), tuple(INHERITED_METHODS)),),
     ((vars(_everybody), tuple(f"_global_{name[1:]}" for name in HOOKS)),),
 )
 
@@ -45,10 +45,10 @@ def is_operand(value: Any) -> bool:
     # The usual case, of which C answers most at once: a plain tensor, and neither modes nor transforms.
     if value is not None and is_plain(value) and forward_ad._current_level < 0:
         return value.dtype in _DTYPES and not are_patched()
-    return is_ordinary(value) and not is_watched()
+    return is_ordinary(value) and not is_observed()
 
 
-def is_beside(value: Any, input: Tensor) -> bool:
+def matches_input(value: Any, input: Tensor) -> bool:
     """Whether it is an ordinary tensor of the dtype, and on the device, of one that is ordinary."""
     return (
         type(value) in _TENSORS
@@ -70,7 +70,7 @@ def is_ordinary(value: Any) -> bool:
     )
 
 
-def is_watched() -> bool:
+def is_observed() -> bool:
     """Whether each operation is seen as it is written: by a transform of torch's, by a mode that may change it, or by
     functions that are in the place of torch's.
 
@@ -88,7 +88,7 @@ def _is_in_a_mode() -> bool:
     return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
-def as_plain(value: Any) -> tuple[Any, type[Tensor] | None]:
+def as_plain_tensor(value: Any) -> tuple[Any, type[Tensor] | None]:
     """A tensor of a subclass that changes nothing of what torch's functions do, as a plain one, and its class.
 
     A checkpoint gives its function plain tensors when it runs again: both times the same must be computed.
@@ -118,16 +118,16 @@ def _overrides(kind: type[Tensor]) -> bool:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of the module is its class's forward and nothing else: no hooks, no forward of its own."""
-    return is_surely(module, _CALLED_PLAINLY) or (calls_forward(type(module)) and is_bare(module))
+    return passes_natively(module, _CALLED_PLAINLY) or (class_calls_forward(type(module)) and is_plain_instance(module))
 
 
-def calls_forward(kind: type[nn.Module]) -> bool:
+def class_calls_forward(kind: type[nn.Module]) -> bool:
     """Whether a call of a module of the class is torch's way to call its forward."""
     call = kind.__call__
     return kind._call_impl is _CALL_IMPL and (call is _CALL or hasattr(call, "only_names_modules"))
 
 
-def is_bare(module: nn.Module) -> bool:
+def is_plain_instance(module: nn.Module) -> bool:
     """Whether the module itself has no hooks, and no forward of its own."""
     held = module.__dict__
     return not (
@@ -139,7 +139,7 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
-def has_hooks_for_all() -> bool:
+def has_global_hooks() -> bool:
     """Whether somebody's hooks are to see the calls of all modules."""
     return bool(
         _everybody._global_forward_hooks

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .loads import modules_of, named_modules
+from .module_tree import modules_of, named_modules
 
 Choice = tuple[str | type[nn.Module], ...] | None
 

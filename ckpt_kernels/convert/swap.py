@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import nn
 
-from .around import Around
-from .asked import ACTIVATION, are_same
 from .code.called import asks_for_its_class
-from .noticing import goes_on
+from .forward_contexts import ForwardContext
+from .late_modules import late_conversion_of
+from .native_guards import ACTIVATION, are_same
 from .operands import is_called_plainly
-from .rules.rule import Rule, Within
-from .wrappers import Found, surrounded, unless_patched
+from .rules.rule import ContextOnly, Rule
+from .wrappers import MethodSnapshot, surrounded, unless_patched
 
 # What the class of a converted module has beside its methods: its `Conversion`, and its forward as it was made.
 _ATTRIBUTE = "_ckpt_conversion"
@@ -46,9 +46,9 @@ class Conversion(NamedTuple):
 
     original: type[nn.Module]
     rule: Rule
-    around: tuple[Around, ...]
-    found: tuple[tuple[str, Found], ...]
-    forward: Found
+    around: tuple[ForwardContext, ...]
+    found: tuple[tuple[str, MethodSnapshot], ...]
+    forward: MethodSnapshot
 
 
 class Converted:
@@ -64,7 +64,7 @@ class Converted:
             return reduced
         make, given, *rest = reduced
         given = tuple(original if argument is kind else argument for argument in given)
-        later = goes_on(self)
+        later = late_conversion_of(self)
         if later is not None and later.is_of(self) and rest and type(rest[0]) is dict:
             rest[0] = {**rest[0], _LATER: later}
         return _made_again, (original, rule, around, (_PROCESS, id(kind)), make, given), *rest
@@ -84,7 +84,7 @@ def _is_pickled_plainly(kind: type[nn.Module]) -> bool:
     return kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
 
 
-def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None:
+def swap(module: nn.Module, rule: Rule, around: tuple[ForwardContext, ...] = ()) -> None:
     """Converts one module by `rule`; its forward, whichever it then is, runs as the functions `around` it do.
 
     Raises NotSwapped, and changes nothing, where its class does not let itself be subclassed.
@@ -92,7 +92,7 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
     kind = type(module)
     if not _is_pickled_plainly(kind):
         raise NotSwapped("is pickled in a way of its own")
-    found = tuple((name, Found.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
+    found = tuple((name, MethodSnapshot.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
         made = _converted_class(Conversion(kind, rule, around, found, dict(found)["forward"]))
         object.__setattr__(module, "__class__", made)
@@ -100,11 +100,11 @@ def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None
         raise NotSwapped("its class does not let itself be subclassed") from error
 
 
-def surround(module: nn.Module, outer: Around) -> None:
+def add_forward_context(module: nn.Module, outer: ForwardContext) -> None:
     """Has the forward of a module, converted or not, run as one more function does."""
     conversion = getattr(type(module), _ATTRIBUTE, None)
     if conversion is None:
-        swap(module, Within(), (outer,))
+        swap(module, ContextOnly(), (outer,))
     else:
         swap_back(module)
         swap(module, conversion.rule, (*conversion.around, outer))
@@ -209,11 +209,11 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
                     type.__setattr__(made, name, members[name])
             elif name not in _OF_CLASSES and (name in vars(original) or not name.startswith("__")):
                 type.__delattr__(made, name)
-    forward = Found.of(vars(made).get("forward", original.forward))
+    forward = MethodSnapshot.of(vars(made).get("forward", original.forward))
     type.__setattr__(made, _MADE, forward)
-    asked = forward.asked(made, "forward") + conversion.forward.asked(original, "forward")
-    type.__setattr__(made, _ASKED, asked)
-    type.__setattr__(made, ACTIVATION, conversion.rule.as_activation(asked))
+    bindings = forward.bindings(made, "forward") + conversion.forward.bindings(original, "forward")
+    type.__setattr__(made, _ASKED, bindings)
+    type.__setattr__(made, ACTIVATION, conversion.rule.activation_guard(bindings))
     _classes[_PROCESS, id(made)] = made
     return made
 
@@ -258,7 +258,7 @@ _classes: "weakref.WeakValueDictionary[tuple[str, int], type[nn.Module]]" = weak
 def _made_again(
     original: type[nn.Module],
     rule: Rule,
-    around: tuple[Around, ...],
+    around: tuple[ForwardContext, ...],
     known: tuple[str, int],
     make: Callable[..., nn.Module] = _NEW,
     given: tuple = (),

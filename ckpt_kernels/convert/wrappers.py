@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .around import Around
-from .asked import Found as Asked
-from .asked import are_same, surely_same
+from .forward_contexts import ForwardContext
+from .native_guards import Binding, are_same, native_same_check
 from .rules.rule import Forward
 
 
-class Found(NamedTuple):
+class MethodSnapshot(NamedTuple):
     """A method of the original class, and what may be changed of it in place."""
 
     method: Forward
@@ -26,14 +25,14 @@ class Found(NamedTuple):
     kwdefaults: Any
 
     @classmethod
-    def of(cls, method: Forward) -> "Found":
+    def of(cls, method: Forward) -> "MethodSnapshot":
         return cls(method, *(getattr(method, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")))
 
     def is_at(self, kind: type[nn.Module], name: str) -> bool:
         """Whether the class still has it."""
-        return are_same(self.asked(kind, name))
+        return are_same(self.bindings(kind, name))
 
-    def asked(self, kind: type[nn.Module], name: str) -> tuple[Asked, ...]:
+    def bindings(self, kind: type[nn.Module], name: str) -> tuple[Binding, ...]:
         """That, as it is asked."""
         own = (("__code__", self.code), ("__defaults__", self.defaults), ("__kwdefaults__", self.kwdefaults))
         of_function = own if type(self.method) is types.FunctionType else ()
@@ -41,18 +40,18 @@ class Found(NamedTuple):
 
     # Defaults may be lists.
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Found) and all(map(operator.is_, self, other))
+        return isinstance(other, MethodSnapshot) and all(map(operator.is_, self, other))
 
     def __hash__(self) -> int:
         return hash(tuple(map(id, self)))
 
 
-def unless_patched(original: type[nn.Module], name: str, found: Found, method: Forward) -> Forward:
+def unless_patched(original: type[nn.Module], name: str, found: MethodSnapshot, method: Forward) -> Forward:
     """The method, or whatever the original class's has become since."""
 
     _ckpt_name, _ckpt_method, _ckpt_original, _ckpt_load = name, method, original, getattr
-    _ckpt_is_same, _ckpt_asked = are_same, found.asked(original, name)
-    _ckpt_is_compiling, _ckpt_are_surely = torch.compiler.is_compiling, surely_same(_ckpt_asked)
+    _ckpt_is_same, _ckpt_asked = are_same, found.bindings(original, name)
+    _ckpt_is_compiling, _ckpt_are_surely = torch.compiler.is_compiling, native_same_check(_ckpt_asked)
 
     @_in_the_place_of(found.method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +63,7 @@ def unless_patched(original: type[nn.Module], name: str, found: Found, method: F
     return call
 
 
-def surrounded(original: type[nn.Module], outer: Around, forward: Forward | None) -> Forward:
+def surrounded(original: type[nn.Module], outer: ForwardContext, forward: Forward | None) -> Forward:
     _ckpt_outer, _ckpt_forward, _ckpt_original = outer, forward, original
 
     @_in_the_place_of(original.forward)

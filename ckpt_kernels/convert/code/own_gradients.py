@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch.autograd import Function
 
-from ..asked import Found
+from ..native_guards import Binding
 
 METHODS = ("forward", "backward")
 # What such a class has: `_backward_cls` is torch's, the rest but for the methods is Python's.
@@ -22,6 +22,6 @@ def is_plain_function(kind: type) -> bool:
     return plain and all(isinstance(own.get(name), staticmethod) for name in METHODS)
 
 
-def has_own_gradient(found: Iterable[Found]) -> bool:
+def has_own_gradient(found: Iterable[Binding]) -> bool:
     """Whether such a class is among what code reaches."""
     return any(isinstance(holder, type) and issubclass(holder, Function) for holder, _, _ in found)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..asked import MISSING, Found, are_same
+from ..native_guards import MISSING, Binding, are_same
 from .called import is_a, is_torchs
 from .dead import live_code
 from .own_gradients import METHODS, NAMES, is_plain_function
@@ -49,7 +49,7 @@ class Code:
     there.
     """
 
-    def __init__(self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], found: Iterable[Found]) -> None:
+    def __init__(self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], found: Iterable[Binding]) -> None:
         self._module = module
         self.found = tuple({(id(holder), name): (holder, name, value) for holder, name, value in found}.values())
 
@@ -155,7 +155,7 @@ class Reading:
         self.branches = False
         # Whether it computes what has steps, of numbers such as a shape's.
         self.steps = False
-        self.found: list[Found] = []
+        self.found: list[Binding] = []
         self._seen: set[types.CodeType] = set()
 
     def function(self, function: Any, own: bool = False) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..loads import MISSING, load
+from ..attribute_loads import MISSING, load_attribute
 from .remembering import remembered
 
 UNKNOWN = object()
@@ -114,7 +114,7 @@ def _binds(node: ast.AST, name: str) -> bool:
 def _attribute(owner: Any, name: str) -> Any:
     if isinstance(owner, types.ModuleType):
         return vars(owner).get(name, UNKNOWN)
-    found = load(owner, name) if isinstance(owner, nn.Module) else MISSING
+    found = load_attribute(owner, name) if isinstance(owner, nn.Module) else MISSING
     return UNKNOWN if found is MISSING else found
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..loads import is_set, modules_of
+from ..attribute_loads import is_set
+from ..module_tree import modules_of
 from .called import functions_behind, functions_of, is_a, is_torchs
 from .remembering import remembered
 from .scope import UNKNOWN, Scope

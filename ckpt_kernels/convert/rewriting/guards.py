@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ...autocast import is_autocast
-from ..asked import Such, linears_surely
+from ..attribute_loads import LOADS_PLAINLY, only_instances_define
 from ..code.called import is_as_torch_wrote_it
-from ..loads import LOADS_PLAINLY, is_left_to_modules
-from ..operands import CALLS_FORWARD, HOOKS, calls_forward, is_bare, is_beside, is_called_plainly, is_ordinary
+from ..native_guards import ModuleGuard, linear_parameters_natively
+from ..operands import (
+    CALLS_FORWARD,
+    HOOKS,
+    class_calls_forward,
+    is_called_plainly,
+    is_ordinary,
+    is_plain_instance,
+    matches_input,
+)
 from ..rules.norms import Norm
 from ..swap import original_of, rule_in_force
 
@@ -24,7 +32,7 @@ _FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
 # None, which no code is, where somebody has put another forward in torch's place.
 _CODE, _DROPOUT_CODE = (f.__code__ if is_as_torch_wrote_it(f) else None for f in (_FORWARD, _DROPOUT))
 # All that `linear_operands` asks of most layers.
-LINEAR = Such(
+LINEAR = ModuleGuard(
     nn.Linear,
     (("forward", _FORWARD), *CALLS_FORWARD, *LOADS_PLAINLY),
     ((_FORWARD, "__code__", _CODE),),
@@ -43,7 +51,7 @@ def is_linear(module: Any) -> bool:
     if isinstance(module, nn.Linear):
         kind = type(module)
         own = kind.forward is _FORWARD and _FORWARD.__code__ is _CODE
-        return own and is_left_to_modules(kind, "weight", "bias")
+        return own and only_instances_define(kind, "weight", "bias")
     return isinstance(module, nn.Module) and _is_transposed(module)
 
 
@@ -56,13 +64,15 @@ def _is_transposed(module: nn.Module) -> bool:
         return False
     file = getattr(sys.modules.get(_CONV1D), "__file__", None)
     as_written = code.co_name == "forward" and code.co_filename == file and not forward.__defaults__
-    return as_written and forward.__globals__.get("torch") is torch and is_left_to_modules(kind, "weight", "bias", "nf")
+    return (
+        as_written and forward.__globals__.get("torch") is torch and only_instances_define(kind, "weight", "bias", "nf")
+    )
 
 
 def linear_operands(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
     """Weights and biases as F.linear takes them, if there is nothing else to the modules and they are of the input's
     kind."""
-    surely = linears_surely(modules, LINEAR, input)
+    surely = linear_parameters_natively(modules, LINEAR, input)
     return surely if surely is not None else linear_operands_asked(modules, input)
 
 
@@ -73,9 +83,9 @@ def linear_operands_asked(modules: Sequence[Any], input: Tensor) -> list[tuple[T
     for module in modules:
         if type(module) is not kind:  # a class is asked once
             kind, transposed = type(module), not isinstance(module, nn.Linear)
-            if not is_linear(module) or not calls_forward(kind):
+            if not is_linear(module) or not class_calls_forward(kind):
                 return None
-        if not is_bare(module):
+        if not is_plain_instance(module):
             return None
         own = module.__dict__
         held = own["_parameters"]
@@ -86,10 +96,10 @@ def linear_operands_asked(modules: Sequence[Any], input: Tensor) -> list[tuple[T
             weight, bias = held["weight"], held["bias"]
         else:  # buffers, tensors that sharding puts in the place of parameters, or what somebody has laid over them
             weight, bias = module.weight, module.bias
-        if not (is_beside(weight, input) or _may_be_cast(weight, input)) or weight.dim() != 2:
+        if not (matches_input(weight, input) or _may_be_cast(weight, input)) or weight.dim() != 2:
             return None
         if bias is not None:
-            fits = is_beside(bias, input) or _may_be_cast(bias, input)
+            fits = matches_input(bias, input) or _may_be_cast(bias, input)
             if not fits or bias.shape != weight.shape[1 if transposed else 0 :][:1]:
                 return None
         if transposed:

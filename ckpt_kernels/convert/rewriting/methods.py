@@ -20,16 +20,16 @@ from ...activations import FUNCTIONS as ACTIVATIONS
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import is_adapter
-from ..biased import adds_bias
+from ..biased_linears import adds_bias
 from ..code.flow import LONGEST, Meaning, Run, blocks, run_of
 from ..code.frames import may_be_rewritten
 from ..code.remembering import remembered
 from ..code.scope import UNKNOWN, Scope
 from ..code.source import NoSource, definition_of, layers_of
 from ..rotations.trials import turns_heads
-from ..rules.pointwise import Tried, activation_by_trial
+from ..rules.pointwise import TrialResult, activation_by_trial
 from ..rules.rule import Rule
-from ..rules.trial import in_a_thread_of_its_own
+from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
 from .exchange import EXCHANGES, FUNCTION_TYPES
 from .formulas import VALUE, Formula, formula_of
@@ -238,7 +238,7 @@ def _formulas(node: ast.AST, scope: Scope, meanings: Mapping[int, Meaning]) -> l
 
 
 @remembered
-@in_a_thread_of_its_own
+@in_own_thread
 def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, ...]) -> Part:
     """The part of a formula, which may be an activation of ours, with these values of the names in it."""
     code = compile(text, "<formula>", "eval")
@@ -251,7 +251,7 @@ def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, .
         with torch.no_grad():
             values_there = compute(few.clone())
         close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
-        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else Tried()
+        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else TrialResult()
         return Part() if name is None else Part("act", name, not keeps_input, known, is_exact)
     except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
         return Part()

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..code.called import is_torchs
 from ..swap import is_plain_method
-from ..wrappers import Found
+from ..wrappers import MethodSnapshot
 
 _NO_OBJECTS = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
@@ -29,7 +29,7 @@ def method_called(value: Any) -> types.FunctionType | None:
 
 def exchanged_object(method: types.FunctionType, instead: Callable[..., Any]) -> Callable[[Any], Any]:
     """Of what is about to be called: `instead` of an object whose class has this method, and anything else as it is."""
-    found = Found.of(method)
+    found = MethodSnapshot.of(method)
 
     def exchange(called: Any) -> Any:
         return functools.partial(instead, called) if found.is_at(type(called), "__call__") else called

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..asked import Activation, Site, Such
-from ..loads import LOADS_PLAINLY
-from ..operands import QUIET
-from ..rules.pointwise import KEPT_BY_OUTPUT, KNOWN
+from ..attribute_loads import LOADS_PLAINLY
+from ..native_guards import ActivationGuard, ModuleGuard, SiteGuard
+from ..operands import GLOBAL_STATE
+from ..rules.pointwise import KEPT_BY_OUTPUT, NATIVE_ACTIVATIONS
 from .guards import LINEAR
 from .reading import Match
 from .templates import Pattern, keeps
@@ -48,16 +48,20 @@ def quick(pattern: Pattern, places: Mapping[str, int | str], options: dict[str, 
     wanted = [(places[name], letters[name]) for name in pattern.takes if name in places]
     wanted += [(places["act"], "a")] if has_act else []
     constants = pattern.options | options
-    known = KNOWN if keeps(pattern, constants) else tuple(each for each in KNOWN if not _is_kept_by_output(each[1]))
+    known = (
+        NATIVE_ACTIVATIONS
+        if keeps(pattern, constants)
+        else tuple(each for each in NATIVE_ACTIVATIONS if not _is_kept_by_output(each[1]))
+    )
     attributes = tuple(place for place in places.values() if isinstance(place, str))
-    owner = Such(nn.Module, LOADS_PLAINLY, (), attributes, (), ())
-    asker = Site(QUIET, owner, LINEAR, known, tuple(wanted)).asker()
-    if asker is None:
+    owner = ModuleGuard(nn.Module, LOADS_PLAINLY, (), attributes, (), ())
+    native_check = SiteGuard(GLOBAL_STATE, owner, LINEAR, known, tuple(wanted)).native_check()
+    if native_check is None:
         return None
     compute, fixed = pattern.compute, constants | ({"p": 0.0} if "p" in pattern.takes else {})
 
     def call(*values: Any) -> list[Any]:
-        found = None if _is_compiling() else asker(*values)
+        found = None if _is_compiling() else native_check(*values)
         results = None if found is None else compute(*found, **fixed)
         if results is None:
             return [False]
@@ -67,7 +71,7 @@ def quick(pattern: Pattern, places: Mapping[str, int | str], options: dict[str, 
     return call
 
 
-def _is_kept_by_output(known: str | Activation) -> bool:
+def _is_kept_by_output(known: str | ActivationGuard) -> bool:
     return (known if isinstance(known, str) else known.name) in KEPT_BY_OUTPUT
 
 

@@ -12,7 +12,7 @@ from ... import ops
 from ... import recompute as recomputing
 from ...autocast import is_autocast
 from ...functional.mlps import known_gated_mlp, known_mlp
-from ..loads import is_set
+from ..attribute_loads import is_set
 from ..rules.in_place import out_of_place, writes_over
 from ..rules.norms import Norm, RowNorm
 from .guards import are_alike, are_wanted, chains, level_for, modulates

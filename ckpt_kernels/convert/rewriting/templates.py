@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operands import as_plain, has_hooks_for_all, is_ordinary, is_watched
+from ..operands import as_plain_tensor, has_global_hooks, is_observed, is_ordinary
 from ..rules.function_trials import TriedFunction
 from ..rules.pointwise import KEPT_BY_OUTPUT, activation_of
 from .guards import CHUNK, as_products_take, linear_operands, norm_rule, probability
@@ -129,7 +129,7 @@ def site(
     kept = keeps(pattern, constants)
 
     def call(**operands: Any) -> list[Any]:
-        results = None if is_watched() or has_hooks_for_all() else computed(operands)
+        results = None if is_observed() or has_global_hooks() else computed(operands)
         if results is None:
             return [*[operands[name] for name in again], False]
         results.append(True)
@@ -146,7 +146,7 @@ def site(
         for name in tensors:
             tensor = operands[name]
             if type(tensor) is not Tensor:
-                tensor, subclass = as_plain(tensor)
+                tensor, subclass = as_plain_tensor(tensor)
                 if subclass is not None and kind not in (None, subclass):
                     return None
                 kind = kind or subclass

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...activations import FUNCTIONS as ACTIVATIONS
-from ..loads import load
+from ..attribute_loads import load_attribute
 from ..rotations.trials import turns_heads
 from ..rules.function_trials import activation_function
 from ..rules.in_place import writes_over
@@ -33,7 +33,7 @@ def part_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Part:
         if is_linear(value):
             return Part("linear")
         # Which may be taken out again: whether it is there is asked at each call.
-        within = load(value, "base_layer")
+        within = load_attribute(value, "base_layer")
         if isinstance(within, nn.Module) and is_linear(within) and may_touch(within):
             return Part("linear", ADAPTED)
         if (name := activation_of(value, made=True)) is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...backends import reference
 from ...backends.blocks import Rotary
 from ..code.reached import NotTried
-from ..rules.trial import Watching
+from ..rules.trial import TrialMode
 from .forms import Form, Way
 
 # The operations that may run, all of which leave alone what they are given. (Autograd detaches what is written to; what
@@ -117,7 +117,7 @@ class Trial:
         return found
 
 
-class _Strict(Watching):
+class _Strict(TrialMode):
     """Ends the trial of what runs anything but these operations, or writes to anything but what it made empty; and,
     with a unit, of what takes parts of a dimension whose length is no multiple of that, or one after another of a
     dimension that it has not made itself, which has not more than four."""

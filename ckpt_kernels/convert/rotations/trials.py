@@ -15,7 +15,7 @@ from ..code.called import is_torchs, names_in
 from ..code.reached import Code, NotTried
 from ..code.reached_functions import read_function
 from ..code.remembering import remembered
-from ..rules.trial import in_a_thread_of_its_own
+from ..rules.trial import in_own_thread
 from .forms import Dtypes, Form, Found, Kind, Rotation, Settings, Way, is_setting, parameters_of, settings_of
 from .results import beside_ones, dtypes_of, has_gradients_of, holds_for_all
 from .runs import Arrangement, Trial
@@ -108,7 +108,7 @@ def _found_out(function: types.FunctionType, settings: tuple[str, ...]) -> Rotat
     return "turns nothing as ours does" if found is None else found
 
 
-@in_a_thread_of_its_own
+@in_own_thread
 def _tried_out(function: types.FunctionType, code: Code, varied: Sequence[str]) -> Rotation | None:
     names, defaults = parameters_of(function)
     rotation = Rotation(function, code)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import functional as F
 from ...nn.channel_norms_of_torch import batch_norm_of, group_of, instance_norm_of
-from .norms import Norm, are_coefficients, lies_as_a_map
+from .norms import Norm, are_coefficients, is_dense_map
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class BatchNorm(Norm):
         # What torch's refuses it refuses after it has counted the batch.
         if input.dim() < 2 or input.shape[1] != module.num_features or input.numel() <= input.shape[1]:
             return None
-        if not _are_of_channels(module, input) or not are_statistics(input, module):
+        if not _are_of_channels(module, input) or not has_running_statistics(input, module):
             return None
         if not (module.num_batches_tracked is None or is_plain_counter(module.num_batches_tracked)):
             return None
@@ -39,7 +39,7 @@ class GroupNorm(Norm):
         if input.dim() < 3 or input.shape[1] != module.num_channels or not _are_of_channels(module, input):
             return None
         # Of others eager torch keeps a copy, and not what they may be a part of.
-        input = input if lies_as_a_map(input) else input.contiguous()
+        input = input if is_dense_map(input) else input.contiguous()
         return F.group_norm(input, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
 
     def __str__(self) -> str:
@@ -55,11 +55,11 @@ class InstanceNorm(Norm):
         single = input.dim() == module._get_no_batch_dim()
         if input.shape[0 if single else 1] != module.num_features:
             return None
-        if not _are_of_channels(module, input) or not are_statistics(input, module):
+        if not _are_of_channels(module, input) or not has_running_statistics(input, module):
             return None
         input = input.unsqueeze(0) if single else input
         # As in torch, the output is contiguous, and what is kept is no part of a larger tensor.
-        input = input if lies_as_a_map(input) else input.contiguous()
+        input = input if is_dense_map(input) else input.contiguous()
         output = instance_norm_of(module, input, activation, again=True).contiguous()
         return output.squeeze(0) if single else output
 
@@ -75,7 +75,7 @@ def _are_of_channels(module: Any, input: Tensor) -> bool:
     return weight is None or (weight.dim() == 1 and (bias is None or bias.shape == weight.shape))
 
 
-def are_statistics(input: Tensor, module: nn.Module) -> bool:
+def has_running_statistics(input: Tensor, module: nn.Module) -> bool:
     """Whether torch's norm takes its running statistics, and moves them, as ours does: both are there or none, beside
     coefficients of their dtype, and plain settings say how they move."""
     mean, variance, momentum = module.running_mean, module.running_var, module.momentum
@@ -85,10 +85,12 @@ def are_statistics(input: Tensor, module: nn.Module) -> bool:
         return True
     if mean is None or variance is None or not (momentum is None or type(momentum) in (float, int)):
         return False
-    return are_coefficients(input, module.weight, mean, variance) and are_moved(mean, variance, module.num_features)
+    return are_coefficients(input, module.weight, mean, variance) and are_running_statistics(
+        mean, variance, module.num_features
+    )
 
 
-def are_moved(mean: Tensor, variance: Tensor, channels: int) -> bool:
+def are_running_statistics(mean: Tensor, variance: Tensor, channels: int) -> bool:
     """Whether these are running statistics of so many channels, which no gradient flows to."""
     return mean.shape == variance.shape == (channels,) and not (mean.requires_grad or variance.requires_grad)
 

@@ -11,7 +11,7 @@ from ..code.called import is_torchs
 from ..code.reached import Code, NotTried, Reading, reads_shapes
 from ..code.remembering import remembered
 from .pointwise import activation_by_trial
-from .trial import POINTWISE, in_a_thread_of_its_own, result_of, takes_one
+from .trial import POINTWISE, in_own_thread, result_of, takes_one_argument
 
 
 class TriedFunction(NamedTuple):
@@ -36,7 +36,7 @@ def activation_function(value: Any) -> TriedFunction | None:
 
     It is one that its module has under its name, so that what is known of it can be pickled.
     """
-    if type(value) is not types.FunctionType or is_torchs(value) or not takes_one(value, 0):
+    if type(value) is not types.FunctionType or is_torchs(value) or not takes_one_argument(value, 0):
         return None
     if getattr(sys.modules.get(value.__module__), value.__name__, None) is not value:
         return None
@@ -46,7 +46,7 @@ def activation_function(value: Any) -> TriedFunction | None:
         return None
 
 
-@in_a_thread_of_its_own
+@in_own_thread
 def _tried_out(function: types.FunctionType) -> TriedFunction | None:
     reading = Reading(nn.Module())
     reading.function(function)

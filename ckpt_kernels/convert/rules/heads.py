@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...autocast import is_autocast
 from ...logits import logits_of
 from ...ops.products import product_dtype
-from ..loads import named_modules
-from ..operands import has_hooks_for_all, is_called_plainly, is_operand, is_ordinary
+from ..module_tree import named_modules
+from ..operands import has_global_hooks, is_called_plainly, is_operand, is_ordinary
 from ..swap import original_of
 from .rule import Forward, Rule
 
@@ -63,7 +63,7 @@ def _operands(module: nn.Module, input: Any) -> tuple[Tensor, Tensor, Tensor | N
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if "parametrizations" in module._modules or "weight" in module.__dict__ or "bias" in module.__dict__:
         return None
-    if has_hooks_for_all() or not is_called_plainly(module) or not is_operand(input):
+    if has_global_hooks() or not is_called_plainly(module) or not is_operand(input):
         return None
     for parameter in (weight, bias):
         if parameter is not None and (not is_ordinary(parameter) or parameter.device != input.device):

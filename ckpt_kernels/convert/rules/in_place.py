@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..operands import is_called_plainly
 from ..swap import original_of
-from .pointwise import is_as_torch_has_it
+from .pointwise import is_unmodified_torch
 
 _NUMBERS = (int, float)
 _OUT_OF_PLACE: dict[type[nn.Module], Callable[[Any, Tensor], Tensor | None]] = {
@@ -30,7 +30,7 @@ def writes_over(module: Any) -> bool:
     """Whether it is one of these, as torch has it."""
     if not isinstance(module, nn.Module) or original_of(module) not in _OUT_OF_PLACE:
         return False
-    return module.__dict__.get("inplace") is True and is_as_torch_has_it(module, "min_val", "max_val")
+    return module.__dict__.get("inplace") is True and is_unmodified_torch(module, "min_val", "max_val")
 
 
 def out_of_place(module: Any, input: Tensor) -> Tensor | None:

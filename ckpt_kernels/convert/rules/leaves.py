@@ -15,7 +15,7 @@ from .pointwise import pointwise_of
 from .rule import Rule
 
 
-class Leaves:
+class LeafConverter:
     """What converts modules, and writes down what it did: in a report's lists, and in `rules`.
 
     `writer` is a method of the model that may write to what is given to a norm, "" for none.

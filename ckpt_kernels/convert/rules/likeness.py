@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from ..loads import has_children
+from ..module_tree import has_children
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # torch's activations of one element at a time.

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ... import nn as ours
+from ..attribute_loads import loads_plainly
 from ..code.called import is_as_torch_wrote_it
 from ..code.reached import NotTried
 from ..code.remembering import remembered
-from ..loads import has_children, loads_plainly, tensors_of
+from ..module_tree import has_children, tensors_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
 from .norms import Case, Dtypes, Norm, RowNorm
-from .trial import CHANNELS, ROWS, DoesNotTake, Outline, forward_of, in_a_thread_of_its_own, outline_of, takes_one
+from .trial import CHANNELS, ROWS, InputRefused, Outline, forward_of, in_own_thread, outline_of, takes_one_argument
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -80,7 +81,7 @@ def _may_be_row_norm(module: nn.Module) -> bool:
     own = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in own):
         return False
-    leaf = not has_children(module) and takes_one(type(module).forward)
+    leaf = not has_children(module) and takes_one_argument(type(module).forward)
     vectors = len(own) <= 2 and all(p.numel() == max(p.shape, default=0) for p in own)
     from_torch = type(module).__module__.startswith("torch.nn.modules.")
     return (
@@ -96,7 +97,7 @@ def _may_be_row_norm(module: nn.Module) -> bool:
 
 
 @remembered
-@in_a_thread_of_its_own
+@in_own_thread
 def _tried_out(outline: Outline) -> RowNorm | str:
     """By float32 which norm it is, and then in which dtypes it rounds where ours does; or why it is none."""
     reasons = ["computes what none of our row norms computes"]
@@ -207,7 +208,7 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
                 torchs = _with_gradients(made, input, lambda x: rule.computed_by_torch(made, x))
                 if not _close(theirs, torchs, dtypes, scale):
                     return False
-        except (DoesNotTake, RuntimeError, ValueError, TypeError, IndexError):
+        except (InputRefused, RuntimeError, ValueError, TypeError, IndexError):
             return False
     return True
 
@@ -234,7 +235,7 @@ def _with_gradients(made: nn.Module, input: Tensor, compute: Callable[[Tensor], 
     input = input.clone().requires_grad_()
     output = compute(input)
     if output is None:
-        raise DoesNotTake("takes other shapes")
+        raise InputRefused("takes other shapes")
     if not output.requires_grad:
         raise NotTried("has no gradient")
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device="cpu").view(output.shape)

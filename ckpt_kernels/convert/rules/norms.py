@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import functional as F
 from ..code.reached import Code, Settings, is_as_tried
 from ..operands import is_ordinary
-from .rule import Unary
+from .rule import UnaryRule
 
 # Of the input and of the weight. Each is tried.
 Dtypes = tuple[torch.dtype, torch.dtype]
@@ -30,10 +30,10 @@ class Case(NamedTuple):
     keeps_data: bool
 
 
-class Norm(Unary):
+class Norm(UnaryRule):
     """A norm, for what fuses with it: `compute(module, input, activation)`, or None where the original has to."""
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+    def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         return self.compute(module, input, "identity")
 
     @abc.abstractmethod
@@ -119,7 +119,7 @@ class RowNorm(Norm):
         """Whether the input, and the parameters, are of shapes like those that were tried."""
         if any(getattr(module, name).shape != shape for name, shape in self.shapes):
             return False
-        if self.channels_first and (input.dim() != self.dimensions or not lies_as_a_map(input)):
+        if self.channels_first and (input.dim() != self.dimensions or not is_dense_map(input)):
             return False
         columns = input.shape[1 if self.channels_first else -1] if input.dim() > 1 else 0
         return columns > 0 and (weight is None or weight.numel() == columns)
@@ -144,7 +144,7 @@ class RowNorm(Norm):
             input = input.clone()
         if not self.channels_first:
             # Maps in channels_last, of which torch's own RMSNorm makes such, are its own affair.
-            if self.cases is None and not self.centered and not input.is_contiguous() and lies_as_a_map(input):
+            if self.cases is None and not self.centered and not input.is_contiguous() and is_dense_map(input):
                 return None
             if input.is_contiguous() or not self.strided:
                 return self._compute(activation, *self._operands(module, input, weight, bias))
@@ -215,7 +215,7 @@ def _order_in_memory(input: Tensor) -> list[int] | None:
     return order if order[-1] == input.dim() - 1 else None
 
 
-def lies_as_a_map(input: Tensor) -> bool:
+def is_dense_map(input: Tensor) -> bool:
     """Whether it is contiguous, or a dense map in channels_last, and has elements."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()])

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...activations import FUNCTIONS, NAMES, name_of
 from ...backends.reference import ACTIVATIONS
-from ..asked import Activation, Found, Such
+from ..attribute_loads import LOADS_PLAINLY, is_set, loads_plainly, only_instances_define
 from ..code.called import is_as_torch_wrote_it
 from ..code.own_gradients import has_own_gradient
 from ..code.reached import Code, NotTried, Settings, is_as_tried
 from ..code.remembering import remembered
-from ..loads import LOADS_PLAINLY, has_children, is_left_to_modules, is_set, loads_plainly, tensors_of
+from ..module_tree import has_children, tensors_of
+from ..native_guards import ActivationGuard, Binding, ModuleGuard
 from ..operands import CALLS_FORWARD, HOOKS, is_called_plainly
 from ..swap import is_patched, original_of, rule_of
 from .likeness import looks_like_activation
-from .rule import Rule, Unary
-from .trial import POINTWISE, Outline, forward_of, in_a_thread_of_its_own, outline_of, result_of, takes_one
+from .rule import Rule, UnaryRule
+from .trial import POINTWISE, Outline, forward_of, in_own_thread, outline_of, result_of, takes_one_argument
 
 # What the forwards of torch's activations, dropouts and gates read.
 _SETTINGS = ("alpha", "approximate", "beta", "dim", "inplace", "negative_slope", "p", "threshold", "training")
@@ -40,7 +41,7 @@ _TORCHS = {
 }
 
 
-class Tried(NamedTuple):
+class TrialResult(NamedTuple):
     """The activation that something computes, or None, whether torch keeps its input for that, and whether it is exact:
     one with rounded constants is another one to float64."""
 
@@ -50,7 +51,7 @@ class Tried(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ActivationRule(Unary):
+class ActivationRule(UnaryRule):
     """An activation by its name, as long as the module's settings are what they were."""
 
     name: str
@@ -63,28 +64,28 @@ class ActivationRule(Unary):
         """Whether the module is what it was tried as, also where operands are `wide`, which is float64."""
         return (self.is_exact or not wide) and is_as_tried(module, self.settings, self.code)
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+    def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         # Eager torch does not keep the input of some formulas, to which somebody may write.
         if not self.holds(module, input.dtype == torch.float64) or (torch.is_grad_enabled() and not self.keeps_input):
             return None
         return F.bias_act(input, activation=self.name)
 
-    def as_activation(self, asked: tuple[Found, ...]) -> Activation:
+    def activation_guard(self, asked: tuple[Binding, ...]) -> ActivationGuard:
         found = asked if self.code is None else (*asked, *self.code.found)
         # A class below it may have another forward.
         (_, name, forward), *_ = asked
-        such = Such(nn.Module, ((name, forward), *CALLS_FORWARD), found, (), HOOKS, ("forward",))
-        return Activation(such, self.settings, self.name)
+        such = ModuleGuard(nn.Module, ((name, forward), *CALLS_FORWARD), found, (), HOOKS, ("forward",))
+        return ActivationGuard(such, self.settings, self.name)
 
     def __str__(self) -> str:
         return f"bias_act ({self.name}){'' if self.keeps_input else ' where it is fused, and without gradients'}"
 
 
 @dataclass(frozen=True)
-class DropoutRule(Unary):
+class DropoutRule(UnaryRule):
     """`torch.nn.Dropout`, of which no mask is kept. Its random numbers are not those that torch's would draw."""
 
-    def of(self, module: Any, input: Tensor) -> Tensor | None:
+    def apply(self, module: Any, input: Tensor) -> Tensor | None:
         p = _probability(module)
         if module.inplace is not False or module.training is not True or not p:
             return None
@@ -95,10 +96,10 @@ class DropoutRule(Unary):
 
 
 @dataclass(frozen=True)
-class GLURule(Unary):
+class GLURule(UnaryRule):
     """`torch.nn.GLU` over the last dimension."""
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+    def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         last = type(module.dim) is int and module.dim in (-1, input.dim() - 1)
         if not last or input.dim() == 0 or input.shape[-1] % 2:
             return None
@@ -156,15 +157,15 @@ def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | Non
     return name_of(act)
 
 
-def _of_torchs(kind: type[nn.Module], name: str) -> Activation:
+def _of_torchs(kind: type[nn.Module], name: str) -> ActivationGuard:
     forward, code = _TORCHS.get(kind, (None, None))
     own = (("forward", forward), *CALLS_FORWARD, *LOADS_PLAINLY)
-    such = Such(kind, own, ((kind.forward, "__code__", code),), _SETTINGS, HOOKS, ("forward",))
-    return Activation(such, (), name)
+    such = ModuleGuard(kind, own, ((kind.forward, "__code__", code),), _SETTINGS, HOOKS, ("forward",))
+    return ActivationGuard(such, (), name)
 
 
 # What C knows of functions, and of torch's classes that are left as they are.
-KNOWN: tuple[tuple[Any, str | Activation], ...] = (
+NATIVE_ACTIVATIONS: tuple[tuple[Any, str | ActivationGuard], ...] = (
     *FUNCTIONS.items(),
     *((kind, _of_torchs(kind, name)) for kind, name in ((nn.ReLU, "relu"), (nn.Sigmoid, "sigmoid"), (nn.Tanh, "tanh"))),
 )
@@ -176,42 +177,42 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
         return False
     forward, code = _TORCHS[found]
     own = found.forward is forward and forward.__code__ is code
-    return own and (is_left_to_modules(found, *_SETTINGS) or loads_plainly(found, *_SETTINGS))
+    return own and (only_instances_define(found, *_SETTINGS) or loads_plainly(found, *_SETTINGS))
 
 
-def is_as_torch_has_it(module: nn.Module, *names: str) -> bool:
+def is_unmodified_torch(module: nn.Module, *names: str) -> bool:
     """Whether it computes what torch's class does, of settings under these names that no code of the class computes."""
     return _is_torchs(module) and loads_plainly(original_of(module), *names)
 
 
-def _named(module: nn.Module) -> tuple[Tried, Settings, Code | None]:
+def _named(module: nn.Module) -> tuple[TrialResult, Settings, Code | None]:
     if _is_torchs(module):
         name = name_of(module)
         if name is None:
-            return Tried(), (), None
+            return TrialResult(), (), None
         plain = {k: v for k, v in vars(module).items() if type(v) in (bool, int, float, str) and k != "training"}
-        return Tried(name), tuple(sorted(plain.items())), None
+        return TrialResult(name), tuple(sorted(plain.items())), None
     if any(True for _ in tensors_of(module)) or has_children(module):
-        return Tried(), (), None
-    if not takes_one(type(module).forward) or type(module).forward is nn.Module.forward:
-        return Tried(), (), None
+        return TrialResult(), (), None
+    if not takes_one_argument(type(module).forward) or type(module).forward is nn.Module.forward:
+        return TrialResult(), (), None
     outline = outline_of(module, gradients=True)
     return _tried_out(outline), outline.settings, outline.code
 
 
 @remembered
-@in_a_thread_of_its_own
-def _tried_out(outline: Outline) -> Tried:
+@in_own_thread
+def _tried_out(outline: Outline) -> TrialResult:
     made = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
-        return Tried()
+        return TrialResult()
     is_own = has_own_gradient(outline.code.found)
     return activation_by_trial(lambda points: forward_of(made, points, POINTWISE), is_own)
 
 
-@in_a_thread_of_its_own
-def activation_by_trial(compute: Callable[[Tensor], Tensor], is_own: bool = False) -> Tried:
+@in_own_thread
+def activation_by_trial(compute: Callable[[Tensor], Tensor], is_own: bool = False) -> TrialResult:
     """The activation that a function of one tensor computes, values and derivative.
 
     The gradient may be its own, an `autograd.Function`'s whose code was read: it has to be the derivative times any
@@ -228,11 +229,11 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], is_own: bool = Fals
         given = points.clone().requires_grad_()
         values = compute(given)
         if type(values) is not Tensor or values.shape != points.shape or values.dtype != points.dtype:
-            return Tried()
+            return TrialResult()
         if not values.requires_grad or given._version or not torch.equal(given, points):
-            return Tried()
+            return TrialResult()
         if not _is_linear(values, given) if is_own else _is_of_python(values):
-            return Tried()
+            return TrialResult()
         keeps_input = given.data_ptr() in kept
         (slopes,) = torch.autograd.grad(values.sum(), given)
         for name in NAMES:
@@ -243,8 +244,8 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], is_own: bool = Fals
             if _are_close(values, expected, 1e-7) and _are_close(slopes, expected_slopes, 1e-6, 1):
                 # Exact ones differ by 25 roundings at most.
                 is_exact = _are_close(values, expected, 1e-14) and _are_close(slopes, expected_slopes, 1e-14, 1)
-                return Tried(name, keeps_input, is_exact)
-    return Tried()
+                return TrialResult(name, keeps_input, is_exact)
+    return TrialResult()
 
 
 def _is_linear(values: Tensor, given: Tensor) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..asked import Activation, Found
-from ..operands import as_plain, is_operand
+from ..native_guards import ActivationGuard, Binding
+from ..operands import as_plain_tensor, is_operand
 
 Forward = Callable[..., Any]
 
@@ -24,7 +24,7 @@ class Rule(abc.ABC):
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         """What takes the place of these methods; each takes the module first."""
 
-    def as_activation(self, asked: tuple[Found, ...]) -> Activation | None:
+    def activation_guard(self, asked: tuple[Binding, ...]) -> ActivationGuard | None:
         """What its modules are, where that is an activation; `asked` is what their class and its forward have to be."""
         return None
 
@@ -32,7 +32,7 @@ class Rule(abc.ABC):
         return type(self).__name__
 
 
-class Unary(Rule):
+class UnaryRule(Rule):
     """What a module computes of one tensor. Called in another way, or with a tensor of another kind than our functions
     take, its original forward runs."""
 
@@ -40,8 +40,8 @@ class Unary(Rule):
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             # Where it was parametrized since, each load of its weight computes it.
             if len(args) == 1 and not kwargs and "parametrizations" not in module._modules:
-                input, kind = as_plain(args[0])
-                output = self.of(module, input) if is_operand(input) else None
+                input, kind = as_plain_tensor(args[0])
+                output = self.apply(module, input) if is_operand(input) else None
                 if output is not None:
                     return output if kind is None else output.as_subclass(kind)
             return original.forward(module, *args, **kwargs)
@@ -49,12 +49,12 @@ class Unary(Rule):
         return {"forward": forward}
 
     @abc.abstractmethod
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+    def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         """The output, or None where the original has to compute it."""
 
 
 @dataclass(frozen=True)
-class Within(Rule):
+class ContextOnly(Rule):
     """The original's methods, for modules that are converted for nothing but what is around their forward."""
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:

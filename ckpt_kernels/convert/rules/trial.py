@@ -32,13 +32,13 @@ ROWS = frozenset(
 CHANNELS = ROWS | frozenset("alias clone permute slice transpose unsqueeze view".split())
 
 
-Tried = TypeVar("Tried")
+Result = TypeVar("Result")
 
 # Below which a norm may be cut off, as F.normalize does it.
 _NEARLY_ZERO = 1e-11
 
 
-class DoesNotTake(NotTried):
+class InputRefused(NotTried):
     """It fails on what it was tried with."""
 
 
@@ -75,7 +75,7 @@ def outline_of(module: nn.Module, gradients: bool = False) -> Outline:
     return Outline(type(module), type(module).forward, code, settings, shapes)
 
 
-class Watching(TorchDispatchMode):
+class TrialMode(TorchDispatchMode):
     """A mode of a trial."""
 
     @classmethod
@@ -84,7 +84,7 @@ class Watching(TorchDispatchMode):
         return False
 
 
-class _Strict(Watching):
+class _Strict(TrialMode):
     """Ends the trial of what runs anything but these operations, or reduces over a dimension that is not counted from
     the last, or in `dimensions`."""
 
@@ -140,7 +140,7 @@ class _StrictCalls(TorchFunctionMode):
         if func is nn.functional.rms_norm:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
-                raise DoesNotTake("takes an input and a weight of two dtypes")
+                raise InputRefused("takes an input and a weight of two dtypes")
             with self._operations.suspended():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -154,12 +154,12 @@ def _is_whole(dimension: int = 0, start: int | None = None, end: int | None = No
     return start in (None, 0) and end in (None, 2**63 - 1) and step == 1
 
 
-def in_a_thread_of_its_own(trial: Callable[..., Tried]) -> Callable[..., Tried]:
+def in_own_thread(trial: Callable[..., Result]) -> Callable[..., Result]:
     """For trials: torch as it is by default. What is set around a conversion, grad mode, autocast, a default device,
     modes, hooks of saved tensors, is set for the thread that it runs in."""
 
     @functools.wraps(trial)
-    def run(*arguments: Any) -> Tried:
+    def run(*arguments: Any) -> Result:
         with ThreadPoolExecutor(max_workers=1) as thread:
             return thread.submit(trial, *arguments).result()
 
@@ -186,14 +186,14 @@ def result_of(
     except NotTried:
         raise
     except Exception as error:
-        raise DoesNotTake(f"fails on a tensor of {tuple(input.shape)}") from error
+        raise InputRefused(f"fails on a tensor of {tuple(input.shape)}") from error
     if type(output) is not torch.Tensor:
         raise NotTried("makes something else than a tensor")
     return output
 
 
 @remembered
-def takes_one(function: Any, bound: int = 1) -> bool:
+def takes_one_argument(function: Any, bound: int = 1) -> bool:
     """Whether it can be called with one argument beside those that are bound, as a method's first is."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[bound:]

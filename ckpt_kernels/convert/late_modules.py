@@ -15,14 +15,14 @@ from torch import nn
 from .rules.likeness import ACTIVATIONS, NORMS
 
 # By their very class. What is none of ours to compute is looked at once.
-LOOKED_FOR = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {
+LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {
     *ACTIVATIONS,
     nn.Dropout,
     nn.GLU,
 }
 
 
-class Later(abc.ABC):
+class LateConversion(abc.ABC):
     """How a conversion goes on, for the modules that come later. `known` are those that it has seen, of torch's
     classes and adapters; `sizes`, for each module whose forward looks for them, how many modules were in it when
     adapters were last looked for."""
@@ -47,25 +47,25 @@ class Later(abc.ABC):
         """Converts the adapters in the model as it would have when it began."""
 
 
-_by_module: "weakref.WeakKeyDictionary[nn.Module, Later]" = weakref.WeakKeyDictionary()
+_by_module: "weakref.WeakKeyDictionary[nn.Module, LateConversion]" = weakref.WeakKeyDictionary()
 
 
-def go_on(modules: Iterable[nn.Module], later: Later) -> None:
+def set_late_conversion(modules: Iterable[nn.Module], later: LateConversion) -> None:
     """From now on the forwards of these modules look for what came later."""
     _by_module.update(dict.fromkeys(modules, later))
 
 
-def goes_on(module: nn.Module) -> Later | None:
+def late_conversion_of(module: nn.Module) -> LateConversion | None:
     """How the conversion of a module goes on, if it does."""
     return _by_module.get(module)
 
 
-def forget(module: nn.Module) -> None:
+def remove_late_conversion(module: nn.Module) -> None:
     """Its conversion does not go on."""
     _by_module.pop(module, None)
 
 
-def below(model: nn.Module) -> list[nn.Module | None]:
+def module_entries(model: nn.Module) -> list[nn.Module | None]:
     """The model and all that is in it, some of it more than once, and None where nothing is."""
     found: list[nn.Module | None] = [model]
     seen: set[nn.Module] = set()
@@ -77,15 +77,15 @@ def below(model: nn.Module) -> list[nn.Module | None]:
     return found
 
 
-def look_over(model: nn.Module) -> None:
+def convert_late_modules(model: nn.Module) -> None:
     """Has what came later converted. For each call, so that it is to be fast."""
     # What runs again in a backward pass, as checkpoints do, is to be what ran.
-    if (later := goes_on(model)) is None or torch._C._current_graph_task_id() != -1:
+    if (later := late_conversion_of(model)) is None or torch._C._current_graph_task_id() != -1:
         return
-    modules = below(model)
+    modules = module_entries(model)
     # The usual case ends here, with one operation over all modules.
-    if not LOOKED_FOR.isdisjoint(map(type, modules)):
-        found = [module for module in modules if module is not None and type(module) in LOOKED_FOR]
+    if not LATE_CLASSES.isdisjoint(map(type, modules)):
+        found = [module for module in modules if module is not None and type(module) in LATE_CLASSES]
         if not later.known.issuperset(map(weakref.ref, found)):
             later.convert([module for module in found if weakref.ref(module) not in later.known])
     if later.sizes.get(model) != len(modules):

@@ -15,40 +15,40 @@ from torch import Tensor, nn
 from ..thin import direct
 
 # What holds something, a dict or an object; under which name; and what.
-Found = tuple[Any, str, Any]
+Binding = tuple[Any, str, Any]
 MISSING = object()
 
 _is_compiling = torch.compiler.is_compiling
 
 
-class Such(NamedTuple):
+class ModuleGuard(NamedTuple):
     """What a module has to be: of a class, or one below it, which has these attributes, where all of `same` still is
     what it was, and that and what it inherits has nothing under the names `inherited` itself. Of its own it has dicts
     with nothing in them under the names `empty`, and nothing under the names `absent`."""
 
     kind: type[nn.Module]
     of_class: tuple[tuple[str, Any], ...]
-    same: tuple[Found, ...]
+    same: tuple[Binding, ...]
     inherited: tuple[str, ...]
     empty: tuple[str, ...]
     absent: tuple[str, ...]
 
 
-class Quiet(NamedTuple):
+class GlobalStateGuard(NamedTuple):
     """What must be so for nobody but autograd to see or change what a site does: the functions `still` give what is
     false, all of `same` is what it was, and under the names there is nothing in the holders `without`, and an empty
     dict in the dicts `empty`."""
 
     still: tuple[Callable[[], Any], ...]
-    same: tuple[Found, ...]
+    same: tuple[Binding, ...]
     without: tuple[tuple[Any, tuple[str, ...]], ...]
     empty: tuple[tuple[dict[str, Any], tuple[str, ...]], ...]
 
 
-class Activation(NamedTuple):
+class ActivationGuard(NamedTuple):
     """What an activation has to be to have a name: such a module, with these settings."""
 
-    such: Such
+    such: ModuleGuard
     settings: tuple[tuple[str, Any], ...]
     name: str
 
@@ -57,7 +57,7 @@ class Activation(NamedTuple):
 ACTIVATION = "_ckpt_activation"
 
 
-class Site(NamedTuple):
+class SiteGuard(NamedTuple):
     """What is asked of the values at a site. Each of `wanted` is the place of a value, or the name of an attribute of
     the first value, a module that is such an `owner`; and a letter: "t" of an ordinary tensor of at most 32 bits an
     element, "l" of a linear layer that is such a `linear` and reads the first of these tensors, "a" of an activation,
@@ -67,29 +67,29 @@ class Site(NamedTuple):
     `activations` have for the function or the class, or the class itself has under `ACTIVATION`.
     """
 
-    quiet: Quiet
-    owner: Such
-    linear: Such
-    activations: tuple[tuple[Any, str | Activation], ...]
+    quiet: GlobalStateGuard
+    owner: ModuleGuard
+    linear: ModuleGuard
+    activations: tuple[tuple[Any, str | ActivationGuard], ...]
     wanted: tuple[tuple[int | str, str], ...]
 
-    def asker(self) -> Callable[..., tuple | None] | None:
+    def native_check(self) -> Callable[..., tuple | None] | None:
         """The function that C answers by, of the values: None, where something may be other than it was."""
         return None if direct.asked is None else functools.partial(direct.asked.operands, *self)
 
 
-def are_same(found: tuple[Found, ...]) -> bool:
+def are_same(found: tuple[Binding, ...]) -> bool:
     """Whether each holder still has what it had."""
     return _are_the_same(found) if _is_compiling() else are_same_untraced(found)
 
 
-def are_same_untraced(found: tuple[Found, ...]) -> bool:
+def are_same_untraced(found: tuple[Binding, ...]) -> bool:
     """The same, for whoever knows that no compiler traces the call."""
     asked = direct.asked
     return _are_the_same(found) if asked is None else asked.are_same(found, MISSING)
 
 
-def _are_the_same(found: tuple[Found, ...]) -> bool:
+def _are_the_same(found: tuple[Binding, ...]) -> bool:
     for holder, name, value in found:
         now = holder.get(name, MISSING) if type(holder) is dict else getattr(holder, name, MISSING)
         if now is not value:
@@ -97,19 +97,21 @@ def _are_the_same(found: tuple[Found, ...]) -> bool:
     return True
 
 
-def surely_same(found: tuple[Found, ...]) -> Callable[[], bool]:
+def native_same_check(found: tuple[Binding, ...]) -> Callable[[], bool]:
     """The same as a function of nothing, which no compiler is to see."""
     if direct.asked is None:
         return functools.partial(are_same, found)
     return functools.partial(direct.asked.are_same, found, MISSING)
 
 
-def is_surely(module: Any, such: Such) -> bool:
+def passes_natively(module: Any, such: ModuleGuard) -> bool:
     """Whether C knows the module for such a one."""
     return not (direct.asked is None or _is_compiling()) and direct.asked.is_such(module, such)
 
 
-def linears_surely(modules: Iterable[Any], such: Such, input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
+def linear_parameters_natively(
+    modules: Iterable[Any], such: ModuleGuard, input: Tensor
+) -> list[tuple[Tensor, Tensor | None]] | None:
     """Weights and biases of linear layers that are such ones, and that read an input of their dtype on their device."""
     if direct.asked is None or _is_compiling():
         return None

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from .code.remembering import remembered
 from .code.source import NoSource, definition_of, layers_of
-from .loads import has_children
+from .module_tree import has_children
 
 _PRODUCTS = frozenset(("linear", "matmul", "mm"))
 

@@ -11,19 +11,19 @@ from ..levels import NONE
 from .adapters import is_adapter
 from .code.remembering import forget_what_is_local
 from .code.writes import writer_in
-from .loads import modules_of, named_modules
-from .noticing import LOOKED_FOR, Later, below, go_on
+from .late_modules import LATE_CLASSES, LateConversion, module_entries, set_late_conversion
+from .module_tree import modules_of, named_modules
 from .report import LeftAlone, Replaced
 from .rewriting.methods import adapter_of
-from .rules.leaves import Leaves
-from .rules.pointwise import is_as_torch_has_it
+from .rules.leaves import LeafConverter
+from .rules.pointwise import is_unmodified_torch
 from .selection import Choice, Selection
 from .swap import may_be_swapped, original_of, rule_of
 
 _one_at_a_time = threading.Lock()
 
 
-class Continued(Later):
+class ContinuedConversion(LateConversion):
     """The conversion of a model with these choices; the lists are those of its report, `levels` the levels of modules
     with all that comes into them, by name.
 
@@ -52,7 +52,7 @@ class Continued(Later):
         model = self._model()
         modules = modules_of(model) if model is not None else ()
         known = [module for module in modules if weakref.ref(module) in self.known]
-        return Continued, (*self._choices, known, [], [], self._levels)
+        return ContinuedConversion, (*self._choices, known, [], [], self._levels)
 
     def is_of(self, module: nn.Module) -> bool:
         return self._model() is module
@@ -60,8 +60,8 @@ class Continued(Later):
     def begin(self, model: nn.Module, *others: nn.Module) -> None:
         """From now on the forwards of the model, and of `others` in it, look for modules that come later."""
         self._model = weakref.ref(model)
-        self.sizes.update((module, len(below(module))) for module in (model, *others))
-        go_on((model, *others), self)
+        self.sizes.update((module, len(module_entries(module))) for module in (model, *others))
+        set_late_conversion((model, *others), self)
 
     def convert(self, modules: list[nn.Module]) -> None:
         model = self._model()
@@ -69,7 +69,7 @@ class Continued(Later):
             new = [module for module in dict.fromkeys(modules) if weakref.ref(module) not in self.known]
             self.known = {known for known in self.known if known() is not None} | set(map(weakref.ref, new))
             # Of another, a trial would say what it computes.
-            new = [module for module in new if type(module) in LOOKED_FOR and is_as_torch_has_it(module)]
+            new = [module for module in new if type(module) in LATE_CLASSES and is_unmodified_torch(module)]
             if model is not None and new:
                 with self._leaves(model) as (leaves, names):
                     leaves.writer = writer_in(model)
@@ -93,11 +93,11 @@ class Continued(Later):
                         leaves.apply(names[module], module, rule)
 
     @contextlib.contextmanager
-    def _leaves(self, model: nn.Module) -> Iterator[tuple[Leaves, dict[nn.Module, str]]]:
+    def _leaves(self, model: nn.Module) -> Iterator[tuple[LeafConverter, dict[nn.Module, str]]]:
         """What converts the model's modules, and their names."""
         names = {module: name for name, module in named_modules(model)}
         try:
-            yield Leaves(Selection(model, *self._choices), "", self._replaced, self._left_alone), names
+            yield LeafConverter(Selection(model, *self._choices), "", self._replaced, self._left_alone), names
         finally:
             forget_what_is_local()
 
@@ -108,6 +108,6 @@ class Continued(Later):
         return self._levels[name]
 
 
-def looked_for(model: nn.Module) -> Iterable[nn.Module]:
+def late_candidates(model: nn.Module) -> Iterable[nn.Module]:
     """The modules of the classes that are looked for, converted or not, and adapters."""
-    return (module for module in modules_of(model) if original_of(module) in LOOKED_FOR or is_adapter(module))
+    return (module for module in modules_of(model) if original_of(module) in LATE_CLASSES or is_adapter(module))

@@ -15,12 +15,12 @@ from ..ops.tiles import in_tiles
 from ..recompute import discard_outputs, run_as_layer, selective_contexts
 from ..recompute import discarding as discarding_now
 from ..saved_tensors import as_is
-from .loads import is_set
-from .noticing import look_over
+from .attribute_loads import is_set
+from .late_modules import convert_late_modules
 from .rules.rule import Forward
 
 # Called with a forward, the module, and the forward's arguments.
-Around = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
+ForwardContext = Callable[[Forward, nn.Module, tuple, dict[str, Any]], Any]
 
 _PASSES = (Tensor, type(None), bool, int, float, str, tuple)
 
@@ -29,7 +29,7 @@ def discarding(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[st
     """The forward within `discard_outputs`."""
     if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    look_for_later(module)
+    convert_late_modules_if_outermost(module)
     with discard_outputs(module):
         return forward(module, *args, **kwargs)
 
@@ -38,7 +38,7 @@ def discarding_products(forward: Forward, module: nn.Module, args: tuple, kwargs
     """The forward within `discard_outputs`, which lets go of the products that blocks read too."""
     if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    look_for_later(module)
+    convert_late_modules_if_outermost(module)
     with discard_outputs(module, products=True):
         return forward(module, *args, **kwargs)
 
@@ -47,7 +47,7 @@ def as_layer(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str,
     """The forward of a layer, whose products run again, but the last."""
     if not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)
-    look_for_later(module)
+    convert_late_modules_if_outermost(module)
     return run_as_layer(functools.partial(forward, module), module, args, kwargs)
 
 
@@ -64,17 +64,17 @@ class InTiles:
             return forward(module, *args, **kwargs)
 
 
-def looking_over(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def converting_late_modules(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The forward, and before it the conversion of what came into the module later."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        look_over(module)
+        convert_late_modules(module)
     return forward(module, *args, **kwargs)
 
 
-def look_for_later(module: nn.Module) -> None:
+def convert_late_modules_if_outermost(module: nn.Module) -> None:
     """Has what came into the module later converted. Within another converted module that one has looked."""
     if not torch.compiler.is_compiling() and discarding_now() is None:
-        look_over(module)
+        convert_late_modules(module)
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -85,7 +85,7 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     return torch.autograd.graph.saved_tensors_hooks(as_is, as_is), contextlib.nullcontext()
 
 
-def selecting(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def checkpointing_selectively(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Under torch.compile, which has no `discard_outputs`: the forward in a checkpoint that computes blocks again."""
     if not torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return forward(module, *args, **kwargs)

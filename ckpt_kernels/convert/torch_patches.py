@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .asked import Found, are_same_untraced
 from .code.called import is_torchs
+from .native_guards import Binding, are_same_untraced
 
 _OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish instance_norm layer_norm leaky_relu linear mish
     relu rms_norm sigmoid silu softplus tanh""".split()
@@ -28,22 +28,22 @@ def _then(function: Any) -> Any:
     return function if isinstance(function, types.BuiltinFunctionType) or is_torchs(function) else object()
 
 
-WATCHED: tuple[Found, ...] = tuple(
+TORCH_FUNCTIONS: tuple[Binding, ...] = tuple(
     (vars(holder), name, _then(vars(holder)[name]))
     for holder, names in ((F, _OF_FUNCTIONAL), (torch, _OF_TORCH))
     for name in names
     if name in vars(holder)
 )
-_WATCHED_AS_TRACED = tuple((F if held is vars(F) else torch, name, then) for held, name, then in WATCHED)
+_WATCHED_AS_TRACED = tuple((F if held is vars(F) else torch, name, then) for held, name, then in TORCH_FUNCTIONS)
 _OF_TENSOR = vars(Tensor)
 # Methods that Tensor inherits: another would be one of its own.
-INHERITED = {name: getattr(Tensor, name) for name in _METHODS if name not in vars(Tensor)}
-_NAMES = frozenset(INHERITED)
+INHERITED_METHODS = {name: getattr(Tensor, name) for name in _METHODS if name not in vars(Tensor)}
+_NAMES = frozenset(INHERITED_METHODS)
 
 
 def are_patched() -> bool:
     """Whether any of them is another than when this package was imported. For each call that no compiler traces."""
-    return not (are_same_untraced(WATCHED) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
+    return not (are_same_untraced(TORCH_FUNCTIONS) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
 
 
 def are_patched_as_traced() -> bool:
@@ -53,4 +53,4 @@ def are_patched_as_traced() -> bool:
 
 def _are_inherited() -> bool:
     """Whether what Tensor has of its own under these names is what it would inherit."""
-    return all(_OF_TENSOR.get(name, then) is then for name, then in INHERITED.items())
+    return all(_OF_TENSOR.get(name, then) is then for name, then in INHERITED_METHODS.items())

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
 from ..recompute import run_at
 from ..runs import Place, run_in
-from .around import look_for_later, selecting
-from .loads import modules_of, named_modules
+from .forward_contexts import checkpointing_selectively, convert_late_modules_if_outermost
+from .module_tree import modules_of, named_modules
 from .rules.rule import Forward
 from .selection import Choice, Selection
 
@@ -36,7 +36,7 @@ class AtLevel:
     def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
-        look_for_later(module)
+        convert_late_modules_if_outermost(module)
         if torch.compiler.is_compiling():
             return self._compiled(forward, module, args, kwargs)
         if not self.places:
@@ -54,10 +54,10 @@ class AtLevel:
             return forward(module, *args, **kwargs)
         if self.places:
             return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
-        return selecting(forward, module, args, kwargs)
+        return checkpointing_selectively(forward, module, args, kwargs)
 
 
-class Planned(Protocol):
+class LevelSource(Protocol):
     """What gives modules their levels."""
 
     def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
@@ -82,7 +82,7 @@ class Levels:
         ValueError: a level is unknown, or a name fits no module.
     """
 
-    def __init__(self, model: nn.Module, recompute: "str | Mapping[str, str] | Planned") -> None:
+    def __init__(self, model: nn.Module, recompute: "str | Mapping[str, str] | LevelSource") -> None:
         self.named: dict[nn.Module, tuple[Policy, tuple[Place, ...]]] = {}
         self._level: dict[nn.Module, str] = {}
         whole = recompute if isinstance(recompute, str) else getattr(recompute, "whole", None)
@@ -152,7 +152,7 @@ class Levels:
         return "by module: " + (", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "none")
 
 
-class Touched(Selection):
+class ConvertibleModules(Selection):
     """What a conversion may touch: what is selected, and is not to stay as it is."""
 
     def __init__(self, model: nn.Module, include: Choice, exclude: Choice, levels: Levels) -> None:
