@@ -1,4 +1,4 @@
-"""How a conversion goes on, for modules that come into the model after it: see `noticing`."""
+"""Converts modules that are added to a model after its conversion: the implementation of `late_modules`."""
 
 import contextlib
 import threading
@@ -20,26 +20,32 @@ from .rules.pointwise import is_unmodified_torch
 from .selection import Choice, Selection
 from .swap import may_be_swapped, original_of, rule_of
 
-_one_at_a_time = threading.Lock()
+_lock = threading.Lock()
 
 
 class ContinuedConversion(LateConversion):
-    """The conversion of a model with these choices; the lists are those of its report, `levels` the levels of modules
-    with all that comes into them, by name.
+    """The conversion of a model, continued with the choices that it began with.
 
-    What comes later is known by its class, or noted: nothing is tried out, and no code of the model's runs.
+    A module of torch's own classes is converted by class, an adapter by the source of the methods. No module is tried
+    out, and no code of the model runs, because this happens within a training step.
+
+    Args:
+        include, exclude: the choices that `convert` was given.
+        seen: the modules that the conversion itself has examined.
+        replaced, left_alone: the lists of the conversion's report, which are continued.
+        levels: recompute levels by names of modules, each for all modules below that name.
     """
 
     def __init__(
         self,
         include: Choice,
         exclude: Choice,
-        known: Iterable[nn.Module],
+        seen: Iterable[nn.Module],
         replaced: list[Replaced],
         left_alone: list[LeftAlone],
         levels: Mapping[str, str],
     ) -> None:
-        self.known = set(map(weakref.ref, known))
+        self.seen = set(map(weakref.ref, seen))
         self.sizes = weakref.WeakKeyDictionary()
         self._levels = levels
         self._choices = include, exclude
@@ -48,53 +54,53 @@ class ContinuedConversion(LateConversion):
         self._model: Callable[[], nn.Module | None] = lambda: None
 
     def __reduce__(self) -> tuple:
-        """For copies of the model: they have seen what this one has."""
+        """For copies of the model, whose modules count as seen where those of this model do."""
         model = self._model()
         modules = modules_of(model) if model is not None else ()
-        known = [module for module in modules if weakref.ref(module) in self.known]
-        return ContinuedConversion, (*self._choices, known, [], [], self._levels)
+        seen = [module for module in modules if weakref.ref(module) in self.seen]
+        return ContinuedConversion, (*self._choices, seen, [], [], self._levels)
 
-    def is_of(self, module: nn.Module) -> bool:
+    def belongs_to(self, module: nn.Module) -> bool:
         return self._model() is module
 
     def begin(self, model: nn.Module, *others: nn.Module) -> None:
-        """From now on the forwards of the model, and of `others` in it, look for modules that come later."""
+        """Has the forwards of the model, and of `others` in it, look for added modules from now on."""
         self._model = weakref.ref(model)
         self.sizes.update((module, len(module_entries(module))) for module in (model, *others))
         set_late_conversion((model, *others), self)
 
     def convert(self, modules: list[nn.Module]) -> None:
         model = self._model()
-        with _one_at_a_time:
-            new = [module for module in dict.fromkeys(modules) if weakref.ref(module) not in self.known]
-            self.known = {known for known in self.known if known() is not None} | set(map(weakref.ref, new))
-            # Of another, a trial would say what it computes.
+        with _lock:
+            new = [module for module in dict.fromkeys(modules) if weakref.ref(module) not in self.seen]
+            self.seen = {module for module in self.seen if module() is not None} | set(map(weakref.ref, new))
+            # A module that does not run torch's own forward would have to be tried out.
             new = [module for module in new if type(module) in LATE_CLASSES and is_unmodified_torch(module)]
             if model is not None and new:
-                with self._leaves(model) as (leaves, names):
-                    leaves.writer = writer_in(model)
+                with self._converter(model) as (converter, names):
+                    converter.writer = writer_in(model)
                     for module in new:
                         if module in names and self._level_of(names[module]) != NONE:
-                            leaves.convert(names[module], module)
+                            converter.convert(names[module], module)
 
     def convert_adapters(self) -> None:
         model = self._model()
-        with _one_at_a_time:
+        with _lock:
             if model is None:
                 return
-            with self._leaves(model) as (leaves, names):
-                new = [module for module in names if weakref.ref(module) not in self.known and is_adapter(module)]
-                self.known |= set(map(weakref.ref, new))
+            with self._converter(model) as (converter, names):
+                new = [module for module in names if weakref.ref(module) not in self.seen and is_adapter(module)]
+                self.seen |= set(map(weakref.ref, new))
                 for module in new:
                     level = self._level_of(names[module])
-                    if level == NONE or not leaves.selection.covers(module) or not may_be_swapped(module):
+                    if level == NONE or not converter.selection.covers(module) or not may_be_swapped(module):
                         continue
                     if rule_of(module) is None and (rule := adapter_of(module, level)):
-                        leaves.apply(names[module], module, rule)
+                        converter.apply(names[module], module, rule)
 
     @contextlib.contextmanager
-    def _leaves(self, model: nn.Module) -> Iterator[tuple[LeafConverter, dict[nn.Module, str]]]:
-        """What converts the model's modules, and their names."""
+    def _converter(self, model: nn.Module) -> Iterator[tuple[LeafConverter, dict[nn.Module, str]]]:
+        """A converter of the model's modules, and their names."""
         names = {module: name for name, module in named_modules(model)}
         try:
             yield LeafConverter(Selection(model, *self._choices), "", self._replaced, self._left_alone), names
@@ -102,12 +108,12 @@ class ContinuedConversion(LateConversion):
             forget_what_is_local()
 
     def _level_of(self, name: str) -> str:
-        """That of the module, or of the nearest that it is in. "layer" is "all" within."""
+        """The level of that module; without one, the level of the nearest module around that has one."""
         while name and name not in self._levels:
             name = name.rpartition(".")[0]
         return self._levels[name]
 
 
 def late_candidates(model: nn.Module) -> Iterable[nn.Module]:
-    """The modules of the classes that are looked for, converted or not, and adapters."""
+    """The modules of `LATE_CLASSES` in the model, converted or not, and its adapters."""
     return (module for module in modules_of(model) if original_of(module) in LATE_CLASSES or is_adapter(module))

@@ -1,8 +1,8 @@
-"""Modules that come into a model after it was converted: adapters with their dropouts, another norm.
+"""Finds modules that are added to a model after the conversion, such as adapters with their dropouts, or a new norm.
 
-They are seen when the forward of the model begins, so that it makes no difference which came first. Torch's own classes
-are looked for, of which it is known what they compute, and what has been seen once is not asked about again; adapters,
-of anybody's classes, where there are more modules or fewer than before.
+The forward of a converted model begins with the search, so that the order of conversion and addition makes no
+difference. Two kinds are looked for: modules of torch's own classes, by their exact class, each of which is examined
+once; and adapters, of any class, whenever the number of modules in the model has changed.
 """
 
 import abc
@@ -14,7 +14,7 @@ from torch import nn
 
 from .rules.likeness import ACTIVATIONS, NORMS
 
-# By their very class. What is none of ours to compute is looked at once.
+# The classes of torch.nn whose instances are examined when they are added.
 LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {
     *ACTIVATIONS,
     nn.Dropout,
@@ -23,71 +23,75 @@ LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, 
 
 
 class LateConversion(abc.ABC):
-    """How a conversion goes on, for the modules that come later. `known` are those that it has seen, of torch's
-    classes and adapters; `sizes`, for each module whose forward looks for them, how many modules were in it when
-    adapters were last looked for."""
+    """Converts the modules that are added to one model after the conversion.
 
-    known: "set[weakref.ref[nn.Module]]"
+    Attributes:
+        seen: the modules of `LATE_CLASSES` and the adapters that were examined already, converted or not.
+        sizes: for each module whose forward looks for added modules, the number of modules inside at the last
+            search for adapters.
+    """
+
+    seen: "set[weakref.ref[nn.Module]]"
     sizes: "weakref.WeakKeyDictionary[nn.Module, int]"
 
     @abc.abstractmethod
-    def is_of(self, module: nn.Module) -> bool:
-        """Whether it is that of this model, and not of one that this is part of."""
+    def belongs_to(self, module: nn.Module) -> bool:
+        """Whether `module` is the model itself, and not a part of the model."""
 
     @abc.abstractmethod
     def begin(self, model: nn.Module) -> None:
-        """From now on the forward of that model, a copy of the one that was converted, looks for what came later."""
+        """Has the forward of `model`, the converted model or a copy of it, look for added modules from now on."""
 
     @abc.abstractmethod
     def convert(self, modules: list[nn.Module]) -> None:
-        """Converts them as it would have when it began."""
+        """Converts these modules as the conversion of the model would have done."""
 
     @abc.abstractmethod
     def convert_adapters(self) -> None:
-        """Converts the adapters in the model as it would have when it began."""
+        """Converts the adapters in the model as the conversion of the model would have done."""
 
 
 _by_module: "weakref.WeakKeyDictionary[nn.Module, LateConversion]" = weakref.WeakKeyDictionary()
 
 
-def set_late_conversion(modules: Iterable[nn.Module], later: LateConversion) -> None:
-    """From now on the forwards of these modules look for what came later."""
-    _by_module.update(dict.fromkeys(modules, later))
+def set_late_conversion(modules: Iterable[nn.Module], conversion: LateConversion) -> None:
+    """Has the forwards of these modules look for added modules, and convert them by `conversion`."""
+    _by_module.update(dict.fromkeys(modules, conversion))
 
 
 def late_conversion_of(module: nn.Module) -> LateConversion | None:
-    """How the conversion of a module goes on, if it does."""
+    """The late conversion that the forward of this module runs, or None."""
     return _by_module.get(module)
 
 
 def remove_late_conversion(module: nn.Module) -> None:
-    """Its conversion does not go on."""
+    """Undoes `set_late_conversion` for one module."""
     _by_module.pop(module, None)
 
 
 def module_entries(model: nn.Module) -> list[nn.Module | None]:
-    """The model and all that is in it, some of it more than once, and None where nothing is."""
-    found: list[nn.Module | None] = [model]
+    """The model and every entry of the `_modules` below it: with repetitions, and with None for empty entries."""
+    entries: list[nn.Module | None] = [model]
     seen: set[nn.Module] = set()
-    for module in found:
-        # A module may be below itself.
+    for module in entries:
+        # `seen` ends the loop where a module contains itself.
         if module is not None and (children := module.__dict__["_modules"]) and module not in seen:
             seen.add(module)
-            found += children.values()
-    return found
+            entries += children.values()
+    return entries
 
 
 def convert_late_modules(model: nn.Module) -> None:
-    """Has what came later converted. For each call, so that it is to be fast."""
-    # What runs again in a backward pass, as checkpoints do, is to be what ran.
-    if (later := late_conversion_of(model)) is None or torch._C._current_graph_task_id() != -1:
+    """Converts the modules that were added since the last call. Runs before every forward, and must be fast."""
+    # A forward that runs again within a backward pass, as in a checkpoint, must equal the first one.
+    if (conversion := late_conversion_of(model)) is None or torch._C._current_graph_task_id() != -1:
         return
-    modules = module_entries(model)
-    # The usual case ends here, with one operation over all modules.
-    if not LATE_CLASSES.isdisjoint(map(type, modules)):
-        found = [module for module in modules if module is not None and type(module) in LATE_CLASSES]
-        if not later.known.issuperset(map(weakref.ref, found)):
-            later.convert([module for module in found if weakref.ref(module) not in later.known])
-    if later.sizes.get(model) != len(modules):
-        later.sizes[model] = len(modules)
-        later.convert_adapters()
+    entries = module_entries(model)
+    # Usually nothing was added, and one set operation over all classes is enough.
+    if not LATE_CLASSES.isdisjoint(map(type, entries)):
+        candidates = [module for module in entries if module is not None and type(module) in LATE_CLASSES]
+        if not conversion.seen.issuperset(map(weakref.ref, candidates)):
+            conversion.convert([module for module in candidates if weakref.ref(module) not in conversion.seen])
+    if conversion.sizes.get(model) != len(entries):
+        conversion.sizes[model] = len(entries)
+        conversion.convert_adapters()

@@ -102,6 +102,6 @@ def has_forward(module: nn.Module) -> bool:
     return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
-def writes_as_set(module: nn.Module) -> bool:
+def may_not_repeat(module: nn.Module) -> bool:
     """Whether it is set to write to what it was given, or to its own buffers, which must not happen twice."""
     return is_set(module, "inplace") or is_set(module, "track_running_stats")

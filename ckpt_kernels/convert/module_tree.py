@@ -1,6 +1,6 @@
-"""The modules below a module, and the tensors that these modules hold, without calling any of their code.
+"""Walks the modules below a module, and the tensors that these modules hold, without calling any of their code.
 
-A module may define `parameters`, `modules` or `named_modules` itself, as methods or as anything else. The functions
+A user's class may define `parameters`, `modules` or `named_modules`, as methods or as anything else. The functions
 here read torch's own dicts (`_modules`, `_parameters`, `_buffers`) and never take the truth value of a user's object.
 """
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the module and all modules below it with their names, each module once.
+    """The module and all modules below, with their names, each module once.
 
-    With `duplicates`, a module that occurs several times is yielded under each of its names, except below itself.
+    With `duplicates`, a module that occurs several times comes under each of the names, but not below itself.
     """
     seen: set[nn.Module] = set()
 
@@ -31,7 +31,7 @@ def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the module and all modules below it, each once."""
+    """The module and all modules below, each once."""
     return (module for _, module in named_modules(model))
 
 
@@ -41,7 +41,7 @@ def has_children(module: nn.Module) -> bool:
 
 
 def tensors_of(model: nn.Module, buffers: bool = False) -> Iterator[Tensor]:
-    """Yield the parameters of the module and of all modules below it, and with `buffers` their buffers too."""
+    """The parameters of the module and of all modules below, and with `buffers` the buffers too."""
     for module in modules_of(model):
         for tensors in (module._parameters, module._buffers) if buffers else (module._parameters,):
             yield from (tensor for tensor in tensors.values() if tensor is not None)
