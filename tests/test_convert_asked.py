@@ -97,7 +97,7 @@ def test_c_knows_plain_layers(change: str) -> None:
     assert isinstance(surely, list) and isinstance(found, list)
     ((weight, bias),) = surely
     assert weight is found[0][0] and bias is found[0][1]
-    assert native_guards.passes_natively(layer, operands._CALLED_PLAINLY)
+    assert native_guards.passes_natively(layer, operands._PLAIN_CALL)
 
 
 @pytest.mark.parametrize("change", CHANGED)
@@ -108,7 +108,7 @@ def test_c_says_nothing_where_python_does_not(change: str) -> None:
     surely, found = _both(layer, torch.randn(2, 4))
     assert surely is None or found is not None
     plainly = operands.class_calls_forward(type(layer)) and operands.is_plain_instance(layer)
-    assert plainly or not native_guards.passes_natively(layer, operands._CALLED_PLAINLY)
+    assert plainly or not native_guards.passes_natively(layer, operands._PLAIN_CALL)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -122,7 +122,7 @@ def test_classes(kind: type[nn.Module]) -> None:
 def test_what_is_no_module() -> None:
     for other in (None, torch.randn(2, 4), types.SimpleNamespace(weight=1)):
         assert native_guards.linear_parameters_natively([other], guards.LINEAR, torch.randn(2, 4)) is None
-        assert not native_guards.passes_natively(other, operands._CALLED_PLAINLY)
+        assert not native_guards.passes_natively(other, operands._PLAIN_CALL)
 
 
 def test_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,7 @@ def test_tensors_of_a_site() -> None:
     jagged = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
     others = [x.double(), x.long(), x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn(), x.to("meta"), x.cfloat(), jagged]
     others += [torch.nested.nested_tensor([x, x[:2]]), x.as_subclass(type("Own", (Tensor,), {})), None, [x]]
-    owner = guards.LINEAR._replace(inherited=())
+    owner = guards.LINEAR._replace(undefined=())
     native_check = native_guards.SiteGuard(operands.GLOBAL_STATE, owner, guards.LINEAR, (), ((0, "t"),)).native_check()
     assert native_check is not None
     assert [native_check(given) for given in others] == [None] * len(others)
@@ -322,7 +322,7 @@ def test_what_is_no_question() -> None:
     ):
         with pytest.raises(TypeError):
             ask(*given)
-    nothing = such._replace(inherited=())
+    nothing = such._replace(undefined=())
     for wanted in ((1,), ((1, "t"),), ((-1, "t"),), (("name", "t"),), ((0, "l"),), ((0, ""),)):
         assert ask(quiet, nothing, such, (), wanted, torch.zeros(2)) is None
     assert ask(quiet, such, such, (), (("weight", "o"),), object()) is None

@@ -1,8 +1,9 @@
-"""What is asked of code, modules and tensors at each call, in C where `_thin` is there (`csrc/thin/guards.cpp`).
+"""Guards before fused calls, checked in C where the library `_thin` is there (`csrc/thin/guards.cpp`), else in Python.
 
-Nothing is remembered from one call to the next: the same is asked again, of what is there then. C only ever says yes
-where the Python beside it does (`guards.linear_operands`, `operands.is_called_plainly`, of a whole site
-`templates.site`); else that is asked, with what is rare. A compiler sees none of it, and traces the Python.
+Guards are checked at each call, and nothing of one call is kept for the next. The C checks pass only where the Python
+checks beside them pass (`guards.linear_operands`, `operands.is_called_plainly`, and `templates.site` for a whole call
+site). Rare cases fail in C and are then checked in Python. Under torch.compile only the Python checks run, and are
+traced.
 """
 
 import functools
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..thin import direct
 
-# What holds something, a dict or an object; under which name; and what.
+# A holder (a dict or any object), the name of an item or attribute, and the value.
 Binding = tuple[Any, str, Any]
 MISSING = object()
 
@@ -22,97 +23,118 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class ModuleGuard(NamedTuple):
-    """What a module has to be: of a class, or one below it, which has these attributes, where all of `same` still is
-    what it was, and that and what it inherits has nothing under the names `inherited` itself. Of its own it has dicts
-    with nothing in them under the names `empty`, and nothing under the names `absent`."""
+    """The conditions on a module and on its class.
+
+    Attributes:
+        kind: the module is an instance of this class.
+        class_attributes: names and values of attributes that the class has.
+        same: bindings that still hold.
+        undefined: names that neither the class nor its bases define.
+        empty: names of dicts in the module's `__dict__` that are empty.
+        absent: names that are not in the module's `__dict__`.
+    """
 
     kind: type[nn.Module]
-    of_class: tuple[tuple[str, Any], ...]
+    class_attributes: tuple[tuple[str, Any], ...]
     same: tuple[Binding, ...]
-    inherited: tuple[str, ...]
+    undefined: tuple[str, ...]
     empty: tuple[str, ...]
     absent: tuple[str, ...]
 
 
 class GlobalStateGuard(NamedTuple):
-    """What must be so for nobody but autograd to see or change what a site does: the functions `still` give what is
-    false, all of `same` is what it was, and under the names there is nothing in the holders `without`, and an empty
-    dict in the dicts `empty`."""
+    """The conditions under which nothing but autograd can observe or change a fused call.
 
-    still: tuple[Callable[[], Any], ...]
+    Attributes:
+        inactive: functions that return false.
+        same: bindings that still hold.
+        absent: holders, and names that they do not contain.
+        empty: dicts, and names under which they hold empty dicts.
+    """
+
+    inactive: tuple[Callable[[], Any], ...]
     same: tuple[Binding, ...]
-    without: tuple[tuple[Any, tuple[str, ...]], ...]
+    absent: tuple[tuple[Any, tuple[str, ...]], ...]
     empty: tuple[tuple[dict[str, Any], tuple[str, ...]], ...]
 
 
 class ActivationGuard(NamedTuple):
-    """What an activation has to be to have a name: such a module, with these settings."""
+    """The conditions under which a module computes the activation `name`: a guard, and values of plain settings."""
 
-    such: ModuleGuard
+    module: ModuleGuard
     settings: tuple[tuple[str, Any], ...]
     name: str
 
 
-# Under this name a converted class has the `Activation` that its modules are, or None.
+# The attribute of a converted class that holds the `ActivationGuard` of its instances, or None.
 ACTIVATION = "_ckpt_activation"
 
 
 class SiteGuard(NamedTuple):
-    """What is asked of the values at a site. Each of `wanted` is the place of a value, or the name of an attribute of
-    the first value, a module that is such an `owner`; and a letter: "t" of an ordinary tensor of at most 32 bits an
-    element, "l" of a linear layer that is such a `linear` and reads the first of these tensors, "a" of an activation,
-    and "o" of any object.
+    """The conditions on the operands of a call site.
 
-    The answer has weight and bias in the place of the layer, and the name in that of the activation: what
-    `activations` have for the function or the class, or the class itself has under `ACTIVATION`.
+    Attributes:
+        state: the condition on global state.
+        owner: the condition on the first value, where operands are attributes of that module.
+        linear: the condition on linear layers.
+        activations: functions and classes, each with the name of the activation or with an `ActivationGuard`. A class
+            may have a guard of its own, under `ACTIVATION`.
+        wanted: the operands. Each is a place among the values, or the name of an attribute of the first value, and a
+            letter for the kind of operand: "t", an ordinary tensor of at most 32 bits an element; "l", a linear layer
+            that passes `linear` and reads the first of these tensors; "a", an activation; "o", any object.
     """
 
-    quiet: GlobalStateGuard
+    state: GlobalStateGuard
     owner: ModuleGuard
     linear: ModuleGuard
     activations: tuple[tuple[Any, str | ActivationGuard], ...]
     wanted: tuple[tuple[int | str, str], ...]
 
     def native_check(self) -> Callable[..., tuple | None] | None:
-        """The function that C answers by, of the values: None, where something may be other than it was."""
+        """The check in C, a function of the values; None without the library.
+
+        The function returns the operands, with weight and bias in place of a linear layer and the name in place of an
+        activation, or None where any condition may not hold.
+        """
         return None if direct.asked is None else functools.partial(direct.asked.operands, *self)
 
 
-def are_same(found: tuple[Binding, ...]) -> bool:
-    """Whether each holder still has what it had."""
-    return _are_the_same(found) if _is_compiling() else are_same_untraced(found)
+def are_same(bindings: tuple[Binding, ...]) -> bool:
+    """Whether each holder still has the value under the name."""
+    return _are_same_in_python(bindings) if _is_compiling() else are_same_untraced(bindings)
 
 
-def are_same_untraced(found: tuple[Binding, ...]) -> bool:
-    """The same, for whoever knows that no compiler traces the call."""
-    asked = direct.asked
-    return _are_the_same(found) if asked is None else asked.are_same(found, MISSING)
+def are_same_untraced(bindings: tuple[Binding, ...]) -> bool:
+    """`are_same` for callers that no compiler traces."""
+    library = direct.asked
+    return _are_same_in_python(bindings) if library is None else library.are_same(bindings, MISSING)
 
 
-def _are_the_same(found: tuple[Binding, ...]) -> bool:
-    for holder, name, value in found:
+def _are_same_in_python(bindings: tuple[Binding, ...]) -> bool:
+    for holder, name, value in bindings:
         now = holder.get(name, MISSING) if type(holder) is dict else getattr(holder, name, MISSING)
         if now is not value:
             return False
     return True
 
 
-def native_same_check(found: tuple[Binding, ...]) -> Callable[[], bool]:
-    """The same as a function of nothing, which no compiler is to see."""
+def native_same_check(bindings: tuple[Binding, ...]) -> Callable[[], bool]:
+    """`are_same` as a function without arguments, for callers that no compiler traces."""
     if direct.asked is None:
-        return functools.partial(are_same, found)
-    return functools.partial(direct.asked.are_same, found, MISSING)
+        return functools.partial(are_same, bindings)
+    return functools.partial(direct.asked.are_same, bindings, MISSING)
 
 
-def passes_natively(module: Any, such: ModuleGuard) -> bool:
-    """Whether C knows the module for such a one."""
-    return not (direct.asked is None or _is_compiling()) and direct.asked.is_such(module, such)
+def passes_natively(module: Any, guard: ModuleGuard) -> bool:
+    """Whether the module passes the guard, by the check in C; False where that cannot tell."""
+    return not (direct.asked is None or _is_compiling()) and direct.asked.is_such(module, guard)
 
 
 def linear_parameters_natively(
-    modules: Iterable[Any], such: ModuleGuard, input: Tensor
+    modules: Iterable[Any], guard: ModuleGuard, input: Tensor
 ) -> list[tuple[Tensor, Tensor | None]] | None:
-    """Weights and biases of linear layers that are such ones, and that read an input of their dtype on their device."""
+    """Weights and biases of linear layers that pass the guard, with the input's dtype and device; None where the check
+    in C cannot tell."""
     if direct.asked is None or _is_compiling():
         return None
-    return direct.asked.plain_linears(such, input, *modules)
+    return direct.asked.plain_linears(guard, input, *modules)

@@ -1,7 +1,8 @@
-"""torch's functions that the code calls which ours takes the place of: whether they are what they were.
+"""Whether torch's functions, which fused calls stand in for, are patched.
 
-Somebody may put others in their place, for all modules: one that quantizes in that of `F.linear`, one that counts.
-What was there when this package was imported is what ours computes; where anything else is, a model's own code runs.
+A library may replace such a function for all modules, for example `F.linear` by one that quantizes or counts calls.
+Fused calls compute what the functions did when this package was imported; where one is patched, the model's own code
+runs.
 """
 
 import types
@@ -22,35 +23,39 @@ _METHODS = """__add__ __iadd__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __s
     mean mul pow relu rsqrt sigmoid size sqrt sub t tanh to type_as view""".split()
 
 
-def _then(function: Any) -> Any:
-    """What a function was. Where somebody was here before this package, all code stays as it is: what is found is never
-    the object that this gives."""
+def _expected(function: Any) -> Any:
+    """The function itself if torch's or Python's. For a function that was patched before this package was imported, an
+    object that equals nothing, so that `are_patched` is always true."""
     return function if isinstance(function, types.BuiltinFunctionType) or is_torchs(function) else object()
 
 
 TORCH_FUNCTIONS: tuple[Binding, ...] = tuple(
-    (vars(holder), name, _then(vars(holder)[name]))
+    (vars(holder), name, _expected(vars(holder)[name]))
     for holder, names in ((F, _OF_FUNCTIONAL), (torch, _OF_TORCH))
     for name in names
     if name in vars(holder)
 )
-_WATCHED_AS_TRACED = tuple((F if held is vars(F) else torch, name, then) for held, name, then in TORCH_FUNCTIONS)
+# The same with modules for holders, whose attributes torch.compile guards one by one.
+_TRACED = tuple((F if held is vars(F) else torch, name, value) for held, name, value in TORCH_FUNCTIONS)
 _OF_TENSOR = vars(Tensor)
-# Methods that Tensor inherits: another would be one of its own.
+# Methods that Tensor inherits. A patch defines one on Tensor itself.
 INHERITED_METHODS = {name: getattr(Tensor, name) for name in _METHODS if name not in vars(Tensor)}
 _NAMES = frozenset(INHERITED_METHODS)
 
 
 def are_patched() -> bool:
-    """Whether any of them is another than when this package was imported. For each call that no compiler traces."""
+    """Whether any of these functions and methods was replaced since this package was imported.
+
+    Runs at each call that no compiler traces, and must be fast.
+    """
     return not (are_same_untraced(TORCH_FUNCTIONS) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
 
 
 def are_patched_as_traced() -> bool:
-    """The same for torch.compile, which guards what it is told of one by one."""
-    return any(getattr(holder, name) is not then for holder, name, then in _WATCHED_AS_TRACED)
+    """Whether any of these functions was replaced, as torch.compile can trace and guard the question."""
+    return any(getattr(holder, name) is not value for holder, name, value in _TRACED)
 
 
 def _are_inherited() -> bool:
-    """Whether what Tensor has of its own under these names is what it would inherit."""
-    return all(_OF_TENSOR.get(name, then) is then for name, then in INHERITED_METHODS.items())
+    """Whether all attributes that Tensor itself has under these names equal the inherited ones."""
+    return all(_OF_TENSOR.get(name, method) is method for name, method in INHERITED_METHODS.items())
