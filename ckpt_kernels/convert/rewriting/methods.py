@@ -27,7 +27,7 @@ from ..code.remembering import remembered
 from ..code.scope import UNKNOWN, Scope
 from ..code.source import NoSource, definition_of, layers_of
 from ..rotations.trials import turns_heads
-from ..rules.pointwise import TrialResult, activation_by_trial
+from ..rules.activation_trials import TrialResult, activation_by_trial
 from ..rules.rule import Rule
 from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
