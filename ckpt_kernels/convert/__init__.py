@@ -22,18 +22,18 @@ from ..levels import of_blocks
 from ..memory import kept_bytes
 from ..models import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
-from .code.remembering import forget_what_is_local
-from .code.writes import writer_in
+from .code.in_place_writes import in_place_writer
+from .code.memoization import forget_local_results
 from .later import Continued, looked_for
 from .layers import above_lists, has_forward, layers_of, writes_as_set
 from .loads import modules_of, named_modules, tensors_of
 from .noticing import forget
 from .planned import AtLevel, Levels, Planned, Touched
 from .report import LeftAlone, Replaced, Report
-from .rewriting.chain import chain_of
-from .rewriting.methods import Written, written_of
-from .rewriting.values import looks_like_mlp
-from .rotations.unknown import why_unknown
+from .rewriting.methods import RewrittenMethods, rewritten_methods_of
+from .rewriting.roles import looks_like_mlp
+from .rewriting.sequential import sequential_rule
+from .rotations.unrecognized import why_unrecognized
 from .rules.heads import Head, heads_in
 from .rules.leaves import Leaves
 from .rules.likeness import looks_like_activation, looks_like_several
@@ -116,7 +116,7 @@ def convert(
         revert(model)
         raise
     finally:
-        forget_what_is_local()
+        forget_local_results()
     return report if before is None else replace(report, kept=(before, kept_bytes(model, inputs)))
 
 
@@ -154,7 +154,7 @@ def revert(model: nn.Module) -> None:
 
 class _Conversion(Leaves):
     def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
-        super().__init__(Touched(model, include, exclude, levels), writer_in(model), [], [])
+        super().__init__(Touched(model, include, exclude, levels), in_place_writer(model), [], [])
         self.model = model
         self.levels = levels
         self.tiles = tiles
@@ -191,10 +191,10 @@ class _Conversion(Leaves):
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = chain_of(module, of_blocks(self.levels.of(module)), self.selection.covers)
+        rule: Rule | None = sequential_rule(module, of_blocks(self.levels.of(module)), self.selection.covers)
         reason = ""
         if rule is None:
-            rule, reason = written_of(module, self.levels.of(module), self.selection.covers)
+            rule, reason = rewritten_methods_of(module, self.levels.of(module), self.selection.covers)
         if rule is not None:
             self.apply(name, module, rule)
         elif looks_like_mlp(module, self.selection.covers):
@@ -202,7 +202,7 @@ class _Conversion(Leaves):
 
     def _explain(self, name: str, module: nn.Module) -> None:
         """Says why what looks like something of ours is not replaced, where nothing in it is, and nothing was said."""
-        if self.selection.covers(module) and (why := why_unknown(module)):
+        if self.selection.covers(module) and (why := why_unrecognized(module)):
             self.leave(name, module, why)
         known = any(entry.name == name for entry in self.left_alone)
         if known or not self.selection.covers(module) or any(below in self.rules for below in modules_of(module)):
@@ -265,7 +265,7 @@ class _Conversion(Leaves):
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a norm in it is converted, as in layers, and not in most experts."""
         rules = [self.rules[below] for below in modules_of(module) if below in self.rules]
-        return any(isinstance(rule, Norm) or (isinstance(rule, Written) and rule.has_norm) for rule in rules)
+        return any(isinstance(rule, Norm) or (isinstance(rule, RewrittenMethods) and rule.has_norm) for rule in rules)
 
 
 def _backend_of(model: nn.Module) -> str:

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..levels import NONE
 from .adapters import is_adapter
-from .code.remembering import forget_what_is_local
-from .code.writes import writer_in
+from .code.in_place_writes import in_place_writer
+from .code.memoization import forget_local_results
 from .loads import modules_of, named_modules
 from .noticing import LOOKED_FOR, Later, below, go_on
 from .report import LeftAlone, Replaced
@@ -72,7 +72,7 @@ class Continued(Later):
             new = [module for module in new if type(module) in LOOKED_FOR and is_as_torch_has_it(module)]
             if model is not None and new:
                 with self._leaves(model) as (leaves, names):
-                    leaves.writer = writer_in(model)
+                    leaves.writer = in_place_writer(model)
                     for module in new:
                         if module in names and self._level_of(names[module]) != NONE:
                             leaves.convert(names[module], module)
@@ -99,7 +99,7 @@ class Continued(Later):
         try:
             yield Leaves(Selection(model, *self._choices), "", self._replaced, self._left_alone), names
         finally:
-            forget_what_is_local()
+            forget_local_results()
 
     def _level_of(self, name: str) -> str:
         """That of the module, or of the nearest that it is in. "layer" is "all" within."""

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .asked import MISSING
-from .code.called import is_as_torch_wrote_it
+from .code.call_graph import is_unpatched
 
 _GETATTRIBUTE = object.__getattribute__
 # None, which no method is, where somebody has put another in its place.
-_GETATTR = nn.Module.__getattr__ if is_as_torch_wrote_it(nn.Module.__getattr__) else None
+_GETATTR = nn.Module.__getattr__ if is_unpatched(nn.Module.__getattr__) else None
 
 
 LOADS_PLAINLY = (("__getattribute__", _GETATTRIBUTE), ("__getattr__", _GETATTR))

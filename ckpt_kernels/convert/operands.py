@@ -11,7 +11,7 @@ from torch.utils._device import DeviceContext
 from ..ops.registration import is_transformed
 from ..thin.direct import WATCHERS, is_plain
 from .asked import Quiet, Such, is_surely
-from .code.called import is_as_torch_wrote_it
+from .code.call_graph import is_unpatched
 from .patched import INHERITED, WATCHED, are_patched, are_patched_as_traced
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -20,7 +20,7 @@ _METHOD: Any = Tensor.__torch_function__
 _FUNCTION = _METHOD.__func__
 _CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}
 # None, which no method is, where somebody has put others in their place.
-_CALL, _CALL_IMPL = (call if is_as_torch_wrote_it(call) else None for call in _CALLS.values())
+_CALL, _CALL_IMPL = (call if is_unpatched(call) else None for call in _CALLS.values())
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CALLS_FORWARD = (("__call__", _CALL), ("_call_impl", _CALL_IMPL))
 _CALLED_PLAINLY = Such(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))

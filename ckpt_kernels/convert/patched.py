@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .asked import Found, are_same_untraced
-from .code.called import is_torchs
+from .code.call_graph import belongs_to_torch
 
 _OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish instance_norm layer_norm leaky_relu linear mish
     relu rms_norm sigmoid silu softplus tanh""".split()
@@ -25,7 +25,7 @@ _METHODS = """__add__ __iadd__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __s
 def _then(function: Any) -> Any:
     """What a function was. Where somebody was here before this package, all code stays as it is: what is found is never
     the object that this gives."""
-    return function if isinstance(function, types.BuiltinFunctionType) or is_torchs(function) else object()
+    return function if isinstance(function, types.BuiltinFunctionType) or belongs_to_torch(function) else object()
 
 
 WATCHED: tuple[Found, ...] = tuple(

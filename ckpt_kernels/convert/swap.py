@@ -21,7 +21,7 @@ from torch import nn
 
 from .around import Around
 from .asked import ACTIVATION, are_same
-from .code.called import asks_for_its_class
+from .code.call_graph import inspects_own_class
 from .noticing import goes_on
 from .operands import is_called_plainly
 from .rules.rule import Rule, Within
@@ -127,7 +127,7 @@ def may_be_swapped(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
     plain = is_plain_method(inspect.getattr_static(kind, "forward", None))
-    return plain and not asks_for_its_class(kind)
+    return plain and not inspects_own_class(kind)
 
 
 def is_plain_method(method: Any) -> bool:

@@ -48,7 +48,7 @@ def _goes_on(line: str, indent: int) -> bool:
     return not written or written.startswith(("#", *_CLOSERS)) or _indent(line) > indent
 
 
-def likely_around(qualified: str) -> tuple[ast.stmt, ...]:
+def likely_enclosing(qualified: str) -> tuple[ast.stmt, ...]:
     """The classes and functions around a function of that qualified name, from the outermost, with nothing in them."""
     *names, _ = qualified.split(".")
     found: list[ast.stmt] = []

@@ -8,7 +8,7 @@ import ast
 import types
 from typing import Any
 
-from .called import is_a, is_torchs, names_in
+from .call_graph import belongs_to_torch, has_type, names_in
 from .source import NoSource, definition_of
 
 # Of the names that are new in a function.
@@ -36,7 +36,7 @@ def may_be_rewritten(function: types.FunctionType) -> bool:
 
 def _looks_out(function: Any) -> bool:
     """Whether a function looks at more of the frame that calls it than the place."""
-    if not is_a(function, types.FunctionType) or is_torchs(function):
+    if not has_type(function, types.FunctionType) or belongs_to_torch(function):
         return False
     names = names_in(function.__code__)
     if {"inspect", "stack"} <= names:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..loads import MISSING, load
-from .remembering import remembered
+from .memoization import memoized
 
 UNKNOWN = object()
 
@@ -47,7 +47,7 @@ class Scope:
             return _item(self.value(tree.value), tree.slice.value)
         return UNKNOWN
 
-    def function_called(self, tree: ast.AST) -> Any:
+    def local_function(self, tree: ast.AST) -> Any:
         """What a local name stands for that is bound once, by an import of what is loaded or by a `def`: another object
         at each call, if it is such, and always the same code."""
         if not isinstance(tree, ast.Name) or tree.id not in self.fast:
@@ -58,7 +58,7 @@ class Scope:
         (statement,) = bound
         if isinstance(statement, ast.ImportFrom):
             return self._imported(statement, tree.id)
-        return function_within(self._function, tree.id) if isinstance(statement, ast.FunctionDef) else UNKNOWN
+        return nested_function(self._function, tree.id) if isinstance(statement, ast.FunctionDef) else UNKNOWN
 
     def _imported(self, statement: ast.ImportFrom, name: str) -> Any:
         within = "." * statement.level + (statement.module or "")
@@ -89,14 +89,14 @@ def _stored(tree: ast.FunctionDef) -> frozenset[str]:
     return frozenset(name.id for name in names if not isinstance(name.ctx, ast.Load))
 
 
-@remembered
-def function_within(function: types.FunctionType, name: str) -> Any:
+@memoized
+def nested_function(function: types.FunctionType, name: str) -> Any:
     """What a plain `def` within a function makes, which reads no variables of that function; UNKNOWN for others."""
     codes = [c for c in function.__code__.co_consts if isinstance(c, types.CodeType) and c.co_name == name]
     if len(codes) != 1 or codes[0].co_freevars:
         return UNKNOWN
     made = types.FunctionType(codes[0], function.__globals__, name)
-    # For `remembered`: it lasts as long as the function around it.
+    # For `memoized`: it lasts as long as the function around it.
     made.__module__, made.__qualname__ = function.__module__, f"{function.__qualname__}.{name}"
     return made
 

@@ -15,7 +15,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .excerpts import excerpt_of, imported_names, likely_around
+from .excerpts import excerpt_of, imported_names, likely_enclosing
 
 _FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -62,7 +62,7 @@ def _by_itself(excerpt: str, name: str, imported: tuple[str, ...], code: types.C
         tree = _find(ast.parse(excerpt), code)[1]
         if not _is_shallow(tree):
             return None
-        definition = Definition(tree, likely_around(name), tuple(ast.Import([ast.alias(each)]) for each in imported))
+        definition = Definition(tree, likely_enclosing(name), tuple(ast.Import([ast.alias(each)]) for each in imported))
         return definition if _compiled(definition, code, ()) == code else None
     except (SyntaxError, ValueError, RecursionError, NoSource):
         return None
@@ -89,7 +89,7 @@ def rebuilt(function: types.FunctionType, definition: Definition, cells: Mapping
     return _like(function, code, [closure[name] for name in code.co_freevars])
 
 
-def layers_of(method: types.FunctionType) -> list[types.FunctionType]:
+def decorator_chain(method: types.FunctionType) -> list[types.FunctionType]:
     """The method and, from the outside, what its decorators wrap; the last is the one that was written."""
     layers = [method]
     while (inner := vars(layers[-1]).get("__wrapped__")) is not None:
@@ -100,7 +100,7 @@ def layers_of(method: types.FunctionType) -> list[types.FunctionType]:
     return layers
 
 
-def decorated(layers: Sequence[types.FunctionType], inner: types.FunctionType) -> types.FunctionType:
+def redecorated(layers: Sequence[types.FunctionType], inner: types.FunctionType) -> types.FunctionType:
     """The decorators' wrappers, none of which runs again, with `inner` in the place of the last of `layers`."""
     wrapped = layers[-1]
     for wrapper in reversed(layers[:-1]):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..code.called import is_torchs
-from ..code.reached import Code, NotTried, Reading, reads_shapes
-from ..code.remembering import remembered
+from ..code.call_graph import belongs_to_torch
+from ..code.memoization import memoized
+from ..code.reachability import CodeReader, CodeSnapshot, NotTriable, depends_on_shapes
 from .pointwise import activation_by_trial
 from .trial import POINTWISE, in_a_thread_of_its_own, result_of, takes_one
 
@@ -19,7 +19,7 @@ class TriedFunction(NamedTuple):
 
     function: types.FunctionType
     name: str
-    code: Code
+    code: CodeSnapshot
     keeps_input: bool
     is_exact: bool
 
@@ -30,32 +30,32 @@ class TriedFunction(NamedTuple):
         return self.name if holds and self.code.is_same() else None
 
 
-@remembered
+@memoized
 def activation_function(value: Any) -> TriedFunction | None:
     """What a function computes that is an activation of ours; None for any other value.
 
     It is one that its module has under its name, so that what is known of it can be pickled.
     """
-    if type(value) is not types.FunctionType or is_torchs(value) or not takes_one(value, 0):
+    if type(value) is not types.FunctionType or belongs_to_torch(value) or not takes_one(value, 0):
         return None
     if getattr(sys.modules.get(value.__module__), value.__name__, None) is not value:
         return None
     try:
         return _tried_out(value)
-    except NotTried:
+    except NotTriable:
         return None
 
 
 @in_a_thread_of_its_own
 def _tried_out(function: types.FunctionType) -> TriedFunction | None:
-    reading = Reading(nn.Module())
+    reading = CodeReader(nn.Module())
     reading.function(function)
-    if reads_shapes(reading):
+    if depends_on_shapes(reading):
         return None
     reading.modules()
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if result_of(function, transposed, POINTWISE).stride() != transposed.stride():
         return None
     name, keeps_input, is_exact = activation_by_trial(lambda points: result_of(function, points, POINTWISE))
-    code = Code((nn.Module, (), ()), reading.found)
+    code = CodeSnapshot((nn.Module, (), ()), reading.found)
     return None if name is None else TriedFunction(function, name, code, keeps_input, is_exact)

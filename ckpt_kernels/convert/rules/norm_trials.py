@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import nn as ours
-from ..code.called import is_as_torch_wrote_it
-from ..code.reached import NotTried
-from ..code.remembering import remembered
+from ..code.call_graph import is_unpatched
+from ..code.memoization import memoized
+from ..code.reachability import NotTriable
 from ..loads import has_children, loads_plainly, tensors_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
@@ -36,7 +36,7 @@ _RULES: dict[type[nn.Module], Norm] = {
     **dict.fromkeys(_BATCH_NORMS, BatchNorm()),
     **dict.fromkeys(_INSTANCE_NORMS, InstanceNorm()),
 }
-_KNOWN = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_as_torch_wrote_it(kind.forward)}
+_KNOWN = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_unpatched(kind.forward)}
 # What their forwards read.
 _READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
@@ -65,7 +65,7 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
         return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
     try:
         found = _tried_out(outline_of(module))
-    except NotTried as error:
+    except NotTriable as error:
         found = str(error)
     if isinstance(found, RowNorm):
         return found, ""
@@ -95,7 +95,7 @@ def _may_be_row_norm(module: nn.Module) -> bool:
 # Trying out
 
 
-@remembered
+@memoized
 @in_a_thread_of_its_own
 def _tried_out(outline: Outline) -> RowNorm | str:
     """By float32 which norm it is, and then in which dtypes it rounds where ours does; or why it is none."""
@@ -104,7 +104,7 @@ def _tried_out(outline: Outline) -> RowNorm | str:
         try:
             if _agrees(outline, rule):
                 return _with_cases(outline, rule)
-        except NotTried as error:
+        except NotTriable as error:
             reasons.append(str(error))
     return reasons[-1]
 
@@ -125,7 +125,7 @@ def _lies_as_its_input(outline: Outline) -> bool:
     input = torch.ones(_sizes(outline, False)[0], device="cpu").transpose(0, 1)
     output = forward_of(made, input, ROWS, (-1,))
     if not output.is_contiguous() and output.stride() != input.stride():
-        raise NotTried("lies in memory as nothing of ours does")
+        raise NotTriable("lies in memory as nothing of ours does")
     return not output.is_contiguous()
 
 
@@ -236,7 +236,7 @@ def _with_gradients(made: nn.Module, input: Tensor, compute: Callable[[Tensor], 
     if output is None:
         raise DoesNotTake("takes other shapes")
     if not output.requires_grad:
-        raise NotTried("has no gradient")
+        raise NotTriable("has no gradient")
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device="cpu").view(output.shape)
     wanted = [input, *tensors_of(made)]
     found = torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
-from ..code.reached import Code, Settings, is_as_tried
+from ..code.reachability import CodeSnapshot, Settings, is_unchanged
 from ..operands import is_ordinary
 from .rule import Unary
 
@@ -59,7 +59,7 @@ class RowNorm(Norm):
     cast_before_weight: bool = False
     channels_first: bool = False
     settings: Settings = ()
-    code: Code | None = None
+    code: CodeSnapshot | None = None
     cases: tuple[Case, ...] | None = None
     copied: bool = False
     contiguous: bool = False
@@ -113,7 +113,7 @@ class RowNorm(Norm):
             fused = self.centered or input.is_cuda
             return Case(dtypes, input.dtype, fused or input.dtype.itemsize >= 4, fused)
         known = (case for case in self.cases if case.dtypes == dtypes)
-        return next(known, None) if is_as_tried(module, self.settings, self.code) else None
+        return next(known, None) if is_unchanged(module, self.settings, self.code) else None
 
     def _fits(self, module: nn.Module, input: Tensor, weight: Tensor | None) -> bool:
         """Whether the input, and the parameters, are of shapes like those that were tried."""

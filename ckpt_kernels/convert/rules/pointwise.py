@@ -17,10 +17,10 @@ from ... import functional as F
 from ...activations import FUNCTIONS, NAMES, name_of
 from ...backends.reference import ACTIVATIONS
 from ..asked import Activation, Found, Such
-from ..code.called import is_as_torch_wrote_it
-from ..code.own_gradients import has_own_gradient
-from ..code.reached import Code, NotTried, Settings, is_as_tried
-from ..code.remembering import remembered
+from ..code.call_graph import is_unpatched
+from ..code.custom_autograd import has_custom_gradient
+from ..code.memoization import memoized
+from ..code.reachability import CodeSnapshot, NotTriable, Settings, is_unchanged
 from ..loads import LOADS_PLAINLY, has_children, is_left_to_modules, is_set, loads_plainly, tensors_of
 from ..operands import CALLS_FORWARD, HOOKS, is_called_plainly
 from ..swap import is_patched, original_of, rule_of
@@ -36,7 +36,7 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _TORCHS = {
     kind: (kind.forward, kind.forward.__code__)
     for kind in vars(nn).values()
-    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_as_torch_wrote_it(kind.forward)
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_unpatched(kind.forward)
 }
 
 
@@ -55,13 +55,13 @@ class ActivationRule(Unary):
 
     name: str
     settings: Settings
-    code: Code | None
+    code: CodeSnapshot | None
     keeps_input: bool = True
     is_exact: bool = True
 
     def holds(self, module: nn.Module, wide: bool = False) -> bool:
         """Whether the module is what it was tried as, also where operands are `wide`, which is float64."""
-        return (self.is_exact or not wide) and is_as_tried(module, self.settings, self.code)
+        return (self.is_exact or not wide) and is_unchanged(module, self.settings, self.code)
 
     def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
         # Eager torch does not keep the input of some formulas, to which somebody may write.
@@ -125,7 +125,7 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
         return None, _why_none(module) if none else ""
     try:
         (name, keeps_input, is_exact), settings, code = _named(module)
-    except NotTried as error:
+    except NotTriable as error:
         return None, str(error) if looks_like_activation(module) else ""
     if name is None:
         return None, _why_none(module) if looks_like_activation(module) else ""
@@ -184,7 +184,7 @@ def is_as_torch_has_it(module: nn.Module, *names: str) -> bool:
     return _is_torchs(module) and loads_plainly(original_of(module), *names)
 
 
-def _named(module: nn.Module) -> tuple[Tried, Settings, Code | None]:
+def _named(module: nn.Module) -> tuple[Tried, Settings, CodeSnapshot | None]:
     if _is_torchs(module):
         name = name_of(module)
         if name is None:
@@ -199,14 +199,14 @@ def _named(module: nn.Module) -> tuple[Tried, Settings, Code | None]:
     return _tried_out(outline), outline.settings, outline.code
 
 
-@remembered
+@memoized
 @in_a_thread_of_its_own
 def _tried_out(outline: Outline) -> Tried:
     made = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
         return Tried()
-    is_own = has_own_gradient(outline.code.found)
+    is_own = has_custom_gradient(outline.code.found)
     return activation_by_trial(lambda points: forward_of(made, points, POINTWISE), is_own)
 
 

@@ -1,7 +1,7 @@
 """Trying out what a module computes: on a stand-in of its own, never on the module.
 
 A stand-in has the module's class, plain settings, and random parameters; nothing that it does reaches the module, its
-buffers, or anybody's random numbers. Which modules may be tried out is for `code.reached` to say. A trial ends at the
+buffers, or anybody's random numbers. Which modules may be tried out is for `code.reachability` to say. A trial ends at the
 first operation that is not on the list of those allowed: a random number, a decision by value, a part of a tensor.
 """
 
@@ -17,8 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..code.reached import Code, NotTried, Settings, has_finalizer, read
-from ..code.remembering import remembered
+from ..code.memoization import memoized
+from ..code.reachability import CodeSnapshot, NotTriable, Settings, has_finalizer, read
 
 # What may run in a trial, by the names of torch's operations: of one element at a time, and for norms. (Autograd
 # detaches the results that it keeps; what a forward detaches is seen by its gradient.)
@@ -38,7 +38,7 @@ Tried = TypeVar("Tried")
 _NEARLY_ZERO = 1e-11
 
 
-class DoesNotTake(NotTried):
+class DoesNotTake(NotTriable):
     """It fails on what it was tried with."""
 
 
@@ -47,7 +47,7 @@ class Outline(NamedTuple):
 
     kind: type[nn.Module]
     forward: Any
-    code: Code
+    code: CodeSnapshot
     settings: Settings
     shapes: tuple[tuple[str, torch.Size | None], ...]
 
@@ -69,7 +69,7 @@ class Outline(NamedTuple):
 def outline_of(module: nn.Module, gradients: bool = False) -> Outline:
     """Raises NotTried where the module may not be tried out: without its `gradients`, if it has any of its own."""
     if has_finalizer(type(module)):
-        raise NotTried("has a finalizer, which would run for what it is tried out on")
+        raise NotTriable("has a finalizer, which would run for what it is tried out on")
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
     settings, code = read(module, gradients)
     return Outline(type(module), type(module).forward, code, settings, shapes)
@@ -107,20 +107,20 @@ class _Strict(Watching):
         if self._is_suspended:
             return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotTried("draws random numbers")
+            raise NotTriable("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
-            raise NotTried("decides by the values of what it is given")
+            raise NotTriable("decides by the values of what it is given")
         name = func.overloadpacket.__name__
         if name not in self._allowed:
-            raise NotTried(f"computes with {name.strip('_')}, which is in none of ours")
+            raise NotTriable(f"computes with {name.strip('_')}, which is in none of ours")
         if name == "slice" and not _is_whole(*args[1:]):
-            raise NotTried("computes with a part of what it is given")
+            raise NotTriable("computes with a part of what it is given")
         if name == "clamp_min" and args[1] > _NEARLY_ZERO:
-            raise NotTried("is cut off")
+            raise NotTriable("is cut off")
         if name in ("linalg_vector_norm", "mean", "sum", "var"):
             over = next((given for given in args[1:] if isinstance(given, list | tuple)), None)
             if over is None or any(dimension not in self._dimensions for dimension in over):
-                raise NotTried("reduces over other dimensions than a norm of ours")
+                raise NotTriable("reduces over other dimensions than a norm of ours")
         return func(*args, **(kwargs or {}))
 
 
@@ -136,7 +136,7 @@ class _StrictCalls(TorchFunctionMode):
         if func is torch.Tensor.type or func is torch.Tensor.to:
             given = (*args[1:], *(kwargs or {}).values())
             if not given or not all(isinstance(value, _CAST_TO) for value in given):
-                raise NotTried("asks for the type of what it is given, or casts to more than a dtype")
+                raise NotTriable("asks for the type of what it is given, or casts to more than a dtype")
         if func is nn.functional.rms_norm:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
@@ -183,16 +183,16 @@ def result_of(
     try:
         with _Strict(allowed, dimensions) as operations, _StrictCalls(operations):
             output = function(input)
-    except NotTried:
+    except NotTriable:
         raise
     except Exception as error:
         raise DoesNotTake(f"fails on a tensor of {tuple(input.shape)}") from error
     if type(output) is not torch.Tensor:
-        raise NotTried("makes something else than a tensor")
+        raise NotTriable("makes something else than a tensor")
     return output
 
 
-@remembered
+@memoized
 def takes_one(function: Any, bound: int = 1) -> bool:
     """Whether it can be called with one argument beside those that are bound, as a method's first is."""
     try:

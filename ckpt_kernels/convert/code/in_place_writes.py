@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..loads import is_set, modules_of
-from .called import functions_behind, functions_of, is_a, is_torchs
-from .remembering import remembered
+from .call_graph import belongs_to_torch, functions_reachable_from, has_type, reachable_functions
+from .memoization import memoized
 from .scope import UNKNOWN, Scope
 from .source import NoSource, definition_of
 
@@ -43,7 +43,7 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _DATA = (bool, int, float, str, type(None), type, Tensor, nn.Module)
 
 
-def writer_in(model: nn.Module) -> str:
+def in_place_writer(model: nn.Module) -> str:
     """The first method of the model that may write to a tensor of somebody else's; "" if there is none."""
     for module in modules_of(model):
         if is_set(module, "inplace"):
@@ -53,32 +53,32 @@ def writer_in(model: nn.Module) -> str:
     return ""
 
 
-@remembered
+@memoized
 def _writer_of(kind: type[nn.Module]) -> str:
-    return "" if kind.__module__.startswith("torch.nn.modules.") else _writer_among(functions_of(kind))
+    return "" if kind.__module__.startswith("torch.nn.modules.") else _writer_among(reachable_functions(kind))
 
 
 def _writer_held(value: Any, depth: int = 4) -> str:
     """The same of functions and of objects that are called, and of containers of these within so many others."""
-    if is_a(value, _DATA) or not depth:
+    if has_type(value, _DATA) or not depth:
         return ""
-    if is_a(value, (dict, list, tuple, set, frozenset)):
-        values = list(value.values() if is_a(value, dict) else value)
+    if has_type(value, (dict, list, tuple, set, frozenset)):
+        values = list(value.values() if has_type(value, dict) else value)
         return next(filter(None, (_writer_held(each, depth - 1) for each in values)), "")
-    if is_a(value, functools.partial):
+    if has_type(value, functools.partial):
         return _writer_held((value.func, *value.args, *value.keywords.values()), depth)
-    if is_a(value, types.MethodType):
+    if has_type(value, types.MethodType):
         return _writer_held(value.__self__, depth) or _writer_held(value.__func__, depth)
-    if is_a(value, types.FunctionType):
-        return "" if is_torchs(value) else _writer_among(functions_behind(value, object))
+    if has_type(value, types.FunctionType):
+        return "" if belongs_to_torch(value) else _writer_among(functions_reachable_from(value, object))
     return _writer_called(type(value))
 
 
-@remembered
+@memoized
 def _writer_called(kind: type) -> str:
     called = inspect.getattr_static(kind, "__call__", None)
-    is_known = not is_a(called, types.FunctionType) or is_torchs(called)
-    return "" if is_known else _writer_among(functions_behind(called, kind))
+    is_known = not has_type(called, types.FunctionType) or belongs_to_torch(called)
+    return "" if is_known else _writer_among(functions_reachable_from(called, kind))
 
 
 def _writer_among(functions: tuple[types.FunctionType, ...]) -> str:
@@ -139,7 +139,7 @@ def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
         return
     value = scope.value(call.func)
     # What is called may have been imported by another name.
-    if any(map(_is_in_place, (called, getattr(value, "__name__", "") if is_a(value, _FUNCTIONS) else ""))):
+    if any(map(_is_in_place, (called, getattr(value, "__name__", "") if has_type(value, _FUNCTIONS) else ""))):
         yield first
     # A flag such as that of F.relu(x, True), which is never first.
     if any(isinstance(a, ast.Constant) and a.value is True for a in call.args[1:]) or _may_ask_for_it(call, value):
@@ -152,9 +152,9 @@ def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
 def _may_ask_for_it(call: ast.Call, function: Any) -> bool:
     """Whether arguments by position, or those in a dict, may be the flag or the output of a function of torch's."""
     in_a_dict = any(keyword.arg is None for keyword in call.keywords)
-    if is_a(function, types.BuiltinFunctionType):
+    if has_type(function, types.BuiltinFunctionType):
         return in_a_dict
-    if not is_a(function, types.FunctionType) or not is_torchs(function):
+    if not has_type(function, types.FunctionType) or not belongs_to_torch(function):
         return False
     parameters = list(inspect.signature(function).parameters)
     if "inplace" not in parameters:
@@ -229,5 +229,5 @@ def _is_torchs_or_a_method(called: Any, tree: ast.expr) -> bool:
     if called is UNKNOWN:
         return isinstance(tree, ast.Attribute) and _name(tree.value) != "self"
     return isinstance(called, types.BuiltinFunctionType | type) or (
-        isinstance(called, types.FunctionType) and is_torchs(called)
+        isinstance(called, types.FunctionType) and belongs_to_torch(called)
     )

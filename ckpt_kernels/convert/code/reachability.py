@@ -16,16 +16,24 @@ import torch
 from torch import nn
 
 from ..asked import MISSING, Found, are_same
-from .called import is_a, is_torchs
-from .dead import live_code
-from .own_gradients import METHODS, NAMES, is_plain_function
+from .call_graph import belongs_to_torch, has_type
+from .custom_autograd import METHODS, NAMES, is_plain_autograd_function
+from .dead_code import live_code
 
 Settings = tuple[tuple[str, Any], ...]
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
     ValueError AssertionError""".split()
-WRITES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
+WRITING_OPCODES = (
+    "STORE_ATTR",
+    "DELETE_ATTR",
+    "STORE_GLOBAL",
+    "DELETE_GLOBAL",
+    "STORE_SUBSCR",
+    "DELETE_SUBSCR",
+    "IMPORT_NAME",
+)
 _SHAPES = {"shape", "size", "len"}
 _STEPS = ("int", "max", "min")
 # What code may name of tensors and of torch: arithmetic, and what norms are written with.
@@ -37,11 +45,11 @@ _NAMES = frozenset(
 )
 
 
-class NotTried(Exception):
+class NotTriable(Exception):
     """Why a module cannot be tried out; for people."""
 
 
-class Code:
+class CodeSnapshot:
     """All that a forward reaches, with what it was when it was tried out: globals, functions of torch's modules, the
     methods of a class, variables of functions around, and defaults.
 
@@ -58,7 +66,7 @@ class Code:
         return are_same(self.found)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Code) and self._identity() == other._identity()
+        return isinstance(other, CodeSnapshot) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
         return hash(self._identity())
@@ -66,7 +74,7 @@ class Code:
     def _identity(self) -> tuple:
         return tuple((id(holder), name, id(value)) for holder, name, value in self.found)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CodeSnapshot":
         return self
 
     def __reduce__(self) -> tuple:
@@ -88,21 +96,23 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, _PLAIN) else getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def _code_of(kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]) -> Code:
+def _code_of(
+    kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]
+) -> CodeSnapshot:
     if has_finalizer(kind):
         return _never_the_same(kind, settings, parameters)
     made = object.__new__(kind)
     made.__dict__.update(nn.Module().__dict__ | dict(settings))
     made.__dict__["_parameters"] = dict.fromkeys(parameters)
-    with contextlib.suppress(NotTried):
+    with contextlib.suppress(NotTriable):
         found = read(made, gradients=True)[1]
         if found.text() == text:
             return found
     return _never_the_same(kind, settings, parameters)
 
 
-def _never_the_same(*module: Any) -> Code:
-    return Code(module, [({}, "", None)])
+def _never_the_same(*module: Any) -> CodeSnapshot:
+    return CodeSnapshot(module, [({}, "", None)])
 
 
 def has_finalizer(kind: type) -> bool:
@@ -110,24 +120,24 @@ def has_finalizer(kind: type) -> bool:
     return hasattr(kind, "__del__")
 
 
-def read(module: nn.Module, gradients: bool = False) -> tuple[Settings, Code]:
+def read(module: nn.Module, gradients: bool = False) -> tuple[Settings, CodeSnapshot]:
     """All that the module's forward reads of it beside its parameters, by name, and the code it reaches, with what has
     gradients of its own if whoever tries it out tries those out too."""
-    reading = Reading(module, gradients)
+    reading = CodeReader(module, gradients)
     reading.function(type(module).forward, own=True)
-    if reads_shapes(reading):
-        raise NotTried("decides by the shape of what it is given")
+    if depends_on_shapes(reading):
+        raise NotTriable("decides by the shape of what it is given")
     reading.modules()
     settings = tuple(sorted(reading.settings.items()))
-    return settings, Code((type(module), settings, tuple(module._parameters)), reading.found)
+    return settings, CodeSnapshot((type(module), settings, tuple(module._parameters)), reading.found)
 
 
-def reads_shapes(reading: "Reading") -> bool:
+def depends_on_shapes(reading: "CodeReader") -> bool:
     """Whether what the code does may depend on the shapes of what it is given."""
     return bool(reading.names & _SHAPES) and (reading.branches or reading.steps)
 
 
-def is_as_tried(module: nn.Module, settings: Settings, code: Code | None) -> bool:
+def is_unchanged(module: nn.Module, settings: Settings, code: CodeSnapshot | None) -> bool:
     """Whether the module's settings, and the code it reaches, are what they were."""
     held = module.__dict__
     for name, value in settings:
@@ -141,10 +151,10 @@ def _setting(value: Any) -> Any:
     return tuple(value) if type(value) is list else value
 
 
-class Reading:
+class CodeReader:
     """What the code reached from a module's forward reads and does."""
 
-    writes: tuple[str, ...] = WRITES
+    writes: tuple[str, ...] = WRITING_OPCODES
 
     def __init__(self, module: nn.Module, gradients: bool = False) -> None:
         self.module = module
@@ -162,24 +172,24 @@ class Reading:
         """Of a function of Python's; those of torch, but for the module's own methods, need not be read."""
         if isinstance(function, staticmethod | classmethod | functools.partial):
             function = function.func if isinstance(function, functools.partial) else function.__func__
-        if is_torchs_own(function) and not own:
+        if is_torch_callable(function) and not own:
             return
         if not isinstance(function, types.FunctionType):
-            raise NotTried(
+            raise NotTriable(
                 f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
             )
         for cell in function.__closure__ or ():
             try:
                 value = cell.cell_contents
             except ValueError:
-                raise NotTried("reads a variable that has no value yet") from None
+                raise NotTriable("reads a variable that has no value yet") from None
             if value is not self.module and not isinstance(value, type):
                 if not callable(value):
-                    raise NotTried("reads a variable of the function around it")
+                    raise NotTriable("reads a variable of the function around it")
                 self.found.append((cell, "cell_contents", value))
                 self.function(value)
         if not all(map(_is_constant, function.__defaults__ or ())) or function.__kwdefaults__:
-            raise NotTried("has defaults that may change")
+            raise NotTriable("has defaults that may change")
         self.found += [(function, name, getattr(function, name)) for name in ("__code__", "__defaults__")]
         code, held = live_code(function)
         self.found += held
@@ -209,7 +219,7 @@ class Reading:
         steps = list(dis.get_instructions(code))
         for index, step in enumerate(steps):
             if step.opname in self.writes:
-                raise NotTried("writes as it goes")
+                raise NotTriable("writes as it goes")
             if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
                 count = step.arg or 0 if step.opname == "BUILD_SLICE" else 2
                 self.bounds(steps[max(0, index - count) : index])
@@ -224,12 +234,12 @@ class Reading:
     def constant(self, value: Any) -> None:
         """Of the code."""
         if isinstance(value, slice) and value != slice(None):
-            raise NotTried("computes with a part of what it is given")
+            raise NotTriable("computes with a part of what it is given")
 
     def bounds(self, loads: Sequence[dis.Instruction]) -> None:
         """Of a slice: what loads them, and its step if it has one. One beyond what is tried would not be seen."""
         if any(load.opname != "LOAD_CONST" or load.argval is not None for load in loads):
-            raise NotTried("computes with a part of what it is given")
+            raise NotTriable("computes with a part of what it is given")
 
     def named(self, name: str, names: dict[str, Any]) -> None:
         self.names.add(name)
@@ -237,22 +247,22 @@ class Reading:
             self.found.append((names, name, names[name]))
             self.value(names[name])
         elif name not in _BUILTINS or not hasattr(builtins, name):
-            raise NotTried(f"names {name}, which is not on the list of what is known")
+            raise NotTriable(f"names {name}, which is not on the list of what is known")
         else:
             self.found.append((names, name, MISSING))
 
     def value(self, value: Any) -> None:
         if isinstance(value, types.ModuleType):
             if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
-                raise NotTried(f"uses {value.__name__}")
-        elif self._gradients and isinstance(value, type) and is_plain_function(value):
+                raise NotTriable(f"uses {value.__name__}")
+        elif self._gradients and isinstance(value, type) and is_plain_autograd_function(value):
             self._known |= NAMES
             for method in METHODS:
                 self.found.append((value, method, getattr(value, method)))
                 self.function(getattr(value, method), own=True)
         elif isinstance(value, type):
-            if not is_torchs_own(value) and not issubclass(value, Exception):
-                raise NotTried(f"uses the class {value.__name__}")
+            if not is_torch_callable(value) and not issubclass(value, Exception):
+                raise NotTriable(f"uses the class {value.__name__}")
         elif not isinstance(value, _PLAIN):
             self.function(value)
 
@@ -260,13 +270,13 @@ class Reading:
         self.names.add(name)
         module = self.module
         if name == "training" or name in module._buffers:
-            raise NotTried("depends on its mode or on buffers")
+            raise NotTriable("depends on its mode or on buffers")
         if name in module.__dict__:
             value = module.__dict__[name]
             if isinstance(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
                 self.function(value)
             elif not _is_plain(value):
-                raise NotTried(f"reads {name}, which is no plain setting")
+                raise NotTriable(f"reads {name}, which is no plain setting")
             self.settings[name] = _setting(value)
         elif name not in module._parameters:
             # What a class inherits may be called by super().
@@ -275,11 +285,11 @@ class Reading:
             for owner in holders:
                 held = vars(owner)[name]
                 if _is_plain(held):
-                    raise NotTried(f"reads {name} of its class")
+                    raise NotTriable(f"reads {name} of its class")
                 self.found.append((owner, name, getattr(owner, name)))
                 self.function(held, own=True)
             if not holders and name not in self._known:
-                raise NotTried(f"names {name}, which is not on the list of what is known")
+                raise NotTriable(f"names {name}, which is not on the list of what is known")
 
 
 def _is_plain(value: Any) -> bool:
@@ -290,7 +300,7 @@ def _is_constant(value: Any) -> bool:
     return isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(v, int) for v in value))
 
 
-def is_torchs_own(function: Any) -> bool:
+def is_torch_callable(function: Any) -> bool:
     named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
-    in_its_files = not is_a(function, types.FunctionType) or is_torchs(function)
+    in_its_files = not has_type(function, types.FunctionType) or belongs_to_torch(function)
     return callable(function) and in_its_files and str(named).partition(".")[0] in ("torch", "math")

@@ -16,7 +16,7 @@ _MOST = 4096
 _for_now: list[dict[tuple, Any]] = []
 
 
-def remembered(function: Callable[..., Found]) -> Callable[..., Found]:
+def memoized(function: Callable[..., Found]) -> Callable[..., Found]:
     """The function, which computes once for arguments that are equal and can be hashed; exceptions are not
     remembered."""
     for_good: dict[tuple, Found] = {}
@@ -39,7 +39,7 @@ def remembered(function: Callable[..., Found]) -> Callable[..., Found]:
     return call
 
 
-def forget_what_is_local() -> None:
+def forget_local_results() -> None:
     """At the end of a conversion."""
     for known in _for_now:
         known.clear()

@@ -15,13 +15,13 @@ _OWN = frozenset(
 NAMES = frozenset(("apply", "save_for_backward", "saved_tensors"))
 
 
-def is_plain_function(kind: type) -> bool:
+def is_plain_autograd_function(kind: type) -> bool:
     """Whether it is such a class, and no class below one."""
     own = vars(kind)
     plain = kind.__bases__ == (Function,) and own.keys() <= _OWN
     return plain and all(isinstance(own.get(name), staticmethod) for name in METHODS)
 
 
-def has_own_gradient(found: Iterable[Found]) -> bool:
+def has_custom_gradient(found: Iterable[Found]) -> bool:
     """Whether such a class is among what code reaches."""
     return any(isinstance(holder, type) and issubclass(holder, Function) for holder, _, _ in found)

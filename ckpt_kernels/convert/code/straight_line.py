@@ -4,10 +4,10 @@ import ast
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .order import count_of, first_use, reads
+from .evaluation_order import count_uses, first_use, loaded_names
 
 # Nothing is looked for within these, nor in a run that has one: their insides run elsewhere, later, or not at all.
-CLOSED = (
+OPAQUE = (
     ast.Lambda,
     ast.ListComp,
     ast.SetComp,
@@ -21,7 +21,7 @@ CLOSED = (
 )
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # A run may be no longer than this.
-LONGEST = 8
+MAX_RUN_LENGTH = 8
 
 
 class Half(NamedTuple):
@@ -33,7 +33,7 @@ class Half(NamedTuple):
     dim: int
 
 
-Meaning = ast.expr | Half
+Binding = ast.expr | Half
 
 
 class Block(NamedTuple):
@@ -46,12 +46,12 @@ class Block(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Statements `begin` to `end`, both included, of a block. `meanings`: what the names that one of them reads and an
+    """Statements `begin` to `end`, both included, of a block. `bindings`: what the names that one of them reads and an
     earlier one makes stand for, by the id of the node that reads."""
 
     begin: int
     end: int
-    meanings: dict[int, Meaning]
+    bindings: dict[int, Binding]
 
 
 def blocks(function: ast.FunctionDef) -> Iterator[Block]:
@@ -68,7 +68,7 @@ def blocks(function: ast.FunctionDef) -> Iterator[Block]:
                     waiting.append(Block(statement.orelse, False, within))
 
 
-def run_of(
+def run_between(
     function: ast.FunctionDef,
     block: Block,
     begin: int,
@@ -79,18 +79,18 @@ def run_of(
     """The run, if each of its statements but the last does nothing but make one value, or two halves, which are read
     in the run, and nobody else needs what these are called. `halves`: what is torch.chunk."""
     read: set[int] = set()
-    meanings: dict[int, Meaning] = {}
-    current: dict[str, tuple[int, Meaning]] = {}
+    bindings: dict[int, Binding] = {}
+    current: dict[str, tuple[int, Binding]] = {}
     made = 0
     names = [dict(_made(statement, halves)) for statement in block.statements[begin:end]]
     if not all(found and found.keys() <= fast for found in names):
         return None
     for index, statement in enumerate(block.statements[begin : end + 1]):
-        if any(isinstance(node, (*CLOSED, *_DEFINITIONS)) for node in ast.walk(statement)):
+        if any(isinstance(node, (*OPAQUE, *_DEFINITIONS)) for node in ast.walk(statement)):
             return None
-        for node in reads(statement):
+        for node in loaded_names(statement):
             if node.id in current:
-                number, meanings[id(node)] = current[node.id]
+                number, bindings[id(node)] = current[node.id]
                 read.add(number)
         for name, meaning in names[index].items() if index < len(names) else ():
             current[name] = made, meaning
@@ -99,10 +99,10 @@ def run_of(
         return None
     if not all(is_dead(name, function, block, begin, end) for name in current):
         return None
-    return Run(begin, end, meanings)
+    return Run(begin, end, bindings)
 
 
-def _made(statement: ast.stmt, halves: Callable[[ast.expr], bool]) -> Iterator[tuple[str, Meaning]]:
+def _made(statement: ast.stmt, halves: Callable[[ast.expr], bool]) -> Iterator[tuple[str, Binding]]:
     """The names that a statement gives values, and these."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return
@@ -110,13 +110,13 @@ def _made(statement: ast.stmt, halves: Callable[[ast.expr], bool]) -> Iterator[t
     if isinstance(target, ast.Name):
         yield target.id, statement.value
     elif isinstance(target, ast.Tuple) and len(target.elts) == 2:
-        whole = halved(statement.value, halves)
+        whole = chunked_in_two(statement.value, halves)
         names = [name.id for name in target.elts if isinstance(name, ast.Name)]
         if whole is not None and len(set(names)) == 2:
             yield from ((name, Half(whole[0], index, whole[1], whole[2])) for index, name in enumerate(names))
 
 
-def halved(tree: ast.expr, halves: Callable[[ast.expr], bool]) -> tuple[ast.expr, ast.expr | None, int] | None:
+def chunked_in_two(tree: ast.expr, halves: Callable[[ast.expr], bool]) -> tuple[ast.expr, ast.expr | None, int] | None:
     """x, of x.chunk(2, -1), and of torch.chunk(x, 2, -1), whatever that is called here, with the function; and -1, or
     another dimension, which may be the last."""
     if not isinstance(tree, ast.Call):
@@ -140,7 +140,7 @@ def halved(tree: ast.expr, halves: Callable[[ast.expr], bool]) -> tuple[ast.expr
 
 def is_dead(name: str, function: ast.FunctionDef, block: Block, begin: int, end: int) -> bool:
     """Whether nobody reads, after the run, what it has given that name."""
-    if sum(count_of(s, name) for s in block.statements[begin : end + 1]) == count_of(function, name):
+    if sum(count_uses(s, name) for s in block.statements[begin : end + 1]) == count_uses(function, name):
         return True
     if block.within:
         return False

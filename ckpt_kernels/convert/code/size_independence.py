@@ -24,7 +24,7 @@ _STATEMENTS = (ast.Assign, ast.Expr, ast.If, ast.Pass, ast.Raise, ast.Return)
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
-def are_parts_by_shape(function: types.FunctionType) -> bool:
+def is_size_independent(function: types.FunctionType) -> bool:
     """Whether sizes bound parts of last dimensions, and do nothing else."""
     try:
         tree = definition_of(function).tree

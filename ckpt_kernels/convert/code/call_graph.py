@@ -12,42 +12,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from .remembering import remembered
-from .source import NoSource, definition_of, layers_of
+from .memoization import memoized
+from .source import NoSource, decorator_chain, definition_of
 
 # Where torch's files are.
 _HOME = os.path.join(os.path.dirname(torch.__file__), "")
 
 
-@remembered
-def functions_of(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
+@memoized
+def reachable_functions(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
     """The class's forward, and all of Python's functions but torch's that it may reach, without their decorators:
     methods of every kind, properties, and functions of its file and of the modules that this imports.
 
     A function whose decorators are not known stands for itself.
     """
-    return functions_behind(getattr(kind, "forward", None), kind)
+    return functions_reachable_from(getattr(kind, "forward", None), kind)
 
 
-def functions_behind(function: Any, kind: type) -> tuple[types.FunctionType, ...]:
+def functions_reachable_from(function: Any, kind: type) -> tuple[types.FunctionType, ...]:
     """The function and all of Python's functions that it may reach, where an object of that class is at hand."""
     reached: dict[types.FunctionType, types.FunctionType] = {}
     waiting: list[Any] = [function]
     while waiting:
         function = waiting.pop()
-        if not is_a(function, types.FunctionType) or function in reached or is_torchs(function):
+        if not has_type(function, types.FunctionType) or function in reached or belongs_to_torch(function):
             continue
         try:
-            written = layers_of(function)[-1]
+            written = decorator_chain(function)[-1]
         except NoSource:
             written = function
         reached[function] = written
         names = names_in(written.__code__)
-        modules = [value for value in written.__globals__.values() if is_a(value, types.ModuleType)]
+        modules = [value for value in written.__globals__.values() if has_type(value, types.ModuleType)]
         waiting += _contents(written.__closure__ or ())
         for name in names:
             waiting += [*_behind(inspect.getattr_static(kind, name, None)), written.__globals__.get(name)]
-            waiting += [vars(module).get(name) for module in modules if not is_torchs(module)]
+            waiting += [vars(module).get(name) for module in modules if not belongs_to_torch(module)]
     return tuple(reached.values())
 
 
@@ -57,10 +57,12 @@ def _behind(attribute: Any) -> list[Any]:
         return [attribute.fget, attribute.fset, attribute.fdel]
     if isinstance(attribute, functools.cached_property):
         return [attribute.func]
-    return [getattr(attribute, "__func__", attribute)] if is_a(attribute, classmethod | staticmethod) else [attribute]
+    return (
+        [getattr(attribute, "__func__", attribute)] if has_type(attribute, classmethod | staticmethod) else [attribute]
+    )
 
 
-def is_a(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """isinstance by the class alone: a lazy object would be loaded by being asked for its `__class__`."""
     return issubclass(type(value), kind)
 
@@ -71,14 +73,14 @@ def names_in(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(names_in, inner))
 
 
-@remembered
-def asks_for_its_class(kind: type[nn.Module]) -> bool:
+@memoized
+def inspects_own_class(kind: type[nn.Module]) -> bool:
     """Whether something that its forward may reach does more with the module's class than call it, name it, and read
     what is inherited: another class would be seen."""
     owners = {owner.__qualname__ for owner in kind.__mro__}
     methods: list[types.FunctionType] = []
     others: list[types.FunctionType] = []
-    for function in functions_of(kind):
+    for function in reachable_functions(kind):
         own = function.__qualname__.rpartition(".")[0] in owners and function.__code__.co_argcount > 0
         (methods if own else others).append(function)
     # What is no method sees the module if a method hands it on.
@@ -136,7 +138,7 @@ def _is_named(node: ast.AST, names: Collection[str]) -> bool:
     return isinstance(node, ast.Name) and node.id in names
 
 
-def is_as_torch_wrote_it(method: Any) -> bool:
+def is_unpatched(method: Any) -> bool:
     """Whether a method of a class of torch's is what torch's file has there, and not what somebody put in its place."""
     code = getattr(method, "__code__", None)
     return code is not None and _is_file_of_torchs(method.__module__ or "", code.co_filename)
@@ -147,12 +149,12 @@ def _is_file_of_torchs(module: str, file: str) -> bool:
     return module.startswith("torch.") and file == getattr(sys.modules.get(module), "__file__", None)
 
 
-def is_torchs(value: Any) -> bool:
+def belongs_to_torch(value: Any) -> bool:
     """Whether a module or a function is torch's own, or built into Python.
 
     What wraps a function of torch's bears its name, but does not stand in torch's files.
     """
-    if is_a(value, types.FunctionType) and not value.__code__.co_filename.startswith(_HOME):
+    if has_type(value, types.FunctionType) and not value.__code__.co_filename.startswith(_HOME):
         return False
     name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__ or ""
     return name.partition(".")[0] in ("torch", "builtins")

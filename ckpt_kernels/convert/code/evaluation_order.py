@@ -8,7 +8,7 @@ import ast
 from collections.abc import Callable, Iterator, Sequence
 
 
-def parts_of(tree: ast.AST) -> "Sequence[ast.AST] | None":
+def evaluated_parts(tree: ast.AST) -> "Sequence[ast.AST] | None":
     """What is evaluated for a tree, in that order, the targets of statements included; None where that is not known, or
     not certain. What a part does besides, call, load or store, it does before the next part.
 
@@ -61,23 +61,23 @@ _PARTS: tuple[tuple[type | tuple[type, ...], Callable[..., Sequence[ast.AST]]], 
 )
 
 
-def comes_first(tree: ast.AST, wanted: ast.AST, is_plain: Callable[[ast.AST], bool]) -> bool:
+def is_evaluated_first(tree: ast.AST, wanted: ast.AST, is_plain: Callable[[ast.AST], bool]) -> bool:
     """Whether all that is evaluated before `wanted`, which is part of `tree`, are plain loads, or calls around it."""
     if tree is wanted:
         return True
-    for part in parts_of(tree) or ():
+    for part in evaluated_parts(tree) or ():
         if any(node is wanted for node in ast.walk(part)):
-            return comes_first(part, wanted, is_plain)
+            return is_evaluated_first(part, wanted, is_plain)
         if not is_plain(part):
             return False
     return False
 
 
-def in_order(tree: ast.AST) -> Iterator[ast.AST]:
+def in_evaluation_order(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a tree in the order in which they are begun to be evaluated, where that is known and certain."""
     yield tree
-    for part in parts_of(tree) or ():
-        yield from in_order(part)
+    for part in evaluated_parts(tree) or ():
+        yield from in_evaluation_order(part)
 
 
 def first_use(tree: ast.AST, name: str) -> str:
@@ -86,21 +86,21 @@ def first_use(tree: ast.AST, name: str) -> str:
         return "stored" if isinstance(tree.ctx, ast.Store) else "read"
     if isinstance(tree, ast.AugAssign) and isinstance(tree.target, ast.Name) and tree.target.id == name:
         return "read"
-    if not count_of(tree, name):
+    if not count_uses(tree, name):
         return ""
-    for part in parts_of(tree) or ():
+    for part in evaluated_parts(tree) or ():
         used = first_use(part, name)
         if used:
             return used
     return "read"
 
 
-def count_of(tree: ast.AST, name: str) -> int:
+def count_uses(tree: ast.AST, name: str) -> int:
     """How often a name stands in a tree."""
     return sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
 
 
-def reads(statement: ast.stmt) -> Iterator[ast.Name]:
+def loaded_names(statement: ast.stmt) -> Iterator[ast.Name]:
     """The names that a statement reads, that of an augmented assignment's target among them."""
     target = statement.target if isinstance(statement, ast.AugAssign) else None
     for node in ast.walk(statement):
