@@ -1,4 +1,4 @@
-"""Somebody's `autograd.Function` that has nothing but a forward and a backward, both of which can be read."""
+"""A user's `autograd.Function` that consists of a forward and a backward, both of which can be read."""
 
 from collections.abc import Iterable
 
@@ -7,21 +7,21 @@ from torch.autograd import Function
 from ..asked import Found
 
 METHODS = ("forward", "backward")
-# What such a class has: `_backward_cls` is torch's, the rest but for the methods is Python's.
-_OWN = frozenset(
+# The attributes of such a class: `_backward_cls` is torch's, all others but the methods are Python's.
+_ATTRIBUTES = frozenset(
     (*METHODS, "_backward_cls", "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__")
 )
-# What its methods and its users name: nothing is kept there but tensors, from the one method to the other.
+# The names that its methods and callers may use: the forward passes nothing to the backward but saved tensors.
 NAMES = frozenset(("apply", "save_for_backward", "saved_tensors"))
 
 
 def is_plain_autograd_function(kind: type) -> bool:
-    """Whether it is such a class, and no class below one."""
+    """Whether a class is a direct subclass of `autograd.Function` with only a static forward and backward."""
     own = vars(kind)
-    plain = kind.__bases__ == (Function,) and own.keys() <= _OWN
-    return plain and all(isinstance(own.get(name), staticmethod) for name in METHODS)
+    is_plain = kind.__bases__ == (Function,) and own.keys() <= _ATTRIBUTES
+    return is_plain and all(isinstance(own.get(name), staticmethod) for name in METHODS)
 
 
-def has_custom_gradient(found: Iterable[Found]) -> bool:
-    """Whether such a class is among what code reaches."""
-    return any(isinstance(holder, type) and issubclass(holder, Function) for holder, _, _ in found)
+def has_custom_gradient(dependencies: Iterable[Found]) -> bool:
+    """Whether the dependencies of code include an `autograd.Function`."""
+    return any(isinstance(holder, type) and issubclass(holder, Function) for holder, _, _ in dependencies)

@@ -1,8 +1,8 @@
-"""What a conversion finds out of a class or a function is remembered.
+"""Memoization of what a conversion finds out about classes and functions.
 
-For good, if that lives as long as its file. A class that was made at run time, in a function or by another's code, and
-what its forward closes over, is to be freed with its last module: what is known of it is forgotten when the conversion
-ends.
+Results live as long as the process where the class or function belongs to a file. A class that was made at run time, in
+a function or by other code, must be freed with its last module, and so must the closure of its forward: results about
+such a class are forgotten when the conversion ends.
 """
 
 import functools
@@ -10,43 +10,42 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-_MOST = 4096
-_for_now: list[dict[tuple, Any]] = []
+_MAX_ENTRIES = 4096
+_local_caches: list[dict[tuple, Any]] = []
 
 
-def memoized(function: Callable[..., Found]) -> Callable[..., Found]:
-    """The function, which computes once for arguments that are equal and can be hashed; exceptions are not
-    remembered."""
-    for_good: dict[tuple, Found] = {}
-    for_now: dict[tuple, Found] = {}
-    _for_now.append(for_now)
+def memoized(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, computed once for equal arguments that can be hashed; exceptions are not cached."""
+    lasting: dict[tuple, Result] = {}
+    local: dict[tuple, Result] = {}
+    _local_caches.append(local)
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Found:
-        known = for_now if _is_local(arguments) else for_good
+    def call(*arguments: Any) -> Result:
+        cache = local if _is_local(arguments) else lasting
         try:
             hash(arguments)
-        except TypeError:  # a global that is no module any more, say
+        except TypeError:  # for example a global that has been replaced by a dict
             return function(*arguments)
-        if arguments not in known:
-            if len(known) >= _MOST:
-                known.clear()
-            known[arguments] = function(*arguments)
-        return known[arguments]
+        if arguments not in cache:
+            if len(cache) >= _MAX_ENTRIES:
+                cache.clear()
+            cache[arguments] = function(*arguments)
+        return cache[arguments]
 
     return call
 
 
 def forget_local_results() -> None:
-    """At the end of a conversion."""
-    for known in _for_now:
-        known.clear()
+    """Forget results about local classes and functions, at the end of a conversion."""
+    for cache in _local_caches:
+        cache.clear()
 
 
 def _is_local(value: Any) -> bool:
-    """Whether a class in it is in no module, or a function in it was made within a function."""
+    """Whether a value is, or a tuple contains, a class that no module has or a function made within a function."""
     if isinstance(value, tuple):
         return any(map(_is_local, value))
     name = getattr(value, "__qualname__", "")

@@ -1,7 +1,8 @@
-"""What the code of a module reads and reaches from its forward: whether it may be tried out at all.
+"""Reachability analysis of a module's forward: whether the module may be tried out on sample inputs.
 
-It may if it reads nothing but parameters and plain settings, writes to nothing, names nothing that is not on a list,
-and decides nothing by shape. What was read and reached is kept, so that a call can ask whether it still is the same.
+A trial shows what the forward computes if the forward reads only parameters and plain settings, writes to nothing,
+names only what is on a list, and takes no decision by shape. A `CodeSnapshot` keeps what was read and reached, so that
+a call can check that all of that is unchanged.
 """
 
 import builtins
@@ -12,32 +13,24 @@ import types
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..asked import MISSING, Found, are_same
 from .call_graph import belongs_to_torch, has_type
+from .code_objects import cell_value
 from .custom_autograd import METHODS, NAMES, is_plain_autograd_function
 from .dead_code import live_code
+from .settings import PLAIN_TYPES, Settings, as_setting, has_settings, is_constant, is_plain
 
-Settings = tuple[tuple[str, Any], ...]
-
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
     ValueError AssertionError""".split()
-WRITING_OPCODES = (
-    "STORE_ATTR",
-    "DELETE_ATTR",
-    "STORE_GLOBAL",
-    "DELETE_GLOBAL",
-    "STORE_SUBSCR",
-    "DELETE_SUBSCR",
-    "IMPORT_NAME",
+WRITING_OPCODES = tuple(
+    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_SUBSCR DELETE_SUBSCR IMPORT_NAME".split()
 )
 _SHAPES = {"shape", "size", "len"}
-_STEPS = ("int", "max", "min")
-# What code may name of tensors and of torch: arithmetic, and what norms are written with.
-_NAMES = frozenset(
+_PIECEWISE = ("int", "max", "min")
+# The attributes of tensors and of torch that code may name: arithmetic, and the parts of norms.
+_ALLOWED = frozenset(
     """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
     layer_norm leaky_relu math mean mish movedim mul neg nn normalize normalized_shape permute pi pow relu rms_norm
     rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as unsqueeze var
@@ -46,24 +39,28 @@ _NAMES = frozenset(
 
 
 class NotTriable(Exception):
-    """Why a module cannot be tried out; for people."""
+    """The reason, for people, why a module cannot be tried out."""
 
 
 class CodeSnapshot:
-    """All that a forward reaches, with what it was when it was tried out: globals, functions of torch's modules, the
-    methods of a class, variables of functions around, and defaults.
+    """The dependencies of a forward, each with the value at the time of the trial.
 
-    A copy is the same; where it is unpickled, it is what a module of the class, with those settings and parameters, has
-    there.
+    Dependencies are globals, functions of torch's modules, methods of a class, closure variables, and defaults.
+
+    A deep copy is the same object. Unpickling analyses a module of the same class, settings and parameters anew; a
+    snapshot that then differs is never the same.
     """
 
-    def __init__(self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], found: Iterable[Found]) -> None:
+    def __init__(
+        self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], dependencies: Iterable[Found]
+    ) -> None:
         self._module = module
-        self.found = tuple({(id(holder), name): (holder, name, value) for holder, name, value in found}.values())
+        unique = {(id(holder), name): (holder, name, value) for holder, name, value in dependencies}
+        self.dependencies = tuple(unique.values())
 
     def is_same(self) -> bool:
-        """Whether all of it still is what it was."""
-        return are_same(self.found)
+        """Whether all dependencies still have these values."""
+        return are_same(self.dependencies)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CodeSnapshot) and self._identity() == other._identity()
@@ -72,17 +69,17 @@ class CodeSnapshot:
         return hash(self._identity())
 
     def _identity(self) -> tuple:
-        return tuple((id(holder), name, id(value)) for holder, name, value in self.found)
+        return tuple((id(holder), name, id(value)) for holder, name, value in self.dependencies)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CodeSnapshot":
         return self
 
     def __reduce__(self) -> tuple:
-        return _code_of, (*self._module, self.text())
+        return _restored, (*self._module, self.text())
 
     def text(self) -> tuple[str, ...]:
-        """What was found, for another process: functions by their code, plain values, and the names of all else."""
-        return tuple(f"{name}: {_text(value)}" for _, name, value in self.found)
+        """The dependencies as text that another process can compare: code of functions, plain values, other names."""
+        return tuple(f"{name}: {_text(value)}" for _, name, value in self.dependencies)
 
 
 def _text(value: Any) -> str:
@@ -93,83 +90,77 @@ def _text(value: Any) -> str:
         return f"{value.co_code.hex()} {value.co_names} {inner}"
     if isinstance(value, tuple):
         return str([_text(part) for part in value])
-    return repr(value) if isinstance(value, _PLAIN) else getattr(value, "__qualname__", type(value).__qualname__)
+    return repr(value) if isinstance(value, PLAIN_TYPES) else getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def _code_of(
+def _restored(
     kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]
 ) -> CodeSnapshot:
+    """The snapshot of a module of that class in this process, if the text is the same."""
+    # The empty dict has no such item: the snapshot is never the same.
+    never_same = CodeSnapshot((kind, settings, parameters), [({}, "", None)])
     if has_finalizer(kind):
-        return _never_the_same(kind, settings, parameters)
-    made = object.__new__(kind)
-    made.__dict__.update(nn.Module().__dict__ | dict(settings))
-    made.__dict__["_parameters"] = dict.fromkeys(parameters)
+        return never_same
+    module = object.__new__(kind)
+    module.__dict__.update(nn.Module().__dict__ | dict(settings))
+    module.__dict__["_parameters"] = dict.fromkeys(parameters)
     with contextlib.suppress(NotTriable):
-        found = read(made, gradients=True)[1]
-        if found.text() == text:
-            return found
-    return _never_the_same(kind, settings, parameters)
-
-
-def _never_the_same(*module: Any) -> CodeSnapshot:
-    return CodeSnapshot(module, [({}, "", None)])
+        snapshot = read_forward(module, gradients=True)[1]
+        if snapshot.text() == text:
+            return snapshot
+    return never_same
 
 
 def has_finalizer(kind: type) -> bool:
-    """Whether something runs at the end of an object of that class, whoever made it."""
+    """Whether the class runs code when an object is destroyed, a trial's copy included."""
     return hasattr(kind, "__del__")
 
 
-def read(module: nn.Module, gradients: bool = False) -> tuple[Settings, CodeSnapshot]:
-    """All that the module's forward reads of it beside its parameters, by name, and the code it reaches, with what has
-    gradients of its own if whoever tries it out tries those out too."""
-    reading = CodeReader(module, gradients)
-    reading.function(type(module).forward, own=True)
-    if depends_on_shapes(reading):
+def read_forward(module: nn.Module, gradients: bool = False) -> tuple[Settings, CodeSnapshot]:
+    """The settings that a module's forward reads, by name, and a snapshot of the code that the forward reaches.
+
+    `gradients`: whether the trial covers gradients too, so that the code may use an `autograd.Function`. Raises
+    `NotTriable`.
+    """
+    reader = CodeReader(module, gradients)
+    reader.read_function(type(module).forward, own=True)
+    if depends_on_shapes(reader):
         raise NotTriable("decides by the shape of what it is given")
-    reading.modules()
-    settings = tuple(sorted(reading.settings.items()))
-    return settings, CodeSnapshot((type(module), settings, tuple(module._parameters)), reading.found)
+    reader.read_modules()
+    settings = tuple(sorted(reader.settings.items()))
+    return settings, CodeSnapshot((type(module), settings, tuple(module._parameters)), reader.dependencies)
 
 
-def depends_on_shapes(reading: "CodeReader") -> bool:
-    """Whether what the code does may depend on the shapes of what it is given."""
-    return bool(reading.names & _SHAPES) and (reading.branches or reading.steps)
+def depends_on_shapes(reader: "CodeReader") -> bool:
+    """Whether the result of the code may depend on the shapes of its inputs."""
+    return bool(reader.names & _SHAPES) and (reader.has_branches or reader.is_piecewise)
 
 
 def is_unchanged(module: nn.Module, settings: Settings, code: CodeSnapshot | None) -> bool:
-    """Whether the module's settings, and the code it reaches, are what they were."""
-    held = module.__dict__
-    for name, value in settings:
-        now = _setting(held.get(name, MISSING))
-        if type(now) is not type(value) or now != value:
-            return False
-    return code is None or code.is_same()
-
-
-def _setting(value: Any) -> Any:
-    return tuple(value) if type(value) is list else value
+    """Whether the module still has these settings and the code still is the same."""
+    return has_settings(module, settings) and (code is None or code.is_same())
 
 
 class CodeReader:
-    """What the code reached from a module's forward reads and does."""
+    """Collects what the code that a module's forward reaches reads and does; raises `NotTriable` where that forbids a
+    trial."""
 
-    writes: tuple[str, ...] = WRITING_OPCODES
+    forbidden_opcodes: tuple[str, ...] = WRITING_OPCODES
 
     def __init__(self, module: nn.Module, gradients: bool = False) -> None:
         self.module = module
         self._gradients = gradients
-        self._known = _NAMES
+        self._allowed_names = _ALLOWED
         self.settings: dict[str, Any] = {}
         self.names: set[str] = set()
-        self.branches = False
-        # Whether it computes what has steps, of numbers such as a shape's.
-        self.steps = False
-        self.found: list[Found] = []
+        self.has_branches = False
+        # Whether the code computes a piecewise constant function, perhaps of the sizes in a shape.
+        self.is_piecewise = False
+        self.dependencies: list[Found] = []
         self._seen: set[types.CodeType] = set()
 
-    def function(self, function: Any, own: bool = False) -> None:
-        """Of a function of Python's; those of torch, but for the module's own methods, need not be read."""
+    def read_function(self, function: Any, own: bool = False) -> None:
+        """Read a Python function. Functions of torch are trusted, unless the function is the module's `own` method."""
         if isinstance(function, staticmethod | classmethod | functools.partial):
             function = function.func if isinstance(function, functools.partial) else function.__func__
         if is_torch_callable(function) and not own:
@@ -179,94 +170,100 @@ class CodeReader:
                 f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
             )
         for cell in function.__closure__ or ():
-            try:
-                value = cell.cell_contents
-            except ValueError:
-                raise NotTriable("reads a variable that has no value yet") from None
+            value = cell_value(cell, MISSING)
+            if value is MISSING:
+                raise NotTriable("reads a variable that has no value yet")
             if value is not self.module and not isinstance(value, type):
                 if not callable(value):
                     raise NotTriable("reads a variable of the function around it")
-                self.found.append((cell, "cell_contents", value))
-                self.function(value)
-        if not all(map(_is_constant, function.__defaults__ or ())) or function.__kwdefaults__:
+                self.dependencies.append((cell, "cell_contents", value))
+                self.read_function(value)
+        if not all(map(is_constant, function.__defaults__ or ())) or function.__kwdefaults__:
             raise NotTriable("has defaults that may change")
-        self.found += [(function, name, getattr(function, name)) for name in ("__code__", "__defaults__")]
-        code, held = live_code(function)
-        self.found += held
-        self._code(code, function.__globals__)
+        self.dependencies += [(function, name, getattr(function, name)) for name in ("__code__", "__defaults__")]
+        code, assumptions = live_code(function)
+        self.dependencies += assumptions
+        self._read_code(code, function.__globals__)
 
-    def modules(self) -> None:
-        """What the code may reach of torch's modules, by the names in it."""
-        waiting = [value for _, _, value in self.found if isinstance(value, types.ModuleType)]
+    def read_modules(self) -> None:
+        """Add the attributes of torch's modules, and of modules in them, that the code names."""
+        waiting = [value for _, _, value in self.dependencies if isinstance(value, types.ModuleType)]
         reached = set()
         while waiting:
-            held = vars(waiting.pop())
-            if id(held) not in reached:
-                reached.add(id(held))
-                for name in sorted(self.names & held.keys()):
-                    self.found.append((held, name, held[name]))
-                    if isinstance(held[name], types.ModuleType):
-                        waiting.append(held[name])
+            members = vars(waiting.pop())
+            if id(members) not in reached:
+                reached.add(id(members))
+                for name in sorted(self.names & members.keys()):
+                    self.dependencies.append((members, name, members[name]))
+                    if isinstance(members[name], types.ModuleType):
+                        waiting.append(members[name])
 
-    def _code(self, code: types.CodeType, names: dict[str, Any]) -> None:
+    def _read_code(self, code: types.CodeType, names: dict[str, Any]) -> None:
         if code in self._seen:
             return
         self._seen.add(code)
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
-                self._code(constant, names)
-            self.constant(constant)
-        steps = list(dis.get_instructions(code))
-        for index, step in enumerate(steps):
-            if step.opname in self.writes:
+                self._read_code(constant, names)
+            self.check_constant(constant)
+        instructions = list(dis.get_instructions(code))
+        for index, step in enumerate(instructions):
+            if step.opname in self.forbidden_opcodes:
                 raise NotTriable("writes as it goes")
             if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
                 count = step.arg or 0 if step.opname == "BUILD_SLICE" else 2
-                self.bounds(steps[max(0, index - count) : index])
-            self.branches |= ("JUMP_" in step.opname and "_IF_" in step.opname) or step.opname == "FOR_ITER"
-            self.steps |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
-            self.steps |= step.opname == "COMPARE_OP" or step.argval in _STEPS
+                self.check_bounds(instructions[max(0, index - count) : index])
+            is_conditional_jump = "JUMP_" in step.opname and "_IF_" in step.opname
+            self.has_branches |= is_conditional_jump or step.opname == "FOR_ITER"
+            self.is_piecewise |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
+            self.is_piecewise |= step.opname == "COMPARE_OP" or step.argval in _PIECEWISE
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                self.named(step.argval, names)
+                self.read_global(step.argval, names)
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-                self.attribute(step.argval)
+                self.read_attribute(step.argval)
 
-    def constant(self, value: Any) -> None:
-        """Of the code."""
+    def check_constant(self, value: Any) -> None:
+        """Check a constant of the code."""
         if isinstance(value, slice) and value != slice(None):
             raise NotTriable("computes with a part of what it is given")
 
-    def bounds(self, loads: Sequence[dis.Instruction]) -> None:
-        """Of a slice: what loads them, and its step if it has one. One beyond what is tried would not be seen."""
+    def check_bounds(self, loads: Sequence[dis.Instruction]) -> None:
+        """Check the instructions that load the bounds, and perhaps the step, of a slice.
+
+        A bound that is larger than the tensors of a trial would not show there.
+        """
         if any(load.opname != "LOAD_CONST" or load.argval is not None for load in loads):
             raise NotTriable("computes with a part of what it is given")
 
-    def named(self, name: str, names: dict[str, Any]) -> None:
+    def read_global(self, name: str, names: dict[str, Any]) -> None:
+        """Read a name among the globals `names`, or a builtin."""
         self.names.add(name)
         if name in names:
-            self.found.append((names, name, names[name]))
-            self.value(names[name])
+            self.dependencies.append((names, name, names[name]))
+            self.read_value(names[name])
         elif name not in _BUILTINS or not hasattr(builtins, name):
             raise NotTriable(f"names {name}, which is not on the list of what is known")
         else:
-            self.found.append((names, name, MISSING))
+            self.dependencies.append((names, name, MISSING))
 
-    def value(self, value: Any) -> None:
+    def read_value(self, value: Any) -> None:
+        """Read the value of a global."""
         if isinstance(value, types.ModuleType):
             if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
                 raise NotTriable(f"uses {value.__name__}")
         elif self._gradients and isinstance(value, type) and is_plain_autograd_function(value):
-            self._known |= NAMES
+            self._allowed_names |= NAMES
             for method in METHODS:
-                self.found.append((value, method, getattr(value, method)))
-                self.function(getattr(value, method), own=True)
+                self.dependencies.append((value, method, getattr(value, method)))
+                self.read_function(getattr(value, method), own=True)
         elif isinstance(value, type):
             if not is_torch_callable(value) and not issubclass(value, Exception):
                 raise NotTriable(f"uses the class {value.__name__}")
-        elif not isinstance(value, _PLAIN):
-            self.function(value)
+        elif not isinstance(value, PLAIN_TYPES):
+            self.read_function(value)
 
-    def attribute(self, name: str) -> None:
+    def read_attribute(self, name: str) -> None:
+        """Read an attribute, which may be the module's whatever the object is."""
         self.names.add(name)
         module = self.module
         if name == "training" or name in module._buffers:
@@ -274,33 +271,26 @@ class CodeReader:
         if name in module.__dict__:
             value = module.__dict__[name]
             if isinstance(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
-                self.function(value)
-            elif not _is_plain(value):
+                self.read_function(value)
+            elif not is_plain(value):
                 raise NotTriable(f"reads {name}, which is no plain setting")
-            self.settings[name] = _setting(value)
+            self.settings[name] = as_setting(value)
         elif name not in module._parameters:
-            # What a class inherits may be called by super().
+            # All definitions along the MRO count: super() may call an overridden one.
             owners = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-            holders = [owner for owner in owners if name in vars(owner)]
-            for owner in holders:
-                held = vars(owner)[name]
-                if _is_plain(held):
+            definers = [owner for owner in owners if name in vars(owner)]
+            for owner in definers:
+                member = vars(owner)[name]
+                if is_plain(member):
                     raise NotTriable(f"reads {name} of its class")
-                self.found.append((owner, name, getattr(owner, name)))
-                self.function(held, own=True)
-            if not holders and name not in self._known:
+                self.dependencies.append((owner, name, getattr(owner, name)))
+                self.read_function(member, own=True)
+            if not definers and name not in self._allowed_names:
                 raise NotTriable(f"names {name}, which is not on the list of what is known")
 
 
-def _is_plain(value: Any) -> bool:
-    return _is_constant(_setting(value))
-
-
-def _is_constant(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (type(value) is tuple and all(isinstance(v, int) for v in value))
-
-
 def is_torch_callable(function: Any) -> bool:
+    """Whether a function or class is torch's own, or of `math`."""
     named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
-    in_its_files = not has_type(function, types.FunctionType) or belongs_to_torch(function)
-    return callable(function) and in_its_files and str(named).partition(".")[0] in ("torch", "math")
+    is_original = not has_type(function, types.FunctionType) or belongs_to_torch(function)
+    return callable(function) and is_original and str(named).partition(".")[0] in ("torch", "math")

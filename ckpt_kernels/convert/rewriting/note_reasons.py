@@ -4,7 +4,7 @@ import ast
 import types
 from collections.abc import Iterator
 
-from ..code.call_graph import names_in
+from ..code.code_objects import names_in
 from ..code.memoization import memoized
 from ..code.source import definition_of
 from .roles import MODULE, Role, Roles

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..code.call_graph import belongs_to_torch, names_in
+from ..code.call_graph import belongs_to_torch
+from ..code.code_objects import names_in
 from ..code.function_reachability import read_function
 from ..code.memoization import memoized
 from ..code.reachability import CodeSnapshot, NotTriable

@@ -48,14 +48,14 @@ def activation_function(value: Any) -> TriedFunction | None:
 
 @in_a_thread_of_its_own
 def _tried_out(function: types.FunctionType) -> TriedFunction | None:
-    reading = CodeReader(nn.Module())
-    reading.function(function)
-    if depends_on_shapes(reading):
+    reader = CodeReader(nn.Module())
+    reader.read_function(function)
+    if depends_on_shapes(reader):
         return None
-    reading.modules()
+    reader.read_modules()
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if result_of(function, transposed, POINTWISE).stride() != transposed.stride():
         return None
     name, keeps_input, is_exact = activation_by_trial(lambda points: result_of(function, points, POINTWISE))
-    code = CodeSnapshot((nn.Module, (), ()), reading.found)
+    code = CodeSnapshot((nn.Module, (), ()), reader.dependencies)
     return None if name is None else TriedFunction(function, name, code, keeps_input, is_exact)

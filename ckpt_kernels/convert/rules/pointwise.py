@@ -70,7 +70,7 @@ class ActivationRule(Unary):
         return F.bias_act(input, activation=self.name)
 
     def as_activation(self, asked: tuple[Found, ...]) -> Activation:
-        found = asked if self.code is None else (*asked, *self.code.found)
+        found = asked if self.code is None else (*asked, *self.code.dependencies)
         # A class below it may have another forward.
         (_, name, forward), *_ = asked
         such = Such(nn.Module, ((name, forward), *CALLS_FORWARD), found, (), HOOKS, ("forward",))
@@ -206,7 +206,7 @@ def _tried_out(outline: Outline) -> Tried:
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if forward_of(made, transposed, POINTWISE).stride() != transposed.stride():
         return Tried()
-    is_own = has_custom_gradient(outline.code.found)
+    is_own = has_custom_gradient(outline.code.dependencies)
     return activation_by_trial(lambda points: forward_of(made, points, POINTWISE), is_own)
 
 

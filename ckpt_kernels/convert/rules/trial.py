@@ -1,8 +1,8 @@
 """Trying out what a module computes: on a stand-in of its own, never on the module.
 
 A stand-in has the module's class, plain settings, and random parameters; nothing that it does reaches the module, its
-buffers, or anybody's random numbers. Which modules may be tried out is for `code.reachability` to say. A trial ends at the
-first operation that is not on the list of those allowed: a random number, a decision by value, a part of a tensor.
+buffers, or anybody's random numbers. Which modules may be tried out is for `code.reachability` to say. A trial ends at
+the first operation that is not on the list of those allowed: a random number, a decision by value, a part of a tensor.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..code.memoization import memoized
-from ..code.reachability import CodeSnapshot, NotTriable, Settings, has_finalizer, read
+from ..code.reachability import CodeSnapshot, NotTriable, Settings, has_finalizer, read_forward
 
 # What may run in a trial, by the names of torch's operations: of one element at a time, and for norms. (Autograd
 # detaches the results that it keeps; what a forward detaches is seen by its gradient.)
@@ -71,7 +71,7 @@ def outline_of(module: nn.Module, gradients: bool = False) -> Outline:
     if has_finalizer(type(module)):
         raise NotTriable("has a finalizer, which would run for what it is tried out on")
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
-    settings, code = read(module, gradients)
+    settings, code = read_forward(module, gradients)
     return Outline(type(module), type(module).forward, code, settings, shapes)
 
 
