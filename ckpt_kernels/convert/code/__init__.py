@@ -1,5 +1,5 @@
-"""Static analysis of a model's own Python code: call graph, reachability, in-place writes, liveness, evaluation order.
+"""Static analysis of a model's own code: call graph, reachability, in-place writes, liveness, evaluation order.
 
-These modules read code and never run it. `source` finds the `def` of a function and checks that it compiles to the code
-that runs.
+These modules read code and never run it. `source` finds the `def` of a function and checks that the `def` compiles
+to the code that runs.
 """

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def names_in(code: types.CodeType) -> set[str]:
-    """The globals and attributes that code names, and those that the functions within it name."""
+    """The globals and attributes that code names, nested functions included."""
     inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
     return set(code.co_names).union(*map(names_in, inner))
 

@@ -13,9 +13,9 @@ from .source import NoSource, definition_of
 
 # Prefix of the names that a rewrite adds to a function.
 PREFIX = "_ckpt_kernels_"
-# A function with one of these names may inspect its own frame.
+# A function that uses one of these names may inspect the function's own frame.
 _OWN_FRAME = frozenset(("locals", "vars", "eval", "exec", "dir", "_getframe", "currentframe", "stack"))
-# A function with one of these names may inspect its caller's frame.
+# A function that uses one of these names may inspect the caller's frame.
 _CALLERS_FRAME = frozenset(("_getframe", "currentframe", "f_back", "f_locals"))
 _GENERATOR_OR_COROUTINE = 0x20 | 0x80 | 0x100 | 0x200
 
@@ -25,8 +25,8 @@ _LOCATION = frozenset(("filename", "lineno", "function"))
 
 
 def may_be_rewritten(function: types.FunctionType) -> bool:
-    """Whether no code inspects the function's frame, neither the function nor a global that it calls, and none of its
-    names starts with `PREFIX`."""
+    """Whether neither the function nor a global that the function calls inspects the function's frame, and no name in
+    the function starts with `PREFIX`."""
     code = function.__code__
     names = {*code.co_names, *code.co_varnames, *code.co_cellvars, *code.co_freevars}
     if any(name.startswith(PREFIX) for name in names):
@@ -37,7 +37,7 @@ def may_be_rewritten(function: types.FunctionType) -> bool:
 
 
 def _inspects_caller(function: Any) -> bool:
-    """Whether a function reads more of its caller's frame than the location."""
+    """Whether a function reads more of the caller's frame than the location."""
     if not has_type(function, types.FunctionType) or belongs_to_torch(function):
         return False
     names = names_in(function.__code__)

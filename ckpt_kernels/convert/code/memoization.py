@@ -1,8 +1,8 @@
-"""Memoization of what a conversion finds out about classes and functions.
+"""Memoization of the analyses of classes and functions.
 
 Results live as long as the process where the class or function belongs to a file. A class that was made at run time, in
-a function or by other code, must be freed with its last module, and so must the closure of its forward: results about
-such a class are forgotten when the conversion ends.
+a function or by other code, must be freed together with the last module of the class, and so must the closure of the
+forward: results about such a class are forgotten when the conversion ends.
 """
 
 import functools

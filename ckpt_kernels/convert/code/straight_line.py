@@ -1,4 +1,4 @@
-"""Straight runs of statements: what their names stand for, and whether a name is needed afterwards."""
+"""Straight-line runs of statements: reaching definitions of their names, and liveness of the names afterwards."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .evaluation_order import count_uses, first_use, loaded_names
 
-# Nothing is looked for within these, nor in a run that has one: their insides run elsewhere, later, or not at all.
+# Nodes whose insides are not analysed, as they run elsewhere, later, or not at all. A run contains none of them.
 OPAQUE = (
     ast.Lambda,
     ast.ListComp,
@@ -20,12 +20,15 @@ OPAQUE = (
     ast.JoinedStr,
 )
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-# A run may be no longer than this.
+# The largest number of statements in a run.
 MAX_RUN_LENGTH = 8
 
 
 class Half(NamedTuple):
-    """Half of the dimension `dim` of a tensor, and the function that halves it, None where that is a method."""
+    """One half of a tensor along `dim`, of `torch.chunk(tensor, 2, dim)` or `tensor.chunk(2, dim)`.
+
+    `number` is 0 or 1, and `function` the expression for `torch.chunk`, or None for the method.
+    """
 
     tensor: ast.expr
     number: int
@@ -33,21 +36,25 @@ class Half(NamedTuple):
     dim: int
 
 
+# What an assignment binds a name to.
 Binding = ast.expr | Half
 
 
 class Block(NamedTuple):
-    """Statements that follow one another; `whole` if they are the function's own body, `within` if a `with` is around
-    them, which may end an error."""
+    """A list of consecutive statements. `is_body`: whether they are the function's body; `in_with`: whether a `with`
+    statement is around them, which may swallow an exception."""
 
     statements: list[ast.stmt]
-    whole: bool
-    within: bool
+    is_body: bool
+    in_with: bool
 
 
 class Run(NamedTuple):
-    """Statements `begin` to `end`, both included, of a block. `bindings`: what the names that one of them reads and an
-    earlier one makes stand for, by the id of the node that reads."""
+    """The statements `begin` to `end`, both included, of a block.
+
+    `bindings` has, for each read of a name that an earlier statement of the run binds, the binding, by the id of the
+    node that reads.
+    """
 
     begin: int
     end: int
@@ -55,17 +62,17 @@ class Run(NamedTuple):
 
 
 def blocks(function: ast.FunctionDef) -> Iterator[Block]:
-    """All blocks of a function but those within `try`, where an error in the middle of a run would be seen."""
+    """All blocks of a function except those within `try`, whose handlers would see an exception amid a run."""
     waiting = [Block(function.body, True, False)]
     while waiting:
         block = waiting.pop()
         yield block
         for statement in block.statements:
             if isinstance(statement, ast.If | ast.For | ast.While | ast.With):
-                within = block.within or isinstance(statement, ast.With)
-                waiting.append(Block(statement.body, False, within))
+                in_with = block.in_with or isinstance(statement, ast.With)
+                waiting.append(Block(statement.body, False, in_with))
                 if not isinstance(statement, ast.With):
-                    waiting.append(Block(statement.orelse, False, within))
+                    waiting.append(Block(statement.orelse, False, in_with))
 
 
 def run_between(
@@ -73,17 +80,20 @@ def run_between(
     block: Block,
     begin: int,
     end: int,
-    fast: frozenset[str],
-    halves: Callable[[ast.expr], bool],
+    private_locals: frozenset[str],
+    is_chunk: Callable[[ast.expr], bool],
 ) -> Run | None:
-    """The run, if each of its statements but the last does nothing but make one value, or two halves, which are read
-    in the run, and nobody else needs what these are called. `halves`: what is torch.chunk."""
+    """The run, if all statements but the last only bind names that are read in the run and dead after the run.
+
+    Each of these statements binds one of the `private_locals` to a value, or two to the halves of a tensor. `is_chunk`
+    tells whether an expression stands for `torch.chunk`.
+    """
     read: set[int] = set()
     bindings: dict[int, Binding] = {}
     current: dict[str, tuple[int, Binding]] = {}
-    made = 0
-    names = [dict(_made(statement, halves)) for statement in block.statements[begin:end]]
-    if not all(found and found.keys() <= fast for found in names):
+    count = 0
+    bound = [dict(_bindings(statement, is_chunk)) for statement in block.statements[begin:end]]
+    if not all(names and names.keys() <= private_locals for names in bound):
         return None
     for index, statement in enumerate(block.statements[begin : end + 1]):
         if any(isinstance(node, (*OPAQUE, *_DEFINITIONS)) for node in ast.walk(statement)):
@@ -92,36 +102,41 @@ def run_between(
             if node.id in current:
                 number, bindings[id(node)] = current[node.id]
                 read.add(number)
-        for name, meaning in names[index].items() if index < len(names) else ():
-            current[name] = made, meaning
-            made += 1
-    if len(read) != made:
+        for name, binding in bound[index].items() if index < len(bound) else ():
+            current[name] = count, binding
+            count += 1
+    if len(read) != count:
         return None
     if not all(is_dead(name, function, block, begin, end) for name in current):
         return None
     return Run(begin, end, bindings)
 
 
-def _made(statement: ast.stmt, halves: Callable[[ast.expr], bool]) -> Iterator[tuple[str, Binding]]:
-    """The names that a statement gives values, and these."""
+def _bindings(statement: ast.stmt, is_chunk: Callable[[ast.expr], bool]) -> Iterator[tuple[str, Binding]]:
+    """The names that an assignment binds, with their bindings."""
     if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
         return
     target = statement.targets[0]
     if isinstance(target, ast.Name):
         yield target.id, statement.value
     elif isinstance(target, ast.Tuple) and len(target.elts) == 2:
-        whole = chunked_in_two(statement.value, halves)
+        chunked = chunked_in_two(statement.value, is_chunk)
         names = [name.id for name in target.elts if isinstance(name, ast.Name)]
-        if whole is not None and len(set(names)) == 2:
-            yield from ((name, Half(whole[0], index, whole[1], whole[2])) for index, name in enumerate(names))
+        if chunked is not None and len(set(names)) == 2:
+            tensor, function, dim = chunked
+            yield from ((name, Half(tensor, index, function, dim)) for index, name in enumerate(names))
 
 
-def chunked_in_two(tree: ast.expr, halves: Callable[[ast.expr], bool]) -> tuple[ast.expr, ast.expr | None, int] | None:
-    """x, of x.chunk(2, -1), and of torch.chunk(x, 2, -1), whatever that is called here, with the function; and -1, or
-    another dimension, which may be the last."""
+def chunked_in_two(
+    tree: ast.expr, is_chunk: Callable[[ast.expr], bool]
+) -> tuple[ast.expr, ast.expr | None, int] | None:
+    """(x, function, dim) of `x.chunk(2, dim)`, where the function is None, or `torch.chunk(x, 2, dim)`.
+
+    `dim` is written as -1 or as a number that may be the last dimension's.
+    """
     if not isinstance(tree, ast.Call):
         return None
-    function = tree.func if halves(tree.func) else None
+    function = tree.func if is_chunk(tree.func) else None
     if function is not None:
         arguments = [*tree.args]
     elif isinstance(tree.func, ast.Attribute) and tree.func.attr == "chunk":
@@ -139,18 +154,18 @@ def chunked_in_two(tree: ast.expr, halves: Callable[[ast.expr], bool]) -> tuple[
 
 
 def is_dead(name: str, function: ast.FunctionDef, block: Block, begin: int, end: int) -> bool:
-    """Whether nobody reads, after the run, what it has given that name."""
+    """Whether no code reads, after the run, the value that the run binds a name to."""
     if sum(count_uses(s, name) for s in block.statements[begin : end + 1]) == count_uses(function, name):
         return True
-    if block.within:
+    if block.in_with:
         return False
     last = block.statements[end]
     if isinstance(last, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in last.targets):
         return True
     for statement in block.statements[end + 1 :]:
-        used = first_use(statement, name)
-        if used:
-            return used == "stored"
-        if not block.whole and any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement)):
+        use = first_use(statement, name)
+        if use:
+            return use == "stored"
+        if not block.is_body and any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement)):
             return False
-    return block.whole
+    return block.is_body

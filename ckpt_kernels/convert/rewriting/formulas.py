@@ -46,7 +46,7 @@ def formula_of(tree: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> 
     if formula is None or not values or isinstance(formula, ast.Name):
         return None
     first = values[0]
-    name = first.id if isinstance(first, ast.Name) and first.id in scope.fast else None
+    name = first.id if isinstance(first, ast.Name) and first.id in scope.private_locals else None
     if not all(value is first or (name is not None and getattr(value, "id", None) == name) for value in values):
         return None
     return Formula(ast.unparse(formula), values, reading.functions, reading.names)

@@ -76,7 +76,7 @@ class Attempt:
             return True
         if not isinstance(tree, ast.Name) or not isinstance(before, ast.Name):
             return False
-        return tree.id == before.id and tree.id in self.reader.fast
+        return tree.id == before.id and tree.id in self.reader.private_locals
 
     def _called(self, tree: Binding, name: str) -> Binding | None:
         """The argument of a call of the part `name`, which becomes an operand."""
@@ -167,7 +167,7 @@ class Attempt:
         base = tree
         while isinstance(base, ast.Subscript) and _is_view(base.slice):
             base = base.value
-        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.fast:
+        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.private_locals:
             return False
         self.operands.append(Operand(name, base))
         self.options[f"{name}_view"] = eval(f"lambda {base.id}: {ast.unparse(tree)}")

@@ -228,10 +228,14 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], lis
 
 def _runs(tree: ast.FunctionDef, scope: Scope) -> Iterator[tuple[Run, ast.stmt]]:
     """The runs of statements in a function, and the last statement of each."""
+
+    def is_chunk(function: ast.expr) -> bool:
+        return scope.value(function) is CHUNK
+
     for block in blocks(tree):
         for end, last in enumerate(block.statements):
             for begin in range(max(0, end - MAX_RUN_LENGTH + 1), end):
-                run = run_between(tree, block, begin, end, scope.fast, lambda called: scope.value(called) is CHUNK)
+                run = run_between(tree, block, begin, end, scope.private_locals, is_chunk)
                 if run is not None:
                     yield run, last
 

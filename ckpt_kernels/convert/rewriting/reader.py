@@ -43,7 +43,7 @@ class Reader:
 
     def __init__(self, loads: Roles, scope: Scope, tree: ast.FunctionDef) -> None:
         self.loads = loads
-        self.fast = scope.fast
+        self.private_locals = scope.private_locals
         self.locals = scope.locals
         self._scope = scope
         self._parts = view_names(tree)
@@ -59,14 +59,14 @@ class Reader:
 
     def are_parts(self, tree: ast.expr, other: ast.expr) -> bool:
         """Whether both are local names that seem to stand for parts of one tensor."""
-        names = [node.id for node in (tree, other) if isinstance(node, ast.Name) and node.id in self.fast]
+        names = [node.id for node in (tree, other) if isinstance(node, ast.Name) and node.id in self.private_locals]
         whole = {self._parts.get(name) for name in names}
         return len(names) == 2 and len(whole) == 1 and None not in whole
 
     def is_plain(self, tree: ast.AST) -> bool:
         """Whether evaluating it runs nobody's code."""
         if isinstance(tree, ast.Name):
-            return tree.id in self.fast or (tree.id not in self.locals and tree.id in self.loads)
+            return tree.id in self.private_locals or (tree.id not in self.locals and tree.id in self.loads)
         if isinstance(tree, ast.Constant):
             return True
         return isinstance(tree, ast.Attribute | ast.Subscript) and ast.unparse(tree) in self.loads

@@ -22,7 +22,7 @@ from ..code.in_place_writes import written_names
 from ..code.scope import Scope
 from ..code.source import Definition, NoSource, decorator_chain, definition_of, rebuilt, redecorated
 from ..code.straight_line import MAX_RUN_LENGTH, OPAQUE, Block, blocks, run_between
-from ..code.syntax_trees import assigns, at, copies, expressions_in, replaced, with_parts
+from ..code.syntax_trees import assigns, at, copies, expressions_in, replaced, with_changed_children
 from ..rules.function_trials import activation_function
 from . import fused_patterns
 from .callable_objects import exchanged_object
@@ -119,7 +119,7 @@ class _Writer:
             if not isinstance(last, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) or last.value is None:
                 continue
             for begin in range(max(0, end - MAX_RUN_LENGTH + 1), end):
-                run = run_between(self.tree, block, begin, end, self.scope.fast, self._halves)
+                run = run_between(self.tree, block, begin, end, self.scope.private_locals, self._halves)
                 if run is None:
                     continue
                 first = statements[begin].value
@@ -144,7 +144,7 @@ class _Writer:
             name = root.args[0]
             if (
                 not isinstance(name, ast.Name)
-                or name.id not in self.scope.fast
+                or name.id not in self.scope.private_locals
                 or self.reader.part(root.func).kind != "norm"
             ):
                 continue
@@ -200,7 +200,7 @@ class _Writer:
             match = next(matches(self.reader, tree, None, tree), None)
             if match is not None:
                 return self._expression(match)
-        made: Any = with_parts(tree, self._expressions)
+        made: Any = with_changed_children(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree, part)
             if self.recompute == "layer" and part.kind in IN_LAYERS:
@@ -231,7 +231,7 @@ class _Writer:
             return [self._with_notes(part) for part in tree]
         if not isinstance(tree, ast.AST) or isinstance(tree, (*OPAQUE, *_DEFINITIONS)):
             return tree
-        return self._operator(with_parts(tree, self._with_notes))
+        return self._operator(with_changed_children(tree, self._with_notes))
 
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, after that of a quick one if there is one, and whether it has computed."""
@@ -249,7 +249,7 @@ class _Writer:
         call = ast.Call(self._cell(guarded), [], keywords)
         self.found.append(attempt.said(pattern))
         asked = has_computed(call)
-        if (native := native_site(match, self.scope.self, options)) is not None:
+        if (native := native_site(match, self.scope.self_name, options)) is not None:
             function, values = native
             asked = ast.BoolOp(ast.Or(), [has_computed(ast.Call(self._cell(function), values, [])), asked])
         return at(match.root, asked)
