@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ckpt_kernels
 from ckpt_kernels.convert import native_guards, operands
-from ckpt_kernels.convert.rewriting import guards, sites
-from ckpt_kernels.convert.rewriting.quick import quick
-from ckpt_kernels.convert.rewriting.templates import site
+from ckpt_kernels.convert.rewriting import fused_patterns, guards
+from ckpt_kernels.convert.rewriting.native_sites import native_call
+from ckpt_kernels.convert.rewriting.templates import guarded_call
 from ckpt_kernels.thin import direct
 
 pytestmark = pytest.mark.skipif(direct.asked is None, reason="there is no _thin here")
@@ -84,9 +84,8 @@ CLASSES = [nn.Linear, nn.Bilinear, _OwnForward, _OwnWeight, _OwnCall, _OwnLoads]
 
 def _both(layer: object, input: Tensor) -> tuple[object, object]:
     """What C knows of it, and what Python does."""
-    return native_guards.linear_parameters_natively([layer], guards.LINEAR, input), guards.linear_operands_asked(
-        [layer], input
-    )
+    in_c = native_guards.linear_parameters_natively([layer], guards.LINEAR, input)
+    return in_c, guards.linear_operands_in_python([layer], input)
 
 
 @pytest.mark.parametrize("change", PLAIN)
@@ -179,10 +178,10 @@ NAMES = ("gate", "value", "last", "act")
 
 def _asked(model: Any, input: Any) -> tuple[list[Any], list[Any]]:
     """What the quick site says of it, and what Python does, of modules as they are loaded there."""
-    in_c = quick(sites.gated_mlp, {"input": 1} | {name: name for name in NAMES}, OPTIONS)
+    in_c = native_call(fused_patterns.gated_mlp, {"input": 1} | {name: name for name in NAMES}, OPTIONS)
     assert in_c is not None
     operands = {name: getattr(model, name) for name in NAMES}
-    return in_c(model, input), site(sites.gated_mlp, (), OPTIONS)(input=input, **operands)
+    return in_c(model, input), guarded_call(fused_patterns.gated_mlp, (), OPTIONS)(input=input, **operands)
 
 
 class _Custom(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_kernels.convert.rotations.trials import rotation_of
+from ckpt_kernels.convert.rotations.recognition import rotation_of
 
 from .conftest import DEVICE
 from .test_convert_rotations import half_tables, in_float32, one, rotate_half

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels.convert.rotations.forms import Rotation
-from ckpt_kernels.convert.rotations.trials import rotation_of
+from ckpt_kernels.convert.rotations.recognition import rotation_of
 from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE

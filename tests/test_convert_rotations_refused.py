@@ -9,7 +9,7 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import ckpt_kernels
-from ckpt_kernels.convert.rotations.trials import rotation_of
+from ckpt_kernels.convert.rotations.recognition import rotation_of
 
 from .test_convert_rotations import COLUMNS, HEADS, KEYS, Attention, halves, rotate_half, says
 

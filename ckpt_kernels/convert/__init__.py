@@ -18,7 +18,7 @@ from .. import offload
 from ..functional.mlps import tiles_for
 from ..memory import kept_bytes
 from ..models import check_model
-from .code.remembering import forget_what_is_local
+from .code.memoization import forget_local_results
 from .late_modules import remove_late_conversion
 from .model_conversion import ModelConversion
 from .module_levels import Levels, LevelSource
@@ -103,7 +103,7 @@ def convert(
         revert(model)
         raise
     finally:
-        forget_what_is_local()
+        forget_local_results()
     return report if before is None else replace(report, kept=(before, kept_bytes(model, inputs)))
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from .code.called import is_as_torch_wrote_it
+from .code.call_graph import is_unpatched
 from .native_guards import MISSING
 
 _GETATTRIBUTE = object.__getattribute__
 # None, which equals no method, where `nn.Module.__getattr__` is patched.
-_GETATTR = nn.Module.__getattr__ if is_as_torch_wrote_it(nn.Module.__getattr__) else None
+_GETATTR = nn.Module.__getattr__ if is_unpatched(nn.Module.__getattr__) else None
 
 # Attributes of a class whose instances load attributes as torch's modules do.
 LOADS_PLAINLY = (("__getattribute__", _GETATTRIBUTE), ("__getattr__", _GETATTR))

@@ -6,8 +6,8 @@ import types
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .code.remembering import remembered
-from .code.source import NoSource, definition_of, layers_of
+from .code.memoization import memoized
+from .code.source import NoSource, decorator_chain, definition_of
 from .module_tree import has_children
 
 _PRODUCTS = frozenset(("linear", "matmul", "mm"))
@@ -25,12 +25,12 @@ def adds_bias(module: nn.Module) -> bool:
     if not isinstance(forward, types.FunctionType):
         return False
     try:
-        return _is_product_and_sum(layers_of(forward)[-1])
+        return _is_product_and_sum(decorator_chain(forward)[-1])
     except NoSource:
         return False
 
 
-@remembered
+@memoized
 def _is_product_and_sum(forward: types.FunctionType) -> bool:
     nodes = list(ast.walk(definition_of(forward).tree))
     operators = {type(node.op) for node in nodes if isinstance(node, ast.BinOp)}

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..levels import NONE
 from .adapters import is_adapter
-from .code.remembering import forget_what_is_local
-from .code.writes import writer_in
+from .code.in_place_writes import in_place_writer
+from .code.memoization import forget_local_results
 from .late_modules import LATE_CLASSES, LateConversion, module_entries, set_late_conversion
 from .module_tree import modules_of, named_modules
 from .report import LeftAlone, Replaced
@@ -78,7 +78,7 @@ class ContinuedConversion(LateConversion):
             new = [module for module in new if type(module) in LATE_CLASSES and is_unmodified_torch(module)]
             if model is not None and new:
                 with self._converter(model) as (converter, names):
-                    converter.writer = writer_in(model)
+                    converter.writer = in_place_writer(model)
                     for module in new:
                         if module in names and self._level_of(names[module]) != NONE:
                             converter.convert(names[module], module)
@@ -105,7 +105,7 @@ class ContinuedConversion(LateConversion):
         try:
             yield LeafConverter(Selection(model, *self._choices), "", self._replaced, self._left_alone), names
         finally:
-            forget_what_is_local()
+            forget_local_results()
 
     def _level_of(self, name: str) -> str:
         """The level of that module; without one, the level of the nearest module around that has one."""

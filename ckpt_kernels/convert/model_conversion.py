@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import backends, offload
 from ..levels import of_blocks
-from .code.writes import writer_in
+from .code.in_place_writes import in_place_writer
 from .forward_contexts import (
     ForwardContext,
     InTiles,
@@ -22,10 +22,10 @@ from .layers import above_lists, has_forward, layers_of, may_not_repeat
 from .module_levels import AtLevel, ConvertibleModules, Levels
 from .module_tree import modules_of, named_modules, tensors_of
 from .report import Report
-from .rewriting.chain import chain_of
-from .rewriting.methods import Written, written_of
-from .rewriting.values import looks_like_mlp
-from .rotations.unknown import why_unknown
+from .rewriting.methods import RewrittenMethods, rewritten_methods_of
+from .rewriting.roles import looks_like_mlp
+from .rewriting.sequential import sequential_rule
+from .rotations.unrecognized import why_unrecognized
 from .rules.heads import Head
 from .rules.leaves import LeafConverter
 from .rules.likeness import looks_like_activation, looks_like_several
@@ -48,7 +48,7 @@ class ModelConversion(LeafConverter):
     """
 
     def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
-        super().__init__(ConvertibleModules(model, include, exclude, levels), writer_in(model), [], [])
+        super().__init__(ConvertibleModules(model, include, exclude, levels), in_place_writer(model), [], [])
         self.model = model
         self.levels = levels
         self.tiles = tiles
@@ -89,10 +89,10 @@ class ModelConversion(LeafConverter):
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = chain_of(module, of_blocks(self.levels.of(module)), self.selection.covers)
+        rule: Rule | None = sequential_rule(module, of_blocks(self.levels.of(module)), self.selection.covers)
         reason = ""
         if rule is None:
-            rule, reason = written_of(module, self.levels.of(module), self.selection.covers)
+            rule, reason = rewritten_methods_of(module, self.levels.of(module), self.selection.covers)
         if rule is not None:
             self.apply(name, module, rule)
         elif looks_like_mlp(module, self.selection.covers):
@@ -101,7 +101,7 @@ class ModelConversion(LeafConverter):
     def _explain(self, name: str, module: nn.Module) -> None:
         """Adds a reason to the report for a module that looks convertible, where neither the module nor any module
         inside was converted and the report has no reason yet."""
-        if self.selection.covers(module) and (why := why_unknown(module)):
+        if self.selection.covers(module) and (why := why_unrecognized(module)):
             self.leave(name, module, why)
         has_reason = any(entry.name == name for entry in self.left_alone)
         if has_reason or not self.selection.covers(module) or any(m in self.rules for m in modules_of(module)):
@@ -172,7 +172,7 @@ class ModelConversion(LeafConverter):
     def _is_layer(self, module: nn.Module) -> bool:
         """Whether a norm inside is converted: most layers have one, and most experts have none."""
         rules = [self.rules[m] for m in modules_of(module) if m in self.rules]
-        return any(isinstance(rule, Norm) or (isinstance(rule, Written) and rule.has_norm) for rule in rules)
+        return any(isinstance(rule, Norm) or (isinstance(rule, RewrittenMethods) and rule.has_norm) for rule in rules)
 
 
 def _backend_of(model: nn.Module) -> str:

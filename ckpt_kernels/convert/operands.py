@@ -10,7 +10,7 @@ from torch.utils._device import DeviceContext
 
 from ..ops.registration import is_transformed
 from ..thin.direct import WATCHERS, is_plain
-from .code.called import is_as_torch_wrote_it
+from .code.call_graph import is_unpatched
 from .native_guards import GlobalStateGuard, ModuleGuard, passes_natively
 from .torch_patches import INHERITED_METHODS, TORCH_FUNCTIONS, are_patched, are_patched_as_traced
 
@@ -20,7 +20,7 @@ _METHOD: Any = Tensor.__torch_function__
 _FUNCTION = _METHOD.__func__
 _CALLS = {name: getattr(nn.Module, name) for name in ("__call__", "_call_impl")}
 # None, which equals no method, where torch's methods are patched.
-_CALL, _CALL_IMPL = (call if is_as_torch_wrote_it(call) else None for call in _CALLS.values())
+_CALL, _CALL_IMPL = (call if is_unpatched(call) else None for call in _CALLS.values())
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 CALLS_FORWARD = (("__call__", _CALL), ("_call_impl", _CALL_IMPL))
 _PLAIN_CALL = ModuleGuard(nn.Module, CALLS_FORWARD, (), (), HOOKS, ("forward",))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import nn
 
-from .code.called import asks_for_its_class
+from .code.call_graph import inspects_own_class
 from .forward_contexts import ForwardContext
 from .late_modules import late_conversion_of
 from .native_guards import ACTIVATION, are_same
@@ -135,7 +135,7 @@ def may_be_swapped(module: nn.Module) -> bool:
     kind = original_of(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
-    return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not asks_for_its_class(kind)
+    return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not inspects_own_class(kind)
 
 
 def is_plain_method(method: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .code.called import is_torchs
+from .code.call_graph import belongs_to_torch
 from .native_guards import Binding, are_same_untraced
 
 _OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish instance_norm layer_norm leaky_relu linear mish
@@ -26,7 +26,7 @@ _METHODS = """__add__ __iadd__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __s
 def _expected(function: Any) -> Any:
     """The function itself if torch's or Python's. For a function that was patched before this package was imported, an
     object that equals nothing, so that `are_patched` is always true."""
-    return function if isinstance(function, types.BuiltinFunctionType) or is_torchs(function) else object()
+    return function if isinstance(function, types.BuiltinFunctionType) or belongs_to_torch(function) else object()
 
 
 TORCH_FUNCTIONS: tuple[Binding, ...] = tuple(

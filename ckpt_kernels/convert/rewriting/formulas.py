@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..code.flow import Half, Meaning
 from ..code.scope import UNKNOWN, Scope
+from ..code.straight_line import Binding, Half
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
@@ -35,27 +35,27 @@ class Formula(NamedTuple):
     names: set[int]
 
 
-def formula_of(tree: ast.AST, scope: Scope, meanings: Mapping[int, Meaning]) -> Formula | None:
+def formula_of(tree: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> Formula | None:
     """An expression as a formula of one value, which is one expression that is evaluated once, or one local name.
 
-    `meanings`: what names are looked through for.
+    `bindings`: what names are looked through for.
     """
-    reading = _Reading(scope, meanings)
+    reading = _Reading(scope, bindings)
     formula = reading.formula(tree)
     values = reading.values
     if formula is None or not values or isinstance(formula, ast.Name):
         return None
     first = values[0]
-    name = first.id if isinstance(first, ast.Name) and first.id in scope.fast else None
+    name = first.id if isinstance(first, ast.Name) and first.id in scope.private_locals else None
     if not all(value is first or (name is not None and getattr(value, "id", None) == name) for value in values):
         return None
     return Formula(ast.unparse(formula), values, reading.functions, reading.names)
 
 
 class _Reading:
-    def __init__(self, scope: Scope, meanings: Mapping[int, Meaning]) -> None:
+    def __init__(self, scope: Scope, bindings: Mapping[int, Binding]) -> None:
         self._scope = scope
-        self._meanings = meanings
+        self._meanings = bindings
         self.values: list[ast.expr] = []
         self.functions: list[ast.expr] = []
         self.names: set[int] = set()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...autocast import is_autocast
 from ..attribute_loads import LOADS_PLAINLY, only_instances_define
-from ..code.called import is_as_torch_wrote_it
+from ..code.call_graph import is_unpatched
 from ..native_guards import ModuleGuard, linear_parameters_natively
 from ..operands import (
     CALLS_FORWARD,
@@ -30,7 +30,7 @@ _DICTS = (dict, OrderedDict)
 _CONV1D = "transformers.pytorch_utils"
 _FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
 # None, which no code is, where somebody has put another forward in torch's place.
-_CODE, _DROPOUT_CODE = (f.__code__ if is_as_torch_wrote_it(f) else None for f in (_FORWARD, _DROPOUT))
+_CODE, _DROPOUT_CODE = (f.__code__ if is_unpatched(f) else None for f in (_FORWARD, _DROPOUT))
 # All that `linear_operands` asks of most layers.
 LINEAR = ModuleGuard(
     nn.Linear,
@@ -73,10 +73,10 @@ def linear_operands(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor,
     """Weights and biases as F.linear takes them, if there is nothing else to the modules and they are of the input's
     kind."""
     surely = linear_parameters_natively(modules, LINEAR, input)
-    return surely if surely is not None else linear_operands_asked(modules, input)
+    return surely if surely is not None else linear_operands_in_python(modules, input)
 
 
-def linear_operands_asked(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
+def linear_operands_in_python(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
     """The same in Python, with what is rare."""
     found: list[tuple[Tensor, Tensor | None]] = []
     kind, transposed = None, False
@@ -116,26 +116,26 @@ def _may_be_cast(tensor: Any, input: Tensor) -> bool:
     return is_autocast(input) and is_ordinary(tensor) and tensor.device == input.device
 
 
-def as_products_take(input: Tensor) -> Tensor:
+def autocast_input(input: Tensor) -> Tensor:
     """Under autocast, the copy that torch's linear layers make of their input, and keep."""
     if not is_autocast(input) or input.dtype == torch.float64:
         return input
     return input.to(torch.get_autocast_dtype(input.device.type))
 
 
-def are_wanted(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -> bool:
+def share_gradient_need(input: Tensor, *linears: tuple[Tensor, Tensor | None]) -> bool:
     """Whether all products have gradients, or none: what eager torch keeps of a gate depends on that."""
     return input.requires_grad or not torch.is_grad_enabled() or all(w.requires_grad for w, _ in linears)
 
 
-def level_for(recompute: str, *linears: tuple[Tensor, Tensor | None]) -> str:
+def level_for_weights(recompute: str, *linears: tuple[Tensor, Tensor | None]) -> str:
     """ "output" in the place of "all" where a weight is frozen, for which eager torch does not keep the input."""
     if recompute != "all":
         return recompute
     return "all" if all(weight.requires_grad for weight, _ in linears) else "output"
 
 
-def chains(input: Tensor, firsts: tuple, lasts: tuple, parts: int = 1) -> bool:
+def are_chained(input: Tensor, firsts: tuple, lasts: tuple, parts: int = 1) -> bool:
     fits = input.dim() > 0 and firsts[0].shape[1] == input.shape[-1]
     return fits and firsts[0].shape[0] == parts * lasts[0].shape[1]
 
@@ -145,7 +145,7 @@ def norm_rule(module: Any) -> Norm | None:
     return rule if isinstance(rule, Norm) else None
 
 
-def probability(drop: Any, p: Any, training: Any) -> float | None:
+def dropout_probability(drop: Any, p: Any, training: Any) -> float | None:
     """That of a dropout which is called with these; None where it is another, or more."""
     if drop is _F_DROPOUT:
         return (float(p) if training else 0.0) if type(p) is float and type(training) is bool and 0 <= p <= 1 else None
@@ -159,11 +159,11 @@ def probability(drop: Any, p: Any, training: Any) -> float | None:
     return float(drop.p) if drop.training else 0.0
 
 
-def are_alike(tensor: Tensor, other: Tensor) -> bool:
+def have_same_layout(tensor: Tensor, other: Tensor) -> bool:
     return tensor.shape == other.shape and tensor.dtype == other.dtype and tensor.device == other.device
 
 
-def modulates(tensor: Any, input: Tensor) -> bool:
+def is_per_sample(tensor: Any, input: Tensor) -> bool:
     """Whether it is one for each sample: (B, 1, N) or (B, T, N) beside an input (B, T, N), or (B, N) beside (B, N)."""
     if tensor is None or tensor.dim() != input.dim() or tensor.dtype != input.dtype or tensor.device != input.device:
         return False

@@ -21,32 +21,31 @@ from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import is_adapter
 from ..biased_linears import adds_bias
-from ..code.flow import LONGEST, Meaning, Run, blocks, run_of
 from ..code.frames import may_be_rewritten
-from ..code.remembering import remembered
+from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
-from ..code.source import NoSource, definition_of, layers_of
-from ..rotations.trials import turns_heads
+from ..code.source import NoSource, decorator_chain, definition_of
+from ..code.straight_line import MAX_RUN_LENGTH, Binding, Run, blocks, run_between
+from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import TrialResult, activation_by_trial
 from ..rules.rule import Rule
 from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
-from .exchange import EXCHANGES, FUNCTION_TYPES
+from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
-from .gains import ADAPTER, BIASED, PICKING, picks
 from .guards import CHUNK
-from .objects import method_called
-from .reading import Part, are_worth_it
+from .note_reasons import ADAPTER, BIASED, PICKING, picks
+from .replacements import FUNCTION_TYPES, REPLACEMENTS
 from .rewrite import Rewritten, rewritten_method
-from .values import part_of
+from .roles import Role, may_match_any, role_of
 
 # Of one method: the part of each load, by its text.
-Parts = tuple[tuple[str, Part], ...]
+Parts = tuple[tuple[str, Role], ...]
 _NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
 
 
 @dataclass(frozen=True)
-class Written(Rule):
+class RewrittenMethods(Rule):
     """What is found in the methods of a module: the parts of their loads, and for people what they have become."""
 
     parts: tuple[tuple[str, Parts], ...]
@@ -76,7 +75,9 @@ class Written(Rule):
         return "; ".join(text if count == 1 else f"{count} x {text}" for text, count in counts.items())
 
 
-def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> tuple[Written | None, str]:
+def rewritten_methods_of(
+    module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]
+) -> tuple[RewrittenMethods | None, str]:
     """What can be rewritten in the module's methods; and why a method that might be cannot."""
     if adds_bias(module):
         return _written(module, recompute, lambda _: BIASED, look_anyway=True)
@@ -88,32 +89,32 @@ def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module
     return _written(module, recompute, parts_of)
 
 
-def adapter_of(module: nn.Module, recompute: str) -> Written | None:
+def adapter_of(module: nn.Module, recompute: str) -> RewrittenMethods | None:
     """What is noted in the methods of an adapter; nothing is tried out."""
     return _written(module, recompute, lambda _: ADAPTER)[0]
 
 
 def _written(
     module: nn.Module, recompute: str, parts_of: Callable[[types.FunctionType], Parts], look_anyway: bool = False
-) -> tuple[Written | None, str]:
+) -> tuple[RewrittenMethods | None, str]:
     """`look_anyway`: whether to read the methods even if they name no child and no function of ours."""
     parts, found, reason = [], [], ""
     children = {name for name, child in module._modules.items() if child is not None}
     children |= {name for name, value in vars(module).items() if method_called(value) is not None}
     for name, method in _methods(type(module)):
         try:
-            layers = layers_of(method)
+            layers = decorator_chain(method)
             names_any = look_anyway or _names_any(layers[-1], children) or (recompute == "layer" and picks(layers[-1]))
             if not names_any or not may_be_rewritten(layers[-1]):
                 continue
             own = parts_of(layers[-1])
-            made = _rewritten(method, own, recompute) if are_worth_it(own, recompute) else None
+            made = _rewritten(method, own, recompute) if may_match_any(own, recompute) else None
         except NoSource as error:
             made, reason = None, str(error)
         if made is not None:
             parts.append((name, own))
             found += made.found
-    return (Written(tuple(parts), recompute, tuple(found)) if parts else None), reason
+    return (RewrittenMethods(tuple(parts), recompute, tuple(found)) if parts else None), reason
 
 
 def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
@@ -121,7 +122,7 @@ def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
     held = (method_called(value) for value in vars(module).values())
     for method in (*(method for _, method in _methods(type(module))), *filter(None, held)):
         with contextlib.suppress(NoSource):
-            yield layers_of(method)[-1]
+            yield decorator_chain(method)[-1]
 
 
 def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
@@ -139,10 +140,14 @@ def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
     if not (names := set(function.__code__.co_names)).isdisjoint(_METHODS | set(children)):
         return True
     values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
-    return any(isinstance(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in EXCHANGES) for value in values)
+    return any(
+        isinstance(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in REPLACEMENTS) for value in values
+    )
 
 
-_METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES) if hasattr(function, "__name__")) | {
+_METHODS = frozenset(
+    function.__name__ for function in (*ACTIVATIONS, *REPLACEMENTS) if hasattr(function, "__name__")
+) | {
     "erf",
     "square",
     "chunk",
@@ -150,7 +155,7 @@ _METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES
 }
 
 
-@remembered
+@memoized
 def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> Rewritten | None:
     return rewritten_method(method, dict(parts), recompute)
 
@@ -163,9 +168,9 @@ def _parts(module: nn.Module | None, function: types.FunctionType, may_touch: Ca
         value = scope.value(tree)
         if value is not UNKNOWN:
             method = method_called(value)
-            found[text] = part_of(value, may_touch) if method is None else _object(method, may_touch)
+            found[text] = role_of(value, may_touch) if method is None else _object(method, may_touch)
     for name in _local_rotations(function):
-        found[name] = Part("local exchange")
+        found[name] = Role("local exchange")
     plain = Scope(function, _tree(function))
     for text, functions in formulas:
         names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} - {VALUE}
@@ -176,31 +181,31 @@ def _parts(module: nn.Module | None, function: types.FunctionType, may_touch: Ca
     return tuple(sorted(found.items()))
 
 
-def _object(method: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Part:
+def _object(method: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Role:
     """The part of an object by what runs where it is called, which is read as a method is, but for what it is given."""
     try:
-        written = layers_of(method)[-1]
+        written = decorator_chain(method)[-1]
         parts = _parts(None, written, may_touch) if may_be_rewritten(written) else ()
     except NoSource:
-        return Part()
-    return Part("object", known=(method, parts)) if are_worth_it(parts) else Part()
+        return Role()
+    return Role("object", known=(method, parts)) if may_match_any(parts) else Role()
 
 
-@remembered
+@memoized
 def _local_rotations(function: types.FunctionType) -> list[str]:
     """The local names that stand for functions which turn heads, wherever they are called."""
     scope = Scope(function, _tree(function))
     calls = [node for node in ast.walk(_tree(function)) if isinstance(node, ast.Call)]
     named = {call.func.id: call.func for call in calls if isinstance(call.func, ast.Name)}
-    return [name for name, tree in named.items() if turns_heads(scope.function_called(tree))]
+    return [name for name, tree in named.items() if is_rotation(scope.local_function(tree))]
 
 
-@remembered
+@memoized
 def _tree(function: types.FunctionType) -> ast.FunctionDef:
     return definition_of(function).tree
 
 
-@remembered
+@memoized
 def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
     """The loads in a function's body, by their text; and the formulas in it, with the functions and numbers in each."""
     tree = _tree(function)
@@ -216,30 +221,34 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], lis
                 formulas.setdefault(formula.text, formula.functions)
     for run, last in _runs(tree, scope):
         for node in ast.walk(last):
-            for formula in _formulas(node, scope, run.meanings):
+            for formula in _formulas(node, scope, run.bindings):
                 formulas.setdefault(formula.text, formula.functions)
     return list(loads.items()), list(formulas.items())
 
 
 def _runs(tree: ast.FunctionDef, scope: Scope) -> Iterator[tuple[Run, ast.stmt]]:
     """The runs of statements in a function, and the last statement of each."""
+
+    def is_chunk(function: ast.expr) -> bool:
+        return scope.value(function) is CHUNK
+
     for block in blocks(tree):
         for end, last in enumerate(block.statements):
-            for begin in range(max(0, end - LONGEST + 1), end):
-                run = run_of(tree, block, begin, end, scope.fast, lambda called: scope.value(called) is CHUNK)
+            for begin in range(max(0, end - MAX_RUN_LENGTH + 1), end):
+                run = run_between(tree, block, begin, end, scope.private_locals, is_chunk)
                 if run is not None:
                     yield run, last
 
 
-def _formulas(node: ast.AST, scope: Scope, meanings: Mapping[int, Meaning]) -> list[Formula]:
+def _formulas(node: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> list[Formula]:
     """The formula that a node may be, beyond sums and products of numbers."""
-    found = formula_of(node, scope, meanings) if isinstance(node, ast.Call | ast.BinOp) else None
+    found = formula_of(node, scope, bindings) if isinstance(node, ast.Call | ast.BinOp) else None
     return [found] if found is not None and "(" in found.text else []
 
 
-@remembered
+@memoized
 @in_own_thread
-def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, ...]) -> Part:
+def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, ...]) -> Role:
     """The part of a formula, which may be an activation of ours, with these values of the names in it."""
     code = compile(text, "<formula>", "eval")
 
@@ -252,6 +261,6 @@ def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, .
             values_there = compute(few.clone())
         close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
         name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else TrialResult()
-        return Part() if name is None else Part("act", name, not keeps_input, known, is_exact)
+        return Role() if name is None else Role("act", name, not keeps_input, known, is_exact)
     except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
-        return Part()
+        return Role()

@@ -16,27 +16,29 @@ from typing import Any, NamedTuple
 
 from ...levels import of_blocks
 from ...recompute import watch
-from ..code.flow import CLOSED, LONGEST, Block, blocks, run_of
+from ..code.evaluation_order import is_evaluated_first
 from ..code.frames import PREFIX
-from ..code.order import comes_first
+from ..code.in_place_writes import written_names
 from ..code.scope import Scope
-from ..code.source import Definition, NoSource, decorated, definition_of, layers_of, rebuilt
-from ..code.trees import assigns, at, copies, expressions_in, replaced, with_parts
-from ..code.writes import written_names
+from ..code.source import Definition, NoSource, decorator_chain, definition_of, rebuilt, redecorated
+from ..code.straight_line import MAX_RUN_LENGTH, OPAQUE, Block, blocks, run_between
+from ..code.syntax_trees import assigns, at, copies, expressions_in, replaced, with_changed_children
 from ..rules.function_trials import activation_function
-from . import sites, templates
-from .exchange import FUNCTION_TYPES, exchange_for
-from .gains import IN_LAYERS, gains_of_notes, is_picked
-from .notes import FUNCTIONS, OPERATORS, noted_function, noted_operator
-from .objects import exchanged_object
-from .patterns import attempts, matches
-from .quick import quick_site
-from .reading import Loads, Match, Operand, Part, Reader, settled
-from .results import has_computed, taken
+from . import fused_patterns
+from .callable_objects import exchanged_object
+from .matching import attempts, matches
+from .native_sites import native_site
+from .note_reasons import IN_LAYERS, is_indexed_by_list, reasons_to_note
+from .noted_operations import FUNCTIONS, OPERATORS, noted_function, noted_operator
+from .reader import Match, Operand, Reader, match_of
+from .replacements import FUNCTION_TYPES, replacement_for
+from .result_list import has_computed, taken
+from .roles import Role, Roles
+from .templates import guarded_call
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # The sum in a norm of one.
-_SUMS = tuple(spelling.args[0] for spelling in sites.add_norm.spellings if isinstance(spelling, ast.Call))
+_SUMS = tuple(spelling.args[0] for spelling in fused_patterns.add_norm.spellings if isinstance(spelling, ast.Call))
 
 
 class Rewritten(NamedTuple):
@@ -46,13 +48,13 @@ class Rewritten(NamedTuple):
     found: list[str]
 
 
-def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
+def rewritten(function: types.FunctionType, loads: Roles, recompute: str) -> Rewritten | None:
     """The function with sites, None where it has no place for one. Raises `source.NoSource`."""
     definition = definition_of(function)
     writer = _Writer(function, definition, loads, recompute)
     body = writer.rewritten_body()
     if not writer.found and writer.noted:
-        writer.found += gains_of_notes(function, loads, recompute, writer.scales)
+        writer.found += reasons_to_note(function, loads, recompute, writer.scales)
     if not writer.found:
         return None
     tree = copy.copy(definition.tree)
@@ -60,18 +62,18 @@ def rewritten(function: types.FunctionType, loads: Loads, recompute: str) -> Rew
     return Rewritten(rebuilt(function, definition._replace(tree=tree), writer.cells), writer.found)
 
 
-def rewritten_method(method: types.FunctionType, loads: Loads, recompute: str) -> Rewritten | None:
+def rewritten_method(method: types.FunctionType, loads: Roles, recompute: str) -> Rewritten | None:
     """The same of a method, within its decorators."""
-    layers = layers_of(method)
+    layers = decorator_chain(method)
     made = rewritten(layers[-1], loads, recompute)
     if made is None:
         return None
     function, found = made
-    return Rewritten(decorated(layers, function), found)
+    return Rewritten(redecorated(layers, function), found)
 
 
 class _Writer:
-    def __init__(self, function: types.FunctionType, definition: Definition, loads: Loads, recompute: str) -> None:
+    def __init__(self, function: types.FunctionType, definition: Definition, loads: Roles, recompute: str) -> None:
         self.scope = Scope(function, definition.tree)
         self.tree = copy.deepcopy(definition.tree)
         self.reader = Reader(loads, self.scope, self.tree)
@@ -116,13 +118,13 @@ class _Writer:
         for end, last in enumerate(statements):
             if not isinstance(last, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) or last.value is None:
                 continue
-            for begin in range(max(0, end - LONGEST + 1), end):
-                run = run_of(self.tree, block, begin, end, self.scope.fast, self._halves)
+            for begin in range(max(0, end - MAX_RUN_LENGTH + 1), end):
+                run = run_between(self.tree, block, begin, end, self.scope.private_locals, self._halves)
                 if run is None:
                     continue
                 first = statements[begin].value
                 for root in expressions_in(last.value):
-                    if not comes_first(last, root, self.reader.is_plain):
+                    if not is_evaluated_first(last, root, self.reader.is_plain):
                         continue
                     match = next(matches(self.reader, root, run, first), None)
                     if match is not None:
@@ -142,7 +144,7 @@ class _Writer:
             name = root.args[0]
             if (
                 not isinstance(name, ast.Name)
-                or name.id not in self.scope.fast
+                or name.id not in self.scope.private_locals
                 or self.reader.part(root.func).kind != "norm"
             ):
                 continue
@@ -155,12 +157,12 @@ class _Writer:
             if names & self.written:
                 continue
             total = statements[begin].value
-            if not comes_first(last, root, self.reader.is_plain):
+            if not is_evaluated_first(last, root, self.reader.is_plain):
                 continue
-            for attempt in attempts(self.reader, total, None, sites.add_norm, _SUMS):
+            for attempt in attempts(self.reader, total, None, fused_patterns.add_norm, _SUMS):
                 attempt.operands.append(Operand("norm", root.func))
                 attempt.options["total"] = True
-                match = settled(self.reader, total, total, sites.add_norm, attempt)
+                match = match_of(self.reader, total, total, fused_patterns.add_norm, attempt)
                 if match is not None:
                     statements = block.statements[begin : end + 1]
                     yield _rank(match), begin, end, lambda m=match, r=root, s=statements: self._sum(m, r, s)
@@ -192,19 +194,19 @@ class _Writer:
             if any(tree is original for original in self._originals):
                 del self.found[found:]
             return made_list
-        if not isinstance(tree, ast.AST) or isinstance(tree, (*CLOSED, *_DEFINITIONS)):
+        if not isinstance(tree, ast.AST) or isinstance(tree, (*OPAQUE, *_DEFINITIONS)):
             return tree
         if isinstance(tree, ast.BinOp | ast.Call):
             match = next(matches(self.reader, tree, None, tree), None)
             if match is not None:
                 return self._expression(match)
-        made: Any = with_parts(tree, self._expressions)
+        made: Any = with_changed_children(tree, self._expressions)
         if isinstance(tree, ast.Call) and (part := self.reader.part(tree.func)).kind:
             made.func = self._exchange(tree, part)
             if self.recompute == "layer" and part.kind in IN_LAYERS:
                 self.noted = True
                 return at(tree, ast.Call(self._cell(watch), [made], []))
-        if self.recompute == "layer" and is_picked(tree):
+        if self.recompute == "layer" and is_indexed_by_list(tree):
             self.noted = True
             return at(tree, ast.Call(self._cell(watch), [made], []))
         return self._operator(made)
@@ -227,9 +229,9 @@ class _Writer:
         """The tree with its operators noted, but without sites: the results of one would replace what was captured."""
         if isinstance(tree, list):
             return [self._with_notes(part) for part in tree]
-        if not isinstance(tree, ast.AST) or isinstance(tree, (*CLOSED, *_DEFINITIONS)):
+        if not isinstance(tree, ast.AST) or isinstance(tree, (*OPAQUE, *_DEFINITIONS)):
             return tree
-        return self._operator(with_parts(tree, self._with_notes))
+        return self._operator(with_changed_children(tree, self._with_notes))
 
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, after that of a quick one if there is one, and whether it has computed."""
@@ -238,32 +240,34 @@ class _Writer:
         captured = [operand.name for operand in match.captured]
         known = attempt.act.known
         if attempt.activation is not None:
-            site = templates.site(pattern, captured, options, known, attempt.activation, attempt.act.is_exact)
+            exact = attempt.act.is_exact
+            guarded = guarded_call(pattern, captured, options, known, attempt.activation, exact)
         else:
-            site = templates.site(pattern, captured, options, tried=activation_function(known[0]) if known else None)
+            tried = activation_function(known[0]) if known else None
+            guarded = guarded_call(pattern, captured, options, tried=tried)
         keywords = [ast.keyword(operand.name, self._operand(operand)) for operand in match.operands]
-        call = ast.Call(self._cell(site), [], keywords)
+        call = ast.Call(self._cell(guarded), [], keywords)
         self.found.append(attempt.said(pattern))
         asked = has_computed(call)
-        if (quick := quick_site(match, self.scope.self, options)) is not None:
-            function, values = quick
+        if (native := native_site(match, self.scope.self_name, options)) is not None:
+            function, values = native
             asked = ast.BoolOp(ast.Or(), [has_computed(ast.Call(self._cell(function), values, [])), asked])
         return at(match.root, asked)
 
     def _operand(self, operand: Operand) -> ast.expr:
         return operand.tree if self.reader.is_plain(operand.tree) else self._expressions(operand.tree)
 
-    def _exchange(self, call: ast.Call, part: Part) -> ast.expr:
+    def _exchange(self, call: ast.Call, part: Role) -> ast.expr:
         """What is called instead."""
         function = call.func
         if part.kind == "object":
             return self._exchange_object(function, *part.known)
         is_local = part.kind == "local exchange"
-        (known,) = part.known or ((self.scope.function_called if is_local else self.scope.value)(function),)
+        (known,) = part.known or ((self.scope.local_function if is_local else self.scope.value)(function),)
         if self.notes and isinstance(known, FUNCTION_TYPES) and known in FUNCTIONS:
             self.noted = True
             return self._call(function, noted_function(known))
-        exchange = exchange_for(known, call, is_local)
+        exchange = replacement_for(known, call, is_local)
         if exchange is None:
             return function
         instead, said = exchange
@@ -292,4 +296,4 @@ class _Writer:
 
 
 def _rank(match: Match) -> int:
-    return sites.PATTERNS.index(match.pattern)
+    return fused_patterns.PATTERNS.index(match.pattern)

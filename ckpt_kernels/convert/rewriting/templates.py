@@ -18,7 +18,7 @@ from torch import Tensor
 from ..operands import as_plain_tensor, has_global_hooks, is_observed, is_ordinary
 from ..rules.function_trials import TriedFunction
 from ..rules.pointwise import KEPT_BY_OUTPUT, activation_of
-from .guards import CHUNK, as_products_take, linear_operands, norm_rule, probability
+from .guards import CHUNK, autocast_input, dropout_probability, linear_operands, norm_rule
 
 # The results of a site, in the order in which they are taken from the end.
 Results = list[Any]
@@ -28,7 +28,7 @@ _NO_LAYERS = (*_HALVES, "act", "formula", "norm", "drop", "may_drop", "view", "w
 
 
 def kind_of(name: str) -> str:
-    """The kind of part that a template calls by that name; see `reading.Part`."""
+    """The kind of part that a template calls by that name; see `reading.Role`."""
     return {"drop": "dropout"}.get(name, name if name in _NO_LAYERS else "linear")
 
 
@@ -106,7 +106,7 @@ def keeps(pattern: Pattern, constants: Mapping[str, Any]) -> bool:
     return pattern.made or pattern.halved or constants.get("parts", False)
 
 
-def site(
+def guarded_call(
     pattern: Pattern,
     captured: Sequence[str],
     options: dict[str, Any],
@@ -166,7 +166,7 @@ def site(
             given["activation"] = found
         if "p" in takes:
             p = (
-                probability(operands["drop"], operands.get("p"), operands.get("training"))
+                dropout_probability(operands["drop"], operands.get("p"), operands.get("training"))
                 if "drop" in operands
                 else 0.0
             )
@@ -179,7 +179,7 @@ def site(
             if of_linears is None:
                 return None
             given.update(zip(linears, of_linears, strict=True))
-            given["input"] = as_products_take(input)
+            given["input"] = autocast_input(input)
         if "rule" in takes:
             given["rule"] = norm_rule(operands["norm"])
             if given["rule"] is None:

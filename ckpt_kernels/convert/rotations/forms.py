@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...backends.blocks import RotaryOptions
 from ...ops.rotary import rotary
-from ..code.reached import Code, NotTried
+from ..code.reachability import CodeSnapshot, NotTriable
 from ..operands import is_operand
 
 
@@ -147,7 +147,7 @@ class Rotation:
     """A function that turns heads: its forms, and for each of its settings how operands are given, and which dtypes of
     heads and tables are taken."""
 
-    def __init__(self, function: types.FunctionType, code: Code) -> None:
+    def __init__(self, function: types.FunctionType, code: CodeSnapshot) -> None:
         self.code = code
         self.forms: dict[Kind, Found] = {}
         self.ways: dict[Settings, tuple[Way, Dtypes]] = {}
@@ -225,5 +225,5 @@ class Rotation:
 def parameters_of(function: types.FunctionType) -> tuple[list[str], dict[str, Any]]:
     parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
-        raise NotTried("takes arguments in a way of its own")
+        raise NotTriable("takes arguments in a way of its own")
     return [p.name for p in parameters], {p.name: p.default for p in parameters if p.default is not p.empty}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS
-from ..code.own_gradients import has_own_gradient
-from ..code.remembering import remembered
+from ..code.custom_autograd import has_custom_gradient
+from ..code.memoization import memoized
 from .trial import POINTWISE, Outline, forward_of, in_own_thread, result_of
 
 
@@ -32,7 +32,7 @@ class TrialResult(NamedTuple):
     is_exact: bool = True
 
 
-@remembered
+@memoized
 @in_own_thread
 def activation_of_module(outline: Outline) -> TrialResult:
     """The activation that the module with this outline computes."""
@@ -40,7 +40,7 @@ def activation_of_module(outline: Outline) -> TrialResult:
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if forward_of(module, transposed, POINTWISE).stride() != transposed.stride():
         return TrialResult()
-    has_function = has_own_gradient(outline.code.found)
+    has_function = has_custom_gradient(outline.code.dependencies)
     return activation_by_trial(lambda points: forward_of(module, points, POINTWISE), has_function)
 
 

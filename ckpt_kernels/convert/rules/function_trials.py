@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..code.called import is_torchs
-from ..code.reached import Code, NotTried, Reading, reads_shapes
-from ..code.remembering import remembered
+from ..code.call_graph import belongs_to_torch
+from ..code.memoization import memoized
+from ..code.reachability import CodeReader, CodeSnapshot, NotTriable, depends_on_shapes
 from .activation_trials import activation_by_trial
 from .trial import POINTWISE, in_own_thread, result_of, takes_one_argument
 
@@ -24,7 +24,7 @@ class TriedFunction(NamedTuple):
 
     function: types.FunctionType
     name: str
-    code: Code
+    code: CodeSnapshot
     keeps_input: bool
     is_exact: bool
 
@@ -38,32 +38,32 @@ class TriedFunction(NamedTuple):
         return self.name if holds and self.code.is_same() else None
 
 
-@remembered
+@memoized
 def activation_function(value: Any) -> TriedFunction | None:
     """The trial of a function that computes a known activation; None for any other value.
 
     The function must be importable under its name, so that the trial can be pickled.
     """
-    if type(value) is not types.FunctionType or is_torchs(value) or not takes_one_argument(value, 0):
+    if type(value) is not types.FunctionType or belongs_to_torch(value) or not takes_one_argument(value, 0):
         return None
     if getattr(sys.modules.get(value.__module__), value.__name__, None) is not value:
         return None
     try:
         return _tried(value)
-    except NotTried:
+    except NotTriable:
         return None
 
 
 @in_own_thread
 def _tried(function: types.FunctionType) -> TriedFunction | None:
-    reading = Reading(nn.Module())
-    reading.function(function)
-    if reads_shapes(reading):
+    reader = CodeReader(nn.Module())
+    reader.read_function(function)
+    if depends_on_shapes(reader):
         return None
-    reading.modules()
+    reader.read_modules()
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if result_of(function, transposed, POINTWISE).stride() != transposed.stride():
         return None
     name, keeps_input, is_exact = activation_by_trial(lambda points: result_of(function, points, POINTWISE))
-    code = Code((nn.Module, (), ()), reading.found)
+    code = CodeSnapshot((nn.Module, (), ()), reader.dependencies)
     return None if name is None else TriedFunction(function, name, code, keeps_input, is_exact)

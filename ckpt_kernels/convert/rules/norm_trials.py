@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ... import nn as ours
 from ..attribute_loads import loads_plainly
-from ..code.called import is_as_torch_wrote_it
-from ..code.reached import NotTried
-from ..code.remembering import remembered
+from ..code.call_graph import is_unpatched
+from ..code.memoization import memoized
+from ..code.reachability import NotTriable
 from ..module_tree import has_children, tensors_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
@@ -37,7 +37,7 @@ _RULES: dict[type[nn.Module], Norm] = {
     **dict.fromkeys(_BATCH_NORMS, BatchNorm()),
     **dict.fromkeys(_INSTANCE_NORMS, InstanceNorm()),
 }
-_FORWARDS = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_as_torch_wrote_it(kind.forward)}
+_FORWARDS = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_unpatched(kind.forward)}
 # The attributes that their forwards read.
 _READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
@@ -66,7 +66,7 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
         return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
     try:
         result = _tried(outline_of(module))
-    except NotTried as error:
+    except NotTriable as error:
         result = str(error)
     if isinstance(result, RowNorm):
         return result, ""
@@ -96,7 +96,7 @@ def _may_be_row_norm(module: nn.Module) -> bool:
     )
 
 
-@remembered
+@memoized
 @in_own_thread
 def _tried(outline: Outline) -> RowNorm | str:
     """The rule, found by a trial in float32, with the dtypes in which roundings agree too; or the reason for none."""
@@ -105,7 +105,7 @@ def _tried(outline: Outline) -> RowNorm | str:
         try:
             if _agrees(outline, rule):
                 return _with_cases(outline, rule)
-        except NotTried as error:
+        except NotTriable as error:
             reasons.append(str(error))
     return reasons[-1]
 
@@ -127,7 +127,7 @@ def _keeps_strides(outline: Outline) -> bool:
     input = torch.ones(_sizes(outline, False)[0], device="cpu").transpose(0, 1)
     output = forward_of(module, input, ROWS, (-1,))
     if not output.is_contiguous() and output.stride() != input.stride():
-        raise NotTried("lies in memory as nothing of ours does")
+        raise NotTriable("lies in memory as nothing of ours does")
     return not output.is_contiguous()
 
 
@@ -241,7 +241,7 @@ def _with_gradients(module: nn.Module, input: Tensor, compute: Callable[[Tensor]
     if output is None:
         raise InputRefused("takes other shapes")
     if not output.requires_grad:
-        raise NotTried("has no gradient")
+        raise NotTriable("has no gradient")
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device="cpu").view(output.shape)
     inputs = [input, *tensors_of(module)]
     gradients = torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
-from ..code.reached import Code, Settings, is_as_tried
+from ..code.reachability import CodeSnapshot, Settings, is_unchanged
 from ..operands import is_ordinary
 from .rule import UnaryRule
 
@@ -77,7 +77,7 @@ class RowNorm(Norm):
     cast_before_weight: bool = False
     channels_first: bool = False
     settings: Settings = ()
-    code: Code | None = None
+    code: CodeSnapshot | None = None
     cases: tuple[Case, ...] | None = None
     copied: bool = False
     contiguous: bool = False
@@ -130,7 +130,7 @@ class RowNorm(Norm):
             fused = self.centered or input.is_cuda
             return Case(dtypes, input.dtype, fused or input.dtype.itemsize >= 4, fused)
         matching = (case for case in self.cases if case.dtypes == dtypes)
-        return next(matching, None) if is_as_tried(module, self.settings, self.code) else None
+        return next(matching, None) if is_unchanged(module, self.settings, self.code) else None
 
     def _fits(self, module: nn.Module, input: Tensor, weight: Tensor | None) -> bool:
         """Whether input and parameters have shapes like those in the trial."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ... import functional as F
 from ...activations import FUNCTIONS, name_of
 from ..attribute_loads import LOADS_PLAINLY, is_set, loads_plainly, only_instances_define
-from ..code.called import is_as_torch_wrote_it
-from ..code.reached import Code, NotTried, Settings, is_as_tried
+from ..code.call_graph import is_unpatched
+from ..code.reachability import CodeSnapshot, NotTriable, Settings, is_unchanged
 from ..module_tree import has_children, tensors_of
 from ..native_guards import ActivationGuard, Binding, ModuleGuard
 from ..operands import CALLS_FORWARD, HOOKS, is_called_plainly
@@ -34,7 +34,7 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _TORCHS = {
     kind: (kind.forward, kind.forward.__code__)
     for kind in vars(nn).values()
-    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_as_torch_wrote_it(kind.forward)
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and is_unpatched(kind.forward)
 }
 
 
@@ -44,13 +44,13 @@ class ActivationRule(UnaryRule):
 
     name: str
     settings: Settings
-    code: Code | None
+    code: CodeSnapshot | None
     keeps_input: bool = True
     is_exact: bool = True
 
     def holds(self, module: nn.Module, wide: bool = False) -> bool:
         """Whether the module still computes the activation; `wide` asks for operands in float64."""
-        return (self.is_exact or not wide) and is_as_tried(module, self.settings, self.code)
+        return (self.is_exact or not wide) and is_unchanged(module, self.settings, self.code)
 
     def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         # For some formulas eager torch does not save the input, and the model may write to the input later.
@@ -59,7 +59,7 @@ class ActivationRule(UnaryRule):
         return F.bias_act(input, activation=self.name)
 
     def activation_guard(self, bindings: tuple[Binding, ...]) -> ActivationGuard:
-        same = bindings if self.code is None else (*bindings, *self.code.found)
+        same = bindings if self.code is None else (*bindings, *self.code.dependencies)
         # The guard names the forward, because a subclass may have another one.
         (_, name, forward), *_ = bindings
         guard = ModuleGuard(nn.Module, ((name, forward), *CALLS_FORWARD), same, (), HOOKS, ("forward",))
@@ -114,7 +114,7 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
         return None, _why_none(module) if unknown else ""
     try:
         (name, keeps_input, is_exact), settings, code = _named(module)
-    except NotTried as error:
+    except NotTriable as error:
         return None, str(error) if looks_like_activation(module) else ""
     if name is None:
         return None, _why_none(module) if looks_like_activation(module) else ""
@@ -170,8 +170,8 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
     if original not in _TORCHS or (kind is not None and original is not kind):
         return False
     forward, code = _TORCHS[original]
-    is_unpatched = original.forward is forward and forward.__code__ is code
-    return is_unpatched and (only_instances_define(original, *_SETTINGS) or loads_plainly(original, *_SETTINGS))
+    is_torchs_forward = original.forward is forward and forward.__code__ is code
+    return is_torchs_forward and (only_instances_define(original, *_SETTINGS) or loads_plainly(original, *_SETTINGS))
 
 
 def is_unmodified_torch(module: nn.Module, *names: str) -> bool:
@@ -179,7 +179,7 @@ def is_unmodified_torch(module: nn.Module, *names: str) -> bool:
     return _is_torchs(module) and loads_plainly(original_of(module), *names)
 
 
-def _named(module: nn.Module) -> tuple[TrialResult, Settings, Code | None]:
+def _named(module: nn.Module) -> tuple[TrialResult, Settings, CodeSnapshot | None]:
     """The activation by the module's class or by a trial, and the settings and the code that this depends on."""
     if _is_torchs(module):
         name = name_of(module)

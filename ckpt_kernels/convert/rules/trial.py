@@ -1,8 +1,8 @@
 """Trials: runs a stand-in of a module on small inputs, to learn the function that the module computes.
 
 A stand-in has the module's class, plain settings, and random parameters. A trial reaches neither the module nor any
-buffer nor torch's random state. `code.reached` decides which modules may be tried. A trial ends at the first operation
-that is not in a list of allowed ones, such as a random number, a branch on values, or a slice of a tensor.
+buffer nor torch's random state. `code.reachability` decides which modules may be tried. A trial ends at the first
+operation that is not in a list of allowed ones, such as a random number, a branch on values, or a slice of a tensor.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..code.reached import Code, NotTried, Settings, has_finalizer, read
-from ..code.remembering import remembered
+from ..code.memoization import memoized
+from ..code.reachability import CodeSnapshot, NotTriable, Settings, has_finalizer, read_forward
 
 # The operations allowed in trials of activations and of norms, by torch's names. "detach" is allowed because autograd
 # detaches the results that it saves; the gradient shows where a forward itself detaches.
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 _NEARLY_ZERO = 1e-11
 
 
-class InputRefused(NotTried):
+class InputRefused(NotTriable):
     """The stand-in fails on the inputs of the trial."""
 
 
@@ -55,7 +55,7 @@ class Outline(NamedTuple):
 
     kind: type[nn.Module]
     forward: Any
-    code: Code
+    code: CodeSnapshot
     settings: Settings
     shapes: tuple[tuple[str, torch.Size | None], ...]
 
@@ -80,9 +80,9 @@ def outline_of(module: nn.Module, gradients: bool = False) -> Outline:
     An `autograd.Function` in the module's code is allowed only with `gradients`, by callers that try gradients too.
     """
     if has_finalizer(type(module)):
-        raise NotTried("has a finalizer, which would run for what it is tried out on")
+        raise NotTriable("has a finalizer, which would run for what it is tried out on")
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
-    settings, code = read(module, gradients)
+    settings, code = read_forward(module, gradients)
     return Outline(type(module), type(module).forward, code, settings, shapes)
 
 
@@ -118,20 +118,20 @@ class _AllowedOperations(TrialMode):
         if self._is_suspended:
             return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotTried("draws random numbers")
+            raise NotTriable("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
-            raise NotTried("decides by the values of what it is given")
+            raise NotTriable("decides by the values of what it is given")
         name = func.overloadpacket.__name__
         if name not in self._allowed:
-            raise NotTried(f"computes with {name.strip('_')}, which is in none of ours")
+            raise NotTriable(f"computes with {name.strip('_')}, which is in none of ours")
         if name == "slice" and not _is_whole(*args[1:]):
-            raise NotTried("computes with a part of what it is given")
+            raise NotTriable("computes with a part of what it is given")
         if name == "clamp_min" and args[1] > _NEARLY_ZERO:
-            raise NotTried("is cut off")
+            raise NotTriable("is cut off")
         if name in ("linalg_vector_norm", "mean", "sum", "var"):
             reduced = next((argument for argument in args[1:] if isinstance(argument, list | tuple)), None)
             if reduced is None or any(dimension not in self._dimensions for dimension in reduced):
-                raise NotTried("reduces over other dimensions than a norm of ours")
+                raise NotTriable("reduces over other dimensions than a norm of ours")
         return func(*args, **(kwargs or {}))
 
 
@@ -147,7 +147,7 @@ class _AllowedCalls(TorchFunctionMode):
         if func is torch.Tensor.type or func is torch.Tensor.to:
             arguments = (*args[1:], *(kwargs or {}).values())
             if not arguments or not all(isinstance(value, _CAST_TO) for value in arguments):
-                raise NotTried("asks for the type of what it is given, or casts to more than a dtype")
+                raise NotTriable("asks for the type of what it is given, or casts to more than a dtype")
         if func is nn.functional.rms_norm:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
@@ -203,16 +203,16 @@ def result_of(
     try:
         with _AllowedOperations(allowed, dimensions) as operations, _AllowedCalls(operations):
             output = function(input)
-    except NotTried:
+    except NotTriable:
         raise
     except Exception as error:
         raise InputRefused(f"fails on a tensor of {tuple(input.shape)}") from error
     if type(output) is not torch.Tensor:
-        raise NotTried("makes something else than a tensor")
+        raise NotTriable("makes something else than a tensor")
     return output
 
 
-@remembered
+@memoized
 def takes_one_argument(function: Any, bound: int = 1) -> bool:
     """Whether the function can be called with one argument, after `bound` arguments such as a method's self."""
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...backends import reference
 from ...backends.blocks import Rotary
-from ..code.reached import NotTried
+from ..code.reachability import NotTriable
 from ..rules.trial import TrialMode
 from .forms import Form, Way
 
@@ -89,7 +89,7 @@ class Trial:
         try:
             with _Strict(unit):
                 results = self._function(*given)
-        except NotTried:
+        except NotTriable:
             raise
         except Exception:  # whatever it may raise of shapes that it does not take
             return None
@@ -132,10 +132,10 @@ class _Strict(TrialMode):
         if name == "copy_" and self._is_made(args[0]):
             return func(*args, **(kwargs or {}))
         if name not in _OPERATIONS or func._schema.is_mutable:
-            raise NotTried(f"computes with {name}")
+            raise NotTriable(f"computes with {name}")
         result = func(*args, **(kwargs or {}))
         if self._unit is not None and not _are_parts(name, args, result, self._unit):
-            raise NotTried("takes parts that a trial may not reach")
+            raise NotTriable("takes parts that a trial may not reach")
         if name == "empty_like":
             self._made.append(result)
         return result

@@ -1,6 +1,6 @@
 """Expressions that one of our calls computes: what is written, held against the templates of `sites`.
 
-A pattern is recognised by its form, and by what the loads in it were when the model was converted (`Loads`): a linear
+A pattern is recognised by its form, and by what the loads in it were when the model was converted (`Roles`): a linear
 layer, an activation, a norm, a dropout. What they are at a call is the site's question.
 """
 
@@ -8,10 +8,11 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-from ..code.flow import Half, Meaning, Run
+from ..code.straight_line import Binding, Half, Run
 from ..rules.pointwise import KEPT_BY_OUTPUT
-from .reading import ADAPTED, Match, Operand, Part, Reader, settled
-from .sites import PATTERNS
+from .fused_patterns import PATTERNS
+from .reader import Match, Operand, Reader, match_of
+from .roles import ADAPTED, Role
 from .templates import Pattern, kind_of
 
 
@@ -20,16 +21,16 @@ class Attempt:
 
     def __init__(self, reader: Reader, run: Run | None) -> None:
         self.reader = reader
-        self.meanings = run.meanings if run else {}
+        self.bindings = run.bindings if run else {}
         self.looked_through: set[int] = set()
         self.operands: list[Operand] = []
         self.options: dict[str, Any] = {}
-        self.act = Part()
+        self.act = Role()
         # The name of an activation that is written out.
         self.activation: str | None = None
         self._halves: dict[str, Half] = {}
 
-    def fits(self, tree: Meaning, template: Any) -> bool:
+    def fits(self, tree: Binding, template: Any) -> bool:
         """Whether an expression is written like a template. What stands for its names becomes operands."""
         if isinstance(template, ast.Name):
             return self._leaf(tree, template.id)
@@ -51,20 +52,20 @@ class Attempt:
             argument = self._dropped(tree) if name == "drop" else self._called(tree, name)
         return argument is not None and self.fits(argument, inner)
 
-    def _through(self, tree: Meaning, *others: ast.AST) -> Meaning:
+    def _through(self, tree: Binding, *others: ast.AST) -> Binding:
         """What a name that the run makes stands for, in this place and the `others`. It must not stand elsewhere."""
-        while isinstance(tree, ast.AST) and id(tree) in self.meanings:
-            meaning = self.meanings[id(tree)]
+        while isinstance(tree, ast.AST) and id(tree) in self.bindings:
+            meaning = self.bindings[id(tree)]
             if self._is_read(meaning):
                 return tree
             self.looked_through.update(map(id, (tree, *others)))
             tree, others = meaning, ()
         return tree
 
-    def _is_read(self, meaning: Meaning) -> bool:
-        return any(self.meanings[number] is meaning for number in self.looked_through)
+    def _is_read(self, meaning: Binding) -> bool:
+        return any(self.bindings[number] is meaning for number in self.looked_through)
 
-    def _leaf(self, tree: Meaning, name: str) -> bool:
+    def _leaf(self, tree: Binding, name: str) -> bool:
         """An expression that is an operand as it is; where it stands twice, one local name."""
         tree = self._through(tree)
         if isinstance(tree, Half | ast.Starred):
@@ -75,9 +76,9 @@ class Attempt:
             return True
         if not isinstance(tree, ast.Name) or not isinstance(before, ast.Name):
             return False
-        return tree.id == before.id and tree.id in self.reader.fast
+        return tree.id == before.id and tree.id in self.reader.private_locals
 
-    def _called(self, tree: Meaning, name: str) -> Meaning | None:
+    def _called(self, tree: Binding, name: str) -> Binding | None:
         """The argument of a call of the part `name`, which becomes an operand."""
         kind = kind_of(name)
         if isinstance(tree, ast.Call) and len(tree.args) == 1 and not tree.keywords:
@@ -88,19 +89,19 @@ class Attempt:
                 return tree.args[0]
         return self._formula(tree) if kind == "act" else None
 
-    def _formula(self, tree: Meaning) -> Meaning | None:
+    def _formula(self, tree: Binding) -> Binding | None:
         """The value that a formula of an activation is of; the functions in it become operands."""
         if not isinstance(tree, ast.BinOp | ast.Call):
             return None
         # A name in it may be the value, or stand for a part of the formula.
-        for meanings in ({}, self.meanings) if self.meanings else ({},):
-            found = self.reader.formula(tree, meanings)
+        for bindings in ({}, self.bindings) if self.bindings else ({},):
+            found = self.reader.formula(tree, bindings)
             if found is None or not self._are_one(found.values):
                 continue
-            part = self.reader.loads.get(found.text, Part())
+            part = self.reader.loads.get(found.text, Role())
             if part.kind != "act":
                 continue
-            if any(self._is_read(self.meanings[number]) for number in found.names):
+            if any(self._is_read(self.bindings[number]) for number in found.names):
                 return None
             self.looked_through |= found.names
             self.operands += [Operand(f"f{i}", function) for i, function in enumerate(found.functions)]
@@ -110,9 +111,9 @@ class Attempt:
 
     def _are_one(self, values: list[ast.expr]) -> bool:
         """Whether a name that stands in several places stands for the same in all."""
-        return len({id(self.meanings.get(id(value))) for value in values}) == 1
+        return len({id(self.bindings.get(id(value))) for value in values}) == 1
 
-    def _dropped(self, tree: Meaning) -> ast.expr | None:
+    def _dropped(self, tree: Binding) -> ast.expr | None:
         """What a dropout is called on."""
         if not isinstance(tree, ast.Call):
             return None
@@ -128,7 +129,7 @@ class Attempt:
         self.operands += [Operand("drop", tree.func), Operand("p", given["p"]), Operand("training", given["training"])]
         return given["input"]
 
-    def _half(self, tree: Meaning, name: str, whole: ast.expr) -> bool:
+    def _half(self, tree: Binding, name: str, whole: ast.expr) -> bool:
         if not isinstance(tree, Half):
             return False
         self._halves[name] = tree
@@ -161,12 +162,12 @@ class Attempt:
             where += " (once its adapters are taken out)"
         return pattern.said.format(self.act.name) + where
 
-    def _viewed(self, tree: Meaning, name: str) -> bool:
+    def _viewed(self, tree: Binding, name: str) -> bool:
         """A view of a local name, which becomes the operand, and how it is taken."""
         base = tree
         while isinstance(base, ast.Subscript) and _is_view(base.slice):
             base = base.value
-        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.fast:
+        if isinstance(tree, Half) or not isinstance(base, ast.Name) or base.id not in self.reader.private_locals:
             return False
         self.operands.append(Operand(name, base))
         self.options[f"{name}_view"] = eval(f"lambda {base.id}: {ast.unparse(tree)}")
@@ -178,7 +179,7 @@ def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -
     value of the run's first statement."""
     for pattern in PATTERNS:
         for attempt in attempts(reader, root, run, pattern):
-            match = settled(reader, root, begins, pattern, attempt)
+            match = match_of(reader, root, begins, pattern, attempt)
             if match is not None:
                 yield match
 
@@ -189,7 +190,7 @@ def attempts(
     """The ways to read an expression as a pattern; or as part of it, in the place of the whole."""
     for spelling in pattern.spellings if spellings is None else spellings:
         attempt = Attempt(reader, run)
-        if not attempt.fits(root, spelling) or attempt.looked_through != attempt.meanings.keys():
+        if not attempt.fits(root, spelling) or attempt.looked_through != attempt.bindings.keys():
             continue
         # Eager torch keeps what such an activation is of: there is something to win, and nobody writes to it.
         if pattern.made or (attempt.act.name not in KEPT_BY_OUTPUT and not attempt.act.of_new):

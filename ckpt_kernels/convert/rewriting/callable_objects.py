@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..code.called import is_torchs
+from ..code.call_graph import belongs_to_torch
 from ..swap import is_plain_method
 from ..wrappers import MethodSnapshot
 
@@ -24,7 +24,7 @@ def method_called(value: Any) -> types.FunctionType | None:
         return None
     owners = (vars(owner) for owner in type(value).__mro__)
     method = next((own["__call__"] for own in owners if "__call__" in own), None)
-    return method if is_plain_method(method) and not is_torchs(method) else None
+    return method if is_plain_method(method) and not belongs_to_torch(method) else None
 
 
 def exchanged_object(method: types.FunctionType, instead: Callable[..., Any]) -> Callable[[Any], Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 _PARTING = frozenset(("chunk", "split", "tensor_split", "unbind"))
 
 
-def parts_in(function: ast.FunctionDef) -> dict[str, str]:
+def view_names(function: ast.FunctionDef) -> dict[str, str]:
     """The names that are given parts of something, and in which statement; whether they are is seen at a call alone."""
     found: dict[str, str] = {}
     for node in ast.walk(function):
@@ -30,7 +30,7 @@ def _given(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, str]]:
         yield target.id, value.value.id
 
 
-def are_parts_of_one(tensor: Tensor, other: Tensor) -> bool:
+def are_views_of_one_base(tensor: Tensor, other: Tensor) -> bool:
     """Whether both are views of one tensor: whoever keeps the one keeps the memory of both, and sees a write to either.
 
     (Where torch.compile asks, nobody knows.)

@@ -1,10 +1,9 @@
-"""Whether a function treats tensors of every size as it treats small ones, by the way it is written.
+"""Size independence: whether a function, by its source, treats tensors of every size as it treats small ones.
 
-What a trial shows of small tensors holds for large ones if nothing depends on how large they are but parts that are
-bounded by the length of a last dimension or half of it, or every second element there. So that is all that sizes may be
-read for, beside the shape of a view. It may choose its way by an argument that is a number, a truth value or None, and
-by nothing else: a trial with the same goes the same way. Whatever else is written with sizes, in brackets, or that
-compares, is not understood.
+The results of a trial with small tensors then hold for large ones. Sizes may only bound slices of the last dimension,
+by its length or half of that, and shape views; a slice may also take every second element. The function may branch only
+on arguments that are numbers, booleans or None, so that a trial with the same arguments takes the same branch. Any
+other use of sizes, any other index and any other comparison is rejected.
 """
 
 import ast
@@ -13,65 +12,68 @@ from collections.abc import Iterator
 
 from .source import NoSource, definition_of
 
-# Indices of a shape.
+# Allowed indices of a shape.
 _INDICES = (0, 1, 2, 3, -1, -2, -3, -4)
-# A fourth index is the last dimension's: no trial has more dimensions.
-MOST_DIMENSIONS = 4
-_NOT_UNDERSTOOD = tuple(
+# No trial has more dimensions, so that a fourth index is that of the last dimension.
+_MAX_DIMENSIONS = 4
+_REJECTED = tuple(
     getattr(ast, name) for name in "NamedExpr comprehension Lambda Compare BoolOp IfExp Await Yield YieldFrom".split()
 )
 _STATEMENTS = (ast.Assign, ast.Expr, ast.If, ast.Pass, ast.Raise, ast.Return)
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
-def are_parts_by_shape(function: types.FunctionType) -> bool:
-    """Whether sizes bound parts of last dimensions, and do nothing else."""
+def is_size_independent(function: types.FunctionType) -> bool:
+    """Whether the function uses sizes only to bound slices of last dimensions and to shape views."""
     try:
         tree = definition_of(function).tree
     except NoSource:
         return False
-    return _Parts(tree).are_understood()
+    return _SizeUses(tree).are_allowed()
 
 
-class _Parts:
+class _SizeUses:
+    """The uses of sizes in the body of a function."""
+
     def __init__(self, tree: ast.FunctionDef) -> None:
         arguments = (*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs)
         self._arguments = {argument.arg for argument in arguments}
         self._nodes = [node for statement in tree.body for node in ast.walk(statement)]
         self._parents = {child: node for node in self._nodes for child in ast.iter_child_nodes(node)}
         self._values: dict[str, list[ast.expr | None]] = {}
-        self._decisions = {node.test for node in self._nodes if isinstance(node, ast.If)}
+        self._tests = {node.test for node in self._nodes if isinstance(node, ast.If)}
         for node in self._nodes:
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     self._assign(target, node.value)
 
     def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
+        """Record that a target is bound to a value, None if the value is unknown."""
         if isinstance(target, ast.Starred):
             self._assign(target.value, None)
         elif isinstance(target, ast.Name):
             self._values.setdefault(target.id, []).append(value)
         elif isinstance(target, ast.Tuple | ast.List):
-            parts = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts) else None
-            for index, part in enumerate(target.elts):
-                self._assign(part, None if parts is None else parts[index])
+            values = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts) else None
+            for index, element in enumerate(target.elts):
+                self._assign(element, None if values is None else values[index])
 
-    def are_understood(self) -> bool:
-        if not all(map(self._is_by_setting, self._decisions)):
+    def are_allowed(self) -> bool:
+        if not all(map(self._is_setting_test, self._tests)):
             return False
         for node in self._nodes:
             if isinstance(node, ast.stmt) and not isinstance(node, _STATEMENTS):
                 return False
-            if isinstance(node, _NOT_UNDERSTOOD) and node not in self._decisions:
+            if isinstance(node, _REJECTED) and node not in self._tests:
                 return False
             if isinstance(node, ast.BinOp) and not isinstance(node.op, _ARITHMETIC) and not _is_half(node):
                 return False
-            if isinstance(node, ast.Subscript) and not self._is_understood(node):
+            if isinstance(node, ast.Subscript) and not self._is_allowed_index(node):
                 return False
-        return all(map(self._stays, self._sizes()))
+        return all(map(self._is_allowed_use, self._size_nodes()))
 
-    def _is_by_setting(self, test: ast.expr) -> bool:
-        """flag, not flag, dimension == 1, dimension is None, where the name is an argument."""
+    def _is_setting_test(self, test: ast.expr) -> bool:
+        """Whether a test is `flag`, `not flag`, `dim == 1`, `dim is None` or the like of an argument."""
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             test = test.operand
         elif isinstance(test, ast.Compare):
@@ -82,28 +84,29 @@ class _Parts:
             test = test.left
         return isinstance(test, ast.Name) and test.id in self._arguments and test.id not in self._values
 
-    def _sizes(self) -> Iterator[ast.AST]:
-        """Where shapes and sizes are read, and names that they have been given."""
-        names = {name for name, values in self._values.items() if any(map(self._reads_a_size, values))}
+    def _size_nodes(self) -> Iterator[ast.AST]:
+        """The nodes that read shapes and sizes, and those that read names bound to them."""
+        names = {name for name, values in self._values.items() if any(map(self._may_be_size, values))}
         for node in self._nodes:
             if isinstance(node, ast.Attribute) and node.attr in ("shape", "size"):
                 yield node
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in names:
                 yield node
 
-    def _reads_a_size(self, value: ast.expr | None) -> bool:
-        """Where it is not known what a name is given, it may be a size: `a, b = x.shape`."""
+    def _may_be_size(self, value: ast.expr | None) -> bool:
+        """Whether a value is a shape or a length; None, an unknown value, may be: `a, b = x.shape`."""
         if value is None:
             return True
         return self._is_length(value) or (isinstance(value, ast.Attribute) and value.attr == "shape")
 
-    def _stays(self, node: ast.AST) -> bool:
-        """Whether a size goes nowhere but into a bound, into the shape of a view, or into a name."""
+    def _is_allowed_use(self, node: ast.AST) -> bool:
+        """Whether a node that reads a size is in the bound of a slice, in the shape of a view, or assigned to a
+        name."""
         parent = self._parents.get(node)
         if isinstance(node, ast.Name) and not self._is_length(node):
-            # A part of what several values were given by: a tensor, as shapes are not parted. One that is a size at
-            # times is not understood.
-            return not any(value is not None and self._reads_a_size(value) for value in self._values[node.id])
+            # The name is bound by unpacking, so to tensors: shapes are never unpacked. A name that is also bound to a
+            # size is rejected.
+            return not any(value is not None and self._may_be_size(value) for value in self._values[node.id])
         while isinstance(parent, ast.Subscript | ast.UnaryOp | ast.BinOp | ast.Starred) or (
             isinstance(parent, ast.Call) and parent.func is node
         ):
@@ -120,25 +123,27 @@ class _Parts:
             parent = self._parents.get(parent)
         return isinstance(parent, ast.Assign) and (not isinstance(node, ast.expr) or self._is_length(node))
 
-    def _is_understood(self, node: ast.Subscript) -> bool:
+    def _is_allowed_index(self, node: ast.Subscript) -> bool:
+        """Whether the index is one of a shape, or takes whole dimensions and an allowed slice of the last."""
         index = node.slice
         if isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
-            # x.shape[-1], x.shape[:-1]
+            # Such as x.shape[-1] and x.shape[:-1].
             bounds = [index.lower, index.upper, index.step] if isinstance(index, ast.Slice) else [index]
             return all(bound is None or _number(bound) in _INDICES for bound in bounds)
         parts = index.elts if isinstance(index, ast.Tuple) else [index]
         if not parts:
             return False
         *before, last = parts
-        if not all(_is_ellipsis(part) or _is_none(part) or _is_whole(part) for part in before):
+        if not all(_is_ellipsis(part) or _is_none(part) or _is_full_slice(part) for part in before):
             return False
-        if _is_ellipsis(last) or _is_none(last) or _is_whole(last):
+        if _is_ellipsis(last) or _is_none(last) or _is_full_slice(last):
             return True
-        is_last = any(map(_is_ellipsis, before)) or len([p for p in parts if not _is_none(p)]) == MOST_DIMENSIONS
-        return is_last and isinstance(last, ast.Slice) and self._is_by_length(last)
+        is_last = any(map(_is_ellipsis, before)) or len([p for p in parts if not _is_none(p)]) == _MAX_DIMENSIONS
+        return is_last and isinstance(last, ast.Slice) and self._is_allowed_slice(last)
 
-    def _is_by_length(self, part: ast.Slice) -> bool:
-        """x[..., ::2], x[..., 1::2], x[..., :n], x[..., n:], x[..., :-n], x[..., -n:]"""
+    def _is_allowed_slice(self, part: ast.Slice) -> bool:
+        """Whether a slice is `::2`, `1::2`, `:n`, `n:`, `:-n` or `-n:`, with the length `n` of a last dimension or
+        half."""
         if part.step is not None:
             first = 0 if part.lower is None else _number(part.lower)
             return _number(part.step) == 2 and part.upper is None and first in (0, 1)
@@ -151,7 +156,7 @@ class _Parts:
         return self._is_length(bound)
 
     def _is_length(self, tree: ast.expr | None, may_be_half: bool = True, depth: int = 4) -> bool:
-        """Of a last dimension, or half of it."""
+        """Whether an expression is the length of a last dimension, or half of that length."""
         if tree is None or not depth:
             return False
         if isinstance(tree, ast.Name):
@@ -173,7 +178,7 @@ def _is_half(tree: ast.BinOp) -> bool:
 
 
 def _number(tree: ast.expr) -> int | None:
-    """A whole number that is written there."""
+    """The value of an integer literal, None for other expressions."""
     if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
         number = _number(tree.operand)
         return None if number is None else -number
@@ -188,5 +193,5 @@ def _is_none(tree: ast.expr) -> bool:
     return isinstance(tree, ast.Constant) and tree.value is None
 
 
-def _is_whole(tree: ast.expr) -> bool:
+def _is_full_slice(tree: ast.expr) -> bool:
     return isinstance(tree, ast.Slice) and tree.lower is None and tree.upper is None and tree.step is None

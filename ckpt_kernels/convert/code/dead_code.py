@@ -1,6 +1,6 @@
-"""Code of a function that does not run: what stands under `if is_installed():`, where that returns a flag of its file.
+"""Dead code of a function: branches under `if is_installed():`, where the function returns a global that is False.
 
-Where the flag is False it need not be read, as long as the flag stays what it is.
+Such a branch need not be analysed as long as the global and the function keep their values.
 """
 
 import ast
@@ -8,35 +8,33 @@ import copy
 import types
 from typing import Any
 
+from ..native_guards import Binding
 from .source import NoSource, definition_of, rebuilt
 
-# What holds something, under which name, and what.
-_Found = tuple[Any, str, Any]
 
-
-def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[_Found]]:
-    """The code without what does not run, and what has to stay as it is for that."""
+def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[Binding]]:
+    """The code of a function without its dead branches, and the (holder, name, value) triples that keep them dead."""
     names = function.__globals__
-    held: list[_Found] = []
-    absent = set()
+    assumptions: list[Binding] = []
+    false_functions = set()
     code = function.__code__
     local = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
     for name in code.co_names:
-        if name not in local and name in names and (flag := _flag_returned(names[name])) is not None:
-            absent.add(name)
-            held += [(names, name, names[name]), (names[name], "__code__", names[name].__code__), flag]
-    if not absent:
+        if name not in local and name in names and (flag := _false_flag(names[name])) is not None:
+            false_functions.add(name)
+            assumptions += [(names, name, names[name]), (names[name], "__code__", names[name].__code__), flag]
+    if not false_functions:
         return function.__code__, []
     try:
         definition = definition_of(function)
-        tree = _Living(absent).visit(copy.deepcopy(definition.tree))
-        return rebuilt(function, definition._replace(tree=tree), {}).__code__, held
+        tree = _DeadBranchRemover(false_functions).visit(copy.deepcopy(definition.tree))
+        return rebuilt(function, definition._replace(tree=tree), {}).__code__, assumptions
     except NoSource:
         return function.__code__, []
 
 
-def _flag_returned(function: Any) -> _Found | None:
-    """The flag of its file that a function without arguments returns, if that is False."""
+def _false_flag(function: Any) -> Binding | None:
+    """The global flag that a function without arguments returns, if the flag is False."""
     if type(function) is not types.FunctionType or len(function.__code__.co_names) != 1:
         return None
     (name,) = function.__code__.co_names
@@ -51,9 +49,9 @@ def _flag_returned(function: Any) -> _Found | None:
     return (function.__globals__, name, False) if is_flag and len(body) == 1 else None
 
 
-class _Living(ast.NodeTransformer):
-    def __init__(self, absent: set[str]) -> None:
-        self._absent = absent
+class _DeadBranchRemover(ast.NodeTransformer):
+    def __init__(self, false_functions: set[str]) -> None:
+        self._false_functions = false_functions
 
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
@@ -61,6 +59,6 @@ class _Living(ast.NodeTransformer):
         if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
             test = test.values[0]
         if isinstance(test, ast.Call) and not test.args and not test.keywords and isinstance(test.func, ast.Name):
-            if test.func.id in self._absent:
+            if test.func.id in self._false_functions:
                 return node.orelse or ast.copy_location(ast.Pass(), node)
         return node

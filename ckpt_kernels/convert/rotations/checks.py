@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...ops.operands import elementwise_empty
 from .forms import Dtypes, Form, Found
-from .runs import Arrangement, Trial, are_close, expected
+from .trial_runs import Arrangement, Trial, are_close, expected
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Heads of which a trial sees each part that is shorter than a quarter of them.

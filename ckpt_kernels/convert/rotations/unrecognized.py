@@ -10,19 +10,19 @@ from torch import nn
 from ..code.scope import Scope
 from ..code.source import NoSource, definition_of
 from ..rewriting.methods import functions_in
-from .trials import turns_heads, why_no_rotation
+from .recognition import is_rotation, why_not_rotation
 
 _NAMED = re.compile(r"^_*apply_(\w+_)?(rotary|rope)|^_*rotate_")
 
 
-def why_unknown(module: nn.Module) -> str:
+def why_unrecognized(module: nn.Module) -> str:
     """Of the first such function that a method of the module calls, or an object that it holds; "" if there is none."""
     for function in functions_in(module):
         if not any(map(_NAMED.search, (*function.__code__.co_names, *function.__code__.co_varnames))):
             continue
         for called in _called(function):
-            if not turns_heads(called):
-                return f"calls {called.__name__}, which {why_no_rotation(called)}"
+            if not is_rotation(called):
+                return f"calls {called.__name__}, which {why_not_rotation(called)}"
     return ""
 
 
@@ -35,6 +35,6 @@ def _called(function: types.FunctionType) -> Iterator[types.FunctionType]:
     scope = Scope(function, tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and _NAMED.search(node.func.id):
-            for value in (scope.value(node.func), scope.function_called(node.func)):
+            for value in (scope.value(node.func), scope.local_function(node.func)):
                 if isinstance(value, types.FunctionType):
                     yield value

@@ -16,7 +16,7 @@ from ..native_guards import ActivationGuard, ModuleGuard, SiteGuard
 from ..operands import GLOBAL_STATE
 from ..rules.pointwise import KEPT_BY_OUTPUT, NATIVE_ACTIVATIONS
 from .guards import LINEAR
-from .reading import Match
+from .reader import Match
 from .templates import Pattern, keeps
 
 _is_compiling = torch.compiler.is_compiling
@@ -24,7 +24,7 @@ _is_compiling = torch.compiler.is_compiling
 Quick = Callable[..., list[Any]]
 
 
-def quick_site(match: Match, owner: str, options: dict[str, Any]) -> tuple[Quick, list[ast.expr]] | None:
+def native_site(match: Match, owner: str, options: dict[str, Any]) -> tuple[Quick, list[ast.expr]] | None:
     """The function, and what it is given: `owner`, which is the name of the module, in the place of the operands that
     are its attributes, and the others. None where C would never know."""
     if match.captured or match.attempt.activation is not None or match.attempt.act.known:
@@ -35,11 +35,11 @@ def quick_site(match: Match, owner: str, options: dict[str, Any]) -> tuple[Quick
     given = [name for name in operands if name not in names]
     values = [ast.Name(owner, ast.Load())] * bool(names) + [operands[name] for name in given]
     places: dict[str, int | str] = {name: place for place, name in enumerate(given, len(values) - len(given))}
-    call = quick(match.pattern, {**places, **names}, options)
+    call = native_call(match.pattern, {**places, **names}, options)
     return None if call is None else (call, values)
 
 
-def quick(pattern: Pattern, places: Mapping[str, int | str], options: dict[str, Any]) -> Quick | None:
+def native_call(pattern: Pattern, places: Mapping[str, int | str], options: dict[str, Any]) -> Quick | None:
     """The function, by the places of its operands among the values, or their names in the first of these."""
     letters = dict.fromkeys(pattern.tensors, "t") | dict.fromkeys(pattern.linears, "l") | {"act": "o"}
     has_act = "activation" in pattern.takes

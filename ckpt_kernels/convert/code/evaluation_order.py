@@ -1,22 +1,22 @@
-"""The order in which Python evaluates what is written: the one place that knows it.
+"""Python's evaluation order.
 
-After the language reference, "Evaluation order" and the simple statements: left to right, an assignment's value before
-its targets, an augmented assignment's target before its value.
+From the language reference, "Evaluation order" and "Simple statements": left to right, the value of an assignment
+before the targets, the target of an augmented assignment before the value.
 """
 
 import ast
 from collections.abc import Callable, Iterator, Sequence
 
 
-def parts_of(tree: ast.AST) -> "Sequence[ast.AST] | None":
-    """What is evaluated for a tree, in that order, the targets of statements included; None where that is not known, or
-    not certain. What a part does besides, call, load or store, it does before the next part.
+def evaluated_parts(tree: ast.AST) -> "Sequence[ast.AST] | None":
+    """The children of a node that are always evaluated, in order, targets included; None for other kinds of nodes.
 
-    `f(**a, b=c)` and `[*a, b]` iterate over `a` before they go on: of these the part is the star itself.
+    A child's own call, load or store happens before the next child is evaluated. For `f(**a, b=c)` and `[*a, b]`,
+    which iterate over `a` before they evaluate the rest, the child is the starred node.
     """
-    for kinds, of in _PARTS:
+    for kinds, children_of in _PARTS:
         if isinstance(tree, kinds):
-            return of(tree)
+            return children_of(tree)
     return None
 
 
@@ -25,7 +25,7 @@ def _call(tree: ast.Call) -> list[ast.AST]:
 
 
 def _stored(target: ast.expr) -> list[ast.AST]:
-    """What a target evaluates, and its names."""
+    """The nodes that storing to a target evaluates."""
     return list(target.elts) if isinstance(target, ast.Tuple | ast.List) else [target]
 
 
@@ -34,12 +34,11 @@ def _assigned(tree: ast.Assign) -> list[ast.AST]:
 
 
 def _annotated(tree: ast.AnnAssign) -> list[ast.AST]:
-    """Within a function, annotations of names are not evaluated."""
+    """Without the annotation, which is not evaluated within a function."""
     return [tree.target] if tree.value is None else [tree.value, tree.target]
 
 
-# The first of a conditional expression, and of comparisons and `and` in a row, is evaluated in all cases: what may not
-# be is no part.
+# Conditional expressions, and chains of comparisons, `and` and `or`, have only operands that are always evaluated.
 _PARTS: tuple[tuple[type | tuple[type, ...], Callable[..., Sequence[ast.AST]]], ...] = (
     ((ast.Name, ast.Constant), lambda tree: []),
     (ast.Attribute, lambda tree: [tree.value]),
@@ -61,47 +60,47 @@ _PARTS: tuple[tuple[type | tuple[type, ...], Callable[..., Sequence[ast.AST]]], 
 )
 
 
-def comes_first(tree: ast.AST, wanted: ast.AST, is_plain: Callable[[ast.AST], bool]) -> bool:
-    """Whether all that is evaluated before `wanted`, which is part of `tree`, are plain loads, or calls around it."""
+def is_evaluated_first(tree: ast.AST, wanted: ast.AST, is_plain: Callable[[ast.AST], bool]) -> bool:
+    """Whether everything that `tree` evaluates before its descendant `wanted` is plain by `is_plain`."""
     if tree is wanted:
         return True
-    for part in parts_of(tree) or ():
+    for part in evaluated_parts(tree) or ():
         if any(node is wanted for node in ast.walk(part)):
-            return comes_first(part, wanted, is_plain)
+            return is_evaluated_first(part, wanted, is_plain)
         if not is_plain(part):
             return False
     return False
 
 
-def in_order(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a tree in the order in which they are begun to be evaluated, where that is known and certain."""
+def in_evaluation_order(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree that are always evaluated, in the order in which their evaluation begins."""
     yield tree
-    for part in parts_of(tree) or ():
-        yield from in_order(part)
+    for part in evaluated_parts(tree) or ():
+        yield from in_evaluation_order(part)
 
 
 def first_use(tree: ast.AST, name: str) -> str:
-    """What a statement does first with a local name: "read", which it is where that is not known, "stored", or ""."""
+    """The first use of a local name in a statement: "read", which is also the answer in doubt, "stored", or ""."""
     if isinstance(tree, ast.Name) and tree.id == name:
         return "stored" if isinstance(tree.ctx, ast.Store) else "read"
     if isinstance(tree, ast.AugAssign) and isinstance(tree.target, ast.Name) and tree.target.id == name:
         return "read"
-    if not count_of(tree, name):
+    if not count_uses(tree, name):
         return ""
-    for part in parts_of(tree) or ():
-        used = first_use(part, name)
-        if used:
-            return used
+    for part in evaluated_parts(tree) or ():
+        use = first_use(part, name)
+        if use:
+            return use
     return "read"
 
 
-def count_of(tree: ast.AST, name: str) -> int:
-    """How often a name stands in a tree."""
+def count_uses(tree: ast.AST, name: str) -> int:
+    """The number of nodes in a tree that read, store or delete a name."""
     return sum(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
 
 
-def reads(statement: ast.stmt) -> Iterator[ast.Name]:
-    """The names that a statement reads, that of an augmented assignment's target among them."""
+def loaded_names(statement: ast.stmt) -> Iterator[ast.Name]:
+    """The names that a statement reads, including the target of an augmented assignment."""
     target = statement.target if isinstance(statement, ast.AugAssign) else None
     for node in ast.walk(statement):
         if isinstance(node, ast.Name) and (isinstance(node.ctx, ast.Load) or node is target):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ... import functional as ours
 from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
-from ..rotations.trials import exchanged_local_rotation, exchanged_rotation, settings_in, turns_heads
+from ..rotations.recognition import is_rotation, replacing_local_rotation, replacing_rotation, settings_in
 from ..rules.channel_norms import are_running_statistics
 from ..rules.norms import is_dense_map
 from ..rules.pointwise import ActivationRule, pointwise_of
@@ -23,24 +23,24 @@ theirs = types.SimpleNamespace(**vars(torch.nn.functional))
 FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 
 
-def exchange_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callable[[Any], Any], str] | None:
+def replacement_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callable[[Any], Any], str] | None:
     """What makes ours of a module or a function that is called so, a function that `is_local` being another object each
     time, and what ours is, for people; None where there is nothing of ours."""
     if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
-        return exchanged_module(known, rule), str(rule)
+        return replacing_module(known, rule), str(rule)
     if not isinstance(known, FUNCTION_TYPES):
         return None
-    if known in EXCHANGES:
-        return exchanged(known), known.__name__
-    if isinstance(known, types.FunctionType) and turns_heads(known):
-        rotation = exchanged_local_rotation if is_local else exchanged_rotation
+    if known in REPLACEMENTS:
+        return replacing_function(known), known.__name__
+    if isinstance(known, types.FunctionType) and is_rotation(known):
+        rotation = replacing_local_rotation if is_local else replacing_rotation
         return rotation(known, settings_in(call, known)), "rotary"
     return None
 
 
-def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:
+def replacing_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """Of what is about to be called: ours if that is `function`, and anything else as it is."""
-    instead = EXCHANGES[function]
+    instead = REPLACEMENTS[function]
 
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
         plain, kind = as_plain_tensor(input)
@@ -51,7 +51,7 @@ def exchanged(function: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda called: call if called is function else called
 
 
-def exchanged_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any], Any]:
+def replacing_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any], Any]:
     """The same for an activation that is a global of the file, and no part of the model."""
 
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +157,7 @@ def _silu(input: Any, inplace: Any = False) -> Any:
     return ours.bias_act(input, activation="silu")
 
 
-EXCHANGES: dict[Callable[..., Any], Callable[..., Any]] = {
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     theirs.layer_norm: _layer_norm,
     theirs.rms_norm: _rms_norm,
     theirs.group_norm: _group_norm,

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from ..code.called import is_torchs, names_in
-from ..code.reached import Code, NotTried
-from ..code.reached_functions import read_function
-from ..code.remembering import remembered
+from ..code.call_graph import belongs_to_torch
+from ..code.code_objects import names_in
+from ..code.function_reachability import read_function
+from ..code.memoization import memoized
+from ..code.reachability import CodeSnapshot, NotTriable
 from ..rules.trial import in_own_thread
+from .checks import beside_ones, dtypes_of, has_gradients_of, holds_for_all
 from .forms import Dtypes, Form, Found, Kind, Rotation, Settings, Way, is_setting, parameters_of, settings_of
-from .results import beside_ones, dtypes_of, has_gradients_of, holds_for_all
-from .runs import Arrangement, Trial
+from .trial_runs import Arrangement, Trial
 
 # What such a function may name of tensors and of torch.
 _NAMES = frozenset(
@@ -31,7 +32,7 @@ _LAYOUTS = ("halves", "interleaved")
 _CHOICES: dict[type, tuple[Any, ...]] = {int: (-2, -1, 0, 1, 2), bool: (False, True)}
 
 
-def exchanged_rotation(function: types.FunctionType, settings: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
+def replacing_rotation(function: types.FunctionType, settings: tuple[str, ...] | None = None) -> Callable[[Any], Any]:
     """Of what is about to be called: ours if that is `function`, and anything else as it is."""
     rotation = rotation_of(function, settings)
 
@@ -42,11 +43,11 @@ def exchanged_rotation(function: types.FunctionType, settings: tuple[str, ...] |
     return lambda called: call if called is function else called
 
 
-def exchanged_local_rotation(
+def replacing_local_rotation(
     function: types.FunctionType, settings: tuple[str, ...] | None = None
 ) -> Callable[[Any], Any]:
     """The same of a function that may be made anew each time, by a `def`."""
-    exchange = exchanged_rotation(function, settings)
+    exchange = replacing_rotation(function, settings)
 
     def is_one(called: Any) -> bool:
         if called is function:
@@ -74,7 +75,7 @@ def _settings_of(function: types.FunctionType) -> tuple[str, ...]:
     return names[len(names) - len(function.__defaults__ or ()) :]
 
 
-def turns_heads(function: Any) -> bool:
+def is_rotation(function: Any) -> bool:
     """Whether it does by its defaults, or by other settings."""
     return rotation_of(function, ()) is not None or rotation_of(function) is not None
 
@@ -84,32 +85,32 @@ def rotation_of(function: Any, settings: tuple[str, ...] | None = None) -> Rotat
 
     `settings` are the names of those arguments that may be others than their defaults, which are all if it is None.
     """
-    if type(function) is not types.FunctionType or is_torchs(function):
+    if type(function) is not types.FunctionType or belongs_to_torch(function):
         return None
     found = _found_out(function, _settings_of(function) if settings is None else settings)
     return found if isinstance(found, Rotation) else None
 
 
-def why_no_rotation(function: types.FunctionType) -> str:
+def why_not_rotation(function: types.FunctionType) -> str:
     """For people."""
     found = _found_out(function, _settings_of(function))
     return "" if isinstance(found, Rotation) else found
 
 
-@remembered
+@memoized
 def _found_out(function: types.FunctionType, settings: tuple[str, ...]) -> Rotation | str:
     try:
         names, defaults = parameters_of(function)
         if len(names) - len(defaults) not in (2, 3, 4) or not all(map(is_setting, defaults.values())):
             return "takes something else than one or two heads, their tables, and settings that are numbers"
         found = _tried_out(function, read_function(function, _NAMES), settings)
-    except NotTried as error:
+    except NotTriable as error:
         return str(error)
     return "turns nothing as ours does" if found is None else found
 
 
 @in_own_thread
-def _tried_out(function: types.FunctionType, code: Code, varied: Sequence[str]) -> Rotation | None:
+def _tried_out(function: types.FunctionType, code: CodeSnapshot, varied: Sequence[str]) -> Rotation | None:
     names, defaults = parameters_of(function)
     rotation = Rotation(function, code)
     for others in _others(defaults, varied):

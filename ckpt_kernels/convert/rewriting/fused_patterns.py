@@ -15,8 +15,8 @@ from ...functional.mlps import known_gated_mlp, known_mlp
 from ..attribute_loads import is_set
 from ..rules.in_place import out_of_place, writes_over
 from ..rules.norms import Norm, RowNorm
-from .guards import are_alike, are_wanted, chains, level_for, modulates
-from .parts import are_parts_of_one
+from .aliases import are_views_of_one_base
+from .guards import are_chained, have_same_layout, is_per_sample, level_for_weights, share_gradient_need
 from .templates import Results, pattern
 
 # Weight and bias of a linear layer.
@@ -27,12 +27,12 @@ Linear = tuple[Tensor, Tensor | None]
 def gated_mlp(
     input: Tensor, gate: Linear, value: Linear, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
-    if not are_wanted(input, gate, value):
+    if not share_gradient_need(input, gate, value):
         return None
-    level = level_for(recompute, gate, value)
+    level = level_for_weights(recompute, gate, value)
     if (output := known_gated_mlp(input, gate, value, last, activation, p, level)) is not None:
         return [output]
-    if not chains(input, gate, last) or value[0].shape != gate[0].shape:
+    if not are_chained(input, gate, last) or value[0].shape != gate[0].shape:
         return None
     (w, b), (w2, b2), (w3, b3) = gate, value, last
     return [F.gated_mlp(input, w, w2, w3, b, b2, b3, activation=activation, dropout_p=p, recompute=level)]
@@ -42,10 +42,14 @@ def gated_mlp(
 def packed_mlp(
     input: Tensor, packed: Linear, last: Linear, activation: str, p: float, layout: str, dim: int, recompute: str
 ) -> Results | None:
-    if not chains(input, packed, last, 2) or dim not in (-1, input.dim() - 1):
+    if not are_chained(input, packed, last, 2) or dim not in (-1, input.dim() - 1):
         return None
     biases: dict[str, Any] = {"gate_bias": packed[1], "bias": last[1]}
-    options: dict[str, Any] = {"activation": activation, "layout": layout, "recompute": level_for(recompute, packed)}
+    options: dict[str, Any] = {
+        "activation": activation,
+        "layout": layout,
+        "recompute": level_for_weights(recompute, packed),
+    }
     return [F.gated_mlp(input, packed[0], None, last[0], **biases, **options, dropout_p=p)]
 
 
@@ -57,10 +61,10 @@ def mlp(
     in_place = isinstance(act, nn.Module) and is_set(act, "inplace")
     if recompute == "block" and (in_place or activation in ("sigmoid", "tanh")):
         return None
-    recompute = level_for(recompute, first)
+    recompute = level_for_weights(recompute, first)
     if (output := known_mlp(input, first, last, activation, p, recompute)) is not None:
         return [output]
-    if not chains(input, first, last):
+    if not are_chained(input, first, last):
         return None
     return [F.mlp(input, *first, *last, activation=activation, dropout_p=p, recompute=recompute)]
 
@@ -84,7 +88,7 @@ def modulated(
     _, shape, weight, bias, eps = rule.operands(norm, input)
     if len(shape) != 1 or (rule.cast_before_weight and weight is not None):
         return None
-    if not modulates(scale, input) or not modulates(shift, input) or scale.shape != shift.shape:
+    if not is_per_sample(scale, input) or not is_per_sample(shift, input) or scale.shape != shift.shape:
         return None
     if rule.centered:
         return [F.modulated_layer_norm(input, scale, shift, shape, weight, bias, eps)]
@@ -102,7 +106,7 @@ def add_norm(left: Tensor, right: Tensor, norm: nn.Module, rule: Norm, p: float,
     """And left + right if asked for, which is taken first."""
     if not isinstance(rule, RowNorm) or rule.channels_first:
         return None
-    if not are_alike(left, right) or not rule.takes(norm, left):
+    if not have_same_layout(left, right) or not rule.takes(norm, left):
         return None
     # A sum of what has no gradient has none.
     if torch.is_grad_enabled() and not (left.requires_grad or right.requires_grad):
@@ -128,7 +132,11 @@ def packed_glu(input: Tensor, activation: str, layout: str, dim: int) -> Results
 
 @pattern("gate of two products", "act(gate(input)) * value(input)")
 def gated_products(input: Tensor, gate: Linear, value: Linear, activation: str) -> Results | None:
-    if gate[0].shape != value[0].shape or gate[0].shape[1] != input.shape[-1] or not are_wanted(input, gate, value):
+    if (
+        gate[0].shape != value[0].shape
+        or gate[0].shape[1] != input.shape[-1]
+        or not share_gradient_need(input, gate, value)
+    ):
         return None
     linear = ops.products.linear_of_torch
     return [F.glu(linear(input, *gate), linear(input, *value), activation=activation)]
@@ -137,9 +145,11 @@ def gated_products(input: Tensor, gate: Linear, value: Linear, activation: str) 
 @pattern("gate", "act(gate) * value", parts=False)
 def glu(gate: Tensor, value: Tensor, activation: str, parts: bool) -> Results | None:
     """`parts`: of such an activation eager torch keeps the value alone, which has to be of one tensor with the gate."""
-    if parts and not are_parts_of_one(gate, value):
+    if parts and not are_views_of_one_base(gate, value):
         return None
-    if not are_alike(gate, value) or (torch.is_grad_enabled() and not (gate.requires_grad and value.requires_grad)):
+    if not have_same_layout(gate, value) or (
+        torch.is_grad_enabled() and not (gate.requires_grad and value.requires_grad)
+    ):
         return None
     return [F.glu(gate, value, activation=activation)]
 
@@ -152,7 +162,7 @@ def act_drop(input: Tensor, activation: str, p: float) -> Results | None:
 @pattern("activation of a product, out of place", "write(first(input))")
 def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
     """Where nothing is kept, in place is better."""
-    if not torch.is_grad_enabled() or not are_wanted(input, first) or first[0].shape[1] != input.shape[-1]:
+    if not torch.is_grad_enabled() or not share_gradient_need(input, first) or first[0].shape[1] != input.shape[-1]:
         return None
     if not writes_over(write):
         return None

@@ -1,10 +1,11 @@
-"""Whether a model's own code may write in place to a tensor that it has handed to a norm.
+"""Analysis of in-place writes: whether a model's own code may write to a tensor that was passed to a norm.
 
-A norm that computes 16-bit inputs in float32 keeps, in eager torch, a copy of its input; ours keeps the input itself. A
-later write to it would be an error in the backward pass where eager torch trains. So a model is searched, as far as
-code is reached from the forward methods of its modules and from what they hold, for whatever can write: items that are
-set, augmented assignments, mentions of methods in place, and arguments that ask for it. Two are allowed: writes to a
-tensor that the function itself has made, and items of a list or dict that it has made.
+A norm that computes 16-bit inputs in float32 saves a float32 copy of the input in eager torch; ours saves the input
+itself. A later in-place write to the input would be an error in the backward pass where eager torch trains. The
+analysis covers the code that the forwards of the model's modules, and the functions and objects in these modules, may
+call. Item assignments, augmented assignments, in-place methods, and arguments such as `out=` and `inplace=True` count
+as writes. Two kinds are allowed: writes to a tensor that the same function has made, and items of a list or dict that
+it has made.
 """
 
 import ast
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 
 from ..attribute_loads import is_set
 from ..module_tree import modules_of
-from .called import functions_behind, functions_of, is_a, is_torchs
-from .remembering import remembered
+from .call_graph import belongs_to_torch, functions_reachable_from, has_type, reachable_functions
+from .memoization import memoized
 from .scope import UNKNOWN, Scope
 from .source import NoSource, definition_of
 
-# Functions and methods whose results are new, never views of what they were given.
+# Functions and methods whose results are new tensors, never views of an argument.
 _MAKERS = frozenset(
     """abs amax arange argsort baddbmm bmm cat clone cos cross_entropy cumsum embedding empty empty_like exp floor full
     full_like gather index_select interpolate isin len linspace log log_softmax masked_fill matmul mean mm new_empty
@@ -31,55 +32,55 @@ _MAKERS = frozenset(
     repeat repeat_interleave roll round rsqrt scatter sigmoid sin softmax sqrt stack sum tanh tensor tolist topk tril
     triu where zeros zeros_like""".split()
 )
-# Of torch's functions and methods these too; Python's give one of their arguments.
+# Makers too, if they are torch's: Python's `max` and `min` return one of their arguments.
 _MAKERS_OF_TORCH = frozenset(("max", "min"))
 _ON_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult)
 _DISPLAYS = (ast.List, ast.Dict, ast.Tuple, ast.ListComp, ast.DictComp)
 
-# Of Python's operators, as functions and as methods.
+# Python's in-place operators, as functions and as methods.
 _IN_PLACE = frozenset("iadd ifloordiv imatmul imod imul ipow isub itruediv setitem".split())
-# Functions by whose arguments attributes are named.
+# Functions that take the name of an attribute as an argument.
 _BY_NAME = frozenset(("getattr", "attrgetter", "methodcaller"))
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _DATA = (bool, int, float, str, type(None), type, Tensor, nn.Module)
 
 
-def writer_in(model: nn.Module) -> str:
-    """The first method of the model that may write to a tensor of somebody else's; "" if there is none."""
+def in_place_writer(model: nn.Module) -> str:
+    """The name of a function of the model that may write to a tensor which it has not made; "" if there is none."""
     for module in modules_of(model):
         if is_set(module, "inplace"):
             return f"{type(module).__name__} (inplace=True)"
-        if found := _writer_of(type(module)) or _writer_held(vars(module)):
-            return found
+        if writer := _writer_of(type(module)) or _writer_held(vars(module)):
+            return writer
     return ""
 
 
-@remembered
+@memoized
 def _writer_of(kind: type[nn.Module]) -> str:
-    return "" if kind.__module__.startswith("torch.nn.modules.") else _writer_among(functions_of(kind))
+    return "" if kind.__module__.startswith("torch.nn.modules.") else _writer_among(reachable_functions(kind))
 
 
 def _writer_held(value: Any, depth: int = 4) -> str:
-    """The same of functions and of objects that are called, and of containers of these within so many others."""
-    if is_a(value, _DATA) or not depth:
+    """The same for functions, callable objects, and containers of these that nest at most `depth` deep."""
+    if has_type(value, _DATA) or not depth:
         return ""
-    if is_a(value, (dict, list, tuple, set, frozenset)):
-        values = list(value.values() if is_a(value, dict) else value)
-        return next(filter(None, (_writer_held(each, depth - 1) for each in values)), "")
-    if is_a(value, functools.partial):
+    if has_type(value, (dict, list, tuple, set, frozenset)):
+        values = list(value.values() if has_type(value, dict) else value)
+        return next(filter(None, (_writer_held(item, depth - 1) for item in values)), "")
+    if has_type(value, functools.partial):
         return _writer_held((value.func, *value.args, *value.keywords.values()), depth)
-    if is_a(value, types.MethodType):
+    if has_type(value, types.MethodType):
         return _writer_held(value.__self__, depth) or _writer_held(value.__func__, depth)
-    if is_a(value, types.FunctionType):
-        return "" if is_torchs(value) else _writer_among(functions_behind(value, object))
+    if has_type(value, types.FunctionType):
+        return "" if belongs_to_torch(value) else _writer_among(functions_reachable_from(value, object))
     return _writer_called(type(value))
 
 
-@remembered
+@memoized
 def _writer_called(kind: type) -> str:
-    called = inspect.getattr_static(kind, "__call__", None)
-    is_known = not is_a(called, types.FunctionType) or is_torchs(called)
-    return "" if is_known else _writer_among(functions_behind(called, kind))
+    method = inspect.getattr_static(kind, "__call__", None)
+    is_trusted = not has_type(method, types.FunctionType) or belongs_to_torch(method)
+    return "" if is_trusted else _writer_among(functions_reachable_from(method, kind))
 
 
 def _writer_among(functions: tuple[types.FunctionType, ...]) -> str:
@@ -94,31 +95,31 @@ def _writer_among(functions: tuple[types.FunctionType, ...]) -> str:
 
 
 def _writes(function: ast.FunctionDef, scope: Scope) -> bool:
-    made = _made_here(function, scope) - _handed_on(function)
-    return any(name not in made for name in written_names(function, scope))
+    own = _made_here(function, scope) - _passed_on(function)
+    return any(name not in own for name in written_names(function, scope))
 
 
-def _handed_on(function: ast.FunctionDef) -> set[str]:
-    """Names of what is given to calls, of a module perhaps: a norm may be among them."""
-    handed: set[str] = set()
+def _passed_on(function: ast.FunctionDef) -> set[str]:
+    """The names in the arguments of calls other than torch's: the callee may be a norm."""
+    passed: set[str] = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and _root(node.func) not in ("torch", "F", "nn"):
             arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-            handed.update(n.id for a in arguments for n in ast.walk(a) if isinstance(n, ast.Name))
-    return handed
+            passed.update(n.id for a in arguments for n in ast.walk(a) if isinstance(n, ast.Name))
+    return passed
 
 
 def written_names(function: ast.FunctionDef, scope: Scope) -> Iterator[str]:
-    """The names of tensors that are written to; "" for what has none."""
+    """The names of the tensors that a function may write to; "" for a tensor without a name."""
     containers = _containers(function)
     for node in ast.walk(function):
         if isinstance(node, ast.AugAssign):
-            # Where a list grows.
+            # `+=` may extend a list or a string.
             grows = isinstance(node.value, ast.Tuple | ast.List | ast.JoinedStr) or _name(node.target) in containers
             if isinstance(node.op, _ON_FLOATS) and not grows:
                 yield _root(node.target)
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-            # The item that an augmented assignment writes to is no container's, and was told of.
+            # String keys are those of dicts. Targets of augmented assignments are reported above as well.
             is_key = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)
             if not is_key and _name(node.value) not in containers:
                 yield _root(node)
@@ -133,40 +134,40 @@ def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
     first = _root(call.args[0]) if call.args else ""
     if called in _BY_NAME:
         names = call.args[called == "getattr" :]
-        # The names of a module's own attributes may be put together.
-        known = all(isinstance(n, ast.Constant) for n in names[:1]) or first == "self"
-        if not known or any(isinstance(n, ast.Constant) and _is_in_place(str(n.value)) for n in names):
+        # A module may compute the names of its own attributes.
+        is_allowed = all(isinstance(n, ast.Constant) for n in names[:1]) or first == "self"
+        if not is_allowed or any(isinstance(n, ast.Constant) and _is_in_place(str(n.value)) for n in names):
             yield first if called == "getattr" else ""
         return
     value = scope.value(call.func)
-    # What is called may have been imported by another name.
-    if any(map(_is_in_place, (called, getattr(value, "__name__", "") if is_a(value, _FUNCTIONS) else ""))):
+    # An import may rename the function.
+    if any(map(_is_in_place, (called, getattr(value, "__name__", "") if has_type(value, _FUNCTIONS) else ""))):
         yield first
-    # A flag such as that of F.relu(x, True), which is never first.
-    if any(isinstance(a, ast.Constant) and a.value is True for a in call.args[1:]) or _may_ask_for_it(call, value):
+    # The flag `inplace` by position, such as F.relu(x, True), is never the first argument.
+    if any(isinstance(a, ast.Constant) and a.value is True for a in call.args[1:]) or _may_write(call, value):
         yield first
     for keyword in call.keywords:
         if keyword.arg == "out" or (keyword.arg == "inplace" and getattr(keyword.value, "value", True)):
             yield first
 
 
-def _may_ask_for_it(call: ast.Call, function: Any) -> bool:
-    """Whether arguments by position, or those in a dict, may be the flag or the output of a function of torch's."""
-    in_a_dict = any(keyword.arg is None for keyword in call.keywords)
-    if is_a(function, types.BuiltinFunctionType):
-        return in_a_dict
-    if not is_a(function, types.FunctionType) or not is_torchs(function):
+def _may_write(call: ast.Call, function: Any) -> bool:
+    """Whether positional arguments, or those in a `**dict`, may be `inplace` or `out` of a torch function."""
+    has_dict = any(keyword.arg is None for keyword in call.keywords)
+    if has_type(function, types.BuiltinFunctionType):
+        return has_dict
+    if not has_type(function, types.FunctionType) or not belongs_to_torch(function):
         return False
     parameters = list(inspect.signature(function).parameters)
     if "inplace" not in parameters:
         return False
-    place = parameters.index("inplace")
-    flags = [a for a in call.args[place : place + 1] if not (isinstance(a, ast.Constant) and a.value is False)]
-    return in_a_dict or bool(flags) or any(isinstance(a, ast.Starred) for a in call.args)
+    position = parameters.index("inplace")
+    flags = [a for a in call.args[position : position + 1] if not (isinstance(a, ast.Constant) and a.value is False)]
+    return has_dict or bool(flags) or any(isinstance(a, ast.Starred) for a in call.args)
 
 
 def _is_in_place(name: str) -> bool:
-    """Whether a method or a function of this name writes to its tensor."""
+    """Whether a method or function of this name writes in place, by torch's and Python's conventions."""
     plain = name.removeprefix("__").removesuffix("__")
     return (name.endswith("_") and not name.endswith("__")) or plain in _IN_PLACE
 
@@ -176,59 +177,65 @@ def _name(tree: ast.expr) -> str:
 
 
 def _root(tree: ast.AST) -> str:
+    """The name that a chain of attributes, subscripts and calls begins with, or ""."""
     while isinstance(tree, ast.Attribute | ast.Subscript | ast.Call):
         tree = tree.func if isinstance(tree, ast.Call) else tree.value
     return tree.id if isinstance(tree, ast.Name) else ""
 
 
 def _values(function: ast.FunctionDef) -> dict[str, list[ast.expr | None]]:
-    """For each local name what is assigned to it; None for what is not known, as of arguments and in loops."""
+    """The expressions that each local name is assigned; None for unknown values, as of arguments and in loops."""
     values: dict[str, list[ast.expr | None]] = {}
-    known: dict[int, ast.expr] = {}
+    assigned: dict[int, ast.expr] = {}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
-            known.update((id(target), node.value) for target in node.targets)
+            assigned.update((id(target), node.value) for target in node.targets)
         elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
-            known[id(node.target)] = node.value
+            assigned[id(node.target)] = node.value
         elif isinstance(node, ast.arg):
             values.setdefault(node.arg, []).append(None)
     for node in ast.walk(function):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            values.setdefault(node.id, []).append(known.get(id(node)))
+            values.setdefault(node.id, []).append(assigned.get(id(node)))
     return values
 
 
 def _containers(function: ast.FunctionDef) -> set[str]:
-    """Names that stand for nothing but lists, tuples and dicts that the function has made. What these hold may be
-    anything, but who sets an item writes to no tensor."""
+    """Names that are only ever bound to lists, tuples and dicts that the function makes.
+
+    The items may be anything, but setting an item writes to no tensor.
+    """
     return {name for name, values in _values(function).items() if all(isinstance(v, _DISPLAYS) for v in values)}
 
 
 def _made_here(function: ast.FunctionDef, scope: Scope) -> set[str]:
-    """Names that stand for nothing but numbers, and tensors that the function itself has made."""
+    """Names that are only ever bound to numbers and to tensors that the function makes."""
     containers = _containers(function)
-    found = _values(function).items()
-    return {name for name, values in found if all(v is not None and _makes(v, scope, containers) for v in values)}
+    items = _values(function).items()
+    return {name for name, values in items if all(v is not None and _makes(v, scope, containers) for v in values)}
 
 
 def _makes(tree: ast.expr, scope: Scope, containers: set[str]) -> bool:
+    """Whether an expression makes a number or a new tensor."""
     if isinstance(tree, ast.Call):
         called = getattr(tree.func, "attr", getattr(tree.func, "id", ""))
-        named = called in _MAKERS or (called in _MAKERS_OF_TORCH and isinstance(tree.func, ast.Attribute))
-        return named and _is_torchs_or_a_method(scope.value(tree.func), tree.func)
+        is_maker = called in _MAKERS or (called in _MAKERS_OF_TORCH and isinstance(tree.func, ast.Attribute))
+        return is_maker and _is_torch_function_or_method(scope.value(tree.func), tree.func)
     if isinstance(tree, ast.IfExp):
         return _makes(tree.body, scope, containers) and _makes(tree.orelse, scope, containers)
     if isinstance(tree, ast.BinOp):
-        # A sum or a multiple of lists holds what they hold.
+        # A sum or a multiple of lists has the items of the lists.
         return not any(isinstance(n, _DISPLAYS) or _name(n) in containers for n in (tree.left, tree.right))
     return isinstance(tree, ast.Constant | ast.Compare)
 
 
-def _is_torchs_or_a_method(called: Any, tree: ast.expr) -> bool:
-    """Whether what has the name of a function of torch's is that, or one of Python's; or a method, of a tensor, and not
-    one of the module's, or a module in it."""
+def _is_torch_function_or_method(called: Any, tree: ast.expr) -> bool:
+    """Whether a callee with the name of a torch function is a function of torch or Python, or a tensor's method.
+
+    A method of `self` is the module's own, or a child of the module.
+    """
     if called is UNKNOWN:
         return isinstance(tree, ast.Attribute) and _name(tree.value) != "self"
     return isinstance(called, types.BuiltinFunctionType | type) or (
-        isinstance(called, types.FunctionType) and is_torchs(called)
+        isinstance(called, types.FunctionType) and belongs_to_torch(called)
     )

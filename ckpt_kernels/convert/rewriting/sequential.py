@@ -7,18 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from ..code.called import is_as_torch_wrote_it
+from ..code.call_graph import is_unpatched
 from ..rules.pointwise import KEPT_BY_OUTPUT
 from ..rules.rule import Rule
-from . import sites
-from .reading import Part
-from .templates import Pattern, callee, kind_of, site
-from .values import part_of
+from . import fused_patterns
+from .roles import Role, role_of
+from .templates import Pattern, callee, guarded_call, kind_of
 
 
 def _chains() -> Iterator[tuple[Pattern, tuple[str, ...]]]:
     """The patterns that are one call within another, with the names of what is called, the first one first."""
-    for pattern in sites.PATTERNS:
+    for pattern in fused_patterns.PATTERNS:
         for tree in pattern.spellings:
             names: list[str] = []
             while isinstance(tree, ast.Call) and callee(tree) != "formula":
@@ -31,11 +30,11 @@ def _chains() -> Iterator[tuple[Pattern, tuple[str, ...]]]:
 # Longer ones first.
 _PATTERNS = tuple(sorted(_chains(), key=lambda chain: -len(chain[1])))
 _SEQUENTIAL, _ITER = nn.Sequential.forward, nn.Sequential.__iter__
-_ARE_TORCHS = is_as_torch_wrote_it(_SEQUENTIAL) and is_as_torch_wrote_it(_ITER)
+_ARE_TORCHS = is_unpatched(_SEQUENTIAL) and is_unpatched(_ITER)
 
 
 @dataclass(frozen=True)
-class Chain(Rule):
+class SequentialRule(Rule):
     """Where in a sequence of `length` modules something begins: an index into `_PATTERNS` for each place, or -1."""
 
     length: int
@@ -46,7 +45,7 @@ class Chain(Rule):
         patterns = {place: _PATTERNS[place][0] for place in self.places if place >= 0}
         recompute = {"recompute": self.recompute}
         made = {
-            place: site(pattern, (), recompute if "recompute" in pattern.takes else {})
+            place: guarded_call(pattern, (), recompute if "recompute" in pattern.takes else {})
             for place, pattern in patterns.items()
         }
         return {"forward": lambda module, input: self._forward(original, module, input, made)}
@@ -73,12 +72,12 @@ class Chain(Rule):
         return "; ".join(_PATTERNS[index][0].said for index in self.places if index >= 0)
 
 
-def chain_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> Chain | None:
+def sequential_rule(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> SequentialRule | None:
     """What can be computed by one call in a sequence."""
     kind: Any = type(module)
     if not _ARE_TORCHS or kind.forward is not _SEQUENTIAL or kind.__iter__ is not _ITER:
         return None
-    parts = [part_of(child, may_touch) for child in module._modules.values()]
+    parts = [role_of(child, may_touch) for child in module._modules.values()]
     places: list[int] = []
     while len(places) < len(parts):
         here = parts[len(places) :]
@@ -86,10 +85,10 @@ def chain_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module],
         length = len(_PATTERNS[found][1]) if found >= 0 else 1
         # A product at the end of one MLP may be the beginning of the next: one call has it.
         places += [found, *[-1] * (length - 1)]
-    return Chain(len(parts), tuple(places), recompute) if any(index >= 0 for index in places) else None
+    return SequentialRule(len(parts), tuple(places), recompute) if any(index >= 0 for index in places) else None
 
 
-def _begins(parts: Sequence[Part], pattern: Pattern, names: tuple[str, ...]) -> bool:
+def _begins(parts: Sequence[Role], pattern: Pattern, names: tuple[str, ...]) -> bool:
     """Whether the parts begin with what the pattern calls, and there is something to win."""
     kinds = tuple(kind_of(name) for name in names)
     won = pattern.made or parts[0].name not in KEPT_BY_OUTPUT
