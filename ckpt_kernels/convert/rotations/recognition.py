@@ -17,8 +17,19 @@ from ..code.function_reachability import read_function
 from ..code.memoization import memoized
 from ..code.reachability import CodeSnapshot, NotTriable
 from ..rules.trial import in_a_thread_of_its_own
-from .checks import beside_ones, dtypes_of, has_gradients_of, holds_for_all
-from .forms import Dtypes, Form, Found, Kind, Rotation, Settings, Way, is_setting, parameters_of, settings_of
+from .checks import dtypes_of, has_same_gradients, holds_for_all, with_broadcast_dims
+from .forms import (
+    CallConvention,
+    Form,
+    KnownForm,
+    OperandKind,
+    Rotation,
+    Settings,
+    SupportedDtypes,
+    is_setting,
+    parameters_of,
+    settings_of,
+)
 from .trial_runs import Arrangement, Trial
 
 # What such a function may name of tensors and of torch.
@@ -87,79 +98,82 @@ def rotation_of(function: Any, settings: tuple[str, ...] | None = None) -> Rotat
     """
     if type(function) is not types.FunctionType or belongs_to_torch(function):
         return None
-    found = _found_out(function, _settings_of(function) if settings is None else settings)
+    found = _recognized(function, _settings_of(function) if settings is None else settings)
     return found if isinstance(found, Rotation) else None
 
 
 def why_not_rotation(function: types.FunctionType) -> str:
     """For people."""
-    found = _found_out(function, _settings_of(function))
+    found = _recognized(function, _settings_of(function))
     return "" if isinstance(found, Rotation) else found
 
 
 @memoized
-def _found_out(function: types.FunctionType, settings: tuple[str, ...]) -> Rotation | str:
+def _recognized(function: types.FunctionType, settings: tuple[str, ...]) -> Rotation | str:
     try:
         names, defaults = parameters_of(function)
         if len(names) - len(defaults) not in (2, 3, 4) or not all(map(is_setting, defaults.values())):
             return "takes something else than one or two heads, their tables, and settings that are numbers"
-        found = _tried_out(function, read_function(function, _NAMES), settings)
+        found = _try_out(function, read_function(function, _NAMES), settings)
     except NotTriable as error:
         return str(error)
     return "turns nothing as ours does" if found is None else found
 
 
 @in_a_thread_of_its_own
-def _tried_out(function: types.FunctionType, code: CodeSnapshot, varied: Sequence[str]) -> Rotation | None:
+def _try_out(function: types.FunctionType, code: CodeSnapshot, varied: Sequence[str]) -> Rotation | None:
     names, defaults = parameters_of(function)
     rotation = Rotation(function, code)
-    for others in _others(defaults, varied):
-        settings = settings_of(others)
-        for way in _ways(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
-            dtypes: Dtypes | None = None
-            trial = Trial(function, way, others)
+    for other_arguments in _setting_values(defaults, varied):
+        settings = settings_of(other_arguments)
+        for convention in _conventions(len(names) - len(defaults), "view_as_complex" in names_in(function.__code__)):
+            dtypes: SupportedDtypes | None = None
+            trial = Trial(function, convention, other_arguments)
             for arrangement in _arrangements():
                 for is_whole in (True, False):
-                    if Kind(settings, arrangement.dims, (False,) * len(arrangement.lead), is_whole) in rotation.forms:
+                    if (
+                        OperandKind(settings, arrangement.dims, (False,) * len(arrangement.lead), is_whole)
+                        in rotation.forms
+                    ):
                         continue
-                    found = _found(trial, arrangement, is_whole)
+                    found = _form_of(trial, arrangement, is_whole)
                     if found is None:
                         continue
                     sizes = (16, 16 if is_whole else 8)
-                    rotation.forms |= _beside_ones(trial, found, settings, arrangement, sizes)
+                    rotation.forms |= _broadcast_forms(trial, found, settings, arrangement, sizes)
                     if dtypes is None:
                         dtypes = dtypes_of(trial, found.form, arrangement, *sizes)
             if dtypes is not None:
-                rotation.ways[settings] = way, dtypes
+                rotation.conventions[settings] = convention, dtypes
                 break
-    return rotation if any(dtypes for _, dtypes in rotation.ways.values()) else None
+    return rotation if any(dtypes for _, dtypes in rotation.conventions.values()) else None
 
 
-def _beside_ones(
-    trial: Trial, found: Found, settings: Settings, arrangement: Arrangement, sizes: tuple[int, int]
-) -> dict[Kind, Found]:
+def _broadcast_forms(
+    trial: Trial, found: KnownForm, settings: Settings, arrangement: Arrangement, sizes: tuple[int, int]
+) -> dict[OperandKind, KnownForm]:
     """The forms of one kind of operands, and of those like them that have ones among the tables' sizes."""
     is_whole = sizes[0] == sizes[1]
     forms = {}
     for ones in itertools.product((False, True), repeat=len(arrangement.lead)):
-        beside = beside_ones(trial, found, arrangement, ones, *sizes)
+        beside = with_broadcast_dims(trial, found, arrangement, ones, *sizes)
         if beside is not None:
-            forms[Kind(settings, arrangement.dims, ones, is_whole)] = beside
+            forms[OperandKind(settings, arrangement.dims, ones, is_whole)] = beside
     return forms
 
 
-def _ways(required: int, may_be_complex: bool) -> Iterator[Way]:
+def _conventions(required: int, may_be_complex: bool) -> Iterator[CallConvention]:
     """How so many arguments may be heads and tables."""
     heads = range(required - 2)
     if heads:
-        yield Way(len(heads), (*heads, required - 2, required - 1))
-        yield Way(len(heads), (*heads, required - 1, required - 2))
+        yield CallConvention(len(heads), (*heads, required - 2, required - 1))
+        yield CallConvention(len(heads), (*heads, required - 1, required - 2))
     if required < 4:
         for tables in ("cos, sin", "sin, cos", *(("complex",) if may_be_complex else ())):
-            yield Way(required - 1, tuple(range(required)), tables)
+            yield CallConvention(required - 1, tuple(range(required)), tables)
 
 
-def _others(defaults: dict[str, Any], varied: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def _setting_values(defaults: dict[str, Any], varied: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Values of the arguments that have defaults: as they are, and with one or two of those that may vary another.
     Numbers may be dimensions."""
     choices = [
@@ -182,13 +196,13 @@ def _arrangements() -> Iterator[Arrangement]:
                     yield Arrangement(dims, lead, unsqueeze)
 
 
-def _found(trial: Trial, arrangement: Arrangement, is_whole: bool) -> Found | None:
+def _form_of(trial: Trial, arrangement: Arrangement, is_whole: bool) -> KnownForm | None:
     """The form in which the function turns heads that are arranged in that way."""
     sizes = ((8, 8), (12, 12), (32, 32)) if is_whole else ((16, 8), (24, 12), (32, 16))
     kinds = itertools.product(_TABLES, _LAYOUTS, _LAYOUTS, (False, True), (False, True))
     forms = [Form(arrangement.unsqueeze, *kind) for kind in kinds]
     for columns, entries in sizes:
-        forms = trial.fitting(forms, trial.operands(arrangement, columns, entries))
+        forms = trial.matching_forms(forms, trial.operands(arrangement, columns, entries))
         if not forms:
             return None
     is_partial = not is_whole and forms[0].table != "half"
@@ -196,12 +210,14 @@ def _found(trial: Trial, arrangement: Arrangement, is_whole: bool) -> Found | No
         # Whether it turns a part of longer heads, or does not take them.
         longer = trial.operands(arrangement, 40, 8)
         if trial.run(longer) is not None:
-            forms, is_partial = trial.fitting(forms, longer), True
+            forms, is_partial = trial.matching_forms(forms, longer), True
         elif is_partial:
             return None
     if not is_partial:
         # Where all columns turn, none of them are the last.
         forms = [form for form in forms if not form.at_end]
-    if len(forms) != 1 or not has_gradients_of(trial, forms[0], trial.operands(arrangement, *sizes[0])):
+    if len(forms) != 1 or not has_same_gradients(trial, forms[0], trial.operands(arrangement, *sizes[0])):
         return None
-    return Found(forms[0], is_partial) if holds_for_all(trial, forms[0], arrangement, is_whole, is_partial) else None
+    return (
+        KnownForm(forms[0], is_partial) if holds_for_all(trial, forms[0], arrangement, is_whole, is_partial) else None
+    )

@@ -14,7 +14,7 @@ from ...backends import reference
 from ...backends.blocks import Rotary
 from ..code.reachability import NotTriable
 from ..rules.trial import Watching
-from .forms import Form, Way
+from .forms import CallConvention, Form
 
 # The operations that may run, all of which leave alone what they are given. (Autograd detaches what is written to; what
 # a function detaches is seen by its gradient.)
@@ -55,10 +55,12 @@ class Arrangement(NamedTuple):
 class Trial:
     """Runs a function on random tensors, with its operands given in one way and its other arguments as they are."""
 
-    def __init__(self, function: types.FunctionType, way: Way, others: tuple[Any, ...]) -> None:
-        self.way = way
+    def __init__(
+        self, function: types.FunctionType, convention: CallConvention, other_arguments: tuple[Any, ...]
+    ) -> None:
+        self.convention = convention
         self._function = function
-        self._others = others
+        self._setting_values = other_arguments
         self._generator = torch.Generator("cpu").manual_seed(0)
 
     def random(self, shape: Sequence[int]) -> Tensor:
@@ -71,23 +73,23 @@ class Trial:
         lead = arrangement.lead
         if ones is not None:
             lead = tuple(1 if one else size for one, size in zip(ones, lead, strict=True))
-        shapes = arrangement.shapes(self.way.heads, columns)
+        shapes = arrangement.shapes(self.convention.heads, columns)
         return [self.random(shape) for shape in (*shapes, *((*lead, entries),) * 2)]
 
     def run(self, operands: Sequence[Tensor], unit: int | None = None) -> list[Tensor] | None:
         """The results for heads and tables; None where it does not take them. See `_Strict` for the unit."""
         *heads, cos, sin = operands
-        tables = self.way.arguments_of(cos, sin)
-        return None if tables is None else self.run_beside(heads, tables, unit)
+        tables = self.convention.table_arguments(cos, sin)
+        return None if tables is None else self.run_with_tables(heads, tables, unit)
 
-    def run_beside(
+    def run_with_tables(
         self, heads: Sequence[Tensor], tables: Sequence[Any], unit: int | None = None
     ) -> list[Tensor] | None:
         """The same for tables as the function is given them."""
-        order = dict(zip(self.way.places, (*heads, *tables), strict=True))
-        given = [order[place] for place in range(len(order))] + [*self._others]
+        order = dict(zip(self.convention.places, (*heads, *tables), strict=True))
+        given = [order[place] for place in range(len(order))] + [*self._setting_values]
         try:
-            with _Strict(unit):
+            with _AllowedOperations(unit):
                 results = self._function(*given)
         except NotTriable:
             raise
@@ -103,7 +105,7 @@ class Trial:
         fits = (type(r) is Tensor and r.shape == h.shape for r, h in zip(results, heads, strict=True))
         return list(results) if all(fits) else None
 
-    def fitting(self, forms: Sequence[Form], operands: Sequence[Tensor], unit: int | None = None) -> list[Form]:
+    def matching_forms(self, forms: Sequence[Form], operands: Sequence[Tensor], unit: int | None = None) -> list[Form]:
         """Those whose results are those of the function."""
         *heads, cos, sin = operands
         results = self.run(operands, unit)
@@ -111,13 +113,13 @@ class Trial:
             return []
         found = []
         for form in forms:
-            wanted = (expected(form, h, cos, sin) for h in heads)
+            wanted = (reference_result(form, h, cos, sin) for h in heads)
             if all(w is not None and are_close(r, w) for r, w in zip(results, wanted, strict=True)):
                 found.append(form)
         return found
 
 
-class _Strict(Watching):
+class _AllowedOperations(Watching):
     """Ends the trial of what runs anything but these operations, or writes to anything but what it made empty; and,
     with a unit, of what takes parts of a dimension whose length is no multiple of that, or one after another of a
     dimension that it has not made itself, which has not more than four."""
@@ -134,7 +136,7 @@ class _Strict(Watching):
         if name not in _OPERATIONS or func._schema.is_mutable:
             raise NotTriable(f"computes with {name}")
         result = func(*args, **(kwargs or {}))
-        if self._unit is not None and not _are_parts(name, args, result, self._unit):
+        if self._unit is not None and not _are_allowed_parts(name, args, result, self._unit):
             raise NotTriable("takes parts that a trial may not reach")
         if name == "empty_like":
             self._made.append(result)
@@ -145,7 +147,7 @@ class _Strict(Watching):
         return any(made.untyped_storage()._cdata == storage for made in self._made)
 
 
-def _are_parts(name: str, args: Sequence[Any], result: Any, unit: int) -> bool:
+def _are_allowed_parts(name: str, args: Sequence[Any], result: Any, unit: int) -> bool:
     place = _TAKES_PARTS.get(name, _TAKES_ONE.get(name))
     if place is None:
         return True
@@ -157,7 +159,7 @@ def _are_parts(name: str, args: Sequence[Any], result: Any, unit: int) -> bool:
     return all(part.shape[dimension] == whole or part.shape[dimension] % unit == 0 for part in parts)
 
 
-def expected(form: Form, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+def reference_result(form: Form, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     """What heads become by a form; None where they do not fit."""
     options = form.options(heads.shape[-1], cos.shape[-1])
     if options is None:
@@ -165,6 +167,6 @@ def expected(form: Form, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor | No
     return reference.rotary(Rotary(heads, *form.tables(cos, sin), None, None, options))
 
 
-def are_close(found: Tensor, expected: Tensor) -> bool:
+def are_close(found: Tensor, reference_result: Tensor) -> bool:
     """To what float32 can tell, in which a function may compute whatever it is given."""
-    return found.dtype == expected.dtype and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    return found.dtype == reference_result.dtype and torch.allclose(found, reference_result, rtol=1e-5, atol=1e-5)
