@@ -34,11 +34,10 @@ class Attempt:
         self._halves: dict[str, Half] = {}
 
     def fits(self, tree: Binding, template: Any) -> bool:
-        """Whether an expression has the form of a template. Expressions in the place of the template's names are
-        operands."""
+        """Whether an expression has the form of a template. The names in the template collect operands."""
         if isinstance(template, ast.Name):
             return self._operand_fits(tree, template.id)
-        tree = self._substituted(tree)
+        tree = self._resolved(tree)
         if isinstance(template, ast.Constant):
             return isinstance(tree, ast.Constant) and type(tree.value) in (int, float) and tree.value == template.value
         if isinstance(template, ast.BinOp):
@@ -56,7 +55,7 @@ class Attempt:
             argument = self._dropout_argument(tree) if name == "drop" else self._call_argument(tree, name)
         return argument is not None and self.fits(argument, inner)
 
-    def _substituted(self, tree: Binding, *others: ast.AST) -> Binding:
+    def _resolved(self, tree: Binding, *others: ast.AST) -> Binding:
         """The binding of a name that the run binds, if all reads of the binding are here and in `others`."""
         while isinstance(tree, ast.AST) and id(tree) in self.bindings:
             binding = self.bindings[id(tree)]
@@ -72,7 +71,7 @@ class Attempt:
 
     def _operand_fits(self, tree: Binding, name: str) -> bool:
         """Whether an expression can be the operand `name`: if that stands twice in the template, one local name."""
-        tree = self._substituted(tree)
+        tree = self._resolved(tree)
         if isinstance(tree, Half | ast.Starred):
             return False
         before = next((operand.tree for operand in self.operands if operand.name == name), None)
@@ -111,7 +110,7 @@ class Attempt:
             self.substituted |= formula.names
             self.operands += [Operand(f"f{i}", function) for i, function in enumerate(formula.functions)]
             self.act, self.activation = role, role.name
-            return self._substituted(*formula.values)
+            return self._resolved(*formula.values)
         return None
 
     def _are_same_value(self, values: list[ast.expr]) -> bool:

@@ -48,8 +48,7 @@ class Reader:
         self._views = view_names(tree)
 
     def formula(self, tree: ast.AST, bindings: Mapping[int, Binding]) -> Formula | None:
-        """An expression as a formula of one value, with `bindings` in the place of names; None for other
-        expressions."""
+        """An expression as a formula of one value, None if it is none: see `formulas.formula_of`."""
         return formula_of(tree, self._scope, bindings)
 
     def role(self, tree: ast.AST) -> Role:

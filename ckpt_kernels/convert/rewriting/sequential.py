@@ -99,8 +99,7 @@ def _begins(roles: Sequence[Role], pattern: Pattern, names: tuple[str, ...]) -> 
 
 
 def _groups(children: list[nn.Module], places: tuple[int, ...]) -> Iterator[tuple[int, list[nn.Module]]]:
-    """The children in groups, one for each chain or child outside chains, each with its index into `_PATTERNS` or
-    -1."""
+    """The children in groups: the children of a chain with its index into `_PATTERNS`, and others alone with -1."""
     index = 0
     while index < len(children):
         length = len(_PATTERNS[places[index]][1]) if places[index] >= 0 else 1
