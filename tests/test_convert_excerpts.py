@@ -98,10 +98,10 @@ def test_they_are_those_of_the_whole_file(function: types.FunctionType) -> None:
     function = decorator_chain(function)[-1]
     code = function.__code__
     with open(code.co_filename) as file:
-        whole = source._in_its_file(file.read(), code, code.co_filename)
+        whole = source._from_file(file.read(), code, code.co_filename)
     found = definition_of(function)
     assert ast.dump(found.tree, include_attributes=True) == ast.dump(whole.tree, include_attributes=True)
-    assert [type(each) for each in found.around] == [type(each) for each in whole.around]
+    assert [type(each) for each in found.enclosing] == [type(each) for each in whole.enclosing]
     assert found is not whole or function is Kinds.ends_in_text
 
 

@@ -107,7 +107,7 @@ def both(function: Callable[..., Any], heads: Tensor, cos: Tensor, sin: Tensor) 
     """What the function computes, or None where it raises, and what is computed in its place, or None."""
     rotation = rotation_of(function)
     assert rotation is not None
-    ((way, _),) = rotation.ways.values()
+    ((way, _),) = rotation.conventions.values()
     given = (*(heads,) * way.heads, cos, sin)
     given = tuple(given[way.places.index(place)] for place in range(len(given)))
     try:

@@ -1,4 +1,4 @@
-"""Parts of one tensor: the names in a function that seem to be such, and what is known of tensors at a call."""
+"""Aliases: local names that may stand for views of one tensor, and the check of actual tensors at a call."""
 
 import ast
 from collections.abc import Iterator
@@ -6,34 +6,35 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# What gives views of one tensor, each of a part of it.
-_PARTING = frozenset(("chunk", "split", "tensor_split", "unbind"))
+# Functions and methods that return several views of one tensor.
+_SPLITTING = frozenset(("chunk", "split", "tensor_split", "unbind"))
 
 
 def view_names(function: ast.FunctionDef) -> dict[str, str]:
-    """The names that are given parts of something, and in which statement; whether they are is seen at a call alone."""
-    found: dict[str, str] = {}
+    """The names that may stand for views, with the source of the viewed expression; a call has to check the tensors."""
+    views: dict[str, str] = {}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            found.update(_given(node.targets[0], node.value))
-    return found
+            views.update(_views(node.targets[0], node.value))
+    return views
 
 
-def _given(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, str]]:
+def _views(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, str]]:
+    """The names in a target that an assignment may bind to views, with the source of the viewed expression."""
     if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-        for each, part in zip(target.elts, value.elts, strict=True):
-            yield from _given(each, part)
+        for element, part in zip(target.elts, value.elts, strict=True):
+            yield from _views(element, part)
     elif isinstance(target, ast.Tuple) and isinstance(value, ast.Call):
-        if getattr(value.func, "attr", getattr(value.func, "id", "")) in _PARTING:
+        if getattr(value.func, "attr", getattr(value.func, "id", "")) in _SPLITTING:
             yield from ((name.id, ast.unparse(value)) for name in target.elts if isinstance(name, ast.Name))
     elif isinstance(target, ast.Name) and isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name):
         yield target.id, value.value.id
 
 
 def are_views_of_one_base(tensor: Tensor, other: Tensor) -> bool:
-    """Whether both are views of one tensor: whoever keeps the one keeps the memory of both, and sees a write to either.
+    """Whether two tensors are views of one base: saving one keeps the storage of both, and sees writes to either.
 
-    (Where torch.compile asks, nobody knows.)
+    False under torch.compile, whose fake tensors do not tell.
     """
     if torch.compiler.is_compiling():
         return False

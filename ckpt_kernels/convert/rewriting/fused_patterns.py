@@ -1,5 +1,8 @@
-"""What stands in a rewritten method where several calls were written: each function computes the whole, or does nothing
-at all and returns None, and the original expression runs. See `templates` for what they are given."""
+"""Fused patterns: the expressions that one fused call replaces, each with the function that makes the call.
+
+A function computes the whole expression, or has no effect and returns None, so that the original expression runs. For
+the arguments see `templates`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +19,10 @@ from ..attribute_loads import is_set
 from ..rules.in_place import out_of_place, writes_over
 from ..rules.norms import Norm, RowNorm
 from .aliases import are_views_of_one_base
-from .guards import are_chained, have_same_layout, is_per_sample, level_for_weights, share_gradient_need
+from .guards import are_chained, have_same_shape_dtype_device, is_per_sample, level_for_weights, share_gradient_need
 from .templates import Results, pattern
 
-# Weight and bias of a linear layer.
+# The weight and bias of a linear layer.
 Linear = tuple[Tensor, Tensor | None]
 
 
@@ -45,11 +48,8 @@ def packed_mlp(
     if not are_chained(input, packed, last, 2) or dim not in (-1, input.dim() - 1):
         return None
     biases: dict[str, Any] = {"gate_bias": packed[1], "bias": last[1]}
-    options: dict[str, Any] = {
-        "activation": activation,
-        "layout": layout,
-        "recompute": level_for_weights(recompute, packed),
-    }
+    level = level_for_weights(recompute, packed)
+    options: dict[str, Any] = {"activation": activation, "layout": layout, "recompute": level}
     return [F.gated_mlp(input, packed[0], None, last[0], **biases, **options, dropout_p=p)]
 
 
@@ -57,7 +57,7 @@ def packed_mlp(
 def mlp(
     input: Tensor, first: Linear, act: Any, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
-    # Of these, eager torch keeps no more than the output.
+    # Eager torch saves only the output of these activations, which the last layer saves anyway.
     in_place = isinstance(act, nn.Module) and is_set(act, "inplace")
     if recompute == "block" and (in_place or activation in ("sigmoid", "tanh")):
         return None
@@ -81,7 +81,7 @@ def modulated(
 ) -> Results | None:
     if not isinstance(rule, RowNorm) or rule.channels_first or rule.weight_offset or not rule.takes(norm, input):
         return None
-    # Eager torch keeps 1 + scale, and nothing of shift: a write to them must not be seen here either.
+    # Eager torch saves 1 + scale and nothing of shift, so that the user may write to both: the fused op gets copies.
     if torch.is_grad_enabled() and not (input.requires_grad and scale.requires_grad):
         return None
     scale, shift = scale_view(scale).clone(), shift_view(shift).clone()
@@ -103,12 +103,12 @@ def norm_act(input: Tensor, norm: nn.Module, rule: Norm, activation: str) -> Res
 
 @pattern("add, norm", "norm(left + may_drop(right))", total=False)
 def add_norm(left: Tensor, right: Tensor, norm: nn.Module, rule: Norm, p: float, total: bool) -> Results | None:
-    """And left + right if asked for, which is taken first."""
+    """The norm of the sum, and with `total` the sum too, which is used first."""
     if not isinstance(rule, RowNorm) or rule.channels_first:
         return None
-    if not have_same_layout(left, right) or not rule.takes(norm, left):
+    if not have_same_shape_dtype_device(left, right) or not rule.takes(norm, left):
         return None
-    # A sum of what has no gradient has none.
+    # The sum of operands without gradients needs no gradient.
     if torch.is_grad_enabled() and not (left.requires_grad or right.requires_grad):
         return None
     if not left.is_contiguous() or not right.is_contiguous():
@@ -142,12 +142,12 @@ def gated_products(input: Tensor, gate: Linear, value: Linear, activation: str) 
     return [F.glu(linear(input, *gate), linear(input, *value), activation=activation)]
 
 
-@pattern("gate", "act(gate) * value", parts=False)
-def glu(gate: Tensor, value: Tensor, activation: str, parts: bool) -> Results | None:
-    """`parts`: of such an activation eager torch keeps the value alone, which has to be of one tensor with the gate."""
-    if parts and not are_views_of_one_base(gate, value):
+@pattern("gate", "act(gate) * value", views=False)
+def glu(gate: Tensor, value: Tensor, activation: str, views: bool) -> Results | None:
+    """`views`: eager torch saves the value but not the gate, so that both must be views of one tensor."""
+    if views and not are_views_of_one_base(gate, value):
         return None
-    if not have_same_layout(gate, value) or (
+    if not have_same_shape_dtype_device(gate, value) or (
         torch.is_grad_enabled() and not (gate.requires_grad and value.requires_grad)
     ):
         return None
@@ -161,7 +161,7 @@ def act_drop(input: Tensor, activation: str, p: float) -> Results | None:
 
 @pattern("activation of a product, out of place", "write(first(input))")
 def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
-    """Where nothing is kept, in place is better."""
+    """Without gradients nothing is saved, and in place is better."""
     if not torch.is_grad_enabled() or not share_gradient_need(input, first) or first[0].shape[1] != input.shape[-1]:
         return None
     if not writes_over(write):
@@ -172,7 +172,8 @@ def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
 
 @pattern("square, scale and shift", "scale * input ** 2 + shift")
 def scaled_square(input: Tensor, scale: Tensor, shift: Tensor) -> Results | None:
-    """As in StarReLU. Torch keeps what is squared, by which the sum can be had again: nobody sees the product in it."""
+    """As in StarReLU. Torch saves the squared tensor, from which a recipe recomputes the sum; no user sees the
+    product."""
     if torch.compiler.is_compiling() or not recomputing.is_active() or is_autocast(input):
         return None
     if not (torch.is_grad_enabled() and input.requires_grad):
@@ -180,7 +181,7 @@ def scaled_square(input: Tensor, scale: Tensor, shift: Tensor) -> Results | None
     if not (scale.is_leaf and scale.numel() == shift.numel() == 1 and scale.dim() <= 1 and shift.dim() <= 1):
         return None
     output = _scaled_square(input, scale, shift)
-    # Which torch does not keep: it may be another by the time of the backward pass.
+    # Torch does not save the shift, which may change before the backward pass: the recipe gets a copy.
     recomputing.record(output, (_scaled_square, (input, scale, shift.detach().clone())))
     return [output]
 
@@ -194,7 +195,7 @@ def formula(input: Tensor, activation: str) -> Results | None:
     return [F.bias_act(input, activation=activation)]
 
 
-# Larger ones first.
+# Larger patterns first.
 PATTERNS = (
     gated_mlp,
     packed_mlp,

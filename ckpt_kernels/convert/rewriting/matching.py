@@ -1,7 +1,7 @@
-"""Expressions that one of our calls computes: what is written, held against the templates of `sites`.
+"""Pattern matching: compares expressions with the templates of `fused_patterns`.
 
-A pattern is recognised by its form, and by what the loads in it were when the model was converted (`Roles`): a linear
-layer, an activation, a norm, a dropout. What they are at a call is the site's question.
+An expression matches by its form and by the roles that its loads had during conversion: a linear layer, an activation,
+a norm, a dropout. The guards check at each call whether the loads still have these roles.
 """
 
 import ast
@@ -17,24 +17,27 @@ from .templates import Pattern, kind_of
 
 
 class Attempt:
-    """One try to read an expression in one way."""
+    """An attempt to match an expression with one spelling of a pattern.
+
+    `substituted` are the ids of the nodes of names that bindings replaced, `options` the constant arguments of the
+    fused call, `act` the role of the activation, and `activation` the name of an activation that is a formula.
+    """
 
     def __init__(self, reader: Reader, run: Run | None) -> None:
         self.reader = reader
         self.bindings = run.bindings if run else {}
-        self.looked_through: set[int] = set()
+        self.substituted: set[int] = set()
         self.operands: list[Operand] = []
         self.options: dict[str, Any] = {}
         self.act = Role()
-        # The name of an activation that is written out.
         self.activation: str | None = None
         self._halves: dict[str, Half] = {}
 
     def fits(self, tree: Binding, template: Any) -> bool:
-        """Whether an expression is written like a template. What stands for its names becomes operands."""
+        """Whether an expression has the form of a template. The names in the template collect operands."""
         if isinstance(template, ast.Name):
-            return self._leaf(tree, template.id)
-        tree = self._through(tree)
+            return self._operand_fits(tree, template.id)
+        tree = self._resolved(tree)
         if isinstance(template, ast.Constant):
             return isinstance(tree, ast.Constant) and type(tree.value) in (int, float) and tree.value == template.value
         if isinstance(template, ast.BinOp):
@@ -43,31 +46,32 @@ class Attempt:
             return self.fits(tree.left, template.left) and self.fits(tree.right, template.right)
         name, inner = template.func.id, template.args[0]
         if name == "view":
-            return self._viewed(tree, inner.id)
+            return self._view_fits(tree, inner.id)
         if name in ("gate_half", "value_half"):
-            return self._half(tree, name, inner)
+            return self._half_fits(tree, name, inner)
         if name == "formula":
             argument = self._formula(tree)
         else:
-            argument = self._dropped(tree) if name == "drop" else self._called(tree, name)
+            argument = self._dropout_argument(tree) if name == "drop" else self._call_argument(tree, name)
         return argument is not None and self.fits(argument, inner)
 
-    def _through(self, tree: Binding, *others: ast.AST) -> Binding:
-        """What a name that the run makes stands for, in this place and the `others`. It must not stand elsewhere."""
+    def _resolved(self, tree: Binding, *others: ast.AST) -> Binding:
+        """The binding of a name that the run binds, if all reads of the binding are here and in `others`."""
         while isinstance(tree, ast.AST) and id(tree) in self.bindings:
-            meaning = self.bindings[id(tree)]
-            if self._is_read(meaning):
+            binding = self.bindings[id(tree)]
+            if self._is_used(binding):
                 return tree
-            self.looked_through.update(map(id, (tree, *others)))
-            tree, others = meaning, ()
+            self.substituted.update(map(id, (tree, *others)))
+            tree, others = binding, ()
         return tree
 
-    def _is_read(self, meaning: Binding) -> bool:
-        return any(self.bindings[number] is meaning for number in self.looked_through)
+    def _is_used(self, binding: Binding) -> bool:
+        """Whether a binding has replaced another read already, and so would be evaluated twice."""
+        return any(self.bindings[number] is binding for number in self.substituted)
 
-    def _leaf(self, tree: Binding, name: str) -> bool:
-        """An expression that is an operand as it is; where it stands twice, one local name."""
-        tree = self._through(tree)
+    def _operand_fits(self, tree: Binding, name: str) -> bool:
+        """Whether an expression can be the operand `name`: if that stands twice in the template, one local name."""
+        tree = self._resolved(tree)
         if isinstance(tree, Half | ast.Starred):
             return False
         before = next((operand.tree for operand in self.operands if operand.name == name), None)
@@ -78,46 +82,46 @@ class Attempt:
             return False
         return tree.id == before.id and tree.id in self.reader.private_locals
 
-    def _called(self, tree: Binding, name: str) -> Binding | None:
-        """The argument of a call of the part `name`, which becomes an operand."""
+    def _call_argument(self, tree: Binding, name: str) -> Binding | None:
+        """The argument of a call whose callee has the role that a template calls `name`, and becomes an operand."""
         kind = kind_of(name)
         if isinstance(tree, ast.Call) and len(tree.args) == 1 and not tree.keywords:
-            part = self.reader.part(tree.func)
-            if part.kind == kind:
-                self.act = part if kind == "act" else self.act
+            role = self.reader.role(tree.func)
+            if role.kind == kind:
+                self.act = role if kind == "act" else self.act
                 self.operands.append(Operand(name, tree.func))
                 return tree.args[0]
         return self._formula(tree) if kind == "act" else None
 
     def _formula(self, tree: Binding) -> Binding | None:
-        """The value that a formula of an activation is of; the functions in it become operands."""
+        """The argument of an activation that is a formula; the functions in the formula become operands."""
         if not isinstance(tree, ast.BinOp | ast.Call):
             return None
-        # A name in it may be the value, or stand for a part of the formula.
+        # A name may be the value, or its binding may be a part of the formula.
         for bindings in ({}, self.bindings) if self.bindings else ({},):
-            found = self.reader.formula(tree, bindings)
-            if found is None or not self._are_one(found.values):
+            formula = self.reader.formula(tree, bindings)
+            if formula is None or not self._are_same_value(formula.values):
                 continue
-            part = self.reader.loads.get(found.text, Role())
-            if part.kind != "act":
+            role = self.reader.roles.get(formula.text, Role())
+            if role.kind != "act":
                 continue
-            if any(self._is_read(self.bindings[number]) for number in found.names):
+            if any(self._is_used(self.bindings[number]) for number in formula.names):
                 return None
-            self.looked_through |= found.names
-            self.operands += [Operand(f"f{i}", function) for i, function in enumerate(found.functions)]
-            self.act, self.activation = part, part.name
-            return self._through(*found.values)
+            self.substituted |= formula.names
+            self.operands += [Operand(f"f{i}", function) for i, function in enumerate(formula.functions)]
+            self.act, self.activation = role, role.name
+            return self._resolved(*formula.values)
         return None
 
-    def _are_one(self, values: list[ast.expr]) -> bool:
-        """Whether a name that stands in several places stands for the same in all."""
+    def _are_same_value(self, values: list[ast.expr]) -> bool:
+        """Whether all occurrences of a name have the same binding."""
         return len({id(self.bindings.get(id(value))) for value in values}) == 1
 
-    def _dropped(self, tree: Binding) -> ast.expr | None:
-        """What a dropout is called on."""
+    def _dropout_argument(self, tree: Binding) -> ast.expr | None:
+        """The argument of a dropout, module or `F.dropout`, which becomes an operand; None for other expressions."""
         if not isinstance(tree, ast.Call):
             return None
-        kind = self.reader.part(tree.func).kind
+        kind = self.reader.role(tree.func).kind
         if kind == "dropout" and len(tree.args) == 1 and not tree.keywords:
             self.operands.append(Operand("drop", tree.func))
             return tree.args[0]
@@ -129,7 +133,8 @@ class Attempt:
         self.operands += [Operand("drop", tree.func), Operand("p", given["p"]), Operand("training", given["training"])]
         return given["input"]
 
-    def _half(self, tree: Binding, name: str, whole: ast.expr) -> bool:
+    def _half_fits(self, tree: Binding, name: str, whole: ast.expr) -> bool:
+        """Whether an expression can be `gate_half` or `value_half` of the tensor that `whole` describes."""
         if not isinstance(tree, Half):
             return False
         self._halves[name] = tree
@@ -142,28 +147,30 @@ class Attempt:
         self.options["dim"] = gate.dim
         return gate.tensor is value.tensor and {gate.number, value.number} == {0, 1}
 
-    def is_of_parts(self, pattern: Pattern) -> bool:
-        """Whether the activation is of a part of what eager torch keeps, as a factor of the activation."""
+    def gates_views(self, pattern: Pattern) -> bool:
+        """Whether the activation's input is a view of a tensor whose storage eager torch saves for the value's sake."""
         if self.act.name == "identity":
             return False
-        if pattern.halved:
+        if pattern.act_input_is_half:
             return True
         gate, value = (next((o.tree for o in self.operands if o.name == name), None) for name in ("gate", "value"))
-        if "parts" not in pattern.takes or gate is None or value is None or not self.reader.are_parts(gate, value):
+        if "views" not in pattern.parameters or gate is None or value is None:
             return False
-        self.options["parts"] = True
+        if not self.reader.may_be_views(gate, value):
+            return False
+        self.options["views"] = True
         return True
 
-    def said(self, pattern: Pattern) -> str:
-        """What the pattern computes here, for people."""
+    def description(self, pattern: Pattern) -> str:
+        """What the pattern computes at this site, for people."""
         dim = self.options.get("dim", -1)
         where = f" (where dimension {dim} is the last)" if dim >= 0 else ""
-        if any(self.reader.part(operand.tree).name == ADAPTED for operand in self.operands):
+        if any(self.reader.role(operand.tree).name == ADAPTED for operand in self.operands):
             where += " (once its adapters are taken out)"
-        return pattern.said.format(self.act.name) + where
+        return pattern.description.format(self.act.name) + where
 
-    def _viewed(self, tree: Binding, name: str) -> bool:
-        """A view of a local name, which becomes the operand, and how it is taken."""
+    def _view_fits(self, tree: Binding, name: str) -> bool:
+        """Whether an expression views a local name, which becomes the operand, with the view among the options."""
         base = tree
         while isinstance(base, ast.Subscript) and _is_view(base.slice):
             base = base.value
@@ -175,8 +182,10 @@ class Attempt:
 
 
 def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -> Iterator[Match]:
-    """What the expression may be read as, larger patterns first. `begins` is what is evaluated first: the root, or the
-    value of the run's first statement."""
+    """The matches of an expression, larger patterns first.
+
+    `begins` is the expression that is evaluated first: the root, or the value of the run's first statement.
+    """
     for pattern in PATTERNS:
         for attempt in attempts(reader, root, run, pattern):
             match = match_of(reader, root, begins, pattern, attempt)
@@ -187,20 +196,23 @@ def matches(reader: Reader, root: ast.expr, run: Run | None, begins: ast.expr) -
 def attempts(
     reader: Reader, root: ast.expr, run: Run | None, pattern: Pattern, spellings: tuple[ast.expr, ...] | None = None
 ) -> Iterator[Attempt]:
-    """The ways to read an expression as a pattern; or as part of it, in the place of the whole."""
+    """The attempts to match an expression that succeed.
+
+    `spellings` replace those of the pattern, to match a part of the pattern.
+    """
     for spelling in pattern.spellings if spellings is None else spellings:
         attempt = Attempt(reader, run)
-        if not attempt.fits(root, spelling) or attempt.looked_through != attempt.bindings.keys():
+        if not attempt.fits(root, spelling) or attempt.substituted != attempt.bindings.keys():
             continue
-        # Eager torch keeps what such an activation is of: there is something to win, and nobody writes to it.
-        if pattern.made or (attempt.act.name not in KEPT_BY_OUTPUT and not attempt.act.of_new):
+        # Eager torch saves the activation's input: fusing saves memory, and user code does not write to the input.
+        if pattern.makes_act_input or (attempt.act.name not in KEPT_BY_OUTPUT and not attempt.act.needs_computed_input):
             yield attempt
-        elif attempt.is_of_parts(pattern):
+        elif attempt.gates_views(pattern):
             yield attempt
 
 
 def _is_view(index: ast.AST) -> bool:
-    """None, `:` and `...`, which make a view whatever the tensor's shape is."""
+    """Whether an index has only None, `:` and `...`, which make a view of a tensor of any shape."""
     parts = index.elts if isinstance(index, ast.Tuple) else [index]
     return all(
         (isinstance(part, ast.Constant) and part.value in (None, ...))

@@ -1,7 +1,7 @@
-"""Operations that are computed as they are written, and noted: so that what they make can be made again.
+"""Operations that are computed as written, and noted with their operands so that the outputs can be recomputed.
 
-The autograd graph does not say whether somebody wrote to an operand between the operation that made it and the one that
-reads it, nor which number was added. Where the operation is called here both are seen.
+The autograd graph shows neither the number that was added to a tensor, nor an in-place write to an operand between the
+operation that made the operand and the one that reads it. A note at the call has both.
 """
 
 import ast
@@ -13,17 +13,17 @@ import torch
 
 from ...recompute import note
 
-OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+NOTED_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
 }
-# Functions of one tensor that save their result alone, and those of several, in a sequence, that save nothing.
-FUNCTIONS = (torch.sigmoid, torch.tanh, torch.cat, torch.concat, torch.concatenate)
+# Functions of one tensor that save only their output, and functions of a sequence of tensors that save nothing.
+NOTED_FUNCTIONS = (torch.sigmoid, torch.tanh, torch.cat, torch.concat, torch.concatenate)
 
 
 def noted_operator(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """The operator, for both operands."""
+    """The operator, with a note of both operands."""
 
     def call(left: Any, right: Any) -> Any:
         output = compute(left, right)
@@ -34,7 +34,7 @@ def noted_operator(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
 
 
 def noted_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Of what is about to be called: the function, noted, if it is that one, and anything else as it is."""
+    """A function that maps `function` to a version that makes a note, and any other callee to itself."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         output = function(*args, **kwargs)

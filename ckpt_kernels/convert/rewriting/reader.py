@@ -1,4 +1,4 @@
-"""Reading expressions: what the loads in a method are, and whether operands may be evaluated before all else."""
+"""Reading of expressions: the roles of loads, and whether a fused call keeps the evaluation order of the operands."""
 
 import ast
 from collections.abc import Mapping
@@ -17,18 +17,17 @@ if TYPE_CHECKING:
 
 
 class Operand(NamedTuple):
-    """What a site is given under a name: an expression as it is written."""
+    """An operand of a fused call: a name of the pattern, and the expression for the operand."""
 
     name: str
     tree: ast.expr
 
 
 class Match(NamedTuple):
-    """An expression, `root`, that a pattern computes, as it was read, with its operands in the order in which they are
-    evaluated.
+    """An expression, `root`, that a pattern computes, with the operands in evaluation order.
 
-    `captured` are the operands that the original expression, where it has to run, must not evaluate again: the one that
-    is no plain load, which is evaluated first, and the loads before it.
+    `captured` are the operands that must not be evaluated again if the original expression runs: the one that is no
+    plain load, which is evaluated first, and the loads before that operand.
     """
 
     pattern: Pattern
@@ -39,61 +38,64 @@ class Match(NamedTuple):
 
 
 class Reader:
-    """Reads one function's expressions."""
+    """Reads the expressions of one function."""
 
-    def __init__(self, loads: Roles, scope: Scope, tree: ast.FunctionDef) -> None:
-        self.loads = loads
+    def __init__(self, roles: Roles, scope: Scope, tree: ast.FunctionDef) -> None:
+        self.roles = roles
         self.private_locals = scope.private_locals
         self.locals = scope.locals
         self._scope = scope
-        self._parts = view_names(tree)
+        self._views = view_names(tree)
 
     def formula(self, tree: ast.AST, bindings: Mapping[int, Binding]) -> Formula | None:
-        """An expression as a formula of one value, and what `bindings` has for the names in it."""
+        """An expression as a formula of one value, None if it is none: see `formulas.formula_of`."""
         return formula_of(tree, self._scope, bindings)
 
-    def part(self, tree: ast.AST) -> Role:
-        """What a load is."""
+    def role(self, tree: ast.AST) -> Role:
+        """The role of an expression; all but loads have the empty role."""
         is_load = isinstance(tree, ast.Name | ast.Attribute | ast.Subscript)
-        return self.loads.get(ast.unparse(tree), Role()) if is_load else Role()
+        return self.roles.get(ast.unparse(tree), Role()) if is_load else Role()
 
-    def are_parts(self, tree: ast.expr, other: ast.expr) -> bool:
-        """Whether both are local names that seem to stand for parts of one tensor."""
+    def may_be_views(self, tree: ast.expr, other: ast.expr) -> bool:
+        """Whether both are local names that may stand for views of one tensor."""
         names = [node.id for node in (tree, other) if isinstance(node, ast.Name) and node.id in self.private_locals]
-        whole = {self._parts.get(name) for name in names}
-        return len(names) == 2 and len(whole) == 1 and None not in whole
+        bases = {self._views.get(name) for name in names}
+        return len(names) == 2 and len(bases) == 1 and None not in bases
 
     def is_plain(self, tree: ast.AST) -> bool:
-        """Whether evaluating it runs nobody's code."""
+        """Whether an expression is a plain load or constant, whose evaluation has no side effects."""
         if isinstance(tree, ast.Name):
-            return tree.id in self.private_locals or (tree.id not in self.locals and tree.id in self.loads)
+            return tree.id in self.private_locals or (tree.id not in self.locals and tree.id in self.roles)
         if isinstance(tree, ast.Constant):
             return True
-        return isinstance(tree, ast.Attribute | ast.Subscript) and ast.unparse(tree) in self.loads
+        return isinstance(tree, ast.Attribute | ast.Subscript) and ast.unparse(tree) in self.roles
 
 
 def match_of(reader: Reader, root: ast.expr, begins: ast.expr, pattern: Pattern, attempt: "Attempt") -> Match | None:
-    """The match, if evaluating its operands first is what the original does, or cannot be told from that."""
+    """The match of an attempt, None if evaluating all operands first could change what the original code does.
+
+    `begins` is the expression that the original code evaluates first.
+    """
     operands = attempt.operands
-    others = [operand for operand in operands if not reader.is_plain(operand.tree)]
-    if len(others) > 1 or len({operand.name for operand in operands}) != len(operands):
+    computed = [operand for operand in operands if not reader.is_plain(operand.tree)]
+    if len(computed) > 1 or len({operand.name for operand in operands}) != len(operands):
         return None
-    if not others:
+    if not computed:
         return Match(pattern, root, operands, [], attempt)
-    if not is_evaluated_first(begins, others[0].tree, reader.is_plain):
+    if not is_evaluated_first(begins, computed[0].tree, reader.is_plain):
         return None
-    # Local names before it are read again where the original has to run: it must not give them other values.
-    if any(isinstance(node, ast.NamedExpr) for node in ast.walk(others[0].tree)):
+    # The original expression reads local names again, so that the computed operand must not rebind them.
+    if any(isinstance(node, ast.NamedExpr) for node in ast.walk(computed[0].tree)):
         return None
     before = []
     for node in in_evaluation_order(begins):
-        found = next((operand for operand in operands if operand.tree is node), None)
-        if found is not None:
-            before.append(found)
-        if found is others[0]:
+        operand = next((operand for operand in operands if operand.tree is node), None)
+        if operand is not None:
+            before.append(operand)
+        if operand is computed[0]:
             break
     else:
         return None
     rest = [operand for operand in operands if operand not in before]
-    captured = [operand for operand in before if not isinstance(operand.tree, ast.Name) or operand is others[0]]
+    captured = [operand for operand in before if not isinstance(operand.tree, ast.Name) or operand is computed[0]]
     return Match(pattern, root, [*before, *rest], captured, attempt)

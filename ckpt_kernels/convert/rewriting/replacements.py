@@ -1,5 +1,8 @@
-"""Functions of torch that ours take the place of where they are called: `F.layer_norm(x, ...)` as it is written, with
-ours for `F.layer_norm`. Each takes theirs' own arguments, and calls theirs for what ours does not take."""
+"""Replacements for functions of torch at their call sites, such as `F.layer_norm(x, ...)`.
+
+A replacement has the signature of torch's function, and falls back to that function for arguments that ours does not
+support. Arguments may be anything that users pass to torch, hence the type Any.
+"""
 
 import ast
 import functools
@@ -18,14 +21,17 @@ from ..rules.channel_norms import are_running_statistics
 from ..rules.norms import is_dense_map
 from ..rules.pointwise import ActivationRule, pointwise_of
 
-# As they were when this package was imported, whatever is in their place now.
+# Torch's functions as they were when this package was imported: a user may patch them later.
 theirs = types.SimpleNamespace(**vars(torch.nn.functional))
 FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 
 
 def replacement_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callable[[Any], Any], str] | None:
-    """What makes ours of a module or a function that is called so, a function that `is_local` being another object each
-    time, and what ours is, for people; None where there is nothing of ours."""
+    """A function that maps the callee of a call to a replacement, and its description; None without a replacement.
+
+    `known` is the module or function that the callee stood for during conversion. `is_local`: the callee is a nested
+    function, another object at each call.
+    """
     if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
         return replacing_module(known, rule), str(rule)
     if not isinstance(known, FUNCTION_TYPES):
@@ -39,24 +45,24 @@ def replacement_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callabl
 
 
 def replacing_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Of what is about to be called: ours if that is `function`, and anything else as it is."""
-    instead = REPLACEMENTS[function]
+    """A function that maps `function` to its replacement, and any other callee to itself."""
+    replacement = REPLACEMENTS[function]
 
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
         plain, kind = as_plain_tensor(input)
         if kind is None:
-            return instead(input, *args, **kwargs)
-        return instead(plain, *args, **kwargs).as_subclass(kind)
+            return replacement(input, *args, **kwargs)
+        return replacement(plain, *args, **kwargs).as_subclass(kind)
 
     return lambda called: call if called is function else called
 
 
 def replacing_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any], Any]:
-    """The same for an activation that is a global of the file, and no part of the model."""
+    """The same for an activation module that is a global, so that conversion does not reach the module itself."""
 
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
-        plainly = not args and not kwargs and is_operand(input) and is_called_plainly(module)
-        output = rule.apply(module, input) if plainly else None
+        is_plain_call = not args and not kwargs and is_operand(input) and is_called_plainly(module)
+        output = rule.apply(module, input) if is_plain_call else None
         return module(input, *args, **kwargs) if output is None else output
 
     return lambda called: call if called is module else called
@@ -64,9 +70,6 @@ def replacing_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any],
 
 def _are_operands(*tensors: Any) -> bool:
     return all(tensor is None or is_ordinary(tensor) for tensor in tensors)
-
-
-# Their arguments are whatever torch's functions are given, and have no types: each says when ours compute.
 
 
 @functools.wraps(theirs.layer_norm)
@@ -77,10 +80,10 @@ def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any
 
 @functools.wraps(theirs.rms_norm)
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
-    # Of others torch's output may lie as they do.
+    # Torch's output may have the strides of a non-contiguous input; ours is contiguous.
     if not _is_row_norm(input, normalized_shape, weight) or not input.is_contiguous():
         return theirs.rms_norm(input, normalized_shape, weight, eps)
-    # On the CPU torch keeps no 16-bit input, and none that wants no gradient: such may be written to.
+    # On the CPU torch saves no 16-bit input, nor one that needs no gradient: the user may write to these in place.
     if not input.is_cuda and torch.is_grad_enabled() and (input.dtype.itemsize < 4 or not input.requires_grad):
         input = input.clone()
     return ours.rms_norm(input, normalized_shape, weight, eps)
@@ -91,7 +94,7 @@ def _is_row_norm(input: Any, normalized_shape: Any, *coefficients: Any) -> bool:
         return False
     shape = tuple(normalized_shape)
     fits = bool(shape) and input.shape[-len(shape) :] == shape and 0 not in shape
-    # A sum of two dtypes is torch's affair.
+    # Torch decides about mixed dtypes.
     return fits and all(c is None or (c.shape == shape and c.dtype == input.dtype) for c in coefficients)
 
 
@@ -132,8 +135,8 @@ def _same_dtype(input: Tensor, *coefficients: Tensor | None) -> bool:
 
 @functools.wraps(theirs.glu)
 def _glu(input: Any, dim: Any = -1) -> Any:
-    last = is_operand(input) and input.dim() > 0 and dim in (-1, input.dim() - 1) and input.shape[-1] % 2 == 0
-    return ours.packed_glu(input, activation="sigmoid", layout="value_first") if last else theirs.glu(input, dim)
+    fits = is_operand(input) and input.dim() > 0 and dim in (-1, input.dim() - 1) and input.shape[-1] % 2 == 0
+    return ours.packed_glu(input, activation="sigmoid", layout="value_first") if fits else theirs.glu(input, dim)
 
 
 @functools.wraps(theirs.dropout)

@@ -1,5 +1,7 @@
-"""Where the results of a site are between its call and what takes them, in the code of a rewritten method: a list under
-a name of ours, from which all is taken, so that no name holds a tensor longer than the original's would."""
+"""Syntax trees for the results of a guarded call: a list that a rewritten method keeps under a private name.
+
+Each use pops a result off the list, so that no name holds a tensor longer than in the original method.
+"""
 
 import ast
 
@@ -9,11 +11,11 @@ _RESULTS = f"{PREFIX}results"
 
 
 def has_computed(call: ast.Call) -> ast.expr:
-    """The call of a site, whose results get the name, and what comes last of these: whether it has computed."""
+    """An expression that binds the results of a guarded call, and pops the last: whether the call has computed."""
     named = ast.NamedExpr(ast.Name(_RESULTS, ast.Store()), call)
     return ast.Call(ast.Attribute(named, "pop", ast.Load()), [], [])
 
 
-def taken() -> ast.expr:
-    """The next of the results."""
+def next_result() -> ast.expr:
+    """An expression that pops the next result."""
     return ast.Call(ast.Attribute(ast.Name(_RESULTS, ast.Load()), "pop", ast.Load()), [], [])

@@ -1,4 +1,4 @@
-"""What is named like a function that turns queries and keys and is not known as one: for the report, and why."""
+"""Functions that are named like rotations but not recognized as such: the reason is a line of the report."""
 
 import ast
 import re
@@ -16,7 +16,8 @@ _NAMED = re.compile(r"^_*apply_(\w+_)?(rotary|rope)|^_*rotate_")
 
 
 def why_unrecognized(module: nn.Module) -> str:
-    """Of the first such function that a method of the module calls, or an object that it holds; "" if there is none."""
+    """The reason for the first such function that a method of the module, or of an object in it, calls; "" without
+    one."""
     for function in functions_in(module):
         if not any(map(_NAMED.search, (*function.__code__.co_names, *function.__code__.co_varnames))):
             continue
@@ -27,7 +28,7 @@ def why_unrecognized(module: nn.Module) -> str:
 
 
 def _called(function: types.FunctionType) -> Iterator[types.FunctionType]:
-    """The functions of such names that are called there."""
+    """The functions with such names that a function calls."""
     try:
         tree = definition_of(function).tree
     except NoSource:
