@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ckpt_kernels
-from ckpt_kernels.convert import asked, operands
+from ckpt_kernels.convert import native_guards, operands
 from ckpt_kernels.convert.rewriting import fused_patterns, guards
 from ckpt_kernels.convert.rewriting.native_sites import native_call
 from ckpt_kernels.convert.rewriting.templates import guarded_call
@@ -84,7 +84,9 @@ CLASSES = [nn.Linear, nn.Bilinear, _OwnForward, _OwnWeight, _OwnCall, _OwnLoads]
 
 def _both(layer: object, input: Tensor) -> tuple[object, object]:
     """What C knows of it, and what Python does."""
-    return asked.linears_surely([layer], guards.LINEAR, input), guards.linear_operands_in_python([layer], input)
+    return native_guards.linear_parameters_natively([layer], guards.LINEAR, input), guards.linear_operands_in_python(
+        [layer], input
+    )
 
 
 @pytest.mark.parametrize("change", PLAIN)
@@ -95,7 +97,7 @@ def test_c_knows_plain_layers(change: str) -> None:
     assert isinstance(surely, list) and isinstance(found, list)
     ((weight, bias),) = surely
     assert weight is found[0][0] and bias is found[0][1]
-    assert asked.is_surely(layer, operands._CALLED_PLAINLY)
+    assert native_guards.passes_natively(layer, operands._PLAIN_CALL)
 
 
 @pytest.mark.parametrize("change", CHANGED)
@@ -105,8 +107,8 @@ def test_c_says_nothing_where_python_does_not(change: str) -> None:
     CHANGED[change](layer)
     surely, found = _both(layer, torch.randn(2, 4))
     assert surely is None or found is not None
-    plainly = operands.calls_forward(type(layer)) and operands.is_bare(layer)
-    assert plainly or not asked.is_surely(layer, operands._CALLED_PLAINLY)
+    plainly = operands.class_calls_forward(type(layer)) and operands.is_plain_instance(layer)
+    assert plainly or not native_guards.passes_natively(layer, operands._PLAIN_CALL)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -119,8 +121,8 @@ def test_classes(kind: type[nn.Module]) -> None:
 
 def test_what_is_no_module() -> None:
     for other in (None, torch.randn(2, 4), types.SimpleNamespace(weight=1)):
-        assert asked.linears_surely([other], guards.LINEAR, torch.randn(2, 4)) is None
-        assert not asked.is_surely(other, operands._CALLED_PLAINLY)
+        assert native_guards.linear_parameters_natively([other], guards.LINEAR, torch.randn(2, 4)) is None
+        assert not native_guards.passes_natively(other, operands._PLAIN_CALL)
 
 
 def test_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +130,11 @@ def test_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     for holder, name in ((nn.Linear, "forward"), (nn.Module, "__call__"), (nn.Module, "__getattr__")):
         with monkeypatch.context() as patch:
             patch.setattr(holder, name, lambda *call: getattr(nn.Module, "never"))  # noqa: B009
-            assert asked.linears_surely([layer], guards.LINEAR, torch.randn(2, 4)) is None
+            assert native_guards.linear_parameters_natively([layer], guards.LINEAR, torch.randn(2, 4)) is None
     with monkeypatch.context() as patch:
         patch.setattr(nn.Linear.forward, "__code__", _OwnCall.__call__.__code__.replace(co_freevars=()))
-        assert asked.linears_surely([layer], guards.LINEAR, torch.randn(2, 4)) is None
-    assert asked.linears_surely([layer], guards.LINEAR, torch.randn(2, 4)) is not None
+        assert native_guards.linear_parameters_natively([layer], guards.LINEAR, torch.randn(2, 4)) is None
+    assert native_guards.linear_parameters_natively([layer], guards.LINEAR, torch.randn(2, 4)) is not None
 
 
 def test_are_same_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,17 +144,17 @@ def test_are_same_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [
         ((held, "name", held["name"]),),
         ((held, "name", 2),),
-        ((held, "other", asked.MISSING),),
+        ((held, "other", native_guards.MISSING),),
         ((held, "name", held["name"]), (nn.Linear, "forward", nn.Linear.forward)),
-        ((nn.Linear, "nothing", asked.MISSING),),
+        ((nn.Linear, "nothing", native_guards.MISSING),),
         ((nn.Linear, "nothing", None),),
         ((function, "__code__", function.__code__), (function, "__defaults__", None)),
         ((function, "__code__", nn.Linear.forward.__code__),),
         (),
     ]
-    in_c = [asked.are_same(case) for case in cases]
+    in_c = [native_guards.are_same(case) for case in cases]
     monkeypatch.setattr(direct, "asked", None)
-    assert in_c == [asked.are_same(case) for case in cases]
+    assert in_c == [native_guards.are_same(case) for case in cases]
     assert True in in_c and False in in_c
 
 
@@ -176,7 +178,7 @@ NAMES = ("gate", "value", "last", "act")
 
 
 def _asked(model: Any, input: Any) -> tuple[list[Any], list[Any]]:
-    """What the quick site says of it, and what Python does, of modules as they are loaded there."""
+    """What the native call says of it, and what Python does, of modules as they are loaded there."""
     in_c = native_call(fused_patterns.gated_mlp, {"input": 1} | {name: name for name in NAMES}, OPTIONS)
     assert in_c is not None
     operands = {name: getattr(model, name) for name in NAMES}
@@ -278,7 +280,7 @@ AROUND: dict[str, Callable[[MLP], Any]] = {
     "other shapes": _changed(lambda model: setattr(model, "last", nn.Linear(7, 4))),
 }
 # Of these nothing but the numbers changes.
-KNOWN = ("a frozen layer", "a function")
+NATIVE_ACTIVATIONS = ("a frozen layer", "a function")
 
 
 @pytest.mark.parametrize("change", AROUND)
@@ -288,7 +290,7 @@ def test_c_says_nothing_of_a_site_where_python_does_not(change: str) -> None:
     assert _asked(model, input)[0].pop()
     with AROUND[change](model):
         in_c, in_python = _asked(model, input)
-    assert in_c.pop() == (change in KNOWN)
+    assert in_c.pop() == (change in NATIVE_ACTIVATIONS)
     assert not in_c or in_python.pop()
 
 
@@ -298,18 +300,19 @@ def test_tensors_of_a_site() -> None:
     jagged = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
     others = [x.double(), x.long(), x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn(), x.to("meta"), x.cfloat(), jagged]
     others += [torch.nested.nested_tensor([x, x[:2]]), x.as_subclass(type("Own", (Tensor,), {})), None, [x]]
-    asker = asked.Site(operands.QUIET, guards.LINEAR._replace(inherited=()), guards.LINEAR, (), ((0, "t"),)).asker()
-    assert asker is not None
-    assert [asker(given) for given in others] == [None] * len(others)
+    owner = guards.LINEAR._replace(undefined=())
+    native_check = native_guards.SiteGuard(operands.GLOBAL_STATE, owner, guards.LINEAR, (), ((0, "t"),)).native_check()
+    assert native_check is not None
+    assert [native_check(given) for given in others] == [None] * len(others)
     for given in (x, x.t(), x[:0], x[:1].expand(5, 4), x.bfloat16(), x.half(), nn.Parameter(x), x.sum()):
-        found = asker(given)
+        found = native_check(given)
         assert found is not None and found[0] is given and operands.is_ordinary(given)
 
 
 def test_what_is_no_question() -> None:
     """Errors of whoever asks, and no crashes."""
     ask = direct.asked.operands
-    quiet, such = operands.QUIET, guards.LINEAR
+    quiet, such = operands.GLOBAL_STATE, guards.LINEAR
     for given in (
         (),
         (1, such, such, (), ()),
@@ -319,7 +322,7 @@ def test_what_is_no_question() -> None:
     ):
         with pytest.raises(TypeError):
             ask(*given)
-    nothing = such._replace(inherited=())
+    nothing = such._replace(undefined=())
     for wanted in ((1,), ((1, "t"),), ((-1, "t"),), (("name", "t"),), ((0, "l"),), ((0, ""),)):
         assert ask(quiet, nothing, such, (), wanted, torch.zeros(2)) is None
     assert ask(quiet, such, such, (), (("weight", "o"),), object()) is None

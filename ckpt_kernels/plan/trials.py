@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..convert.loads import modules_of
+from ..convert.module_tree import modules_of
 from ..levels import CHECKPOINT, IN_TILES, NONE, OF_MODULES, Policy
 from ..model_state import described, different
 from ..watching import watched

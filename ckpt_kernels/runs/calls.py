@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..call_state import Buffer, RandomState, autocast_now
-from ..convert.loads import modules_of
+from ..convert.module_tree import modules_of
 from ..values import tensors_among
 from ..watching import bits_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..call_state import Buffer, RandomState
-from ..convert.loads import modules_of
+from ..convert.module_tree import modules_of
 from ..recompute import discarding
 from ..recompute.discarder import Discarder
 from ..saved_tensors import as_is

@@ -1,5 +1,5 @@
 """What `_thin`, a module in C, gives: the CPU ops as plain functions, and the check of a small call. Others take from
-it what converted models ask (`convert.asked`) and what outputs are let go of by (`recompute.quick`).
+it what converted models ask (`convert.native_guards`) and what outputs are let go of by (`recompute.quick`).
 
 A function made by `direct` takes what the op of the same name in `torch.ops.ckpt_kernels_native` takes, and runs the
 same C++ function, without torch's dispatcher. It returns True; or False, its results undefined, where a tensor is none
@@ -39,7 +39,7 @@ def key(block: str, tensors: Sequence[Tensor | None], options: tuple) -> tuple |
     return None
 
 
-# What else `_thin` answers: see `convert.asked`.
+# What else `_thin` answers: see `convert.native_guards`.
 asked: Any = None
 
 

@@ -30,7 +30,7 @@ bool is_tuple_of(PyObject* object, Py_ssize_t size);
 // The fields of a tuple, of which those from the given one on are tuples too; false, and an error, where they are not.
 bool read_fields(PyObject* object, std::initializer_list<PyObject**> fields, Py_ssize_t tuples_from);
 
-// The fields of Python's `Such`.
+// The fields of Python's `ModuleGuard`.
 struct Such {
   PyTypeObject* kind;
   PyObject *of_class, *same, *inherited, *empty, *absent;

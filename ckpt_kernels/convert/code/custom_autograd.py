@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch.autograd import Function
 
-from ..asked import Found
+from ..native_guards import Binding
 
 METHODS = ("forward", "backward")
 # The attributes of such a class: `_backward_cls` is torch's, all others but the methods are Python's.
@@ -22,6 +22,6 @@ def is_plain_autograd_function(kind: type) -> bool:
     return is_plain and all(isinstance(own.get(name), staticmethod) for name in METHODS)
 
 
-def has_custom_gradient(dependencies: Iterable[Found]) -> bool:
+def has_custom_gradient(dependencies: Iterable[Binding]) -> bool:
     """Whether the dependencies of code include an `autograd.Function`."""
     return any(isinstance(holder, type) and issubclass(holder, Function) for holder, _, _ in dependencies)

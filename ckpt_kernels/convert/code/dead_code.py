@@ -8,14 +8,14 @@ import copy
 import types
 from typing import Any
 
-from ..asked import Found
+from ..native_guards import Binding
 from .source import NoSource, definition_of, rebuilt
 
 
-def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[Found]]:
+def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[Binding]]:
     """The code of a function without its dead branches, and the (holder, name, value) triples that keep them dead."""
     names = function.__globals__
-    assumptions: list[Found] = []
+    assumptions: list[Binding] = []
     false_functions = set()
     code = function.__code__
     local = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
@@ -33,7 +33,7 @@ def live_code(function: types.FunctionType) -> tuple[types.CodeType, list[Found]
         return function.__code__, []
 
 
-def _false_flag(function: Any) -> Found | None:
+def _false_flag(function: Any) -> Binding | None:
     """The global flag that a function without arguments returns, if the flag is False."""
     if type(function) is not types.FunctionType or len(function.__code__.co_names) != 1:
         return None

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..loads import is_set, modules_of
+from ..attribute_loads import is_set
+from ..module_tree import modules_of
 from .call_graph import belongs_to_torch, functions_reachable_from, has_type, reachable_functions
 from .memoization import memoized
 from .scope import UNKNOWN, Scope

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..asked import MISSING, Found, are_same
+from ..native_guards import MISSING, Binding, are_same
 from .call_graph import belongs_to_torch, has_type
 from .code_objects import cell_value
 from .custom_autograd import METHODS, NAMES, is_plain_autograd_function
@@ -52,7 +52,7 @@ class CodeSnapshot:
     """
 
     def __init__(
-        self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], dependencies: Iterable[Found]
+        self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], dependencies: Iterable[Binding]
     ) -> None:
         self._module = module
         unique = {(id(holder), name): (holder, name, value) for holder, name, value in dependencies}
@@ -156,7 +156,7 @@ class CodeReader:
         self.has_branches = False
         # Whether the code computes a piecewise constant function, perhaps of the sizes in a shape.
         self.is_piecewise = False
-        self.dependencies: list[Found] = []
+        self.dependencies: list[Binding] = []
         self._seen: set[types.CodeType] = set()
 
     def read_function(self, function: Any, own: bool = False) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..loads import MISSING, load
+from ..attribute_loads import MISSING, load_attribute
 from .code_objects import cell_value
 from .memoization import memoized
 
@@ -119,7 +119,7 @@ def _binds(node: ast.AST, name: str) -> bool:
 def _attribute(owner: Any, name: str) -> Any:
     if isinstance(owner, types.ModuleType):
         return vars(owner).get(name, UNKNOWN)
-    value = load(owner, name) if isinstance(owner, nn.Module) else MISSING
+    value = load_attribute(owner, name) if isinstance(owner, nn.Module) else MISSING
     return UNKNOWN if value is MISSING else value
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..asked import MISSING
+from ..native_guards import MISSING
 
 # Names and values of the settings that a forward reads.
 Settings = tuple[tuple[str, Any], ...]

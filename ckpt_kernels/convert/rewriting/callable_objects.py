@@ -13,7 +13,7 @@ from torch import nn
 
 from ..code.call_graph import belongs_to_torch
 from ..swap import is_plain_method
-from ..wrappers import Found
+from ..wrappers import MethodSnapshot
 
 _NOT_OBJECTS = (nn.Module, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
@@ -29,7 +29,7 @@ def method_called(value: Any) -> types.FunctionType | None:
 
 def replacing_call(method: types.FunctionType, replacement: Callable[..., Any]) -> Callable[[Any], Any]:
     """A function that maps an object whose class has the method to `replacement`, and any other callee to itself."""
-    original = Found.of(method)
+    original = MethodSnapshot.of(method)
 
     def replace(called: Any) -> Any:
         return functools.partial(replacement, called) if original.is_at(type(called), "__call__") else called

@@ -15,7 +15,7 @@ from ... import ops
 from ... import recompute as recomputing
 from ...autocast import is_autocast
 from ...functional.mlps import known_gated_mlp, known_mlp
-from ..loads import is_set
+from ..attribute_loads import is_set
 from ..rules.in_place import out_of_place, writes_over
 from ..rules.norms import Norm, RowNorm
 from .aliases import are_views_of_one_base

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from ...autocast import is_autocast
-from ..asked import Such, linears_surely
+from ..attribute_loads import LOADS_PLAINLY, only_instances_define
 from ..code.call_graph import is_unpatched
-from ..loads import LOADS_PLAINLY, is_left_to_modules
-from ..operands import CALLS_FORWARD, HOOKS, calls_forward, is_bare, is_beside, is_called_plainly, is_ordinary
+from ..native_guards import ModuleGuard, linear_parameters_natively
+from ..operands import (
+    CALLS_FORWARD,
+    HOOKS,
+    class_calls_forward,
+    is_called_plainly,
+    is_ordinary,
+    is_plain_instance,
+    matches_input,
+)
 from ..rules.norms import Norm
 from ..swap import original_of, rule_in_force
 
@@ -27,7 +35,7 @@ _FORWARD, _DROPOUT = nn.Linear.forward, nn.Dropout.forward
 # None, which no code object is, if torch's forward was patched before this module was imported.
 _CODE, _DROPOUT_CODE = (f.__code__ if is_unpatched(f) else None for f in (_FORWARD, _DROPOUT))
 # All that `linear_operands` checks for most layers.
-LINEAR = Such(
+LINEAR = ModuleGuard(
     nn.Linear,
     (("forward", _FORWARD), *CALLS_FORWARD, *LOADS_PLAINLY),
     ((_FORWARD, "__code__", _CODE),),
@@ -45,7 +53,7 @@ def is_linear(module: Any) -> bool:
     if isinstance(module, nn.Linear):
         kind = type(module)
         is_original = kind.forward is _FORWARD and _FORWARD.__code__ is _CODE
-        return is_original and is_left_to_modules(kind, "weight", "bias")
+        return is_original and only_instances_define(kind, "weight", "bias")
     return isinstance(module, nn.Module) and _is_transposed(module)
 
 
@@ -59,7 +67,7 @@ def _is_transposed(module: nn.Module) -> bool:
     file = getattr(sys.modules.get(_CONV1D), "__file__", None)
     is_original = code.co_name == "forward" and code.co_filename == file and not forward.__defaults__
     is_original = is_original and forward.__globals__.get("torch") is torch
-    return is_original and is_left_to_modules(kind, "weight", "bias", "nf")
+    return is_original and only_instances_define(kind, "weight", "bias", "nf")
 
 
 def linear_operands(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor, Tensor | None]] | None:
@@ -67,7 +75,7 @@ def linear_operands(modules: Sequence[Any], input: Tensor) -> list[tuple[Tensor,
 
     Reasons are hooks, other classes, or parameters whose dtype or device differs from the input's.
     """
-    native = linears_surely(modules, LINEAR, input)
+    native = linear_parameters_natively(modules, LINEAR, input)
     return native if native is not None else linear_operands_in_python(modules, input)
 
 
@@ -78,9 +86,9 @@ def linear_operands_in_python(modules: Sequence[Any], input: Tensor) -> list[tup
     for module in modules:
         if type(module) is not kind:  # check each class only once
             kind, transposed = type(module), not isinstance(module, nn.Linear)
-            if not is_linear(module) or not calls_forward(kind):
+            if not is_linear(module) or not class_calls_forward(kind):
                 return None
-        if not is_bare(module):
+        if not is_plain_instance(module):
             return None
         own = module.__dict__
         held = own["_parameters"]
@@ -91,10 +99,10 @@ def linear_operands_in_python(modules: Sequence[Any], input: Tensor) -> list[tup
             weight, bias = held["weight"], held["bias"]
         else:  # buffers, tensors that replace parameters under sharding, or instance attributes that shadow parameters
             weight, bias = module.weight, module.bias
-        if not (is_beside(weight, input) or _may_be_cast(weight, input)) or weight.dim() != 2:
+        if not (matches_input(weight, input) or _may_be_cast(weight, input)) or weight.dim() != 2:
             return None
         if bias is not None:
-            fits = is_beside(bias, input) or _may_be_cast(bias, input)
+            fits = matches_input(bias, input) or _may_be_cast(bias, input)
             if not fits or bias.shape != weight.shape[1 if transposed else 0 :][:1]:
                 return None
         if transposed:

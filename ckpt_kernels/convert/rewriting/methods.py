@@ -20,16 +20,16 @@ from ...activations import FUNCTIONS as ACTIVATIONS
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import is_adapter
-from ..biased import adds_bias
+from ..biased_linears import adds_bias
 from ..code.frames import may_be_rewritten
 from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
 from ..code.source import NoSource, decorator_chain, definition_of
 from ..code.straight_line import MAX_RUN_LENGTH, Binding, Run, blocks, run_between
 from ..rotations.recognition import is_rotation
-from ..rules.pointwise import Tried, activation_by_trial
+from ..rules.activation_trials import TrialResult, activation_by_trial
 from ..rules.rule import Rule
-from ..rules.trial import in_a_thread_of_its_own
+from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
 from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
@@ -253,7 +253,7 @@ def _formulas(node: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> l
 
 
 @memoized
-@in_a_thread_of_its_own
+@in_own_thread
 def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tuple[Any, ...]) -> Role:
     """The role of a formula, an activation if the formula computes one, with these values of the names in the text."""
     code = compile(text, "<formula>", "eval")
@@ -267,7 +267,7 @@ def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tup
         with torch.no_grad():
             results = compute(points.clone())
         close = (torch.allclose(results, FORMULAS[name](points), rtol=1e-6, atol=1e-6) for name in NAMES)
-        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else Tried()
+        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else TrialResult()
         return Role() if name is None else Role("act", name, not keeps_input, functions, is_exact)
     except Exception:  # a formula that raises, whatever the exception, is no activation
         return Role()

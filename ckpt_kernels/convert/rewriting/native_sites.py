@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..asked import Activation, Site, Such
-from ..loads import LOADS_PLAINLY
-from ..operands import QUIET
-from ..rules.pointwise import KEPT_BY_OUTPUT, KNOWN
+from ..attribute_loads import LOADS_PLAINLY
+from ..native_guards import ActivationGuard, ModuleGuard, SiteGuard
+from ..operands import GLOBAL_STATE
+from ..rules.pointwise import KEPT_BY_OUTPUT, NATIVE_ACTIVATIONS
 from .guards import LINEAR
 from .reader import Match
 from .templates import Pattern, eager_saves_act_input
@@ -22,12 +22,12 @@ from .templates import Pattern, eager_saves_act_input
 _is_compiling = torch.compiler.is_compiling
 
 
-def _is_kept_by_output(known: str | Activation) -> bool:
+def _is_kept_by_output(known: str | ActivationGuard) -> bool:
     return (known if isinstance(known, str) else known.name) in KEPT_BY_OUTPUT
 
 
 # The activations for which eager torch saves the input.
-_KNOWN_BY_INPUT = tuple(pair for pair in KNOWN if not _is_kept_by_output(pair[1]))
+_KNOWN_BY_INPUT = tuple(pair for pair in NATIVE_ACTIVATIONS if not _is_kept_by_output(pair[1]))
 # A function that returns the results and True, or False.
 NativeCall = Callable[..., list[Any]]
 
@@ -60,16 +60,16 @@ def native_call(pattern: Pattern, places: Mapping[str, int | str], options: dict
     wanted = [(places[name], letters[name]) for name in pattern.parameters if name in places]
     wanted += [(places["act"], "a")] if has_act else []
     constants = pattern.options | options
-    known = KNOWN if eager_saves_act_input(pattern, constants) else _KNOWN_BY_INPUT
+    known = NATIVE_ACTIVATIONS if eager_saves_act_input(pattern, constants) else _KNOWN_BY_INPUT
     attributes = tuple(place for place in places.values() if isinstance(place, str))
-    owner = Such(nn.Module, LOADS_PLAINLY, (), attributes, (), ())
-    asker = Site(QUIET, owner, LINEAR, known, tuple(wanted)).asker()
-    if asker is None:
+    owner = ModuleGuard(nn.Module, LOADS_PLAINLY, (), attributes, (), ())
+    native_check = SiteGuard(GLOBAL_STATE, owner, LINEAR, known, tuple(wanted)).native_check()
+    if native_check is None:
         return None
     compute, fixed = pattern.compute, constants | ({"p": 0.0} if "p" in pattern.parameters else {})
 
     def call(*values: Any) -> list[Any]:
-        operands = None if _is_compiling() else asker(*values)
+        operands = None if _is_compiling() else native_check(*values)
         results = None if operands is None else compute(*operands, **fixed)
         if results is None:
             return [False]

@@ -15,10 +15,10 @@ import torch.nn.functional
 from torch import Tensor, nn
 
 from ... import functional as ours
-from ..operands import as_plain, is_called_plainly, is_operand, is_ordinary
+from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
 from ..rotations.recognition import is_rotation, replacing_local_rotation, replacing_rotation, settings_in
-from ..rules.channel_norms import are_moved
-from ..rules.norms import lies_as_a_map
+from ..rules.channel_norms import are_running_statistics
+from ..rules.norms import is_dense_map
 from ..rules.pointwise import ActivationRule, pointwise_of
 
 # Torch's functions as they were when this package was imported: a user may patch them later.
@@ -49,7 +49,7 @@ def replacing_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
     replacement = REPLACEMENTS[function]
 
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
-        plain, kind = as_plain(input)
+        plain, kind = as_plain_tensor(input)
         if kind is None:
             return replacement(input, *args, **kwargs)
         return replacement(plain, *args, **kwargs).as_subclass(kind)
@@ -62,7 +62,7 @@ def replacing_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any],
 
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
         is_plain_call = not args and not kwargs and is_operand(input) and is_called_plainly(module)
-        output = rule.of(module, input) if is_plain_call else None
+        output = rule.apply(module, input) if is_plain_call else None
         return module(input, *args, **kwargs) if output is None else output
 
     return lambda called: call if called is module else called
@@ -102,11 +102,7 @@ def _is_row_norm(input: Any, normalized_shape: Any, *coefficients: Any) -> bool:
 def _group_norm(input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
     fits = is_operand(input) and _are_operands(weight, bias) and input.dim() > 2 and _same_dtype(input, weight, bias)
     fits = (
-        fits
-        and type(num_groups) is int
-        and num_groups > 0
-        and input.shape[1] % num_groups == 0
-        and lies_as_a_map(input)
+        fits and type(num_groups) is int and num_groups > 0 and input.shape[1] % num_groups == 0 and is_dense_map(input)
     )
     function = ours.group_norm if fits else theirs.group_norm
     return function(input, num_groups, weight, bias, eps)
@@ -128,7 +124,7 @@ def _batch_norm(
     fits = fits and _same_dtype(input, weight, bias) and type(training) is bool and type(momentum) in (float, int)
     fits = fits and (training or running_mean is not None) and input.numel() > input.shape[1]
     fits = fits and (running_mean is None) == (running_var is None) and _same_dtype(input, *statistics)
-    fits = fits and (running_mean is None or are_moved(running_mean, running_var, input.shape[1]))
+    fits = fits and (running_mean is None or are_running_statistics(running_mean, running_var, input.shape[1]))
     function = ours.batch_norm if fits else theirs.batch_norm
     return function(input, *statistics, weight, bias, training, momentum, eps)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...activations import FUNCTIONS as ACTIVATIONS
-from ..loads import load
+from ..attribute_loads import load_attribute
 from ..rotations.recognition import is_rotation
 from ..rules.function_trials import activation_function
 from ..rules.in_place import writes_over
@@ -71,7 +71,7 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
         if is_linear(value):
             return Role("linear")
         # The adapter may be removed later: guards check the module at each call.
-        base = load(value, "base_layer")
+        base = load_attribute(value, "base_layer")
         if isinstance(base, nn.Module) and is_linear(base) and may_touch(base):
             return Role("linear", ADAPTED)
         if (name := activation_of(value, made=True)) is not None:

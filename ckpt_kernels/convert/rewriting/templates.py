@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operands import as_plain, has_hooks_for_all, is_ordinary, is_watched
+from ..operands import as_plain_tensor, has_global_hooks, is_observed, is_ordinary
 from ..rules.function_trials import TriedFunction
 from ..rules.pointwise import KEPT_BY_OUTPUT, activation_of
 from .guards import CHUNK, autocast_input, dropout_probability, linear_operands, norm_rule
@@ -136,7 +136,7 @@ def guarded_call(
     makes_act_input, saves_act_input = pattern.makes_act_input, eager_saves_act_input(pattern, constants)
 
     def call(**operands: Any) -> list[Any]:
-        results = None if is_watched() or has_hooks_for_all() else computed(operands)
+        results = None if is_observed() or has_global_hooks() else computed(operands)
         if results is None:
             return [*[operands[name] for name in returned], False]
         results.append(True)
@@ -153,7 +153,7 @@ def guarded_call(
         for name in tensors:
             tensor = operands[name]
             if type(tensor) is not Tensor:
-                tensor, subclass = as_plain(tensor)
+                tensor, subclass = as_plain_tensor(tensor)
                 if subclass is not None and kind not in (None, subclass):
                     return None
                 kind = kind or subclass

@@ -16,7 +16,7 @@ from ..code.code_objects import names_in
 from ..code.function_reachability import read_function
 from ..code.memoization import memoized
 from ..code.reachability import CodeSnapshot, NotTriable
-from ..rules.trial import in_a_thread_of_its_own
+from ..rules.trial import in_own_thread
 from .checks import dtypes_of, has_same_gradients, holds_for_all, with_broadcast_dims
 from .forms import (
     CallConvention,
@@ -124,7 +124,7 @@ def _recognized(function: types.FunctionType, settings: tuple[str, ...]) -> Rota
     return "turns nothing as ours does" if rotation is None else rotation
 
 
-@in_a_thread_of_its_own
+@in_own_thread
 def _try_out(function: types.FunctionType, code: CodeSnapshot, varied: Sequence[str]) -> Rotation | None:
     names, defaults = parameters_of(function)
     rotation = Rotation(function, code)

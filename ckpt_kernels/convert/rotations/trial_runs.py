@@ -13,7 +13,7 @@ from torch import Tensor
 from ...backends import reference
 from ...backends.blocks import Rotary
 from ..code.reachability import NotTriable
-from ..rules.trial import Watching
+from ..rules.trial import TrialMode
 from .forms import CallConvention, Form
 
 # The allowed operations, none of which writes to an operand. (Autograd detaches tensors that are written to; `detach`
@@ -124,7 +124,7 @@ class Trial:
         return matching
 
 
-class _AllowedOperations(Watching):
+class _AllowedOperations(TrialMode):
     """Ends a trial at any operation but the allowed ones, and at a write to any tensor but the function's `empty_like`.
 
     With a `unit` the trial also ends at a part of a dimension whose length is no multiple of the unit, and at `select`

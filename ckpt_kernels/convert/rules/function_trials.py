@@ -1,4 +1,4 @@
-"""Activations that are functions of a file, `def gelu(x): ...`: known by trying them out, as modules are."""
+"""Recognises activations that are functions of a Python file, `def gelu(x): ...`, by trials as for modules."""
 
 import sys
 import types
@@ -10,12 +10,17 @@ from torch import nn
 from ..code.call_graph import belongs_to_torch
 from ..code.memoization import memoized
 from ..code.reachability import CodeReader, CodeSnapshot, NotTriable, depends_on_shapes
-from .pointwise import activation_by_trial
-from .trial import POINTWISE, in_a_thread_of_its_own, result_of, takes_one
+from .activation_trials import activation_by_trial
+from .trial import POINTWISE, in_own_thread, result_of, takes_one_argument
 
 
 class TriedFunction(NamedTuple):
-    """A function, the activation that it was when it was tried out, and all that its code reaches."""
+    """A function, the activation that the trial recognised, and all code and globals that the function reaches.
+
+    Attributes:
+        keeps_input: whether torch saves the input for backward.
+        is_exact: whether the formula is exact; one with rounded constants differs from the activation in float64.
+    """
 
     function: types.FunctionType
     name: str
@@ -24,30 +29,33 @@ class TriedFunction(NamedTuple):
     is_exact: bool
 
     def name_of(self, called: Any, wide: bool = False) -> str | None:
-        """The activation that a call of that computes now; None if it is another function, or no more what it was, or
-        another activation to float64 where operands are that `wide`."""
+        """The activation that a call of `called` computes now.
+
+        None for another function, for a function that has changed since the trial, and for a formula that is not exact
+        where operands are `wide`, which is float64.
+        """
         holds = called is self.function and (self.is_exact or not wide)
         return self.name if holds and self.code.is_same() else None
 
 
 @memoized
 def activation_function(value: Any) -> TriedFunction | None:
-    """What a function computes that is an activation of ours; None for any other value.
+    """The trial of a function that computes a known activation; None for any other value.
 
-    It is one that its module has under its name, so that what is known of it can be pickled.
+    The function must be importable under its name, so that the trial can be pickled.
     """
-    if type(value) is not types.FunctionType or belongs_to_torch(value) or not takes_one(value, 0):
+    if type(value) is not types.FunctionType or belongs_to_torch(value) or not takes_one_argument(value, 0):
         return None
     if getattr(sys.modules.get(value.__module__), value.__name__, None) is not value:
         return None
     try:
-        return _tried_out(value)
+        return _tried(value)
     except NotTriable:
         return None
 
 
-@in_a_thread_of_its_own
-def _tried_out(function: types.FunctionType) -> TriedFunction | None:
+@in_own_thread
+def _tried(function: types.FunctionType) -> TriedFunction | None:
     reader = CodeReader(nn.Module())
     reader.read_function(function)
     if depends_on_shapes(reader):

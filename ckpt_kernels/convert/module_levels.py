@@ -1,4 +1,4 @@
-"""Levels by module: which part of a model keeps what, by a mapping of names or by a plan, and what runs it so."""
+"""Recompute levels by module, from a mapping of names or from a plan, and the context that runs a module at a level."""
 
 import fnmatch
 import functools
@@ -13,20 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
 from ..recompute import run_at
 from ..runs import Place, run_in
-from .around import look_for_later, selecting
-from .loads import modules_of, named_modules
+from .forward_contexts import checkpointing_selectively, convert_late_modules_if_outermost
+from .module_tree import modules_of, named_modules
 from .rules.rule import Forward
 from .selection import Choice, Selection
 
 
 @dataclass(frozen=True)
 class AtLevel:
-    """What the forward of a module with a level of its own runs in.
+    """The context that runs the forward of a module at a level of its own.
 
     Attributes:
         level: one of `OF_LAYERS`.
-        places: where the module is in a checkpointed run, and in runs within that; () is nowhere.
-        may_repeat: whether torch.compile may run it twice.
+        places: the module's place in a checkpointed run (see `runs`), and in runs within that run; () is none.
+        may_repeat: whether the forward may run twice under torch.compile.
     """
 
     level: str
@@ -36,15 +36,15 @@ class AtLevel:
     def __call__(self, forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return forward(module, *args, **kwargs)
-        look_for_later(module)
+        convert_late_modules_if_outermost(module)
         if torch.compiler.is_compiling():
             return self._compiled(forward, module, args, kwargs)
         if not self.places:
             level = "block" if self.level == NONE else self.level
             return run_at(level, functools.partial(forward, module), module, args, kwargs)
-        return run_in(self.places, functools.partial(self._inside, forward, module), module, args, kwargs)
+        return run_in(self.places, functools.partial(self._in_checkpoint, forward, module), module, args, kwargs)
 
-    def _inside(self, forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _in_checkpoint(self, forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.level in (NONE, "block"):
             return forward(module, *args, **kwargs)
         return run_at(self.level, functools.partial(forward, module), module, args, kwargs, alone=True)
@@ -54,14 +54,14 @@ class AtLevel:
             return forward(module, *args, **kwargs)
         if self.places:
             return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
-        return selecting(forward, module, args, kwargs)
+        return checkpointing_selectively(forward, module, args, kwargs)
 
 
-class Planned(Protocol):
-    """What gives modules their levels."""
+class LevelSource(Protocol):
+    """An object that chooses levels for the modules of a model, such as a plan."""
 
     def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
-        """By the modules' names: the level, as it is spelled, and where the module is in checkpointed runs."""
+        """By the modules' names: the level, as a string, and the module's places in checkpointed runs."""
         ...
 
 
@@ -69,20 +69,20 @@ class Levels:
     """The level of each module of a model.
 
     Attributes:
-        named: by the modules that are named, with all that is below them, their levels and places.
-        whole: the level of all others.
-        is_by_module: whether some are named.
+        named: the levels and places of modules that were named; each level holds for all modules below, too.
+        whole: the level of all other modules.
+        is_by_module: whether levels were given by module.
 
     Args:
         model: a module.
-        recompute: one level for all, levels by names of modules (with * and ?), or a plan.
+        recompute: one level for all modules, levels by names of modules (with * and ?), or a plan.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: `recompute` is none of these.
         ValueError: a level is unknown, or a name fits no module.
     """
 
-    def __init__(self, model: nn.Module, recompute: "str | Mapping[str, str] | Planned") -> None:
+    def __init__(self, model: nn.Module, recompute: "str | Mapping[str, str] | LevelSource") -> None:
         self.named: dict[nn.Module, tuple[Policy, tuple[Place, ...]]] = {}
         self._level: dict[nn.Module, str] = {}
         whole = recompute if isinstance(recompute, str) else getattr(recompute, "whole", None)
@@ -98,7 +98,7 @@ class Levels:
                 policy = Policy.of(level, OF_LAYERS, f"the level of {name!r}")
                 if name not in names:
                     raise ValueError(f"recompute has a level for {name!r}; expected names of modules")
-                self._cover(names[name], policy, places)
+                self._set_level(names[name], policy, places)
         else:
             raise TypeError(
                 f"recompute is {type(recompute).__name__}; expected a level, a mapping of names to levels, or a plan"
@@ -119,27 +119,27 @@ class Levels:
                     continue
                 below.update(modules_of(module))
                 places = (Place(len(self._level), 0, True),) if policy.is_checkpoint else ()
-                self._cover(module, policy.inside(), places)
+                self._set_level(module, policy.inside(), places)
 
-    def _cover(self, module: nn.Module, policy: Policy, places: tuple[Place, ...]) -> None:
-        """Whatever was said of what is below before no longer holds."""
+    def _set_level(self, module: nn.Module, policy: Policy, places: tuple[Place, ...]) -> None:
+        """Sets the level of a module and of all modules below, in place of earlier levels there."""
         for below in modules_of(module):
             self.named.pop(below, None)
             self._level[below] = policy.level
         self.named[module] = policy, places
 
     def of(self, module: nn.Module) -> str:
-        """The level of a module, or of what it is in."""
+        """The level of a module, from the last name given for that module or for one around."""
         return self._level.get(module, self.whole.level)
 
     @property
     def has_tiles(self) -> bool:
-        """Whether a level says how many tiles there are."""
+        """Whether a level states a number of tiles."""
         return any(policy.tiles for policy in (self.whole, *(policy for policy, _ in self.named.values())))
 
     @property
     def has_offloaded(self) -> bool:
-        """Whether what a module keeps is to wait in host memory."""
+        """Whether a level moves saved tensors to host memory."""
         return any(policy.is_offloaded for policy, _ in self.named.values())
 
     def __str__(self) -> str:
@@ -152,8 +152,8 @@ class Levels:
         return "by module: " + (", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "none")
 
 
-class Touched(Selection):
-    """What a conversion may touch: what is selected, and is not to stay as it is."""
+class ConvertibleModules(Selection):
+    """The selected modules whose level is not "none"."""
 
     def __init__(self, model: nn.Module, include: Choice, exclude: Choice, levels: Levels) -> None:
         super().__init__(model, include, exclude)

@@ -1,4 +1,4 @@
-"""Linear layers whose class multiplies and adds the bias in a forward of its own, such as Falcon's."""
+"""Recognises linear layers with a forward of their own that multiplies and then adds the bias, such as Falcon's."""
 
 import ast
 import types
@@ -8,18 +8,18 @@ from torch.nn.parameter import is_lazy
 
 from .code.memoization import memoized
 from .code.source import NoSource, decorator_chain, definition_of
-from .loads import has_children
+from .module_tree import has_children
 
 _PRODUCTS = frozenset(("linear", "matmul", "mm"))
 
 
 def adds_bias(module: nn.Module) -> bool:
-    """Whether it has a matrix and a bias, no children, and both a matrix product and a sum in its forward.
+    """Whether the module has a matrix, a bias and no children, and a forward with a matrix product and a sum.
 
-    It decides what is worth a look, and nothing about what is right.
+    The answer decides whether the module's methods are read, and has no influence on results.
     """
-    held = [p for p in module._parameters.values() if p is not None and not is_lazy(p)]
-    if has_children(module) or sorted(p.dim() for p in held) != [1, 2]:
+    parameters = [p for p in module._parameters.values() if p is not None and not is_lazy(p)]
+    if has_children(module) or sorted(p.dim() for p in parameters) != [1, 2]:
         return False
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType):
