@@ -84,8 +84,9 @@ CLASSES = [nn.Linear, nn.Bilinear, _OwnForward, _OwnWeight, _OwnCall, _OwnLoads]
 
 def _both(layer: object, input: Tensor) -> tuple[object, object]:
     """What C knows of it, and what Python does."""
-    in_c = native_guards.linear_parameters_natively([layer], guards.LINEAR, input)
-    return in_c, guards.linear_operands_in_python([layer], input)
+    return native_guards.linear_parameters_natively([layer], guards.LINEAR, input), guards.linear_operands_in_python(
+        [layer], input
+    )
 
 
 @pytest.mark.parametrize("change", PLAIN)
@@ -177,7 +178,7 @@ NAMES = ("gate", "value", "last", "act")
 
 
 def _asked(model: Any, input: Any) -> tuple[list[Any], list[Any]]:
-    """What the quick site says of it, and what Python does, of modules as they are loaded there."""
+    """What the native call says of it, and what Python does, of modules as they are loaded there."""
     in_c = native_call(fused_patterns.gated_mlp, {"input": 1} | {name: name for name in NAMES}, OPTIONS)
     assert in_c is not None
     operands = {name: getattr(model, name) for name in NAMES}
