@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
-from ckpt_kernels.arguments import amount, file, positive
+from ckpt_kernels.cli_arguments import amount, file, positive
 from ckpt_kernels.levels import OF_MODELS
 
 WIDTH, BATCH, VOCABULARY = 512, 2, 4096

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert.loads import modules_of
-from .values import tensors_among
+from .nested_values import tensors_among
 
 
 def autocast_now() -> list[tuple[str, dict[str, Any]]]:

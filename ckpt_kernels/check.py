@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import memory
 from .convert import Report, convert, revert
-from .copies import copy_of
+from .model_copies import copy_of
 from .model_state import different, state_of, types_in
 from .model_steps import (
     call,

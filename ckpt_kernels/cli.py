@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from . import check, doctor, inspect, memory
-from .arguments import file, natural, picture, positive
+from .cli_arguments import file, natural, picture, positive
 from .convert import convert, is_converted, revert
-from .copies import copy_of
 from .inspect import ARCHITECTURES, COLUMNS, roofline
 from .levels import OF_MODELS
+from .model_copies import copy_of
 from .plan import DoesNotFit, plan
 from .plan.budget import Budget, bytes_of
 from .target import BadTarget, Inputs, arguments_of, built

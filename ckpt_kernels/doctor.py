@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import backends
-from .memory.freed import fresh_memory
+from .memory.freed_memory import fresh_memory
 from .thin.direct import why_not
 from .version import __version__
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from .logit_functions import Description, Product, known
 from .ops.composition import composed_gradients
-from .saved_tensors import seen_by_nobody
+from .saved_tensor_hooks import seen_by_nobody
 
 
 class _Family:

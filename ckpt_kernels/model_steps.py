@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .nested_values import tensors_in
 from .target import Inputs, arguments_of
-from .values import tensors_in
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

@@ -28,10 +28,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .convert.loads import named_modules, tensors_of
 from .convert.rules.rule import Forward
 from .convert.swap import may_be_swapped, surround
-from .host import from_host, to_host
+from .host_memory import from_host, to_host
 from .recompute import discarding, run_at
 from .recompute.active import top_hooks
-from .recompute.contents import Unwritten, watching
+from .recompute.cells import Unwritten, watching
 from .runs.arguments import unwritten
 
 # Smaller ones stay: their copies cost more than their memory is worth.

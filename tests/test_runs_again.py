@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import recompute
+from ckpt_kernels.bitwise_check import watched
 from ckpt_kernels.convert.planned import Levels
 from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.runs import is_repeating
-from ckpt_kernels.watching import watched
 
 from .test_runs import ROWS, TREES, WIDTH, Net, Tree, flat, inputs, made
 

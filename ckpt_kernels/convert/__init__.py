@@ -20,7 +20,7 @@ from .. import backends, offload
 from ..functional.mlps import tiles_for
 from ..levels import of_blocks
 from ..memory import kept_bytes
-from ..models import check_model
+from ..model_argument import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
 from .code.remembering import forget_what_is_local
 from .code.writes import writer_in

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..models import check_model
+from ..model_argument import check_model
 from .common import Recompute, converted
 
 

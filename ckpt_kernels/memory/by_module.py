@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nested_values import tensors_in
 from ..recompute import discard_outputs
-from ..values import tensors_in
 from . import table
 from .peak import peak_bytes
 from .saved import SavedTensor, saved_tensors

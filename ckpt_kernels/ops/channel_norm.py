@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends import reference
 from .block import Block
+from .channel_layout import maps_of
 from .channel_steps import (
     GradientOptions,
     Options,
@@ -27,7 +28,6 @@ from .channel_steps import (
     slope_source,
     whole_backend,
 )
-from .maps import maps_of
 from .operands import constant, in_dtypes_of, vector, wide, zero
 from .sharding import Sharding, channels_of_input, every_dim, like_input
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends, recompute
 from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
-from .maps import Maps, maps_of
+from .channel_layout import Maps, maps_of
 from .operands import vector
 
 

@@ -21,7 +21,6 @@ from ..autocast import is_autocast
 from .composition import by_composition, is_fused
 from .linear_blocks import Block
 from .linear_gradients import block_linear_gradients, block_product_gradients, composed, parted, through_composition
-from .pinned import pinned_function
 from .products import (
     as_no_view,
     grad_bias_of,
@@ -33,6 +32,7 @@ from .products import (
     product_of,
     products_of,
 )
+from .same_backend import pinned_function
 
 
 class _Linear(torch.autograd.Function):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..saved_tensors import seen_by_nobody
+from ..saved_tensor_hooks import seen_by_nobody
 from .accumulate import add_product, add_sum, buffer_for
 from .composition import by_composition, composed_gradients
 from .products import linear_of_torch

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from .. import backends, recompute
 from . import nested
-from .pinned import pinned
+from .same_backend import pinned
 from .sharding import Sharding, is_sharded
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))

@@ -17,9 +17,9 @@ from .composition import by_composition
 from .linear import announced, linear_block_linear, recorded
 from .linear_blocks import Block
 from .linear_gradients import through_composition
-from .pinned import pinned_function
 from .products import as_matrix, grad_input_of, grad_of_shared, product_dtype, product_of, products_of
 from .registration import is_plain, is_transformed
+from .same_backend import pinned_function
 
 
 class _Thread(threading.local):

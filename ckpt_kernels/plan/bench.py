@@ -20,11 +20,11 @@ from ..convert import convert, revert
 from ..convert.layers import layers_of
 from ..convert.loads import named_modules
 from ..convert.swap import surround
-from ..copies import copied, twin_of
 from ..levels import OF_MODULES, WITHIN_CHECKPOINT, Policy
 from ..memory import random_numbers_kept
+from ..model_copies import copied, twin_of
+from ..nested_values import tensors_in
 from ..runs import Place, is_sharded
-from ..values import tensors_in
 from .marks import Point, Recorder, marking, peak_of
 
 Loss = Callable[[Any], Tensor]

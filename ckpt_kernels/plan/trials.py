@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..bitwise_check import watched
 from ..convert.loads import modules_of
 from ..levels import CHECKPOINT, IN_TILES, NONE, OF_MODULES, Policy
 from ..model_state import described, different
-from ..watching import watched
 from .bench import EAGER, Bench, ByLayer, InRuns, is_out_of_memory
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
 

@@ -12,7 +12,7 @@ that were there before are called from here for all tensors that are not discard
 """
 
 from .active import discarding, is_active, thread
-from .announced import Announcement
+from .announcements import Announcement
 from .announcing import announce, announce_in_layer, note, record, watch
 from .contexts import DiscardOutputs, discard_outputs, selective_contexts
 from .layers import layer, run_as_layer, run_at

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import nodes, quick
+from . import fast_path, nodes
 from .active import discarding, innermost, sees_what_is_saved, thread
-from .announced import Announced, Announcement, Total
+from .announcements import Announced, Announcement, Total
 
 
 def announce(
@@ -51,7 +51,7 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
     if discarder is None:
         return
     if recipe is None:
-        quick.record(discarder, output)
+        fast_path.record(discarder, output)
     elif output.requires_grad:
         discarder.record(output, recipe)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from . import quick
+from . import fast_path
 
 
 class Biases:
@@ -14,7 +14,7 @@ class Biases:
     unchanged. A bias that is given other data (`bias.data = other`) has the version that it had."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        found = None if module is None else quick.biases(module)
+        found = None if module is None else fast_path.biases(module)
         self._versions = versions_in(module) if found is None and module is not None else found
 
     def is_as_used(self, bias: nn.Parameter) -> bool:

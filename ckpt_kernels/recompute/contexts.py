@@ -14,9 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from .. import backends
-from . import provenance, quick
+from . import fast_path, provenance
 from .active import discarding, innermost, sees_what_is_saved, thread
-from .contents import Cell, Kept, nothing
+from .cells import Cell, Kept, nothing
 from .discarder import Discarder
 from .entries import Block, Entry
 from .recipes import LONGEST_CHAIN, Claim, Recipe
@@ -118,7 +118,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
     discarder = Discarder(module, products, temporaries)
     hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
     try:
-        hooks._push_saved_tensors_default_hooks(quick.packing(discarder), _unpack)
+        hooks._push_saved_tensors_default_hooks(fast_path.packing(discarder), _unpack)
         thread.active.append(discarder)
         yield
     finally:
@@ -134,7 +134,7 @@ def use_library(thin: Any) -> None:
     stops = ATTENTIONS | {provenance.LEAF}
     thin.set_up_cells(Cell, Kept, Claim, torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
     thin.set_up_records(Recipe, Entry, Block, StorageWeakRef, backends.chosen, threading.RLock, nothing)
-    quick.library = thin
+    fast_path.library = thin
 
 
 def _unpack(packed: Cell) -> Tensor:

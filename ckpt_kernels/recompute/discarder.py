@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .active import sees_what_is_saved, top_hooks
-from .announced import Announced, Announcement, Packed, Total, are_among, may_be_sharded, outlasting
+from .announcements import Announced, Announcement, Packed, Total, are_among, may_be_sharded, outlasting
 from .biases import Biases
-from .contents import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
-from .edges import Edges
+from .cells import Cell, Foreign, Kept, Operand, Unwritten, is_plain, watching
 from .entries import Block, Entries, Entry, watch_of
-from .keepers import exchange, note_keeper
+from .layer_boundaries import Edges
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
 from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .shared_results import exchange, note_keeper
 from .small_operands import COPIED, SmallOperands, fills_memory
-from .stacked import Stacked
+from .stacked_weights import Stacked
 
 
 class Discarder:

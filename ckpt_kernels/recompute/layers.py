@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..values import tensors_among
+from ..nested_values import tensors_among
 from .active import discarding
 from .contexts import discard_outputs
 from .discarder import Discarder

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..autocast import is_autocast
 from .active import thread
-from .contents import Absent, Cell, watching
+from .cells import Absent, Cell, watching
 from .recipes import Geometry
 from .rules import Rule
 from .small_operands import SmallOperand

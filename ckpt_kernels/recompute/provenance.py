@@ -17,13 +17,13 @@ from torch.autograd.function import BackwardCFunction
 
 from . import nodes
 from .biases import Biases
-from .contents import Absent, Cell, Operand
+from .cells import Absent, Cell, Operand
 from .entries import Block, block_of
 from .nodes import Edge
 from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
 from .small_operands import SmallOperand
-from .stacked import Stacked
+from .stacked_weights import Stacked
 
 # Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
 MOST_STEPS = 12

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .contents import Operand
+from .cells import Operand
 
 _graph_task_id = torch._C._current_graph_task_id
 _NUMBERS = (int, float)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..bitwise_check import bits_of
 from ..call_state import Buffer, RandomState, autocast_now
 from ..convert.loads import modules_of
-from ..values import tensors_among
-from ..watching import bits_of
+from ..nested_values import tensors_among
 
 if TYPE_CHECKING:
     from .run import Run

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bitwise_check import bits_of, note_difference
 from ..call_state import Buffer, RandomState
 from ..convert.loads import modules_of
+from ..nested_values import tensors_among
 from ..recompute import discarding
 from ..recompute.discarder import Discarder
-from ..saved_tensors import as_is
-from ..values import tensors_among
-from ..watching import bits_of, note_difference
+from ..saved_tensor_hooks import as_is
 from .arguments import Input, Link, loaded, unwritten, version_of
 from .calls import Call, Place, Saved
 from .state import repeating

@@ -8,6 +8,6 @@ and dtypes, and with the same options, was made before. The plan runs the same k
 """
 
 from . import bias_act, channel_norm, glu, linear, row_norm
-from .plans import plan_of, remember
+from .plan_cache import plan_of, remember
 
 __all__ = ["bias_act", "channel_norm", "glu", "linear", "plan_of", "remember", "row_norm"]

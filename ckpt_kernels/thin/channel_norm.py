@@ -9,8 +9,8 @@ from torch import Tensor
 from .. import ops
 from ..activations import CODES
 from ..backends.reference import compute_dtype
+from ..ops.channel_layout import maps_of
 from ..ops.channel_steps import GradientOptions, Options, slope_source
-from ..ops.maps import maps_of
 from .direct import direct
 from .plan import Plan, thread
 

@@ -15,7 +15,7 @@ from ..backends.reference import compute_dtype
 from ..ops.linear_blocks import Block
 from . import bias_act, glu
 from .direct import direct, is_plain
-from .plans import plan_of, remember
+from .plan_cache import plan_of, remember
 
 _act_forward, _act_backward = direct("bias_act_forward"), direct("bias_act_backward")
 _glu_forward, _glu_backward = direct("glu_forward"), direct("glu_backward")

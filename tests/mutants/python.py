@@ -52,7 +52,7 @@ PYTHON = (
     ),
     Mutant(
         "a kept tensor may be written to",
-        "ckpt_kernels/recompute/contents.py",
+        "ckpt_kernels/recompute/cells.py",
         "if tensor._version != self.version",
         "if False",
         "tests/test_recompute.py -k write_to_what_is_kept",

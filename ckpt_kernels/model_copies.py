@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .values import tensors_in
+from .nested_values import tensors_in
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

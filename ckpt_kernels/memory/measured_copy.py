@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..copies import copied, copy_of
+from ..model_copies import copied, copy_of
 from ..target import arguments_of
 from .saved import saved_bytes
 

@@ -8,7 +8,7 @@ import weakref
 from torch import Tensor
 
 from . import nodes
-from .contents import Cell, watching
+from .cells import Cell, watching
 from .nodes import Result
 from .recipes import Claim, Step, geometry_of, recipe_of_step
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .contents import Cell
+from .cells import Cell
 
 if TYPE_CHECKING:
     from .discarder import Discarder

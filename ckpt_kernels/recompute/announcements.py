@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .contents import Cell, Kept
+from .cells import Cell, Kept
 
 _HAS_PROCESSES = torch.distributed.is_available()
 # A function, and the tensors from which the function makes the output.
