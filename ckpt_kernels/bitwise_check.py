@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-# Where layers are watched: those that did not save the same when they ran again.
+# Where layers are record_differences: those that did not save the same when they ran again.
 _differing: set[nn.Module] | None = None
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[set[nn.Module]]:
+def record_differences() -> Iterator[set[nn.Module]]:
     """Within, each layer that runs again is held against its first pass, to the bit: those that differ."""
     global _differing
     before, _differing = _differing, set()
@@ -21,8 +21,8 @@ def watched() -> Iterator[set[nn.Module]]:
         _differing = before
 
 
-def bits_of(tensor: Tensor) -> int | None:
-    """Where layers are watched, a sum that another value would change."""
+def checksum_of(tensor: Tensor) -> int | None:
+    """Where layers are record_differences, a sum that another value would change."""
     if _differing is None:
         return None
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_complex():

@@ -13,7 +13,7 @@ from .convert.loads import modules_of
 from .nested_values import tensors_among
 
 
-def autocast_now() -> list[tuple[str, dict[str, Any]]]:
+def autocast_state() -> list[tuple[str, dict[str, Any]]]:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return [
         (

@@ -21,7 +21,7 @@ from .levels import OF_MODELS
 from .model_copies import copy_of
 from .plan import DoesNotFit, plan
 from .plan.budget import Budget, bytes_of
-from .target import BadTarget, Inputs, arguments_of, built
+from .target import Inputs, TargetError, arguments_of, load_target
 from .version import __version__
 
 
@@ -143,13 +143,13 @@ def _write(write: Callable[..., Any], path: pathlib.Path, *arguments: Any) -> No
 def _run(command: Callable[[nn.Module, Inputs, argparse.Namespace], int], options: argparse.Namespace) -> int:
     """The command's exit status; 2 where the target or its model fails, so that 1 means what was measured."""
     try:
-        model, inputs = built(options.target)
+        model, inputs = load_target(options.target)
         # Whatever the target's code has left: what is kept for gradients is the question.
         with torch.enable_grad():
             return command(model, inputs, options)
     except _NotWritten:
         raise  # for `main`
-    except BadTarget as error:
+    except TargetError as error:
         print(error, file=sys.stderr)
     # The model may end the process, too.
     except (Exception, SystemExit) as error:

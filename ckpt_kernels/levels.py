@@ -86,6 +86,6 @@ class Policy:
         return policy
 
 
-def of_blocks(level: str) -> str:
+def level_of_blocks(level: str) -> str:
     """The level of the blocks in what has a level: "layer" is "all" within."""
     return "all" if level == "layer" else level

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from .logit_functions import Description, Product, known
 from .ops.composition import composed_gradients
-from .saved_tensor_hooks import seen_by_nobody
+from .saved_tensor_hooks import without_saved_tensor_hooks
 
 
 class _Family:
@@ -50,7 +50,7 @@ class _Family:
             member = reference()
             if member is not None and member._made.value is None:
                 # As when the head was called, whatever is around whoever looks: a checkpoint, `inference_mode`.
-                with torch.inference_mode(False), torch.enable_grad(), seen_by_nobody():
+                with torch.inference_mode(False), torch.enable_grad(), without_saved_tensor_hooks():
                     member._made.set(member._make())
 
 

@@ -16,11 +16,11 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     for module in nn.Module.modules(model):  # whatever attributes the model has under that name
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                copied(value, memo)
+                deep_copied(value, memo)
     return copy.deepcopy(model, memo)
 
 
-def twin_of(model: nn.Module) -> nn.Module:
+def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     """A copy whose parameters are others in the same memory: they have gradients and hooks of their own."""
     memo: dict[int, Any] = {}
     for module in nn.Module.modules(model):
@@ -41,7 +41,7 @@ def _alias(parameter: nn.Parameter) -> Any:
     return alias
 
 
-def copied(value: Any, memo: dict[int, Any]) -> Any:
+def deep_copied(value: Any, memo: dict[int, Any]) -> Any:
     """A deep copy, of tensors that cannot be copied their values; the thing itself where it cannot be copied."""
     for tensor in tensors_in(value):
         if not tensor.is_leaf or tensor.is_inference():

@@ -31,8 +31,8 @@ from .convert.swap import may_be_swapped, surround
 from .host_memory import from_host, to_host
 from .recompute import discarding, run_at
 from .recompute.active import top_hooks
-from .recompute.cells import Unwritten, watching
-from .runs.arguments import unwritten
+from .recompute.cells import Unwritten, version_watch
+from .runs.arguments import version_checked
 
 # Smaller ones stay: their copies cost more than their memory is worth.
 LEAST = 2**20
@@ -208,9 +208,9 @@ class Visit:
         storage = tensor.untyped_storage() if _is_plain(tensor) else None
         if storage is None or tensor.nbytes < self._least or storage._cdata in self._stay:
             if self._outer is None:
-                return unwritten(tensor, "a tensor that a layer keeps")
+                return version_checked(tensor, "a tensor that a layer keeps")
             return functools.partial(self._outer[1], self._outer[0](tensor))
-        watch = watching(tensor)
+        watch = version_watch(tensor)
         assert watch is not None, "a plain tensor has a version counter"
         version = tensor._version
         tensor = tensor.detach()

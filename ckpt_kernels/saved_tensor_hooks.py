@@ -12,7 +12,7 @@ def as_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def seen_by_nobody() -> AbstractContextManager:
+def without_saved_tensor_hooks() -> AbstractContextManager:
     """What is saved within is kept as it is, and no hooks around see it."""
     if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
         return contextlib.nullcontext()

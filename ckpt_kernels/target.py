@@ -20,7 +20,7 @@ EXPECTED = (
 )
 
 
-class BadTarget(Exception):
+class TargetError(Exception):
     """A MODULE:CALLABLE that does not give what it should. The text says why, with a traceback where it is the user's
     own code that failed."""
 
@@ -33,45 +33,45 @@ def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
 
 
-def built(target: str) -> tuple[nn.Module, Inputs]:
-    """Calls `target`, MODULE:CALLABLE; the inputs as a tuple or a mapping. Raises BadTarget."""
+def load_target(target: str) -> tuple[nn.Module, Inputs]:
+    """Calls `target`, MODULE:CALLABLE; the inputs as a tuple or a mapping. Raises TargetError."""
     function = _loaded(target)
     if isinstance(function, nn.Module):
-        raise BadTarget(f"{target} is a model, {type(function).__name__}, not a function that gives one; {EXPECTED}")
+        raise TargetError(f"{target} is a model, {type(function).__name__}, not a function that gives one; {EXPECTED}")
     if not _is_callable_with_nothing(function):
-        raise BadTarget(f"{target} takes arguments, {inspect.signature(function)}; expected a function without any")
+        raise TargetError(f"{target} takes arguments, {inspect.signature(function)}; expected a function without any")
     try:
         found = function()
     except KeyboardInterrupt:
         raise
     # Whatever it is: a call of sys.exit would end the command as if it had said something.
     except BaseException as error:
-        raise BadTarget(_theirs(f"{target}() failed, in its own code", error)) from error
+        raise TargetError(_theirs(f"{target}() failed, in its own code", error)) from error
     if isinstance(found, nn.Module):
-        raise BadTarget(f"{target}() gives only a model, {type(found).__name__}; {EXPECTED}")
+        raise TargetError(f"{target}() gives only a model, {type(found).__name__}; {EXPECTED}")
     if not isinstance(found, tuple | list) or len(found) != 2:
         count = f" of {len(found)}" if isinstance(found, tuple | list) else ""
-        raise BadTarget(f"{target}() gives a {type(found).__name__}{count}; {EXPECTED}")
+        raise TargetError(f"{target}() gives a {type(found).__name__}{count}; {EXPECTED}")
     model, inputs = found
     if not isinstance(model, nn.Module):
-        raise BadTarget(f"{target}() gives a {type(model).__name__} for its model; {EXPECTED}")
+        raise TargetError(f"{target}() gives a {type(model).__name__} for its model; {EXPECTED}")
     lazy = UninitializedParameter | UninitializedBuffer
     if any(isinstance(tensor, lazy) for tensor in (*model.parameters(), *model.buffers())):
-        raise BadTarget(f"{target}() gives a model with lazy parameters; call the model once on its inputs before")
+        raise TargetError(f"{target}() gives a model with lazy parameters; call the model once on its inputs before")
     if isinstance(inputs, Mapping):
         return model, inputs
     if isinstance(inputs, Tensor | list | tuple):
         return model, arguments_of(inputs)[0]
-    raise BadTarget(f"{target}() gives a {type(inputs).__name__} for its inputs; {EXPECTED}")
+    raise TargetError(f"{target}() gives a {type(inputs).__name__} for its inputs; {EXPECTED}")
 
 
 def _loaded(target: str) -> Any:
     """What MODULE:CALLABLE names; modules are looked for in the current folder too."""
     module, colon, name = target.partition(":")
     if not (module and colon and name):
-        raise BadTarget(f"the target is {target!r}; expected MODULE:CALLABLE, as in my_module:my_function")
+        raise TargetError(f"the target is {target!r}; expected MODULE:CALLABLE, as in my_module:my_function")
     if module.startswith(".") or os.sep in module:
-        raise BadTarget(f"{target}: {module!r} is no name of a module; expected names with dots between them")
+        raise TargetError(f"{target}: {module!r} is no name of a module; expected names with dots between them")
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
@@ -80,12 +80,12 @@ def _loaded(target: str) -> Any:
     except BaseException as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and (module == missing or module.startswith(f"{missing}.")):
-            raise BadTarget(f"{target}: there is no module {missing!r} here or in Python's path") from error
-        raise BadTarget(_theirs(f"{target}: the import of {module} failed, in its own code", error)) from error
+            raise TargetError(f"{target}: there is no module {missing!r} here or in Python's path") from error
+        raise TargetError(_theirs(f"{target}: the import of {module} failed, in its own code", error)) from error
     function = getattr(found, name, None)
     if not callable(function):
         what = f"no {name!r}" if function is None else f"a {type(function).__name__} {name!r}, not a function"
-        raise BadTarget(f"{target}: {module} has {what}")
+        raise TargetError(f"{target}: {module} has {what}")
     return function
 
 

@@ -42,7 +42,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found = self.refused = 0
-        plan_of, refused = plan_cache.plan_of, plan.Plan.refused
+        plan_of, refused = plan_cache.plan_of, plan.Plan.fall_back
 
         def counted(*call: object) -> object:
             found = plan_of(*call)
@@ -54,7 +54,7 @@ class Counted:
             return refused(*arguments)
 
         monkeypatch.setattr(thin, "plan_of", counted)
-        monkeypatch.setattr(plan.Plan, "refused", counted_refusal)
+        monkeypatch.setattr(plan.Plan, "fall_back", counted_refusal)
 
     @property
     def served(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model_copies import copied, copy_of
+from ..model_copies import copy_of, deep_copied
 from ..target import arguments_of
 from .saved import saved_bytes
 
@@ -23,8 +23,8 @@ def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], obje
     with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
         twin, (args, kwargs) = copy_of(model), arguments_of(inputs)
         memo: dict[int, Any] = {}
-        args = tuple(copied(value, memo) for value in args)
-        kwargs = {name: copied(value, memo) for name, value in kwargs.items()}
+        args = tuple(deep_copied(value, memo) for value in args)
+        kwargs = {name: deep_copied(value, memo) for name, value in kwargs.items()}
         if change is not None:
             change(twin)
         return saved_bytes(twin, *args, **kwargs)

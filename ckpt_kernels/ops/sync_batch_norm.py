@@ -26,7 +26,7 @@ from .channel_steps import (
     slope_source,
 )
 from .operands import vector
-from .same_backend import pinned_function
+from .same_backend import same_backend_function
 
 
 def _merged_moments(
@@ -48,7 +48,7 @@ def _merged_moments(
     return mean, var, counts.sum().item()
 
 
-@pinned_function
+@same_backend_function
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(

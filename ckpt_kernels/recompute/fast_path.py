@@ -1,8 +1,9 @@
-"""Packing and recording in C where `_thin` is there (`csrc/thin/cells.cpp`, `csrc/thin/records.cpp`).
+"""Calls the module `_thin`, where it was built, to pack and record in C (`csrc/thin/cells.cpp`,
+`csrc/thin/records.cpp`).
 
-C makes what Python beside it makes, of the same classes, in the usual cases: cells of tensors that are surely kept as
-they are, and of blocks' outputs and views of these; and recipes of what a block's node keeps. In every other case, and
-for every error, Python is asked, which alone serves where `_thin` is missing.
+In the usual cases C creates the same objects of the same classes as the Python code: cells of tensors that are
+certainly kept, cells of blocks' outputs and of their views, and recipes that read only tensors that a block's node
+keeps. In all other cases, and for every error, the Python code runs. It also serves alone where `_thin` is missing.
 """
 
 from collections.abc import Callable
@@ -15,21 +16,21 @@ from .cells import Cell
 if TYPE_CHECKING:
     from .discarder import Discarder
 
-# `_thin`, if it is there: see `contexts.use_library`.
+# The module `_thin`, if it was built: see `contexts.use_library`.
 library: Any = None
 
 
 def packing(discarder: "Discarder") -> Callable[[Tensor], Cell]:
-    """The hook that packs what is saved; as a method's, its `__self__` is the discarder."""
+    """The hook that packs saved tensors: a bound method, whose `__self__` is the discarder."""
     return discarder.pack if library is None else library.packer(discarder)
 
 
 def record(discarder: "Discarder", output: Tensor) -> None:
-    """Takes the output of the announced op."""
+    """Records the output of the announced op."""
     if library is None or not library.record(discarder, output):
         discarder.record(output)
 
 
 def biases(module: nn.Module) -> "dict[int, tuple[nn.Parameter, int, int]] | None":
-    """What `biases.versions_in` finds; None where that is to be asked."""
+    """The result of `biases.versions_in`; None where Python must compute it."""
     return None if library is None else library.biases(module)

@@ -1,6 +1,7 @@
-"""Those who keep the result of a node that saves its result: a recipe may take the place of the tensor for all at once.
+"""Results that several autograd nodes keep: a recipe may replace the tensor in all of them at once.
 
-In `x * sigmoid(x)` the nodes of both ops keep the sigmoid, and the product's node keeps x too, which gives the sigmoid.
+Some nodes save their own result. In `x * sigmoid(x)` the nodes of both ops keep the sigmoid, and the product's node
+also keeps x, from which the sigmoid can be recomputed.
 """
 
 import weakref
@@ -8,29 +9,29 @@ import weakref
 from torch import Tensor
 
 from . import nodes
-from .cells import Cell, watching
+from .cells import Cell, version_watch
 from .nodes import Result
 from .recipes import Claim, Step, geometry_of, recipe_of_step
 
 
-def note_keeper(root: Tensor, tensor: Tensor, cell: Cell) -> None:
-    """One more keeps `tensor`, the result `root` or a view of it, by this cell."""
+def register_keeper(root: Tensor, tensor: Tensor, cell: Cell) -> None:
+    """Registers a cell that keeps `tensor`, which is the result `root` of a node or a view of it."""
     keeper = weakref.ref(cell), geometry_of(tensor)
-    own = nodes.result_cell(root.grad_fn)
-    if own is None:
+    result_cell = nodes.result_cell(root.grad_fn)
+    if result_cell is None:
         cell.attached = Result(root.shape, root.stride(), root.dtype, [keeper])
-    elif isinstance(own.attached, Result):
-        own.attached.keepers.append(keeper)
+    elif isinstance(result_cell.attached, Result):
+        result_cell.attached.keepers.append(keeper)
 
 
-def exchange(own: Cell, step: Step) -> None:
-    """Puts a recipe in the place of a node's result for all who keep it, if all keep the same version."""
-    result = own.attached
+def replace_result(result_cell: Cell, step: Step) -> None:
+    """Replaces a node's result by a recipe in all cells that keep the result, if all keep the same version."""
+    result = result_cell.attached
     if not isinstance(result, Result) or not result.dtype.is_floating_point:
         return
     keepers = [(cell, geometry) for reference, geometry in result.keepers if (cell := reference()) is not None]
-    if any(cell.depth or cell.version != own.version for cell, _ in keepers):
+    if any(cell.depth or cell.version != result_cell.version for cell, _ in keepers):
         return
     recipe = recipe_of_step(step, result.shape, result.strides, result.dtype)
     for cell, geometry in keepers:
-        cell.content, cell.watch = Claim(recipe, geometry), watching(cell.watch)
+        cell.content, cell.watch = Claim(recipe, geometry), version_watch(cell.watch)

@@ -1,8 +1,8 @@
-"""Weights of several experts in one parameter, of which an op gathers some for each token: a recipe gathers them again.
+"""Weights of several experts stacked in one parameter, of which an op gathers some for each token.
 
-Torch keeps the gathered copies, and of the parameter not even the version. So a recipe may read the parameter only if
-nobody has written to it since the forward began in which it was gathered. A write after that is an error in the
-backward pass, as it is for the weight of a linear layer.
+torch keeps the gathered copies. A recipe gathers them again. torch does not even keep the version of the parameter, so
+a recipe may read the parameter only if there was no in-place write between the start of the forward pass and the
+gather. A later write is an error in the backward pass, as for the weight of a linear layer.
 """
 
 import weakref
@@ -11,40 +11,44 @@ from torch import nn
 
 from .biases import address_of, parameters_in
 
-# The dimensions of the matrices of experts in one parameter; a linear layer's matrix has two.
+# The dimensions of a parameter with stacked matrices; the matrix of a linear layer has two.
 _STACKED = 3
-# The weights that were found in a module, once: of what came later nothing is known, and its copies are kept.
-_found: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]]" = weakref.WeakKeyDictionary()
+# The stacked weights of a module, searched for once. Weights that the module gets later are not known, and their
+# gathered copies are kept.
+_weights_by_module: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
-class Stacked:
-    """The versions and the memory of a module's weights of three dimensions when its forward began."""
+class StackedWeights:
+    """The versions and addresses of a module's three-dimensional weights at the start of the forward pass."""
 
     def __init__(self, module: nn.Module | None) -> None:
         self._module = None if module is None else weakref.ref(module)
-        found = () if module is None else _weights_in(module)
-        weights = [weight for reference in found if (weight := reference()) is not None]
+        references = () if module is None else _weights_in(module)
+        weights = [weight for reference in references if (weight := reference()) is not None]
         self._versions = {id(w): (w, w._version, address_of(w)) for w in weights if not w.is_inference()}
 
-    def is_as_used(self, weight: nn.Parameter) -> bool:
-        """Whether nobody has written to a weight since the forward began, so since any of the forward's ops read it."""
-        known, version, address = self._versions.get(id(weight), (None, 0, 0))
+    def is_unchanged(self, weight: nn.Parameter) -> bool:
+        """Whether a weight is unchanged since the forward pass began, when no op had read the weight."""
+        recorded, version, address = self._versions.get(id(weight), (None, 0, 0))
         if (
-            known is None
+            recorded is None
             and weight.dim() == _STACKED
             and self._module is not None
             and (module := self._module()) is not None
         ):
-            # It may have come later: the next forward looks again.
-            _found.pop(module, None)
-        return known is weight and weight._version == version and address_of(weight) == address
+            # The module may have got the weight later: the next forward pass searches again.
+            _weights_by_module.pop(module, None)
+        return recorded is weight and weight._version == version and address_of(weight) == address
 
 
 def _weights_in(module: nn.Module) -> "list[weakref.ref[nn.Parameter]]":
-    found = _found.get(module)
-    if found is None:
+    """The stacked weights of a module and its submodules."""
+    references = _weights_by_module.get(module)
+    if references is None:
         weights = (
             weight for weight in parameters_in(module) if type(weight) is nn.Parameter and weight.dim() == _STACKED
         )
-        found = _found[module] = list(map(weakref.ref, weights))
-    return found
+        references = _weights_by_module[module] = list(map(weakref.ref, weights))
+    return references

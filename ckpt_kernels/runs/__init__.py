@@ -3,7 +3,7 @@
 `torch.utils.checkpoint` needs one function for all that is to run again. A model calls its layers one by one, from a
 loop of its own, and what the loop does between two calls is its own affair. So a `Run` follows the calls: while each
 layer runs, its saved tensors are dropped, and its arguments are noted; those that are outputs of the run's own earlier
-calls, the very tensors, unwritten, are noted as such and not kept. When the backward pass first asks for a tensor, all
+calls, the very tensors, version_checked, are noted as such and not kept. When the backward pass first asks for a tensor, all
 calls of the run are made again from what is kept, up to the last tensor that was saved. A call whose arguments do not
 come from the one before begins another run: a loop that does more than hand on costs memory, and never a wrong number.
 
@@ -53,7 +53,7 @@ def run_in(
     place = places[0]
     run = None if thread.open is None else thread.open()
     thread.open = None
-    if run is None or not run.goes_on(place, args, kwargs):
+    if run is None or not run.continues_with(place, args, kwargs):
         run = Run(place.key)
     thread.within = True
     try:

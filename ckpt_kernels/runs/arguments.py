@@ -63,7 +63,7 @@ def loaded(noted: Any, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -
     return noted
 
 
-def unwritten(tensor: Tensor, what: str = "an argument of a checkpointed layer") -> Callable[[], Tensor]:
+def version_checked(tensor: Tensor, what: str = "an argument of a checkpointed layer") -> Callable[[], Tensor]:
     """The tensor, if nobody has written to it by then; `what` it is, for the error."""
     version = version_of(tensor)
     held = tensor if tensor.is_leaf else tensor.detach()

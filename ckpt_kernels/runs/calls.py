@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..bitwise_check import bits_of
-from ..call_state import Buffer, RandomState, autocast_now
+from ..bitwise_check import checksum_of
+from ..call_state import Buffer, RandomState, autocast_state
 from ..convert.loads import modules_of
 from ..nested_values import tensors_among
 
@@ -36,7 +36,7 @@ class Saved:
         self.run = run
         self.shape = tensor.shape
         self.dtype = tensor.dtype
-        self.bits = bits_of(tensor)
+        self.bits = checksum_of(tensor)
         self.value: Tensor | None = None
 
     def get(self) -> Tensor:
@@ -63,7 +63,7 @@ class Call:
         self.outputs: list[tuple[weakref.ref[Tensor], int | None]] = []
         self.written: list[Buffer] = []
         self.random: RandomState | None = None
-        self.autocast = autocast_now()
+        self.autocast = autocast_state()
         self.backend = backends.chosen()
         self.parameters = _versions_of(module)
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bitwise_check import bits_of, note_difference
+from ..bitwise_check import checksum_of, note_difference
 from ..call_state import Buffer, RandomState
 from ..convert.loads import modules_of
 from ..nested_values import tensors_among
 from ..recompute import discarding
 from ..recompute.discarder import Discarder
 from ..saved_tensor_hooks import as_is
-from .arguments import Input, Link, loaded, unwritten, version_of
+from .arguments import Input, Link, loaded, version_checked, version_of
 from .calls import Call, Place, Saved
 from .state import repeating
 
@@ -35,7 +35,7 @@ class Run:
         self._kept: list[tuple[weakref.ref[Tensor], int | None, Input]] = []
         self._lock = threading.RLock()
 
-    def goes_on(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def continues_with(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call is the next of the run: one that takes what the last has given."""
         if place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
             return False
@@ -91,7 +91,7 @@ class Run:
         if discarder is not None and tensor.requires_grad and not tensor.is_leaf:
             get = discarder.pack(tensor).get
         else:
-            get = unwritten(tensor)
+            get = version_checked(tensor)
         made = Input(get, tensor.requires_grad)
         self._kept.append((weakref.ref(tensor), version, made))
         return made
@@ -142,7 +142,7 @@ class Run:
                         f"{tuple(saved.shape)}, as at first: does it decide at random?"
                     )
                 saved.value = value
-                if saved.bits is not None and saved.bits != bits_of(tensor):
+                if saved.bits is not None and saved.bits != checksum_of(tensor):
                     note_difference(call.module)
             if is_last and count == len(waiting):
                 raise _Done
@@ -186,10 +186,10 @@ class Run:
             if noted.call >= start:
                 return Link(noted.call - start, noted.output)
             tensor = outputs[noted.call][noted.output]
-            return Input(unwritten(tensor.detach()), tensor.requires_grad)
+            return Input(version_checked(tensor.detach()), tensor.requires_grad)
         if isinstance(noted, Input):
             # Hooks around may give it only once.
-            return Input(unwritten(loaded(noted, inputs, outputs).detach()), noted.requires_grad)
+            return Input(version_checked(loaded(noted, inputs, outputs).detach()), noted.requires_grad)
         if isinstance(noted, tuple):
             return tuple(self._moved(part, start, inputs, outputs) for part in noted)
         if isinstance(noted, dict):
