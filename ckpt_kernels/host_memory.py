@@ -1,6 +1,7 @@
-"""Copies of tensors to pinned host memory and back, on a stream of their own.
+"""Copies tensors to pinned host memory and back, on a separate stream.
 
-On a CPU it is simulated, by memory that torch's allocator does not count: what is measured there is what a device has.
+On a CPU this is simulated with memory that torch's allocator does not count, so that measurements there show the memory
+of a device.
 """
 
 import torch
@@ -10,31 +11,31 @@ _streams: dict[torch.device, "torch.cuda.Stream"] = {}
 
 
 def _stream(device: torch.device) -> "torch.cuda.Stream":
-    """The one for copies; both ways, so that what comes back has been written before."""
+    """The stream for copies in both directions, so that a copy to the device waits for the copy to the host."""
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     return _streams[device]
 
 
-def to_host(found: Tensor) -> Tensor:
-    """A copy of bytes in pinned memory, which is through when the stream of copies is."""
-    if found.device.type == "cpu":
-        return torch.frombuffer(bytearray(max(found.nbytes, 1)), dtype=torch.uint8)[: found.nbytes].copy_(found)
-    host = torch.empty_like(found, device="cpu", pin_memory=True)
-    stream = _stream(found.device)
-    stream.wait_stream(torch.cuda.current_stream(found.device))
+def to_host(data: Tensor) -> Tensor:
+    """A copy of bytes in pinned memory, complete once the copy stream is."""
+    if data.device.type == "cpu":
+        return torch.frombuffer(bytearray(max(data.nbytes, 1)), dtype=torch.uint8)[: data.nbytes].copy_(data)
+    host = torch.empty_like(data, device="cpu", pin_memory=True)
+    stream = _stream(data.device)
+    stream.wait_stream(torch.cuda.current_stream(data.device))
     with torch.cuda.stream(stream):
-        host.copy_(found, non_blocking=True)
-    found.record_stream(stream)
+        host.copy_(data, non_blocking=True)
+    data.record_stream(stream)
     return host
 
 
 def from_host(host: Tensor, device: torch.device) -> "tuple[Tensor, torch.cuda.Event | None]":
-    """A copy on the device, and the event after which it is whole; none on a CPU."""
+    """A copy on the device, and the event after which the copy is complete; None on a CPU."""
     if device.type == "cpu":
         return host.clone(), None
     stream = _stream(device)
     with torch.cuda.stream(stream):
-        found = torch.empty_like(host, device=device, pin_memory=False)
-        found.copy_(host, non_blocking=True)
-        return found, stream.record_event()
+        data = torch.empty_like(host, device=device, pin_memory=False)
+        data.copy_(host, non_blocking=True)
+        return data, stream.record_event()

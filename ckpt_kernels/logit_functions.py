@@ -55,10 +55,10 @@ class Description(NamedTuple):
         return Description(product, func(self.like, *args, **kwargs))
 
 
-Known = Description | Callable[[], Tensor] | None
+Outcome = Description | Callable[[], Tensor] | None
 
 
-def known(func: Any, logits: Description, others: tuple, kwargs: dict[str, Any]) -> Known:
+def outcome_of(func: Any, logits: Description, others: tuple, kwargs: dict[str, Any]) -> Outcome:
     """What `func(logits, *others, **kwargs)` gives; None where it is not known, or called as it is not known."""
     handler = _HANDLERS.get(func)
     if handler is None:
@@ -170,7 +170,7 @@ def _are_classes(target: Any, logits: Description) -> bool:
     return target.shape == like.shape[:1] and target.device == logits.product.input.device
 
 
-_HANDLERS: dict[Any, Callable[..., Known]] = {
+_HANDLERS: dict[Any, Callable[..., Outcome]] = {
     functional.cross_entropy: _cross_entropy,
     Tensor.__getitem__: _sliced,
     Tensor.contiguous: _contiguous,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .logit_functions import Description, Product, known
+from .logit_functions import Description, Product, outcome_of
 from .ops.composition import composed_gradients
 from .saved_tensor_hooks import without_saved_tensor_hooks
 
@@ -31,7 +31,7 @@ class _Family:
         self._states = [_state(t) for t in self._operands]
         self.members: list[weakref.ref[Logits]] = []
         # Whether a loss was computed of them that gives them no gradient.
-        self.is_read = False
+        self.has_chunked_loss = False
 
     def check(self) -> None:
         """Raises RuntimeError if an operand was written to or released since."""
@@ -70,10 +70,10 @@ class _Made:
     def check(self) -> None:
         """Raises RuntimeError if the tensor was written to."""
         if self.value is not None and self.value._version != self._version:
-            raise RuntimeError(_LOST)
+            raise RuntimeError(_LOST_GRADIENT)
 
 
-_LOST = (
+_LOST_GRADIENT = (
     "logits were written to, and read by an autograd.Function, or written to by one: the gradient of the write would "
     "be lost; expected the result of an operation that makes a tensor, such as logits.mul(2) for logits.mul_(2), or a "
     "model that is converted without `logits`"
@@ -109,20 +109,20 @@ class Logits(Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if type(first) is Logits and first._made.value is None:
-            if func in _TOLD or (func is Tensor.register_hook and first._family.is_read):
+            if func in _METADATA_FUNCTIONS or (func is Tensor.register_hook and first._family.has_chunked_loss):
                 return super().__torch_function__(func, types, args, kwargs)
-            if func is Tensor.retain_grad and first._family.is_read:
+            if func is Tensor.retain_grad and first._family.has_chunked_loss:
                 raise RuntimeError("retain_grad() of logits whose loss was computed in chunks: they have no gradient")
             # Before the rows are taken of an input that may be there no more.
             first._family.check()
-            found = known(func, first._description, args[1:], kwargs)
+            found = outcome_of(func, first._description, args[1:], kwargs)
             if found is first._description:
                 return first
             if isinstance(found, Description) and torch.is_grad_enabled():
                 return _placeholder_for(found, first._family, lambda: func(_value_of(first), *args[1:], **kwargs))
             if callable(found):
                 loss = found()
-                first._family.is_read = True
+                first._family.has_chunked_loss = True
                 return loss
         # Attributes are read and set by torch itself, within calls.
         is_attribute = getattr(func, "__name__", "") in ("__get__", "__set__")
@@ -141,12 +141,12 @@ def logits_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
 
     One of the operands is to want a gradient, where gradients are recorded.
     """
-    product = Product(_as_now(input), _as_now(weight), None if bias is None else _as_now(bias), dtype)
+    product = Product(_alias(input), _alias(weight), None if bias is None else _alias(bias), dtype)
     like = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=dtype, device="meta")
     return _placeholder_for(Description(product, like), _Family(product), product.value)
 
 
-def _as_now(tensor: Tensor) -> Tensor:
+def _alias(tensor: Tensor) -> Tensor:
     """Another name for it, which goes on to want a gradient, or not, whatever is said of the tensor later."""
     return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach()
 
@@ -186,7 +186,7 @@ class _Placeholder(torch.autograd.Function):
 def _recorded_value_of(logits: Logits) -> Tensor:
     # An autograd.Function that writes to what it is given becomes the node of that.
     if _node_of(logits) is not logits._node:
-        raise RuntimeError(_LOST)
+        raise RuntimeError(_LOST_GRADIENT)
     return _value_of(logits)
 
 
@@ -205,7 +205,7 @@ def _node_of(logits: Logits) -> Any:
 
 
 # What a tensor tells without a look at its elements.
-_TOLD = frozenset(
+_METADATA_FUNCTIONS = frozenset(
     (
         *(getattr(Tensor, name) for name in "size dim stride numel nelement ndimension __hash__".split()),
         *(getattr(Tensor, name) for name in "is_contiguous is_floating_point is_complex get_device".split()),
