@@ -140,7 +140,7 @@ def _alive(call: "weakref.ref[LayerCall] | None") -> "LayerCall | None":
 
 
 class PrefetchSchedule:
-    """Decides which layers' tensors are on the device in a backward pass: those of the current layer and the next.
+    """Decides which layers' tensors are on the device in a backward pass: the current and the next layer's.
 
     After a backward pass that raised, these tensors stay until the next pass or until the graph is freed.
     """
@@ -150,8 +150,10 @@ class PrefetchSchedule:
         self._current_pass: int | None = None
 
     def begin(self, call: "LayerCall") -> None:
-        """Starts a layer's turn, when the layer first asks for a tensor in this backward pass: keeps and fetches only the
-        tensors of this layer and of the layer before."""
+        """Starts a layer's turn, when the layer first asks for a tensor in this backward pass.
+
+        Only the tensors of this layer and of the layer before stay on the device, and are fetched if missing.
+        """
         graph_task = torch._C._current_graph_task_id()
         # Outside of a backward pass a caller inspects the graph, and nothing is prefetched.
         if graph_task in (-1, call.last_pass):

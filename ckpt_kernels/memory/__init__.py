@@ -1,4 +1,4 @@
-"""What a call keeps for its backward pass: in all, by module, and with blocks' outputs let go of."""
+"""Measures the tensors that a call keeps for backward: in total, by module, and with blocks' outputs discarded."""
 
 from .by_module import ModuleMemory, Report, report, report_beside
 from .freed_memory import keep_freed_memory

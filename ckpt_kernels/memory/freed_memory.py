@@ -1,4 +1,4 @@
-"""Memory of CPU tensors that were freed: whether the C library gives it back to the system, and how to have it kept."""
+"""Whether the C library returns the memory of freed CPU tensors to the system, and how to have it kept."""
 
 import ctypes
 import sys
@@ -9,27 +9,27 @@ import torch
 
 # From glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# The most that the call takes: blocks from 2 GiB are mapped apart all the same.
+# The largest value that mallopt accepts. Blocks of 2 GiB or more are mapped separately in any case.
 _LARGEST = 2**31 - 1
 _TRIAL_BYTES = 32 * 2**20
-# Below this a fresh block costs little beside what a kernel does with it.
+# Below this ratio a fresh block costs little compared with the work of a kernel.
 _SLOW = 2.0
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep freed memory for later tensors, instead of giving it back to the system.
+    """Makes the C library keep freed memory for later tensors, instead of returning the memory to the system.
 
-    By default glibc gives a block of 32 MiB or more back when it is freed, and takes the next one anew. The system then
-    clears each page when it is first touched, which can take longer than the kernel that writes it. Afterwards what is
-    freed stays with the process: its resident memory does not fall below its peak. That is why importing this package
-    never makes this call; a training script makes it once, before its first step.
+    By default glibc returns a block of 32 MiB or more when it is freed, and maps the next one anew. The system then
+    clears each page at the first access, which can take longer than the kernel that writes the page. After this call
+    freed memory stays with the process, whose resident memory does not fall below the peak. That is why importing this
+    package never makes this call; a training script makes it once, before the first step.
 
-    It sets the thresholds M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of glibc's `mallopt`, for the whole process, until it
-    ends. Memory of GPUs is torch's own, and not concerned.
+    The call sets the thresholds M_MMAP_THRESHOLD and M_TRIM_THRESHOLD with glibc's `mallopt`, for the whole process,
+    until the process ends. torch manages GPU memory itself, so GPU memory is not affected.
 
     Returns:
-        Whether it was done. False where there is nothing to call: on other systems than Linux, and with other C
-        libraries than glibc (musl). An allocator that was put before glibc's, such as jemalloc, has its own settings.
+        Whether the thresholds were set. False on systems other than Linux, and with C libraries other than glibc
+        (musl). An allocator that replaces glibc's, such as jemalloc, has settings of its own.
 
     Example:
         >>> from ckpt_kernels import memory
@@ -41,32 +41,32 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not (hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt")):
         return False
-    # -1 is the largest threshold there is: nothing is given back from the end of the heap.
+    # -1 is the largest threshold: no memory is returned from the end of the heap.
     settings = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, -1))
     return all(library.mallopt(name, value) == 1 for name, value in settings)
 
 
 class FreshMemory(NamedTuple):
-    """Milliseconds to write `_TRIAL_BYTES`: into memory that is there, and into a tensor made for it."""
+    """Milliseconds to write `_TRIAL_BYTES` into existing memory, and into a tensor that is created for the write."""
 
     warm: float
     fresh: float
 
     @property
     def is_slow(self) -> bool:
-        """Whether page faults take longer than the writing itself."""
+        """Whether page faults take longer than writing."""
         return self.fresh > _SLOW * self.warm
 
 
 def fresh_memory() -> FreshMemory:
-    """How long a fresh tensor of 32 MiB takes to fill, beside one that is there: the least of five turns each."""
-    held = torch.ones(_TRIAL_BYTES // 4)
+    """Measures the time to fill a fresh tensor of 32 MiB, and an existing one: the minimum of five trials each."""
+    existing = torch.ones(_TRIAL_BYTES // 4)
     warm, fresh = [], []
     for _ in range(5):
-        before = time.perf_counter()
-        held.fill_(1.0)
-        between = time.perf_counter()
+        start = time.perf_counter()
+        existing.fill_(1.0)
+        middle = time.perf_counter()
         torch.empty(_TRIAL_BYTES // 4).fill_(1.0)
-        warm.append(between - before)
-        fresh.append(time.perf_counter() - between)
+        warm.append(middle - start)
+        fresh.append(time.perf_counter() - middle)
     return FreshMemory(min(warm) * 1e3, min(fresh) * 1e3)

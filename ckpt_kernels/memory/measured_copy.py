@@ -1,4 +1,4 @@
-"""What a copy of a model keeps: the model, its inputs and all random numbers stay as they are."""
+"""The bytes that a copy of a model keeps. The model, the inputs and all random number generators stay as they are."""
 
 import contextlib
 import random
@@ -15,10 +15,10 @@ from .saved import saved_bytes
 
 
 def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], object] | None = None) -> int:
-    """Bytes that a forward pass of a copy of the model keeps, after a `change` of the copy; `inputs` is a tensor, a
-    tuple, or a dict by name.
+    """The bytes that a forward pass of a copy of the model keeps, after a `change` of the copy.
 
-    The model itself, the inputs, and torch's, Python's and numpy's random numbers, stay as they are.
+    `inputs` is a tensor, a tuple, or a dict by name. The model, the inputs, and the random number generators of torch,
+    Python and numpy stay as they are.
     """
     with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
         twin, (args, kwargs) = copy_of(model), arguments_of(inputs)
@@ -32,13 +32,13 @@ def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], obje
 
 @contextlib.contextmanager
 def random_numbers_kept() -> Iterator[None]:
-    """Afterwards torch's, Python's and numpy's random numbers go on as if nothing had been drawn within."""
+    """A context after which torch's, Python's and numpy's generators continue as if none had states within."""
     numpy = sys.modules.get("numpy")
-    drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        random.setstate(drawn[0])
+        random.setstate(states[0])
         if numpy is not None:
-            numpy.random.set_state(drawn[1])
+            numpy.random.set_state(states[1])
