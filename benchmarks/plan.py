@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ckpt_kernels
 from ckpt_kernels import memory
-from ckpt_kernels.arguments import amount, file, positive
+from ckpt_kernels.cli_arguments import amount, file, positive
 from ckpt_kernels.levels import OF_MODELS
 
 from . import report as reports

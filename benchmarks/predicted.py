@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ckpt_kernels.arguments import existing, file, positive
 from ckpt_kernels.catalogue.blocks import BY_NAME
+from ckpt_kernels.cli_arguments import existing, file, positive
 from ckpt_kernels.inspect import MACHINES, Machine, Usage, estimate
 from ckpt_kernels.inspect.kernels import usage
 from ckpt_kernels.inspect.roofline import ARCH
