@@ -34,7 +34,7 @@ from .rules.rule import ContextOnly, Rule
 from .selection import Choice
 from .swap import NotSwapped, may_be_swapped, rule_of, swap, swap_back
 
-_ONE_BY_ONE = "its parts compute one by one: it writes them in no form that is known"
+_ONE_BY_ONE = "its parts compute one by one: its code matches no known pattern"
 
 
 class ModelConversion(LeafConverter):
@@ -109,7 +109,7 @@ class ModelConversion(LeafConverter):
         if several := looks_like_several(module):
             self.leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
         elif not self.replaced and looks_like_activation(module):
-            self.leave(name, module, "keeps no more than its output, which what reads it keeps too: nothing to win")
+            self.leave(name, module, "keeps only its output, which the next layer keeps too: nothing to gain")
 
     def _roots(self) -> Iterator[nn.Module]:
         """The modules whose forward gets contexts.

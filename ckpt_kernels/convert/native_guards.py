@@ -96,7 +96,7 @@ class SiteGuard(NamedTuple):
         The function returns the operands, with weight and bias in place of a linear layer and the name in place of an
         activation, or None where any condition may not hold.
         """
-        return None if direct.asked is None else functools.partial(direct.asked.operands, *self)
+        return None if direct.thin_module is None else functools.partial(direct.thin_module.operands, *self)
 
 
 def are_same(bindings: tuple[Binding, ...]) -> bool:
@@ -106,7 +106,7 @@ def are_same(bindings: tuple[Binding, ...]) -> bool:
 
 def are_same_untraced(bindings: tuple[Binding, ...]) -> bool:
     """`are_same` for callers that no compiler traces."""
-    library = direct.asked
+    library = direct.thin_module
     return _are_same_in_python(bindings) if library is None else library.are_same(bindings, MISSING)
 
 
@@ -120,14 +120,14 @@ def _are_same_in_python(bindings: tuple[Binding, ...]) -> bool:
 
 def native_same_check(bindings: tuple[Binding, ...]) -> Callable[[], bool]:
     """`are_same` as a function without arguments, for callers that no compiler traces."""
-    if direct.asked is None:
+    if direct.thin_module is None:
         return functools.partial(are_same, bindings)
-    return functools.partial(direct.asked.are_same, bindings, MISSING)
+    return functools.partial(direct.thin_module.are_same, bindings, MISSING)
 
 
 def passes_natively(module: Any, guard: ModuleGuard) -> bool:
     """Whether the module passes the guard, by the check in C; False where that cannot tell."""
-    return not (direct.asked is None or _is_compiling()) and direct.asked.is_such(module, guard)
+    return not (direct.thin_module is None or _is_compiling()) and direct.thin_module.is_such(module, guard)
 
 
 def linear_parameters_natively(
@@ -135,6 +135,6 @@ def linear_parameters_natively(
 ) -> list[tuple[Tensor, Tensor | None]] | None:
     """Weights and biases of linear layers that pass the guard, with the input's dtype and device; None where the check
     in C cannot tell."""
-    if direct.asked is None or _is_compiling():
+    if direct.thin_module is None or _is_compiling():
         return None
-    return direct.asked.plain_linears(guard, input, *modules)
+    return direct.thin_module.plain_linears(guard, input, *modules)

@@ -105,7 +105,7 @@ def swap(module: nn.Module, rule: Rule, contexts: tuple[ForwardContext, ...] = (
         converted = _converted_class(Conversion(kind, rule, contexts, methods, dict(methods)["forward"]))
         object.__setattr__(module, "__class__", converted)
     except Exception as error:  # a user's __init_subclass__ or metaclass may raise anything
-        raise NotSwapped("its class does not let itself be subclassed") from error
+        raise NotSwapped("its class cannot be subclassed") from error
 
 
 def add_forward_context(module: nn.Module, context: ForwardContext) -> None:

@@ -40,7 +40,7 @@ def key(block: str, tensors: Sequence[Tensor | None], options: tuple) -> tuple |
 
 
 # The module `_thin` itself, for `convert.native_guards`.
-asked: Any = None
+thin_module: Any = None
 
 
 def direct(name: str) -> Callable[..., bool]:
@@ -51,7 +51,7 @@ def direct(name: str) -> Callable[..., bool]:
 def _load() -> str | None:
     """Replaces the functions above, which serve no call, by those of `_thin`. Returns the reason if that fails, else
     None."""
-    global is_plain, key, asked, direct
+    global is_plain, key, thin_module, direct
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     path = library("_C")
     if api is None:
@@ -67,7 +67,7 @@ def _load() -> str | None:
         contexts.use_library(_thin)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
-    is_plain, key, asked = _thin.is_plain, _thin.key, _thin
+    is_plain, key, thin_module = _thin.is_plain, _thin.key, _thin
     direct = lambda name: _thin.function(find, name)  # noqa: E731
     return None
 

@@ -32,7 +32,7 @@ class Head(Rule):
         return {"forward": forward}
 
     def __str__(self) -> str:
-        return "logits that are made when they are looked at"
+        return "logits computed when first read"
 
 
 def heads_in(model: nn.Module, name: str | None) -> dict[str, nn.Module]:

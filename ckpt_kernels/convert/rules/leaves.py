@@ -53,11 +53,11 @@ class LeafConverter:
         elif "forward" in module.__dict__:
             self.leave(name, module, "its forward was replaced on the instance")
         elif not may_be_swapped(module):
-            self.leave(name, module, "its forward is no plain method of its class, or asks for its class")
+            self.leave(name, module, "its forward is no plain method of its class, or reads its class")
         else:
             self.apply(name, module, rule)
             if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
-                self.leave(name, module, "rounds bfloat16 where none of our row norms does: as it is for 16 bits")
+                self.leave(name, module, "rounds bfloat16 where none of our row norms does: not converted for 16 bits")
 
     def apply(self, name: str, module: nn.Module, rule: Rule) -> None:
         """Converts a module by a rule."""

@@ -59,7 +59,7 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
         return None, ""
     kind = next((kind for kind, own in _FORWARDS.items() if isinstance(module, kind) and _runs(module, *own)), None)
     if kind is not None and not loads_plainly(type(module), *_READ):
-        return None, "computes what it reads"
+        return None, "computes the settings that its forward reads"
     if kind is not None:
         return _RULES[kind], ""
     if not _may_be_row_norm(module):
@@ -127,7 +127,7 @@ def _keeps_strides(outline: Outline) -> bool:
     input = torch.ones(_sizes(outline, False)[0], device="cpu").transpose(0, 1)
     output = forward_of(module, input, ROWS, (-1,))
     if not output.is_contiguous() and output.stride() != input.stride():
-        raise NotTriable("lies in memory as nothing of ours does")
+        raise NotTriable("returns strides that none of our norms returns")
     return not output.is_contiguous()
 
 

@@ -80,7 +80,7 @@ def outline_of(module: nn.Module, gradients: bool = False) -> Outline:
     An `autograd.Function` in the module's code is allowed only with `gradients`, by callers that try gradients too.
     """
     if has_finalizer(type(module)):
-        raise NotTriable("has a finalizer, which would run for what it is tried out on")
+        raise NotTriable("has a finalizer, which a trial would run")
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
     settings, code = read_forward(module, gradients)
     return Outline(type(module), type(module).forward, code, settings, shapes)
@@ -120,18 +120,18 @@ class _AllowedOperations(TrialMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotTriable("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
-            raise NotTriable("decides by the values of what it is given")
+            raise NotTriable("decides by the values of its input")
         name = func.overloadpacket.__name__
         if name not in self._allowed:
-            raise NotTriable(f"computes with {name.strip('_')}, which is in none of ours")
+            raise NotTriable(f"computes with {name.strip('_')}, which no fused function does")
         if name == "slice" and not _is_whole(*args[1:]):
-            raise NotTriable("computes with a part of what it is given")
+            raise NotTriable("computes with a part of its input")
         if name == "clamp_min" and args[1] > _NEARLY_ZERO:
-            raise NotTriable("is cut off")
+            raise NotTriable("clamps the norm from below")
         if name in ("linalg_vector_norm", "mean", "sum", "var"):
             reduced = next((argument for argument in args[1:] if isinstance(argument, list | tuple)), None)
             if reduced is None or any(dimension not in self._dimensions for dimension in reduced):
-                raise NotTriable("reduces over other dimensions than a norm of ours")
+                raise NotTriable("reduces over other dimensions than our norms do")
         return func(*args, **(kwargs or {}))
 
 
@@ -147,7 +147,7 @@ class _AllowedCalls(TorchFunctionMode):
         if func is torch.Tensor.type or func is torch.Tensor.to:
             arguments = (*args[1:], *(kwargs or {}).values())
             if not arguments or not all(isinstance(value, _CAST_TO) for value in arguments):
-                raise NotTriable("asks for the type of what it is given, or casts to more than a dtype")
+                raise NotTriable("reads the type of its input, or casts to more than a dtype")
         if func is nn.functional.rms_norm:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
@@ -208,7 +208,7 @@ def result_of(
     except Exception as error:
         raise InputRefused(f"fails on a tensor of {tuple(input.shape)}") from error
     if type(output) is not torch.Tensor:
-        raise NotTriable("makes something else than a tensor")
+        raise NotTriable("returns something else than a tensor")
     return output
 
 

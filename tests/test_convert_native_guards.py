@@ -21,7 +21,7 @@ from ckpt_kernels.convert.rewriting.native_sites import native_call
 from ckpt_kernels.convert.rewriting.templates import guarded_call
 from ckpt_kernels.thin import direct
 
-pytestmark = pytest.mark.skipif(direct.asked is None, reason="there is no _thin here")
+pytestmark = pytest.mark.skipif(direct.thin_module is None, reason="there is no _thin here")
 
 
 class _OwnForward(nn.Linear):
@@ -153,7 +153,7 @@ def test_are_same_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
         (),
     ]
     in_c = [native_guards.are_same(case) for case in cases]
-    monkeypatch.setattr(direct, "asked", None)
+    monkeypatch.setattr(direct, "thin_module", None)
     assert in_c == [native_guards.are_same(case) for case in cases]
     assert True in in_c and False in in_c
 
@@ -311,7 +311,7 @@ def test_tensors_of_a_site() -> None:
 
 def test_what_is_no_question() -> None:
     """Errors of whoever asks, and no crashes."""
-    ask = direct.asked.operands
+    ask = direct.thin_module.operands
     quiet, such = operands.GLOBAL_STATE, guards.LINEAR
     for given in (
         (),
