@@ -61,8 +61,8 @@ class ModelConversion(LeafConverter):
         self.late = ContinuedConversion(include, exclude, candidates, self.replaced, self.left_alone, by_name)
 
     def run(self, heads: Mapping[str, nn.Module]) -> Report:
-        """Converts the model: heads, leaves, modules that are made of several, and the contexts of roots, in that
-        order, because each step depends on the rules of the steps before."""
+        """Converts heads, leaves and composite modules, and sets the contexts of roots, in that order, because each step
+        depends on the rules of the steps before."""
         self.names = names = {module: name for name, module in named_modules(self.model)}
         for name, module in heads.items():
             self.apply(name, module, Head())
@@ -85,7 +85,7 @@ class ModelConversion(LeafConverter):
         return Report(str(self.levels), _backend_of(self.model), self.replaced, self.left_alone)
 
     def _convert_composite(self, name: str, module: nn.Module) -> None:
-        """Converts a module whose methods, or whose sequence of modules, have a known pattern of several."""
+        """Converts a composite module, by patterns in the methods, or in the sequence of modules of a Sequential."""
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return

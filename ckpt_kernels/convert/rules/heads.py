@@ -46,11 +46,11 @@ def heads_in(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
         raise TypeError(f"logits is {type(name).__name__}; expected the name of a linear layer, or None")
     fitting = {full: module for full, module in named_modules(model) if fnmatch.fnmatchcase(full, name)}
     if not fitting or not all(map(_is_linear, fitting.values())):
-        found = (
+        matches = (
             ", ".join(f"{full or 'the model'} ({type(module).__name__})" for full, module in fitting.items())
             or "no module"
         )
-        raise ValueError(f"logits names {name!r}, which fits {found}; expected the name of a torch.nn.Linear")
+        raise ValueError(f"logits names {name!r}, which fits {matches}; expected the name of a torch.nn.Linear")
     return fitting
 
 

@@ -157,10 +157,7 @@ _UNCONVERTED = ((nn.ReLU, "relu"), (nn.Sigmoid, "sigmoid"), (nn.Tanh, "tanh"))
 # The activations that the native guards recognise: functions, and the classes of torch that are not converted.
 NATIVE_ACTIVATIONS: tuple[tuple[Any, str | ActivationGuard], ...] = (
     *FUNCTIONS.items(),
-    *(
-        (kind, _guard_of_torchs(kind, name))
-        for kind, name in ((nn.ReLU, "relu"), (nn.Sigmoid, "sigmoid"), (nn.Tanh, "tanh"))
-    ),
+    *((kind, _guard_of_torchs(kind, name)) for kind, name in _UNCONVERTED),
 )
 
 
