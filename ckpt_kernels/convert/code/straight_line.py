@@ -52,8 +52,8 @@ class Block(NamedTuple):
 class Run(NamedTuple):
     """The statements `begin` to `end`, both included, of a block.
 
-    `bindings` has, for each read of a name that an earlier statement of the run binds, the binding, by the id of the
-    node that reads.
+    `bindings` has the binding for each read of a name that an earlier statement of the run binds, by the id of the node
+    that reads.
     """
 
     begin: int

@@ -212,8 +212,7 @@ def _tree(function: types.FunctionType) -> ast.FunctionDef:
 
 @memoized
 def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
-    """The loads in a function's body, by their source text, and the formulas, with the functions and numbers in
-    each."""
+    """The loads in a function's body by their text, and the formulas with the functions and numbers in each."""
     tree = _tree(function)
     scope = Scope(function, tree)
     loads: dict[str, ast.expr] = {}
