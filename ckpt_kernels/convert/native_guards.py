@@ -1,9 +1,9 @@
 """Guards before fused calls, checked in C where the library `_thin` is there (`csrc/thin/guards.cpp`), else in Python.
 
 Guards are checked at each call, and nothing of one call is kept for the next. The C checks pass only where the Python
-checks beside them pass (`guards.linear_operands`, `operands.is_called_plainly`, and `templates.site` for a whole call
-site). Rare cases fail in C and are then checked in Python. Under torch.compile only the Python checks run, and are
-traced.
+checks beside them pass (`guards.linear_operands`, `operands.is_called_plainly`, and `templates.guarded_call` for a
+whole call site). Rare cases fail in C and are then checked in Python. Under torch.compile only the Python checks run,
+and are traced.
 """
 
 import functools

@@ -170,8 +170,8 @@ def _is_torchs(module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
     if original not in _TORCHS or (kind is not None and original is not kind):
         return False
     forward, code = _TORCHS[original]
-    is_unpatched = original.forward is forward and forward.__code__ is code
-    return is_unpatched and (only_instances_define(original, *_SETTINGS) or loads_plainly(original, *_SETTINGS))
+    is_torchs_forward = original.forward is forward and forward.__code__ is code
+    return is_torchs_forward and (only_instances_define(original, *_SETTINGS) or loads_plainly(original, *_SETTINGS))
 
 
 def is_unmodified_torch(module: nn.Module, *names: str) -> bool:
