@@ -17,7 +17,7 @@ from torch import nn
 from .. import offload
 from ..functional.mlps import tiles_for
 from ..memory import kept_bytes
-from ..models import check_model
+from ..model_argument import check_model
 from .code.memoization import forget_local_results
 from .late_modules import remove_late_conversion
 from .model_conversion import ModelConversion

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from .. import backends, offload
-from ..levels import of_blocks
+from ..levels import level_of_blocks
 from .code.in_place_writes import in_place_writer
 from .forward_contexts import (
     ForwardContext,
@@ -89,7 +89,7 @@ class ModelConversion(LeafConverter):
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = sequential_rule(module, of_blocks(self.levels.of(module)), self.selection.covers)
+        rule: Rule | None = sequential_rule(module, level_of_blocks(self.levels.of(module)), self.selection.covers)
         reason = ""
         if rule is None:
             rule, reason = rewritten_methods_of(module, self.levels.of(module), self.selection.covers)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..bitwise_check import record_differences
 from ..convert.module_tree import modules_of
 from ..levels import CHECKPOINT, IN_TILES, NONE, OF_MODULES, Policy
 from ..model_state import described, different
-from ..watching import watched
 from .bench import EAGER, Bench, ByLayer, InRuns, is_out_of_memory
 from .marks import NotAChain, Recorder, Segment, Where, peak_of, segments
 
@@ -142,7 +142,7 @@ class Trials:
             self.alone |= self._differing(twin, "what runs twice by itself")
 
     def _differing(self, twin: nn.Module, what: str) -> set[str]:
-        with watched() as differing:
+        with record_differences() as differing:
             self._bench.step(what, twin, memory=False)
         return {name for name, module in twin.named_modules() if module in differing}
 

@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ...levels import of_blocks
+from ...levels import level_of_blocks
 from ...recompute import watch
 from ..code.frames import PREFIX
 from ..code.in_place_writes import written_names
@@ -186,7 +186,7 @@ class _Rewriter:
         pattern, attempt = match.pattern, match.attempt
         options = attempt.options.copy()
         if "recompute" in pattern.parameters:
-            options["recompute"] = of_blocks(self.recompute)
+            options["recompute"] = level_of_blocks(self.recompute)
         captured = [operand.name for operand in match.captured]
         values = attempt.act.values
         if attempt.activation is not None:
