@@ -1,4 +1,4 @@
-"""Call graph of a module's forward: the Python functions that it may call, found by the names in their code."""
+"""Call graph of a module's forward: the Python functions that the forward may call, by the names in their code."""
 
 import ast
 import functools

@@ -60,13 +60,13 @@ _PARTS: tuple[tuple[type | tuple[type, ...], Callable[..., Sequence[ast.AST]]], 
 )
 
 
-def is_evaluated_first(tree: ast.AST, wanted: ast.AST, is_plain: Callable[[ast.AST], bool]) -> bool:
-    """Whether everything that `tree` evaluates before its descendant `wanted` is plain by `is_plain`."""
-    if tree is wanted:
+def is_evaluated_first(tree: ast.AST, descendant: ast.AST, is_plain: Callable[[ast.AST], bool]) -> bool:
+    """Whether everything that `tree` evaluates before its `descendant` is plain by `is_plain`."""
+    if tree is descendant:
         return True
     for part in evaluated_parts(tree) or ():
-        if any(node is wanted for node in ast.walk(part)):
-            return is_evaluated_first(part, wanted, is_plain)
+        if any(node is descendant for node in ast.walk(part)):
+            return is_evaluated_first(part, descendant, is_plain)
         if not is_plain(part):
             return False
     return False

@@ -46,7 +46,7 @@ _DATA = (bool, int, float, str, type(None), type, Tensor, nn.Module)
 
 
 def in_place_writer(model: nn.Module) -> str:
-    """The name of a function of the model that may write to a tensor which it has not made; "" if there is none."""
+    """The name of a function of the model that may write to a tensor made elsewhere; "" if there is none."""
     for module in modules_of(model):
         if is_set(module, "inplace"):
             return f"{type(module).__name__} (inplace=True)"

@@ -51,7 +51,7 @@ def _is_local(value: Any) -> bool:
     name = getattr(value, "__qualname__", "")
     if "<locals>" in name or not isinstance(value, type):
         return "<locals>" in name
-    found: Any = sys.modules.get(value.__module__)
+    member: Any = sys.modules.get(value.__module__)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is not value
+        member = getattr(member, part, None)
+    return member is not value

@@ -225,7 +225,7 @@ class CodeReader:
     def check_constant(self, value: Any) -> None:
         """Check a constant of the code."""
         if isinstance(value, slice) and value != slice(None):
-            raise NotTriable("computes with a part of its input")
+            raise NotTriable("computes with a slice of its input")
 
     def check_bounds(self, loads: Sequence[dis.Instruction]) -> None:
         """Check the instructions that load the bounds, and perhaps the step, of a slice.
@@ -233,7 +233,7 @@ class CodeReader:
         A bound that is larger than the tensors of a trial would not show there.
         """
         if any(load.opname != "LOAD_CONST" or load.argval is not None for load in loads):
-            raise NotTriable("computes with a part of its input")
+            raise NotTriable("computes with a slice of its input")
 
     def read_global(self, name: str, names: dict[str, Any]) -> None:
         """Read a name among the globals `names`, or a builtin."""

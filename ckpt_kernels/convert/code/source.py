@@ -171,11 +171,11 @@ def _imports(tree: ast.Module) -> tuple[ast.stmt, ...]:
 
 
 def _outside_definitions(node: ast.AST) -> list[ast.AST]:
-    found = []
+    nodes = []
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (*_DEFINITIONS, ast.AsyncFunctionDef, ast.expr)):
-            found += [child, *_outside_definitions(child)]
-    return found
+            nodes += [child, *_outside_definitions(child)]
+    return nodes
 
 
 def _compiled(definition: Definition, code: types.CodeType, cells: tuple[str, ...]) -> types.CodeType:

@@ -21,7 +21,7 @@ OPAQUE = (
 )
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 # The largest number of statements in a run.
-MAX_RUN_LENGTH = 8
+_MAX_LENGTH = 8
 
 
 class Half(NamedTuple):
@@ -52,8 +52,8 @@ class Block(NamedTuple):
 class Run(NamedTuple):
     """The statements `begin` to `end`, both included, of a block.
 
-    `bindings` has, for each read of a name that an earlier statement of the run binds, the binding, by the id of the
-    node that reads.
+    `bindings` has the binding for each read of a name that an earlier statement of the run binds, by the id of the node
+    that reads.
     """
 
     begin: int
@@ -75,7 +75,26 @@ def blocks(function: ast.FunctionDef) -> Iterator[Block]:
                     waiting.append(Block(statement.orelse, False, in_with))
 
 
-def run_between(
+def runs_ending_at(
+    function: ast.FunctionDef,
+    block: Block,
+    end: int,
+    private_locals: frozenset[str],
+    is_chunk: Callable[[ast.expr], bool],
+) -> Iterator[Run]:
+    """The runs of two and more statements that end at a statement of a block, longer ones first.
+
+    All statements of a run but the last only bind names that are read in the run and dead after the run: one of the
+    `private_locals` to a value, or two to the halves of a tensor. `is_chunk` tells whether an expression stands for
+    `torch.chunk`.
+    """
+    for begin in range(max(0, end - _MAX_LENGTH + 1), end):
+        run = _run_between(function, block, begin, end, private_locals, is_chunk)
+        if run is not None:
+            yield run
+
+
+def _run_between(
     function: ast.FunctionDef,
     block: Block,
     begin: int,
@@ -83,11 +102,7 @@ def run_between(
     private_locals: frozenset[str],
     is_chunk: Callable[[ast.expr], bool],
 ) -> Run | None:
-    """The run, if all statements but the last only bind names that are read in the run and dead after the run.
-
-    Each of these statements binds one of the `private_locals` to a value, or two to the halves of a tensor. `is_chunk`
-    tells whether an expression stands for `torch.chunk`.
-    """
+    """The run from `begin` to `end`, None if the statements are no run."""
     read: set[int] = set()
     bindings: dict[int, Binding] = {}
     current: dict[str, tuple[int, Binding]] = {}

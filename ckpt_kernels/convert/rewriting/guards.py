@@ -91,12 +91,12 @@ def linear_operands_in_python(modules: Sequence[Any], input: Tensor) -> list[tup
         if not is_plain_instance(module):
             return None
         own = module.__dict__
-        held = own["_parameters"]
-        if type(held) not in _DICTS:  # a subclass may run code at each load
+        parameters = own["_parameters"]
+        if type(parameters) not in _DICTS:  # a subclass may run code at each load
             return None
         # Loading `module.weight` would take as long as all other checks here.
-        if "weight" in held and "bias" in held and "weight" not in own and "bias" not in own:
-            weight, bias = held["weight"], held["bias"]
+        if "weight" in parameters and "bias" in parameters and "weight" not in own and "bias" not in own:
+            weight, bias = parameters["weight"], parameters["bias"]
         else:  # buffers, tensors that replace parameters under sharding, or instance attributes that shadow parameters
             weight, bias = module.weight, module.bias
         if not (matches_input(weight, input) or _may_be_cast(weight, input)) or weight.dim() != 2:
@@ -170,8 +170,10 @@ def have_same_shape_dtype_device(tensor: Tensor, other: Tensor) -> bool:
 
 
 def is_per_sample(tensor: Any, input: Tensor) -> bool:
-    """Whether a scale or shift has a row for each sample: (B, 1, N) or (B, T, N) for an input (B, T, N), (B, N) for (B,
-    N)."""
+    """Whether a scale or shift has one row for each sample.
+
+    The shapes are (B, 1, N) or (B, T, N) for an input (B, T, N), and (B, N) for (B, N).
+    """
     if tensor is None or tensor.dim() != input.dim() or tensor.dtype != input.dtype or tensor.device != input.device:
         return False
     samples, lead = list(tensor.shape[:-1]), list(input.shape[:-1])

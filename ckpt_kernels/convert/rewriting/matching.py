@@ -125,13 +125,13 @@ class Attempt:
         if kind == "dropout" and len(tree.args) == 1 and not tree.keywords:
             self.operands.append(Operand("drop", tree.func))
             return tree.args[0]
-        given = dict(zip(("input", "p", "training"), tree.args, strict=False)) | {k.arg: k.value for k in tree.keywords}
-        if kind != "F.dropout" or given.keys() != {"input", "p", "training"}:
+        args = dict(zip(("input", "p", "training"), tree.args, strict=False)) | {k.arg: k.value for k in tree.keywords}
+        if kind != "F.dropout" or args.keys() != {"input", "p", "training"}:
             return None
-        if not self.reader.is_plain(given["p"]) or not self.reader.is_plain(given["training"]):
+        if not self.reader.is_plain(args["p"]) or not self.reader.is_plain(args["training"]):
             return None
-        self.operands += [Operand("drop", tree.func), Operand("p", given["p"]), Operand("training", given["training"])]
-        return given["input"]
+        self.operands += [Operand("drop", tree.func), Operand("p", args["p"]), Operand("training", args["training"])]
+        return args["input"]
 
     def _half_fits(self, tree: Binding, name: str, whole: ast.expr) -> bool:
         """Whether an expression can be `gate_half` or `value_half` of the tensor that `whole` describes."""

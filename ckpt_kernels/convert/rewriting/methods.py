@@ -25,7 +25,7 @@ from ..code.frames import may_be_rewritten
 from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
 from ..code.source import NoSource, decorator_chain, definition_of
-from ..code.straight_line import MAX_RUN_LENGTH, Binding, Run, blocks, run_between
+from ..code.straight_line import Binding, Run, blocks, runs_ending_at
 from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import TrialResult, activation_by_trial
 from ..rules.rule import Rule
@@ -147,14 +147,10 @@ def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
     )
 
 
-_METHODS = frozenset(
+# The names of functions and methods that a formula, a replacement or a note starts from.
+_METHODS = {"erf", "square", "chunk", "clamp"}.union(
     function.__name__ for function in (*ACTIVATIONS, *REPLACEMENTS) if hasattr(function, "__name__")
-) | {
-    "erf",
-    "square",
-    "chunk",
-    "clamp",
-}
+)
 
 
 @memoized
@@ -212,8 +208,7 @@ def _tree(function: types.FunctionType) -> ast.FunctionDef:
 
 @memoized
 def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
-    """The loads in a function's body, by their source text, and the formulas, with the functions and numbers in
-    each."""
+    """The loads in a function's body by their text, and the formulas with the functions and numbers in each."""
     tree = _tree(function)
     scope = Scope(function, tree)
     loads: dict[str, ast.expr] = {}
@@ -240,10 +235,8 @@ def _runs(tree: ast.FunctionDef, scope: Scope) -> Iterator[tuple[Run, ast.stmt]]
 
     for block in blocks(tree):
         for end, last in enumerate(block.statements):
-            for begin in range(max(0, end - MAX_RUN_LENGTH + 1), end):
-                run = run_between(tree, block, begin, end, scope.private_locals, is_chunk)
-                if run is not None:
-                    yield run, last
+            for run in runs_ending_at(tree, block, end, scope.private_locals, is_chunk):
+                yield run, last
 
 
 def _formulas(node: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> list[Formula]:

@@ -20,7 +20,7 @@ _NOTED = ""
 ADAPTER = ((_NOTED, Role("noted", "an adapter's sum")),)
 BIASED = ((_NOTED, Role("noted", "a linear layer's sum")),)
 # The method indexes by a list, perhaps to select heads, which copies.
-INDEXING = ((_NOTED, Role("noted", "what is picked")),)
+INDEXING = ((_NOTED, Role("noted", "indexed tensors")),)
 
 
 @memoized
@@ -40,11 +40,11 @@ def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, 
     """The reasons, each a line of the report. `multiplies`: whether the method has a product."""
     kinds = {role.kind for role in roles.values()}
     if _CLAMPS & names_in(function.__code__):
-        yield "recipes of what is clamped"
+        yield "recipes of clamped tensors"
     if _NOTED in roles:
         yield f"recipes of {roles[_NOTED].name}"
     if multiplies and "norm" in kinds:
-        yield "recipes of what is scaled"
+        yield "recipes of scaled norms"
     # Where linear layers run again, sums that a norm reads and concatenated heads can be recomputed too.
     if recompute == "layer" and not IN_LAYERS.isdisjoint(kinds):
-        yield "recipes of sums, products and what is put together"
+        yield "recipes of sums, products and concatenations"

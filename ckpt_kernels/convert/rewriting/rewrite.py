@@ -71,6 +71,8 @@ def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -
 
 
 class _Rewriter:
+    """Rewrites the body of one function, and collects the closure variables that the new body needs."""
+
     def __init__(self, function: types.FunctionType, definition: Definition, roles: Roles, recompute: str) -> None:
         self.scope = Scope(function, definition.tree)
         self.tree = copy.deepcopy(definition.tree)
@@ -97,15 +99,14 @@ class _Rewriter:
 
     def _rewrite_block(self, block: Block) -> None:
         """Replace runs of statements in place, those of the largest patterns first."""
-        rewritten: set[int] = set()
+        taken: set[int] = set()
         replacements: dict[int, tuple[int, ast.stmt]] = {}
-        found = run_matches(self.reader, self.tree, block, self.written)
-        for match, begin, end, norm in sorted(found, key=lambda m: (_rank(m.match), m.begin - m.end)):
+        candidates = run_matches(self.reader, self.tree, block, self.written)
+        for match, begin, end, norm in sorted(candidates, key=lambda c: (_rank(c.match), c.begin - c.end)):
             indices = set(range(begin, end + 1))
-            if not rewritten & indices:
-                rewritten |= indices
-                statements = block.statements[begin : end + 1]
-                replacements[begin] = end, self._fused_statements(match, norm, statements)
+            if not taken & indices:
+                taken |= indices
+                replacements[begin] = end, self._fused_statements(match, norm, block.statements[begin : end + 1])
         statements, index = [], 0
         while index < len(block.statements):
             end, statement = replacements.get(index, (index, block.statements[index]))

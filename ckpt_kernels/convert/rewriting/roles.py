@@ -53,8 +53,7 @@ Roles = Mapping[str, Role]
 
 
 def may_match_any(roles: Iterable[tuple[str, Role]], recompute: str = "output") -> bool:
-    """Whether any rewrite is possible with these roles. Modules without another role count only for the level
-    "layer"."""
+    """Whether any rewrite is possible with these roles. The role "module" counts only for the level "layer"."""
     kinds = {role.kind for _, role in roles} - {""}
     return bool(kinds if recompute == "layer" else kinds - {MODULE})
 

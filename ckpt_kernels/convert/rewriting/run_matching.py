@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from ..code.evaluation_order import is_evaluated_first
-from ..code.straight_line import MAX_RUN_LENGTH, Block, run_between
+from ..code.straight_line import Block, runs_ending_at
 from ..code.syntax_trees import assigns, copies, expressions_in
 from . import fused_patterns
 from .matching import attempts, matches
@@ -39,17 +39,14 @@ def run_matches(
     for end, last in enumerate(statements):
         if not isinstance(last, ast.Assign | ast.AugAssign | ast.Return | ast.Expr) or last.value is None:
             continue
-        for begin in range(max(0, end - MAX_RUN_LENGTH + 1), end):
-            run = run_between(function, block, begin, end, reader.private_locals, is_chunk)
-            if run is None:
-                continue
-            first = statements[begin].value
+        for run in runs_ending_at(function, block, end, reader.private_locals, is_chunk):
+            first = statements[run.begin].value
             for root in expressions_in(last.value):
                 if not is_evaluated_first(last, root, reader.is_plain):
                     continue
                 match = next(matches(reader, root, run, first), None)
                 if match is not None:
-                    yield RunMatch(match, begin, end)
+                    yield RunMatch(match, run.begin, end)
         yield from _sum_matches(reader, statements, end, written)
 
 

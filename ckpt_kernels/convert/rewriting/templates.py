@@ -164,12 +164,14 @@ def guarded_call(
         for name in passed:
             arguments[name] = operands.get(name)
         if "activation" in parameters:
-            act, found = operands.get("act"), activation
-            if found is None:
-                found = tried.name_of(act, is_float64) if tried else activation_of(act, makes_act_input, is_float64)
-            if found is None or (is_float64 and not is_exact) or (not saves_act_input and found in KEPT_BY_OUTPUT):
+            act, act_name = operands.get("act"), activation
+            if act_name is None:
+                act_name = tried.name_of(act, is_float64) if tried else activation_of(act, makes_act_input, is_float64)
+            if act_name is None or (is_float64 and not is_exact):
                 return None
-            arguments["activation"] = found
+            if act_name in KEPT_BY_OUTPUT and not saves_act_input:
+                return None
+            arguments["activation"] = act_name
         if "p" in parameters:
             p: float | None = 0.0
             if "drop" in operands:

@@ -121,7 +121,7 @@ def _recognized(function: types.FunctionType, settings: tuple[str, ...]) -> Rota
         rotation = _try_out(function, read_function(function, _NAMES), settings)
     except NotTriable as error:
         return str(error)
-    return "turns nothing as ours does" if rotation is None else rotation
+    return "rotates in no way that the rotary op supports" if rotation is None else rotation
 
 
 @in_own_thread

@@ -125,7 +125,7 @@ class _AllowedOperations(TrialMode):
         if name not in self._allowed:
             raise NotTriable(f"computes with {name.strip('_')}, which no fused function does")
         if name == "slice" and not _is_whole(*args[1:]):
-            raise NotTriable("computes with a part of its input")
+            raise NotTriable("computes with a slice of its input")
         if name == "clamp_min" and args[1] > _NEARLY_ZERO:
             raise NotTriable("clamps the norm from below")
         if name in ("linalg_vector_norm", "mean", "sum", "var"):
