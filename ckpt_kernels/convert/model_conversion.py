@@ -61,8 +61,8 @@ class ModelConversion(LeafConverter):
         self.late = ContinuedConversion(include, exclude, candidates, self.replaced, self.left_alone, by_name)
 
     def run(self, heads: Mapping[str, nn.Module]) -> Report:
-        """Converts heads, leaves and composite modules, and sets the contexts of roots, in that order: each step depends
-        on the rules of the steps before."""
+        """Converts heads, leaves and composite modules, and sets the contexts of roots, in that order, because each
+        step depends on the rules of the steps before."""
         self.names = names = {module: name for name, module in named_modules(self.model)}
         for name, module in heads.items():
             self.apply(name, module, Head())
