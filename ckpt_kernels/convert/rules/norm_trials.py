@@ -79,8 +79,8 @@ def _runs(module: nn.Module, forward: Callable[..., Tensor], code: types.CodeTyp
 
 
 def _may_be_row_norm(module: nn.Module) -> bool:
-    """Whether the module is worth a trial: no class of torch.nn, a leaf with at most two vectors of one length, and
-    without parameters named like a norm."""
+    """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, whose
+    class is named like a norm if there is no vector."""
     parameters = [p for p in module._parameters.values() if p is not None]
     if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in parameters):
         return False
