@@ -1,4 +1,4 @@
-// Which biases of a module there are when its forward begins, as Python's `recompute.biases` finds them.
+// Lists the biases of a module when its forward pass begins, as Python's `recompute.biases` does.
 #pragma once
 
 #include "tensors.h"

@@ -7,7 +7,7 @@ namespace ckpt {
 
 namespace {
 
-// As they are at each call; an exception on the way is met again by whoever asks in Python.
+// The answer as a Python bool. Python will raise an exception of this path again.
 PyObject* truth_of(Answer answer) {
   if (answer == failed) answer = no_if_exception();
   return answer == failed ? nullptr : PyBool_FromLong(answer == yes);
@@ -45,7 +45,7 @@ PyObject* plain_linears(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Answer answer = yes;
   PyTypeObject* kind = nullptr;
   for (Py_ssize_t i = 2; answer == yes && i < count; ++i) {
-    if (Py_TYPE(objects[i]) != kind) {  // a class is asked once
+    if (Py_TYPE(objects[i]) != kind) {  // each class is checked once
       kind = Py_TYPE(objects[i]);
       answer = is_such_class(kind, such);
       if (answer != yes) break;
