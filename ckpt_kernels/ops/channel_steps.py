@@ -57,11 +57,11 @@ class Statistics(NamedTuple):
     @classmethod
     def of(cls, input: Tensor, matrix: Tensor, maps: Maps, groups: int) -> "Statistics":
         """Computes the statistics of an input."""
-        backend, found = backends.select(input), cls.empty(input, groups)
+        backend, statistics = backends.select(input), cls.empty(input, groups)
         means, squares = maps.statistics(2, matrix)
         backend.channel_moments(matrix, means, squares, maps.planes, maps.piece_rows)
-        backend.channel_statistics(means, squares, *found, groups, maps.size, maps.piece_rows)
-        return found
+        backend.channel_statistics(means, squares, *statistics, groups, maps.size, maps.piece_rows)
+        return statistics
 
     @classmethod
     def given(cls, input: Tensor, mean: Tensor, var: Tensor) -> "Statistics":
@@ -75,9 +75,9 @@ class Statistics(NamedTuple):
         Recomputing them gives bitwise the same values.
         """
         rows = self.mean.shape[0] if self.mean.dim() == 2 else 1
-        found = self.mean.new_empty(3, rows, channels)
-        backends.select(self.mean).channel_coefficients(*self, vector(weight), vector(bias), found, eps)
-        return found
+        coefficients = self.mean.new_empty(3, rows, channels)
+        backends.select(self.mean).channel_coefficients(*self, vector(weight), vector(bias), coefficients, eps)
+        return coefficients
 
 
 def apply(

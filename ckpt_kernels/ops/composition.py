@@ -48,9 +48,9 @@ def composed_gradients(
     sources = [view for view, need in zip(views, needs, strict=True) if view is not None and need]
     if not sources or not pairs:
         return [None] * len(operands)
-    found = iter(
+    gradients = iter(
         torch.autograd.grad(
             [y for y, _ in pairs], sources, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
         )
     )
-    return [next(found) if need else None for need in needs]
+    return [next(gradients) if need else None for need in needs]

@@ -126,7 +126,7 @@ class _BlockLinear(torch.autograd.Function):
     def forward(ctx: Any, block: Block, count: int, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         operands, weights, biases = split_roles(tensors, count)
         output, rest = block.forward(operands)
-        ctx.block, ctx.count, ctx.kinds = block, count, [None if t is None else t.dtype for t in tensors]
+        ctx.block, ctx.count, ctx.dtypes = block, count, [None if t is None else t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, *weights, *rest)
         return tuple(as_non_view(product_of(output, w, b, dtype)) for w, b in zip(weights, biases, strict=True))
@@ -139,10 +139,10 @@ class _BlockLinear(torch.autograd.Function):
         saved = ctx.saved_tensors
         operands, weights, rest = saved[:first], saved[first : first + ctx.count], saved[first + ctx.count :]
         if by_composition(grads):
-            found = through_composition(composition_of(ctx.block), grads, operands, weights, needs, ctx.kinds)
+            gradients = through_composition(composition_of(ctx.block), grads, operands, weights, needs, ctx.dtypes)
         else:
-            found = block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.kinds)
-        return None, None, None, *found
+            gradients = block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.dtypes)
+        return None, None, None, *gradients
 
 
 def block_linear(

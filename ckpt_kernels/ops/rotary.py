@@ -93,8 +93,8 @@ class _Rotary(Block):
             zero(*sums)
         if wanted[1] or wanted[2]:
             tables = reference.rotary_table_gradients(Rotary(*kept, options), grad_output)
-        grads_by_operand = [g if w else None for g, w in zip((grad_input, *tables, *sums), wanted, strict=True)]
-        return in_dtypes_of((grad_output, *kept[1:]), grads_by_operand)
+        gradients = [g if w else None for g, w in zip((grad_input, *tables, *sums), wanted, strict=True)]
+        return in_dtypes_of((grad_output, *kept[1:]), gradients)
 
     def composition(self, *arguments: Any) -> tuple[Tensor]:
         output = reference.rotary(Rotary(*arguments))

@@ -170,7 +170,7 @@ class _RowNorm(Block):
             factor, offset = _modulated(scale, shift, weight, bias, columns, dtype)
             need_factor = wanted.scale or wanted.weight or wanted.bias
             need_offset = wanted.scale or wanted.shift or wanted.bias
-        grads_found = RowNormGradients(
+        gradients = RowNormGradients(
             contiguous(input) if total or both else None,
             contiguous(input) if total and seed is not None else None,
             contiguous(gate) if both or wanted.gate else None,
@@ -181,21 +181,21 @@ class _RowNorm(Block):
         if input.numel():
             grad_output, grad_residual_out = grads
             block = _block(input, None, gate, factor, offset, seed, mean if options.centered else None, rstd, options)
-            large = [None if t is None else as_rows(t, columns) for t in grads_found[:3]]
+            large = [None if t is None else as_rows(t, columns) for t in gradients[:3]]
             backends.select(input).row_norm_backward(
                 block,
                 strided_rows(grad_output, columns),
                 None if grad_residual_out is None else strided_rows(grad_residual_out, columns),
-                RowNormGradients(*large, *grads_found[3:]),
+                RowNormGradients(*large, *gradients[3:]),
                 None if output is None else as_rows(output, columns),
             )
         else:
-            zero(*grads_found[3:])
-        coefficients = (None, None, *grads_found[3:])
+            zero(*gradients[3:])
+        coefficients = (None, None, *gradients[3:])
         if scale is not None:
-            coefficients = _modulation_gradients(Kept(*kept), grads_found.weight, grads_found.bias, wanted)
-        grads_found = [g if w else None for g, w in zip((*grads_found[:3], *coefficients), wanted, strict=True)]
-        return in_dtypes_of((input, input, *kept[1:6]), grads_found), output
+            coefficients = _modulation_gradients(Kept(*kept), gradients.weight, gradients.bias, wanted)
+        gradients = [g if w else None for g, w in zip((*gradients[:3], *coefficients), wanted, strict=True)]
+        return in_dtypes_of((input, input, *kept[1:6]), gradients), output
 
     def empty_gradients(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]

@@ -1,7 +1,7 @@
-"""An MLP that processes its rows in tiles: the tensors between its products exist for one tile at a time.
+"""An MLP that processes rows in tiles: the tensors between the products exist for one tile at a time.
 
 Forward and backward pass use the same tiles. Gradients of weights are accumulated over the tiles in one buffer, and
-given to autograd once, so that hooks on a parameter's gradient (DDP, FSDP, accumulation) see it once and whole.
+given to autograd once, so that hooks on a parameter's gradient (DDP, FSDP, accumulation) see one complete gradient.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def in_tiles(tiles: int) -> Iterator[None]:
-    """A context in which MLPs on this thread use this many tiles, unless they have a number of their own."""
+    """A context in which MLPs on this thread use this many tiles, unless a call gives the number."""
     outer, _thread.tiles = _thread.tiles, tiles
     try:
         yield
@@ -40,7 +40,7 @@ def in_tiles(tiles: int) -> Iterator[None]:
 
 
 def tiles_now() -> int:
-    """The number of tiles for MLPs that have none of their own."""
+    """The number of tiles for MLPs whose call does not give the number."""
     return _thread.tiles
 
 
@@ -78,10 +78,10 @@ class _TiledMLP(torch.autograd.Function):
         input, *rest = ctx.saved_tensors
         first_parameters, weight, kept = rest[: len(needs) - 3], rest[len(needs) - 3], rest[len(needs) - 2 :]
         if by_composition((grad,)):
-            found = _composed_gradients(ctx, grad, input, first_parameters, weight, needs)
+            gradients = _composed_gradients(ctx, grad, input, first_parameters, weight, needs)
         else:
-            found = _gradients(ctx, grad, input, first_parameters, weight, kept, needs)
-        return None, None, None, *found
+            gradients = _gradients(ctx, grad, input, first_parameters, weight, kept, needs)
+        return None, None, None, *gradients
 
 
 def _output(

@@ -1,4 +1,4 @@
-// Lists the biases of a module when its forward pass begins, as Python's `recompute.biases` does.
+// Lists the biases of a module at the start of a forward pass, as Python's `recompute.biases` does.
 #pragma once
 
 #include "tensors.h"
