@@ -54,14 +54,22 @@ class Block:
     gradients: int | None = None
 
     def operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
-        """Random operands, all wanting gradients; `lead` has two dimensions or more."""
+        """Random operands, all wanting gradients but the tables; `lead` has two dimensions or more."""
+        found = random_operands(self.shapes(lead, columns), self.parameters, dtype, device, seed)
+        return found | {name: found[name].detach() for name in self.tables}
+
+    def empty_operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str) -> Operands:
+        """The same without values, such as those of the meta device."""
+        found = empty_operands(self.shapes(lead, columns), dtype, device)
+        return found | {name: found[name].detach() for name in self.tables}
+
+    def shapes(self, lead: Sequence[int], columns: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each operand."""
         shapes = {name: (*lead, 2 * columns if self.packed else columns) for name in self.rows}
         shapes |= {name: (1,) for name in self.numbers}
         shapes |= {name: ((*lead, columns)[1 if self.channels else -1],) for name in self.coefficients}
         shapes |= {name: (lead[0], *[1] * (len(lead) - 1), columns) for name in self.samples}
-        shapes |= {name: (*lead[-1:], columns // 2) for name in self.tables}
-        found = random_operands(shapes, self.parameters, dtype, device, seed)
-        return found | {name: found[name].detach() for name in self.tables}
+        return shapes | {name: (*lead[-1:], columns // 2) for name in self.tables}
 
     @property
     def parameters(self) -> Sequence[str]:
@@ -99,6 +107,11 @@ def random_operands(
             values += 1
         found[name] = nn.Parameter(values.to(dtype)) if name in parameters else values.to(dtype).requires_grad_()
     return found
+
+
+def empty_operands(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: str) -> Operands:
+    """Tensors without values that want gradients."""
+    return {name: torch.empty(shape, dtype=dtype, device=device).requires_grad_() for name, shape in shapes.items()}
 
 
 def calls_of(function: str, twin: Callable, given: Mapping[str, Any]) -> dict[str, Any]:

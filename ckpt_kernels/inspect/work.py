@@ -32,7 +32,7 @@ def work_of(listing: str, code: str, launch: "Launch", columns: int, elements: i
         listing: of its machine code, from nvdisasm.
         code: its intermediate code, `compiled.asm["ttir"]`.
         launch: as it was recorded, with tensors of torch's meta device.
-        columns: the length of a row.
+        columns: of a row as the kernel takes it.
         elements: of a large operand.
         resident: programs that a multiprocessor has room for.
 

@@ -9,7 +9,7 @@ time on being scheduled; rows beyond one tile are walked in blocks.
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -220,15 +220,29 @@ class Launch(NamedTuple):
     programs: int
 
 
-# Launches that there were with tensors of torch's meta device: these are not run, but can be compiled.
-recorded: list[Launch] = []
+# The recordings that go on, the innermost last.
+_recordings: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """A list of the launches within that have tensors of torch's meta device: these are not run, but can be compiled.
+
+    For one thread.
+    """
+    _recordings.append([])
+    try:
+        yield _recordings[-1]
+    finally:
+        _recordings.pop()
 
 
 def launch(kernel: triton.JITFunction, programs: int, tile: Tile, device: torch.device, *arguments: object) -> None:
     """Runs a kernel, whose last two parameters are the tile's."""
     arguments = (*arguments, tile.rows, tile.block)
     if device.type == "meta":
-        recorded.append(Launch(kernel, tile, arguments, programs))
+        if _recordings:
+            _recordings[-1].append(Launch(kernel, tile, arguments, programs))
         return
     # Triton launches on torch's current device, which need not be the tensors'.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
