@@ -75,8 +75,8 @@ PyObject* biases(PyObject*, PyObject* module) {
 
 PyMethodDef methods[] = {
     {"biases", biases, METH_O,
-     "biases(module): (parameter, version, address) of the parameters of at most one dimension in a module and below, "
-     "by identity; None where Python is to be asked."},
+     "biases(module): (parameter, version, address) of the parameters of at most one dimension in a module and its "
+     "submodules, by identity; None where Python must decide."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -176,7 +176,7 @@ PyObject* pack(PyObject* discarder, PyObject* tensor) {
   return PyObject_CallMethodObjArgs(discarder, of_pack, tensor, nullptr);
 }
 
-PyMethodDef pack_definition = {"pack", pack, METH_O, "Discarder.pack, which it calls in all but the usual cases."};
+PyMethodDef pack_definition = {"pack", pack, METH_O, "Discarder.pack, which is called in all but the usual cases."};
 
 PyObject* packer(PyObject*, PyObject* discarder) { return PyCFunction_New(&pack_definition, discarder); }
 
@@ -196,10 +196,10 @@ PyObject* set_up_cells(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"set_up_cells", set_up_cells, METH_VARARGS,
-     "set_up_cells(cell, kept, claim, layout, longest_chain, passing, stops, python_node): the classes of what is made "
-     "here; the layout of dense tensors; how long chains of recipes may be; names of nodes that pass what they need on "
-     "to all their edges, and of those outside of all rules at which there may be a tensor; the type of Python's."},
-    {"packer", packer, METH_O, "packer(discarder): its hook `pack`."},
+     "set_up_cells(cell, kept, claim, layout, longest_chain, passing, stops, python_node): the classes of the objects "
+     "created here; the layout of dense tensors; the length limit of chains of recipes; the names of nodes that save "
+     "no operand, and of nodes without a rule that may keep a tensor; the type of nodes of functions in Python."},
+    {"packer", packer, METH_O, "packer(discarder): the discarder's hook `pack`."},
     {nullptr, nullptr, 0, nullptr},
 };
 

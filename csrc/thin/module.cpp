@@ -176,7 +176,8 @@ PyObject* run(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
   return PyBool_FromLong(ran);
 }
 
-PyMethodDef run_definition = {"run", CKPT_FAST(run), "Runs the op; False where it did not, and results are undefined."};
+PyMethodDef run_definition = {"run", CKPT_FAST(run),
+                              "Runs the op; False, with undefined results, if the op did not run."};
 
 // Keeps the functions and types as long as the process lives.
 PyObject* set_up(PyObject*, PyObject* arguments) {
@@ -216,18 +217,19 @@ PyObject* function(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"set_up", set_up, METH_VARARGS,
-     "set_up(api, tensor, parameter, size, is_neg, storage_offset, watchers): how tensors are read, which types of "
-     "tensors and of shapes there are, what is asked of a tensor, and who may see ops."},
+     "set_up(api, tensor, parameter, size, is_neg, storage_offset, watchers): the table that reads tensors, the types "
+     "of tensors and shapes, two functions of a tensor, and functions that tell whether anything intercepts ops."},
     {"function", function, METH_VARARGS,
      "function(find, name): the op of that name; `find` is the address of ckpt_kernels_find_call in `_C`."},
     {"is_plain", CKPT_FAST(is_plain),
-     "is_plain(*tensors): whether nothing but autograd is to see what is done with them."},
-    {"key", CKPT_FAST(key), "key(block, tensors, options): what the checks of a call depend on; None where on more."},
+     "is_plain(*tensors): whether all tensors are plain or None, and only autograd intercepts ops."},
+    {"key", CKPT_FAST(key),
+     "key(block, tensors, options): everything that the checks of a call depend on; None if they depend on more."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_thin",
-                          "The CPU ops without torch's dispatcher, and in C what is asked, packed and recorded.",
+                          "The CPU ops without torch's dispatcher, checks of calls, and packing and recording in C.",
                           -1,
                           methods,
                           nullptr,

@@ -140,11 +140,10 @@ PyObject* set_up_records(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"set_up_records", set_up_records, METH_VARARGS,
-     "set_up_records(recipe, entry, block, storage_reference, chosen, lock, nothing): the classes of what is made here "
-     "and in "
-     "it, and functions that give the backend asked for, a new lock, and an empty tensor of a dtype."},
+     "set_up_records(recipe, entry, block, storage_reference, chosen, lock, nothing): the classes of the objects "
+     "created here, and functions that return the chosen backend, a new lock, and an empty tensor of a dtype."},
     {"record", CKPT_FAST(record),
-     "record(discarder, output): Discarder.record; False in all but the usual case, when nothing was done."},
+     "record(discarder, output): Discarder.record; False, with nothing done, in all but the usual case."},
     {nullptr, nullptr, 0, nullptr},
 };
 
