@@ -96,7 +96,7 @@ class discard_outputs(contextlib.ContextDecorator):
         if is_recorded or allows_writes or not hooks._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
-        # Within another active context that one stays active: outputs may pass from one to the other.
+        # Within another active context the outer one stays active: outputs may pass between the two.
         hooked = None if discarding() is not None else _hooked(self._module, self._products, self._temporaries)
         self._entered.append(hooked)
         if hooked is not None:

@@ -1,14 +1,14 @@
-// All that is asked at a site of a converted model, in one call.
+// All checks at one call site of a converted model, in one call.
 #pragma once
 
 #include "tensors.h"
 
 namespace ckpt {
 
-// operands(quiet, owner, linear, activations, wanted, *values): what Python's `asked.Site` says.
+// operands(quiet, owner, linear, activations, wanted, *values): see Python's `asked.Site`.
 PyObject* operands(PyObject* self, PyObject* const* objects, Py_ssize_t count);
 
-// False after an error.
+// Interns the names; false after an error.
 bool prepare_sites();
 
 }  // namespace ckpt
