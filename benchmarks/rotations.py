@@ -15,8 +15,8 @@ from torch import nn
 
 import ckpt_kernels
 from ckpt_kernels.convert.code.scope import Scope
-from ckpt_kernels.convert.code.source import NoSource, definition_of, layers_of
-from ckpt_kernels.convert.rotations.trials import rotation_of, why_no_rotation
+from ckpt_kernels.convert.code.source import NoSource, decorator_chain, definition_of
+from ckpt_kernels.convert.rotations.recognition import rotation_of, why_not_rotation
 
 _ROTATES = re.compile(r"^_*(\w+_)?apply_(\w+_)?(rotary|rope)")
 # Of queries and keys, and not of what they are made of in latent attention.
@@ -58,13 +58,13 @@ def _name(call: ast.Call) -> str:
 
 def _why_unknown(method: Any, called: ast.expr) -> str:
     try:
-        function = layers_of(method)[-1]
+        function = decorator_chain(method)[-1]
         scope = Scope(function, definition_of(function).tree)
     except NoSource as error:
         return str(error)
-    for value in (scope.value(called), scope.function_called(called)):
+    for value in (scope.value(called), scope.local_function(called)):
         if isinstance(value, types.FunctionType):
-            return "" if rotation_of(value) is not None else why_no_rotation(value)
+            return "" if rotation_of(value) is not None else why_not_rotation(value)
     return "is a method"
 
 

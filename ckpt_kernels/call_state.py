@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convert.loads import modules_of
+from .convert.module_tree import modules_of
 from .nested_values import tensors_among
 
 

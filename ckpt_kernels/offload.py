@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .convert.loads import named_modules, tensors_of
+from .convert.module_tree import named_modules, tensors_of
 from .convert.rules.rule import Forward
-from .convert.swap import may_be_swapped, surround
+from .convert.swap import add_forward_context, may_be_swapped
 from .host_memory import from_host, to_host
 from .recompute import discarding, run_at
 from .recompute.active import top_hooks
@@ -93,7 +93,7 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
     warn_if_simulated(model)
     around = Offloading(least)
     for name in chosen:
-        surround(names[name], around)
+        add_forward_context(names[name], around)
     return chosen
 
 

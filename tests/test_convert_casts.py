@@ -87,5 +87,5 @@ class Wider(nn.LayerNorm):
 def test_norms_that_cast_to_more_than_their_dtypes(kind: type[nn.Module]) -> None:
     report = ckpt_kernels.convert(nn.Sequential(kind(WIDTH)))
     assert by(report, "0") is None
-    said = "names float64" if kind is Wider else "asks for the type of what it is given"
+    said = "names float64" if kind is Wider else "reads the type of its input"
     assert said in reason(report, "0")

@@ -14,7 +14,7 @@ from torch import nn
 import ckpt_kernels
 from ckpt_kernels.convert.code import source
 from ckpt_kernels.convert.code.excerpts import excerpt_of
-from ckpt_kernels.convert.code.source import definition_of, layers_of
+from ckpt_kernels.convert.code.source import decorator_chain, definition_of
 
 try:
     import torch.nn.functional as functions
@@ -95,13 +95,13 @@ TORCHS = [nn.Linear.forward, nn.MultiheadAttention.forward, nn.Module._call_impl
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, *TORCHS], ids=lambda function: function.__qualname__)
 def test_they_are_those_of_the_whole_file(function: types.FunctionType) -> None:
-    function = layers_of(function)[-1]
+    function = decorator_chain(function)[-1]
     code = function.__code__
     with open(code.co_filename) as file:
-        whole = source._in_its_file(file.read(), code, code.co_filename)
+        whole = source._from_file(file.read(), code, code.co_filename)
     found = definition_of(function)
     assert ast.dump(found.tree, include_attributes=True) == ast.dump(whole.tree, include_attributes=True)
-    assert [type(each) for each in found.around] == [type(each) for each in whole.around]
+    assert [type(each) for each in found.enclosing] == [type(each) for each in whole.enclosing]
     assert found is not whole or function is Kinds.ends_in_text
 
 

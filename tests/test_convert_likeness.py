@@ -59,13 +59,13 @@ class Halved(nn.LayerNorm):
         (HighwayGate, "looks like a gate"),
         (Experts, "looks like experts"),
         (lambda: Halved(WIDTH), "names half"),
-        (nn.Tanh, "nothing to win"),
+        (nn.Tanh, "nothing to gain"),
     ),
     ids=lambda given: getattr(given, "__name__", None),
 )
 def test_what_is_not_known_has_a_reason(make: Callable[[], nn.Module], words: str) -> None:
     report = ckpt_kernels.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH), make(), nn.Linear(WIDTH, WIDTH)))
-    if words == "nothing to win":  # of what is computed within an MLP, more is won
+    if words == "nothing to gain":  # of what is computed within an MLP, more is won
         report = ckpt_kernels.convert(nn.Sequential(make(), nn.Linear(WIDTH, WIDTH)))
         assert words in reason(report, "0")
     else:

@@ -99,7 +99,7 @@ def test_what_is_kept(dtype: torch.dtype) -> None:
 
 def test_the_report() -> None:
     report = ckpt_kernels.convert(nn.Sequential(Clamped()))
-    assert ["recipes of what is clamped"] == [entry.by for entry in report.replaced if entry.kind == "Clamped"]
+    assert ["recipes of clamped tensors"] == [entry.by for entry in report.replaced if entry.kind == "Clamped"]
 
 
 class Sum(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from ckpt_kernels.convert.code import order
+from ckpt_kernels.convert.code import evaluation_order
 
 from .test_convert_replaced import MLP, alike
 from .test_convert_rules import WIDTH
@@ -70,7 +70,7 @@ def test_the_order_is_that_of_python(statement: str) -> None:
     tree = ast.parse(f"def run(f, x):\n    {statement}").body[0].body[0]
     known = [
         node.args[0].value
-        for node in order.in_order(tree)
+        for node in evaluation_order.in_evaluation_order(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "f"
     ]
     certain = not any(word in statement for word in (" if ", " and ", " < "))

@@ -8,7 +8,7 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import ckpt_kernels
-from ckpt_kernels.convert.rotations.trials import rotation_of
+from ckpt_kernels.convert.rotations.recognition import rotation_of
 from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, relu_
 
 import ckpt_kernels
-from ckpt_kernels.convert.code.writes import writer_in
+from ckpt_kernels.convert.code.in_place_writes import in_place_writer
 
 from . import test_convert_tried as tried
 from .test_convert_rules import x as random
@@ -254,7 +254,7 @@ class ByModule(nn.Module):
 @pytest.mark.parametrize("make", [ByGlobal, ByModule, local_writer], ids=["global", "module", "variable"])
 def test_functions_that_write_are_reached(make) -> None:
     kind = make if isinstance(make, type) else make()
-    assert writer_in(kind())
+    assert in_place_writer(kind())
 
 
 def w_view(self, x):
@@ -460,14 +460,14 @@ WRITES = {k: v for k, v in list(globals().items()) if k.startswith("w_")}
 @pytest.mark.parametrize("how", WRITES)
 def test_what_is_a_write(how) -> None:
     kind = type("Writes", (nn.Module,), {"forward": WRITES[how]})
-    assert writer_in(kind())
+    assert in_place_writer(kind())
 
 
 @pytest.mark.parametrize(
     "how", [n_own, n_asks, n_sets_items, n_grows_a_list, n_a_flag_that_is_off], ids=lambda how: how.__name__
 )
 def test_what_is_no_write(how) -> None:
-    assert not writer_in(type("Own", (nn.Module,), {"forward": how})())
+    assert not in_place_writer(type("Own", (nn.Module,), {"forward": how})())
 
 
 class Doubles:
@@ -483,19 +483,19 @@ class Doubles:
 def test_what_a_module_holds_may_write(held: Any) -> None:
     module = nn.Module()
     module.held = held
-    assert writer_in(module)
+    assert in_place_writer(module)
     module.held = [F.gelu, functools.partial(torch.add, alpha=2), {"a": 1}]
-    assert not writer_in(module)
+    assert not in_place_writer(module)
 
 
 def test_inplace() -> None:
-    assert writer_in(nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))) == "ReLU (inplace=True)"
+    assert in_place_writer(nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))) == "ReLU (inplace=True)"
 
 
 def test_a_function_without_source_may_write() -> None:
     names: dict = {}
     exec("def forward(self, x):\n    return x.add_(1)", {}, names)
-    assert writer_in(type("Made", (nn.Module,), names)())
+    assert in_place_writer(type("Made", (nn.Module,), names)())
 
 
 others.add_one = write_to

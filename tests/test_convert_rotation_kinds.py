@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ckpt_kernels.convert.rotations.trials import rotation_of
+from ckpt_kernels.convert.rotations.recognition import rotation_of
 
 from .conftest import DEVICE
 from .test_convert_rotations import half_tables, in_float32, one, rotate_half
@@ -107,7 +107,7 @@ def both(function: Callable[..., Any], heads: Tensor, cos: Tensor, sin: Tensor) 
     """What the function computes, or None where it raises, and what is computed in its place, or None."""
     rotation = rotation_of(function)
     assert rotation is not None
-    ((way, _),) = rotation.ways.values()
+    ((way, _),) = rotation.conventions.values()
     given = (*(heads,) * way.heads, cos, sin)
     given = tuple(given[way.places.index(place)] for place in range(len(given)))
     try:

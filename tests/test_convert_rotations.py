@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels.convert.rotations.forms import Rotation
-from ckpt_kernels.convert.rotations.trials import rotation_of
+from ckpt_kernels.convert.rotations.recognition import rotation_of
 from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE
@@ -341,5 +341,8 @@ def test_settings_that_a_call_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert served == [True] * 3
     by_default, by_all = rotation_of(halves, ()), rotation_of(halves)
     assert by_default is not None and by_all is not None
-    assert list(by_default.ways) == [((int, 1),)] and len(by_all.ways) > 1
-    assert by_default.ways.items() <= by_all.ways.items() and by_default.forms.items() <= by_all.forms.items()
+    assert list(by_default.conventions) == [((int, 1),)] and len(by_all.conventions) > 1
+    assert (
+        by_default.conventions.items() <= by_all.conventions.items()
+        and by_default.forms.items() <= by_all.forms.items()
+    )

@@ -9,7 +9,7 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import ckpt_kernels
-from ckpt_kernels.convert.rotations.trials import rotation_of
+from ckpt_kernels.convert.rotations.recognition import rotation_of
 
 from .test_convert_rotations import COLUMNS, HEADS, KEYS, Attention, halves, rotate_half, says
 
@@ -199,7 +199,7 @@ apply_rotary_named = apply_rotary_scaled
 
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [(apply_rotary_scaled, "turns nothing as ours does"),
+    [(apply_rotary_scaled, "rotates in no way that the rotary op supports"),
      (apply_rotary_by_size, "names a number that a trial may not reach"),
      (of_any, "takes arguments in a way of its own"), (rotate_all, "takes something else than one or two heads")],
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import ckpt_kernels
 from ckpt_kernels.convert import Report
-from ckpt_kernels.convert.code.writes import writer_in
+from ckpt_kernels.convert.code.in_place_writes import in_place_writer
 
 from .conftest import DEVICE
 from .conversion import kept, twins
@@ -295,7 +295,7 @@ class WritesWithin(nn.Module):
 
 def test_a_write_in_a_function_within_a_method_is_found() -> None:
     model = WritesWithin().to(DEVICE, torch.bfloat16)
-    assert writer_in(model) == "WritesWithin.add"
+    assert in_place_writer(model) == "WritesWithin.add"
     ckpt_kernels.convert(model)
     model(rows().bfloat16()).sum().backward()
 

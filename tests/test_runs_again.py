@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels import recompute
 from ckpt_kernels.bitwise_check import record_differences
-from ckpt_kernels.convert.planned import Levels
+from ckpt_kernels.convert.module_levels import Levels
 from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.runs import is_repeating
 

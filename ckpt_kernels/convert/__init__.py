@@ -1,48 +1,32 @@
-"""Real models, one line: `convert(model)` makes a model's own modules compute with this package's kernels.
+"""`convert(model)` makes the modules of a model compute with this package's fused kernels, in place.
 
     report = ckpt_kernels.convert(model)
     print(report)
 
-Norms, activations, dropouts and gates are found by what they compute (`rules`); what belongs together, by how a
-module's methods are written (`code`, `rewriting`, `rotations`). A user's code runs on real tensors and on nothing
-else, and nothing of one call is remembered for the next. The modules stay the objects they were (`swap`), and
-`revert` gives them their own class back.
+Norms, activations, dropouts and gates are recognised by what they compute (`rules`); chains and MLPs by the source of a
+module's methods (`code`, `rewriting`, `rotations`). User code runs on real tensors only, and no call leaves state for
+the next. The modules stay the same objects (`swap`), and `revert` gives them their original classes back.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from .. import backends, offload
+from .. import offload
 from ..functional.mlps import tiles_for
-from ..levels import level_of_blocks
 from ..memory import kept_bytes
 from ..model_argument import check_model
-from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
-from .code.remembering import forget_what_is_local
-from .code.writes import writer_in
-from .later import Continued, looked_for
-from .layers import above_lists, has_forward, layers_of, writes_as_set
-from .loads import modules_of, named_modules, tensors_of
-from .noticing import forget
-from .planned import AtLevel, Levels, Planned, Touched
+from .code.memoization import forget_local_results
+from .late_modules import remove_late_conversion
+from .model_conversion import ModelConversion
+from .module_levels import Levels, LevelSource
+from .module_tree import modules_of, named_modules
 from .report import LeftAlone, Replaced, Report
-from .rewriting.chain import chain_of
-from .rewriting.methods import Written, written_of
-from .rewriting.values import looks_like_mlp
-from .rotations.unknown import why_unknown
-from .rules.heads import Head, heads_in
-from .rules.leaves import Leaves
-from .rules.likeness import looks_like_activation, looks_like_several
-from .rules.norms import Norm
-from .rules.rule import Rule, Within
-from .selection import Choice, choice_of
-from .swap import NotSwapped, is_converted, is_wrapped, may_be_swapped, rule_of, swap, swap_back
-
-_ONE_BY_ONE = "its parts compute one by one: it writes them in no form that is known"
+from .rules.heads import heads_in
+from .selection import choice_of
+from .swap import is_converted, is_wrapped, swap_back
 
 __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert"]
 
@@ -50,48 +34,51 @@ __all__ = ["LeftAlone", "Replaced", "Report", "convert", "is_converted", "revert
 def convert(
     model: nn.Module,
     *,
-    recompute: "str | Mapping[str, str] | Planned" = "output",
+    recompute: "str | Mapping[str, str] | LevelSource" = "output",
     include: Iterable[str | type[nn.Module]] | None = None,
     exclude: Iterable[str | type[nn.Module]] | None = None,
     logits: str | None = None,
     tiles: int = 1,
     inputs: Any = None,
 ) -> Report:
-    """Makes the model's modules compute with this package's kernels, in place, and says what it did.
+    """Makes the model's modules compute with this package's kernels, in place, and reports the replaced modules.
 
-    Every module, parameter, buffer, hook, name and mode stays as it is; so do the results, up to rounding, but for the
-    random numbers of dropout, which are drawn otherwise. A model that is converted already is converted anew.
+    Modules, parameters, buffers, hooks, names and modes stay the same. Results stay the same up to rounding, except
+    for the random numbers of dropouts, which come from another stream. A converted model is reverted and converted
+    anew.
 
     Args:
-        model: anything; what is not recognised is left alone.
-        recompute: what is kept for backward. "block": the inputs of blocks, and what reads their outputs keeps these.
-            "output": not the outputs either, which are made again (see `recompute.discard_outputs`). "all": not the
-            products that activations and gates read either, which run again. "layer": of each member of a ModuleList
-            that has norms, and of a Sequential if it has two matrices too, what goes into it and what its attention
-            saves of its result (see `recompute.layer`).
-            Or levels by module: a `Plan`, or a mapping of modules' names (with * and ?) to levels, each for all that is
-            below the module, a later one before an earlier one; of what is not named "output". There a module may
-            also be left as it is, "none", or be checkpointed, "checkpoint". All but "none" and "block" may say how many
-            tiles there are, "all, tiles=4", and all but "checkpoint" that what is kept waits in host memory, "output,
-            offload" (see `offload.offload`).
-        include: names of modules (with * and ?) or classes; only these and what is below them. None is all.
-        exclude: names or classes of modules to be left alone with all that is below them.
-        logits: the name (with * and ?) of the linear layer that makes a language model's logits, such as "lm_head".
-            They are then made when somebody looks at them, and a cross entropy reads them in chunks; see
+        model: any module. Modules that are not recognised are left alone.
+        recompute: the tensors that the backward pass recomputes. "block": the intermediate results of each block, which
+            keeps its inputs; the layer that reads the block's output keeps the output. "output": the outputs of blocks
+            too (see `recompute.discard_outputs`). "all": also the matrix products that activations and gates read.
+            "layer": all tensors in a layer, but for the layer's input and the tensors that its attention saves of the
+            result (see `recompute.layer`). Layers are the members of a ModuleList that have norms, and the members of a
+            Sequential that have two matrices too.
+            Or levels by module: a `Plan`, or a mapping of modules' names (with * and ?) to levels. Each level holds for
+            all modules below the name, and a later entry overrides an earlier one; modules without a level have
+            "output". A mapping may also leave a module as it is, "none", or checkpoint a module, "checkpoint". All
+            levels but "none" and "block" may state a number of tiles, "all, tiles=4", and all but "checkpoint" may move
+            saved tensors to host memory, "output, offload" (see `offload.offload`).
+        include: names of modules (with * and ?) or classes; only these modules and those below them are converted.
+            None includes all.
+        exclude: names or classes of modules that are left alone, with all modules below them.
+        logits: the name (with * and ?) of the linear layer that computes a language model's logits, such as "lm_head".
+            The logits are then computed when they are first read, and a cross entropy reads them in chunks; see
             `ckpt_kernels.logits`.
-        tiles: how many parts an MLP takes its rows in, one after the other, where its products are not kept at "block"
-            and its level says no other number; see `functional.mlp`.
-        inputs: what the model is called with, a tensor, a tuple, or a dict by name. If given, the report has the bytes
-            that a forward pass keeps before and after, measured on copies of the model.
+        tiles: the number of parts in which an MLP computes its rows, one after the other, except at "block" and where
+            the MLP's level states another number; see `functional.mlp`.
+        inputs: the inputs that the model is called with: a tensor, a tuple, or a dict by name. With inputs, the report
+            has the bytes that a forward pass keeps before and after the conversion, measured on copies of the model.
 
     Returns:
-        A `Report` of what was replaced and what was left alone, which prints as a table.
+        A `Report` of the modules that were replaced and left alone, which prints as a table.
 
     Raises:
         TypeError: `model` is no module, or is compiled already.
-        ValueError: the level is unknown; a name fits no module, or that of `logits` one that is no `nn.Linear`; or
-            `tiles` is no positive number, or is more than 1 at "block".
-        RuntimeError: modules were converted and then wrapped by others.
+        ValueError: the level is unknown; a name fits no module, or the name `logits` fits a module that is no
+            `nn.Linear`; or `tiles` is no positive number, or is more than 1 at "block".
+        RuntimeError: a converted module was wrapped by a parametrization or by FSDP after its conversion.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
@@ -111,25 +98,25 @@ def convert(
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:
-        report = _Conversion(model, levels, *choices, tiles).run(heads)
+        report = ModelConversion(model, levels, *choices, tiles).run(heads)
     except BaseException:
         revert(model)
         raise
     finally:
-        forget_what_is_local()
+        forget_local_results()
     return report if before is None else replace(report, kept=(before, kept_bytes(model, inputs)))
 
 
 def revert(model: nn.Module) -> None:
-    """Gives all converted modules of the model their own forward back. Does nothing to those that are not converted.
+    """Gives all converted modules of the model their original forward back. Other modules stay as they are.
 
     Args:
         model: a module.
 
     Raises:
         TypeError: `model` is no module.
-        RuntimeError: a converted module has been wrapped by a parametrization or by FSDP since, which have to be taken
-            off first. Nothing is changed.
+        RuntimeError: a converted module was wrapped by a parametrization or by FSDP after its conversion. Remove the
+            wrapper first. The model is unchanged.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 64))
@@ -149,126 +136,4 @@ def revert(model: nn.Module) -> None:
     for module in modules_of(model):
         if is_converted(module):
             swap_back(module)
-            forget(module)
-
-
-class _Conversion(Leaves):
-    def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
-        super().__init__(Touched(model, include, exclude, levels), writer_in(model), [], [])
-        self.model = model
-        self.levels = levels
-        self.tiles = tiles
-        # One for all layers: each brings back what the one before it keeps.
-        self.offloading = offload.Offloading(offload.LEAST)
-        self.above = above_lists(model)
-        names = {module: name for name, module in named_modules(model)}
-        by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
-        self.later = Continued(include, exclude, looked_for(model), self.replaced, self.left_alone, by_name)
-
-    def run(self, heads: Mapping[str, nn.Module]) -> Report:
-        self.names = named = {module: name for name, module in named_modules(self.model)}
-        for name, module in heads.items():
-            self.apply(name, module, Head())
-        for module, name in named.items():
-            self.convert(name, module)
-        for module, name in named.items():
-            if module not in self.rules:
-                self._convert_composite(name, module)
-        lets_go = self.levels.whole.level != "block"
-        roots = [module for module in self._roots() if lets_go or module is self.model]
-        for module in roots:
-            around = self._around(module) if lets_go else (looking_over,)
-            self._surround(module, (*self._in_tiles(module), *around, *self._offloading(module)))
-        self.later.begin(self.model, *roots)
-        for module, name in named.items():
-            self._explain(name, module)
-        order = {name: i for i, name in enumerate(named.values())}
-        self.replaced.sort(key=lambda entry: order[entry.name])
-        self.left_alone.sort(key=lambda entry: order[entry.name])
-        return Report(str(self.levels), _backend_of(self.model), self.replaced, self.left_alone)
-
-    def _convert_composite(self, name: str, module: nn.Module) -> None:
-        leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
-        if leaf or not self.selection.covers(module) or not may_be_swapped(module):
-            return
-        rule: Rule | None = chain_of(module, level_of_blocks(self.levels.of(module)), self.selection.covers)
-        reason = ""
-        if rule is None:
-            rule, reason = written_of(module, self.levels.of(module), self.selection.covers)
-        if rule is not None:
-            self.apply(name, module, rule)
-        elif looks_like_mlp(module, self.selection.covers):
-            self.leave(name, module, reason or _ONE_BY_ONE)
-
-    def _explain(self, name: str, module: nn.Module) -> None:
-        """Says why what looks like something of ours is not replaced, where nothing in it is, and nothing was said."""
-        if self.selection.covers(module) and (why := why_unknown(module)):
-            self.leave(name, module, why)
-        known = any(entry.name == name for entry in self.left_alone)
-        if known or not self.selection.covers(module) or any(below in self.rules for below in modules_of(module)):
-            return
-        if several := looks_like_several(module):
-            self.leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
-        elif not self.replaced and looks_like_activation(module):
-            self.leave(name, module, "keeps no more than its output, which what reads it keeps too: nothing to win")
-
-    def _roots(self) -> Iterator[nn.Module]:
-        """The modules whose forward lets go of outputs: the model, and what of it holds the lists of layers, which may
-        be called without it; and the members of these, which may be checkpointed or called one by one, or those that
-        have a level of their own."""
-        found = self.above | dict.fromkeys(self.levels.named)
-        for parent in () if self.levels.is_by_module else modules_of(self.model):
-            if isinstance(parent, nn.ModuleList):
-                found.update((layer, None) for layer in parent._modules.values() if layer is not None)
-        if self.levels.whole.level == "layer" and not self.levels.is_by_module:
-            found.update(dict.fromkeys(layers_of(self.model).values()))
-        for module in found:
-            covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
-            # What is to stay as it is may be in a checkpoint, and keeps its outputs within a model that does not.
-            if (covered or module in self.levels.named) and may_be_swapped(module) and has_forward(module):
-                yield module
-            elif module in self.levels.named:
-                self.leave(self.names[module], module, "its forward cannot be given a level of its own")
-
-    def _in_tiles(self, module: nn.Module) -> tuple[Around, ...]:
-        """How many tiles MLPs in one of the roots take. Where some take several, all say so: one is within another."""
-        if self.tiles == 1 and not self.levels.has_tiles:
-            return ()
-        policy = self.levels.named[module][0] if module in self.levels.named else self.levels.whole
-        return (InTiles(policy.tiles or self.tiles),)
-
-    def _around(self, module: nn.Module) -> tuple[Around, ...]:
-        """What the forward of one of the roots runs in."""
-        may_repeat = module not in self.above and not any(map(writes_as_set, modules_of(module)))
-        if module in self.levels.named:
-            policy, places = self.levels.named[module]
-            return (AtLevel(policy.level, places, may_repeat),)
-        whole = self.levels.whole.level
-        if whole == "layer" and module not in self.above and self._is_layer(module):
-            around: tuple[Around, ...] = (as_layer,)
-        else:
-            around = (discarding_products if whole in ("all", "layer") else discarding,)
-        return (*around, selecting) if may_repeat else around
-
-    def _offloading(self, module: nn.Module) -> tuple[Around, ...]:
-        named = self.levels.named.get(module)
-        return (self.offloading,) if named is not None and named[0].is_offloaded else ()
-
-    def _surround(self, module: nn.Module, around: tuple[Around, ...]) -> None:
-        rule = rule_of(module)
-        if rule is not None:
-            swap_back(module)
-        # A class that cannot be subclassed has no rule either: nothing is undone then.
-        with contextlib.suppress(NotSwapped):
-            swap(module, rule or Within(), around)
-
-    def _is_layer(self, module: nn.Module) -> bool:
-        """Whether a norm in it is converted, as in layers, and not in most experts."""
-        rules = [self.rules[below] for below in modules_of(module) if below in self.rules]
-        return any(isinstance(rule, Norm) or (isinstance(rule, Written) and rule.has_norm) for rule in rules)
-
-
-def _backend_of(model: nn.Module) -> str:
-    """The backend that serves the model's device; on a device that none of ours is for, torch's own code does."""
-    device = next((t.device.type for t in tensors_of(model, buffers=True)), "cpu")
-    return backends.selected_name(device) if device in ("cpu", "cuda") else "reference"
+            remove_late_conversion(module)

@@ -1,10 +1,11 @@
-"""Which modules of a model are its layers: what a plan chooses for, and what the level "layer" is of."""
+"""Finds the layers of a model: the modules for which a plan chooses levels, and to which the level "layer" applies."""
 
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from .loads import is_set, modules_of, named_modules
+from .attribute_loads import is_set
+from .module_tree import modules_of, named_modules
 from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
 
@@ -14,9 +15,9 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers by name, in the order of the model's modules.
 
-    A layer is a member of a `ModuleList` or `Sequential` that holds at least two matrices and a norm (of a model
-    without norms: two matrices), whose forward may run in another way, and which has no lists of layers in it that make
-    up most of it. In a model whose lists have no such members, those of its longest list.
+    A layer is a member of a `ModuleList` or `Sequential` that holds at least two matrices and a norm (in a model
+    without norms, at least two matrices), whose class can be exchanged, and which does not consist for the most part of
+    layers in lists inside. Where no list has such members, the layers are the members of the longest list.
 
     Args:
         model: a module, converted or not.
@@ -29,18 +30,19 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
             return False
         return not has_norms or any(map(_is_norm, modules_of(module)))
 
-    found = list(_layers_in(model, is_layer))
-    if not found:
+    layers = list(_layers_in(model, is_layer))
+    if not layers:
         lists = [
             [m for m in module._modules.values() if m is not None] for module in names if isinstance(module, _LISTS)
         ]
         members = max(lists, key=len, default=[])
-        found = [m for m in members if _has_own_forward(m)]
+        layers = [m for m in members if _has_own_forward(m)]
     order = {module: place for place, module in enumerate(names)}
-    return {names[module]: module for module in sorted(dict.fromkeys(found), key=order.__getitem__)}
+    return {names[module]: module for module in sorted(dict.fromkeys(layers), key=order.__getitem__)}
 
 
 def _layers_in(module: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The layers below a module. Layers inside a layer replace the outer one where they hold half of the parameters."""
     for child in module._modules.values():
         if child is None:
             continue
@@ -78,7 +80,7 @@ def _size(module: nn.Module) -> int:
 
 
 def above_lists(model: nn.Module) -> dict[nn.Module, None]:
-    """The model, and what of it holds its outermost lists of layers."""
+    """The model, and all modules that contain one of the model's outermost `ModuleList`s."""
     above: dict[nn.Module, None] = {}
 
     def holds(module: nn.Module) -> bool:
@@ -97,10 +99,10 @@ def above_lists(model: nn.Module) -> dict[nn.Module, None]:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether it can be called: a list of modules cannot."""
+    """Whether the module can be called, unlike a list of modules."""
     return type(module).forward not in (nn.Module.forward, nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
-def writes_as_set(module: nn.Module) -> bool:
-    """Whether it is set to write to what it was given, or to its own buffers, which must not happen twice."""
+def may_not_repeat(module: nn.Module) -> bool:
+    """Whether the module is set to write to the input or to running statistics, which must not happen twice."""
     return is_set(module, "inplace") or is_set(module, "track_running_stats")

@@ -1,4 +1,4 @@
-"""What a conversion did, for people and programs."""
+"""The report of a conversion: the modules that were replaced or left alone, as a table and as data."""
 
 import html
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ class Replaced:
     """A converted module.
 
     Attributes:
-        name: of the module.
-        kind: the name of its class.
-        by: what the module computes with now.
+        name: the module's name in the model.
+        kind: the name of the module's class.
+        by: the functions that the module computes with now.
     """
 
     name: str
@@ -23,12 +23,12 @@ class Replaced:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A module that might have been converted and was not, or not in all cases.
+    """A module that looked convertible and was not converted, or not for all inputs.
 
     Attributes:
-        name: of the module.
-        kind: the name of its class.
-        reason: why.
+        name: the module's name in the model.
+        kind: the name of the module's class.
+        reason: why the module was left alone.
     """
 
     name: str
@@ -38,15 +38,15 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Report:
-    """What `convert` replaced in a model, and what it left alone.
+    """The modules of a model that `convert` replaced and left alone.
 
     Attributes:
         recompute: the level.
-        backend: the backend that serves the calls of the model's device.
+        backend: the backend that serves calls on the model's device.
         replaced: a `Replaced` for each converted module.
-        left_alone: a `LeftAlone` for each module that might have been converted and was not.
-        kept: bytes kept for backward by a forward pass of the inputs that `convert` was given, before and after; None
-            where it was given none.
+        left_alone: a `LeftAlone` for each module that looked convertible and was not converted.
+        kept: the bytes that a forward pass keeps for backward, before and after the conversion; None where `convert`
+            was given no inputs.
     """
 
     recompute: str
@@ -56,7 +56,7 @@ class Report:
     kept: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as data."""
+        """The report as nested dicts and lists."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Report:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """For notebooks: the same as tables."""
+        """The report as HTML tables, for notebooks."""
         head = str(self).partition("\n")[0]
         parts = [f"<p>{html.escape(head)}</p>"]
         for title, entries, attribute in (
@@ -98,7 +98,7 @@ class Report:
 
     @staticmethod
     def _rows(entries: Sequence[Any], attribute: str) -> list[tuple[str, ...]]:
-        """A row for the entries of each kind with each text: how many, and the first of them."""
+        """One row for all entries of the same kind and text: their number, kind, text, and the first name."""
         groups: dict[tuple[str, str], list[Any]] = {}
         for entry in entries:
             groups.setdefault((entry.kind, getattr(entry, attribute)), []).append(entry)

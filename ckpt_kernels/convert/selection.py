@@ -1,31 +1,31 @@
-"""Which modules of a model a conversion may touch."""
+"""Selects the modules that a conversion may change, by `include` and `exclude`."""
 
 import fnmatch
 from collections.abc import Iterable
 
 from torch import nn
 
-from .loads import modules_of, named_modules
+from .module_tree import modules_of, named_modules
 
 Choice = tuple[str | type[nn.Module], ...] | None
 
 
 class Selection:
-    """Modules by name (with * and ?) or by class, each with all that is below it."""
+    """Modules that are included and not excluded, by name (with * and ?) or by class, each with all modules below."""
 
     def __init__(self, model: nn.Module, include: Choice, exclude: Choice) -> None:
         self._included = None if include is None else _chosen(model, include)
         self._excluded = _chosen(model, exclude or ())
 
     def covers(self, module: nn.Module) -> bool:
-        """Whether that module may be touched."""
+        """Whether the conversion may change that module."""
         return module not in self._excluded and (self._included is None or module in self._included)
 
 
 def choice_of(model: nn.Module, given: Iterable[str | type[nn.Module]] | None, argument: str) -> Choice:
-    """What `include` or `exclude` was given.
+    """The value of `include` or `exclude` as a tuple of names and classes, or None.
 
-    Raises ValueError for a name that fits no module of the model, TypeError for what is neither name nor class.
+    Raises ValueError for a name that fits no module of the model, TypeError for anything but names and classes.
     """
     if given is None:
         return None
@@ -41,12 +41,12 @@ def choice_of(model: nn.Module, given: Iterable[str | type[nn.Module]] | None, a
 
 def _chosen(model: nn.Module, choice: tuple[str | type[nn.Module], ...]) -> set[nn.Module]:
     named = dict(named_modules(model, duplicates=True))
-    found: set[nn.Module] = set()
+    chosen: set[nn.Module] = set()
     for wanted in choice:
         if isinstance(wanted, str):
             fitting = [named[name] for name in fnmatch.filter(named, wanted)]
         else:
             fitting = [module for module in named.values() if isinstance(module, wanted)]
         for module in fitting:
-            found.update(modules_of(module))
-    return found
+            chosen.update(modules_of(module))
+    return chosen

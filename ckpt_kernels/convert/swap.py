@@ -1,8 +1,9 @@
-"""How a module is converted and stays the module it was: its class is exchanged for a subclass with other methods.
+"""Converts a module in place: exchanges the module's class for a subclass with other methods.
 
-So whoever holds the module keeps holding it, and its parameters, buffers, hooks, names, training mode and attributes
-are not touched. The subclass bears the original's name, prints like it, is an instance of it, is pickled as what makes
-it again, and makes an ordinary module of the original's class when it is called.
+The module object stays the same, and so do parameters, buffers, hooks, names, training mode and attributes. The
+subclass has the original's name and repr, and `isinstance` holds for the original class. The pickle of a converted
+module holds the original class, the rule and the contexts, and loading it converts the module again. Calling the
+subclass constructs an unconverted module of the original class.
 """
 
 import contextlib
@@ -19,36 +20,42 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import nn
 
-from .around import Around
-from .asked import ACTIVATION, are_same
-from .code.called import asks_for_its_class
-from .noticing import goes_on
+from .code.call_graph import inspects_own_class
+from .forward_contexts import ForwardContext
+from .late_modules import late_conversion_of
+from .native_guards import ACTIVATION, are_same
 from .operands import is_called_plainly
-from .rules.rule import Rule, Within
-from .wrappers import Found, surrounded, unless_patched
+from .rules.rule import ContextOnly, Rule
+from .wrappers import MethodSnapshot, in_context, unless_patched
 
-# What the class of a converted module has beside its methods: its `Conversion`, and its forward as it was made.
-_ATTRIBUTE = "_ckpt_conversion"
-_MADE = "_ckpt_made"
-# And what is asked of these, to know whether they are what they were.
-_ASKED = "_ckpt_asked"
-# And the state of a copy of a converted model: how its conversion goes on.
-_LATER = "_ckpt_later"
+# Attributes of a converted class: the `Conversion`, a snapshot of the forward, and the bindings of `is_patched`.
+_CONVERSION = "_ckpt_conversion"
+_FORWARD = "_ckpt_forward"
+_BINDINGS = "_ckpt_bindings"
+# The key of the `LateConversion` in the pickled state of a converted model.
+_LATE_CONVERSION = "_ckpt_late_conversion"
 
 
 class NotSwapped(Exception):
-    """Why a module's class cannot be exchanged; for people."""
+    """A module's class cannot be exchanged. The message is the reason, as the report states it."""
 
 
 class Conversion(NamedTuple):
-    """How a class was converted: from which, by which rule, what its forward runs in, and what its methods were,
-    the forward among them."""
+    """How a class was converted.
+
+    Attributes:
+        original: the class before the conversion.
+        rule: computes the replaced methods.
+        contexts: the contexts that the forward runs in, the innermost first.
+        methods: snapshots of the original's methods that the rule replaces, and of the forward, by name.
+        forward: the snapshot of the original's forward.
+    """
 
     original: type[nn.Module]
     rule: Rule
-    around: tuple[Around, ...]
-    found: tuple[tuple[str, Found], ...]
-    forward: Found
+    contexts: tuple[ForwardContext, ...]
+    methods: tuple[tuple[str, MethodSnapshot], ...]
+    forward: MethodSnapshot
 
 
 class Converted:
@@ -56,90 +63,91 @@ class Converted:
 
     def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
         kind = type(self)
-        original, rule, around, *_ = getattr(kind, _ATTRIBUTE)
+        original, rule, contexts, *_ = getattr(kind, _CONVERSION)
         if original in copyreg.dispatch_table:
             return copyreg.dispatch_table[original](self)
         reduced: Any = super().__reduce_ex__(protocol)
-        if not _is_pickled_plainly(original):  # since it was converted
+        # The original may have been given another `__reduce__` after the conversion.
+        if not _has_default_reduce(original):
             return reduced
-        make, given, *rest = reduced
-        given = tuple(original if argument is kind else argument for argument in given)
-        later = goes_on(self)
-        if later is not None and later.is_of(self) and rest and type(rest[0]) is dict:
-            rest[0] = {**rest[0], _LATER: later}
-        return _made_again, (original, rule, around, (_PROCESS, id(kind)), make, given), *rest
+        construct, arguments, *rest = reduced
+        arguments = tuple(original if argument is kind else argument for argument in arguments)
+        late = late_conversion_of(self)
+        if late is not None and late.belongs_to(self) and rest and type(rest[0]) is dict:
+            rest[0] = {**rest[0], _LATE_CONVERSION: late}
+        return _rebuild, (original, rule, contexts, (_PROCESS, id(kind)), construct, arguments), *rest
 
     def __setstate__(self: Any, state: Any) -> None:
-        later = None
-        if type(state) is dict and _LATER in state:
+        late = None
+        if type(state) is dict and _LATE_CONVERSION in state:
             state = dict(state)
-            later = state.pop(_LATER)
+            late = state.pop(_LATE_CONVERSION)
         kind: Any = super()
         kind.__setstate__(state)
-        if later is not None:
-            later.begin(self)
+        if late is not None:
+            late.begin(self)
 
 
-def _is_pickled_plainly(kind: type[nn.Module]) -> bool:
+def _has_default_reduce(kind: type[nn.Module]) -> bool:
     return kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
 
 
-def swap(module: nn.Module, rule: Rule, around: tuple[Around, ...] = ()) -> None:
-    """Converts one module by `rule`; its forward, whichever it then is, runs as the functions `around` it do.
+def swap(module: nn.Module, rule: Rule, contexts: tuple[ForwardContext, ...] = ()) -> None:
+    """Converts one module by `rule`, and runs its forward, whether the rule replaces it or not, in the `contexts`.
 
-    Raises NotSwapped, and changes nothing, where its class does not let itself be subclassed.
+    Raises NotSwapped where the module's class cannot be subclassed; the module is then unchanged.
     """
     kind = type(module)
-    if not _is_pickled_plainly(kind):
+    if not _has_default_reduce(kind):
         raise NotSwapped("is pickled in a way of its own")
-    found = tuple((name, Found.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
+    methods = tuple((name, MethodSnapshot.of(getattr(kind, name))) for name in sorted({*rule.names, "forward"}))
     try:
-        made = _converted_class(Conversion(kind, rule, around, found, dict(found)["forward"]))
-        object.__setattr__(module, "__class__", made)
-    except Exception as error:  # whatever an __init_subclass__ or a metaclass of the user's raises
-        raise NotSwapped("its class does not let itself be subclassed") from error
+        converted = _converted_class(Conversion(kind, rule, contexts, methods, dict(methods)["forward"]))
+        object.__setattr__(module, "__class__", converted)
+    except Exception as error:  # a user's __init_subclass__ or metaclass may raise anything
+        raise NotSwapped("its class cannot be subclassed") from error
 
 
-def surround(module: nn.Module, outer: Around) -> None:
-    """Has the forward of a module, converted or not, run as one more function does."""
-    conversion = getattr(type(module), _ATTRIBUTE, None)
+def add_forward_context(module: nn.Module, context: ForwardContext) -> None:
+    """Puts one more context around the forward of a module, converted or not, as the outermost."""
+    conversion = getattr(type(module), _CONVERSION, None)
     if conversion is None:
-        swap(module, Within(), (outer,))
+        swap(module, ContextOnly(), (context,))
     else:
         swap_back(module)
-        swap(module, conversion.rule, (*conversion.around, outer))
+        swap(module, conversion.rule, (*conversion.contexts, context))
 
 
 def swap_back(module: nn.Module) -> None:
+    """Gives a module the original class back."""
     object.__setattr__(module, "__class__", original_of(module))
 
 
 def original_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module that is not converted, and that which a converted one was of."""
-    conversion = getattr(type(module), _ATTRIBUTE, None)
+    """The module's class; for a converted module, the class before the conversion."""
+    conversion = getattr(type(module), _CONVERSION, None)
     return type(module) if conversion is None else conversion.original
 
 
 def may_be_swapped(module: nn.Module) -> bool:
-    """Whether another class changes nothing but what it is to change: the forward is a plain method, and what it
-    reaches does not ask for the module's class."""
+    """Whether exchanging the class can change nothing else: the module's forward is a plain method of the class, and no
+    code that the forward reaches reads the module's class."""
     kind = original_of(module)
     if isinstance(module, torch.jit.ScriptModule) or "forward" in module.__dict__:
         return False
-    plain = is_plain_method(inspect.getattr_static(kind, "forward", None))
-    return plain and not asks_for_its_class(kind)
+    return is_plain_method(inspect.getattr_static(kind, "forward", None)) and not inspects_own_class(kind)
 
 
 def is_plain_method(method: Any) -> bool:
-    """Whether it is a function that has no attributes of its own, to which another would be blind."""
+    """Whether a method is a function without attributes of its own, which a replacement would not have."""
     return isinstance(method, types.FunctionType) and vars(method).keys() <= {"__wrapped__", "__signature__"}
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether `convert` has given the module, itself, another way to compute.
+    """Whether `convert` has replaced the forward of this very module.
 
     Args:
-        module: any module; those within it are not looked at.
+        module: any module. The modules inside it do not count.
 
     Returns:
         True or False.
@@ -154,18 +162,18 @@ def is_converted(module: nn.Module) -> bool:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether a converted module's class has been exchanged again since, as parametrizations and FSDP do."""
-    return is_converted(module) and _ATTRIBUTE not in vars(type(module))
+    """Whether a converted module's class has been exchanged once more since, as parametrizations and FSDP do."""
+    return is_converted(module) and _CONVERSION not in vars(type(module))
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """The rule that a converted module was converted by."""
-    conversion = getattr(type(module), _ATTRIBUTE, None)
+    """The rule of a converted module, or None."""
+    conversion = getattr(type(module), _CONVERSION, None)
     return None if conversion is None else conversion.rule
 
 
 def rule_in_force(module: nn.Module) -> Rule | None:
-    """The rule that a call of the module computes by; None where hooks or patches make it another."""
+    """The rule that a call of the module follows now; None where hooks, parametrizations or patches interfere."""
     rule = rule_of(module)
     if rule is None or "parametrizations" in module._modules or not is_called_plainly(module):
         return None
@@ -173,20 +181,22 @@ def rule_in_force(module: nn.Module) -> Rule | None:
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a converted class, or of its original, is another than when the module was converted."""
-    # A class that was made of a converted one since has both, and its own forward.
-    return not are_same(((kind, "forward", getattr(kind, _MADE).method), *getattr(kind, _ASKED)))
+    """Whether the forward of a converted class, or of the original class, was replaced after the conversion."""
+    # `kind` may be a subclass of a converted class, which inherits both attributes and may define another forward.
+    return not are_same(((kind, "forward", getattr(kind, _FORWARD).method), *getattr(kind, _BINDINGS)))
 
 
 def _converted_class(conversion: Conversion) -> type[nn.Module]:
-    """One for all modules that are converted alike. It lives as long as they do: a class knows its subclasses by weak
-    references."""
+    """The converted class, shared by all modules with an equal conversion.
+
+    The class lives as long as these modules: classes hold their subclasses by weak references.
+    """
     original = conversion.original
-    for known in type.__subclasses__(original):
-        if vars(known).get(_ATTRIBUTE) == conversion and getattr(known, _MADE).is_at(known, "forward"):
-            return known
+    for subclass in type.__subclasses__(original):
+        if vars(subclass).get(_CONVERSION) == conversion and getattr(subclass, _FORWARD).is_at(subclass, "forward"):
+            return subclass
     members: dict[str, Any] = {
-        _ATTRIBUTE: conversion,
+        _CONVERSION: conversion,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -194,83 +204,92 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     if "__annotations__" in vars(original):
         members["__annotations__"] = vars(original)["__annotations__"]
     for name, method in conversion.rule.methods(original).items():
-        members[name] = unless_patched(original, name, dict(conversion.found)[name], method)
-    for outer in conversion.around:
-        members["forward"] = surrounded(original, outer, members.get("forward"))
-    with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
+        members[name] = unless_patched(original, name, dict(conversion.methods)[name], method)
+    for context in conversion.contexts:
+        members["forward"] = in_context(original, context, members.get("forward"))
+    with contextlib.suppress(TypeError, ValueError):  # some classes have no signature
         members["__signature__"] = inspect.signature(original)
-    meta: Any = type(original)
-    made = _class_of_classes(meta)(original.__name__, (Converted, original), dict(members))
-    # What an __init_subclass__ or a metaclass has made of the subclass is the original's own.
-    for name, value in list(vars(made).items()):
+    metaclass: Any = type(original)
+    converted = _converting_metaclass(metaclass)(original.__name__, (Converted, original), dict(members))
+    _undo_subclass_hooks(converted, original, members)
+    forward = MethodSnapshot.of(vars(converted).get("forward", original.forward))
+    type.__setattr__(converted, _FORWARD, forward)
+    bindings = forward.bindings(converted, "forward") + conversion.forward.bindings(original, "forward")
+    type.__setattr__(converted, _BINDINGS, bindings)
+    type.__setattr__(converted, ACTIVATION, conversion.rule.activation_guard(bindings))
+    _classes[_PROCESS, id(converted)] = converted
+    return converted
+
+
+def _undo_subclass_hooks(converted: type, original: type, members: dict[str, Any]) -> None:
+    """Removes the changes that an `__init_subclass__` or a metaclass made to the converted class, since the original
+    class already has them."""
+    for name, value in list(vars(converted).items()):
         with contextlib.suppress(AttributeError, TypeError):
             if name in members:
-                if value is not members[name] and not _asks_to_be_outermost(name, value):
-                    type.__setattr__(made, name, members[name])
-            elif name not in _OF_CLASSES and (name in vars(original) or not name.startswith("__")):
-                type.__delattr__(made, name)
-    forward = Found.of(vars(made).get("forward", original.forward))
-    type.__setattr__(made, _MADE, forward)
-    asked = forward.asked(made, "forward") + conversion.forward.asked(original, "forward")
-    type.__setattr__(made, _ASKED, asked)
-    type.__setattr__(made, ACTIVATION, conversion.rule.as_activation(asked))
-    _classes[_PROCESS, id(made)] = made
-    return made
+                if value is not members[name] and not _must_be_outermost(name, value):
+                    type.__setattr__(converted, name, members[name])
+            elif name not in _PYTHONS_OWN and (name in vars(original) or not name.startswith("__")):
+                type.__delattr__(converted, name)
 
 
-def _asks_to_be_outermost(name: str, wrapper: Any) -> bool:
-    """Whether a wrapper that an __init_subclass__ has put around a method compares itself with the class's method, as
-    that of transformers' checkpointed layers does: then it expects to be put around each subclass's."""
+def _must_be_outermost(name: str, wrapper: Any) -> bool:
+    """Whether a wrapper that an `__init_subclass__` put around a method looks the method up on the module's class.
+
+    The wrapper of transformers' checkpointed layers compares itself with the result, so each subclass must have its own
+    wrapper outermost.
+    """
     names = wrapper.__code__.co_names if isinstance(wrapper, types.FunctionType) else ()
     return name in names and ("type" in names or "__class__" in names)
 
 
-# What Python itself keeps in a class: where it answers isinstance from memory.
-_OF_CLASSES = ("_abc_impl",)
+# Python's own attribute of a class: the cache of isinstance for abstract base classes.
+_PYTHONS_OWN = ("_abc_impl",)
 
 
 @functools.cache
-def _class_of_classes(meta: type[type]) -> type[type]:
-    """The class of converted classes: called, they make an ordinary module."""
+def _converting_metaclass(metaclass: type[type]) -> type[type]:
+    """The metaclass of converted classes: calling such a class constructs a module of the original class."""
 
     def call(cls: type, *args: Any, **kwargs: Any) -> Any:
-        conversion = vars(cls).get(_ATTRIBUTE)
-        made = functools.partial(meta.__call__, cls) if conversion is None else conversion.original
-        return made(*args, **kwargs)
+        conversion = vars(cls).get(_CONVERSION)
+        construct = functools.partial(metaclass.__call__, cls) if conversion is None else conversion.original
+        return construct(*args, **kwargs)
 
-    made = type(meta.__name__, (meta,), {"__call__": call, "__module__": meta.__module__})
-    copyreg.pickle(made, _as_its_original)
+    made = type(metaclass.__name__, (metaclass,), {"__call__": call, "__module__": metaclass.__module__})
+    copyreg.pickle(made, _reduce_class)
     return made
 
 
-def _as_its_original(kind: type[nn.Module]) -> tuple | str:
-    """How the class of a converted module is pickled, whose reading needs nothing of ours; others go by their name."""
-    conversion = vars(kind).get(_ATTRIBUTE)
+def _reduce_class(kind: type[nn.Module]) -> tuple | str:
+    """The pickle of a converted class: the original, which loads without this package. Others are pickled by name."""
+    conversion = vars(kind).get(_CONVERSION)
     return kind.__qualname__ if conversion is None else (operator.itemgetter(0), ((conversion.original,),))
 
 
-# By these a copy within the process gets the very class, and what is unpickled elsewhere one that is made there.
+# A pickle holds this process's id and the class's id: a copy within the process gets the very class, any other process
+# makes the class anew.
 _PROCESS = uuid.uuid4().hex
 _NEW: Callable[..., nn.Module] = vars(copyreg)["__newobj__"]
 _classes: "weakref.WeakValueDictionary[tuple[str, int], type[nn.Module]]" = weakref.WeakValueDictionary()
 
 
-def _made_again(
+def _rebuild(
     original: type[nn.Module],
     rule: Rule,
-    around: tuple[Around, ...],
-    known: tuple[str, int],
-    make: Callable[..., nn.Module] = _NEW,
-    given: tuple = (),
+    contexts: tuple[ForwardContext, ...],
+    key: tuple[str, int],
+    construct: Callable[..., nn.Module] = _NEW,
+    arguments: tuple = (),
 ) -> nn.Module:
-    """What `make` makes of what was given, converted: as Python would make an instance of the original class."""
-    module = make(*(given or (original,)))
+    """Unpickles a converted module: constructs a module of the original class as Python would, and converts it."""
+    module = construct(*(arguments or (original,)))
     if type(module) is not original:
         return module
-    kind = _classes.get(known)
-    # Another class may be where the one was that is gone.
-    if kind is not None and getattr(kind, _ATTRIBUTE)[:3] == (original, rule, around):
+    kind = _classes.get(key)
+    # The id of a class that is gone may have become that of another class.
+    if kind is not None and getattr(kind, _CONVERSION)[:3] == (original, rule, contexts):
         object.__setattr__(module, "__class__", kind)
     else:
-        swap(module, rule, around)
+        swap(module, rule, contexts)
     return module

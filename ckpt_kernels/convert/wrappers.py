@@ -1,4 +1,4 @@
-"""What takes the place of a method in a converted class, and what the method was."""
+"""Methods of converted classes: wrappers that check for patches and run contexts, and snapshots of the originals."""
 
 import contextlib
 import functools
@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .around import Around
-from .asked import Found as Asked
-from .asked import are_same, surely_same
+from .forward_contexts import ForwardContext
+from .native_guards import Binding, are_same, native_same_check
 from .rules.rule import Forward
 
 
-class Found(NamedTuple):
-    """A method of the original class, and what may be changed of it in place."""
+class MethodSnapshot(NamedTuple):
+    """A method, and the attributes that can be changed in place: code, defaults and keyword defaults."""
 
     method: Forward
     code: Any
@@ -26,67 +25,70 @@ class Found(NamedTuple):
     kwdefaults: Any
 
     @classmethod
-    def of(cls, method: Forward) -> "Found":
+    def of(cls, method: Forward) -> "MethodSnapshot":
         return cls(method, *(getattr(method, name, None) for name in ("__code__", "__defaults__", "__kwdefaults__")))
 
     def is_at(self, kind: type[nn.Module], name: str) -> bool:
-        """Whether the class still has it."""
-        return are_same(self.asked(kind, name))
+        """Whether the class still has this method, unchanged, under that name."""
+        return are_same(self.bindings(kind, name))
 
-    def asked(self, kind: type[nn.Module], name: str) -> tuple[Asked, ...]:
-        """That, as it is asked."""
-        own = (("__code__", self.code), ("__defaults__", self.defaults), ("__kwdefaults__", self.kwdefaults))
-        of_function = own if type(self.method) is types.FunctionType else ()
-        return (kind, name, self.method), *((self.method, each, value) for each, value in of_function)
+    def bindings(self, kind: type[nn.Module], name: str) -> tuple[Binding, ...]:
+        """The bindings that hold as long as the class has this method, unchanged, under that name."""
+        attributes = (("__code__", self.code), ("__defaults__", self.defaults), ("__kwdefaults__", self.kwdefaults))
+        of_function = attributes if type(self.method) is types.FunctionType else ()
+        return (kind, name, self.method), *((self.method, attribute, value) for attribute, value in of_function)
 
-    # Defaults may be lists.
+    # By identity, because defaults may be lists, which have no hash.
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Found) and all(map(operator.is_, self, other))
+        return isinstance(other, MethodSnapshot) and all(map(operator.is_, self, other))
 
     def __hash__(self) -> int:
         return hash(tuple(map(id, self)))
 
 
-def unless_patched(original: type[nn.Module], name: str, found: Found, method: Forward) -> Forward:
-    """The method, or whatever the original class's has become since."""
+def unless_patched(original: type[nn.Module], name: str, snapshot: MethodSnapshot, method: Forward) -> Forward:
+    """A method that calls `method`, or the original class's method where that has been patched since `snapshot`."""
 
     _ckpt_name, _ckpt_method, _ckpt_original, _ckpt_load = name, method, original, getattr
-    _ckpt_is_same, _ckpt_asked = are_same, found.asked(original, name)
-    _ckpt_is_compiling, _ckpt_are_surely = torch.compiler.is_compiling, surely_same(_ckpt_asked)
+    _ckpt_are_same, _ckpt_bindings = are_same, snapshot.bindings(original, name)
+    _ckpt_is_compiling, _ckpt_native_check = torch.compiler.is_compiling, native_same_check(_ckpt_bindings)
 
-    @_in_the_place_of(found.method)
+    @_in_place_of(snapshot.method)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A compiler is to see what is asked.
-        is_same = _ckpt_is_same(_ckpt_asked) if _ckpt_is_compiling() else _ckpt_are_surely()
-        now = _ckpt_method if is_same else _ckpt_load(_ckpt_original, _ckpt_name)
-        return now(self, *args, **kwargs)
+        # A compiler must trace the Python check, to guard on the bindings.
+        is_same = _ckpt_are_same(_ckpt_bindings) if _ckpt_is_compiling() else _ckpt_native_check()
+        called = _ckpt_method if is_same else _ckpt_load(_ckpt_original, _ckpt_name)
+        return called(self, *args, **kwargs)
 
     return call
 
 
-def surrounded(original: type[nn.Module], outer: Around, forward: Forward | None) -> Forward:
-    _ckpt_outer, _ckpt_forward, _ckpt_original = outer, forward, original
+def in_context(original: type[nn.Module], context: ForwardContext, forward: Forward | None) -> Forward:
+    """A forward that runs `forward` in the context; None runs the original class's present forward."""
+    _ckpt_context, _ckpt_forward, _ckpt_original = context, forward, original
 
-    @_in_the_place_of(original.forward)
+    @_in_place_of(original.forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _ckpt_outer(_ckpt_forward or _ckpt_original.forward, self, args, kwargs)
+        return _ckpt_context(_ckpt_forward or _ckpt_original.forward, self, args, kwargs)
 
     return call
 
 
-def _in_the_place_of(method: Forward) -> Callable[[Forward], Forward]:
-    """With the method's name, documentation and signature, for whoever looks, and with its globals: torch.jit.script
-    reads the method's source, and looks there for what that names. So what the call itself names is in its closure,
-    by names that nobody's source has."""
+def _in_place_of(method: Forward) -> Callable[[Forward], Forward]:
+    """A decorator that gives a wrapper the name, documentation, signature and globals of the method that it replaces.
 
-    def made(call: Forward) -> Forward:
-        names = getattr(method, "__globals__", call.__globals__)
-        # Dynamo counts by code object how often a function was compiled, and gives up beyond a number.
-        code = call.__code__.replace()
-        call = types.FunctionType(code, names, call.__name__, None, call.__closure__)
-        functools.update_wrapper(call, method)
-        with contextlib.suppress(TypeError, ValueError):  # of what has none that can be told
-            vars(call)["__signature__"] = inspect.signature(method)
-        return call
+    torch.jit.script reads the method's source and resolves names in the wrapper's globals. The wrapper's own names are
+    therefore in its closure, with a prefix that no user's source contains.
+    """
 
-    return made
+    def decorate(wrapper: Forward) -> Forward:
+        names = getattr(method, "__globals__", wrapper.__globals__)
+        # Dynamo counts recompilations by code object and gives up at a limit, so each wrapper has its own.
+        code = wrapper.__code__.replace()
+        wrapper = types.FunctionType(code, names, wrapper.__name__, None, wrapper.__closure__)
+        functools.update_wrapper(wrapper, method)
+        with contextlib.suppress(TypeError, ValueError):  # some callables have no signature
+            vars(wrapper)["__signature__"] = inspect.signature(method)
+        return wrapper
+
+    return decorate

@@ -18,8 +18,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..convert import convert, revert
 from ..convert.layers import layers_of
-from ..convert.loads import named_modules
-from ..convert.swap import surround
+from ..convert.module_tree import named_modules
+from ..convert.swap import add_forward_context
 from ..levels import OF_MODULES, WITHIN_CHECKPOINT, Policy
 from ..memory import random_numbers_kept
 from ..model_copies import copy_sharing_parameters, deep_copied
@@ -119,7 +119,7 @@ class Bench:
                 its.grad = self._gradients[id(mine)]
         modules = dict(twin.named_modules())
         for name in self.names:
-            surround(modules[name], marking)
+            add_forward_context(modules[name], marking)
         return twin
 
     def step(self, what: str, twin: nn.Module, memory: bool) -> tuple[Recorder, list[Point]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..convert.loads import modules_of
+from ..convert.module_tree import modules_of
 from ..levels import CHECKPOINT
 from .bench import Bench, StepCost
 from .costs import Stage

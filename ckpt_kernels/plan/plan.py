@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..convert import Report, convert, revert
-from ..convert.loads import modules_of, named_modules
+from ..convert.module_tree import modules_of, named_modules
 from ..convert.swap import original_of
 from ..functional.checks import is_count
 from ..levels import NONE, OF_LAYERS, Policy

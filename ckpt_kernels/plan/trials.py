@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..bitwise_check import record_differences
-from ..convert.loads import modules_of
+from ..convert.module_tree import modules_of
 from ..levels import CHECKPOINT, IN_TILES, NONE, OF_MODULES, Policy
 from ..model_state import described, different
 from .bench import EAGER, Bench, ByLayer, InRuns, is_out_of_memory

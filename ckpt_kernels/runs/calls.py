@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..bitwise_check import checksum_of
 from ..call_state import BufferSnapshot, RandomState, autocast_state
-from ..convert.loads import modules_of
+from ..convert.module_tree import modules_of
 from ..nested_values import tensors_among
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bitwise_check import checksum_of, note_difference
 from ..call_state import BufferSnapshot, RandomState
-from ..convert.loads import modules_of
+from ..convert.module_tree import modules_of
 from ..nested_values import tensors_among
 from ..recompute import discarding
 from ..recompute.discarder import Discarder

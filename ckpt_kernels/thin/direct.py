@@ -4,8 +4,8 @@ A function made by `direct` takes the arguments of the op of the same name in `t
 the same C++ function without torch's dispatcher. It returns True; or False, with undefined results, if a tensor cannot
 be read (a subclass, a tensor outside CPU memory, without memory or without strides) or does not suit the op.
 
-Converted models (`convert.asked`) and the recompute contexts (`recompute.fast_path`) use `_thin` too. If the libraries
-are missing, or torch lacks `torch.Tensor.__dlpack_c_exchange_api__`, every call takes the full path.
+Converted models (`convert.native_guards`) and the recompute contexts (`recompute.fast_path`) use `_thin` too. If the
+libraries are missing, or torch lacks `torch.Tensor.__dlpack_c_exchange_api__`, every call takes the full path.
 """
 
 import ctypes
@@ -39,8 +39,8 @@ def key(block: str, tensors: Sequence[Tensor | None], options: tuple) -> tuple |
     return None
 
 
-# The module `_thin` itself, for `convert.asked`.
-asked: Any = None
+# The module `_thin` itself, for `convert.native_guards`.
+thin_module: Any = None
 
 
 def direct(name: str) -> Callable[..., bool]:
@@ -51,7 +51,7 @@ def direct(name: str) -> Callable[..., bool]:
 def _load() -> str | None:
     """Replaces the functions above, which serve no call, by those of `_thin`. Returns the reason if that fails, else
     None."""
-    global is_plain, key, asked, direct
+    global is_plain, key, thin_module, direct
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     path = library("_C")
     if api is None:
@@ -67,7 +67,7 @@ def _load() -> str | None:
         contexts.use_library(_thin)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"
-    is_plain, key, asked = _thin.is_plain, _thin.key, _thin
+    is_plain, key, thin_module = _thin.is_plain, _thin.key, _thin
     direct = lambda name: _thin.function(find, name)  # noqa: E731
     return None
 

@@ -1,4 +1,4 @@
-// The checks of code, modules and tensors at each call of a converted model, as in Python's `convert/asked.py`.
+// The checks of code, modules and tensors before each fused call, as Python has them in `convert/native_guards.py`.
 #pragma once
 
 #include "tensors.h"

@@ -30,7 +30,7 @@ bool is_tuple_of(PyObject* object, Py_ssize_t size);
 // Reads the fields of a tuple. Fields from `tuples_from` on must be tuples; else false, with an error.
 bool read_fields(PyObject* object, std::initializer_list<PyObject**> fields, Py_ssize_t tuples_from);
 
-// The fields of Python's `Such`.
+// The fields of Python's `ModuleGuard`.
 struct Such {
   PyTypeObject* kind;
   PyObject *of_class, *same, *inherited, *empty, *absent;

@@ -13,7 +13,7 @@ PyObject *of_activation = nullptr, *of_in_place = nullptr;
 // The names under which modules hold parameters, buffers and submodules.
 PyObject* of_kinds[3] = {};
 
-// The fields of Python's `Quiet`.
+// The fields of Python's `GlobalStateGuard`.
 struct Quiet {
   PyObject *still, *same, *without, *empty;
 

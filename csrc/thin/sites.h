@@ -5,7 +5,7 @@
 
 namespace ckpt {
 
-// operands(quiet, owner, linear, activations, wanted, *values): see Python's `asked.Site`.
+// operands(quiet, owner, linear, activations, wanted, *values): what Python's `native_guards.SiteGuard` says.
 PyObject* operands(PyObject* self, PyObject* const* objects, Py_ssize_t count);
 
 // Interns the names; false after an error.

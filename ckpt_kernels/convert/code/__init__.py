@@ -1,4 +1,5 @@
-"""A model's own code as it is written: where it is found, what it reads, calls, reaches and writes to.
+"""Static analysis of a model's own code: call graph, reachability, in-place writes, liveness, evaluation order.
 
-Code is read here and never run. `source` finds the `def` of a function and holds it against the code that runs.
+These modules read code and never run it. `source` finds the `def` of a function and checks that the `def` compiles
+to the code that runs.
 """

@@ -1,7 +1,7 @@
-"""The lines of one function, and what it takes to compile them without the rest of their file, which may be long.
+"""The source lines of one function, and what is needed to compile them without the rest of a long file.
 
-All of this goes by indentation, by names and by the look of imports, and may be wrong. `source` compiles what is found
-here and holds it against the code that runs; where they differ, it reads the whole file.
+All of this is a guess from indentation, names and the look of import statements. `source` compiles the guess and
+compares the result with the code that runs; where they differ, `source` parses the whole file.
 """
 
 import ast
@@ -11,29 +11,30 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+from .code_objects import names_in
+
 _CLOSERS = (")", "]", "}")
 _LOCALS = "<locals>"
 _IMPORT = re.compile(r"import[ \t]+(\([^)]*\)|.*)")
-# a, a.b, a as c: what is bound.
+# `a`, `a.b` or `a as c`, with the name that is bound.
 _BOUND = re.compile(r"(\w+)[\w.]*(?:[ \t]+as[ \t]+(\w+))?")
 
 
 def excerpt_of(code: types.CodeType, lines: Sequence[str]) -> str:
-    """The lines of a function, in a text where they have the numbers and columns that they have in their file; "" where
-    they are not there."""
+    """The lines of a function at their line numbers and columns in the file; "" if the file does not have them."""
     first, end = code.co_firstlineno, _last_line(code)
     if not 0 < first <= end <= len(lines):
         return ""
     indent = _indent(lines[first - 1])
-    while end < len(lines) and _goes_on(lines[end], indent):
+    while end < len(lines) and _continues(lines[end], indent):
         end += 1
-    # What is indented has to stand in something.
+    # Indented lines need a statement around them.
     before = "\n" * (first - 2) + "if True:\n" if indent else "\n" * (first - 1)
     return before + "".join(lines[first - 1 : end])
 
 
 def _last_line(code: types.CodeType) -> int:
-    """The last line that something is computed in."""
+    """The last line that has an instruction."""
     own = [line for *_, line in code.co_lines() if line is not None]
     return max([*own, *(_last_line(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))], default=0)
 
@@ -42,41 +43,37 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _goes_on(line: str, indent: int) -> bool:
-    """Whether what began with that indent has not ended before the line."""
-    written = line.strip()
-    return not written or written.startswith(("#", *_CLOSERS)) or _indent(line) > indent
+def _continues(line: str, indent: int) -> bool:
+    """Whether a line belongs to a definition that began with that indent."""
+    stripped = line.strip()
+    return not stripped or stripped.startswith(("#", *_CLOSERS)) or _indent(line) > indent
 
 
-def likely_around(qualified: str) -> tuple[ast.stmt, ...]:
-    """The classes and functions around a function of that qualified name, from the outermost, with nothing in them."""
-    *names, _ = qualified.split(".")
-    found: list[ast.stmt] = []
-    for name, within in zip(names, (*names, "")[1:], strict=True):
+def likely_enclosing(qualified_name: str) -> tuple[ast.stmt, ...]:
+    """Empty definitions of the classes and functions around a function of that qualified name, outermost first."""
+    *names, _ = qualified_name.split(".")
+    enclosing: list[ast.stmt] = []
+    for name, following in zip(names, (*names, "")[1:], strict=True):
         if name != _LOCALS:
-            made: Any = ast.parse("def f(): pass" if within == _LOCALS else "class C: pass").body[0]
-            made.name = name
-            found.append(made)
-    return tuple(found)
+            definition: Any = ast.parse("def f(): pass" if following == _LOCALS else "class C: pass").body[0]
+            definition.name = name
+            enclosing.append(definition)
+    return tuple(enclosing)
 
 
 def imported_names(code: types.CodeType, text: str) -> tuple[str, ...]:
-    """What the code names and the text of its file imports."""
-    return tuple(sorted(_imported(text) & _names_in(code)))
+    """The names in the code that the text of its file imports."""
+    return tuple(sorted(_imported(text) & names_in(code)))
 
 
 @functools.lru_cache(maxsize=64)
 def _imported(text: str) -> frozenset[str]:
     imports = (found for found in _IMPORT.finditer(text) if _begins_import(text, found.start()))
-    written = (re.sub("#.*", "", found[1]) for found in imports)
-    return frozenset(bound[2] or bound[1] for names in written for bound in _BOUND.finditer(names))
+    clauses = (re.sub("#.*", "", found[1]) for found in imports)
+    return frozenset(bound[2] or bound[1] for clause in clauses for bound in _BOUND.finditer(clause))
 
 
 def _begins_import(text: str, place: int) -> bool:
+    """Whether `import` at that place is a keyword at the start of a line or after `from module`."""
     before = text[text.rfind("\n", 0, place) + 1 : place].lstrip()
     return not before or before.startswith("from ")
-
-
-def _names_in(code: types.CodeType) -> set[str]:
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return set(code.co_names).union(*map(_names_in, inner))

@@ -1,7 +1,7 @@
-"""What the expressions of a method name: modules, functions and numbers, and the part that each can have in a pattern.
+"""Scopes: resolves the expressions of a method to the objects that they stand for, such as modules and functions.
 
-Only loads that run no code are followed: children and plain attributes of modules, globals, closures, attributes of
-imported Python modules. Everything else is unknown.
+Only loads that run no user code are resolved: children and plain attributes of modules, globals, closure variables, and
+attributes of imported Python modules. All other expressions are unknown.
 """
 
 import ast
@@ -14,31 +14,36 @@ from typing import Any
 
 from torch import nn
 
-from ..loads import MISSING, load
-from .remembering import remembered
+from ..attribute_loads import MISSING, load_attribute
+from .code_objects import cell_value
+from .memoization import memoized
 
 UNKNOWN = object()
 
 
 class Scope:
-    """The names of one function, of which the first argument is `module`, or unknown where that is None."""
+    """The names of one function, whose first argument is `module`, or unknown if that is None.
+
+    `locals` are all local names, `private_locals` those that no nested function shares, and `self_name` is the name of
+    the first argument unless the function rebinds the name.
+    """
 
     def __init__(self, function: types.FunctionType, tree: ast.FunctionDef, module: nn.Module | None = None) -> None:
         code = function.__code__
         self.locals = frozenset(code.co_varnames) | frozenset(code.co_cellvars)
-        # What nested functions share with this one may change at any time.
-        self.fast = frozenset(code.co_varnames) - frozenset(code.co_cellvars)
+        # A nested function may rebind a shared name at any time.
+        self.private_locals = frozenset(code.co_varnames) - frozenset(code.co_cellvars)
         self._closure = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         self._globals = function.__globals__
         self._module = module
         arguments = [*tree.args.posonlyargs, *tree.args.args]
         first = arguments[0].arg if arguments else ""
-        self.self = first if first in self.fast and first not in _stored(tree) else ""
+        self.self_name = first if first in self.private_locals and first not in _stored(tree) else ""
         self._function = function
         self._tree = tree
 
     def value(self, tree: ast.AST) -> Any:
-        """What an expression stands for, if a load that runs nobody's code tells."""
+        """The object that an expression stands for, or UNKNOWN if finding out could run user code."""
         if isinstance(tree, ast.Name):
             return self._name(tree.id)
         if isinstance(tree, ast.Attribute):
@@ -47,10 +52,12 @@ class Scope:
             return _item(self.value(tree.value), tree.slice.value)
         return UNKNOWN
 
-    def function_called(self, tree: ast.AST) -> Any:
-        """What a local name stands for that is bound once, by an import of what is loaded or by a `def`: another object
-        at each call, if it is such, and always the same code."""
-        if not isinstance(tree, ast.Name) or tree.id not in self.fast:
+    def local_function(self, tree: ast.AST) -> Any:
+        """The function behind a local name that is bound once, by a `def` or by an import from a loaded module.
+
+        A `def` makes another object at each call, always with the same code.
+        """
+        if not isinstance(tree, ast.Name) or tree.id not in self.private_locals:
             return UNKNOWN
         bound = [node for node in ast.walk(self._tree) if _binds(node, tree.id)]
         if len(bound) != 1:
@@ -58,27 +65,24 @@ class Scope:
         (statement,) = bound
         if isinstance(statement, ast.ImportFrom):
             return self._imported(statement, tree.id)
-        return function_within(self._function, tree.id) if isinstance(statement, ast.FunctionDef) else UNKNOWN
+        return nested_function(self._function, tree.id) if isinstance(statement, ast.FunctionDef) else UNKNOWN
 
     def _imported(self, statement: ast.ImportFrom, name: str) -> Any:
-        within = "." * statement.level + (statement.module or "")
+        relative = "." * statement.level + (statement.module or "")
         try:
-            found = sys.modules.get(importlib.util.resolve_name(within, self._globals.get("__package__")))
+            module = sys.modules.get(importlib.util.resolve_name(relative, self._globals.get("__package__")))
         except ImportError:
             return UNKNOWN
         (imported,) = [alias.name for alias in statement.names if name == (alias.asname or alias.name)]
-        return vars(found).get(imported, UNKNOWN) if isinstance(found, types.ModuleType) else UNKNOWN
+        return vars(module).get(imported, UNKNOWN) if isinstance(module, types.ModuleType) else UNKNOWN
 
     def _name(self, name: str) -> Any:
-        if name == self.self and self._module is not None:
+        if name == self.self_name and self._module is not None:
             return self._module
         if name in self.locals:
             return UNKNOWN
         if name in self._closure:
-            try:
-                return self._closure[name].cell_contents
-            except ValueError:
-                return UNKNOWN
+            return cell_value(self._closure[name], UNKNOWN)
         return self._globals.get(name, vars(builtins).get(name, UNKNOWN))
 
 
@@ -89,19 +93,20 @@ def _stored(tree: ast.FunctionDef) -> frozenset[str]:
     return frozenset(name.id for name in names if not isinstance(name.ctx, ast.Load))
 
 
-@remembered
-def function_within(function: types.FunctionType, name: str) -> Any:
-    """What a plain `def` within a function makes, which reads no variables of that function; UNKNOWN for others."""
+@memoized
+def nested_function(function: types.FunctionType, name: str) -> Any:
+    """The function that a nested `def` makes, before decorators; UNKNOWN if the `def` is a closure."""
     codes = [c for c in function.__code__.co_consts if isinstance(c, types.CodeType) and c.co_name == name]
     if len(codes) != 1 or codes[0].co_freevars:
         return UNKNOWN
-    made = types.FunctionType(codes[0], function.__globals__, name)
-    # For `remembered`: it lasts as long as the function around it.
-    made.__module__, made.__qualname__ = function.__module__, f"{function.__qualname__}.{name}"
-    return made
+    nested = types.FunctionType(codes[0], function.__globals__, name)
+    # `memoized` decides by these names: the result lasts as long as the enclosing function.
+    nested.__module__, nested.__qualname__ = function.__module__, f"{function.__qualname__}.{name}"
+    return nested
 
 
 def _binds(node: ast.AST, name: str) -> bool:
+    """Whether a node binds a local name."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         return any(name == (alias.asname or alias.name.partition(".")[0]) for alias in node.names)
     if isinstance(node, ast.Name):
@@ -114,8 +119,8 @@ def _binds(node: ast.AST, name: str) -> bool:
 def _attribute(owner: Any, name: str) -> Any:
     if isinstance(owner, types.ModuleType):
         return vars(owner).get(name, UNKNOWN)
-    found = load(owner, name) if isinstance(owner, nn.Module) else MISSING
-    return UNKNOWN if found is MISSING else found
+    value = load_attribute(owner, name) if isinstance(owner, nn.Module) else MISSING
+    return UNKNOWN if value is MISSING else value
 
 
 def _item(owner: Any, index: Any) -> Any:
@@ -124,5 +129,5 @@ def _item(owner: Any, index: Any) -> Any:
         return UNKNOWN
     if type(owner).__getitem__ not in [kind.__getitem__ for kind in lists]:
         return UNKNOWN
-    held = list(owner._modules.values())
-    return held[index] if -len(held) <= index < len(held) else UNKNOWN
+    children = list(owner._modules.values())
+    return children[index] if -len(children) <= index < len(children) else UNKNOWN

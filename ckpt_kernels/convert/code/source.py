@@ -1,8 +1,8 @@
-"""The source of a function: its `def`, found in its file and held against the code that runs, and functions made anew
-from a changed `def`.
+"""The source of functions: finds the `def` of a function, and recompiles a function from a changed `def`.
 
-A function keeps all that it had: globals, closure, defaults, attributes, decorators, and the lines and the file that
-tracebacks and breakpoints go by. Whatever cannot be had in that way raises `NoSource`.
+A `def` is accepted only if it compiles to the code that runs. A recompiled function keeps the globals, closure,
+defaults, attributes and decorators, and the file and line numbers by which tracebacks and breakpoints work. `NoSource`
+is raised where this is impossible.
 """
 
 import __future__
@@ -15,116 +15,115 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .excerpts import excerpt_of, imported_names, likely_around
+from .code_objects import cell_value
+from .excerpts import excerpt_of, imported_names, likely_enclosing
 
 _FUTURE = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
 _DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
-# A sum of 60 terms nests 60 deep, and so does a chain of as many `elif`.
-_DEEPEST = 100
+# The largest depth of a syntax tree. A sum of 60 terms nests 60 deep, and so does a chain of 60 `elif`.
+_MAX_DEPTH = 100
 
 
 class NoSource(Exception):
-    """Why a function's source cannot be had; for people."""
+    """The reason, for people, why a function has no usable source."""
 
 
 class Definition(NamedTuple):
-    """A function's own `def`, and what it takes to compile it: the classes and functions around it, from the outermost,
-    and the imports of its file. All who ask get the same trees, which nobody changes."""
+    """The `def` of a function, with all that is needed to compile the `def`: the enclosing classes and functions,
+    outermost first, and the imports of the file. The trees are shared between callers and must not be changed."""
 
     tree: ast.FunctionDef
-    around: tuple[ast.stmt, ...]
+    enclosing: tuple[ast.stmt, ...]
     imports: tuple[ast.stmt, ...]
 
 
 def definition_of(function: types.FunctionType) -> Definition:
-    """The `def` that `function` was made from. What it compiles to is what the function runs."""
+    """The `def` of a function, which compiles to the function's code. Raises `NoSource`."""
     code = function.__code__
     try:
         lines = linecache.getlines(code.co_filename, function.__globals__)
-    except Exception as error:  # of a loader of somebody's own
+    except Exception as error:  # a custom loader may raise anything
         raise NoSource(f"its source cannot be read ({type(error).__name__})") from error
     if not lines:
         raise NoSource("its source is not there")
     text = "".join(lines)
-    # Of functions anybody may set the name.
+    # User code may set the `__qualname__` of a function, but not that of a code object.
     name = getattr(code, "co_qualname", function.__qualname__)
-    alone = _by_itself(excerpt_of(code, lines), name, imported_names(code, text), code, code.co_filename)
-    return alone or _in_its_file(text, code, code.co_filename)
+    definition = _from_excerpt(excerpt_of(code, lines), name, imported_names(code, text), code, code.co_filename)
+    return definition or _from_file(text, code, code.co_filename)
 
 
-# Code of two files may be equal.
+# The last argument is the file name: code objects of two files may be equal.
 @functools.lru_cache(maxsize=4096)
-def _by_itself(excerpt: str, name: str, imported: tuple[str, ...], code: types.CodeType, _: str) -> Definition | None:
-    """The definition by its own lines; None where these compile to anything else than what runs."""
+def _from_excerpt(
+    excerpt: str, qualified_name: str, imported: tuple[str, ...], code: types.CodeType, _: str
+) -> Definition | None:
+    """The definition from the function's own lines; None if they do not compile to the same code."""
     try:
         tree = _find(ast.parse(excerpt), code)[1]
         if not _is_shallow(tree):
             return None
-        definition = Definition(tree, likely_around(name), tuple(ast.Import([ast.alias(each)]) for each in imported))
+        imports = tuple(ast.Import([ast.alias(name)]) for name in imported)
+        definition = Definition(tree, likely_enclosing(qualified_name), imports)
         return definition if _compiled(definition, code, ()) == code else None
     except (SyntaxError, ValueError, RecursionError, NoSource):
         return None
 
 
 @functools.lru_cache(maxsize=4096)
-def _in_its_file(text: str, code: types.CodeType, _: str) -> Definition:
-    """The same by the whole file."""
+def _from_file(text: str, code: types.CodeType, _: str) -> Definition:
+    """The definition from the whole file."""
     file = _parsed(text)
-    around, tree = _find(file, code)
+    enclosing, tree = _find(file, code)
     if not _is_shallow(tree):
         raise NoSource("its expressions or statements nest too deep")
-    definition = Definition(tree, around, _imports(file))
+    definition = Definition(tree, enclosing, _imports(file))
     if _compiled(definition, code, ()) != code:
         raise NoSource("its source has changed since it was imported")
     return definition
 
 
 def rebuilt(function: types.FunctionType, definition: Definition, cells: Mapping[str, Any]) -> types.FunctionType:
-    """`function` with the definition's tree, in which the names of `cells` stand for these values."""
+    """The function recompiled from the definition's tree, with the names of `cells` as additional closure variables."""
     code = _compiled(definition, function.__code__, tuple(cells))
     closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     closure |= {name: types.CellType(value) for name, value in cells.items()}
-    return _like(function, code, [closure[name] for name in code.co_freevars])
+    return _copy(function, code, [closure[name] for name in code.co_freevars])
 
 
-def layers_of(method: types.FunctionType) -> list[types.FunctionType]:
-    """The method and, from the outside, what its decorators wrap; the last is the one that was written."""
-    layers = [method]
-    while (inner := vars(layers[-1]).get("__wrapped__")) is not None:
-        held = [cell for cell in layers[-1].__closure__ or () if _content(cell) is inner]
-        if not isinstance(inner, types.FunctionType) or len(held) != 1:
+def decorator_chain(method: types.FunctionType) -> list[types.FunctionType]:
+    """A method and the functions that its decorators wrap, outermost first; the last one is undecorated."""
+    chain = [method]
+    while (inner := vars(chain[-1]).get("__wrapped__")) is not None:
+        cells = [cell for cell in chain[-1].__closure__ or () if cell_value(cell) is inner]
+        if not isinstance(inner, types.FunctionType) or len(cells) != 1:
             raise NoSource("a decorator keeps the function where it cannot be exchanged")
-        layers.append(inner)
-    return layers
+        chain.append(inner)
+    return chain
 
 
-def decorated(layers: Sequence[types.FunctionType], inner: types.FunctionType) -> types.FunctionType:
-    """The decorators' wrappers, none of which runs again, with `inner` in the place of the last of `layers`."""
-    wrapped = layers[-1]
-    for wrapper in reversed(layers[:-1]):
-        closure = [types.CellType(inner) if _content(cell) is wrapped else cell for cell in wrapper.__closure__ or ()]
+def redecorated(chain: Sequence[types.FunctionType], inner: types.FunctionType) -> types.FunctionType:
+    """Copies of the wrappers in a `decorator_chain`, with `inner` innermost; no decorator runs again."""
+    wrapped = chain[-1]
+    for wrapper in reversed(chain[:-1]):
+        closure = [types.CellType(inner) if cell_value(cell) is wrapped else cell for cell in wrapper.__closure__ or ()]
         wrapped, wraps = wrapper, inner
-        inner = _like(wrapper, wrapper.__code__, closure)
+        inner = _copy(wrapper, wrapper.__code__, closure)
         inner.__dict__["__wrapped__"] = wraps
     return inner
 
 
-def _like(function: types.FunctionType, code: types.CodeType, closure: Sequence[types.CellType]) -> types.FunctionType:
-    made = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(closure))
-    made.__kwdefaults__ = function.__kwdefaults__
-    made.__annotations__ = function.__annotations__
-    made.__dict__.update(function.__dict__)
-    made.__doc__, made.__module__, made.__qualname__ = function.__doc__, function.__module__, function.__qualname__
-    return made
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
+def _copy(function: types.FunctionType, code: types.CodeType, closure: Sequence[types.CellType]) -> types.FunctionType:
+    """A copy of a function with other code and another closure."""
+    copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(closure))
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__annotations__ = function.__annotations__
+    copied.__dict__.update(function.__dict__)
+    copied.__doc__, copied.__module__ = function.__doc__, function.__module__
+    copied.__qualname__ = function.__qualname__
+    return copied
 
 
 @functools.lru_cache(maxsize=64)
@@ -136,21 +135,21 @@ def _parsed(text: str) -> ast.Module:
 
 
 def _is_shallow(tree: ast.AST) -> bool:
-    """Whether nothing in a definition nests so deep that walks over it, which call themselves, run out of stack."""
+    """Whether a tree is shallow enough for recursive walks, which run out of stack in deep ones."""
     level, depth = [tree], 0
-    while level and depth <= _DEEPEST:
+    while level and depth <= _MAX_DEPTH:
         level, depth = [child for node in level for child in ast.iter_child_nodes(node)], depth + 1
     return not level
 
 
 def _find(tree: ast.AST, code: types.CodeType) -> tuple[tuple[ast.stmt, ...], ast.FunctionDef]:
-    """The `def` of that name that begins in that line, and what is around it."""
+    """The `def` with the name and first line of the code, and the classes and functions around the `def`."""
     waiting: list[tuple[tuple[ast.stmt, ...], ast.AST]] = [((), tree)]
     while waiting:
-        around, node = waiting.pop()
+        enclosing, node = waiting.pop()
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name and _first_line(node) == code.co_firstlineno:
-            return around, node
-        inner = (*around, node) if isinstance(node, _DEFINITIONS) else around
+            return enclosing, node
+        inner = (*enclosing, node) if isinstance(node, _DEFINITIONS) else enclosing
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.stmt | ast.excepthandler) and _has_line(child, code.co_firstlineno):
                 waiting.append((inner, child))
@@ -167,50 +166,51 @@ def _has_line(node: ast.stmt | ast.excepthandler, line: int) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _imports(tree: ast.Module) -> tuple[ast.stmt, ...]:
-    """Python compiles `torch.f(x)` in one way where `torch` is imported at the top of the file, and else in another."""
+    """The imports outside definitions: Python compiles `torch.f(x)` differently if the file imports `torch` there."""
     return tuple(node for node in _outside_definitions(tree) if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def _outside_definitions(node: ast.AST) -> list[ast.AST]:
-    found = []
+    nodes = []
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (*_DEFINITIONS, ast.AsyncFunctionDef, ast.expr)):
-            found += [child, *_outside_definitions(child)]
-    return found
+            nodes += [child, *_outside_definitions(child)]
+    return nodes
 
 
 def _compiled(definition: Definition, code: types.CodeType, cells: tuple[str, ...]) -> types.CodeType:
-    """The code of the definition, as it would be where it stands, with `cells` for names of its closure."""
+    """The code of the definition in the context of its file, with the names `cells` added to its closure."""
     body: list[Any] = [definition.tree]
     path = [code.co_name]
     outer = [name for name in code.co_freevars if name != "__class__"]
-    for around in reversed(definition.around):
-        node: Any = copy.copy(around)
+    for enclosing in reversed(definition.enclosing):
+        node: Any = copy.copy(enclosing)
         if isinstance(node, ast.ClassDef):
             node.bases, node.keywords = [], []
         else:
-            body, outer = [*_bound(outer), *body], []
+            body, outer = [*_assignments(outer), *body], []
         node.body, node.decorator_list = body, []
         path.append(node.name)
         body = [node]
     if cells:
         maker: Any = ast.parse("def maker(): pass").body[0]
-        # What is global in its file stays global here.
-        maker.body = [ast.Global([body[-1].name]), *_bound(cells), *body]
+        # A name that is global in the file stays global here.
+        maker.body = [ast.Global([body[-1].name]), *_assignments(cells), *body]
         path.append(maker.name)
         body = [maker]
     module = ast.fix_missing_locations(ast.Module([*definition.imports, *body], []))
     try:
-        found = compile(module, code.co_filename, "exec", code.co_flags & _FUTURE, dont_inherit=True)
+        compiled = compile(module, code.co_filename, "exec", code.co_flags & _FUTURE, dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         raise NoSource("its source does not compile by itself") from error
     for name in reversed(path):
-        inner = [c for c in found.co_consts if isinstance(c, types.CodeType) and c.co_name == name]
+        inner = [c for c in compiled.co_consts if isinstance(c, types.CodeType) and c.co_name == name]
         if len(inner) != 1:
             raise NoSource("its source does not compile to one function")
-        found = inner[0]
-    return found
+        compiled = inner[0]
+    return compiled
 
 
-def _bound(names: Sequence[str]) -> list[ast.stmt]:
+def _assignments(names: Sequence[str]) -> list[ast.stmt]:
+    """Statements that make local variables of these names."""
     return ast.parse("".join(f"{name} = None\n" for name in names)).body

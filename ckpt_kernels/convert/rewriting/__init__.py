@@ -1,5 +1,5 @@
-"""Methods in which our calls stand in the place of what they compute.
+"""Rewriting of methods: replaces expressions in a user's method by fused calls.
 
-`patterns` finds places in a method by `templates`, `rewrite` makes the method anew, and at each call `guards` asks of
-the modules and tensors at a place what `sites` has to know; where one is not as expected, what was written runs.
+`matching` finds call sites by `templates`, `rewrite` recompiles the method, and at each call `guards` check the modules
+and tensors at a site for `fused_patterns`; where a check fails, the original expression runs.
 """

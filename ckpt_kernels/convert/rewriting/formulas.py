@@ -1,5 +1,7 @@
-"""Activations that are written out: functions of one value, of torch's and Python's arithmetic, in one expression or
-over the names that a run of statements makes."""
+"""Activations as formulas, such as `x * torch.sigmoid(x)`: elementwise functions of one value.
+
+A formula is one expression, or a run of statements that bind names to parts of the formula.
+"""
 
 import ast
 import math
@@ -10,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..code.flow import Half, Meaning
 from ..code.scope import UNKNOWN, Scope
+from ..code.straight_line import Binding, Half
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
-# What a formula may be made of: functions of one tensor that write to nothing and draw nothing.
+# The functions in formulas: of one tensor, without in-place writes and random numbers.
 _PURE = "add div elu erf gelu hardswish leaky_relu mish mul neg pow relu sigmoid silu softplus square sub tanh".split()
-# The value in a formula.
+# The name of the value in the text of a formula.
 VALUE = "ckpt_value"
 _PURE_FUNCTIONS = frozenset(
     [getattr(module, name) for module in (torch, F, torch.special) for name in _PURE if hasattr(module, name)]
@@ -26,8 +28,12 @@ _PURE_FUNCTIONS = frozenset(
 
 
 class Formula(NamedTuple):
-    """A formula of VALUE, as text; the places where the value stands; the functions and numbers that it names; and the
-    names that were looked through, by the ids of their nodes."""
+    """A formula of VALUE.
+
+    `text` is the formula as source text; `values` are the nodes that the value has in the original, `functions` the
+    nodes of functions and numbers that the formula names, and `names` the ids of the nodes of names that were replaced
+    by their bindings.
+    """
 
     text: str
     values: list[ast.expr]
@@ -35,43 +41,43 @@ class Formula(NamedTuple):
     names: set[int]
 
 
-def formula_of(tree: ast.AST, scope: Scope, meanings: Mapping[int, Meaning]) -> Formula | None:
-    """An expression as a formula of one value, which is one expression that is evaluated once, or one local name.
+def formula_of(tree: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> Formula | None:
+    """An expression as a formula of one value, which is a local name, or any expression that occurs once.
 
-    `meanings`: what names are looked through for.
+    `bindings` replace names, by the ids of their nodes. None if the expression is no such formula.
     """
-    reading = _Reading(scope, meanings)
-    formula = reading.formula(tree)
-    values = reading.values
+    parser = _FormulaParser(scope, bindings)
+    formula = parser.formula(tree)
+    values = parser.values
     if formula is None or not values or isinstance(formula, ast.Name):
         return None
     first = values[0]
-    name = first.id if isinstance(first, ast.Name) and first.id in scope.fast else None
+    name = first.id if isinstance(first, ast.Name) and first.id in scope.private_locals else None
     if not all(value is first or (name is not None and getattr(value, "id", None) == name) for value in values):
         return None
-    return Formula(ast.unparse(formula), values, reading.functions, reading.names)
+    return Formula(ast.unparse(formula), values, parser.functions, parser.names)
 
 
-class _Reading:
-    def __init__(self, scope: Scope, meanings: Mapping[int, Meaning]) -> None:
+class _FormulaParser:
+    def __init__(self, scope: Scope, bindings: Mapping[int, Binding]) -> None:
         self._scope = scope
-        self._meanings = meanings
+        self._bindings = bindings
         self.values: list[ast.expr] = []
         self.functions: list[ast.expr] = []
         self.names: set[int] = set()
 
     def formula(self, tree: Any) -> ast.expr | None:
-        """The formula of an expression; whatever is none is the value."""
-        meaning = self._meanings.get(id(tree))
-        if meaning is not None and not isinstance(meaning, Half):
+        """The formula of an expression; a subexpression of any other kind is taken as the value."""
+        binding = self._bindings.get(id(tree))
+        if binding is not None and not isinstance(binding, Half):
             self.names.add(id(tree))
-            return self.formula(meaning)
+            return self.formula(binding)
         if isinstance(tree, ast.Constant):
             return tree if type(tree.value) in (int, float, str, bool) else None
         if isinstance(tree, ast.BinOp):
             left, right = self.formula(tree.left), self.formula(tree.right)
-            pure = isinstance(tree.op, ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow)
-            return ast.BinOp(left, tree.op, right) if pure and left is not None and right is not None else None
+            is_arithmetic = isinstance(tree.op, ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow)
+            return ast.BinOp(left, tree.op, right) if is_arithmetic and left is not None and right is not None else None
         if isinstance(tree, ast.UnaryOp):
             operand = self.formula(tree.operand)
             return ast.UnaryOp(tree.op, operand) if isinstance(tree.op, ast.USub) and operand is not None else None

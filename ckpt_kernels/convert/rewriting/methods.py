@@ -1,7 +1,7 @@
-"""Modules whose methods, as they are written, call ours in places.
+"""The rule for modules with user-written methods: each method is rewritten to make fused calls.
 
-What a method's loads are, a linear layer, an activation, a norm, is read off the module when it is converted. By these
-loads and the source, a method is rewritten once for all modules that agree in them.
+Conversion finds the roles of a method's loads, such as a linear layer, an activation or a norm, in the module. A method
+is rewritten once for all modules with the same source and the same roles.
 """
 
 import ast
@@ -20,112 +20,115 @@ from ...activations import FUNCTIONS as ACTIVATIONS
 from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import is_adapter
-from ..biased import adds_bias
-from ..code.flow import LONGEST, Meaning, Run, blocks, run_of
+from ..biased_linears import adds_bias
 from ..code.frames import may_be_rewritten
-from ..code.remembering import remembered
+from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
-from ..code.source import NoSource, definition_of, layers_of
-from ..rotations.trials import turns_heads
-from ..rules.pointwise import Tried, activation_by_trial
+from ..code.source import NoSource, decorator_chain, definition_of
+from ..code.straight_line import Binding, Run, blocks, runs_ending_at
+from ..rotations.recognition import is_rotation
+from ..rules.activation_trials import TrialResult, activation_by_trial
 from ..rules.rule import Rule
-from ..rules.trial import in_a_thread_of_its_own
+from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
-from .exchange import EXCHANGES, FUNCTION_TYPES
+from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
-from .gains import ADAPTER, BIASED, PICKING, picks
 from .guards import CHUNK
-from .objects import method_called
-from .reading import Part, are_worth_it
+from .note_reasons import ADAPTER, BIASED, INDEXING, indexes_by_list
+from .replacements import FUNCTION_TYPES, REPLACEMENTS
 from .rewrite import Rewritten, rewritten_method
-from .values import part_of
+from .roles import Role, may_match_any, role_of
 
-# Of one method: the part of each load, by its text.
-Parts = tuple[tuple[str, Part], ...]
+# The roles of the loads in one method, by their source text.
+MethodRoles = tuple[tuple[str, Role], ...]
 _NORMS = frozenset(norm.__name__ for norm in (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm))
 
 
 @dataclass(frozen=True)
-class Written(Rule):
-    """What is found in the methods of a module: the parts of their loads, and for people what they have become."""
+class RewrittenMethods(Rule):
+    """The roles of the loads in a module's methods, with descriptions of the rewrites for people."""
 
-    parts: tuple[tuple[str, Parts], ...]
+    roles: tuple[tuple[str, MethodRoles], ...]
     recompute: str
-    found: tuple[str, ...]
+    descriptions: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.parts)
+        return tuple(name for name, _ in self.roles)
 
     @property
     def has_norm(self) -> bool:
-        """Whether they call a norm of torch's that is a function."""
-        return not _NORMS.isdisjoint(self.found)
+        """Whether a method calls a functional norm of torch."""
+        return not _NORMS.isdisjoint(self.descriptions)
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Callable[..., Any]]:
-        made = {}
-        for name, parts in self.parts:
-            made[name] = getattr(original, name)
-            with contextlib.suppress(NoSource):  # of a pickled module, where its source is not
-                if (found := _rewritten(made[name], parts, self.recompute)) is not None:
-                    made[name] = found.function
-        return made
+        methods = {}
+        for name, roles in self.roles:
+            methods[name] = getattr(original, name)
+            with contextlib.suppress(NoSource):  # an unpickled module may have no source here
+                if (rewritten := _rewritten(methods[name], roles, self.recompute)) is not None:
+                    methods[name] = rewritten.function
+        return methods
 
     def __str__(self) -> str:
-        counts = {text: self.found.count(text) for text in self.found}
+        counts = {text: self.descriptions.count(text) for text in self.descriptions}
         return "; ".join(text if count == 1 else f"{count} x {text}" for text, count in counts.items())
 
 
-def written_of(module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]) -> tuple[Written | None, str]:
-    """What can be rewritten in the module's methods; and why a method that might be cannot."""
+def rewritten_methods_of(
+    module: nn.Module, recompute: str, may_touch: Callable[[nn.Module], bool]
+) -> tuple[RewrittenMethods | None, str]:
+    """The rule for a module's methods, None if nothing can be rewritten, and why a method could not be read."""
     if adds_bias(module):
-        return _written(module, recompute, lambda _: BIASED, look_anyway=True)
+        return _rule(module, recompute, lambda _: BIASED, read_all=True)
 
-    def parts_of(function: types.FunctionType) -> Parts:
-        noted = ADAPTER if is_adapter(module) else PICKING * (recompute == "layer" and picks(function))
-        return _parts(module, function, may_touch) + noted
+    def roles_in(function: types.FunctionType) -> MethodRoles:
+        noted = ADAPTER if is_adapter(module) else INDEXING * (recompute == "layer" and indexes_by_list(function))
+        return _roles(module, function, may_touch) + noted
 
-    return _written(module, recompute, parts_of)
-
-
-def adapter_of(module: nn.Module, recompute: str) -> Written | None:
-    """What is noted in the methods of an adapter; nothing is tried out."""
-    return _written(module, recompute, lambda _: ADAPTER)[0]
+    return _rule(module, recompute, roles_in)
 
 
-def _written(
-    module: nn.Module, recompute: str, parts_of: Callable[[types.FunctionType], Parts], look_anyway: bool = False
-) -> tuple[Written | None, str]:
-    """`look_anyway`: whether to read the methods even if they name no child and no function of ours."""
-    parts, found, reason = [], [], ""
+def adapter_of(module: nn.Module, recompute: str) -> RewrittenMethods | None:
+    """The rule that notes the sums in the methods of an adapter; makes no trials."""
+    return _rule(module, recompute, lambda _: ADAPTER)[0]
+
+
+def _rule(
+    module: nn.Module, recompute: str, roles_in: Callable[[types.FunctionType], MethodRoles], read_all: bool = False
+) -> tuple[RewrittenMethods | None, str]:
+    """`read_all`: whether to read methods that name neither a child nor a function with a replacement."""
+    method_roles, descriptions, reason = [], [], ""
     children = {name for name, child in module._modules.items() if child is not None}
     children |= {name for name, value in vars(module).items() if method_called(value) is not None}
     for name, method in _methods(type(module)):
         try:
-            layers = layers_of(method)
-            names_any = look_anyway or _names_any(layers[-1], children) or (recompute == "layer" and picks(layers[-1]))
-            if not names_any or not may_be_rewritten(layers[-1]):
+            function = decorator_chain(method)[-1]
+            is_candidate = read_all or _names_any(function, children)
+            is_candidate = is_candidate or (recompute == "layer" and indexes_by_list(function))
+            if not is_candidate or not may_be_rewritten(function):
                 continue
-            own = parts_of(layers[-1])
-            made = _rewritten(method, own, recompute) if are_worth_it(own, recompute) else None
+            roles = roles_in(function)
+            rewritten = _rewritten(method, roles, recompute) if may_match_any(roles, recompute) else None
         except NoSource as error:
-            made, reason = None, str(error)
-        if made is not None:
-            parts.append((name, own))
-            found += made.found
-    return (Written(tuple(parts), recompute, tuple(found)) if parts else None), reason
+            rewritten, reason = None, str(error)
+        if rewritten is not None:
+            method_roles.append((name, roles))
+            descriptions += rewritten.descriptions
+    rule = RewrittenMethods(tuple(method_roles), recompute, tuple(descriptions)) if method_roles else None
+    return rule, reason
 
 
 def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
-    """The methods of a module and of the objects that it calls, as they are written."""
-    held = (method_called(value) for value in vars(module).values())
-    for method in (*(method for _, method in _methods(type(module))), *filter(None, held)):
+    """The undecorated methods of a module, and those that run when the module calls an object."""
+    called = (method_called(value) for value in vars(module).values())
+    for method in (*(method for _, method in _methods(type(module))), *filter(None, called)):
         with contextlib.suppress(NoSource):
-            yield layers_of(method)[-1]
+            yield decorator_chain(method)[-1]
 
 
 def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
-    """The methods of a class, but for those of nn.Module itself and Python's own."""
+    """The methods of a class, without those of nn.Module and dunders."""
     seen: set[str] = set()
     for owner in itertools.takewhile(lambda owner: owner is not nn.Module, kind.__mro__):
         for name, method in vars(owner).items():
@@ -135,74 +138,77 @@ def _methods(kind: type[nn.Module]) -> Iterator[tuple[str, types.FunctionType]]:
 
 
 def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
-    """Whether it names a child of the module, or what a formula or an exchange may be made of."""
+    """Whether a function names a child of the module, or a function that a formula or a replacement starts from."""
     if not (names := set(function.__code__.co_names)).isdisjoint(_METHODS | set(children)):
         return True
     values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
-    return any(isinstance(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in EXCHANGES) for value in values)
+    return any(
+        isinstance(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in REPLACEMENTS) for value in values
+    )
 
 
-_METHODS = frozenset(function.__name__ for function in (*ACTIVATIONS, *EXCHANGES) if hasattr(function, "__name__")) | {
-    "erf",
-    "square",
-    "chunk",
-    "clamp",
-}
+# The names of functions and methods that a formula, a replacement or a note starts from.
+_METHODS = {"erf", "square", "chunk", "clamp"}.union(
+    function.__name__ for function in (*ACTIVATIONS, *REPLACEMENTS) if hasattr(function, "__name__")
+)
 
 
-@remembered
-def _rewritten(method: types.FunctionType, parts: Parts, recompute: str) -> Rewritten | None:
-    return rewritten_method(method, dict(parts), recompute)
+@memoized
+def _rewritten(method: types.FunctionType, roles: MethodRoles, recompute: str) -> Rewritten | None:
+    return rewritten_method(method, dict(roles), recompute)
 
 
-def _parts(module: nn.Module | None, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Parts:
+def _roles(
+    module: nn.Module | None, function: types.FunctionType, may_touch: Callable[[nn.Module], bool]
+) -> MethodRoles:
+    """The roles of the loads and formulas in a function, whose first argument is the module unless that is None."""
     loads, formulas = _read(function)
     scope = Scope(function, _tree(function), module)
-    found = {}
+    roles = {}
     for text, tree in loads:
         value = scope.value(tree)
         if value is not UNKNOWN:
             method = method_called(value)
-            found[text] = part_of(value, may_touch) if method is None else _object(method, may_touch)
+            roles[text] = role_of(value, may_touch) if method is None else _object_role(method, may_touch)
     for name in _local_rotations(function):
-        found[name] = Part("local exchange")
+        roles[name] = Role("local replacement")
     plain = Scope(function, _tree(function))
     for text, functions in formulas:
         names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)} - {VALUE}
         values = tuple((name, plain.value(ast.Name(name, ast.Load()))) for name in sorted(names))
-        part = _formula(text, values, tuple(map(plain.value, functions)))
-        if part.kind:
-            found[text] = part
-    return tuple(sorted(found.items()))
+        role = _formula_role(text, values, tuple(map(plain.value, functions)))
+        if role.kind:
+            roles[text] = role
+    return tuple(sorted(roles.items()))
 
 
-def _object(method: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Part:
-    """The part of an object by what runs where it is called, which is read as a method is, but for what it is given."""
+def _object_role(method: types.FunctionType, may_touch: Callable[[nn.Module], bool]) -> Role:
+    """The role of a callable object by the `__call__` of its class; attributes of the object are not resolved."""
     try:
-        written = layers_of(method)[-1]
-        parts = _parts(None, written, may_touch) if may_be_rewritten(written) else ()
+        function = decorator_chain(method)[-1]
+        roles = _roles(None, function, may_touch) if may_be_rewritten(function) else ()
     except NoSource:
-        return Part()
-    return Part("object", known=(method, parts)) if are_worth_it(parts) else Part()
+        return Role()
+    return Role("object", values=(method, roles)) if may_match_any(roles) else Role()
 
 
-@remembered
+@memoized
 def _local_rotations(function: types.FunctionType) -> list[str]:
-    """The local names that stand for functions which turn heads, wherever they are called."""
+    """The local names of nested or imported functions that the function calls and that are rotations."""
     scope = Scope(function, _tree(function))
     calls = [node for node in ast.walk(_tree(function)) if isinstance(node, ast.Call)]
-    named = {call.func.id: call.func for call in calls if isinstance(call.func, ast.Name)}
-    return [name for name, tree in named.items() if turns_heads(scope.function_called(tree))]
+    callees = {call.func.id: call.func for call in calls if isinstance(call.func, ast.Name)}
+    return [name for name, tree in callees.items() if is_rotation(scope.local_function(tree))]
 
 
-@remembered
+@memoized
 def _tree(function: types.FunctionType) -> ast.FunctionDef:
     return definition_of(function).tree
 
 
-@remembered
+@memoized
 def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], list[tuple[str, list[ast.expr]]]]:
-    """The loads in a function's body, by their text; and the formulas in it, with the functions and numbers in each."""
+    """The loads in a function's body by their text, and the formulas with the functions and numbers in each."""
     tree = _tree(function)
     scope = Scope(function, tree)
     loads: dict[str, ast.expr] = {}
@@ -216,42 +222,45 @@ def _read(function: types.FunctionType) -> tuple[list[tuple[str, ast.expr]], lis
                 formulas.setdefault(formula.text, formula.functions)
     for run, last in _runs(tree, scope):
         for node in ast.walk(last):
-            for formula in _formulas(node, scope, run.meanings):
+            for formula in _formulas(node, scope, run.bindings):
                 formulas.setdefault(formula.text, formula.functions)
     return list(loads.items()), list(formulas.items())
 
 
 def _runs(tree: ast.FunctionDef, scope: Scope) -> Iterator[tuple[Run, ast.stmt]]:
     """The runs of statements in a function, and the last statement of each."""
+
+    def is_chunk(function: ast.expr) -> bool:
+        return scope.value(function) is CHUNK
+
     for block in blocks(tree):
         for end, last in enumerate(block.statements):
-            for begin in range(max(0, end - LONGEST + 1), end):
-                run = run_of(tree, block, begin, end, scope.fast, lambda called: scope.value(called) is CHUNK)
-                if run is not None:
-                    yield run, last
+            for run in runs_ending_at(tree, block, end, scope.private_locals, is_chunk):
+                yield run, last
 
 
-def _formulas(node: ast.AST, scope: Scope, meanings: Mapping[int, Meaning]) -> list[Formula]:
-    """The formula that a node may be, beyond sums and products of numbers."""
-    found = formula_of(node, scope, meanings) if isinstance(node, ast.Call | ast.BinOp) else None
-    return [found] if found is not None and "(" in found.text else []
+def _formulas(node: ast.AST, scope: Scope, bindings: Mapping[int, Binding]) -> list[Formula]:
+    """The formula of a node, if the formula has more than arithmetic operators."""
+    formula = formula_of(node, scope, bindings) if isinstance(node, ast.Call | ast.BinOp) else None
+    return [formula] if formula is not None and "(" in formula.text else []
 
 
-@remembered
-@in_a_thread_of_its_own
-def _formula(text: str, values: tuple[tuple[str, Any], ...], known: tuple[Any, ...]) -> Part:
-    """The part of a formula, which may be an activation of ours, with these values of the names in it."""
+@memoized
+@in_own_thread
+def _formula_role(text: str, values: tuple[tuple[str, Any], ...], functions: tuple[Any, ...]) -> Role:
+    """The role of a formula, an activation if the formula computes one, with these values of the names in the text."""
     code = compile(text, "<formula>", "eval")
 
     def compute(points: Tensor) -> Any:
         return eval(code, {"__builtins__": {}} | dict(values), {VALUE: points})
 
     try:
-        few = torch.tensor((-11.0, -2.5, -0.7, 0.3, 1.9, 10.0), dtype=torch.float64, device="cpu")
+        # A quick test at a few points rules out most formulas before a trial.
+        points = torch.tensor((-11.0, -2.5, -0.7, 0.3, 1.9, 10.0), dtype=torch.float64, device="cpu")
         with torch.no_grad():
-            values_there = compute(few.clone())
-        close = (torch.allclose(values_there, FORMULAS[name](few), rtol=1e-6, atol=1e-6) for name in NAMES)
-        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else Tried()
-        return Part() if name is None else Part("act", name, not keeps_input, known, is_exact)
-    except Exception:  # whatever a formula of torch's functions may raise, it is none of ours
-        return Part()
+            results = compute(points.clone())
+        close = (torch.allclose(results, FORMULAS[name](points), rtol=1e-6, atol=1e-6) for name in NAMES)
+        name, keeps_input, is_exact = activation_by_trial(compute) if any(close) else TrialResult()
+        return Role() if name is None else Role("act", name, not keeps_input, functions, is_exact)
+    except Exception:  # a formula that raises, whatever the exception, is no activation
+        return Role()

@@ -1,9 +1,10 @@
-"""What one of our calls computes, as it is written: templates, in all the ways in which each may be spelled.
+"""Templates: expressions such as `act(gate(input)) * value(input)` that describe what a fused call computes.
 
-In a template, what is called is a part: `act` an activation, `norm` a norm, `drop` a dropout, `may_drop` one that may
-be absent, and by any other name a linear layer. Other names are tensors. `gate_half` and `value_half` are the halves of
-the last dimension of what they are called on, `view` is any view by None, `:` and `...`, and `formula` an activation
-that is written out, `write` one of torch's that writes over its input. Both orders of a sum or a product are tried.
+The callees in a template are roles: `act` is an activation, `norm` a norm, `drop` a dropout, `may_drop` a dropout that
+may be absent, `formula` an activation as a formula, and `write` an activation of torch that writes over its input.
+`gate_half` and `value_half` are the halves of their argument along the last dimension, and `view` is any view by None,
+`:` and `...`. Any other callee is a linear layer, and other names are tensors. A sum or a product matches in both
+orders.
 """
 
 import ast
@@ -15,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operands import as_plain, has_hooks_for_all, is_ordinary, is_watched
+from ..operands import as_plain_tensor, has_global_hooks, is_observed, is_ordinary
 from ..rules.function_trials import TriedFunction
 from ..rules.pointwise import KEPT_BY_OUTPUT, activation_of
-from .guards import CHUNK, as_products_take, linear_operands, norm_rule, probability
+from .guards import CHUNK, autocast_input, dropout_probability, linear_operands, norm_rule
 
-# The results of a site, in the order in which they are taken from the end.
+# The results of a guarded call, in the reverse order of their use.
 Results = list[Any]
 
 _HALVES = ("gate_half", "value_half")
@@ -28,64 +29,68 @@ _NO_LAYERS = (*_HALVES, "act", "formula", "norm", "drop", "may_drop", "view", "w
 
 
 def kind_of(name: str) -> str:
-    """The kind of part that a template calls by that name; see `reading.Part`."""
+    """The kind of `roles.Role` that a template calls by this name."""
     return {"drop": "dropout"}.get(name, name if name in _NO_LAYERS else "linear")
 
 
 class Pattern(NamedTuple):
-    """A function that computes a template, for people `said`, or None where it does not.
+    """A template with the function `compute` that computes it, or returns None where the fused op does not apply.
 
-    It takes the tensors and the operands (weight, bias) of the linear layers by their names, and, where there are such,
-    `norm` with its `rule`, `activation` with its name and `act` with the module or function, and `p`, the dropout's
-    probability. `made`: what the activation is of is computed in the template, and nobody else sees it; `halved`: it
-    is a half of something, of which the other half is a factor. `options` are constants.
+    `description` is for people, and `spellings` are all forms of the template. `compute` takes the `tensors` and the
+    (weight, bias) pairs of the `linears` by their names in the template. Among its `parameters` may be `norm` and
+    its `rule`, `activation` (the name) and `act` (the module or function), `p` (the dropout's probability), and the
+    constants in `options`. `makes_act_input`: the template computes the activation's input, which no other code sees;
+    `act_input_is_half`: the input is half of a tensor whose other half is the value.
     """
 
     compute: Callable[..., Results | None]
-    said: str
+    description: str
     spellings: tuple[ast.expr, ...]
     tensors: tuple[str, ...]
     linears: tuple[str, ...]
-    takes: tuple[str, ...]
-    made: bool
-    halved: bool
+    parameters: tuple[str, ...]
+    makes_act_input: bool
+    act_input_is_half: bool
     options: dict[str, Any]
 
 
-def pattern(said: str, template: str, **options: Any) -> Callable[[Callable[..., Results | None]], Pattern]:
-    """Makes a function the pattern of a template."""
-    tree: Any = ast.parse(template, mode="eval").body
-    called = {callee(node): node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    names = {node.id: None for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    of = called.get("act")
-    while isinstance(of, ast.Call) and callee(of) in _HALVES:
-        of = of.args[0]
+def pattern(description: str, template: str, **options: Any) -> Callable[[Callable[..., Results | None]], Pattern]:
+    """Decorator that makes a function the pattern of a template.
 
-    def made(compute: Callable[..., Results | None]) -> Pattern:
+    `options` are the constant arguments of the function with their defaults.
+    """
+    tree: Any = ast.parse(template, mode="eval").body
+    arguments = {callee(node): node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    names = {node.id: None for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    act_input = arguments.get("act")
+    while isinstance(act_input, ast.Call) and callee(act_input) in _HALVES:
+        act_input = act_input.args[0]
+
+    def decorator(compute: Callable[..., Results | None]) -> Pattern:
         return Pattern(
             compute,
-            said,
+            description,
             tuple(spellings(tree)),
-            tuple(name for name in names if name not in called),
-            tuple(name for name in called if name not in _NO_LAYERS),
+            tuple(name for name in names if name not in arguments),
+            tuple(name for name in arguments if name not in _NO_LAYERS),
             tuple(inspect.signature(compute).parameters),
-            isinstance(of, ast.Call),
-            of is not called.get("act"),
+            isinstance(act_input, ast.Call),
+            act_input is not arguments.get("act"),
             options,
         )
 
-    return made
+    return decorator
 
 
 def callee(call: ast.Call) -> str:
-    """What a template calls, which is a name everywhere."""
+    """The name of the callee in a template."""
     if not isinstance(call.func, ast.Name):
         raise TypeError(f"a template calls {ast.unparse(call.func)}; expected a name")
     return call.func.id
 
 
 def spellings(tree: ast.expr) -> Iterator[ast.expr]:
-    """All ways in which a template may be written, with the dropouts that may be absent first."""
+    """All forms of a template, those with optional dropouts first."""
     if isinstance(tree, ast.Call):
         for inner in spellings(tree.args[0]):
             name = "drop" if callee(tree) == "may_drop" else callee(tree)
@@ -100,13 +105,15 @@ def spellings(tree: ast.expr) -> Iterator[ast.expr]:
         yield tree
 
 
-def keeps(pattern: Pattern, constants: Mapping[str, Any]) -> bool:
-    """Whether eager torch keeps what the activation is of, too, whichever that is. It keeps the output of some, and not
-    their input, to which somebody may write."""
-    return pattern.made or pattern.halved or constants.get("parts", False)
+def eager_saves_act_input(pattern: Pattern, constants: Mapping[str, Any]) -> bool:
+    """Whether eager torch keeps the storage of the activation's input for any activation.
+
+    For some activations eager torch saves only the output, so that a user may write to the input in place.
+    """
+    return pattern.makes_act_input or pattern.act_input_is_half or constants.get("views", False)
 
 
-def site(
+def guarded_call(
     pattern: Pattern,
     captured: Sequence[str],
     options: dict[str, Any],
@@ -115,76 +122,75 @@ def site(
     is_exact: bool = True,
     tried: TriedFunction | None = None,
 ) -> Callable[..., list[Any]]:
-    """What the rewritten method calls: the results and True, or what it has to be given back, `captured`, and False.
+    """The function that a rewritten method calls at a site: checks the operands, then makes the fused call.
 
-    In a list, from which all is taken: no local name holds a tensor longer than the original's would. `functions` are
-    those that a formula of this activation was known with, which computes that in float64 too where it `is_exact`; or
-    the activation is a function that was `tried`.
+    The function returns a list: the results and True, or the `captured` operands and False. The method pops all items,
+    so that no name holds a tensor longer than in the original. `functions` are the functions and numbers in a formula
+    for `activation`, which holds in float64 only if `is_exact`; or the activation is a function that was `tried`.
     """
-    again = tuple(reversed(captured))
-    formulas = tuple((f"f{index}", known) for index, known in enumerate(functions))
+    returned = tuple(reversed(captured))
+    formulas = tuple((f"f{index}", function) for index, function in enumerate(functions))
     constants = pattern.options | options
-    tensors, linears, takes = pattern.tensors, pattern.linears, pattern.takes
-    passed = [name for name in ("act", "norm", "write") if name in takes]
-    kept = keeps(pattern, constants)
+    tensors, linears, parameters = pattern.tensors, pattern.linears, pattern.parameters
+    passed = [name for name in ("act", "norm", "write") if name in parameters]
+    makes_act_input, saves_act_input = pattern.makes_act_input, eager_saves_act_input(pattern, constants)
 
     def call(**operands: Any) -> list[Any]:
-        results = None if is_watched() or has_hooks_for_all() else computed(operands)
+        results = None if is_observed() or has_global_hooks() else computed(operands)
         if results is None:
-            return [*[operands[name] for name in again], False]
+            return [*[operands[name] for name in returned], False]
         results.append(True)
         return results
 
     def computed(operands: dict[str, Any]) -> Results | None:
-        """The results, if the parts are what they were taken for."""
-        for name, known in formulas:
-            if operands[name] is not known:
+        """The results, None if an operand no longer has the role of the template."""
+        for name, function in formulas:
+            if operands[name] is not function:
                 return None
         if operands.get("halves", CHUNK) is not CHUNK:
             return None
-        kind, wide, given = None, False, constants.copy()
+        kind, is_float64, arguments = None, False, constants.copy()
         for name in tensors:
             tensor = operands[name]
             if type(tensor) is not Tensor:
-                tensor, subclass = as_plain(tensor)
+                tensor, subclass = as_plain_tensor(tensor)
                 if subclass is not None and kind not in (None, subclass):
                     return None
                 kind = kind or subclass
             if not is_ordinary(tensor):
                 return None
-            wide = wide or tensor.dtype is torch.float64
-            given[name] = tensor
+            is_float64 = is_float64 or tensor.dtype is torch.float64
+            arguments[name] = tensor
         for name in passed:
-            given[name] = operands.get(name)
-        if "activation" in takes:
-            act = operands.get("act")
-            found = activation or (
-                activation_of(act, pattern.made, wide) if tried is None else tried.name_of(act, wide)
-            )
-            if found is None or (wide and not is_exact) or (not kept and found in KEPT_BY_OUTPUT):
+            arguments[name] = operands.get(name)
+        if "activation" in parameters:
+            act, act_name = operands.get("act"), activation
+            if act_name is None:
+                act_name = tried.name_of(act, is_float64) if tried else activation_of(act, makes_act_input, is_float64)
+            if act_name is None or (is_float64 and not is_exact):
                 return None
-            given["activation"] = found
-        if "p" in takes:
-            p = (
-                probability(operands["drop"], operands.get("p"), operands.get("training"))
-                if "drop" in operands
-                else 0.0
-            )
+            if act_name in KEPT_BY_OUTPUT and not saves_act_input:
+                return None
+            arguments["activation"] = act_name
+        if "p" in parameters:
+            p: float | None = 0.0
+            if "drop" in operands:
+                p = dropout_probability(operands["drop"], operands.get("p"), operands.get("training"))
             if p is None:
                 return None
-            given["p"] = p
+            arguments["p"] = p
         if linears:
-            input = given["input"]
-            of_linears = linear_operands([operands[name] for name in linears], input)
-            if of_linears is None:
+            input = arguments["input"]
+            linear_pairs = linear_operands([operands[name] for name in linears], input)
+            if linear_pairs is None:
                 return None
-            given.update(zip(linears, of_linears, strict=True))
-            given["input"] = as_products_take(input)
-        if "rule" in takes:
-            given["rule"] = norm_rule(operands["norm"])
-            if given["rule"] is None:
+            arguments.update(zip(linears, linear_pairs, strict=True))
+            arguments["input"] = autocast_input(input)
+        if "rule" in parameters:
+            arguments["rule"] = norm_rule(operands["norm"])
+            if arguments["rule"] is None:
                 return None
-        results = pattern.compute(**given)
+        results = pattern.compute(**arguments)
         return results if kind is None or results is None else [result.as_subclass(kind) for result in results]
 
     return call

@@ -1,1 +1,1 @@
-"""Functions of a model's own that turn queries and keys by the angles of tables, known by trying them out."""
+"""Rotary position embeddings in a model's own code: recognizes functions that rotate queries and keys, by trials."""

@@ -1,4 +1,5 @@
-"""What modules compute: norms, activations, dropouts and gates, known by their class or by trying them out.
+"""Recognises norms, activations, dropouts and gates, by their class or by trials, and computes them by fused functions.
 
-A `Rule` (`rule`) says what a converted module computes in the place of its own forward; `trial` runs stand-ins.
+A `Rule` (`rule`) replaces the methods of one class of module; `trial` runs stand-ins of modules to learn the function
+that they compute.
 """

@@ -1,4 +1,4 @@
-"""Torch's norms over channels as rules: batch, group and instance norms."""
+"""Rules for torch's norms over channels: batch, group and instance norms."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from ... import functional as F
 from ...nn.channel_norms_of_torch import batch_norm_of, group_of, instance_norm_of
-from .norms import Norm, are_coefficients, lies_as_a_map
+from .norms import Norm, are_coefficients, is_dense_map
 
 
 @dataclass(frozen=True)
 class BatchNorm(Norm):
-    """torch.nn's batch norms, synchronised or not."""
+    """The rule for torch.nn's batch norms, synchronised or not."""
 
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
-        # What torch's refuses it refuses after it has counted the batch.
+        # Where torch's batch norm raises an error, the batch has been counted before, so the original must run.
         if input.dim() < 2 or input.shape[1] != module.num_features or input.numel() <= input.shape[1]:
             return None
-        if not _are_of_channels(module, input) or not are_statistics(input, module):
+        if not _are_of_channels(module, input) or not has_running_statistics(input, module):
             return None
         if not (module.num_batches_tracked is None or is_plain_counter(module.num_batches_tracked)):
             return None
@@ -32,14 +32,14 @@ class BatchNorm(Norm):
 
 @dataclass(frozen=True)
 class GroupNorm(Norm):
-    """`torch.nn.GroupNorm`."""
+    """The rule for `torch.nn.GroupNorm`."""
 
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
-        # Of (N, C) eager torch keeps less.
+        # For inputs of shape (N, C) eager torch keeps less.
         if input.dim() < 3 or input.shape[1] != module.num_channels or not _are_of_channels(module, input):
             return None
-        # Of others eager torch keeps a copy, and not what they may be a part of.
-        input = input if lies_as_a_map(input) else input.contiguous()
+        # For other layouts eager torch keeps a contiguous copy, and not the tensor that the input may be a view of.
+        input = input if is_dense_map(input) else input.contiguous()
         return F.group_norm(input, module.num_groups, module.weight, module.bias, module.eps, activation=activation)
 
     def __str__(self) -> str:
@@ -48,18 +48,18 @@ class GroupNorm(Norm):
 
 @dataclass(frozen=True)
 class InstanceNorm(Norm):
-    """torch.nn's instance norms, whose inputs may lack the dimension of samples."""
+    """The rule for torch.nn's instance norms, whose inputs may lack the batch dimension."""
 
     def compute(self, module: Any, input: Tensor, activation: str) -> Tensor | None:
         module._check_input_dim(input)
         single = input.dim() == module._get_no_batch_dim()
         if input.shape[0 if single else 1] != module.num_features:
             return None
-        if not _are_of_channels(module, input) or not are_statistics(input, module):
+        if not _are_of_channels(module, input) or not has_running_statistics(input, module):
             return None
         input = input.unsqueeze(0) if single else input
-        # As in torch, the output is contiguous, and what is kept is no part of a larger tensor.
-        input = input if lies_as_a_map(input) else input.contiguous()
+        # As in torch, the output is contiguous, and the saved input is no view of a larger tensor.
+        input = input if is_dense_map(input) else input.contiguous()
         output = instance_norm_of(module, input, activation, again=True).contiguous()
         return output.squeeze(0) if single else output
 
@@ -68,16 +68,18 @@ class InstanceNorm(Norm):
 
 
 def _are_of_channels(module: Any, input: Tensor) -> bool:
-    """Whether weight and bias are for the channels of the input."""
+    """Whether weight and bias have one element for each channel, and a dtype that torch's norms take."""
     weight, bias = module.weight, module.bias
     if not are_coefficients(input, weight, bias):
         return False
     return weight is None or (weight.dim() == 1 and (bias is None or bias.shape == weight.shape))
 
 
-def are_statistics(input: Tensor, module: nn.Module) -> bool:
-    """Whether torch's norm takes its running statistics, and moves them, as ours does: both are there or none, beside
-    coefficients of their dtype, and plain settings say how they move."""
+def has_running_statistics(input: Tensor, module: nn.Module) -> bool:
+    """Whether the fused norm can use and update the module's running statistics as torch's norm does.
+
+    Both statistics are there or neither, the weight has their dtype, and the settings for the update are plain values.
+    """
     mean, variance, momentum = module.running_mean, module.running_var, module.momentum
     if type(module.training) is not bool or type(module.track_running_stats) is not bool:
         return False
@@ -85,13 +87,16 @@ def are_statistics(input: Tensor, module: nn.Module) -> bool:
         return True
     if mean is None or variance is None or not (momentum is None or type(momentum) in (float, int)):
         return False
-    return are_coefficients(input, module.weight, mean, variance) and are_moved(mean, variance, module.num_features)
+    return are_coefficients(input, module.weight, mean, variance) and are_running_statistics(
+        mean, variance, module.num_features
+    )
 
 
-def are_moved(mean: Tensor, variance: Tensor, channels: int) -> bool:
-    """Whether these are running statistics of so many channels, which no gradient flows to."""
+def are_running_statistics(mean: Tensor, variance: Tensor, channels: int) -> bool:
+    """Whether these are running statistics of that many channels, and need no gradient."""
     return mean.shape == variance.shape == (channels,) and not (mean.requires_grad or variance.requires_grad)
 
 
 def is_plain_counter(tensor: Any) -> bool:
+    """Whether the value is a counter of batches as torch makes it: an int64 tensor without dimensions."""
     return type(tensor) is Tensor and tensor.dtype == torch.int64 and tensor.dim() == 0

@@ -1,4 +1,4 @@
-"""Activations that are functions of a file, `def gelu(x): ...`: known by trying them out, as modules are."""
+"""Recognises activations that are functions of a Python file, `def gelu(x): ...`, by trials as for modules."""
 
 import sys
 import types
@@ -7,55 +7,63 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..code.called import is_torchs
-from ..code.reached import Code, NotTried, Reading, reads_shapes
-from ..code.remembering import remembered
-from .pointwise import activation_by_trial
-from .trial import POINTWISE, in_a_thread_of_its_own, result_of, takes_one
+from ..code.call_graph import belongs_to_torch
+from ..code.memoization import memoized
+from ..code.reachability import CodeReader, CodeSnapshot, NotTriable, depends_on_shapes
+from .activation_trials import activation_by_trial
+from .trial import POINTWISE, in_own_thread, result_of, takes_one_argument
 
 
 class TriedFunction(NamedTuple):
-    """A function, the activation that it was when it was tried out, and all that its code reaches."""
+    """A function, the activation that the trial recognised, and all code and globals that the function reaches.
+
+    Attributes:
+        keeps_input: whether torch saves the input for backward.
+        is_exact: whether the formula is exact; one with rounded constants differs from the activation in float64.
+    """
 
     function: types.FunctionType
     name: str
-    code: Code
+    code: CodeSnapshot
     keeps_input: bool
     is_exact: bool
 
     def name_of(self, called: Any, wide: bool = False) -> str | None:
-        """The activation that a call of that computes now; None if it is another function, or no more what it was, or
-        another activation to float64 where operands are that `wide`."""
+        """The activation that a call of `called` computes now.
+
+        None for another function, for a function that has changed since the trial, and for a formula that is not exact
+        where operands are `wide`, which is float64.
+        """
         holds = called is self.function and (self.is_exact or not wide)
         return self.name if holds and self.code.is_same() else None
 
 
-@remembered
+@memoized
 def activation_function(value: Any) -> TriedFunction | None:
-    """What a function computes that is an activation of ours; None for any other value.
+    """The trial of a function that computes a known activation; None for any other value.
 
-    It is one that its module has under its name, so that what is known of it can be pickled.
+    The function must be importable under its name, so that the trial can be pickled.
     """
-    if type(value) is not types.FunctionType or is_torchs(value) or not takes_one(value, 0):
+    if type(value) is not types.FunctionType or belongs_to_torch(value) or not takes_one_argument(value, 0):
         return None
     if getattr(sys.modules.get(value.__module__), value.__name__, None) is not value:
         return None
     try:
-        return _tried_out(value)
-    except NotTried:
+        return _tried(value)
+    except NotTriable:
         return None
 
 
-@in_a_thread_of_its_own
-def _tried_out(function: types.FunctionType) -> TriedFunction | None:
-    reading = Reading(nn.Module())
-    reading.function(function)
-    if reads_shapes(reading):
+@in_own_thread
+def _tried(function: types.FunctionType) -> TriedFunction | None:
+    reader = CodeReader(nn.Module())
+    reader.read_function(function)
+    if depends_on_shapes(reader):
         return None
-    reading.modules()
+    reader.read_modules()
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
     if result_of(function, transposed, POINTWISE).stride() != transposed.stride():
         return None
     name, keeps_input, is_exact = activation_by_trial(lambda points: result_of(function, points, POINTWISE))
-    code = Code((nn.Module, (), ()), reading.found)
+    code = CodeSnapshot((nn.Module, (), ()), reader.dependencies)
     return None if name is None else TriedFunction(function, name, code, keeps_input, is_exact)

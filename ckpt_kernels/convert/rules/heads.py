@@ -1,4 +1,4 @@
-"""Heads of language models: linear layers whose logits need not be whole, because a loss reads them in chunks."""
+"""The rule for heads of language models, whose logits a loss reads in chunks instead of as a whole."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from ...autocast import is_autocast
 from ...logits import logits_of
 from ...ops.products import product_dtype
-from ..loads import named_modules
-from ..operands import has_hooks_for_all, is_called_plainly, is_operand, is_ordinary
+from ..module_tree import named_modules
+from ..operands import has_global_hooks, is_called_plainly, is_operand, is_ordinary
 from ..swap import original_of
 from .rule import Forward, Rule
 
 
 @dataclass(frozen=True)
 class Head(Rule):
-    """A linear layer whose output is made when somebody looks at it."""
+    """The rule for a linear layer that returns logits which are computed when they are first read."""
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             operands = None
-            # Nobody's gradients, and those of an autograd.Function, are not ours to hold back.
+            # Without gradients, and within an autograd.Function, the logits are computed at once.
             if len(args) == 1 and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 operands = _operands(module, args[0])
             return original.forward(module, *args, **kwargs) if operands is None else logits_of(*operands)
@@ -32,13 +32,13 @@ class Head(Rule):
         return {"forward": forward}
 
     def __str__(self) -> str:
-        return "logits that are made when they are looked at"
+        return "logits computed when first read"
 
 
 def heads_in(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
-    """The linear layers of that name, with * and ?, by their full names.
+    """The linear layers whose full names match the name, with * and ?.
 
-    Raises ValueError for a name that fits none, TypeError for what is no name.
+    Raises ValueError for a name that fits no linear layer, or fits another module; TypeError for anything but a string.
     """
     if name is None:
         return {}
@@ -46,11 +46,11 @@ def heads_in(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
         raise TypeError(f"logits is {type(name).__name__}; expected the name of a linear layer, or None")
     fitting = {full: module for full, module in named_modules(model) if fnmatch.fnmatchcase(full, name)}
     if not fitting or not all(map(_is_linear, fitting.values())):
-        found = (
+        matches = (
             ", ".join(f"{full or 'the model'} ({type(module).__name__})" for full, module in fitting.items())
             or "no module"
         )
-        raise ValueError(f"logits names {name!r}, which fits {found}; expected the name of a torch.nn.Linear")
+        raise ValueError(f"logits names {name!r}, which fits {matches}; expected the name of a torch.nn.Linear")
     return fitting
 
 
@@ -59,18 +59,18 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _operands(module: nn.Module, input: Any) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype] | None:
-    """What the product is of, if the call is nothing but that product."""
+    """Input, weight, bias and the result's dtype, if the call computes a matrix product and nothing else."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if "parametrizations" in module._modules or "weight" in module.__dict__ or "bias" in module.__dict__:
         return None
-    if has_hooks_for_all() or not is_called_plainly(module) or not is_operand(input):
+    if has_global_hooks() or not is_called_plainly(module) or not is_operand(input):
         return None
     for parameter in (weight, bias):
         if parameter is not None and (not is_ordinary(parameter) or parameter.device != input.device):
             return None
     tensors = [t for t in (input, weight, bias) if t is not None]
     dtype = product_dtype(input)
-    # Autocast casts whatever is not of float64.
+    # Autocast casts all tensors but those of float64.
     is_cast = is_autocast(input) and all(t.dtype != torch.float64 for t in tensors)
     if weight is None or input.dim() < 2 or weight.shape[0] < 2 or weight.shape[1:] != input.shape[-1:]:
         return None

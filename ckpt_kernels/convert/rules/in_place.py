@@ -1,7 +1,8 @@
-"""torch's activations that write over their input and keep a clone of that: what they compute out of place.
+"""Out-of-place forms of torch's in-place activations that save a clone of their input for backward.
 
-The clone is what the output can be made from again, but of a product of more than two dimensions, which is a view, no
-graph shows that. Out of place the product takes the clone's place, and no more is kept.
+The output can be recomputed from that clone. But where the input is a matrix product of more than two dimensions, which
+is a view, the autograd graph does not show the clone's origin. Computed out of place, the activation saves the product
+itself, and no more memory is kept.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..operands import is_called_plainly
 from ..swap import original_of
-from .pointwise import is_as_torch_has_it
+from .pointwise import is_unmodified_torch
 
 _NUMBERS = (int, float)
 _OUT_OF_PLACE: dict[type[nn.Module], Callable[[Any, Tensor], Tensor | None]] = {
@@ -27,14 +28,14 @@ def _hardtanh(input: Tensor, least: Any, most: Any) -> Tensor | None:
 
 
 def writes_over(module: Any) -> bool:
-    """Whether it is one of these, as torch has it."""
+    """Whether the module is one of these activations with `inplace=True`, unmodified."""
     if not isinstance(module, nn.Module) or original_of(module) not in _OUT_OF_PLACE:
         return False
-    return module.__dict__.get("inplace") is True and is_as_torch_has_it(module, "min_val", "max_val")
+    return module.__dict__.get("inplace") is True and is_unmodified_torch(module, "min_val", "max_val")
 
 
 def out_of_place(module: Any, input: Tensor) -> Tensor | None:
-    """What such a module computes of its input, which stays as it is; None for any other."""
+    """The module's output, computed without a write to the input; None for modules that do not `writes_over`."""
     if not writes_over(module) or not is_called_plainly(module):
         return None
     return _OUT_OF_PLACE[original_of(module)](module, input)

@@ -1,4 +1,4 @@
-"""Converting norms, activations, dropouts and gates: modules that compute one thing, found by what they compute."""
+"""Converts single norms, activations, dropouts and gates, recognised by what they compute."""
 
 from dataclasses import replace
 
@@ -15,10 +15,13 @@ from .pointwise import pointwise_of
 from .rule import Rule
 
 
-class Leaves:
-    """What converts modules, and writes down what it did: in a report's lists, and in `rules`.
+class LeafConverter:
+    """Converts modules one by one, and records each conversion in a report's lists and in `rules`.
 
-    `writer` is a method of the model that may write to what is given to a norm, "" for none.
+    Args:
+        selection: the modules that may be changed.
+        writer: the name of a method of the model that may write in place to the input of a norm; "" for none.
+        replaced, left_alone: the report's lists, which are appended to.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class Leaves:
         self.rules: dict[nn.Module, Rule] = {}
 
     def convert(self, name: str, module: nn.Module) -> None:
-        """Converts a module that computes something of ours, or says why not."""
+        """Converts a module that computes a norm, an activation, a dropout or a gate, or records why not."""
         if isinstance(module, torch.jit.ScriptModule):
             return
         rule: Rule | None
@@ -50,11 +53,11 @@ class Leaves:
         elif "forward" in module.__dict__:
             self.leave(name, module, "its forward was replaced on the instance")
         elif not may_be_swapped(module):
-            self.leave(name, module, "its forward is no plain method of its class, or asks for its class")
+            self.leave(name, module, "its forward is no plain method of its class, or reads its class")
         else:
             self.apply(name, module, rule)
             if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
-                self.leave(name, module, "rounds bfloat16 where none of our row norms does: as it is for 16 bits")
+                self.leave(name, module, "rounds bfloat16 where none of our row norms does: not converted for 16 bits")
 
     def apply(self, name: str, module: nn.Module, rule: Rule) -> None:
         """Converts a module by a rule."""
@@ -64,13 +67,13 @@ class Leaves:
         except NotSwapped as error:
             self.leave(name, module, str(error))
             return
-        # A part that was left alone as such may have been found in the way its methods are written; and where another
-        # module was, one may come later.
+        # An earlier pass may have left the module alone, and a module that was added later may have replaced another
+        # one of the same name.
         self.left_alone[:] = [entry for entry in self.left_alone if entry.name != name]
         self.replaced[:] = [entry for entry in self.replaced if entry.name != name]
         self.replaced.append(Replaced(name, kind, str(rule)))
         self.rules[module] = rule
 
     def leave(self, name: str, module: nn.Module, reason: str) -> None:
-        """Writes down why a module stays as it is."""
+        """Records why a module is left alone."""
         self.left_alone.append(LeftAlone(name, type(module).__name__, reason))

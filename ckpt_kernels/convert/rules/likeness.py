@@ -1,13 +1,14 @@
-"""What a module looks like, by its class and the name of that: for the report, which says why it stays as it is."""
+"""Guesses from class names that a module is a norm, an activation or a gate. Only the report uses these guesses, to
+explain why such a module was left alone."""
 
 import re
 
 from torch import nn
 
-from ..loads import has_children
+from ..module_tree import has_children
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-# torch's activations of one element at a time.
+# torch's elementwise activations.
 ACTIVATIONS = tuple(
     getattr(nn, name)
     for name in """CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU ReLU ReLU6
@@ -19,19 +20,21 @@ _NAMED_EXPERTS = re.compile(r"expert|moe(?![a-z])", re.IGNORECASE)
 
 
 def looks_like_norm(module: nn.Module) -> bool:
-    """Whether a module without children is called a norm, or is one of torch's by its class."""
+    """Whether a module without children has a class named like a norm, or is one of torch's norms."""
     return ("norm" in type(module).__name__.lower() or isinstance(module, NORMS)) and not has_children(module)
 
 
 def looks_like_activation(module: nn.Module) -> bool:
-    """Whether a module without children is called an activation or a gate, or is one of torch's activations."""
+    """Whether a module without children has a class named like an activation or a gate, or is one of torch's
+    activations."""
     name = type(module).__name__
-    called = _NAMED_ACTIVATION.search(name) or _NAMED_GATE.search(name)
-    return (called is not None or isinstance(module, ACTIVATIONS)) and not has_children(module)
+    named = _NAMED_ACTIVATION.search(name) or _NAMED_GATE.search(name)
+    return (named is not None or isinstance(module, ACTIVATIONS)) and not has_children(module)
 
 
 def looks_like_several(module: nn.Module) -> str:
-    """What a module with children is called: a norm, an activation, a gate, experts; "" for none."""
+    """The kind of module, "a norm", "an activation", "a gate" or "experts", after which the class of a module with
+    children is named; "" for none."""
     name = type(module).__name__
     if not has_children(module) or type(module).__module__.startswith("torch.nn.modules."):
         return ""

@@ -1,8 +1,8 @@
-"""Which of our norms a module computes.
+"""Recognises the norm that a module computes.
 
-torch.nn's own are known by their forward. Any other module with vectors for parameters and no modules of its own is
-tried out (see `trial`): what a stand-in computes of small random inputs, and the gradients of that, are held against
-what our norms compute. A class's name does not count; where eps stands and what is rounded when does.
+torch.nn's own norms are recognised by their forward. Any other module without children whose parameters are vectors is
+tried (see `trial`): outputs and gradients of a stand-in on small random inputs are compared with those of the fused
+norms. The name of the class does not count; the place of eps and the order of roundings do.
 """
 
 import inspect
@@ -17,18 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from ... import nn as ours
-from ..code.called import is_as_torch_wrote_it
-from ..code.reached import NotTried
-from ..code.remembering import remembered
-from ..loads import has_children, loads_plainly, tensors_of
+from ..attribute_loads import loads_plainly
+from ..code.call_graph import is_unpatched
+from ..code.memoization import memoized
+from ..code.reachability import NotTriable
+from ..module_tree import has_children, tensors_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
 from .norms import Case, Dtypes, Norm, RowNorm
-from .trial import CHANNELS, ROWS, DoesNotTake, Outline, forward_of, in_a_thread_of_its_own, outline_of, takes_one
+from .trial import CHANNELS, ROWS, InputRefused, Outline, forward_of, in_own_thread, outline_of, takes_one_argument
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-# What torch's own norms compute.
+# The rules for torch's own norms.
 _RULES: dict[type[nn.Module], Norm] = {
     nn.LayerNorm: RowNorm(True, "weight", "bias", "eps"),
     nn.RMSNorm: RowNorm(False, "weight", "", "eps"),
@@ -36,8 +37,8 @@ _RULES: dict[type[nn.Module], Norm] = {
     **dict.fromkeys(_BATCH_NORMS, BatchNorm()),
     **dict.fromkeys(_INSTANCE_NORMS, InstanceNorm()),
 }
-_KNOWN = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_as_torch_wrote_it(kind.forward)}
-# What their forwards read.
+_FORWARDS = {kind: (kind.forward, kind.forward.__code__) for kind in _RULES if is_unpatched(kind.forward)}
+# The attributes that their forwards read.
 _READ = """affine bias elementwise_affine eps momentum normalized_shape num_batches_tracked num_channels num_features
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
 _OURS = tuple(getattr(ours, kind.__name__) for kind in _RULES)
@@ -53,92 +54,94 @@ _OTHERS: tuple[Dtypes, ...] = (
 
 
 def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
-    """The norm that a module computes, and where it computes none of ours but looks like a norm, why it does not."""
+    """The rule for the norm that a module computes, and ""; or None, and a reason if the module looks like a norm."""
     if isinstance(module, _OURS):
         return None, ""
-    kind = next((kind for kind, known in _KNOWN.items() if isinstance(module, kind) and _runs(module, *known)), None)
+    kind = next((kind for kind, own in _FORWARDS.items() if isinstance(module, kind) and _runs(module, *own)), None)
     if kind is not None and not loads_plainly(type(module), *_READ):
-        return None, "computes what it reads"
+        return None, "computes the settings that its forward reads"
     if kind is not None:
         return _RULES[kind], ""
     if not _may_be_row_norm(module):
         return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
     try:
-        found = _tried_out(outline_of(module))
-    except NotTried as error:
-        found = str(error)
-    if isinstance(found, RowNorm):
-        return found, ""
-    return None, found if looks_like_norm(module) else ""
+        result = _tried(outline_of(module))
+    except NotTriable as error:
+        result = str(error)
+    if isinstance(result, RowNorm):
+        return result, ""
+    return None, result if looks_like_norm(module) else ""
 
 
 def _runs(module: nn.Module, forward: Callable[..., Tensor], code: types.CodeType) -> bool:
+    """Whether the module's forward is that function, unchanged."""
     return type(module).forward is forward and forward.__code__ is code
 
 
 def _may_be_row_norm(module: nn.Module) -> bool:
-    own = [p for p in module._parameters.values() if p is not None]
-    if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in own):
+    """Whether a trial is worthwhile: for a leaf module outside torch.nn with at most two vectors of one length, whose
+    class is named like a norm if there is no vector."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    if any(nn.parameter.is_lazy(p) or p.numel() < 2 for p in parameters):
         return False
-    leaf = not has_children(module) and takes_one(type(module).forward)
-    vectors = len(own) <= 2 and all(p.numel() == max(p.shape, default=0) for p in own)
+    leaf = not has_children(module) and takes_one_argument(type(module).forward)
+    vectors = len(parameters) <= 2 and all(p.numel() == max(p.shape, default=0) for p in parameters)
     from_torch = type(module).__module__.startswith("torch.nn.modules.")
     return (
         leaf
         and vectors
-        and len({p.numel() for p in own}) <= 1
-        and (bool(own) or looks_like_norm(module))
+        and len({p.numel() for p in parameters}) <= 1
+        and (bool(parameters) or looks_like_norm(module))
         and not from_torch
     )
 
 
-# Trying out
-
-
-@remembered
-@in_a_thread_of_its_own
-def _tried_out(outline: Outline) -> RowNorm | str:
-    """By float32 which norm it is, and then in which dtypes it rounds where ours does; or why it is none."""
+@memoized
+@in_own_thread
+def _tried(outline: Outline) -> RowNorm | str:
+    """The rule, found by a trial in float32, with the dtypes in which roundings agree too; or the reason for none."""
     reasons = ["computes what none of our row norms computes"]
     for rule in _candidates(outline):
         try:
             if _agrees(outline, rule):
                 return _with_cases(outline, rule)
-        except NotTried as error:
+        except NotTriable as error:
             reasons.append(str(error))
     return reasons[-1]
 
 
 def _with_cases(outline: Outline, rule: RowNorm) -> RowNorm:
+    """The rule with the cases of all dtypes, from the variant of the rule that agrees in most."""
     options = [rule] if rule.centered else [rule, replace(rule, cast_before_weight=True)]
-    found = [tuple(_cases_of(outline, option)) for option in options]
-    best = max(range(len(options)), key=lambda index: len(found[index]))
+    cases = [tuple(_cases_of(outline, option)) for option in options]
+    best = max(range(len(options)), key=lambda index: len(cases[index]))
     (case,) = rule.cases or ()
     wide = case._replace(keeps_data=_keeps_input(outline, rule, _WIDE, requires_grad=False))
-    strided = not rule.channels_first and _lies_as_its_input(outline)
-    return replace(options[best], cases=(wide, *found[best]), strided=strided)
+    strided = not rule.channels_first and _keeps_strides(outline)
+    return replace(options[best], cases=(wide, *cases[best]), strided=strided)
 
 
-def _lies_as_its_input(outline: Outline) -> bool:
-    """Whether the output of a transposed input is transposed, and not contiguous."""
-    made = outline.stand_in(torch.float32, torch.Generator("cpu").manual_seed(0))
+def _keeps_strides(outline: Outline) -> bool:
+    """Whether the output of a transposed input is transposed; False where the output is contiguous."""
+    module = outline.stand_in(torch.float32, torch.Generator("cpu").manual_seed(0))
     input = torch.ones(_sizes(outline, False)[0], device="cpu").transpose(0, 1)
-    output = forward_of(made, input, ROWS, (-1,))
+    output = forward_of(module, input, ROWS, (-1,))
     if not output.is_contiguous() and output.stride() != input.stride():
-        raise NotTried("lies in memory as nothing of ours does")
+        raise NotTriable("returns strides that none of our norms returns")
     return not output.is_contiguous()
 
 
 def _candidates(outline: Outline) -> Iterator[RowNorm]:
+    """All rules in float32 that the module's parameters and epsilons allow."""
     names = tuple(outline.parameters)
     coefficients = list(itertools.permutations(names)) if len(names) == 2 else [(*names, "", "")[:2]]
-    # Settings, numbers in the code, and torch's defaults.
+    # Epsilons come from settings, from numbers in the code, and from torch's defaults.
     code = inspect.unwrap(outline.forward).__code__
     numbers = [c for c in code.co_consts if type(c) is float and 0 < c < 0.1]
-    set_ones = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
-    epsilons: list[Any] = [*dict.fromkeys([*set_ones, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps])]
+    settings = [name for name, value in outline.settings if type(value) is float and 0 < value < 0.1]
+    epsilons: list[Any] = [*dict.fromkeys([*settings, *numbers, 1e-5, 1e-6, torch.finfo(torch.float32).eps])]
     if "normalize" in code.co_names and outline.parameters:
-        # F.normalize divides by the root of the sum, of 1e-12 at least.
+        # F.normalize divides by the root of the sum, not of the mean, and by 1e-12 at least.
         epsilons = [1e-24 / max(shape.numel() for shape in outline.parameters.values())]
     wide = (Case(_WIDE, torch.float32, True, False),)
     shapes = tuple(outline.parameters.items())
@@ -167,7 +170,7 @@ def _candidates(outline: Outline) -> Iterator[RowNorm]:
 
 
 def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
-    """Those, other than float32, in which the module makes what ours does."""
+    """The cases other than float32 in which the module agrees with the rule."""
     for pair in _OTHERS:
         if pair[0] != pair[1] and not outline.parameters:
             continue
@@ -180,78 +183,84 @@ def _cases_of(outline: Outline, rule: RowNorm) -> Iterator[Case]:
 
 
 def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad: bool) -> bool:
-    made = outline.stand_in(dtypes[1], torch.Generator("cpu").manual_seed(0))
+    """Whether autograd saves the input itself for the module's backward pass."""
+    module = outline.stand_in(dtypes[1], torch.Generator("cpu").manual_seed(0))
     input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
-    kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda packed: packed):
-        _theirs(made, rule, input)
-    return input.data_ptr() in kept
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda packed: packed):
+        _output_of(module, rule, input)
+    return input.data_ptr() in saved
 
 
 def _agrees(outline: Outline, rule: RowNorm) -> bool:
-    """Whether rule and module compute the same of the same, in the one case that the rule has."""
+    """Whether rule and module compute the same outputs and gradients, in the one case that the rule has."""
     ((dtypes, *_),) = rule.cases or ()
     generator = torch.Generator("cpu").manual_seed(0)
-    made = outline.stand_in(dtypes[1], generator)
-    # Inputs are large, and so small that eps decides.
+    module = outline.stand_in(dtypes[1], generator)
+    # One input has usual values, the other such small ones that the place of eps shows.
     for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, 1e-3)):
         input = ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtypes[0])
         try:
-            theirs = _with_gradients(made, input, lambda x: _theirs(made, rule, x))
-            mine = _with_gradients(made, input, lambda x: rule.compute(made, x, "identity"))
-            if theirs[0].dtype != mine[0].dtype:
+            expected = _with_gradients(module, input, lambda x: _output_of(module, rule, x))
+            fused = _with_gradients(module, input, lambda x: rule.compute(module, x, "identity"))
+            if expected[0].dtype != fused[0].dtype:
                 return False
-            if not _close(theirs, mine, dtypes, scale):
-                # What rounds as torch's own function does is as good: ours takes the place of that.
-                torchs = _with_gradients(made, input, lambda x: rule.computed_by_torch(made, x))
-                if not _close(theirs, torchs, dtypes, scale):
+            if not _close(expected, fused, dtypes, scale):
+                # A module that rounds as torch's own norm does passes too, because the fused norm replaces that one.
+                of_torch = _with_gradients(module, input, lambda x: rule.computed_by_torch(module, x))
+                if not _close(expected, of_torch, dtypes, scale):
                     return False
-        except (DoesNotTake, RuntimeError, ValueError, TypeError, IndexError):
+        except (InputRefused, RuntimeError, ValueError, TypeError, IndexError):
             return False
     return True
 
 
-def _theirs(made: nn.Module, rule: RowNorm, input: Tensor) -> Tensor:
+def _output_of(module: nn.Module, rule: RowNorm, input: Tensor) -> Tensor:
+    """The stand-in's output, with the operations allowed that such a norm needs."""
     if rule.channels_first:
-        return forward_of(made, input, CHANNELS, (1, -1))
-    return forward_of(made, input, ROWS, (-1,))
+        return forward_of(module, input, CHANNELS, (1, -1))
+    return forward_of(module, input, ROWS, (-1,))
 
 
 def _sizes(outline: Outline, channels_first: bool) -> list[tuple[int, ...]]:
-    """Of inputs to try. A norm without weights is tried with rows of two lengths, if it does not say which it takes."""
+    """The shapes of inputs to try. A norm without parameters and `normalized_shape` is tried with two row lengths."""
     shapes = list(outline.parameters.values())
-    said = dict(outline.settings).get("normalized_shape")
-    columns = [math.prod(said) if isinstance(said, tuple) else said] if said else [48, 77]
+    shape = dict(outline.settings).get("normalized_shape")
+    columns = [math.prod(shape) if isinstance(shape, tuple) else shape] if shape else [48, 77]
     columns = [shapes[0].numel()] if shapes else columns
-    # Of a weight with more dimensions, such as (C, 1, 1), those that follow say how much space there is.
+    # The dimensions after the first of a weight such as (C, 1, 1) are the spatial ones.
     space = max((len(shape) - 1 - shape.index(columns[0]) for shape in shapes), default=0) or 2
     return [(2, c, *(6, 5, 4, 3)[:space]) if channels_first else (2, 60, c) for c in columns]
 
 
-def _with_gradients(made: nn.Module, input: Tensor, compute: Callable[[Tensor], Tensor | None]) -> list[Tensor]:
-    """The output, and gradients of a projection of it."""
+def _with_gradients(module: nn.Module, input: Tensor, compute: Callable[[Tensor], Tensor | None]) -> list[Tensor]:
+    """The output, and the gradients of a weighted sum of the output."""
     input = input.clone().requires_grad_()
     output = compute(input)
     if output is None:
-        raise DoesNotTake("takes other shapes")
+        raise InputRefused("takes other shapes")
     if not output.requires_grad:
-        raise NotTried("has no gradient")
+        raise NotTriable("has no gradient")
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device="cpu").view(output.shape)
-    wanted = [input, *tensors_of(made)]
-    found = torch.autograd.grad((output * weights).sum(), wanted, allow_unused=True)
-    return [output.detach(), *[torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]]
+    inputs = [input, *tensors_of(module)]
+    gradients = torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True)
+    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, inputs, strict=True)]
+    return [output.detach(), *filled]
 
 
-def _close(theirs: list[Tensor], mine: list[Tensor], dtypes: Dtypes, scale: float) -> bool:
-    if any(a.shape != b.shape for a, b in zip(theirs, mine, strict=True)) or theirs[0].stride() != mine[0].stride():
+def _close(expected: list[Tensor], results: list[Tensor], dtypes: Dtypes, scale: float) -> bool:
+    """Whether outputs round alike and gradients are close, with equal shapes and output strides."""
+    if any(a.shape != b.shape for a, b in zip(expected, results, strict=True)):
         return False
-    # Where two roundings fall elsewhere, a tenth of all results and more do.
-    # Of narrow inputs and wide weights ours may be more exact; there the dtype is what is in question.
+    if expected[0].stride() != results[0].stride():
+        return False
+    # Roundings at other places change a tenth of all results and more, and 1 % is allowed to differ. Beside a wide
+    # weight, the fused norm may be more exact on narrow inputs; there only the dtype of the output is in question.
     narrow = dtypes[0].itemsize < 4
     rtol = 1e-5 if not narrow else 0.0 if dtypes[0] == dtypes[1] else 0.02
-    (output, *gradients), (ours, *others) = ([t.double() for t in results] for results in (theirs, mine))
-    if (~torch.isclose(output, ours, rtol=rtol, atol=1e-6 * scale)).double().mean() > 0.01:
+    (output, *gradients), (other, *others) = ([t.double() for t in tensors] for tensors in (expected, results))
+    if (~torch.isclose(output, other, rtol=rtol, atol=1e-6 * scale)).double().mean() > 0.01:
         return False
     allowed = 0.05 if narrow else 1e-4
     return all((a - b).abs().max() <= allowed * a.abs().max() + 1e-12 for a, b in zip(gradients, others, strict=True))

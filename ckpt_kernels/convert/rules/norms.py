@@ -1,5 +1,7 @@
-"""Norms as rules: what a converted norm computes, and of which inputs; here those of rows, in `channel_norms` torch's
-others. How a module is known as one: `norm_trials`."""
+"""Rules for norms: the base class, and the rule for norms over rows.
+
+`channel_norms` has the rules for torch's other norms, and `norm_trials` recognises norms.
+"""
 
 import abc
 from dataclasses import dataclass
@@ -9,20 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
-from ..code.reached import Code, Settings, is_as_tried
+from ..code.reachability import CodeSnapshot, Settings, is_unchanged
 from ..operands import is_ordinary
-from .rule import Unary
+from .rule import UnaryRule
 
-# Of the input and of the weight. Each is tried.
+# The dtypes of the input and of the weight.
 Dtypes = tuple[torch.dtype, torch.dtype]
-# What the functions of row norms take first: input, normalized_shape, weight, bias, eps.
+# The first arguments of the functional row norms: input, normalized_shape, weight, bias, eps.
 Operands = tuple[Tensor, Any, Tensor | None, Tensor | None, float]
 
 
 class Case(NamedTuple):
-    """Dtypes in which a norm computes what ours does: those of input and weight, that of the output, and whether eager
-    torch keeps the input itself for backward, and not a wider copy of it: one that wants a gradient, and one that does
-    not."""
+    """Dtypes for which the fused norm computes the same as a module.
+
+    Attributes:
+        dtypes: the dtypes of input and weight.
+        output: the dtype of the output.
+        keeps_input: whether eager torch saves an input that requires a gradient itself, and not a wider copy.
+        keeps_data: the same for an input that requires no gradient.
+    """
 
     dtypes: Dtypes
     output: torch.dtype
@@ -30,25 +37,36 @@ class Case(NamedTuple):
     keeps_data: bool
 
 
-class Norm(Unary):
-    """A norm, for what fuses with it: `compute(module, input, activation)`, or None where the original has to."""
+class Norm(UnaryRule):
+    """A rule for norms, which other rules can fuse with an activation."""
 
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+    def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
         return self.compute(module, input, "identity")
 
     @abc.abstractmethod
-    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None: ...
+    def compute(self, module: nn.Module, input: Tensor, activation: str) -> Tensor | None:
+        """The activation of the norm of the input; None where the original forward must compute the norm."""
+        ...
 
 
 @dataclass(frozen=True)
 class RowNorm(Norm):
-    """A norm over the last dimension, or over the channels of (N, C, *space) where `channels_first`.
+    """The rule for layer and RMS norms over the last dimension, or over the channels of (N, C, *space).
 
-    `weight` and `bias` name parameters; "" for none. `eps` is a number, or names an attribute. Of a norm that was tried
-    out, `settings` and `code` are those it was tried with, `shapes` those of its parameters, and `cases` those in which
-    it computes what ours does; None for all. `copied`: an input that eager torch does not keep is kept as a copy,
-    because the model may write to it later. `contiguous`: over channels, of a contiguous map comes a contiguous one;
-    `dimensions` are those of the maps that were tried. `strided`: the output lies as the input does.
+    Attributes:
+        centered: whether the mean is subtracted: LayerNorm, else RMSNorm.
+        weight, bias: names of parameters; "" for none.
+        eps: a number, or the name of an attribute.
+        weight_offset, cast_before_weight: options of `functional.rms_norm`.
+        channels_first: whether the norm is over the channels of (N, C, *space).
+        settings, code: for a norm that was tried, the settings and the code at the trial.
+        cases: for a norm that was tried, the dtypes for which the fused norm computes the same; None for all.
+        copied: whether to save a copy of an input that eager torch does not save, because the model may write to the
+            input later.
+        contiguous: for a norm over channels, whether the output of a contiguous input is contiguous.
+        dimensions: for a norm over channels, the number of dimensions of the inputs that were tried.
+        shapes: for a norm that was tried, names and shapes of the parameters.
+        strided: whether the output has the strides of the input.
     """
 
     centered: bool
@@ -59,7 +77,7 @@ class RowNorm(Norm):
     cast_before_weight: bool = False
     channels_first: bool = False
     settings: Settings = ()
-    code: Code | None = None
+    code: CodeSnapshot | None = None
     cases: tuple[Case, ...] | None = None
     copied: bool = False
     contiguous: bool = False
@@ -69,16 +87,15 @@ class RowNorm(Norm):
 
     @property
     def takes_bfloat16(self) -> bool:
-        """Whether it computes bfloat16, input and weight, as ours does."""
+        """Whether the fused norm computes the same for input and weight in bfloat16."""
         return self.cases is None or any(case.dtypes == (torch.bfloat16, torch.bfloat16) for case in self.cases)
 
     def operands(self, module: nn.Module, input: Tensor) -> Operands:
-        """What the functions of row norms take first: input, normalized_shape, weight, bias, eps."""
+        """The first arguments of the functional row norms: input, normalized_shape, weight, bias, eps."""
         return self._operands(module, input, *self._coefficients(module))
 
     def _coefficients(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias. Each load of them is a call in Python: the module itself does not hold them, but a dict of
-        its own."""
+        """Weight and bias. Callers pass them on, because each load runs `nn.Module.__getattr__`, a call in Python."""
         weight = getattr(module, self.weight) if self.weight else None
         return weight, (getattr(module, self.bias) if self.bias else None)
 
@@ -86,13 +103,13 @@ class RowNorm(Norm):
         eps: Any = getattr(module, self.eps) if type(self.eps) is str else self.eps
         if self.cases is None:
             return input, module.normalized_shape, weight, bias, eps
-        # (C, 1, 1) is as good as (C,).
+        # A weight may have the shape (C, 1, 1) instead of (C,).
         weight = weight if weight is None or weight.dim() == 1 else weight.flatten()
         bias = bias if bias is None or bias.dim() == 1 else bias.flatten()
         return input, (input.shape[-1:] if weight is None else weight.shape), weight, bias, eps
 
     def takes(self, module: nn.Module, input: Tensor) -> bool:
-        """Whether ours computes what the module does of that input, as it is, and in its dtype."""
+        """Whether the fused norm computes the same from this input without a copy or a cast, in the same dtype."""
         weight, bias = self._coefficients(module)
         case = self._case(module, input, weight, bias)
         if case is None or case.output != input.dtype or not input.is_contiguous():
@@ -100,7 +117,7 @@ class RowNorm(Norm):
         return not self._must_copy(input, weight, case)
 
     def _case(self, module: nn.Module, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Case | None:
-        """None where it is not known what the module computes."""
+        """The case of these dtypes; None where the fused norm may compute something else than the module."""
         if not are_coefficients(input, weight, bias):
             return None
         if self.cases is not None and not self._fits(module, input, weight):
@@ -112,21 +129,24 @@ class RowNorm(Norm):
                 return None
             fused = self.centered or input.is_cuda
             return Case(dtypes, input.dtype, fused or input.dtype.itemsize >= 4, fused)
-        known = (case for case in self.cases if case.dtypes == dtypes)
-        return next(known, None) if is_as_tried(module, self.settings, self.code) else None
+        matching = (case for case in self.cases if case.dtypes == dtypes)
+        return next(matching, None) if is_unchanged(module, self.settings, self.code) else None
 
     def _fits(self, module: nn.Module, input: Tensor, weight: Tensor | None) -> bool:
-        """Whether the input, and the parameters, are of shapes like those that were tried."""
+        """Whether input and parameters have shapes like those in the trial."""
         if any(getattr(module, name).shape != shape for name, shape in self.shapes):
             return False
-        if self.channels_first and (input.dim() != self.dimensions or not lies_as_a_map(input)):
+        if self.channels_first and (input.dim() != self.dimensions or not is_dense_map(input)):
             return False
         columns = input.shape[1 if self.channels_first else -1] if input.dim() > 1 else 0
         return columns > 0 and (weight is None or weight.numel() == columns)
 
     def _must_copy(self, input: Tensor, weight: Tensor | None, case: Case) -> bool:
-        """Whether ours has to keep a copy of the input: eager torch does not keep it, and it may be written to, or be a
-        part of a larger tensor."""
+        """Whether the fused norm must save a copy of the input.
+
+        This is so where eager torch does not save the input itself, and the input may be written to later or is a view
+        of a larger storage, which would then stay alive.
+        """
         if not torch.is_grad_enabled() or (case.keeps_input if input.requires_grad else case.keeps_data):
             return False
         if not input.requires_grad:
@@ -143,22 +163,22 @@ class RowNorm(Norm):
         elif self._must_copy(input, weight, case):
             input = input.clone()
         if not self.channels_first:
-            # Maps in channels_last, of which torch's own RMSNorm makes such, are its own affair.
-            if self.cases is None and not self.centered and not input.is_contiguous() and lies_as_a_map(input):
+            # For maps in channels_last, torch's own RMSNorm returns channels_last, which the fused norm does not.
+            if self.cases is None and not self.centered and not input.is_contiguous() and is_dense_map(input):
                 return None
             if input.is_contiguous() or not self.strided:
-                return self._compute(activation, *self._operands(module, input, weight, bias))
+                return self._fused(activation, *self._operands(module, input, weight, bias))
             order = _order_in_memory(input)
             if order is None:
                 return None
-            rows = self._compute(activation, *self._operands(module, input.permute(order), weight, bias))
+            rows = self._fused(activation, *self._operands(module, input.permute(order), weight, bias))
             return _as_no_view(rows.permute([order.index(dimension) for dimension in range(input.dim())]))
-        output = self._compute(activation, *self._operands(module, input.movedim(1, -1), weight, bias)).movedim(-1, 1)
+        output = self._fused(activation, *self._operands(module, input.movedim(1, -1), weight, bias)).movedim(-1, 1)
         if self.contiguous and input.is_contiguous() and not output.is_contiguous():
             return output.contiguous()
         return _as_no_view(output)
 
-    def _compute(
+    def _fused(
         self, activation: str, input: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         if self.centered:
@@ -166,7 +186,7 @@ class RowNorm(Norm):
         return F.rms_norm(input, shape, weight, eps, activation=activation, **self.rms_options())
 
     def computed_by_torch(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        """The same by torch's own function, if it has that."""
+        """The norm by torch's own function; None where torch has no such function."""
         if self.weight_offset or self.cast_before_weight:
             return None
         rows, shape, weight, bias, eps = self.operands(module, input.movedim(1, -1) if self.channels_first else input)
@@ -178,6 +198,7 @@ class RowNorm(Norm):
         return output.contiguous() if self.contiguous else output
 
     def rms_options(self) -> dict[str, Any]:
+        """The keyword arguments for `functional.rms_norm`."""
         return {"weight_offset": self.weight_offset, "cast_before_weight": self.cast_before_weight}
 
     def __str__(self) -> str:
@@ -189,12 +210,12 @@ class RowNorm(Norm):
 
 
 def _as_no_view(output: Tensor) -> Tensor:
-    """The same memory, but no view, as what a norm makes is none: such may be written to in place, and detached."""
+    """The same memory as a tensor that is no view, so that in-place writes and `detach_` work as on a norm's output."""
     return torch.ops.aten._unsafe_view.default(output, output.shape)
 
 
 def are_coefficients(input: Tensor, *coefficients: Tensor | None) -> bool:
-    """Whether torch's norms take these beside the input: of its dtype, or of float32 beside 16 bits."""
+    """Whether torch's norms take these coefficients: in the input's dtype, or in float32 beside a 16-bit input."""
     dtype = None
     for coefficient in coefficients:
         if coefficient is None:
@@ -206,8 +227,10 @@ def are_coefficients(input: Tensor, *coefficients: Tensor | None) -> bool:
 
 
 def _order_in_memory(input: Tensor) -> list[int] | None:
-    """The dimensions of rows, the outermost first, as torch's elementwise operations keep them; None where the last is
-    not innermost, or where some elements are one."""
+    """The dimensions by decreasing stride, an order that torch's elementwise operations preserve.
+
+    None where the last dimension is not the innermost, or where elements overlap in memory.
+    """
     strides = input.stride()
     if any(stride == 0 and size > 1 for stride, size in zip(strides, input.shape, strict=True)):
         return None
@@ -215,8 +238,8 @@ def _order_in_memory(input: Tensor) -> list[int] | None:
     return order if order[-1] == input.dim() - 1 else None
 
 
-def lies_as_a_map(input: Tensor) -> bool:
-    """Whether it is contiguous, or a dense map in channels_last, and has elements."""
+def is_dense_map(input: Tensor) -> bool:
+    """Whether the input has elements and is contiguous, in torch's default format or in channels_last."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()])
-    return input.numel() > 0 and (last or input.is_contiguous())
+    is_channels_last = input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()])
+    return input.numel() > 0 and (is_channels_last or input.is_contiguous())

@@ -1,4 +1,4 @@
-"""What a converted module computes in the place of its class's methods."""
+"""Rules: how a converted module computes instead of by the methods of the original class."""
 
 import abc
 from collections.abc import Callable, Mapping
@@ -7,41 +7,47 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..asked import Activation, Found
-from ..operands import as_plain, is_operand
+from ..native_guards import ActivationGuard, Binding
+from ..operands import as_plain_tensor, is_operand
 
 Forward = Callable[..., Any]
 
 
 class Rule(abc.ABC):
-    """What a converted module computes in place of its original's methods, `names`. Hashable and picklable."""
+    """Replacements for some methods of a class. A rule is hashable and picklable."""
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the methods that the rule replaces."""
         return ("forward",)
 
     @abc.abstractmethod
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
-        """What takes the place of these methods; each takes the module first."""
+        """The replacements by name, for a class `original`. Each takes the module as its first argument."""
 
-    def as_activation(self, asked: tuple[Found, ...]) -> Activation | None:
-        """What its modules are, where that is an activation; `asked` is what their class and its forward have to be."""
+    def activation_guard(self, bindings: tuple[Binding, ...]) -> ActivationGuard | None:
+        """The guard under which converted modules compute an activation; None where they compute anything else.
+
+        `bindings` are the conditions under which the class and the forward are unchanged.
+        """
         return None
 
     def __str__(self) -> str:
         return type(self).__name__
 
 
-class Unary(Rule):
-    """What a module computes of one tensor. Called in another way, or with a tensor of another kind than our functions
-    take, its original forward runs."""
+class UnaryRule(Rule):
+    """A rule for modules that compute a function of one tensor.
+
+    The original forward runs for any other arguments, and for tensors that the fused functions do not take.
+    """
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # Where it was parametrized since, each load of its weight computes it.
+            # A parametrization that was added since computes the weight at each load.
             if len(args) == 1 and not kwargs and "parametrizations" not in module._modules:
-                input, kind = as_plain(args[0])
-                output = self.of(module, input) if is_operand(input) else None
+                input, kind = as_plain_tensor(args[0])
+                output = self.apply(module, input) if is_operand(input) else None
                 if output is not None:
                     return output if kind is None else output.as_subclass(kind)
             return original.forward(module, *args, **kwargs)
@@ -49,13 +55,13 @@ class Unary(Rule):
         return {"forward": forward}
 
     @abc.abstractmethod
-    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        """The output, or None where the original has to compute it."""
+    def apply(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        """The output; None where the original forward must compute the output."""
 
 
 @dataclass(frozen=True)
-class Within(Rule):
-    """The original's methods, for modules that are converted for nothing but what is around their forward."""
+class ContextOnly(Rule):
+    """A rule that replaces nothing, for modules that are converted only to put contexts around the forward."""
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
         return {}

@@ -1,8 +1,8 @@
-"""Trying out what a module computes: on a stand-in of its own, never on the module.
+"""Trials: runs a stand-in of a module on small inputs, to learn the function that the module computes.
 
-A stand-in has the module's class, plain settings, and random parameters; nothing that it does reaches the module, its
-buffers, or anybody's random numbers. Which modules may be tried out is for `code.reached` to say. A trial ends at the
-first operation that is not on the list of those allowed: a random number, a decision by value, a part of a tensor.
+A stand-in has the module's class, plain settings, and random parameters. A trial reaches neither the module nor any
+buffer nor torch's random state. `code.reachability` decides which modules may be tried. A trial ends at the first
+operation that is not in a list of allowed ones, such as a random number, a branch on values, or a slice of a tensor.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..code.reached import Code, NotTried, Settings, has_finalizer, read
-from ..code.remembering import remembered
+from ..code.memoization import memoized
+from ..code.reachability import CodeSnapshot, NotTriable, Settings, has_finalizer, read_forward
 
-# What may run in a trial, by the names of torch's operations: of one element at a time, and for norms. (Autograd
-# detaches the results that it keeps; what a forward detaches is seen by its gradient.)
+# The operations allowed in trials of activations and of norms, by torch's names. "detach" is allowed because autograd
+# detaches the results that it saves; the gradient shows where a forward itself detaches.
 POINTWISE = frozenset(
     "add detach div elu erf gelu hardswish leaky_relu mish mul neg pow relu rsub sigmoid silu softplus sub tanh".split()
 )
@@ -32,61 +32,72 @@ ROWS = frozenset(
 CHANNELS = ROWS | frozenset("alias clone permute slice transpose unsqueeze view".split())
 
 
-Tried = TypeVar("Tried")
+Result = TypeVar("Result")
 
-# Below which a norm may be cut off, as F.normalize does it.
+# The largest lower bound of a norm that is allowed; F.normalize has 1e-12.
 _NEARLY_ZERO = 1e-11
 
 
-class DoesNotTake(NotTried):
-    """It fails on what it was tried with."""
+class InputRefused(NotTriable):
+    """The stand-in fails on the inputs of the trial."""
 
 
 class Outline(NamedTuple):
-    """What a stand-in has of a module: its class, its code, its settings, and its parameters' names and shapes."""
+    """The parts of a module that a stand-in is made from.
+
+    Attributes:
+        kind: the class.
+        forward: the class's forward.
+        code: all code and globals that the forward reaches.
+        settings: the plain attributes that the forward reads.
+        shapes: names and shapes of the parameters; None for a parameter that is None.
+    """
 
     kind: type[nn.Module]
     forward: Any
-    code: Code
+    code: CodeSnapshot
     settings: Settings
     shapes: tuple[tuple[str, torch.Size | None], ...]
 
     @property
     def parameters(self) -> dict[str, torch.Size]:
-        """Those that are there."""
+        """Names and shapes of the parameters that are not None."""
         return {name: shape for name, shape in self.shapes if shape is not None}
 
     def stand_in(self, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
         """A module with random parameters of that dtype, on the CPU."""
-        made = object.__new__(self.kind)
-        made.__dict__.update(nn.Module().__dict__ | dict(self.settings))
+        module = object.__new__(self.kind)
+        module.__dict__.update(nn.Module().__dict__ | dict(self.settings))
         for name, shape in self.shapes:
             values = None if shape is None else torch.rand(shape, generator=generator, device="cpu") + 0.5
-            made.__dict__["_parameters"][name] = None if values is None else nn.Parameter(values.to(dtype))
-        return made
+            module.__dict__["_parameters"][name] = None if values is None else nn.Parameter(values.to(dtype))
+        return module
 
 
 def outline_of(module: nn.Module, gradients: bool = False) -> Outline:
-    """Raises NotTried where the module may not be tried out: without its `gradients`, if it has any of its own."""
+    """The outline of a module. Raises NotTried where the module must not be tried.
+
+    An `autograd.Function` in the module's code is allowed only with `gradients`, by callers that try gradients too.
+    """
     if has_finalizer(type(module)):
-        raise NotTried("has a finalizer, which would run for what it is tried out on")
+        raise NotTriable("has a finalizer, which a trial would run")
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
-    settings, code = read(module, gradients)
+    settings, code = read_forward(module, gradients)
     return Outline(type(module), type(module).forward, code, settings, shapes)
 
 
-class Watching(TorchDispatchMode):
-    """A mode of a trial."""
+class TrialMode(TorchDispatchMode):
+    """A dispatch mode that is active during a trial."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing compiles in a trial's thread: of what keeps the compiler away each operation would pay for."""
+        """Always False: nothing compiles in a trial's thread, and disabling the compiler would slow each operation."""
         return False
 
 
-class _Strict(Watching):
-    """Ends the trial of what runs anything but these operations, or reduces over a dimension that is not counted from
-    the last, or in `dimensions`."""
+class _AllowedOperations(TrialMode):
+    """Ends the trial at any operation that is not `allowed`, and at any reduction over other dimensions than
+    `dimensions`."""
 
     def __init__(self, allowed: frozenset[str], dimensions: tuple[int, ...]) -> None:
         super().__init__()
@@ -96,7 +107,7 @@ class _Strict(Watching):
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """For what torch makes up of other operations where it has none that does the whole."""
+        """Allows all operations, for a function that torch composes of several where no single kernel exists."""
         self._is_suspended = True
         try:
             yield
@@ -107,40 +118,40 @@ class _Strict(Watching):
         if self._is_suspended:
             return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotTried("draws random numbers")
+            raise NotTriable("draws random numbers")
         if torch.Tag.data_dependent_output in func.tags:
-            raise NotTried("decides by the values of what it is given")
+            raise NotTriable("decides by the values of its input")
         name = func.overloadpacket.__name__
         if name not in self._allowed:
-            raise NotTried(f"computes with {name.strip('_')}, which is in none of ours")
+            raise NotTriable(f"computes with {name.strip('_')}, which no fused function does")
         if name == "slice" and not _is_whole(*args[1:]):
-            raise NotTried("computes with a part of what it is given")
+            raise NotTriable("computes with a slice of its input")
         if name == "clamp_min" and args[1] > _NEARLY_ZERO:
-            raise NotTried("is cut off")
+            raise NotTriable("clamps the norm from below")
         if name in ("linalg_vector_norm", "mean", "sum", "var"):
-            over = next((given for given in args[1:] if isinstance(given, list | tuple)), None)
-            if over is None or any(dimension not in self._dimensions for dimension in over):
-                raise NotTried("reduces over other dimensions than a norm of ours")
+            reduced = next((argument for argument in args[1:] if isinstance(argument, list | tuple)), None)
+            if reduced is None or any(dimension not in self._dimensions for dimension in reduced):
+                raise NotTriable("reduces over other dimensions than our norms do")
         return func(*args, **(kwargs or {}))
 
 
-class _StrictCalls(TorchFunctionMode):
-    """Ends the trial of what asks for the name of a tensor's type, which is another on another device, or casts to more
-    than a dtype: to a device, say."""
+class _AllowedCalls(TorchFunctionMode):
+    """Ends the trial where code reads the name of a tensor's type, which depends on the device, or casts to more than a
+    dtype, for example to a device."""
 
-    def __init__(self, operations: _Strict) -> None:
+    def __init__(self, operations: _AllowedOperations) -> None:
         super().__init__()
         self._operations = operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.type or func is torch.Tensor.to:
-            given = (*args[1:], *(kwargs or {}).values())
-            if not given or not all(isinstance(value, _CAST_TO) for value in given):
-                raise NotTried("asks for the type of what it is given, or casts to more than a dtype")
+            arguments = (*args[1:], *(kwargs or {}).values())
+            if not arguments or not all(isinstance(value, _CAST_TO) for value in arguments):
+                raise NotTriable("reads the type of its input, or casts to more than a dtype")
         if func is nn.functional.rms_norm:
             tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
             if len({tensor.dtype for tensor in tensors}) > 1:
-                raise DoesNotTake("takes an input and a weight of two dtypes")
+                raise InputRefused("takes an input and a weight of two dtypes")
             with self._operations.suspended():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -150,16 +161,18 @@ _CAST_TO = (torch.dtype, torch.Tensor, bool)
 
 
 def _is_whole(dimension: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
-    """Whether a slice is `:`, of whatever length."""
+    """Whether the arguments of a slice select a whole dimension."""
     return start in (None, 0) and end in (None, 2**63 - 1) and step == 1
 
 
-def in_a_thread_of_its_own(trial: Callable[..., Tried]) -> Callable[..., Tried]:
-    """For trials: torch as it is by default. What is set around a conversion, grad mode, autocast, a default device,
-    modes, hooks of saved tensors, is set for the thread that it runs in."""
+def in_own_thread(trial: Callable[..., Result]) -> Callable[..., Result]:
+    """A decorator that runs a trial in a new thread, where torch has its default state.
+
+    Grad mode, autocast, default device, modes and saved-tensor hooks around a conversion are set for its thread only.
+    """
 
     @functools.wraps(trial)
-    def run(*arguments: Any) -> Tried:
+    def run(*arguments: Any) -> Result:
         with ThreadPoolExecutor(max_workers=1) as thread:
             return thread.submit(trial, *arguments).result()
 
@@ -169,7 +182,14 @@ def in_a_thread_of_its_own(trial: Callable[..., Tried]) -> Callable[..., Tried]:
 def forward_of(
     module: nn.Module, input: torch.Tensor, allowed: frozenset[str], dimensions: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """What the stand-in computes; raises NotTried where that is no tensor, or no trial."""
+    """The stand-in's output; raises NotTried where an operation is not allowed or the output is no tensor.
+
+    Args:
+        module: the stand-in.
+        input: the input.
+        allowed: names of the allowed operations.
+        dimensions: the dimensions over which reductions are allowed.
+    """
     return result_of(functools.partial(type(module).forward, module), input, allowed, dimensions)
 
 
@@ -179,22 +199,22 @@ def result_of(
     allowed: frozenset[str],
     dimensions: tuple[int, ...] = (),
 ) -> torch.Tensor:
-    """The same of a function."""
+    """`forward_of` for a function of one tensor."""
     try:
-        with _Strict(allowed, dimensions) as operations, _StrictCalls(operations):
+        with _AllowedOperations(allowed, dimensions) as operations, _AllowedCalls(operations):
             output = function(input)
-    except NotTried:
+    except NotTriable:
         raise
     except Exception as error:
-        raise DoesNotTake(f"fails on a tensor of {tuple(input.shape)}") from error
+        raise InputRefused(f"fails on a tensor of {tuple(input.shape)}") from error
     if type(output) is not torch.Tensor:
-        raise NotTried("makes something else than a tensor")
+        raise NotTriable("returns something else than a tensor")
     return output
 
 
-@remembered
-def takes_one(function: Any, bound: int = 1) -> bool:
-    """Whether it can be called with one argument beside those that are bound, as a method's first is."""
+@memoized
+def takes_one_argument(function: Any, bound: int = 1) -> bool:
+    """Whether the function can be called with one argument, after `bound` arguments such as a method's self."""
     try:
         parameters = list(inspect.signature(function).parameters.values())[bound:]
     except (TypeError, ValueError):

@@ -1,0 +1,296 @@
+"""Reachability analysis of a module's forward: whether the module may be tried out on sample inputs.
+
+A trial shows what the forward computes if the forward reads only parameters and plain settings, writes to nothing,
+names only what is on a list, and takes no decision by shape. A `CodeSnapshot` keeps what was read and reached, so that
+a call can check that all of that is unchanged.
+"""
+
+import builtins
+import contextlib
+import dis
+import functools
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..native_guards import MISSING, Binding, are_same
+from .call_graph import belongs_to_torch, has_type
+from .code_objects import cell_value
+from .custom_autograd import METHODS, NAMES, is_plain_autograd_function
+from .dead_code import live_code
+from .settings import PLAIN_TYPES, Settings, as_setting, has_settings, is_constant, is_plain
+
+_BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
+    ValueError AssertionError""".split()
+WRITING_OPCODES = tuple(
+    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_SUBSCR DELETE_SUBSCR IMPORT_NAME".split()
+)
+_SHAPES = {"shape", "size", "len"}
+_PIECEWISE = ("int", "max", "min")
+# The attributes of tensors and of torch that code may name: arithmetic, and the parts of norms.
+_ALLOWED = frozenset(
+    """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
+    layer_norm leaky_relu math mean mish movedim mul neg nn normalize normalized_shape permute pi pow relu rms_norm
+    rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as unsqueeze var
+    view weight""".split()
+)
+
+
+class NotTriable(Exception):
+    """The reason, for people, why a module cannot be tried out."""
+
+
+class CodeSnapshot:
+    """The dependencies of a forward, each with the value at the time of the trial.
+
+    Dependencies are globals, functions of torch's modules, methods of a class, closure variables, and defaults.
+
+    A deep copy is the same object. Unpickling analyses a module of the same class, settings and parameters anew; a
+    snapshot that then differs is never the same.
+    """
+
+    def __init__(
+        self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], dependencies: Iterable[Binding]
+    ) -> None:
+        self._module = module
+        unique = {(id(holder), name): (holder, name, value) for holder, name, value in dependencies}
+        self.dependencies = tuple(unique.values())
+
+    def is_same(self) -> bool:
+        """Whether all dependencies still have these values."""
+        return are_same(self.dependencies)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CodeSnapshot) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        return tuple((id(holder), name, id(value)) for holder, name, value in self.dependencies)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CodeSnapshot":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _restored, (*self._module, self.text())
+
+    def text(self) -> tuple[str, ...]:
+        """The dependencies as text that another process can compare: code of functions, plain values, other names."""
+        return tuple(f"{name}: {_text(value)}" for _, name, value in self.dependencies)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, types.FunctionType):
+        return _text(value.__code__)
+    if isinstance(value, types.CodeType):
+        inner = [_text(constant) for constant in value.co_consts]
+        return f"{value.co_code.hex()} {value.co_names} {inner}"
+    if isinstance(value, tuple):
+        return str([_text(part) for part in value])
+    return repr(value) if isinstance(value, PLAIN_TYPES) else getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _restored(
+    kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]
+) -> CodeSnapshot:
+    """The snapshot of a module of that class in this process, if the text is the same."""
+    # The empty dict has no such item: the snapshot is never the same.
+    never_same = CodeSnapshot((kind, settings, parameters), [({}, "", None)])
+    if has_finalizer(kind):
+        return never_same
+    module = object.__new__(kind)
+    module.__dict__.update(nn.Module().__dict__ | dict(settings))
+    module.__dict__["_parameters"] = dict.fromkeys(parameters)
+    with contextlib.suppress(NotTriable):
+        snapshot = read_forward(module, gradients=True)[1]
+        if snapshot.text() == text:
+            return snapshot
+    return never_same
+
+
+def has_finalizer(kind: type) -> bool:
+    """Whether the class runs code when an object is destroyed, a trial's copy included."""
+    return hasattr(kind, "__del__")
+
+
+def read_forward(module: nn.Module, gradients: bool = False) -> tuple[Settings, CodeSnapshot]:
+    """The settings that a module's forward reads, by name, and a snapshot of the code that the forward reaches.
+
+    `gradients`: whether the trial covers gradients too, so that the code may use an `autograd.Function`. Raises
+    `NotTriable`.
+    """
+    reader = CodeReader(module, gradients)
+    reader.read_function(type(module).forward, own=True)
+    if depends_on_shapes(reader):
+        raise NotTriable("decides by the shape of its input")
+    reader.read_modules()
+    settings = tuple(sorted(reader.settings.items()))
+    return settings, CodeSnapshot((type(module), settings, tuple(module._parameters)), reader.dependencies)
+
+
+def depends_on_shapes(reader: "CodeReader") -> bool:
+    """Whether the result of the code may depend on the shapes of its inputs."""
+    return bool(reader.names & _SHAPES) and (reader.has_branches or reader.is_piecewise)
+
+
+def is_unchanged(module: nn.Module, settings: Settings, code: CodeSnapshot | None) -> bool:
+    """Whether the module still has these settings and the code still is the same."""
+    return has_settings(module, settings) and (code is None or code.is_same())
+
+
+class CodeReader:
+    """Collects what the code that a module's forward reaches reads and does; raises `NotTriable` where that forbids a
+    trial."""
+
+    forbidden_opcodes: tuple[str, ...] = WRITING_OPCODES
+
+    def __init__(self, module: nn.Module, gradients: bool = False) -> None:
+        self.module = module
+        self._gradients = gradients
+        self._allowed_names = _ALLOWED
+        self.settings: dict[str, Any] = {}
+        self.names: set[str] = set()
+        self.has_branches = False
+        # Whether the code computes a piecewise constant function, perhaps of the sizes in a shape.
+        self.is_piecewise = False
+        self.dependencies: list[Binding] = []
+        self._seen: set[types.CodeType] = set()
+
+    def read_function(self, function: Any, own: bool = False) -> None:
+        """Read a Python function. Functions of torch are trusted, unless the function is the module's `own` method."""
+        if isinstance(function, staticmethod | classmethod | functools.partial):
+            function = function.func if isinstance(function, functools.partial) else function.__func__
+        if is_torch_callable(function) and not own:
+            return
+        if not isinstance(function, types.FunctionType):
+            raise NotTriable(
+                f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
+            )
+        for cell in function.__closure__ or ():
+            value = cell_value(cell, MISSING)
+            if value is MISSING:
+                raise NotTriable("reads a variable that has no value yet")
+            if value is not self.module and not isinstance(value, type):
+                if not callable(value):
+                    raise NotTriable("reads a variable of the function around it")
+                self.dependencies.append((cell, "cell_contents", value))
+                self.read_function(value)
+        if not all(map(is_constant, function.__defaults__ or ())) or function.__kwdefaults__:
+            raise NotTriable("has defaults that may change")
+        self.dependencies += [(function, name, getattr(function, name)) for name in ("__code__", "__defaults__")]
+        code, assumptions = live_code(function)
+        self.dependencies += assumptions
+        self._read_code(code, function.__globals__)
+
+    def read_modules(self) -> None:
+        """Add the attributes of torch's modules, and of modules in them, that the code names."""
+        waiting = [value for _, _, value in self.dependencies if isinstance(value, types.ModuleType)]
+        reached = set()
+        while waiting:
+            members = vars(waiting.pop())
+            if id(members) not in reached:
+                reached.add(id(members))
+                for name in sorted(self.names & members.keys()):
+                    self.dependencies.append((members, name, members[name]))
+                    if isinstance(members[name], types.ModuleType):
+                        waiting.append(members[name])
+
+    def _read_code(self, code: types.CodeType, names: dict[str, Any]) -> None:
+        if code in self._seen:
+            return
+        self._seen.add(code)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self._read_code(constant, names)
+            self.check_constant(constant)
+        instructions = list(dis.get_instructions(code))
+        for index, step in enumerate(instructions):
+            if step.opname in self.forbidden_opcodes:
+                raise NotTriable("writes as it goes")
+            if step.opname in ("BUILD_SLICE", "BINARY_SLICE"):
+                count = step.arg or 0 if step.opname == "BUILD_SLICE" else 2
+                self.check_bounds(instructions[max(0, index - count) : index])
+            is_conditional_jump = "JUMP_" in step.opname and "_IF_" in step.opname
+            self.has_branches |= is_conditional_jump or step.opname == "FOR_ITER"
+            self.is_piecewise |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
+            self.is_piecewise |= step.opname == "COMPARE_OP" or step.argval in _PIECEWISE
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self.read_global(step.argval, names)
+            elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                self.read_attribute(step.argval)
+
+    def check_constant(self, value: Any) -> None:
+        """Check a constant of the code."""
+        if isinstance(value, slice) and value != slice(None):
+            raise NotTriable("computes with a slice of its input")
+
+    def check_bounds(self, loads: Sequence[dis.Instruction]) -> None:
+        """Check the instructions that load the bounds, and perhaps the step, of a slice.
+
+        A bound that is larger than the tensors of a trial would not show there.
+        """
+        if any(load.opname != "LOAD_CONST" or load.argval is not None for load in loads):
+            raise NotTriable("computes with a slice of its input")
+
+    def read_global(self, name: str, names: dict[str, Any]) -> None:
+        """Read a name among the globals `names`, or a builtin."""
+        self.names.add(name)
+        if name in names:
+            self.dependencies.append((names, name, names[name]))
+            self.read_value(names[name])
+        elif name not in _BUILTINS or not hasattr(builtins, name):
+            raise NotTriable(f"names {name}, which is not on the list of what is known")
+        else:
+            self.dependencies.append((names, name, MISSING))
+
+    def read_value(self, value: Any) -> None:
+        """Read the value of a global."""
+        if isinstance(value, types.ModuleType):
+            if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
+                raise NotTriable(f"uses {value.__name__}")
+        elif self._gradients and isinstance(value, type) and is_plain_autograd_function(value):
+            self._allowed_names |= NAMES
+            for method in METHODS:
+                self.dependencies.append((value, method, getattr(value, method)))
+                self.read_function(getattr(value, method), own=True)
+        elif isinstance(value, type):
+            if not is_torch_callable(value) and not issubclass(value, Exception):
+                raise NotTriable(f"uses the class {value.__name__}")
+        elif not isinstance(value, PLAIN_TYPES):
+            self.read_function(value)
+
+    def read_attribute(self, name: str) -> None:
+        """Read an attribute, which may be the module's whatever the object is."""
+        self.names.add(name)
+        module = self.module
+        if name == "training" or name in module._buffers:
+            raise NotTriable("depends on its mode or on buffers")
+        if name in module.__dict__:
+            value = module.__dict__[name]
+            if isinstance(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
+                self.read_function(value)
+            elif not is_plain(value):
+                raise NotTriable(f"reads {name}, which is no plain setting")
+            self.settings[name] = as_setting(value)
+        elif name not in module._parameters:
+            # All definitions along the MRO count: super() may call an overridden one.
+            owners = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+            definers = [owner for owner in owners if name in vars(owner)]
+            for owner in definers:
+                member = vars(owner)[name]
+                if is_plain(member):
+                    raise NotTriable(f"reads {name} of its class")
+                self.dependencies.append((owner, name, getattr(owner, name)))
+                self.read_function(member, own=True)
+            if not definers and name not in self._allowed_names:
+                raise NotTriable(f"names {name}, which is not on the list of what is known")
+
+
+def is_torch_callable(function: Any) -> bool:
+    """Whether a function or class is torch's own, or of `math`."""
+    named = getattr(function, "__module__", None) or getattr(getattr(function, "__self__", None), "__name__", "")
+    is_original = not has_type(function, types.FunctionType) or belongs_to_torch(function)
+    return callable(function) and is_original and str(named).partition(".")[0] in ("torch", "math")

@@ -1,0 +1,38 @@
+"""Plain settings of modules: attributes whose values can be compared, such as an eps or a name."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..native_guards import MISSING
+
+# Names and values of the settings that a forward reads.
+Settings = tuple[tuple[str, Any], ...]
+
+PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def as_setting(value: Any) -> Any:
+    """The value as a setting is kept: a list could change, so that a tuple stands for the list."""
+    return tuple(value) if type(value) is list else value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether the value of an attribute is a plain setting."""
+    return is_constant(as_setting(value))
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a value is plain and immutable: of `PLAIN_TYPES`, or a tuple of integers."""
+    return isinstance(value, PLAIN_TYPES) or (type(value) is tuple and all(isinstance(v, int) for v in value))
+
+
+def has_settings(module: nn.Module, settings: Settings) -> bool:
+    """Whether a module still has these settings, with values of the same types."""
+    attributes = module.__dict__
+    for name, value in settings:
+        now = as_setting(attributes.get(name, MISSING))
+        if type(now) is not type(value) or now != value:
+            return False
+    return True

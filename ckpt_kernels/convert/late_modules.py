@@ -1,0 +1,97 @@
+"""Finds modules that are added to a model after the conversion, such as adapters with their dropouts, or a new norm.
+
+The forward of a converted model begins with the search, so that the order of conversion and addition makes no
+difference. Two kinds are looked for: modules of torch's own classes, by their exact class, each of which is examined
+once; and adapters, of any class, whenever the number of modules in the model has changed.
+"""
+
+import abc
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .rules.likeness import ACTIVATIONS, NORMS
+
+# The classes of torch.nn whose instances are examined when they are added.
+LATE_CLASSES = frozenset(kind for kind in vars(nn).values() if isinstance(kind, type) and issubclass(kind, NORMS)) | {
+    *ACTIVATIONS,
+    nn.Dropout,
+    nn.GLU,
+}
+
+
+class LateConversion(abc.ABC):
+    """Converts the modules that are added to one model after the conversion.
+
+    Attributes:
+        seen: the modules of `LATE_CLASSES` and the adapters that were examined already, converted or not.
+        sizes: for each module whose forward looks for added modules, the number of modules inside at the last
+            search for adapters.
+    """
+
+    seen: "set[weakref.ref[nn.Module]]"
+    sizes: "weakref.WeakKeyDictionary[nn.Module, int]"
+
+    @abc.abstractmethod
+    def belongs_to(self, module: nn.Module) -> bool:
+        """Whether `module` is the model itself, and not a part of the model."""
+
+    @abc.abstractmethod
+    def begin(self, model: nn.Module) -> None:
+        """Has the forward of `model`, the converted model or a copy of it, look for added modules from now on."""
+
+    @abc.abstractmethod
+    def convert(self, modules: list[nn.Module]) -> None:
+        """Converts these modules as the conversion of the model would have done."""
+
+    @abc.abstractmethod
+    def convert_adapters(self) -> None:
+        """Converts the adapters in the model as the conversion of the model would have done."""
+
+
+_by_module: "weakref.WeakKeyDictionary[nn.Module, LateConversion]" = weakref.WeakKeyDictionary()
+
+
+def set_late_conversion(modules: Iterable[nn.Module], conversion: LateConversion) -> None:
+    """Has the forwards of these modules look for added modules, and convert them by `conversion`."""
+    _by_module.update(dict.fromkeys(modules, conversion))
+
+
+def late_conversion_of(module: nn.Module) -> LateConversion | None:
+    """The late conversion that the forward of this module runs, or None."""
+    return _by_module.get(module)
+
+
+def remove_late_conversion(module: nn.Module) -> None:
+    """Undoes `set_late_conversion` for one module."""
+    _by_module.pop(module, None)
+
+
+def module_entries(model: nn.Module) -> list[nn.Module | None]:
+    """The model and every entry of the `_modules` below it: with repetitions, and with None for empty entries."""
+    entries: list[nn.Module | None] = [model]
+    seen: set[nn.Module] = set()
+    for module in entries:
+        # `seen` ends the loop where a module contains itself.
+        if module is not None and (children := module.__dict__["_modules"]) and module not in seen:
+            seen.add(module)
+            entries += children.values()
+    return entries
+
+
+def convert_late_modules(model: nn.Module) -> None:
+    """Converts the modules that were added since the last call. Runs before every forward, and must be fast."""
+    # A forward that runs again within a backward pass, as in a checkpoint, must equal the first one.
+    if (conversion := late_conversion_of(model)) is None or torch._C._current_graph_task_id() != -1:
+        return
+    entries = module_entries(model)
+    # Usually nothing was added, and one set operation over all classes is enough.
+    if not LATE_CLASSES.isdisjoint(map(type, entries)):
+        candidates = [module for module in entries if module is not None and type(module) in LATE_CLASSES]
+        if not conversion.seen.issuperset(map(weakref.ref, candidates)):
+            conversion.convert([module for module in candidates if weakref.ref(module) not in conversion.seen])
+    if conversion.sizes.get(model) != len(entries):
+        conversion.sizes[model] = len(entries)
+        conversion.convert_adapters()

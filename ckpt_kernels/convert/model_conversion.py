@@ -1,0 +1,181 @@
+"""The conversion of one model: chooses a rule for each module, the contexts of their forwards, and reports both."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from .. import backends, offload
+from ..levels import level_of_blocks
+from .code.in_place_writes import in_place_writer
+from .forward_contexts import (
+    ForwardContext,
+    InTiles,
+    as_layer,
+    checkpointing_selectively,
+    converting_late_modules,
+    discarding,
+    discarding_products,
+)
+from .late_conversion import ContinuedConversion, late_candidates
+from .layers import above_lists, has_forward, layers_of, may_not_repeat
+from .module_levels import AtLevel, ConvertibleModules, Levels
+from .module_tree import modules_of, named_modules, tensors_of
+from .report import Report
+from .rewriting.methods import RewrittenMethods, rewritten_methods_of
+from .rewriting.roles import looks_like_mlp
+from .rewriting.sequential import sequential_rule
+from .rotations.unrecognized import why_unrecognized
+from .rules.heads import Head
+from .rules.leaves import LeafConverter
+from .rules.likeness import looks_like_activation, looks_like_several
+from .rules.norms import Norm
+from .rules.rule import ContextOnly, Rule
+from .selection import Choice
+from .swap import NotSwapped, may_be_swapped, rule_of, swap, swap_back
+
+_ONE_BY_ONE = "its parts compute one by one: its code matches no known pattern"
+
+
+class ModelConversion(LeafConverter):
+    """Converts a model that is not converted, and reports what was replaced.
+
+    Args:
+        model: the model.
+        levels: the recompute levels of the modules.
+        include, exclude: the choices that `convert` was given.
+        tiles: the number of tiles of MLPs whose level states none.
+    """
+
+    def __init__(self, model: nn.Module, levels: Levels, include: Choice, exclude: Choice, tiles: int) -> None:
+        super().__init__(ConvertibleModules(model, include, exclude, levels), in_place_writer(model), [], [])
+        self.model = model
+        self.levels = levels
+        self.tiles = tiles
+        # All layers share one, because each layer fetches the tensors of the layer before it.
+        self.offloading = offload.Offloading(offload.LEAST)
+        self.above = above_lists(model)
+        names = {module: name for name, module in named_modules(model)}
+        by_name = {"": levels.of(model)} | {names[module]: levels.of(module) for module in levels.named}
+        candidates = late_candidates(model)
+        self.late = ContinuedConversion(include, exclude, candidates, self.replaced, self.left_alone, by_name)
+
+    def run(self, heads: Mapping[str, nn.Module]) -> Report:
+        """Converts heads, leaves and composite modules, and sets the contexts of roots, in that order, because each
+        step depends on the rules of the steps before."""
+        self.names = names = {module: name for name, module in named_modules(self.model)}
+        for name, module in heads.items():
+            self.apply(name, module, Head())
+        for module, name in names.items():
+            self.convert(name, module)
+        for module, name in names.items():
+            if module not in self.rules:
+                self._convert_composite(name, module)
+        discards = self.levels.whole.level != "block"
+        roots = [module for module in self._roots() if discards or module is self.model]
+        for module in roots:
+            contexts = self._contexts(module) if discards else (converting_late_modules,)
+            self._set_contexts(module, (*self._in_tiles(module), *contexts, *self._offloading(module)))
+        self.late.begin(self.model, *roots)
+        for module, name in names.items():
+            self._explain(name, module)
+        order = {name: place for place, name in enumerate(names.values())}
+        self.replaced.sort(key=lambda entry: order[entry.name])
+        self.left_alone.sort(key=lambda entry: order[entry.name])
+        return Report(str(self.levels), _backend_of(self.model), self.replaced, self.left_alone)
+
+    def _convert_composite(self, name: str, module: nn.Module) -> None:
+        """Converts a composite module, by patterns in the methods, or in the sequence of modules of a Sequential."""
+        leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
+        if leaf or not self.selection.covers(module) or not may_be_swapped(module):
+            return
+        rule: Rule | None = sequential_rule(module, level_of_blocks(self.levels.of(module)), self.selection.covers)
+        reason = ""
+        if rule is None:
+            rule, reason = rewritten_methods_of(module, self.levels.of(module), self.selection.covers)
+        if rule is not None:
+            self.apply(name, module, rule)
+        elif looks_like_mlp(module, self.selection.covers):
+            self.leave(name, module, reason or _ONE_BY_ONE)
+
+    def _explain(self, name: str, module: nn.Module) -> None:
+        """Adds a reason to the report for a module that looks convertible, where neither the module nor any module
+        inside was converted and the report has no reason yet."""
+        if self.selection.covers(module) and (why := why_unrecognized(module)):
+            self.leave(name, module, why)
+        has_reason = any(entry.name == name for entry in self.left_alone)
+        if has_reason or not self.selection.covers(module) or any(m in self.rules for m in modules_of(module)):
+            return
+        if several := looks_like_several(module):
+            self.leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
+        elif not self.replaced and looks_like_activation(module):
+            self.leave(name, module, "keeps only its output, which the next layer keeps too: nothing to gain")
+
+    def _roots(self) -> Iterator[nn.Module]:
+        """The modules whose forward gets contexts.
+
+        These are the model and the modules that hold the lists of layers, since each of them may be called without the
+        others; and either the modules that have a level of their own, or the layers, since a caller may checkpoint
+        layers or call them one by one.
+        """
+        roots = self.above | dict.fromkeys(self.levels.named)
+        for parent in () if self.levels.is_by_module else modules_of(self.model):
+            if isinstance(parent, nn.ModuleList):
+                roots.update((layer, None) for layer in parent._modules.values() if layer is not None)
+        if self.levels.whole.level == "layer" and not self.levels.is_by_module:
+            roots.update(dict.fromkeys(layers_of(self.model).values()))
+        for module in roots:
+            covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
+            # A module at "none" needs a context too: the module may be in a checkpoint, and keeps outputs that the
+            # model around would discard.
+            if (covered or module in self.levels.named) and may_be_swapped(module) and has_forward(module):
+                yield module
+            elif module in self.levels.named:
+                self.leave(self.names[module], module, "its forward cannot be given a level of its own")
+
+    def _in_tiles(self, module: nn.Module) -> tuple[ForwardContext, ...]:
+        """The context with the number of tiles of MLPs in a root; () where no MLP of the model has several tiles.
+
+        Otherwise every root has that context, because roots are nested in each other.
+        """
+        if self.tiles == 1 and not self.levels.has_tiles:
+            return ()
+        policy = self.levels.named[module][0] if module in self.levels.named else self.levels.whole
+        return (InTiles(policy.tiles or self.tiles),)
+
+    def _contexts(self, module: nn.Module) -> tuple[ForwardContext, ...]:
+        """The contexts in which the forward of a root discards outputs."""
+        may_repeat = module not in self.above and not any(map(may_not_repeat, modules_of(module)))
+        if module in self.levels.named:
+            policy, places = self.levels.named[module]
+            return (AtLevel(policy.level, places, may_repeat),)
+        whole = self.levels.whole.level
+        if whole == "layer" and module not in self.above and self._is_layer(module):
+            contexts: tuple[ForwardContext, ...] = (as_layer,)
+        else:
+            contexts = (discarding_products if whole in ("all", "layer") else discarding,)
+        return (*contexts, checkpointing_selectively) if may_repeat else contexts
+
+    def _offloading(self, module: nn.Module) -> tuple[ForwardContext, ...]:
+        """The context that moves a root's saved tensors to host memory, where the level says so."""
+        named = self.levels.named.get(module)
+        return (self.offloading,) if named is not None and named[0].is_offloaded else ()
+
+    def _set_contexts(self, module: nn.Module, contexts: tuple[ForwardContext, ...]) -> None:
+        rule = rule_of(module)
+        if rule is not None:
+            swap_back(module)
+        # A class that cannot be subclassed has no rule either, so that nothing is lost.
+        with contextlib.suppress(NotSwapped):
+            swap(module, rule or ContextOnly(), contexts)
+
+    def _is_layer(self, module: nn.Module) -> bool:
+        """Whether a norm inside is converted: most layers have one, and most experts have none."""
+        rules = [self.rules[m] for m in modules_of(module) if m in self.rules]
+        return any(isinstance(rule, Norm) or (isinstance(rule, RewrittenMethods) and rule.has_norm) for rule in rules)
+
+
+def _backend_of(model: nn.Module) -> str:
+    """The backend that serves the model's device; "reference" for devices that neither Triton nor native serves."""
+    device = next((t.device.type for t in tensors_of(model, buffers=True)), "cpu")
+    return backends.selected_name(device) if device in ("cpu", "cuda") else "reference"

@@ -1,0 +1,47 @@
+"""Walks the modules below a module, and the tensors that these modules hold, without calling any of their code.
+
+A user's class may define `parameters`, `modules` or `named_modules`, as methods or as anything else. The functions
+here read torch's own dicts (`_modules`, `_parameters`, `_buffers`) and never take the truth value of a user's object.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The module and all modules below, with their names, each module once.
+
+    With `duplicates`, a module that occurs several times comes under each of the names, but not below itself.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{name}.{key}" if name else key)
+        if duplicates:
+            seen.remove(module)
+
+    return walk(model, "")
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The module and all modules below, each once."""
+    return (module for _, module in named_modules(model))
+
+
+def has_children(module: nn.Module) -> bool:
+    """Whether the module contains another module."""
+    return any(child is not None for child in module._modules.values())
+
+
+def tensors_of(model: nn.Module, buffers: bool = False) -> Iterator[Tensor]:
+    """The parameters of the module and of all modules below, and with `buffers` the buffers too."""
+    for module in modules_of(model):
+        for tensors in (module._parameters, module._buffers) if buffers else (module._parameters,):
+            yield from (tensor for tensor in tensors.values() if tensor is not None)

@@ -1,0 +1,50 @@
+"""Reasons to rewrite a method only to note operators for recompute; without a reason the method stays as written."""
+
+import ast
+import types
+from collections.abc import Iterator
+
+from ..code.code_objects import names_in
+from ..code.memoization import memoized
+from ..code.source import definition_of
+from .roles import MODULE, Role, Roles
+
+# A clamped tensor may be a gate, whose operands are saved one by one.
+_CLAMPS = frozenset(("clamp", "clamp_min", "clamp_max"))
+
+# Kinds of callees whose inputs or outputs the level "layer" recomputes.
+IN_LAYERS = frozenset(("linear", "norm", MODULE))
+
+# Roles without a load, beside those of a method's loads: the sums are worth a note, and whose sums they are.
+_NOTED = ""
+ADAPTER = ((_NOTED, Role("noted", "an adapter's sum")),)
+BIASED = ((_NOTED, Role("noted", "a linear layer's sum")),)
+# The method indexes by a list, perhaps to select heads, which copies.
+INDEXING = ((_NOTED, Role("noted", "indexed tensors")),)
+
+
+@memoized
+def indexes_by_list(function: types.FunctionType) -> bool:
+    """Whether a function indexes anything by a list of numbers."""
+    return any(is_indexed_by_list(node) for node in ast.walk(definition_of(function).tree))
+
+
+def is_indexed_by_list(tree: ast.AST) -> bool:
+    """Whether an expression is indexed by a list, such as `qkv[..., [-1], :]`."""
+    if not isinstance(tree, ast.Subscript) or not isinstance(tree.ctx, ast.Load):
+        return False
+    return any(isinstance(part, ast.List) for part in getattr(tree.slice, "elts", [tree.slice]))
+
+
+def reasons_to_note(function: types.FunctionType, roles: Roles, recompute: str, multiplies: bool) -> Iterator[str]:
+    """The reasons, each a line of the report. `multiplies`: whether the method has a product."""
+    kinds = {role.kind for role in roles.values()}
+    if _CLAMPS & names_in(function.__code__):
+        yield "recipes of clamped tensors"
+    if _NOTED in roles:
+        yield f"recipes of {roles[_NOTED].name}"
+    if multiplies and "norm" in kinds:
+        yield "recipes of scaled norms"
+    # Where linear layers run again, sums that a norm reads and concatenated heads can be recomputed too.
+    if recompute == "layer" and not IN_LAYERS.isdisjoint(kinds):
+        yield "recipes of sums, products and concatenations"

@@ -1,0 +1,172 @@
+"""Replacements for functions of torch at their call sites, such as `F.layer_norm(x, ...)`.
+
+A replacement has the signature of torch's function, and falls back to that function for arguments that ours does not
+support. Arguments may be anything that users pass to torch, hence the type Any.
+"""
+
+import ast
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional
+from torch import Tensor, nn
+
+from ... import functional as ours
+from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
+from ..rotations.recognition import is_rotation, replacing_local_rotation, replacing_rotation, settings_in
+from ..rules.channel_norms import are_running_statistics
+from ..rules.norms import is_dense_map
+from ..rules.pointwise import ActivationRule, pointwise_of
+
+# Torch's functions as they were when this package was imported: a user may patch them later.
+theirs = types.SimpleNamespace(**vars(torch.nn.functional))
+FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
+
+
+def replacement_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callable[[Any], Any], str] | None:
+    """A function that maps the callee of a call to a replacement, and its description; None without a replacement.
+
+    `known` is the module or function that the callee stood for during conversion. `is_local`: the callee is a nested
+    function, another object at each call.
+    """
+    if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
+        return replacing_module(known, rule), str(rule)
+    if not isinstance(known, FUNCTION_TYPES):
+        return None
+    if known in REPLACEMENTS:
+        return replacing_function(known), known.__name__
+    if isinstance(known, types.FunctionType) and is_rotation(known):
+        rotation = replacing_local_rotation if is_local else replacing_rotation
+        return rotation(known, settings_in(call, known)), "rotary"
+    return None
+
+
+def replacing_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A function that maps `function` to its replacement, and any other callee to itself."""
+    replacement = REPLACEMENTS[function]
+
+    def call(input: Any, *args: Any, **kwargs: Any) -> Any:
+        plain, kind = as_plain_tensor(input)
+        if kind is None:
+            return replacement(input, *args, **kwargs)
+        return replacement(plain, *args, **kwargs).as_subclass(kind)
+
+    return lambda called: call if called is function else called
+
+
+def replacing_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any], Any]:
+    """The same for an activation module that is a global, so that conversion does not reach the module itself."""
+
+    def call(input: Any, *args: Any, **kwargs: Any) -> Any:
+        is_plain_call = not args and not kwargs and is_operand(input) and is_called_plainly(module)
+        output = rule.apply(module, input) if is_plain_call else None
+        return module(input, *args, **kwargs) if output is None else output
+
+    return lambda called: call if called is module else called
+
+
+def _are_operands(*tensors: Any) -> bool:
+    return all(tensor is None or is_ordinary(tensor) for tensor in tensors)
+
+
+@functools.wraps(theirs.layer_norm)
+def _layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
+    function = ours.layer_norm if _is_row_norm(input, normalized_shape, weight, bias) else theirs.layer_norm
+    return function(input, normalized_shape, weight, bias, eps)
+
+
+@functools.wraps(theirs.rms_norm)
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+    # Torch's output may have the strides of a non-contiguous input; ours is contiguous.
+    if not _is_row_norm(input, normalized_shape, weight) or not input.is_contiguous():
+        return theirs.rms_norm(input, normalized_shape, weight, eps)
+    # On the CPU torch saves no 16-bit input, nor one that needs no gradient: the user may write to these in place.
+    if not input.is_cuda and torch.is_grad_enabled() and (input.dtype.itemsize < 4 or not input.requires_grad):
+        input = input.clone()
+    return ours.rms_norm(input, normalized_shape, weight, eps)
+
+
+def _is_row_norm(input: Any, normalized_shape: Any, *coefficients: Any) -> bool:
+    if not is_operand(input) or not _are_operands(*coefficients) or not isinstance(normalized_shape, tuple | list):
+        return False
+    shape = tuple(normalized_shape)
+    fits = bool(shape) and input.shape[-len(shape) :] == shape and 0 not in shape
+    # Torch decides about mixed dtypes.
+    return fits and all(c is None or (c.shape == shape and c.dtype == input.dtype) for c in coefficients)
+
+
+@functools.wraps(theirs.group_norm)
+def _group_norm(input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5) -> Any:
+    fits = is_operand(input) and _are_operands(weight, bias) and input.dim() > 2 and _same_dtype(input, weight, bias)
+    fits = (
+        fits and type(num_groups) is int and num_groups > 0 and input.shape[1] % num_groups == 0 and is_dense_map(input)
+    )
+    function = ours.group_norm if fits else theirs.group_norm
+    return function(input, num_groups, weight, bias, eps)
+
+
+@functools.wraps(theirs.batch_norm)
+def _batch_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: Any = False,
+    momentum: Any = 0.1,
+    eps: Any = 1e-5,
+) -> Any:
+    statistics = (running_mean, running_var)
+    fits = is_operand(input) and _are_operands(weight, bias, *statistics) and input.dim() > 1
+    fits = fits and _same_dtype(input, weight, bias) and type(training) is bool and type(momentum) in (float, int)
+    fits = fits and (training or running_mean is not None) and input.numel() > input.shape[1]
+    fits = fits and (running_mean is None) == (running_var is None) and _same_dtype(input, *statistics)
+    fits = fits and (running_mean is None or are_running_statistics(running_mean, running_var, input.shape[1]))
+    function = ours.batch_norm if fits else theirs.batch_norm
+    return function(input, *statistics, weight, bias, training, momentum, eps)
+
+
+def _same_dtype(input: Tensor, *coefficients: Tensor | None) -> bool:
+    return all(c is None or c.dtype == input.dtype for c in coefficients)
+
+
+@functools.wraps(theirs.glu)
+def _glu(input: Any, dim: Any = -1) -> Any:
+    fits = is_operand(input) and input.dim() > 0 and dim in (-1, input.dim() - 1) and input.shape[-1] % 2 == 0
+    return ours.packed_glu(input, activation="sigmoid", layout="value_first") if fits else theirs.glu(input, dim)
+
+
+@functools.wraps(theirs.dropout)
+def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Any:
+    fits = type(p) is float and 0.0 < p <= 1.0 and training is True and inplace is False and is_operand(input)
+    return ours.bias_act(input, dropout_p=p) if fits else theirs.dropout(input, p, training, inplace)
+
+
+@functools.wraps(theirs.gelu)
+def _gelu(input: Any, *, approximate: Any = "none") -> Any:
+    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate) if type(approximate) is str else None
+    if name is None or not is_operand(input):
+        return theirs.gelu(input, approximate=approximate)
+    return ours.bias_act(input, activation=name)
+
+
+@functools.wraps(theirs.silu)
+def _silu(input: Any, inplace: Any = False) -> Any:
+    if inplace is not False or not is_operand(input):
+        return theirs.silu(input, inplace)
+    return ours.bias_act(input, activation="silu")
+
+
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    theirs.layer_norm: _layer_norm,
+    theirs.rms_norm: _rms_norm,
+    theirs.group_norm: _group_norm,
+    theirs.batch_norm: _batch_norm,
+    theirs.glu: _glu,
+    theirs.dropout: _dropout,
+    theirs.gelu: _gelu,
+    theirs.silu: _silu,
+}

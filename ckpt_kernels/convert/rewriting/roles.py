@@ -1,0 +1,99 @@
+"""Roles: what a load in a method, such as `self.fc1` or `F.gelu`, can be in a pattern."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...activations import FUNCTIONS as ACTIVATIONS
+from ..attribute_loads import load_attribute
+from ..rotations.recognition import is_rotation
+from ..rules.function_trials import activation_function
+from ..rules.in_place import writes_over
+from ..rules.norms import Norm
+from ..rules.pointwise import ActivationRule, activation_of, pointwise_of
+from ..swap import original_of, rule_of
+from .guards import CHUNK, is_linear
+from .noted_operations import NOTED_FUNCTIONS
+from .replacements import FUNCTION_TYPES, REPLACEMENTS
+
+# The name in the role of a linear layer with an adapter around it.
+ADAPTED = "adapted"
+# The kind of a module that has no other role.
+MODULE = "module"
+
+
+class Role(NamedTuple):
+    """The role of a load or a formula in a method.
+
+    `kind` is "linear", "act" (a load or a formula), "norm", "dropout", "F.dropout", "write" (an activation of torch
+    that writes over the input), "halves" (`torch.chunk`), "replacement" (a callee with a replacement), "local
+    replacement" (the same for a nested function), "object" (a callable object), "module" (any other module), "noted"
+    (no load: the name says why the operators of the method are noted, see `note_reasons`), or "" (any other plain
+    load).
+
+    `name` is the name of an activation, or ADAPTED for a linear layer with an adapter. `needs_computed_input`: the
+    activation matches only if the pattern also computes its input: eager torch does not save that input, so that a user
+    may write to an input which exists outside. `values` are the functions and numbers with which a formula was
+    recognized, the function that is an activation by a trial, the module or function to be replaced, or the `__call__`
+    of an object and the roles in it. `is_exact`: whether the numbers in a formula hold in float64; rounded ones do not.
+    """
+
+    kind: str = ""
+    name: str = ""
+    needs_computed_input: bool = False
+    values: tuple[Any, ...] = ()
+    is_exact: bool = True
+
+
+# The role of each load and formula in a method, by the source text.
+Roles = Mapping[str, Role]
+
+
+def may_match_any(roles: Iterable[tuple[str, Role]], recompute: str = "output") -> bool:
+    """Whether any rewrite is possible with these roles. The role "module" counts only for the level "layer"."""
+    kinds = {role.kind for _, role in roles} - {""}
+    return bool(kinds if recompute == "layer" else kinds - {MODULE})
+
+
+def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
+    """The role of a module or a function. `may_touch` tells which modules the conversion covers."""
+    if isinstance(value, nn.Module):
+        if not may_touch(value) or isinstance(value, torch.jit.ScriptModule):
+            return Role()
+        if isinstance(rule_of(value), Norm):
+            return Role("norm")
+        if original_of(value) is nn.Dropout:
+            return Role("dropout")
+        if is_linear(value):
+            return Role("linear")
+        # The adapter may be removed later: guards check the module at each call.
+        base = load_attribute(value, "base_layer")
+        if isinstance(base, nn.Module) and is_linear(base) and may_touch(base):
+            return Role("linear", ADAPTED)
+        if (name := activation_of(value, made=True)) is not None:
+            return Role("act", name)
+        if writes_over(value):
+            return Role("write")
+        is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
+        return Role("replacement", values=(value,)) if is_act else Role(MODULE)
+    if not isinstance(value, FUNCTION_TYPES):
+        return Role()
+    if value is F.dropout:
+        return Role("F.dropout")
+    if value is CHUNK:
+        return Role("halves")
+    if value in ACTIVATIONS:
+        return Role("act", ACTIVATIONS[value])
+    if (tried := activation_function(value)) is not None:
+        return Role("act", tried.name, not tried.keeps_input, (value,))
+    is_replaced = value in REPLACEMENTS or value in NOTED_FUNCTIONS or is_rotation(value)
+    return Role("replacement", values=(value,)) if is_replaced else Role()
+
+
+def looks_like_mlp(module: nn.Module, may_touch: Callable[[nn.Module], bool]) -> bool:
+    """Whether a module has two linear layers and an activation among its children."""
+    kinds = [role_of(child, may_touch).kind for child in module._modules.values()]
+    return kinds.count("linear") >= 2 and "act" in kinds

@@ -1,0 +1,124 @@
+"""Recognises the activation that a module or function computes, by a trial.
+
+Values and derivative are compared with those of the known activations in float64, where different formulas for the same
+activation agree.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...activations import NAMES
+from ...backends.reference import ACTIVATIONS
+from ..code.custom_autograd import has_custom_gradient
+from ..code.memoization import memoized
+from .trial import POINTWISE, Outline, forward_of, in_own_thread, result_of
+
+
+class TrialResult(NamedTuple):
+    """The result of the trial of a module or function.
+
+    Attributes:
+        name: the activation; None where no activation matches.
+        keeps_input: whether torch saves the input for backward.
+        is_exact: whether the formula is exact; one with rounded constants differs from the activation in float64.
+    """
+
+    name: str | None = None
+    keeps_input: bool = True
+    is_exact: bool = True
+
+
+@memoized
+@in_own_thread
+def activation_of_module(outline: Outline) -> TrialResult:
+    """The activation that the module with this outline computes."""
+    module = outline.stand_in(torch.float64, torch.Generator("cpu").manual_seed(0))
+    transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()
+    if forward_of(module, transposed, POINTWISE).stride() != transposed.stride():
+        return TrialResult()
+    has_function = has_custom_gradient(outline.code.dependencies)
+    return activation_by_trial(lambda points: forward_of(module, points, POINTWISE), has_function)
+
+
+@in_own_thread
+def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool = False) -> TrialResult:
+    """The activation that equals a function of one tensor in values and derivative.
+
+    Args:
+        compute: the function.
+        has_function: whether the gradient comes from an `autograd.Function` whose code was read. The gradient must then
+            be linear in the incoming one: the derivative times the incoming gradient, and nothing else.
+    """
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        points = _points()
+        input = points.clone().requires_grad_()
+        values = compute(input)
+        if type(values) is not Tensor or values.shape != points.shape or values.dtype != points.dtype:
+            return TrialResult()
+        if not values.requires_grad or input._version or not torch.equal(input, points):
+            return TrialResult()
+        if not _is_gradient_linear(values, input) if has_function else _has_function(values):
+            return TrialResult()
+        keeps_input = input.data_ptr() in saved
+        (slopes,) = torch.autograd.grad(values.sum(), input)
+        for name in NAMES:
+            other = points.clone().requires_grad_()
+            expected = ACTIVATIONS[name](other)
+            (expected_slopes,) = torch.autograd.grad(expected.sum(), other)
+            # Formulas with rounded constants differ by less than a rounding in float32.
+            if _are_close(values, expected, 1e-7) and _are_close(slopes, expected_slopes, 1e-6, 1):
+                # Exact formulas differ by 25 roundings in float64 at most.
+                is_exact = _are_close(values, expected, 1e-14) and _are_close(slopes, expected_slopes, 1e-14, 1)
+                return TrialResult(name, keeps_input, is_exact)
+    return TrialResult()
+
+
+def _is_gradient_linear(values: Tensor, input: Tensor) -> bool:
+    """Whether the gradient is a constant factor times the incoming gradient, for both signs, small and large."""
+
+    def gradient(incoming: Tensor) -> Tensor:
+        return torch.autograd.grad(values, input, incoming, retain_graph=True)[0]
+
+    slopes = result_of(gradient, torch.ones_like(values), POINTWISE)
+    scales = torch.logspace(-6, 6, len(values), dtype=values.dtype, device=values.device)
+    return all(
+        torch.allclose(result_of(gradient, incoming, POINTWISE), incoming * slopes, rtol=1e-9, atol=0)
+        for incoming in (scales, -scales, scales.flip(0))
+    )
+
+
+def _are_close(values: Tensor, expected: Tensor, bound: float, exceptions: int = 0) -> bool:
+    """Whether all but that many points agree. Derivatives may differ at one point: at 0, where relu has a kink."""
+    return int((~torch.isclose(values, expected, rtol=bound, atol=bound)).sum()) <= exceptions
+
+
+def _points() -> Tensor:
+    """The points where activations are compared: dense near 0, where they bend, and up to the range of float32, where
+    clamps show."""
+    near = torch.linspace(-12, 12, 2403, dtype=torch.float64, device="cpu")
+    far = torch.logspace(math.log10(12), 38, 1536, dtype=torch.float64, device="cpu")
+    return torch.cat((-far.flip(0), near, far))
+
+
+def _has_function(values: Tensor) -> bool:
+    """Whether a user's autograd.Function, whose gradient may be anything, is in the autograd graph of the values."""
+    waiting, seen = [values.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        seen.add(node)
+        waiting += [next_node for next_node, _ in node.next_functions]
+    return False

@@ -1,0 +1,61 @@
+"""Whether torch's functions, which fused calls stand in for, are patched.
+
+A library may replace such a function for all modules, for example `F.linear` by one that quantizes or counts calls.
+Fused calls compute what the functions did when this package was imported; where one is patched, the model's own code
+runs.
+"""
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .code.call_graph import belongs_to_torch
+from .native_guards import Binding, are_same_untraced
+
+_OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish instance_norm layer_norm leaky_relu linear mish
+    relu rms_norm sigmoid silu softplus tanh""".split()
+_OF_TORCH = """add addmm batch_norm chunk erf group_norm instance_norm layer_norm mul pow relu rms_norm rsqrt sigmoid
+    sqrt square tanh""".split()
+_METHODS = """__add__ __iadd__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __sub__ __truediv__ add chunk div float
+    mean mul pow relu rsqrt sigmoid size sqrt sub t tanh to type_as view""".split()
+
+
+def _expected(function: Any) -> Any:
+    """The function itself if torch's or Python's. For a function that was patched before this package was imported, an
+    object that equals nothing, so that `are_patched` is always true."""
+    return function if isinstance(function, types.BuiltinFunctionType) or belongs_to_torch(function) else object()
+
+
+TORCH_FUNCTIONS: tuple[Binding, ...] = tuple(
+    (vars(holder), name, _expected(vars(holder)[name]))
+    for holder, names in ((F, _OF_FUNCTIONAL), (torch, _OF_TORCH))
+    for name in names
+    if name in vars(holder)
+)
+# The same with modules for holders, whose attributes torch.compile guards one by one.
+_TRACED = tuple((F if held is vars(F) else torch, name, value) for held, name, value in TORCH_FUNCTIONS)
+_OF_TENSOR = vars(Tensor)
+# Methods that Tensor inherits. A patch defines one on Tensor itself.
+INHERITED_METHODS = {name: getattr(Tensor, name) for name in _METHODS if name not in vars(Tensor)}
+_NAMES = frozenset(INHERITED_METHODS)
+
+
+def are_patched() -> bool:
+    """Whether any of these functions and methods was replaced since this package was imported.
+
+    Runs at each call that no compiler traces, and must be fast.
+    """
+    return not (are_same_untraced(TORCH_FUNCTIONS) and (_OF_TENSOR.keys().isdisjoint(_NAMES) or _are_inherited()))
+
+
+def are_patched_as_traced() -> bool:
+    """Whether any of these functions was replaced, as torch.compile can trace and guard the question."""
+    return any(getattr(holder, name) is not value for holder, name, value in _TRACED)
+
+
+def _are_inherited() -> bool:
+    """Whether all attributes that Tensor itself has under these names equal the inherited ones."""
+    return all(_OF_TENSOR.get(name, method) is method for name, method in INHERITED_METHODS.items())
