@@ -48,8 +48,10 @@ def _inspects_caller(function: Any) -> bool:
 
 
 def _reads_locations_only(function: types.FunctionType) -> bool:
-    """Whether a function uses frames only as `x = inspect.getouterframes(inspect.currentframe())[1]` and `x.lineno`, or
-    another field of `_LOCATION`."""
+    """Whether a function reads only fields of `_LOCATION` from frames.
+
+    The frames must come from an assignment such as `caller = inspect.getouterframes(inspect.currentframe())[1]`.
+    """
     try:
         tree = definition_of(function).tree
     except NoSource:

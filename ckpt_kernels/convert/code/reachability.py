@@ -142,8 +142,10 @@ def is_unchanged(module: nn.Module, settings: Settings, code: CodeSnapshot | Non
 
 
 class CodeReader:
-    """Collects what the code that a module's forward reaches reads and does; raises `NotTriable` where that forbids a
-    trial."""
+    """Collects the dependencies of all code that a module's forward reaches.
+
+    Raises `NotTriable` at the first instruction that forbids a trial.
+    """
 
     forbidden_opcodes: tuple[str, ...] = WRITING_OPCODES
 

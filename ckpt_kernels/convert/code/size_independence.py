@@ -59,6 +59,7 @@ class _SizeUses:
                 self._assign(element, None if values is None else values[index])
 
     def are_allowed(self) -> bool:
+        """Whether all statements, tests, indices and uses of sizes are allowed."""
         if not all(map(self._is_setting_test, self._tests)):
             return False
         for node in self._nodes:
@@ -100,8 +101,7 @@ class _SizeUses:
         return self._is_length(value) or (isinstance(value, ast.Attribute) and value.attr == "shape")
 
     def _is_allowed_use(self, node: ast.AST) -> bool:
-        """Whether a node that reads a size is in the bound of a slice, in the shape of a view, or assigned to a
-        name."""
+        """Whether a node that reads a size bounds a slice, shapes a view, or is assigned to a name."""
         parent = self._parents.get(node)
         if isinstance(node, ast.Name) and not self._is_length(node):
             # The name is bound by unpacking, so to tensors: shapes are never unpacked. A name that is also bound to a
@@ -142,8 +142,7 @@ class _SizeUses:
         return is_last and isinstance(last, ast.Slice) and self._is_allowed_slice(last)
 
     def _is_allowed_slice(self, part: ast.Slice) -> bool:
-        """Whether a slice is `::2`, `1::2`, `:n`, `n:`, `:-n` or `-n:`, with the length `n` of a last dimension or
-        half."""
+        """Whether a slice is `::2`, `1::2`, `:n`, `n:`, `:-n` or `-n:`, where `n` is as in `_is_length`."""
         if part.step is not None:
             first = 0 if part.lower is None else _number(part.lower)
             return _number(part.step) == 2 and part.upper is None and first in (0, 1)

@@ -172,8 +172,7 @@ def written_over(input: Tensor, first: Linear, write: Any) -> Results | None:
 
 @pattern("square, scale and shift", "scale * input ** 2 + shift")
 def scaled_square(input: Tensor, scale: Tensor, shift: Tensor) -> Results | None:
-    """As in StarReLU. Torch saves the squared tensor, from which a recipe recomputes the sum; no user sees the
-    product."""
+    """As in StarReLU. Torch saves the squared tensor, from which a recipe recomputes the output."""
     if torch.compiler.is_compiling() or not recomputing.is_active() or is_autocast(input):
         return None
     if not (torch.is_grad_enabled() and input.requires_grad):

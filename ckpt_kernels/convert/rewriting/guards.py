@@ -120,8 +120,7 @@ def _may_be_cast(tensor: Any, input: Tensor) -> bool:
 
 
 def autocast_input(input: Tensor) -> Tensor:
-    """The input cast to the autocast dtype, a copy that torch's linear layers make and save; the input itself
-    otherwise."""
+    """The input, under autocast as the copy in the autocast dtype that torch's linear layers make and save."""
     if not is_autocast(input) or input.dtype == torch.float64:
         return input
     return input.to(torch.get_autocast_dtype(input.device.type))

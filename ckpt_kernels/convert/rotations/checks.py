@@ -1,5 +1,4 @@
-"""Checks that a rotation has to pass beyond the results of one form: other sizes, strides, gradients, dtypes, and saved
-tensors."""
+"""Checks of a rotation beyond the results for one form: other sizes, strides, gradients, dtypes, and saved tensors."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -56,8 +55,7 @@ def has_same_gradients(trial: Trial, form: Form, operands: Sequence[Tensor]) -> 
 def with_broadcast_dims(
     trial: Trial, known: KnownForm, arrangement: Arrangement, ones: tuple[bool, ...], columns: int, entries: int
 ) -> KnownForm | None:
-    """The form for tables with size 1 in these dimensions, with the strides of results; None if the form does not
-    hold."""
+    """The form for tables with size 1 in these dimensions, with the strides of results; None if it does not hold."""
     operands = trial.operands(arrangement, columns, entries, ones)
     if not trial.matching_forms([known.form], operands):
         return None
@@ -71,8 +69,7 @@ def with_broadcast_dims(
 
 
 def _keeps_strides(trial: Trial, all_heads: Sequence[list[Tensor]], tables: Sequence[list[Tensor]]) -> bool | None:
-    """Whether results have the strides of an elementwise op on heads: True, or False if they are contiguous, or
-    None."""
+    """True if results have the strides of an elementwise op on heads, False if they are contiguous, None otherwise."""
     keeps, contiguous = True, True
     for heads in all_heads:
         for pair in tables:

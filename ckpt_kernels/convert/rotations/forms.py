@@ -157,8 +157,7 @@ def settings_of(values: Sequence[Any]) -> Settings:
 
 
 class Rotation:
-    """What trials have shown of a rotation: forms by the kind of operands, call conventions and dtypes by the
-    settings."""
+    """The outcome of trials: the forms by the kind of operands, and the call convention and dtypes by the settings."""
 
     def __init__(self, function: types.FunctionType, code: CodeSnapshot) -> None:
         self.code = code

@@ -16,8 +16,7 @@ _NAMED = re.compile(r"^_*apply_(\w+_)?(rotary|rope)|^_*rotate_")
 
 
 def why_unrecognized(module: nn.Module) -> str:
-    """The reason for the first such function that a method of the module, or of an object in it, calls; "" without
-    one."""
+    """The reason for the first such function that a method of the module or of its objects calls, or ""."""
     for function in functions_in(module):
         if not any(map(_NAMED.search, (*function.__code__.co_names, *function.__code__.co_varnames))):
             continue
