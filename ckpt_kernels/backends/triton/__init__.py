@@ -40,7 +40,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve such tensors; None if it can."""
+    """Return the reason why this backend cannot serve a device and dtype, or None."""
     if dtype not in _DTYPES:
         return f"it does not compute in {dtype}"
     if knobs.runtime.interpret:

@@ -1,7 +1,7 @@
-"""The glu kernels: activation(gate) * value, element by element, and how they are launched.
+"""The glu kernels, activation(gate) * value, and their launchers.
 
-A program works on a tile of ROWS rows by BLOCK columns. Where gate and value take turns in memory (TURNS), 2 * BLOCK
-elements are read at once and taken apart.
+A program works on a tile of ROWS rows by BLOCK columns. If gate and value alternate in memory (INTERLEAVED), the kernel
+reads 2 * BLOCK elements at once and splits them.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from .row_norm_tiles import load_rows, store_rows
 
 
 class Shape(NamedTuple):
-    """A matrix, and how many tiles its columns are."""
+    """The shape of a matrix, and the number of tiles that cover the columns."""
 
     rows: int
     columns: int
@@ -30,7 +30,7 @@ def shape_of(matrix: Tensor, tile: Tile) -> Shape:
 
 @triton.jit
 def tile_of(shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows (ROWS, 1), first column, columns (1, BLOCK), and which of all these there are."""
+    """Return this program's rows (ROWS, 1), first column, columns (1, BLOCK), and the mask of the tile."""
     row = (tl.program_id(0) // shape.column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     start = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
@@ -38,19 +38,20 @@ def tile_of(shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def both_of(shape, row, start, BLOCK: tl.constexpr):
-    """The columns of gate and value that take turns, and which of them there are."""
+def interleaved_columns(shape, row, start, BLOCK: tl.constexpr):
+    """Return the columns of interleaved gate and value, and the mask of the tile."""
     column = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
     return column, (row < shape.rows) & (column < 2 * shape.columns)
 
 
 @triton.jit
 def load_gate_and_value(
-    gate, value, shape, row, start, column, mask, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    gate, value, shape, row, start, column, mask, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    if TURNS:
-        both, there = both_of(shape, row, start, BLOCK)
-        first, second = tl.split(tl.reshape(load_rows(gate.data, gate.stride, row, both, there), (ROWS, BLOCK, 2)))
+    if INTERLEAVED:
+        both, both_mask = interleaved_columns(shape, row, start, BLOCK)
+        pairs = tl.reshape(load_rows(gate.data, gate.stride, row, both, both_mask), (ROWS, BLOCK, 2))
+        first, second = tl.split(pairs)
     else:
         first = load_rows(gate.data, gate.stride, row, column, mask)
         second = load_rows(value.data, value.stride, row, column, mask)
@@ -59,29 +60,29 @@ def load_gate_and_value(
 
 @triton.jit
 def glu_forward_kernel(
-    gate, value, y, shape, ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    gate, value, y, shape, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, start, column, mask = tile_of(shape, ROWS, BLOCK)
-    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
+    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, INTERLEAVED, ROWS, BLOCK)
     store_rows(y.data, y.stride, row, column, mask, activate(u, ACTIVATION) * v)
 
 
 @triton.jit
 def glu_backward_kernel(
     dy, gate, value, dgate, dvalue, y, shape,
-    ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, start, column, mask = tile_of(shape, ROWS, BLOCK)
-    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
+    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, INTERLEAVED, ROWS, BLOCK)
     g = load_rows(dy.data, dy.stride, row, column, mask)
     du = g * v * differentiate(u, ACTIVATION)
     factor = activate(u, ACTIVATION)
     dv = g * factor
     if y.data is not None:
         store_rows(y.data, y.stride, row, column, mask, factor * v)
-    if TURNS:
-        both, there = both_of(shape, row, start, BLOCK)
-        store_rows(dgate.data, dgate.stride, row, both, there, tl.reshape(tl.join(du, dv), (ROWS, 2 * BLOCK)))
+    if INTERLEAVED:
+        both, both_mask = interleaved_columns(shape, row, start, BLOCK)
+        store_rows(dgate.data, dgate.stride, row, both, both_mask, tl.reshape(tl.join(du, dv), (ROWS, 2 * BLOCK)))
     else:
         if dgate.data is not None:
             store_rows(dgate.data, dgate.stride, row, column, mask, du)
@@ -89,13 +90,13 @@ def glu_backward_kernel(
             store_rows(dvalue.data, dvalue.stride, row, column, mask, dv)
 
 
-def _take_turns(gate: Tensor) -> bool:
-    """Whether gate and value alternate in memory: they are every other element of their rows."""
+def _is_interleaved(gate: Tensor) -> bool:
+    """Whether gate and value alternate in memory, each as every other element of a row."""
     return gate.shape[1] > 1 and gate.stride(1) == 2
 
 
 def glu_forward(gate: Tensor, value: Tensor, output: Tensor, activation: str) -> None:
-    """`backends.reference.glu` into output."""
+    """Compute `backends.reference.glu` into output."""
     _launch(glu_forward_kernel, gate, map(matrix_of, (gate, value, output)), activation)
 
 
@@ -108,7 +109,7 @@ def glu_backward(
     output: Tensor | None,
     activation: str,
 ) -> None:
-    """The gradients of `glu`, and its output where there is memory for it."""
+    """Compute `backends.reference.glu_backward`."""
     operands = map(matrix_of, (grad_output, gate, value, grad_gate, grad_value, output))
     _launch(glu_backward_kernel, gate, operands, activation)
 
@@ -116,7 +117,7 @@ def glu_backward(
 def _launch(kernel: triton.JITFunction, gate: Tensor, operands: Iterable[Matrix], activation: str) -> None:
     tile = element_tile(gate.shape[1])
     shape = shape_of(gate, tile)
-    given = tuple(operands)
-    activation = as_stored(activation, *(matrix.data for matrix in given))
+    matrices = tuple(operands)
+    activation = as_stored(activation, *(matrix.data for matrix in matrices))
     programs = triton.cdiv(shape.rows, tile.rows) * shape.column_tiles
-    launch(kernel, programs, tile, gate.device, *given, shape, activation, _take_turns(gate))
+    launch(kernel, programs, tile, gate.device, *matrices, shape, activation, _is_interleaved(gate))

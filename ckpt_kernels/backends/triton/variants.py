@@ -1,6 +1,6 @@
-"""Every kernel that the launch tables can choose for rows of one length, with the arguments that launchers give it.
+"""Enumerates every kernel that the launchers can choose for rows of one length, with the arguments of the launch.
 
-The backend is called with tensors of torch's meta device, whose launches are recorded and not run.
+The backend is called with tensors on torch's meta device, whose launches are recorded instead of run.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,28 +19,28 @@ from .rotary import rotary_backward, rotary_forward
 from .row_norm import row_norm_backward, row_norm_forward
 from .sums import column_sums_kernel
 
-# A prime, so that no size derived from it is a multiple of something by chance.
+# A prime, so that no derived size is a multiple of 16 by chance, which Triton would specialize on.
 ROWS = 4099
-# Of a table's row, and the longest there are in models.
+# The number of heads that share a row of the tables, and the longest heads in models.
 _HEADS, _HEAD_COLUMNS = 9, 1024
 
 
 class Variant(NamedTuple):
-    """One kernel, and what it is called with."""
+    """One kernel with the arguments of a launch; `elements` is the size of a large operand."""
 
     name: str
     launch: launch.Launch
-    elements: int  # of a large operand
+    elements: int
 
 
 def _variants(name: str, columns: int, call: Callable[..., None], *arguments: object) -> Iterator[Variant]:
-    """One for each kernel that the call launches: a second one adds up what a first had no registers for."""
+    """Yield each kernel that a call launches. A second kernel computes sums that the first had no registers for."""
     launch.recorded.clear()
     call(*arguments)
-    # What adds up programs' shares of sums is small beside the rest.
+    # The addition of partial sums is left out, because its operands are small.
     launched = [one for one in launch.recorded if one.kernel is not column_sums_kernel]
-    for then, one in zip(("", ", sums apart")[: len(launched)], launched, strict=True):
-        yield Variant(name + then, one, ROWS * columns)
+    for suffix, one in zip(("", ", sums apart")[: len(launched)], launched, strict=True):
+        yield Variant(name + suffix, one, ROWS * columns)
 
 
 def meta_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,9 +84,9 @@ def _elementwise(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
             f"{name} backward and output", columns, glu_backward, x, gate, value, gate, value, x, "silu"
         )
     bias, seed = meta_tensor(columns, dtype=dtype), meta_tensor(1, dtype=torch.int64)
-    for name, given, p in (("bias_act", None, 0.0), ("bias_act+dropout", seed, 0.5)):
-        yield from _variants(f"{name} forward", columns, bias_act_forward, x, bias, given, x, "gelu", p)
-        backward = (bias_act_backward, x, x, bias, given, x)
+    for name, dropout_seed, p in (("bias_act", None, 0.0), ("bias_act+dropout", seed, 0.5)):
+        yield from _variants(f"{name} forward", columns, bias_act_forward, x, bias, dropout_seed, x, "gelu", p)
+        backward = (bias_act_backward, x, x, bias, dropout_seed, x)
         yield from _variants(f"{name} backward", columns, *backward, meta_tensor(columns), None, "gelu", p)
         yield from _variants(f"{name} backward and output", columns, *backward, None, x, "gelu", p)
     alpha, dw = meta_tensor(1, dtype=dtype), meta_tensor(columns)
@@ -95,10 +95,10 @@ def _elementwise(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
-    """Planes of this many elements, and rows of this many channels."""
+    """Yield the channel norms of planes with `columns` elements, and of rows with `columns` channels."""
     x = meta_tensor(ROWS, columns, dtype=dtype)
     for name, planes in (("planes", True), ("channels last", False)):
-        # One sample of so many channels, or of so many rows.
+        # One sample of ROWS channels, or of ROWS rows.
         channels = ROWS if planes else columns
         sums, coefficients = meta_tensor(1, 1 if planes else 65, channels), meta_tensor(6, 1 if planes else 2, channels)
         yield from _variants(f"{name} moments", columns, channel_moments, x, sums, sums, planes, 64)
@@ -110,7 +110,7 @@ def _channel_norms(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _rotaries(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
-    """Of heads that turn whole, by float32 tables with one entry for a pair."""
+    """Yield the rotary kernels of fully rotated heads, with float32 tables that have one entry a pair."""
     x, table = meta_tensor(1, ROWS, _HEADS, columns, dtype=dtype), meta_tensor(1, ROWS, 1, columns // 2)
     w, dw = meta_tensor(columns, dtype=dtype), meta_tensor(columns)
     for name, options, norm, sums in (
@@ -131,7 +131,7 @@ def _rotaries(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def variants(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
-    """All families' kernels for rows of this length: one activation for each place that it can take."""
+    """Yield the kernels of all families for rows of this length, with one activation at each place of an activation."""
     yield from _row_norms(columns, dtype)
     yield from _elementwise(columns, dtype)
     yield from _channel_norms(columns, dtype)
