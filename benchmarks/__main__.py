@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ckpt_kernels.arguments import amount, positive
+from ckpt_kernels.cli_arguments import amount, positive
 
 from . import baseline, report, start
 from .cases import CASES, Case, Setting

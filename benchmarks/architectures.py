@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckpt_kernels.values import tensors_in
+from ckpt_kernels.nested_values import tensors_in
 
 Built = tuple[nn.Module, dict[str, Any]]
 

@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ckpt_kernels
-from ckpt_kernels.arguments import amount, folder, positive
+from ckpt_kernels.cli_arguments import amount, folder, positive
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import saved_bytes
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
-from ckpt_kernels.arguments import positive
+from ckpt_kernels.cli_arguments import positive
 
 SETTINGS = ("defaults", "kept")
 MODELS = ("eager", "converted")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_kernels import palette
-from ckpt_kernels.arguments import positive
+from ckpt_kernels.cli_arguments import positive
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 from ckpt_kernels.recompute import selective_contexts
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
-from ckpt_kernels.arguments import positive
+from ckpt_kernels.cli_arguments import positive
 
 WIDTH, HIDDEN, HEADS, BATCH = 512, 1376, 8, 2
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ckpt_kernels
-from ckpt_kernels.arguments import device, positive
+from ckpt_kernels.cli_arguments import device, positive
 from ckpt_kernels.memory import peak_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -15,7 +15,7 @@ from torch import nn
 
 import ckpt_kernels
 from ckpt_kernels import palette
-from ckpt_kernels.arguments import positive
+from ckpt_kernels.cli_arguments import positive
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 

@@ -8,16 +8,14 @@ interpreter.
 
 import argparse
 import json
-import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ckpt_kernels.arguments import existing, file, positive
-from ckpt_kernels.backends.blocks import RowNorm, RowNormGradients, RowNormOptions
 from ckpt_kernels.catalogue.blocks import BY_NAME
+from ckpt_kernels.cli_arguments import existing, file, positive
 from ckpt_kernels.inspect import MACHINES, Machine, Usage, estimate
 from ckpt_kernels.inspect.kernels import usage
 from ckpt_kernels.inspect.roofline import ARCH
@@ -42,45 +40,14 @@ class Line:
         return self.predicted / self.measured - 1
 
 
-def _calls(name: str, columns: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """What a block launches in either pass, with tensors of torch's meta device; empty where that is not known here."""
-    from ckpt_kernels.backends import triton as backend
-    from ckpt_kernels.backends.triton.variants import ROWS, meta_tensor
-
-    x = meta_tensor(ROWS, columns, dtype=dtype)
-    if name == "glu (silu)":
-        return {
-            "forward": lambda: backend.glu_forward(x, x, x, "silu"),
-            "backward": lambda: backend.glu_backward(x, x, x, x, x, None, "silu"),
-        }
-    known = re.fullmatch(r"(add_)?(layer|rms)_norm(?:\+(\w+))?", name)
-    if not known:
-        return {}
-    added, kind, activation = known.groups()
-    w, sums, row = meta_tensor(columns, dtype=dtype), meta_tensor(columns), meta_tensor(ROWS)
-    options = RowNormOptions(columns, 1e-5, kind == "layer")._replace(activation=activation or "identity")
-    bias, mean, db = (w, row, sums) if kind == "layer" else (None, None, None)
-    block, total = RowNorm(x, x if added else None, None, w, bias, None, mean, row, options), x if added else None
-    kept, gradients = block._replace(residual=None), RowNormGradients(x, None, None, sums, db)
-    return {
-        "forward": lambda: backend.row_norm_forward(block, x, total),
-        "backward": lambda: backend.row_norm_backward(kept, x, total, gradients),
-    }
-
-
 def kernels(name: str, columns: int, arch: str) -> dict[str, list[Usage]]:
     """The kernels of a block in bfloat16, compiled, by pass."""
-    from ckpt_kernels.backends.triton import launch
-    from ckpt_kernels.backends.triton.sums import column_sums_kernel
-    from ckpt_kernels.backends.triton.variants import ROWS, Variant
+    from ckpt_kernels.inspect.variants import block_operands, launches, variant
 
     found = {}
-    for direction, call in _calls(name, columns, torch.bfloat16).items():
-        launch.recorded.clear()
-        call()
-        launched = [one for one in launch.recorded if one.kernel is not column_sums_kernel]
-        variants = [Variant(f"{name} {direction}", one, ROWS * columns) for one in launched]
-        found[direction] = [usage(variant, "bf16", columns, arch, work=True) for variant in variants]
+    for direction, launched in launches(BY_NAME[name].call, block_operands(name, columns, torch.bfloat16)).items():
+        variants = [variant(f"{name} {direction}", one, columns) for one in launched]
+        found[direction] = [usage(each, "bf16", columns, arch, work=True) for each in variants]
     return found
 
 

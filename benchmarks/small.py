@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 import ckpt_kernels.nn as ours
 from ckpt_kernels import functional, recompute
-from ckpt_kernels.arguments import amount
+from ckpt_kernels.cli_arguments import amount
 
 WIDTH = 64
 _PACKAGE = str(pathlib.Path(ckpt_kernels.__file__).parent)

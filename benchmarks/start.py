@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ckpt_kernels.arguments import folder
+from ckpt_kernels.cli_arguments import folder
 
 from . import report
 from .malloc import raise_malloc_thresholds

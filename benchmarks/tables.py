@@ -35,7 +35,7 @@ def of_functions() -> list[Sequence[str]]:
     return rows
 
 
-def of_blocks() -> list[Sequence[str]]:
+def level_of_blocks() -> list[Sequence[str]]:
     """What eager torch keeps and what a block does, and its traffic, for each that differs from the one before."""
     rows: list[Sequence[str]] = [
         ("block", "eager torch keeps", "kept", "forward, read + written", "backward, read + written")
@@ -58,7 +58,7 @@ def of_pairs() -> list[Sequence[str]]:
 # By file the tables in it, by the name that stands at each.
 TABLES: dict[str, dict[str, Callable[[], list[Sequence[str]]]]] = {
     "README.md": {"functions": of_functions},
-    "docs/floors.md": {"blocks": of_blocks, "pairs": of_pairs},
+    "docs/floors.md": {"blocks": level_of_blocks, "pairs": of_pairs},
 }
 
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ckpt_kernels.arguments import device, positive
+from ckpt_kernels.cli_arguments import device, positive
 from ckpt_kernels.memory import peak_bytes
 from ckpt_kernels.nn import GatedMLP
 

@@ -1,11 +1,11 @@
-"""Fused activation and normalisation blocks that recompute inside the backward kernel instead of storing.
+"""Fused activation and normalization blocks that recompute inside the backward kernel instead of storing tensors.
 
-- `convert`: a model's own modules, in place, by one line; `revert` undoes it.
+- `convert`: replaces the layers of a model in place, in one line; `revert` restores them.
 - `functional`: the blocks as functions. `nn`: the same as drop-in modules.
-- `recompute.discard_outputs`: whatever reads a block's output keeps a recipe for it instead.
-- `plan`: for each layer what to keep, so that a step is the fastest that fits a budget of memory.
-- `offload.offload`: layers whose tensors wait in host memory for the backward pass.
-- `memory.saved_bytes`: what a call keeps for backward.
+- `recompute.discard_outputs`: readers of a block's output keep a recipe instead of the output.
+- `plan`: chooses for each layer which tensors to keep, for the fastest step that fits a memory budget.
+- `offload.offload`: keeps layers' tensors in host memory until the backward pass.
+- `memory.saved_bytes`: the bytes that a call keeps for backward.
 - `use_backend` (in a `with`), `set_backend` (for the process): choose between the Triton, native (C++ and CUDA) and
   reference implementations.
 """

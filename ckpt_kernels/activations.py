@@ -1,7 +1,7 @@
-"""The activations every block knows, by name, and how to tell which one a torch module or function means.
+"""The names of the activations that every block supports, and the torch modules and functions that mean them.
 
-The order of `NAMES` gives each activation the code that the compiled libraries know it by
-(`CKPT_ACTIVATIONS` in `csrc/math/activations.h`).
+The place of a name in `NAMES` is the code of the activation in the compiled libraries (`CKPT_ACTIVATIONS` in
+`csrc/math/activations.h`).
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ NAMES = (
     "hardswish",
     "softplus",
 )
-# Those whose derivative at the input is that at the output: the two have one sign.
+# Activations whose output has the sign of the input, so that the derivative can be computed from the output.
 SIGNED_BY_OUTPUT = ("relu", "leaky_relu")
 CODES = {name: code for code, name in enumerate(NAMES)}
 
@@ -50,7 +50,7 @@ FUNCTIONS = {
 
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
-# What a module's settings must be for it to mean the same as the name.
+# The settings that a module must have to mean the same as the name.
 _MODULES: dict[type[nn.Module], tuple[str, dict[str, object]]] = {
     nn.Identity: ("identity", {}),
     nn.ReLU: ("relu", {}),
@@ -66,11 +66,11 @@ _MODULES: dict[type[nn.Module], tuple[str, dict[str, object]]] = {
 
 
 def activation_name(activation: Activation, argument: str = "activation") -> str:
-    """The name in `NAMES` for an activation that may be given in several ways.
+    """The name in `NAMES` for an activation that is given as a name, module or function.
 
     Args:
         activation: a name, or the torch module or function that means the same.
-        argument: what the error calls it.
+        argument: the name of the argument in the error text.
 
     Returns:
         The name.
@@ -93,7 +93,7 @@ def activation_name(activation: Activation, argument: str = "activation") -> str
 
 
 def name_of(activation: object) -> str | None:
-    """The same, None for anything else, of which nothing is asked."""
+    """The name in `NAMES`; None for any other object, whose attributes are not read."""
     if isinstance(activation, str):
         if activation in CODES:
             return activation
@@ -109,5 +109,5 @@ def name_of(activation: object) -> str | None:
 
 
 def _is_same(setting: object, number: object) -> bool:
-    """Whether a setting is that number, and nothing like a tensor."""
+    """Whether a setting is a plain number of that value, and not a tensor for example."""
     return type(setting) in (int, float) and setting == number

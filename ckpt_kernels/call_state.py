@@ -1,4 +1,4 @@
-"""The state that a layer's call begins with, so that a second call of it begins with the same."""
+"""The state at the start of a layer's call, restored when the call is repeated."""
 
 import contextlib
 import random
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .convert.loads import modules_of
-from .values import tensors_among
+from .nested_values import tensors_among
 
 
-def autocast_now() -> list[tuple[str, dict[str, Any]]]:
+def autocast_state() -> list[tuple[str, dict[str, Any]]]:
+    """The autocast settings of each device."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return [
         (
@@ -28,9 +29,12 @@ def autocast_now() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-class Buffer:
-    """A buffer before a call. Batch norms write to theirs without a new version, so small ones are compared; on a GPU,
-    where that would wait for it, those of a norm in training are taken for written."""
+class BufferSnapshot:
+    """The value of a buffer before a call, and whether the call has written to the buffer.
+
+    Batch norms write to their buffers without a new version, so small buffers are compared. On a GPU a comparison would
+    wait for the device, so buffers of a norm in training count as written.
+    """
 
     _MOST = 65536
 
@@ -49,10 +53,14 @@ class Buffer:
         return not torch.equal(self._value, self.tensor)
 
     @contextlib.contextmanager
-    def as_before(self) -> Iterator[None]:
-        """Within, it has the value that the first pass began with; afterwards that of now. By its data: for others, who
-        may have saved it, nothing is written."""
-        now = self.tensor.detach().clone()
+    def restored(self) -> Iterator[None]:
+        """A context in which the buffer has the value from the start of the first pass; afterwards the current value
+        returns.
+
+        The values are written through `.data`, so that version counters do not change: a node may have saved the
+        buffer.
+        """
+        current = self.tensor.detach().clone()
         if self._value is not None:
             self.tensor.data.copy_(self._value)
         elif self.is_written():
@@ -63,12 +71,12 @@ class Buffer:
         try:
             yield
         finally:
-            self.tensor.data.copy_(now)
+            self.tensor.data.copy_(current)
 
 
 class RandomState:
-    """Of torch's generators, the CPU's and those of the devices that a call's tensors are on, of generators that the
-    layer holds, and of Python's and numpy's."""
+    """The states of torch's generators for the CPU, for the devices of a call's tensors and within the layer; and of
+    Python's and numpy's."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self._states = [(generator, generator.get_state()) for generator in generators]
@@ -77,14 +85,16 @@ class RandomState:
         self._numpy = None if numpy is None else numpy.random.get_state()
 
     @staticmethod
-    def now(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "RandomState":
+    def capture(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "RandomState":
+        """The state before a call of a module."""
         generators = [torch.default_generator]
         devices = {tensor.device.index for tensor in tensors_among((args, kwargs)) if tensor.is_cuda}
         generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
-        held = (value for below in modules_of(module) for value in vars(below).values())
-        return RandomState([*generators, *(value for value in held if isinstance(value, torch.Generator))])
+        attributes = (value for submodule in modules_of(module) for value in vars(submodule).values())
+        return RandomState([*generators, *(value for value in attributes if isinstance(value, torch.Generator))])
 
-    def is_now(self) -> bool:
+    def is_current(self) -> bool:
+        """Whether no random number has been drawn since."""
         if not all(torch.equal(generator.get_state(), state) for generator, state in self._states):
             return False
         if random.getstate() != self._python:
@@ -95,13 +105,14 @@ class RandomState:
         return numpy[2:] == self._numpy[2:] and bool((numpy[1] == self._numpy[1]).all())
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        now = RandomState([generator for generator, _ in self._states])
+    def restored(self) -> Iterator[None]:
+        """A context in which the generators have these states; afterwards the current states return."""
+        current = RandomState([generator for generator, _ in self._states])
         self._set()
         try:
             yield
         finally:
-            now._set()
+            current._set()
 
     def _set(self) -> None:
         for generator, state in self._states:

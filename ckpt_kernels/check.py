@@ -1,6 +1,6 @@
-"""A model as it is against itself converted, at each level: what it computes, what it changes, what it keeps and takes.
+"""Compares a model with its converted copy at each level: results, side effects, kept memory, peak and time.
 
-Both run on copies; the model that is checked is not touched.
+Both run on copies; the model itself is not touched.
 """
 
 import functools
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from . import memory
 from .convert import Report, convert, revert
-from .copies import copy_of
+from .model_copies import copy_of
+from .model_errors import Errors, beyond_rounding, errors_of, lowest_precision
 from .model_state import different, state_of, types_in
 from .model_steps import (
     call,
@@ -34,52 +35,24 @@ from .model_steps import (
 from .palette import color_of
 from .target import Inputs
 
-# Times that spread more than that from step to step are not worth comparing.
+# If times spread more than this from step to step, a comparison says nothing.
 WIDE_SPREAD = 0.15
-
-# How many times its own error a model's error may be when converted, and how many ulps beside; and how many times that
-# of a single tensor, which is less sure.
-_TIMES = 3
-_ULPS = 32
-_WORST = 64
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Relative errors of all outputs together, or of all gradients.
-
-    Attributes:
-        what: "outputs" or "gradients".
-        eager: the norm of the model's error over that of the float64 truth.
-        converted: the same of the converted model.
-        difference: the norm of the difference between the two over that of the truth.
-        worst: the tensor for which the converted model's error is the largest multiple of the model's own.
-        worst_ratio: that multiple.
-    """
-
-    what: str
-    eager: float
-    converted: float
-    difference: float
-    worst: str
-    worst_ratio: float
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` found at one level. Pairs are (as it is, converted).
+    """The result of `check` at one level. Pairs are (original, converted).
 
     Attributes:
-        report: what `convert` said.
-        mode: "training" or "evaluation", in which the errors were taken.
-        errors: of the outputs, and of the gradients.
-        changed: what the converted model does that the model does not, other than rounding, numbers among it; [] is
-            well.
+        report: the report of `convert`.
+        mode: "training" or "evaluation", the mode in which the errors were measured.
+        errors: those of the outputs, and those of the gradients.
+        changed: differences in behavior between the two models, and errors beyond rounding; [] if there are none.
         kept: bytes kept for backward.
         peak: bytes at the peak of a step.
-        seconds: of a step.
-        noise: how far steps spread in time: half of what lies between the quartiles over the median, of the one that
-            spreads more; None of a single step of each, which cannot say.
+        seconds: the time of a step.
+        noise: the spread of the times: half the interquartile range divided by the median, the larger of the two
+            models'; None if one step of each was timed.
     """
 
     report: Report
@@ -92,7 +65,7 @@ class Check:
     noise: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as data."""
+        """The result as data."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -127,18 +100,18 @@ class Check:
 
 
 def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns: int = 5) -> Check:
-    """Runs copies of `model` on `inputs`, as it is and converted, and leaves the model as it was.
+    """Runs copies of `model` on `inputs`, one unchanged and one converted. The model itself stays unchanged.
 
-    Each runs twice, the second time on a batch with its samples in another order. Errors are those of the first,
-    against a float64 copy, of the outputs and of the gradients of a random projection of them. Where the model draws
-    random numbers in training mode they are taken in evaluation mode. Times are medians of `turns` steps each, taken in
-    turn.
+    Each copy runs twice, the second time on a batch with the samples in another order. Errors are those of the first
+    run against a float64 copy: of the outputs, and of the gradients of a random projection of the outputs. They are
+    measured in evaluation mode if the model draws random numbers in training mode. Times are medians of `turns` steps
+    of each copy, taken alternately.
 
     Args:
         model: a module.
-        inputs: what the model is called with, a tuple or a dict by name.
+        inputs: the inputs of the model, a tuple or a dict by name.
         recompute: the level at which the copy is converted.
-        turns: how many steps of each are timed; of one nothing tells how noisy it is.
+        turns: the number of timed steps of each copy; the noise of a single step is unknown.
 
     Returns:
         A `Check`, which prints as a table.
@@ -169,15 +142,17 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
     truth = _results(copy_of(plain).double(), each_of(inputs, in_double))[0]
     runs, states = [], []
     for which in (plain, twin):
-        found = [_alike(functools.partial(_results, which, batch)) for batch in (inputs, reordered(inputs))]
-        runs.append([(*result, drawn) for result, drawn in found])
+        batches = (inputs, reordered(inputs))
+        results = [_from_same_seeds(functools.partial(_results, which, batch)) for batch in batches]
+        runs.append([(*result, generators) for result, generators in results])
         states.append(state_of(which))
     for turn, (theirs, ours) in enumerate(zip(*runs, strict=True)):
         changed += [f"{what}, call {turn + 1}" for what in _compared(theirs, ours)]
     changed += [f"{name} is another afterwards" for name in different(*states)]
     kinds = (("outputs", "output"), ("gradients", "grad"))
-    errors = [_errors(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
-    changed += [told for found in errors if (told := _beyond_rounding(found, _eps(runs[0][0][0])))]
+    errors = [errors_of(what, prefix, truth, runs[0][0][0], runs[1][0][0]) for what, prefix in kinds]
+    eps = lowest_precision(runs[0][0][0])
+    changed += [message for error in errors if (message := beyond_rounding(error, eps))]
     plain.train(), twin.train()
     kept = _kept(plain, inputs), _kept(twin, inputs)
     peak = _peak(plain, inputs, device), _peak(twin, inputs, device)
@@ -203,22 +178,22 @@ def _spread(times: Sequence[float]) -> float:
     return (high - low) / 2 / middle
 
 
-# What a run does
+# Results and side effects of a run
 
 
 def _results(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], Any]:
-    """Outputs and gradients by name, and the types of what the model returns."""
+    """Outputs and gradients by name, and the types in the model's result."""
     value = call(model, inputs)
     loss = projection(outputs_of(value))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs_of(value))}
-    results |= {f"grad {name}": g for name, g in zip(named, found, strict=True) if g is not None}
+    results |= {f"grad {name}": g for name, g in zip(named, grads, strict=True) if g is not None}
     return results, types_in(value)
 
 
-def _alike(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
-    """The result of a run, and the states of all random numbers after it, which begin alike for each."""
+def _from_same_seeds(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    """The result of a run that starts from fixed random seeds, and the states of all generators afterwards."""
     numpy = sys.modules.get("numpy")
     with memory.random_numbers_kept():
         torch.manual_seed(0)
@@ -230,6 +205,7 @@ def _alike(run: Callable[[], Any]) -> tuple[Any, list[Any]]:
 
 
 def _compared(theirs: tuple, ours: tuple) -> Iterator[str]:
+    """The differences between a run of the model and one of the converted model."""
     (their_results, their_types, their_draws), (our_results, our_types, our_draws) = theirs, ours
     if their_types != our_types:
         yield f"returns {our_types}, not {their_types}"
@@ -245,56 +221,18 @@ def _compared(theirs: tuple, ours: tuple) -> Iterator[str]:
             yield f"{name} is finite elsewhere"
 
 
-def _errors(
-    what: str, prefix: str, truth: dict[str, Tensor], eager: dict[str, Tensor], ours: dict[str, Tensor]
-) -> Errors:
-    names = [name for name in truth if name.startswith(prefix) and name in eager and name in ours]
-    # Whether the same elements are nan or infinite has been asked; of these there is no error.
-    finite = {n: truth[n].isfinite() & eager[n].isfinite() & ours[n].isfinite() for n in names}
-    truth, eager, ours = ({n: torch.where(finite[n], each[n], 0) for n in names} for each in (truth, eager, ours))
-    total = float(sum(truth[name].norm() ** 2 for name in names)) ** 0.5 or 1.0
-
-    def error(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-        return float(sum((left[n].double() - right[n].double()).norm() ** 2 for n in names)) ** 0.5 / total
-
-    # Below an ulp of the largest tensor a ratio says nothing.
-    floor = torch.finfo(eager[names[0]].dtype).eps * float(max(truth[name].norm() for name in names)) + 1e-300
-
-    def ratio(name: str) -> float:
-        mine, usual = (float((x[name].double() - truth[name]).norm()) for x in (ours, eager))
-        return (mine + floor) / (usual + floor)
-
-    worst = max(names, key=ratio)
-    return Errors(what, error(eager, truth), error(ours, truth), error(ours, eager), worst, ratio(worst))
-
-
-def _eps(tensors: dict[str, Tensor]) -> float:
-    """Of the dtype with the fewest digits."""
-    return max(torch.finfo(tensor.dtype).eps for tensor in tensors.values())
-
-
-def _beyond_rounding(found: Errors, eps: float) -> str:
-    """In words, if errors are larger than those that the model makes itself, and than some ulps, explain."""
-    if found.converted <= _TIMES * found.eager + _ULPS * eps and found.worst_ratio <= _WORST:
-        return ""
-    return (
-        f"{found.what} are other numbers: an error of {found.converted:.1e}, where the model's own is "
-        f"{found.eager:.1e}; the worst, {found.worst_ratio:.0f}x, in {found.worst}"
-    )
-
-
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def to_json(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
-    """Writes the checks, by level, as data."""
+    """Writes the checks to a file as data, by level."""
     pathlib.Path(path).write_text(json.dumps({level: found.as_dict() for level, found in checks.items()}, indent=1))
 
 
 def draw(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
-    """A PNG: what is kept, the peak and the time of a step, as fractions of the model's own. Needs matplotlib."""
+    """Draws a PNG: kept bytes, peak and time of a step as fractions of the original model's. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from . import check, doctor, inspect, memory
-from .arguments import file, natural, picture, positive
+from .cli_arguments import file, natural, picture, positive
 from .convert import convert, is_converted, revert
-from .copies import copy_of
 from .inspect import ARCHITECTURES, COLUMNS, roofline
 from .levels import OF_MODELS
+from .model_copies import copy_of
 from .plan import DoesNotFit, plan
 from .plan.budget import Budget, bytes_of
-from .target import BadTarget, Inputs, arguments_of, built
+from .target import Inputs, TargetError, arguments_of, load_target
 from .version import __version__
 
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(arguments)
     except _NotWritten as error:
-        # Who reads no further, as `head` does, knows.
+        # A reader that stops early, such as `head`, needs no message.
         if not isinstance(error.__cause__, BrokenPipeError):
             print(error, file=sys.stderr)
         return 2
@@ -105,7 +105,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         "--json", type=file, metavar="FILE", help="write the figures there as data, with --worst also the estimates"
     )
     options = parser.parse_args(arguments)
-    # torch's profiler, which finds the peak, prints of each start and stop.
+    # torch's profiler, which measures the peak, logs every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if getattr(options, "png", None) and importlib.util.find_spec("matplotlib") is None:
         print("--png needs matplotlib: pip install 'ckpt-kernels[bench]', or matplotlib itself", file=sys.stderr)
@@ -121,14 +121,14 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 class _NotWritten(Exception):
-    """A result that could not be written, though a moment ago it could be, or that nobody reads."""
+    """A result that could not be written, or whose reader has gone."""
 
 
 def _print(result: Any, end: str = "\n") -> None:
     try:
         print(result, end=end, flush=True)
     except OSError as error:
-        # Python would write what is left when it ends, and fail again.
+        # At exit Python would write the rest of the output, and fail again.
         sys.stdout = open(os.devnull, "w")
         raise _NotWritten(f"standard output cannot be written to: {error}") from error
 
@@ -141,17 +141,17 @@ def _write(write: Callable[..., Any], path: pathlib.Path, *arguments: Any) -> No
 
 
 def _run(command: Callable[[nn.Module, Inputs, argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """The command's exit status; 2 where the target or its model fails, so that 1 means what was measured."""
+    """The command's exit status; 2 if the target or its model fails, so that 1 only reports measurements."""
     try:
-        model, inputs = built(options.target)
-        # Whatever the target's code has left: what is kept for gradients is the question.
+        model, inputs = load_target(options.target)
+        # The target's code may have disabled gradients. The commands measure tensors kept for gradients.
         with torch.enable_grad():
             return command(model, inputs, options)
     except _NotWritten:
         raise  # for `main`
-    except BadTarget as error:
+    except TargetError as error:
         print(error, file=sys.stderr)
-    # The model may end the process, too.
+    # The model may also call sys.exit.
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         print(
@@ -202,7 +202,7 @@ def _convert_check(model: nn.Module, inputs: Inputs, options: argparse.Namespace
         _write(functools.partial(check.to_json, checks), options.json)
     if options.png:
         _write(functools.partial(check.draw, checks), options.png)
-    return 1 if any(found.changed for found in checks.values()) else 0
+    return 1 if any(result.changed for result in checks.values()) else 0
 
 
 def _budget(text: str) -> Budget:
@@ -221,15 +221,15 @@ def _plan(model: nn.Module, inputs: Inputs, options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     try:
-        made = plan(model, *args, budget=options.budget, **kwargs)
+        best_plan = plan(model, *args, budget=options.budget, **kwargs)
     except DoesNotFit as error:
         print(error, file=sys.stderr)
         return 1
-    _print(made)
+    _print(best_plan)
     if options.out:
-        _write(made.save, options.out)
+        _write(best_plan.save, options.out)
     if options.png:
-        _write(made.draw, options.png)
+        _write(best_plan.draw, options.png)
     return 0
 
 

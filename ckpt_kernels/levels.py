@@ -1,15 +1,15 @@
-"""Recompute levels: their names, in the order of what they keep, which are possible where, and how one is spelled.
+"""Recompute levels: their names and order, where each is possible, and how a level is written as text.
 
-none        as it is: nothing is converted                               modules
+none        nothing is converted                                         modules
 block       a block keeps its input                                      functions, modules, models
-output      and lets go of its output                                    functions, modules, models
-all         and of the product that made its input                       functions, modules, models
-layer       a layer keeps its input and what attention gives             modules, models
-checkpoint  a layer keeps its input alone; "output" inside               modules
+output      and discards its output                                      functions, modules, models
+all         and discards the product that made its input                 functions, modules, models
+layer       a layer keeps its input and the result of attention          modules, models
+checkpoint  a layer keeps only its input; inside the level is "output"   modules
 
-Of a model or a module a level may say how many tiles its MLPs take their rows in: "all, tiles=4". Of a module it may
-say that what is kept waits in host memory: "output, offload", "all, tiles=4, offload". It is spelled so wherever one is
-given or shown: in `convert`, in plans and their files, in tables.
+For a model or a module, a level may give the number of tiles in which MLPs process their rows: "all, tiles=4". For a
+module, a level may say that kept tensors wait in host memory: "output, offload", "all, tiles=4, offload". The spelling
+is the same in `convert`, in plans and their files, and in tables.
 """
 
 import re
@@ -19,13 +19,13 @@ from typing import Any
 
 OF_FUNCTIONS = ("block", "output", "all")
 OF_MODELS = (*OF_FUNCTIONS, "layer")
-# Levels of single layers, whose neighbours may have others.
+# Levels of single layers. Neighbouring layers may have other levels.
 NONE, CHECKPOINT = "none", "checkpoint"
 OF_LAYERS = (NONE, *OF_MODELS)
 OF_MODULES = (*OF_LAYERS, CHECKPOINT)
-# What there is within a checkpoint by itself.
+# The level of the modules within a checkpoint.
 WITHIN_CHECKPOINT = "output"
-# Where MLPs do not keep all that is between their products.
+# The levels at which MLPs discard tensors between their products, so that tiles save memory.
 IN_TILES = ("output", "all", "layer", CHECKPOINT)
 _OFFLOAD = "offload"
 _SPELLED = rf"(\w+)(?:, ?tiles=([1-9]\d*))?(, ?{_OFFLOAD})?"
@@ -33,12 +33,12 @@ _SPELLED = rf"(\w+)(?:, ?tiles=([1-9]\d*))?(, ?{_OFFLOAD})?"
 
 @dataclass(frozen=True)
 class Policy:
-    """A level, and what is said of it.
+    """A recompute level with its options.
 
     Attributes:
-        level: its name.
-        tiles: how many parts MLPs take their rows in; None where nothing is said of it.
-        is_offloaded: whether what is kept waits in host memory.
+        level: the name of the level.
+        tiles: the number of tiles in which MLPs process their rows; None if not given.
+        is_offloaded: whether kept tensors wait in host memory.
     """
 
     level: str
@@ -54,26 +54,27 @@ class Policy:
         return self.level == CHECKPOINT
 
     def inside(self) -> "Policy":
-        """That of what is inside, for a checkpoint; any other itself."""
+        """For a checkpoint the policy of the modules inside; any other policy is returned as is."""
         return replace(self, level=WITHIN_CHECKPOINT) if self.is_checkpoint else self
 
     @staticmethod
     def read(text: Any, levels: Sequence[str]) -> "Policy | None":
-        """What is spelled; None if it is none of these levels, or says what is not possible at it."""
-        found = re.fullmatch(_SPELLED, text) if isinstance(text, str) else None
-        if found is None or found[1] not in levels or (found[2] and found[1] not in IN_TILES):
+        """The policy that `text` spells; None if the level is not one of `levels`, or has impossible options."""
+        spelled = re.fullmatch(_SPELLED, text) if isinstance(text, str) else None
+        if spelled is None or spelled[1] not in levels or (spelled[2] and spelled[1] not in IN_TILES):
             return None
-        # What is kept of single layers may be offloaded; a checkpoint's input is no tensor that autograd keeps.
-        if found[3] and (NONE not in levels or found[1] == CHECKPOINT):
+        # Only single layers can be offloaded. Autograd does not keep the input of a checkpoint, so hooks cannot offload
+        # that.
+        if spelled[3] and (NONE not in levels or spelled[1] == CHECKPOINT):
             return None
-        return Policy(found[1], int(found[2]) if found[2] else None, found[3] is not None)
+        return Policy(spelled[1], int(spelled[2]) if spelled[2] else None, spelled[3] is not None)
 
     @staticmethod
     def of(text: Any, levels: Sequence[str], argument: str) -> "Policy":
-        """What is spelled.
+        """The policy that `text` spells.
 
         Raises:
-            ValueError: it is none of these levels, or says what is not possible at it.
+            ValueError: the level is not one of `levels`, or has impossible options.
         """
         policy = Policy.read(text, levels)
         if policy is None:
@@ -86,6 +87,6 @@ class Policy:
         return policy
 
 
-def of_blocks(level: str) -> str:
-    """The level of the blocks in what has a level: "layer" is "all" within."""
+def level_of_blocks(level: str) -> str:
+    """The level of the blocks within a module of this level: "all" within "layer"."""
     return "all" if level == "layer" else level

@@ -1,7 +1,7 @@
-"""The functions whose result is known without a look at logits: what models do between their head and their loss.
+"""The functions that can be applied to logits without computing them: those that models use between head and loss.
 
-Each handler is given a `Description` of logits, the function and its other arguments. It gives the description of
-logits again, or a loss that is yet to be computed, or None for whatever is not as it is expected to be.
+Each handler takes a `Description` of logits, the function and the other arguments. The handler returns the description
+of the new logits, or a function that computes the loss, or None if the call has an unexpected form.
 """
 
 import inspect
@@ -19,7 +19,7 @@ Elementwise = Callable[[Tensor], Tensor]
 
 
 class Product(NamedTuple):
-    """A linear layer's operands, the dtype that it computes in, and what is done with each element of the result."""
+    """The operands of a linear layer, the dtype of the computation, and elementwise functions applied to the result."""
 
     input: Tensor
     weight: Tensor
@@ -32,34 +32,37 @@ class Product(NamedTuple):
         return self.input, self.weight, self.bias
 
     def value(self) -> Tensor:
+        """The logits."""
         input, weight, bias = (None if t is None else t.to(self.dtype) for t in self.operands)
         assert input is not None and weight is not None
         with torch.autocast(input.device.type, enabled=False):
             return self.after(linear_of_torch(input, weight, bias))
 
     def after(self, logits: Tensor) -> Tensor:
+        """Applies the elementwise functions."""
         for function in self.elementwise:
             logits = function(logits)
         return logits
 
 
 class Description(NamedTuple):
-    """Logits that are not made: the product that they are, and a tensor on meta of their shape, strides and dtype."""
+    """Logits that are not computed: the product, and a meta tensor with the shape, strides and dtype of the logits."""
 
     product: Product
     like: Tensor
 
     def after(self, func: Any, args: tuple, kwargs: dict, input: Tensor, *elementwise: Elementwise) -> "Description":
-        """After `func`, which leaves the rows of `input`."""
+        """The description after `func`, where `input` has the rows of the new logits."""
         product = self.product._replace(input=input, elementwise=(*self.product.elementwise, *elementwise))
         return Description(product, func(self.like, *args, **kwargs))
 
 
-Known = Description | Callable[[], Tensor] | None
+Outcome = Description | Callable[[], Tensor] | None
 
 
-def known(func: Any, logits: Description, others: tuple, kwargs: dict[str, Any]) -> Known:
-    """What `func(logits, *others, **kwargs)` gives; None where it is not known, or called as it is not known."""
+def outcome_of(func: Any, logits: Description, others: tuple, kwargs: dict[str, Any]) -> Outcome:
+    """The outcome of `func(logits, *others, **kwargs)`; None if the function or the form of the call is not
+    supported."""
     handler = _HANDLERS.get(func)
     if handler is None:
         return None
@@ -71,7 +74,7 @@ def known(func: Any, logits: Description, others: tuple, kwargs: dict[str, Any])
 
 
 def _reshaped(logits: Description, func: Any, *args: Any, **kwargs: Any) -> Description | None:
-    """Another shape of the same rows."""
+    """A reshape of the same rows."""
     like = func(logits.like, *args, **kwargs)
     if like.dtype != logits.like.dtype or not like.dim() or like.shape[-1] != logits.like.shape[-1]:
         return None
@@ -87,7 +90,7 @@ def _sliced(logits: Description, func: Any, index: Any) -> Description | None:
     taken = sum(entry is not None and entry is not ... for entry in entries)
     if ... not in entries and taken < logits.like.dim():
         entries = (*entries, ...)
-    # The last entry is for the last dimension, of which all is to be there.
+    # The last entry is for the last dimension, which must be taken whole.
     is_whole = entries[-1] == slice(None) or (entries[-1] is ... and taken < logits.like.dim())
     return logits.after(func, (index,), {}, logits.product.input[index]) if is_whole else None
 
@@ -113,6 +116,7 @@ def _cast(logits: Description, func: Any, dtype: Any = torch.float32) -> Descrip
 
 
 def _by_number(logits: Description, func: Any, number: Any) -> Description | None:
+    """A product with a number, or a quotient by one."""
     if type(number) not in (int, float):
         return None
     return logits.after(func, (number,), {}, logits.product.input, lambda tensor: func(tensor, number))
@@ -133,11 +137,11 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Callable[[], Tensor] | None:
-    """Of rows and their classes."""
+    """The cross entropy of rows and their classes."""
     product, like = logits
     if size_average is not None or reduce is not None or weight is not None or not _are_classes(target, logits):
         return None
-    # What torch refuses is left to it.
+    # torch itself raises the errors for invalid arguments.
     if reduction not in ("mean", "sum", "none") or type(ignore_index) is not int:
         return None
     device = product.input.device.type
@@ -163,14 +167,14 @@ def _cross_entropy(
 
 
 def _are_classes(target: Any, logits: Description) -> bool:
-    """Whether there is the number of a class for each row."""
+    """Whether the target has a class index for each row."""
     like = logits.like
     if type(target) is not Tensor or like.dim() != 2 or target.dtype != torch.int64:
         return False
     return target.shape == like.shape[:1] and target.device == logits.product.input.device
 
 
-_HANDLERS: dict[Any, Callable[..., Known]] = {
+_HANDLERS: dict[Any, Callable[..., Outcome]] = {
     functional.cross_entropy: _cross_entropy,
     Tensor.__getitem__: _sliced,
     Tensor.contiguous: _contiguous,

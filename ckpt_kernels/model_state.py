@@ -1,4 +1,4 @@
-"""What of a model's state can be compared: parameters, buffers and attributes, before and after something."""
+"""Compares a model's parameters, buffers and attributes before and after a change."""
 
 import math
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Parameters, buffers and attributes of all modules, by name."""
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found[name] = tensor.detach().clone()
+        state[name] = tensor.detach().clone()
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if not key.startswith("_"):
-                found[f"{name}.{key}"] = described(value)
-    return found
+                state[f"{name}.{key}"] = described(value)
+    return state
 
 
 def described(value: Any, depth: int = 3) -> Any:
-    """What can be compared of an attribute."""
+    """A copy of the comparable parts of an attribute."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping) and depth:
@@ -30,12 +30,12 @@ def described(value: Any, depth: int = 3) -> Any:
         return type(value).__name__, [described(item, depth - 1) for item in value]
     if isinstance(value, bool | int | float | str | type(None)):
         return value
-    held = vars(value) if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) else {}
-    return type(value).__name__, {str(key): described(item, depth - 1) for key, item in held.items()}
+    attributes = vars(value) if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) else {}
+    return type(value).__name__, {str(key): described(item, depth - 1) for key, item in attributes.items()}
 
 
 def different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names of what only one has, or of what is not the same in both, but for rounding."""
+    """The names that only one state has, or whose values differ by more than rounding."""
     names = sorted(before.keys() ^ after.keys())
     return names + [name for name in before.keys() & after.keys() if not _same(before[name], after[name])]
 

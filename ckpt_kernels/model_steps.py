@@ -1,4 +1,4 @@
-"""Forward and backward passes of any model: its outputs, a loss of them, a step, the time that one takes."""
+"""Forward and backward passes of any model: outputs, a loss, a training step and its time."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .nested_values import tensors_in
 from .target import Inputs, arguments_of
-from .values import tensors_in
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Calls the model with `inputs`, a tuple or a mapping by name."""
     args, kwargs = arguments_of(inputs)
     return model(*args, **kwargs)
 
 
 def outputs_of(value: Any) -> list[Tensor]:
+    """The tensors in a result that require a gradient. Raises ValueError if there are none."""
     outputs = [t for t in tensors_in(value) if t.requires_grad]
     if not outputs:
         raise ValueError("the model's outputs have no gradient; expected a tensor that depends on its parameters")
@@ -24,18 +26,20 @@ def outputs_of(value: Any) -> list[Tensor]:
 
 
 def projection(outputs: list[Tensor]) -> Tensor:
-    """The sum of outputs with random weights."""
+    """A loss: the sum of the outputs, weighted at random."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(y.shape, generator=generator, dtype=torch.float64) / y.numel() ** 0.5 for y in outputs]
     return sum((y * w.to(y)).sum() for y, w in zip(outputs, weights, strict=True))
 
 
 def step(model: nn.Module, inputs: Inputs) -> None:
+    """A forward and a backward pass, for the gradients of all parameters that require one."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     torch.autograd.grad(projection(outputs_of(call(model, inputs))), wanted, allow_unused=True)
 
 
 def seconds_of_step(model: nn.Module, inputs: Inputs, device: torch.device) -> float:
+    """The time of one step."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -46,7 +50,7 @@ def seconds_of_step(model: nn.Module, inputs: Inputs, device: torch.device) -> f
 
 
 def draws_random_numbers(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a forward pass moves torch's random numbers on."""
+    """Whether a forward pass draws from torch's random number generators."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generators = [torch.default_generator]
     if device.type == "cuda":
@@ -61,12 +65,14 @@ def draws_random_numbers(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def each_of(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
+    """The inputs after `change` of each."""
     if isinstance(inputs, Mapping):
         return {key: change(value) for key, value in inputs.items()}
     return tuple(map(change, inputs))
 
 
 def in_double(value: Any) -> Any:
+    """Floating-point tensors in float64, other values as they are."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

@@ -1,16 +1,16 @@
-"""What layers keep waits in host memory, and comes back one layer ahead of the backward pass.
+"""Offloads the tensors that layers keep to host memory, and prefetches them one layer ahead of the backward pass.
 
     ckpt_kernels.convert(model, recompute="output")
     ckpt_kernels.offload.offload(model, "model.layers.*")
 
-In forward, each tensor that a layer keeps is copied to pinned memory on a stream of its own, while the next layers
-compute; its memory on the device is free once the copy is through. In backward, when a layer asks for the first of its
-tensors, those of the layer after it go, and those of the layer before it start to come back on that stream. So at most
-two layers' tensors are there, and none after the pass; the copies hide behind the computation as far as the bus is fast
-enough.
+In the forward pass, each tensor that a layer keeps is copied to pinned memory on a separate stream while the next
+layers compute. The tensor's memory on the device is free once the copy is done. In the backward pass, when a layer
+first asks for a tensor, the tensors of the layer after it are dropped, and those of the layer before it are prefetched
+on that stream. So at most two layers' tensors are on the device, and none after the pass. The copies overlap with the
+computation as far as the bus is fast enough.
 
-It works by torch's saved-tensor hooks around a layer's forward. What a converted layer lets go of is not kept, and so
-is not copied either.
+The mechanism is saved-tensor hooks around a layer's forward pass. Tensors that a converted layer discards are not kept,
+and so are not copied either.
 """
 
 import fnmatch
@@ -28,43 +28,42 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .convert.loads import named_modules, tensors_of
 from .convert.rules.rule import Forward
 from .convert.swap import may_be_swapped, surround
-from .host import from_host, to_host
+from .host_memory import from_host, to_host
 from .recompute import discarding, run_at
 from .recompute.active import top_hooks
-from .recompute.contents import Unwritten, watching
-from .runs.arguments import unwritten
+from .recompute.cells import Unwritten, version_watch
+from .runs.arguments import version_checked
 
-# Smaller ones stay: their copies cost more than their memory is worth.
+# Smaller tensors stay on the device: their copies cost more than their memory is worth.
 LEAST = 2**20
-# The memory that a tensor is a view of is copied whole, for all views of it, but where it is more than so many times as
-# large: such a one belongs to somebody else.
-MOST_BESIDE = 4
+# The storage of a tensor is copied whole, for all views of the storage. If the storage is larger than the tensor by
+# more than this ratio, only the tensor is copied: the rest belongs to something else.
+MOST_STORAGE_RATIO = 4
 
 
 def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
-    """Has layers keep their tensors in host memory from the forward to the backward pass. `revert(model)` undoes it.
+    """Keeps the tensors of layers in host memory from the forward to the backward pass. `revert(model)` undoes this.
 
-    Results and gradients are the same to the last bit. Parameters and buffers stay where they are, and so do tensors
-    that are no plain dense ones. On a CPU it is simulated, for tests: tensors are copied to memory that torch's
-    allocator does not count, so that what is measured of a step is what a device would have of it.
+    Results and gradients are bitwise the same. Parameters and buffers stay on the device, and so do tensors that are
+    not plain and dense. On a CPU offloading is simulated, for tests: tensors are copied to memory that torch's
+    allocator does not count, so that a measured step shows the memory of a device.
 
-    A tensor that is written to in place between the passes is an error in backward, as it is in torch; of those that
-    were copied too, because the copy may not be through when they are written to.
+    An in-place write to a kept tensor between the passes is an error in the backward pass, as in torch. This includes
+    tensors that were copied, because the copy may not be done at the time of the write.
 
     Args:
-        model: a module, converted first if it is to be converted at all.
-        layers: the name of the layers, with * and ?, such as "model.layers.*"; of those within each
-            other the outermost.
+        model: a module. Convert the model before this call, if at all.
+        layers: a name pattern with * and ?, such as "model.layers.*". Of nested matches the outermost is taken.
         least: tensors of fewer bytes stay on the device.
 
     Returns:
         The names of the layers.
 
     Kept for backward:
-        On the device what is smaller; in host memory the rest.
+        Tensors of fewer than `least` bytes on the device; the rest in host memory.
 
     Raises:
-        ValueError: no module has such a name, or one's forward cannot be surrounded.
+        ValueError: no module has such a name, or the forward of a layer is not a plain method.
         TypeError: `model` is no module, `layers` no name, or `least` no number of bytes.
 
     Example:
@@ -99,22 +98,18 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
 
 
 def warn_if_simulated(model: nn.Module) -> None:
-    """Says so where the model is on the CPU."""
+    """Warns that offloading saves no memory, if the model is on the CPU."""
     if all(tensor.device.type == "cpu" for tensor in tensors_of(model)):
         warnings.warn("the model is on the CPU, where offload is simulated and saves no memory", stacklevel=3)
 
 
 class Offloading:
-    """What the forward of the layers of one model runs in.
-
-    Args:
-        least: tensors of fewer bytes stay.
-    """
+    """Wraps the forward passes of the layers of one model. Tensors of fewer than `least` bytes stay on the device."""
 
     def __init__(self, least: int) -> None:
         self._least = least
-        self._last: weakref.ref[Visit] | None = None
-        self._turns = Turns()
+        self._last: weakref.ref[LayerCall] | None = None
+        self._schedule = PrefetchSchedule()
 
     def __deepcopy__(self, memo: dict) -> "Offloading":
         return Offloading(self._least)
@@ -126,155 +121,159 @@ class Offloading:
         hooks: Any = torch._C._autograd
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
             return forward(module, *args, **kwargs)
-        before = _there(self._last)
-        visit = Visit(
-            self._turns, self._least, {tensor.untyped_storage()._cdata for tensor in tensors_of(module, buffers=True)}
-        )
+        before = _alive(self._last)
+        own_storages = {tensor.untyped_storage()._cdata for tensor in tensors_of(module, buffers=True)}
+        call = LayerCall(self._schedule, self._least, own_storages)
         if before is not None:
-            visit.before = weakref.ref(before)
-        self._last = weakref.ref(visit)
+            call.before = weakref.ref(before)
+        self._last = weakref.ref(call)
         around = discarding()
-        with torch.autograd.graph.saved_tensors_hooks(visit.pack, _unpack):
+        with torch.autograd.graph.saved_tensors_hooks(call.pack, _unpack):
             if around is None:
                 return forward(module, *args, **kwargs)
-            # It does not see what is saved here: another one lets go of outputs, at its level.
+            # The outer context does not see tensors saved here: an inner one discards outputs, at the same level.
             return run_at(around.level, functools.partial(forward, module), module, args, kwargs)
 
 
-def _there(visit: "weakref.ref[Visit] | None") -> "Visit | None":
-    return None if visit is None else visit()
+def _alive(call: "weakref.ref[LayerCall] | None") -> "LayerCall | None":
+    return None if call is None else call()
 
 
-class Turns:
-    """Whose tensors are back: in a backward pass those of the layer whose turn it is, and of the next one.
+class PrefetchSchedule:
+    """Decides which layers' tensors are on the device in a backward pass: the current and the next layer's.
 
-    A pass that raised leaves these two where they are, until the next pass or until the graph goes.
+    After a backward pass that raised, these tensors stay until the next pass or until the graph is freed.
     """
 
     def __init__(self) -> None:
-        self._back: list[weakref.ref[Visit]] = []
-        self._pass: int | None = None
+        self._prefetched: list[weakref.ref[LayerCall]] = []
+        self._current_pass: int | None = None
 
-    def begin(self, visit: "Visit") -> None:
-        """When a layer first asks for a tensor in this pass: what was back for others goes, then its own come, if they
-        have not yet, and those of the layer before it."""
-        now = torch._C._current_graph_task_id()
-        # Outside of a backward pass somebody looks at the graph: there are no turns.
-        if now in (-1, visit.turn):
+    def begin(self, call: "LayerCall") -> None:
+        """Starts a layer's turn, when the layer first asks for a tensor in this backward pass.
+
+        Only the tensors of this layer and of the layer before stay on the device, and are fetched if missing.
+        """
+        graph_task = torch._C._current_graph_task_id()
+        # Outside of a backward pass a caller inspects the graph, and nothing is prefetched.
+        if graph_task in (-1, call.last_pass):
             return
-        visit.turn = now
-        wanted = [one for one in (visit, _there(visit.before)) if one is not None]
-        self._leave(wanted)
-        for one in wanted:
-            one.fetch()
-        if self._pass != now:
-            self._pass = now
+        call.last_pass = graph_task
+        wanted = [layer_call for layer_call in (call, _alive(call.before)) if layer_call is not None]
+        self._keep_only(wanted)
+        for layer_call in wanted:
+            layer_call.fetch()
+        if self._current_pass != graph_task:
+            self._current_pass = graph_task
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
-        self._leave([])
+        self._keep_only([])
 
-    def _leave(self, wanted: "list[Visit]") -> None:
-        """Drops all that is back but what is wanted."""
-        for one in filter(None, map(_there, self._back)):
-            if one not in wanted:
-                one.drop()
-        self._back = [weakref.ref(one) for one in wanted]
+    def _keep_only(self, wanted: "list[LayerCall]") -> None:
+        """Drops the prefetched tensors of all other layers."""
+        for layer_call in filter(None, map(_alive, self._prefetched)):
+            if layer_call not in wanted:
+                layer_call.drop()
+        self._prefetched = [weakref.ref(layer_call) for layer_call in wanted]
 
 
-class Visit:
-    """One call of one layer: what it keeps, and the call of the layer before it.
+class LayerCall:
+    """One call of one layer: the tensors that it keeps, and the call of the layer before it.
 
-    The autograd graph holds the packets, and these hold the visit: all is gone when the graph is.
+    The autograd graph holds the offloaded storages, and they hold the call. So all are freed with the graph.
 
     Attributes:
-        before: the call before it, while its graph is there.
-        turn: the number of the last backward pass in which it had its turn.
+        before: the call of the layer before, while the graph of that call exists.
+        last_pass: the number of the last backward pass in which this layer had a turn.
     """
 
-    def __init__(self, turns: Turns, least: int, stay: set[int]) -> None:
-        self.turns = turns
+    def __init__(self, schedule: PrefetchSchedule, least: int, stay: set[int]) -> None:
+        self.schedule = schedule
         self._least = least
         self._stay = stay
-        # Only the innermost hooks run in torch: what stays is handed on to those around.
+        # torch runs only the innermost hooks, so tensors that stay are passed on to the outer ones.
         self._outer = top_hooks()
-        self._packets: list[weakref.ref[Packet]] = []
-        self._known: dict[tuple, tuple[StorageWeakRef, weakref.ref[Packet]]] = {}
-        self.before: weakref.ref[Visit] | None = None
-        self.turn: int | None = None
+        self._storages: list[weakref.ref[OffloadedStorage]] = []
+        self._by_storage: dict[tuple, tuple[StorageWeakRef, weakref.ref[OffloadedStorage]]] = {}
+        self.before: weakref.ref[LayerCall] | None = None
+        self.last_pass: int | None = None
 
     def pack(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """How the graph gets the tensor back. torch itself looks for no writes to tensors that go through hooks."""
+        """Packs a tensor as a function that returns the tensor. torch does not check for in-place writes under
+        hooks."""
         storage = tensor.untyped_storage() if _is_plain(tensor) else None
         if storage is None or tensor.nbytes < self._least or storage._cdata in self._stay:
             if self._outer is None:
-                return unwritten(tensor, "a tensor that a layer keeps")
+                return version_checked(tensor, "a tensor that a layer keeps")
             return functools.partial(self._outer[1], self._outer[0](tensor))
-        watch = watching(tensor)
+        watch = version_watch(tensor)
         assert watch is not None, "a plain tensor has a version counter"
         version = tensor._version
         tensor = tensor.detach()
-        if storage.nbytes() > MOST_BESIDE * tensor.nbytes:
+        if storage.nbytes() > MOST_STORAGE_RATIO * tensor.nbytes:
             tensor = tensor.clone()
             storage = tensor.untyped_storage()
         offset = int(tensor.storage_offset())
-        view = View(self._packet(storage, version), tensor.dtype, offset, tensor.shape, tensor.stride())
+        view = OffloadedView(self._stored(storage, version), tensor.dtype, offset, tensor.shape, tensor.stride())
         return Unwritten(view, watch, version).get
 
-    def _packet(self, storage: torch.UntypedStorage, version: int) -> "Packet":
-        """The one of this memory, of which several tensors may be views."""
-        held, known = self._known.get((storage._cdata, version), (None, None))
-        packet = known() if held is not None and known is not None and not held.expired() else None
-        if packet is None:
-            packet = Packet(self, to_host(_bytes_of(storage)), storage.device)
-            self._known[storage._cdata, version] = StorageWeakRef(storage), weakref.ref(packet)
-            self._packets.append(weakref.ref(packet))
-        return packet
+    def _stored(self, storage: torch.UntypedStorage, version: int) -> "OffloadedStorage":
+        """The offloaded storage; several tensors may be views of one."""
+        key = storage._cdata, version
+        references = self._by_storage.get(key)
+        stored = None if references is None or references[0].expired() else references[1]()
+        if stored is None:
+            stored = OffloadedStorage(self, to_host(_bytes_of(storage)), storage.device)
+            self._by_storage[key] = StorageWeakRef(storage), weakref.ref(stored)
+
+            self._storages.append(weakref.ref(stored))
+        return stored
 
     def fetch(self) -> None:
-        """Starts to bring back what is not there."""
-        for packet in filter(None, (ref() for ref in self._packets)):
-            if packet.back is None:
-                packet.back = from_host(packet.host, packet.device)
+        """Starts the copies to the device of all storages that are not there."""
+        for stored in filter(None, (ref() for ref in self._storages)):
+            if stored.on_device is None:
+                stored.on_device = from_host(stored.host, stored.device)
 
     def drop(self) -> None:
-        """Lets go of what is back; it is still in host memory, for another backward pass."""
-        for packet in filter(None, (ref() for ref in self._packets)):
-            packet.back = None
+        """Frees the copies on the device. The copies in host memory stay, for another backward pass."""
+        for stored in filter(None, (ref() for ref in self._storages)):
+            stored.on_device = None
 
 
 @dataclass(eq=False)
-class Packet:
-    """A memory that is kept.
+class OffloadedStorage:
+    """A storage that is kept in host memory.
 
     Attributes:
-        visit: the call that keeps it.
-        host: its bytes, in host memory.
-        device: where it was.
-        back: the bytes that came back, and the event after which it is whole, while it is wanted.
+        call: the layer call that keeps the storage.
+        host: the bytes, in host memory.
+        device: the original device.
+        on_device: the prefetched bytes and the event after which they are complete, while they are needed.
     """
 
-    visit: Visit
+    call: LayerCall
     host: Tensor
     device: torch.device
-    back: "tuple[Tensor, torch.cuda.Event | None] | None" = field(default=None)
+    on_device: "tuple[Tensor, torch.cuda.Event | None] | None" = field(default=None)
 
     def get(self) -> Tensor:
-        self.visit.turns.begin(self.visit)
-        # Of a layer whose turn is over, which is asked out of order, it is not.
-        found, event = self.back or from_host(self.host, self.device)
+        self.call.schedule.begin(self.call)
+        # A layer that asks out of order, after its turn, has no prefetched bytes.
+        data, event = self.on_device or from_host(self.host, self.device)
         if event is not None:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_event(event)
-            found.record_stream(now)
-        return found
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(event)
+            data.record_stream(stream)
+        return data
 
 
 @dataclass(frozen=True)
-class View:
-    """A tensor, as a view of a memory that is kept."""
+class OffloadedView:
+    """A tensor, as a view of an offloaded storage."""
 
-    packet: Packet
+    stored: OffloadedStorage
     dtype: torch.dtype
     offset: int
     shape: torch.Size
@@ -282,9 +281,9 @@ class View:
     depth: int = 0
 
     def get(self) -> Tensor:
-        found = self.packet.get()
-        empty = torch.empty(0, dtype=self.dtype, device=found.device)
-        return empty.set_(found.untyped_storage(), self.offset, self.shape, self.stride)
+        data = self.stored.get()
+        empty = torch.empty(0, dtype=self.dtype, device=data.device)
+        return empty.set_(data.untyped_storage(), self.offset, self.shape, self.stride)
 
 
 def _unpack(get: Callable[[], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""One colour for each way to train, in every picture: eager torch gray, ours blue, the darker the less is kept."""
+"""Colors of all pictures: one for each way to train. Eager torch is gray; ours are blue, darker as less is kept."""
 
 # Layers are teal, torch.compile's are green, checkpoints orange.
 COLORS = {
@@ -22,7 +22,7 @@ COLORS = {
 }
 
 
-def color_of(way: str) -> str:
-    """That of the longest name which the way's begins with."""
-    fitting = [name for name in COLORS if way.lower().startswith(name)]
-    return COLORS[max(fitting, key=len)] if fitting else "#d62728"
+def color_of(label: str) -> str:
+    """The color of the longest name in `COLORS` that the label begins with."""
+    matches = [name for name in COLORS if label.lower().startswith(name)]
+    return COLORS[max(matches, key=len)] if matches else "#d62728"

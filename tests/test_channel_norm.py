@@ -344,5 +344,5 @@ def test_an_interrupt_leaves_gradients_on() -> None:
 
 def test_all_steps_in_one_call(backend: str) -> None:
     """Where a backend has them so, which on a CPU is the compiled library."""
-    whole = ops.channel_steps.whole_backend(torch.randn(2, 4, 3, device=DEVICE))
+    whole = ops.channel_steps.single_call_backend(torch.randn(2, 4, 3, device=DEVICE))
     assert (whole is not None) == (backend == "native" and DEVICE == "cpu")

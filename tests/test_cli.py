@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from ckpt_kernels import arguments as kinds
 from ckpt_kernels import check, cli, convert
+from ckpt_kernels import cli_arguments as kinds
 
 from .test_backends import ROOT, run
 

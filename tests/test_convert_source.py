@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ckpt_kernels
-from ckpt_kernels.values import tensors_in
+from ckpt_kernels.nested_values import tensors_in
 
 from .conftest import DEVICE
 from .conversion import INNER, kept, twins

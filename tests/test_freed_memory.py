@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from ckpt_kernels import doctor, memory
-from ckpt_kernels.memory import freed
-from ckpt_kernels.memory.freed import FreshMemory
+from ckpt_kernels.memory import freed_memory
+from ckpt_kernels.memory.freed_memory import FreshMemory
 
 # Pages that the system hands out while a tensor beyond glibc's own threshold is made and filled four times.
 FAULTS = """
@@ -50,7 +50,7 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
 
 
 def test_its_example_runs() -> None:
-    code = "import doctest, ckpt_kernels.memory.freed as module; print(doctest.testmod(module))"
+    code = "import doctest, ckpt_kernels.memory.freed_memory as module; print(doctest.testmod(module))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().startswith("TestResults(failed=0, attempted=2")
 
@@ -59,7 +59,7 @@ def test_elsewhere_it_says_that_nothing_was_done(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory.keep_freed_memory() is False
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(freed.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: object())
     assert memory.keep_freed_memory() is False
 
 
@@ -78,15 +78,15 @@ def test_fresh_memory_is_the_least_of_five_turns_each(monkeypatch: pytest.Monkey
     for warm, fresh in turns:
         told += [now, now + warm, now + warm + fresh]
         now += 100.0
-    monkeypatch.setattr(freed.time, "perf_counter", iter(told).__next__)
-    assert freed.fresh_memory() == FreshMemory(warm=2000.0, fresh=5000.0)
+    monkeypatch.setattr(freed_memory.time, "perf_counter", iter(told).__next__)
+    assert freed_memory.fresh_memory() == FreshMemory(warm=2000.0, fresh=5000.0)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is set")
 @pytest.mark.parametrize("refused", [-1, -3, None])
 def test_both_thresholds_are_to_be_set(monkeypatch: pytest.MonkeyPatch, refused: int | None) -> None:
     library = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda name, value: int(name != refused))
-    monkeypatch.setattr(freed.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: library)
     assert memory.keep_freed_memory() is (refused is None)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from ckpt_kernels.catalogue.blocks import BLOCKS, BY_NAME, DROPOUT_BLOCKS
 from ckpt_kernels.inspect import (
     MACHINES,
     Usage,
@@ -238,7 +239,7 @@ def test_estimates_as_data() -> None:
 
 def test_targets_are_by_direction() -> None:
     assert roofline.target("glu forward") == roofline.target("glu again") == 0.95
-    assert roofline.target("glu backward") == roofline.target("planes sums") == 0.88
+    assert roofline.target("glu backward") == roofline.target("group_norm+silu backward, plane sums") == 0.88
 
 
 def test_what_is_not_known_is_an_error() -> None:
@@ -255,3 +256,31 @@ def test_occupancy_counts_the_shared_memory_that_a_launch_is_given() -> None:
     assert processor.resident(4, 32, 0) == 16
     assert processor.resident(4, 32, 100 << 10) == 2
     assert processor.resident(8, 128, 0) == 2
+
+
+def test_every_kernel_of_the_catalogue_is_inspected() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from ckpt_kernels.inspect.variants import block_operands, launches, variants
+
+    # Rows that a program holds at once, and longer ones.
+    inspected = {one.launch.kernel.fn.__name__ for columns in (64, 32768) for one in variants(columns, torch.float32)}
+    launched = {
+        one.kernel.fn.__name__
+        for block in (*BLOCKS, *DROPOUT_BLOCKS)
+        for launched in launches(block.call, block_operands(block.name, 64, torch.float32)).values()
+        for one in launched
+    }
+    assert launched <= inspected and len(launched) > 10
+
+
+def test_launches_are_recorded_only_where_that_is_asked_for() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from ckpt_kernels.backends.triton import launch
+    from ckpt_kernels.inspect.variants import block_operands, launches
+
+    operands = block_operands("layer_norm", 64, torch.float32)
+    assert [len(launched) for launched in launches(BY_NAME["layer_norm"].call, operands).values()] == [1, 1]
+    # Tensors without memory, as of a model that is built on the meta device, go to the reference.
+    with launch.recording() as launched:
+        BY_NAME["layer_norm"].call(**operands)
+    assert not launched

@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 
 from ckpt_kernels import nn
 from ckpt_kernels.memory import saved_bytes
-from ckpt_kernels.values import tensors_in
+from ckpt_kernels.nested_values import tensors_in
 
 from .conftest import DEVICE
 

@@ -20,16 +20,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:the model is on the CPU, where o
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[weakref.WeakSet]:
-    """The packets that there are."""
-    packets: weakref.WeakSet = weakref.WeakSet()
-    made = offload.Packet.__init__
+    """The storages that are offloaded."""
+    storages: weakref.WeakSet = weakref.WeakSet()
+    made = offload.OffloadedStorage.__init__
 
-    def init(self: offload.Packet, *args: object) -> None:
+    def init(self: offload.OffloadedStorage, *args: object) -> None:
         made(self, *args)
-        packets.add(self)
+        storages.add(self)
 
-    monkeypatch.setattr(offload.Packet, "__init__", init)
-    yield packets
+    monkeypatch.setattr(offload.OffloadedStorage, "__init__", init)
+    yield storages
 
 
 def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -50,7 +50,7 @@ def test_gradients_are_the_same_to_the_last_bit(level: str | None, alive: weakre
     assert kept > 0 and saved_bytes(model, x) == 0
     # What is let go of is not copied; what goes from one layer to the other may be kept by both.
     loss = model(x).sum()
-    assert kept <= sum(packet.host.nbytes for packet in alive) <= kept + x.nbytes
+    assert kept <= sum(storage.host.nbytes for storage in alive) <= kept + x.nbytes
     del loss
     ckpt_kernels.revert(model)
     assert not any(map(ckpt_kernels.is_converted, model))
@@ -79,7 +79,7 @@ def test_what_is_around_sees_what_stays() -> None:
 
 def back(alive: weakref.WeakSet) -> int:
     """The bytes that are there."""
-    return sum(packet.back[0].nbytes for packet in alive if packet.back is not None)
+    return sum(storage.on_device[0].nbytes for storage in alive if storage.on_device is not None)
 
 
 def test_two_layers_tensors_are_there_and_none_after_the_pass(
@@ -88,7 +88,7 @@ def test_two_layers_tensors_are_there_and_none_after_the_pass(
     """At each turn, and at each tensor that comes; twice, in a graph that is retained."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4)))
     x, turns, most = torch.randn(4, 8), [], []
-    fetch, begin = offload.from_host, offload.Turns.begin
+    fetch, begin = offload.from_host, offload.PrefetchSchedule.begin
 
     def fetched(host: torch.Tensor, device: torch.device) -> tuple:
         most.append(back(alive) + host.nbytes)
@@ -96,20 +96,20 @@ def test_two_layers_tensors_are_there_and_none_after_the_pass(
         assert found[0].data_ptr() != host.data_ptr()
         return found
 
-    def begun(self: offload.Turns, visit: offload.Visit) -> None:
-        is_new = visit.turn != torch._C._current_graph_task_id()
-        begin(self, visit)
+    def begun(self: offload.PrefetchSchedule, call: offload.LayerCall) -> None:
+        is_new = call.last_pass != torch._C._current_graph_task_id()
+        begin(self, call)
         if is_new:
             turns.append(back(alive))
 
     monkeypatch.setattr(offload, "from_host", fetched)
-    monkeypatch.setattr(offload.Turns, "begin", begun)
+    monkeypatch.setattr(offload.PrefetchSchedule, "begin", begun)
     offload.offload(model, "*", least=1)
     loss = model(x).sum()
     # The inputs of the linear layer and of the activation.
     layer = 2 * x.nbytes
-    assert not most and sum(packet.host.nbytes for packet in alive) == 4 * layer
-    assert x.data_ptr() not in {packet.host.data_ptr() for packet in alive}
+    assert not most and sum(storage.host.nbytes for storage in alive) == 4 * layer
+    assert x.data_ptr() not in {storage.host.data_ptr() for storage in alive}
     for _ in range(2):
         turns.clear(), most.clear()
         loss.backward(retain_graph=True)
@@ -221,7 +221,7 @@ def test_of_a_much_larger_memory_only_the_view_is_copied(alive: weakref.WeakSet)
     # What has as many bytes goes.
     offload.offload(model, "0", least=large[3].nbytes)
     loss = model(large[3]).sum()
-    assert [packet.host.nbytes for packet in alive] == [large[3].nbytes]
+    assert [storage.host.nbytes for storage in alive] == [large[3].nbytes]
     loss.backward()
     assert torch.equal(model[0][0].weight.grad, large[3].sum(0).expand(4, 4))
 
@@ -248,7 +248,7 @@ def test_buffers_stay_and_what_is_written_to_is_another_memory(alive: weakref.We
     model(x).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 3.0 + 7.0 + 2.0))
     # Of the second kind, the one that no pass has walked.
-    assert model[0].buffer.tolist() not in [packet.host.view(torch.float32).view(2, 4).tolist() for packet in alive]
+    assert model[0].buffer.tolist() not in [storage.host.view(torch.float32).view(2, 4).tolist() for storage in alive]
     with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
         model(x).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 24.0))
@@ -261,9 +261,9 @@ def test_a_copy_has_a_chain_of_its_own(alive: weakref.WeakSet) -> None:
     assert all(map(torch.equal, gradients(twin, x), gradients(model, x)))
     mine, its = model(x).sum(), twin(x).sum()
     first = mine.grad_fn
-    visits = {packet.visit for packet in alive}
+    calls = {storage.call for storage in alive}
     # Of each chain, one layer is the first.
-    assert len(visits) == 4 and sum(visit.before is None or visit.before() is None for visit in visits) == 2
+    assert len(calls) == 4 and sum(call.before is None or call.before() is None for call in calls) == 2
     del mine, its, first
 
 

@@ -251,14 +251,14 @@ def test_strided_heads_are_read_where_they_lie(layout: str, served: tuple, monke
         return [y, *torch.autograd.grad(y, (q, w), grad)]
 
     expected = run(q.contiguous(), grad.contiguous())
-    lie = operands.rows_as_they_lie
+    lie = operands.strided_rows
 
     def checked(tensor: torch.Tensor, columns: int) -> torch.Tensor:
         rows = lie(tensor, columns)
         assert rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
         return rows
 
-    monkeypatch.setattr(row_norm, "rows_as_they_lie", checked)
+    monkeypatch.setattr(row_norm, "strided_rows", checked)
     for found, wanted in zip(run(q, grad), expected, strict=True):
         assert torch.equal(found, wanted)
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import recompute
+from ckpt_kernels.bitwise_check import record_differences
 from ckpt_kernels.convert.planned import Levels
 from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.runs import is_repeating
-from ckpt_kernels.watching import watched
 
 from .test_runs import ROWS, TREES, WIDTH, Net, Tree, flat, inputs, made
 
@@ -231,7 +231,7 @@ def test_random_numbers_of_others(kind: str) -> None:
 def test_layers_that_differ_the_second_time_are_watched() -> None:
     layers = [Of(lambda self, x: (x * (1.0 + is_repeating())).sin()), Of(lambda self, x: x.sin())]
     net = by_tree(layers, Tree(["none"], ["none"]))
-    with watched() as differing:
+    with record_differences() as differing:
         net(inputs()).sum().backward()
     assert differing == {net.layers[0]}
 

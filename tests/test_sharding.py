@@ -41,7 +41,7 @@ from ckpt_kernels import functional
 from ckpt_kernels import nn as ours
 from ckpt_kernels.catalogue.block import Block, Operands
 from ckpt_kernels.catalogue.blocks import BLOCKS
-from ckpt_kernels.values import tensors_in
+from ckpt_kernels.nested_values import tensors_in
 
 from .blocks import in_float64, with_gradients
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ckpt_kernels.nn as ours
 from benchmarks.small import Small, blocks, own_calls
 from ckpt_kernels import backends, functional, recompute, thin, use_backend
-from ckpt_kernels.thin import direct, plan, plans
+from ckpt_kernels.thin import direct, plan, plan_cache
 
 pytestmark = pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here")
 
@@ -21,20 +21,20 @@ BY_NAME = {block.name: block for block in BLOCKS}
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    plans._plans.clear()
+    plan_cache._plans.clear()
     yield
-    plans._plans.clear()
+    plan_cache._plans.clear()
 
 
 @contextlib.contextmanager
 def full_path() -> Iterator[None]:
     """No call goes by a plan."""
-    key = plans.key
-    plans.key = lambda *call: None
+    key = plan_cache.key
+    plan_cache.key = lambda *call: None
     try:
         yield
     finally:
-        plans.key = key
+        plan_cache.key = key
 
 
 class Counted:
@@ -42,7 +42,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found = self.refused = 0
-        plan_of, refused = plans.plan_of, plan.Plan.refused
+        plan_of, refused = plan_cache.plan_of, plan.Plan.fall_back
 
         def counted(*call: object) -> object:
             found = plan_of(*call)
@@ -54,7 +54,7 @@ class Counted:
             return refused(*arguments)
 
         monkeypatch.setattr(thin, "plan_of", counted)
-        monkeypatch.setattr(plan.Plan, "refused", counted_refusal)
+        monkeypatch.setattr(plan.Plan, "fall_back", counted_refusal)
 
     @property
     def served(self) -> int:
@@ -420,10 +420,10 @@ def test_a_layer_norm_is_few_calls() -> None:
 
 
 def test_plans_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "MOST_PLANS", 3)
+    monkeypatch.setattr(plan_cache, "MOST_PLANS", 3)
     for rows in range(1, 8):
         functional.bias_act(torch.ones(rows, 2), activation="gelu")
-    assert len(plans._plans) == 3
+    assert len(plan_cache._plans) == 3
 
 
 def test_options_that_may_change_are_not_remembered() -> None:

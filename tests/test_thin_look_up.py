@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 import ckpt_kernels.nn as ours
 from ckpt_kernels import functional
-from ckpt_kernels.thin import direct, plans
+from ckpt_kernels.thin import direct, plan_cache
 
 pytestmark = pytest.mark.skipif(not direct.is_available, reason="calls cannot be made directly here")
 
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    plans._plans.clear()
+    plan_cache._plans.clear()
     yield
-    plans._plans.clear()
+    plan_cache._plans.clear()
 
 
 class _EqualToGelu:
@@ -67,7 +67,7 @@ def test_options_that_are_equal_and_of_another_type_are_checked(name: str) -> No
     right, wrong = EQUAL[name]
     expected = _error(wrong)
     right()
-    assert plans._plans and _error(right) is None
+    assert plan_cache._plans and _error(right) is None
     assert expected is not None and _error(wrong) == expected
 
 

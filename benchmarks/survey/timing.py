@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 import ckpt_kernels
-from ckpt_kernels.arguments import folder
+from ckpt_kernels.cli_arguments import folder
 
 from .. import report as reports
 from . import chosen

@@ -23,7 +23,7 @@ from types import ModuleType, TracebackType
 import torch
 
 NAMES = ("triton", "native", "reference")
-_AUTOMATIC = {"cpu": ("native", "reference")}
+_AUTOMATIC = {"cpu": ("native", "reference"), "meta": ("reference",)}
 _AUTOMATIC_ELSEWHERE = ("triton", "native", "reference")
 
 _process_choice = os.environ.get("CKPT_KERNELS_BACKEND", "") or "auto"

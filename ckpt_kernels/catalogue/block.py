@@ -67,13 +67,21 @@ class Block:
 
     def operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
         """Return random operands, which require gradients except for tables; `lead` has at least two dimensions."""
+        operands = random_operands(self.shapes(lead, columns), self.parameters, dtype, device, seed)
+        return operands | {name: operands[name].detach() for name in self.tables}
+
+    def empty_operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str) -> Operands:
+        """Return operands without values, such as those on the meta device."""
+        operands = empty_operands(self.shapes(lead, columns), dtype, device)
+        return operands | {name: operands[name].detach() for name in self.tables}
+
+    def shapes(self, lead: Sequence[int], columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each operand."""
         shapes = {name: (*lead, 2 * columns if self.packed else columns) for name in self.rows}
         shapes |= {name: (1,) for name in self.numbers}
         shapes |= {name: ((*lead, columns)[1 if self.channels else -1],) for name in self.coefficients}
         shapes |= {name: (lead[0], *[1] * (len(lead) - 1), columns) for name in self.samples}
-        shapes |= {name: (*lead[-1:], columns // 2) for name in self.tables}
-        operands = random_operands(shapes, self.parameters, dtype, device, seed)
-        return operands | {name: operands[name].detach() for name in self.tables}
+        return shapes | {name: (*lead[-1:], columns // 2) for name in self.tables}
 
     @property
     def parameters(self) -> Sequence[str]:
@@ -114,6 +122,11 @@ def random_operands(
             values += 1
         operands[name] = nn.Parameter(values.to(dtype)) if name in parameters else values.to(dtype).requires_grad_()
     return operands
+
+
+def empty_operands(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: str) -> Operands:
+    """Return tensors without values that require gradients."""
+    return {name: torch.empty(shape, dtype=dtype, device=device).requires_grad_() for name, shape in shapes.items()}
 
 
 def calls_of(function: str, twin: Callable, chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from ..backends.reference import ACTIVATIONS as ACT
 from .block import block, groups_of
 
 
-def _dropout(x: Tensor, p: float) -> Tensor:
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Apply torch's dropout unless p is 0."""
     return F.dropout(x, p) if p else x
 
 
@@ -88,7 +89,7 @@ def add_layer_norm(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """r = residual + dropout(input); act(norm(r)), r"""
-    total = residual + _dropout(input, dropout_p)
+    total = residual + dropout(input, dropout_p)
     return ACT[activation](F.layer_norm(total, weight.shape, weight, bias)), total
 
 
@@ -97,7 +98,7 @@ def add_rms_norm(
     input: Tensor, residual: Tensor, weight: Tensor, *, activation: str = "identity", dropout_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """r = residual + dropout(input); act(norm(r)), r"""
-    total = residual + _dropout(input, dropout_p)
+    total = residual + dropout(input, dropout_p)
     return ACT[activation](F.rms_norm(total, weight.shape, weight)), total
 
 
@@ -144,7 +145,7 @@ def packed_glu(input: Tensor, *, activation: str, layout: str = "gate_first") ->
 @block("bias_act", _elementwise, **_NO_NORM | {"coefficients": ("bias",)})
 def bias_act(input: Tensor, bias: Tensor | None = None, *, activation: str, dropout_p: float = 0.0) -> Tensor:
     """dropout(act(input + bias))"""
-    return _dropout(ACT[activation](input if bias is None else input + bias), dropout_p)
+    return dropout(ACT[activation](input if bias is None else input + bias), dropout_p)
 
 
 @block("dyt", numbers=("alpha",), statistics=_NO_NORM["statistics"])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..backends.reference import ACTIVATIONS as ACT
 from ..levels import OF_FUNCTIONS
-from .block import Function, Operands, calls_of, random_operands
+from .block import Function, Operands, calls_of, empty_operands, random_operands
+from .blocks import dropout
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Pair:
         """Return a random input that requires a gradient, and random parameters."""
         shapes = self.shapes(columns)
         return random_operands({"input": (*lead, columns)} | shapes, shapes, dtype, device, seed)
+
+    def empty_operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str) -> Operands:
+        """Return operands without values, such as those on the meta device."""
+        return empty_operands({"input": (*lead, columns)} | self.shapes(columns), dtype, device)
 
 
 def _pair(function: str, kept: dict, shapes: Callable, statistics: int = 0) -> Callable:
@@ -112,9 +117,9 @@ def rms_norm_linears(
 
 
 @_pair("act_linear", _kept_by_linear("act(input)"), lambda n: {"weight": (n + 1, n), "bias": (n + 1,)})
-def act_linear(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str) -> Tensor:
+def act_linear(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str, dropout_p: float = 0.0) -> Tensor:
     """linear(dropout(act(input)))"""
-    return F.linear(ACT[activation](input), weight, bias)
+    return F.linear(dropout(ACT[activation](input), dropout_p), weight, bias)
 
 
 @_pair(

@@ -18,9 +18,9 @@ from torch import nn
 
 from .. import backends, offload
 from ..functional.mlps import tiles_for
-from ..levels import of_blocks
+from ..levels import level_of_blocks
 from ..memory import kept_bytes
-from ..models import check_model
+from ..model_argument import check_model
 from .around import Around, InTiles, as_layer, discarding, discarding_products, looking_over, selecting
 from .code.remembering import forget_what_is_local
 from .code.writes import writer_in
@@ -191,7 +191,7 @@ class _Conversion(Leaves):
         leaf = not module._modules and type(module).__module__.startswith("torch.nn.modules.")
         if leaf or not self.selection.covers(module) or not may_be_swapped(module):
             return
-        rule: Rule | None = chain_of(module, of_blocks(self.levels.of(module)), self.selection.covers)
+        rule: Rule | None = chain_of(module, level_of_blocks(self.levels.of(module)), self.selection.covers)
         reason = ""
         if rule is None:
             rule, reason = written_of(module, self.levels.of(module), self.selection.covers)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.tiles import in_tiles
 from ..recompute import discard_outputs, run_as_layer, selective_contexts
 from ..recompute import discarding as discarding_now
-from ..saved_tensors import as_is
+from ..saved_tensor_hooks import as_is
 from .loads import is_set
 from .noticing import look_over
 from .rules.rule import Forward

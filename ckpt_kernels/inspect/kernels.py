@@ -13,7 +13,7 @@ from .roofline import Work
 from .work import tensors_of, work_of
 
 if TYPE_CHECKING:
-    from ..backends.triton.variants import Variant
+    from .variants import Variant
 
 COLUMNS = (64, 1024, 8192, 32768)
 SIZES = {"bf16": 2, "fp32": 4}
@@ -125,7 +125,7 @@ def triton_kernels(arch: str, columns: Sequence[int] = COLUMNS, *, work: bool = 
     if work and not arch.startswith("sm_"):
         raise ValueError(f"arch is {arch!r}; expected one of NVIDIA's, whose machine code can be read here")
     from ..backends.triton import launch
-    from ..backends.triton.variants import variants
+    from .variants import variants
 
     processor = PROCESSORS[arch]
     for length in columns:
@@ -137,7 +137,7 @@ def triton_kernels(arch: str, columns: Sequence[int] = COLUMNS, *, work: bool = 
 
 
 def usage(variant: "Variant", dtype: str, columns: int, arch: str, *, work: bool = False) -> Usage:
-    """Compile one kernel of `backends.triton.variants` and return its resources."""
+    """Compile one kernel of `variants` and return its resources."""
     processor = PROCESSORS[arch]
     compiled = compile_variant(variant, target_of(arch))
     resources = binary.read(compiled)
@@ -146,7 +146,7 @@ def usage(variant: "Variant", dtype: str, columns: int, arch: str, *, work: bool
     kernel_work = None
     if work:
         listing, code = binary.disassembled(compiled), compiled.asm["ttir"]
-        kernel_work = work_of(listing, code, variant.launch, columns, variant.elements, resident)
+        kernel_work = work_of(listing, code, variant.launch, variant.columns, variant.elements, resident)
     return Usage(
         variant.name,
         dtype,

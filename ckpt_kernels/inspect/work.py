@@ -32,7 +32,7 @@ def work_of(listing: str, code: str, launch: "Launch", columns: int, elements: i
         listing: the machine code, as nvdisasm lists it.
         code: the Triton IR, `compiled.asm["ttir"]`.
         launch: the recorded launch, with tensors on torch's meta device.
-        columns: the length of a row.
+        columns: the length of a row in the kernel.
         elements: the number of elements of a large operand.
         resident: the number of programs that a multiprocessor has room for.
     """

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..models import check_model
+from ..model_argument import check_model
 from .common import Recompute, converted
 
 
@@ -21,25 +21,24 @@ def prepare(
     logits: str | None = None,
     tiles: int = 1,
 ) -> tuple[Any, ...]:
-    """Converts the model, and then prepares all as `accelerator.prepare(model, *others)` does.
+    """Converts the model, and then prepares everything as `accelerator.prepare(model, *others)` does.
 
-    The order is what counts: `prepare` may wrap the model's forward, for mixed precision, and the model, for several
-    devices.
+    The order matters: `prepare` may wrap the model's forward for mixed precision, and the model for several devices.
 
     Args:
         accelerator: an Accelerator.
         model: a module that is not prepared yet.
         others: the optimizer, the data loaders, the scheduler, as `accelerator.prepare` takes them.
         recompute: a level, levels by name, a plan or its file, or a budget of memory; see `common.parsed`.
-        inputs: for a budget, what the model is called with in a step of the largest size.
+        inputs: for a budget, the inputs of the model in a step of the largest size.
         logits, tiles: see `ckpt_kernels.convert`.
 
     Returns:
-        What `accelerator.prepare` returns: the model and the others, in this order.
+        The result of `accelerator.prepare`: the model and the others, in this order.
 
     Raises:
         TypeError: `model` is no module, or is compiled already.
-        TypeError, ValueError: `recompute` is nothing that is known, or is a budget without inputs.
+        TypeError, ValueError: `recompute` has no known form, or is a budget without inputs.
         DoesNotFit: no choice fits the budget.
 
     Example:
@@ -53,7 +52,7 @@ def prepare(
     """
     check_model(model, "prepare")
     if accelerator.device_placement:
-        # A budget is planned for where the steps run.
+        # The plan for a budget must run on the device of the steps.
         model.to(accelerator.device)
     converted(model, recompute, inputs=inputs, autocast=accelerator.autocast(), logits=logits, tiles=tiles)
     prepared = accelerator.prepare(model, *others)

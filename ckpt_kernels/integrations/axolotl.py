@@ -36,9 +36,9 @@ class CheckpointKernelsArgs(BaseModel):
 
 
 class CheckpointKernelsPlugin(BasePlugin):
-    """Converts the model when it is loaded, its adapters too, and before a trainer wraps it.
+    """Converts the model when it is loaded, with its adapters, before a trainer wraps the model.
 
-    A budget is planned for `micro_batch_size` sequences of `sequence_len` tokens.
+    The plan for a budget is made for `micro_batch_size` sequences of `sequence_len` tokens.
 
     Example:
         >>> from types import SimpleNamespace
@@ -53,7 +53,7 @@ class CheckpointKernelsPlugin(BasePlugin):
     """
 
     def get_input_args(self) -> str:
-        """The name of the class of the arguments, by which axolotl finds it."""
+        """The qualified name of the arguments' class, by which axolotl finds the class."""
         return f"{__name__}.{CheckpointKernelsArgs.__name__}"
 
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
@@ -69,16 +69,16 @@ class CheckpointKernelsPlugin(BasePlugin):
             DoesNotFit: no choice fits the budget.
         """
         warn_of_checkpointing(cfg.gradient_checkpointing)
-        given = cfg.ckpt_kernels_recompute
-        recompute = parsed("output" if given is None else given)
-        inputs = _largest(cfg) if isinstance(recompute, Planned) else None
+        configured = cfg.ckpt_kernels_recompute
+        recompute = parsed("output" if configured is None else configured)
+        inputs = _largest_batch(cfg) if isinstance(recompute, Planned) else None
         autocast = mixed_precision(model, cfg.bf16, cfg.fp16)
         logits, tiles = cfg.ckpt_kernels_logits, cfg.ckpt_kernels_tiles or 1
         converted(model, recompute, inputs=inputs, autocast=autocast, logits=logits, tiles=tiles)
 
 
-def _largest(cfg: Any) -> dict[str, Any]:
-    """The batch that a budget is planned for."""
+def _largest_batch(cfg: Any) -> dict[str, Any]:
+    """The batch for which the plan for a budget is made."""
     if cfg.micro_batch_size is None:
         raise ValueError("micro_batch_size is None; expected the number of sequences, which a budget is planned for")
     if cfg.sequence_len is None:

@@ -1,4 +1,5 @@
-"""What all frameworks share: `recompute` as one value of a configuration, and how a model is converted by it."""
+"""Shared parts of all integrations: `recompute` as one value of a configuration, and the conversion of a model by that
+value."""
 
 import pathlib
 import warnings
@@ -26,17 +27,17 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class Planned:
-    """A budget that is to be planned for.
+    """A budget for which a plan is to be made.
 
     Attributes:
-        budget: as `ckpt_kernels.plan` takes it.
+        budget: as in `ckpt_kernels.plan`.
     """
 
     budget: Budget
 
 
 def parsed(recompute: Recompute) -> str | Mapping[str, str] | Plan | Planned:
-    """What a value of a configuration means; files are read.
+    """The meaning of a `recompute` value of a configuration. Files are read.
 
     Args:
         recompute: a level of `convert`; a mapping of modules' names to levels; a `Plan`, or the path of its file, which
@@ -47,7 +48,7 @@ def parsed(recompute: Recompute) -> str | Mapping[str, str] | Plan | Planned:
         The level, the mapping, the plan, or `Planned` with the budget.
 
     Raises:
-        TypeError, ValueError: it is none of these.
+        TypeError, ValueError: `recompute` has no known form.
         OSError: there is no such file.
 
     Example:
@@ -84,22 +85,22 @@ def converted(
     logits: str | None = None,
     tiles: int = 1,
 ) -> Report:
-    """Converts the model, in place, as `recompute` says.
+    """Converts the model in place, as `recompute` says.
 
     Args:
         model: a module that no trainer has wrapped yet.
         recompute: see `parsed`.
-        inputs: for a budget, what the model is called with in a step of the largest size: a tensor, a tuple, or a dict
-            by name. Tensors go to the model's device. Not read otherwise.
-        loss: for a budget, the loss of what the model returns; by default its own.
-        autocast: for a budget, the context that steps run in.
-        logits, tiles: see `ckpt_kernels.convert`. A budget is planned for without them.
+        inputs: for a budget, the inputs of the model in a step of the largest size: a tensor, a tuple, or a dict
+            by name. Tensors are moved to the model's device. Ignored otherwise.
+        loss: for a budget, a function from the model's result to the loss; by default the loss in that result.
+        autocast: for a budget, the context in which steps run.
+        logits, tiles: see `ckpt_kernels.convert`. The plan for a budget is best_plan without them.
 
     Returns:
         The report of `convert`.
 
     Raises:
-        TypeError, ValueError: `recompute` is nothing that is known, or is a budget without inputs.
+        TypeError, ValueError: `recompute` has no known form, or is a budget without inputs.
         DoesNotFit: no choice fits the budget.
 
     Example:
@@ -120,31 +121,32 @@ def converted(
             "a step of the largest size, such as data_collator([dataset[0]] * batch_size)"
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    args, kwargs = arguments_of(_moved(inputs, device))
+    args, kwargs = arguments_of(_moved_to(inputs, device))
     with autocast or nullcontext():
-        made = plan(model, *args, budget=wanted.budget, loss=loss, **kwargs)
-    return made.apply(logits=logits, tiles=tiles)
+        best_plan = plan(model, *args, budget=wanted.budget, loss=loss, **kwargs)
+    return best_plan.apply(logits=logits, tiles=tiles)
 
 
 def tokens(batch: int, length: int) -> dict[str, Any]:
-    """A batch of a causal language model of transformers, by its size: what a plan needs of the data is its shapes.
+    """A batch for a causal language model of transformers, of a given size. A plan depends only on the shapes of the
+    data.
 
     Args:
-        batch: sequences.
-        length: tokens in each.
+        batch: the number of sequences.
+        length: the number of tokens in each.
     """
     ids = torch.zeros(batch, length, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
 
 
 def mixed_precision(model: nn.Module, bf16: bool, fp16: bool) -> AbstractContextManager:
-    """The autocast of a trainer that has these two flags."""
+    """The autocast context of a trainer with these two flags."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     return torch.autocast(device, torch.bfloat16 if bf16 else torch.float16) if bf16 or fp16 else nullcontext()
 
 
 def warn_of_checkpointing(is_on: bool | None) -> None:
-    """Says that the trainer's own checkpointing makes `recompute` pointless."""
+    """Warns that the trainer's own checkpointing makes `recompute` pointless."""
     if is_on:
         warnings.warn(
             "gradient_checkpointing is on, so that every layer runs twice, whatever recompute is; expected it off",
@@ -152,11 +154,11 @@ def warn_of_checkpointing(is_on: bool | None) -> None:
         )
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved_to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_moved_to(item, device) for item in value)
     if isinstance(value, Mapping):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _moved_to(item, device) for key, item in value.items()}
     return value

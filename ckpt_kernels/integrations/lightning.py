@@ -18,24 +18,24 @@ except ImportError:
 
 
 class CheckpointKernelsCallback(Callback):
-    """Converts what a LightningModule calls, before the Trainer wraps it.
+    """Converts the modules that a LightningModule calls, before the Trainer wraps the LightningModule.
 
-    A LightningModule's own forward is not what trains, `training_step` is; so the modules in it are converted one by
-    one. Models that `configure_model` makes come later: convert these there, by `ckpt_kernels.convert`.
+    Training calls `training_step` and not the LightningModule's forward, so the modules in it are converted one by one.
+    Models that `configure_model` creates come later: convert them there with `ckpt_kernels.convert`.
 
     Args:
-        recompute: a level, or a budget of memory; see `common.parsed`. Levels by name and a plan are for one model:
-            they need `module`.
-        module: the name of the attribute that holds the model, such as "model"; None is all that hold modules.
-        inputs: for a budget, what that model is called with in a step of the largest size; needs `module`, too, unless
-            the LightningModule holds one alone.
-        logits, tiles: see `ckpt_kernels.convert`; `logits` needs `module`, too.
+        recompute: a level, or a memory budget; see `common.parsed`. Levels by name and a plan are for one model, and
+            need `module`.
+        module: the name of the attribute that holds the model, such as "model"; None means all that hold modules.
+        inputs: for a budget, the inputs of that model in a step of the largest size; needs `module` unless the
+            LightningModule holds only one module.
+        logits, tiles: see `ckpt_kernels.convert`; `logits` needs `module`.
 
     Attributes:
-        reports: what `convert` said, by the names of the modules.
+        reports: the reports of `convert`, by the names of the modules.
 
     Raises:
-        TypeError, ValueError: `recompute` is nothing that is known.
+        TypeError, ValueError: `recompute` has no known form.
 
     Example:
         >>> from ckpt_kernels.integrations.lightning import CheckpointKernelsCallback
@@ -60,41 +60,42 @@ class CheckpointKernelsCallback(Callback):
         self.reports: dict[str, Report] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Converts, when the stage is "fit".
+        """Converts, if the stage is "fit".
 
         Raises:
-            ValueError: there is no such module, or there are several for what is meant for one.
+            ValueError: there is no such module, or there are several and `recompute` or `logits` is for one.
             DoesNotFit: no choice fits the budget.
         """
         if stage != "fit":
             return
-        found = self._chosen(pl_module)
+        models = self._chosen(pl_module)
         if isinstance(self.recompute, Planned):
-            # A budget is planned for where the steps run. Lightning moves the model there only later.
+            # The plan for a budget must run on the device of the steps. Lightning moves the model there only later.
             pl_module.to(trainer.strategy.root_device)
         context = trainer.precision_plugin.forward_context()
-        for name, model in found.items():
+        for name, model in models.items():
             self.reports[name] = converted(model, self.recompute, inputs=self.inputs, autocast=context, **self.options)
 
     def _chosen(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        found = dict(_called_below(pl_module))
+        """The modules to convert, by name."""
+        models = dict(_callable_children(pl_module))
         if self.module is not None:
-            found = {name: module for name, module in pl_module.named_modules() if name == self.module and name}
-            if not found:
+            models = {name: module for name, module in pl_module.named_modules() if name == self.module and name}
+            if not models:
                 raise ValueError(f"module is {self.module!r}; expected the name of a module of the LightningModule")
         is_for_one = not isinstance(self.recompute, str) or self.options["logits"] is not None
-        if is_for_one and len(found) != 1:
+        if is_for_one and len(models) != 1:
             raise ValueError(
-                f"recompute or logits is for one model, and the LightningModule holds {', '.join(found) or 'none'}; "
+                f"recompute or logits is for one model, and the LightningModule holds {', '.join(models) or 'none'}; "
                 'expected module="NAME"'
             )
-        return found
+        return models
 
 
-def _called_below(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules below one that can be called: its children, and those of lists and dicts of modules."""
+def _callable_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost callable modules inside one: the children, and those in lists and dicts of modules."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from ((f"{name}.{below}", found) for below, found in _called_below(child))
+            yield from ((f"{name}.{subname}", submodule) for subname, submodule in _callable_children(child))
         else:
             yield name, child

@@ -28,7 +28,7 @@ def converter(recompute: Recompute = "output", *, logits: str | None = None, til
         logits, tiles: see `ckpt_kernels.convert`.
 
     Raises:
-        TypeError, ValueError: `recompute` is nothing that is known, or a budget.
+        TypeError, ValueError: `recompute` has no known form, or a budget.
 
     Example:
         >>> from ckpt_kernels.integrations.torchtitan import converter
@@ -53,17 +53,17 @@ def converter(recompute: Recompute = "output", *, logits: str | None = None, til
 
 
 def with_conversion(spec: Spec, recompute: Recompute = "output", *, logits: str | None = None, tiles: int = 1) -> Spec:
-    """A model's specification whose `parallelize_fn` converts the model and then does what it did.
+    """A copy of a model's specification whose `parallelize_fn` first converts the model.
 
     Args:
         spec: a `torchtitan.protocols.model_spec.ModelSpec`.
-        recompute, logits, tiles: as for `converter`.
+        recompute, logits, tiles: as in `converter`.
 
     Returns:
         A copy of the specification.
 
     Raises:
-        TypeError, ValueError: as for `converter`; or `spec` has no `parallelize_fn`.
+        TypeError, ValueError: as in `converter`; or `spec` has no `parallelize_fn`.
 
     Example:
         >>> import dataclasses
@@ -87,6 +87,7 @@ def with_conversion(spec: Spec, recompute: Recompute = "output", *, logits: str 
 
 
 def _not_planned(recompute: Recompute) -> Any:
+    """The parsed value; a budget raises ValueError."""
     wanted = parsed(recompute)
     if isinstance(wanted, Planned):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""transformers: a callback for Trainer, and so for TRL's trainers; and layers that are converted as they are built.
+"""transformers: a callback for Trainer, and so for TRL's trainers; and layers that convert themselves when built.
 
 trainer = Trainer(..., callbacks=[CheckpointKernelsCallback("output")])
 trainer = SFTTrainer(..., callbacks=[CheckpointKernelsCallback("12GiB")])
@@ -17,21 +17,21 @@ from .common import Planned, Recompute, converted, mixed_precision, parsed, toke
 
 
 class CheckpointKernelsCallback(TrainerCallback):
-    """Converts the model of a Trainer when the Trainer is made, before it wraps the model.
+    """Converts the model of a Trainer when the Trainer is created, before the Trainer wraps the model.
 
     Args:
-        recompute: a level, levels by name, a plan or its file, or a budget of memory; see `common.parsed`. A plan's
-            file is read here.
-        inputs: for a budget, what the model is called with in a step of the largest size, such as a batch of the data
-            collator. None is a batch of tokens of `per_device_train_batch_size` by `max_length`, which TRL's arguments
-            have and Trainer's do not.
+        recompute: a level, levels by name, a plan or its file, or a memory budget; see `common.parsed`. The file of a
+            plan is read in the constructor.
+        inputs: for a budget, the inputs of the model in a step of the largest size, such as a batch of the data
+            collator. None means a batch of tokens of `per_device_train_batch_size` by `max_length`. TRL's arguments
+            have `max_length`, those of Trainer do not.
         logits, tiles: see `ckpt_kernels.convert`.
 
     Attributes:
-        report: what `convert` said; None before.
+        report: the report of `convert`; None before the conversion.
 
     Raises:
-        TypeError, ValueError: `recompute` is nothing that is known.
+        TypeError, ValueError: `recompute` has no known form.
 
     Example:
         >>> from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
@@ -57,7 +57,7 @@ class CheckpointKernelsCallback(TrainerCallback):
             DoesNotFit: no choice fits the budget.
         """
         model = kwargs["model"]
-        # Its name in transformers 5.24 and before it.
+        # The names of the flag in transformers 5.24 and in earlier versions.
         names = ("activation_checkpointing", "gradient_checkpointing")
         warn_of_checkpointing(any(getattr(args, name, False) for name in names))
         self.report = self._converted(model, args)
@@ -66,13 +66,13 @@ class CheckpointKernelsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks whether it is the model that was converted which trains.
+        """Checks that the model that trains is the one that was converted.
 
         Raises:
-            RuntimeError: it is another. A model that is wrapped already cannot be converted any more.
+            RuntimeError: another model trains. A model that is already wrapped can no longer be converted.
         """
-        mine = self._model and self._model()
-        if mine is None or not any(module is mine for module in kwargs["model"].modules()):
+        converted_model = self._model and self._model()
+        if converted_model is None or not any(module is converted_model for module in kwargs["model"].modules()):
             raise RuntimeError(
                 "the model that trains is not the one that was converted; expected this callback in the argument "
                 "callbacks of the Trainer, not in add_callback, and a Trainer without model_init"
@@ -85,24 +85,24 @@ class CheckpointKernelsCallback(TrainerCallback):
         if inputs is None and length is not None:
             inputs = tokens(args.per_device_train_batch_size, length)
         if hasattr(model, "config"):
-            # The Trainer sets it too, a line after this.
+            # The Trainer sets this too, a line later.
             model.config.use_cache = args.use_cache
         autocast = mixed_precision(model, args.bf16, args.fp16)
         return converted(model, self.recompute, inputs=inputs, autocast=autocast, **self.options)
 
 
 def patch_mapping(*layers: type[nn.Module], recompute: str = "output") -> dict[str, type[nn.Module]]:
-    """For `transformers.monkey_patching.register_patch_mapping`: layers that convert themselves when they are built.
+    """Layers that convert themselves when built, for `transformers.monkey_patching.register_patch_mapping`.
 
-    A model that `from_pretrained` or `from_config` builds then has them. They are of the class that they replace, so
-    that `revert`, `isinstance` and saving find what they look for.
+    Models built by `from_pretrained` or `from_config` then contain them. After construction each is an instance of the
+    class that was replaced, so that `revert`, `isinstance` and saving work.
 
     Args:
         layers: classes of layers, such as `LlamaDecoderLayer`.
         recompute: "block", "output" or "all".
 
     Returns:
-        A class by the name of the class that it stands for.
+        Subclasses by the names of the classes that they replace.
 
     Raises:
         TypeError: one of `layers` is no class of modules.
@@ -119,15 +119,17 @@ def patch_mapping(*layers: type[nn.Module], recompute: str = "output") -> dict[s
     for layer in layers:
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise TypeError(f"layers has {layer!r}; expected classes of modules, such as LlamaDecoderLayer")
-    return {layer.__name__: _that_converts_itself(layer, recompute) for layer in layers}
+    return {layer.__name__: _self_converting(layer, recompute) for layer in layers}
 
 
-def _that_converts_itself(layer: type[nn.Module], recompute: str) -> type[nn.Module]:
+def _self_converting(layer: type[nn.Module], recompute: str) -> type[nn.Module]:
+    """A subclass whose instances convert themselves at the end of their constructor."""
+
     def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         layer.__init__(self, *args, **kwargs)
-        if type(self) is made:
+        if type(self) is subclass:
             self.__class__ = layer
             convert(self, recompute=recompute)
 
-    made = type(layer.__name__, (layer,), {"__init__": init, "__module__": layer.__module__})
-    return made
+    subclass = type(layer.__name__, (layer,), {"__init__": init, "__module__": layer.__module__})
+    return subclass

@@ -1,4 +1,4 @@
-"""The memory report of a model: what each module keeps, and the peak of a forward and backward pass."""
+"""The memory report of a model: the bytes that each module keeps, and the peak of a forward and backward pass."""
 
 import contextlib
 import json
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nested_values import tensors_in
 from ..recompute import discard_outputs
-from ..values import tensors_in
 from . import table
 from .peak import peak_bytes
 from .saved import SavedTensor, saved_tensors
@@ -19,13 +19,13 @@ from .saved import SavedTensor, saved_tensors
 
 @dataclass(frozen=True)
 class ModuleMemory:
-    """Bytes that a module itself keeps.
+    """The bytes that a module keeps itself.
 
     Attributes:
-        name: of the module.
-        kind: the name of its class.
-        saved: bytes as the model is.
-        discarding: bytes within `discard_outputs`, or converted.
+        name: the name of the module.
+        kind: the name of the module's class.
+        saved: bytes of the unchanged model.
+        discarding: bytes within `discard_outputs`, or of the converted model.
     """
 
     name: str
@@ -36,18 +36,19 @@ class ModuleMemory:
 
 @dataclass(frozen=True)
 class Report:
-    """What a model's forward pass keeps, and the peak of a forward and backward pass; as data, as text, as a picture.
+    """The bytes that a model's forward pass keeps, and the peak of a forward and backward pass; as data, text or
+    picture.
 
-    Peaks are of what the passes make: activations, gradients, and what is in between.
+    Peaks count tensors that the passes create: activations, gradients and temporaries.
 
     Attributes:
         saved: bytes that are kept.
-        discarding: the same within `recompute.discard_outputs`, or of whatever was measured beside it.
+        discarding: the same within `recompute.discard_outputs`, or of the other model.
         peak: the most bytes at one time.
-        discarding_peak: the same within `recompute.discard_outputs`, or of whatever was measured beside it.
-        modules: a `ModuleMemory` for each module that keeps something.
+        discarding_peak: the same within `recompute.discard_outputs`, or of the other model.
+        modules: a `ModuleMemory` for each module that keeps tensors.
         tensors: a `SavedTensor` for each tensor that is kept.
-        titles: what the two measurements are called.
+        titles: the names of the two measurements.
     """
 
     saved: int
@@ -73,11 +74,12 @@ class Report:
         return self.table()
 
     def table(self, depth: int | None = None) -> str:
-        """As text, with equal layers in one row; with a `depth`, by the modules of so many parts of a name."""
+        """The report as text, with equal layers in one row. With `depth`, modules are merged by that many parts of
+        their names."""
         return table.text(self, depth)
 
     def draw(self, path: str | pathlib.Path, depth: int | None = None, most: int = 15) -> None:
-        """A PNG: bars for the rows of the table that keep most. Needs matplotlib."""
+        """Draws a PNG with bars for the `most` rows of the table that keep most. Needs matplotlib."""
         table.draw(self, path, depth, most)
 
 
@@ -94,15 +96,16 @@ class _Measured(NamedTuple):
 
 
 def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
-    """What `model(*inputs, **kwargs)` keeps for backward, by module and by tensor, as it is and discarding outputs.
+    """The bytes that `model(*inputs, **kwargs)` keeps for backward, by module and by tensor, also with outputs
+    discarded.
 
-    A tensor is booked on the innermost module within whose forward pass it is kept first. Runs four forward passes and
-    two backward passes, from the sum of all outputs; gradients that the parameters have are left as they are, but
-    batch statistics and random numbers move on.
+    A tensor counts for the innermost module whose forward pass keeps the tensor first. The report runs four forward
+    passes and two backward passes, from the sum of all outputs. Gradients of the parameters stay as they are, but batch
+    statistics and random number generators advance.
 
     Args:
         model: a module.
-        inputs, kwargs: what the model is called with.
+        inputs, kwargs: the arguments of the model.
 
     Returns:
         A `Report`, which prints as a table.
@@ -124,14 +127,14 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
 def report_beside(
     model: nn.Module, other: nn.Module, titles: tuple[str, str], inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Report:
-    """The same of two models with the same names of modules, such as one that `convert` made of the other.
+    """The same report for two models with the same module names, such as a model and its converted copy.
 
     Args:
         model: a module.
-        other: another, whose modules have the same names.
-        titles: what the two are called in the report.
-        inputs: a tuple, what both are called with.
-        kwargs: a mapping, by name.
+        other: another module, whose submodules have the same names.
+        titles: the names of the two in the report.
+        inputs: the positional arguments of both, a tuple.
+        kwargs: the keyword arguments of both, a mapping.
 
     Returns:
         A `Report`, where `saved` and `peak` are of `model`, `discarding` and `discarding_peak` of `other`.

@@ -1,4 +1,4 @@
-"""The most memory that tensors take at one time."""
+"""Measures the peak of the memory that tensors take."""
 
 import itertools
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import torch
 
 
 def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """The most bytes that tensors made by `fn()` take at one time.
+    """The most bytes at one time of tensors that `fn()` creates.
 
     Args:
         fn: a function of no arguments.
-        device: the device whose memory is counted. Of the CPU, the allocations that torch's profiler sees.
+        device: the device whose memory is counted. For the CPU, the allocations that torch's profiler records.
 
     Returns:
         The number of bytes, as an int.
@@ -31,7 +31,7 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
 
 
 def allocations(fn: Callable[[], Any]) -> list[int]:
-    """Bytes of every block of CPU memory that tensors take while `fn()` runs, and, negative, that they give back."""
+    """The sizes of all blocks of CPU memory that tensors allocate while `fn()` runs; freed blocks are negative."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         fn()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""What a call keeps for its backward pass, as bytes and as a list of tensors."""
+"""Measures the tensors that a call keeps for backward, in bytes and as a list."""
 
 import contextlib
 import itertools
@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..values import tensors_in
+from ..nested_values import tensors_in
 
 
 def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any) -> int:
-    """Bytes of the distinct storages that `fn(*args, **kwargs)` keeps for backward.
+    """The bytes of the distinct storages that `fn(*args, **kwargs)` keeps for backward.
 
-    Each storage counts once and whole, however many views of it are kept. Not counted: the storages of parameters (any
-    `nn.Parameter` that is kept, or a view of one), and of all parameters and buffers of the module `parameters_of`.
-    Inputs that are kept do count. The call is made once, with gradients as they are set; what the graph of its result
-    holds counts, and the result is dropped. A `discard_outputs` around this call has no say in it; one within `fn` has.
+    Each storage counts once and whole, even if several views of it are kept. The storages of parameters (of any
+    `nn.Parameter` that is kept, also through a view) and of all parameters and buffers of the module `parameters_of` do
+    not count. Kept inputs do count. The call is made once, with gradients enabled or disabled as they are. Tensors that
+    the graph of the result holds are counted, and the result is dropped. A `discard_outputs` around this call has no
+    effect; one within `fn` has.
 
     Args:
         fn: a function or a module.
-        args, kwargs: what `fn` is called with.
+        args, kwargs: the arguments of `fn`.
         parameters_of: the module whose parameters and buffers do not count; by default `fn`, if that is a module.
 
     Returns:
@@ -38,13 +39,13 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | N
 
 
 def saved_bytes_beside_output(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """`saved_bytes` but for the first tensor of the result, which whatever reads that keeps anyway.
+    """`saved_bytes` without the first tensor of the result, which a reader of the result keeps anyway.
 
-    So an activation that saves its output (relu, tanh) is not charged with what the next layer saves too.
+    So an activation that saves its output (relu, tanh) is not charged for a tensor that the next layer saves too.
 
     Args:
         fn: a function or a module.
-        args, kwargs: what `fn` is called with.
+        args, kwargs: the arguments of `fn`.
 
     Returns:
         The number of bytes, as an int.
@@ -62,11 +63,11 @@ class SavedTensor:
     """A tensor that is kept.
 
     Attributes:
-        module: the name of the module that keeps the tensor; "" is the whole.
-        shape: of the tensor.
-        dtype: of the tensor, without "torch.".
-        counted: bytes of the storage for the first who keeps it, 0 for those who share it with the `owner`.
-        owner: the name of the module whose storage it is.
+        module: the name of the module that keeps the tensor; "" is the whole model.
+        shape: the shape of the tensor.
+        dtype: the dtype of the tensor, without "torch.".
+        counted: the bytes of the storage for the first tensor that keeps the storage, 0 for later ones.
+        owner: the name of the module that kept the storage first.
     """
 
     module: str
@@ -79,11 +80,11 @@ class SavedTensor:
 def saved_tensors(
     fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any
 ) -> list[SavedTensor]:
-    """What `fn(*args, **kwargs)` keeps for backward, in the order in which it is kept; see `saved_bytes`.
+    """The tensors that `fn(*args, **kwargs)` keeps for backward, in order; see `saved_bytes`.
 
     Args:
         fn: a function or a module.
-        args, kwargs: what `fn` is called with.
+        args, kwargs: the arguments of `fn`.
         parameters_of: the module whose parameters and buffers do not count; by default `fn`, if that is a module.
 
     Returns:
@@ -111,41 +112,41 @@ def _saved(
     owned = set()
     if parameters_of is not None:
         owned = {_storage(t) for t in (*parameters_of.parameters(), *parameters_of.buffers())}
-    packed: list[tuple[str, weakref.ref[_Held]]] = []
+    packed: list[tuple[str, weakref.ref[_PackedTensor]]] = []
 
-    def pack(tensor: Tensor) -> _Held:
+    def pack(tensor: Tensor) -> _PackedTensor:
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             owned.add(_storage(tensor))
-        held = _Held(tensor)
-        packed.append((modules[-1], weakref.ref(held)))
-        return held
+        entry = _PackedTensor(tensor)
+        packed.append((modules[-1], weakref.ref(entry)))
+        return entry
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor), _naming(fn, modules):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.tensor), _naming(fn, modules):
         result = fn(*args, **kwargs)
     if but_for_output:
         owned.update(map(_storage, itertools.islice(tensors_in(result), 1)))
-    # What the graph holds in the end: some of it may have been let go of since.
+    # The tensors that the graph still holds: some may have been discarded since they were packed.
     kept = [(module, reference()) for module, reference in packed]
-    found: list[SavedTensor] = []
+    saved: list[SavedTensor] = []
     owners: dict[int, str] = {}
-    for module, held in kept:
-        if held is None:
+    for module, entry in kept:
+        if entry is None:
             continue
-        tensor = held.tensor
+        tensor = entry.tensor
         storage = _storage(tensor)
         if storage in owned or tensor.numel() == 0:
             continue
         counted = 0 if storage in owners else tensor.untyped_storage().nbytes()
         owner = owners.setdefault(storage, module)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        found.append(SavedTensor(module, tuple(tensor.shape), dtype, counted, owner))
+        saved.append(SavedTensor(module, tuple(tensor.shape), dtype, counted, owner))
     del result
-    return found
+    return saved
 
 
-class _Held:
-    """A tensor, as long as a graph holds it. Without its own graph: a node that keeps its output would otherwise keep
-    itself alive."""
+class _PackedTensor:
+    """A tensor that lives as long as a graph holds it. Detached, because a node that keeps its output would keep itself
+    alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
@@ -153,10 +154,10 @@ class _Held:
 
 @contextlib.contextmanager
 def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
-    """While active, the last of `modules` is the one whose forward pass runs.
+    """A context in which the last of `modules` is the name of the module whose forward pass runs.
 
-    By the call of all modules and not by hooks: a converted module that has hooks, or anybody's for all modules,
-    computes in another way than it does without.
+    The call of all modules is replaced, and hooks are not used: a converted module with hooks, or with global module
+    hooks, computes differently.
     """
     if not isinstance(fn, nn.Module):
         yield
@@ -165,7 +166,7 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
     call = nn.Module.__call__
 
     def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A compiler traces this, and its graph must not depend on who measures.
+        # A compiler traces this function, and the graph must not depend on measurements.
         if torch.compiler.is_compiling() or module not in names:
             return call(module, *args, **kwargs)
         modules.append(names[module])
@@ -174,7 +175,7 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
         finally:
             modules.pop()
 
-    # For converted modules, which else take it for a call of somebody's own.
+    # Tells converted modules that this replaced call is not foreign code.
     vars(named)["only_names_modules"] = True
     modules_of_torch: Any = nn.Module
     modules_of_torch.__call__ = named

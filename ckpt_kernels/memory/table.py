@@ -1,4 +1,4 @@
-"""The memory report as a person reads it: equal layers in one row, as a table and as a picture."""
+"""The memory report as a table and as a picture, with equal layers in one row."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """Modules that are alike in name, but for numbers, in kind and in what they keep; the bytes are of all together."""
+    """Modules with equal names except for numbers, of one class, that keep the same. The bytes are the total of all."""
 
     name: str
     kind: str
@@ -23,9 +23,9 @@ class Row(NamedTuple):
 
 
 def rows_of(modules: Sequence["ModuleMemory"], depth: int | None = None) -> list[Row]:
-    """A row for each set of equal modules, in the order of the first of each.
+    """A row for each set of equal modules, in the order of their first modules.
 
-    With a `depth`, modules whose names have more parts count for the one that they are in: 0 is the whole model.
+    With a `depth`, modules whose names have more parts count for the module that contains them: 0 is the whole model.
     """
     merged: dict[str, tuple[str, int, int]] = {}
     for module in modules:
@@ -57,14 +57,14 @@ def spanned(names: Sequence[str]) -> str:
 
 
 def size(count: int) -> str:
-    """In MiB; in KiB where that is little."""
+    """A number of bytes in MiB, or in KiB if small."""
     if count >= 2**20:
         return f"{count / 2**20:.2f} MiB"
     return f"{count / 2**10:.2f} KiB" if count else "0"
 
 
 def text(report: "Report", depth: int | None = None) -> str:
-    """The table, with totals and peaks, and a word on what the columns are."""
+    """The table with totals, peaks, and notes on the columns."""
     pairs = [("kept for backward", report.saved, report.discarding)]
     pairs.append(("peak, forward and backward", report.peak, report.discarding_peak))
     rows = rows_of(report.modules, depth)
@@ -91,7 +91,8 @@ def text(report: "Report", depth: int | None = None) -> str:
 
 
 def draw(report: "Report", path: "str | pathlib.Path", depth: int | None = None, most: int = 15) -> None:
-    """A PNG: bars for the rows that keep most, the largest first, and one for all the others. Needs matplotlib."""
+    """Draws a PNG with bars for the rows that keep most, the largest first, and one for all others. Needs
+    matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,12 +107,12 @@ def draw(report: "Report", path: "str | pathlib.Path", depth: int | None = None,
         series.append((report.titles[1], [row.other for row in rows], report.discarding, COLORS["ours"]))
     figure, axis = plt.subplots(figsize=(10, 1.8 + 0.3 * len(series) * len(rows)), layout="constrained")
     height = 0.8 / len(series)
-    # The axis in the unit that the longest bar's label has.
+    # The axis has the unit of the longest bar's label.
     unit, name = (2**20, "MiB") if max(max(values, default=0) for _, values, *_ in series) >= 2**20 else (2**10, "KiB")
     for index, (title, values, total, color) in enumerate(series):
-        places = [place + (index - (len(series) - 1) / 2) * height for place in range(len(rows))]
+        positions = [place + (index - (len(series) - 1) / 2) * height for place in range(len(rows))]
         label = f"{title}: {size(total)} in all"
-        bars = axis.barh(places, [value / unit for value in values], height * 0.92, label=label, color=color)
+        bars = axis.barh(positions, [value / unit for value in values], height * 0.92, label=label, color=color)
         axis.bar_label(bars, [f"{size(value)}, {value / max(total, 1):.0%}" for value in values], fontsize=8, padding=3)
     labels = [f"{row.name}  {row.kind}" + (f"  x {row.modules}" if row.modules > 1 else "") for row in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=9)

@@ -3,6 +3,7 @@
 from . import (
     bias_act,
     block,
+    channel_layout,
     channel_norm,
     channel_steps,
     dyt,
@@ -10,7 +11,6 @@ from . import (
     linear,
     linear_blocks,
     linear_loss,
-    maps,
     nested,
     operands,
     products,
@@ -24,6 +24,7 @@ from . import (
 __all__ = [
     "bias_act",
     "block",
+    "channel_layout",
     "channel_norm",
     "channel_steps",
     "dyt",
@@ -31,7 +32,6 @@ __all__ = [
     "linear",
     "linear_blocks",
     "linear_loss",
-    "maps",
     "nested",
     "operands",
     "products",

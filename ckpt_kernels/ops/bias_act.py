@@ -16,16 +16,16 @@ from ..backends import reference
 from .block import Block
 from .operands import (
     as_matrices,
-    as_result_of,
     column_sum,
-    computed_in,
     contiguous,
     elementwise_empty,
     in_dtypes_of,
     last_columns,
-    overwritten,
+    layout_and_target,
+    reuse_or_allocate,
     vector,
-    wide,
+    wide_empty,
+    with_elementwise_strides,
     zero,
 )
 from .sharding import Sharding, every_dim, last_of_input, like_input, seed
@@ -54,7 +54,7 @@ class _BiasAct(Block):
     def forward(self, input: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options) -> tuple[Tensor]:
         output = elementwise_empty(input)
         if output.numel():
-            lying, target = computed_in(output, input.shape, _ordered(input, bias, seed))
+            lying, target = layout_and_target(output, input.shape, _ordered(input, bias, seed))
             rows, output_rows = _matrices(bias, seed, lying, input, target)
             backends.select(input).bias_act_forward(rows, vector(bias), seed, output_rows, *options)
             if target is not output:
@@ -84,9 +84,9 @@ class _BiasAct(Block):
             (grad_input,) = self.forward(grad_output, None, seed, Options("identity", options.dropout_p))
             return grad_input if wanted[0] else None, column_sum(grad_input, bias) if wanted[1] else None
         grad_input = _empty_gradient(grad_output, kept, options) if wanted[0] else None
-        grad_bias = wide(bias, reference.compute_dtype(kept.dtype)) if wanted[1] else None
+        grad_bias = wide_empty(bias, reference.compute_dtype(kept.dtype)) if wanted[1] else None
         if kept.numel():
-            lying, target = computed_in(grad_input, kept.shape, _ordered(kept, bias, seed))
+            lying, target = layout_and_target(grad_input, kept.shape, _ordered(kept, bias, seed))
             rows, kept_rows, grad_rows = _matrices(bias, seed, lying, grad_output, kept, target)
             added = None if options.activation in SIGNED_BY_OUTPUT else vector(bias)
             backend = backends.select(kept)
@@ -162,9 +162,9 @@ def gradient(
     `grad_output` is the caller's to give away: the gradient is written over it where it fits, element by element.
     """
     grad_output = grad_output.contiguous()
-    grad_input = overwritten(grad_output, input) if wanted else None
+    grad_input = reuse_or_allocate(grad_output, input) if wanted else None
     output = contiguous(grad_output) if rewrite else None
     if input.numel():
         rows, input_rows, *results = _matrices(None, seed, grad_output, grad_output, input, grad_input, output)
         backends.select(input).bias_act_backward(rows, input_rows, None, seed, results[0], None, results[1], *options)
-    return grad_input, None if output is None else as_result_of(input, output)
+    return grad_input, None if output is None else with_elementwise_strides(input, output)

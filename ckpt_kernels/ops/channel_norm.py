@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends import reference
 from .block import Block
+from .channel_layout import maps_of
 from .channel_steps import (
     GradientOptions,
     Options,
@@ -24,11 +25,10 @@ from .channel_steps import (
     input_gradients,
     normalized,
     rematerialized,
+    single_call_backend,
     slope_source,
-    whole_backend,
 )
-from .maps import maps_of
-from .operands import constant, in_dtypes_of, vector, wide, zero
+from .operands import constant, in_dtypes_of, vector, wide_empty, zero
 from .sharding import Sharding, channels_of_input, every_dim, like_input
 
 
@@ -96,14 +96,14 @@ class _ChannelNorm(Block):
         input, other, weight, bias, *statistics = kept
         var = statistics[1]
         maps = maps_of(input, options.groups)
-        affine = [wide(t, var.dtype) if w else None for t, w in zip((weight, bias), wanted[2:], strict=True)]
+        affine = [wide_empty(t, var.dtype) if w else None for t, w in zip((weight, bias), wanted[2:], strict=True)]
         if not input.numel():
             zero(*affine)
             large = [maps.empty(input) if w else None for w in wanted[:2]]
             return in_dtypes_of((input, input, weight, bias), (*large, *affine))
         matrix, grad, other = (maps.matrix(t) for t in (input, *grads, other))
         count = float(maps.count(options.groups))
-        if (backend := whole_backend(input)) is not None:
+        if (backend := single_call_backend(input)) is not None:
             large = [maps.empty(input) if w else None for w in wanted[:2]]
             operands = (grad, matrix, other, vector(weight), vector(bias), *statistics)
             groups, eps, activation, fixed, by_output = options

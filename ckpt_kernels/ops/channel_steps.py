@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends, recompute
 from ..activations import SIGNED_BY_OUTPUT
 from ..backends import reference
-from .maps import Maps, maps_of
+from .channel_layout import Maps, maps_of
 from .operands import vector
 
 
@@ -92,7 +92,7 @@ def apply(
     return output
 
 
-def whole_backend(input: Tensor) -> ModuleType | None:
+def single_call_backend(input: Tensor) -> ModuleType | None:
     """The backend that serves, if it takes all steps of such a norm in one call."""
     backend = backends.select(input)
     return backend if input.device.type in getattr(backend, "WHOLE_CHANNEL_NORMS", ()) else None
@@ -123,7 +123,7 @@ def normalized(
     if not input.numel():
         return maps.empty(input), *(given or (t.zero_() for t in Statistics.empty(input, options.groups)))
     matrix = maps.matrix(input)
-    if (backend := whole_backend(input)) is not None:
+    if (backend := single_call_backend(input)) is not None:
         output, statistics = maps.empty(input), given or Statistics.empty(input, options.groups)
         operands = (matrix, maps.matrix(residual), vector(weight), vector(bias), maps.matrix(output), *statistics)
         backend.channel_norm_forward(*operands, *maps.sizes, *options, given is not None)

@@ -10,12 +10,12 @@ from ..backends import reference
 from .block import Block, NoOptions
 from .operands import (
     as_matrices,
-    computed_in,
     elementwise_empty,
     in_dtypes_of,
     last_columns,
+    layout_and_target,
     vector,
-    wide,
+    wide_empty,
     zero,
 )
 from .sharding import Sharding, every_dim, last_of_input, like_input, of_no_dim
@@ -36,7 +36,7 @@ class _Dyt(Block):
     ) -> tuple[Tensor]:
         (output,) = results = self.empty(input)
         if output.numel():
-            lying, target = computed_in(output, input.shape, 1)
+            lying, target = layout_and_target(output, input.shape, 1)
             rows, output_rows = as_matrices(lying, input, target, columns=last_columns(input))
             backends.select(input).dyt_forward(rows, alpha, vector(weight), vector(bias), output_rows)
             if target is not output:
@@ -58,9 +58,9 @@ class _Dyt(Block):
         (grad_output,), (input, alpha, weight, _) = grads, kept
         grad_input = self.empty_gradients(grads, kept, options, [wanted[0], False, False, False])[0]
         dtype = reference.compute_dtype(input.dtype)
-        sums = [wide(t, dtype) if w else None for t, w in zip(kept[1:], wanted[1:], strict=True)]
+        sums = [wide_empty(t, dtype) if w else None for t, w in zip(kept[1:], wanted[1:], strict=True)]
         if input.numel():
-            lying, target = computed_in(grad_input, input.shape, 1)
+            lying, target = layout_and_target(grad_input, input.shape, 1)
             matrices = as_matrices(lying, grad_output, input, target, columns=last_columns(input))
             backends.select(input).dyt_backward(*matrices[:2], alpha, vector(weight), matrices[2], *sums)
             if target is not grad_input:

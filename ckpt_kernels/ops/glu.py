@@ -10,7 +10,15 @@ from torch import Tensor
 from .. import backends
 from ..backends import reference
 from .block import Block
-from .operands import as_matrices, as_result_of, as_rows, contiguous, elementwise_empty, memory_order, overwritten
+from .operands import (
+    as_matrices,
+    as_rows,
+    contiguous,
+    elementwise_empty,
+    memory_order,
+    reuse_or_allocate,
+    with_elementwise_strides,
+)
 from .sharding import Sharding, every_dim, like_input
 
 
@@ -32,11 +40,11 @@ def gradient(
     gate, value = operands
     grad_output = grad_output.contiguous()
     output = contiguous(grad_output) if rewrite else None
-    grads = [overwritten(grad_output, gate) if wanted[0] else None, contiguous(value) if wanted[1] else None]
+    grads = [reuse_or_allocate(grad_output, gate) if wanted[0] else None, contiguous(value) if wanted[1] else None]
     if grad_output.numel():
         matrices = as_matrices(grad_output, grad_output, gate, value, *grads, output)
         backends.select(grad_output).glu_backward(*matrices, options.activation)
-    return grads, None if output is None else as_result_of(gate, output)
+    return grads, None if output is None else with_elementwise_strides(gate, output)
 
 
 # glu: two tensors

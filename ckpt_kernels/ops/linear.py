@@ -20,19 +20,25 @@ from .. import recompute
 from ..autocast import is_autocast
 from .composition import by_composition, is_fused
 from .linear_blocks import Block
-from .linear_gradients import block_linear_gradients, block_product_gradients, composed, parted, through_composition
-from .pinned import pinned_function
+from .linear_gradients import (
+    block_linear_gradients,
+    block_product_gradients,
+    composition_of,
+    split_roles,
+    through_composition,
+)
 from .products import (
-    as_no_view,
+    as_non_view,
     grad_bias_of,
     grad_input_of,
-    grad_of_shared,
+    grad_of_shared_input,
     grad_weight_of,
     linear_of_torch,
     product_dtype,
     product_of,
     products_of,
 )
+from .same_backend import same_backend_function
 
 
 class _Linear(torch.autograd.Function):
@@ -44,7 +50,7 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.input_dtype, ctx.weight_dtype = input.dtype, weight.dtype
         ctx.save_for_backward(input if wants_weight else None, weight if wants_input else None)
-        return as_no_view(product_of(input, weight, bias, dtype))
+        return as_non_view(product_of(input, weight, bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -83,7 +89,7 @@ def recomputed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 # A block, and the products that read it
 
 
-@pinned_function
+@same_backend_function
 class _BlockProduct(torch.autograd.Function):
     """A product of a block's output, of which the block's operands are kept, and not the output."""
 
@@ -94,7 +100,7 @@ class _BlockProduct(torch.autograd.Function):
         ctx.block, ctx.bias_dtype = block, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, weight, *rest)
-        return as_no_view(product_of(output, weight, bias, dtype))
+        return as_non_view(product_of(output, weight, bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
@@ -106,24 +112,24 @@ class _BlockProduct(torch.autograd.Function):
         if by_composition((grad,)):
             kinds = [None if t is None else t.dtype for t in (*operands, weight)]
             kinds.append(ctx.bias_dtype)
-            found = through_composition(composed(ctx.block), (grad,), operands, (weight,), needs, kinds)
+            found = through_composition(composition_of(ctx.block), (grad,), operands, (weight,), needs, kinds)
         else:
             found = block_product_gradients(ctx.block, grad, operands, weight, rest, needs, ctx.bias_dtype)
         return None, None, *found
 
 
-@pinned_function
+@same_backend_function
 class _BlockLinear(torch.autograd.Function):
     """Several products of a block's output, of which the block's operands are kept, and not the output."""
 
     @staticmethod
     def forward(ctx: Any, block: Block, count: int, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        operands, weights, biases = parted(tensors, count)
+        operands, weights, biases = split_roles(tensors, count)
         output, rest = block.forward(operands)
         ctx.block, ctx.count, ctx.kinds = block, count, [None if t is None else t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, *weights, *rest)
-        return tuple(as_no_view(product_of(output, w, b, dtype)) for w, b in zip(weights, biases, strict=True))
+        return tuple(as_non_view(product_of(output, w, b, dtype)) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -133,7 +139,7 @@ class _BlockLinear(torch.autograd.Function):
         saved = ctx.saved_tensors
         operands, weights, rest = saved[:first], saved[first : first + ctx.count], saved[first + ctx.count :]
         if by_composition(grads):
-            found = through_composition(composed(ctx.block), grads, operands, weights, needs, ctx.kinds)
+            found = through_composition(composition_of(ctx.block), grads, operands, weights, needs, ctx.kinds)
         else:
             found = block_linear_gradients(ctx.block, grads, operands, weights, rest, needs, ctx.kinds)
         return None, None, None, *found
@@ -165,18 +171,18 @@ def fused_block_linear(
     def product(weight: Tensor, bias: Tensor | None, *operands: Tensor | None) -> Tensor:
         return product_of(block.forward(operands)[0], weight, bias, dtype)
 
-    is_announced = announced(product, weight, bias, *operands)
-    return (recorded(_apply_of(_BlockProduct)(block, dtype, *operands, weight, bias), is_announced),)
+    is_announced = announce_product(product, weight, bias, *operands)
+    return (record_if(_apply_of(_BlockProduct)(block, dtype, *operands, weight, bias), is_announced),)
 
 
-def announced(product: Callable[..., Tensor], *tensors: Tensor | None) -> bool:
+def announce_product(product: Callable[..., Tensor], *tensors: Tensor | None) -> bool:
     """That a last product, which a norm may read, runs again within a layer."""
     return bool(recompute.thread.active) and recompute.announce_in_layer(
-        (lambda *again: as_no_view(product(*again)), tensors)
+        (lambda *again: as_non_view(product(*again)), tensors)
     )
 
 
-def recorded(output: Tensor, is_announced: bool) -> Tensor:
+def record_if(output: Tensor, is_announced: bool) -> Tensor:
     if is_announced:
         recompute.record(output)
     return output
@@ -193,7 +199,7 @@ def composed_linear(
 # Products, a block, a product
 
 
-@pinned_function
+@same_backend_function
 class _LinearBlockLinear(torch.autograd.Function):
     """One or two products of the input, a block of these, a product of the block: of all this the input is kept.
 
@@ -208,7 +214,7 @@ class _LinearBlockLinear(torch.autograd.Function):
         ctx.block, ctx.dtype = block, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(input, *firsts, weight)
-        return as_no_view(product_of(output, weight, bias, dtype))
+        return as_non_view(product_of(output, weight, bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -239,7 +245,7 @@ class _LinearBlockLinear(torch.autograd.Function):
             there.append((g, w))
             found.append(grad_weight_of(g, input, w.dtype) if first_needs[2 * index] else None)
             found.append(grad_bias_of(g, b.dtype) if first_needs[2 * index + 1] else None)
-        grad_input = grad_of_shared(there, input.dtype) if wants_input else None
+        grad_input = grad_of_shared_input(there, input.dtype) if wants_input else None
         return None, None, grad_input, *found, inner[len(inner_needs)], grad_bias
 
 
@@ -256,8 +262,8 @@ def linear_block_linear(
         def product(weight: Tensor, bias: Tensor | None, input: Tensor, *firsts: Tensor | None) -> Tensor:
             return product_of(block.forward(products_of(input, firsts, dtype))[0], weight, bias, dtype)
 
-        is_announced = announced(product, weight, bias, input, *firsts)
-        return recorded(_apply_of(_LinearBlockLinear)(block, dtype, input, *firsts, weight, bias), is_announced)
+        is_announced = announce_product(product, weight, bias, input, *firsts)
+        return record_if(_apply_of(_LinearBlockLinear)(block, dtype, input, *firsts, weight, bias), is_announced)
     product = linear if is_autocast(input) else linear_of_torch
     operands = [product(input, w, b) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
     compute = composed_linear if recompute == "block" else block_linear

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .composition import composed_gradients
 from .linear_blocks import Block
-from .products import cast, grad_bias_of, grad_input_of, grad_of_shared, grad_weight_of, product_of
+from .products import cast, grad_bias_of, grad_input_of, grad_of_shared_input, grad_weight_of, product_of
 
 
 def block_product_gradients(
@@ -34,19 +34,19 @@ def block_product_gradients(
         found, output = block.backward(grad_output, operands, rest, operand_needs, weight_needs)
         found = [g if n else None for g, n in zip(found, operand_needs, strict=True)]
     elif weight_needs:
-        output = output_again(block, operands)
+        output = recomputed_output(block, operands)
     found.append(grad_weight_of(grad, output, weight.dtype) if weight_needs else None)
     found.append(grad_bias_of(grad, bias_dtype) if bias_needs else None)
     return found
 
 
-def output_again(block: Block, operands: Sequence[Tensor | None]) -> Tensor:
+def recomputed_output(block: Block, operands: Sequence[Tensor | None]) -> Tensor:
     """The block's output, of unpacked operands: whoever unpacked them may have negated them lazily, which a block for
     small calls takes to be ruled out."""
     return block.forward([None if t is None else t.resolve_neg() for t in operands])[0]
 
 
-def parted(tensors: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+def split_roles(tensors: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
     """The block's operands, the weights and the biases of `count` products."""
     first = len(tensors) - 2 * count
     return tensors[:first], tensors[first : first + count], tensors[first + count :]
@@ -62,8 +62,8 @@ def block_linear_gradients(
     kinds: Sequence[torch.dtype | None],
 ) -> list[Tensor | None]:
     """The gradients of operands, weights and biases; the block's output comes out of its gradient kernel."""
-    operand_needs, weight_needs, bias_needs = parted(needs, len(weights))
-    _, _, bias_kinds = parted(kinds, len(weights))
+    operand_needs, weight_needs, bias_needs = split_roles(needs, len(weights))
+    _, _, bias_kinds = split_roles(kinds, len(weights))
     there = [(g, w) for g, w in zip(grads, weights, strict=True) if g is not None]
     rewrite = any(g is not None and n for g, n in zip(grads, weight_needs, strict=True))
     if not there:
@@ -71,11 +71,11 @@ def block_linear_gradients(
     found, output = [None] * len(operands), None
     if any(operand_needs):
         # The output's dtype, which under autocast is not the products'.
-        grad_output = grad_of_shared(there, operands[0].dtype)
+        grad_output = grad_of_shared_input(there, operands[0].dtype)
         found, output = block.backward(grad_output, operands, rest, operand_needs, rewrite)
         found = [g if n else None for g, n in zip(found, operand_needs, strict=True)]
     elif rewrite:
-        output = output_again(block, operands)
+        output = recomputed_output(block, operands)
     for grad, weight, need in zip(grads, weights, weight_needs, strict=True):
         found.append(grad_weight_of(grad, output, weight.dtype) if need and grad is not None else None)
     for grad, need, kind in zip(grads, bias_needs, bias_kinds, strict=True):
@@ -83,7 +83,7 @@ def block_linear_gradients(
     return found
 
 
-def composed(block: Block) -> Callable[[Sequence[Tensor | None], Sequence[Tensor], torch.dtype], list[Tensor]]:
+def composition_of(block: Block) -> Callable[[Sequence[Tensor | None], Sequence[Tensor], torch.dtype], list[Tensor]]:
     def products(operands: Sequence[Tensor | None], weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         output = block.composed(operands)
         return [product_of(output, w, None, dtype) for w in weights]
@@ -101,8 +101,8 @@ def through_composition(
 ) -> list[Tensor | None]:
     """The same by operators that torch sees, as a graph for gradients of gradients: those of the composition. Biases
     add, and have none there."""
-    operand_needs, weight_needs, bias_needs = parted(needs, len(weights))
-    _, _, bias_kinds = parted(kinds, len(weights))
+    operand_needs, weight_needs, bias_needs = split_roles(needs, len(weights))
+    _, _, bias_kinds = split_roles(kinds, len(weights))
     dtype = next((g.dtype for g in grads if g is not None), operands[0].dtype)
 
     def products(*tensors: Tensor | None) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..saved_tensors import seen_by_nobody
+from ..saved_tensor_hooks import without_saved_tensor_hooks
 from .accumulate import add_product, add_sum, buffer_for
 from .composition import by_composition, composed_gradients
 from .products import linear_of_torch
@@ -147,7 +147,7 @@ def _walk(
 def _with_gradient(loss: Loss, logits: Tensor, target: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     """The losses of a chunk, and the gradient of the logits."""
     # What is kept for the length of a chunk, nobody else's hooks are to see.
-    with torch.enable_grad(), seen_by_nobody():
+    with torch.enable_grad(), without_saved_tensor_hooks():
         losses = loss.rows(logits.requires_grad_(), target)
     (grad,) = torch.autograd.grad(losses, logits, each.to(losses.dtype).expand_as(losses))
     return losses.detach(), grad

@@ -17,7 +17,7 @@ def as_rows(tensor: Tensor, columns: int) -> Tensor:
     return tensor if columns == 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def rows_as_they_lie(tensor: Tensor, columns: int) -> Tensor:
+def strided_rows(tensor: Tensor, columns: int) -> Tensor:
     """(rows, columns), or where strides forbid that (outer, middle, inner, columns): a view in all but odd layouts.
 
     So the heads of a packed projection, transposed or not, are read where they are. For the row norms, which read rows
@@ -57,7 +57,7 @@ def as_matrices(like: Tensor, *tensors: Tensor | None, columns: int | None = Non
     return [None if t is None else as_rows(t, columns) for t in permuted]
 
 
-def computed_in(result: Tensor | None, shape: Sequence[int], dims: int) -> tuple[Tensor, Tensor | None]:
+def layout_and_target(result: Tensor | None, shape: Sequence[int], dims: int) -> tuple[Tensor, Tensor | None]:
     """What a dense result of that shape is computed in where its last `dims` dimensions go by the shape: itself if its
     strides say so too, else a contiguous tensor. Twice, for `as_matrices` and for the kernel: where nobody wants the
     result the kernel has none, and of the first only the strides count."""
@@ -127,13 +127,13 @@ def elementwise_empty(*operands: Tensor) -> Tensor:
     return torch.empty_strided(first.shape, strides, dtype=first.dtype, device=first.device)
 
 
-def overwritten(given_away: Tensor, like: Tensor) -> Tensor:
+def reuse_or_allocate(given_away: Tensor, like: Tensor) -> Tensor:
     """Memory for a result of like's shape and dtype: that of a tensor that nobody else needs, if it fits; else new."""
     fits = given_away.is_contiguous() and given_away.dtype == like.dtype and given_away.shape == like.shape
     return given_away if fits else contiguous(like)
 
 
-def as_result_of(input: Tensor, output: Tensor) -> Tensor:
+def with_elementwise_strides(input: Tensor, output: Tensor) -> Tensor:
     """The output, with the strides that an elementwise result of input has: itself if it has them, else a copy."""
     if input.is_contiguous() and output.is_contiguous():
         return output
@@ -141,7 +141,7 @@ def as_result_of(input: Tensor, output: Tensor) -> Tensor:
     return output if output.stride() == result.stride() else result.copy_(output)
 
 
-def wide(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def wide_empty(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Memory for a coefficient's gradient, in the compute type."""
     return None if tensor is None else torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 

@@ -33,7 +33,7 @@ def product_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
         return linear_of_torch(*operands)
 
 
-def as_no_view(output: Tensor) -> Tensor:
+def as_non_view(output: Tensor) -> Tensor:
     """The same memory, but no view: F.linear may return a view of a matrix, and what an autograd.Function returns may
     be written to in place only if it is none."""
     return output if output._base is None else torch.ops.aten._unsafe_view.default(output, output.shape)
@@ -67,7 +67,7 @@ def products_of(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dty
     return [product_of(input, w, b, dtype) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
 
 
-def grad_of_shared(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+def grad_of_shared_input(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
     """The gradient of what several products read, added up in autograd's order: the last product's first."""
     parts = [cast(grad_input_of(g, w), dtype) for g, w in reversed(there)]
     total = parts[0]

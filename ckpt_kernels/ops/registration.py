@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from .. import backends, recompute
 from . import nested
-from .pinned import pinned
+from .same_backend import same_backend
 from .sharding import Sharding, is_sharded
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -61,7 +61,7 @@ class Registered:
         torch.library.register_fake(f"ckpt_kernels::{name}", self._fake, lib=_library)
         _library.impl(name, self._composed, "FuncTorchBatched")
         self._dispatched = getattr(torch.ops.ckpt_kernels, name).default
-        setup_context, backward = pinned(self._dispatched_setup, self._dispatched_backward)
+        setup_context, backward = same_backend(self._dispatched_setup, self._dispatched_backward)
         self._differentiated = make_autograd_impl(self._dispatched, Info(backward, setup_context))
         _library.impl(name, self._with_autograd, "Autograd", with_keyset=True)
         self.name = name

@@ -12,7 +12,16 @@ from .. import backends
 from ..backends import reference
 from ..backends.blocks import Rotary, RotaryGradients, RotaryOptions
 from .block import Block
-from .operands import computed_in, contiguous, elementwise_empty, in_dtypes_of, memory_order, vector, wide, zero
+from .operands import (
+    contiguous,
+    elementwise_empty,
+    in_dtypes_of,
+    layout_and_target,
+    memory_order,
+    vector,
+    wide_empty,
+    zero,
+)
 from .sharding import Sharding, last_of_input, like_input
 
 
@@ -44,7 +53,7 @@ class _Rotary(Block):
     def forward(self, *arguments: Any) -> tuple[Tensor]:
         (output,) = results = self.empty(*arguments)
         if output.numel():
-            lying, target = computed_in(output, output.shape, 1)
+            lying, target = layout_and_target(output, output.shape, 1)
             block, rows = _rows(arguments, lying, target)
             backends.select(output).rotary_forward(block, rows)
             if target is not output:
@@ -72,10 +81,10 @@ class _Rotary(Block):
         (grad_output,), (weight, bias) = grads, kept[3:]
         grad_input = self.empty_gradients(grads, kept, options, [wanted[0], *(False,) * 4])[0]
         dtype = reference.compute_dtype(grad_output.dtype)
-        sums = [wide(t, dtype) if w else None for t, w in zip((weight, bias), wanted[3:], strict=True)]
+        sums = [wide_empty(t, dtype) if w else None for t, w in zip((weight, bias), wanted[3:], strict=True)]
         tables: Sequence[Tensor | None] = (None, None)
         if grad_output.numel():
-            lying, target = computed_in(grad_input, grad_output.shape, 1)
+            lying, target = layout_and_target(grad_input, grad_output.shape, 1)
             block, rows, target_rows = _rows((*kept, options), lying, grad_output, target)
             backends.select(grad_output).rotary_backward(block, rows, RotaryGradients(target_rows, *sums))
             if target is not grad_input:

@@ -15,7 +15,7 @@ from .. import backends
 from ..backends import reference
 from ..backends.blocks import RowNorm, RowNormGradients, RowNormOptions
 from .block import Block
-from .operands import as_rows, column_sum, contiguous, in_dtypes_of, rows_as_they_lie, wide, zero
+from .operands import as_rows, column_sum, contiguous, in_dtypes_of, strided_rows, wide_empty, zero
 from .sharding import Sharding, dims_of_rows, last_of_input, like_input, seed
 
 
@@ -174,8 +174,8 @@ class _RowNorm(Block):
             contiguous(input) if total or both else None,
             contiguous(input) if total and seed is not None else None,
             contiguous(gate) if both or wanted.gate else None,
-            wide(factor, dtype) if need_factor else None,
-            wide(offset, dtype) if need_offset else None,
+            wide_empty(factor, dtype) if need_factor else None,
+            wide_empty(offset, dtype) if need_offset else None,
         )
         output = contiguous(input) if rewrite else None
         if input.numel():
@@ -184,8 +184,8 @@ class _RowNorm(Block):
             large = [None if t is None else as_rows(t, columns) for t in found[:3]]
             backends.select(input).row_norm_backward(
                 block,
-                rows_as_they_lie(grad_output, columns),
-                None if grad_residual_out is None else rows_as_they_lie(grad_residual_out, columns),
+                strided_rows(grad_output, columns),
+                None if grad_residual_out is None else strided_rows(grad_residual_out, columns),
                 RowNormGradients(*large, *found[3:]),
                 None if output is None else as_rows(output, columns),
             )
@@ -237,9 +237,9 @@ def _block(
     """As the backends take it."""
     columns = rest[-1].columns
     return RowNorm(
-        rows_as_they_lie(input, columns),
-        None if residual is None else rows_as_they_lie(residual, columns),
-        None if gate is None else rows_as_they_lie(gate, columns),
+        strided_rows(input, columns),
+        None if residual is None else strided_rows(residual, columns),
+        None if gate is None else strided_rows(gate, columns),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
         *rest,

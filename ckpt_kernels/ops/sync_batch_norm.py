@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import recompute
 from ..backends import reference
+from .channel_layout import Maps, maps_of
 from .channel_steps import (
     GradientOptions,
     Options,
@@ -24,9 +25,8 @@ from .channel_steps import (
     rematerialized,
     slope_source,
 )
-from .maps import Maps, maps_of
 from .operands import vector
-from .pinned import pinned_function
+from .same_backend import same_backend_function
 
 
 def _merged_moments(
@@ -48,7 +48,7 @@ def _merged_moments(
     return mean, var, counts.sum().item()
 
 
-@pinned_function
+@same_backend_function
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(

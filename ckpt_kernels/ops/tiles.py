@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .accumulate import add_product, add_sum, buffer_for
 from .composition import by_composition
-from .linear import announced, linear_block_linear, recorded
+from .linear import announce_product, linear_block_linear, record_if
 from .linear_blocks import Block
 from .linear_gradients import through_composition
-from .pinned import pinned_function
-from .products import as_matrix, grad_input_of, grad_of_shared, product_dtype, product_of, products_of
+from .products import as_matrix, grad_input_of, grad_of_shared_input, product_dtype, product_of, products_of
 from .registration import is_plain, is_transformed
+from .same_backend import same_backend_function
 
 
 class _Thread(threading.local):
@@ -50,7 +50,7 @@ def _bounds(rows: int, tiles: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + size, rows)) for begin in range(0, max(rows, 1), size)]
 
 
-@pinned_function
+@same_backend_function
 class _TiledMLP(torch.autograd.Function):
     """block(products of the input) times a weight, in as many tiles as there are blocks."""
 
@@ -137,7 +137,7 @@ def _gradients(
                 add_sum(of_bias, gradient)
         if grad_input is not None:
             there = [(g, w) for g, w in zip(found, firsts[::2], strict=True)]
-            grad_input[begin:end] = grad_of_shared(there, input.dtype)
+            grad_input[begin:end] = grad_of_shared_input(there, input.dtype)
         del found
     grad_bias = grad.sum(0).to(ctx.bias_dtype) if wants_bias else None
     parameters = (*firsts, weight)
@@ -187,6 +187,6 @@ def tiled_mlp(
         return _output(blocks, dtype, input, firsts, weight, bias, ())
 
     keeps = recompute != "all"
-    is_announced = not keeps and announced(product, weight, bias, matrix, *firsts)
+    is_announced = not keeps and announce_product(product, weight, bias, matrix, *firsts)
     output = _TiledMLP.apply(tuple(blocks), dtype, keeps, matrix, *firsts, weight, bias)
-    return recorded(output, is_announced).reshape(shape)
+    return record_if(output, is_announced).reshape(shape)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.checks import is_count
-from ..models import check_model
+from ..model_argument import check_model
 from .bench import Bench
 from .budget import Budget, DoesNotFit, bytes_of
 from .marks import NotAChain

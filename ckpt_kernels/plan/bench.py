@@ -20,11 +20,11 @@ from ..convert import convert, revert
 from ..convert.layers import layers_of
 from ..convert.loads import named_modules
 from ..convert.swap import surround
-from ..copies import copied, twin_of
 from ..levels import OF_MODULES, WITHIN_CHECKPOINT, Policy
 from ..memory import random_numbers_kept
+from ..model_copies import copy_sharing_parameters, deep_copied
+from ..nested_values import tensors_in
 from ..runs import Place, is_sharded
-from ..values import tensors_in
 from .marks import Point, Recorder, marking, peak_of
 
 Loss = Callable[[Any], Tensor]
@@ -104,7 +104,7 @@ class Bench:
         self._gradients: dict[int, Tensor] = {}
         self.input_shape = first_shape(args, kwargs)
         self.count = 0
-        converted = twin_of(model)
+        converted = copy_sharing_parameters(model)
         convert(converted, recompute="block")
         self.names = list(layers_of(converted))
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -113,7 +113,7 @@ class Bench:
 
     def twin(self, recompute: Any) -> nn.Module:
         """Return a twin whose layers are marked, converted to `recompute`; None is the model without conversion."""
-        twin = twin_of(self.model)
+        twin = copy_sharing_parameters(self.model)
         if recompute is None:
             revert(twin)
         else:
@@ -147,8 +147,8 @@ class Bench:
 
         with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
             memo: dict[int, Any] = {}
-            args = tuple(copied(value, memo) for value in self._inputs[0])
-            kwargs = {name: copied(value, memo) for name, value in self._inputs[1].items()}
+            args = tuple(deep_copied(value, memo) for value in self._inputs[0])
+            kwargs = {name: deep_copied(value, memo) for name, value in self._inputs[1].items()}
             # With another seed in each step a model that skips layers at random skips other layers, which
             # `timing.seconds_of` notices.
             if not memory:

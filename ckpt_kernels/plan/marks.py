@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.rules.rule import Forward
+from ..nested_values import tensors_among
 from ..runs import is_repeating
-from ..values import tensors_among
 
 _PREFIX = "ckpt_kernels.plan/"
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..bitwise_check import record_differences
 from ..convert.loads import modules_of
 from ..levels import CHECKPOINT, IN_TILES, NONE, OF_MODULES, Policy
 from ..model_state import described, different
-from ..watching import watched
 from .bench import EAGER, Bench, ChoiceByLayer, RunsOfLayers, is_out_of_memory
 from .marks import NotAChain, Position, Recorder, Segment, peak_of, segments
 
@@ -151,7 +151,7 @@ class Trials:
             self.not_repeatable |= self._differing(twin, "what runs twice by itself")
 
     def _differing(self, twin: nn.Module, title: str) -> set[str]:
-        with watched() as differing:
+        with record_differences() as differing:
             self._bench.step(title, twin, memory=False)
         return {name for name, module in twin.named_modules() if module in differing}
 

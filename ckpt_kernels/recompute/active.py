@@ -1,4 +1,4 @@
-"""Which contexts are active on this thread, and whose saved-tensor hooks torch calls."""
+"""The contexts that are active on a thread, and the saved-tensor hooks that torch calls."""
 
 import threading
 from collections.abc import Callable
@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 
 class _Thread(threading.local):
-    """The contexts of a thread, the innermost last, closed ones among them; and whether it asks torch whose the
-    tensors are that a node saves, and not for their values."""
+    """The contexts of a thread, the innermost last. Closed contexts may still be in the list.
+
+    `wants_identities` is set while `nodes.results_of_function` unpacks tensors only to learn which node made them:
+    unpacking then returns a placeholder and computes no value.
+    """
 
     def __init__(self) -> None:
         self.active: list[Discarder] = []
@@ -27,19 +30,20 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The innermost saved-tensor hooks of this thread, None where there are none."""
     return _top_hooks(True)
 
 
-def sees_what_is_saved(discarder: "Discarder") -> bool:
+def has_innermost_hooks(discarder: "Discarder") -> bool:
     """Whether the hooks of this context are the innermost on this thread."""
     top = _top_hooks(True)
     return top is not None and getattr(top[0], "__self__", None) is discarder
 
 
 def discarding() -> "Discarder | None":
-    """The context that sees what is saved now: the innermost, unless somebody else's hooks are within it."""
-    found = innermost()
-    return found if found is not None and sees_what_is_saved(found) else None
+    """The context whose hooks see the tensors saved now: the innermost, unless foreign hooks are inside."""
+    discarder = innermost()
+    return discarder if discarder is not None and has_innermost_hooks(discarder) else None
 
 
 def is_active() -> bool:
@@ -48,7 +52,7 @@ def is_active() -> bool:
 
 
 def innermost() -> "Discarder | None":
-    """The innermost context that is open; closed ones are forgotten."""
+    """The innermost open context. Closed contexts are removed from the list."""
     active = thread.active
     while active:
         last = active[-1]

@@ -1,27 +1,30 @@
-"""How ops announce recipes for their outputs, while outputs are let go of."""
+"""How ops announce recipes for their outputs while a context discards outputs."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import nodes, quick
-from .active import discarding, innermost, sees_what_is_saved, thread
-from .announced import Announced, Announcement, Total
+from . import fast_path, nodes
+from .active import discarding, has_innermost_hooks, innermost, thread
+from .announcements import Announced, Announcement, Total
 
 
 def announce(
     announcement: Announcement | None, elementwise: bool = False, total: tuple[Tensor, Announcement] | None = None
 ) -> None:
-    """Called within an op's forward: how to make the output again from kept tensors; None where that cannot be done.
+    """Announces, within the forward pass of an op, how to recompute the output from kept tensors.
 
-    A tensor that an `elementwise` op saves may be a product that runs again, where that was asked for. `total` is a
-    second result, which the op saves, and how to make that again, within a layer.
+    Args:
+        announcement: None where the output cannot be recomputed.
+        elementwise: whether the op is elementwise. A tensor that such an op saves may be a matrix product that runs
+            again, if the context asks for that.
+        total: a second result that the op saves, and how to recompute that result within a layer.
     """
     discarder = innermost()
     if discarder is None:
         return
-    if discarder.is_paused or not sees_what_is_saved(discarder):
+    if discarder.is_paused or not has_innermost_hooks(discarder):
         discarder.announced = None
         return
     second = None if total is None or not discarder.is_in_layer else Total(total[0].untyped_storage()._cdata, total[1])
@@ -29,10 +32,10 @@ def announce(
 
 
 def announce_in_layer(announcement: Announcement) -> bool:
-    """The same for a matrix product, before the product runs; such recipes exist only within a layer.
+    """Announces a matrix product before the product runs. Such recipes exist only within a layer.
 
     Returns:
-        Whether `record` is to be called with the result.
+        Whether the caller must call `record` with the result.
     """
     discarder = discarding()
     if discarder is None or not discarder.is_in_layer:
@@ -42,49 +45,49 @@ def announce_in_layer(announcement: Announcement) -> bool:
 
 
 def record(output: Tensor, recipe: Announcement | None = None) -> None:
-    """From now on readers that save `output` within the context keep a recipe instead.
+    """Gives readers that save `output` within the context a recipe instead.
 
-    After an op's forward: the recipe is the one that was announced. Of another output it is given, and is kept as long
-    as the output is.
+    Without `recipe` the output is that of the announced op. With `recipe` the output is any tensor, and the recipe
+    lives as long as the output.
     """
     discarder = innermost() if recipe is None else discarding()
     if discarder is None:
         return
     if recipe is None:
-        quick.record(discarder, output)
+        fast_path.record(discarder, output)
     elif output.requires_grad:
         discarder.record(output, recipe)
 
 
 def note(output: Any, *operands: Any) -> None:
-    """Called after an operation of torch's, such as a sum: notes on the node that nobody has written to operands.
+    """Notes on the autograd node of a torch op, such as a sum, that no operand has been written to.
 
-    The output may then be made again from recipes of the operands. An operand that is a number is noted too, and one
-    that is small beside the output, of which a recipe may keep a copy.
+    The output may then be recomputed from recipes of the operands. The note holds operands that are scalars, and
+    operands that are small beside the output, which a recipe may copy.
     """
     if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
         return
     if output.grad_fn is None or output._version or (discarder := discarding()) is None:
         return
     tensors = [o for o in operands if isinstance(o, Tensor)]
-    numbers = [o for o in operands if type(o) in (int, float)]
-    if len(tensors) + len(numbers) != len(operands) or not all(map(nodes.is_as_made, tensors)):
+    scalars = [o for o in operands if type(o) in (int, float)]
+    if len(tensors) + len(scalars) != len(operands) or not all(map(nodes.is_unwritten, tensors)):
         return
     small = discarder.small_operands.noted
-    # In the order of the node's edges, of which a number's is the last: torch computes 2 + x as x + 2.
-    nodes.note(output.grad_fn, (*(small(t, output, discarder) for t in tensors), *numbers))
+    # In the order of the node's edges, where a number comes last: torch computes 2 + x as x + 2.
+    nodes.note(output.grad_fn, (*(small(t, output, discarder) for t in tensors), *scalars))
     if discarder.is_in_layer:
         nodes.watch(output)
 
 
 def watch(output: Any) -> Any:
-    """Called with what a module has just returned, which is given back: writes to it are seen from now on.
+    """Records the version counter of a module's result, so that later in-place writes are seen. Returns the result.
 
-    Within a layer, what is made of the output, and keeps nothing of it, may then be made again.
+    Within a layer, tensors computed from the result by ops that save no operand may then be recomputed.
     """
     if torch.compiler.is_compiling() or not thread.active or type(output) is not Tensor:
         return output
-    if output.grad_fn is not None and nodes.is_as_made(output):
+    if output.grad_fn is not None and nodes.is_unwritten(output):
         discarder = discarding()
         if discarder is not None and discarder.is_in_layer:
             nodes.watch(output)

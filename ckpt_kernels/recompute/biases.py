@@ -1,4 +1,4 @@
-"""Which biases nobody has written to since a module's forward began: recipes may read copies of these."""
+"""Tracks the biases of a module, so that recipes copy only biases that are unchanged since the forward pass began."""
 
 from collections.abc import Iterator
 
@@ -6,40 +6,43 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from . import quick
+from . import fast_path
 
 
 class Biases:
-    """The versions and the memory of a module's biases when the forward began; without a module all parameters count as
-    unchanged. A bias that is given other data (`bias.data = other`) has the version that it had."""
+    """The versions and addresses of a module's biases at the start of the forward pass.
+
+    Without a module every parameter counts as unchanged. The address is needed because `bias.data = other` does not
+    change the version counter.
+    """
 
     def __init__(self, module: nn.Module | None) -> None:
-        found = None if module is None else quick.biases(module)
-        self._versions = versions_in(module) if found is None and module is not None else found
+        versions = None if module is None else fast_path.biases(module)
+        self._versions = versions_in(module) if versions is None and module is not None else versions
 
-    def is_as_used(self, bias: nn.Parameter) -> bool:
-        """Whether nobody has written to a bias since the forward began, so since any of the forward's ops read it."""
+    def is_unchanged(self, bias: nn.Parameter) -> bool:
+        """Whether a bias is unchanged since the forward pass began, when no op had read the bias."""
         if self._versions is None:
             return True
-        known, version, address = self._versions.get(id(bias), (None, 0, 0))
-        return known is bias and bias._version == version and address_of(bias) == address
+        recorded, version, address = self._versions.get(id(bias), (None, 0, 0))
+        return recorded is bias and bias._version == version and address_of(bias) == address
 
 
 def address_of(parameter: nn.Parameter) -> int:
-    """That of the memory; 0 for a kind of tensor that is not asked."""
+    """The address of a parameter's memory; 0 for a subclass or a sparse layout."""
     return parameter.data_ptr() if type(parameter) is nn.Parameter and parameter.layout is torch.strided else 0
 
 
 def versions_in(module: nn.Module) -> dict[int, tuple[nn.Parameter, int, int]]:
-    """The parameters of at most one dimension in a module and below, their versions and addresses, by identity."""
-    found = (p for p in parameters_in(module) if p.dim() < 2 and not p.is_inference())
-    return {id(p): (p, p._version, address_of(p)) for p in found}
+    """The versions and addresses of a module's parameters with at most one dimension, by identity."""
+    parameters = (p for p in parameters_in(module) if p.dim() < 2 and not p.is_inference())
+    return {id(p): (p, p._version, address_of(p)) for p in parameters}
 
 
 def parameters_in(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters in a module and below, but for those that have no shape yet."""
-    waiting, seen = [module], set()
-    for module in waiting:
+    """The parameters of a module and of its submodules, without uninitialized lazy ones."""
+    queue, seen = [module], set()
+    for module in queue:
         own = module.__dict__
         for parameter in own["_parameters"].values():
             if parameter is not None and (type(parameter) is nn.Parameter or not is_lazy(parameter)):
@@ -47,4 +50,4 @@ def parameters_in(module: nn.Module) -> Iterator[nn.Parameter]:
         children = own["_modules"]
         if children and module not in seen:
             seen.add(module)
-            waiting += [child for child in children.values() if child is not None]
+            queue += [child for child in children.values() if child is not None]

@@ -1,4 +1,4 @@
-"""The contexts in which outputs are let go of: saved-tensor hooks, on the thread and for the time of the context."""
+"""The contexts that discard outputs: saved-tensor hooks that are active on one thread while the context is open."""
 
 import contextlib
 import threading
@@ -14,9 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from .. import backends
-from . import provenance, quick
-from .active import discarding, innermost, sees_what_is_saved, thread
-from .contents import Cell, Kept, nothing
+from . import fast_path, provenance
+from .active import discarding, has_innermost_hooks, innermost, thread
+from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
 from .entries import Block, Entry
 from .recipes import LONGEST_CHAIN, Claim, Recipe
@@ -29,36 +29,37 @@ _is_traced = torch.compiler.is_dynamo_compiling
 class discard_outputs(contextlib.ContextDecorator):
     """While active, a reader that saves a block's output for a gradient keeps a recipe for that output instead.
 
-    Also a decorator: `@discard_outputs()` over a function or a `forward`. A context holds for the calling thread;
-    within another the outer one goes on, with the outer options. An output stays where a recipe would keep as much:
-    that of `bias_act` with the identity, relu or leaky_relu, and that of `rotary` without a norm where nobody else
-    keeps the input. Views of an output count as the output, and so do the copies that autocast makes. After a write in
-    place to an output, earlier readers get the old values back, and later readers keep the tensor, or a recipe with
-    these writes if the graph knows them all.
+    Also a decorator: `@discard_outputs()` over a function or a `forward`. A context holds for the calling thread. A
+    context within another has no effect: the outer one stays active with its own options. An output is kept where a
+    recipe would keep as much memory: the output of `bias_act` with the identity, relu or leaky_relu, and that of
+    `rotary` without a norm where nobody else keeps the input. Views of an output, and the copies that autocast makes,
+    count as the output. After an in-place write to an output, earlier readers get the old values back. Later readers
+    keep the tensor, or a recipe that repeats the writes if the graph has all of them.
 
-    Outputs of torch's own cheap ops are let go of likewise, such as the product in `linear(silu(gate) * value)`: if the
-    autograd graph tells how the output was made, from tensors that the graph keeps anyway, and if nobody has written to
-    any of them where autograd does not see the write. Writes through `.data` and by others' kernels are seen by nobody.
-    Of a bias the recipe keeps a copy; writes to the bias are seen only if `module` is given.
+    Outputs of torch's own cheap ops are discarded too, such as the product in `linear(silu(gate) * value)`. The
+    autograd graph must show how the output was made from tensors that the graph keeps anyway, and none of these may
+    have been written to where autograd does not see the write. No hook sees writes through `.data` or by foreign
+    kernels. The recipe keeps a copy of a bias; writes to the bias are seen only if `module` is given.
 
-    Kept tensors keep their values: a parameter that is given other data before the backward pass (`p.data = other`) has
-    the gradient of the values that ran, and a function of one's own that saves a parameter gets the values back, not
-    the object with its attributes. The first is so of torch's matrix products, the second of all saved-tensor hooks.
+    Kept tensors keep their values. A parameter that is given other data before the backward pass (`p.data = other`)
+    gets the gradient for the values that the forward pass used, as with torch's own matrix products. A custom
+    autograd.Function that saves a parameter gets the values back and not the object with its attributes, as under all
+    saved-tensor hooks.
 
-    torch.func's gradients may begin within the context; what runs in them keeps what torch keeps. Where saved-tensor
-    hooks are disabled (around the context), where torch.jit.trace records, and within torch.compile, the
-    context does nothing; for torch.compile see `selective_contexts`.
+    torch.func's gradients may begin within the context; inside them torch keeps what it keeps without the context. The
+    context does nothing where saved-tensor hooks are disabled around it, where torch.jit.trace records, and within
+    torch.compile; for torch.compile see `selective_contexts`.
 
     Args:
-        module: the one whose forward pass runs within.
-        products: let go of matrix products too, where `bias_act`, `dyt`, `glu` or `packed_glu` reads them. They run
-            again in the backward pass. Of biases copies are kept.
-        temporaries: let go of results of tensors that nothing keeps too, such as the sum in `relu(norm(x) + y)`. That
-            is right if nobody writes to such a tensor where autograd does not see the write, under `no_grad` or by way
-            of `detach()`: the graph cannot tell.
+        module: the module whose forward pass runs within the context.
+        products: also discard matrix products that `bias_act`, `dyt`, `glu` or `packed_glu` reads. They run again in
+            the backward pass. Copies of their biases are kept.
+        temporaries: also discard results of ops whose operands nobody keeps, such as the sum in `relu(norm(x) + y)`.
+            Set this only if no such operand is written to where autograd does not see the write (under `no_grad` or
+            through `detach()`): the graph does not show such a write.
 
     Kept for backward:
-        A recipe instead of an output, which holds the tensors that the block keeps anyway.
+        A recipe instead of an output. The recipe holds the tensors that the block keeps anyway.
 
     Raises:
         RuntimeError: in the backward pass, where a tensor that a recipe needs has been written to in place since.
@@ -73,8 +74,8 @@ class discard_outputs(contextlib.ContextDecorator):
         True
 
     Source:
-        The grain: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016; the way:
-        `torch.autograd.graph.saved_tensors_hooks`.
+        The trade of compute for memory: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016. The
+        mechanism: `torch.autograd.graph.saved_tensors_hooks`.
     """
 
     def __init__(self, module: nn.Module | None = None, *, products: bool = False, temporaries: bool = False) -> None:
@@ -87,13 +88,13 @@ class discard_outputs(contextlib.ContextDecorator):
         return discard_outputs(self._module, products=self._products, temporaries=self._temporaries)
 
     def __enter__(self) -> "discard_outputs":
-        hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
-        # A trace would record what the hooks do.
+        hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
+        # A trace would record the operations of the hooks.
         is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         if is_recorded or not hooks._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
-        # Within another active context that one goes on: outputs may cross from one to the other.
+        # Within another active context that one stays active: outputs may pass from one to the other.
         hooked = None if discarding() is not None else _hooked(self._module, self._products, self._temporaries)
         self._entered.append(hooked)
         if hooked is not None:
@@ -109,40 +110,41 @@ class discard_outputs(contextlib.ContextDecorator):
 
 
 def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Generator[None, None, None]:
-    """A discarder at work, from the first step to the end.
+    """A generator that installs a discarder at the first step and removes the discarder when closed.
 
-    The end is a mark on the discarder itself, so that it holds wherever this generator is closed: by an interrupt
-    between any two steps, when the last reference to it goes; in another thread, whose own hooks are not touched.
+    Closing marks the discarder itself, so that closing works wherever the generator is closed: after an interrupt
+    between any two steps, when the last reference to the generator goes, or in another thread, whose own hooks stay
+    untouched.
     """
     allow_transforms()
     discarder = Discarder(module, products, temporaries)
-    hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
+    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
     try:
-        hooks._push_saved_tensors_default_hooks(quick.packing(discarder), _unpack)
+        hooks._push_saved_tensors_default_hooks(fast_path.packing(discarder), _unpack)
         thread.active.append(discarder)
         yield
     finally:
         discarder.is_closed = True
         innermost()
         discarder.close()
-        if sees_what_is_saved(discarder):
+        if has_innermost_hooks(discarder):
             hooks._pop_saved_tensors_default_hooks()
 
 
 def use_library(thin: Any) -> None:
-    """From now on `_thin`, which is given, packs and records in the usual cases."""
+    """Lets `thin`, the module `_thin`, pack and record in the usual cases."""
     stops = ATTENTIONS | {provenance.LEAF}
     thin.set_up_cells(Cell, Kept, Claim, torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
-    thin.set_up_records(Recipe, Entry, Block, StorageWeakRef, backends.chosen, threading.RLock, nothing)
-    quick.library = thin
+    thin.set_up_records(Recipe, Entry, Block, StorageWeakRef, backends.chosen, threading.RLock, empty_of)
+    fast_path.library = thin
 
 
 def _unpack(packed: Cell) -> Tensor:
-    # Compiled autograd traces through hooks. Versions, locks and shared results are for no tracer.
+    # Compiled autograd traces through hooks. A tracer cannot handle versions, locks and shared results.
     if _is_traced():
         return _unpack_untraced(packed)
-    # `nodes.results_of_function` asks whose outputs these are: values would be made for nothing.
-    return nothing(torch.float32) if thread.wants_identities else packed.content.get()
+    # `nodes.results_of_function` asks only which node made the tensors, so computing values would be wasted.
+    return empty_of(torch.float32) if thread.wants_identities else packed.content.get()
 
 
 @torch._disable_dynamo
@@ -151,7 +153,7 @@ def _unpack_untraced(packed: Cell) -> Tensor:
 
 
 class DiscardOutputs(nn.Module):
-    """`module`, whose forward pass runs within `discard_outputs`.
+    """A module that runs the forward pass of `module` within `discard_outputs`.
 
     Args:
         module: any module.
@@ -174,10 +176,11 @@ class DiscardOutputs(nn.Module):
 
 
 def selective_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For torch.compile, which does not use hooks: tells the partitioner to compute blocks again and keep the rest.
+    """Contexts for torch.compile, which does not use hooks: they tell the partitioner to recompute blocks and keep the
+    rest.
 
-    The compiled model keeps the same tensors as an eager one within `discard_outputs`. By default the partitioner takes
-    a block for an op that is too dear to run again, and keeps input and output.
+    The compiled model keeps the same tensors as an eager one within `discard_outputs`. By default the partitioner
+    considers a block too expensive to run again, and keeps input and output.
 
     Returns:
         The two contexts that the `context_fn` of `torch.utils.checkpoint.checkpoint` returns.

@@ -1,4 +1,4 @@
-"""The outputs that may be let go of, found by their memory."""
+"""The outputs that may be discarded, found by their storage."""
 
 import weakref
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .contents import watching
+from .cells import version_watch
 from .recipes import Recipe
 
 
 class Entry:
-    """An output that may be discarded, as long as the memory is there and unchanged.
+    """An output that may be discarded while the output's storage exists and is unchanged.
 
-    The output may be gone while a view lives, so that the memory is the key. `output` refers to the tensor, as long as
-    Python has it.
+    The key is the storage, because the output may be gone while a view of the output lives. `output` is a weak
+    reference to the tensor object.
     """
 
     __slots__ = ("dtype", "output", "recipe", "storage", "version")
@@ -31,7 +31,7 @@ class Entry:
 
 
 class Block:
-    """A block's output, as the block's node knows it: the entry, and a tensor that shares the version counter."""
+    """The output of a block, as stored on the block's autograd node: the entry and a version watch."""
 
     __slots__ = ("entry", "owner", "watch")
 
@@ -41,32 +41,33 @@ class Block:
         self.watch = watch
 
     def is_unwritten(self) -> bool:
-        """Whether nobody has written to the output since."""
+        """Whether the output has had no in-place write since."""
         return self.watch is not None and self.watch._version == self.entry.version
 
 
 class Entries:
-    """All entries, by the address of the storage; entries whose memory is gone are swept now and then."""
+    """All entries, by the address of the storage. Entries whose storage is gone are removed now and then."""
 
     def __init__(self) -> None:
-        # By the address of the storage.
         self.by_storage: dict[int, Entry] = {}
-        self._most = 64
+        self._sweep_size = 64
 
     def __len__(self) -> int:
         return len(self.by_storage)
 
     def of(self, tensor: Tensor) -> Entry | None:
-        """The entry of a tensor's memory. No other memory comes to that address while the entry refers to it."""
+        """The entry for the storage of a tensor. No new storage gets this address while the entry refers to the old
+        one."""
         return self.by_storage.get(tensor.untyped_storage()._cdata) if self.by_storage else None
 
     def add(self, entry: Entry) -> None:
         entries = self.by_storage
-        if len(entries) >= self._most:
+        if len(entries) >= self._sweep_size:
             for key in [key for key, entry in entries.items() if entry.storage.expired()]:
                 del entries[key]
-            # Entries double between two sweeps, so that the time for n entries grows as n.
-            self._most = max(64, 2 * len(entries))
+            # The number of entries doubles between two sweeps, so that the total time is linear in the number of
+            # entries.
+            self._sweep_size = max(64, 2 * len(entries))
         entries[entry.storage.cdata] = entry
 
     def clear(self) -> None:
@@ -74,7 +75,7 @@ class Entries:
 
 
 def block_of(node: Any) -> Block | None:
-    """What a block's node knows of the output, which is the first."""
+    """The `Block` on an autograd node, None if the node is not a block's."""
     if not isinstance(node, BackwardCFunction):
         return None
     block = getattr(node, "recomputed_block", None)
@@ -82,10 +83,10 @@ def block_of(node: Any) -> Block | None:
 
 
 def watch_of(tensor: Tensor, entry: Entry | None) -> Tensor | None:
-    """What shares the version counter of a tensor in an entry's memory: one for a block's output and its views."""
+    """The version watch of a tensor that has an entry. A block's output and its views share one."""
     output = None if entry is None else entry.output()
     if output is not None and (tensor is output or tensor._base is output):
         block = block_of(output.grad_fn)
         if block is not None and block.entry is entry:
             return block.watch
-    return watching(tensor)
+    return version_watch(tensor)

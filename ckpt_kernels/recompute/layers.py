@@ -1,4 +1,4 @@
-"""A layer of a network, whose products run again in its backward pass, or which has a level of its own."""
+"""Layers whose matrix products run again in the backward pass, and modules that run at a level of their own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,35 +6,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..values import tensors_among
+from ..nested_values import tensors_among
 from .active import discarding
 from .contexts import discard_outputs
 from .discarder import Discarder
 
 
 class layer:
-    """A layer of a network, as a function or a module, whose backward pass runs all products again but the last.
+    """A layer of a network whose backward pass recomputes all matrix products but the last.
 
-    The object is called as the function is, and is no module. Kept are the layer's input and the part of attention's
-    result that attention saves. Queries, keys and values, the product of attention's output, the first products of the
-    MLP, norms, gates and rotations are made again, once, when the backward pass comes to the layer. Neither attention
-    runs again nor the last product: a checkpoint of the layer runs both for nothing.
+    `function` may be a module. The object is called like the function, and is no module itself. It keeps the layer's
+    input and the part of the attention result that attention saves. Queries, keys and values, the output projection of
+    attention, the first products of the MLP, norms, gates and rotations are recomputed once, when the backward pass
+    reaches the layer. Neither attention nor the last product runs again: a checkpoint of the layer would run both
+    needlessly.
 
-    A product runs again if torch's graph says how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped ones,
-    convolutions), and the last one too where a norm reads it. Kept are products of three dimensions, as of an attention
-    that is written out, and plain sums of products that a norm reads: those of `add_rms_norm` and `add_layer_norm` are
-    made again. Where the function is no module, writes to a bias in the forward pass are not seen. Under no_grad
-    and torch.compile a layer does nothing.
+    A product runs again if the autograd graph shows how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped
+    products, convolutions), and the last product too if a norm reads its result. Products of three dimensions, such as
+    those of an attention written in plain torch ops, are kept. So are plain sums of products that a norm reads; the
+    sums of `add_rms_norm` and `add_layer_norm` are recomputed. If the function is no module, writes to a bias during
+    the forward pass are not seen. Under no_grad and torch.compile a layer does nothing.
 
     Args:
-        function: anything that is called with tensors, and returns tensors, by themselves or in a tuple, list or dict.
+        function: any callable that takes tensors and returns tensors, alone or in a tuple, list or dict.
 
     Kept for backward:
         The layer's inputs and outputs, if somebody's gradient needs them; tensors that no recipe can make again; copies
         of biases.
 
     Raises:
-        RuntimeError: in the backward pass, where a tensor that is to be read again has been written to in place since.
+        RuntimeError: in the backward pass, where a tensor that is read again has been written to in place since.
 
     Example:
         >>> block = torch.nn.Sequential(ckpt_kernels.nn.LayerNorm(64), ckpt_kernels.nn.MLP(64, 256))
@@ -53,14 +54,14 @@ class layer:
 
 
 def run_as_layer(function: Callable[..., Any], module: nn.Module | None, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """See `layer`. `module` is the one whose forward runs, if there is one."""
+    """Runs `function` as a `layer`. `module` is the module whose forward pass runs, if there is one."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     with discard_outputs(module, products=True):
         discarder = None if torch.compiler.is_compiling() else discarding()
         if discarder is None:
             return function(*args, **kwargs)
-        return _between_edges("layer", discarder, function, args, kwargs)
+        return _between_boundaries("layer", discarder, function, args, kwargs)
 
 
 def run_at(
@@ -71,24 +72,24 @@ def run_at(
     kwargs: dict[str, Any],
     alone: bool = False,
 ) -> Any:
-    """A module's forward at a level of its own, whatever the level of the contexts around.
+    """Runs a module's forward pass at a level of its own, whatever the level of the contexts around it.
 
     Args:
-        level: "block", "output", "all" or "layer", as of `convert`.
+        level: "block", "output", "all" or "layer", as in `convert`.
         function: the forward.
-        module: that it is the forward of.
-        args, kwargs: of the call.
-        alone: whether the module is to keep the same, tensor by tensor, when it is called again by itself: then nothing
-            that was made before it is looked at.
+        module: the module that `function` belongs to.
+        args, kwargs: the arguments of the call.
+        alone: whether the module must keep the same tensors when it is called again by itself. Recipes then stop at
+            the module's inputs.
     """
     with discard_outputs(module):
         discarder = None if torch.compiler.is_compiling() else discarding()
         if discarder is None:
             return function(*args, **kwargs)
-        return _between_edges(level, discarder, function, args, kwargs, alone or level == "layer")
+        return _between_boundaries(level, discarder, function, args, kwargs, alone or level == "layer")
 
 
-def _between_edges(
+def _between_boundaries(
     level: str,
     discarder: Discarder,
     function: Callable[..., Any],
@@ -96,6 +97,7 @@ def _between_edges(
     kwargs: dict[str, Any],
     holds: bool = True,
 ) -> Any:
+    """Calls the function at a level. If it `holds`, recipes do not reach across its inputs and outputs."""
     for tensor in tensors_among((args, kwargs)) if holds else ():
         discarder.hold(tensor)
     with discarder.at(level):

@@ -1,4 +1,4 @@
-"""What a node of the autograd graph holds for each saved tensor, and notes on nodes."""
+"""Reads the content that an autograd node holds for each saved tensor, and writes notes to nodes."""
 
 import weakref
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from ..autocast import is_autocast
 from .active import thread
-from .contents import Absent, Cell, watching
+from .cells import Absent, Cell, version_watch
 from .recipes import Geometry
 from .rules import Rule
 from .small_operands import SmallOperand
 
-# A node, and which of its outputs.
+# A node, and the number of one of its outputs.
 Edge = tuple[Any, int]
-# The keys in a node's metadata: of a note, with an entry for each operand, its value if a number, a `SmallOperand` if a
-# small tensor, else None; and of what shares the version counter of the node's output, with the number of that output.
-# (`csrc/thin/graph.cpp` reads notes too.)
+# Keys in a node's metadata. Of a note, with an entry for each operand: the value of a number, the `SmallOperand` of a
+# small tensor, else None. (`csrc/thin/graph.cpp` reads notes too.) And of the version watch of an output, with the
+# number of that output.
 _NOTED = "ckpt_kernels"
 _WATCHED = "ckpt_kernels watched"
 NUMBERS = (int, float)
@@ -26,7 +26,7 @@ Note = tuple[float | SmallOperand | None, ...]
 
 
 class Result(NamedTuple):
-    """All who keep the result of a node that saves the result, first of all the node itself."""
+    """The result of a node that saves the result, with all cells that keep that tensor, the node's own cell first."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -35,28 +35,30 @@ class Result(NamedTuple):
 
 
 def packed_operands(node: Any, rule: Rule, edges: Sequence[Edge]) -> list[Any]:
+    """The contents of a node for the operands that its rule names."""
     if rule.saved is None:
         return [None] * len(edges)
     return [None if name is None else packed(node, name) for name in rule.saved]
 
 
 def result_cell(node: Any) -> Cell | None:
-    """The cell of a node that saves the result."""
-    own = packed(node, "result")
-    return own if isinstance(own, Cell) else None
+    """The cell of a node that saves the node's result."""
+    content = packed(node, "result")
+    return content if isinstance(content, Cell) else None
 
 
 def packed(node: Any, name: str) -> Any:
-    """A node's content for a saved tensor of that name: a cell, a number in the place of a tensor, else None."""
+    """The content that a node holds for the saved tensor `name`: a cell, a number that torch wrapped in a tensor, else
+    None."""
     try:
         saved = getattr(node, f"_raw_saved_{name}")
-        held = saved.data
-        if isinstance(held, Cell):
-            return held
-        # A Python number: torch wraps such an operand in a tensor that hooks do not see.
-        if saved.unpack_hook is None and isinstance(held, Tensor) and held.dim() == 0 and held.is_cpu:
-            number = held.item()
-            return number if isinstance(number, NUMBERS) and held._version == 0 else None
+        data = saved.data
+        if isinstance(data, Cell):
+            return data
+        # torch wraps an operand that is a Python number in a tensor that hooks do not see.
+        if saved.unpack_hook is None and isinstance(data, Tensor) and data.dim() == 0 and data.is_cpu:
+            number = data.item()
+            return number if isinstance(number, NUMBERS) and data._version == 0 else None
     except (AttributeError, RuntimeError):
         # This torch does not show saved tensors, or the graph's tensors are freed.
         pass
@@ -64,9 +66,10 @@ def packed(node: Any, name: str) -> Any:
 
 
 def results_of_function(node: Any) -> dict[int, Cell]:
-    """The cells in which the node of an `autograd.Function` saves its own outputs, by the outputs' numbers.
+    """The cells in which the node of an `autograd.Function` saves outputs of the function, by their numbers.
 
-    Torch itself says which they are: of what a node saves, its own outputs have that node for their maker.
+    torch itself identifies them: among the tensors that a node saves, the function's outputs have that node as
+    `grad_fn`.
     """
     try:
         cells = [saved.data for saved in node._raw_saved_tensors]
@@ -84,8 +87,8 @@ def results_of_function(node: Any) -> dict[int, Cell]:
     return {tensor.output_nr: cell for tensor, cell in pairs if tensor.grad_fn is node}
 
 
-def packed_beside(node: Any, name: str) -> list[Cell | Absent | None]:
-    """A node's cells for saved tensors that are no operands; `Absent` where there is no tensor, None for other
+def packed_extras(node: Any, name: str) -> list[Cell | Absent | None]:
+    """The cells of saved tensors that are no operands with edges; `Absent` for a missing tensor, None for other
     contents."""
     try:
         saved = getattr(node, f"_raw_saved_{name}")
@@ -96,44 +99,45 @@ def packed_beside(node: Any, name: str) -> list[Cell | Absent | None]:
 
 
 def _cell_or_absent(saved: Any) -> Cell | Absent | None:
-    held = None if saved is None else saved.data
-    if held is None and saved is not None and saved.unpack_hook is None:
+    """The cell that a saved tensor is packed in; `Absent` for a missing tensor, None for other contents."""
+    data = None if saved is None else saved.data
+    if data is None and saved is not None and saved.unpack_hook is None:
         return Absent()
-    return held if isinstance(held, Cell) else None
+    return data if isinstance(data, Cell) else None
 
 
-def is_as_made(tensor: Tensor) -> bool:
-    """Whether nobody has written to a tensor. (Of a parameter the version is compared later, at the reading.)"""
+def is_unwritten(tensor: Tensor) -> bool:
+    """Whether a tensor has had no in-place write. The version of a parameter is compared later, when it is read."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
     return plain and (tensor._version == 0 or tensor.is_leaf)
 
 
 def note(node: Any, operands: Note) -> None:
-    """Notes on a node that nobody has written to the operands."""
+    """Notes on a node that the operands have had no in-place write."""
     node.metadata[_NOTED] = operands
 
 
 def noted(node: Any) -> Note:
-    """The note on a node; () where there is none."""
+    """The note on a node; () if there is none."""
     return node.metadata.get(_NOTED, ())
 
 
 def watch(tensor: Tensor) -> None:
-    """From now on the node of a tensor that nobody has written to shows whether somebody has."""
+    """Lets the node of an unwritten tensor show later in-place writes to the tensor."""
     node: Any = tensor.grad_fn
-    node.metadata[_WATCHED] = tensor.output_nr, watching(tensor)
+    node.metadata[_WATCHED] = tensor.output_nr, version_watch(tensor)
 
 
 def is_watched(node: Any, output: int) -> bool:
-    """Whether a node's output is watched, and nobody has written to it."""
-    number, watched = node.metadata.get(_WATCHED, (None, None))
-    return number == output and watched is not None and watched._version == 0
+    """Whether a node's output is version_watch, and has had no in-place write."""
+    number, output_watch = node.metadata.get(_WATCHED, (None, None))
+    return number == output and output_watch is not None and output_watch._version == 0
 
 
 def is_cast_by_autocast(node: Any) -> bool:
-    """Whether a node's output is autocast's cast of a parameter."""
+    """Whether a node's output is the copy of a parameter that autocast cast."""
     if node is None or node.name() != "ToCopyBackward0":
         return False
-    maker = node.next_functions[0][0]
-    is_of_leaf = maker is not None and maker.name() == "torch::autograd::AccumulateGrad"
-    return is_of_leaf and is_autocast(maker.variable)
+    leaf_node = node.next_functions[0][0]
+    is_of_leaf = leaf_node is not None and leaf_node.name() == "torch::autograd::AccumulateGrad"
+    return is_of_leaf and is_autocast(leaf_node.variable)

@@ -1,12 +1,12 @@
-"""How a tensor was made, read from the autograd graph that was really built.
+"""Derives from the autograd graph how a tensor was made.
 
-Each node of the graph says by its name which op it is the gradient of, and holds what that op's gradient needs: often
-the op's own operands. So a tensor that a cheap op made can be made again, to the last bit, from tensors that its node
-keeps in any case. A `Trace` finds out how, or finds nothing: what is not in the tables of `rules` is not made again.
+The name of an autograd node tells which op the node differentiates. The node saves the tensors that the gradient of the
+op needs, which often are the op's operands. So the output of a cheap op can be recomputed, bitwise equal, from tensors
+that the node keeps anyway. A `Trace` finds the steps. Only ops in the tables of `rules` are recomputed.
 
-An operand that the node did not save is looked for behind the node's edge. An edge tells which op made the operand, but
-not whether somebody wrote to the operand later where autograd does not see the write (under no_grad, through
-`detach()`). So there has to be evidence that nobody did: an unchanged version counter.
+An operand that the node did not save is looked up through the node's edge. The edge tells which op made the operand,
+but not whether the operand was written to later where autograd does not see the write (under no_grad, through
+`detach()`). An unchanged version counter must prove that there was no such write.
 """
 
 from collections.abc import Mapping
@@ -17,42 +17,44 @@ from torch.autograd.function import BackwardCFunction
 
 from . import nodes
 from .biases import Biases
-from .contents import Absent, Cell, Operand
+from .cells import Absent, Cell, Operand
 from .entries import Block, block_of
 from .nodes import Edge
 from .recipes import Step
 from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
 from .small_operands import SmallOperand
-from .stacked import Stacked
+from .stacked_weights import StackedWeights
 
-# Past this many ops the tensor is kept, so that looks at the graph and recipes stay short.
+# Beyond this number of ops the tensor is kept, so that traces and recipes stay short.
 MOST_STEPS = 12
-# The name of the node that a leaf's gradient comes to.
+# The name of the node that accumulates the gradient of a leaf.
+
 LEAF = "torch::autograd::AccumulateGrad"
-# At most so many writes in place to a block's output.
+# The most in-place writes to a block's output that a recipe repeats.
 MOST_WRITES = 4
 
 
 class Source(Protocol):
-    """Packs the tensors that nodes save, and shares the cells; with the parameters that recipes may read."""
+    """The interface of a context to a `Trace`: packs tensors, shares cells, and tells which parameters are
+    unchanged."""
 
     biases: Biases
-    stacked: Stacked
+    stacked: StackedWeights
 
     def share(self, known: Cell | Block) -> Operand | None: ...
 
     def pack(self, tensor: Tensor) -> Cell: ...
 
-    def exchange(self, own: Cell, step: Step) -> None: ...
+    def replace_result(self, own: Cell, step: Step) -> None: ...
 
     def held_at(self, node: Any, output: int) -> Operand | None: ...
 
 
 class Trace:
-    """One look at the graph behind a tensor.
+    """One traversal of the autograd graph behind a tensor.
 
-    The `rules` are those of what may run again. Of small operands it copies no more than `most_copied` bytes. Where
-    `temporaries` are trusted an operand that nothing keeps is made again by its node without evidence.
+    `rules` are the ops that may run again. Recipes copy at most `most_copied` bytes of small operands. With
+    `temporaries`, an operand that nothing keeps is recomputed without proof that there was no in-place write.
     """
 
     def __init__(self, source: Source, rules: Mapping[str, Rule], temporaries: bool, most_copied: int) -> None:
@@ -61,74 +63,78 @@ class Trace:
         self._temporaries = temporaries
         self._rules = rules
         self._steps = 0
-        # Whether a value is made of anything that the graph keeps: copies of biases and small operands gain nothing.
+        # Whether any operand is a tensor that the graph keeps. A recipe of copied biases and small operands alone saves
+        # no memory.
         self.is_grounded = False
-        # The known contents of edges; and nodes whose output nobody wrote to but the node that follows.
-        self._known: dict[Edge, Cell | Block] = {}
+        # The cells or blocks of tensors at edges; and nodes whose output only the following node may have written to.
+        self._edge_contents: dict[Edge, Cell | Block] = {}
         self._trusted: list[Any] = []
 
-    def value(self, node: Any, output: int, is_as_made: bool = False) -> Step | None:
-        """How to make a node's output, to which, if it `is_as_made`, nobody has written: nor then to what it views."""
+    def step_for(self, node: Any, output: int, is_unwritten: bool = False) -> Step | None:
+        """The step that recomputes a node's output; None if there is none.
+
+        `is_unwritten` says that the output, and so any base of it, has had no in-place write.
+        """
         rule = self._rules.get(node.name())
         self._steps += 1
-        if rule is None or (output != 0 and not rule.parts) or self._steps > MOST_STEPS:
+        if rule is None or (output != 0 and not rule.has_several_outputs) or self._steps > MOST_STEPS:
             return None
-        without = rule.without(node)
-        edges = node.next_functions[: len(node.next_functions) - without]
+        omitted = rule.omitted(node)
+        edges = node.next_functions[: len(node.next_functions) - omitted]
         packed = nodes.packed_operands(node, rule, edges)
-        packed = packed[: len(packed) - without]
+        packed = packed[: len(packed) - omitted]
         if len(edges) != len(packed):
             return None
         if rule.private:
             self._trusted.append(edges[0][0])
-        if rule.casts is not None and rule.casts < len(edges) and nodes.is_cast_by_autocast(edges[rule.casts][0]):
-            self._trusted.append(edges[rule.casts][0])
+        cast = rule.autocast_operand
+        if cast is not None and cast < len(edges) and nodes.is_cast_by_autocast(edges[cast][0]):
+            self._trusted.append(edges[cast][0])
         operands: list[Any] = []
         note = nodes.noted(node)
-        noted = note if len(note) == len(edges) else (None,) * len(edges)
-        are_as_made = bool(note) or (is_as_made and node.name() in VIEWS)
-        for edge, held, known in zip(edges, packed, noted, strict=True):
-            if isinstance(held, Cell) and not held.is_unwritten():
+        notes = note if len(note) == len(edges) else (None,) * len(edges)
+        are_unwritten = bool(note) or (is_unwritten and node.name() in VIEWS)
+        for edge, content, noted_operand in zip(edges, packed, notes, strict=True):
+            if isinstance(content, Cell) and not content.is_unwritten():
                 return None
-            if held is not None:
-                operand = self._shared(held)
-            elif isinstance(known, nodes.NUMBERS):
-                operand = known
+            if content is not None:
+                operand = self._shared(content)
+            elif isinstance(noted_operand, nodes.NUMBERS):
+                operand = noted_operand
             else:
-                operand = self._behind_or_small(edge, are_as_made, known)
-                if operand is None and rule.gathers:
-                    operand = self._stacked(edge)
+                operand = self._operand_at_or_small(edge, are_unwritten, noted_operand)
+                if operand is None and rule.is_gather:
+                    operand = self._stacked_weight(edge)
             if operand is None:
                 return None
             operands.append(operand)
-        # Copies last, when all else is found.
+        # Small operands are copied last, once all other operands are found.
         for place, operand in enumerate(operands):
             if isinstance(operand, SmallOperand):
                 operands[place] = self._copied_small(operand)
                 if operands[place] is None:
                     return None
-        for held in () if rule.beside is None else nodes.packed_beside(node, rule.beside):
-            is_ours = isinstance(held, Cell) and held.owner is self._source and held.is_unwritten()
-            if not is_ours and not isinstance(held, Absent):
+        for content in () if rule.extras is None else nodes.packed_extras(node, rule.extras):
+            is_ours = isinstance(content, Cell) and content.owner is self._source and content.is_unwritten()
+            if not is_ours and not isinstance(content, Absent):
                 return None
-            operands.append(self._source.share(held) if isinstance(held, Cell) else held)
+            operands.append(self._source.share(content) if isinstance(content, Cell) else content)
         try:
             options = rule.options(node)
         except (AttributeError, RuntimeError):
             return None
-        if rule.parts:
+        if rule.has_several_outputs:
             return Step(lambda *given: rule.function(*given)[output], operands, options)
         if rule.saved is None:
             return Step(lambda *given: rule.function(given[: len(edges)], *given[len(edges) :]), operands, options)
         return Step(rule.function, operands, options)
 
     def is_written_by_graph(self, node: Any, storage: int, version: int) -> bool:
-        """Whether `node` and the nodes before it are the only ones that wrote to a tensor, now at this version.
+        """Whether `node` and the nodes before it made all in-place writes to a tensor, which is now at `version`.
 
-        The tensor is the node's operand, written over, or a block's output.
-
-        As many writes as nodes: had one of these not been in place, the memory would be another's; had there been
-        another write, there would be more writes than nodes.
+        The tensor is the node's operand, written over, or a block's output. There must be as many writes as nodes: if
+        one of the nodes had not written in place, the output would have another storage; if anything else had written,
+        there would be more writes than nodes.
         """
         if _wrote_over_operand(node, version):
             return True
@@ -138,11 +144,11 @@ class Trace:
         if version - block.entry.version != len(nodes):
             return False
         self._trusted += nodes
-        self._known[nodes[-1].next_functions[0]] = block
+        self._edge_contents[nodes[-1].next_functions[0]] = block
         return True
 
     def _nodes_to_block(self, node: Any) -> tuple[list[Any], Block | None]:
-        """The nodes on the way to a block's, each reached by the first operand of the one before."""
+        """The nodes from `node` to that of a block, following the first edge of each."""
         nodes: list[Any] = []
         output = 0
         while node is not None and len(nodes) <= MOST_WRITES:
@@ -156,130 +162,142 @@ class Trace:
         return nodes, None
 
     def _block(self, node: Any) -> Block | None:
+        """The `Block` on a node, if it belongs to this context."""
         block = block_of(node)
         return block if block is not None and block.owner is self._source else None
 
-    def learn(self, node: Any) -> None:
-        """Learns the contents of a node's edges, where the node saves several operands and wrote over none."""
+    def learn_operands(self, node: Any) -> None:
+        """Stores the cells of a node's operands, if the node saves several operands and wrote over none."""
         rule = self._rules[node.name()]
         if rule.saved is None or len(rule.saved) < 2 or rule.saved[1] is None:
             return
         edges = node.next_functions
         packed = nodes.packed_operands(node, rule, edges)
-        cells = [(edge, held) for edge, held in zip(edges, packed, strict=False) if isinstance(held, Cell)]
+        cells = [(edge, content) for edge, content in zip(edges, packed, strict=False) if isinstance(content, Cell)]
         for edge, cell in cells:
-            # At version 0 nobody has written to the tensor since its node made it.
+            # At version 0 the tensor has had no in-place write since creation.
             if cell.version == 0 and cell.is_unwritten():
-                self._known[edge] = cell
+                self._edge_contents[edge] = cell
         for (maker, _), cell in cells:
             if len(cells) > 1 and maker is not None and maker.name() in BY_RESULT:
-                self._exchange_result(maker, cell)
+                self._replace_result(maker, cell)
 
-    def _exchange_result(self, node: Any, cell: Cell) -> None:
-        """In x * sigmoid(x) both nodes keep the sigmoid, and the product's node keeps x, which gives the sigmoid."""
-        own = nodes.result_cell(node)
-        if own is None or own.depth or own.version or cell.version or not own.is_unwritten():
+    def _replace_result(self, node: Any, cell: Cell) -> None:
+        """Replaces a result that two nodes keep. In x * sigmoid(x) both nodes keep the sigmoid, and the product's node
+        keeps x, from which the sigmoid can be recomputed."""
+        result_cell = nodes.result_cell(node)
+        if (
+            result_cell is None
+            or result_cell.depth
+            or result_cell.version
+            or cell.version
+            or not result_cell.is_unwritten()
+        ):
             return
-        step = self.value(node, 0)
+        step = self.step_for(node, 0)
         if step is not None:
-            self._source.exchange(own, step)
+            self._source.replace_result(result_cell, step)
 
-    def _shared(self, held: Cell | Block | float | None) -> Operand | float | None:
-        if held is None or isinstance(held, nodes.NUMBERS):
-            return held
-        if isinstance(held, Cell) and held.owner is not self._source:
+    def _shared(self, source: Cell | Block | float | None) -> Operand | float | None:
+        """A cell, a block's output or a number, as an operand; None for a cell of another context."""
+        if source is None or isinstance(source, nodes.NUMBERS):
+            return source
+        if isinstance(source, Cell) and source.owner is not self._source:
             return None
         self.is_grounded = True
-        return self._source.share(held)
+        return self._source.share(source)
 
-    def _behind(self, edge: Edge, is_as_made: bool = False) -> Operand | float | None:
-        """The tensor at an edge, if there is a way to get the tensor, and nobody wrote to it since its node made it."""
+    def _operand_at(self, edge: Edge, is_unwritten: bool = False) -> Operand | float | None:
+        """The tensor at an edge as an operand, if the tensor is available and has had no in-place write since
+        creation."""
         node, output = edge
         if node is None:
             return None
-        known = self._known.get(edge)
-        if known is not None:
-            return self._shared(known)
-        held = self._source.held_at(node, output)
-        if held is not None:
+        source = self._edge_contents.get(edge)
+        if source is not None:
+            return self._shared(source)
+        boundary = self._source.held_at(node, output)
+        if boundary is not None:
             self.is_grounded = True
-            return held
+            return boundary
         block = self._block(node)
         if block is not None:
             return self._shared(block) if output == 0 and block.is_unwritten() else None
         name = node.name()
-        own = _result_kept(node, output)
-        if own is not None and own.is_unwritten():
-            return self._shared(own)
+        saved_result = _saved_result(node, output)
+        if saved_result is not None and saved_result.is_unwritten():
+            return self._shared(saved_result)
         if name == LEAF:
-            return self._copied(node.variable)
-        # The strides of a clone are not known, and a reader may depend on them.
+            return self._copied_bias(node.variable)
+        # The strides of a clone are unknown, and a reader may depend on them.
         is_clone = name == "CloneBackward0"
-        is_as_made = is_as_made or (nodes.is_watched(node, output) and not is_clone)
-        if is_as_made or name in VIEWS or node in self._trusted or self._is_written_output(node):
-            return self.value(node, output, is_as_made)
-        return self.value(node, output) if self._temporaries and not is_clone else None
+        is_unwritten = is_unwritten or (nodes.is_watched(node, output) and not is_clone)
+        if is_unwritten or name in VIEWS or node in self._trusted or self._is_written_output(node):
+            return self.step_for(node, output, is_unwritten)
+        return self.step_for(node, output) if self._temporaries and not is_clone else None
 
     def _is_written_output(self, node: Any) -> bool:
-        """Whether the node's output is a block's output that only this node and those before it wrote to."""
+        """Whether the output is a block's output that only this node and the nodes before it wrote to."""
         block = self._nodes_to_block(node)[1]
         output = None if block is None else block.entry.output()
         if block is None or output is None or output.grad_fn is not node:
             return False
         return self.is_written_by_graph(node, block.entry.storage.cdata, output._version)
 
-    def _behind_or_small(self, edge: Edge, is_as_made: bool, small: SmallOperand | None) -> Any:
-        """What `_behind` finds, and else the small operand."""
-        before = self._steps, self.is_grounded
-        found = self._behind(edge, is_as_made)
-        if found is None and small is not None:
-            self._steps, self.is_grounded = before
+    def _operand_at_or_small(self, edge: Edge, is_unwritten: bool, small: SmallOperand | None) -> Any:
+        """The operand at an edge; if there is none, the noted small operand."""
+        state = self._steps, self.is_grounded
+        operand = self._operand_at(edge, is_unwritten)
+        if operand is None and small is not None:
+            self._steps, self.is_grounded = state
             return small
-        return found
+        return operand
 
-    def _copied_small(self, known: SmallOperand) -> Operand | None:
-        copy = known.copied() if known.owner is self._source else None
+    def _copied_small(self, small: SmallOperand) -> Operand | None:
+        """A copy of a small operand, within the limit of copied bytes."""
+        copy = small.copied() if small.owner is self._source else None
         if copy is None or copy.nbytes > self._most_copied:
             return None
         self._most_copied -= copy.nbytes
         return self._source.pack(copy)
 
-    def _copied(self, leaf: Tensor) -> Operand | None:
-        """A copy of a bias, which is small beside the rows, and which no optimizer and no sharding changes."""
+    def _copied_bias(self, leaf: Tensor) -> Operand | None:
+        """A copy of a bias, which is small beside the rows. Optimizer steps and sharding do not change the copy."""
         if not isinstance(leaf, nn.Parameter) or leaf.dim() > 1 or type(leaf.data) is not Tensor:
             return None
-        if not self._source.biases.is_as_used(leaf):
+        if not self._source.biases.is_unchanged(leaf):
             return None
         return self._source.pack(leaf.detach().clone())
 
-    def _stacked(self, edge: Edge) -> Operand | None:
-        """A weight of which some are gathered, such as those of experts: read itself, and not copied."""
+    def _stacked_weight(self, edge: Edge) -> Operand | None:
+        """The stacked weight at an edge, whose rows the op gathered. The weight itself is read, without a copy."""
         node, _ = edge
         weight = node.variable if node is not None and node.name() == LEAF else None
-        if not isinstance(weight, nn.Parameter) or not self._source.stacked.is_as_used(weight):
+        if not isinstance(weight, nn.Parameter) or not self._source.stacked.is_unchanged(weight):
             return None
         self.is_grounded = True
         return self._source.pack(weight)
 
 
-def _result_kept(node: Any, output: int) -> Cell | None:
-    """The cell of a node that saves this output of its own."""
+def _saved_result(node: Any, output: int) -> Cell | None:
+    """The cell of a node that saves this output."""
     name = node.name()
     if name in BY_RESULT:
         return nodes.result_cell(node)
     if name in ATTENTIONS and output == 0:
-        own = nodes.packed(node, "output")
-        return own if isinstance(own, Cell) else None
+        content = nodes.packed(node, "output")
+        return content if isinstance(content, Cell) else None
     return nodes.results_of_function(node).get(output) if isinstance(node, BackwardCFunction) else None
 
 
 def _wrote_over_operand(node: Any, version: int) -> bool:
-    """Whether a node wrote its output, now at this version, over its operand, and nobody else wrote to that.
+    """Whether a node wrote its output, now at `version`, over its operand, with no other write.
 
-    Where a node writes over what its gradient needs torch saves a clone of that, to which the node has no edge.
+    If a node writes over a tensor that the gradient needs, torch saves a clone of the tensor. The node has no edge to
+    the clone.
     """
     rule = RULES.get(node.name())
     if version != 1 or rule is None or rule.saved != ("self",):
         return False
-    held = nodes.packed(node, "self")
-    return isinstance(held, Cell) and held.is_clone and node.next_functions[0][0].name() != "CloneBackward0"
+    content = nodes.packed(node, "self")
+    return isinstance(content, Cell) and content.is_clone and node.next_functions[0][0].name() != "CloneBackward0"

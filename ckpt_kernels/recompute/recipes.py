@@ -1,4 +1,4 @@
-"""Recipes, which make a tensor again, and the claims of those who read it."""
+"""Recipes, which recompute a discarded tensor, and the claims of the readers that need the tensor."""
 
 import contextlib
 import functools
@@ -11,42 +11,44 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .contents import Operand
+from .cells import Operand
 
 _graph_task_id = torch._C._current_graph_task_id
 _NUMBERS = (int, float)
-# A recipe may need an output that was let go of too, and so on. Past this many the output is kept, so that rebuilding a
-# chain takes little memory, and little is computed more than once.
+# A recipe may need another discarded output, and so on. A tensor whose chain of recipes would be longer than this is
+# kept, so that recomputing takes little memory and few tensors are computed twice.
 LONGEST_CHAIN = 8
-# The size, the strides and the offset of a view.
+# The shape, strides and storage offset of a view.
 Geometry = tuple[Sequence[int], Sequence[int], int | torch.SymInt]
 
 
-class Made:
-    """A tensor that was made again, with the backward pass and the stream of the making.
+class Remade:
+    """A recomputed tensor, with the backward pass and the stream in which it was computed.
 
-    Only claims that have not been served hold this object. So the memory goes with the last of these claims, whether
-    they ask or not, and no code has to run for that: an interrupt finds nothing half done.
+    Only claims that have not been served hold this object. So the memory is freed with the last of these claims,
+    whether or not they ask for the tensor, and no code has to run for that: an interrupt leaves no half-done state.
     """
 
-    __slots__ = ("__weakref__", "stream", "value", "version", "where")
+    __slots__ = ("__weakref__", "graph_task", "stream", "value", "version")
 
-    def __init__(self, value: Tensor, where: int) -> None:
+    def __init__(self, value: Tensor, graph_task: int) -> None:
         self.value = value
         self.version = value._version
-        self.where = where
+        self.graph_task = graph_task
         self.stream = _stream(value)
 
-    def serves(self, where: int) -> bool:
-        """Whether a reader in this backward pass, on the current stream, may have the tensor: no reader has written."""
-        return self.where == where and self.stream == _stream(self.value) and self.value._version == self.version
+    def serves(self, graph_task: int) -> bool:
+        """Whether a reader in this backward pass and on the current stream may get the tensor, still unwritten."""
+        is_same_place = self.graph_task == graph_task and self.stream == _stream(self.value)
+        return is_same_place and self.value._version == self.version
 
 
 class Recipe:
-    """How to make a tensor again: `rebuild(*operands)`; `depth` counts the recipes in a row, with this one.
+    """How to recompute a tensor: `rebuild(*operands)`. `depth` is the number of recipes in the chain, this one
+    included.
 
-    The tensor is made once in a backward pass for all readers, and let go of after the last reader, or at the end of
-    the pass.
+    The tensor is computed once in a backward pass for all readers, and freed after the last reader or at the end of the
+    pass.
     """
 
     __slots__ = ("__weakref__", "backend", "claims", "depth", "lock", "made", "operands", "rebuild")
@@ -56,51 +58,55 @@ class Recipe:
         self.rebuild = rebuild
         self.operands = operands
         self.backend = backends.chosen()
-        # Backward passes may run on several threads. Recipes lock in the order of the graph, so they cannot deadlock.
+        # Backward passes may run on several threads. Recipes are locked in the order of the graph, so there is no
+        # deadlock.
         self.lock = threading.RLock()
-        self.made: weakref.ref[Made] | None = None
-        # All who may ask. A claim that dies takes itself off by a built-in function: Python code could be interrupted.
+        self.made: weakref.ref[Remade] | None = None
+        # The claims that may still ask. A dying claim is removed by a built-in function: Python code could be
+        # interrupted.
         self.claims: set[weakref.ref[Claim]] = set()
 
     def claim(self, claim: "Claim") -> None:
+        """Registers a claim."""
         self.claims.add(weakref.ref(claim, self.claims.discard))
 
     def serve(self, claim: "Claim") -> Tensor:
-        where = _graph_task_id()
+        """The tensor for a claim, recomputed unless another claim of this backward pass has had it recomputed."""
+        graph_task = _graph_task_id()
         with self.lock:
-            made = None if self.made is None else self.made()
-            if made is None or not made.serves(where):
+            remade = None if self.made is None else self.made()
+            if remade is None or not remade.serves(graph_task):
                 value = self._make()
                 if len(self.claims) > 1:
-                    self._hand_on(value, where, claim)
+                    self._share(value, graph_task, claim)
             else:
-                value = made.value
-            claim.served, claim.made = where, None
+                value = remade.value
+            claim.served, claim.made = graph_task, None
             return value
 
-    def _hand_on(self, value: Tensor, where: int, claim: "Claim") -> None:
-        """Holds the tensor for all others who may ask in this backward pass."""
-        made = Made(value, where)
-        self.made = weakref.ref(made)
-        waiting = [c for c in self._live() if c is not claim and c.served != where]
-        if waiting and _at_end_of_backward(weakref.WeakMethod(self._let_go)):
+    def _share(self, value: Tensor, graph_task: int, claim: "Claim") -> None:
+        """Keeps the tensor for the other claims that may ask for it in this backward pass."""
+        remade = Remade(value, graph_task)
+        self.made = weakref.ref(remade)
+        waiting = [c for c in self._live_claims() if c is not claim and c.served != graph_task]
+        if waiting and _at_end_of_backward(weakref.WeakMethod(self._release)):
             for other in waiting:
-                other.made = made
+                other.made = remade
 
-    def _live(self) -> list["Claim"]:
+    def _live_claims(self) -> list["Claim"]:
         return [claim for reference in list(self.claims) if (claim := reference()) is not None]
 
-    def _let_go(self) -> None:
-        for claim in self._live():
+    def _release(self) -> None:
+        for claim in self._live_claims():
             claim.made = None
 
     def _make(self) -> Tensor:
-        # The contexts below mostly change nothing, and cost as much as a small kernel.
+        # The contexts below usually change nothing, and cost as much as a small kernel.
         same_backend = backends.chosen() == self.backend
         is_inference = torch.is_inference_mode_enabled()
         if same_backend and not is_inference and not torch.is_grad_enabled():
             return self.rebuild(*[None if o is None else o.get() for o in self.operands])
-        # A tensor made in inference mode has no version, by which a reader's write would be noticed.
+        # A tensor made in inference mode has no version counter, which would reveal an in-place write of a reader.
         with (
             contextlib.nullcontext() if same_backend else backends.serving(self.backend),
             torch.inference_mode(False) if is_inference else contextlib.nullcontext(),
@@ -118,8 +124,9 @@ class Claim:
         self.recipe = recipe
         self.depth = recipe.depth
         self.geometry = geometry
-        # The tensor made for another claim, until this one asks; and the backward pass in which this one was served.
-        self.made: Made | None = None
+        # The tensor recomputed for another claim, until this claim asks; and the backward pass that last served this
+        # claim.
+        self.made: Remade | None = None
         self.served = -1
         recipe.claim(self)
 
@@ -131,7 +138,7 @@ class Claim:
 
 
 class Step(NamedTuple):
-    """An op to run again, of operands that give tensors, and of numbers."""
+    """An op to run again. The operands give tensors or are numbers."""
 
     function: Callable[..., Tensor]
     operands: Sequence[Operand | float]
@@ -146,11 +153,11 @@ class Step(NamedTuple):
 
 
 def recipe_of_step(step: Step, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Recipe:
-    """Runs a step, and gives the value the strides of the first one."""
-    return Recipe(functools.partial(_remade, step, shape, strides, dtype), (), 1 + step.depth)
+    """A recipe that runs a step, and returns the value with the strides of the original tensor."""
+    return Recipe(functools.partial(_run_step, step, shape, strides, dtype), (), 1 + step.depth)
 
 
-def _remade(step: Step, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _run_step(step: Step, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with _without_autocast():
         value = step.get()
     if value.shape != shape or value.dtype != dtype:
@@ -169,16 +176,17 @@ def _without_autocast() -> contextlib.AbstractContextManager:
 
 
 def geometry_of(tensor: Tensor) -> Geometry:
+    """The shape, strides and storage offset of a tensor."""
     return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
 def _stream(value: Tensor) -> Any:
-    """The stream of the value: readers on other streams must not share the value."""
+    """The CUDA stream of the value. Readers on other streams must not share the value."""
     return torch.cuda.current_stream(value.device) if value.is_cuda else None
 
 
 def _at_end_of_backward(method: weakref.WeakMethod) -> bool:
-    """Calls the method when the running backward pass ends; False where none is running."""
+    """Calls the method when the running backward pass ends. Returns False if none is running."""
 
     def call() -> None:
         bound = method()

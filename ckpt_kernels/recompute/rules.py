@@ -1,6 +1,6 @@
-"""How what torch's own cheap ops make is made again, by the names of their nodes in the autograd graph.
+"""How the results of torch's own cheap ops are recomputed, by the names of their autograd nodes.
 
-What is not in these tables is not made again.
+Results of ops that are not in these tables are not recomputed.
 """
 
 from collections.abc import Callable
@@ -12,33 +12,38 @@ from torch import Tensor
 
 
 class Rule(NamedTuple):
-    """How the output of a node is made: `function(*operands, *beside, *options(node))`.
+    """How the output of a node is recomputed: `function(*operands, *extras, *options(node))`.
 
-    `saved` names what the node saves of each operand, None where it saves nothing; there is one for each of its edges.
-    A rule without names takes all that the node has edges for, as one sequence. What the node saves `beside` its
-    operands, under that name, has no gradient and no edge: a tensor or several. The first operand is `private` where
-    torch made it on the way and gave it to nobody else, as it does under autocast of the operand in the place that an
-    op `casts`. What gives `parts` has a node with several outputs. Of the last operands a node may be `without` some.
-    What `gathers` rows of a parameter, and keeps nothing of it, runs again on the parameter itself (see `stacked`).
+    - `saved` has a name for each edge of the node: that of the saved tensor that is the operand, None for an operand
+      that the node does not save. Without `saved`, `function` takes the operands of all edges as one sequence.
+    - `options` reads the op's other arguments from the node.
+    - `private` says that torch made the first operand itself and gave it to nobody else.
+    - `autocast_operand` is the place of an operand of which the same holds if autocast cast it.
+    - `extras` names saved tensors, one or several, that have no gradient and no edge.
+    - `has_several_outputs` says that `function` returns a sequence, with an item for each output of the node.
+    - `omitted` counts the last operands that the node lacks.
+    - `is_gather` says that the op gathers rows of a parameter and saves nothing of it. It runs again on the parameter
+      itself (see `stacked_weights`).
     """
 
     function: Callable[..., Any]
     saved: tuple[str | None, ...] | None
     options: Callable[[Any], tuple] = lambda node: ()
     private: bool = False
-    casts: int | None = None
-    beside: str | None = None
-    parts: bool = False
-    without: Callable[[Any], int] = lambda node: 0
-    gathers: bool = False
+    autocast_operand: int | None = None
+    extras: str | None = None
+    has_several_outputs: bool = False
+    omitted: Callable[[Any], int] = lambda node: 0
+    is_gather: bool = False
 
 
-def _of(*names: str) -> Callable[[Any], tuple]:
+def _attributes(*names: str) -> Callable[[Any], tuple]:
+    """Reads saved attributes of a node."""
     return lambda node: tuple(getattr(node, f"_saved_{name}") for name in names)
 
 
 def _signed(value: Any) -> Any:
-    """A dimension, which torch gives without its sign."""
+    """A dimension with its sign. torch returns dimensions as unsigned numbers."""
     if value is None:
         return None
     if isinstance(value, tuple):
@@ -47,6 +52,7 @@ def _signed(value: Any) -> Any:
 
 
 def _dims(*names: str) -> Callable[[Any], tuple]:
+    """Reads saved dimensions of a node."""
     return lambda node: tuple(_signed(getattr(node, f"_saved_{name}")) for name in names)
 
 
@@ -55,8 +61,8 @@ def _shape(node: Any) -> tuple:
 
 
 def _kind(node: Any) -> tuple:
-    made = node._input_metadata[0]
-    return made.device, made.dtype
+    output = node._input_metadata[0]
+    return output.device, output.dtype
 
 
 def _dtype(node: Any) -> tuple:
@@ -104,7 +110,7 @@ def _grouped_mm(first: Tensor, second: Tensor, offsets: Tensor, dtype: torch.dty
 
 
 def _convolution(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """With a bias or without."""
+    """A convolution with or without a bias."""
     *bias, options = rest
     return torch.convolution(input, weight, *(bias or [None]), *options)
 
@@ -122,37 +128,37 @@ def _contiguous(operand: Tensor) -> Tensor:
     return operand.clone(memory_format=torch.contiguous_format)
 
 
-# Those that save their input.
+# Ops that save their input.
 _BY_INPUT = {
     "AbsBackward0": Rule(torch.abs, ("self",)),
-    "CeluBackward0": Rule(torch.celu, ("self",), _of("alpha")),
-    "ClampBackward1": Rule(torch.clamp, ("self",), _of("min", "max")),
+    "CeluBackward0": Rule(torch.celu, ("self",), _attributes("alpha")),
+    "ClampBackward1": Rule(torch.clamp, ("self",), _attributes("min", "max")),
     "CosBackward0": Rule(torch.cos, ("self",)),
     "DivBackward0": Rule(torch.div, ("self", "other")),
-    "EluBackward0": Rule(torch.ops.aten.elu, ("self",), _of("alpha", "scale", "input_scale")),
+    "EluBackward0": Rule(torch.ops.aten.elu, ("self",), _attributes("alpha", "scale", "input_scale")),
     "ErfBackward0": Rule(torch.erf, ("self",)),
-    "GeluBackward0": Rule(_gelu, ("self",), _of("approximate")),
+    "GeluBackward0": Rule(_gelu, ("self",), _attributes("approximate")),
     "GluBackward0": Rule(F.glu, ("self",), _dims("dim")),
     "HardsigmoidBackward0": Rule(F.hardsigmoid, ("self",)),
     "HardswishBackward0": Rule(F.hardswish, ("self",)),
-    "HardtanhBackward0": Rule(torch.ops.aten.hardtanh, ("self",), _of("min_val", "max_val")),
-    "LeakyReluBackward0": Rule(F.leaky_relu, ("self",), _of("negative_slope")),
+    "HardtanhBackward0": Rule(torch.ops.aten.hardtanh, ("self",), _attributes("min_val", "max_val")),
+    "LeakyReluBackward0": Rule(F.leaky_relu, ("self",), _attributes("negative_slope")),
     "LogBackward0": Rule(torch.log, ("self",)),
     "LogSigmoidBackward0": Rule(F.logsigmoid, ("self",)),
     "MishBackward0": Rule(F.mish, ("self",)),
     "MulBackward0": Rule(torch.mul, ("self", "other")),
-    "PowBackward0": Rule(torch.pow, ("self",), _of("exponent")),
+    "PowBackward0": Rule(torch.pow, ("self",), _attributes("exponent")),
     "PreluKernelBackward0": Rule(torch.ops.aten._prelu_kernel, ("self", "weight")),
     "SiluBackward0": Rule(F.silu, ("self",)),
     "SinBackward0": Rule(torch.sin, ("self",)),
-    "SoftplusBackward0": Rule(F.softplus, ("self",), _of("beta", "threshold")),
+    "SoftplusBackward0": Rule(F.softplus, ("self",), _attributes("beta", "threshold")),
 }
-# Those that save what they make; elu, celu and leaky relu where they write over their input.
+# Ops that save their result; elu, celu and leaky relu do so if they write over their input.
 BY_RESULT = {
-    "CeluBackward1": Rule(torch.celu, (None,), _of("alpha")),
-    "EluBackward1": Rule(torch.ops.aten.elu, (None,), _of("alpha", "scale", "input_scale")),
+    "CeluBackward1": Rule(torch.celu, (None,), _attributes("alpha")),
+    "EluBackward1": Rule(torch.ops.aten.elu, (None,), _attributes("alpha", "scale", "input_scale")),
     "ExpBackward0": Rule(torch.exp, (None,)),
-    "LeakyReluBackward1": Rule(F.leaky_relu, (None,), _of("negative_slope")),
+    "LeakyReluBackward1": Rule(F.leaky_relu, (None,), _attributes("negative_slope")),
     "ReciprocalBackward0": Rule(torch.reciprocal, (None,)),
     "ReluBackward0": Rule(torch.relu, (None,)),
     "RsqrtBackward0": Rule(torch.rsqrt, (None,)),
@@ -160,24 +166,24 @@ BY_RESULT = {
     "SqrtBackward0": Rule(torch.sqrt, (None,)),
     "TanhBackward0": Rule(torch.tanh, (None,)),
 }
-# Those that save what they make beside much else, and do not run again.
+# Ops that save their result and much else, and that do not run again.
 ATTENTIONS = frozenset(
     f"ScaledDotProduct{kind}Attention{where}Backward0"
     for kind, where in (("Flash", ""), ("Flash", "ForCpu"), ("Efficient", ""), ("Cudnn", ""))
 )
-# Those that save nothing, or not all of it.
+# Ops that save none of their operands, or not all of them.
 _BY_NEITHER = {
-    "AddBackward0": Rule(_add, (None, None), _of("alpha")),
-    "AddcmulBackward0": Rule(_addcmul, (None, "tensor1", "tensor2"), _of("value")),
+    "AddBackward0": Rule(_add, (None, None), _attributes("alpha")),
+    "AddcmulBackward0": Rule(_addcmul, (None, "tensor1", "tensor2"), _attributes("value")),
     "CatBackward0": Rule(torch.cat, None, _dims("dim")),
     "CloneBackward0": Rule(_contiguous, (None,)),
-    "IndexBackward0": Rule(_index, (None,), beside="indices", gathers=True),
-    "IndexSelectBackward0": Rule(_index_select, (None,), _dims("dim"), beside="index", gathers=True),
+    "IndexBackward0": Rule(_index, (None,), extras="indices", is_gather=True),
+    "IndexSelectBackward0": Rule(_index_select, (None,), _dims("dim"), extras="index", is_gather=True),
     "NegBackward0": Rule(torch.neg, (None,)),
-    "SubBackward0": Rule(_sub, (None, None), _of("alpha")),
+    "SubBackward0": Rule(_sub, (None, None), _attributes("alpha")),
     "ToCopyBackward0": Rule(_cast, (None,), _kind),
 }
-# Those that give the memory of their input another shape, and so have its version counter.
+# Ops that return a view of their input, which shares the version counter of the input.
 _RESHAPED = Rule(torch.reshape, (None,), _shape)
 VIEWS = {
     "AliasBackward0": _RESHAPED,
@@ -189,9 +195,11 @@ VIEWS = {
     "ViewBackward0": _RESHAPED,
     "ExpandBackward0": Rule(Tensor.expand, (None,), _shape),
     "SelectBackward0": Rule(torch.select, (None,), _dims("dim", "index")),
-    "SplitBackward0": Rule(torch.split, (None,), _dims("split_size", "dim"), parts=True),
-    "SplitWithSizesBackward0": Rule(torch.split_with_sizes, (None,), _dims("split_sizes", "dim"), parts=True),
-    "UnbindBackward0": Rule(torch.unbind, (None,), _dims("dim"), parts=True),
+    "SplitBackward0": Rule(torch.split, (None,), _dims("split_size", "dim"), has_several_outputs=True),
+    "SplitWithSizesBackward0": Rule(
+        torch.split_with_sizes, (None,), _dims("split_sizes", "dim"), has_several_outputs=True
+    ),
+    "UnbindBackward0": Rule(torch.unbind, (None,), _dims("dim"), has_several_outputs=True),
     "SliceBackward0": Rule(_slice, (None,), _dims("dim", "start", "end", "step")),
     "PermuteBackward0": Rule(torch.permute, (None,), _dims("dims")),
     "TBackward0": Rule(torch.t, (None,)),
@@ -202,23 +210,23 @@ RULES = {
     **BY_RESULT,
     **_BY_NEITHER,
     **VIEWS,
-    # Of a copy, within `reshape`, or of a product.
+    # A view of a copy that `reshape` made, or of a matrix product.
     "UnsafeViewBackward0": Rule(torch.reshape, (None,), _shape, private=True),
 }
-# Nodes that save none of their operands: each has to be found behind an edge, and without one of them there is no
-# recipe. `csrc/thin/graph.cpp` goes by this.
+# Nodes that save none of their operands. Every operand has to be found through an edge, and without one of them there
+# is no recipe. `csrc/thin/graph.cpp` relies on this.
 PASSING = frozenset(
     name for name, rule in RULES.items() if name not in BY_RESULT and (rule.saved is None or not any(rule.saved))
 )
 PRODUCTS = {
-    "GroupedMmBackward0": Rule(_grouped_mm, ("self", "mat2"), _dtype, beside="offs"),
-    "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _of("beta", "alpha"), casts=0),
+    "GroupedMmBackward0": Rule(_grouped_mm, ("self", "mat2"), _dtype, extras="offs"),
+    "AddmmBackward0": Rule(_addmm, (None, "mat1", "mat2"), _attributes("beta", "alpha"), autocast_operand=0),
     "MmBackward0": Rule(torch.mm, ("self", "mat2")),
 }
 RULES_AND_PRODUCTS = RULES | PRODUCTS
 CONVOLUTIONS = {
     "ConvolutionBackward0": Rule(
-        _convolution, ("input", "weight", None), _of_convolution, casts=2, without=_has_no_bias
+        _convolution, ("input", "weight", None), _of_convolution, autocast_operand=2, omitted=_has_no_bias
     ),
 }
 RULES_IN_LAYERS = RULES_AND_PRODUCTS | CONVOLUTIONS

@@ -1,6 +1,6 @@
-"""Operands that are small beside the result of an operation that saves none of them, as the shift of a modulation.
+"""Operands that are small beside the result of an op that saves none of them, such as the shift of a modulation.
 
-Nothing but a note on the operation's node tells of these, and a recipe of the result takes a copy of them.
+Only a note on the op's autograd node refers to such an operand. A recipe of the result takes a copy of the operand.
 """
 
 import weakref
@@ -8,29 +8,30 @@ from typing import Any
 
 from torch import Tensor
 
-# An operand is small if it has at most one part in so many of the bytes of the operation's result.
+# An operand is small if the result of the op has at least this many times as many bytes.
 _SMALL = 4
-# All copies of one recipe have at most one part in so many of the bytes of the tensor that it makes, so that the recipe
-# keeps less than the tensor, however many operations lead to it.
+# All copies of one recipe have at most the bytes of the recomputed tensor divided by this number. So a recipe keeps
+# less than the tensor, however many ops lead to the tensor.
 COPIED = 2
 
 
 class SmallOperand:
     """A small operand, held as long as the note, until the context `owner` is closed.
 
-    A recipe takes a copy, because eager torch does not care for what is written to the operand later.
+    A recipe takes a copy, because eager torch allows later in-place writes to the operand.
     """
 
     __slots__ = ("__weakref__", "owner", "tensor", "version")
 
     def __init__(self, tensor: Tensor, owner: Any) -> None:
-        # A part of a larger tensor is copied now, so that nothing else is held with it.
+        # A part of a larger tensor is copied now, so that the rest of that tensor is not kept.
         self.tensor: Tensor | None = tensor.detach() if fills_memory(tensor) else tensor.detach().clone()
         self.version = self.tensor._version
         self.owner = owner
 
     def copied(self) -> Tensor | None:
-        """The operand as it was; None after a write, and where the memory is gone, as that of sharded weights is."""
+        """A copy of the operand; None after an in-place write, or if the memory is gone, as that of sharded weights may
+        be."""
         tensor = self.tensor
         if tensor is None or tensor._version != self.version or not fills_memory(tensor):
             return None
@@ -38,28 +39,28 @@ class SmallOperand:
 
 
 class SmallOperands:
-    """Those of one context; the notes hold them, and so the graph."""
+    """The small operands of one context. The notes hold them, and so does the autograd graph."""
 
     def __init__(self) -> None:
         self._noted: weakref.WeakSet[SmallOperand] = weakref.WeakSet()
 
     def noted(self, operand: Tensor, result: Tensor, owner: Any) -> SmallOperand | None:
-        """What a note says of an operand: None of one that is not small."""
+        """The small operand for a note; None for an operand that is not small."""
         if operand.nbytes * _SMALL > result.nbytes or not operand.dtype.is_floating_point:
             return None
-        found = SmallOperand(operand, owner)
-        self._noted.add(found)
-        return found
+        small = SmallOperand(operand, owner)
+        self._noted.add(small)
+        return small
 
     def clear(self) -> None:
-        """From now on there is nothing to copy."""
+        """Drops all small operands: later recipes find nothing to copy."""
         for noted in self._noted:
             noted.tensor = None
         self._noted.clear()
 
 
 def fills_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one that fills its memory, so that letting go of it gains memory."""
+    """Whether a tensor is plain and fills its storage, so that discarding the tensor frees memory."""
     return (
         tensor.dtype.is_floating_point
         and tensor.device.type in ("cpu", "cuda")

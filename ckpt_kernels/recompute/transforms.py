@@ -1,10 +1,10 @@
-"""torch.func's gradients within a context, which may not begin where there are saved-tensor hooks.
+"""Lets torch.func's gradients begin within a context, which torch forbids where saved-tensor hooks are active.
 
-They disable hooks by `torch.autograd.graph.disable_saved_tensors_hooks`, which raises an error where there are any.
-From the first context on, that function takes the hooks of this package off the calling thread before it does so, and
-puts them back when it is done; hooks of others stay, and are an error as ever. What runs in between keeps what torch
-keeps. So a model's code need not be searched for transforms. torch.compile knows the function by its identity, so
-that it stays the object it is: the generator in its closure is exchanged.
+torch.func disables hooks by `torch.autograd.graph.disable_saved_tensors_hooks`, which raises an error if hooks are
+active. Once the first context has been opened, that function first removes the hooks of this package from the calling
+thread, and restores them afterwards. Foreign hooks stay, and still cause the error. Within the transform torch keeps
+the same tensors as without a context. So nobody has to search a model's code for transforms. torch.compile recognizes
+the function by identity, so the function object stays the same: the generator in the function's closure is replaced.
 """
 
 import contextlib
@@ -14,37 +14,37 @@ from typing import Any
 
 import torch
 
-from .active import sees_what_is_saved, thread, top_hooks
+from .active import has_innermost_hooks, thread, top_hooks
 
 _Disabling = Callable[[str], Generator[None, None, None]]
 
 
 @functools.cache
 def allow_transforms() -> None:
-    """Lets torch.func's gradients begin within contexts; does nothing where torch's function is another than
-    known: torch's own error comes then."""
+    """Lets torch.func's gradients begin within contexts. If torch's function has an unexpected form, nothing changes
+    and torch's own error remains."""
     function: Any = torch.autograd.graph.disable_saved_tensors_hooks
     generator: _Disabling | None = getattr(function, "__wrapped__", None)
     for cell in getattr(function, "__closure__", None) or ():
         if generator is not None and cell.cell_contents is generator:
-            cell.cell_contents = _without_own(generator)
+            cell.cell_contents = _without_own_hooks(generator)
 
 
-def _without_own(disabling: _Disabling) -> _Disabling:
+def _without_own_hooks(disabling: _Disabling) -> _Disabling:
     context = contextlib.contextmanager(disabling)
 
     @functools.wraps(disabling)
     def generator(error_message: str) -> Generator[None, None, None]:
-        hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
-        taken = []
-        while discarders := [discarder for discarder in thread.active if sees_what_is_saved(discarder)]:
-            taken.append((discarders[-1], top_hooks()))
+        hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
+        removed = []
+        while discarders := [discarder for discarder in thread.active if has_innermost_hooks(discarder)]:
+            removed.append((discarders[-1], top_hooks()))
             hooks._pop_saved_tensors_default_hooks()
         try:
             with context(error_message):
                 yield
         finally:
-            for discarder, pair in reversed(taken):
+            for discarder, pair in reversed(removed):
                 if not discarder.is_closed:
                     hooks._push_saved_tensors_default_hooks(*pair)
 

@@ -1,16 +1,17 @@
-"""Checkpoints that span several calls: layers in a row keep the input of the first alone, and run again.
+"""Checkpoints that span several calls: consecutive layers keep only the input of the first, and run again together.
 
-`torch.utils.checkpoint` needs one function for all that is to run again. A model calls its layers one by one, from a
-loop of its own, and what the loop does between two calls is its own affair. So a `Run` follows the calls: while each
-layer runs, its saved tensors are dropped, and its arguments are noted; those that are outputs of the run's own earlier
-calls, the very tensors, unwritten, are noted as such and not kept. When the backward pass first asks for a tensor, all
-calls of the run are made again from what is kept, up to the last tensor that was saved. A call whose arguments do not
-come from the one before begins another run: a loop that does more than hand on costs memory, and never a wrong number.
+`torch.utils.checkpoint` needs one function for everything that runs again. A model calls its layers one by one, in a
+loop of its own that may compute anything between two calls. So a `Run` follows the calls. While a layer runs, its saved
+tensors are dropped and its arguments are recorded. An argument that is an output of an earlier call of the run, the
+same tensor object without an in-place write, is recorded as a link and not kept. When the backward pass first asks for
+a tensor, all calls of the run are repeated from the kept arguments, up to the last tensor that was saved. A call whose
+arguments do not come from the previous call begins another run. So a loop that computes something between the calls
+costs memory, but never gives a wrong result.
 
-As in torch's checkpoint, random numbers and autocast are as they were, and the number, shapes and dtypes of what is
-saved are held against the first time. Beyond it, buffers that the first pass wrote to in place, such as running
-statistics, are for the second what they were, and are not moved by it; a layer's arguments and parameters must not have
-been written to since.
+As in torch's checkpoint, random numbers and autocast are restored, and the number, shapes and dtypes of the saved
+tensors are compared with the first pass. In addition, buffers that the first pass wrote to in place, such as running
+statistics, have their old values in the second pass, which does not change them. A layer's arguments and parameters
+must not have been written to since.
 """
 
 import weakref
@@ -38,13 +39,13 @@ def run_in(
     """Calls a layer, `inside(*args, **kwargs)`, as a part of a run.
 
     Args:
-        places: where the layer is in the run, and in the runs within that one which are made when it runs again.
-        inside: what computes the layer's result, without the runs.
+        places: the places of the layer in the run, and in the inner runs that are created when the run is repeated.
+        inside: the function that computes the layer's result, without runs.
         module: the layer.
-        args, kwargs: of the call.
+        args, kwargs: the arguments of the call.
     """
-    hooks: Any = torch._C._autograd  # of which not all is in torch's stubs
-    # What is in a checkpoint already needs none of its own; under torch.func there are none.
+    hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
+    # A layer inside a checkpoint needs no other; under torch.func there are no hooks.
     is_within = thread.within or thread.repeating
     if is_within or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
         return inside(*args, **kwargs)
@@ -53,7 +54,7 @@ def run_in(
     place = places[0]
     run = None if thread.open is None else thread.open()
     thread.open = None
-    if run is None or not run.goes_on(place, args, kwargs):
+    if run is None or not run.continues_with(place, args, kwargs):
         run = Run(place.key)
     thread.within = True
     try:

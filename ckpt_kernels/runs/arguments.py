@@ -1,4 +1,4 @@
-"""Arguments of calls that are to be made again: what may be one, what is noted of one, and how it is had back."""
+"""Arguments of calls that will be repeated: which are allowed, how they are recorded, and how they are restored."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What may be handed to a layer that is to run again: nothing that a layer writes to and somebody else reads.
+# The allowed types of arguments: none that a layer can write to while others read the value.
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -18,14 +18,14 @@ class Link(NamedTuple):
 
 
 class Input(NamedTuple):
-    """An argument that is kept: the tensor, or what a context around keeps in its place."""
+    """An argument that is kept: the tensor, or an object that an outer context keeps instead."""
 
     get: Callable[[], Tensor]
     requires_grad: bool
 
 
 def are_plain(values: Sequence[Any]) -> bool:
-    """Whether values are tensors, numbers, strings, and plain tuples and dicts of these."""
+    """Whether all values are tensors, numbers, strings, and plain tuples and dicts of these."""
     for value in values:
         if type(value) in (tuple, dict):
             if not are_plain(tuple(value.values()) if isinstance(value, dict) else value):
@@ -35,8 +35,8 @@ def are_plain(values: Sequence[Any]) -> bool:
     return True
 
 
-class _FromOutside(torch.autograd.Function):
-    """The identity: inputs of the second pass have a node behind them, as at first, of which no recipe is known."""
+class _RunInput(torch.autograd.Function):
+    """The identity. In the second pass inputs have an autograd node, as in the first, but one that no recipe knows."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
@@ -47,38 +47,41 @@ class _FromOutside(torch.autograd.Function):
         return grad_outputs[0]
 
 
-def loaded(noted: Any, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
-    """The argument that was noted, of calls that are made again; `inputs` are those that were loaded before."""
-    if isinstance(noted, Link):
-        return outputs[noted.call][noted.output]
-    if isinstance(noted, Input):
-        if id(noted) not in inputs:
-            tensor = noted.get()
-            inputs[id(noted)] = _FromOutside.apply(tensor.detach().requires_grad_()) if noted.requires_grad else tensor
-        return inputs[id(noted)]
-    if isinstance(noted, tuple):
-        return tuple(loaded(part, inputs, outputs) for part in noted)
-    if isinstance(noted, dict):
-        return {key: loaded(part, inputs, outputs) for key, part in noted.items()}
-    return noted
+def restore_argument(recorded: Any, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
+    """An argument of a repeated call. `inputs` has the kept arguments that were restored before."""
+    if isinstance(recorded, Link):
+        return outputs[recorded.call][recorded.output]
+    if isinstance(recorded, Input):
+        if id(recorded) not in inputs:
+            tensor = recorded.get()
+            inputs[id(recorded)] = (
+                _RunInput.apply(tensor.detach().requires_grad_()) if recorded.requires_grad else tensor
+            )
+        return inputs[id(recorded)]
+    if isinstance(recorded, tuple):
+        return tuple(restore_argument(part, inputs, outputs) for part in recorded)
+    if isinstance(recorded, dict):
+        return {key: restore_argument(part, inputs, outputs) for key, part in recorded.items()}
+    return recorded
 
 
-def unwritten(tensor: Tensor, what: str = "an argument of a checkpointed layer") -> Callable[[], Tensor]:
-    """The tensor, if nobody has written to it by then; `what` it is, for the error."""
+def version_checked(tensor: Tensor, what: str = "an argument of a checkpointed layer") -> Callable[[], Tensor]:
+    """A function that returns the tensor, or raises if the tensor has been written to. `what` describes the tensor in
+    the error."""
     version = version_of(tensor)
-    held = tensor if tensor.is_leaf else tensor.detach()
+    tensor_kept = tensor if tensor.is_leaf else tensor.detach()
 
     def get() -> Tensor:
-        if version is not None and held._version != version:
+        if version is not None and tensor_kept._version != version:
             raise RuntimeError(
-                f"{what}, {held.dtype} {tuple(held.shape)}, was modified by an in-place "
-                f"operation since: it is at version {held._version}; expected version {version}"
+                f"{what}, {tensor_kept.dtype} {tuple(tensor_kept.shape)}, was modified by an in-place "
+                f"operation since: it is at version {tensor_kept._version}; expected version {version}"
             )
-        return held
+        return tensor_kept
 
     return get
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where nobody counts."""
+    """The version of a tensor; None for an inference tensor, which has no version counter."""
     return None if tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""A call of a layer, with all that it takes to make it again as it was."""
+"""A layer's call, with everything that is needed to repeat the call exactly."""
 
 import contextlib
 import sys
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..call_state import Buffer, RandomState, autocast_now
+from ..bitwise_check import checksum_of
+from ..call_state import BufferSnapshot, RandomState, autocast_state
 from ..convert.loads import modules_of
-from ..values import tensors_among
-from ..watching import bits_of
+from ..nested_values import tensors_among
 
 if TYPE_CHECKING:
     from .run import Run
 
 
 class Place(NamedTuple):
-    """Where a layer is in a run: the run's key, how many layers are before this one, and whether it is the last."""
+    """The place of a layer in a run: the key of the run, the number of layers before, and whether the layer is the
+    last."""
 
     key: int
     number: int
@@ -28,21 +29,21 @@ class Place(NamedTuple):
 
 
 class Saved:
-    """What the graph holds in the place of a tensor that a layer saved."""
+    """The placeholder that the autograd graph holds for a tensor that a layer saved."""
 
-    __slots__ = ("__weakref__", "bits", "dtype", "run", "shape", "value")
+    __slots__ = ("__weakref__", "checksum", "dtype", "run", "shape", "value")
 
     def __init__(self, run: "Run", tensor: Tensor) -> None:
         self.run = run
         self.shape = tensor.shape
         self.dtype = tensor.dtype
-        self.bits = bits_of(tensor)
+        self.checksum = checksum_of(tensor)
         self.value: Tensor | None = None
 
     def get(self) -> Tensor:
         repeated = None
         while self.value is None:
-            # A run that is repeated may leave it to one within.
+            # A repeated run may leave the tensor to an inner run.
             if self.run is repeated:
                 raise RuntimeError("a checkpointed layer did not save a tensor again that it saved at first")
             repeated = self.run
@@ -51,7 +52,7 @@ class Saved:
 
 
 class Call:
-    """A layer's call, and how to make it again."""
+    """A layer's call, and how to repeat it."""
 
     def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place]) -> None:
         self.function = function
@@ -61,41 +62,43 @@ class Call:
         self.kwargs: dict[str, Any] = {}
         self.saved: list[weakref.ref[Saved]] = []
         self.outputs: list[tuple[weakref.ref[Tensor], int | None]] = []
-        self.written: list[Buffer] = []
+        self.written: list[BufferSnapshot] = []
         self.random: RandomState | None = None
-        self.autocast = autocast_now()
+        self.autocast = autocast_state()
         self.backend = backends.chosen()
         self.parameters = _versions_of(module)
 
-    def again(self, args: list[Any], kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
-        """Makes the call again, with what is drawn, cast and written to as it was; the tensors of its result."""
+    def repeat(self, args: list[Any], kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
+        """Repeats the call with the random numbers, autocast, backend and buffers of the first pass. Returns the
+        result's tensors."""
         for parameter, version in self.parameters:
             if parameter._version != version:
                 raise RuntimeError(
                     f"a parameter of a checkpointed layer, {parameter.dtype} {tuple(parameter.shape)}, was modified by "
                     f"an in-place operation since: it is at version {parameter._version}; expected version {version}"
                 )
-        # A layer that is sharded gathers its weights in its hooks; of one layer the backward pass has gathered them.
+        # A sharded layer gathers its weights in hooks of the module. For a single layer the backward pass has gathered
+        # them.
         function = self.module if not alone and is_sharded(self.module) else self.function
         with contextlib.ExitStack() as stack:
             stack.enter_context(backends.serving(self.backend))
             for buffer in self.written:
-                stack.enter_context(buffer.as_before())
+                stack.enter_context(buffer.restored())
             if self.random is not None:
-                stack.enter_context(self.random.again())
+                stack.enter_context(self.random.restored())
             for device, options in self.autocast:
                 stack.enter_context(torch.autocast(device, **options))
             return list(tensors_among(function(*args, **kwargs)))
 
 
 def _versions_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """Of a module's parameters, where these are not gathered and given back under them, as sharding does."""
+    """The versions of a module's parameters; none in distributed runs, where sharding gathers and frees parameters."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return []
     return [
         (parameter, parameter._version)
-        for below in modules_of(module)
-        for parameter in below._parameters.values()
+        for submodule in modules_of(module)
+        for parameter in submodule._parameters.values()
         if parameter is not None and not parameter.is_inference()
     ]
 

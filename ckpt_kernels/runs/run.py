@@ -1,4 +1,4 @@
-"""A run: calls of layers in a row under one checkpoint, and how they are made again."""
+"""A run: consecutive calls of layers under one checkpoint, and how the run is repeated."""
 
 import contextlib
 import threading
@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call_state import Buffer, RandomState
+from ..bitwise_check import checksum_of, note_difference
+from ..call_state import BufferSnapshot, RandomState
 from ..convert.loads import modules_of
+from ..nested_values import tensors_among
 from ..recompute import discarding
 from ..recompute.discarder import Discarder
-from ..saved_tensors import as_is
-from ..values import tensors_among
-from ..watching import bits_of, note_difference
-from .arguments import Input, Link, loaded, unwritten, version_of
+from ..saved_tensor_hooks import as_is
+from .arguments import Input, Link, restore_argument, version_checked, version_of
 from .calls import Call, Place, Saved
 from .state import repeating
 
 
-class _Done(BaseException):
-    """The last tensor that is needed is there. No `except Exception` of a model's is to swallow it."""
+class _AllSaved(BaseException):
+    """Raised when the last needed tensor has been saved. A BaseException, so that no `except Exception` of a model
+    catches it."""
 
 
 class Run:
@@ -31,18 +32,19 @@ class Run:
         self._key = key
         self._depth = depth
         self._calls: list[Call] = []
-        # With the versions that they were kept at: one that was written to since is another argument.
+        # With the versions at which they were kept: after an in-place write the tensor is another argument.
         self._kept: list[tuple[weakref.ref[Tensor], int | None, Input]] = []
         self._lock = threading.RLock()
 
-    def goes_on(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call is the next of the run: one that takes what the last has given."""
+    def continues_with(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call is the next of the run: one that takes an output of the last call."""
         if place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
             return False
         links = [self._link(tensor) for tensor in tensors_among((args, kwargs)) if tensor.requires_grad]
         return any(link is not None and link.call == len(self._calls) - 1 for link in links)
 
     def _link(self, tensor: Tensor) -> Link | None:
+        """The link to the output of an earlier call that is this tensor, if the tensor has had no in-place write."""
         for index in reversed(range(len(self._calls))):
             for number, (output, version) in enumerate(self._calls[index].outputs):
                 if output() is tensor:
@@ -50,14 +52,15 @@ class Run:
         return None
 
     def call(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A call of the first pass."""
+        """Runs a call in the first pass."""
         discarder = discarding()
-        call.args = tuple(self._noted(a, discarder) for a in args)
-        call.kwargs = {name: self._noted(a, discarder) for name, a in kwargs.items()}
+        call.args = tuple(self._recorded(a, discarder) for a in args)
+        call.kwargs = {name: self._recorded(a, discarder) for name, a in kwargs.items()}
         self._calls.append(call)
-        buffers = [Buffer(b, m) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
-        # As long as it runs, for a layer that asks for gradients within its forward, all may have moved.
-        call.random = RandomState.now(call.module, args, kwargs)
+        buffers = [BufferSnapshot(b, m) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
+        # The layer may ask for gradients within its forward pass. So while it runs, all buffers and generators count as
+        # changed.
+        call.random = RandomState.capture(call.module, args, kwargs)
         call.written = buffers
 
         def pack(tensor: Tensor) -> Saved:
@@ -67,64 +70,67 @@ class Run:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, Saved.get):
             output = call.function(*args, **kwargs)
-        if call.random.is_now():
+        if call.random.is_current():
             call.random = None
         call.written = [buffer for buffer in buffers if buffer.is_written()]
         call.outputs = [(weakref.ref(tensor), version_of(tensor)) for tensor in tensors_among(output)]
         return output
 
-    def _noted(self, value: Any, discarder: Discarder | None) -> Any:
+    def _recorded(self, value: Any, discarder: Discarder | None) -> Any:
+        """An argument as it is recorded: tensors are replaced by links and kept inputs."""
         if isinstance(value, tuple):
-            return tuple(self._noted(part, discarder) for part in value)
+            return tuple(self._recorded(part, discarder) for part in value)
         if isinstance(value, dict):
-            return {key: self._noted(part, discarder) for key, part in value.items()}
+            return {key: self._recorded(part, discarder) for key, part in value.items()}
         if not isinstance(value, Tensor):
             return value
         link = self._link(value)
         return self._keep(value, discarder) if link is None else link
 
     def _keep(self, tensor: Tensor, discarder: Discarder | None) -> Input:
+        """The kept input for a tensor that comes from outside the run."""
         version = version_of(tensor)
-        for known, at, noted in self._kept:
-            if known() is tensor and at == version:
-                return noted
+        for known_tensor, known_version, known_input in self._kept:
+            if known_tensor() is tensor and known_version == version:
+                return known_input
         if discarder is not None and tensor.requires_grad and not tensor.is_leaf:
             get = discarder.pack(tensor).get
         else:
-            get = unwritten(tensor)
-        made = Input(get, tensor.requires_grad)
-        self._kept.append((weakref.ref(tensor), version, made))
-        return made
+            get = version_checked(tensor)
+        new_input = Input(get, tensor.requires_grad)
+        self._kept.append((weakref.ref(tensor), version, new_input))
+        return new_input
 
     def repeat(self, waiting: "Saved") -> None:
-        """Makes the calls again, and gives all that wait what they saved."""
-        with self._lock, repeating(), torch.enable_grad(), contextlib.suppress(_Done):
-            # Another thread may have been first.
+        """Repeats the calls, and fills the placeholders of all tensors that they saved."""
+        with self._lock, repeating(), torch.enable_grad(), contextlib.suppress(_AllSaved):
+            # Another thread may have repeated the run already.
             if waiting.value is not None or waiting.run is not self:
                 return
             inputs: dict[int, Tensor] = {}
             outputs: list[list[Tensor]] = []
-            pieces = self._pieces()
-            for number, piece in enumerate(pieces):
-                is_last = number == len(pieces) - 1
-                if piece[0].places[self._depth + 1 :]:
-                    self._begin_within(piece, inputs, outputs, is_last)
+            groups = self._inner_runs()
+            for number, group in enumerate(groups):
+                is_last = number == len(groups) - 1
+                if group[0].places[self._depth + 1 :]:
+                    self._begin_inner_run(group, inputs, outputs, is_last)
                 else:
-                    for call in piece:
-                        self._again(call, inputs, outputs, is_last and call is piece[-1])
+                    for call in group:
+                        self._repeat_call(call, inputs, outputs, is_last and call is group[-1])
 
-    def _pieces(self) -> list[list[Call]]:
-        """The calls by the runs within this one that they are in; each other one by itself."""
-        pieces: list[list[Call]] = []
+    def _inner_runs(self) -> list[list[Call]]:
+        """The calls, grouped by the inner runs that they belong to; a call in no inner run is a group of its own."""
+        groups: list[list[Call]] = []
         for call in self._calls:
-            within = call.places[self._depth + 1 :]
-            if within and within[0].number and pieces and _key(pieces[-1][0], self._depth) == within[0].key:
-                pieces[-1].append(call)
+            inner = call.places[self._depth + 1 :]
+            if inner and inner[0].number and groups and _inner_key(groups[-1][0], self._depth) == inner[0].key:
+                groups[-1].append(call)
             else:
-                pieces.append([call])
-        return pieces
+                groups.append([call])
+        return groups
 
-    def _again(self, call: Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool) -> None:
+    def _repeat_call(self, call: Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool) -> None:
+        """Repeats one call and fills its placeholders."""
         waiting = list(call.saved)
         count = 0
 
@@ -142,70 +148,74 @@ class Run:
                         f"{tuple(saved.shape)}, as at first: does it decide at random?"
                     )
                 saved.value = value
-                if saved.bits is not None and saved.bits != bits_of(tensor):
+                if saved.checksum is not None and saved.checksum != checksum_of(tensor):
                     note_difference(call.module)
             if is_last and count == len(waiting):
-                raise _Done
+                raise _AllSaved
             return value
 
         if is_last and not waiting:
-            raise _Done
+            raise _AllSaved
         with torch.autograd.graph.saved_tensors_hooks(collect, as_is):
-            outputs.append(self._made(call, inputs, outputs))
+            outputs.append(self._outputs_of(call, inputs, outputs))
         if count != len(waiting):
             raise RuntimeError(
                 f"a checkpointed layer saves {count} tensors; expected {len(waiting)}, as at first: is it random?"
             )
 
-    def _begin_within(
+    def _begin_inner_run(
         self, calls: list[Call], inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool
     ) -> None:
-        """A run within this one: nothing of its calls is kept now but what goes into the first."""
-        within = Run(calls[0].places[self._depth + 1].key, self._depth + 1)
+        """Creates an inner run, which keeps only the inputs of its first call, and repeats the calls without saving."""
+        inner = Run(calls[0].places[self._depth + 1].key, self._depth + 1)
         start = len(outputs)
         for call in calls:
-            again = Call(call.function, call.module, call.places)
-            again.random, again.written, again.autocast = call.random, call.written, call.autocast
-            again.backend, again.parameters = call.backend, call.parameters
-            again.saved = call.saved
-            again.args = tuple(within._moved(a, start, inputs, outputs) for a in call.args)
-            again.kwargs = {name: within._moved(a, start, inputs, outputs) for name, a in call.kwargs.items()}
-            within._calls.append(again)
+            repeated = Call(call.function, call.module, call.places)
+            repeated.random, repeated.written, repeated.autocast = call.random, call.written, call.autocast
+            repeated.backend, repeated.parameters = call.backend, call.parameters
+            repeated.saved = call.saved
+            repeated.args = tuple(inner._inner_argument(a, start, inputs, outputs) for a in call.args)
+            repeated.kwargs = {
+                name: inner._inner_argument(a, start, inputs, outputs) for name, a in call.kwargs.items()
+            }
+            inner._calls.append(repeated)
             for reference in call.saved:
                 if (saved := reference()) is not None:
-                    saved.run = within
+                    saved.run = inner
         if is_last:
-            raise _Done
+            raise _AllSaved
         for call in calls:
-            with torch.autograd.graph.saved_tensors_hooks(_dropped, as_is):
-                outputs.append(self._made(call, inputs, outputs))
+            with torch.autograd.graph.saved_tensors_hooks(_drop, as_is):
+                outputs.append(self._outputs_of(call, inputs, outputs))
 
-    def _moved(self, noted: Any, start: int, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
-        """An argument of the outer run as one of this: what comes from calls before this run's first is kept."""
-        if isinstance(noted, Link):
-            if noted.call >= start:
-                return Link(noted.call - start, noted.output)
-            tensor = outputs[noted.call][noted.output]
-            return Input(unwritten(tensor.detach()), tensor.requires_grad)
-        if isinstance(noted, Input):
-            # Hooks around may give it only once.
-            return Input(unwritten(loaded(noted, inputs, outputs).detach()), noted.requires_grad)
-        if isinstance(noted, tuple):
-            return tuple(self._moved(part, start, inputs, outputs) for part in noted)
-        if isinstance(noted, dict):
-            return {key: self._moved(part, start, inputs, outputs) for key, part in noted.items()}
-        return noted
+    def _inner_argument(self, recorded: Any, start: int, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> Any:
+        """A recorded argument of the outer run, as one of this inner run. Outputs of earlier calls are kept."""
+        if isinstance(recorded, Link):
+            if recorded.call >= start:
+                return Link(recorded.call - start, recorded.output)
+            tensor = outputs[recorded.call][recorded.output]
+            return Input(version_checked(tensor.detach()), tensor.requires_grad)
+        if isinstance(recorded, Input):
+            # Outer hooks may unpack only once.
+            return Input(version_checked(restore_argument(recorded, inputs, outputs).detach()), recorded.requires_grad)
+        if isinstance(recorded, tuple):
+            return tuple(self._inner_argument(part, start, inputs, outputs) for part in recorded)
+        if isinstance(recorded, dict):
+            return {key: self._inner_argument(part, start, inputs, outputs) for key, part in recorded.items()}
+        return recorded
 
-    def _made(self, call: Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> list[Tensor]:
-        args = [loaded(a, inputs, outputs) for a in call.args]
-        kwargs = {name: loaded(a, inputs, outputs) for name, a in call.kwargs.items()}
-        return call.again(args, kwargs, alone=len(self._calls) == 1)
-
-
-def _key(call: Call, depth: int) -> int | None:
-    within = call.places[depth + 1 :]
-    return within[0].key if within else None
+    def _outputs_of(self, call: Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]]) -> list[Tensor]:
+        """The tensors of the result of a repeated call."""
+        args = [restore_argument(a, inputs, outputs) for a in call.args]
+        kwargs = {name: restore_argument(a, inputs, outputs) for name, a in call.kwargs.items()}
+        return call.repeat(args, kwargs, alone=len(self._calls) == 1)
 
 
-def _dropped(tensor: Tensor) -> None:
+def _inner_key(call: Call, depth: int) -> int | None:
+    """The key of the inner run that a call belongs to; None if the call belongs to none."""
+    inner_places = call.places[depth + 1 :]
+    return inner_places[0].key if inner_places else None
+
+
+def _drop(tensor: Tensor) -> None:
     return None

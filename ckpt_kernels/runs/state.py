@@ -1,4 +1,5 @@
-"""What a thread is at: whether layers of a run run, or run again, and which run the next layer may go on with."""
+"""The state of a thread: whether layers of a run are running or running again, and the run that the next layer may
+continue."""
 
 import contextlib
 import threading
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 
 class State(threading.local):
+    """The run that the next layer may continue, and whether a layer of a run is running (`within`) or running again."""
+
     def __init__(self) -> None:
         # The run that the next layer may go on with; and whether a layer of one runs, or runs again.
         self.open: weakref.ref[Run] | None = None
@@ -23,6 +26,7 @@ thread = State()
 
 @contextlib.contextmanager
 def repeating() -> Iterator[None]:
+    """A context in which layers run again, and no run is open."""
     before, thread.repeating = thread.repeating, True
     open_run, thread.open = thread.open, None
     try:

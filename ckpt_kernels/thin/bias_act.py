@@ -17,7 +17,7 @@ _empty_like = torch.empty_like
 
 
 class BiasAct(Plan):
-    """Of (input, bias, seed)."""
+    """Plans for (input, bias, seed)."""
 
     op = ops.bias_act.bias_act
 
@@ -30,7 +30,7 @@ class BiasAct(Plan):
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, seed: Tensor | None, plan: "BiasAct") -> Tensor:
         output = _empty_like(input)
         if not _forward(input, bias, seed, output, *plan._native):
-            return plan.refused(ctx, input, bias, seed)
+            return plan.fall_back(ctx, input, bias, seed)
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
             ctx.set_materialize_grads(False)
@@ -44,14 +44,14 @@ class BiasAct(Plan):
         kept, bias, seed = saved
         grad_input = _empty_like(kept) if wanted[0] else None
         grad_bias = _empty_like(bias) if wanted[1] else None
-        added = None if self._by_output else bias  # in the output it is there already
+        added = None if self._by_output else bias  # the saved output includes the bias
         if not _backward(grad_output, kept, added, seed, grad_input, grad_bias, None, *self._native):
             return None
         return grad_input, grad_bias, None, None
 
 
 def bias_act(input: Tensor, bias: Tensor | None, options: ops.bias_act.Options) -> BiasAct | None:
-    """Not of the identity, for which nothing is kept."""
+    """A plan, unless the activation is the identity, which keeps no tensor."""
     if options.activation == "identity" or not input.numel() or not input.dim():
         return None
     return None if bias is not None and bias.dtype != compute_dtype(input.dtype) else BiasAct(options)

@@ -1,4 +1,4 @@
-"""Plans of the channel norms, by the statistics of their input."""
+"""Plans of the channel norms that compute the statistics of their input."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor
 from .. import ops
 from ..activations import CODES
 from ..backends.reference import compute_dtype
+from ..ops.channel_layout import maps_of
 from ..ops.channel_steps import GradientOptions, Options, slope_source
-from ..ops.maps import maps_of
 from .direct import direct
 from .plan import Plan, thread
 
@@ -19,7 +19,7 @@ _empty_like = torch.empty_like
 
 
 class ChannelNorm(Plan):
-    """Of (input, residual, weight, bias, given_mean, given_var), where the last two are None."""
+    """Plans for (input, residual, weight, bias, given_mean, given_var), where the last two are None."""
 
     op = ops.channel_norm.channel_norm
 
@@ -34,7 +34,7 @@ class ChannelNorm(Plan):
         self._dtype = compute_dtype(input.dtype)
         self._native_forward = (*sizes, eps, CODES[activation], False)
         self._native_backward = (*sizes, float(count), eps, False, CODES[activation])
-        # Of the gradient, where its slope comes from the output and where not.
+        # The options of the gradient, without and with the activation's slope from the output.
         self._kept_options = [GradientOptions(*options, False, by_output) for by_output in (False, True)]
 
     @staticmethod
@@ -52,7 +52,7 @@ class ChannelNorm(Plan):
         mean = input.new_empty(plan._statistics, dtype=plan._dtype)
         var = _empty_like(mean)
         if not _forward(input, residual, weight, bias, output, mean, var, *plan._native_forward):
-            return plan.refused(ctx, input, residual, weight, bias, None, None)
+            return plan.fall_back(ctx, input, residual, weight, bias, None, None)
         if ctx is not None:
             other, by_output = slope_source(plan.options.activation, residual, output)
             ctx.plan, ctx.options = plan, plan._kept_options[by_output]
@@ -64,7 +64,7 @@ class ChannelNorm(Plan):
         return output, mean, var
 
     def recipe(self, ctx: Any, arguments: tuple, results: Sequence[Tensor | None]) -> Any:
-        """By the statistics, with which no forward pass begins."""
+        """The op's recipe, which starts from the statistics. A plan's forward pass cannot."""
         return self.op.recipe(ctx, arguments, results)
 
     def backward(self, ctx: Any, saved: Sequence[Tensor | None], grad_output: Tensor, *_: None) -> tuple | None:
@@ -84,7 +84,7 @@ class ChannelNorm(Plan):
 def channel_norm(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: Options
 ) -> ChannelNorm | None:
-    """Of a contiguous input."""
+    """A plan, if the input is contiguous."""
     dtype = compute_dtype(input.dtype)
     if not input.numel() or not input.is_contiguous() or (residual is not None and residual.dtype != input.dtype):
         return None

@@ -1,12 +1,11 @@
-"""What `_thin`, a module in C, gives: the CPU ops as plain functions, and the check of a small call. Others take from
-it what converted models ask (`convert.asked`) and what outputs are let go of by (`recompute.quick`).
+"""Loads `_thin`, a module in C that runs the CPU ops as plain functions and checks the tensors of small calls.
 
-A function made by `direct` takes what the op of the same name in `torch.ops.ckpt_kernels_native` takes, and runs the
-same C++ function, without torch's dispatcher. It returns True; or False, its results undefined, where a tensor is none
-that it can read (a subclass, one that lies elsewhere than in the CPU's memory, one without memory or strides), or none
-that the op takes.
+A function made by `direct` takes the arguments of the op of the same name in `torch.ops.ckpt_kernels_native`, and runs
+the same C++ function without torch's dispatcher. It returns True; or False, with undefined results, if a tensor cannot
+be read (a subclass, a tensor outside CPU memory, without memory or without strides) or does not suit the op.
 
-Where the libraries are missing, or torch's part of this (`torch.Tensor.__dlpack_c_exchange_api__`), no call is small.
+Converted models (`convert.asked`) and the recompute contexts (`recompute.fast_path`) use `_thin` too. If the libraries
+are missing, or torch lacks `torch.Tensor.__dlpack_c_exchange_api__`, every call takes the full path.
 """
 
 import ctypes
@@ -19,7 +18,8 @@ from torch import Tensor
 from ..libraries import library
 from ..recompute import contexts
 
-# What may see every op: torch.func, modes of both kinds, the profiler, torch.jit.trace.
+# Functions that tell whether anything intercepts every op: torch.func, modes of both kinds, the profiler,
+# torch.jit.trace.
 WATCHERS = (
     torch._C._are_functorch_transforms_active,
     torch._C._len_torch_dispatch_stack,
@@ -30,27 +30,27 @@ WATCHERS = (
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors in the CPU's memory or None, and nothing but autograd is to see what is done."""
+    """Whether all tensors are None or plain tensors in CPU memory, and only autograd intercepts ops."""
     return False
 
 
 def key(block: str, tensors: Sequence[Tensor | None], options: tuple) -> tuple | None:
-    """What the checks of a call depend on; None where they depend on more, or something else is to see the call."""
+    """A key of everything that the checks of a call depend on; None if the call cannot have a plan."""
     return None
 
 
-# What else `_thin` answers: see `convert.asked`.
+# The module `_thin` itself, for `convert.asked`.
 asked: Any = None
 
 
 def direct(name: str) -> Callable[..., bool]:
-    """The op of that name."""
+    """The op of that name, as a function that returns whether it computed the result."""
     return lambda *arguments: False
 
 
 def _load() -> str | None:
-    """Puts the functions of `_thin` in the place of those above, which serve nothing; returns why that is not possible,
-    or None."""
+    """Replaces the functions above, which serve no call, by those of `_thin`. Returns the reason if that fails, else
+    None."""
     global is_plain, key, asked, direct
     api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     path = library("_C")
@@ -63,7 +63,7 @@ def _load() -> str | None:
 
         find = ctypes.cast(ctypes.CDLL(str(path)).ckpt_kernels_find_call, ctypes.c_void_p).value
         _thin.set_up(api, Tensor, torch.nn.Parameter, torch.Size, Tensor.is_neg, Tensor.storage_offset, WATCHERS)
-        # One that was built of older sources lacks some of this.
+        # A library built from older sources lacks some of this.
         contexts.use_library(_thin)
     except (ImportError, OSError, AttributeError, RuntimeError, ValueError, TypeError) as error:
         return f"the library _thin does not load: {error}"

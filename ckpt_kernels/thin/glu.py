@@ -17,7 +17,7 @@ _empty_like = torch.empty_like
 
 
 class Glu(Plan):
-    """Of (gate, value)."""
+    """Plans for (gate, value)."""
 
     op = ops.glu.glu
 
@@ -29,7 +29,7 @@ class Glu(Plan):
     def forward(ctx: Any, gate: Tensor, value: Tensor, plan: "Glu") -> Tensor:
         output = _empty_like(gate)
         if not _forward(gate, value, output, plan._code):
-            return plan.refused(ctx, gate, value)
+            return plan.fall_back(ctx, gate, value)
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
             ctx.set_materialize_grads(False)
@@ -49,7 +49,7 @@ class Glu(Plan):
 
 
 class PackedGlu(Plan):
-    """Of (packed,)."""
+    """Plans for (packed,)."""
 
     op = ops.glu.packed_glu
 
@@ -62,7 +62,7 @@ class PackedGlu(Plan):
     def forward(ctx: Any, packed: Tensor, plan: "PackedGlu") -> Tensor:
         output = packed.new_empty(plan._shape)
         if not _packed_forward(packed, output, *plan._native):
-            return plan.refused(ctx, packed)
+            return plan.fall_back(ctx, packed)
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
             ctx.set_materialize_grads(False)

@@ -1,6 +1,6 @@
-"""Blocks between products, for calls whose tensors and options have passed the checks before (see `ops.linear_blocks`).
+"""Blocks between matrix products, for calls whose tensors and options have passed the checks (see `ops.linear_blocks`).
 
-Each tries the kernel by a direct call, and goes the way of the block that it stands for where that is refused.
+Each block calls the kernel directly, and falls back to the full block if the kernel refuses a tensor.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ..backends.reference import compute_dtype
 from ..ops.linear_blocks import Block
 from . import bias_act, glu
 from .direct import direct, is_plain
-from .plans import plan_of, remember
+from .plan_cache import plan_of, remember
 
 _act_forward, _act_backward = direct("bias_act_forward"), direct("bias_act_backward")
 _glu_forward, _glu_backward = direct("glu_forward"), direct("glu_backward")
@@ -24,7 +24,7 @@ _empty_like = torch.empty_like
 
 
 def act_block(dtypes: set[torch.dtype], activation: str, dropout_p: float) -> Block | None:
-    """Of (input,), without dropout; None where the checks depend on more than was seen."""
+    """The block of (input,), without dropout; None if the checks depend on more than the arguments."""
     if len(dtypes) != 1 or dropout_p:
         return None
     full, code = ops.linear_blocks.act_block(activation, None, 0.0), CODES[activation]
@@ -55,7 +55,7 @@ def act_block(dtypes: set[torch.dtype], activation: str, dropout_p: float) -> Bl
 
 
 def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p: float, packed: bool) -> Block | None:
-    """Of (gate, value), without dropout; of (packed,) the block as it is."""
+    """The block of (gate, value), without dropout. For (packed,) the full block."""
     if len(dtypes) != 1 or dropout_p:
         return None
     full, code = ops.linear_blocks.glu_block(activation, layout, None, 0.0), CODES[activation]
@@ -87,7 +87,7 @@ def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p:
 
 
 def norm_block(dtypes: set[torch.dtype], input: Tensor, coefficients: Sequence[Tensor | None], options: tuple) -> Any:
-    """Of (input, weight, bias), over the last dimension; options as of `ops.linear_blocks.norm_block`."""
+    """The block of (input, weight, bias), over the last dimension; options as in `ops.linear_blocks.norm_block`."""
     columns, eps, centered, pre_activation, activation, weight_offset, cast_before_weight = options
     dtype = compute_dtype(input.dtype)
     if len(dtypes) != 1 or not input.numel() or columns == 1:
@@ -109,21 +109,21 @@ def norm_block(dtypes: set[torch.dtype], input: Tensor, coefficients: Sequence[T
         return full.forward(operands)
 
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
-        # What was not kept, because only the weights want a gradient, is made by the block itself.
+        # The full block recomputes statistics that were not kept because only the weights need a gradient.
         if rest and is_plain(grad, *operands, *rest):
             input, weight, bias = operands
-            found = [_empty_like(t) if t is not None and w else None for t, w in zip(operands, wanted, strict=True)]
+            grads = [_empty_like(t) if t is not None and w else None for t, w in zip(operands, wanted, strict=True)]
             output = _empty_like(input) if rewrite else None
-            gradients = (found[0], None, None, *found[1:])
+            gradients = (grads[0], None, None, *grads[1:])
             if _norm_backward(grad, None, input, None, weight, bias, None, *rest, *gradients, output, *native):
-                return found, output
+                return grads, output
         return full.backward(grad, operands, rest, wanted, rewrite)
 
     return Block(forward, backward, full.composed)
 
 
 def _overwrites(grad: Tensor, operand: Tensor) -> bool:
-    """Whether the gradient of an operand may be written over that of the output, which is the block's to give away."""
+    """Whether the gradient of an operand may be written over the output's gradient, which the block owns."""
     return (
         is_plain(grad, operand)
         and grad.is_contiguous()

@@ -1,4 +1,4 @@
-"""How a call goes past the full path, and comes back to it where it does not serve."""
+"""A `Plan` runs small calls of one op past the full path, and falls back to that path where the plan does not apply."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,13 +18,14 @@ thread = recompute.thread
 
 
 class Plan:
-    """How calls of one op go whose tensors have certain shapes and dtypes, and whose options are these.
+    """Runs the calls of one op whose tensors have certain shapes and dtypes, with certain options.
 
-    A subclass for each op has
-        forward(ctx, *tensors, plan): what a call of the op returns, by `refused` where a tensor is other than expected.
-            With gradients it gives `ctx` what the op's own rule gives it; else `ctx` is None.
-        backward(ctx, saved, *gradients): the tensors' gradients and a None for the plan; None where a tensor is
-            other than expected.
+    Each op has a subclass with
+
+        forward(ctx, *tensors, plan): the results of the op; falls back if a tensor is unexpected. With gradients,
+            it stores in `ctx` the same values as the op's own rule; else `ctx` is None.
+        backward(ctx, saved, *gradients): the gradients of the tensors and a None for the plan; None if a tensor is
+            unexpected.
     """
 
     op: Block
@@ -49,25 +50,25 @@ class Plan:
     def backward(self, ctx: Any, saved: Sequence[Tensor | None], *gradients: Tensor | None) -> tuple | None:
         raise NotImplementedError
 
-    def refused(self, ctx: Any, *tensors: Tensor | None) -> Any:
-        """The full path, in the same context."""
+    def fall_back(self, ctx: Any, *tensors: Tensor | None) -> Any:
+        """Runs the full path in the same autograd context."""
         if ctx is None:
             return self.op(*tensors, self.options)
         ctx.plan = None
         return self.op.full_forward(ctx, *tensors, self.options, recompute.is_active())
 
     def announce(self, ctx: Any, tensors: tuple, results: Sequence[Tensor | None]) -> None:
-        """Where outputs are let go of: how this one can be had again."""
+        """Announces, while outputs are discarded, how to recompute the output."""
         arguments = (*tensors, self.options)
         recipe, total = self.recipe(ctx, arguments, results), self.op.total(arguments, results)
         recompute.announce(recipe, self.op.elementwise, total)
 
     def recipe(self, ctx: Any, arguments: tuple, results: Sequence[Tensor | None]) -> recompute.Announcement | None:
-        """The op's recipe, of an op that makes its first result again by its forward: that goes by this plan too."""
-        found = self.op.recipe(ctx, arguments, results)
-        if found is None:
+        """The op's recipe, for an op whose forward pass recomputes the first result: it runs by this plan too."""
+        announcement = self.op.recipe(ctx, arguments, results)
+        if announcement is None:
             return None
-        rebuild, tensors = found
+        rebuild, tensors = announcement
         return functools.partial(self._made_again, rebuild, results[0].stride()), tensors
 
     def _made_again(self, rebuild: Callable[..., Tensor], strides: tuple[int, ...], *tensors: Tensor | None) -> Tensor:
@@ -76,29 +77,30 @@ class Plan:
 
 
 def _backward_of(op: Block) -> Callable[..., tuple]:
-    """The autograd rule of calls by a plan: plain gradients of tensors go by it, and all others the full way."""
+    """The autograd rule of calls by a plan. Plain gradients run by the plan, all others by the full path."""
 
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         plan, saved = ctx.plan, None
         if plan is None:
             return op.full_backward(ctx, *gradients)[:-1]
         if not (_is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0):
-            # What was saved comes from whoever's hooks unpacked it, and is asked for the same as gradients are.
+            # Saved tensors come from the hooks that unpacked them, so they are checked like the gradients.
             saved = ctx.saved_tensors
             if is_plain(*gradients, *saved):
-                found = plan.backward(ctx, saved, *gradients)
-                if found is not None:
-                    return found
-        # There is one argument that is no tensor: the plan, in the place of options and of what is recorded.
+                grads = plan.backward(ctx, saved, *gradients)
+                if grads is not None:
+                    return grads
+        # The plan is the one argument that is no tensor. The full path has two: the options, and whether the output is
+        # recorded.
         return op.full_backward(_Restored(ctx, saved), *gradients)[:-1]
 
     return backward
 
 
 class _Restored:
-    """A context as the op's own rule knows it, after a forward pass by a plan.
+    """An autograd context of a plan's forward pass, in the form that the op's own rule expects.
 
-    The saved tensors are unpacked once: whoever packed them may compute, and may do so only once.
+    The saved tensors are unpacked once: the hooks that packed them may compute, and may do so only once.
     """
 
     backend = "native"

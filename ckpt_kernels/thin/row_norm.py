@@ -18,7 +18,7 @@ _empty_like = torch.empty_like
 
 
 class RowNorm(Plan):
-    """Of (input, residual, gate, scale, shift, weight, bias, seed); scale and shift come without weight and bias."""
+    """Plans for (input, residual, gate, scale, shift, weight, bias, seed). Scale and shift exclude weight and bias."""
 
     op = ops.row_norm.row_norm
 
@@ -48,16 +48,16 @@ class RowNorm(Plan):
         if ctx is not None:
             wanted = ctx.needs_input_grad
             if wanted[6] and not any(wanted[:6]):
-                # What is kept for a bias alone is less.
-                return plan.refused(ctx, *operands)
+                # For a bias alone less is kept.
+                return plan.fall_back(ctx, *operands)
         rstd = input.new_empty(plan._rows, dtype=plan._dtype)
         mean = _empty_like(rstd) if plan._centered else None
         output = _empty_like(input)
         residual_out = None if residual is None else _empty_like(input)
         factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
-        found = (mean, rstd, output, residual_out)
-        if not _forward(input, residual, gate, factor, offset, seed, *found, *plan._native_forward, False):
-            return plan.refused(ctx, *operands)
+        results = (mean, rstd, output, residual_out)
+        if not _forward(input, residual, gate, factor, offset, seed, *results, *plan._native_forward, False):
+            return plan.fall_back(ctx, *operands)
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
             ctx.set_materialize_grads(False)
@@ -79,10 +79,10 @@ class RowNorm(Plan):
         factor, offset, wants_factor, wants_offset = weight, bias, wants_weight, wants_bias
         if scale is not None:
             factor, offset, wants_factor, wants_offset = 1 + scale, shift, wants_scale, wants_shift
-        # Of a gate before the norm both gradients come out of the same products.
+        # With a gate before the norm, both gradients come from the same products.
         both = self._gate_before_norm and (wants_input or wants_gate)
         grad_input = _empty_like(input) if wants_input or wants_residual or both else None
-        # Without dropout the two gradients are one tensor.
+        # Without dropout the gradients of input and residual are one tensor.
         grad_residual = _empty_like(input) if seed is not None and grad_input is not None else None
         grad_gate = _empty_like(gate) if wants_gate or both else None
         grad_factor = _empty_like(factor) if wants_factor else None
@@ -103,7 +103,7 @@ class RowNorm(Plan):
         )
 
     def rebuilt(self, *tensors: Tensor | None) -> Tensor:
-        """The output again, of what is kept."""
+        """Recomputes the output from the kept tensors."""
         input, gate, scale, shift, weight, bias, _, mean, rstd = tensors
         output = _empty_like(input)
         factor, offset = (weight, bias) if scale is None else (1 + scale, shift)
@@ -123,10 +123,10 @@ def row_norm(
     bias: Tensor | None,
     options: RowNormOptions,
 ) -> RowNorm | None:
-    """Of rows of one dimension, and of weights that are read as they are; a modulation has no weight of its own."""
+    """A plan, for rows in one dimension and weights in the compute dtype. A modulation has no weight or bias."""
     columns, dtype = options.columns, compute_dtype(input.dtype)
-    alone = options.centered and columns == 1  # an element less its mean, which is 0
-    if alone or columns != input.shape[-1] or not input.numel():
+    is_always_zero = options.centered and columns == 1  # one element minus its mean
+    if is_always_zero or columns != input.shape[-1] or not input.numel():
         return None
     if any(t is not None and t.dtype != input.dtype for t in (residual, gate)):
         return None

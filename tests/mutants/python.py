@@ -52,7 +52,7 @@ PYTHON = (
     ),
     Mutant(
         "a kept tensor may be written to",
-        "ckpt_kernels/recompute/contents.py",
+        "ckpt_kernels/recompute/cells.py",
         "if tensor._version != self.version",
         "if False",
         "tests/test_recompute.py -k write_to_what_is_kept",
@@ -60,7 +60,7 @@ PYTHON = (
     Mutant(
         "a rebuilt output waits for one reader more",
         "ckpt_kernels/recompute/recipes.py",
-        "waiting = [c for c in self._live() if «c is not claim and »c.served != where]",
+        "waiting = [c for c in self._live_claims() if «c is not claim and »c.served != graph_task]",
         "",
         "tests/test_recompute.py tests/test_recompute_graphs.py -k freed",
         "the reader that asks gives back its own hold of the tensor at once, whoever else is waiting",

@@ -43,6 +43,8 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     """Return the reason why this backend cannot serve a device and dtype, or None."""
     if dtype not in _DTYPES:
         return f"it does not compute in {dtype}"
+    if device_type == "meta":
+        return None  # Launches with meta tensors are recorded, never run.
     if knobs.runtime.interpret:
         return None if device_type in ("cpu", "cuda") else f"Triton's interpreter does not serve {device_type}"
     if device_type != "cuda":

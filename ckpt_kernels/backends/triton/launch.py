@@ -9,7 +9,7 @@ in blocks.
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -231,15 +231,29 @@ class Launch(NamedTuple):
     programs: int
 
 
-# Launches with tensors on torch's meta device, which are recorded for `inspect` instead of run.
-recorded: list[Launch] = []
+# The active recordings, innermost last.
+_recordings: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Record the launches within that have tensors on torch's meta device, which can be compiled but not run.
+
+    For one thread.
+    """
+    _recordings.append([])
+    try:
+        yield _recordings[-1]
+    finally:
+        _recordings.pop()
 
 
 def launch(kernel: triton.JITFunction, programs: int, tile: Tile, device: torch.device, *arguments: object) -> None:
     """Launch a kernel. Its last two parameters are ROWS and BLOCK of the tile."""
     arguments = (*arguments, tile.rows, tile.block)
     if device.type == "meta":
-        recorded.append(Launch(kernel, tile, arguments, programs))
+        if _recordings:
+            _recordings[-1].append(Launch(kernel, tile, arguments, programs))
         return
     # Triton launches on torch's current device, which may differ from the tensors' device.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ...levels import of_blocks
+from ...levels import level_of_blocks
 from ...recompute import watch
 from ..code.flow import CLOSED, LONGEST, Block, blocks, run_of
 from ..code.frames import PREFIX
@@ -234,7 +234,9 @@ class _Writer:
     def _asked(self, match: Match) -> ast.expr:
         """The call of a site, after that of a quick one if there is one, and whether it has computed."""
         pattern, attempt = match.pattern, match.attempt
-        options = attempt.options | ({"recompute": of_blocks(self.recompute)} if "recompute" in pattern.takes else {})
+        options = attempt.options | (
+            {"recompute": level_of_blocks(self.recompute)} if "recompute" in pattern.takes else {}
+        )
         captured = [operand.name for operand in match.captured]
         known = attempt.act.known
         if attempt.activation is not None:

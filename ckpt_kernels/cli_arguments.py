@@ -1,4 +1,4 @@
-"""Kinds of arguments of the command line: what cannot work is refused before a long run, not after it."""
+"""Argument types of the command line, which reject impossible values before a long run starts."""
 
 import argparse
 import os
@@ -41,26 +41,26 @@ def amount(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """One that tensors can be on here."""
+    """A device on which tensors can be created here."""
     try:
-        found = torch.device(text)
-        torch.empty(0, device=found)
+        result = torch.device(text)
+        torch.empty(0, device=result)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no device here: {str(error).splitlines()[0]}") from error
-    return found
+    return result
 
 
 def folder(text: str) -> pathlib.Path:
-    """A folder that can be written to, or that can be made."""
+    """A folder that can be written to or created."""
     path = pathlib.Path(text)
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} given; expected a folder, and {str(there)!r} is none to write to")
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} given; expected a folder, and {str(nearest)!r} is none to write to")
     return path
 
 
 def file(text: str) -> pathlib.Path:
-    """A file that can be written, in a folder that is there."""
+    """A file that can be written, in an existing folder."""
     path = pathlib.Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; expected a file")
@@ -72,7 +72,7 @@ def file(text: str) -> pathlib.Path:
 
 
 def existing(text: str) -> pathlib.Path:
-    """A file that is there to be read."""
+    """An existing file that can be read."""
     path = pathlib.Path(text)
     if not path.is_file() or not os.access(path, os.R_OK):
         raise argparse.ArgumentTypeError(f"{text!r} given; expected a file that can be read")
@@ -80,7 +80,7 @@ def existing(text: str) -> pathlib.Path:
 
 
 def picture(text: str) -> pathlib.Path:
-    """A file whose ending names a format that is drawn."""
+    """A file name with the ending of a supported picture format."""
     if pathlib.Path(text).suffix.lower() not in PICTURES:
         raise argparse.ArgumentTypeError(f"{text!r} given; expected a name that ends in {', '.join(PICTURES)}")
     return file(text)

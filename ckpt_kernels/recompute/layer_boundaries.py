@@ -1,4 +1,4 @@
-"""The tensors at the edges of layers: what goes into a layer and what comes out of it."""
+"""The tensors at the boundaries of layers: the inputs and outputs of each layer."""
 
 import weakref
 from typing import Any
@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
-class Held:
-    """A tensor at the edge of a layer: kept if somebody saves it, and never replaced by a recipe.
+class Boundary:
+    """A tensor at the boundary of a layer: kept if a node saves the tensor, and never replaced by a recipe.
 
-    Recipes read such a tensor only if a node saves it too (`is_saved`): then torch would refuse a write as well.
+    A recipe reads such a tensor only if a node saves the tensor too (`is_saved`), because torch would then also refuse
+    an in-place write.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -20,28 +21,29 @@ class Held:
         self.is_saved = False
 
 
-class Edges:
-    """The held tensors, found by their memory."""
+class LayerBoundaries:
+    """The boundary tensors, found by their storage."""
 
     def __init__(self) -> None:
-        # By the address of the storage.
-        self.held: dict[int, Held] = {}
+        # Keyed by the address of the storage.
+        self.held: dict[int, Boundary] = {}
 
     def add(self, tensor: Tensor) -> None:
         for key in [key for key, held in self.held.items() if held.storage.expired()]:
             del self.held[key]
-        held = Held(tensor)
+        held = Boundary(tensor)
         self.held[held.storage.cdata] = held
 
-    def of(self, tensor: Tensor) -> Held | None:
-        """The held tensor with the memory of `tensor`, if nobody has written to that since."""
+    def of(self, tensor: Tensor) -> Boundary | None:
+        """The boundary tensor that shares the storage of `tensor`, if there was no in-place write since."""
         held = self.held.get(tensor.untyped_storage()._cdata) if self.held else None
         if held is None or held.storage.expired() or held.version != tensor._version:
             return None
         return held
 
     def made_by(self, node: Any, output: int) -> Tensor | None:
-        """The held result of a node, if a node saves this tensor, and nobody has written to it since."""
+        """The boundary tensor that is this output of a node, if a node saves the tensor and there was no in-place write
+        since."""
         for held in self.held.values():
             tensor = held.tensor()
             if tensor is None or tensor.output_nr != output:

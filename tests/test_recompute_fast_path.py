@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
-from ckpt_kernels.recompute import biases, quick
-from ckpt_kernels.recompute.contents import Cell, Kept
+from ckpt_kernels.recompute import biases, fast_path
+from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
 from ckpt_kernels.recompute.recipes import Claim
 
@@ -20,18 +20,18 @@ from .letting_go import Parameters, model_of_all, random_tensor, same_bits, show
 from .test_provenance_programs import Square, random_program
 
 pytestmark = [
-    pytest.mark.skipif(quick.library is None, reason="there is no _thin here"),
+    pytest.mark.skipif(fast_path.library is None, reason="there is no _thin here"),
     pytest.mark.skipif(not shows_saved, reason="this torch does not show what nodes hold"),
 ]
 
 
 @contextlib.contextmanager
 def python_alone() -> Iterator[None]:
-    library, quick.library = quick.library, None
+    library, fast_path.library = fast_path.library, None
     try:
         yield
     finally:
-        quick.library = library
+        fast_path.library = library
 
 
 def nodes_of(output: Tensor) -> list[Any]:
@@ -215,14 +215,14 @@ def test_cells_of_tensors(state: str, products: bool) -> None:
         assert pack.__self__ is discarder  # type: ignore[attr-defined]
         return {name: said(pack(tensor)) for name, tensor in tensors().items()}
 
-    assert packed(quick.library.packer) == packed(lambda discarder: discarder.pack)
+    assert packed(fast_path.library.packer) == packed(lambda discarder: discarder.pack)
 
 
 def test_inference_tensors_are_the_same_error() -> None:
     with torch.inference_mode():
         tensor = torch.ones(3)
     discarder = Discarder(None, False, False)
-    for pack in (quick.library.packer(discarder), discarder.pack):
+    for pack in (fast_path.library.packer(discarder), discarder.pack):
         with pytest.raises(RuntimeError, match="Inference tensors do not track version counter"):
             pack(tensor)
 
@@ -236,12 +236,12 @@ def test_biases_of_modules() -> None:
     shared.bias.data = shared.bias.data.clone()
     with torch.no_grad():
         shared.bias.add_(1)
-    found, expected = quick.biases(module), biases.versions_in(module)
+    found, expected = fast_path.biases(module), biases.versions_in(module)
     assert found == expected is not None and len(expected) == 3
-    assert quick.biases(nn.Linear(2, 2, bias=False)) == {}
+    assert fast_path.biases(nn.Linear(2, 2, bias=False)) == {}
     module.append(nn.LazyLinear(3))
-    assert quick.biases(module) is None
-    assert quick.biases(object()) is None
+    assert fast_path.biases(module) is None
+    assert fast_path.biases(object()) is None
 
 
 def test_what_c_makes_has_all_that_its_class_has() -> None:

@@ -1,4 +1,5 @@
-"""What stands in the place of a saved tensor: the tensor, what the hooks around made of it, or a recipe's claim."""
+"""The cells that autograd nodes hold for saved tensors: with the tensor, with a recipe's claim, or as packed by outer
+hooks."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +12,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Operand(Protocol):
-    """An operand of a recipe; `depth` counts the recipes that run one after the other to get the tensor."""
+    """An operand of a recipe. `depth` is the number of recipes that must run one after the other to get the tensor."""
 
     @property
     def depth(self) -> int: ...
@@ -20,11 +21,11 @@ class Operand(Protocol):
 
 
 class Cell:
-    """A node's place for a saved tensor. The content, a `Kept`, a `Foreign` or a recipe's `Claim`, may be exchanged for
-    a smaller one.
+    """The object that a node holds for a saved tensor. Its content may be replaced by a smaller one.
 
-    `version` is the tensor's version at saving, `watch` shares the tensor's version counter, and `is_clone` says that
-    the tensor was made by `clone`. `attached` lives as long as the node keeps the cell.
+    The content is a `Kept`, an `OuterPacked` or a `Claim`. `version` is the tensor's version when saved. `watch` shares
+    the version counter of the tensor. `is_clone` says that `clone` made the tensor. `attached` holds an object that
+    must live as long as the node keeps the cell.
     """
 
     __slots__ = ("__weakref__", "attached", "content", "is_clone", "owner", "version", "watch")
@@ -45,12 +46,12 @@ class Cell:
         return self.content.depth
 
     def is_unwritten(self) -> bool:
-        """Whether nobody has written to the tensor since it was saved."""
+        """Whether the tensor has had no in-place write since it was saved."""
         return self.watch is not None and self.watch._version == self.version
 
 
 class Kept:
-    """A tensor that is kept, with the version by which a later write is noticed, and whether it `is_plain`."""
+    """A tensor that is kept, with the version that reveals a later in-place write; see the function `is_plain`."""
 
     __slots__ = ("is_plain", "tensor", "version")
     depth = 0
@@ -63,7 +64,7 @@ class Kept:
     def get(self) -> Tensor:
         tensor = self.tensor
         if tensor._version != self.version:
-            raise _written(f"{tensor.dtype} {tuple(tensor.shape)}", tensor._version, self.version)
+            raise _version_error(f"{tensor.dtype} {tuple(tensor.shape)}", tensor._version, self.version)
         if self.is_plain and not tensor.data_ptr() and _is_freed(tensor):
             raise RuntimeError(
                 f"a weight needed to compute again, {tensor.dtype} {tuple(tensor.shape)}, has been freed; "
@@ -72,8 +73,8 @@ class Kept:
         return tensor
 
 
-class Foreign(NamedTuple):
-    """A tensor as packed by the saved-tensor hooks around this context."""
+class OuterPacked(NamedTuple):
+    """A tensor that the saved-tensor hooks around this context packed."""
 
     packed: Any
     unpack: Callable[[Any], Tensor]
@@ -87,9 +88,9 @@ class Foreign(NamedTuple):
 
 
 class Unwritten(NamedTuple):
-    """An operand of a recipe that hooks around this context keep; the tensor must not have been written to since.
+    """An operand of a recipe that outer hooks keep, and that must not have been written to since.
 
-    The hooks may keep no memory of the tensor: a checkpoint makes the tensor again, with all later writes in it.
+    Outer hooks may keep no memory of the tensor: a checkpoint recomputes the tensor, with all later writes in it.
     """
 
     operand: Operand
@@ -102,12 +103,12 @@ class Unwritten(NamedTuple):
 
     def get(self) -> Tensor:
         if self.watch._version != self.version:
-            raise _written(f"{self.watch.dtype}", self.watch._version, self.version)
+            raise _version_error(f"{self.watch.dtype}", self.watch._version, self.version)
         return self.operand.get()
 
 
 class Absent(NamedTuple):
-    """An operand that an op was not given, such as the index of a dimension that is taken whole."""
+    """An optional operand that the op did not get, such as the index of a dimension that is taken whole."""
 
     depth: int = 0
 
@@ -115,34 +116,34 @@ class Absent(NamedTuple):
         return None
 
 
-def _written(what: str, found: int, expected: int) -> RuntimeError:
+def _version_error(tensor: str, version: int, expected: int) -> RuntimeError:
     return RuntimeError(
         "a tensor needed for the gradient computation was modified by an in-place operation: "
-        f"{what} is at version {found}; expected version {expected}"
+        f"{tensor} is at version {version}; expected version {expected}"
     )
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is no subclass, and dense."""
+    """Whether the tensor is dense and no subclass."""
     return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 
-def watching(tensor: Tensor | None) -> Tensor | None:
-    """A tensor without memory that shares the version counter of `tensor`."""
+def version_watch(tensor: Tensor | None) -> Tensor | None:
+    """An empty tensor that shares the version counter of `tensor`; None for subclasses and sparse layouts."""
     if tensor is None or not is_plain(tensor):
         return None
     watch = tensor.detach()
     if not tensor.is_meta:
-        watch.data = nothing(tensor.dtype)
+        watch.data = empty_of(tensor.dtype)
     return watch
 
 
 @functools.cache
-def nothing(dtype: torch.dtype) -> Tensor:
-    """The data of what watches."""
+def empty_of(dtype: torch.dtype) -> Tensor:
+    """The empty data of all version watches of a dtype."""
     return torch.empty(0, dtype=dtype, device="cpu")
 
 
 def _is_freed(tensor: Tensor) -> bool:
-    """Whether somebody has freed a plain tensor's memory, as sharding does with gathered weights."""
+    """Whether the memory of a plain tensor has been freed, as sharding frees gathered weights."""
     return not tensor.is_meta and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0

@@ -1,4 +1,4 @@
-"""The plans of calls that were made before: one check decides whether a call like one of them may go by its plan."""
+"""The plans of earlier calls, found by a key of everything that the checks of a call depend on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from .. import backends
 from .direct import is_available, key
 
-# Shapes and options of a program are few; where they are not, what is remembered does not grow without end.
+# A program usually has few shapes and options. If there are more, the cache stops growing here.
 MOST_PLANS = 4096
 
 _is_compiling = torch.compiler.is_compiling
@@ -19,9 +19,9 @@ _plans: dict[tuple | None, Any] = {}
 
 
 def plan_of(block: str, tensors: Sequence[Tensor | None], options: tuple) -> Any:
-    """What was remembered of a call like this one, a `Plan` or the block of a linear layer; None where there was none
-    like it, or where the full path must serve it."""
-    # First: a compiler folds this, and sees nothing of the rest.
+    """The plan of a call like this one, a `Plan` or the block of a linear layer; None if there is none, or if the full
+    path must serve the call."""
+    # First, because a compiler folds this check, and traces none of the code below.
     if _is_compiling() or forward_ad._current_level >= 0:
         return None
     if backends.chosen() not in _NATIVE:
@@ -30,9 +30,9 @@ def plan_of(block: str, tensors: Sequence[Tensor | None], options: tuple) -> Any
 
 
 def remember(plan: Any, block: str, tensors: Sequence[Tensor | None], options: tuple) -> None:
-    """After the checks of a call: the next one like it goes by `plan`, if there is one."""
+    """Stores the plan, if there is one, for later calls like this one, after the checks of this call."""
     if plan is None or not is_available or torch.compiler.is_compiling() or len(_plans) >= MOST_PLANS:
         return
-    known = key(block, tensors, options)
-    if known is not None:
-        _plans[known] = plan
+    call_key = key(block, tensors, options)
+    if call_key is not None:
+        _plans[call_key] = plan

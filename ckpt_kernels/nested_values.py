@@ -1,4 +1,4 @@
-"""The tensors in values of several: arguments and results of calls."""
+"""The tensors in nested arguments and results of calls."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def tensors_among(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """The same of tuples, lists and dicts, at most that deep: of a list, say, that contains itself."""
+    """All tensors in nested tuples, lists and dicts, to a limited depth: a list may contain itself."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list | dict) and depth:

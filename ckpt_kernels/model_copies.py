@@ -1,27 +1,29 @@
-"""Copies of models and of what they are called with, to be run in the place of these."""
+"""Deep copies of models and of their arguments, also of those that `copy.deepcopy` refuses."""
 
 import copy
 from typing import Any
 
 from torch import Tensor, nn
 
-from .values import tensors_in
+from .nested_values import tensors_in
 
 
 def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, whatever attributes it has: of a tensor with a graph, which cannot be copied, the values; of another
-    thing that cannot be copied, a lock or a generator, that thing itself. A `memo` has what takes the place of things,
-    by their identity."""
+    """A deep copy of a model, whatever attributes the model has.
+
+    A tensor with an autograd graph cannot be deep-copied: the copy has its values. Any other object that cannot be
+    copied, such as a lock or a generator, is shared. `memo` maps identities of objects to their replacements.
+    """
     memo = {} if memo is None else memo
-    for module in nn.Module.modules(model):  # whatever attributes the model has under that name
+    for module in nn.Module.modules(model):  # the model may have another attribute of that name
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                copied(value, memo)
+                deep_copied(value, memo)
     return copy.deepcopy(model, memo)
 
 
-def twin_of(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are others in the same memory: they have gradients and hooks of their own."""
+def copy_sharing_parameters(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are new objects in the same memory, with gradients and hooks of their own."""
     memo: dict[int, Any] = {}
     for module in nn.Module.modules(model):
         for parameter in module._parameters.values():
@@ -31,7 +33,7 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 
 def _alias(parameter: nn.Parameter) -> Any:
-    """Another parameter of that class, and with its attributes, in the same memory."""
+    """A parameter of the same class and with the same attributes, in the same memory."""
     data = parameter.detach()
     if (type(data) is type(parameter) and type(data) is not nn.Parameter) or type(data) is Tensor:
         alias: Any = Tensor._make_subclass(type(parameter), data, parameter.requires_grad)
@@ -41,8 +43,8 @@ def _alias(parameter: nn.Parameter) -> Any:
     return alias
 
 
-def copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy, of tensors that cannot be copied their values; the thing itself where it cannot be copied."""
+def deep_copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy. Tensors that cannot be copied are cloned, any other object that cannot be copied is shared."""
     for tensor in tensors_in(value):
         if not tensor.is_leaf or tensor.is_inference():
             memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)

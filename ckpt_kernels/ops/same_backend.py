@@ -16,7 +16,7 @@ _NO_PARAMETERS = frozenset((Tensor, type(None), bool, int, float, str, tuple, to
 Rule = Callable[..., Any]
 
 
-def pinned(forward: Rule, backward: Rule) -> tuple[Rule, Rule]:
+def same_backend(forward: Rule, backward: Rule) -> tuple[Rule, Rule]:
     """The two sides of an autograd rule, whose first argument is the context: the first may also be the setup of it."""
 
     def remembering(ctx: Any, *arguments: Any, **named: Any) -> Any:
@@ -33,7 +33,7 @@ def pinned(forward: Rule, backward: Rule) -> tuple[Rule, Rule]:
     return remembering, under_the_same
 
 
-def pinned_function(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+def same_backend_function(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The same for an autograd.Function written as a class, which reads biases again in its backward pass.
 
     Of what hooks keep torch does not ask whether it was written to since, so the function does.

@@ -1,4 +1,4 @@
-"""What `convert` and `plan` take: a module that is not compiled yet."""
+"""Checks the `model` argument of `convert` and `plan`."""
 
 import sys
 from typing import Any
@@ -7,10 +7,10 @@ from torch import nn
 
 
 def check_model(model: Any, first: str) -> None:
-    """Raises TypeError for what is no module, and for what torch.compile has made, which is to come after `first`."""
+    """Raises TypeError if `model` is no module, or is already compiled: torch.compile must come after `first`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    # Where torch.compile is not imported, which takes seconds, nothing can be compiled.
+    # If torch.compile is not imported, which takes seconds, no model can be compiled.
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
         raise TypeError(f"model is compiled already; expected one that is not: {first} first, then torch.compile")

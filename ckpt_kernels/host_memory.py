@@ -1,0 +1,41 @@
+"""Copies tensors to pinned host memory and back, on a separate stream.
+
+On a CPU this is simulated with memory that torch's allocator does not count, so that measurements there show the memory
+of a device.
+"""
+
+import torch
+from torch import Tensor
+
+_streams: dict[torch.device, "torch.cuda.Stream"] = {}
+
+
+def _stream(device: torch.device) -> "torch.cuda.Stream":
+    """The stream for copies in both directions, so that a copy to the device waits for the copy to the host."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def to_host(data: Tensor) -> Tensor:
+    """A copy of bytes in pinned memory, complete once the copy stream is."""
+    if data.device.type == "cpu":
+        return torch.frombuffer(bytearray(max(data.nbytes, 1)), dtype=torch.uint8)[: data.nbytes].copy_(data)
+    host = torch.empty_like(data, device="cpu", pin_memory=True)
+    stream = _stream(data.device)
+    stream.wait_stream(torch.cuda.current_stream(data.device))
+    with torch.cuda.stream(stream):
+        host.copy_(data, non_blocking=True)
+    data.record_stream(stream)
+    return host
+
+
+def from_host(host: Tensor, device: torch.device) -> "tuple[Tensor, torch.cuda.Event | None]":
+    """A copy on the device, and the event after which the copy is complete; None on a CPU."""
+    if device.type == "cpu":
+        return host.clone(), None
+    stream = _stream(device)
+    with torch.cuda.stream(stream):
+        data = torch.empty_like(host, device=device, pin_memory=False)
+        data.copy_(host, non_blocking=True)
+        return data, stream.record_event()

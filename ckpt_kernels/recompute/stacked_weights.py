@@ -1,0 +1,54 @@
+"""Weights of several experts stacked in one parameter, of which an op gathers some for each token.
+
+torch keeps the gathered copies. A recipe gathers them again. torch does not even keep the version of the parameter, so
+a recipe may read the parameter only if there was no in-place write between the start of the forward pass and the
+gather. A later write is an error in the backward pass, as for the weight of a linear layer.
+"""
+
+import weakref
+
+from torch import nn
+
+from .biases import address_of, parameters_in
+
+# The dimensions of a parameter with stacked matrices; the matrix of a linear layer has two.
+_STACKED = 3
+# The stacked weights of a module, searched for once. Weights that the module gets later are not known, and their
+# gathered copies are kept.
+_weights_by_module: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class StackedWeights:
+    """The versions and addresses of a module's three-dimensional weights at the start of the forward pass."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = None if module is None else weakref.ref(module)
+        references = () if module is None else _weights_in(module)
+        weights = [weight for reference in references if (weight := reference()) is not None]
+        self._versions = {id(w): (w, w._version, address_of(w)) for w in weights if not w.is_inference()}
+
+    def is_unchanged(self, weight: nn.Parameter) -> bool:
+        """Whether a weight is unchanged since the forward pass began, when no op had read the weight."""
+        recorded, version, address = self._versions.get(id(weight), (None, 0, 0))
+        if (
+            recorded is None
+            and weight.dim() == _STACKED
+            and self._module is not None
+            and (module := self._module()) is not None
+        ):
+            # The module may have got the weight later: the next forward pass searches again.
+            _weights_by_module.pop(module, None)
+        return recorded is weight and weight._version == version and address_of(weight) == address
+
+
+def _weights_in(module: nn.Module) -> "list[weakref.ref[nn.Parameter]]":
+    """The stacked weights of a module and its submodules."""
+    references = _weights_by_module.get(module)
+    if references is None:
+        weights = (
+            weight for weight in parameters_in(module) if type(weight) is nn.Parameter and weight.dim() == _STACKED
+        )
+        references = _weights_by_module[module] = list(map(weakref.ref, weights))
+    return references
