@@ -91,7 +91,7 @@ def launches(call: Function, operands: Operands) -> dict[str, list[Launch]]:
         with launch.recording() as backward:
             torch.autograd.grad(outputs, wanted, [torch.empty_like(output) for output in outputs])
     passes = {"forward": forward, "backward": backward}
-    return {name: [one for one in recorded if one.kernel is not column_sums_kernel] for name, recorded in passes.items()}
+    return {name: [one for one in own if one.kernel is not column_sums_kernel] for name, own in passes.items()}
 
 
 def block_operands(name: str, columns: int, dtype: torch.dtype) -> Operands:
