@@ -148,20 +148,20 @@ def usage(variant: "Variant", dtype: str, columns: int, arch: str, *, work: bool
         listing, code = binary.disassembled(compiled), compiled.asm["ttir"]
         kernel_work = work_of(listing, code, variant.launch, variant.columns, variant.elements, resident)
     return Usage(
-        variant.name,
-        dtype,
-        columns,
-        warps,
-        resources.registers,
-        resources.stack,
-        resources.local,
-        resources.shared,
-        tuple(sorted(set(resources.widths))),
-        resources.instructions,
-        16 * resources.widths.count(16) * processor.warp * warps / (tile * SIZES[dtype]),
-        sum(tensor.numel() >= variant.elements for tensor in tensors_of(variant.launch.arguments)),
-        resident * warps / processor.warps,
-        kernel_work,
+        name=variant.name,
+        dtype=dtype,
+        columns=columns,
+        warps=warps,
+        registers=resources.registers,
+        stack=resources.stack,
+        local=resources.local,
+        shared=resources.shared,
+        widths=tuple(sorted(set(resources.widths))),
+        instructions=resources.instructions,
+        tensors=16 * resources.widths.count(16) * processor.warp * warps / (tile * SIZES[dtype]),
+        floor=sum(tensor.numel() >= variant.elements for tensor in tensors_of(variant.launch.arguments)),
+        occupancy=resident * warps / processor.warps,
+        work=kernel_work,
     )
 
 
