@@ -157,6 +157,7 @@ def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor
 
 
 def _rotated(input: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Rotate the pairs in the first columns of heads; the other columns pass."""
     rotary_dim = 2 * cos.shape[-1]
     part, rest = input[..., :rotary_dim], input[..., rotary_dim:]
     if layout == "interleaved":

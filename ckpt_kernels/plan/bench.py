@@ -166,6 +166,7 @@ class Bench:
         return points[-1].seconds - points[0].seconds
 
     def _loss_of(self, output: Any) -> Tensor:
+        """Compute the loss, and raise TypeError or ValueError unless the loss is one real number with a gradient."""
         loss = self._loss(output)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss returns {type(loss).__name__}; expected a tensor of one element")

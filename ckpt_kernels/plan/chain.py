@@ -125,6 +125,7 @@ def predicted(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, flo
 
 
 def _need_and_seconds(chain: Chain, parts: Assignment, nested: bool) -> tuple[int, float]:
+    """Apply the recurrence of the module's docstring to the parts, from the last to the first."""
     need, seconds = NOTHING, 0.0
     for part in reversed(parts):
         first, end = first_of(part), last_of(part)

@@ -83,6 +83,11 @@ class Recorder:
             self._readings.append(time.perf_counter())
 
     def forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Record that a layer's forward pass begins.
+
+        Raises:
+            NotAChain: the layer runs in the backward pass, or for the second time.
+        """
         layer = self._layers[module]
         if self.is_backward:
             raise NotAChain("layers run again in the backward pass: turn the model's own checkpointing off for a plan")
@@ -100,6 +105,7 @@ class Recorder:
         self.mark("forward", layer)
 
     def forward_end(self, module: nn.Module, output: Any) -> None:
+        """Record that a layer's forward pass has ended."""
         layer = self._layers[module]
         self.mark("forward_end", layer)
         tensors = [tensor for tensor in tensors_among(output) if tensor.requires_grad]
@@ -154,6 +160,7 @@ class Recorder:
         ]
 
     def _profiled_points(self, profile: Any) -> list[Point]:
+        """Return the readings from the memory events and the marks in a profile of torch's profiler."""
         events = sorted(
             (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" or _PREFIX in e.name()),
             key=lambda event: event.start_ns(),

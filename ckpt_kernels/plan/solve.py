@@ -67,6 +67,7 @@ class Solver:
         return self._trace(0, len(self._chain.stages) - 1, int(front.needs[index]), nested=False)
 
     def _front(self, first: int, last: int, nested: bool) -> Front:
+        """Compute the front of a piece; `nested` pieces are the second run in a checkpoint."""
         transitions = self._transitions_within(first, last, nested)
         rest, rest_seconds = self._fronts.rows(self._rest_rows(transitions.ends, last, nested))
         inside, inside_seconds = self._fronts.rows(self._inside_rows(transitions, first))
@@ -166,6 +167,7 @@ class _Fronts:
         self._lengths: list[int] = []
 
     def add(self, front: Front) -> int:
+        """Add a front and return the number of its row. The table grows as needed."""
         row, length = len(self._lengths), len(front.needs)
         rows, columns = self._needs.shape
         if row == rows or length > columns:

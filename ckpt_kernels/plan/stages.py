@@ -77,6 +77,7 @@ class Stages:
         return Stage(name, "", max(most.kept, 0), left, {FIXED: most})
 
     def _layer(self, index: int) -> Stage:
+        """Return the stage of the i-th called layer."""
         name = self._order[index]
         offered = self._offered(index)
         measured = {level: self._cost(level, index) for level in offered}
@@ -114,6 +115,7 @@ class Stages:
         return tiled if tiled in self._memory else CHECKPOINT
 
     def _checkpointed(self, choice: str, index: int, costs: dict[str, Cost], output: int) -> Checkpointed | None:
+        """Return the cost of the first forward pass in a checkpoint, or None if the checkpoint keeps no less."""
         checkpoint, _ = self._cost(choice, index)
         # The level inside the measured checkpoint. If a step at that level ran out of memory, the level that keeps
         # least stands in.

@@ -64,6 +64,7 @@ def channel_forward_kernel(
     operands, Y, samples, ACTIVATION: tl.constexpr, PLANES: tl.constexpr, BY_SAMPLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Compute Y = activation((x - mean) * scale + bias + other)."""
     columns = operands.columns
     row, column, mask, at, valid = element_tile_of(columns, samples, PLANES, BY_SAMPLE, ROWS, BLOCK)
     d = load_rows(operands.input, columns, row, column, mask) - coefficient(operands, 0, at, valid)
@@ -78,6 +79,7 @@ def plane_sums_kernel(
     operands, DY, FIRST, SECOND, rows, channels, ACTIVATION: tl.constexpr, BY_OUTPUT: tl.constexpr,
     BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Sum g and g * (x - mean) over each plane."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row_mask = row < rows
     at = row if BY_SAMPLE else row % channels
@@ -98,6 +100,7 @@ def row_sums_kernel(
     operands, DY, FIRST, SECOND, pieces, ACTIVATION: tl.constexpr, BY_OUTPUT: tl.constexpr, BY_SAMPLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Sum g and g * (x - mean) over each column of each piece of rows."""
     columns = operands.columns
     piece, begin, end = piece_of(pieces)
     column = (tl.program_id(0) % pieces.column_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -120,6 +123,7 @@ def channel_backward_kernel(
     operands, DY, DX, DOTHER, samples, ACTIVATION: tl.constexpr, BY_OUTPUT: tl.constexpr, PLANES: tl.constexpr,
     BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Compute DX = g * factor + (x - mean) * c1 + c2, and DOTHER = g."""
     columns = operands.columns
     row, column, mask, at, valid = element_tile_of(columns, samples, PLANES, BY_SAMPLE, ROWS, BLOCK)
     g, d = slope(operands, DY, row, column, mask, at, valid, ACTIVATION, BY_OUTPUT)

@@ -46,6 +46,7 @@ def dyt_forward_kernel(
 def dyt_backward_kernel(
     dy, x, ALPHA, W, dx, sums, shape, program_rows, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Compute DX, and the partial sums of this program's run of rows; the module's docstring has the formulas."""
     columns = shape.columns
     run = (tl.program_id(0) // shape.column_tiles).to(tl.int64)
     column = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -48,6 +48,7 @@ def interleaved_columns(shape, row, start, BLOCK: tl.constexpr):
 def load_gate_and_value(
     gate, value, shape, row, start, column, mask, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Return a tile of gate and a tile of value in float32."""
     if INTERLEAVED:
         both, both_mask = interleaved_columns(shape, row, start, BLOCK)
         pairs = tl.reshape(load_rows(gate.data, gate.stride, row, both, both_mask), (ROWS, BLOCK, 2))
@@ -72,6 +73,7 @@ def glu_backward_kernel(
     dy, gate, value, dgate, dvalue, y, shape,
     ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Compute the gradients of gate and value, and the output again unless y is None."""
     row, start, column, mask = tile_of(shape, ROWS, BLOCK)
     u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, INTERLEAVED, ROWS, BLOCK)
     g = load_rows(dy.data, dy.stride, row, column, mask)

@@ -169,6 +169,7 @@ def load_pairs(at, row_mask, chosen, INTERLEAVED: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def load_head(at, row_mask, chosen, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the head at `at`."""
     first, second = load_pairs(at + chosen.start, row_mask, chosen, INTERLEAVED, BLOCK)
     if chosen.passing == 0:
         rest = tl.zeros(at.shape, tl.float32)
@@ -180,6 +181,7 @@ def load_head(at, row_mask, chosen, INTERLEAVED: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def store_head(at, row_mask, chosen, head, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a head at `at`, rounded to the dtype of the memory."""
     dtype = at.dtype.element_ty
     start = at + chosen.start
     if INTERLEAVED:
