@@ -171,7 +171,7 @@ def _rotary_arguments(options: RotaryOptions) -> tuple:
     )
 
 
-def _with_activation_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:
+def _by_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:
     """Wrap an op to accept the activation by name instead of code; `after` arguments follow the activation."""
 
     def launch(*arguments: object) -> None:
@@ -181,19 +181,19 @@ def _with_activation_name(op: torch._ops.OpOverload, after: int) -> Callable[...
     return launch
 
 
-glu_forward = _with_activation_name(_ops.glu_forward.default, 0)
-glu_backward = _with_activation_name(_ops.glu_backward.default, 0)
-bias_act_forward = _with_activation_name(_ops.bias_act_forward.default, 1)
-bias_act_backward = _with_activation_name(_ops.bias_act_backward.default, 1)
+glu_forward = _by_name(_ops.glu_forward.default, 0)
+glu_backward = _by_name(_ops.glu_backward.default, 0)
+bias_act_forward = _by_name(_ops.bias_act_forward.default, 1)
+bias_act_backward = _by_name(_ops.bias_act_backward.default, 1)
 dyt_forward, dyt_backward = _ops.dyt_forward.default, _ops.dyt_backward.default
 channel_moments = _ops.channel_moments.default
-channel_forward = _with_activation_name(_ops.channel_forward.default, 0)
-channel_sums = _with_activation_name(_ops.channel_sums.default, 1)
-channel_backward = _with_activation_name(_ops.channel_backward.default, 1)
+channel_forward = _by_name(_ops.channel_forward.default, 0)
+channel_sums = _by_name(_ops.channel_sums.default, 1)
+channel_backward = _by_name(_ops.channel_backward.default, 1)
 # The devices with an op that computes all steps of a channel norm in one call.
 WHOLE_CHANNEL_NORMS = ("cpu",)
-channel_norm_forward = _with_activation_name(_ops.channel_norm_forward.default, 1)
-channel_norm_backward = _with_activation_name(_ops.channel_norm_backward.default, 1)
+channel_norm_forward = _by_name(_ops.channel_norm_forward.default, 1)
+channel_norm_backward = _by_name(_ops.channel_norm_backward.default, 1)
 
 
 def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from .common import ACTIVATIONS, compute_dtype, dropout, fill, slope
 
 
 def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
-    """Compute activation(gate) * value."""
+    """activation(gate) * value."""
     compute = compute_dtype(gate.dtype)
     return (ACTIVATIONS[activation](gate.to(compute)) * value.to(compute)).to(gate.dtype)
 
@@ -32,15 +32,13 @@ def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
 
 
 def glu_forward(gate, value, output, activation):
-    """Compute `glu` into output."""
+    """`glu` into output."""
     fill((output,), (glu(gate, value, activation),))
 
 
 def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
-    """Compute the gradients of `glu`, and the output again unless `output` is None.
-
-    d gate = grad * value * activation'(gate), d value = grad * activation(gate).
-    """
+    """The gradients of `glu`, and its output where there is memory for it: d gate = grad * value * activation'(gate),
+    d value = grad * activation(gate)."""
     dy, u, v = (t.to(compute_dtype(gate.dtype)) for t in (grad_output, gate, value))
     factor = ACTIVATIONS[activation](u)
     fill((grad_gate, grad_value, output), (slope(activation, u, dy * v), dy * factor, factor * v))

@@ -1,7 +1,7 @@
-"""The glu kernels, activation(gate) * value, and their launchers.
+"""The glu kernels: activation(gate) * value, element by element, and how they are launched.
 
-A program works on a tile of ROWS rows by BLOCK columns. If gate and value alternate in memory (INTERLEAVED), the kernel
-reads 2 * BLOCK elements at once and splits them.
+A program works on a tile of ROWS rows by BLOCK columns. Where gate and value take turns in memory (TURNS), 2 * BLOCK
+elements are read at once and taken apart.
 """
 
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ def tile_of(shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def interleaved_columns(shape, row, start, BLOCK: tl.constexpr):
+def both_of(shape, row, start, BLOCK: tl.constexpr):
     """Return the columns of interleaved gate and value, and the mask of the tile."""
     column = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
     return column, (row < shape.rows) & (column < 2 * shape.columns)
@@ -46,13 +46,11 @@ def interleaved_columns(shape, row, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_gate_and_value(
-    gate, value, shape, row, start, column, mask, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    gate, value, shape, row, start, column, mask, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Return a tile of gate and a tile of value in float32."""
-    if INTERLEAVED:
-        both, both_mask = interleaved_columns(shape, row, start, BLOCK)
-        pairs = tl.reshape(load_rows(gate.data, gate.stride, row, both, both_mask), (ROWS, BLOCK, 2))
-        first, second = tl.split(pairs)
+    if TURNS:
+        both, there = both_of(shape, row, start, BLOCK)
+        first, second = tl.split(tl.reshape(load_rows(gate.data, gate.stride, row, both, there), (ROWS, BLOCK, 2)))
     else:
         first = load_rows(gate.data, gate.stride, row, column, mask)
         second = load_rows(value.data, value.stride, row, column, mask)
@@ -61,30 +59,29 @@ def load_gate_and_value(
 
 @triton.jit
 def glu_forward_kernel(
-    gate, value, y, shape, ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    gate, value, y, shape, ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row, start, column, mask = tile_of(shape, ROWS, BLOCK)
-    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, INTERLEAVED, ROWS, BLOCK)
+    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
     store_rows(y.data, y.stride, row, column, mask, activate(u, ACTIVATION) * v)
 
 
 @triton.jit
 def glu_backward_kernel(
     dy, gate, value, dgate, dvalue, y, shape,
-    ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of gate and value, and the output again unless y is None."""
     row, start, column, mask = tile_of(shape, ROWS, BLOCK)
-    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, INTERLEAVED, ROWS, BLOCK)
+    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
     g = load_rows(dy.data, dy.stride, row, column, mask)
     du = g * v * differentiate(u, ACTIVATION)
     factor = activate(u, ACTIVATION)
     dv = g * factor
     if y.data is not None:
         store_rows(y.data, y.stride, row, column, mask, factor * v)
-    if INTERLEAVED:
-        both, both_mask = interleaved_columns(shape, row, start, BLOCK)
-        store_rows(dgate.data, dgate.stride, row, both, both_mask, tl.reshape(tl.join(du, dv), (ROWS, 2 * BLOCK)))
+    if TURNS:
+        both, there = both_of(shape, row, start, BLOCK)
+        store_rows(dgate.data, dgate.stride, row, both, there, tl.reshape(tl.join(du, dv), (ROWS, 2 * BLOCK)))
     else:
         if dgate.data is not None:
             store_rows(dgate.data, dgate.stride, row, column, mask, du)
@@ -92,13 +89,13 @@ def glu_backward_kernel(
             store_rows(dvalue.data, dvalue.stride, row, column, mask, dv)
 
 
-def _is_interleaved(gate: Tensor) -> bool:
-    """Whether gate and value alternate in memory, each as every other element of a row."""
+def _take_turns(gate: Tensor) -> bool:
+    """Whether gate and value alternate in memory: they are every other element of their rows."""
     return gate.shape[1] > 1 and gate.stride(1) == 2
 
 
 def glu_forward(gate: Tensor, value: Tensor, output: Tensor, activation: str) -> None:
-    """Compute `backends.reference.glu` into output."""
+    """`backends.reference.glu` into output."""
     _launch(glu_forward_kernel, gate, map(matrix_of, (gate, value, output)), activation)
 
 
@@ -111,7 +108,7 @@ def glu_backward(
     output: Tensor | None,
     activation: str,
 ) -> None:
-    """Compute `backends.reference.glu_backward`."""
+    """The gradients of `glu`, and its output where there is memory for it."""
     operands = map(matrix_of, (grad_output, gate, value, grad_gate, grad_value, output))
     _launch(glu_backward_kernel, gate, operands, activation)
 
@@ -119,7 +116,7 @@ def glu_backward(
 def _launch(kernel: triton.JITFunction, gate: Tensor, operands: Iterable[Matrix], activation: str) -> None:
     tile = element_tile(gate.shape[1])
     shape = shape_of(gate, tile)
-    matrices = tuple(operands)
-    activation = as_stored(activation, *(matrix.data for matrix in matrices))
+    given = tuple(operands)
+    activation = as_stored(activation, *(matrix.data for matrix in given))
     programs = triton.cdiv(shape.rows, tile.rows) * shape.column_tiles
-    launch(kernel, programs, tile, gate.device, *matrices, shape, activation, _is_interleaved(gate))
+    launch(kernel, programs, tile, gate.device, *given, shape, activation, _take_turns(gate))
