@@ -11,13 +11,15 @@ choices to stages, and `solve` finds the fastest assignment for every amount of 
 `fronts`. `search` runs the best candidates, and the same level for all layers beside them. `Plan` is the result.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..convert.swap import NotSwapped
 from ..functional.checks import is_count
 from ..model_argument import check_model
 from .bench import Bench
@@ -97,6 +99,8 @@ def plan(
         raise TypeError(f"loss is {type(loss).__name__}; expected a function of what the model returns, or None")
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is {type(progress).__name__}; expected a function of a line, or None")
+    if tiles is not None and (isinstance(tiles, str) or not isinstance(tiles, Iterable)):
+        raise TypeError(f"tiles is {tiles!r}; expected several whole numbers above 1, such as (2, 4), or None")
     tiles = None if tiles is None else list(tiles)
     if tiles is not None and not all(is_count(number) and number > 1 for number in tiles):
         raise ValueError(f"tiles is {tiles!r}; expected whole numbers above 1")
@@ -104,15 +108,32 @@ def plan(
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"the model is on {device}, where steps are not measured; expected a CPU or a CUDA device")
     bytes_of(budget, 1, device)
-    bench = Bench(model, inputs, kwargs, loss, progress or _print_progress)
     try:
-        measurements, reason = _measurements(bench, tiles)
-        if measurements is None:
-            return one_level(model, bench, budget, reason)
-        return fastest(model, bench, measurements, budget_bytes(budget, measurements.steps, bench.device))
+        with _without_gradients(model):
+            bench = Bench(model, inputs, kwargs, loss, progress or _print_progress)
+            measurements, reason = _measurements(bench, tiles)
+            if measurements is None:
+                return one_level(model, bench, budget, reason)
+            return fastest(model, bench, measurements, budget_bytes(budget, measurements.steps, bench.device))
     finally:
         if progress is None:
             _clear_progress()
+
+
+@contextlib.contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """Set the model's gradients aside, and restore them at the end.
+
+    A twin may reach a parameter of the model itself, such as by a weak reference to a module, and adds to its gradient.
+    """
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def _measurements(bench: Bench, tiles: list[int] | None) -> tuple[Measurements | None, str]:
@@ -121,6 +142,8 @@ def _measurements(bench: Bench, tiles: list[int] | None) -> tuple[Measurements |
         return measure_choices(bench, tiles), ""
     except NotAChain as reason:
         return None, str(reason)
+    except NotSwapped as reason:
+        return None, f"a layer cannot be marked: {reason}"
 
 
 def _print_progress(line: str) -> None:
