@@ -1,4 +1,4 @@
-"""Autocast on the device of a tensor. torch cannot be asked for every device: it has no autocast for meta."""
+"""Autocast on the device of a tensor. torch has no autocast for meta, and raises an error when asked."""
 
 import contextlib
 

@@ -228,7 +228,7 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 def to_json(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
     """Writes the checks to a file as data, by level."""
-    pathlib.Path(path).write_text(json.dumps({level: found.as_dict() for level, found in checks.items()}, indent=1))
+    pathlib.Path(path).write_text(json.dumps({level: result.as_dict() for level, result in checks.items()}, indent=1))
 
 
 def draw(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
@@ -241,8 +241,8 @@ def draw(checks: Mapping[str, Check], path: str | pathlib.Path) -> None:
     names = ("kept", "peak", "seconds")
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     width = 0.8 / len(checks)
-    for index, (level, found) in enumerate(checks.items()):
-        ratios = [pair[1] / pair[0] if pair[0] else 0.0 for pair in (getattr(found, name) for name in names)]
+    for index, (level, result) in enumerate(checks.items()):
+        ratios = [pair[1] / pair[0] if pair[0] else 0.0 for pair in (getattr(result, name) for name in names)]
         places = [place + (index - (len(checks) - 1) / 2) * width for place in range(len(names))]
         bars = axis.bar(places, ratios, width * 0.92, label=f'"{level}"', color=color_of(f"ours, {level}"))
         axis.bar_label(bars, fmt="%.2f", fontsize=9, padding=2)

@@ -46,35 +46,38 @@ def _main(arguments: Sequence[str] | None) -> int:
     kept = commands.add_parser("memory", help="what a model keeps for backward, by module")
     _add_target(kept)
     kept.add_argument(
-        "--convert", choices=OF_MODELS, metavar="LEVEL", help=f"beside itself converted: {', '.join(OF_MODELS)}"
+        "--convert",
+        choices=OF_MODELS,
+        metavar="LEVEL",
+        help=f"compare with the model converted at a level: {', '.join(OF_MODELS)}",
     )
     kept.add_argument(
         "--depth",
         type=natural,
         metavar="N",
-        help="by the modules whose names have N parts (default: each, equal ones once)",
+        help="merge modules by the first N parts of their names (default: all modules, equal ones in one row)",
     )
-    kept.add_argument("--png", type=picture, metavar="FILE", help="draw the table there")
-    kept.add_argument("--json", type=file, metavar="FILE", help="write the report there as data")
+    kept.add_argument("--png", type=picture, metavar="FILE", help="draw the table to FILE")
+    kept.add_argument("--json", type=file, metavar="FILE", help="write the report to FILE as data")
     compared = commands.add_parser(
         "convert-check",
-        help="a model as it is against itself converted: errors, what else differs, what is kept, peak and time of a "
-        "step; exit status 1 if anything but rounding differs, 2 if they cannot be compared",
+        help="compare a model with its converted copy: errors, other differences, kept memory, peak, step time; "
+        "exit status 1 if they differ by more than rounding, 2 if they cannot be compared",
     )
     _add_target(compared)
-    compared.add_argument("--recompute", choices=OF_MODELS, help="what is kept (default: each level in turn)")
+    compared.add_argument("--recompute", choices=OF_MODELS, help="the level (default: each level in turn)")
     compared.add_argument(
         "--turns",
         type=positive,
         default=5,
         metavar="N",
-        help="steps timed of each (default: 5); of one the noise is unknown",
+        help="timed steps of each model (default: 5); with one the noise is unknown",
     )
-    compared.add_argument("--png", type=picture, metavar="FILE", help="draw the ratios there")
-    compared.add_argument("--json", type=file, metavar="FILE", help="write all of it there as data")
+    compared.add_argument("--png", type=picture, metavar="FILE", help="draw the ratios to FILE")
+    compared.add_argument("--json", type=file, metavar="FILE", help="write the results to FILE as data")
     planned = commands.add_parser(
         "plan",
-        help="for each layer what to keep, for the fastest step that fits a budget; exit status 1 if none fits",
+        help="choose a level for each layer, for the fastest step that fits a budget; exit status 1 if none fits",
     )
     _add_target(planned)
     planned.add_argument(
@@ -83,26 +86,24 @@ def _main(arguments: Sequence[str] | None) -> int:
         metavar="BUDGET",
         help='"12GiB", bytes, a fraction of eager\'s peak such as 0.5, or "device" (default: none, the fastest)',
     )
-    planned.add_argument("--png", type=picture, metavar="FILE", help="draw time against peak there")
-    planned.add_argument("--out", type=file, metavar="FILE", help="write the plan there, for Plan.load")
+    planned.add_argument("--png", type=picture, metavar="FILE", help="draw time against peak to FILE")
+    planned.add_argument("--out", type=file, metavar="FILE", help="write the plan to FILE, for Plan.load")
     kernels = commands.add_parser(
         "inspect",
-        help="what the GPU kernels use, compiled without a GPU; exit status 1 if one spills or has no "
+        help="show the resources of the GPU kernels, compiled without a GPU; exit status 1 if one spills or has no "
         "accesses of 16 bytes",
     )
     kernels.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="default: sm_90")
-    kernels.add_argument(
-        "--columns", type=positive, nargs="+", default=list(COLUMNS), metavar="N", help="lengths of rows"
-    )
+    kernels.add_argument("--columns", type=positive, nargs="+", default=list(COLUMNS), metavar="N", help="row lengths")
     kernels.add_argument(
         "--worst",
         type=positive,
         metavar="N",
-        help="instead, the N kernels that are estimated to reach least of a copy's bandwidth, by their machine code; "
+        help="show instead the N kernels with the lowest bandwidth relative to a copy, estimated from machine code; "
         "exit status 1 if one in bfloat16 is below target",
     )
     kernels.add_argument(
-        "--json", type=file, metavar="FILE", help="write the figures there as data, with --worst also the estimates"
+        "--json", type=file, metavar="FILE", help="write the figures to FILE as data, with --worst also the estimates"
     )
     options = parser.parse_args(arguments)
     # torch's profiler, which measures the peak, logs every start and stop.
@@ -165,8 +166,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         metavar="MODULE:CALLABLE",
-        help="a function without arguments that returns (model, inputs): a module, and what it is called with: a "
-        "tensor, a tuple of several inputs, or a dict of them by name",
+        help="a function without arguments that returns (model, inputs): a module, and its inputs as a tensor, a tuple "
+        "of several inputs, or a dict of them by name",
     )
 
 

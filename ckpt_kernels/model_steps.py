@@ -1,4 +1,4 @@
-"""Forward and backward passes of any model: outputs, a loss, a training step and its time."""
+"""Forward and backward passes of any model: outputs, a loss, a training step and the time of one."""
 
 import time
 from collections.abc import Callable, Mapping

@@ -226,7 +226,6 @@ class LayerCall:
         if stored is None:
             stored = OffloadedStorage(self, to_host(_bytes_of(storage)), storage.device)
             self._by_storage[key] = StorageWeakRef(storage), weakref.ref(stored)
-
             self._storages.append(weakref.ref(stored))
         return stored
 

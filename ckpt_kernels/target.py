@@ -1,4 +1,4 @@
-"""A model and its inputs, as (args, kwargs), as tensors, or as a MODULE:CALLABLE of the command line."""
+"""A model and inputs for the model: as (args, kwargs), as tensors, or as a MODULE:CALLABLE of the command line."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-// What one bias_act block computes, as plain pointers: output = dropout(activation(input + bias)).
+// The operands of a bias_act block, output = dropout(activation(input + bias)), as plain pointers.
 #pragma once
 
 #include "math/dropout.h"
@@ -21,7 +21,7 @@ struct BiasActForward : BiasAct {
 struct BiasActBackward : BiasAct {
   Rows grad_output;
   Rows grad_input;
-  Rows output;  // written again if it is given: a layer after the block needs it and has not kept it
+  Rows output;  // optional: the output, computed again for a consumer that discarded its input
 };
 
 }  // namespace ckpt

@@ -1,4 +1,4 @@
-// The bias_act ops of one device: their operands read into the plain structs of bias_act.h, which the device runs.
+// The bias_act ops of one device: convert tensors to the plain structs of bias_act.h, and call the device's loops.
 #pragma once
 
 #include "bias_act.h"
@@ -6,8 +6,8 @@
 
 namespace ckpt {
 
-// Device has a type Tensor, add<&function>(library, name), Coefficient, as for the row norms, run_forward(block,
-// tensor, kind) and run_backward(block, tensor, kind, grad_bias); the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), Coefficient (see row_norm_ops.h), run_forward(block, tensor,
+// kind) and run_backward(block, tensor, kind, grad_bias), where `tensor` determines the device.
 template <class Device>
 struct BiasActOps {
   using Tensor = typename Device::Tensor;

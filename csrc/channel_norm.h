@@ -1,4 +1,4 @@
-// What the channel-norm kernels compute, as plain pointers.
+// The operands of the channel-norm kernels, as plain pointers.
 //
 // Matrices are dense, (rows, columns). With `planes`, a row is one channel of one sample, a plane of `size` elements:
 // (samples * channels, size). Without, channels are last: (samples * size, channels).
@@ -18,8 +18,8 @@ struct ChannelNorm {
   CKPT_HD int64_t sample_of(int64_t row) const { return row / (planes ? channels : size); }
 };
 
-// Two sums over the elements of each channel of each sample. Where channels are last, each sample is summed in pieces
-// of piece_rows rows; a plane is one piece. `first` and `second` are (samples, pieces, channels), in the compute type.
+// Two sums over the elements of each channel of each sample. With channels last, each sample is summed in pieces of
+// piece_rows rows; a plane is one piece. `first` and `second` are (samples, pieces, channels), in the compute type.
 struct ChannelReduction : ChannelNorm {
   int64_t pieces = 1, piece_rows = 0;
   void *first = nullptr, *second = nullptr;
@@ -34,7 +34,7 @@ struct ChannelReduction : ChannelNorm {
 // first = the mean, second = the sum of squared deviations from it.
 struct ChannelMoments : ChannelReduction {};
 
-// Numbers for each channel, of each sample or of all samples together. With mean, scale = weight * rstd and bias,
+// Coefficients for each channel, by sample or for all samples. With mean, scale = weight * rstd and bias,
 //   z = (x - mean) * scale + bias + other,
 // and with the other three, for the gradient g of z (c1 and c2 are those of cpu/channel_norm_rows.h),
 //   grad_input = g * by_gradient + (x - mean) * by_deviation + constant,
@@ -53,7 +53,8 @@ struct ChannelForward : ChannelNorm {
 };
 
 // first = the sum of g = grad_output * activation'(z), second = the sum of g * (x - mean). With by_output, `other` is
-// the block's output, whose sign the slope of such an activation depends on alone, and is taken for z.
+// the block's output and stands in for z: the derivative of such an activation depends only on the sign of z, which the
+// output has too.
 struct ChannelSums : ChannelReduction {
   ChannelCoefficients coefficients;
   const void *grad_output = nullptr, *other = nullptr;

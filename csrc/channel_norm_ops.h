@@ -1,4 +1,4 @@
-// The channel-norm ops of one device: their operands read into the plain structs of channel_norm.h.
+// The channel-norm ops of one device: convert tensors to the plain structs of channel_norm.h.
 #pragma once
 
 #include "channel_norm.h"
@@ -6,14 +6,14 @@
 
 namespace ckpt {
 
-// Device has a type Tensor, add<&function>(library, name), run(block, tensor, kind) for each of the structs; the tensor
-// is on its device.
+// Device has a type Tensor, add<&function>(library, name), and run(block, tensor, kind) for each of the structs, where
+// `tensor` determines the device.
 template <class Device>
 struct ChannelNormOps {
   using Tensor = typename Device::Tensor;
   using OptionalTensor = std::optional<Tensor>;
 
-  // The operands of a block, all of whose matrices are of one size and dense.
+  // The operands of a block whose matrices are dense and of one size.
   struct Operands : ckpt::Operands<Tensor> {
     using ckpt::Operands<Tensor>::Operands;
     template <class T>
@@ -22,7 +22,7 @@ struct ChannelNormOps {
     }
   };
 
-  // Of tensors whose last dimension of three are the channels.
+  // The number of channels of (samples, pieces, channels) tensors.
   static int64_t channels_of(const Tensor& t) {
     STD_TORCH_CHECK(t.dim() == 3, "expected three dimensions, the last of them channels");
     return t.size(2);

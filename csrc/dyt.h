@@ -1,4 +1,4 @@
-// What one DyT block computes, as plain pointers: output = tanh(alpha * input) * weight + bias.
+// The operands of a DyT block, output = tanh(alpha * input) * weight + bias, as plain pointers.
 #pragma once
 
 #include "rows.h"

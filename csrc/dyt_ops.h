@@ -1,4 +1,4 @@
-// The DyT ops of one device: their operands read into the plain structs of dyt.h, which the device runs.
+// The DyT ops of one device: convert tensors to the plain structs of dyt.h, and call the device's loops.
 #pragma once
 
 #include "dyt.h"
@@ -6,8 +6,9 @@
 
 namespace ckpt {
 
-// Device has a type Tensor, add<&function>(library, name), Coefficient, as for the row norms, run_forward(block,
-// tensor, kind) and run_backward(block, tensor, kind, grad_alpha, grad_weight, grad_bias); the tensor is on its device.
+// Device has a type Tensor, add<&function>(library, name), Coefficient (see row_norm_ops.h), run_forward(block, tensor,
+// kind) and run_backward(block, tensor, kind, grad_alpha, grad_weight, grad_bias), where `tensor` determines the
+// device.
 template <class Device>
 struct DytOps {
   using Tensor = typename Device::Tensor;

@@ -1,9 +1,9 @@
-// From torch's tensors to the plain operands of the kernels: shared by the CPU and the CUDA ops.
+// Converts torch's tensors to the plain operands of the kernels; shared by the CPU and the CUDA ops.
 //
-// The Python side has checked shapes, dtypes and devices of what a call was given, and made every matrix
-// (rows, columns) with contiguous rows. But the tensors of a backward pass come from whoever's hooks unpacked them, and
-// a parameter changes its dtype, or loses its memory, under whoever has kept it. So every operand is checked once more
-// where its address is taken, and the address is taken in one place.
+// The Python side has checked shapes, dtypes and devices of a call's arguments, and made every matrix (rows, columns)
+// with contiguous rows. But saved tensors come from arbitrary unpack hooks, and a saved parameter may have changed its
+// dtype or lost its memory since the forward pass. Therefore every operand is checked again where its address is taken,
+// and addresses are taken in one place only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// What a tensor holds, as CkptTensor has it.
+// The dtype of a tensor, as CkptTensor encodes dtypes.
 inline int64_t dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -45,14 +45,14 @@ inline const char* name_of(int64_t dtype) {
   return dtype == ckpt_other_dtype ? "of another kind" : names[dtype];
 }
 
-// The address of the elements; null where there is no memory. If that was freed, the offset is all that torch tells.
+// The address of the elements; null without memory. For freed memory torch returns null plus the storage offset.
 inline void* address_of(const Tensor& t, int64_t dtype) {
   void* data = t.data_ptr();
   const int64_t size = dtype == ckpt_int64 ? 8 : size_of(ScalarKind(dtype));
   return reinterpret_cast<uintptr_t>(data) == uintptr_t(t.storage_offset() * size) ? nullptr : data;
 }
 
-// -1 is no device that a library of kernels is for.
+// -1 is a device that no library of kernels serves.
 inline int64_t device_of(const Tensor& t) { return t.get_device_index(); }
 
 template <class T>
@@ -62,12 +62,12 @@ ScalarKind kind_of(const char* name, const T& t) {
   return ScalarKind(dtype);
 }
 
-// Reads the operands of one call by name, with the checks without which something would be read or written that is
-// none of theirs. T is the type of tensor that the device's ops take.
+// Reads the operands of one call by name, with the checks that prevent accesses out of bounds. T is the tensor type of
+// the device's ops.
 template <class T>
 class Operands {
  public:
-  // The first says which device all are on, and what the storage type is.
+  // The first operand determines the device of all operands, and the storage type.
   Operands(const char* name, const T& first)
       : kind(kind_of(name, first)),
         compute_kind(kind == ScalarKind::float64 ? kind : ScalarKind::float32),
@@ -78,7 +78,7 @@ class Operands {
 
   const ScalarKind kind, compute_kind;
 
-  // The one place where an address is taken.
+  // The only place where an address is taken.
   void* address(const char* name, const T& t, int64_t dtype) const {
     STD_TORCH_CHECK(dtype_of(t) == dtype, name, " has dtype ", name_of(dtype_of(t)), "; expected ", name_of(dtype));
     STD_TORCH_CHECK(device_of(t) == device_, name, " is on another device than ", name_);
@@ -87,18 +87,18 @@ class Operands {
     return found;
   }
 
-  // A matrix of the storage type whose rows are contiguous, or of every `step`-th element of a row.
+  // A matrix of the storage type whose rows are contiguous, or consist of every `step`-th element.
   Rows rows(const char* name, const T& t, int64_t rows, int64_t columns, int64_t step = 1) const {
     void* data = address(name, t, int64_t(kind));
     if (t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (columns <= 1 || t.stride(1) == step))
       return {data, t.stride(0)};
-    // In one piece, whatever its shape is.
+    // A tensor of any shape, if contiguous.
     STD_TORCH_CHECK(step == 1 && t.numel() == rows * columns && t.is_contiguous(), name, " is no (", rows, ", ",
                     columns, ") matrix with a step of ", step, " within rows");
     return {data, columns};
   }
 
-  // One that may also be (outer, middle, inner, columns).
+  // A matrix of the storage type that may also be (outer, middle, inner, columns).
   Rows rows_as_they_lie(const char* name, const T& t, int64_t rows, int64_t columns) const {
     if (t.dim() != 4) return this->rows(name, t, rows, columns);
     void* data = address(name, t, int64_t(kind));
@@ -108,10 +108,10 @@ class Operands {
     return {data, t.stride(0), t.size(2), t.size(1), t.stride(2), t.stride(1)};
   }
 
-  // So many elements in one piece, of the storage type.
+  // `numel` contiguous elements of the storage type.
   void* elements(const char* name, const T& t, int64_t numel) const { return piece(name, t, numel, int64_t(kind)); }
 
-  // So many elements in one piece, of the compute type.
+  // `numel` contiguous elements of the compute type.
   void* numbers(const char* name, const T& t, int64_t numel) const {
     return piece(name, t, numel, int64_t(compute_kind));
   }
@@ -120,7 +120,7 @@ class Operands {
     return seed ? Dropout::make(p, static_cast<const int64_t*>(piece(name, *seed, 1, ckpt_int64))) : Dropout{};
   }
 
-  // The same of what may be missing.
+  // The same functions for optional tensors.
   template <class... Sizes>
   Rows rows(const char* name, const std::optional<T>& t, Sizes... sizes) const {
     return t ? rows(name, *t, sizes...) : Rows{};
@@ -146,7 +146,7 @@ class Operands {
   const int64_t device_;
 };
 
-// A weight or bias in the compute type, with an element for every column; null where there is none.
+// A weight or bias in the compute type, with an element for every column; null for None.
 template <class Coefficient, class T>
 const void* for_columns(const Coefficient& coefficient, const char* name, const std::optional<T>& tensor,
                         int64_t columns) {

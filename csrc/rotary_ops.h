@@ -1,4 +1,4 @@
-// The rotary ops of one device: their operands read into the plain structs of rotary.h, which the device runs.
+// The rotary ops of one device: convert tensors to the plain structs of rotary.h, and call the device's loops.
 #pragma once
 
 #include "operands.h"
@@ -6,10 +6,10 @@
 
 namespace ckpt {
 
-// Device has a type Tensor, add<&function>(library, name), Coefficient, as for the row norms, and
-//   Table(angles, block, kind).angles(): a table as the kernels read it, for heads of that storage type;
-//   run_forward(block, tensor, kind), run_backward(block, tensor, kind, grad_weight, grad_bias); the tensor is on its
-//   device.
+// Device has a type Tensor, add<&function>(library, name), Coefficient (see row_norm_ops.h), and
+//   Table(angles, block, kind).angles(): the table in the form that the kernels read, for heads of that storage type;
+//   run_forward(block, tensor, kind), run_backward(block, tensor, kind, grad_weight, grad_bias), where `tensor`
+//   determines the device.
 template <class Device>
 struct RotaryOps {
   using Tensor = typename Device::Tensor;
@@ -19,7 +19,7 @@ struct RotaryOps {
 
   using Operands = ckpt::Operands<Tensor>;
 
-  // All that is no pointer, from one tensor of heads.
+  // Sets all fields that are no pointers, from one tensor of heads.
   static void set_numbers(Rotary& a, const Tensor& heads, int64_t rotary_dim, int64_t start, bool interleaved,
                           bool interleaved_output, int64_t norm, double eps, bool cast_before_weight) {
     STD_TORCH_CHECK(heads.dim() == 4 && heads.numel() > 0, "expected rows of heads on three levels");
@@ -49,7 +49,7 @@ struct RotaryOps {
     return rows;
   }
 
-  // A table as it is given, of any dtype.
+  // A table of any dtype, without conversion.
   static Angles angles(const Operands& operands, const char* name, const Tensor& t, const Rotary& a) {
     Angles found;
     found.kind = kind_of(name, t);
@@ -89,7 +89,7 @@ struct RotaryOps {
     Device::run_forward(a, input, operands.kind);
   }
 
-  // Where there is a norm, there is an input.
+  // With a norm, `input` has a value.
   static void backward(Tensor grad_output, OptionalTensor input, Tensor cos, Tensor sin, OptionalTensor weight,
                        OptionalTensor grad_input, OptionalTensor grad_weight, OptionalTensor grad_bias,
                        int64_t rotary_dim, int64_t start, bool interleaved, bool interleaved_output, int64_t norm,

@@ -1,4 +1,4 @@
-// What one row-norm block computes, and its gradients, as plain pointers: the argument of the CPU's loops
+// The operands of a row-norm block and of its gradients, as plain pointers: the argument of the CPU's loops
 // (cpu/row_norm_rows.h) and of the CUDA kernels (cuda/row_norm_kernels.cuh).
 #pragma once
 
@@ -11,8 +11,8 @@ namespace ckpt {
 
 // y = activation(z) with z = x_hat * weight + bias and x_hat = (u - mean) * rstd, where u is one of
 //   input,  pre_activation(input),  residual + dropout(input),  input * activation(gate) with gate_before_norm;
-// with a gate and without gate_before_norm, y = z * activation(gate). LayerNorm is centered; RMSNorm is not: its mean
-// is 0.
+// with a gate and without gate_before_norm, y = z * activation(gate). LayerNorm is centered; in an RMSNorm the mean is
+// 0.
 struct RowNorm {
   int64_t rows = 0, columns = 0;
   int64_t rows_per_group = 1;                     // rows that share one row of weight and bias
@@ -27,13 +27,13 @@ struct RowNorm {
 
 struct RowNormForward : RowNorm {
   Rows output, residual_out;
-  bool given_statistics = false;  // mean and rstd are read, not computed
+  bool given_statistics = false;  // whether mean and rstd are inputs
 };
 
 struct RowNormBackward : RowNorm {
   Rows grad_output, grad_residual_out;
   Rows grad_input, grad_residual, grad_gate;
-  Rows output;  // written again if it is given: a layer after the block needs it and has not kept it; never with a gate
+  Rows output;  // optional: the output, computed again for a consumer that discarded its input; never with a gate
 };
 
 }  // namespace ckpt

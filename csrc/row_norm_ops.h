@@ -1,9 +1,9 @@
-// The row-norm ops of one device: their operands read into the plain structs of row_norm.h, which the device runs.
+// The row-norm ops of one device: convert tensors to the plain structs of row_norm.h, and call the device's loops.
 //
 // Device has a type Tensor, add<&function>(library, name), and
 //   Coefficient(operands, name, tensor, offset).data(): a weight or bias in the compute type, with the offset added;
-//   run_forward(block, input, kind), run_backward(block, grad_output, kind, grad_weight, grad_bias), which take a
-//   tensor for the device they are on.
+//   run_forward(block, input, kind), run_backward(block, grad_output, kind, grad_weight, grad_bias), where the tensor
+//   determines the device.
 #pragma once
 
 #include "operands.h"
@@ -11,7 +11,7 @@
 
 namespace ckpt {
 
-// What a block has both forward and backward; its coefficients in the compute type live as long as this.
+// The operands that a block has in both passes. The object owns the coefficients in the compute type.
 template <class Device>
 struct RowNormOperands : Operands<typename Device::Tensor> {
   using Tensor = typename Device::Tensor;
@@ -67,8 +67,8 @@ struct RowNormOps {
     Device::run_forward(a, input, operands.kind);
   }
 
-  // Where there is a residual, `input` is the forward pass's sum; grad_residual is asked for only where it differs from
-  // grad_input, which is where there is dropout.
+  // In a block with a residual, `input` is the sum that the forward pass stored. grad_residual is requested only with
+  // dropout; otherwise the gradient equals grad_input.
   static void row_norm_backward(Tensor grad_output, OptionalTensor grad_residual_out, Tensor input, OptionalTensor gate,
                                 OptionalTensor weight, OptionalTensor bias, OptionalTensor seed, OptionalTensor mean,
                                 Tensor rstd, OptionalTensor grad_input, OptionalTensor grad_residual,

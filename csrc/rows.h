@@ -1,4 +1,4 @@
-// Matrices as plain pointers, of a storage type that is known at run time.
+// Matrices as plain pointers; the storage type is known at run time.
 #pragma once
 
 #include <stdint.h>
@@ -13,18 +13,18 @@ inline int64_t size_of(ScalarKind kind) {
   return kind == ScalarKind::float64 ? 8 : kind == ScalarKind::float32 ? 4 : 2;
 }
 
-// A row by its place on three levels.
+// The position of a row on three levels.
 struct Place {
   int64_t outer, middle, inner;
 };
 
-// A matrix whose rows are contiguous; null where the block has no such operand. The rows may have three strides, as
-// those of a (batch, token, head, element) view of a packed projection do: row (i * middle + j) * inner + k begins at
-// i * stride + j * middle_stride + k * inner_stride.
+// A matrix whose rows are contiguous; null if the block does not have the operand. The rows may have three strides, as
+// in a (batch, token, head, element) view of a packed projection: row (i * middle + j) * inner + k begins at i * stride
+// + j * middle_stride + k * inner_stride.
 struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
-  int64_t inner = 0, middle = 0;  // the sizes of the lower two dimensions of rows; 0 where there is one stride
+  int64_t inner = 0, middle = 0;  // the sizes of the two inner levels of rows; 0 for a matrix with one stride
   int64_t inner_stride = 0, middle_stride = 0;
 
   template <class T>
@@ -38,7 +38,7 @@ struct Rows {
     }
     return static_cast<T*>(data) + offset;
   }
-  // The same row, of a matrix that has three strides.
+  // The row of a matrix that has three strides.
   template <class T>
   CKPT_HD T* at(const Place& place) const {
     return static_cast<T*>(data) + place.outer * stride + place.middle * middle_stride + place.inner * inner_stride;

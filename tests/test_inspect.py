@@ -19,7 +19,7 @@ from ckpt_kernels.inspect import (
     work,
     worst,
 )
-from ckpt_kernels.inspect.tables import known
+from ckpt_kernels.inspect.tables import required_work
 
 # A loop with a load, a store and a special function, a slow path behind the end that comes back, and the padding.
 LISTING = """
@@ -244,7 +244,7 @@ def test_targets_are_by_direction() -> None:
 
 def test_what_is_not_known_is_an_error() -> None:
     with pytest.raises(ValueError, match="the work of 'k' is not known"):
-        known(kernel("k", None))
+        required_work(kernel("k", None))
     with pytest.raises(ValueError, match="arch is 'sm_80'; expected one of a known machine: sm_100, sm_90"):
         worst([kernel("k", COPY)], "sm_80", 1)
 

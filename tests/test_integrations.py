@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import ckpt_kernels
-from ckpt_kernels.integrations.common import Planned, _moved, converted, parsed, tokens
+from ckpt_kernels.integrations.common import Planned, _moved_to, converted, parsed, tokens
 from ckpt_kernels.levels import OF_MODELS
 from ckpt_kernels.memory import saved_bytes
 
@@ -114,7 +114,7 @@ class TestTheFlag:
 
     def test_inputs_go_to_the_device(self) -> None:
         x, device = torch.ones(2), torch.device("meta")
-        first, (second, third) = _moved({"x": x, "rest": [x, ("y", 3)]}, device).values()
+        first, (second, third) = _moved_to({"x": x, "rest": [x, ("y", 3)]}, device).values()
         assert (first.device, second.device, third) == (device, device, ("y", 3))
 
     def test_no_framework_is_imported_unasked(self) -> None:

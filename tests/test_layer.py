@@ -1,6 +1,7 @@
 """`recompute.layer`: what a layer keeps, what runs again in its backward pass, and that numbers are the same bits."""
 
 import contextlib
+import copy
 import gc
 import weakref
 from collections import Counter
@@ -460,3 +461,43 @@ def test_converted(kind: Callable[[], nn.Module], kept: float) -> None:
     assert_same_bits(found["layer"], found["all"])
     numbers = 2 * TOKENS * 4 * (8 + HEADS) + 10 * WIDTH * 4
     assert saved_bytes(model, x) <= 3 * (kept * x.nbytes + numbers)
+
+
+class Bottleneck(OfTorch):
+    """An activation of the sum, whose recipe reads the input of the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return TF.relu(self.norm2(self.second(TF.relu(self.first(self.norm1(x))))) + x)
+
+
+def test_in_nested_checkpoints() -> None:
+    """The first layer reads a leaf, which the outer checkpoint hands to the inner one as another tensor."""
+    torch.manual_seed(0)
+    model = Stack(Bottleneck).to(DEVICE)
+    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+
+    def nested(x: Tensor) -> Tensor:
+        return checkpoint(lambda y: checkpoint(model, y, use_reentrant=False), x, use_reentrant=False)
+
+    ckpt_kernels.convert(model, recompute="layer")
+    assert_same_bits(gradients(nested, model, x), gradients(model, model, x))
+
+
+def test_where_saved_tensors_may_be_written_to() -> None:
+    """Torch keeps the values that were saved, whatever is written later."""
+    torch.manual_seed(0)
+    model = Stack(OfTorch).to(DEVICE)
+    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+
+    def gradients_of(model: nn.Module) -> list[Tensor]:
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            loss = model(x).square().mean()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(2)
+            return list(torch.autograd.grad(loss, [x, *model.parameters()]))
+
+    converted = copy.deepcopy(model)
+    ckpt_kernels.convert(converted, recompute="layer")
+    for found, expected in zip(gradients_of(converted), gradients_of(model), strict=True):
+        torch.testing.assert_close(found, expected)

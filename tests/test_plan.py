@@ -18,13 +18,13 @@ import ckpt_kernels
 from ckpt_kernels import DoesNotFit, Plan, cli, memory, plan
 from ckpt_kernels.convert.layers import layers_of
 from ckpt_kernels.levels import OF_MODULES
-from ckpt_kernels.plan.bench import Bench, ByLayer, default_loss
+from ckpt_kernels.plan.bench import Bench, ChoiceByLayer, default_loss
 from ckpt_kernels.plan.budget import bytes_of
+from ckpt_kernels.plan.chain import predicted
 from ckpt_kernels.plan.costs import FIXED, Checkpoint, StageAt
 from ckpt_kernels.plan.marks import Segment
-from ckpt_kernels.plan.measure import measured
+from ckpt_kernels.plan.measure import measure_choices
 from ckpt_kernels.plan.timing import Seconds
-from ckpt_kernels.plan.ways import predicted
 
 WIDTH, TOKENS = 32, 64
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,7 +99,7 @@ def test_costs_predict_peaks() -> None:
     """Of all layers at one choice, and of random assignments with runs."""
     model, tokens = made(layers=5)
     bench = Bench(model, (tokens,), {}, loss_of, lambda line: None)
-    found = measured(bench)
+    found = measure_choices(bench)
     layers = [index for index, name in enumerate(found.layers) if name]
     assert [found.layers[i] for i in layers] == [f"layers.{i}" for i in range(5)]
     rng = random.Random(0)
@@ -352,7 +352,7 @@ def test_layers_that_write_to_their_attributes_run_once() -> None:
     model, tokens = made()
     model.layers = nn.ModuleList(Counting() for _ in range(4))
     bench = Bench(model, (tokens,), {}, loss_of, lambda line: None)
-    assert all(stage.checkpointed is None for stage in measured(bench).stages)
+    assert all(stage.checkpointed is None for stage in measure_choices(bench).stages)
     assert [layer.seen for layer in model.layers] == [0] * 4
 
 
@@ -421,7 +421,7 @@ def test_layers_that_are_random_in_a_way_of_their_own_run_once() -> None:
     model, tokens = made()
     model.layers = nn.ModuleList(Odd() for _ in range(3))
     bench = Bench(model, (tokens,), {}, loss_of, lambda line: None)
-    assert all(stage.checkpointed is None for stage in measured(bench).stages)
+    assert all(stage.checkpointed is None for stage in measure_choices(bench).stages)
 
 
 def test_inputs_are_left_as_they_are() -> None:
@@ -500,7 +500,7 @@ def test_by_hand(recwarn: pytest.WarningsRecorder) -> None:
 @pytest.mark.parametrize("choice", OF_MODULES)
 def test_each_level_by_layer_keeps_what_it_keeps_for_the_whole(choice: str) -> None:
     model, tokens = made()
-    ckpt_kernels.convert(model, recompute=ByLayer({f"layers.{i}": choice for i in range(4)}))
+    ckpt_kernels.convert(model, recompute=ChoiceByLayer({f"layers.{i}": choice for i in range(4)}))
     other, _ = made()
     if choice not in ("none", "checkpoint"):
         ckpt_kernels.convert(other, recompute=choice)

@@ -14,9 +14,9 @@ from ckpt_kernels.plan.bench import Bench, StepCost
 from ckpt_kernels.plan.budget import bytes_of
 from ckpt_kernels.plan.costs import Checkpoint, Cost, Stage, StageAt
 from ckpt_kernels.plan.marks import peak_of
-from ckpt_kernels.plan.measure import Measured, measured
+from ckpt_kernels.plan.measure import Measurements, measure_choices
 from ckpt_kernels.plan.plan import structure_of
-from ckpt_kernels.plan.search import _best, allowed, fastest, one_level
+from ckpt_kernels.plan.search import _best, budget_bytes, fastest, one_level
 from ckpt_kernels.plan.solve import Solver
 from ckpt_kernels.runs import Place, is_repeating
 
@@ -50,7 +50,7 @@ class Searching:
     those of `seconds` by what is timed, or as predicted."""
 
     count = 0
-    given = (2, 3)
+    input_shape = (2, 3)
 
     def __init__(self, peaks: list[int], seconds: dict[str, float] | None = None, eager: int | None = None) -> None:
         self.predicted: list[int] = []
@@ -75,7 +75,7 @@ class Searching:
         stages = alike(6)
         levels = {level: StepCost(*simulated(stages, choice_everywhere(6, level))) for level in stages[0].costs}
         none = levels.pop("none")
-        measurements = Measured(
+        measurements = Measurements(
             stages=stages,
             layers=[stage.name for stage in stages],
             steps=levels | ({"eager": StepCost(self._eager, none.seconds)} if self._eager else {}),
@@ -124,7 +124,7 @@ def test_an_error_of_a_step_is_the_models_and_a_part_is_of_a_peak() -> None:
     with pytest.raises(KeyError, match="mine"):
         one_level(nn.Linear(2, 2), cast(Bench, Failing([])), None, "")
     with pytest.raises(ValueError, match=r"budget is 0\.5, of eager's peak, and a step of eager does not fit"):
-        allowed(0.5, {}, torch.device("cpu"))
+        budget_bytes(0.5, {}, torch.device("cpu"))
 
 
 def test_one_level_for_all_is_taken_where_it_fits_and_is_faster() -> None:
@@ -159,7 +159,7 @@ def test_layers_that_differ_when_they_run_again_are_offered_no_checkpoint() -> N
 
     model, tokens = made()
     model.layers[1] = Fickle()
-    found = measured(Bench(model, (tokens,), {}, loss_of, lambda line: None))
+    found = measure_choices(Bench(model, (tokens,), {}, loss_of, lambda line: None))
     offered = [stage.checkpointed is not None for name, stage in zip(found.layers, found.stages, strict=True) if name]
     assert offered == [True, False, True, True]
     # What is behind it in a checkpoint of several has another input then.

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from ckpt_kernels.plan.chain import is_length, predicted
 from ckpt_kernels.plan.costs import Assignment, Checkpoint, Checkpointed, Cost, Stage, StageAt, stages_of
 from ckpt_kernels.plan.solve import Solver
-from ckpt_kernels.plan.ways import is_length, predicted
 
 from .simulated_steps import simulated
 

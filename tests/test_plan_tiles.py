@@ -13,10 +13,10 @@ from ckpt_kernels import DoesNotFit, Plan, plan
 from ckpt_kernels.levels import OF_MODULES, Policy
 from ckpt_kernels.memory import peak_bytes
 from ckpt_kernels.plan.bench import Bench
+from ckpt_kernels.plan.chain import predicted
 from ckpt_kernels.plan.costs import FIXED, Assignment, Checkpoint, StageAt, stages_of
-from ckpt_kernels.plan.measure import Measured, measured
+from ckpt_kernels.plan.measure import Measurements, measure_choices
 from ckpt_kernels.plan.trials import Peaks
-from ckpt_kernels.plan.ways import predicted
 
 from .test_plan import plan_of
 
@@ -128,14 +128,14 @@ def test_a_level_is_read_as_it_is_spelled() -> None:
 
 
 @pytest.fixture(scope="module")
-def trials() -> tuple[Stack, Bench, Measured]:
+def trials() -> tuple[Stack, Bench, Measurements]:
     """Of a layer with no MLP between others; by one step for each choice, and few of them."""
     model, x = made(Layer, Mixer, Layer, Layer)
     bench = Bench(model, (x,), {}, None, lambda line: None)
-    return model, bench, measured(bench, (2, 4))
+    return model, bench, measure_choices(bench, (2, 4))
 
 
-def test_tiles_are_offered_where_they_lower_a_peak(trials: tuple[Stack, Bench, Measured]) -> None:
+def test_tiles_are_offered_where_they_lower_a_peak(trials: tuple[Stack, Bench, Measurements]) -> None:
     _, _, found = trials
     for name, stage in zip(found.layers, found.stages, strict=True):
         tiled = {level for level in stage.costs if "tiles" in level}
@@ -151,7 +151,7 @@ def test_tiles_are_offered_where_they_lower_a_peak(trials: tuple[Stack, Bench, M
             assert inside == {"tiles=4" if tiled else ""}
 
 
-def test_costs_predict_peaks(trials: tuple[Stack, Bench, Measured]) -> None:
+def test_costs_predict_peaks(trials: tuple[Stack, Bench, Measurements]) -> None:
     """Of random assignments, in runs and in none."""
     model, bench, found = trials
     rng = random.Random(0)
@@ -165,7 +165,7 @@ def test_costs_predict_peaks(trials: tuple[Stack, Bench, Measured]) -> None:
     assert tiles
 
 
-def assignment(found: Measured, rng: random.Random) -> Assignment:
+def assignment(found: Measurements, rng: random.Random) -> Assignment:
     parts: list[StageAt | Checkpoint] = []
     while (index := len(stages_of(tuple(parts)))) < len(found.stages):
         stage = found.stages[index]

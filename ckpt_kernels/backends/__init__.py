@@ -1,15 +1,15 @@
-"""Which backend serves a call, and why: the one place where this is decided.
+"""Selects the backend that serves a call.
 
 - `triton`: Triton kernels, on a GPU (on the CPU only in Triton's interpreter, for tests).
 - `native`: the compiled C++ and CUDA libraries.
 - `reference`: plain torch.
 
-Left alone, a call on a GPU goes to `triton`, else `native`, else `reference`; a call on the CPU goes to
-`native`, else `reference`. The environment variable CKPT_KERNELS_BACKEND and `set_backend` choose another for the whole
-process, and `use_backend` for what runs in its `with`.
+By default a call on a GPU goes to the first of `triton`, `native` and `reference` that can serve the call, and a call
+on the CPU to the first of `native` and `reference`. The environment variable CKPT_KERNELS_BACKEND and `set_backend`
+choose another backend for the whole process, and `use_backend` for the code within a `with`.
 
-A backward pass is served by the backend that was asked for in its forward pass, whatever thread it runs in: every op
-remembers it (`ops.registration`), and so does every recipe.
+A backward pass uses the backend that was requested in the forward pass, in whatever thread the backward pass runs:
+every op (`ops.registration`) and every recipe records the request.
 """
 
 import contextvars
@@ -26,12 +26,15 @@ NAMES = ("triton", "native", "reference")
 _AUTOMATIC = {"cpu": ("native", "reference"), "meta": ("reference",)}
 _AUTOMATIC_ELSEWHERE = ("triton", "native", "reference")
 
-_of_process = os.environ.get("CKPT_KERNELS_BACKEND", "") or "auto"
+_process_choice = os.environ.get("CKPT_KERNELS_BACKEND", "") or "auto"
 
 
 class _Choice:
-    """That of one `with`. It is over when it says so, wherever that was found out, or when its context is gone, which
-    an interrupt may have kept from saying so: see `serving`."""
+    """The choice of one `with` block.
+
+    The choice is over when it is marked as ended, or when its context was garbage-collected without a mark, because an
+    interrupt came first: see `serving`.
+    """
 
     __slots__ = ("context", "is_ended", "name", "outer")
 
@@ -50,18 +53,18 @@ _choice: contextvars.ContextVar[_Choice | None] = contextvars.ContextVar("ckpt_k
 
 
 def backend_module(name: str) -> ModuleType:
-    """The module that implements backend `name`; ImportError if it cannot be imported."""
+    """Import the module that implements backend `name`; raises ImportError."""
     return importlib.import_module(f"{__name__}.{name}")
 
 
 @functools.cache
 def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot serve a call; None if it can.
+    """Return the reason why a backend cannot serve a call, or None.
 
     Args:
         name: "triton", "native" or "reference".
         device_type: "cpu", "cuda", ...
-        dtype: of the call's main input.
+        dtype: the dtype of the call's main input.
 
     Returns:
         The reason in words, or None.
@@ -91,22 +94,22 @@ def _select(requested: str, device_type: str, dtype: torch.dtype) -> ModuleType:
 
 
 def select(tensor: torch.Tensor) -> ModuleType:
-    """The backend module that serves a call whose main input is `tensor`."""
+    """Return the backend module that serves a call whose main input is `tensor`."""
     return _select(chosen(), tensor.device.type, tensor.dtype)
 
 
 def selected_name(device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """The name of the backend that would serve such a call.
+    """Return the name of the backend that would serve a call.
 
     Args:
         device_type: "cpu", "cuda", ...
-        dtype: of the call's main input.
+        dtype: the dtype of the call's main input.
 
     Returns:
         "triton", "native" or "reference".
 
     Raises:
-        RuntimeError: the backend that was asked for cannot serve the call.
+        RuntimeError: the requested backend cannot serve the call.
 
     Example:
         >>> with ckpt_kernels.use_backend("reference"):
@@ -117,7 +120,7 @@ def selected_name(device_type: str, dtype: torch.dtype = torch.float32) -> str:
 
 
 def chosen() -> str:
-    """What was asked for here, by `use_backend`, `set_backend` or the environment: a backend, or "auto".
+    """Return the backend requested here by `use_backend`, `set_backend` or the environment variable.
 
     Returns:
         "auto", "triton", "native" or "reference".
@@ -128,13 +131,14 @@ def chosen() -> str:
         'reference'
     """
     choice = _choice.get()
-    if choice is None:  # as nearly always
-        return _of_process
+    if choice is None:  # the usual case
+        return _process_choice
     choice = _innermost()
-    return _of_process if choice is None else choice.name
+    return _process_choice if choice is None else choice.name
 
 
 def _innermost() -> _Choice | None:
+    """Return the innermost choice of this thread or task that is not over."""
     choice = _choice.get()
     while choice is not None and choice.is_over:
         choice = choice.outer
@@ -157,14 +161,14 @@ def _check_available(name: str) -> None:
 
 
 def set_backend(name: str) -> None:
-    """Makes one backend serve every call of this process from now on, in all threads, but not within `use_backend`.
+    """Choose the backend for all later calls in this process, in all threads, except within `use_backend`.
 
     Args:
         name: "auto", "triton", "native" or "reference".
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the backend is not there; the error says why.
+        RuntimeError: the backend is not available; the error says why.
 
     Example:
         >>> before = ckpt_kernels.backends.chosen()
@@ -173,17 +177,17 @@ def set_backend(name: str) -> None:
         'reference'
         >>> ckpt_kernels.set_backend(before)
     """
-    global _of_process
+    global _process_choice
     _check_available(name)
-    _of_process = name
+    _process_choice = name
 
 
 class serving:
-    """`use_backend` for a name that is known to be right.
+    """`use_backend` without the check of the name.
 
-    The end is a mark on the choice itself, so that it holds wherever the context ends: in another thread or task, whose
-    own choice is not touched. An interrupt just as `__exit__` begins keeps it from being made: then the choice is over
-    when the interrupt's traceback, which holds the context, is dropped.
+    `__exit__` marks the choice itself as ended, so that the mark takes effect even if the context is left in another
+    thread or task, whose own choice stays. If an interrupt arrives just as `__exit__` begins, the mark is not made;
+    then the choice is over when the interrupt's traceback, which holds the context, is freed.
     """
 
     def __init__(self, name: str) -> None:
@@ -191,7 +195,7 @@ class serving:
         self._entered: list[_Choice] = []
 
     def __enter__(self) -> "serving":
-        # A compiler traces this, and not the interrupts.
+        # torch.compile only traces this code, so that no interrupt has to be handled there.
         context = None if torch.compiler.is_compiling() else weakref.ref(self)
         choice = _Choice(self._name, _innermost(), context)
         try:
@@ -205,7 +209,7 @@ class serving:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Before anything is called, for after a call an interrupt may come.
+        # The mark comes first, since an interrupt may arrive at any later call.
         self._entered[-1].is_ended = True
         choice = self._entered.pop()
         if _choice.get() is choice:
@@ -215,17 +219,18 @@ class serving:
 class use_backend(serving):
     """A context in which one backend serves every call.
 
-    It holds for what runs in the `with`, in its thread or asyncio task, and for the backward passes of that, wherever
-    and whenever they run. (Of a graph that torch.compile made, the backward pass goes by what is chosen where it runs:
-    on a GPU that is a thread of autograd's own, and so the choice of the process.) Nothing changes before the `with` is
-    entered: a call for good is `set_backend`, and an object that goes without having been entered warns of that.
+    The choice applies to calls within the `with`, in the same thread or asyncio task, and to their backward passes,
+    wherever and whenever these run. The backward pass of a graph that torch.compile made is an exception: it follows
+    the choice at the place where it runs, on a GPU an autograd thread, which sees the choice of the process. The object
+    has no effect before the `with` is entered, and warns if it is freed without having been entered; `set_backend`
+    makes a permanent choice.
 
     Args:
         name: "auto", "triton", "native" or "reference".
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the backend is not there; the error says why.
+        RuntimeError: the backend is not available; the error says why.
 
     Example:
         >>> with ckpt_kernels.use_backend("reference"):
@@ -237,8 +242,8 @@ class use_backend(serving):
         super().__init__(name)
         self._idle: weakref.finalize | None = None
         if not torch.compiler.is_compiling():
-            # Taken off by `__enter__`: a `__del__` would run at the end of each `with`, and Python swallows an
-            # interrupt in there.
+            # `__enter__` detaches the finalizer. A `__del__` would run at the end of each `with`, and Python swallows
+            # interrupts in `__del__`.
             self._idle = weakref.finalize(self, _warn_of_idle, name)
             self._idle.atexit = False
 
@@ -254,6 +259,6 @@ def _warn_of_idle(name: str) -> None:
     warnings.warn(
         f"use_backend({name!r}) was not entered, and changed nothing: it holds within its `with`; "
         f"for the whole process call set_backend({name!r})",
-        # The line at whose end the object goes, past weakref's own frame.
+        # The line that frees the object, past weakref's own frame.
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""Blocks as values: what the ops hand to a backend, the same to every backend."""
+"""Data types that describe a block to a backend: tensors, options, and tensors for the gradients."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 class RowNormOptions(NamedTuple):
-    """What a row norm is, beside its tensors.
+    """The options of a row norm.
 
-    Rows have `columns` elements. The mean is taken as 0 unless `centered` (RMSNorm). `cast_before_weight` rounds x_hat
-    to the input's dtype before the weight, to which `weight_offset` is added. A gate multiplies after the norm, or,
-    `gate_before_norm`, before.
+    Rows have `columns` elements. Without `centered` the mean is taken as 0 (RMSNorm). `cast_before_weight` rounds x_hat
+    to the input's dtype before the multiplication with weight + `weight_offset`. A gate multiplies the output of the
+    norm, or with `gate_before_norm` the input.
     """
 
     columns: int
@@ -29,14 +29,17 @@ class RowNorm(NamedTuple):
 
         input, pre_activation(input), residual + dropout(input), input * activation(gate) (gate_before_norm)
 
-    and y is x_hat * weight * activation(gate) with a gate that does not come first. An operand of None is one that the
-    block does not have.
+    and with a gate after the norm y = x_hat * weight * activation(gate). Operands that the block does not have are
+    None.
 
-    input, residual, gate: (rows, columns) with contiguous rows, or (outer, middle, inner, columns); they are read where
-    they lie. weight, bias: contiguous, (columns,) or (groups, columns), of which each row serves an equal share of the
-    rows. seed: the dropout's, one int64. mean (None unless centered), rstd: (rows,), in the compute type.
-
-    Backward, `input` is residual_out where the block has a residual: gradients need no more.
+    Attributes:
+        input, residual, gate: (rows, columns) with contiguous rows, or (outer, middle, inner, columns); kernels read
+            them with their strides. In the backward pass of a block with a residual, `input` is residual_out, and
+            `residual` is None.
+        weight, bias: contiguous, (columns,) or (groups, columns); each group is an equal share of the rows.
+        seed: the seed of the dropout, one int64.
+        mean, rstd: (rows,), in the compute dtype; mean is None unless centered.
+        options: the options.
     """
 
     input: Tensor
@@ -51,9 +54,10 @@ class RowNorm(NamedTuple):
 
 
 class RowNormGradients(NamedTuple):
-    """Where the gradients go; None for one that nobody wants. Those of weight and bias are in the compute type.
+    """Tensors for the gradients; None for gradients that are not needed.
 
-    residual is None too where it equals that of input, which is where there is no dropout.
+    The gradients of weight and bias are in the compute dtype. Without dropout the gradients of residual and input are
+    equal, and residual is None.
     """
 
     input: Tensor | None
@@ -64,13 +68,13 @@ class RowNormGradients(NamedTuple):
 
 
 class RotaryOptions(NamedTuple):
-    """What a rotary embedding is, beside its tensors.
+    """The options of a rotary embedding.
 
-    Columns `start` to `start + rotary_dim` of a head turn in pairs, the others stay. A pair are two neighbours where
-    the head is `interleaved`, else an element of the first half and the one at its place in the second; and pairs lie
-    so again in the output, by `interleaved_output`. `norm` is "none", "rms" or "layer": over the whole head, before the
-    rotation; eps, weight_offset and cast_before_weight are as in `RowNormOptions`. The output lies as the input does
-    unless it is to be `contiguous`, which is nothing to a backend.
+    Columns `start` to `start + rotary_dim` of a head are rotated in pairs; the others are copied. If the head is
+    `interleaved`, a pair is two adjacent elements; otherwise element i of the first half and element i of the second.
+    `interleaved_output` is the same for the output. `norm` is "none", "rms" or "layer": a norm over the whole head
+    before the rotation, with eps, weight_offset and cast_before_weight as in `RowNormOptions`. The output has the
+    memory layout of the input unless `contiguous`, which concerns the ops and no backend.
     """
 
     rotary_dim: int
@@ -85,16 +89,18 @@ class RotaryOptions(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """A rotary embedding, and the norm before it: with z = norm(input), a pair (first, second) of z becomes
+    """A rotary embedding after an optional norm: with z = norm(input), a pair (first, second) of z becomes
 
         (first * cos1 - second * sin1, second * cos2 + first * sin2)
 
-    where (cos1, cos2) and (sin1, sin2) are the entries of the tables at the pair's places in the output's rotated part,
-    or one entry for both where the tables have half as many columns as that part.
+    where (cos1, cos2) and (sin1, sin2) are the table entries at the pair's positions in the rotated part of the output.
+    If the tables have half as many columns as that part, both elements of a pair share an entry.
 
-    input: (outer, middle, inner, columns) with contiguous rows; None backward where there is no norm. cos, sin: the
-    same with rotary_dim or rotary_dim / 2 columns, and with 1 for a dimension over which they are the same. weight,
-    bias: contiguous, (columns,).
+    Attributes:
+        input: (outer, middle, inner, columns) with contiguous rows; None in the backward pass without a norm.
+        cos, sin: (outer, middle, inner, rotary_dim or rotary_dim / 2); a dimension may be 1 and is then broadcast.
+        weight, bias: contiguous, (columns,).
+        options: the options.
     """
 
     input: Tensor | None
@@ -106,7 +112,7 @@ class Rotary(NamedTuple):
 
 
 class RotaryGradients(NamedTuple):
-    """Where the gradients go; None for one that nobody wants. Those of weight and bias are in the compute type."""
+    """Tensors for the gradients; None for gradients that are not needed. weight and bias are in the compute dtype."""
 
     input: Tensor | None
     weight: Tensor | None

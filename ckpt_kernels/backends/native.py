@@ -1,9 +1,9 @@
-"""The compiled libraries: `_C` (CPU) and `_C_cuda`, loaded where they are there and fit this torch.
+"""The native backend: loads the compiled libraries `_C` (CPU) and `_C_cuda`, and calls their ops.
 
-Both implement the ops declared here. Every op fills tensors that the caller has allocated; matrices are
-(rows, columns) with contiguous rows (of glu, where gate and value take turns in one tensor, every other element),
-weights and biases (columns,) or (groups, columns), statistics and weight
-gradients in the compute type (float32, or float64 for float64 input).
+Both libraries implement the ops declared here. Every op fills tensors that the caller has allocated. Matrices are
+(rows, columns) with contiguous rows; in an interleaved glu, gate and value are every other element of a row. Weights
+and biases are (columns,) or (groups, columns). Statistics and weight gradients are in the compute dtype (float32, or
+float64 for float64 input).
 """
 
 from collections.abc import Callable
@@ -72,14 +72,14 @@ _ops = torch.ops.ckpt_kernels_native
 
 
 def _load(stem: str) -> str | None:
-    """Loads one library; returns why that is not possible, or None."""
-    found = library(stem)
-    if found is None:
+    """Load one library; return the reason if that fails, or None."""
+    path = library(stem)
+    if path is None:
         return f"the library {stem} was not built (see CKPT_KERNELS_BUILD in the README)"
     try:
-        torch.ops.load_library(str(found))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the library {found.name} does not load: {error}"
+        return f"the library {path.name} does not load: {error}"
     return None
 
 
@@ -100,7 +100,7 @@ _DTYPES = {
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve such tensors; None if it can."""
+    """Return the reason why this backend cannot serve a device and dtype, or None."""
     if device_type not in _FAILURES:
         return f"there is no library for {device_type}"
     if _FAILURES[device_type]:
@@ -111,7 +111,7 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def cpu_isa() -> str:
-    """The instruction set whose build of the CPU loops serves this process."""
+    """Return the instruction set of the CPU loops that this process uses."""
     return _ops.cpu_isa()
 
 
@@ -141,24 +141,24 @@ def row_norm_backward(
 
 
 _rotary_forward, _rotary_backward = _ops.rotary_forward.default, _ops.rotary_backward.default
-# The norm before a rotation, as a code.
+# The codes of the norms before a rotation.
 ROTARY_NORMS = {"none": 0, "rms": 1, "layer": 2}
 
 
 def rotary_forward(block: Rotary, output: Tensor) -> None:
     """`backends.reference.rotary_forward`."""
     *tensors, options = block
-    _rotary_forward(*tensors, output, *_numbers(options))
+    _rotary_forward(*tensors, output, *_rotary_arguments(options))
 
 
 def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradients) -> None:
     """`backends.reference.rotary_backward`."""
     input, cos, sin, weight, _, options = block
     input = None if options.norm == "none" else input
-    _rotary_backward(grad_output, input, cos, sin, weight, *gradients, *_numbers(options))
+    _rotary_backward(grad_output, input, cos, sin, weight, *gradients, *_rotary_arguments(options))
 
 
-def _numbers(options: RotaryOptions) -> tuple:
+def _rotary_arguments(options: RotaryOptions) -> tuple:
     return (
         options.rotary_dim,
         options.start,
@@ -172,7 +172,7 @@ def _numbers(options: RotaryOptions) -> tuple:
 
 
 def _by_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:
-    """The op, taking its activation by name: so many arguments come after that."""
+    """Wrap an op to accept the activation by name instead of code; `after` arguments follow the activation."""
 
     def launch(*arguments: object) -> None:
         activation, *rest = arguments[-1 - after :]
@@ -190,14 +190,17 @@ channel_moments = _ops.channel_moments.default
 channel_forward = _by_name(_ops.channel_forward.default, 0)
 channel_sums = _by_name(_ops.channel_sums.default, 1)
 channel_backward = _by_name(_ops.channel_backward.default, 1)
-# All steps of a channel norm in one call, where there is such a thing.
+# The devices with an op that computes all steps of a channel norm in one call.
 WHOLE_CHANNEL_NORMS = ("cpu",)
 channel_norm_forward = _by_name(_ops.channel_norm_forward.default, 1)
 channel_norm_backward = _by_name(_ops.channel_norm_backward.default, 1)
 
 
 def _for_device(op: torch._ops.OpOverload, elsewhere: Callable[..., None]) -> Callable[..., None]:
-    """The op for the CPU; what CUDA has no kernel of its own for is plain torch on small tensors."""
+    """Return a function that calls the op on the CPU, and `elsewhere` on CUDA.
+
+    The CUDA library has no kernels for these steps, which plain torch computes on small tensors.
+    """
 
     def launch(tensor: torch.Tensor, *arguments: object) -> None:
         (op if tensor.device.type == "cpu" else elsewhere)(tensor, *arguments)

@@ -1,6 +1,6 @@
-"""The blocks, each described once, for contract tests, benchmarks, `inspect` and the tables in README and docs.
+"""Describes each block once, for contract tests, benchmarks, `inspect` and the tables in README and docs.
 
-`block` says what a block is here; `blocks` has the functions that compute one, `linear` those that compute one with the
-linear layers beside it. The catalogue is part of the package because the contract tests run beside an installed wheel,
-and the tests of `inspect` among them.
+`block` defines the description of a block, `blocks` lists the functions that compute a block, and `linear` the
+functions that compute a block together with linear layers. The catalogue is part of the package because the contract
+tests, those of `inspect` included, also run against an installed wheel.
 """

@@ -1,4 +1,4 @@
-"""What a block is in the catalogue, and how one is declared: beside its eager twin."""
+"""Defines the description of a block, and the decorator that declares a block by its eager twin."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,7 +15,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 
 class Traffic(NamedTuple):
-    """What must cross memory in one pass, in tensors of the block's shape."""
+    """The minimal memory traffic of one pass, in tensors of the block's shape."""
 
     read: int
     written: int
@@ -25,14 +25,26 @@ class Traffic(NamedTuple):
 class Block:
     """One public function with one choice of options.
 
-    `call` is ours, `eager` the same in eager torch; both take the operands by name and return a tuple of `outputs`
-    tensors. `rows` have the block's shape, or twice its columns where they are `packed`; `numbers` have one element;
-    `coefficients` are vectors, as long as the columns or, where there are `channels`, as the second dimension;
-    `samples` have a row for each index of the first dimension; `tables`, which want no gradient, one for each of the
-    last before the columns, with an entry for two columns. `kept` names what may be kept for backward ("output 1"
-    is the second output); `statistics` tells how many numbers beside these, for an input of (samples, tokens or
-    channels, ...). `gradients` is how many tensors of the block's shape the backward pass writes, if not one for each
-    of `rows`.
+    Attributes:
+        name: the name of the block.
+        function: the name of the public function.
+        formula: the formula, for tables.
+        options: the options of the function.
+        call: the public function; takes the operands by name and returns a tuple of `outputs` tensors.
+        eager: the same computation in eager torch, with the same arguments and results.
+        rows: operands of the block's shape, or with twice the columns if `packed`.
+        numbers: operands with one element.
+        coefficients: vectors with an element for each column, or for each channel (dimension 1) if `channels`.
+        samples: operands with a row for each index of the first dimension.
+        tables: operands without a gradient, with a row for each index of the last dimension before the columns, and
+            an entry for each pair of columns.
+        packed: whether gate and value are packed in one operand.
+        channels: whether the block is a channel norm.
+        outputs: the number of outputs.
+        kept: the tensors that may be kept for backward; "output 1" is the second output.
+        statistics: the numbers kept beside these tensors, for an input of (samples, tokens or channels, ...).
+        gradients: the number of tensors of the block's shape that the backward pass writes; None is one for each of
+            `rows`.
     """
 
     name: str
@@ -54,17 +66,17 @@ class Block:
     gradients: int | None = None
 
     def operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
-        """Random operands, all wanting gradients but the tables; `lead` has two dimensions or more."""
-        found = random_operands(self.shapes(lead, columns), self.parameters, dtype, device, seed)
-        return found | {name: found[name].detach() for name in self.tables}
+        """Return random operands, which require gradients except for tables; `lead` has at least two dimensions."""
+        operands = random_operands(self.shapes(lead, columns), self.parameters, dtype, device, seed)
+        return operands | {name: operands[name].detach() for name in self.tables}
 
     def empty_operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str) -> Operands:
-        """The same without values, such as those of the meta device."""
-        found = empty_operands(self.shapes(lead, columns), dtype, device)
-        return found | {name: found[name].detach() for name in self.tables}
+        """Return operands without values, such as those on the meta device."""
+        operands = empty_operands(self.shapes(lead, columns), dtype, device)
+        return operands | {name: operands[name].detach() for name in self.tables}
 
     def shapes(self, lead: Sequence[int], columns: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each operand."""
+        """Return the shape of each operand."""
         shapes = {name: (*lead, 2 * columns if self.packed else columns) for name in self.rows}
         shapes |= {name: (1,) for name in self.numbers}
         shapes |= {name: ((*lead, columns)[1 if self.channels else -1],) for name in self.coefficients}
@@ -73,55 +85,61 @@ class Block:
 
     @property
     def parameters(self) -> Sequence[str]:
-        """Operands that are a module's parameters."""
+        """The operands that are parameters of a module."""
         return (*self.numbers, *self.coefficients)
 
     @property
     def forward(self) -> Traffic:
-        """Operands are read once, and the input of a channel norm again when its statistics are known."""
+        """The traffic of the forward pass. A channel norm reads the input a second time, after the statistics."""
         return Traffic(self._tensors(self.rows) + self.channels, self.outputs)
 
     @property
     def backward(self) -> Traffic:
-        """What is kept and the incoming gradients are read, by a channel norm again when its sums are known."""
+        """The traffic of the backward pass, which reads kept tensors and incoming gradients; a channel norm, twice."""
         read = self._tensors(self.kept) + self.outputs
         written = self._tensors(self.rows) if self.gradients is None else self.gradients
         return Traffic(2 * read if self.channels else read, written)
 
     def _tensors(self, names: Sequence[str]) -> int:
-        """How many tensors of the block's shape they are."""
+        """Return the size of operands, in tensors of the block's shape."""
         return (2 if self.packed else 1) * len(set(names).difference(self.samples, self.tables))
 
 
 def random_operands(
     shapes: Mapping[str, Sequence[int]], parameters: Collection[str], dtype: torch.dtype, device: str, seed: int
 ) -> Operands:
-    """Random tensors that want gradients: weights of linear layers scaled by their width, those of norms around 1."""
+    """Return random tensors that require gradients.
+
+    Weights of linear layers are scaled by the width, and weights of norms are around 1.
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    found = {}
+    operands = {}
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
         if name in parameters and len(shape) == 2:
             values *= shape[1] ** -0.5
         elif name == "weight":
             values += 1
-        found[name] = nn.Parameter(values.to(dtype)) if name in parameters else values.to(dtype).requires_grad_()
-    return found
+        operands[name] = nn.Parameter(values.to(dtype)) if name in parameters else values.to(dtype).requires_grad_()
+    return operands
 
 
 def empty_operands(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: str) -> Operands:
-    """Tensors without values that want gradients."""
+    """Return tensors without values that require gradients."""
     return {name: torch.empty(shape, dtype=dtype, device=device).requires_grad_() for name, shape in shapes.items()}
 
 
-def calls_of(function: str, twin: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A function and its eager twin as `Block` and `Pair` have them. Parameters of the twin are the operands and, where
-    they are keyword-only, options of both; its docstring is the formula."""
+def calls_of(function: str, twin: Callable, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `Block` and `Pair` that follow from a public function and its eager twin.
+
+    The twin's parameters are the operands; keyword-only parameters are options of both functions. The twin's docstring
+    is the formula. `chosen` overrides the twin's defaults of options.
+    """
     ours = getattr(functional, function)
     parameters = tuple(inspect.signature(ours).parameters)
     weight = "norm_weight" if "norm_weight" in parameters else "weight"
     own = inspect.signature(twin).parameters.values()
-    options = {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY} | dict(given)
+    options = {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY} | dict(chosen)
 
     def call(**operands: Any) -> tuple[Tensor, ...]:
         if "normalized_shape" in parameters:
@@ -143,18 +161,24 @@ def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def groups_of(channels: int) -> int:
-    """32, as most networks have, or what there is for fewer channels."""
+    """Return the number of groups of a group norm: 32, as in most networks, or 2 or 1 for fewer channels."""
     return next(groups for groups in (32, 2, 1) if channels % groups == 0)
 
 
 def block(function: str, by: Callable[..., dict[str, Any]] = lambda **options: {}, **declared: Any) -> Callable:
-    """Makes of an eager twin what makes blocks, of a name and options; `by` tells what of a block depends on these."""
+    """Decorate an eager twin; the result makes a `Block` from a name and options.
 
-    def of(twin: Callable) -> Callable[..., Block]:
-        def make(name: str, **given: Any) -> Block:
-            calls = calls_of(function, twin, given)
+    Args:
+        function: the name of the public function.
+        by: returns the fields of the block that depend on the options.
+        declared: the other fields.
+    """
+
+    def decorate(twin: Callable) -> Callable[..., Block]:
+        def make(name: str, **chosen: Any) -> Block:
+            calls = calls_of(function, twin, chosen)
             return Block(name, **calls, **declared, **by(**calls["options"]))
 
         return make
 
-    return of
+    return decorate

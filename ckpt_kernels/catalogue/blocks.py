@@ -1,5 +1,7 @@
-"""Functions that compute one block, with choices of their options: the same in eager torch, what may be kept for
-backward, and what must cross memory. What is in `BLOCKS` is held to all contracts, and stands in the tables."""
+"""Lists the functions that compute one block, each as an eager twin with declared options, kept tensors and traffic.
+
+All contract tests run on each entry of `BLOCKS`, and the tables of README and docs have a row for each function.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -14,25 +16,28 @@ from .block import block, groups_of
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Torch's, which a block without a dropout does not call."""
+    """Apply torch's dropout unless p is 0."""
     return F.dropout(x, p) if p else x
 
 
 def _add(dropout_p: float, **options: Any) -> dict[str, Any]:
-    """Without a dropout the gradients of input and residual are one tensor."""
+    """Return the fields of add-norm blocks. Without dropout the gradients of input and residual are one tensor."""
     return {"rows": ("input", "residual"), "outputs": 2, "kept": ("output 1",), "gradients": 2 if dropout_p else 1}
 
 
 def _elementwise(activation: str, **options: Any) -> dict[str, Any]:
-    """An activation that is signed by its output keeps that, as whatever reads the output does."""
+    """Return the fields of bias_act. An activation in SIGNED_BY_OUTPUT keeps the output, as the consumer does too."""
     if activation == "identity":
         return {"kept": (), "gradients": 0}
     return {"kept": ("output 0",) if activation in SIGNED_BY_OUTPUT else ("input",)}
 
 
 def _sum(activation: str, **options: Any) -> dict[str, Any]:
-    """The slope at a sum follows from the sign of the output, or else from the sum, for which the residual is kept.
-    Without an activation the gradient of the residual is the incoming one."""
+    """Return the fields of act(norm(input) + residual).
+
+    The derivative of the activation follows from the sign of the output, or else from the sum, for which the residual
+    is kept. Without an activation the gradient of the residual is the incoming gradient.
+    """
     if activation == "identity":
         return {"gradients": 1}
     return {"kept": ("input", "output 0" if activation in SIGNED_BY_OUTPUT else "residual")}
@@ -151,9 +156,10 @@ def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor
     return output if bias is None else output + bias
 
 
-def _turned(input: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    turned = 2 * cos.shape[-1]
-    part, rest = input[..., :turned], input[..., turned:]
+def _rotated(input: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Rotate the pairs in the first columns of heads; the other columns pass."""
+    rotary_dim = 2 * cos.shape[-1]
+    part, rest = input[..., :rotary_dim], input[..., rotary_dim:]
     if layout == "interleaved":
         first, second = part[..., ::2], part[..., 1::2]
         pairs = first * cos - second * sin, second * cos + first * sin
@@ -166,7 +172,7 @@ def _turned(input: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 @block("rotary", tables=("cos", "sin"), kept=("cos", "sin"), **_NO_NORM)
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "halves") -> Tensor:
     """pairs of input turned"""
-    return _turned(input, cos, sin, layout)
+    return _rotated(input, cos, sin, layout)
 
 
 @block(
@@ -187,7 +193,7 @@ def rms_norm_rotary(
     layout: str = "halves",
 ) -> Tensor:
     """pairs of norm(input) turned"""
-    return _turned(F.rms_norm(input, weight.shape, weight, eps), cos, sin, layout)
+    return _rotated(F.rms_norm(input, weight.shape, weight, eps), cos, sin, layout)
 
 
 @block("rotary", tables=("cos", "sin"), kept=("input", "cos", "sin"), statistics=_NO_NORM["statistics"])
@@ -203,7 +209,7 @@ def layer_norm_rotary(
     layout: str = "halves",
 ) -> Tensor:
     """pairs of norm(input) turned"""
-    return _turned(F.layer_norm(input, weight.shape, weight, bias, eps), cos, sin, layout)
+    return _rotated(F.layer_norm(input, weight.shape, weight, bias, eps), cos, sin, layout)
 
 
 _BATCH: dict[str, Any] = {"channels": True, "statistics": lambda samples, channels: 2 * channels}
@@ -252,7 +258,7 @@ def instance_norm(input: Tensor, weight: Tensor, bias: Tensor, *, activation: st
     return ACT[activation](F.instance_norm(input, None, None, weight, bias))
 
 
-# Some of each function, for the contracts that do not depend on the activation.
+# Some blocks of each function, for the contracts that do not depend on the activation.
 BLOCKS = (
     layer_norm("layer_norm"),
     layer_norm("layer_norm+gelu", activation="gelu"),
@@ -293,7 +299,7 @@ BLOCKS = (
     instance_norm("instance_norm+leaky_relu", activation="leaky_relu"),
 )
 
-# Every activation in every place that it can take.
+# Every activation in every place of an activation.
 ACTIVATION_BLOCKS = (
     *(layer_norm(f"layer_norm+{name}", activation=name) for name in NAMES),
     *(layer_norm(f"{name}+layer_norm", pre_activation=name) for name in NAMES),
@@ -305,10 +311,10 @@ ACTIVATION_BLOCKS = (
     *(add_batch_norm(f"batch_norm+add+{name}", activation=name) for name in NAMES),
 )
 
-# Those whose results are random, so that they are not compared with eager torch's.
+# Blocks with random results, which are not compared with those of eager torch.
 DROPOUT_BLOCKS = (
     add_layer_norm("add_layer_norm (dropout)", dropout_p=0.1),
     bias_act("bias_act (gelu, dropout)", activation="gelu", dropout_p=0.1),
 )
 
-BY_NAME = {each.name: each for each in (*ACTIVATION_BLOCKS, *BLOCKS, *DROPOUT_BLOCKS)}
+BY_NAME = {entry.name: entry for entry in (*ACTIVATION_BLOCKS, *BLOCKS, *DROPOUT_BLOCKS)}

@@ -1,4 +1,4 @@
-"""Functions that compute a block with the linear layers beside it: eager torch's form, and what each level keeps."""
+"""Lists the functions that compute a block with linear layers: the eager twin, and the tensors kept at each level."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +16,14 @@ from .blocks import dropout
 
 @dataclass(frozen=True)
 class Pair:
-    """One function with one choice of options; `call`, which takes `recompute` too, and `eager` as a `Block` has them.
+    """One public function with one choice of options.
 
-    `shapes` are those of its weights and biases for an input of so many columns, by name. `kept` tells for each level
-    which tensors may be kept, by name, with the columns that each has for one of the input's; `statistics` how many
-    numbers a row beside these.
+    Attributes:
+        name, function, formula, options, eager: as in `Block`.
+        call: as in `Block`, with an argument `recompute`.
+        shapes: returns the shapes of weights and biases by name, for a number of columns of the input.
+        kept: for each level the tensors that may be kept, by name, each with its size in tensors of the input's shape.
+        statistics: the numbers a row kept beside these tensors.
     """
 
     name: str
@@ -34,42 +37,42 @@ class Pair:
     statistics: int = 0
 
     def at(self, level: str) -> Function:
-        """Ours at a recompute level."""
+        """Return `call` at a recompute level."""
         return lambda **operands: self.call(**operands, recompute=level)
 
     def units(self, level: str) -> int:
-        """What is kept at that level, in tensors of the input's size."""
+        """Return the size of the kept tensors at a level, in tensors of the input's shape."""
         return sum(self.kept[level].values())
 
     def operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str, seed: int = 0) -> Operands:
-        """A random input that wants a gradient, and random parameters."""
+        """Return a random input that requires a gradient, and random parameters."""
         shapes = self.shapes(columns)
         return random_operands({"input": (*lead, columns)} | shapes, shapes, dtype, device, seed)
 
     def empty_operands(self, lead: Sequence[int], columns: int, dtype: torch.dtype, device: str) -> Operands:
-        """The same without values, such as those of the meta device."""
+        """Return operands without values, such as those on the meta device."""
         return empty_operands({"input": (*lead, columns)} | self.shapes(columns), dtype, device)
 
 
 def _pair(function: str, kept: dict, shapes: Callable, statistics: int = 0) -> Callable:
-    """Makes of an eager twin what makes pairs, of a name and options."""
+    """Decorate an eager twin; the result makes a `Pair` from a name and options."""
     declared: dict[str, Any] = {"shapes": shapes, "kept": kept, "statistics": statistics}
-    return lambda twin: lambda name, **given: Pair(name, **calls_of(function, twin, given), **declared)
+    return lambda twin: lambda name, **chosen: Pair(name, **calls_of(function, twin, chosen), **declared)
 
 
-def _of_linear(hidden: str) -> dict[str, dict[str, int]]:
-    """What is kept of a block with the input's columns whose output `hidden` is read by linear layers alone."""
+def _kept_by_linear(hidden: str) -> dict[str, dict[str, int]]:
+    """Return the kept tensors of a block whose output `hidden` has the input's shape and is read by linear layers."""
     return {"block": {"input": 1, hidden: 1}, "output": {"input": 1}, "all": {"input": 1}}
 
 
-def _of_mlp(**hidden: int) -> dict[str, dict[str, int]]:
-    """The same of an MLP with these hidden layers."""
+def _kept_by_mlp(**hidden: int) -> dict[str, dict[str, int]]:
+    """Return the kept tensors of an MLP with these hidden tensors."""
     kept = {"input": 1} | hidden
     return {"block": kept | {"product": 4}, "output": kept, "all": {"input": 1}}
 
 
 def _split(pair: Pair) -> Pair:
-    """Of one linear layer makes three that read the same block, of which one has a bias."""
+    """Replace one linear layer by three that read the same block, one of them with a bias."""
 
     def call(q: Tensor, k: Tensor, v: Tensor, k_bias: Tensor, **others: Any) -> tuple[Tensor, ...]:
         return pair.call(weight=(q, k, v), bias=(None, k_bias, None), **others)
@@ -79,7 +82,7 @@ def _split(pair: Pair) -> Pair:
 
 @_pair(
     "norm_linear",
-    _of_linear("act(norm(input))"),
+    _kept_by_linear("act(norm(input))"),
     lambda n: {"norm_weight": (n,), "norm_bias": (n,), "weight": (n + 3, n), "bias": (n + 3,)},
     statistics=2,
 )
@@ -92,7 +95,7 @@ def norm_linear(
 
 @_pair(
     "norm_linear",
-    _of_linear("norm(input)"),
+    _kept_by_linear("norm(input)"),
     lambda n: {"norm_weight": (n,), "q": (n, n), "k": (3, n), "v": (5, n), "k_bias": (3,)},
     statistics=1,
 )
@@ -113,7 +116,7 @@ def rms_norm_linears(
     return F.linear(y, q), F.linear(y, k, k_bias), F.linear(y, v)
 
 
-@_pair("act_linear", _of_linear("act(input)"), lambda n: {"weight": (n + 1, n), "bias": (n + 1,)})
+@_pair("act_linear", _kept_by_linear("act(input)"), lambda n: {"weight": (n + 1, n), "bias": (n + 1,)})
 def act_linear(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str, dropout_p: float = 0.0) -> Tensor:
     """linear(dropout(act(input)))"""
     return F.linear(dropout(ACT[activation](input), dropout_p), weight, bias)
@@ -121,7 +124,7 @@ def act_linear(input: Tensor, weight: Tensor, bias: Tensor, *, activation: str, 
 
 @_pair(
     "mlp",
-    _of_mlp(hidden=4),
+    _kept_by_mlp(hidden=4),
     lambda n: {"weight1": (4 * n, n), "weight2": (n, 4 * n), "bias1": (4 * n,), "bias2": (n,)},
 )
 def mlp(input: Tensor, weight1: Tensor, weight2: Tensor, bias1: Tensor, bias2: Tensor, *, activation: str) -> Tensor:
@@ -133,7 +136,7 @@ def _gated_mlp_shapes(n: int) -> dict[str, tuple[int, ...]]:
     return {"gate_weight": (4 * n, n), "value_weight": (4 * n, n), "weight": (n, 4 * n)}
 
 
-@_pair("gated_mlp", _of_mlp(gate=4, value=4), _gated_mlp_shapes)
+@_pair("gated_mlp", _kept_by_mlp(gate=4, value=4), _gated_mlp_shapes)
 def gated_mlp(
     input: Tensor,
     gate_weight: Tensor,
@@ -152,7 +155,7 @@ def gated_mlp(
 
 @_pair(
     "gated_mlp",
-    _of_mlp(gate=4, value=4),
+    _kept_by_mlp(gate=4, value=4),
     lambda n: {"gate_weight": (8 * n, n), "weight": (n, 4 * n), "gate_bias": (8 * n,)},
 )
 def packed_gated_mlp(
@@ -168,7 +171,7 @@ PAIRS = (
     norm_linear("norm_linear (layer_norm, silu)", activation="silu"),
     _split(rms_norm_linears("norm_linear (rms_norm, several)")),
     act_linear("act_linear (gelu)", activation="gelu"),
-    # The output of relu is all that its slope needs, and the linear layer keeps that.
+    # The derivative of relu follows from its output, which the linear layer keeps.
     replace(act_linear("act_linear (relu)", activation="relu"), kept={level: {"input": 1} for level in OF_FUNCTIONS}),
     mlp("mlp (gelu)", activation="gelu"),
     replace(

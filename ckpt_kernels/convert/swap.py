@@ -58,34 +58,33 @@ class Conversion(NamedTuple):
     forward: MethodSnapshot
 
 
-class Converted:
-    """The first base of every converted module's class."""
+def _reduce_ex(self: Any, protocol: SupportsIndex) -> Any:
+    """The `__reduce_ex__` of converted classes."""
+    kind = type(self)
+    original, rule, contexts, *_ = getattr(kind, _CONVERSION)
+    if original in copyreg.dispatch_table:
+        return copyreg.dispatch_table[original](self)
+    reduced = original.__reduce_ex__(self, protocol)
+    # The original may have been given another `__reduce__` after the conversion.
+    if not _has_default_reduce(original):
+        return reduced
+    construct, arguments, *rest = reduced
+    arguments = tuple(original if argument is kind else argument for argument in arguments)
+    late = late_conversion_of(self)
+    if late is not None and late.belongs_to(self) and rest and type(rest[0]) is dict:
+        rest[0] = {**rest[0], _LATE_CONVERSION: late}
+    return _rebuild, (original, rule, contexts, (_PROCESS, id(kind)), construct, arguments), *rest
 
-    def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
-        kind = type(self)
-        original, rule, contexts, *_ = getattr(kind, _CONVERSION)
-        if original in copyreg.dispatch_table:
-            return copyreg.dispatch_table[original](self)
-        reduced: Any = super().__reduce_ex__(protocol)
-        # The original may have been given another `__reduce__` after the conversion.
-        if not _has_default_reduce(original):
-            return reduced
-        construct, arguments, *rest = reduced
-        arguments = tuple(original if argument is kind else argument for argument in arguments)
-        late = late_conversion_of(self)
-        if late is not None and late.belongs_to(self) and rest and type(rest[0]) is dict:
-            rest[0] = {**rest[0], _LATE_CONVERSION: late}
-        return _rebuild, (original, rule, contexts, (_PROCESS, id(kind)), construct, arguments), *rest
 
-    def __setstate__(self: Any, state: Any) -> None:
-        late = None
-        if type(state) is dict and _LATE_CONVERSION in state:
-            state = dict(state)
-            late = state.pop(_LATE_CONVERSION)
-        kind: Any = super()
-        kind.__setstate__(state)
-        if late is not None:
-            late.begin(self)
+def _setstate(self: Any, state: Any) -> None:
+    """The `__setstate__` of converted classes."""
+    late = None
+    if type(state) is dict and _LATE_CONVERSION in state:
+        state = dict(state)
+        late = state.pop(_LATE_CONVERSION)
+    getattr(type(self), _CONVERSION).original.__setstate__(self, state)
+    if late is not None:
+        late.begin(self)
 
 
 def _has_default_reduce(kind: type[nn.Module]) -> bool:
@@ -158,7 +157,7 @@ def is_converted(module: nn.Module) -> bool:
         >>> ckpt_kernels.is_converted(model[0]), ckpt_kernels.is_converted(model[1])
         (True, False)
     """
-    return isinstance(module, Converted)
+    return hasattr(type(module), _CONVERSION)
 
 
 def is_wrapped(module: nn.Module) -> bool:
@@ -200,6 +199,8 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce_ex,
+        "__setstate__": _setstate,
     }
     if "__annotations__" in vars(original):
         members["__annotations__"] = vars(original)["__annotations__"]
@@ -210,7 +211,8 @@ def _converted_class(conversion: Conversion) -> type[nn.Module]:
     with contextlib.suppress(TypeError, ValueError):  # some classes have no signature
         members["__signature__"] = inspect.signature(original)
     metaclass: Any = type(original)
-    converted = _converting_metaclass(metaclass)(original.__name__, (Converted, original), dict(members))
+    # No other base: with two, Python compares the layouts of the classes by the first bases alone.
+    converted = _converting_metaclass(metaclass)(original.__name__, (original,), dict(members))
     _undo_subclass_hooks(converted, original, members)
     forward = MethodSnapshot.of(vars(converted).get("forward", original.forward))
     type.__setattr__(converted, _FORWARD, forward)

@@ -1,8 +1,8 @@
-"""What the GPU kernels use, and how fast that lets them be, found without a GPU: each is compiled for an architecture,
-and its binary is read.
+"""Reports the resources of the GPU kernels and estimates their speed, without a GPU.
 
-For Triton every kernel that the launch tables can choose; for the CUDA library, what it was built with. Triton must not
-be in its interpreter (TRITON_INTERPRET) in the process that compiles.
+For Triton, every kernel that the launch tables can choose is compiled for an architecture, and the binary is read. For
+the CUDA library, the built binary is read. Triton's interpreter (TRITON_INTERPRET) must be off in the process that
+compiles.
 """
 
 from .binary import Library, cuda_library

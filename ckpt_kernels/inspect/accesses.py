@@ -1,10 +1,10 @@
-"""What a kernel reads and writes, by operand: from Triton's own intermediate code, where addresses still have names.
+"""Parses a kernel's memory accesses by operand from Triton IR (TTIR), where each address still names its operand.
 
     "%u_18 = tt.addptr %u_17, %column_15 : tensor<1x4096x!tt.ptr<bf16>>, tensor<1x4096xi32>"
     "%u_19 = tt.load %u_18 : tensor<1x4096x!tt.ptr<bf16>>"
 
-is one read of 4,096 elements of the operand that %u_17 was made from. Each access is there once, before the compiler
-turns it into instructions of a thread, and before it moves those of a loop's next steps ahead.
+is one read of 4,096 elements of the operand that %u_17 was computed from. TTIR has each access exactly once: the
+compiler has not yet lowered accesses to instructions per thread, nor pipelined the loads of loops.
 """
 
 import math
@@ -21,9 +21,14 @@ _NUMBER = re.compile(r"\d+")
 
 
 class Access(NamedTuple):
-    """One read or write of `elements` of `size` bytes, of the operand of that number among those that are pointers.
+    """One read or write of a tile.
 
-    `loop` is the number of the innermost loop that it is in, from 1 on in order, or 0 outside of all.
+    Attributes:
+        operand: the number of the operand among the kernel's pointers.
+        elements: the number of elements accessed.
+        size: the bytes of an element.
+        store: whether the access writes.
+        loop: the number of the innermost loop around the access, from 1 in order of the code; 0 outside all loops.
     """
 
     operand: int
@@ -34,19 +39,19 @@ class Access(NamedTuple):
 
 
 def parse(code: str) -> list[Access]:
-    """The accesses of a kernel, in order.
+    """Return the accesses of a kernel in order.
 
     Args:
-        code: of the kernel, as Triton has it in `compiled.asm["ttir"]`.
+        code: the TTIR of the kernel, `compiled.asm["ttir"]`.
 
     Returns:
-        A list of `Access`; of addresses that come from no operand there is none.
+        A list of `Access`. Accesses through addresses that come from no operand are left out.
     """
     operand: dict[str, int] = {}
-    # The indentation and the number of each loop that is open.
+    # The indentation and the number of each open loop.
     open_loops: list[tuple[int, int]] = []
     loops = 0
-    found = []
+    accesses = []
     for line in code.splitlines():
         indent = len(line) - len(line.lstrip())
         if open_loops and indent <= open_loops[-1][0]:
@@ -60,18 +65,18 @@ def parse(code: str) -> list[Access]:
                 elements = math.prod(map(int, _NUMBER.findall(shape or "")))
                 loop = open_loops[-1][1] if open_loops else 0
                 bits = int(_NUMBER.findall(inner or scalar)[-1])
-                found.append(Access(operand[access[2]], elements, bits // 8, access[1] == "store", loop))
+                accesses.append(Access(operand[access[2]], elements, bits // 8, access[1] == "store", loop))
         elif "scf.for" in line or "scf.while" in line:
             loops += 1
             open_loops.append((indent, loops))
             operand |= {inner: operand[outer] for inner, outer in _CARRIED.findall(line) if outer in operand}
         elif (defined := _DEFINED.match(line)) and defined[2] in operand and "!tt.ptr" in line:
             operand[defined[1]] = operand[defined[2]]
-    return found
+    return accesses
 
 
 def bytes_once(accesses: Iterable[Access]) -> int:
-    """Bytes that cross memory if each operand is read once and written once."""
+    """Return the bytes that cross memory if each operand is read once and written once."""
     widest: dict[tuple[int, bool], int] = {}
     for one in accesses:
         key = one.operand, one.store
@@ -80,19 +85,20 @@ def bytes_once(accesses: Iterable[Access]) -> int:
 
 
 def passes(accesses: Iterable[Access]) -> dict[int, int]:
-    """How often each operand that is read is read as a whole: once in each loop that reads it, or once where none does.
+    """Return for each operand the number of full reads: the number of loops that read the operand, but at least one.
 
-    What a step of a loop reads a second time is in the first-level cache, and what is read before a loop is a part.
+    A second read within one step of a loop hits the first-level cache. Reads outside loops cover only a part of an
+    operand that a loop reads too.
     """
     loops: dict[int, set[int]] = {}
     for one in accesses:
         if not one.store:
             loops.setdefault(one.operand, set()).add(one.loop)
-    return {operand: max(len(found - {0}), 1) for operand, found in loops.items()}
+    return {operand: max(len(numbers - {0}), 1) for operand, numbers in loops.items()}
 
 
 def bytes_again(accesses: Iterable[Access]) -> int:
-    """Bytes that are read in a second pass and in later ones."""
-    given = [one for one in accesses if not one.store]
-    times = passes(given)
-    return sum((times[number] - 1) * bytes_once(a for a in given if a.operand == number) for number in times)
+    """Return the bytes that the second and later passes read."""
+    reads = [one for one in accesses if not one.store]
+    times = passes(reads)
+    return sum((times[number] - 1) * bytes_once(a for a in reads if a.operand == number) for number in times)

@@ -1,4 +1,4 @@
-"""What the binaries of kernels say of themselves: registers, stack, shared memory, widths of accesses."""
+"""Reads registers, stack, shared memory and access widths from the binaries of kernels."""
 
 import pathlib
 import re
@@ -11,8 +11,15 @@ from ..libraries import library
 
 
 class Binary(NamedTuple):
-    """What is read from a compiled kernel; `widths` has the bytes of every access of global memory, and `shared` the
-    bytes of shared memory that are given to a block when it is launched, too."""
+    """The resources of a compiled kernel.
+
+    Attributes:
+        registers: registers a thread.
+        stack, local: bytes a thread.
+        shared: bytes of shared memory a thread block, dynamic shared memory included.
+        widths: the bytes of every access to global memory.
+        instructions: the number of instructions in the PTX, or in the assembly of an AMD kernel.
+    """
 
     registers: int
     stack: int
@@ -23,19 +30,19 @@ class Binary(NamedTuple):
 
 
 def read(compiled: Any) -> Binary:
-    """Of a kernel that Triton has compiled."""
-    return _of_nvidia(compiled) if "cubin" in compiled.asm else _of_amd(compiled)
+    """Return the resources of a kernel that Triton has compiled."""
+    return _read_nvidia(compiled) if "cubin" in compiled.asm else _read_amd(compiled)
 
 
 def disassembled(compiled: Any) -> str:
-    """The machine code of a kernel for NVIDIA's GPUs, as nvdisasm lists it."""
+    """Return the machine code (SASS) of a kernel for NVIDIA GPUs, as nvdisasm lists it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         return run_tool("nvdisasm", "--print-code", file.name)
 
 
-def _of_nvidia(compiled: Any) -> Binary:
+def _read_nvidia(compiled: Any) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -43,13 +50,13 @@ def _of_nvidia(compiled: Any) -> Binary:
     code = compiled.asm["ptx"]
     accesses = re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", code)
     widths = [int(count or 1) * int(bits) // 8 for count, bits in accesses]
-    # Copies to shared memory, of steps of a loop that are to come.
+    # Asynchronous copies to shared memory, which a pipelined loop issues for later steps.
     widths += [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*\], (0x\w+)", code)]
     instructions = len(re.findall(r"^\s+(?!\.)[^/\n]*;", code, re.MULTILINE))
     return Binary(used["REG"], used["STACK"], used["LOCAL"], compiled.metadata.shared, widths, instructions)
 
 
-def _of_amd(compiled: Any) -> Binary:
+def _read_amd(compiled: Any) -> Binary:
     code = compiled.asm["amdgcn"]
     used = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", code)}
     sizes = {"dword": 4, "short": 2, "ushort": 2, "sshort": 2, "byte": 1, "ubyte": 1, "sbyte": 1}
@@ -72,10 +79,10 @@ class Library:
 
     Attributes:
         arch: the architecture.
-        kernels: how many.
-        registers: the most that one of them uses.
-        with_stack: how many have a stack.
-        stack: the most bytes of one.
+        kernels: the number of kernels.
+        registers: the largest number of registers a thread of any kernel.
+        with_stack: the number of kernels with a stack.
+        stack: the largest stack of any kernel, in bytes.
     """
 
     arch: str
@@ -86,10 +93,10 @@ class Library:
 
 
 def cuda_library() -> list[Library]:
-    """What the CUDA library was built with.
+    """Read the kernels of the CUDA library.
 
     Returns:
-        A list of `Library`, one for each architecture; empty where the library was not built.
+        A list of `Library`, one for each architecture; empty if the library is not built.
     """
     path = library("_C_cuda")
     if path is None:
@@ -118,7 +125,7 @@ def _numbers(text: str) -> dict[str, int]:
 
 
 def run_tool(tool: str, *arguments: str) -> str:
-    """What one of the tools that Triton brings along prints."""
+    """Run a tool of Triton's package, such as nvdisasm, and return the output."""
     import triton
 
     path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool

@@ -1,4 +1,4 @@
-"""Every kernel that the launch tables can choose, compiled for an architecture, and what it uses."""
+"""Compiles every kernel that the launch tables can choose for an architecture, and reports the resources of each."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64
 
 
 class Processor(NamedTuple):
-    """A multiprocessor's limits, and the published bandwidth of the card it is known from, in GB/s.
+    """The limits of a multiprocessor, and the published bandwidth in GB/s of a card that has this multiprocessor.
 
-    From NVIDIA's CUDA programming guide (compute capabilities), AMD's of CDNA 3, and data sheets. `reserved` is what
-    the system takes of the shared memory of each block.
+    The figures are from NVIDIA's CUDA programming guide (compute capabilities), AMD's guide to CDNA 3, and data sheets.
+    `reserved` is the shared memory that the system takes for each thread block.
     """
 
     card: str
@@ -37,9 +37,14 @@ class Processor(NamedTuple):
     reserved: int = 1024
 
     def resident(self, warps: int, registers: int, shared: int) -> int:
-        """Blocks of so many warps that there is room for, with so many registers a thread and bytes a block.
+        """Return the number of resident thread blocks.
 
-        Registers are given out to warps in units of 256, a thread's in units of 8.
+        Registers are allocated to a warp in units of 256, that is to a thread in units of 8.
+
+        Args:
+            warps: warps a block.
+            registers: registers a thread.
+            shared: bytes of shared memory a block.
         """
         by_registers = self.registers // (-(-registers // 8) * 8 * self.warp) // warps
         by_shared = self.shared // max(shared + self.reserved, 1)
@@ -60,23 +65,23 @@ ARCHITECTURES = tuple(PROCESSORS)
 
 @dataclass(frozen=True)
 class Usage:
-    """One kernel, compiled.
+    """The resources of one compiled kernel.
 
     Attributes:
-        name: of the kernel, and what it computes.
-        dtype: of its tensors.
+        name: the name of the kernel and of the block that the kernel computes.
+        dtype: the dtype of the tensors.
         columns: the length of a row.
-        warps: of a block of threads.
-        registers: of a thread.
+        warps: warps a thread block.
+        registers: registers a thread.
         stack, local: bytes of spills a thread.
-        shared: bytes of shared memory a block, with those that it is given when it is launched.
-        widths: of its global accesses, in bytes.
-        instructions: those of its PTX, or of an AMD kernel's assembly.
-        tensors: what its code reads and writes, once through and in accesses of 16 bytes, in tensors of the tile's
-            size, weights and partial sums included.
-        floor: how many of its operands are that large.
+        shared: bytes of shared memory a thread block, dynamic shared memory included.
+        widths: the widths of the accesses to global memory, in bytes.
+        instructions: the number of instructions in the PTX, or in the assembly of an AMD kernel.
+        tensors: the bytes of all 16-byte accesses, each counted once, over the bytes of a tile; accesses to weights and
+            partial sums count too.
+        floor: the number of operands as large as the input.
         occupancy: the share of a multiprocessor's warps that registers and shared memory leave room for.
-        work: what it does for an element by its machine code, where that was asked for.
+        work: the work an element by the machine code, if requested.
     """
 
     name: str
@@ -96,23 +101,23 @@ class Usage:
 
     @property
     def sound(self) -> bool:
-        """Nothing spilled, and accesses of 16 bytes among them."""
+        """Whether nothing spills and some accesses are 16 bytes wide."""
         return self.stack == 0 and self.local == 0 and 16 in self.widths
 
 
 def triton_kernels(arch: str, columns: Sequence[int] = COLUMNS, *, work: bool = False) -> Iterator[Usage]:
-    """Every kernel that the launch tables choose for rows of these lengths, in bfloat16 and float32.
+    """Compile every kernel that the launch tables choose for rows of these lengths, in bfloat16 and float32.
 
     Args:
         arch: one of ARCHITECTURES, such as "sm_90".
         columns: lengths of rows.
-        work: whether to read the machine code, too, which takes as long again as to compile; NVIDIA's only.
+        work: whether to analyse the machine code too, which takes as long as compilation; NVIDIA only.
 
     Returns:
-        An iterator of `Usage`; a kernel is compiled when it is asked for.
+        A lazy iterator of `Usage`.
 
     Raises:
-        ValueError: `arch` is unknown, or an AMD one where `work` is asked for.
+        ValueError: `arch` is unknown, or `work` is requested for an AMD architecture.
         ImportError: Triton is not installed.
     """
     if arch not in PROCESSORS:
@@ -132,36 +137,36 @@ def triton_kernels(arch: str, columns: Sequence[int] = COLUMNS, *, work: bool = 
 
 
 def usage(variant: "Variant", dtype: str, columns: int, arch: str, *, work: bool = False) -> Usage:
-    """One kernel of `variants`, compiled."""
+    """Compile one kernel of `variants` and return its resources."""
     processor = PROCESSORS[arch]
     compiled = compile_variant(variant, target_of(arch))
-    used = binary.read(compiled)
+    resources = binary.read(compiled)
     warps, tile = variant.launch.tile.warps, variant.launch.tile.rows * variant.launch.tile.block
-    resident = processor.resident(warps, used.registers, used.shared)
-    done = None
+    resident = processor.resident(warps, resources.registers, resources.shared)
+    kernel_work = None
     if work:
         listing, code = binary.disassembled(compiled), compiled.asm["ttir"]
-        done = work_of(listing, code, variant.launch, variant.columns, variant.elements, resident)
+        kernel_work = work_of(listing, code, variant.launch, variant.columns, variant.elements, resident)
     return Usage(
-        variant.name,
-        dtype,
-        columns,
-        warps,
-        used.registers,
-        used.stack,
-        used.local,
-        used.shared,
-        tuple(sorted(set(used.widths))),
-        used.instructions,
-        16 * used.widths.count(16) * processor.warp * warps / (tile * SIZES[dtype]),
-        sum(tensor.numel() >= variant.elements for tensor in tensors_of(variant.launch.arguments)),
-        resident * warps / processor.warps,
-        done,
+        name=variant.name,
+        dtype=dtype,
+        columns=columns,
+        warps=warps,
+        registers=resources.registers,
+        stack=resources.stack,
+        local=resources.local,
+        shared=resources.shared,
+        widths=tuple(sorted(set(resources.widths))),
+        instructions=resources.instructions,
+        tensors=16 * resources.widths.count(16) * processor.warp * warps / (tile * SIZES[dtype]),
+        floor=sum(tensor.numel() >= variant.elements for tensor in tensors_of(variant.launch.arguments)),
+        occupancy=resident * warps / processor.warps,
+        work=kernel_work,
     )
 
 
 def target_of(arch: str) -> Any:
-    """As Triton names an architecture."""
+    """Return Triton's target for an architecture."""
     from triton.backends.compiler import GPUTarget
 
     if arch.startswith("sm_"):
@@ -170,7 +175,7 @@ def target_of(arch: str) -> Any:
 
 
 def compile_variant(variant: "Variant", target: Any) -> Any:
-    """The kernel as it would be compiled for aligned tensors."""
+    """Compile a kernel as Triton's launcher would for tensors aligned to 16 bytes."""
     import triton
     from triton.compiler import ASTSource
 
@@ -179,20 +184,20 @@ def compile_variant(variant: "Variant", target: Any) -> Any:
     attributes: dict[tuple[int, ...], list] = {}
     signature = {}
     for index, (parameter, argument) in enumerate(zip(kernel.params, arguments, strict=True)):
-        given = triton.language.constexpr(argument) if parameter.is_constexpr else argument
-        signature[parameter.name] = _specialized(given, (index,), constants, attributes)
+        value = triton.language.constexpr(argument) if parameter.is_constexpr else argument
+        signature[parameter.name] = _specialized(value, (index,), constants, attributes)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     options = {name: value for name, value in tile.options.items() if name != "maxnreg" or target.backend == "cuda"}
-    with _as_if_there(target):
+    with _active_target(target):
         return triton.compile(source, target=target, options=options)
 
 
 @contextlib.contextmanager
-def _as_if_there(target: Any) -> Iterator[None]:
-    """While kernels ask which GPU they are compiled for, as those do that have instructions of NVIDIA's in them."""
+def _active_target(target: Any) -> Iterator[None]:
+    """Make `target` Triton's current target, which kernels with inline PTX query while they are compiled."""
     from triton.runtime import driver
 
-    # Put back by hand: to reset it is an error where there is no GPU.
+    # `driver.reset_active` would raise without a GPU, so the attribute is restored directly.
     before = driver._active
     driver.set_active(SimpleNamespace(get_current_target=lambda: target))
     try:
@@ -204,7 +209,7 @@ def _as_if_there(target: Any) -> Iterator[None]:
 def _specialized(
     argument: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any], attributes: dict[tuple[int, ...], list]
 ) -> Any:
-    """The type of an argument as Triton's launcher finds it, tuples element by element."""
+    """Return the type of an argument as Triton's launcher specializes it; of a tuple, the types of the elements."""
     if isinstance(argument, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
         return _POINTERS[argument.dtype]

@@ -1,41 +1,41 @@
-"""How fast a kernel can be by its machine code: an estimate, made without a GPU.
+"""Estimates from the machine code how fast a kernel can be.
 
-A multiprocessor is taken for a closed queue in which its resident programs go round. A program waits for its loads,
-for exchanges between its threads and for results of its own instructions (a delay, in which others may run), takes its
-share of the memory's bandwidth, and takes its turns of the scheduler, or of the pipe that it needs longer. How often it
-comes round follows by mean-value analysis (Reiser and Lavenberg, 1980). The share of a copy's bandwidth is the time
-that the memory alone needs over the time that a round takes. docs/roofline.md compares it with what was measured.
+The model is a closed queueing network: the resident programs of a multiprocessor are the customers. In each round a
+program waits for loads, for exchanges between threads and for results of its own instructions (a delay, during which
+other programs run), then queues for memory bandwidth, and then for the scheduler or the busiest pipe. Mean-value
+analysis (Reiser and Lavenberg, 1980) gives the rate of rounds. The share of a copy's bandwidth is the time that memory
+alone needs for a round over the time of a round. docs/roofline.md compares estimates with measurements.
 """
 
 from typing import NamedTuple
 
-# What is aimed at, of a copy's bandwidth, in bfloat16.
+# The targets, as shares of a copy's bandwidth in bfloat16.
 FORWARD_TARGET, BACKWARD_TARGET = 0.95, 0.88
-# Clocks until what another lane of the warp gives is there; until all warps of a program are past a barrier; and until
-# an instruction may use the result of the one before. The first two are from published microbenchmarks of Volta to
-# Hopper, rounded; the last was chosen by the table in docs/roofline.md.
+# Latencies in clocks: of a warp shuffle, of a barrier over all warps of a program, and from one instruction to the next
+# that depends on it. The first two are rounded from published microbenchmarks of Volta to Hopper; the last was fitted
+# to the table in docs/roofline.md.
 _EXCHANGE, _BARRIER, _RESULT = 25, 40, 4
 _SCHEDULERS = 4
 _COMPUTED = ("instructions", "fp32", "integer", "special", "load/store")
 
 
 class Machine(NamedTuple):
-    """A card, and what a multiprocessor of it can do in a clock.
+    """A card, and the throughput of one of its multiprocessors.
 
     Attributes:
-        multiprocessors: how many, by NVIDIA's data sheets.
-        clock: the highest, in GHz, by `nvidia-smi -q -d CLOCK`; a card may run at less.
-        copy: bandwidth of a copy between two large tensors, reads and writes counted, in GB/s. Of an H200 it was
-            measured (`copy_gb_per_s` in benchmarks/results/nvidia-h200); of an H100 and a B200 it is the same share of
-            the data sheet's bandwidth, 0.88 of 3,350 and of 8,000: not measured.
-        cache: bandwidth of the second-level cache in GB/s: of an H100 PCIe, as published; of a B200, where none is
-            known here, as much more than its memory's as an H200's.
-        latency: of a load under load, in clocks: between the 500 to 600 of an idle Hopper, as published, and the 1,400
-            at which 23 KB a multiprocessor would be needed in flight; the error against what was measured hardly
-            changes from 800 to 1,200.
-        instructions, fp32, integer, special: lanes of all instructions and of these pipes: CUDA programming guide,
-            "throughput of native arithmetic instructions" for 9.0, taken for 10.0 too.
-        load_store: bytes between registers and the first-level cache or shared memory.
+        multiprocessors: their number, from NVIDIA's data sheets.
+        clock: the highest clock in GHz, from `nvidia-smi -q -d CLOCK`; a card may run slower.
+        copy: bandwidth in GB/s of a copy between two large tensors; reads and writes both count. The figure of the H200
+            was measured (`copy_gb_per_s` in benchmarks/results/nvidia-h200). Those of the H100 and the B200 were not:
+            they assume the same share of the data sheet's bandwidth, 0.88 of 3,350 and of 8,000.
+        cache: bandwidth of the second-level cache in GB/s, as published for an H100 PCIe. No figure for the B200 was at
+            hand; the entry assumes the H200's ratio of cache to memory bandwidth.
+        latency: clocks of a load when memory is busy. The value lies between the published 500 to 600 of an idle Hopper
+            and the 1,400 at which 23 KB a multiprocessor would have to be in flight. From 800 to 1,200 the error
+            against measurements hardly changes.
+        instructions, fp32, integer, special: lanes a clock, of all instructions and of these pipes, from the CUDA
+            programming guide, "throughput of native arithmetic instructions" for 9.0; used for 10.0 too.
+        load_store: bytes a clock between registers and the first-level cache or shared memory.
     """
 
     multiprocessors: int
@@ -60,26 +60,28 @@ MACHINES = {
     "H200": Machine(132, 1.98, 4220.0),
     "B200": Machine(148, 1.965, 7040.0, cache=9300.0),
 }
-# What a card's code is compiled for.
+# The architecture that a card's code is compiled for.
 ARCH = {"H100": "sm_90", "H200": "sm_90", "B200": "sm_100"}
 
 
 class Work(NamedTuple):
-    """What a kernel does, for an element of a tile and for a tile.
+    """The work of a kernel, for an element of a tile and for a tile.
 
     Attributes:
-        steady, instructions: lane instructions an element, in the loop over elements, and with what is done once a
-            program spread over its elements.
-        fp32, integer, special: those of the loop for these pipes; `load_store`, loads, stores and exchanges.
-        moved: bytes an element that these move between registers and the first-level cache.
-        memory: bytes an element that have to cross memory: large operands once, and partial sums.
+        steady: lane instructions an element in the loop over elements.
+        instructions: the same, plus the instructions that a program executes once, spread over the program's elements.
+        fp32, integer, special, load_store: the instructions of the loop by pipe; `load_store` has loads, stores and
+            exchanges.
+        moved: bytes an element that `load_store` moves between registers and the first-level cache.
+        memory: bytes an element that must cross memory: large operands once, and partial sums.
         again: bytes an element of large operands that are read again, from the second-level cache.
-        passes: how often the large operand is read that is read most often.
-        elements: of a tile, those that there are.
-        reads: bytes of a tile that can be asked for at once.
-        programs: that are resident on a multiprocessor; `warps`, of each.
+        passes: the largest number of times that a large operand is read.
+        elements: the elements of a tile that lie within the row.
+        reads: bytes of a tile that can be requested at once.
+        programs: resident programs a multiprocessor.
+        warps: warps a program.
         stages: steps of a program whose loads are in flight at once.
-        exchanges, barriers: that a step waits for, one after the other.
+        exchanges, barriers: the number of each in a step, all in sequence.
     """
 
     steady: float
@@ -102,15 +104,15 @@ class Work(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Of one kernel on one machine.
+    """The estimate for one kernel on one machine.
 
     Attributes:
-        share: of the bandwidth of a copy.
-        binds: what allows least by itself: "memory", "cache", "instructions", "fp32", "integer", "special",
-            "load/store" or "latency"; "overlap" where each allows all of it, and they do not fall together.
-        limits: the share that each alone allows, at most 1.
-        in_flight: bytes of loads that a multiprocessor has in flight at most.
-        needed: bytes that cover the latency at the copy's bandwidth.
+        share: the share of a copy's bandwidth.
+        binds: the tightest limit: "memory", "cache", "instructions", "fp32", "integer", "special", "load/store" or
+            "latency"; "overlap" if each alone allows the whole bandwidth, but not all of them together.
+        limits: the share that each limit alone allows, at most 1.
+        in_flight: the most bytes of loads that a multiprocessor has in flight.
+        needed: the bytes in flight that hide the latency at a copy's bandwidth.
     """
 
     share: float
@@ -121,12 +123,12 @@ class Estimate(NamedTuple):
 
 
 def target(name: str) -> float:
-    """The share that is aimed at for a kernel of this name."""
+    """Return the target share for a kernel of this name."""
     return BACKWARD_TARGET if "backward" in name or "sums" in name else FORWARD_TARGET
 
 
 def estimate(work: Work, machine: Machine) -> Estimate:
-    """What the work allows on the machine."""
+    """Estimate the share of a copy's bandwidth that a kernel reaches on a machine."""
     clocks = {
         "memory": work.memory / machine.bytes_a_clock,
         "cache": (work.memory + work.again) / machine.bytes_a_clock * machine.copy / machine.cache,
@@ -138,7 +140,7 @@ def estimate(work: Work, machine: Machine) -> Estimate:
     }
     computing = max(clocks[name] for name in _COMPUTED) * work.elements
     memory, fetching = clocks["memory"] * work.elements, max(clocks["memory"], clocks["cache"]) * work.elements
-    # Alone a program cannot fill the schedulers: each of its warps waits for its own results.
+    # A single program cannot fill the schedulers, since each warp waits for its own results.
     alone = computing * max(_RESULT * _SCHEDULERS / work.warps - 1, 0)
     delay = machine.latency + work.exchanges * _EXCHANGE + work.barriers * _BARRIER + alone
     rounds = work.programs * max(work.stages - 1, 1)
@@ -152,7 +154,7 @@ def estimate(work: Work, machine: Machine) -> Estimate:
 
 
 def _rate(customers: int, delay: float, *stations: float) -> float:
-    """Rounds a clock in a closed queue of that many customers, by mean-value analysis, one customer more at a time."""
+    """Return the rounds a clock in a closed queueing network, by mean-value analysis: one more customer at a time."""
     queues = [0.0] * len(stations)
     rate = 0.0
     for many in range(1, customers + 1):

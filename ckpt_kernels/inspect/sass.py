@@ -1,10 +1,11 @@
-"""What a kernel's machine code does: the listing that nvdisasm prints, read.
+"""Parses the machine code of a kernel (SASS), as nvdisasm prints it, into basic blocks, and finds the loops.
 
     "        /*0ae0*/              @!P0 LDG.E.128 R64, desc[UR30][R36.64+0x1000] ;"
 
 is an instruction at 0xae0, guarded by a predicate, with the opcode LDG and modifiers. Labels end in colons; branches
-name them in backquotes. Of these the blocks that can be reached are found, and the loops: a loop is what lies between a
-branch back and the block that it goes to, where no way leads but past that block (a natural loop).
+name labels in backquotes. Only reachable blocks are kept. The loops are natural loops: a back edge goes to a block, the
+head, that dominates the source of the edge, and the loop is the head with all blocks that reach the edge without
+passing the head.
 """
 
 import re
@@ -18,8 +19,8 @@ _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*
 _LABEL = re.compile(r"^(\.[\w$.]+):")
 _TARGET = re.compile(r"`\((\.[\w$.]+)\)")
 
-# First words of opcodes. What is in no line is "other": control, barriers, and the uniform datapath, whose results all
-# threads of a warp share; it takes a turn of the scheduler like all the rest.
+# Opcodes without modifiers. All others are "other": control flow, barriers, and the uniform datapath, whose results all
+# threads of a warp share. They take an issue slot of the scheduler as all instructions do.
 _FP32 = {"FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "HMUL2", "IMAD"}
 _SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"}
 _LOAD_STORE = {"LDG", "STG", "LDS", "STS", "LDL", "STL", "LD", "ST", "LDGSTS", "LDSM", "STSM", "SHFL", "ATOM", "ATOMG",
@@ -31,7 +32,7 @@ _GLOBAL = {"LDG", "STG", "LDGSTS"}
 
 
 class Instruction(NamedTuple):
-    """One instruction; `target` is the label that a branch goes to."""
+    """One instruction; `target` is the label of a branch."""
 
     opcode: str
     operands: str = ""
@@ -45,7 +46,7 @@ class Instruction(NamedTuple):
 
     @property
     def pipe(self) -> str:
-        """Where it is executed, one of PIPES: "integer" are also comparisons, selections and conversions in pairs."""
+        """The pipe, one of PIPES. Comparisons, selections and conversions in pairs belong to "integer"."""
         for pipe, names in zip(PIPES, (_FP32, _INTEGER, _SPECIAL, _LOAD_STORE), strict=False):
             if self.name in names:
                 return pipe
@@ -53,7 +54,7 @@ class Instruction(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Bytes that a thread moves, of global, shared or local memory; 0 where it moves none."""
+        """The bytes that a thread moves to or from global, shared or local memory; 0 for other instructions."""
         if self.pipe != "load/store" or self.name == "SHFL":
             return 0
         bits = re.search(r"\.(?:[US])?(8|16|32|64|128)\b", self.opcode)
@@ -61,23 +62,23 @@ class Instruction(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Instructions that run one after the other, and the blocks that may come next, by number."""
+    """A basic block: instructions in sequence, and the numbers of the successors."""
 
     instructions: list[Instruction]
     next: list[int]
 
 
 def parse(listing: str) -> list[Block]:
-    """The blocks of the first function of a listing, those that can be reached, in order.
+    """Return the reachable blocks of the first function of a listing, in order.
 
     Args:
-        listing: what `nvdisasm -c` prints of a cubin.
+        listing: the output of `nvdisasm -c` for a cubin.
 
     Returns:
-        A list of `Block`, the first being where the kernel begins.
+        A list of `Block`; the kernel begins with the first.
 
     Raises:
-        ValueError: there is no instruction in it.
+        ValueError: the listing has no instruction.
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -86,9 +87,9 @@ def parse(listing: str) -> list[Block]:
             if label[1].startswith(".text.") and instructions:
                 break
             labels[label[1]] = len(instructions)
-        elif found := _LINE.search(line):
-            target = _TARGET.search(found[3])
-            guard, opcode, operands = found[1], found[2], found[3].strip()
+        elif match := _LINE.search(line):
+            target = _TARGET.search(match[3])
+            guard, opcode, operands = match[1], match[2], match[3].strip()
             instructions.append(
                 Instruction(opcode, operands, guard not in (None, "PT", "UPT"), target[1] if target else "")
             )
@@ -98,7 +99,7 @@ def parse(listing: str) -> list[Block]:
 
 
 def _blocks(instructions: Sequence[Instruction], labels: dict[str, int]) -> list[Block]:
-    """Cut before each label and after each branch."""
+    """Cut the instructions into blocks, before each label and after each branch."""
     leaves = {"BRA", "EXIT", "RET", "BRX", "JMP"}
     cuts = {0, *labels.values(), *(i + 1 for i, one in enumerate(instructions) if one.name in leaves)}
     starts = sorted(cut for cut in cuts if cut < len(instructions))
@@ -107,15 +108,16 @@ def _blocks(instructions: Sequence[Instruction], labels: dict[str, int]) -> list
     for start, end in zip(starts, [*starts[1:], len(instructions)], strict=True):
         last = instructions[end - 1]
         following = [number[labels[last.target]]] if last.name == "BRA" and labels.get(last.target) in number else []
-        # A guarded branch, or one that asks a predicate itself, may not be taken; a call comes back.
-        asks = last.guarded or (last.name == "BRA" and re.match(r"!?U?P\d", last.operands))
-        if (last.name not in leaves or asks) and end in number:
+        # A guarded branch, or one with a predicate operand, may fall through. A call returns.
+        is_conditional = last.guarded or (last.name == "BRA" and re.match(r"!?U?P\d", last.operands))
+        if (last.name not in leaves or is_conditional) and end in number:
             following.append(number[end])
         blocks.append(Block(list(instructions[start:end]), following))
     return blocks
 
 
 def _reachable(blocks: list[Block]) -> list[Block]:
+    """Drop unreachable blocks and renumber the others."""
     seen, to_see = {0}, [0]
     while to_see:
         new = [b for b in blocks[to_see.pop()].next if b not in seen]
@@ -126,39 +128,43 @@ def _reachable(blocks: list[Block]) -> list[Block]:
 
 
 def innermost_loops(blocks: Sequence[Block]) -> list[list[int]]:
-    """The loops that have no other in them, each as the numbers of its blocks, in order of address."""
-    before: list[set[int]] = [set() for _ in blocks]
+    """Return the loops that contain no other loop, each as a list of block numbers, in order of address."""
+    predecessors: list[set[int]] = [set() for _ in blocks]
     for number, block in enumerate(blocks):
         for following in block.next:
-            before[following].add(number)
-    # Which blocks every way to a block leads past.
-    past = [{0}] + [set(range(len(blocks)))] * (len(blocks) - 1)
+            predecessors[following].add(number)
+    # dominators[b]: the blocks on every path from the entry to block b.
+    dominators = [{0}] + [set(range(len(blocks)))] * (len(blocks) - 1)
     changed = True
     while changed:
         changed = False
         for number in range(1, len(blocks)):
-            found = set.intersection(*(past[b] for b in before[number])) | {number}
-            changed |= found != past[number]
-            past[number] = found
+            common = set.intersection(*(dominators[b] for b in predecessors[number])) | {number}
+            changed |= common != dominators[number]
+            dominators[number] = common
     loops: dict[int, set[int]] = {}
     for number, block in enumerate(blocks):
         for head in block.next:
-            if head in past[number]:
+            if head in dominators[number]:
                 body, to_see = loops.setdefault(head, {head}), [number]
                 while to_see:
                     if (one := to_see.pop()) not in body:
                         body.add(one)
-                        to_see += before[one]
+                        to_see += predecessors[one]
     bodies = list(loops.values())
     inner = [b for b in bodies if not any(other < b for other in bodies)]
     return sorted(sorted(body) for body in inner)
 
 
 class Counts(NamedTuple):
-    """Instructions of a thread, by pipe, and what they move.
+    """The instructions of a thread by pipe, and the bytes that they move.
 
-    `loaded` and `stored` are bytes of global memory, `shared` those of shared memory; `exchanges` between the lanes of
-    a warp and `barriers` of a program's warps are what a thread waits for in turn.
+    Attributes:
+        pipes: the number of instructions by pipe.
+        loaded, stored: bytes of global memory.
+        shared: bytes of shared memory.
+        exchanges: shuffles between the lanes of a warp.
+        barriers: barriers between the warps of a program.
     """
 
     pipes: Counter[str]
@@ -174,17 +180,17 @@ class Counts(NamedTuple):
 
 
 def count(instructions: Iterable[Instruction]) -> Counts:
-    """Counts of these instructions, each as often as it comes."""
-    given = list(instructions)
+    """Count instructions; an instruction counts as often as the iterable has it."""
+    instructions = list(instructions)
     bytes_of: Counter[str] = Counter()
-    for one in given:
+    for one in instructions:
         if one.name in _GLOBAL:
             bytes_of["stored" if one.name == "STG" else "loaded"] += one.width
         if one.name in ("LDS", "STS", "LDGSTS"):
             bytes_of["shared"] += one.width
-    names = Counter(one.name for one in given)
+    names = Counter(one.name for one in instructions)
     return Counts(
-        Counter(one.pipe for one in given),
+        Counter(one.pipe for one in instructions),
         bytes_of["loaded"],
         bytes_of["stored"],
         bytes_of["shared"],

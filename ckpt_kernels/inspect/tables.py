@@ -1,4 +1,4 @@
-"""What `inspect` prints and writes."""
+"""Formats the output of `inspect` as tables and as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from .kernels import PROCESSORS, SIZES, Usage
 from .roofline import ARCH, MACHINES, Estimate, Work, estimate, target
 
 _LEGEND = (
-    "columns: the length of a row. warps: of a block. registers: of a thread. spills: bytes of a thread that",
-    "registers had no room for, which should be 0. shared: bytes of a block. occupancy: the share of a",
-    "multiprocessor's warps that registers and shared memory leave room for. instructions: of the code, before the",
-    "assembler. accesses: the widths in bytes of those of global memory, of which 16 should be one.",
-    "tensors: what the code reads and writes, once through and in accesses of 16 bytes, as tensors of the tile's",
-    "size; weights, which all programs share, and partial sums are in it. floor: operands of that size.",
+    "columns: the length of a row. warps: a thread block. registers: a thread. spills: bytes a thread, which should",
+    "be 0. shared: bytes of shared memory a thread block. occupancy: the share of a multiprocessor's warps that",
+    "registers and shared memory leave room for. instructions: of the PTX, or of an AMD kernel's assembly.",
+    "accesses: the widths in bytes of the accesses to global memory; 16 should be among them.",
+    "tensors: the bytes of all 16-byte accesses, each counted once, over the bytes of a tile; weights, which all",
+    "programs share, and partial sums count too. floor: operands as large as the input.",
 )
 _LEGEND_OF_ESTIMATES = (
-    "Estimates, not measured: the share of a copy's bandwidth that the machine code allows, worst first; how they are",
-    "made, and how far they were from what was measured, is in docs/roofline.md. binds: what allows least.",
-    "steady, all: instructions an element, in the loop over elements and with what is done once a program, and of the",
-    "first those for fp32, integer, special functions and load/store. programs: resident on a multiprocessor.",
-    "flight, needed: KiB of loads that it has in flight, and those that hide the latency. passes: how often a large",
-    "operand is read. target: 95% forward and 88% backward, of bfloat16.",
+    "Estimates, not measured: the share of a copy's bandwidth that the machine code allows, worst first;",
+    "docs/roofline.md describes the model and compares estimates with measurements. binds: the tightest limit.",
+    "steady: instructions an element in the loop over elements; all: the same, plus instructions once a program.",
+    "fp32, integer, special, load/store: the instructions of the loop by pipe. programs: resident on a",
+    "multiprocessor. flight, needed: KiB of loads that a multiprocessor has in flight, and KiB that hide the latency.",
+    "passes: how often a large operand is read. target: 95% forward and 88% backward, in bfloat16.",
 )
 
 
@@ -32,12 +32,12 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def report(usages: Sequence[Usage], libraries: Sequence[Library], arch: str) -> str:
-    """As a table."""
+    """Return the resources of kernels as a table with a legend."""
     processor = PROCESSORS[arch]
     head = ("kernel", "columns", "dtype", "warps", "registers", "spills", "shared", "occupancy", "instructions")
     rows = [(*head, "accesses", "tensors", "floor", "estimate")]
     for usage in usages:
-        # Of a tensor of 2**26 elements, at the published bandwidth and no faster.
+        # The time for operands of 2**26 elements at the published bandwidth.
         seconds = usage.floor * (SIZES[usage.dtype] << 26) / (processor.bandwidth * 1e9)
         rows.append(
             (
@@ -74,30 +74,32 @@ def report(usages: Sequence[Usage], libraries: Sequence[Library], arch: str) -> 
 
 
 def estimates(usage: Usage, arch: str) -> dict[str, Estimate]:
-    """By machine, of those that run code for `arch`; none where the kernel's work is not known."""
+    """Return the estimates for the machines that run `arch`, by name; empty if the kernel's work was not analysed."""
     if usage.work is None:
         return {}
     return {name: estimate(usage.work, machine) for name, machine in MACHINES.items() if ARCH[name] == arch}
 
 
 def below_target(usages: Sequence[Usage], arch: str) -> list[Usage]:
-    """The kernels in bfloat16 that are estimated to stay below target, on the machine whose memory is the hardest to
-    keep busy, worst first."""
+    """Return the bfloat16 kernels with an estimate below target, worst first.
+
+    The estimate is for the machine with the most memory bandwidth a clock, where the target is the hardest to reach.
+    """
     hardest = _machines(arch)[-1]
     aimed = [usage for usage in usages if usage.dtype == "bf16"]
     return [usage for usage in _worst_first(aimed, arch) if _to_target(usage, hardest) < 1]
 
 
 def worst(usages: Sequence[Usage], arch: str, count: int) -> str:
-    """The kernels that are estimated to reach least of a copy's bandwidth, as a table.
+    """Return a table of the kernels with the lowest estimates.
 
     Args:
-        usages: kernels whose work is known.
-        arch: what they were compiled for, "sm_90" or "sm_100".
-        count: how many to show.
+        usages: kernels compiled with `work=True`.
+        arch: the architecture that the kernels were compiled for, "sm_90" or "sm_100".
+        count: the number of rows.
 
     Returns:
-        The table, and what its columns are.
+        The table with a legend.
     """
     machines = _machines(arch)
     rows: list[Sequence[str]] = [
@@ -107,7 +109,7 @@ def worst(usages: Sequence[Usage], arch: str, count: int) -> str:
         )
     ]
     for usage in _worst_first(usages, arch)[:count]:
-        work, by_machine = known(usage), estimates(usage, arch)
+        work, by_machine = required_work(usage), estimates(usage, arch)
         one = by_machine[machines[-1]]
         counts = (work.steady, work.instructions, work.fp32, work.integer, work.special, work.load_store)
         rows.append(
@@ -126,11 +128,11 @@ def worst(usages: Sequence[Usage], arch: str, count: int) -> str:
     return "\n".join([*_table(rows), "", *_LEGEND_OF_ESTIMATES, summary])
 
 
-def known(usage: Usage) -> Work:
-    """The kernel's work.
+def required_work(usage: Usage) -> Work:
+    """Return the work of a kernel.
 
     Raises:
-        ValueError: it was not asked for when the kernel was compiled.
+        ValueError: the kernel was compiled without `work=True`.
     """
     if usage.work is None:
         raise ValueError(f"the work of {usage.name!r} is not known; expected kernels of triton_kernels(..., work=True)")
@@ -138,15 +140,15 @@ def known(usage: Usage) -> Work:
 
 
 def _machines(arch: str) -> list[str]:
-    """Those that run code for `arch`, the one whose memory is the hardest to keep busy last."""
-    found = [name for name in MACHINES if ARCH[name] == arch]
-    if not found:
+    """Return the machines that run `arch`, in ascending order of memory bandwidth a clock."""
+    names = [name for name in MACHINES if ARCH[name] == arch]
+    if not names:
         raise ValueError(f"arch is {arch!r}; expected one of a known machine: {', '.join(sorted(set(ARCH.values())))}")
-    return sorted(found, key=lambda name: MACHINES[name].bytes_a_clock)
+    return sorted(names, key=lambda name: MACHINES[name].bytes_a_clock)
 
 
 def _to_target(usage: Usage, machine: str) -> float:
-    return estimate(known(usage), MACHINES[machine]).share / target(usage.name)
+    return estimate(required_work(usage), MACHINES[machine]).share / target(usage.name)
 
 
 def _worst_first(usages: Sequence[Usage], arch: str) -> list[Usage]:
@@ -155,7 +157,7 @@ def _worst_first(usages: Sequence[Usage], arch: str) -> list[Usage]:
 
 
 def to_json(usages: Sequence[Usage], libraries: Sequence[Library], arch: str) -> str:
-    """All of it as data: {"triton": [...], "cuda": [...]}, with a kernel's work and its estimates by machine."""
+    """Return the report as JSON: {"triton": [...], "cuda": [...]}, with the work and the estimates of each kernel."""
     kernels = [
         asdict(usage)
         | {"work": None if usage.work is None else usage.work._asdict()}

@@ -1,6 +1,6 @@
-"""The kernels that the launch tables choose for blocks of the catalogue, with the arguments that launchers give them.
+"""Enumerates the kernels that the launchers choose for blocks of the catalogue, with the arguments of each launch.
 
-Each block runs forward and backward on tensors of torch's meta device. The Triton backend records such launches instead
+Each block runs forward and backward on tensors on torch's meta device. The Triton backend records such launches instead
 of running them.
 """
 
@@ -21,11 +21,11 @@ from ..catalogue.blocks import BY_NAME
 from ..catalogue.linear import act_linear, gated_mlp, norm_linear, packed_gated_mlp
 from ..recompute import discard_outputs
 
-# A prime, so that no size derived from it is a multiple of something by chance.
+# A prime, so that no derived size is a multiple of 16 by chance, which Triton would specialize on.
 ROWS = 4099
 _HEADS, _LONGEST_HEAD = 9, 1024
 
-# One activation for each place that one can take.
+# One activation for each place of an activation.
 _BLOCKS = (
     "layer_norm+gelu",
     "silu+rms_norm (offset)",
@@ -39,10 +39,10 @@ _BLOCKS = (
 )
 _CHANNEL_NORM = "group_norm+silu"
 _ROTARIES = ("rotary", "rotary (interleaved)", "rms_norm+rotary", "layer_norm+rotary (interleaved)")
-# A discarded output of this block is computed again by a forward kernel that reads the statistics.
+# A forward kernel that reads the statistics recomputes a discarded output of this block.
 _REBUILT = "layer_norm+gelu"
-# Blocks before a linear layer, whose backward kernels write the output again for the gradient of the layer's weight;
-# the columns of the block for one of the input's.
+# Blocks before a linear layer, whose backward kernels write the output again for the gradient of the layer's weight,
+# each with the ratio of the block's columns to the input's.
 _BEFORE_LINEAR = (
     (norm_linear("layer_norm+gelu", activation="gelu"), 1),
     (act_linear("bias_act (gelu)", activation="gelu"), 1),
@@ -56,10 +56,10 @@ class Variant(NamedTuple):
     """One recorded launch.
 
     Attributes:
-        name: of the block and the pass.
-        launch: as it was recorded.
-        elements: of a large operand.
-        columns: of a row as the kernel takes it. A gate of contiguous tensors is one long row.
+        name: the name of the block and the pass.
+        launch: the recorded launch.
+        elements: the number of elements of a large operand.
+        columns: the columns of a row in the kernel. A glu of contiguous tensors is one long row.
     """
 
     name: str
@@ -69,17 +69,17 @@ class Variant(NamedTuple):
 
 
 def variant(name: str, launch: Launch, columns: int) -> Variant:
-    """A recorded launch for rows of so many columns, of which there are 4,099."""
-    taken = next((argument.columns for argument in launch.arguments if isinstance(argument, Shape)), columns)
-    return Variant(name, launch, ROWS * columns, taken)
+    """Return the variant of a recorded launch for 4,099 rows of `columns` columns."""
+    kernel_columns = next((argument.columns for argument in launch.arguments if isinstance(argument, Shape)), columns)
+    return Variant(name, launch, ROWS * columns, kernel_columns)
 
 
 def launches(call: Function, operands: Operands) -> dict[str, list[Launch]]:
-    """The launches of a forward and a backward pass, without those that add up the programs' shares of sums.
+    """Record the launches of a forward and a backward pass, except for those that add up partial sums.
 
     Args:
         call: a block's function, called with the operands by name.
-        operands: tensors of the meta device.
+        operands: tensors on the meta device.
 
     Returns:
         The launches in order, by pass: "forward" and "backward".
@@ -91,16 +91,16 @@ def launches(call: Function, operands: Operands) -> dict[str, list[Launch]]:
         with launch.recording() as backward:
             torch.autograd.grad(outputs, wanted, [torch.empty_like(output) for output in outputs])
     passes = {"forward": forward, "backward": backward}
-    return {name: [one for one in found if one.kernel is not column_sums_kernel] for name, found in passes.items()}
+    return {name: [one for one in own if one.kernel is not column_sums_kernel] for name, own in passes.items()}
 
 
 def block_operands(name: str, columns: int, dtype: torch.dtype) -> Operands:
-    """Operands of a block of the catalogue on the meta device: 4,099 rows, planes or positions.
+    """Return operands of a block of the catalogue on the meta device: 4,099 rows, planes or positions.
 
     Args:
-        name: of the block.
+        name: the name of the block.
         columns: the length of a row, of a plane, or of a head.
-        dtype: of all operands but the tables of a rotation, which models keep in float32.
+        dtype: the dtype of all operands except the tables of a rotation, which models keep in float32.
     """
     block = BY_NAME[name]
     lead = (1, _HEADS, ROWS) if block.tables else (1, ROWS)
@@ -109,7 +109,7 @@ def block_operands(name: str, columns: int, dtype: torch.dtype) -> Operands:
 
 
 def variants(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
-    """Every family's kernels for rows of this length, a plane of this many elements or rows of this many channels."""
+    """Yield the kernels of all families for rows with `columns` columns, planes with as many elements, or channels."""
     for name in (*_BLOCKS, _CHANNEL_NORM, *(_ROTARIES if columns <= _LONGEST_HEAD else ())):
         yield from _variants(name, launches(BY_NAME[name].call, block_operands(name, columns, dtype)), columns)
     name = f"{_CHANNEL_NORM} (channels last)"
@@ -123,7 +123,7 @@ def variants(columns: int, dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _variants(name: str, passes: Mapping[str, list[Launch]], columns: int) -> Iterator[Variant]:
-    """Each launch, named by block and pass; where a pass launches several kernels, by the kernel too."""
+    """Yield each launch, named by block and pass, and by kernel if a pass launches several."""
     for direction, launched in passes.items():
         for one in launched:
             kernel = one.kernel.fn.__name__.removesuffix("_kernel").replace("_", " ")
@@ -137,7 +137,7 @@ def _channels_last(channels: int, dtype: torch.dtype) -> Operands:
 
 
 def _read_by_linear(**operands: Tensor) -> tuple[Tensor, ...]:
-    """A linear layer of a discarded output, whose backward pass begins with the output again."""
+    """Apply a linear layer to a discarded output, which the backward pass recomputes first."""
     with discard_outputs():
         (output,) = BY_NAME[_REBUILT].call(**operands)
         return (F.linear(output, output.new_empty(1, output.shape[-1]).requires_grad_()),)

@@ -64,8 +64,8 @@ class CheckpointKernelsPlugin(BasePlugin):
             model: the model.
 
         Raises:
-            TypeError, ValueError: `ckpt_kernels_recompute` is nothing that is known, or is a budget and the
-                configuration says no `micro_batch_size` or no `sequence_len`.
+            TypeError, ValueError: `ckpt_kernels_recompute` has no known form, or is a budget and the configuration
+                has no `micro_batch_size` or no `sequence_len`.
             DoesNotFit: no choice fits the budget.
         """
         warn_of_checkpointing(cfg.gradient_checkpointing)

@@ -1,4 +1,4 @@
-"""One file a family: a block declared once. Which backend computes is not known here."""
+"""The ops, one file for each family of blocks. A block is declared once; the ops do not know which backend computes."""
 
 from . import (
     bias_act,

@@ -1,15 +1,16 @@
-"""Gradients of weights that are added up over parts of the rows, in one buffer."""
+"""Accumulates gradients of weights over parts of the rows, in one buffer."""
 
 import torch
 from torch import Tensor
 
-_HALVES = (torch.bfloat16, torch.float16)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def buffer_for(weight: Tensor, products: torch.dtype) -> Tensor:
-    """Zeros of the weight's shape, wide enough that adding up loses nothing: float32, or float64 for such products."""
-    wide = torch.float32 if products in _HALVES else products
-    return torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format)
+def buffer_for(weight: Tensor, product_dtype: torch.dtype) -> Tensor:
+    """Zeros of the weight's shape, in a dtype that accumulates without loss: float32, or float64 for float64
+    products."""
+    dtype = torch.float32 if product_dtype in _HALF_DTYPES else product_dtype
+    return torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def add_product(buffer: Tensor, grad: Tensor, input: Tensor) -> None:
@@ -19,10 +20,11 @@ def add_product(buffer: Tensor, grad: Tensor, input: Tensor) -> None:
     elif grad.is_cuda:
         buffer.add_(torch.mm(grad.t(), input, out_dtype=buffer.dtype))
     else:
-        # torch multiplies halves into float32 on CUDA alone: a product of halves would be rounded before it is added.
+        # Only on CUDA torch multiplies half-precision matrices into float32. A half-precision product would be rounded
+        # before it is added.
         buffer.addmm_(grad.t().to(buffer.dtype), input.to(buffer.dtype))
 
 
 def add_sum(buffer: Tensor, grad: Tensor) -> None:
-    """Adds the sum of the rows."""
+    """Adds the sum of the rows to the buffer."""
     buffer.add_(grad.sum(0, dtype=buffer.dtype))

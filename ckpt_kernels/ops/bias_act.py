@@ -1,8 +1,8 @@
 """The bias_act op: dropout(activation(input + bias)).
 
-What it keeps is the least that its gradient needs: nothing where the activation is the identity; the output, which
-whatever reads it keeps too, where the output's sign says what the input's would; else the input. And the dropout's
-seed, not its mask.
+The op keeps as little as the gradient needs: no tensor if the activation is the identity; the output, which its reader
+keeps too, if the sign of the output equals that of the input; else the input. For dropout the seed is kept, and no
+mask.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,9 @@ from .operands import (
 )
 from .sharding import Sharding, every_dim, last_of_input, like_input, seed
 
-# Torch lays their gradients out as it did the forward pass's tensors, and those of all others as grad_output lies.
-_GRADIENT_LIES_AS_KEPT = ("relu", "leaky_relu", "relu_squared")
+# For these activations torch's gradients have the strides of the forward pass's tensors; for all others, those of
+# grad_output.
+_GRADIENT_LIKE_KEPT = ("relu", "leaky_relu", "relu_squared")
 
 
 class Options(NamedTuple):
@@ -54,8 +55,8 @@ class _BiasAct(Block):
     def forward(self, input: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options) -> tuple[Tensor]:
         output = elementwise_empty(input)
         if output.numel():
-            lying, target = layout_and_target(output, input.shape, _ordered(input, bias, seed))
-            rows, output_rows = _matrices(bias, seed, lying, input, target)
+            layout, target = layout_and_target(output, input.shape, _fixed_dims(input, bias, seed))
+            rows, output_rows = _matrices(bias, seed, layout, input, target)
             backends.select(input).bias_act_forward(rows, vector(bias), seed, output_rows, *options)
             if target is not output:
                 output.copy_(target)
@@ -68,8 +69,7 @@ class _BiasAct(Block):
         return (kept, bias, seed), options
 
     def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor]) -> tuple | None:
-        """Where the input is kept, or may have a recipe; else the reader's copy of the output is the only one there is,
-        or is kept anyway."""
+        """None if the output is kept anyway. A recipe needs a kept input, or an input with a recipe."""
         activation, seed = arguments[-1].activation, arguments[2]
         if activation in SIGNED_BY_OUTPUT or (activation == "identity" and seed is None):
             return None
@@ -80,14 +80,14 @@ class _BiasAct(Block):
     ) -> Sequence[Tensor | None]:
         (grad_output,), (kept, bias, seed) = grads, kept
         if kept is None:
-            # The gradient goes the way that the input went.
+            # The gradient takes the same path as the input.
             (grad_input,) = self.forward(grad_output, None, seed, Options("identity", options.dropout_p))
             return grad_input if wanted[0] else None, column_sum(grad_input, bias) if wanted[1] else None
         grad_input = _empty_gradient(grad_output, kept, options) if wanted[0] else None
         grad_bias = wide_empty(bias, reference.compute_dtype(kept.dtype)) if wanted[1] else None
         if kept.numel():
-            lying, target = layout_and_target(grad_input, kept.shape, _ordered(kept, bias, seed))
-            rows, kept_rows, grad_rows = _matrices(bias, seed, lying, grad_output, kept, target)
+            layout, target = layout_and_target(grad_input, kept.shape, _fixed_dims(kept, bias, seed))
+            rows, kept_rows, grad_rows = _matrices(bias, seed, layout, grad_output, kept, target)
             added = None if options.activation in SIGNED_BY_OUTPUT else vector(bias)
             backend = backends.select(kept)
             backend.bias_act_backward(rows, kept_rows, added, seed, grad_rows, grad_bias, None, *options)
@@ -124,7 +124,7 @@ class _BiasAct(Block):
         by_output = options.activation in SIGNED_BY_OUTPUT
 
         def block(input: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-            # In the output the bias is there already: one that is zero, with the same gradient.
+            # The output includes the bias already. This term is zero, but has the bias's gradient.
             added = bias - bias.detach() if by_output and bias is not None else bias
             return self.composition(input, added, seed, options)
 
@@ -134,18 +134,18 @@ class _BiasAct(Block):
 bias_act = _BiasAct()
 
 
-def _ordered(input: Tensor, bias: Tensor | None, seed: Tensor | None) -> int:
-    """How many of the last dimensions go by the shape: a dropout mask by rows and columns, a bias by columns."""
+def _fixed_dims(input: Tensor, bias: Tensor | None, seed: Tensor | None) -> int:
+    """How many of the last dimensions must keep their order: all for a dropout mask, one for a bias."""
     return input.dim() if seed is not None else 0 if bias is None else 1
 
 
-def _matrices(bias: Tensor | None, seed: Tensor | None, lying: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """By rows of the last dimension, which the bias and the dropout go by, where there is one of these."""
-    return as_matrices(lying, *tensors, columns=None if bias is None and seed is None else last_columns(lying))
+def _matrices(bias: Tensor | None, seed: Tensor | None, layout: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as matrices, with rows along the last dimension if there is a bias or dropout."""
+    return as_matrices(layout, *tensors, columns=None if bias is None and seed is None else last_columns(layout))
 
 
 def _empty_gradient(grad_output: Tensor, kept: Tensor, options: Options) -> Tensor:
-    as_kept = options.activation in _GRADIENT_LIES_AS_KEPT
+    as_kept = options.activation in _GRADIENT_LIKE_KEPT
     return elementwise_empty(*((kept, grad_output) if as_kept else (grad_output, kept)))
 
 
@@ -157,9 +157,9 @@ def gradient(
     wanted: bool,
     rewrite: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The input's gradient from the input, without a bias, and the output again, as `forward` made it, if asked for.
+    """The gradient of the input, without a bias; and the output, recomputed, if `rewrite`.
 
-    `grad_output` is the caller's to give away: the gradient is written over it where it fits, element by element.
+    The caller gives `grad_output` away: the gradient overwrites that tensor, element by element, if the sizes fit.
     """
     grad_output = grad_output.contiguous()
     grad_input = reuse_or_allocate(grad_output, input) if wanted else None

@@ -1,4 +1,4 @@
-"""A block, declared once: its op, the op of its gradients, their schemas, autograd rules and recipe follow from it."""
+"""A block, declared once: the op, the op of the gradients, their schemas, autograd rules and recipe follow."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,22 +15,22 @@ _SCHEMA_TYPES = {int: "SymInt", float: "float", bool: "bool", str: "str"}
 
 
 class NoOptions(NamedTuple):
-    """Those of a block that is all said by its tensors."""
+    """The options of a block that only takes tensors."""
 
 
 class Block(Registered):
-    """The op of a block. A subclass says what the block is:
+    """The op of a block. A subclass declares the block:
 
-    - `name`, and `operands`: the tensors' schema; the first `differentiable` of them have gradients.
-    - `options`: a NamedTuple class of all that is not a tensor, if there is any.
-    - `results`: their names; see `Registered` for how many a call returns, and how many have gradients.
-    - `kept`, `kept_options`: schema and options of what the gradient needs, where this is not operands and options.
-    - `elementwise`: whether it goes element by element, so that products which it reads are worth running again where
-      memory matters most.
-    - `empty`: memory for the results, which is the fake too; `forward` fills it.
-    - `gradients(grads, kept, options, wanted)`: of the differentiable operands, None for those not wanted.
-    - `composition`: the same results by differentiable operators of torch's.
-    - and what differs from what is defined here.
+    - `name`, and `operands`: the schema of the tensors. The first `differentiable` of them have gradients.
+    - `options`: a NamedTuple class of all arguments that are no tensors, if there are any.
+    - `results`: the names of the results; see `Registered` for how many a call returns, and how many have gradients.
+    - `kept`, `kept_options`: the schema and options that the gradient needs, if they are not operands and options.
+    - `elementwise`: whether the op is elementwise, so that matrix products that it reads are worth running again if
+      memory is short.
+    - `empty`: allocates the results, and serves as the fake function; `forward` computes them.
+    - `gradients(grads, kept, options, wanted)`: the gradients of the differentiable operands, None where not wanted.
+    - `composition`: the same results by differentiable torch ops.
+    - overrides of the methods defined here.
     """
 
     name: str
@@ -57,11 +57,12 @@ class Block(Registered):
         raise NotImplementedError
 
     def keep(self, arguments: Sequence[Any], results: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple:
-        """What is kept for backward: the tensors, and the options of the gradient."""
+        """The tensors that are kept for backward, and the options of the gradient."""
         return arguments[:-1], arguments[-1]
 
     def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> recompute.Announcement:
-        """How the first result can be had again from what is kept: a function and its tensors; None if it cannot."""
+        """A function and the kept tensors from which the function recomputes the first result; None if that is
+        impossible."""
         options, strides = arguments[-1], results[0].stride()
 
         def rebuild(*operands: Tensor | None) -> Tensor:
@@ -73,23 +74,23 @@ class Block(Registered):
     def differentiated(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """The gradients by the op of these; None for those not wanted."""
-        found = self.gradient_op(*grads, *kept, (options, wanted))
-        return [g if w else None for g, w in zip(found, wanted, strict=True)]
+        """The gradients, computed by the gradient op; None where not wanted."""
+        results = self.gradient_op(*grads, *kept, (options, wanted))
+        return [g if w else None for g, w in zip(results, wanted, strict=True)]
 
     def empty_gradients(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """Tensors like the gradients, where each is contiguous and like an operand that is kept."""
+        """Allocates the gradients, each contiguous and in the shape of the kept operand."""
         return [contiguous(t) if w and t is not None else None for t, w in zip(kept, wanted, strict=False)]
 
     def first_order(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """The same as `gradients`, as a graph, where all operands are kept and have gradients."""
+        """The same gradients as a differentiable graph, if all operands are kept and have gradients."""
         return reference.gradients(lambda *operands: self.composition(*operands, options), kept, grads, wanted)
 
-    # What follows from that.
+    # Derived from the declaration.
 
     def flattened(self, options: Any) -> tuple:
         return options
@@ -102,7 +103,7 @@ class Block(Registered):
         ctx.save_for_backward(*kept)
 
     def backward(self, ctx: Any, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        # There are two at most.
+        # There are at most two gradients.
         if grads[0] is None and grads[-1] is None:
             return (None,) * self.differentiable
         wanted = list(ctx.needs_input_grad[: self.differentiable])
@@ -110,10 +111,10 @@ class Block(Registered):
 
 
 class _Gradient(Registered):
-    """The op of a block's gradients, whose own gradients are those of the reference.
+    """The op of a block's gradients. The gradients of this op are those of the reference.
 
-    Its tensors are the gradients of the block's differentiable results and what the block keeps; its options those of
-    the gradient, and which gradients are wanted. One that is not wanted is None.
+    The tensors of the op are the gradients of the block's differentiable results, and the tensors that the block keeps.
+    The options are the gradient's options, and which gradients are wanted. Results that are not wanted are None.
     """
 
     def __init__(self, block: Block) -> None:
@@ -126,7 +127,8 @@ class _Gradient(Registered):
         options = joined(_schema(block.kept_options), "bool[] wanted")
         super().__init__(f"{block.name}_backward", ", ".join((*grads, block.kept)), options, results)
 
-    def _parted(self, method: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    def _call_block(self, method: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        """Calls a method of the block with gradients, kept tensors, options and wanted flags."""
         options, wanted = arguments[-1]
         return method(arguments[: self._incoming], arguments[self._incoming : -1], options, wanted)
 
@@ -135,12 +137,12 @@ class _Gradient(Registered):
         return tuple(self.block.gradients(arguments[: self._incoming], arguments[self._incoming : -1], options, wanted))
 
     def empty(self, *arguments: Any) -> Sequence[Tensor | None]:
-        return self._parted(self.block.empty_gradients, arguments)
+        return self._call_block(self.block.empty_gradients, arguments)
 
     def composition(self, *arguments: Any) -> Sequence[Tensor | None]:
         with torch.enable_grad():
             arguments = [a.view_as(a) if isinstance(a, Tensor) else a for a in arguments]
-        return tuple(self._parted(self.block.first_order, arguments))
+        return tuple(self._call_block(self.block.first_order, arguments))
 
     def flattened(self, options: tuple[Any, list[bool]]) -> tuple:
         return *options[0], options[1]
@@ -157,17 +159,17 @@ class _Gradient(Registered):
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[: len(tensors)]) if needed]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Through a view of each, because one may be made from another (a gradient from an output, say), and
-            # the derivatives asked for are partial.
+            # Differentiate with respect to a view of each tensor: the derivatives are partial, and one tensor may be
+            # computed from another (a gradient from an output).
             for index in wanted:
                 tensors[index] = tensors[index].view_as(tensors[index])
-            first = self._parted(self.block.first_order, (*tensors, ctx.options))
+            first = self._call_block(self.block.first_order, (*tensors, ctx.options))
             pairs = [
                 (g, gg)
                 for g, gg in zip(first, grad_gradients, strict=True)
                 if g is not None and gg is not None and g.requires_grad
             ]
-            found = iter(
+            second_order = iter(
                 torch.autograd.grad(
                     [g for g, _ in pairs],
                     [tensors[index] for index in wanted],
@@ -178,13 +180,14 @@ class _Gradient(Registered):
                 if pairs
                 else [None] * len(wanted)
             )
-        return [next(found) if index in wanted else None for index in range(len(tensors))]
+        return [next(second_order) if index in wanted else None for index in range(len(tensors))]
 
 
 def _schema(options: type) -> str:
-    """Of a NamedTuple class."""
+    """The schema of a NamedTuple class of options."""
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in options.__annotations__.items())
 
 
 def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """A copy of the tensor with these strides."""
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -1,4 +1,4 @@
-"""How a channel norm's input lies in memory, and so its output: as planes, or channels last."""
+"""The memory layout of a channel norm's input and output: as planes, or channels last."""
 
 import functools
 import math
@@ -11,64 +11,67 @@ from torch._prims_common import suggest_memory_format
 
 from ..backends import reference
 
-# How many pieces the rows of a channels-last tensor are summed in: enough to keep every processor busy, few enough
-# that the pieces' own sums cost nothing. Fixed for a device, so that results do not depend on the number of threads.
+# The number of pieces in which the rows of a channels-last tensor are summed: enough to keep every processor busy, few
+# enough that adding up the pieces costs little. Fixed for a device, so that results do not depend on the number of
+# threads.
 _PIECES = {"cpu": 64}
 _PIECES_ELSEWHERE = 512
 _LEAST_ROWS = 64
 
 
 class Maps(NamedTuple):
-    """How maps, (samples, channels, *space), lie in memory.
+    """The layout of feature maps, (samples, channels, *space), in memory.
 
-    As planes, (samples * channels, size) with a channel a row; or channels last, (samples * size, channels).
+    As planes, (samples * channels, size), each channel of a sample is a row; channels last is (samples * size,
+    channels).
     """
 
     planes: bool
     samples: int
     channels: int
     size: int
-    piece_rows: int  # of a sample, that are summed together; a whole plane where there are planes
+    piece_rows: int  # rows of a sample that are summed together; the whole plane if `planes`
 
     @property
     def sizes(self) -> tuple[bool, int, int]:
-        """As the kernels of all steps in one take them."""
+        """The sizes that kernels for a whole norm take."""
         return self.planes, self.samples, self.piece_rows
 
     def count(self, groups: int) -> int:
-        """How many elements share their statistics."""
+        """The number of elements that share statistics."""
         return self.size * (self.channels // groups if groups else self.samples)
 
     @property
     def pieces(self) -> int:
+        """The number of pieces in which a channel of a sample is summed."""
         return 1 if self.planes else -(-self.size // self.piece_rows)
 
     def matrix(self, tensor: Tensor | None) -> Tensor | None:
-        """As a contiguous matrix: a view where `tensor` lies so, else a copy."""
+        """The tensor as a contiguous matrix: a view if the tensor has this layout, else a copy."""
         if tensor is None:
             return None
         if self.planes:
             return tensor.contiguous().view(self.samples * self.channels, self.size)
         rows = self.samples * self.size
         if tensor.stride() == _last_strides(tensor.shape):
-            # One view instead of three, which small inputs feel.
+            # One view instead of three, which matters for small inputs.
             return tensor.as_strided((rows, self.channels), (self.channels, 1))
         return tensor.movedim(1, -1).contiguous().view(rows, self.channels)
 
     def empty(self, like: Tensor) -> Tensor:
-        """Memory for a result of this shape, laid out in this way.
+        """Allocates a result of this shape and layout.
 
-        Not a view of anything: autograd adds gradients up in place only where nobody else has their memory.
+        The result is no view: autograd accumulates gradients in place only if nothing else shares their memory.
         """
         strides = _last_strides(like.shape)
-        # Where a channel has one element in each sample, both ways are one, and strides only say which it is meant to
-        # be; to torch, three dimensions never have their channels last.
+        # If a channel has one element in each sample, both layouts are the same in memory, and only the strides tell
+        # which is meant. To torch, tensors of three dimensions are never channels last.
         if self.planes or (like.is_contiguous() and (like.dim() == 3 or like.stride() != strides)):
             return torch.empty(like.shape, dtype=like.dtype, device=like.device)
         return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
     def statistics(self, count: int, like: Tensor) -> Tensor:
-        """Memory for `count` numbers for each piece of each channel: (count, samples, pieces, channels)."""
+        """Allocates `count` numbers for each piece of each channel: (count, samples, pieces, channels)."""
         shape = (count, self.samples, self.pieces, self.channels)
         return torch.empty(shape, dtype=reference.compute_dtype(like.dtype), device=like.device)
 
@@ -83,20 +86,20 @@ def _last_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def maps_of(input: Tensor, groups: int) -> Maps:
-    """How the input is computed, and the output made: channels last where torch's memory format says so.
+    """The layout for the computation and the output: channels last if torch's memory format of the input is.
 
-    A batch norm (no groups) takes all samples of a channels-last tensor as one.
+    A batch norm (no groups) treats all samples of a channels-last tensor as one.
     """
     last = (
         not input.is_contiguous()
         and input.dim() in (4, 5)
-        # The first of these is the answer to most, and costs less.
+        # The first comparison is usually true, and cheaper.
         and (input.stride() == _last_strides(input.shape) or suggest_memory_format(input) != torch.contiguous_format)
     )
     arguments = (tuple(input.shape), last, groups, input.device.type)
     try:
         return _maps(*arguments)
-    except TypeError:  # of sizes that torch.compile knows only by name, which no cache can hold
+    except TypeError:  # sizes are symbolic under torch.compile, and no cache can hold them
         return _maps.__wrapped__(*arguments)
 
 
@@ -110,6 +113,6 @@ def _maps(shape: tuple[int, ...], last: bool, groups: int, device: str) -> Maps:
         samples, size = 1, samples * size
     most = max(_PIECES.get(device, _PIECES_ELSEWHERE) // max(samples, 1), 1)
     least = min(max(-(-size // most), _LEAST_ROWS), max(size, 1))
-    # Pieces of one size where that is not much larger: they merge in fewer steps.
+    # Equal pieces, unless that makes them much larger: they merge in fewer steps.
     even = next((rows for rows in range(least, 2 * least) if size % rows == 0), least)
     return Maps(False, samples, channels, size, even)

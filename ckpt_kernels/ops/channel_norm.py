@@ -1,9 +1,10 @@
-"""The channel-norm op: batch, group and instance norm, with an activation and a residual added before it.
+"""The channel-norm op: batch, group and instance norm, with an activation and a residual that is added before the
+activation.
 
-Kept for backward: the input, and the statistics, from which the coefficients are found again to the last bit. With a
-residual, what says how the activation slopes: for relu and leaky_relu the output, whose sign is that of what the
-activation was given, and which whatever reads it keeps too; for other activations the residual; for the identity
-neither.
+Kept for backward are the input and the statistics, from which the coefficients are recomputed bitwise equal. With a
+residual, one more tensor gives the slope of the activation. For relu and leaky_relu this is the output, which its
+reader keeps too: the sign of the output equals that of the activation's input. For other activations this is the
+residual, for the identity there is none.
 """
 
 import functools
@@ -33,7 +34,8 @@ from .sharding import Sharding, channels_of_input, every_dim, like_input
 
 
 def _splits(arguments: Sequence[Any]) -> Collection[int]:
-    """Samples where each has statistics of its own, channels where these have, anything where statistics are given."""
+    """The dimensions that may be split: samples if each has statistics, channels if they have, all if statistics are
+    given."""
     given_mean, _, options = arguments[4:]
     if given_mean is not None:
         return every_dim(arguments)
@@ -41,7 +43,7 @@ def _splits(arguments: Sequence[Any]) -> Collection[int]:
 
 
 def _statistics_of_input(statistics: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
-    """(channels,), or (samples, groups)."""
+    """The input's dimensions of statistics, which are (channels,) or (samples, groups)."""
     return (1,) if statistics.dim() == 1 else (0, None)
 
 
@@ -72,7 +74,7 @@ class _ChannelNorm(Block):
     def keep(self, arguments: Sequence[Any], results: Sequence[Tensor], wanted: Sequence[bool]) -> tuple:
         input, residual, weight, bias, given_mean, _, options = arguments
         other, by_output = slope_source(options.activation, residual, results[0])
-        # The slope is that of what the forward pass computed.
+        # The slope belongs to the values that the forward pass computed.
         statistics = results[1:] if options.activation != "identity" else self._statistics(arguments, results)
         kept = (input, other, weight, bias, *statistics)
         return kept, GradientOptions(*options, given_mean is not None, by_output)
@@ -81,14 +83,14 @@ class _ChannelNorm(Block):
         return functools.partial(rematerialized, arguments[-1]), (*arguments[:4], *results[1:])
 
     def _statistics(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The caller's own where these can be kept, as torch keeps them, copies in the compute type else.
+        """The caller's statistics if they can be kept, as torch keeps them; else copies in the compute dtype.
 
-        A later forward pass in training moves a module's running statistics, and no version counter shows it.
+        A later forward pass in training updates a module's running statistics, and no version counter shows that.
         """
-        found, given = results[1:], arguments[4:6]
-        if given[0] is not None and all(t.dtype == found[0].dtype and t.is_contiguous() for t in given):
+        own, given = results[1:], arguments[4:6]
+        if given[0] is not None and all(t.dtype == own[0].dtype and t.is_contiguous() for t in given):
             return given
-        return found
+        return own
 
     def gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor | None], options: GradientOptions, wanted: Sequence[bool]
@@ -140,7 +142,7 @@ class _ChannelNorm(Block):
 
         def block(input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor]:
             if by_output:
-                # What added to the norm gives the output: its sign is all that matters.
+                # The residual that gives this output. Only its sign matters.
                 norm = reference.channel_norm(input, None, weight, bias, *given, groups, eps, "identity")[0]
                 residual = (other - norm).detach() + residual - residual.detach()
             return (reference.channel_norm(input, residual, weight, bias, *given, groups, eps, activation)[0],)

@@ -1,10 +1,10 @@
 """The steps of a channel norm: statistics, coefficients, outputs and gradients, each by a kernel, or all in one call.
 
-Every channel of every sample is a set of numbers, whose moments one kernel finds. From these, in small tensors, come
-the statistics of each norm (a batch norm merges the moments over samples, a group norm over the channels of a group)
-and for each channel of each sample the coefficients by which another kernel makes the output: activation((x - mean) *
-scale + bias + residual). Backward likewise: a kernel for two sums over each set, and one for the gradient from
-coefficients.
+One kernel computes the moments of every channel of every sample. Small tensors derived from these hold the statistics
+of the norm (a batch norm merges moments over samples, a group norm over the channels of a group), and for each channel
+of each sample the coefficients for the kernel that computes the output: activation((x - mean) * scale + bias +
+residual). The backward pass has the same structure: one kernel for two sums over each channel, and one for the gradient
+from coefficients.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,8 @@ class Options(NamedTuple):
 
 
 class GradientOptions(NamedTuple):
-    """`fixed` statistics have no gradient; `by_output` the activation's slope comes from the output."""
+    """The options of the gradient. `fixed` statistics have no gradient. `by_output` takes the activation's slope from
+    the output."""
 
     groups: int
     eps: float
@@ -38,45 +39,51 @@ class GradientOptions(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Mean and (biased) variance of what is normalised together: (channels,) for a batch norm, (samples, groups) for a
-    group norm."""
+    """Mean and (biased) variance of the elements that are normalized together.
+
+    (channels,) for a batch norm, (samples, groups) for a group norm.
+    """
 
     mean: Tensor
     var: Tensor
 
     @classmethod
     def empty(cls, input: Tensor, groups: int) -> "Statistics":
+        """Allocates the statistics."""
         shape = (input.shape[0], groups) if groups else (input.shape[1],)
         dtype = reference.compute_dtype(input.dtype)
         return cls(*(torch.empty(shape, dtype=dtype, device=input.device) for _ in range(2)))
 
     @classmethod
     def of(cls, input: Tensor, matrix: Tensor, maps: Maps, groups: int) -> "Statistics":
-        backend, found = backends.select(input), cls.empty(input, groups)
+        """Computes the statistics of an input."""
+        backend, statistics = backends.select(input), cls.empty(input, groups)
         means, squares = maps.statistics(2, matrix)
         backend.channel_moments(matrix, means, squares, maps.planes, maps.piece_rows)
-        backend.channel_statistics(means, squares, *found, groups, maps.size, maps.piece_rows)
-        return found
+        backend.channel_statistics(means, squares, *statistics, groups, maps.size, maps.piece_rows)
+        return statistics
 
     @classmethod
     def given(cls, input: Tensor, mean: Tensor, var: Tensor) -> "Statistics":
-        """Copies in the compute type: what an op returns is not what it was given."""
+        """Copies of given statistics in the compute dtype: an op must not return its arguments."""
         dtype = reference.compute_dtype(input.dtype)
         return cls(*(t.to(dtype, copy=True).contiguous() for t in (mean, var)))
 
     def coefficients(self, weight: Tensor | None, bias: Tensor | None, channels: int, eps: float) -> Tensor:
-        """Mean, weight / sqrt(var + eps) and bias for each channel of each sample, or of all: (3, samples or 1,
-        channels). The same to the last bit whenever they are found."""
+        """Mean, weight / sqrt(var + eps) and bias for each channel: (3, samples or 1, channels).
+
+        Recomputing them gives bitwise the same values.
+        """
         rows = self.mean.shape[0] if self.mean.dim() == 2 else 1
-        found = self.mean.new_empty(3, rows, channels)
-        backends.select(self.mean).channel_coefficients(*self, vector(weight), vector(bias), found, eps)
-        return found
+        coefficients = self.mean.new_empty(3, rows, channels)
+        backends.select(self.mean).channel_coefficients(*self, vector(weight), vector(bias), coefficients, eps)
+        return coefficients
 
 
 def apply(
     input: Tensor, residual: Tensor | None, coefficients: Tensor, maps: Maps, activation: str, matrix: Tensor
 ) -> Tensor:
-    """The output by these coefficients."""
+    """The output for these coefficients."""
     output = maps.empty(input)
     if not input.numel():
         return output
@@ -93,15 +100,16 @@ def apply(
 
 
 def single_call_backend(input: Tensor) -> ModuleType | None:
-    """The backend that serves, if it takes all steps of such a norm in one call."""
+    """The backend of the input, if the backend computes a whole channel norm in one call."""
     backend = backends.select(input)
     return backend if input.device.type in getattr(backend, "WHOLE_CHANNEL_NORMS", ()) else None
 
 
 def slope_source(activation: str, residual: Tensor | None, output: Tensor) -> tuple[Tensor | None, bool]:
-    """What is kept to find the activation's slope beside the input, and whether it is the output.
+    """The tensor to keep beside the input for the activation's slope, and whether that is the output.
 
-    Where outputs are let go of it is the residual, which in a network another layer's recipe has, or keeps, anyway.
+    While outputs are discarded the tensor is the residual, which in a network another layer's recipe holds, or keeps,
+    anyway.
     """
     if residual is None or activation == "identity":
         return None, False
@@ -118,7 +126,7 @@ def normalized(
     given: Statistics | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output and its statistics: those given, or else found."""
+    """The output and the statistics, which are either given or computed."""
     maps = maps_of(input, options.groups)
     if not input.numel():
         return maps.empty(input), *(given or (t.zero_() for t in Statistics.empty(input, options.groups)))
@@ -141,15 +149,17 @@ def rematerialized(
     bias: Tensor | None,
     *statistics: Tensor,
 ) -> Tensor:
-    """The output again, from what is kept."""
+    """Recomputes the output from the kept tensors."""
     return normalized(input, residual, weight, bias, Statistics(*statistics), options)[0]
 
 
 def gradient_sums(
     grads: Tensor, matrix: Tensor, other: Tensor | None, coefficients: Tensor, maps: Maps, options: tuple
 ) -> Tensor:
-    """The sums of g, the gradient before the norm, and of g * (x - mean) over each piece of each channel of each
-    sample: (2, samples, pieces, channels)."""
+    """The sums of g, the gradient before the norm, and of g * (x - mean) over each piece of each channel.
+
+    (2, samples, pieces, channels).
+    """
     sums = maps.statistics(2, matrix)
     backends.select(matrix).channel_sums(
         grads, matrix, other, coefficients, *sums, maps.planes, maps.piece_rows, *options
@@ -166,7 +176,8 @@ def backward_coefficients(
     count: float,
     options: GradientOptions,
 ) -> Tensor:
-    """The coefficients of the backward pass: (6, samples or 1, channels). And the gradients of weight and bias."""
+    """The coefficients of the backward pass, (6, samples or 1, channels). Also fills the gradients of weight and
+    bias."""
     six = coefficients.new_empty(6, *coefficients.shape[1:])
     six[:3] = coefficients
     groups, eps, _, fixed, _ = options
@@ -186,7 +197,7 @@ def input_gradients(
     wanted: list[bool],
     input: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of input and residual by these coefficients."""
+    """The gradients of input and residual for these coefficients."""
     grad_input = maps.empty(input) if wanted[0] else None
     grad_residual = maps.empty(input) if wanted[1] else None
     if input.numel() and (wanted[0] or wanted[1]):

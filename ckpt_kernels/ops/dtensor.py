@@ -1,9 +1,9 @@
-"""Calls of ops with DTensors: see `sharding`.
+"""Calls ops with DTensors: see `sharding`.
 
-They go to the local tensors, after what is split in another way has been redistributed, and results are DTensors again.
-A gradient of which each process has a part, that of a weight beside split rows, is partial, as those of torch's own
-layers are. Autograd sees all this, so that gradients, gradients of gradients and torch.compile need no rules of their
-own, and what is kept for backward are the local tensors that any other call keeps.
+A call runs on the local tensors, after operands with other placements have been redistributed. The results are DTensors
+again. If each process has a part of a gradient, such as that of a weight beside split rows, the gradient is partial, as
+in torch's own layers. Autograd sees all these steps, so gradients, second derivatives and torch.compile need no rules
+of their own. Only the local tensors of an ordinary call are kept for backward.
 """
 
 import functools
@@ -19,13 +19,13 @@ from .operands import memory_order
 from .sharding import Sharding, seed
 
 Placements = tuple[Placement, ...]
-# Of a tensor's dimensions, or of those of a mesh: dimensions of the first operand.
+# For each dimension of a tensor or of a mesh, a dimension of the first operand.
 Dims = tuple[int | None, ...]
 
 
 class Plan(NamedTuple):
-    """How a call is split: over each dimension of the mesh a dimension of the first operand, or none. And how operands
-    are placed for that, and their gradients."""
+    """How a call is split: for each mesh dimension a dimension of the first operand or None; and the placements of the
+    operands and their gradients."""
 
     split: Dims
     operands: tuple[Placements, ...]
@@ -33,7 +33,8 @@ class Plan(NamedTuple):
 
 
 def call(op: Callable[..., Any], sharding: Sharding, arguments: Sequence[Any]) -> Any:
-    """`op(*arguments)`, of which the tensors come first and are DTensors of one mesh; one or several results."""
+    """Runs `op(*arguments)`, where the tensors come first and are DTensors of one mesh. Returns one or several
+    results."""
     count = len(sharding.operands)
     mesh = _mesh(arguments[:count])
     operands = [t if t is None else _as_sharded(t, mesh) for t in arguments[:count]]
@@ -41,7 +42,7 @@ def call(op: Callable[..., Any], sharding: Sharding, arguments: Sequence[Any]) -
         () if t is None else tuple(of(t, arguments)) for t, of in zip(operands, sharding.operands, strict=True)
     )
     placements = tuple(() if t is None else t.placements for t in operands)
-    plan = _plan if torch.compiler.is_compiling() else _known_plan
+    plan = _plan if torch.compiler.is_compiling() else _cached_plan
     plan = plan(placements, axes, tuple(sharding.splits(arguments)), mesh.ndim)
     shards = [
         t if t is None else _shard(t, where, gradients)
@@ -60,13 +61,14 @@ def call(op: Callable[..., Any], sharding: Sharding, arguments: Sequence[Any]) -
 
 
 def replicated_seed(input: DTensor, low: int, high: int) -> Tensor:
-    """A dropout's seed, drawn as torch draws what all processes are to have alike."""
+    """A dropout seed, drawn so that all processes get the same, as torch does."""
     mesh = input.device_mesh
     empty = torch.zeros(1, dtype=torch.int64, device=input.device)
     return torch.randint_like(_replicated(empty, mesh), low, high)
 
 
 def _mesh(tensors: Sequence[Tensor | None]) -> DeviceMesh:
+    """The mesh of all DTensors. Raises RuntimeError if there are several."""
     meshes = [t.device_mesh for t in tensors if isinstance(t, DTensor)]
     for mesh in meshes:
         if mesh != meshes[0]:
@@ -75,7 +77,8 @@ def _mesh(tensors: Sequence[Tensor | None]) -> DeviceMesh:
 
 
 def _as_sharded(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Itself. What is no DTensor is an error, as in torch, but where torch is told to take it for replicated."""
+    """The tensor as a DTensor. A plain tensor is an error as in torch, unless torch treats plain tensors as
+    replicated."""
     if isinstance(tensor, DTensor):
         return tensor
     if tensor.numel() != 1 and not getattr(DTensor._op_dispatcher, "_allow_implicit_replication", False):
@@ -91,11 +94,11 @@ def _replicated(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def _plan(placements: tuple[Placements, ...], axes: tuple[Dims, ...], allowed: tuple[int, ...], ndim: int) -> Plan:
-    """Split as the first operand is which is split in a way that may be."""
+    """The plan that splits like the first operand that is split in an allowed way."""
     split: list[int | None] = [None] * ndim
     for where, dims in zip(placements, axes, strict=True):
         for place, placement in enumerate(where):
-            # By its very class: others that are shards too have another order.
+            # Compare the exact class: subclasses of Shard order elements differently.
             dim = dims[placement.dim] if type(placement) is Shard else None
             if split[place] is None and dim is not None and dim in allowed:
                 split[place] = dim
@@ -103,23 +106,24 @@ def _plan(placements: tuple[Placements, ...], axes: tuple[Dims, ...], allowed: t
     return Plan(tuple(split), operands, tuple(_placements(dims, split, Partial()) for dims in axes))
 
 
-# Placements are few, and calls are many.
-_known_plan = functools.lru_cache(maxsize=4096)(_plan)
+# There are few placements, and many calls.
+_cached_plan = functools.lru_cache(maxsize=4096)(_plan)
 
 
 def _placements(dims: Dims, split: Sequence[int | None], elsewhere: Placement) -> Placements:
-    """Of a tensor of these dimensions; `elsewhere` over what splits others."""
+    """The placements of a tensor of these dimensions, with `elsewhere` over mesh dimensions that split others."""
     return tuple(Replicate() if dim is None else Shard(dims.index(dim)) if dim in dims else elsewhere for dim in split)
 
 
 def _shard(tensor: DTensor, placements: Placements, gradients: Placements) -> Tensor:
+    """The local shard, after redistribution if needed."""
     if tensor.placements != placements:
         tensor = tensor.redistribute(placements=placements)
     return tensor.to_local(grad_placements=gradients)
 
 
 def _index(mesh: DeviceMesh, split: Dims) -> int:
-    """Which of all shards this process has."""
+    """The index of this process's shard among all shards."""
     index = 0
     for place, dim in enumerate(split):
         if dim is not None:
@@ -128,7 +132,7 @@ def _index(mesh: DeviceMesh, split: Dims) -> int:
 
 
 def _whole(output: Tensor, dims: Dims, split: Dims, input: DTensor) -> DTensor:
-    """What this is the shard of: dense, its dimensions in memory in the shard's order."""
+    """The DTensor that has this output as a shard: dense, with the shard's order of dimensions in memory."""
     shape = [
         input.shape[dim] if dim in split and dim is not None else n for dim, n in zip(dims, output.shape, strict=True)
     ]

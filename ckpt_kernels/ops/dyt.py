@@ -1,4 +1,4 @@
-"""The DyT op: tanh(alpha * input) * weight + bias, element by element. What it keeps is its input."""
+"""The DyT op: tanh(alpha * input) * weight + bias, elementwise. The op keeps the input."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,8 +36,8 @@ class _Dyt(Block):
     ) -> tuple[Tensor]:
         (output,) = results = self.empty(input)
         if output.numel():
-            lying, target = layout_and_target(output, input.shape, 1)
-            rows, output_rows = as_matrices(lying, input, target, columns=last_columns(input))
+            layout, target = layout_and_target(output, input.shape, 1)
+            rows, output_rows = as_matrices(layout, input, target, columns=last_columns(input))
             backends.select(input).dyt_forward(rows, alpha, vector(weight), vector(bias), output_rows)
             if target is not output:
                 output.copy_(target)
@@ -46,7 +46,8 @@ class _Dyt(Block):
     def empty_gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor | None], options: NoOptions, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """The input's lies as torch's product of grad_output with the weight, or else with the slope, would."""
+        """Allocates the gradients. The input's has the strides of torch's product of grad_output with the weight, or
+        with the slope."""
         (grad_output,), (input, _, weight, _) = grads, kept
         other = input if weight is None else weight.expand_as(input)
         grad_input = elementwise_empty(grad_output, other) if wanted[0] else None
@@ -60,8 +61,8 @@ class _Dyt(Block):
         dtype = reference.compute_dtype(input.dtype)
         sums = [wide_empty(t, dtype) if w else None for t, w in zip(kept[1:], wanted[1:], strict=True)]
         if input.numel():
-            lying, target = layout_and_target(grad_input, input.shape, 1)
-            matrices = as_matrices(lying, grad_output, input, target, columns=last_columns(input))
+            layout, target = layout_and_target(grad_input, input.shape, 1)
+            matrices = as_matrices(layout, grad_output, input, target, columns=last_columns(input))
             backends.select(input).dyt_backward(*matrices[:2], alpha, vector(weight), matrices[2], *sums)
             if target is not grad_input:
                 grad_input.copy_(target)

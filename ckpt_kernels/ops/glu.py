@@ -1,4 +1,4 @@
-"""The glu ops: activation(gate) * value, of two tensors, or of one that packs both."""
+"""The glu ops: activation(gate) * value, from two tensors, or from one that packs both."""
 
 import math
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ def forward(operands: Sequence[Tensor], options: "PackedOptions") -> Tensor:
 def gradient(
     grad_output: Tensor, operands: Sequence[Tensor], options: "PackedOptions", wanted: Sequence[bool], rewrite: bool
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """The gradients of (gate, value), or of (packed,), and the output again, as `forward` made it, if asked for.
+    """The gradients of (gate, value), or of (packed,); and the output, recomputed, if `rewrite`.
 
-    `grad_output` is the caller's to give away: a gradient is written over it where it fits, element by element.
+    The caller gives `grad_output` away: a gradient overwrites that tensor, element by element, if the sizes fit.
     """
     if len(operands) == 1:
         output = packed_glu.empty(*operands)[0] if rewrite else None
@@ -74,17 +74,17 @@ class _Glu(Block):
     def empty_gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: Options, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Both lie alike: as grad_output does, or as gate where grad_output is expanded."""
+        """Allocates both gradients with the strides of grad_output, or of gate if grad_output is expanded."""
         return [elementwise_empty(*grads, *kept) if w else None for w in wanted]
 
     def gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: Options, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        found = self.empty_gradients(grads, kept, options, wanted)
-        like = next((t for t in found if t is not None), None)
+        results = self.empty_gradients(grads, kept, options, wanted)
+        like = next((t for t in results if t is not None), None)
         if like is not None and like.numel():
-            backends.select(like).glu_backward(*as_matrices(like, *grads, *kept, *found), None, options.activation)
-        return found
+            backends.select(like).glu_backward(*as_matrices(like, *grads, *kept, *results), None, options.activation)
+        return results
 
     def composition(self, gate: Tensor, value: Tensor, options: Options) -> tuple[Tensor]:
         return (reference.glu(gate, value, options.activation),)
@@ -100,7 +100,7 @@ LAYOUTS = ("gate_first", "value_first", "interleaved")
 
 
 def layout_name(layout: str) -> str:
-    """`layout`, if it is one of `LAYOUTS`; else ValueError."""
+    """Returns `layout` if it is one of `LAYOUTS`; else raises ValueError."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
     return layout
@@ -115,11 +115,11 @@ def unpack(packed: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 
 class _Cut(NamedTuple):
-    """How a packed tensor and its output are cut into rows: their dimensions from the outermost to the innermost in
-    memory, how long a row of gate or value is, and how a row of both packs them.
+    """How a packed tensor and its output are cut into rows.
 
-    Where the packed dimension is not the innermost, a half is it and all that it contains, and a gate and a value that
-    take turns are all that a single place contains.
+    `order` has the dimensions from the outermost to the innermost in memory, `columns` the length of a row of gate or
+    value, and `layout` how a row of both packs them. If the packed dimension is not the innermost, a half includes all
+    inner dimensions; with an interleaved layout, gate and value alternate by all that one index includes.
     """
 
     order: list[int]
@@ -127,15 +127,16 @@ class _Cut(NamedTuple):
     layout: str
 
     def matrix(self, tensor: Tensor | None) -> Tensor | None:
-        """The output, or its gradient."""
+        """The output or its gradient as a matrix."""
         return None if tensor is None else as_rows(tensor.permute(self.order), self.columns)
 
     def matrices(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and value: views of a dense tensor, else of a copy where strides demand it."""
+        """Gate and value as matrices: views of a dense tensor, or of a copy if the strides need one."""
         return unpack(as_rows(packed.permute(self.order), 2 * self.columns), self.layout)
 
 
 def _cut(packed: Tensor, layout: str) -> _Cut:
+    """How to cut a packed tensor."""
     last, half = packed.dim() - 1, packed.shape[-1] // 2
     if packed.is_contiguous():
         return _Cut(list(range(last + 1)), half, layout)
@@ -157,7 +158,7 @@ class _PackedGlu(Block):
     differentiable = 1
     options = PackedOptions
     elementwise = True
-    # The dimension that packs both is in one piece.
+    # The packed dimension must not be split.
     sharding = Sharding(lambda arguments: range(arguments[0].dim() - 1), (like_input,), (like_input,))
 
     def empty(self, packed: Tensor, *rest: Any) -> tuple[Tensor]:

@@ -1,4 +1,4 @@
-"""The blocks that stand between products: activations, gates and norms, each with its gradient and its composition."""
+"""The blocks between matrix products: activations, gates and norms, each with gradient and composition."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ from . import bias_act, glu, row_norm
 
 
 class Block(NamedTuple):
-    """A block between products, of some operands.
+    """A block between matrix products.
 
-    `forward(operands)` gives the output and what else the gradient needs; `backward(grad_output, operands, rest,
-    wanted, rewrite)` the operands' gradients and, if asked to rewrite it, the output; it may write over grad_output,
-    so that no more stands in memory than in eager torch's backward pass. `composed(operands)` is the block
-    as the op that autograd sees.
+    `forward(operands)` returns the output, and other tensors that the gradient needs. `backward(grad_output, operands,
+    rest, wanted, rewrite)` returns the gradients of the operands, and the output if `rewrite`. It may write over
+    grad_output, so that the peak is no higher than in eager torch's backward pass. `composed(operands)` is the block as
+    the op that autograd sees.
     """
 
     forward: Callable[[Sequence[Tensor | None]], tuple[Tensor, tuple[Tensor, ...]]]
@@ -23,7 +23,7 @@ class Block(NamedTuple):
 
 
 def act_block(activation: str, seed: Tensor | None, dropout_p: float) -> Block:
-    """Of (input,): dropout(activation(input))."""
+    """The block of (input,): dropout(activation(input))."""
     options = bias_act.Options(activation, dropout_p)
 
     def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -37,7 +37,7 @@ def act_block(activation: str, seed: Tensor | None, dropout_p: float) -> Block:
 
 
 def glu_block(activation: str, layout: str, seed: Tensor | None, dropout_p: float) -> Block:
-    """Of (gate, value), or of (packed,): dropout(activation(gate) * value)."""
+    """The block of (gate, value), or of (packed,): dropout(activation(gate) * value)."""
     options, drop = glu.PackedOptions(activation, layout), bias_act.Options("identity", dropout_p)
 
     def dropped(product: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def glu_block(activation: str, layout: str, seed: Tensor | None, dropout_p: floa
 
 
 def norm_block(*options: Any) -> Block:
-    """Of (input, weight, bias): a row norm; options as of `RowNormOptions`."""
+    """The block of (input, weight, bias): a row norm; options as in `RowNormOptions`."""
     options, op = row_norm.RowNormOptions(*options), row_norm.row_norm
 
     def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -71,12 +71,12 @@ def norm_block(*options: Any) -> Block:
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
         kept = row_norm.Kept(operands[0], None, None, None, *operands[1:], None, *rest)
         wanted = (wanted[0], *(False,) * 4, *wanted[1:])
-        found, output = op.gradients_and_output((grad, None), kept, options, wanted, rewrite)
-        return [found[0], *found[5:]], output
+        grads, output = op.gradients_and_output((grad, None), kept, options, wanted, rewrite)
+        return [grads[0], *grads[5:]], output
 
     return Block(forward, backward, lambda operands: op(*_norm_operands(*operands), options)[0])
 
 
 def _norm_operands(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Those of the row-norm op: no residual, gate, scale, shift and seed."""
+    """The operands of the row-norm op, without residual, gate, scale, shift and seed."""
     return input, None, None, None, None, weight, bias, None

@@ -1,13 +1,13 @@
-"""A linear layer and the loss of its output, row by row of logits that are never whole.
+"""A linear layer and the loss of its output, computed in chunks of rows, so that the logits are never whole.
 
-The rows are taken in chunks. Of each chunk the logits are made, their losses, and where gradients are wanted these
-right away, by torch's own rules for the loss: then the logits are gone. Between the passes there are the gradients, and
-the input for whoever asks twice. Two kinds of losses have their gradients made in the backward pass instead, for which
-the first product runs again: those that are wanted row by row, whose gradients depend on what comes from above, and
-those of float16, whose gradients would vanish without the factor that a gradient scaler brings.
+For each chunk the logits are computed, then their losses, and if gradients are needed, these too, by torch's own rules
+for the loss. Then the logits are freed. Between the passes the gradients are kept, and the input for a second backward
+pass. Two kinds of losses compute gradients in the backward pass instead, where the product runs again: losses per row,
+whose gradients depend on the incoming gradient, and losses in float16, whose gradients would underflow without the
+factor of a gradient scaler.
 
-Where somebody must see the ops one by one (torch.compile, torch.func, tensor subclasses, gradients of gradients) the
-plain composition computes the same, with whole logits.
+If something must see single ops (torch.compile, torch.func, tensor subclasses, second derivatives), the plain
+composition computes the same with whole logits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +23,15 @@ from .composition import by_composition, composed_gradients
 from .products import linear_of_torch
 from .registration import is_plain, is_transformed
 
-# The fewest rows that are worth a product of their own.
+# The fewest rows that are worth a separate matrix product.
 _FEWEST = 256
 
 
 class Loss(NamedTuple):
-    """What is computed of logits.
+    """The loss that is computed from logits.
 
-    `rows(logits, target)` is the loss of each row, which depends on no other row, and is 0 where the target is
-    `ignore_index`; `dtype` that of the products, and `chunk` how many rows are taken at once.
+    `rows(logits, target)` is the loss of each row, which depends on no other row, and is 0 if the target is
+    `ignore_index`. `dtype` is that of the products. `chunk` is the number of rows in a chunk.
     """
 
     rows: Callable[[Tensor, Tensor], Tensor]
@@ -47,12 +47,12 @@ class _Gradients(NamedTuple):
 
 
 def default_chunk(rows: int, columns: int, classes: int) -> int:
-    """So many rows that their logits take about what the input takes."""
+    """The number of rows whose logits take about as much memory as the whole input."""
     return max(_FEWEST, -(-rows * columns // max(classes, 1)))
 
 
 def count_of(target: Tensor, dtype: torch.dtype, ignore_index: int, reduction: str) -> Tensor | None:
-    """What the sum of the losses is divided by: nothing, None, for "none", else 1 or how many rows count."""
+    """The divisor of the sum of the losses: None for "none", 1 for "sum", the number of counted rows for "mean"."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if reduction == "mean":
         return (target != ignore_index).sum().to(dtype)
@@ -64,7 +64,7 @@ def _reduced(losses: Tensor, count: Tensor | None) -> Tensor:
 
 
 class _LinearLoss(torch.autograd.Function):
-    """The losses of all rows, or, where there is a `count` to divide it by, their sum."""
+    """The losses of all rows; with a `count`, their sum divided by `count`."""
 
     @staticmethod
     def forward(
@@ -73,35 +73,35 @@ class _LinearLoss(torch.autograd.Function):
         ctx.loss = loss
         ctx.made_early = count is not None and loss.dtype != torch.float16
         needs = ctx.needs_input_grad[1:4] if ctx.made_early else (False,) * 3
-        each = None if count is None else count.reciprocal()
-        losses, found = _walk(loss, input, weight, bias, target, each, needs)
-        ctx.save_for_backward(input, weight, bias, target, count, *found)
+        scale = None if count is None else count.reciprocal()
+        losses, grads = _walk(loss, input, weight, bias, target, scale, needs)
+        ctx.save_for_backward(input, weight, bias, target, count, *grads)
         return _reduced(losses, count)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        input, weight, bias, target, count, *found = ctx.saved_tensors
+        input, weight, bias, target, count, *grads = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:4]
         if by_composition((grad,)):
 
             def compute(*operands: Any) -> list[Tensor]:
                 return [_composed(ctx.loss, *operands, target, count)]
 
-            found = composed_gradients(compute, (input, weight, bias), needs, (grad,))
+            grads = composed_gradients(compute, (input, weight, bias), needs, (grad,))
         elif ctx.made_early:
-            # Only once: they are given away.
+            # Only once, because the gradients are given away.
             ctx.made_early = False
-            # Where no row counts, whoever divides the sum by their number makes `grad` infinite; torch's gradients of
-            # such rows are 0 all the same.
+            # If no row counts, dividing by the number of rows makes `grad` infinite, yet torch's gradients of such rows
+            # are 0.
             counts = (target != ctx.loss.ignore_index).any()
             grad = torch.where(counts, grad, torch.zeros_like(grad))
-            # By `data`, which has a version counter of its own: whoever gets them may write to them, and a second
-            # backward pass may still unpack the saved tensors.
-            found = [None if gradient is None else gradient.data.mul_(grad) for gradient in found]
+            # Write through `data`, which has a separate version counter: the receiver may write to the gradients, and a
+            # second backward pass may still unpack the saved tensors.
+            grads = [None if gradient is None else gradient.data.mul_(grad) for gradient in grads]
         else:
-            each = grad if count is None else grad / count
-            _, found = _walk(ctx.loss, input, weight, bias, target, each, needs)
-        return None, *found, None, None
+            scale = grad if count is None else grad / count
+            _, grads = _walk(ctx.loss, input, weight, bias, target, scale, needs)
+        return None, *grads, None, None
 
 
 def _walk(
@@ -110,11 +110,11 @@ def _walk(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    each: Tensor | None,
+    scale: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, _Gradients]:
-    """The losses, and the gradients that are needed of the sum of these times `each`, one number for all or one a
-    row."""
+    """The losses, and the gradients that are needed, of the sum of the losses times `scale` (one number, or one for
+    each row)."""
     wants_input, wants_weight, wants_bias = needs
     dtype = loss.dtype
     product_weight, product_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -126,11 +126,11 @@ def _walk(
         part = input[begin:end].to(dtype)
         with without_autocast(input):
             logits = linear_of_torch(part, product_weight, product_bias)
-        if not any(needs) or each is None:
+        if not any(needs) or scale is None:
             losses.append(loss.rows(logits, target[begin:end]))
             continue
-        some, grad = _with_gradient(loss, logits, target[begin:end], each[begin:end] if each.dim() else each)
-        losses.append(some)
+        chunk_losses, grad = _with_gradient(loss, logits, target[begin:end], scale[begin:end] if scale.dim() else scale)
+        losses.append(chunk_losses)
         del logits
         with without_autocast(input):
             if grad_input is not None:
@@ -144,28 +144,30 @@ def _walk(
     return losses[0] if len(losses) == 1 else torch.cat(losses), gradients
 
 
-def _with_gradient(loss: Loss, logits: Tensor, target: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+def _with_gradient(loss: Loss, logits: Tensor, target: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """The losses of a chunk, and the gradient of the logits."""
-    # What is kept for the length of a chunk, nobody else's hooks are to see.
+    # Outer hooks must not see the tensors that are kept during a chunk.
     with torch.enable_grad(), without_saved_tensor_hooks():
         losses = loss.rows(logits.requires_grad_(), target)
-    (grad,) = torch.autograd.grad(losses, logits, each.to(losses.dtype).expand_as(losses))
+    (grad,) = torch.autograd.grad(losses, logits, scale.to(losses.dtype).expand_as(losses))
     return losses.detach(), grad
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Where each begins and ends; one without rows where there are none."""
+    """The first and last row of each chunk; one empty chunk if there are no rows."""
     for begin in range(0, max(rows, 1), chunk):
         yield begin, min(begin + chunk, rows)
 
 
 def _as(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """The gradient in the dtype of its parameter."""
     return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 def _composed(
     loss: Loss, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, count: Tensor | None
 ) -> Tensor:
+    """The same by separate torch ops, with whole logits."""
     dtype = loss.dtype
     with without_autocast(input):
         logits = linear_of_torch(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -176,14 +178,14 @@ def _composed(
 def linear_loss(
     loss: Loss, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, count: Tensor | None
 ) -> Tensor:
-    """The losses of `F.linear(input, weight, bias)`, one a row, or their sum divided by `count`.
+    """The losses of `F.linear(input, weight, bias)`, one for each row, or their sum divided by `count`.
 
     Args:
-        loss: what is computed of the logits.
+        loss: the loss of logits.
         input: (rows, in).
         weight, bias: (classes, in) and (classes).
-        target: one a row.
-        count: a number, as a tensor without dimensions; None for the losses themselves.
+        target: one for each row.
+        count: the divisor, as a tensor without dimensions; None for the losses of the rows.
     """
     operands = (input, weight, bias, target, count)
     if torch.compiler.is_compiling() or not is_plain(operands) or is_transformed():

@@ -1,6 +1,6 @@
-"""Jagged nested tensors: an op by rows, or by elements, of a nested tensor is the same op of its values.
+"""Runs ops on jagged nested tensors: an op on rows, or an elementwise op, equals the same op on the values.
 
-So it is called with these, which autograd and torch.compile see, and its results are nested by the same offsets.
+The op is called with the values, which autograd and torch.compile see. The results are nested by the same offsets.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def call(op: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-    """`op(*arguments)`, of which the first is nested, and so is all that has its shape; one or several results."""
+    """Runs `op(*arguments)`, where the first argument, and all of the same shape, are nested. Returns one or several
+    results."""
     first = arguments[0]
     values = [t.values() if isinstance(t, Tensor) and t.is_nested else t for t in arguments]
     for argument, tensor in zip(arguments, values, strict=True):
@@ -27,12 +28,13 @@ def call(op: Callable[..., Any], arguments: Sequence[Any]) -> Any:
 
 
 def _nested_as(tensor: Tensor, values: Tensor) -> Tensor:
+    """The values as a nested tensor with the offsets of another."""
     return torch.nested.nested_tensor_from_jagged(
         values,
         tensor.offsets(),
         tensor.lengths(),
         jagged_dim=tensor._ragged_idx,
-        # What is known of them; asked for by their public names they would be computed.
+        # The cached lengths. The public attributes would compute them.
         min_seqlen=tensor._maybe_min_seqlen,
         max_seqlen=tensor._maybe_max_seqlen,
     )

@@ -1,4 +1,4 @@
-"""What the ops share: tensors as matrices of rows, memory for results, gradients in their dtypes."""
+"""Helpers of the ops: tensors as matrices of rows, memory for results, gradients in their dtypes."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ from ..backends import reference
 
 
 def as_rows(tensor: Tensor, columns: int) -> Tensor:
-    """(rows, columns) with contiguous rows: a view where strides allow it, else a copy."""
+    """The tensor as (rows, columns) with contiguous rows: a view if strides allow it, else a copy."""
     if tensor.dim() != 2 or tensor.shape[1] != columns:
         tensor = tensor.reshape(-1, columns)
     return tensor if columns == 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
 def strided_rows(tensor: Tensor, columns: int) -> Tensor:
-    """(rows, columns), or where strides forbid that (outer, middle, inner, columns): a view in all but odd layouts.
+    """The tensor as (rows, columns), or as (outer, middle, inner, columns) if the strides need that: rarely a copy.
 
-    So the heads of a packed projection, transposed or not, are read where they are. For the row norms, which read rows
-    on three levels.
+    So the heads of a packed projection, transposed or not, are read in place. For the row norms, which read rows on
+    three levels.
     """
     if tensor.is_contiguous() or tensor.dim() < 3 or tensor.shape[-1] != columns or tensor.stride(-1) != 1:
         return as_rows(tensor, columns)
@@ -39,11 +39,11 @@ def strided_rows(tensor: Tensor, columns: int) -> Tensor:
 
 
 def as_matrices(like: Tensor, *tensors: Tensor | None, columns: int | None = None) -> list[Tensor | None]:
-    """Tensors of one shape as matrices for what goes element by element, in the order in which `like` lies in memory.
+    """Tensors of one shape as matrices for elementwise kernels, in the order in which `like` lies in memory.
 
-    `like` is dense. What has its strides is a view, one row or rows of `columns`, which must then be the length of the
-    innermost dimension. Of other tensors rows are as long as all have them in one piece, and what has no such rows is
-    copied.
+    `like` is dense. A tensor with the same strides becomes a view: one row, or rows of `columns`, which must then be
+    the length of the innermost dimension. Otherwise rows are as long as the largest piece that is contiguous in every
+    tensor, and a tensor without such rows is copied.
     """
     strides = like.stride()
     if all(t is None or t.stride() == strides for t in tensors):
@@ -58,9 +58,12 @@ def as_matrices(like: Tensor, *tensors: Tensor | None, columns: int | None = Non
 
 
 def layout_and_target(result: Tensor | None, shape: Sequence[int], dims: int) -> tuple[Tensor, Tensor | None]:
-    """What a dense result of that shape is computed in where its last `dims` dimensions go by the shape: itself if its
-    strides say so too, else a contiguous tensor. Twice, for `as_matrices` and for the kernel: where nobody wants the
-    result the kernel has none, and of the first only the strides count."""
+    """The tensor in which a dense result is computed if the last `dims` dimensions must keep their order.
+
+    This is the result if the strides keep that order, else a contiguous tensor. The function returns the tensor twice:
+    as the layout for `as_matrices`, and as the target of the kernel. If the result is not wanted, the target is None,
+    and only the strides of the layout matter.
+    """
     if result is None:
         return torch.empty(shape, device="meta"), None
     if not result.is_contiguous():
@@ -76,12 +79,12 @@ def last_columns(tensor: Tensor) -> int:
 
 
 def memory_order(strides: Sequence[int]) -> list[int]:
-    """The dimensions of a dense tensor from the outermost to the innermost."""
+    """The dimensions of a dense tensor from the outermost to the innermost in memory."""
     return sorted(range(len(strides)), key=strides.__getitem__, reverse=True)
 
 
 def _shared_columns(tensors: Sequence[Tensor]) -> int:
-    """How many elements lie in one piece in each of those whose innermost elements are neighbours."""
+    """The number of elements that are contiguous in every tensor whose innermost elements are adjacent."""
     shape = tensors[0].shape
     dims = [dim for dim in reversed(range(len(shape))) if shape[dim] != 1]
     tensors = [t for t in tensors if dims and t.stride(dims[0]) == 1]
@@ -94,11 +97,12 @@ def _shared_columns(tensors: Sequence[Tensor]) -> int:
 
 
 def vector(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, contiguous."""
     return None if tensor is None else tensor.contiguous()
 
 
 def constant(tensor: Tensor | None) -> Tensor | None:
-    """A copy without derivatives of either kind."""
+    """A copy without forward and backward derivatives."""
     if tensor is None:
         return None
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
@@ -106,15 +110,16 @@ def constant(tensor: Tensor | None) -> Tensor | None:
 
 
 def contiguous(input: Tensor) -> Tensor:
-    """Memory for a result of input's shape, contiguous whatever input's strides are."""
+    """Allocates a contiguous tensor of the input's shape, whatever the input's strides are."""
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def elementwise_empty(*operands: Tensor) -> Tensor:
-    """Memory for the elementwise result of operands of one shape, in the first's dtype, with the strides that torch's
-    operators give it: those of the first operand if it is dense, else dense in the order of its strides. Where these
-    say nothing, because it is expanded, the next operand decides. Dimensions of one element have the usual strides of
-    a contiguous or channels-last tensor, whatever the operands' are.
+    """Allocates the result of an elementwise op on operands of one shape, in the first's dtype.
+
+    The strides are those of torch's operators: the first operand's if it is dense, else dense in the order of its
+    strides. If these are ambiguous, because the operand is expanded, the next operand decides. Dimensions of one
+    element get the usual strides of a contiguous or channels-last tensor, whatever the operands' strides are.
     """
     first = operands[0]
     if all(t.is_contiguous() for t in operands):
@@ -128,13 +133,13 @@ def elementwise_empty(*operands: Tensor) -> Tensor:
 
 
 def reuse_or_allocate(given_away: Tensor, like: Tensor) -> Tensor:
-    """Memory for a result of like's shape and dtype: that of a tensor that nobody else needs, if it fits; else new."""
+    """Memory for a result like `like`: that of `given_away`, which no one else needs, if it fits; else new memory."""
     fits = given_away.is_contiguous() and given_away.dtype == like.dtype and given_away.shape == like.shape
     return given_away if fits else contiguous(like)
 
 
 def with_elementwise_strides(input: Tensor, output: Tensor) -> Tensor:
-    """The output, with the strides that an elementwise result of input has: itself if it has them, else a copy."""
+    """The output if the strides are those of an elementwise result of the input; else a copy with such strides."""
     if input.is_contiguous() and output.is_contiguous():
         return output
     result = elementwise_empty(input)
@@ -142,23 +147,24 @@ def with_elementwise_strides(input: Tensor, output: Tensor) -> Tensor:
 
 
 def wide_empty(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Memory for a coefficient's gradient, in the compute type."""
+    """Allocates a coefficient's gradient in the compute dtype."""
     return None if tensor is None else torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def in_dtypes_of(operands: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients in the dtypes of their operands."""
     return [g if g is None or g.dtype is t.dtype else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True)]
 
 
 def zero(*gradients: Tensor | None) -> None:
-    """What weight gradients are where there are no rows."""
+    """Zeroes gradients of weights, for inputs without rows."""
     for gradient in gradients:
         if gradient is not None:
             gradient.zero_()
 
 
 def column_sum(grad_output: Tensor, bias: Tensor) -> Tensor:
-    """The gradient of a bias that nothing follows: it needs nothing from the forward pass."""
+    """The gradient of a bias that is the last step of a block, which needs no tensor of the forward pass."""
     if bias.numel() == 0:
         return torch.zeros_like(bias)
     rows = grad_output.reshape(-1, bias.numel())

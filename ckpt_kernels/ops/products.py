@@ -1,4 +1,4 @@
-"""Products of linear layers, which are torch's, and their gradients, in the dtypes that autocast asks for."""
+"""torch's matrix products of linear layers and their gradients, in the dtypes that autocast asks for."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from ..autocast import is_autocast, without_autocast
 
-# torch's own, whatever somebody puts in its place later: the backward passes here are those of that.
+# torch's own function, even if F.linear is replaced later: the backward passes here are for this function.
 linear_of_torch = F.linear
 
 
 def product_dtype(input: Tensor) -> torch.dtype:
-    """What a Linear that reads `input` computes in here: autocast's type, or the input's own."""
+    """The compute dtype of a Linear that reads `input`: autocast's dtype, or the input's own."""
     if is_autocast(input) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(input.device.type)
     return input.dtype
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, which costs as much as a small product even where there is nothing to cast."""
+    """`tensor.to(dtype)`, without the call if the dtype is right: the call costs as much as a small product."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
@@ -34,42 +34,45 @@ def product_of(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
 
 
 def as_non_view(output: Tensor) -> Tensor:
-    """The same memory, but no view: F.linear may return a view of a matrix, and what an autograd.Function returns may
-    be written to in place only if it is none."""
+    """The same memory as a tensor that is no view.
+
+    F.linear may return a view of a matrix, and the result of an autograd.Function may be written to in place only if it
+    is no view.
+    """
     return output if output._base is None else torch.ops.aten._unsafe_view.default(output, output.shape)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """Its rows, `(rows, columns)`."""
+    """The rows of the tensor, `(rows, columns)`."""
     if tensor.dim() == 2:
         return tensor
     return tensor.flatten(0, -2) if tensor.dim() > 2 else tensor.unsqueeze(0)
 
 
 def grad_input_of(grad: Tensor, weight: Tensor) -> Tensor:
-    """`(*, in)`, of the gradient's dtype."""
+    """The gradient of the input, `(*, in)`, in the dtype of `grad`."""
     product = as_matrix(grad) @ cast(weight, grad.dtype)
     return product if grad.dim() == 2 else product.reshape(*grad.shape[:-1], weight.shape[1])
 
 
 def grad_weight_of(grad: Tensor, input: Tensor, weight_dtype: torch.dtype) -> Tensor:
-    """`(out, in)`."""
+    """The gradient of the weight, `(out, in)`."""
     return cast(as_matrix(grad).t() @ cast(as_matrix(input), grad.dtype), weight_dtype)
 
 
 def grad_bias_of(grad: Tensor, bias_dtype: torch.dtype) -> Tensor:
-    """`(out)`."""
+    """The gradient of the bias, `(out)`."""
     return cast(grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad, bias_dtype)
 
 
-def products_of(input: Tensor, firsts: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
-    """The products by (weight, bias, weight, bias, ...)."""
-    return [product_of(input, w, b, dtype) for w, b in zip(firsts[::2], firsts[1::2], strict=True)]
+def products_of(input: Tensor, first_parameters: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """The products of the input by (weight, bias, weight, bias, ...)."""
+    return [product_of(input, w, b, dtype) for w, b in zip(first_parameters[::2], first_parameters[1::2], strict=True)]
 
 
-def grad_of_shared_input(there: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-    """The gradient of what several products read, added up in autograd's order: the last product's first."""
-    parts = [cast(grad_input_of(g, w), dtype) for g, w in reversed(there)]
+def grad_of_shared_input(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """The gradient of the input of several products, added in autograd's order: the last product's first."""
+    parts = [cast(grad_input_of(g, w), dtype) for g, w in reversed(pairs)]
     total = parts[0]
     for part in parts[1:]:
         total = total.add_(part)

@@ -1,7 +1,7 @@
-"""How torch knows an op: its schema, its fake function and its autograd rule, given once, used two ways.
+"""Registers an op with torch: its schema, fake function and autograd rule, given once and used on two paths.
 
-Where a transform of torch's must see through an op, torch's own operators compute it instead: these have every
-derivative and every batching rule that there is.
+Where one of torch's transforms must see the single steps of an op, torch's own operators compute the op instead. They
+have every derivative and every batching rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,27 +22,28 @@ _library = torch.library.Library("ckpt_kernels", "DEF")
 
 
 class Registered:
-    """A differentiable op, `torch.ops.ckpt_kernels.<name>`. It is called with its tensors and its options, one value.
+    """A differentiable op, `torch.ops.ckpt_kernels.<name>`. It is called with its tensors and one value of options.
 
-    Calling it with plain tensors goes straight to `forward`, inside a `torch.autograd.Function` where gradients are on:
-    on small inputs the dispatcher's path costs more than eager torch's whole layer. Whatever must see the op
-    (torch.compile, dispatch modes, tensor subclasses) gets it from the dispatcher, under the same autograd rule. Nested
-    tensors and DTensors are taken apart before that: see `nested` and `dtensor`. Within transforms (see
-    `is_transformed`) it is the composition that runs.
+    A call with plain tensors runs `forward` directly, inside a `torch.autograd.Function` if gradients are enabled: on
+    small inputs the dispatcher costs more than eager torch's whole layer. Where something must see the op
+    (torch.compile, dispatch modes, tensor subclasses), the call goes through the dispatcher, with the same autograd
+    rule. Nested tensors and DTensors are unwrapped before that: see `nested` and `dtensor`. Within transforms (see
+    `is_transformed`) the composition runs.
 
-    Results are tuples, in which None stands for a tensor that there is not; the dispatcher, which knows no such thing,
-    is handed an empty one. Subclasses have:
+    Results are tuples, in which None stands for a missing tensor. The dispatcher does not support None, and gets an
+    empty tensor instead. Subclasses define:
 
-    - `returned`: how many results a call returns, None for the only one itself; others are kept for backward.
-    - `differentiable_results`: how many of the first have gradients.
-    - `has_recipe`: whether `recipe` says how an output can be had again.
-    - `sharding`: how tensors may be split; None for what is never called with DTensors or nested tensors.
-    - `forward(*tensors, options)`: computes the results of real tensors, without autograd.
-    - `empty(*tensors, options)`: makes tensors like the results, for torch.compile.
-    - `setup_context(ctx, arguments, results)`, `backward(ctx, gradients)`: the autograd rule; gradients of the first
-      tensors, without those that never have any.
-    - `composition(*tensors, options)`: the results that a call returns, by differentiable operators of torch's.
-    - `flattened(options)`, `structured(flat)`: options as the schema has them, and back.
+    - `returned`: the number of results of a call; None for the only result itself. Further results are only kept for
+      backward.
+    - `differentiable_results`: the number of leading results that have gradients.
+    - `has_recipe`: whether `recipe` says how to recompute an output.
+    - `sharding`: how tensors may be split; None for ops that are never called with DTensors or nested tensors.
+    - `forward(*tensors, options)`: computes the results, without autograd.
+    - `empty(*tensors, options)`: allocates tensors like the results, for torch.compile.
+    - `setup_context(ctx, arguments, results)`, `backward(ctx, gradients)`: the autograd rule. `backward` returns the
+      gradients of the differentiable tensors, which come first.
+    - `composition(*tensors, options)`: the returned results, by differentiable torch ops.
+    - `flattened(options)`, `structured(flat)`: the options as the schema has them, and back.
     """
 
     returned: int | None = None
@@ -66,7 +67,7 @@ class Registered:
         _library.impl(name, self._with_autograd, "Autograd", with_keyset=True)
         self.name = name
 
-        # A function, and no bound method, which compiled autograd does not take.
+        # A function, because compiled autograd does not support bound methods.
         def full_backward(ctx: Any, *gradients: Tensor | None) -> tuple:
             return self.full_backward(ctx, *gradients)
 
@@ -96,21 +97,21 @@ class Registered:
         return output
 
     def present(self, arguments: Sequence[Any], results: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The dispatcher's results, with None again for one that there is not."""
+        """The dispatcher's results, with None for missing tensors."""
         return results
 
     def total(self, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> Any:
-        """A result that the op itself saves, and how it can be had again from others' tensors; None for none."""
+        """A result that the op saves itself, with the announcement of how to recompute that; None if there is none."""
         return None
 
     def _first(self, results: Sequence[Tensor | None]) -> Any:
         return results[0] if self.returned is None else results[: self.returned]
 
-    # The direct path, to which `thin`'s calls come back. A torch.autograd.Function pays for each argument: so all that
-    # are not tensors are one.
+    # The direct path, to which `thin`'s calls fall back. A torch.autograd.Function has a cost for each argument, so all
+    # options are one argument.
 
     def full_forward(self, ctx: Any, *arguments: Any) -> Any:
-        """In the graph: of the tensors, the options and whether the output is recorded."""
+        """The forward pass within autograd. The last arguments are the options, and whether the output is recorded."""
         *arguments, is_recorded = arguments
         results = self.forward(*arguments)
         ctx.backend = backends.chosen()
@@ -126,13 +127,13 @@ class Registered:
     def full_backward(self, ctx: Any, *gradients: Tensor | None) -> tuple:
         """A gradient for each argument of `full_forward`."""
         if torch.compiler.is_compiling() or backends.chosen() == ctx.backend:
-            found = self.backward(ctx, gradients[: self.differentiable_results])
+            grads = self.backward(ctx, gradients[: self.differentiable_results])
         else:
             with backends.serving(ctx.backend):
-                found = self.backward(ctx, gradients[: self.differentiable_results])
-        return *found, *(None,) * (self._tensors + 2 - len(found))
+                grads = self.backward(ctx, gradients[: self.differentiable_results])
+        return *grads, *(None,) * (self._tensors + 2 - len(grads))
 
-    # The dispatcher's path: arguments are flat, all results are to be returned, and all are tensors.
+    # The dispatcher's path: arguments are flat, all results are returned, and all are tensors.
 
     def _arguments(self, flat: Sequence[Any]) -> tuple:
         return *flat[: self._tensors], self.structured(flat[self._tensors :])
@@ -159,29 +160,31 @@ class Registered:
         ctx.count = len(inputs)
 
     def _dispatched_backward(self, ctx: Any, *gradients: Tensor | None) -> tuple:
-        found = self.backward(ctx, gradients[: self.differentiable_results])
-        return *found, *(None,) * (ctx.count - len(found))
+        grads = self.backward(ctx, gradients[: self.differentiable_results])
+        return *grads, *(None,) * (ctx.count - len(grads))
 
     def _with_autograd(self, keyset: torch._C.DispatchKeySet, *flat: Any) -> Any:
-        """What `torch.library.register_autograd` makes does: but that loses tangents, and torch.func refuses it."""
+        """Like the kernel of `torch.library.register_autograd`, which loses tangents, and which torch.func refuses."""
         return self._composed(*flat) if is_transformed() else self._differentiated(keyset, *flat)
 
 
 def joined(*arguments: str) -> str:
-    """Parts of a schema, of which some may be empty."""
+    """A schema joined from parts, of which some may be empty."""
     return ", ".join(filter(None, arguments))
 
 
 def autograd_apply(name: str, forward: Callable[..., Any], backward: Callable[..., tuple]) -> Callable[..., Any]:
-    """`apply` of an autograd.Function of these, past its own look for torch.func's transforms, which whoever calls it
-    has done."""
+    """`apply` of an autograd.Function, without the check for torch.func's transforms, which the caller has done."""
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return super(torch.autograd.Function, type(name, (torch.autograd.Function,), methods)).apply
 
 
 def is_transformed() -> bool:
-    """Whether every operation is one of torch's own to be: within torch.func's transforms (vmap, grad, jvp and so on),
-    where tangents are carried forward, and where torch.jit.trace records."""
+    """Whether every operation must be one of torch's own.
+
+    That is so within torch.func's transforms (vmap, grad, jvp and so on), in forward-mode AD, and while torch.jit.trace
+    records.
+    """
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -190,10 +193,10 @@ def is_transformed() -> bool:
 
 
 def is_plain(arguments: Sequence[Any]) -> bool:
-    """Whether nothing but autograd needs to see the op: no subclass among the tensors, and no mode.
+    """Whether only autograd must see the op: no tensor subclass, and no mode.
 
-    Nor a batch of gradients, of `is_grads_batched`, which the dispatcher hands to the op one by one. It comes by the
-    first argument.
+    A batch of gradients from `is_grads_batched`, which the dispatcher passes on one by one, is not plain. It comes as
+    the first argument.
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.is_legacy_batchedtensor(arguments[0]):
         return False

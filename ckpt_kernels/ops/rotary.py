@@ -1,6 +1,6 @@
-"""The rotary op: heads whose pairs turn by the angles of two tables, and the norm before that.
+"""The rotary op: rotates pairs of each head by the angles of two tables, optionally after a norm.
 
-Without a norm nothing is kept but the tables; with one the input is. Statistics are not: a head fits into registers.
+Without a norm only the tables are kept; with a norm the input too. Statistics are not kept: a head fits into registers.
 """
 
 from collections.abc import Collection, Sequence
@@ -26,12 +26,12 @@ from .sharding import Sharding, last_of_input, like_input
 
 
 def _heads(arguments: Sequence[Any]) -> Collection[int]:
-    """Heads may be split, not what turns."""
+    """The dimensions that may be split: those of heads, and not the one that is rotated."""
     return range(arguments[0].dim() - 1)
 
 
 def _table_of_input(tensor: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
-    """Of a table, whose dimensions but for the last are the input's or 1 for all."""
+    """The input's dimensions of a table. Except for the last they have the input's size, or 1 for all."""
     first = arguments[0].dim() - tensor.dim()
     sizes = zip(tensor.shape[:-1], arguments[0].shape[first:], strict=False)
     return [*(first + dim if size == whole else None for dim, (size, whole) in enumerate(sizes)), None]
@@ -53,8 +53,8 @@ class _Rotary(Block):
     def forward(self, *arguments: Any) -> tuple[Tensor]:
         (output,) = results = self.empty(*arguments)
         if output.numel():
-            lying, target = layout_and_target(output, output.shape, 1)
-            block, rows = _rows(arguments, lying, target)
+            layout, target = layout_and_target(output, output.shape, 1)
+            block, rows = _rows(arguments, layout, target)
             backends.select(output).rotary_forward(block, rows)
             if target is not output:
                 output.copy_(target)
@@ -84,8 +84,8 @@ class _Rotary(Block):
         sums = [wide_empty(t, dtype) if w else None for t, w in zip((weight, bias), wanted[3:], strict=True)]
         tables: Sequence[Tensor | None] = (None, None)
         if grad_output.numel():
-            lying, target = layout_and_target(grad_input, grad_output.shape, 1)
-            block, rows, target_rows = _rows((*kept, options), lying, grad_output, target)
+            layout, target = layout_and_target(grad_input, grad_output.shape, 1)
+            block, rows, target_rows = _rows((*kept, options), layout, grad_output, target)
             backends.select(grad_output).rotary_backward(block, rows, RotaryGradients(target_rows, *sums))
             if target is not grad_input:
                 grad_input.copy_(target)
@@ -93,8 +93,8 @@ class _Rotary(Block):
             zero(*sums)
         if wanted[1] or wanted[2]:
             tables = reference.rotary_table_gradients(Rotary(*kept, options), grad_output)
-        found = [g if w else None for g, w in zip((grad_input, *tables, *sums), wanted, strict=True)]
-        return in_dtypes_of((grad_output, *kept[1:]), found)
+        gradients = [g if w else None for g, w in zip((grad_input, *tables, *sums), wanted, strict=True)]
+        return in_dtypes_of((grad_output, *kept[1:]), gradients)
 
     def composition(self, *arguments: Any) -> tuple[Tensor]:
         output = reference.rotary(Rotary(*arguments))
@@ -103,24 +103,27 @@ class _Rotary(Block):
     def first_order(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
     ) -> Sequence[Tensor | None]:
-        """Where no input is kept, its gradient alone is wanted, and is the rotation back."""
+        """Without a kept input only the input's gradient is wanted, which is the inverse rotation."""
         if kept[0] is None:
             return reference.rotated_back(grads[0], Rotary(*kept, options)), *(None,) * 4
         return super().first_order(grads, kept, options, wanted)
 
 
-def _rows(arguments: Sequence[Any], lying: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The block as backends take it, and other tensors of the input's shape: rows on three levels, in the order in
-    which those of `lying`, which is dense, lie in memory."""
+def _rows(arguments: Sequence[Any], layout: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The block for the backends, and other tensors of the input's shape.
+
+    Rows are on three levels, in the order in which the rows of the dense tensor `layout` lie in memory.
+    """
     input, cos, sin, weight, bias, options = arguments
-    strides = lying.stride()
+    strides = layout.stride()
     order = (*memory_order(strides[:-1]), len(strides) - 1)
     tensors = [_on_levels(t, order) for t in (input, *others)]
-    tables = [_table_on_levels(table, lying.shape, order) for table in (cos, sin)]
+    tables = [_table_on_levels(table, layout.shape, order) for table in (cos, sin)]
     return Rotary(tensors[0], *tables, vector(weight), vector(bias), options), *tensors[1:]
 
 
 def _on_levels(tensor: Tensor | None, order: Sequence[int]) -> Tensor | None:
+    """The tensor with rows on three levels."""
     if tensor is None:
         return None
     tensor = tensor.permute(order)
@@ -130,6 +133,7 @@ def _on_levels(tensor: Tensor | None, order: Sequence[int]) -> Tensor | None:
 
 
 def _table_on_levels(table: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """A table with rows on three levels, expanded if more are merged."""
     table = table[(None,) * (len(shape) - table.dim())].permute(order)
     if len(shape) > 4 and any(size != 1 for size in table.shape[:-3]):
         sizes = [shape[dim] for dim in order[:-3]]

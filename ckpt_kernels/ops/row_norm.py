@@ -1,8 +1,8 @@
-"""The row-norm op: LayerNorm and RMSNorm with all that is fused with them; `backends.blocks.RowNorm` says what that is.
+"""The row-norm op: LayerNorm and RMSNorm with all fused steps, as `backends.blocks.RowNorm` describes.
 
-It takes tensors of any leading shape whose last dimensions, `columns` elements, are normalised, and makes contiguous
-outputs. With a residual the sum is a second output, and what is kept; else the input is. Scale and shift, of a row for
-each sample, modulate: (x_hat * weight + bias) * (1 + scale) + shift.
+The op takes tensors of any leading shape, normalizes their last dimensions of `columns` elements, and returns
+contiguous outputs. With a residual, the sum is the second output and is kept; else the input is kept. Scale and shift,
+a row for each sample, modulate: (x_hat * weight + bias) * (1 + scale) + shift.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,9 +20,9 @@ from .sharding import Sharding, dims_of_rows, last_of_input, like_input, seed
 
 
 class Kept(NamedTuple):
-    """What the gradients are found from; `input` is residual_out where there is a residual.
+    """The tensors for the gradients; `input` is residual_out if there is a residual.
 
-    Nothing but the bias where its gradient alone is wanted, and nothing follows it.
+    If only the gradient of a bias is wanted, and the bias is the last step, only the bias is kept.
     """
 
     input: Tensor | None
@@ -37,7 +37,7 @@ class Kept(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """Which gradients."""
+    """Which gradients are wanted."""
 
     input: bool
     residual: bool
@@ -49,12 +49,12 @@ class _Wanted(NamedTuple):
 
 
 def _rows(arguments: Sequence[Any]) -> Collection[int]:
-    """Rows may be split, not what is normalised."""
+    """The dimensions that may be split: those of rows, and not the normalized ones."""
     return range(dims_of_rows(arguments[0].shape, arguments[-1].columns))
 
 
 def _samples_of_input(tensor: Tensor, arguments: Sequence[Any]) -> Sequence[int | None]:
-    """Of scale and shift, whose dimensions are the input's or 1 for all samples."""
+    """The input's dimensions of scale and shift, which have the input's sizes, or 1 for all samples."""
     samples = dims_of_rows(tensor.shape, arguments[-1].columns)
     sizes = zip(tensor.shape, arguments[0].shape, strict=False)
     return [dim if dim < samples and size == whole else None for dim, (size, whole) in enumerate(sizes)]
@@ -97,8 +97,8 @@ class _RowNorm(Block):
             sums = None if residual_out is None else as_rows(residual_out, options.columns)
             backends.select(input).row_norm_forward(block, as_rows(output, options.columns), sums)
             if options.columns == 1 and options.centered:
-                # One element less its mean is 0 whatever it is. So the backward pass finds gradients of 0, and not the
-                # rounding of what cancels out, which eps makes large.
+                # One element minus its mean is always 0. So the backward pass must give gradients of 0, and not
+                # rounding errors that eps makes large.
                 rstd.mul_(0)
         return results
 
@@ -115,12 +115,12 @@ class _RowNorm(Block):
         return (input if residual is None else residual_out, *rest, mean, rstd), options
 
     def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> tuple | None:
-        """The norm of what is kept, by the statistics that are kept."""
+        """The norm of the kept input, with the kept statistics."""
         kept, options = self.keep(arguments, results, ctx.needs_input_grad)
         return None if kept[0] is None else (lambda *again: rebuilt(again, options), tuple(kept))
 
     def total(self, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> Any:
-        """The sum, rounded as it was: torch adds in float32 too."""
+        """The sum, rounded as in the forward pass: torch adds in float32 too."""
         input, residual, *_, seed, _ = arguments
         return None if residual is None or seed is not None else (results[1], (_sum, (residual, input)))
 
@@ -129,17 +129,17 @@ class _RowNorm(Block):
     ) -> Sequence[Tensor | None]:
         grad_output, grad_sum = grads
         if grad_sum is not None and (kept[0] is None or grad_sum.shape != kept[0].shape):
-            # Of the empty tensor that is the dispatcher's where there is no sum.
+            # This is the gradient of the dispatcher's empty tensor, which stands for a missing sum.
             grads = grad_output, grad_sum = grad_output, None
             if grad_output is None:
                 return (None,) * self.differentiable
         if grad_output is None:
-            # Nobody has read the norm, whose weights then have no gradient, which is not the same as one of zeros.
+            # The norm's output was not used, so its weights have no gradient, which differs from a gradient of zeros.
             grads = torch.zeros_like(grad_sum), grad_sum
             wanted = [*wanted[:2], *(False,) * 5]
         if not wanted[1] or kept[6] is not None:
             return super().differentiated(grads, kept, options, wanted)
-        # Without dropout the two gradients are the same tensor: it is computed, and handed on, once.
+        # Without dropout the gradients of input and residual are one tensor, which is computed and passed on once.
         grad, _, *rest = super().differentiated(grads, kept, options, [True, False, *wanted[2:]])
         return [grad if wanted[0] else None, grad, *rest]
 
@@ -156,21 +156,21 @@ class _RowNorm(Block):
         wanted: Sequence[bool],
         rewrite: bool,
     ) -> tuple[Sequence[Tensor | None], Tensor | None]:
-        """The gradients wanted, in the operands' dtypes, and the output again if asked for."""
+        """The wanted gradients, in the operands' dtypes, and the output, recomputed, if `rewrite`."""
         input, gate, scale, shift, weight, bias, seed, mean, rstd = kept
         if input is None:
             return (None,) * 6 + (column_sum(grads[0], bias),), None
         wanted = _Wanted(*wanted)
         columns, dtype = options.columns, reference.compute_dtype(input.dtype)
         total = wanted.input or wanted.residual
-        # A gate before the norm: both gradients come out of the same products.
+        # With a gate before the norm, both gradients come from the same products.
         both = options.gate_before_norm and (wanted.input or wanted.gate)
         factor, offset, need_factor, need_offset = weight, bias, wanted.weight, wanted.bias
         if scale is not None:
             factor, offset = _modulated(scale, shift, weight, bias, columns, dtype)
             need_factor = wanted.scale or wanted.weight or wanted.bias
             need_offset = wanted.scale or wanted.shift or wanted.bias
-        found = RowNormGradients(
+        gradients = RowNormGradients(
             contiguous(input) if total or both else None,
             contiguous(input) if total and seed is not None else None,
             contiguous(gate) if both or wanted.gate else None,
@@ -181,21 +181,21 @@ class _RowNorm(Block):
         if input.numel():
             grad_output, grad_residual_out = grads
             block = _block(input, None, gate, factor, offset, seed, mean if options.centered else None, rstd, options)
-            large = [None if t is None else as_rows(t, columns) for t in found[:3]]
+            large = [None if t is None else as_rows(t, columns) for t in gradients[:3]]
             backends.select(input).row_norm_backward(
                 block,
                 strided_rows(grad_output, columns),
                 None if grad_residual_out is None else strided_rows(grad_residual_out, columns),
-                RowNormGradients(*large, *found[3:]),
+                RowNormGradients(*large, *gradients[3:]),
                 None if output is None else as_rows(output, columns),
             )
         else:
-            zero(*found[3:])
-        coefficients = (None, None, *found[3:])
+            zero(*gradients[3:])
+        coefficients = (None, None, *gradients[3:])
         if scale is not None:
-            coefficients = _modulation_gradients(Kept(*kept), found.weight, found.bias, wanted)
-        found = [g if w else None for g, w in zip((*found[:3], *coefficients), wanted, strict=True)]
-        return in_dtypes_of((input, input, *kept[1:6]), found), output
+            coefficients = _modulation_gradients(Kept(*kept), gradients.weight, gradients.bias, wanted)
+        gradients = [g if w else None for g, w in zip((*gradients[:3], *coefficients), wanted, strict=True)]
+        return in_dtypes_of((input, input, *kept[1:6]), gradients), output
 
     def empty_gradients(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
@@ -234,7 +234,7 @@ class _RowNorm(Block):
 def _block(
     input: Tensor, residual: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, *rest: Any
 ) -> RowNorm:
-    """As the backends take it."""
+    """The block for the backends."""
     columns = rest[-1].columns
     return RowNorm(
         strided_rows(input, columns),
@@ -251,7 +251,7 @@ def _sum(residual: Tensor, input: Tensor) -> Tensor:
 
 
 def rebuilt(kept: Sequence[Tensor | None], options: RowNormOptions) -> Tensor:
-    """The output again, of what is kept."""
+    """Recomputes the output from the kept tensors."""
     input, gate, scale, shift, weight, bias, _, mean, rstd = kept
     output = contiguous(input)
     if output.numel():
@@ -265,10 +265,10 @@ def rebuilt(kept: Sequence[Tensor | None], options: RowNormOptions) -> Tensor:
 def _modulated(
     scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, columns: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(x_hat * weight + bias) * (1 + scale) + shift, as one weight and one bias a sample."""
+    """(x_hat * weight + bias) * (1 + scale) + shift, as one weight and one bias for each sample."""
     factor = 1 + scale.to(dtype).reshape(-1, columns)
     offset = shift.to(dtype).reshape(-1, columns)
-    # Of rows without elements there are none of weight and bias either.
+    # If rows have no elements, weight and bias have none either.
     if bias is not None and bias.numel():
         offset = offset + factor * bias.to(dtype).reshape(columns)
     if weight is not None and weight.numel():
@@ -279,7 +279,7 @@ def _modulated(
 def _modulation_gradients(
     kept: Kept, grad_factor: Tensor | None, grad_offset: Tensor | None, wanted: _Wanted
 ) -> list[Tensor | None]:
-    """Of scale, shift, weight and bias, from those of what they were merged to."""
+    """The gradients of scale, shift, weight and bias, from those of the merged weight and bias."""
     operands = kept.scale, kept.shift, kept.weight, kept.bias
     grads: list[Tensor | None] = [grad_factor, grad_offset, None, None]
     if wanted.scale and kept.weight is not None:
@@ -289,7 +289,7 @@ def _modulation_gradients(
     for place, wants, grad in ((2, wanted.weight, grad_factor), (3, wanted.bias, grad_offset)):
         if wants:
             grads[place] = (grad * (1 + kept.scale.to(grad.dtype).reshape(grad.shape))).sum(0)
-    # Rows without elements are taken for rows of one.
+    # Rows without elements are treated as rows of one element.
     return [
         None if g is None else g.reshape(t.shape) if t.numel() else g.new_zeros(t.shape)
         for g, t in zip(grads, operands, strict=True)

@@ -1,6 +1,6 @@
-"""A backward pass is served by the backend that was asked for in its forward pass.
+"""Runs a backward pass on the backend that was chosen in the forward pass.
 
-On a GPU backward passes run in threads of autograd's own, which know nothing of a `use_backend` around the call.
+On a GPU backward passes run in threads of autograd, which do not see a `use_backend` around the call.
 """
 
 from collections.abc import Callable
@@ -11,44 +11,45 @@ from torch import Tensor, nn
 
 from .. import backends
 
-# Of what is none of torch's parameters, the question whether it is one takes long.
+# Types that are certainly no parameters: `isinstance` is slow for these.
 _NO_PARAMETERS = frozenset((Tensor, type(None), bool, int, float, str, tuple, torch.dtype))
 Rule = Callable[..., Any]
 
 
 def same_backend(forward: Rule, backward: Rule) -> tuple[Rule, Rule]:
-    """The two sides of an autograd rule, whose first argument is the context: the first may also be the setup of it."""
+    """The two functions of an autograd rule, whose first argument is the context. `forward` may be the context's
+    setup."""
 
-    def remembering(ctx: Any, *arguments: Any, **named: Any) -> Any:
+    def forward_with_backend(ctx: Any, *arguments: Any, **named: Any) -> Any:
         ctx.backend = backends.chosen()
         return forward(ctx, *arguments, **named)
 
-    def under_the_same(ctx: Any, *gradients: Any) -> Any:
-        # A compiler traces this, and what it makes runs elsewhere anyway.
+    def backward_with_backend(ctx: Any, *gradients: Any) -> Any:
+        # A compiler only traces this function. The traced graph runs later in any case.
         if torch.compiler.is_compiling() or backends.chosen() == ctx.backend:
             return backward(ctx, *gradients)
         with backends.serving(ctx.backend):
             return backward(ctx, *gradients)
 
-    return remembering, under_the_same
+    return forward_with_backend, backward_with_backend
 
 
 def same_backend_function(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The same for an autograd.Function written as a class, which reads biases again in its backward pass.
+    """The same for an autograd.Function class whose backward pass reads biases again.
 
-    Of what hooks keep torch does not ask whether it was written to since, so the function does.
+    torch does not check whether tensors that hooks keep have been written to, so the function checks the biases.
     """
     forward, backward = function.forward, function.backward
 
-    def noting(ctx: Any, *arguments: Any) -> Any:
+    def checked_forward(ctx: Any, *arguments: Any) -> Any:
         ctx.backend = backends.chosen()
         if not torch.compiler.is_compiling():
             parameters = [a for a in arguments if type(a) not in _NO_PARAMETERS and isinstance(a, nn.Parameter)]
             ctx.biases = [(p, p._version) for p in parameters if p.dim() == 1 and not p.is_inference()]
         return forward(ctx, *arguments)
 
-    def checking(ctx: Any, *gradients: Any) -> Any:
-        # A compiler traces this, and what it makes runs elsewhere anyway.
+    def checked_backward(ctx: Any, *gradients: Any) -> Any:
+        # A compiler only traces this function. The traced graph runs later in any case.
         if torch.compiler.is_compiling():
             return backward(ctx, *gradients)
         for bias, version in ctx.biases:
@@ -62,5 +63,5 @@ def same_backend_function(function: type[torch.autograd.Function]) -> type[torch
         with backends.serving(ctx.backend):
             return backward(ctx, *gradients)
 
-    function.forward, function.backward = staticmethod(noting), staticmethod(checking)
+    function.forward, function.backward = staticmethod(checked_forward), staticmethod(checked_backward)
     return function

@@ -1,7 +1,7 @@
-"""A batch norm whose statistics are over the batches of several processes.
+"""A batch norm with statistics over the batches of several processes.
 
-The same kernels as `channel_norm`; what the processes tell each other is the moments of their batches forward, and the
-two sums of the gradient backward. Processes may have batches of different sizes, or none.
+It uses the kernels of `channel_norm`. Processes exchange the moments of their batches in the forward pass, and the two
+sums of the gradient in the backward pass. Batches may differ in size, or be empty.
 """
 
 import functools
@@ -50,6 +50,8 @@ def _merged_moments(
 
 @same_backend_function
 class _SyncBatchNorm(torch.autograd.Function):
+    """The batch norm; see the module."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -87,13 +89,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         sums = torch.zeros(2, 1, 1, input.shape[1], dtype=var.dtype, device=input.device)
         if input.numel():
             sums = gradient_sums(grads, matrix, other, coefficients, maps, options).sum((1, 2)).view(sums.shape)
-        # The gradients of weight and bias are of this process's batch alone, as those of any other layer.
+        # The gradients of weight and bias cover only this process's batch, as in any other layer.
         affine = [torch.empty_like(var) if wanted else None for wanted in ctx.needs_input_grad[2:4]]
         fixed = GradientOptions(0, ctx.eps, ctx.activation, True, ctx.by_output)
         backward_coefficients(coefficients, sums, var, None, affine, ctx.count, fixed)
         dist.all_reduce(sums, group=ctx.group)
-        found = fixed._replace(fixed=False)
-        six = backward_coefficients(coefficients, sums, var, vector(weight), (None, None), ctx.count, found)
+        options_with_sums = fixed._replace(fixed=False)
+        six = backward_coefficients(coefficients, sums, var, vector(weight), (None, None), ctx.count, options_with_sums)
         wanted = list(ctx.needs_input_grad[:2])
         grad_input, grad_residual = input_gradients(grads, matrix, other, six, maps, options, wanted, input)
         grad_weight, grad_bias = (None if g is None else g.to(d) for g, d in zip(affine, ctx.dtypes, strict=True))

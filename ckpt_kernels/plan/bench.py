@@ -1,8 +1,8 @@
-"""Steps of a user's own model and batch, on twins of the model.
+"""Runs training steps of the user's model and batch on copies of the model, called twins.
 
-The twins share the parameters' memory and nothing else: the model, its gradients and all random numbers stay as they
-are. Gradients are there before a step, as while they are accumulated, so that the bytes of a step are those beside
-them.
+A twin shares the parameters' memory with the model and nothing else, so the model, its gradients and the random number
+generators do not change. Gradients are allocated before a step, as under gradient accumulation, and therefore do not
+count as bytes of the step.
 """
 
 import functools
@@ -33,14 +33,14 @@ EAGER = "eager"
 
 @dataclass(frozen=True)
 class StepCost:
-    """A whole step as it was measured: the peak in bytes, and seconds."""
+    """The measured cost of a whole step: the peak in bytes, and seconds."""
 
     peak: int
     seconds: float
 
 
-class ByLayer:
-    """A choice for each layer, as `convert` takes it."""
+class ChoiceByLayer:
+    """A choice for each layer, in the form that `convert` accepts."""
 
     def __init__(self, choices: Mapping[str, str]) -> None:
         self.choices = choices
@@ -53,8 +53,8 @@ class ByLayer:
         }
 
 
-class InRuns:
-    """Layers in the order of their calls, in checkpoints of several each, as `convert` takes it."""
+class RunsOfLayers:
+    """All layers, in the order of their calls, in checkpoints of `LENGTH` each, in the form that `convert` accepts."""
 
     LENGTH = 4
 
@@ -77,9 +77,15 @@ class Bench:
 
     Args:
         model: a module.
-        args, kwargs: what the model is called with.
-        loss: the loss of what the model returns; None is the output's `loss`, or the sum of all its tensors.
+        args, kwargs: the model's arguments.
+        loss: computes the loss from the model's output; None is the output's `loss`, or the sum of all its tensors.
         progress: called with a line before each step.
+
+    Attributes:
+        input_shape: the shape of the first tensor among the arguments.
+        count: how many steps were run.
+        names: the names of the model's layers.
+        device: the device of the model's parameters.
     """
 
     def __init__(
@@ -90,13 +96,13 @@ class Bench:
         loss: Loss | None,
         progress: Callable[[str], None],
     ) -> None:
-        _check(model)
+        _check_can_be_copied(model)
         self.model = model
         self._inputs = args, kwargs
         self._loss = loss or default_loss
         self._progress = progress
         self._gradients: dict[int, Tensor] = {}
-        self.given = shape_given(args, kwargs)
+        self.input_shape = first_shape(args, kwargs)
         self.count = 0
         converted = copy_sharing_parameters(model)
         convert(converted, recompute="block")
@@ -106,25 +112,25 @@ class Bench:
             raise ValueError("the model is on several devices; expected one")
 
     def twin(self, recompute: Any) -> nn.Module:
-        """A twin of the model whose layers are marked; converted, if not None."""
+        """Return a twin whose layers are marked, converted to `recompute`; None is the model without conversion."""
         twin = copy_sharing_parameters(self.model)
         if recompute is None:
             revert(twin)
         else:
             convert(twin, recompute=recompute)
-        for mine, its in zip(self.model.parameters(), twin.parameters(), strict=True):
-            if its.requires_grad:
-                if id(mine) not in self._gradients:
-                    self._gradients[id(mine)] = torch.zeros_like(its)
-                its.grad = self._gradients[id(mine)]
+        for original, shared in zip(self.model.parameters(), twin.parameters(), strict=True):
+            if shared.requires_grad:
+                if id(original) not in self._gradients:
+                    self._gradients[id(original)] = torch.zeros_like(shared)
+                shared.grad = self._gradients[id(original)]
         modules = dict(twin.named_modules())
         for name in self.names:
             add_forward_context(modules[name], marking)
         return twin
 
-    def step(self, what: str, twin: nn.Module, memory: bool) -> tuple[Recorder, list[Point]]:
-        """One step, with its memory recorded, or its times."""
-        self._progress(what)
+    def step(self, title: str, twin: nn.Module, memory: bool) -> tuple[Recorder, list[Point]]:
+        """Run one step and record its memory, or its times where `memory` is False."""
+        self._progress(title)
         self.count += 1
         modules = dict(twin.named_modules())
         layers = {modules[name]: index for index, name in enumerate(self.names)}
@@ -143,22 +149,24 @@ class Bench:
             memo: dict[int, Any] = {}
             args = tuple(deep_copied(value, memo) for value in self._inputs[0])
             kwargs = {name: deep_copied(value, memo) for name, value in self._inputs[1].items()}
-            # Layers that are left out at random are others from step to step.
+            # With another seed in each step a model that skips layers at random skips other layers, which
+            # `timing.seconds_of` notices.
             if not memory:
                 torch.manual_seed(self.count)
                 random.seed(self.count)
             return recorder, recorder.run(step)
 
-    def peak(self, what: str, twin: nn.Module) -> int:
-        """The bytes of one step."""
-        return peak_of(self.step(what, twin, memory=True)[1])
+    def peak(self, title: str, twin: nn.Module) -> int:
+        """Return the peak of one step in bytes."""
+        return peak_of(self.step(title, twin, memory=True)[1])
 
-    def seconds(self, what: str, twin: nn.Module) -> float:
-        """The seconds of one step."""
-        _, points = self.step(what, twin, memory=False)
+    def seconds(self, title: str, twin: nn.Module) -> float:
+        """Return the seconds of one step."""
+        _, points = self.step(title, twin, memory=False)
         return points[-1].seconds - points[0].seconds
 
     def _loss_of(self, output: Any) -> Tensor:
+        """Compute the loss, and raise TypeError or ValueError unless the loss is one real number with a gradient."""
         loss = self._loss(output)
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss returns {type(loss).__name__}; expected a tensor of one element")
@@ -170,13 +178,13 @@ class Bench:
         return loss
 
 
-def shape_given(args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of the first tensor that a model is called with; () where there is none."""
+def first_shape(args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of the first tensor among a model's arguments; () where there is none."""
     return next((tuple(tensor.shape) for tensor in tensors_in((args, dict(kwargs)))), ())
 
 
-def _check(model: nn.Module) -> None:
-    """Whether steps of a twin are steps of this model, and leave it as it is."""
+def _check_can_be_copied(model: nn.Module) -> None:
+    """Raise TypeError or ValueError if a twin would compute something else than the model, or change the model."""
     for name, module in named_modules(model):
         if is_sharded(module):
             raise TypeError(f"{name or 'the model'} is sharded; expected a model that is not: plan, apply, then shard")
@@ -192,28 +200,29 @@ def _check(model: nn.Module) -> None:
 
 
 def _holds_modules(value: Any, depth: int = 3) -> bool:
-    """Whether a function has modules in its closure, or a method is a module's."""
+    """Whether a value is a function with modules in its closure, or a bound method of a module."""
     if isinstance(value, types.MethodType):
         return isinstance(value.__self__, nn.Module)
     if isinstance(value, functools.partial):
-        return any(isinstance(held, nn.Module) or _holds_modules(held, depth) for held in (value.func, *value.args))
+        parts = (value.func, *value.args)
+        return any(isinstance(part, nn.Module) or _holds_modules(part, depth) for part in parts)
     if not isinstance(value, types.FunctionType) or not depth:
         return False
     for cell in value.__closure__ or ():
         try:
-            held = cell.cell_contents
+            content = cell.cell_contents
         except ValueError:
             continue
-        if isinstance(held, nn.Module) or _holds_modules(held, depth - 1):
+        if isinstance(content, nn.Module) or _holds_modules(content, depth - 1):
             return True
     return False
 
 
 def default_loss(output: Any) -> Tensor:
-    """The output's own loss, if it has one, or the sum of all tensors in it that have a gradient.
+    """Return the output's own `loss`, or else the sum of all tensors in the output that require a gradient.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no tensor in the output requires a gradient.
     """
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(own, Tensor) and own.requires_grad:
@@ -228,5 +237,5 @@ def default_loss(output: Any) -> Tensor:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was out, on a GPU or on the CPU."""
+    """Whether an error says that a GPU or the CPU ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""What a budget means, in bytes."""
+"""Converts a user's memory budget to bytes."""
 
 import math
 import numbers
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-# Of what is free on a device, what a plan for it leaves: for what others allocate, and for memory in pieces too small.
+# The share of a device's free memory that a plan leaves, for fragmentation and for allocations of other processes.
 RESERVE = 0.05
 
-# More than any memory has, and little enough to be counted with.
+# Larger than any memory, and small enough that sums of such budgets fit in 64 bits.
 _MOST = 2**60
 
 Budget = int | float | str | None
@@ -23,8 +23,8 @@ class DoesNotFit(ValueError):
 
     Attributes:
         budget: in bytes.
-        least: the fewest bytes that any choice was measured to take.
-        note: what else is to be known.
+        least: the smallest peak that was measured at any choice, in bytes.
+        note: remarks on the measurements, such as choices that were skipped.
     """
 
     def __init__(self, budget: int, least: int, note: str = "") -> None:
@@ -37,36 +37,36 @@ class DoesNotFit(ValueError):
 
 
 def bytes_of(budget: Budget, eager: int, device: torch.device) -> int | None:
-    """In bytes; None for None.
+    """Return the budget in bytes; None for None.
 
     Args:
         budget: bytes, a size with a unit, a fraction of eager's peak up to 1, "device", or None.
-        eager: eager's peak.
-        device: the model's.
+        eager: eager's peak in bytes.
+        device: the device of the model.
 
     Raises:
-        TypeError, ValueError: it is none of these.
+        TypeError, ValueError: the budget is none of these.
     """
     if budget is None:
         return None
     if budget == "device":
-        return _free(device)
+        return _free_bytes(device)
     if (fraction := fraction_of(budget)) is not None:
         return int(fraction * eager)
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*([\d.]+)\s*(|k|m|g|t|ki|mi|gi|ti)(b?)\s*", budget, re.IGNORECASE)
-        if not found or found[1].count(".") > 1 or not any(map(str.isdigit, found[1])):
+        match = re.fullmatch(r"\s*([\d.]+)\s*(|k|m|g|t|ki|mi|gi|ti)(b?)\s*", budget, re.IGNORECASE)
+        if not match or match[1].count(".") > 1 or not any(map(str.isdigit, match[1])):
             raise ValueError(f"budget is {budget!r}; {_EXPECTED}")
-        count = min(float(found[1]) * _UNITS[found[2].lower()], float(_MOST))
-        # 1.5 is no number of bytes; "1.5k" is.
-        return _positive(int(count) if found[2] or count.is_integer() else 0, budget)
+        count = min(float(match[1]) * _UNITS[match[2].lower()], float(_MOST))
+        # A fraction of a byte, "1.5", is refused; "1.5k" is 1,500 bytes.
+        return _positive(int(count) if match[2] or count.is_integer() else 0, budget)
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget is {budget!r}, of type {type(budget).__name__}; {_EXPECTED}")
     return _positive(int(budget) if math.isfinite(budget) and budget == int(budget) else 0, budget)
 
 
 def fraction_of(budget: Budget) -> float | None:
-    """The fraction of eager's peak that a budget is, as a number or as it is typed; None where it is no fraction."""
+    """Return the fraction of eager's peak that a number or string stands for; None where the budget is no fraction."""
     if isinstance(budget, str):
         number = float(budget) if re.fullmatch(r"\s*\d*\.\d+\s*|\s*\d+\.\d*\s*", budget) else 0.0
     else:
@@ -80,7 +80,7 @@ def _positive(count: int, budget: Any) -> int:
     return min(count, _MOST)
 
 
-def _free(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         raise ValueError(f'budget is "device" and the model is on {device}; expected a CUDA device, or a size')
     free, _ = torch.cuda.mem_get_info(device)

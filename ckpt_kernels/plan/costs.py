@@ -1,28 +1,28 @@
-"""A training step as a chain of stages, and what each choice costs each stage.
+"""Data types for a training step as a chain of stages: the cost of each choice, and an assignment of choices.
 
-Bytes are those that tensors take on the device beside parameters, their gradients, optimizer state and inputs.
+All bytes exclude parameters, gradients, optimizer state and inputs.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# The only choice of a stage whose code is no layer's.
+# The only choice of a stage that is code between layers.
 FIXED = "fixed"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage costs at one choice.
+    """The cost of a stage at one choice.
 
     Attributes:
-        kept: bytes that are there after its forward pass and were not before; its output counts.
-        forward_peak: the most bytes within its forward pass, beyond what was there when it began.
-        backward_peak: the most bytes within its backward pass, beyond what was there when it began.
-        forward: seconds of its forward pass.
-        backward: seconds of its backward pass.
-        may_be_inside: whether it may be chosen within a checkpoint, whose first forward pass runs at the same choice
-            and was measured at another.
+        kept: bytes allocated in the forward pass and still allocated at the end of the pass, the output included.
+        forward_peak: the peak of the forward pass, in bytes above the bytes at the start of the pass.
+        backward_peak: the peak of the backward pass, in bytes above the bytes at the start of the pass.
+        forward: seconds of the forward pass.
+        backward: seconds of the backward pass.
+        may_be_inside: whether the choice may stand within a checkpoint. The first forward pass of a checkpoint runs
+            with as many tiles as the choice inside, and was measured with one number of tiles only.
     """
 
     kept: int
@@ -39,14 +39,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Checkpointed:
-    """What the first of two forward passes of a stage costs, where nothing is kept for its backward pass.
+    """The cost of the first forward pass of a stage in a checkpoint, which keeps nothing for the backward pass.
 
     Attributes:
-        kept: bytes that stay beside its output.
-        forward_peak: the most bytes within, beyond what was there when it began.
-        forward: its seconds.
-        saved: seconds of the second forward pass that are saved where it ends a checkpoint: what follows the last
-            tensor that is needed does not run.
+        kept: bytes that stay allocated beside the output.
+        forward_peak: the peak of the pass, in bytes above the bytes at the start of the pass.
+        forward: seconds of the pass.
+        saved: seconds that the second forward pass saves if the stage is the last of a checkpoint. That pass stops at
+            the last tensor that the backward pass needs.
     """
 
     kept: int
@@ -57,19 +57,19 @@ class Checkpointed:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a step: a layer, or what runs between two.
+    """A part of a step: a layer, or the code between two layers.
 
     Attributes:
-        name: of the module; of other code, where it runs.
-        kind: the name of the module's class.
-        output: bytes of what it gives to the next.
-        left: bytes that are there after both its passes and were not before either, whatever is chosen: the gradient
-            of what it was given, less its output and that one's gradient.
-        costs: by choice.
-        checkpointed: as the inside of a checkpoint; None where it must not run twice, or has no choice that may be
-            inside.
-        follows: whether it takes the output of the stage before as it is, so that one checkpoint may span both.
-        alike: a number that stages of equal structure and shapes share.
+        name: the name of the module, or a description of the place of the code.
+        kind: the name of the module's class; "" for code between layers.
+        output: bytes of the stage's output.
+        left: the net change in allocated bytes over both passes: the gradient of the stage's input, less the output
+            and the output's gradient. The choice does not affect this number.
+        costs: the cost of each choice.
+        checkpointed: the cost inside a checkpoint; None if the stage must not run twice, or has no choice that may
+            stand inside.
+        follows: whether the stage takes the output of the stage before unchanged, so that one checkpoint may span both.
+        alike: a number that stages of equal costs share.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Stage:
         return asdict(self) | {"costs": {name: asdict(cost) for name, cost in self.costs.items()}}
 
     @staticmethod
-    def of(data: Mapping[str, Any]) -> "Stage":
+    def from_dict(data: Mapping[str, Any]) -> "Stage":
         costs = {name: Cost(**cost) for name, cost in data["costs"].items()}
         checkpointed = data["checkpointed"] and Checkpointed(**data["checkpointed"])
         return Stage(**{**data, "costs": costs, "checkpointed": checkpointed})
@@ -93,7 +93,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageAt:
-    """A stage at a level, as it is spelled."""
+    """A stage, by number, and the level chosen for it, as `convert` spells levels."""
 
     stage: int
     level: str
@@ -101,8 +101,10 @@ class StageAt:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Stages in a row under one checkpoint: their input alone is kept, and what is inside is made again, and chosen
-    anew, when the backward pass comes to the last of them."""
+    """Adjacent stages under one checkpoint, which keeps their input alone.
+
+    The backward pass runs the stages again, each at the choice that `inside` gives.
+    """
 
     inside: tuple["StageAt | Checkpoint", ...]
 
@@ -127,8 +129,8 @@ def last_of(part: StageAt | Checkpoint) -> int:
 
 
 def stages_of(assignment: Assignment) -> list[StageAt]:
-    """Those of all stages, in order."""
-    found: list[StageAt] = []
+    """Return the choices of all stages in order, those inside checkpoints too."""
+    choices: list[StageAt] = []
     for part in assignment:
-        found += [part] if isinstance(part, StageAt) else stages_of(part.inside)
-    return found
+        choices += [part] if isinstance(part, StageAt) else stages_of(part.inside)
+    return choices

@@ -1,4 +1,4 @@
-"""The costs of each choice, measured in steps of the user's own model and batch."""
+"""Measures the cost of each choice in steps of the user's own model and batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from .costs import Stage
 from .marks import NotAChain, Recorder
 from .stages import Stages
 from .timing import seconds_of
-from .trials import Trials, called
+from .trials import Trials, step_name
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What was found out about a model.
+class Measurements:
+    """The measured costs of a model.
 
     Attributes:
         stages: the chain.
-        layers: for each stage the name of its module; "" for code between layers.
-        steps: whole steps, with all layers at one choice, by choice; "eager" is the model as it is.
-        shapes: of what each layer was called with.
-        notes: choices that were left out, and why.
+        layers: the module name of each stage; "" for code between layers.
+        steps: for each choice the cost of a step with all layers at that choice; "eager" is the model as it is.
+        shapes: shapes and dtypes of the tensors that each layer was called with.
+        notes: choices that were skipped, and why.
     """
 
     stages: list[Stage]
@@ -33,8 +33,8 @@ class Measured:
     notes: list[str]
 
 
-def measured(bench: Bench, tiles: Sequence[int] | None = None) -> Measured:
-    """Measures each choice with all layers at it; of levels in tiles, for these numbers (see `plan`).
+def measure_choices(bench: Bench, tiles: Sequence[int] | None = None) -> Measurements:
+    """Measure each choice in a step with all layers at that choice; for `tiles` see `plan`.
 
     Raises:
         NotAChain: the layers are not called one after the other.
@@ -61,15 +61,15 @@ def measured(bench: Bench, tiles: Sequence[int] | None = None) -> Measured:
     seconds = seconds_of(bench, order, kinds, list(trials.memory))
     stages, layers = Stages(bench, order, trials, seconds).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
-    steps = {called(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in trials.peaks.items()}
-    return Measured(stages, layers, steps, shapes, trials.notes)
+    steps = {step_name(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in trials.peaks.items()}
+    return Measurements(stages, layers, steps, shapes, trials.notes)
 
 
 def _kinds(bench: Bench, recorder: Recorder, order: list[str]) -> list[int]:
-    """For each layer in the order of calls the number of its kind: of equal structure and arguments."""
+    """Number the kinds of layers; layers of one kind have equal structure and arguments of equal shapes."""
     modules = dict(bench.model.named_modules())
     kinds: dict[Any, int] = {}
-    found = []
+    numbers = []
     for name in order:
         structure = tuple(
             (type(m).__qualname__, m.training, n, p.shape, p.dtype, p.requires_grad)
@@ -78,5 +78,5 @@ def _kinds(bench: Bench, recorder: Recorder, order: list[str]) -> list[int]:
             if p is not None
         )
         key = structure, recorder.shapes[bench.names.index(name)]
-        found.append(kinds.setdefault(key, len(kinds)))
-    return found
+        numbers.append(kinds.setdefault(key, len(kinds)))
+    return numbers

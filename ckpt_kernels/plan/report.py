@@ -1,4 +1,4 @@
-"""A plan as a person reads it: a table by layer, and a picture of time against peak."""
+"""Prints a plan as a table by layer, and draws time against peak memory."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +23,7 @@ COLORS = {
 
 
 class Row(NamedTuple):
-    """Layers in a row at one choice; bytes and seconds are of each."""
+    """Adjacent layers at one choice; bytes and seconds are per layer."""
 
     layers: list[str]
     kind: str
@@ -34,25 +34,26 @@ class Row(NamedTuple):
 
 
 def rows_of(plan: "Plan") -> list[Row]:
-    """In the order of the forward pass; layers in a row that are alike in all once."""
-    found: list[Row] = []
+    """Return the rows of the table in the order of the forward pass; adjacent layers of equal figures share a row."""
+    rows: list[Row] = []
     for row in _rows(plan, plan.assignment, "", 0):
-        # Those between layers stand for themselves.
-        if found and row.kind and found[-1][1:5] == row[1:5] and abs(found[-1].added - row.added) < 1e-9:
-            found[-1] = found[-1]._replace(layers=[*found[-1].layers, *row.layers])
+        # Rows without a kind are code between layers, and are never merged.
+        if rows and row.kind and rows[-1][1:5] == row[1:5] and abs(rows[-1].added - row.added) < 1e-9:
+            rows[-1] = rows[-1]._replace(layers=[*rows[-1].layers, *row.layers])
         else:
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def _rows(plan: "Plan", parts: Assignment, around: str, runs: int) -> Iterator[Row]:
+    """Yield a row for each stage; `around` names the `runs` checkpoints around the parts."""
     for part in parts:
         if isinstance(part, StageAt):
             stage, cost = plan.stages[part.stage], plan.stages[part.stage].costs[part.level]
             fastest = min(other.seconds for other in stage.costs.values())
             kept = 0 if around else cost.kept
             added = cost.seconds - fastest
-            # Once more for each run that the stage is in.
+            # Each checkpoint around the stage runs its forward pass once more.
             added += runs * stage.checkpointed.forward if stage.checkpointed else 0.0
             level = "as it is" if part.level in (FIXED, NONE) else part.level
             yield Row([stage.name], stage.kind, around + level, kept, cost.backward_peak, added)
@@ -63,7 +64,7 @@ def _rows(plan: "Plan", parts: Assignment, around: str, runs: int) -> Iterator[R
 
 
 def text(plan: "Plan") -> str:
-    """The table, with totals, and what other plans would cost."""
+    """Return the table, the totals, and the costs of neighbouring plans."""
     eager = plan.steps.get("eager")
     lines: list[str] = []
     if plan.whole is not None:
@@ -86,11 +87,11 @@ def text(plan: "Plan") -> str:
         of = f" ({plan.budget / max(eager.peak, 1):.2f} of eager's peak)" if eager else ""
         lines.append(f"budget          {size(plan.budget)}{of}")
     for name, unit in (("peak", "peak"), ("time of a step", "seconds")):
-        predicted, found = getattr(plan.predicted, unit), getattr(plan.measured, unit)
+        predicted, measured = getattr(plan.predicted, unit), getattr(plan.measured, unit)
         whole = getattr(eager, unit) if eager else 0
-        of = f", {found / whole:.2f} of eager's {_shown(whole)}" if whole else ""
-        lines.append(f"{name:15} {_shown(found)}{of}; predicted {_shown(predicted)}")
-    lines += _beside(plan)
+        of = f", {measured / whole:.2f} of eager's {_formatted(whole)}" if whole else ""
+        lines.append(f"{name:15} {_formatted(measured)}{of}; predicted {_formatted(predicted)}")
+    lines += _neighbours(plan)
     if plan.bound < plan.predicted.seconds:
         lines.append(f"no plan within the budget can be faster than {plan.bound * 1e3:.1f} ms by these costs")
     if plan.note and plan.whole is None:
@@ -98,16 +99,16 @@ def text(plan: "Plan") -> str:
     return "\n".join(lines)
 
 
-def _shown(value: float) -> str:
-    """Bytes, or seconds."""
+def _formatted(value: float) -> str:
+    """Format bytes, an int, or seconds, a float."""
     return size(value) if isinstance(value, int) else f"{value * 1e3:.1f} ms"
 
 
-def _beside(plan: "Plan") -> Iterator[str]:
-    """The next plans of less memory and of more."""
+def _neighbours(plan: "Plan") -> Iterator[str]:
+    """Yield a line for the next plan of less memory, and one for the next plan of more."""
     peak, seconds = plan.predicted.peak, plan.predicted.seconds
-    # A plan that was taken by the clock may have other seconds than were predicted: plans of less memory and less time
-    # are none to be told beside it.
+    # A plan that won by measured time may not be on the predicted frontier. Points of less memory and less time are
+    # then no trade-off and are not shown.
     less = [label for label in plan.frontier if label[0] < 0.98 * peak and label[1] > seconds]
     more = [label for label in plan.frontier if label[0] > peak and label[1] < 0.99 * seconds]
     for word, label in (("less", less[-1] if less else None), ("more", more[0] if more else None)):
@@ -117,13 +118,13 @@ def _beside(plan: "Plan") -> Iterator[str]:
 
 
 def draw(plan: "Plan", path: "str | pathlib.Path") -> None:
-    """Time against peak, both of eager's. Needs matplotlib."""
+    """Draw time against peak memory, both as fractions of eager's. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Where eager does not fit, the plan itself is the unit.
+    # If eager does not fit into memory, the plan itself is the unit.
     eager = plan.steps.get("eager", plan.measured)
     unit = "eager" if "eager" in plan.steps else "the plan"
     figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")

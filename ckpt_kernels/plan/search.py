@@ -1,4 +1,4 @@
-"""From measured costs to a plan: the best by these costs, then tried in steps, for what it takes and against others."""
+"""Turns measured costs into a plan: solves for the best assignment, then runs a step to check its memory and time."""
 
 import weakref
 from dataclasses import replace
@@ -10,42 +10,43 @@ from torch import nn
 from ..levels import NONE, OF_LAYERS, OF_MODULES, Policy
 from .bench import EAGER, Bench, StepCost, is_out_of_memory
 from .budget import Budget, DoesNotFit, bytes_of, fraction_of
+from .chain import predicted
 from .costs import FIXED, Assignment, Checkpoint, StageAt
-from .measure import Measured
+from .measure import Measurements
 from .plan import Plan, structure_of
 from .solve import Solver
-from .trials import called
-from .ways import predicted
+from .trials import step_name
 
-# Plans that differ in time by less are taken for equally fast, and the one of less memory is taken.
+# Plans whose times differ by less than this fraction count as equally fast, and the one of less memory wins.
 SLACK = 0.005
-# How often a plan that turned out above the budget is made anew.
+# How many plans are tried when measured peaks exceed the budget.
 _ATTEMPTS = 4
-# How often those that fit are timed, in turn.
+# How many times each candidate that fits is timed, in turn with the others.
 _TURNS = 2
 
 
-def allowed(budget: Budget, steps: dict[str, StepCost], device: torch.device) -> int | None:
-    """The budget in bytes.
+def budget_bytes(budget: Budget, steps: dict[str, StepCost], device: torch.device) -> int | None:
+    """Return the budget in bytes.
 
     Raises:
-        ValueError: it is a part of eager's peak, and a step of eager does not fit into memory.
+        ValueError: the budget is a fraction of eager's peak, and a step of eager does not fit into memory.
     """
     if EAGER not in steps and fraction_of(budget) is not None:
         raise ValueError(f"budget is {budget}, of eager's peak, and a step of eager does not fit; expected bytes")
     return bytes_of(budget, steps[EAGER].peak if EAGER in steps else 1, device)
 
 
-def fastest(model: nn.Module, bench: Bench, found: Measured, budget: int | None) -> Plan:
-    """The plan whose step is the fastest that fits, by costs first and then by the clock.
+def fastest(model: nn.Module, bench: Bench, measurements: Measurements, budget: int | None) -> Plan:
+    """Return the plan of the fastest step that fits, by predicted costs first and then by measured times.
 
     Raises:
-        DoesNotFit: none does.
+        DoesNotFit: no plan fits.
     """
-    solver = Solver(found.stages)
+    solver = Solver(measurements.stages)
     front = solver.front
     frontier = list(zip(front.needs.tolist(), front.seconds.tolist(), strict=True))
-    plans = _Plans(model, bench.given, found, budget, _bound(found, solver, budget), frontier)
+    plans = _Plans(model, bench.input_shape, measurements, budget, _bound(measurements, solver, budget), frontier)
+    notes = measurements.notes
     excess = 0
     for attempt in range(_ATTEMPTS):
         assignment = _best(solver, None if budget is None else budget - excess)
@@ -53,20 +54,21 @@ def fastest(model: nn.Module, bench: Bench, found: Measured, budget: int | None)
         if assignment is None or is_least:
             assignment = solver.best(int(front.needs[0]))
             assert assignment is not None
-        made = plans.of(assignment)
-        peak = bench.peak("memory of the plan", bench.twin(made))
+        plan = plans.of(assignment)
+        peak = bench.peak("memory of the plan", bench.twin(plan))
         if budget is None or peak <= budget:
-            told = [*found.notes, *([f"costs predicted {excess:,} bytes too few at first"] if excess else [])]
-            made = replace(made, measured=replace(made.measured, peak=peak), note="; ".join(told))
-            return replace(_raced(bench, made, _rivals(plans, made)), count=bench.count)
+            if excess:
+                notes = [*notes, f"costs predicted {excess:,} bytes too few at first"]
+            plan = replace(plan, measured=replace(plan.measured, peak=peak), note="; ".join(notes))
+            return replace(_race(bench, plan, _rivals(plans, plan)), count=bench.count)
         if is_least:
-            raise DoesNotFit(budget, peak, "; ".join(found.notes))
-        excess = max(excess, peak - made.predicted.peak)
+            raise DoesNotFit(budget, peak, "; ".join(notes))
+        excess = max(excess, peak - plan.predicted.peak)
     raise AssertionError("the last attempt returns or raises")
 
 
 def _best(solver: Solver, budget: int | None) -> Assignment | None:
-    """The one of least memory among those that are about as fast as the fastest that fits."""
+    """Return the assignment of least memory among those within `SLACK` of the fastest that fits; None if none fits."""
     needs, seconds = solver.front
     memory = int(needs[-1]) if budget is None else budget
     least = solver.front.at(memory)
@@ -74,117 +76,124 @@ def _best(solver: Solver, budget: int | None) -> Assignment | None:
     return solver.best(int(enough[0])) if len(enough) and int(enough[0]) <= memory else None
 
 
-def _bound(found: Measured, solver: Solver, budget: int | None) -> float:
-    front = Solver(found.stages, optimistic=True).front if solver.is_thinned else solver.front
+def _bound(measurements: Measurements, solver: Solver, budget: int | None) -> float:
+    """Return a lower bound on the seconds of every assignment within the budget."""
+    front = Solver(measurements.stages, optimistic=True).front if solver.is_thinned else solver.front
     return front.at(int(front.needs[-1]) if budget is None else budget)
 
 
 class _Plans:
-    """Makes plans of assignments, of what they have in common."""
+    """Makes plans from assignments; all plans share the measurements and the budget."""
 
     def __init__(
         self,
         model: nn.Module,
-        given: tuple[int, ...],
-        found: Measured,
+        input_shape: tuple[int, ...],
+        measurements: Measurements,
         budget: int | None,
         bound: float,
         frontier: list[tuple[int, float]],
     ) -> None:
-        self.found = found
+        self.measurements = measurements
         self.budget = budget
         self._common: dict[str, Any] = {
             "bound": bound,
             "frontier": frontier,
             "structure": structure_of(model),
-            "given": given,
+            "given": input_shape,
             "_model": [weakref.ref(model)],
         }
 
     def of(self, assignment: Assignment) -> Plan:
-        """With what is predicted of it in place of what is measured."""
-        found = self.found
-        step = StepCost(*predicted(found.stages, assignment))
+        """Return a plan whose `measured` is the predicted cost until the plan is run."""
+        measurements = self.measurements
+        step = StepCost(*predicted(measurements.stages, assignment))
         return Plan(
             budget=self.budget,
             assignment=assignment,
             predicted=step,
             measured=step,
-            steps=found.steps,
-            stages=found.stages,
-            layers=found.layers,
-            shapes=found.shapes,
+            steps=measurements.steps,
+            stages=measurements.stages,
+            layers=measurements.layers,
+            shapes=measurements.shapes,
             **self._common,
         )
 
     def at_one(self, choice: str) -> Plan | None:
-        """All layers at one choice, with the peak that was measured; None where a layer has better ones."""
+        """Return a plan with all layers at one choice and its measured peak; None if a layer lacks that choice."""
         parts: list[StageAt | Checkpoint] = []
         policy = Policy.of(choice, OF_MODULES, "choice")
-        for index, stage in enumerate(self.found.stages):
+        for index, stage in enumerate(self.measurements.stages):
             is_fixed = FIXED in stage.costs
             at = StageAt(index, FIXED if is_fixed else str(policy.inside()))
             parts.append(Checkpoint((at,)) if policy.is_checkpoint and not is_fixed else at)
         try:
-            made = self.of(tuple(parts))
+            plan = self.of(tuple(parts))
         except ValueError:
             return None
-        return replace(made, measured=replace(made.measured, peak=self.found.steps[choice].peak))
+        return replace(plan, measured=replace(plan.measured, peak=self.measurements.steps[choice].peak))
 
 
-def _rivals(plans: _Plans, made: Plan) -> dict[str, Plan]:
-    """What the plan is held against: the model as it is, and of the choices that fit the one that was the fastest with
-    all layers at it."""
-    steps, budget = plans.found.steps, plans.budget
+def _rivals(plans: _Plans, plan: Plan) -> dict[str, Plan]:
+    """Return the fastest plan that fits and has all layers at one choice, unless that is `plan` itself."""
+    steps, budget = plans.measurements.steps, plans.budget
     fitting = [name for name, step in steps.items() if budget is None or step.peak <= budget]
-    rivals = {choice: plan for choice in fitting if choice != EAGER and (plan := plans.at_one(choice)) is not None}
+    rivals = {choice: rival for choice in fitting if choice != EAGER and (rival := plans.at_one(choice)) is not None}
     quickest = min(rivals, key=lambda choice: steps[choice].seconds, default=None)
-    if quickest is None or rivals[quickest].assignment == made.assignment:
+    if quickest is None or rivals[quickest].assignment == plan.assignment:
         return {}
     return {quickest: rivals[quickest]}
 
 
-def _raced(bench: Bench, made: Plan, rivals: dict[str, Plan]) -> Plan:
-    """The fastest by the clock, of the plan, others that fit, and, where that fits, the model as it is."""
-    plans = {"the plan": made, **{f"all at {name}": plan for name, plan in rivals.items()}}
+def _race(bench: Bench, planned: Plan, rivals: dict[str, Plan]) -> Plan:
+    """Time the plan, the rivals, and the model as it is; return the fastest that fits."""
+    plans = {"the plan": planned, **{f"all at {name}": plan for name, plan in rivals.items()}}
     twins = {name: bench.twin(plan) for name, plan in plans.items()}
-    if EAGER in made.steps:
+    if EAGER in planned.steps:
         twins[EAGER] = bench.twin(None)
     times: dict[str, list[float]] = {name: [] for name in twins}
     for turn in range(_TURNS):
         for name, twin in twins.items():
             times[name].append(bench.seconds(f"time of {name}, {turn + 1} of {_TURNS}", twin))
-    seconds = {name: min(found) for name, found in times.items()}
-    steps = made.steps
+    seconds = {name: min(own) for name, own in times.items()}
+    steps = planned.steps
     if EAGER in steps:
         steps = steps | {EAGER: StepCost(steps[EAGER].peak, seconds[EAGER])}
     winner = min(plans, key=seconds.__getitem__)
-    told = f"{winner} is faster than planned ({seconds['the plan'] * 1e3:.1f} ms)" if winner != "the plan" else ""
-    won = replace(
+    won = "" if winner == "the plan" else f"{winner} is faster than planned ({seconds['the plan'] * 1e3:.1f} ms)"
+    fastest_plan = replace(
         plans[winner],
         measured=StepCost(plans[winner].measured.peak, seconds[winner]),
         steps=steps,
-        note="; ".join(filter(None, (told, made.note))),
+        note="; ".join(filter(None, (won, planned.note))),
     )
-    return _or_eager(won)
+    return _or_eager(fastest_plan)
 
 
-def _or_eager(made: Plan) -> Plan:
-    """The model as it is, where that fits and is faster than the plan: of tiny models the calls are what costs."""
-    eager = made.steps.get(EAGER)
-    if eager is None or eager.seconds >= made.measured.seconds or eager.peak > (made.budget or eager.peak):
-        return made
-    told = f"as it is the model is faster than planned ({made.measured.seconds * 1e3:.1f} ms)"
-    note = "; ".join(filter(None, (told, made.note)))
-    return replace(made, assignment=(), whole=NONE, predicted=eager, measured=eager, bound=eager.seconds, note=note)
+def _or_eager(plan: Plan) -> Plan:
+    """Return a plan that leaves the model as it is, if eager fits and is faster.
+
+    In tiny models the overhead of calls outweighs the gain of fused kernels.
+    """
+    eager = plan.steps.get(EAGER)
+    if eager is None or eager.seconds >= plan.measured.seconds or eager.peak > (plan.budget or eager.peak):
+        return plan
+    won = f"as it is the model is faster than planned ({plan.measured.seconds * 1e3:.1f} ms)"
+    note = "; ".join(filter(None, (won, plan.note)))
+    return replace(plan, assignment=(), whole=NONE, predicted=eager, measured=eager, bound=eager.seconds, note=note)
 
 
 def one_level(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Plan:
-    """One level for all, of a model whose layers cannot be chosen for."""
+    """Return the fastest plan with one level for the whole model.
+
+    Args:
+        reason: why the layers cannot be planned one by one; the note of the plan.
+    """
     bench.names = []
     steps: dict[str, StepCost] = {}
     for level in OF_LAYERS:
-        name = called(level)
+        name = step_name(level)
         twin = bench.twin(None if level == NONE else level)
         try:
             peak = bench.peak(f"memory of {name}", twin)
@@ -194,13 +203,13 @@ def one_level(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Pl
                 raise
     if not steps:
         raise MemoryError("a step does not fit at any level")
-    most = allowed(budget, steps, bench.device)
-    fitting = {name: step for name, step in steps.items() if most is None or step.peak <= most}
+    limit = budget_bytes(budget, steps, bench.device)
+    fitting = {name: step for name, step in steps.items() if limit is None or step.peak <= limit}
     if not fitting:
-        raise DoesNotFit(most or 0, min(step.peak for step in steps.values()), reason)
+        raise DoesNotFit(limit or 0, min(step.peak for step in steps.values()), reason)
     best = min(fitting, key=lambda name: (fitting[name].seconds, fitting[name].peak))
     return Plan(
-        budget=most,
+        budget=limit,
         assignment=(),
         predicted=fitting[best],
         measured=fitting[best],
@@ -211,7 +220,7 @@ def one_level(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Pl
         layers=[],
         structure=structure_of(model),
         shapes={},
-        given=bench.given,
+        given=bench.input_shape,
         whole=NONE if best == EAGER else best,
         note=reason,
         count=bench.count,

@@ -1,10 +1,10 @@
-"""The fastest assignment of choices to a chain of stages for every amount of memory: a dynamic program over fronts.
+"""Solves for the fastest assignment for every amount of memory, by dynamic programming over Pareto fronts.
 
-The front of stages s..t follows from the ways on from s (`ways`): each with the front of what is behind it, and, under
-a checkpoint, with that of the same stages when they run again. What a way needs is a maximum of sums that grow with
-each part, and times add, so that no assignment that is beaten within a piece is part of a best one of the whole: the
-fronts are exact as long as they are not thinned. Pieces that run again and whose stages are alike one by one have the
-same front, which is made once.
+The front of stages s..t combines each transition from s (see `chain`) with the front of the stages after the transition
+and, for a checkpoint, with the front of the second run of the same stages. The need of a transition is a maximum of
+sums that grow with each part, and times add, so a dominated assignment of a piece is part of no optimal assignment of
+the whole: fronts are exact unless they are thinned. Pieces that run a second time and consist of equal stages share one
+front.
 """
 
 import bisect
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .chain import NOTHING, Chain
 from .costs import Assignment, Checkpoint, Stage, StageAt
-from .fronts import INFEASIBLE, Front, both, fastest_at, front_of
-from .ways import NOTHING, Chain
+from .fronts import INFEASIBLE, Front, combined, fastest_at, front_of
 
-# Rows of the table of fronts: of no stages, and of what a level needs inside.
+# Rows of the table of fronts: the front of no stages, and the front of the inside of a level.
 _EMPTY, _NO_INSIDE = 0, 1
 
 
@@ -27,8 +27,11 @@ class Solver:
 
     Args:
         stages: the chain, in the order of the forward pass.
-        limit: how many labels a front may have.
-        optimistic: whether thinning rounds down.
+        limit: the largest number of labels of a front.
+        optimistic: whether thinned fronts are lower bounds (see `fronts`).
+
+    Attributes:
+        is_thinned: whether any front was thinned.
     """
 
     def __init__(self, stages: Sequence[Stage], limit: int = 512, optimistic: bool = False) -> None:
@@ -40,89 +43,97 @@ class Solver:
         self._fronts.add(Front(torch.tensor([NOTHING]), torch.zeros(1, dtype=torch.float64)))
         self._fronts.add(Front(torch.tensor([0]), torch.zeros(1, dtype=torch.float64)))
         self._pieces = _Pieces(stages)
-        self._ways: dict[tuple[int, bool], _Ways] = {}
+        self._transitions: dict[tuple[int, bool], _Transitions] = {}
         self._nested: dict[tuple[int, ...], int] = {}
-        # By first stage; what is behind the last is empty.
+        # _whole[s]: the row of the front from stage s to the end of the chain.
         self._whole = [_EMPTY] * (len(stages) + 1)
         for first in reversed(range(len(stages))):
             self._whole[first] = self._fronts.add(self._front(first, len(stages) - 1, nested=False))
 
     @property
     def front(self) -> Front:
-        """That of the whole chain."""
+        """The front of the whole chain."""
         return self._fronts.row(self._whole[0])
 
     def best(self, memory: int) -> Assignment | None:
-        """The fastest assignment that needs no more memory than that, of equally fast ones the one that needs least;
-        None where none fits."""
+        """Return the fastest assignment that fits in `memory` bytes, or None if none fits.
+
+        Of equally fast assignments the one that needs least memory is returned.
+        """
         front = self.front
         index = int(torch.searchsorted(front.needs, memory, right=True)) - 1
         if index < 0:
             return None
-        return self._traced(0, len(self._chain.stages) - 1, int(front.needs[index]), nested=False)
+        return self._trace(0, len(self._chain.stages) - 1, int(front.needs[index]), nested=False)
 
     def _front(self, first: int, last: int, nested: bool) -> Front:
-        ways = self._ways_within(first, last, nested)
-        rest, rest_seconds = self._fronts.rows(self._behind(ways.ends, last, nested))
-        again, again_seconds = self._fronts.rows(self._inside(ways, first))
-        forwards = (rest + ways.kept).maximum(ways.forward_peak)
-        backwards = again + (ways.base + self._chain.after(last, nested))
-        needs, seconds = both(forwards, rest_seconds, backwards, again_seconds)
-        seconds += ways.seconds
+        """Compute the front of a piece; `nested` pieces are the second run in a checkpoint."""
+        transitions = self._transitions_within(first, last, nested)
+        rest, rest_seconds = self._fronts.rows(self._rest_rows(transitions.ends, last, nested))
+        inside, inside_seconds = self._fronts.rows(self._inside_rows(transitions, first))
+        forwards = (rest + transitions.kept).maximum(transitions.forward_peak)
+        backwards = inside + (transitions.base + self._chain.after(last, nested))
+        needs, seconds = combined(forwards, rest_seconds, backwards, inside_seconds)
+        seconds += transitions.seconds
         front, is_thinned = front_of(needs.flatten(), seconds.flatten(), self._limit, self._optimistic)
         self.is_thinned |= is_thinned
         return front
 
-    def _ways_within(self, first: int, last: int, nested: bool) -> "_Ways":
-        """Those of a piece. Within a checkpoint another over all of what is left of it would gain nothing."""
+    def _transitions_within(self, first: int, last: int, nested: bool) -> "_Transitions":
+        """Return the transitions from `first` that end within a piece.
+
+        A nested checkpoint over the whole rest of a checkpoint would gain nothing and is left out.
+        """
         key = first, nested
-        if key not in self._ways:
-            self._ways[key] = _Ways.of(self._chain, first, nested)
-        ways = self._ways[key]
-        count = bisect.bisect(ways.ends, last - nested, ways.levels)
-        return ways if count == len(ways.ends) else ways.until(count)
+        if key not in self._transitions:
+            self._transitions[key] = _Transitions.of(self._chain, first, nested)
+        transitions = self._transitions[key]
+        count = bisect.bisect(transitions.ends, last - nested, transitions.levels)
+        return transitions if count == len(transitions.ends) else transitions.until(count)
 
-    def _behind(self, ends: list[int], last: int, nested: bool) -> list[int]:
-        """The rows of the fronts of what comes after ways."""
-        return [self._again(end + 1, last) if nested else self._whole[end + 1] for end in ends]
+    def _rest_rows(self, ends: list[int], last: int, nested: bool) -> list[int]:
+        """Return the rows of the fronts of the stages after each transition."""
+        return [self._nested_row(end + 1, last) if nested else self._whole[end + 1] for end in ends]
 
-    def _inside(self, ways: "_Ways", first: int) -> list[int]:
-        """The rows of the fronts of what runs again."""
-        return [_NO_INSIDE] * ways.levels + [self._again(first, end) for end in ways.ends[ways.levels :]]
+    def _inside_rows(self, transitions: "_Transitions", first: int) -> list[int]:
+        """Return the rows of the fronts of the inside of each transition."""
+        levels, ends = transitions.levels, transitions.ends
+        return [_NO_INSIDE] * levels + [self._nested_row(first, end) for end in ends[levels:]]
 
-    def _again(self, first: int, last: int) -> int:
-        """The row of the front of stages that run again under a checkpoint."""
+    def _nested_row(self, first: int, last: int) -> int:
+        """Return the row of the front of stages that run a second time under a checkpoint."""
         if first > last:
             return _EMPTY
         if self._pieces.key(first, last) not in self._nested:
-            # The shortest first, so that what is behind a way is there.
+            # The shortest first, so that the fronts of the rest exist already.
             for begin in reversed(range(first, last + 1)):
                 key = self._pieces.key(begin, last)
                 if key not in self._nested:
                     self._nested[key] = self._fronts.add(self._front(begin, last, nested=True))
         return self._nested[self._pieces.key(first, last)]
 
-    def _traced(self, first: int, last: int, memory: int, nested: bool) -> Assignment:
-        """The assignment behind a label: at each stage the way that takes the least time."""
+    def _trace(self, first: int, last: int, memory: int, nested: bool) -> Assignment:
+        """Recover the assignment of a label: at each stage follow the transition that takes the least time."""
         parts: list[StageAt | Checkpoint] = []
         while first <= last:
-            ways = self._ways_within(first, last, nested)
-            for_rest = memory - ways.kept
-            for_inside = memory - ways.base - self._chain.after(last, nested)
-            seconds = ways.seconds + self._fronts.at(self._behind(ways.ends, last, nested), for_rest)
-            seconds += self._fronts.at(self._inside(ways, first), for_inside)
-            chosen = int(seconds.masked_fill_(ways.forward_peak > memory, INFEASIBLE).argmin())
-            way = self._chain.ways(first, nested)[chosen]
-            if way.level is not None:
-                parts.append(StageAt(first, way.level))
+            transitions = self._transitions_within(first, last, nested)
+            for_rest = memory - transitions.kept
+            for_inside = memory - transitions.base - self._chain.after(last, nested)
+            rest, inside = self._rest_rows(transitions.ends, last, nested), self._inside_rows(transitions, first)
+            seconds = transitions.seconds + self._fronts.at(rest, for_rest)
+            seconds += self._fronts.at(inside, for_inside)
+            chosen = int(seconds.masked_fill_(transitions.forward_peak > memory, INFEASIBLE).argmin())
+            transition = self._chain.transitions(first, nested)[chosen]
+            if transition.level is not None:
+                parts.append(StageAt(first, transition.level))
             else:
-                parts.append(Checkpoint(self._traced(first, way.end, int(for_inside[chosen]), nested=True)))
-            first, memory = way.end + 1, int(for_rest[chosen])
+                parts.append(Checkpoint(self._trace(first, transition.end, int(for_inside[chosen]), nested=True)))
+            first, memory = transition.end + 1, int(for_rest[chosen])
         return tuple(parts)
 
 
-class _Ways(NamedTuple):
-    """Ways on from a stage as columns of numbers; the first of them are `levels`."""
+class _Transitions(NamedTuple):
+    """The transitions from a stage as columns of numbers. The first `levels` of them are levels."""
 
     levels: int
     ends: list[int]
@@ -132,21 +143,23 @@ class _Ways(NamedTuple):
     seconds: Tensor
 
     @staticmethod
-    def of(chain: Chain, first: int, nested: bool) -> "_Ways":
-        ways = chain.ways(first, nested)
-        levels = sum(way.level is not None for way in ways)
-        peaks, kept, base = torch.tensor([(w.forward_peak, w.kept, chain.base(w)) for w in ways])[:, :, None].unbind(1)
-        seconds = torch.tensor([[way.seconds] for way in ways], dtype=torch.float64)
-        return _Ways(levels, [way.end for way in ways], peaks, kept, base, seconds)
+    def of(chain: Chain, first: int, nested: bool) -> "_Transitions":
+        transitions = chain.transitions(first, nested)
+        levels = sum(one.level is not None for one in transitions)
+        ends = [one.end for one in transitions]
+        memory = torch.tensor([(one.forward_peak, one.kept, chain.base(one)) for one in transitions])
+        forward_peak, kept, base = memory[:, :, None].unbind(1)
+        seconds = torch.tensor([[one.seconds] for one in transitions], dtype=torch.float64)
+        return _Transitions(levels, ends, forward_peak, kept, base, seconds)
 
-    def until(self, count: int) -> "_Ways":
-        """The first of them."""
+    def until(self, count: int) -> "_Transitions":
+        """Return the first `count` transitions."""
         columns = (column[:count] for column in (self.forward_peak, self.kept, self.base, self.seconds))
-        return _Ways(self.levels, self.ends[:count], *columns)
+        return _Transitions(self.levels, self.ends[:count], *columns)
 
 
 class _Fronts:
-    """A table of fronts, one a row. Rows that are shorter repeat their last label."""
+    """A table with a front in each row. Shorter rows repeat their last label."""
 
     def __init__(self) -> None:
         self._needs = torch.zeros((64, 16), dtype=torch.int64)
@@ -154,6 +167,7 @@ class _Fronts:
         self._lengths: list[int] = []
 
     def add(self, front: Front) -> int:
+        """Add a front and return the number of its row. The table grows as needed."""
         row, length = len(self._lengths), len(front.needs)
         rows, columns = self._needs.shape
         if row == rows or length > columns:
@@ -172,18 +186,21 @@ class _Fronts:
         return Front(self._needs[index, :length], self._seconds[index, :length])
 
     def rows(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Needs and seconds, as wide as the longest."""
+        """Return needs and seconds of fronts, as wide as the longest front."""
         width, chosen = max(self._lengths[index] for index in indices), torch.tensor(indices)
         return self._needs[chosen, :width], self._seconds[chosen, :width]
 
     def at(self, indices: list[int], memory: Tensor) -> Tensor:
-        """Of each the seconds of the fastest that fits an amount of memory; columns."""
+        """Return for each front the seconds of the fastest assignment within `memory`, a column; so is the result."""
         needs, seconds = self.rows(indices)
         return fastest_at(memory, needs, seconds)
 
 
 class _Pieces:
-    """Which pieces of a chain are alike stage by stage, by names of runs of 1, 2, 4, 8... stages."""
+    """Finds pieces of a chain that are alike stage by stage.
+
+    Each run of 1, 2, 4, 8, ... stages has a number, which runs of equal stages share.
+    """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         names: dict[tuple, int] = {}
@@ -197,7 +214,7 @@ class _Pieces:
             length *= 2
 
     def key(self, first: int, last: int) -> tuple[int, int, int]:
-        """What is the same for pieces that are alike. Two runs that overlap tell all of a piece."""
+        """Return a key that alike pieces share. Two runs that overlap cover a piece of any length."""
         length = last - first + 1
         level = length.bit_length() - 1
         names = self._names[level]

@@ -1,4 +1,4 @@
-"""Stages of a chain, made of what was measured of layers and of the code between them."""
+"""Builds the stages of a chain from the measured costs of layers and of the code between layers."""
 
 import statistics
 from dataclasses import replace
@@ -11,10 +11,10 @@ from .trials import Trials, tiles_in
 
 
 class Stages:
-    """Makes stages of what was measured.
+    """Builds stages from measurements.
 
     Args:
-        bench: whose steps they were.
+        bench: the bench that ran the steps.
         order: the layers' names, in the order of their calls.
         trials: the memory of each choice.
         seconds: the time of each choice.
@@ -29,38 +29,39 @@ class Stages:
         self._seconds = seconds
 
     def stages(self) -> tuple[list[Stage], list[str]]:
-        """The chain, and for each stage the layer's name."""
-        found: list[tuple[Stage, str]] = []
+        """Return the chain, and for each stage the layer's name."""
+        chain: list[tuple[Stage, str]] = []
         follows = False
         for index in range(len(self._order)):
             gap = self._gap(index)
             if gap is not None:
-                found.append((gap, ""))
+                chain.append((gap, ""))
             layer = self._layer(index)
-            follows = self._recorder.follows[self._bench.names.index(layer.name)] and gap is None and bool(found)
-            follows = follows and layer.name not in self._trials.in_runs
-            found.append((replace(layer, follows=follows), layer.name))
+            follows = self._recorder.follows[self._bench.names.index(layer.name)] and gap is None and bool(chain)
+            follows = follows and layer.name not in self._trials.not_repeatable_in_runs
+            chain.append((replace(layer, follows=follows), layer.name))
         last = self._gap(len(self._order))
         if last is not None:
-            found.append((last, ""))
+            chain.append((last, ""))
         kinds: dict[tuple, int] = {}
         stages = []
-        for stage, _ in found:
+        for stage, _ in chain:
             own = (stage.kind, stage.output, stage.left, *stage.costs.items(), stage.checkpointed)
             stages.append(replace(stage, alike=kinds.setdefault(own, len(kinds))))
-        return stages, [name for _, name in found]
+        return stages, [name for _, name in chain]
 
-    def _cost(self, choice: str, what: str, index: int) -> tuple[Cost, int]:
-        """The cost, and what both passes leave."""
-        suffix = "" if what == "layer" else "_gap"
-        forward, backward = (self._memory[choice][f"{name}{suffix}", index] for name in ("forward", "backward"))
-        seconds, again = (self._seconds.of((f"{name}{suffix}", index), choice) for name in ("forward", "backward"))
-        return Cost(forward.net, forward.peak, backward.peak, seconds, again), forward.net + backward.net
+    def _cost(self, choice: str, index: int, suffix: str = "") -> tuple[Cost, int]:
+        """Return the cost of the i-th layer, or with suffix "_gap" of the code before that layer, and `Stage.left`."""
+        positions = (f"forward{suffix}", index), (f"backward{suffix}", index)
+        forward, backward = (self._memory[choice][position] for position in positions)
+        forward_seconds, backward_seconds = (self._seconds.of(position, choice) for position in positions)
+        cost = Cost(forward.net, forward.peak, backward.peak, forward_seconds, backward_seconds)
+        return cost, forward.net + backward.net
 
     def _gap(self, index: int) -> Stage | None:
-        """The code before a layer, or after the last; None where there is nothing to speak of."""
+        """Return the code before a layer, or after the last; None if the code before a layer takes no memory."""
         converted = [choice for choice in self._memory if choice != NONE] or list(self._memory)
-        costs = [self._cost(choice, "gap", index) for choice in converted]
+        costs = [self._cost(choice, index, "_gap") for choice in converted]
         most = Cost(
             max(cost.kept for cost, _ in costs),
             max(cost.forward_peak for cost, _ in costs),
@@ -76,58 +77,62 @@ class Stages:
         return Stage(name, "", max(most.kept, 0), left, {FIXED: most})
 
     def _layer(self, index: int) -> Stage:
+        """Return the stage of the i-th called layer."""
         name = self._order[index]
         offered = self._offered(index)
-        found = {level: self._cost(level, "layer", index) for level in offered}
-        left = max(left for _, left in found.values())
-        costs = {level: cost for level, (cost, _) in found.items()}
+        measured = {level: self._cost(level, index) for level in offered}
+        left = max(left for _, left in measured.values())
+        costs = {level: cost for level, (cost, _) in measured.items()}
         output = self._recorder.outputs[self._bench.names.index(name)]
         checkpointed = None
         checkpoint = self._checkpoint(offered)
-        if checkpoint in self._memory and name not in self._trials.alone:
+        if checkpoint in self._memory and name not in self._trials.not_repeatable:
             within = tiles_in(checkpoint)
             costs = {level: replace(c, may_be_inside=tiles_in(level) == within) for level, c in costs.items()}
             checkpointed = self._checkpointed(checkpoint, index, costs, output)
-            left = max(left, self._cost(checkpoint, "layer", index)[1])
+            left = max(left, self._cost(checkpoint, index)[1])
         kind = type(dict(self._bench.model.named_modules())[name]).__name__
-        return Stage(name, kind, output, left, _worth_having(costs), checkpointed)
+        return Stage(name, kind, output, left, _undominated(costs), checkpointed)
 
     def _offered(self, index: int) -> list[str]:
-        """The choices of a layer but its checkpoint; in more tiles only where they lower a peak of this layer."""
-        found: list[str] = []
+        """Return the choices of a layer except checkpoints; more tiles only if they lower a peak of this layer."""
+        offered: list[str] = []
         last: dict[str, str] = {}
+        peaks = self._trials.layer_peaks
         for choice in self._memory:
             policy = Policy.of(choice, OF_MODULES, "choice")
             before = last.get(policy.level)
-            is_lower = before is None or self._trials.of(choice, index).is_lower_than(self._trials.of(before, index))
+            is_lower = before is None or peaks(choice, index).is_lower_than(peaks(before, index))
             if is_lower and not policy.is_checkpoint:
-                found.append(choice)
+                offered.append(choice)
                 last[policy.level] = choice
-        return found
+        return offered
 
     def _checkpoint(self, offered: list[str]) -> str:
-        """The checkpoint of a layer: in the most tiles that it is offered."""
+        """Return the checkpoint with the largest number of tiles among a layer's choices."""
         tiles = max(map(tiles_in, offered))
-        inmost = str(Policy(CHECKPOINT, tiles))
-        return inmost if inmost in self._memory else CHECKPOINT
+        tiled = str(Policy(CHECKPOINT, tiles))
+        return tiled if tiled in self._memory else CHECKPOINT
 
     def _checkpointed(self, choice: str, index: int, costs: dict[str, Cost], output: int) -> Checkpointed | None:
-        checkpoint, _ = self._cost(choice, "layer", index)
-        # What is inside it in the steps that are measured; where that does not fit by itself, the nearest that does.
+        """Return the cost of the first forward pass in a checkpoint, or None if the checkpoint keeps no less."""
+        checkpoint, _ = self._cost(choice, index)
+        # The level inside the measured checkpoint. If a step at that level ran out of memory, the level that keeps
+        # least stands in.
         within = str(Policy.of(choice, OF_MODULES, "choice").inside())
         costs = {level: cost for level, cost in costs.items() if cost.may_be_inside}
         inside = costs.get(within) or min(costs.values(), key=lambda cost: cost.kept)
         if checkpoint.kept >= inside.kept:
             return None
-        # A forward pass of which nothing is kept does what the other does, and a second one ends early, but not at
-        # half: what is measured beyond that is noise.
+        # The first forward pass does the work of an ordinary one, and the second one stops early, though not before
+        # half of the pass. Measurements outside these limits are noise.
         forward = max(checkpoint.forward, 0.9 * min(cost.forward for cost in costs.values()))
         saved = min(max(inside.seconds - checkpoint.backward, 0.0), inside.forward / 2)
         return Checkpointed(max(checkpoint.kept - output, 0), checkpoint.forward_peak, forward, saved)
 
 
-def _worth_having(costs: dict[str, Cost]) -> dict[str, Cost]:
-    """Without choices that another beats in all."""
+def _undominated(costs: dict[str, Cost]) -> dict[str, Cost]:
+    """Drop each choice that another choice equals or beats in every cost. Of equal choices the first stays."""
 
     def beats(one: str, other: str) -> bool:
         a, b = costs[one], costs[other]

@@ -91,10 +91,12 @@ class discard_outputs(contextlib.ContextDecorator):
         hooks: Any = torch._C._autograd  # torch's type stubs lack some of its functions
         # A trace would record the operations of the hooks.
         is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if is_recorded or not hooks._saved_tensors_hooks_is_enabled():
+        # Torch keeps the saved values of tensors that are written to, which a recipe refuses to read.
+        allows_writes = torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
+        if is_recorded or allows_writes or not hooks._saved_tensors_hooks_is_enabled():
             self._entered.append(None)
             return self
-        # Within another active context that one stays active: outputs may pass from one to the other.
+        # Within another active context the outer one stays active: outputs may pass between the two.
         hooked = None if discarding() is not None else _hooked(self._module, self._products, self._temporaries)
         self._entered.append(hooked)
         if hooked is not None:

@@ -1,9 +1,8 @@
-"""Calls the module `_thin`, where it was built, to pack and record in C (`csrc/thin/cells.cpp`,
-`csrc/thin/records.cpp`).
+"""Calls the module `_thin` to pack and record in C (`csrc/thin/cells.cpp`, `csrc/thin/records.cpp`), if that was built.
 
 In the usual cases C creates the same objects of the same classes as the Python code: cells of tensors that are
 certainly kept, cells of blocks' outputs and of their views, and recipes that read only tensors that a block's node
-keeps. In all other cases, and for every error, the Python code runs. It also serves alone where `_thin` is missing.
+keeps. In all other cases, and for every error, the Python code runs.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from .cells import Cell
 if TYPE_CHECKING:
     from .discarder import Discarder
 
-# The module `_thin`, if it was built: see `contexts.use_library`.
+# The module `_thin`, None without the library: see `contexts.use_library`.
 library: Any = None
 
 

@@ -4,6 +4,7 @@ import weakref
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -46,10 +47,10 @@ class LayerBoundaries:
         since."""
         for held in self.held.values():
             tensor = held.tensor()
-            if tensor is None or tensor.output_nr != output:
+            if tensor is None or tensor.output_nr != output or not tensor.requires_grad:
                 continue
-            maker = tensor.grad_fn
-            if maker is node if maker is not None else getattr(node, "variable", None) is tensor:
+            # Of a leaf that a checkpoint has unpacked the node knows another tensor, so that the nodes are compared.
+            if get_gradient_edge(tensor).node is node:
                 return tensor if held.is_saved and tensor._version == held.version else None
         return None
 

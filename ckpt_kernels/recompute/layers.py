@@ -15,14 +15,13 @@ from .discarder import Discarder
 class layer:
     """A layer of a network whose backward pass recomputes all matrix products but the last.
 
-    `function` may be a module. The object is called like the function, and is no module itself. It keeps the layer's
-    input and the part of the attention result that attention saves. Queries, keys and values, the output projection of
-    attention, the first products of the MLP, norms, gates and rotations are recomputed once, when the backward pass
-    reaches the layer. Neither attention nor the last product runs again: a checkpoint of the layer would run both
-    needlessly.
+    The object is called like `function`, which may be a module, but is no module. Kept are the layer's input and the
+    part of the attention result that attention saves. Queries, keys and values, the output projection of attention, the
+    first products of the MLP, norms, gates and rotations are recomputed once, when the backward pass reaches the layer.
+    Neither attention nor the last product runs again: a checkpoint of the layer would run both needlessly.
 
     A product runs again if the autograd graph shows how (`nn.Linear`, `F.linear`, two-dimensional `@`, grouped
-    products, convolutions), and the last product too if a norm reads its result. Products of three dimensions, such as
+    products, convolutions), and the last product too if a norm reads the result. Products of three dimensions, such as
     those of an attention written in plain torch ops, are kept. So are plain sums of products that a norm reads; the
     sums of `add_rms_norm` and `add_layer_norm` are recomputed. If the function is no module, writes to a bias during
     the forward pass are not seen. Under no_grad and torch.compile a layer does nothing.
@@ -72,7 +71,7 @@ def run_at(
     kwargs: dict[str, Any],
     alone: bool = False,
 ) -> Any:
-    """Runs a module's forward pass at a level of its own, whatever the level of the contexts around it.
+    """Runs a module's forward pass at a given level, whatever the level of the contexts around the call.
 
     Args:
         level: "block", "output", "all" or "layer", as in `convert`.
@@ -97,7 +96,7 @@ def _between_boundaries(
     kwargs: dict[str, Any],
     holds: bool = True,
 ) -> Any:
-    """Calls the function at a level. If it `holds`, recipes do not reach across its inputs and outputs."""
+    """Calls the function at a level. With `holds`, recipes do not cross the inputs and outputs."""
     for tensor in tensors_among((args, kwargs)) if holds else ():
         discarder.hold(tensor)
     with discarder.at(level):

@@ -41,7 +41,7 @@ class Source(Protocol):
     biases: Biases
     stacked: StackedWeights
 
-    def share(self, known: Cell | Block) -> Operand | None: ...
+    def share(self, source: Cell | Block) -> Operand | None: ...
 
     def pack(self, tensor: Tensor) -> Cell: ...
 
@@ -138,13 +138,13 @@ class Trace:
         """
         if _wrote_over_operand(node, version):
             return True
-        nodes, block = self._nodes_to_block(node)
+        writers, block = self._nodes_to_block(node)
         if block is None or block.entry.storage.cdata != storage or block.entry.storage.expired():
             return False
-        if version - block.entry.version != len(nodes):
+        if version - block.entry.version != len(writers):
             return False
-        self._trusted += nodes
-        self._edge_contents[nodes[-1].next_functions[0]] = block
+        self._trusted += writers
+        self._edge_contents[writers[-1].next_functions[0]] = block
         return True
 
     def _nodes_to_block(self, node: Any) -> tuple[list[Any], Block | None]:
@@ -185,18 +185,12 @@ class Trace:
     def _replace_result(self, node: Any, cell: Cell) -> None:
         """Replaces a result that two nodes keep. In x * sigmoid(x) both nodes keep the sigmoid, and the product's node
         keeps x, from which the sigmoid can be recomputed."""
-        result_cell = nodes.result_cell(node)
-        if (
-            result_cell is None
-            or result_cell.depth
-            or result_cell.version
-            or cell.version
-            or not result_cell.is_unwritten()
-        ):
+        own = nodes.result_cell(node)
+        if own is None or own.depth or own.version or cell.version or not own.is_unwritten():
             return
         step = self.step_for(node, 0)
         if step is not None:
-            self._source.replace_result(result_cell, step)
+            self._source.replace_result(own, step)
 
     def _shared(self, source: Cell | Block | float | None) -> Operand | float | None:
         """A cell, a block's output or a number, as an operand; None for a cell of another context."""

@@ -65,16 +65,15 @@ def restore_argument(recorded: Any, inputs: dict[int, Tensor], outputs: list[lis
     return recorded
 
 
-def version_checked(tensor: Tensor, what: str = "an argument of a checkpointed layer") -> Callable[[], Tensor]:
-    """A function that returns the tensor, or raises if the tensor has been written to. `what` describes the tensor in
-    the error."""
+def version_checked(tensor: Tensor, description: str = "an argument of a checkpointed layer") -> Callable[[], Tensor]:
+    """A function that returns the tensor, or raises if the tensor has been written to, named by `description`."""
     version = version_of(tensor)
     tensor_kept = tensor if tensor.is_leaf else tensor.detach()
 
     def get() -> Tensor:
         if version is not None and tensor_kept._version != version:
             raise RuntimeError(
-                f"{what}, {tensor_kept.dtype} {tuple(tensor_kept.shape)}, was modified by an in-place "
+                f"{description}, {tensor_kept.dtype} {tuple(tensor_kept.shape)}, was modified by an in-place "
                 f"operation since: it is at version {tensor_kept._version}; expected version {version}"
             )
         return tensor_kept

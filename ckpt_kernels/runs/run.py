@@ -77,7 +77,7 @@ class Run:
         return output
 
     def _recorded(self, value: Any, discarder: Discarder | None) -> Any:
-        """An argument as it is recorded: tensors are replaced by links and kept inputs."""
+        """The recorded form of an argument: tensors are replaced by links and kept inputs."""
         if isinstance(value, tuple):
             return tuple(self._recorded(part, discarder) for part in value)
         if isinstance(value, dict):
@@ -119,7 +119,7 @@ class Run:
                         self._repeat_call(call, inputs, outputs, is_last and call is group[-1])
 
     def _inner_runs(self) -> list[list[Call]]:
-        """The calls, grouped by the inner runs that they belong to; a call in no inner run is a group of its own."""
+        """The calls, grouped by inner run; a call in no inner run forms a separate group."""
         groups: list[list[Call]] = []
         for call in self._calls:
             inner = call.places[self._depth + 1 :]
@@ -130,7 +130,7 @@ class Run:
         return groups
 
     def _repeat_call(self, call: Call, inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool) -> None:
-        """Repeats one call and fills its placeholders."""
+        """Repeats one call and fills the placeholders."""
         waiting = list(call.saved)
         count = 0
 
@@ -166,7 +166,7 @@ class Run:
     def _begin_inner_run(
         self, calls: list[Call], inputs: dict[int, Tensor], outputs: list[list[Tensor]], is_last: bool
     ) -> None:
-        """Creates an inner run, which keeps only the inputs of its first call, and repeats the calls without saving."""
+        """Creates an inner run, which keeps only the inputs of the first call, and repeats the calls without saving."""
         inner = Run(calls[0].places[self._depth + 1].key, self._depth + 1)
         start = len(outputs)
         for call in calls:

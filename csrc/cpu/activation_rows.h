@@ -11,7 +11,7 @@
 
 namespace ckpt::CKPT_ISA {
 
-// For a storage type T of 16 bits, the shorter functions of a rough vector are accurate enough.
+// For a 16-bit storage type T the shorter functions of a rough vector are accurate enough.
 template <class T, class S, class Function>
 CKPT_INLINE Vec<S> value_of(Function function, Vec<S> z) {
   return Vec<S>(function.value(Vec<S, sizeof(T) == 2>(z.v)).v);
@@ -21,8 +21,8 @@ CKPT_INLINE Vec<S> derivative_of(Function function, Vec<S> z) {
   return Vec<S>(function.derivative(Vec<S, sizeof(T) == 2>(z.v)).v);
 }
 
-// In place, for a row's n columns of a chunk: one switch over the activations for a chunk, not one for an element. The
-// chunk is computed up to a whole vector; what lies beyond n is never read.
+// In place, for the n columns of a row in a chunk: the switch over activations runs once a chunk instead of once an
+// element. The chunk is computed up to a whole vector; elements beyond n are never read.
 template <class T, class S>
 __attribute__((noinline)) void activate(int activation, S* z, int64_t n) {
   visit_activation(activation, [=](auto function) {

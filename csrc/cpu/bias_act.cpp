@@ -1,4 +1,4 @@
-// The bias_act ops on the CPU: shares rows out to threads, and sums the gradient of the bias over them.
+// The bias_act ops on the CPU: distributes rows to threads, and sums the gradient of the bias over the rows.
 #include "../bias_act_ops.h"
 
 #include "coefficient.h"
@@ -8,7 +8,7 @@
 namespace ckpt {
 namespace {
 
-// Whether nothing depends on an element's place in its row, and the rows of the input follow each other.
+// Whether the computation is the same for every column, and the input is contiguous.
 bool is_elementwise(const BiasAct& a) { return !a.bias && !a.dropout && is_one_piece(a.input, a.columns); }
 
 struct Cpu : CpuDevice {

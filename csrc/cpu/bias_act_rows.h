@@ -17,9 +17,9 @@
 
 namespace ckpt::CKPT_ISA {
 
-// Calls body(column of the row, columns, bias, factors) for the part's columns of a row; bias is null where there is
-// none. With dropout it does so for one chunk after the other, because the factors of a chunk are drawn at a time;
-// without, factors is null. The part begins at a multiple of chunk_columns.
+// Calls body(column of the row, columns, bias, factors) for the part's columns of a row; bias is null without a bias.
+// With dropout the calls are by chunk, because the factors are drawn by chunk; without, factors is null. The part
+// begins at a multiple of chunk_columns.
 template <class S, class Body>
 CKPT_INLINE void for_chunks(const BiasAct& a, int64_t row, const Part& part, Body body) {
   const S* bias = static_cast<const S*>(a.bias);
@@ -52,7 +52,7 @@ void bias_act_forward(const BiasActForward& a, const Part& part) {
   end_streams();
 }
 
-// `sums` is a row of sums for the gradient of the bias, to which the part's rows are added; null where nobody wants it.
+// `sums` is a row of sums for the gradient of the bias, to which the part's rows are added; null if not needed.
 template <class S, class T>
 void bias_act_backward(const BiasActBackward& a, const Part& part, void* sums) {
   S* grad_bias = static_cast<S*>(sums);

@@ -1,6 +1,7 @@
-// The loops that find the moments of the channels of a channel norm: means, and sums of squared deviations from them.
+// The loops that compute the moments of a channel norm: means, and sums of squared deviations from the means.
 //
-// Of a plane, or, where channels are last, of every channel of a piece of a sample's rows (channel_norm.h).
+// The moments are those of a plane, or with channels last, of every channel in a piece of a sample's rows
+// (channel_norm.h).
 #pragma once
 
 #include "../channel_norm.h"
@@ -25,7 +26,7 @@ void channel_moments_of_planes(const ChannelMoments& a, int64_t begin, int64_t e
   }
 }
 
-// For each channel, in one pass about the mean of the piece's first few rows; moments_rows.h says why that is accurate.
+// For each channel, in one pass, shifted by the mean of the piece's first few rows; moments_rows.h shows the accuracy.
 template <class S, class T>
 void channel_moments_of_rows(const ChannelMoments& a, int64_t begin, int64_t end) {
   for (int64_t piece = begin; piece < end; ++piece) {

@@ -1,4 +1,4 @@
-// The channel-norm ops on the CPU: shares rows, or pieces of them, out to threads.
+// The channel-norm ops on the CPU: distributes rows, or pieces of rows, to threads.
 #include "../channel_norm_ops.h"
 
 #include "channel_statistics.h"
@@ -8,7 +8,7 @@
 namespace ckpt {
 namespace {
 
-// Each plane is a task, or, where channels are last, each piece of a sample.
+// Each plane is a task; with channels last, each piece of a sample.
 template <class Block, class Loop>
 void for_pieces_of(const Block& a, Loop loop) {
   const int64_t tasks = a.planes ? a.samples * a.channels : a.samples * a.pieces;
@@ -37,7 +37,7 @@ struct Cpu : CpuDevice {
   }
 };
 
-// All steps of a norm, or of its gradient, in one op: for a small input, an op takes longer than its work.
+// All steps of a norm, or of its gradient, in one op: for small inputs the overhead of an op exceeds the work.
 struct WholeNorm : ChannelNormOps<Cpu> {
   // Scratch for the two sums of each piece of each channel.
   template <class S>
@@ -59,7 +59,7 @@ struct WholeNorm : ChannelNormOps<Cpu> {
     const Scratch values_;
   };
 
-  // The coefficients by these statistics, in the first three of `count` rows of them.
+  // Computes the coefficients from the statistics, into the first three of `count` rows.
   template <class S>
   class Coefficients {
    public:
@@ -81,7 +81,7 @@ struct WholeNorm : ChannelNormOps<Cpu> {
     S* const data;
   };
 
-  // Of a matrix of planes, of rows with the channels last, or of (samples, channels, *space).
+  // The number of channels of a matrix of planes, of rows with channels last, or of (samples, channels, *space).
   static int64_t channels_in(const Tensor& input, bool planes, int64_t samples) {
     STD_TORCH_CHECK(input.dim() > 1 && samples > 0, "expected samples of channels");
     return planes && input.dim() == 2 ? input.size(0) / samples : input.size(1);

@@ -25,8 +25,8 @@ namespace ckpt::CKPT_ISA {
 
 using C = ChannelCoefficients;
 
-// The coefficients of one row: single numbers for a plane, which is one channel; vectors where channels are last.
-// Those of a plane are copied: the compiler cannot know that a store of results does not overwrite them.
+// The coefficients of one row: single numbers for a plane, which is one channel; vectors with channels last. Those of a
+// plane are copied, because the compiler must assume that a store of results overwrites them.
 template <bool planes, class S, int count>
 struct RowCoefficients {
   const S* data;
@@ -53,8 +53,8 @@ CKPT_INLINE Vec<S> activated(const Coefficients& c, Vec<S> d, const T* other, in
   return other ? z + load(other + j, lanes) : z;
 }
 
-// g = dL/dz for one vector of a row. With `by_output`, `other` is the block's output, whose sign is that of z, and the
-// activation's slope depends on the sign alone.
+// g = dL/dz for one vector of a row. With `by_output`, `other` is the block's output, which has the sign of z, and the
+// derivative of the activation depends on that sign only.
 template <class S, class T, class Block, class Coefficients, class Function, class Lanes>
 CKPT_INLINE Vec<S> gradient(const Block& a, const Coefficients& c, Vec<S> d, const T* grad_output, const T* other,
                             int64_t j, Function function, Lanes lanes) {

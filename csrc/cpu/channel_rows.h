@@ -1,4 +1,4 @@
-// How the loops of the channel norms walk over a dense matrix: rows, and tiles of rows.
+// Loops over the rows of a dense matrix, in tiles, for the channel norms.
 #pragma once
 
 #include "target.h"

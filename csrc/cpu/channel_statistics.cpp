@@ -1,4 +1,4 @@
-// The ops that find the coefficients of a channel norm by themselves, on the CPU.
+// The separate ops for the coefficients of a channel norm, on the CPU.
 #include "channel_statistics.h"
 
 #include "device.h"
@@ -6,7 +6,7 @@
 namespace ckpt {
 namespace {
 
-// The numbers of an operand, which is of the compute type S.
+// The elements of an operand of compute type S.
 template <class S>
 struct Numbers {
   const Operands<View>& operands;

@@ -1,5 +1,5 @@
-// From the moments and sums of channels to the coefficients of a channel norm (channel_norm.h), in float64 on one
-// thread. ckpt_kernels/backends/reference.py has the same functions in torch.
+// Computes the coefficients of a channel norm (channel_norm.h) from the moments and sums of channels, in float64 on one
+// thread. ckpt_kernels/backends/reference/channel_norm.py has the same functions in torch.
 #pragma once
 
 #include <cmath>
@@ -11,9 +11,9 @@
 
 namespace ckpt {
 
-// Which channels share their statistics. A set is `set_channels` neighbouring channels, of one sample where there are
-// `groups` (GroupNorm and InstanceNorm), of all samples where groups is 0 (BatchNorm, where a set is one channel).
-// There are `rows` rows of `sets` sets each.
+// The sets of channels that share their statistics. With `groups` (GroupNorm and InstanceNorm) a set is `set_channels`
+// adjacent channels of one sample; with groups = 0 (BatchNorm) a set is one channel of all samples. There are `rows`
+// rows of `sets` sets each.
 struct Sets {
   int64_t samples, pieces, channels, rows, sets, set_channels;
 
@@ -32,7 +32,7 @@ struct Sets {
     for (int64_t sample = 0; sample < samples; ++sample)
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t i = (sample * pieces + piece) * channels, first = of(sample, 0);
-        // Where a set is a channel, a loop that the compiler can vectorise.
+        // If a set is one channel, the compiler can vectorise the loop.
         if (set_channels == 1)
           for (int64_t channel = 0; channel < channels; ++channel) body(i + channel, piece, channel, first + channel);
         else
@@ -60,7 +60,7 @@ class ChannelCoefficient {
   const Coefficient converted_;
 };
 
-// As many zeros.
+// The same number of zeros.
 class Zeros {
  public:
   explicit Zeros(int64_t count) : scratch_(count * sizeof(double)) {
@@ -72,8 +72,8 @@ class Zeros {
   const Scratch scratch_;
 };
 
-// The mean and variance of every set from the moments of its pieces, and the coefficients mean, scale and bias.
-// The variance of a set is that within its pieces and that of the pieces' means about the set's mean.
+// Computes the mean and variance of every set from the moments of the pieces, and the coefficients mean, scale and
+// bias. The variance of a set is the variance within the pieces plus the variance of the pieces' means.
 template <class S>
 void channel_statistics(const Sets& sets, const S* means, const S* squares, S* mean, S* var, int64_t size,
                         int64_t piece_rows) {
@@ -108,8 +108,8 @@ void channel_coefficients(const Sets& sets, const S* mean, const S* var, const S
     }
 }
 
-// From the sums of g and of g * (x - mean) of every channel's pieces: the gradients of weight and bias, and the other
-// three coefficients. `count` is the number of elements of a set; with fixed statistics c1 and c2 are 0.
+// Computes the gradients of weight and bias, and the other three coefficients, from the sums of g and of g * (x - mean)
+// of every channel's pieces. `count` is the number of elements of a set; with fixed statistics c1 and c2 are 0.
 template <class S>
 void channel_backward_coefficients(const Sets& sets, const S* first, const S* second, const S* var, const S* weight,
                                    S* coefficients, S* grad_weight, S* grad_bias, double count, double eps,
@@ -136,7 +136,7 @@ void channel_backward_coefficients(const Sets& sets, const S* first, const S* se
       const double share = -rstd[set] / count;
       own[ChannelCoefficients::by_gradient * stride] = own[ChannelCoefficients::scale * stride];
       // c1 = rstd * sum_h_deviation / count, c2 = sum_h / count.
-      // (0 even where the sums are NaN: with fixed statistics nothing flows from one element to another.)
+      // With fixed statistics both are 0 even if the sums are NaN, because elements do not depend on each other.
       own[ChannelCoefficients::by_deviation * stride] =
           fixed ? S(0) : S(share * sum_h_deviation[set] * rstd[set] * rstd[set]);
       own[ChannelCoefficients::constant * stride] = fixed ? S(0) : S(share * sum_h[set]);

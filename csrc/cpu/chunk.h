@@ -1,4 +1,4 @@
-// Columns of a row that are worked on together: few enough to stay in the first level of cache.
+// Chunks: columns of a row that are processed together, few enough to stay in the first-level cache.
 #pragma once
 
 #include "target.h"

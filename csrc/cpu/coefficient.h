@@ -1,4 +1,4 @@
-// A weight or bias for the loops, which read it in the compute type.
+// A weight or bias, converted to the compute type for the loops.
 #pragma once
 
 #include "scratch.h"
@@ -6,7 +6,7 @@
 
 namespace ckpt {
 
-// The tensor's own memory if there is nothing to convert and no offset to add, else a converted copy.
+// Uses the tensor's own memory if the dtype fits and the offset is 0; otherwise a converted copy.
 class Coefficient {
  public:
   Coefficient(const Operands<View>& operands, const char* name, const std::optional<View>& tensor, double offset)
@@ -33,7 +33,7 @@ class Coefficient {
   const void* data() const { return data_; }
 
  private:
-  // Whether there is nothing to convert.
+  // Whether the tensor can be used without conversion.
   static bool is_given_as(const std::optional<View>& tensor, ScalarKind compute, double offset) {
     return !tensor || (offset == 0 && dtype_of(*tensor) == int64_t(compute));
   }

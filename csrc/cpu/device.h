@@ -1,5 +1,5 @@
-// How the CPU ops are called: by torch's dispatcher, and past it by name (see direct_calls.h). One function serves
-// both.
+// Registers the CPU ops for two kinds of calls: by torch's dispatcher, and by name past the dispatcher (see
+// direct_calls.h). One function serves both.
 #pragma once
 
 #include <exception>
@@ -10,7 +10,7 @@ namespace ckpt {
 
 void add_direct_call(const CkptCall& call);
 
-// A parameter of an op: what the dispatcher hands over in its place, its letter, and how it is read from both.
+// A parameter of an op: the type that the dispatcher passes, the letter, and the conversions from both kinds of calls.
 template <class P>
 struct Parameter {  // double, int64_t, bool
   using Given = P;
@@ -69,7 +69,7 @@ void add_direct(const char* name) {
   add_direct_call({name, Call<function>::parameters, &Call<function>::direct});
 }
 
-// What the ops of every family know of the device.
+// The part of Device that all families share.
 struct CpuDevice {
   using Tensor = View;
 

@@ -1,4 +1,4 @@
-// The CPU ops by name, for whoever calls them past torch's dispatcher.
+// The table of CPU ops by name, for calls past torch's dispatcher.
 #include <cstring>
 
 #include "device.h"
@@ -12,7 +12,7 @@ struct Calls {
   int count;
 };
 
-// The families add to it as the library is loaded, in an order that nobody knows.
+// The families register themselves while the library loads, in no defined order; hence a function-local static.
 Calls& calls() {
   static Calls all;
   return all;

@@ -9,8 +9,9 @@
 
 namespace ckpt::CKPT_ISA {
 
-// A vector of 32-bit counters for Philox (csrc/math/philox.h), one in the lower half of each 64-bit lane, as the
-// instructions for wide products take them. The upper halves hold anything: a product serves as its own lower half.
+// A vector of 32-bit counters for Philox (csrc/math/philox.h), one in the lower half of each 64-bit lane, as required
+// by the instructions for wide products. The upper halves are arbitrary, so a wide product can serve as a vector of
+// lower halves without a mask.
 struct Counters {
   typedef uint64_t Type __attribute__((vector_size(CKPT_VECTOR_BYTES)));
   static constexpr int width = CKPT_VECTOR_BYTES / 8;
@@ -35,8 +36,8 @@ CKPT_INLINE Counters wide_product(Counters a, uint32_t b) {
 #endif
 }
 
-// Turns the draws of W counters into factors. A counter serves four columns, word k the k-th of them, so the words are
-// interleaved: 0 to 3 of the first counter, then 0 to 3 of the second.
+// Converts the draws of W counters to factors. Word k of a counter serves the k-th of four columns, so the words are
+// interleaved: words 0 to 3 of the first counter, then words 0 to 3 of the second.
 CKPT_INLINE void store_factors(const Dropout& dropout, const PhiloxState<Counters>& bits, float* factor) {
   constexpr int W = Counters::width;
   using V = Raw<float>::type;

@@ -1,4 +1,4 @@
-// The DyT ops on the CPU: shares rows out to threads, and sums the gradients of alpha, weight and bias over them.
+// The DyT ops on the CPU: distributes rows to threads, and sums the gradients of alpha, weight and bias over the rows.
 #include "../dyt_ops.h"
 
 #include "coefficient.h"
@@ -8,7 +8,7 @@
 namespace ckpt {
 namespace {
 
-// The sum of what each task has summed, in their order.
+// Adds the sums of the tasks, in the order of the tasks.
 void add_up(const double* sums, int64_t tasks, void* total, ScalarKind kind) {
   double sum = 0;
   for (int64_t task = 0; task < tasks; ++task) sum += sums[task];

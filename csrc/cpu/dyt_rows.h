@@ -43,8 +43,8 @@ void dyt_forward(const DytForward& a, const Part& part) {
 }
 
 // `weight_sums` and `bias_sums` are rows of sums for the gradients of weight and bias, to which the part's rows are
-// added, and *alpha_sum is one number; null where nobody wants it. Sums over a chunk are added up in float64, which
-// leaves them as exact as a sum in float32 can be made however many elements there are.
+// added, and *alpha_sum is one number; each is null if not needed. The sums of chunks are added up in float64, so that
+// the error does not grow with the number of elements.
 template <class S, class T>
 void dyt_backward(const DytBackward& a, const Part& part, double* alpha_sum, void* weight_sums, void* bias_sums) {
   const S* weight = static_cast<const S*>(a.weight);

@@ -1,5 +1,5 @@
-// The loops over rows, which are built once for each instruction set (target.h), and the functions that give those of
-// the best set that this processor has.
+// Declares the loops over rows, which are built once for each instruction set (target.h), and the functions that select
+// the loops of the best set that this processor supports.
 #pragma once
 
 #include "../bias_act.h"
@@ -11,8 +11,8 @@
 
 namespace ckpt {
 
-// Rows in a tile: rows that are worked on together, so that what is summed over rows is added up in registers before it
-// is added to a sum in memory.
+// Rows in a tile. The rows of a tile are processed together, so that sums over rows are added up in registers before
+// they are added to a sum in memory.
 constexpr int64_t tile_rows = 4;
 
 // A part of a matrix: the columns from `begin` to `end` of the rows from `first` to `last`.
@@ -20,9 +20,9 @@ struct Part {
   int64_t first, last, begin, end;
 };
 
-// The loops of a family for one storage type. A result that is a sum over rows is added to what is in memory.
+// The loops of a family for one storage type. Sums over rows are added to the values in memory.
 struct RowNormLoops {
-  // `scratch` holds as many elements of the compute type as forward_scratch or backward_scratch says.
+  // `scratch` has forward_scratch or backward_scratch elements of the compute type.
   void (*forward)(const RowNormForward&, int64_t begin, int64_t end, void* scratch);
   void (*backward)(const RowNormBackward&, int64_t begin, int64_t end, void* scratch, void* grad_weight,
                    void* grad_bias);
@@ -42,16 +42,16 @@ struct DytLoops {
   void (*backward)(const DytBackward&, const Part&, double* grad_alpha, void* grad_weight, void* grad_bias);
 };
 struct RotaryLoops {
-  // `scratch` is a row of the compute type where there is a norm.
+  // With a norm, `scratch` is a row of the compute type.
   void (*forward)(const RotaryForward&, int64_t begin, int64_t end, void* scratch);
   void (*backward)(const RotaryBackward&, int64_t begin, int64_t end, void* scratch, void* grad_weight,
                    void* grad_bias);
 };
 struct ChannelNormLoops {
-  // From begin to end count planes, or pieces of rows where channels are last.
+  // `begin` and `end` count planes, or pieces of rows with channels last.
   void (*moments)(const ChannelMoments&, int64_t begin, int64_t end);
   void (*sums)(const ChannelSums&, int64_t begin, int64_t end);
-  // From begin to end count rows.
+  // `begin` and `end` count rows.
   void (*forward)(const ChannelForward&, int64_t begin, int64_t end);
   void (*backward)(const ChannelBackward&, int64_t begin, int64_t end);
 };
@@ -70,7 +70,7 @@ struct SumLoops {
   X(SumLoops, sum_loops)
 
 #define CKPT_DECLARE(Loops, name) const Loops& name(ScalarKind kind);
-// name(kind) gives the loops of the best set for a storage type; avx2::name(kind) and so on those of one set.
+// name(kind) returns the loops of the best set for a storage type; avx2::name(kind) etc. return those of one set.
 CKPT_LOOPS(CKPT_DECLARE)
 namespace generic {
 CKPT_LOOPS(CKPT_DECLARE)

@@ -1,11 +1,11 @@
-// The mean of a run of elements and the sum of their squared deviations from it, in one pass.
+// Computes the mean of a run of elements, and the sum of squared deviations from the mean, in one pass.
 //
 // The pass sums d and d^2 with d = x - c, for a c near the mean: mean = c + sum(d) / n, squares = sum(d^2) - sum(d)^2 /
-// n. Nothing cancels as long as c is near the mean compared to the deviation. c is the mean of the run's first
-// `guess_columns` elements; were it far off, these elements would be far off too, which makes the variance large. So
-// the variance's relative error is at most segment_columns / guess_columns times the rounding of S. Longer runs are
-// taken in segments, whose moments are merged (T. Chan, G. Golub and R. LeVeque, "Algorithms for computing the sample
-// variance", 1983).
+// n. There is no cancellation as long as the distance from c to the mean is small compared to the deviation. c is the
+// mean of the run's first `guess_columns` elements. If c is far from the mean, so are these elements, which makes the
+// variance large; hence the relative error of the variance is at most segment_columns / guess_columns times the
+// rounding of S. Longer runs are split into segments, whose moments are merged (T. Chan, G. Golub and R. LeVeque,
+// "Algorithms for computing the sample variance", 1983).
 #pragma once
 
 #include "target.h"
@@ -17,8 +17,8 @@ namespace ckpt::CKPT_ISA {
 
 constexpr int64_t guess_columns = 64, segment_columns = 4096;
 
-// Moments of one row, or of each of a few rows that are worked on together: the sums of one row take so many steps,
-// each waiting for the one before, that several rows at a time are faster than one after the other.
+// Moments of `count` rows at a time. The sums of one row are a chain of dependent additions, so several rows together
+// are faster than one after the other.
 template <class S>
 struct RowMoments {
   S mean, squares;
@@ -67,8 +67,7 @@ CKPT_INLINE S square_root(S x) {
   return sizeof(S) == 4 ? S(__builtin_sqrtf(float(x))) : S(__builtin_sqrt(double(x)));
 }
 
-// The statistics of a few rows of a norm. Where it is not centered, the mean is 0 and the variance is the mean of the
-// squares.
+// The statistics of `count` rows of a norm. Unless centered, the mean is 0 and the variance is the mean of the squares.
 template <class S>
 struct Statistics {
   S mean, rstd;

@@ -1,9 +1,9 @@
-// The polynomials that vec_math.h computes elementary functions with: coefficients by rising powers.
+// The polynomials of the elementary functions in vec_math.h: coefficients by rising powers.
 //
-// `python -m tools.polynomials` finds these coefficients and measures these errors. Each polynomial is the one of its
-// degree whose greatest relative error over the range is least (found by Remez's exchange algorithm, 1934, in float64);
-// its coefficients are then rounded to float32. Where they differ from what the script finds, they do so by less than
-// 1e-4 of their size, and are as good. An error in ulp is that of the whole function in float32, with or without fused
+// `python -m tools.polynomials` computes the coefficients and measures the errors. Each polynomial minimizes the
+// greatest relative error over the range for its degree (Remez's exchange algorithm, 1934, in float64); the
+// coefficients are then rounded to float32. Coefficients that differ from the script's do so by less than 1e-4 of their
+// size, and are as good. An error in ulp is the error of the whole function in float32, with or without fused
 // multiply-adds, whichever is greater. The Triton kernels have the same coefficients.
 #pragma once
 
@@ -17,12 +17,12 @@ namespace ckpt::CKPT_ISA {
 constexpr float expm1_coefficients[] = {0.5f, 0.16666576266288757f, 0.04166685417294502f, 0.008363213390111923f,
                                         0.001390131190419197f};
 
-// 2^r = 1 + r q(r) for 0 <= r <= 1. The relative error that is least is that of 2^r.
+// 2^r = 1 + r q(r) for 0 <= r <= 1. The polynomial minimizes the relative error of 2^r.
 // Greatest error: 2^-26.3 of 2^r; 1.52 ulp of exp2.
 constexpr float exp2_coefficients[] = {0.6931470444279537f,   0.2402293058151528f,    0.055485279192989914f,
                                        0.009675454874961268f, 0.0012467812152290561f, 0.0002161304550139567f};
 
-// 2^r = q(r) for 0 <= r <= 1, where the result is stored in 16 bits.
+// 2^r = q(r) for 0 <= r <= 1, for results that are stored in 16 bits.
 // Greatest error: 2^-18.5 of 2^r; 43.7 ulp of rough exp2.
 constexpr float rough_exp2_coefficients[] = {1.0000025903257852f, 0.6930038678840404f, 0.2414426718400436f,
                                              0.05201151784198876f, 0.013534170413511619f};
@@ -33,9 +33,9 @@ constexpr float log1p_coefficients[] = {0.3333333432674408f, 0.19999851286411285
                                         0.10852266848087311f, 0.11616778373718262f};
 
 // The tail of the standard normal distribution beyond a >= 0 is exp(-a^2 / 2) p(s) with s = k a / (1 + k a) and
-// k = 0.33, for a <= 14.5, beyond which the tail is below the range of float32. (1 - s is the variable in which
-// C. Hastings writes erf, "Approximations for digital computers", 1955, with k of much this size.) Rounding the
-// coefficients costs the far tail most: before, the error is 2^-26.3.
+// k = 0.33, for a <= 14.5, beyond which the tail is below the range of float32. (1 - s is the variable of C. Hastings's
+// formula for erf, "Approximations for digital computers", 1955, with a k of similar size.) Rounding the coefficients
+// costs accuracy mostly in the far tail; before rounding the error is 2^-26.3.
 // Greatest error: 2^-20.3 of p; 53.0 ulp of normal tail, 9.97 ulp of normal tail up to 6.
 constexpr float normal_tail_coefficients[] = {
     0.5f,
@@ -50,7 +50,7 @@ constexpr float normal_tail_coefficients[] = {
     0.02582946978509426f,
 };
 
-// The same by p(t) with t = 1 - s = 1 / (1 + k a), for a <= 14, where the result is stored in 16 bits.
+// The same as p(t) with t = 1 - s = 1 / (1 + k a), for a <= 14 and results that are stored in 16 bits.
 // Greatest error: 2^-14.2 of p; 861 ulp of rough normal tail.
 constexpr float rough_normal_tail_coefficients[] = {
     0.0005198995702081829f, 0.12334211330235831f, 0.18286271595263165f,

@@ -1,4 +1,4 @@
-// The rotary ops on the CPU: reads the tables, shares the rows out to threads, sums the weight gradients.
+// The rotary ops on the CPU: reads the tables, distributes the rows to threads, and sums the weight gradients.
 #include "../rotary_ops.h"
 
 #include "../math/storage.h"
@@ -17,8 +17,8 @@ S converted(T x) {
     return S(to_float(x));
 }
 
-// A table for the loops, which read it in the compute type, first elements' entries before those of the second: the
-// tensor's own memory if it is that, else a copy, of a row for each that differs.
+// A table in the form that the loops read: in the compute type, with the entries of first elements before those of
+// second elements. Uses the tensor's own memory if the form fits; otherwise a copy of all distinct rows.
 class Table {
  public:
   Table(const Angles& given, const Rotary& a, ScalarKind storage)
@@ -78,7 +78,7 @@ class Table {
   const Scratch copy_;
 };
 
-// The bytes of a thread's row of scratch, on a line of cache of its own.
+// The bytes of a thread's row of scratch, rounded up to whole cache lines.
 int64_t row_bytes(const Rotary& a, ScalarKind kind) {
   return a.norm == HeadNorm::none ? 0 : divide_up(a.columns * compute_size(kind), 64) * 64;
 }

@@ -1,12 +1,12 @@
 // The loops of the rotary family (csrc/rotary.h): rotary position embeddings (J. Su et al., "RoFormer: Enhanced
-// transformer with rotary position embedding", 2021), after a norm over each head if there is one.
+// transformer with rotary position embedding", 2021), after an optional norm over each head.
 //
-// Backward, by the transpose of the rotation, a pair of gradients (g1, g2) of the output is one of z:
+// The backward pass applies the transpose of the rotation: a pair of gradients (g1, g2) of the output gives that of z,
 //   (g1 * cos1 + g2 * sin2, g2 * cos2 - g1 * sin1).
 // With h = dL/dz, the norm's gradients are those of a row norm (row_norm_backward_rows.h): with k = h * weight and N
 // columns, dL/dinput = rstd * (k - x_hat * c1 - c2) with c1 = mean(k * x_hat) and c2 = mean(k), which is 0 in an
-// RMSNorm; dL/dweight = sum(h * x_hat) and dL/dbias = sum(h) over the rows. Between the norm and the rotation a row is
-// in scratch. S is the compute type, T the storage type.
+// RMSNorm; dL/dweight = sum(h * x_hat) and dL/dbias = sum(h) over the rows. Scratch holds a row between the norm and
+// the rotation. S is the compute type, T the storage type.
 #pragma once
 
 #include "../rotary.h"
@@ -34,7 +34,7 @@ CKPT_INLINE void for_places(const Rotary& a, int64_t begin, int64_t end, Body bo
   }
 }
 
-// The pairs of a row turned by its angles, or turned back.
+// Rotates the pairs of a row by the angles; with `back`, by the transpose.
 template <bool back, class S>
 struct Turn {
   const S *cos1, *cos2, *sin1, *sin2;
@@ -53,7 +53,7 @@ struct Turn {
   }
 };
 
-// From pair j on of those that begin at column `start`.
+// The pairs of a row from pair j on; pair 0 begins at column `start`.
 template <bool interleaved, class S, class T>
 CKPT_INLINE void put_pairs(const Written<T>& target, int64_t start, int64_t pairs, int64_t j, Pairs<S> turned,
                            Full<S> all) {
@@ -69,13 +69,13 @@ CKPT_INLINE void put_pairs(const Written<T>& target, int64_t start, int64_t pair
   store_pairs<interleaved>(first, first + pairs, j, turned, lanes);
 }
 
-// One row. Whether pairs are interleaved in it and in the target are From's and To's.
+// Rotates one row. From and To say whether pairs are interleaved in the source and in the target.
 template <bool From, bool To, bool back, class S, class T, class U>
 CKPT_INLINE void turn_row(const Rotary& a, const Place& place, const T* source, Written<U> target) {
   const int64_t pairs = a.pairs(), end = a.start + a.rotary_dim;
   const T* part = source + a.start;
   const Turn<back, S> turn(a, place);
-  // Streamed stores want whole lines of cache.
+  // Streamed stores need whole cache lines.
   target.streams = target.streams && a.start * int64_t(sizeof(U)) % 64 == 0 && pairs * int64_t(sizeof(U)) % 64 == 0;
   step<S>(pairs, [&](int64_t j, auto lanes) {
     const Pairs<S> turned = turn(load_pairs<From, S>(part, part + (From ? 1 : pairs), j, lanes), j, lanes);
@@ -116,7 +116,7 @@ struct HeadStatistics {
   }
 };
 
-// z of one row.
+// Computes z of one row.
 template <class S, class T>
 CKPT_INLINE void normalize_head(const Rotary& a, const T* x, S* z) {
   const HeadStatistics<S> statistics(a, x);
@@ -129,8 +129,8 @@ CKPT_INLINE void normalize_head(const Rotary& a, const T* x, S* z) {
   });
 }
 
-// The norm's gradients of one row, from h = dL/dz, which is overwritten. Its part is added to the sums for those of
-// weight and bias; null where nobody wants one.
+// Computes the norm's gradients of one row from h = dL/dz, which is overwritten. The row's part is added to the sums
+// for the gradients of weight and bias; a sum is null if not needed.
 template <class S, class T>
 CKPT_INLINE void differentiate_head(const RotaryBackward& a, const Place& place, S* h, S* grad_weight, S* grad_bias) {
   const T* x = a.input.at<const T>(place);

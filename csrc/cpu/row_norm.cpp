@@ -1,4 +1,4 @@
-// The row-norm ops on the CPU: reads the operands, shares the rows out to threads, sums the weight gradients.
+// The row-norm ops on the CPU: reads the operands, distributes the rows to threads, and sums the weight gradients.
 #include "../row_norm_ops.h"
 
 #include "coefficient.h"

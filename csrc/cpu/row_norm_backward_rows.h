@@ -4,11 +4,12 @@
 // and mean and rstd depend on every u_j, so dx_hat_i/du_j = rstd * ((i == j) - 1 / N - x_hat_i * x_hat_j / N), and so
 //   dL/du = rstd * (h - x_hat * c1 - c2) with c1 = mean(h * x_hat) and c2 = mean(h),
 //   dL/dweight = sum(g * x_hat) and dL/dbias = sum(g) over the rows.
-// In an RMSNorm the mean is no function of u, and c2 is 0. With cast_before_weight, x_hat in z and dL/dweight is the
-// rounded one, and rounding counts as the identity.
+// In an RMSNorm the mean does not depend on u, and c2 is 0. With cast_before_weight, z and dL/dweight use the rounded
+// x_hat, and the derivative of rounding is taken as 1.
 //
-// A tile of tile_rows rows takes two passes: one sums for c1, c2 and the gradients of weight and bias, the other writes
-// the gradients of u's operands. S is the compute type, T the storage type, U the type of u in memory (T or S).
+// A tile of tile_rows rows takes two passes. The first computes the sums for c1, c2 and the gradients of weight and
+// bias; the second writes the gradients of the operands of u. S is the compute type, T the storage type, U the type of
+// u in memory (T or S).
 #pragma once
 
 #include "../row_norm.h"
@@ -24,17 +25,17 @@
 
 namespace ckpt::CKPT_ISA {
 
-// One row of a tile of rows that are worked on together.
+// One row of a tile.
 template <class S, class T, class U>
 struct BackwardRow {
   int64_t index;
-  int64_t ahead;  // this row's counterpart in the next tile, prefetched while this tile is computed
+  int64_t ahead;  // the corresponding row of the next tile, which is prefetched
   const U* u;
   const T *grad_output, *gate;
   T *grad_gate, *output;
   S mean, rstd;
-  S* grad_x_hat;              // scratch for h, where there is an epilogue
-  Vec<S> sum_h, sum_h_x_hat;  // lane by lane
+  S* grad_x_hat;              // scratch for h, with an epilogue
+  Vec<S> sum_h, sum_h_x_hat;  // one sum a lane
 
   CKPT_INLINE BackwardRow() {}
   template <class Lanes>
@@ -43,8 +44,8 @@ struct BackwardRow {
   }
 };
 
-// What comes after z = x_hat * weight + bias, by its gradient: g = dL/dz of one vector of a row, from grad = dL/dy.
-// With an epilogue, h is stored, because computing it a second time would take longer than reading it.
+// An epilogue is the computation after z = x_hat * weight + bias. Its gradient is g = dL/dz of one vector of a row,
+// from grad = dL/dy. With an epilogue h is stored, because the second computation would take longer than a read.
 struct NoEpilogue {
   static constexpr bool stores_h = false;
   template <class Row, class V, class Lanes>
@@ -68,7 +69,7 @@ struct ActivationEpilogue {
     return value_of<T>(Function{}, z);
   }
 };
-// y = z * act(gate), whose gradient is stored too: dL/dgate = dL/dy * z * act'(gate).
+// y = z * act(gate). Stores the gate's gradient too: dL/dgate = dL/dy * z * act'(gate).
 template <class T, class Function>
 struct GateEpilogue {
   static constexpr bool stores_h = true;
@@ -85,13 +86,13 @@ struct GateEpilogue {
   }
 };
 
-// The first pass over one chunk of a tile's columns: adds to the rows' sums of h and h * x_hat, and the rows' parts to
-// the sums for the gradients of weight and bias. Writes the output again where the block asks for it.
+// The first pass over one chunk of a tile's columns: adds to the sums of h and h * x_hat of each row, and to the sums
+// for the gradients of weight and bias. Writes the output again if the block requests the output.
 template <class Epilogue, class S, class T, class U>
 CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* rows, int64_t j0, int64_t n, const S* w,
                               const S* b, S* grad_weight, S* grad_bias, Epilogue epilogue) {
   const bool cast = a.cast_before_weight;
-  // Copies, because whatever is in memory is read again after each store.
+  // Copies, because the compiler reads memory again after each store.
   BackwardRow<S, T, U> row[tile_rows];
   const T *next_u[tile_rows], *next_g[tile_rows];
   for (int i = 0; i < tile_rows; ++i) {
@@ -122,7 +123,7 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
   for (int i = 0; i < tile_rows; ++i) rows[i].sum_h = row[i].sum_h, rows[i].sum_h_x_hat = row[i].sum_h_x_hat;
 }
 
-// The second pass, over one row: the gradient of u, and from it those of the operands that u is made of.
+// The second pass, over one row: computes the gradient of u, and from this the gradients of the operands of u.
 template <class S, class T, class U>
 void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
   const int64_t row = r.index;
@@ -136,7 +137,7 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
   const S* grad_x_hat = r.grad_x_hat;
   const T *grad_output = r.grad_output, *next = a.grad_output.row<const T>(r.ahead);
   Written<T> grad_input(a.grad_input, row, a.rows, a.columns);
-  // The residual's gradient is made of grad_input, read again, which should then be in cache.
+  // The residual's gradient is computed from grad_input, which therefore should stay in the cache.
   if (a.grad_residual) grad_input.streams = false;
   Chunk<S> slope, gate;
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
@@ -189,11 +190,11 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
   }
 }
 
-// Both passes over a tile, whose first `live` rows are rows of the matrix; the others are rows of zeros, which add
-// nothing to any sum.
+// Both passes over a tile. The first `live` rows are rows of the matrix; the others are zeros, which do not change any
+// sum.
 template <class S, class T, class U>
 void backward_tile(const RowNormBackward& a, BackwardRow<S, T, U>* rows, int64_t live, S* grad_weight, S* grad_bias) {
-  Chunk<S> unused;  // takes the sums for a gradient that nobody wants
+  Chunk<S> unused;  // receives the sums for a gradient that is not needed
   Coefficients<S> weight(a.weight, rows[0].index, a, constants<S>.ones.value);
   Coefficients<S> bias(a.bias, rows[0].index, a, constants<S>.zeros.value);
   for (int64_t j0 = 0; j0 < a.columns; j0 += chunk_columns) {
@@ -213,8 +214,8 @@ void backward_tile(const RowNormBackward& a, BackwardRow<S, T, U>* rows, int64_t
     for (int64_t i = 0; i < live; ++i) distribute_row<S, T, U>(a, rows[i]);
 }
 
-// All tiles of the rows from begin to end. source(row, i) gives u of a row, which is the i-th of its tile. `zeros` and
-// `sink` are rows of scratch to read from and to write to in the place of rows that the last tile lacks.
+// All tiles of the rows from begin to end. source(row, i) returns u of a row, which is the i-th of the tile. `zeros`
+// and `sink` are rows of scratch that stand in for missing rows of the last tile, for reads and for writes.
 template <class S, class T, class U, class Source>
 CKPT_INLINE void backward_tiles(const RowNormBackward& a, int64_t begin, int64_t end, S* grad_x_hat, S* zeros, S* sink,
                                 S* grad_weight, S* grad_bias, Source source) {
@@ -251,7 +252,7 @@ CKPT_INLINE void backward_tiles(const RowNormBackward& a, int64_t begin, int64_t
   end_streams();
 }
 
-// All rows from begin to end are of one group: they share their weight and bias.
+// All rows from begin to end belong to one group and share weight and bias.
 template <class S, class T>
 void backward_rows(const RowNormBackward& a, int64_t begin, int64_t end, void* scratch, void* grad_weight,
                    void* grad_bias) {
@@ -270,7 +271,7 @@ void backward_rows(const RowNormBackward& a, int64_t begin, int64_t end, void* s
                             [&](int64_t row, int64_t) { return a.input.row<const T>(row); });
 }
 
-// In elements of S.
+// The size of the scratch, in elements of S.
 template <class S>
 int64_t backward_scratch(const RowNormBackward& a) {
   const int64_t grad_x_hat = has_epilogue(a) ? tile_rows : 0, staged = has_prologue(a) ? tile_rows : 0;

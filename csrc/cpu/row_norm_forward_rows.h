@@ -1,9 +1,9 @@
 // The forward loops of the row-norm family (csrc/row_norm.h): LayerNorm (J. Ba et al., "Layer normalization", 2016),
-// RMSNorm (B. Zhang and R. Sennrich, "Root mean square layer normalization", 2019), and what comes before and after
-// them.
+// RMSNorm (B. Zhang and R. Sennrich, "Root mean square layer normalization", 2019), each with a prologue and an
+// epilogue.
 //
-// S is the compute type, T the storage type, and U the type in which u lies in memory: T where u is the input, S where
-// it is staged in scratch.
+// S is the compute type, T the storage type, and U the type of u in memory: T if u is the input, S if u is staged in
+// scratch.
 #pragma once
 
 #include "../row_norm.h"
@@ -19,7 +19,7 @@
 
 namespace ckpt::CKPT_ISA {
 
-// What comes after z = x_hat * weight + bias: y of one vector of a row.
+// An epilogue is the computation after z = x_hat * weight + bias; this one returns y = z of one vector of a row.
 struct ForwardAsIs {
   template <class V, class Lanes>
   CKPT_INLINE V output(V z, int64_t, Lanes) const {
@@ -42,7 +42,7 @@ struct ForwardGate {
   }
 };
 
-// Writes y of one row, from u and its statistics, and prefetches the input of the row `ahead`.
+// Writes y of one row, from u and the statistics, and prefetches the input of the row `ahead`.
 template <class S, class T, class U, class Epilogue>
 void write_row(const RowNormForward& a, int64_t row, int64_t ahead, const U* u, Statistics<S> statistics,
                Epilogue epilogue) {
@@ -76,11 +76,11 @@ CKPT_INLINE void finish_row(const RowNormForward& a, int64_t row, int64_t ahead,
   });
 }
 
-// Rows of at most so many columns are worked on a tile at a time, which then stays in the first level of cache.
+// Rows of at most this many columns are processed in tiles, which then stay in the first-level cache.
 constexpr int64_t tile_columns = 1024;
 
-// All rows from begin to end, `count` at a time. source(row, i) gives u of a row, which is the i-th of its tile. In the
-// place of rows that the last tile lacks, its first one is taken again.
+// All rows from begin to end, `count` at a time. source(row, i) returns u of a row, which is the i-th of the tile. The
+// first row of the last tile stands in for missing rows.
 template <int count, class S, class T, class U, class Source>
 CKPT_INLINE void forward_tiles(const RowNormForward& a, int64_t begin, int64_t end, Source source) {
   S *means = static_cast<S*>(a.mean), *rstds = static_cast<S*>(a.rstd);
@@ -123,7 +123,7 @@ void forward_rows(const RowNormForward& a, int64_t begin, int64_t end, void* scr
   end_streams();
 }
 
-// In elements of S.
+// The size of the scratch, in elements of S.
 template <class S>
 int64_t forward_scratch(const RowNormForward& a) {
   return has_prologue(a) ? (a.columns <= tile_columns ? tile_rows : 1) * whole_vectors<S>(a.columns) : 0;

@@ -1,4 +1,4 @@
-// What a row norm normalises: u, made of the block's operands (csrc/row_norm.h), and the weight and bias for its rows.
+// The input of a row norm: u, computed from the block's operands (csrc/row_norm.h), and the weight and bias of a row.
 #pragma once
 
 #include "../row_norm.h"
@@ -24,7 +24,7 @@ struct Constants {
 template <class S>
 constexpr Constants<S> constants;
 
-// A weight or bias for one row: the given one, or else a chunk of a constant, which serves every chunk of columns.
+// A weight or bias for one row. Without a weight or bias, one chunk of a constant serves every chunk of columns.
 template <class S>
 struct Coefficients {
   const S* data;
@@ -36,13 +36,13 @@ struct Coefficients {
   CKPT_INLINE const S* at(int64_t j0) const { return given ? data + j0 : data; }
 };
 
-// Whether u differs from the input: then it is staged in scratch.
+// Whether u differs from the input and is staged in scratch.
 CKPT_INLINE bool has_prologue(const RowNorm& a) { return a.pre_activation || a.residual || a.gate_before_norm; }
 
-// Whether there is a gate that multiplies the norm's result.
+// Whether a gate multiplies the result of the norm.
 CKPT_INLINE bool gate_last(const RowNorm& a) { return a.gate && !a.gate_before_norm; }
 
-// Whether anything but weight and bias comes after x_hat.
+// Whether a computation follows z = x_hat * weight + bias.
 CKPT_INLINE bool has_epilogue(const RowNorm& a) { return gate_last(a) || (a.activation && !a.gate_before_norm); }
 
 template <class S, class T>
@@ -50,8 +50,8 @@ CKPT_INLINE void copy_to_chunk(const T* source, int64_t n, S* z) {
   sweep<S>(n, [=](int64_t j, auto lanes, auto) { store(z + j, load(source + j, lanes), Full<S>{}); });
 }
 
-// Writes u of one row, which differs from the input. residual + dropout(input) is stored as residual_out too, and u is
-// the sum as it is stored there: the backward pass starts from residual_out and must find the same u.
+// Writes u of one row, for a block with a prologue. residual + dropout(input) is also stored as residual_out, and u is
+// the stored, rounded sum: the backward pass starts from residual_out and must compute the same u.
 template <class S, class T>
 void stage_row(const RowNorm& a, Rows residual_out, int64_t row, S* u) {
   const T* x = a.input.row<const T>(row);

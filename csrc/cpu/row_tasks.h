@@ -1,4 +1,4 @@
-// How rows are shared out to threads, and how the gradients of weights are summed over them.
+// Distributes rows to threads, and sums the gradients of weights over rows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,14 +14,14 @@ namespace ckpt {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Work below this many elements is done by the calling thread.
+// Below this many elements the calling thread does all the work.
 constexpr int64_t parallel_elements = 32768;
 
 // The least number of runs of `elements` elements each that is worth a thread.
 inline int64_t grain(int64_t elements) { return divide_up(parallel_elements, elements < 1 ? 1 : elements); }
 
-// Calls body(part) for parts that together are all of a matrix: whole rows, or pieces of long ones. A piece begins at a
-// multiple of chunk_columns, so that the loops draw the same dropout factors however a row is cut.
+// Calls body(part) for parts that cover a matrix: whole rows, or pieces of long rows. A piece begins at a multiple of
+// chunk_columns, so that the loops draw the same dropout factors for any division of a row.
 template <class Body>
 void for_pieces(int64_t rows, int64_t columns, const Body& body) {
   constexpr int64_t piece = 16384;
@@ -37,12 +37,13 @@ void for_pieces(int64_t rows, int64_t columns, const Body& body) {
       });
 }
 
-// Whether a matrix of so many columns, or none, lies in memory without gaps, so that it may be taken for one long row.
+// Whether a matrix with `columns` columns is contiguous, so that the loops may treat the matrix as one long row. An
+// unset matrix counts as contiguous.
 inline bool is_one_piece(const Rows& matrix, int64_t columns) {
   return !matrix || (matrix.inner == 0 && matrix.stride == columns);
 }
 
-// The same block with one long row, which costs less than many short ones. For blocks that do the same to each element.
+// The same block with one long row, which costs less than many short rows. For elementwise blocks.
 template <class Block>
 Block as_one_row(Block a) {
   a.columns *= a.rows;
@@ -50,7 +51,7 @@ Block as_one_row(Block a) {
   return a;
 }
 
-// Cuts the numbers from 0 to `count` into `shares` shares, and calls body(share, begin, end) for each on a thread.
+// Divides the range from 0 to `count` into `shares` shares, and calls body(share, begin, end) for each on a thread.
 template <class Body>
 void for_shares(int64_t count, int64_t shares, const Body& body) {
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
@@ -58,15 +59,15 @@ void for_shares(int64_t count, int64_t shares, const Body& body) {
   });
 }
 
-// As many shares of `count` as there are threads, but none of fewer than `least`.
+// The number of shares of `count`: one a thread, but none smaller than `least`.
 inline int64_t shares_of(int64_t count, int64_t least) {
   const int64_t threads = torch::stable::get_num_threads(), shares = divide_up(count, least);
   return shares < threads ? shares : threads;
 }
 
-// The rows of each group in at most `most` tasks, each of which makes one partial sum. The tasks do not depend on the
-// number of threads, so neither does the rounding of the sums. They run in waves, with just enough tasks to keep all
-// threads busy: the memory for partial sums is that of one wave.
+// Divides the rows of each group into at most `most` tasks, each with one partial sum. The tasks do not depend on the
+// number of threads, so neither does the rounding of the sums. Tasks run in waves of just enough tasks to keep all
+// threads busy, so that the partial sums of only one wave need memory.
 struct RowTasks {
   static constexpr int64_t most = 64, least_rows = 32, wave_elements = 1 << 21;
   int64_t groups, group_rows, group_tasks, task_rows, wave;
@@ -90,11 +91,10 @@ struct RowTasks {
   }
 };
 
-// The sums of one gradient over the rows: each task adds to a row of its own, and then these rows are added in their
-// order.
+// The sums of one gradient over the rows: each task adds to its own row, and these rows are then added in order.
 class PartialSums {
  public:
-  // `gradient` is (groups, columns) in the compute type, or null where nobody wants it.
+  // `gradient` is (groups, columns) in the compute type, or null if not needed.
   PartialSums(void* gradient, const RowTasks& tasks, int64_t columns, ScalarKind kind)
       : gradient_(static_cast<char*>(gradient)),
         tasks_(tasks),
@@ -112,7 +112,7 @@ class PartialSums {
     return row;
   }
 
-  // Adds the rows of a wave, the tasks from begin to end, to those of the waves before.
+  // Adds the rows of a wave, the tasks from begin to end, to the sums of the waves before.
   void add_up(int64_t begin, int64_t end) const {
     if (!partial_) return;
     for (int64_t first = begin; first < end;) {

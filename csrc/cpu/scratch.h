@@ -1,4 +1,4 @@
-// Memory for the time of a call.
+// Temporary memory for the duration of a call.
 #pragma once
 
 #include "../operands.h"

@@ -1,11 +1,11 @@
-// The instruction set that the loops are built for, and all that they take from outside of csrc/cpu.
+// Defines the instruction set of the loops, and includes everything that the loops need from outside of csrc/cpu.
 //
-// Each isa_*.cpp includes the loops once, for its own set. Before that it defines CKPT_ISA, the namespace of the set,
-// and CKPT_VECTOR_BYTES, the width of the set's registers; without them the loops are the generic ones. It includes
-// this header before it tells the compiler of the set, so that no function of a system header is compiled for the set:
-// the linker keeps one copy of such a function for the whole library, and an older processor would crash in a copy
-// built for AVX-512. For the same reason the loops call no template of the standard library, and every function of
-// their own that is not in the set's namespace is always inlined.
+// Each isa_*.cpp includes the loops once, for one set. The file first defines CKPT_ISA, the namespace of the set, and
+// CKPT_VECTOR_BYTES, the width of the set's registers; the defaults are those of the generic set. The file then
+// includes this header, and only afterwards enables the set in the compiler. So no function of a system header is
+// compiled for the set: the linker keeps one copy of such a function for the whole library, and an older processor
+// would crash in a copy built for AVX-512. For the same reason the loops call no template of the standard library, and
+// every function outside the set's namespace is always inlined.
 #pragma once
 
 #include <math.h>
@@ -26,12 +26,12 @@
 #endif
 
 #define CKPT_INLINE inline __attribute__((always_inline))
-// After the parameters of a lambda. What a lambda that is called as a function has captured lies in memory, and is read
-// again after each store.
+// Placed after the parameters of a lambda. Without inlining, the captures of a lambda are in memory, and the compiler
+// reads them again after each store.
 #define CKPT_INLINE_BODY __attribute__((always_inline))
 
-// Defines name(kind), which returns the loops that name_for<storage type>() makes. Loops in float64 serve tests of
-// gradients more than they serve speed, so only the generic set has them.
+// Defines name(kind), which returns the loops of name_for<storage type>(). Float64 loops mainly serve gradient checks,
+// where speed matters little, so only the generic set has them.
 #if CKPT_VECTOR_BYTES == 16
 #define CKPT_DEFINE_LOOPS(Loops, name)                                                                    \
   const Loops& name(ScalarKind kind) {                                                                    \

@@ -5,7 +5,7 @@
 
 namespace ckpt::CKPT_ISA {
 
-// The compiler's own vector types with S in each lane, and what such a vector's comparisons and bits are.
+// The compiler's vector types with S in each lane, and the types of comparison masks and bits.
 template <class S>
 struct Raw;
 template <>
@@ -25,8 +25,8 @@ struct Raw<double> {
   static constexpr int64_t magnitude = 0x7fffffffffffffff;
 };
 
-// One register of S. The elementary functions (vec_math.h) of a rough vector are good to 2^-14, which is enough for a
-// result that is stored in 16 bits.
+// One register of S. The elementary functions (vec_math.h) of a rough vector have relative errors up to 2^-14, which is
+// accurate enough for results that are stored in 16 bits.
 template <class S, bool rough = false>
 struct Vec {
   static constexpr int width = Raw<S>::width;
@@ -100,8 +100,8 @@ CKPT_INLINE V shuffle(V a, V b) {
   return shuffle<Order>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
 }
 
-// Each lane plus the one `half` lanes on, then a quarter, ...: by shuffles, because lanes that are written one at a
-// time go through memory.
+// The sum of all lanes: adds to each lane the lane half a vector further on, then a quarter, ... by shuffles, because
+// accesses to single lanes would go through memory.
 template <int by>
 struct Rotate {
   static constexpr int lane(int i, int width) { return (i + by) % width; }

@@ -15,8 +15,8 @@ CKPT_INLINE void step(int64_t n, Body body) {
   if (j < n) body(j, Partial<S>{n - j});
 }
 
-// The same, four vectors at a time, with one more argument: slot, whose compile-time index 0 to 3 is that of the vector
-// among the four. With a partial sum for each slot (Accumulator), an addition need not wait for the one before.
+// The same, four vectors at a time, with one more argument: `slot`, the compile-time index 0 to 3 of the vector among
+// the four. With a partial sum for each slot (Accumulator), consecutive additions are independent.
 template <int k>
 struct Slot {
   static constexpr int index = k;
@@ -35,13 +35,13 @@ CKPT_INLINE void sweep(int64_t n, Body body) {
   if (j < n) body(j, Partial<S>{n - j}, Slot<0>{});
 }
 
-// Prefetches the next row's elements at p in a sweep over the present row, a line of cache once.
+// Prefetches the next row's elements at p during a sweep over the present row, each cache line once.
 template <class T, int k>
 CKPT_INLINE void prefetch_lines(const T* p, Slot<k>) {
   if (k * Vec<typename ComputeType<T>::type>::width * sizeof(T) % 64 == 0) prefetch(p);
 }
 
-// Calls body(value, lanes, slot) with all n elements at p, for bodies that do not care for their order.
+// Calls body(value, lanes, slot) with all n elements at p, in any order.
 template <class S, class T, class Body>
 CKPT_INLINE void sweep_values(const T* p, int64_t n, Body body) {
   constexpr int W = Vec<S>::width;
@@ -64,7 +64,7 @@ template <class S>
 struct Accumulator {
   Vec<S> part[4];
 
-  // Written out, because a constructor that the compiler makes itself is not built for the instruction set.
+  // Explicit, because a constructor that the compiler generates is not built for the instruction set.
   CKPT_INLINE Accumulator() {
     for (int i = 0; i < 4; ++i) part[i] = Vec<S>(0.0);
   }

@@ -1,8 +1,8 @@
-// The elementary functions that csrc/math/activations.h is written in, for vectors; csrc/math/scalar.h has the same set
-// for single numbers.
+// The elementary functions that csrc/math/activations.h uses, for vectors; csrc/math/scalar.h has the same set for
+// scalars.
 //
-// Those of floats are made of the polynomials of polynomials.h, which says how accurate they are; a rough vector has
-// shorter ones. Those of doubles call the C library lane by lane.
+// The functions of floats use the polynomials of polynomials.h, which documents the accuracy; rough vectors have
+// shorter polynomials. The functions of doubles call the C library lane by lane.
 #pragma once
 
 #include "polynomials.h"
@@ -48,9 +48,9 @@ CKPT_INLINE Raw<float>::type scale_by_power(Raw<float>::type m, Raw<float>::type
 #endif
 }
 
-// e^x = 2^n (1 + f): n is the integer nearest to x / log(2), and f = expm1(r) for the rest r = x - n log(2). log(2) is
-// subtracted in two parts, of which the first has so few bits that n times it is exact (W. Cody and W. Waite, "Software
-// manual for the elementary functions", 1980).
+// e^x = 2^n (1 + f): n is the integer nearest to x / log(2), and f = expm1(r) for the remainder r = x - n log(2).
+// log(2) is subtracted in two parts, the first with so few bits that its product with n is exact (W. Cody and W. Waite,
+// "Software manual for the elementary functions", 1980).
 struct ScaledExponential {
   Raw<float>::type n, f;
 };
@@ -75,13 +75,13 @@ CKPT_INLINE Vec<float> expm1_nonpositive(Vec<float> x) {
   return scale * e.f + (scale - 1.0f);
 }
 
-// x = floor + fraction. Beyond the exponents of float32 the fraction may be anything, because 2^x is 0 or infinite.
+// x = floor + fraction. Beyond the exponents of float32 the fraction is arbitrary, because 2^x is 0 or infinite.
 struct FloorAndFraction {
   Raw<float>::type floor, fraction;
 
   CKPT_INLINE explicit FloorAndFraction(Raw<float>::type x) {
 #if CKPT_VECTOR_BYTES == 64
-    // scale_by_power rounds down by itself. The fraction of an infinity is 0.
+    // The AVX-512 scale_by_power rounds down. The fraction of an infinity is 0.
     floor = x;
     fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
@@ -103,7 +103,7 @@ CKPT_INLINE Vec<float, true> exp2(Vec<float, true> x) {
 }
 CKPT_INLINE Vec<float, true> exp(Vec<float, true> x) { return exp2(x * Vec<float, true>(1.44269504088896341)); }
 
-// x, or nearly the largest number: of an exponential that may be infinite, so that a product with 0 is 0 and not NaN.
+// min(x, nearly the largest number), for an exponential that may be infinite: the product with 0 must be 0, not NaN.
 template <bool rough>
 CKPT_INLINE Vec<float, rough> bounded(Vec<float, rough> x) {
   return at_most(x.v, 3e38f);
@@ -133,7 +133,7 @@ CKPT_INLINE Vec<float, true> normal_cdf(Vec<float, true> x, Vec<float, true> bel
   return select(x > Vec<float, true>(0.0), Vec<float, true>(1.0f - tail), Vec<float, true>(tail));
 }
 
-// These have no shorter form.
+// These functions have no shorter form.
 CKPT_INLINE Vec<float, true> expm1_nonpositive(Vec<float, true> x) {
   return Vec<float, true>(expm1_nonpositive(Vec<float>(x)));
 }

@@ -1,8 +1,7 @@
-// Between memory and registers: vectors of the compute type from and to elements of any storage type.
+// Loads and stores vectors of the compute type from and to elements of any storage type.
 //
-// `load` and `store` take a pointer to elements and the lanes that are there (Full or Partial, vec.h). Lanes that are
-// not there read as zero and are not written. Rounding is to nearest even, and a NaN becomes the quiet NaN that torch
-// writes.
+// `load` and `store` take a pointer to elements and the valid lanes (Full or Partial, vec.h). Invalid lanes read as
+// zero and are not written. Rounding is to nearest even, and a NaN becomes the quiet NaN that torch writes.
 #pragma once
 
 #include "target.h"
@@ -10,8 +9,8 @@
 
 namespace ckpt::CKPT_ISA {
 
-// From 16 bits a lane to 32 and back. Compilers make several shuffles of __builtin_convertvector where the wider sets
-// have one instruction.
+// Converts 16 bits a lane to 32 and back. Compilers translate __builtin_convertvector to several shuffles where the
+// wider sets have one instruction.
 CKPT_INLINE Raw<float>::bits widen(const void* p) {
 #if CKPT_VECTOR_BYTES == 64
   return Raw<float>::bits(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)));
@@ -35,8 +34,8 @@ CKPT_INLINE Raw<float>::half narrow(Raw<float>::bits bits) {
 #endif
 }
 
-// For each storage type: `load` of a whole vector, and `encode`, which gives the bytes that a store would write. The
-// pointer that `encode` takes says only which storage type is meant.
+// For each storage type: `load` of a whole vector, and `encode`, which returns the bytes that a store would write. The
+// pointer argument of `encode` only selects the storage type.
 template <class S>
 CKPT_INLINE Vec<S> load(const S* p, Full<S>) {
   typename Raw<S>::type raw;
@@ -50,7 +49,7 @@ CKPT_INLINE typename Raw<S>::type encode(const S*, Vec<S> a) {
 
 // A bfloat16 is the upper half of a float32.
 CKPT_INLINE Vec<float> load(const bfloat16* p, Full<float>) { return Raw<float>::type(widen(p) << 16); }
-// In the upper half of each lane; the lower half holds anything.
+// The result is in the upper half of each lane; the lower half is arbitrary.
 CKPT_INLINE Raw<float>::bits rounded_to_bfloat16(Vec<float> a) {
   Raw<float>::bits bits = Raw<float>::bits(a.v);
   bits = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -120,7 +119,7 @@ CKPT_INLINE void store(T* p, Vec<S> a, Partial<S> lanes) {
   for (int64_t i = 0; i < lanes.count; ++i) p[i] = padded[i];
 }
 
-// Of floats, the wider sets have instructions for it.
+// For floats the wider sets have instructions.
 #if CKPT_VECTOR_BYTES == 64
 CKPT_INLINE Vec<float> load(const float* p, Partial<float> lanes) {
   return Raw<float>::type(_mm512_maskz_loadu_ps(__mmask16((1 << lanes.count) - 1), p));
@@ -138,8 +137,8 @@ CKPT_INLINE Vec<float> load(const float* p, Partial<float> lanes) {
 CKPT_INLINE void store(float* p, Vec<float> a, Partial<float> lanes) { _mm256_maskstore_ps(p, mask_of(lanes), a.v); }
 #endif
 
-// The next two vectors' worth of elements, in any order: for sums, where the order does not matter. Of bfloat16, the
-// even elements and the odd ones are two vectors without a shuffle.
+// Loads the elements of the next two vectors in any order, for sums. For bfloat16 the even and the odd elements are two
+// vectors, without a shuffle.
 template <class T, class S>
 CKPT_INLINE void load_pair(const T* p, Vec<S>* first, Vec<S>* second) {
   *first = load(p, Full<S>{});
@@ -152,7 +151,7 @@ CKPT_INLINE void load_pair(const bfloat16* p, Vec<float>* first, Vec<float>* sec
   *second = Raw<float>::type(raw & 0xffff0000u);
 }
 
-// The value after a round trip through storage type T, the type that the pointer is to.
+// The value after a round trip through storage type T, the pointer's element type.
 template <class S, class T>
 CKPT_INLINE Vec<S> round_to(const T* type, Vec<S> a) {
   auto raw = encode(type, a);
@@ -166,13 +165,13 @@ CKPT_INLINE Vec<S> round_to(Vec<S> a) {
   return round_to(static_cast<const T*>(nullptr), a);
 }
 
-// x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
+// x_hat for the product with the weight: with cast_before_weight, rounded to the storage type.
 template <class S, class T>
 CKPT_INLINE Vec<S> rounded_if(bool cast, Vec<S> x_hat) {
   return cast && sizeof(T) < sizeof(S) ? round_to<S, T>(x_hat) : x_hat;
 }
 
-// Into the second level of cache: the next row must not push the present row out of the first level.
+// Prefetches into the second-level cache, so that the next row does not evict the present row from the first level.
 CKPT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace ckpt::CKPT_ISA

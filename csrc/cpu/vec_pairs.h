@@ -1,5 +1,5 @@
-// Pairs of elements, which lie in two runs in memory, or interleaved in one: f0 s0 f1 s1 ..., of which two vectors are
-// read and deinterleaved.
+// Loads and stores pairs of elements, which lie in two runs of memory, or interleaved in one run: f0 s0 f1 s1 ... From
+// an interleaved run two vectors are read and deinterleaved.
 #pragma once
 
 #include "target.h"
@@ -18,14 +18,14 @@ CKPT_INLINE Pairs<S> deinterleave(Vec<S> low, Vec<S> high) {
   return {shuffle<Evens>(low.v, high.v), shuffle<Odds>(low.v, high.v)};
 }
 
-// What lies first and what lies after that.
+// The first and the second elements of pairs.
 template <class S>
 CKPT_INLINE Pairs<S> interleave(Pairs<S> pairs) {
   return {shuffle<InterleaveLow>(pairs.first.v, pairs.second.v),
           shuffle<InterleaveHigh>(pairs.first.v, pairs.second.v)};
 }
 
-// From pair j on. Where they are interleaved, `second` is first + 1, and is not read.
+// Loads from pair j on. For interleaved pairs `second` is first + 1 and is not read.
 template <bool interleaved, class S, class T>
 CKPT_INLINE Pairs<S> load_pairs(const T* first, const T* second, int64_t j, Full<S> all) {
   if (!interleaved) return {load(first + j, all), load(second + j, all)};
@@ -39,7 +39,7 @@ CKPT_INLINE Pairs<S> load_pairs(const T* first, const T* second, int64_t j, Part
   return load_pairs<true, S>(padded, padded + 1, 0, Full<S>{});
 }
 
-// Either of the two may be null where they are not interleaved.
+// Stores from pair j on. For pairs in two runs either pointer may be null.
 template <bool interleaved, class S, class T, class Lanes>
 CKPT_INLINE void store_pairs(T* first, T* second, int64_t j, Pairs<S> pairs, Lanes lanes) {
   if (!interleaved) {

@@ -1,5 +1,5 @@
-// Stores that go past the caches. A large result leaves the caches before anybody reads it, and an ordinary store would
-// first read into the cache what it is about to overwrite.
+// Streamed (non-temporal) stores, which bypass the caches. A large result is evicted from the caches before the next
+// read, and an ordinary store would first read the overwritten line into the cache.
 #pragma once
 
 #include "../rows.h"
@@ -27,15 +27,15 @@ CKPT_INLINE void stream(T* p, Vec<S> a, Partial<S> lanes) {
   store(p, a, lanes);
 }
 
-// Streamed stores may be seen by other threads out of order; after this, all of this thread's have been seen. A loop
-// that streams calls this at its end.
+// Other threads may see streamed stores out of order; after this call they see all streamed stores of this thread.
+// Every loop with streamed stores calls this function at the end.
 CKPT_INLINE void end_streams() {
 #if CKPT_VECTOR_BYTES >= 32
   _mm_sfence();
 #endif
 }
 
-// One row of a matrix that is written: streamed if the matrix is large and the row is aligned.
+// One row of an output: stores are streamed if the matrix is large and the row is aligned.
 template <class T>
 struct Written {
   T* row;

@@ -1,4 +1,4 @@
-// A tensor as the CPU ops read it, whether the dispatcher hands it over or Python does.
+// The tensor type of the CPU ops, for calls by the dispatcher and for direct calls.
 #pragma once
 
 #include <optional>
@@ -7,7 +7,7 @@
 
 namespace ckpt {
 
-// With the methods of torch::stable::Tensor that the ops use. Whoever calls an op keeps the memory alive.
+// Has the methods of torch::stable::Tensor that the ops use. The caller of an op keeps the memory alive.
 class View {
  public:
   explicit View(const CkptTensor& tensor) : tensor_(tensor) {}
@@ -36,7 +36,7 @@ class View {
 
   friend int64_t dtype_of(const View& view) { return view.tensor_.dtype; }
   friend int64_t device_of(const View&) { return 0; }
-  // For Operands, which asks only for what has the dtype that it expects.
+  // For Operands, which checks the dtype first.
   friend void* address_of(const View& view, int64_t) { return view.tensor_.data; }
 
  private:

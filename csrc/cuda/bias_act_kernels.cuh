@@ -1,5 +1,5 @@
-// The bias_act kernels for CUDA, and how they are launched: y = factor * act(z) with z = input + bias and dropout's
-// factor, 0 or 1 / (1 - p). elements.cuh says what `launch` and VEC are.
+// The bias_act kernels for CUDA, and their launchers: y = factor * act(z) with z = input + bias and dropout's factor, 0
+// or 1 / (1 - p). elements.cuh explains `launch` and VEC.
 //
 // Backward, by the chain rule: dL/dz = g * factor * act'(z) with g = dL/dy. z is a sum, so that is the gradient of the
 // input, and the gradient of the bias is its sum over the rows. The factors are drawn again from the seed (dropout:
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(block_threads) bias_act_forward_kernel(BiasAct
   }
 }
 
-// g = dL/dz for VEC columns of a row. Stores it as the gradient of the input, and the output again, where they are
-// given.
+// g = dL/dz for VEC columns of a row. Stores g as the gradient of the input, and stores the output again, unless the
+// respective matrix is null.
 template <class T, int VEC>
 __device__ __forceinline__ void input_gradient(const BiasActBackward& a, int64_t row, int64_t j, float* g) {
   float slope[VEC];
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(block_threads) bias_act_backward_kernel(BiasAc
   }
 }
 
-// The same with partial sums of the gradient of the bias, (tasks, columns): CUDA block (task, strip) takes a task of
-// rows, one after another, and a strip of columns, VEC of them a thread.
+// The same with partial sums of the gradient of the bias, (tasks, columns): CUDA block (task, strip) processes the rows
+// of a task in order, in a strip of columns, VEC columns a thread.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads)
     bias_act_backward_sums_kernel(BiasActBackward a, int64_t task_rows, int64_t strips, float* sums) {
@@ -119,7 +119,7 @@ void launch_bias_act(const BiasActForward& a, const Launch& launch) {
     launch_bias_act<T, 1>(a, launch);
 }
 
-// `sums` holds PartialSums(rows, rows).elements(columns) floats where there is a grad_bias.
+// With a grad_bias, `sums` has PartialSums(rows, rows).elements(columns) floats.
 template <class T, class Launch>
 void launch_bias_act(const BiasActBackward& a, float* grad_bias, float* sums, const Launch& launch) {
   if (is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) && is_vectorizable<T>(a.grad_input) &&

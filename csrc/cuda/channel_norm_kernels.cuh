@@ -1,16 +1,17 @@
 // The channel-norm kernels for CUDA: y = act(z) with z = (x - mean) * scale + bias + other
 // (BatchNorm: S. Ioffe and C. Szegedy, 2015; GroupNorm: Y. Wu and K. He, 2018; InstanceNorm: D. Ulyanov et al., 2016).
-// elements.cuh says what VEC is.
+// elements.cuh explains VEC.
 //
 // Backward, with g = dL/dy * act'(z) = dL/dz and x_hat = (x - mean) * rstd over a set of N elements that share their
 // statistics: dx_hat_i/dx_j = rstd * ((i == j) - 1 / N - x_hat_i * x_hat_j / N), so
 //   dL/dx = rstd * (weight * g - x_hat * c1 - c2) with c1 = mean(weight * g * x_hat), c2 = mean(weight * g),
 // and the gradients of weight and bias are the sums of g * x_hat and of g over a channel. The kernels sum g and
-// g * (x - mean) by channel; of the sums the ops make coefficients (channel_norm.h), and a last kernel writes dL/dx.
+// g * (x - mean) by channel; the ops compute coefficients from these sums (channel_norm.h), and a last kernel writes
+// dL/dx.
 //
-// A plane is summed by a team. Where channels are last, a CUDA block takes a piece of rows and a strip of columns: its
-// threads are lines of `lanes` threads; line k takes the rows k, k + lines, k + 2 lines, ..., each thread VEC columns
-// of them, and the sums of the lines are added in their order.
+// A team sums a plane. With channels last, a CUDA block processes a piece of rows and a strip of columns: the threads
+// form lines of `lanes` threads; line k processes rows k, k + lines, k + 2 lines, ..., with VEC columns a thread, and
+// the sums of the lines are added in order.
 #pragma once
 
 #include "../channel_norm.h"
@@ -52,8 +53,8 @@ __device__ __forceinline__ void load_normalized(const Block& a, int64_t row, int
   for (int i = 0; i < VEC; ++i) z[i] += c[i];
 }
 
-// x - mean, and g = dL/dz. With by_output, `other` is the block's output, whose sign is that of z, and the activation's
-// slope depends on the sign alone.
+// x - mean, and g = dL/dz. With by_output, `other` is the block's output, which has the sign of z, and the derivative
+// of the activation depends on that sign only.
 template <class T, int VEC, bool PLANES, class Block>
 __device__ __forceinline__ void load_gradient(const Block& a, int64_t row, int64_t j, float* d, float* g) {
   float z[VEC];
@@ -147,12 +148,12 @@ __global__ void __launch_bounds__(block_threads) plane_sums_kernel(ChannelSums a
   }
 }
 
-// This thread's part of the piece of rows and the strip of columns that its CUDA block takes.
+// This thread's part of the CUDA block's piece of rows and strip of columns.
 template <int VEC>
 struct Lines {
   int64_t piece, sample_row, begin, end;  // rows of the sample
   int lanes, line, lines;
-  int64_t j;  // this thread's columns; beyond them all for a thread that has none
+  int64_t j;  // this thread's first column; beyond the last column for a thread without columns
 
   __device__ __forceinline__ Lines(const ChannelReduction& a, int64_t strips, int lanes_) : lanes(lanes_) {
     piece = blockIdx.x / strips;
@@ -182,7 +183,7 @@ struct Lines {
   }
 };
 
-// As plane_moments_kernel, for each column of the piece.
+// The same as plane_moments_kernel, for each column of the piece.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads) row_moments_kernel(ChannelMoments a, int64_t strips, int lanes) {
   const Lines<VEC> part(a, strips, lanes);

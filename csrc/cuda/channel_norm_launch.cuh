@@ -1,4 +1,4 @@
-// How the channel-norm kernels are launched: vector width, team and grid. elements.cuh says what `launch` is.
+// Launches the channel-norm kernels: chooses vector width, team and grid. elements.cuh explains `launch`.
 #pragma once
 
 #include "channel_norm_kernels.cuh"

@@ -1,5 +1,5 @@
-// The DyT kernels for CUDA, and how they are launched: y = t * w + b with t = tanh(alpha * x) (J. Zhu et al.,
-// "Transformers without normalization", 2025). elements.cuh says what `launch` and VEC are.
+// The DyT kernels for CUDA, and their launchers: y = t * w + b with t = tanh(alpha * x) (J. Zhu et al., "Transformers
+// without normalization", 2025). elements.cuh explains `launch` and VEC.
 //
 // Backward, by the chain rule, with g = dL/dy and s = g * w * (1 - t^2), the gradient of alpha * x: dL/dx = alpha * s,
 // dL/dalpha is the sum of s * x over all elements, and dL/dw and dL/db are the sums of g * t and of g over the rows.
@@ -11,14 +11,14 @@
 
 namespace ckpt {
 
-// Sums for the gradients of a block, null where nobody wants one: the gradients themselves, or partial sums.
+// Sums for the gradients of a block: the gradients themselves, or partial sums. A sum is null if not needed.
 struct DytSums {
   float *alpha, *weight, *bias;
 
   explicit operator bool() const { return alpha || weight || bias; }
 };
 
-// VEC columns of a weight or bias, or `absent` where there is none.
+// VEC columns of a weight or bias, or `absent` without one.
 template <int VEC>
 __device__ __forceinline__ void load_coefficient(const void* p, int64_t j, float absent, float* v) {
   if (p)
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(block_threads) dyt_forward_kernel(DytForward a
   }
 }
 
-// CUDA block (task, strip) takes a task of rows, one after another, and a strip of columns, VEC of them a thread. Its
-// partial sums are one number for alpha, (tasks, strips), and for weight and bias one for each column, (tasks,
+// CUDA block (task, strip) processes the rows of a task in order, in a strip of columns, VEC columns a thread. The
+// partial sums are one number for alpha, (tasks, strips), and one for each column for weight and bias, (tasks,
 // columns).
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads)
@@ -120,13 +120,13 @@ void launch_dyt(const DytForward& a, const Launch& launch) {
     launch_dyt<T, 1>(a, launch);
 }
 
-// How many partial sums of alpha's gradient there are at most; of those of weight and bias there are
-// PartialSums(rows, rows).elements(columns).
+// An upper bound on the number of partial sums of alpha's gradient. The gradients of weight and bias have
+// PartialSums(rows, rows).elements(columns) each.
 inline int64_t alpha_sums_of(const Dyt& a) {
   return PartialSums(a.rows, a.rows).group_tasks * divide_up(a.columns, block_threads);
 }
 
-// Where a gradient is wanted, `sums` has memory for its partial sums.
+// For each gradient that is needed, `sums` has memory for the partial sums.
 template <class T, class Launch>
 void launch_dyt(const DytBackward& a, const DytSums& gradients, const DytSums& sums, const Launch& launch) {
   if (is_vectorizable<T>(a) && is_vectorizable<T>(a.grad_output) && is_vectorizable<T>(a.grad_input))

@@ -1,10 +1,11 @@
-// The parts of every family's CUDA kernels: accesses of several elements, activations, dropout, sums over rows.
+// The inlined functions that all CUDA kernels share: accesses of several elements, activations, dropout, sums over
+// rows.
 //
-// T is the storage type. A thread reads and writes VEC elements at a time: 16 bytes where alignment allows that, one
-// element otherwise. The activation is a switch at run time, which all threads take the same way: it costs nothing at
-// memory speed, and a kernel for each activation would multiply the time to compile. `launch(kernel, blocks,
-// arguments...)` launches a kernel: CUDA's own launch in the library (launcher.cuh), a loop over blocks in the tests,
-// which compile these files with the host compiler and tests/host/cuda_on_host.h.
+// T is the storage type. A thread reads and writes VEC elements at a time: 16 bytes if alignment allows, otherwise one
+// element. The activation is a run-time switch without divergence, which is free in a memory-bound kernel; a kernel for
+// each activation would multiply the compile time. `launch(kernel, blocks, arguments...)` launches a kernel: CUDA's own
+// launch in the library (launcher.cuh), a loop over blocks in the tests, which compile these files with the host
+// compiler and tests/host/cuda_on_host.h.
 //
 // "Block" in `blocks` and `block_threads` is CUDA's: a block of threads.
 #pragma once
@@ -97,7 +98,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The largest grid of a grid-stride loop.
 constexpr int64_t most_blocks = CKPT_MOST_BLOCKS;
 
-// Blocks for a grid-stride loop over `items`, one a thread.
+// The number of blocks for a grid-stride loop over `items`, one a thread.
 inline int64_t blocks_for(int64_t items) {
   const int64_t blocks = divide_up(items, block_threads);
   return blocks < most_blocks ? blocks : most_blocks;
@@ -111,7 +112,7 @@ bool is_vectorizable(const Rows& rows) {
                    rows.middle_stride * sizeof(T) % 16 == 0 && rows.inner_stride * sizeof(T) % 16 == 0);
 }
 
-// The rows of each group in tasks, each of which makes one row of partial sums.
+// Divides the rows of each group into tasks, each with one row of partial sums.
 struct PartialSums {
   int64_t groups, group_tasks, task_rows;
 
@@ -126,7 +127,7 @@ struct PartialSums {
   int64_t elements(int64_t columns) const { return groups * group_tasks * columns; }
 };
 
-// Calls body(T{}) for the storage type, and returns whether it is one of the three that the CUDA kernels compute in.
+// Calls body(T{}) for the storage type; returns false for types other than the three that the CUDA kernels support.
 template <class Body>
 bool dispatch_storage(ScalarKind kind, Body body) {
   switch (kind) {

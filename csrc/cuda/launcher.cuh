@@ -1,4 +1,4 @@
-// Between torch and the CUDA kernels: the launch itself, and tensors made for it.
+// Connects torch to the CUDA kernels: launches, and tensors for temporary results.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,7 +32,7 @@ class Launcher {
   cudaStream_t stream_;
 };
 
-// What the ops of every family know of the device.
+// The part of Device that all families share.
 struct CudaDevice {
   using Tensor = ckpt::Tensor;
 
@@ -46,7 +46,7 @@ inline Tensor float_vector(const Tensor& like, int64_t elements) {
   return torch::stable::new_empty(like, {elements}, ScalarType::Float);
 }
 
-// A weight or bias for the kernels, which read it in float32, with the offset added.
+// A weight or bias for the kernels: converted to float32, with the offset added.
 class Coefficient {
  public:
   Coefficient(const Operands<Tensor>& operands, const char* name, const OptionalTensor& tensor, double offset) {

@@ -6,7 +6,7 @@
 namespace ckpt {
 namespace {
 
-// Read where it lies, in whatever dtype.
+// The kernels read tables of any dtype, without a copy.
 class Table {
  public:
   Table(const Angles& given, const Rotary&, ScalarKind) : angles_(given) {}

@@ -1,14 +1,14 @@
 // The rotary kernels for CUDA (csrc/rotary.h): rotary position embeddings (J. Su et al., "RoFormer: Enhanced
-// transformer with rotary position embedding", 2021), after a norm over each head if there is one.
+// transformer with rotary position embedding", 2021), after an optional norm over each head.
 //
-// Backward, by the transpose of the rotation, a pair of gradients (g1, g2) of the output is one of z:
+// The backward pass applies the transpose of the rotation: a pair of gradients (g1, g2) of the output gives that of z,
 //   (g1 * cos1 + g2 * sin2, g2 * cos2 - g1 * sin1).
 // With h = dL/dz, the norm's gradients are those of a row norm (row_norm_kernels.cuh): with k = h * weight and N
 // columns, dL/dinput = rstd * (k - x_hat * c1 - c2) with c1 = mean(k * x_hat) and c2 = mean(k), which is 0 in an
 // RMSNorm; dL/dweight = sum(h * x_hat) and dL/dbias = sum(h) over the rows.
 //
-// A thread takes a unit of a row at a time. Where there is a norm, a row belongs to a team (team.cuh). elements.cuh
-// says what VEC is.
+// A thread processes a unit of a row at a time. With a norm, a row belongs to a team (team.cuh). elements.cuh explains
+// VEC.
 #pragma once
 
 #include "../rotary.h"
@@ -16,10 +16,11 @@
 
 namespace ckpt {
 
-// VEC pairs that turn, or VEC columns that pass, which are then the first of VEC pairs whose second is 0.
+// VEC pairs that are rotated, or VEC columns that pass without rotation, as first elements of pairs whose second
+// element is 0.
 struct Unit {
   bool turns;
-  int64_t index;  // of the first pair, or column
+  int64_t index;  // the number of the first pair or column
 };
 
 template <int VEC>
@@ -35,7 +36,7 @@ __device__ __forceinline__ Unit unit_of(const Rotary& a, int64_t k) {
   return {false, column < a.start ? column : column + a.rotary_dim};
 }
 
-// A unit of the row at p, VEC first elements and then VEC second ones.
+// A unit of the row at p: VEC first elements, then VEC second elements.
 template <int VEC, class T>
 __device__ __forceinline__ void load_unit(const Rotary& a, bool interleaved, const T* p, Unit unit, float* v) {
   if (!unit.turns) {
@@ -90,7 +91,7 @@ __device__ __forceinline__ void load_angles(const Angles& angles, const Place& p
   }
 }
 
-// The dtype of a table is a switch at run time, like an activation.
+// The dtype of a table is a run-time switch, as the activation.
 template <int VEC>
 __device__ __forceinline__ void load_angles(const Angles& angles, const Place& place, int64_t pair, float* v) {
   switch (angles.kind) {
@@ -105,7 +106,7 @@ __device__ __forceinline__ void load_angles(const Angles& angles, const Place& p
   }
 }
 
-// The pairs of a unit turned by their angles, or turned back.
+// Rotates the pairs of a unit by the angles, or by the transpose.
 template <int VEC>
 __device__ __forceinline__ void turn(const Rotary& a, const Place& place, Unit unit, bool back, float* v) {
   if (!unit.turns) return;
@@ -119,7 +120,7 @@ __device__ __forceinline__ void turn(const Rotary& a, const Place& place, Unit u
   }
 }
 
-// Without a norm both passes are this: from `source` to `target`, rows of which are turned, or turned back.
+// Both passes without a norm: rotates the rows of `source` into `target`, or by the transpose.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads) rotary_kernel(Rotary a, Rows source, Rows target, bool back) {
   const int64_t units = units_of<VEC>(a);
@@ -137,7 +138,7 @@ struct HeadStatistics {
   float mean, rstd;
 };
 
-// Of one row, by a team.
+// The statistics of one row, computed by a team.
 template <class T, int VEC, class Rowteam>
 __device__ __forceinline__ HeadStatistics statistics_of(const Rotary& a, const T* x) {
   float v[VEC];
@@ -156,7 +157,7 @@ __device__ __forceinline__ HeadStatistics statistics_of(const Rotary& a, const T
   return {moments.mean, 1 / sqrtf(moments.squares / float(a.columns) + float(a.eps))};
 }
 
-// x_hat of a unit, and x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
+// x_hat of a unit, and x_hat for the product with the weight: with cast_before_weight, rounded to the storage type.
 template <int VEC, class T>
 __device__ __forceinline__ void normalize_unit(const Rotary& a, const T* x, Unit unit, const HeadStatistics& statistics,
                                                float* x_hat, float* rounded) {
@@ -171,7 +172,7 @@ __device__ __forceinline__ void normalize_unit(const Rotary& a, const T* x, Unit
   }
 }
 
-// Of a weight or bias, or `absent` where there is none.
+// A unit of a weight or bias, or `absent` without one.
 template <int VEC>
 __device__ __forceinline__ void load_coefficients(const Rotary& a, const void* p, Unit unit, float absent, float* v) {
   if (p)
@@ -207,7 +208,7 @@ __device__ __forceinline__ void load_gradient(const RotaryBackward& a, const Pla
   turn<VEC>(a, place, unit, true, h);
 }
 
-// `all_statistics` gets those of each row where it is given.
+// Stores the statistics of each row in `all_statistics` unless that is null.
 template <class T, int VEC, bool WARP>
 __global__ void __launch_bounds__(block_threads)
     rotary_norm_backward_kernel(RotaryBackward a, HeadStatistics* all_statistics) {
@@ -242,9 +243,9 @@ __global__ void __launch_bounds__(block_threads)
   }
 }
 
-// Partial sums of the gradients of weight and bias, (tasks, columns): CUDA block (task, strip) takes a task of rows and
-// a strip of units, one a thread. Where a row has fewer units than the block has threads, these take several rows at a
-// time, in `lines`, whose sums are added up in their order.
+// Partial sums of the gradients of weight and bias, (tasks, columns): CUDA block (task, strip) processes the rows of a
+// task in a strip of units, one unit a thread. If a row has fewer units than the block has threads, the threads process
+// several rows at a time, in `lines`, and the sums of the lines are added up in order.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads)
     rotary_norm_weight_kernel(RotaryBackward a, const HeadStatistics* all_statistics, int64_t task_rows, int64_t strips,

@@ -1,11 +1,11 @@
-// How the rotary kernels are launched: vector width, team and grid. elements.cuh says what `launch` is.
+// Launches the rotary kernels: chooses vector width, team and grid. elements.cuh explains `launch`.
 #pragma once
 
 #include "rotary_kernels.cuh"
 
 namespace ckpt {
 
-// Memory for a backward pass that makes gradients of a weight or a bias; null where nobody wants one.
+// Memory for a backward pass with gradients of weight or bias; each pointer is null if not needed.
 struct RotarySums {
   HeadStatistics* statistics;  // of each row
   float *weight, *bias;        // PartialSums(rows, rows).elements(columns) each

@@ -1,15 +1,15 @@
-// The row-norm kernels for CUDA (csrc/row_norm.h): LayerNorm (J. Ba et al., "Layer normalization", 2016), RMSNorm (B.
-// Zhang and R. Sennrich, "Root mean square layer normalization", 2019), and what comes before and after them.
+// The row-norm kernels for CUDA (csrc/row_norm.h): LayerNorm (J. Ba et al., "Layer normalization", 2016) and RMSNorm
+// (B. Zhang and R. Sennrich, "Root mean square layer normalization", 2019), each with a prologue and an epilogue.
 //
 // Backward, with z = x_hat * weight + bias, g = dL/dz, h = g * weight = dL/dx_hat and N columns: x_hat_i = (u_i - mean)
 // * rstd, and mean and rstd depend on every u_j, so dx_hat_i/du_j = rstd * ((i == j) - 1 / N - x_hat_i * x_hat_j / N),
 // and so
 //   dL/du = rstd * (h - x_hat * c1 - c2) with c1 = mean(h * x_hat) and c2 = mean(h),
 //   dL/dweight = sum(g * x_hat) and dL/dbias = sum(g) over the rows.
-// In an RMSNorm the mean is no function of u, and c2 is 0. With cast_before_weight, x_hat in z and dL/dweight is the
-// rounded one, and rounding counts as the identity.
+// In an RMSNorm the mean does not depend on u, and c2 is 0. With cast_before_weight, z and dL/dweight use the rounded
+// x_hat, and the derivative of rounding is taken as 1.
 //
-// A row belongs to a team (team.cuh). elements.cuh says what VEC is.
+// A row belongs to a team (team.cuh). elements.cuh explains VEC.
 #pragma once
 
 #include "../row_norm.h"
@@ -17,8 +17,8 @@
 
 namespace ckpt {
 
-// u for VEC columns of a row. residual + dropout(input) is stored as residual_out too, and u is the sum as it is stored
-// there: the backward pass starts from residual_out and must find the same u.
+// u for VEC columns of a row. residual + dropout(input) is also stored as residual_out, and u is the stored, rounded
+// sum: the backward pass starts from residual_out and must compute the same u.
 template <class T, int VEC>
 __device__ __forceinline__ void load_operand(const RowNorm& a, const Rows& residual_out, int64_t row, int64_t j,
                                              float* u) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_coefficients(const RowNorm& a, int64_t row,
   if (a.bias) load<VEC>(static_cast<const float*>(a.bias) + offset, b);
 }
 
-// x_hat, and x_hat as it meets the weight: with cast_before_weight, rounded to the storage type.
+// x_hat, and x_hat for the product with the weight: with cast_before_weight, rounded to the storage type.
 template <class T, int VEC>
 __device__ __forceinline__ void normalize(const RowNorm& a, const float* u, float mean, float rstd, float* x_hat,
                                           float* rounded) {
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(block_threads) row_norm_forward_kernel(RowNorm
     }
     for (int64_t j = Rowteam::rank() * VEC; j < a.columns; j += step) {
       float w[VEC], b[VEC], x_hat[VEC], y[VEC];
-      // The sum with the residual, which this thread has stored itself.
+      // This thread has stored the sum with the residual itself, so no barrier is needed.
       if (a.residual)
         load<VEC>(a.residual_out.row<const T>(row) + j, u);
       else
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(block_threads) row_norm_forward_kernel(RowNorm
   }
 }
 
-// g = dL/dz, x_hat, and x_hat as it meets the weight, for VEC columns of a row. With a gate that multiplies z, g =
-// dL/dy * act(gate), and with store_gate dL/dgate = dL/dy * z * act'(gate) is stored.
+// g = dL/dz, x_hat, and x_hat for the product with the weight, for VEC columns of a row. With a gate that multiplies z,
+// g = dL/dy * act(gate), and with store_gate dL/dgate = dL/dy * z * act'(gate) is stored.
 template <class T, int VEC>
 __device__ __forceinline__ void norm_gradient(const RowNormBackward& a, int64_t row, int64_t j, const float* w,
                                               const float* b, bool store_gate, float* g, float* x_hat, float* rounded) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ void norm_gradient(const RowNormBackward& a, int64_t 
   }
 }
 
-// The gradients of the operands that u is made of, from du = dL/du.
+// The gradients of the operands of u, from du = dL/du.
 template <class T, int VEC>
 __device__ __forceinline__ void store_input_gradients(const RowNormBackward& a, int64_t row, int64_t j, float* du) {
   float x[VEC], other[VEC];
@@ -211,8 +211,8 @@ __global__ void __launch_bounds__(block_threads) row_norm_backward_input_kernel(
   }
 }
 
-// Partial sums of the gradients of weight and bias, (tasks, columns): CUDA block (task, strip) takes a task of rows,
-// one after another, and a strip of columns, VEC of them a thread. `group_tasks` tasks share the rows of a group.
+// Partial sums of the gradients of weight and bias, (tasks, columns): CUDA block (task, strip) processes the rows of a
+// task in order, in a strip of columns, VEC columns a thread. `group_tasks` tasks share the rows of a group.
 template <class T, int VEC>
 __global__ void __launch_bounds__(block_threads)
     row_norm_backward_weight_kernel(RowNormBackward a, int64_t group_tasks, int64_t task_rows, int64_t strips,

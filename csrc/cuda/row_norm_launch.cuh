@@ -1,4 +1,4 @@
-// How the row-norm kernels are launched: vector width, team and grid. elements.cuh says what `launch` is.
+// Launches the row-norm kernels: chooses vector width, team and grid. elements.cuh explains `launch`.
 #pragma once
 
 #include "row_norm_kernels.cuh"
@@ -52,8 +52,8 @@ void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_b
     launch(sum_partials_kernel, blocks, (const float*)bias_sums, shares.group_tasks, a.columns, total, grad_bias);
 }
 
-// weight_sums and bias_sums hold PartialSums(a.rows, a.rows_per_group).elements(a.columns) floats each, and are null
-// where nobody wants the gradient.
+// weight_sums and bias_sums have PartialSums(a.rows, a.rows_per_group).elements(a.columns) floats each, or are null if
+// the gradient is not needed.
 template <class T, class Launch>
 void launch_backward(const RowNormBackward& a, float* grad_weight, float* grad_bias, float* weight_sums,
                      float* bias_sums, const Launch& launch) {

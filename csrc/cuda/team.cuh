@@ -1,4 +1,4 @@
-// Teams: the threads that share a row, a warp where rows are short, a CUDA block where they are long.
+// Teams: the threads that share a row, a warp for short rows, a CUDA block for long rows.
 #pragma once
 
 #include "../math/moments.h"
@@ -6,10 +6,10 @@
 
 namespace ckpt {
 
-// Rows up to this many columns are taken by a warp, so that eight of them share a block.
+// A warp processes rows of up to this many columns, so that eight rows share a block.
 constexpr int64_t warp_columns = 1024;
 
-// Team number first() + k * count() takes row first() + k * count(); a thread of the team is number rank() of size.
+// The team processes rows first() + k * count(); a thread of the team has number rank() of size.
 template <bool WARP>
 struct Team {
   static constexpr int size = WARP ? warp_threads : block_threads;
@@ -28,7 +28,7 @@ struct Team {
     __syncthreads();
     float total = 0;
     for (int warp = 0; warp < block_warps; ++warp) total += partial[warp];
-    // The next sum writes the partial sums again.
+    // The next sum overwrites the partial sums.
     __syncthreads();
     return total;
   }
@@ -39,7 +39,7 @@ struct Team {
       other.count = __shfl_xor_sync(0xffffffffu, m.count, lane);
       other.mean = __shfl_xor_sync(0xffffffffu, m.mean, lane);
       other.squares = __shfl_xor_sync(0xffffffffu, m.squares, lane);
-      // Both of a pair merge in the same order, so that every lane ends with the same bits.
+      // Both lanes of a pair merge in the same order, so that all lanes end with the same bits.
       if (threadIdx.x & lane) {
         other.merge(m);
         m = other;

@@ -1,5 +1,5 @@
-// Dropout as a kernel needs it: which 32-bit draws (philox.h) keep an element, and the factor of an element that is
-// kept.
+// The parameters of a dropout in a kernel: the threshold of the 32-bit draws (philox.h) that keep an element, and the
+// factor of kept elements.
 #pragma once
 
 #include <stdint.h>
@@ -8,8 +8,8 @@
 
 namespace ckpt {
 
-// The factors of dropout with probability p: 0 for an element that is dropped, `scale` for one that is kept. Converts
-// to false where there is no dropout.
+// The factors of dropout with probability p: 0 for a dropped element, `scale` for a kept element. Converts to false
+// without dropout.
 struct Dropout {
   const int64_t* seed = nullptr;
   uint64_t threshold = 0;  // p * 2^32; 0 keeps all, 2^32 drops all

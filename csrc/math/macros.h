@@ -4,7 +4,7 @@
 #if defined(__CUDACC__)
 #define CKPT_HD __host__ __device__ __forceinline__
 #else
-// Forced, because the instruction-set files compile the same functions under different targets and no
-// out-of-line copy of one may stand in for another at link time.
+// Inlining is forced, because the instruction-set files compile the same functions for different targets, and the
+// linker must not replace one out-of-line copy by another.
 #define CKPT_HD inline __attribute__((always_inline))
 #endif

@@ -1,5 +1,5 @@
 // Mean and sum of squared deviations, merged pairwise (T. Chan, G. Golub and R. LeVeque, "Algorithms for computing the
-// sample variance", 1983). Accurate where the mean is large and the deviations are small; E[x^2] - E[x]^2 would cancel.
+// sample variance", 1983). Accurate for large means with small deviations, where E[x^2] - E[x]^2 would cancel.
 #pragma once
 
 #include "macros.h"

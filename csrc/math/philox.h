@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the dropout mask.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), which generates dropout masks.
 //
 // The element at (row, column) of a block is kept if lane column % 4 of
 // philox(counter = (column / 4, row, row >> 32, 0), key = seed) is at least the threshold p * 2^32.

@@ -1,5 +1,5 @@
-// The elementary functions that activations.h is written in, for float and double: those of the C library.
-// csrc/cpu/vec_math.h has the same set for vectors.
+// The elementary functions that activations.h uses, for float and double, by the C library. csrc/cpu/vec_math.h has the
+// same set for vectors.
 #pragma once
 
 #include <math.h>
@@ -20,7 +20,7 @@ CKPT_HD T select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
 
-// x, or nearly the largest number: of an exponential that may be infinite, so that a product with 0 is 0 and not NaN.
+// min(x, nearly the largest number), for an exponential that may be infinite: the product with 0 must be 0, not NaN.
 CKPT_HD float bounded(float x) { return x > 3e38f ? 3e38f : x; }
 CKPT_HD double bounded(double x) { return x > 1e308 ? 1e308 : x; }
 
@@ -32,7 +32,7 @@ CKPT_HD double expm1_nonpositive(double x) { return ::expm1(x); }
 CKPT_HD float log1p_unit(float x) { return log1pf(x); }
 CKPT_HD double log1p_unit(double x) { return ::log1p(x); }
 
-// The standard normal distribution function at x. `bell` is exp(-x*x/2), which only the vector function needs.
+// The standard normal distribution function at x. The second argument is exp(-x*x/2), which only vectors need.
 CKPT_HD float normal_cdf(float x, float) { return 0.5f * erfcf(-x * 0.70710678118654752f); }
 CKPT_HD double normal_cdf(double x, double) { return 0.5 * ::erfc(-x * 0.70710678118654752); }
 

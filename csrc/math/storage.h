@@ -1,4 +1,4 @@
-// The 16-bit storage types, as bits, and their conversions one value at a time.
+// The 16-bit storage types, as bits, and the conversions of single values.
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +19,7 @@ struct float16 {
   uint16_t bits;
 };
 
-// The type that a storage type is computed in.
+// The compute type of a storage type.
 template <class T>
 struct ComputeType {
   using type = float;
@@ -44,7 +44,7 @@ CKPT_HD float to_float(float x) { return x; }
 CKPT_HD float to_float(double x) { return float(x); }
 CKPT_HD float to_float(bfloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 CKPT_HD void from_float(float x, float* y) { *y = x; }
-// To nearest even; NaN becomes the quiet NaN that torch writes.
+// Rounds to nearest even; NaN becomes the quiet NaN that torch writes.
 CKPT_HD void from_float(float x, bfloat16* y) {
   uint32_t bits = float_bits(x);
   y->bits = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);

@@ -9,7 +9,8 @@ namespace {
 
 PyObject *of_data_ptr, *of_modules, *of_parameters, *of_tensor_version;
 
-// Adds (parameter, version, address) under the parameter's identity if it is a bias; no where Python is to be asked.
+// Adds (parameter, version, address) under the parameter's identity if the parameter is a bias; `no` if Python must
+// decide.
 Answer add_if_bias(PyObject* parameter, PyObject* versions) {
   DLTensor described;
   if (!is_parameter_type(Py_TYPE(parameter))) return no;
@@ -19,11 +20,12 @@ Answer add_if_bias(PyObject* parameter, PyObject* versions) {
   const Owned address = version ? called(parameter, of_data_ptr) : Owned();
   if (!address) return failed;
   const Owned identity(PyLong_FromVoidPtr(parameter));
-  const Owned found(PyTuple_Pack(3, parameter, version.get(), address.get()));
-  return identity && found && PyDict_SetItem(versions, identity.get(), found.get()) == 0 ? yes : failed;
+  const Owned entry(PyTuple_Pack(3, parameter, version.get(), address.get()));
+  return identity && entry && PyDict_SetItem(versions, identity.get(), entry.get()) == 0 ? yes : failed;
 }
 
-// A copy of what a module holds under a name, as a list; null, perhaps without an error, where it holds no dict.
+// The values of the dict that a module holds under a name, as a new list; null, perhaps without an error, if there is
+// no dict.
 Owned values_under(const Owned& held, PyObject* name) {
   PyObject* values = PyDict_CheckExact(held.get()) ? PyDict_GetItemWithError(held.get(), name) : nullptr;
   return Owned(values && is_plain_dict(values) ? PyDict_Values(values) : nullptr);
@@ -31,7 +33,7 @@ Owned values_under(const Owned& held, PyObject* name) {
 
 Answer add_all_in(PyObject* module, PyObject* versions, PyObject* seen);
 
-// Adds those of each module below.
+// Adds the biases of all submodules.
 Answer add_all_below(const Owned& children, PyObject* versions, PyObject* seen) {
   Answer answer = yes;
   for (Py_ssize_t i = 0; answer == yes && i < PyList_Size(children.get()); ++i) {
@@ -73,8 +75,8 @@ PyObject* biases(PyObject*, PyObject* module) {
 
 PyMethodDef methods[] = {
     {"biases", biases, METH_O,
-     "biases(module): (parameter, version, address) of the parameters of at most one dimension in a module and below, "
-     "by identity; None where Python is to be asked."},
+     "biases(module): (parameter, version, address) of the parameters of at most one dimension in a module and its "
+     "submodules, by identity; None where Python must decide."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,4 +1,4 @@
-// Which biases of a module there are when its forward begins, as Python's `recompute.biases` finds them.
+// Lists the biases of a module at the start of a forward pass, as Python's `recompute.biases` does.
 #pragma once
 
 #include "tensors.h"

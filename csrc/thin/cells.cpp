@@ -7,7 +7,8 @@ namespace ckpt {
 
 namespace {
 
-// Python's classes of what is made here; torch's layout of dense tensors; and how long chains of recipes may be.
+// The Python classes of the objects created here; torch's layout of dense tensors; the length limit of chains of
+// recipes.
 PyTypeObject *cell_type = nullptr, *kept_type = nullptr, *claim_type = nullptr;
 PyObject* strided = nullptr;
 long longest_chain = 0;
@@ -19,14 +20,14 @@ PyObject *of_announced, *of_attached, *of_base, *of_cdata, *of_claims, *of_conte
     *of_rules, *of_saved, *of_served, *of_size, *of_storage_offset, *of_stride, *of_tensor, *of_total,
     *of_untyped_storage, *of_version, *of_tensor_version, *of_watch, *nothing_served;
 
-// What a dict has under a key; null, perhaps with an error, where it has nothing.
+// The value under a key of a dict; null, perhaps with an error, if there is none.
 Owned held_under(const Owned& dict, const Owned& key) {
   return shared(dict && key && PyDict_CheckExact(dict.get()) ? PyDict_GetItemWithError(dict.get(), key.get())
                                                              : nullptr);
 }
 
-// What is packed for one node, and the state of the context that packs it. Each answer that is no or null, perhaps with
-// an error, leaves the question to Python.
+// A tensor that is packed for an autograd node, and the context that packs the tensor. Any method that returns no or
+// null, perhaps with an error, leaves the case to Python.
 class Packing {
  public:
   Packing(PyObject* discarder, PyObject* tensor) : discarder_(discarder), tensor_(tensor) {}
@@ -38,7 +39,7 @@ class Packing {
     if (!version_ || !base) return Owned();
     PyObject* root = base.is(Py_None) ? tensor_ : base.get();
     const Owned is_leaf = attribute(root, of_is_leaf);
-    // A leaf, or a view of one: no op made it, so that there is no recipe.
+    // A leaf, or a view of one: no op made the tensor, so there is no recipe.
     if (is_leaf.is(Py_True)) return kept(Py_False);
     if (!is_leaf) return Owned();
     const Owned address = attribute(called(tensor_, of_untyped_storage), of_cdata);
@@ -55,7 +56,7 @@ class Packing {
  private:
   bool has(PyObject* name, PyObject* value) const { return attribute(discarder_, name).is(value); }
 
-  // Whether it is a dense tensor and no subclass, no hooks are around, and no layer is.
+  // Whether the tensor is dense and no subclass, there are no outer hooks, and no layer is open.
   bool is_usual() {
     if (!is_tensor_type(Py_TYPE(tensor_)) || !attribute(tensor_, of_layout).is(strided)) return false;
     if (!has(of_is_closed, Py_False) || !has(of_outer, Py_None)) return false;
@@ -65,14 +66,14 @@ class Packing {
     return announced_ && (announced_.is(Py_None) || attribute(announced_, of_total).is(Py_None));
   }
 
-  // Of a tensor, or a view, that a node made which is in no entry.
+  // Whether there is certainly no recipe, for a tensor or view that a node made and that has no entry.
   bool is_surely_kept(PyObject* root, const Owned& node, const Owned& name) const {
     const Owned is_paused = attribute(discarder_, of_is_paused);
     if (is_paused.is(Py_True)) return true;
     const Owned rules = is_paused ? attribute(discarder_, of_rules) : Owned();
     const Owned version = rules ? attribute(root, of_tensor_version) : Owned();
     if (!version) return false;
-    // Of one that was written to the graph is looked at in another way.
+    // After an in-place write Python reads the graph in another way.
     const bool is_written = PyLong_AsLong(version.get()) != 0;
     if (is_written && PySequence_Contains(rules.get(), name.get()) != 0) return false;
     return has_surely_no_recipe(node.get(), name.get(), rules.get()) == yes;
@@ -92,20 +93,20 @@ class Packing {
     return PyErr_Occurred() ? Owned() : std::move(cell);
   }
 
-  // By the entry of its memory, one more claim of the recipe.
+  // One more claim on the recipe in the entry of the tensor's storage.
   Owned claimed(const Owned& entry, const Owned& base) const {
     const Owned recipe = recipe_of(entry);
     const Owned depth = recipe ? attribute(recipe, of_depth) : Owned();
     if (!depth || PyLong_AsLong(depth.get()) > longest_chain || PyErr_Occurred()) return Owned();
     const Owned watch = watch_of(entry, base);
-    // As in `_recipe_for`, there is no recipe of a Parameter. What watches is a plain Tensor, so that the type tells.
+    // As in `_recipe_for`, a Parameter has no recipe. The version watch is a plain Tensor, so the type decides.
     if (!watch || Py_TYPE(watch.get()) != Py_TYPE(tensor_)) return Owned();
     const Owned claim = claim_of(recipe, depth);
     Owned cell = claim ? cell_of(claim, watch, Py_False) : Owned();
     return cell && note(cell) ? std::move(cell) : Owned();
   }
 
-  // The recipe of an entry, if it is this very tensor's, or a view's, to which nobody has written since.
+  // The recipe of an entry, if the entry is for this tensor or a base of it, without an in-place write since.
   Owned recipe_of(const Owned& entry) const {
     const bool is_plain = called(tensor_, of_is_neg).is(Py_False) && attribute(tensor_, of_is_nested).is(Py_False);
     const Owned dtype = is_plain ? attribute(tensor_, of_dtype) : Owned();
@@ -116,7 +117,7 @@ class Packing {
     return recipe.is(Py_None) ? Owned() : std::move(recipe);
   }
 
-  // Of a block's output, or a view of that.
+  // The version watch of a block's output, also for a view of the output.
   Owned watch_of(const Owned& entry, const Owned& base) const {
     const Owned output = called(attribute(entry, of_output));
     if (!output || output.is(Py_None) || !(output.is(tensor_) || output.is(base.get()))) return Owned();
@@ -150,12 +151,12 @@ class Packing {
                             {of_attached, Py_None}});
   }
 
-  // Whether an op's forward has run that is to know what is saved for it.
+  // Whether an announced op must be told about the saved tensor.
   bool announces() const { return !announced_.is(Py_None) && has(of_is_apart, Py_False); }
 
   Owned identity() const { return Owned(PyLong_FromVoidPtr(tensor_)); }
 
-  // Tells the op; false after an error.
+  // Tells the announced op; false after an error.
   bool note(const Owned& cell) const {
     if (!announces()) return !PyErr_Occurred();
     const Owned key = identity(), packed(PyTuple_Pack(3, tensor_, cell.get(), Py_False));
@@ -170,12 +171,12 @@ class Packing {
 PyObject* pack(PyObject* discarder, PyObject* tensor) {
   Owned cell = Packing(discarder, tensor).cell();
   if (cell) return cell.release();
-  // An exception on the way is met again in Python.
+  // Python will raise an exception of this path again.
   if (PyErr_Occurred() && no_if_exception() == failed) return nullptr;
   return PyObject_CallMethodObjArgs(discarder, of_pack, tensor, nullptr);
 }
 
-PyMethodDef pack_definition = {"pack", pack, METH_O, "Discarder.pack, which it calls in all but the usual cases."};
+PyMethodDef pack_definition = {"pack", pack, METH_O, "Discarder.pack, which is called in all but the usual cases."};
 
 PyObject* packer(PyObject*, PyObject* discarder) { return PyCFunction_New(&pack_definition, discarder); }
 
@@ -195,10 +196,10 @@ PyObject* set_up_cells(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"set_up_cells", set_up_cells, METH_VARARGS,
-     "set_up_cells(cell, kept, claim, layout, longest_chain, passing, stops, python_node): the classes of what is made "
-     "here; the layout of dense tensors; how long chains of recipes may be; names of nodes that pass what they need on "
-     "to all their edges, and of those outside of all rules at which there may be a tensor; the type of Python's."},
-    {"packer", packer, METH_O, "packer(discarder): its hook `pack`."},
+     "set_up_cells(cell, kept, claim, layout, longest_chain, passing, stops, python_node): the classes of the objects "
+     "created here; the layout of dense tensors; the length limit of chains of recipes; the names of nodes that save "
+     "no operand, and of nodes without a rule that may keep a tensor; the type of nodes of functions in Python."},
+    {"packer", packer, METH_O, "packer(discarder): the discarder's hook `pack`."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,4 +1,4 @@
-// What stands in the place of saved tensors: the usual cases of Python's `recompute.discarder.Discarder.pack`.
+// Creates the cells of saved tensors in the usual cases of Python's `recompute.discarder.Discarder.pack`.
 #pragma once
 
 #include "tensors.h"

@@ -6,11 +6,11 @@ namespace ckpt {
 
 namespace {
 
-// As provenance.MOST_STEPS, though it need not be: fewer only ask Python more often.
+// Like provenance.MOST_STEPS, but need not be equal: with a smaller number Python is asked more often.
 constexpr Py_ssize_t most_nodes = 12;
 
 PyObject *of_name = nullptr, *of_next_functions = nullptr, *of_metadata = nullptr, *of_note = nullptr;
-// As `read_graph_by` was given them.
+// The arguments of `read_graph_by`.
 PyObject *passing_names = nullptr, *stop_names = nullptr, *python_node_type = nullptr;
 
 Answer is_in(PyObject* names, PyObject* name) {
@@ -18,10 +18,10 @@ Answer is_in(PyObject* names, PyObject* name) {
   return found < 0 ? failed : found ? yes : no;
 }
 
-// A queue of nodes on the way back from one, the nearest first.
-class Way {
+// A queue of the nodes behind a node, the nearest first.
+class NodeQueue {
  public:
-  // Takes the reference; false where there is no more place.
+  // Takes the reference; false if the queue is full.
   bool add(Owned node) {
     if (count_ == most_nodes) return false;
     nodes_[count_++] = std::move(node);
@@ -34,13 +34,13 @@ class Way {
   Py_ssize_t count_ = 0, at_ = 0;
 };
 
-// Whether the note on a node, if there is one, tells of an operand: no look behind that edge is needed.
+// Whether the note on a node has an entry for an operand, so that the edge need not be followed.
 bool is_noted(PyObject* note, Py_ssize_t place, Py_ssize_t edges) {
   return note && PyTuple_Check(note) && PyTuple_Size(note) == edges && PyTuple_GetItem(note, place) != Py_None;
 }
 
-// Adds the nodes at the edges of one; false after an error.
-bool add_edges(PyObject* node, Way* way) {
+// Adds the nodes at the edges of a node; false after an error.
+bool add_edges(PyObject* node, NodeQueue* queue) {
   const Owned edges = attribute(node, of_next_functions), metadata = attribute(node, of_metadata);
   if (!edges || !PyTuple_Check(edges.get()) || !metadata || !PyDict_Check(metadata.get())) return false;
   PyObject* note = PyDict_GetItemWithError(metadata.get(), of_note);
@@ -49,9 +49,9 @@ bool add_edges(PyObject* node, Way* way) {
     if (is_noted(note, i, PyTuple_Size(edges.get()))) continue;
     PyObject* edge = PyTuple_GetItem(edges.get(), i);
     if (!PyTuple_Check(edge)) return false;
-    // Without a node there is a number, or a tensor without a gradient, of which a note may tell.
+    // An edge without a node is a number, or a tensor without a gradient, which a note may cover.
     PyObject* next = PyTuple_GetItem(edge, 0);
-    if (next != Py_None && !way->add(shared(next))) break;
+    if (next != Py_None && !queue->add(shared(next))) break;
   }
   return true;
 }
@@ -60,14 +60,14 @@ bool add_edges(PyObject* node, Way* way) {
 
 Answer has_surely_no_recipe(PyObject* first, PyObject* first_name, PyObject* rules) {
   if (!PyDict_CheckExact(rules)) return no;
-  Way way;
-  way.add(shared(first));
-  while (PyObject* node = way.next()) {
+  NodeQueue queue;
+  queue.add(shared(first));
+  while (PyObject* node = queue.next()) {
     const Owned name = node == first ? shared(first_name) : called(node, of_name);
     if (!name) return failed;
     if (!PyDict_GetItemWithError(rules, name.get())) {
       if (PyErr_Occurred()) return failed;
-      // Were the first a block's, the output would have been found by its memory.
+      // If the first node were a block's, an entry would have been found for the output's storage.
       if (node == first) return yes;
       const Answer stops = is_in(stop_names, name.get());
       if (stops != no) {
@@ -80,7 +80,7 @@ Answer has_surely_no_recipe(PyObject* first, PyObject* first_name, PyObject* rul
       continue;
     }
     const Answer passes = is_in(passing_names, name.get());
-    if (passes == failed || (passes == yes && !add_edges(node, &way))) return failed;
+    if (passes == failed || (passes == yes && !add_edges(node, &queue))) return failed;
   }
   return no;
 }

@@ -1,20 +1,20 @@
-// Whether torch's graph of gradients says at once that there is no recipe: the answer that most looks of Python's
-// `recompute.provenance` end with.
+// Decides quickly from the autograd graph that a tensor has no recipe, which is the outcome of most traces in Python's
+// `recompute.provenance`.
 #pragma once
 
 #include "tensors.h"
 
 namespace ckpt {
 
-// Whether there is surely no recipe for what a node made, to which nobody has written since: a node on the way back, of
-// which all operands would be needed, is none of the `rules`, and no block's. `name` is the first node's.
+// Whether there is certainly no recipe for the unwritten output of a node: a node behind it, of which all operands
+// would be needed, is in none of the `rules`, and is no block's. `name` is the name of the given node.
 Answer has_surely_no_recipe(PyObject* node, PyObject* name, PyObject* rules);
 
-// Nodes of these names pass what they need on to all their edges; at those of the others there may be a tensor; those
-// of the type are Python's.
+// Nodes named in `passing` save no operand, so all their edges are needed. At nodes named in `stops` a tensor may be
+// kept. Nodes of type `python_node` belong to functions in Python.
 void read_graph_by(PyObject* passing, PyObject* stops, PyObject* python_node);
 
-// False after an error.
+// Interns the names; false after an error.
 bool prepare_graph();
 
 }  // namespace ckpt

@@ -7,7 +7,7 @@ namespace ckpt {
 
 namespace {
 
-// As they are at each call; an exception on the way is met again by whoever asks in Python.
+// The answer as a Python bool. Python will raise an exception of this path again.
 PyObject* truth_of(Answer answer) {
   if (answer == failed) answer = no_if_exception();
   return answer == failed ? nullptr : PyBool_FromLong(answer == yes);
@@ -45,7 +45,7 @@ PyObject* plain_linears(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   Answer answer = yes;
   PyTypeObject* kind = nullptr;
   for (Py_ssize_t i = 2; answer == yes && i < count; ++i) {
-    if (Py_TYPE(objects[i]) != kind) {  // a class is asked once
+    if (Py_TYPE(objects[i]) != kind) {  // each class is checked once
       kind = Py_TYPE(objects[i]);
       answer = is_such_class(kind, such);
       if (answer != yes) break;
@@ -67,15 +67,14 @@ PyObject* plain_linears(PyObject*, PyObject* const* objects, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"are_same", CKPT_FAST(are_same),
-     "are_same(found, missing): whether each holder has what it had, of tuples (holder, name, value)."},
-    {"is_such", CKPT_FAST(is_such), "is_such(module, such): whether a module is as `such` says."},
+     "are_same(found, missing): whether each holder still has its value, for tuples (holder, name, value)."},
+    {"is_such", CKPT_FAST(is_such), "is_such(module, such): whether a module is as `such` describes."},
     {"plain_linears", CKPT_FAST(plain_linears),
-     "plain_linears(such, input, *modules): weights and biases of linear layers that are as `such` says, beside an "
-     "input of their kind; None where one may not be."},
+     "plain_linears(such, input, *modules): weights and biases of linear layers that are as `such` describes and fit "
+     "the input; None if one may not be."},
     {"operands", CKPT_FAST(operands),
-     "operands(quiet, owner, linear, activations, wanted, *values): what a site computes with; None where something "
-     "may be "
-     "other than it was."},
+     "operands(quiet, owner, linear, activations, wanted, *values): the operands of a call site; None if anything may "
+     "have changed."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -5,7 +5,7 @@
 
 namespace ckpt {
 
-// Adds the questions to `_thin`; false after an error.
+// Adds the functions to `_thin`; false after an error.
 bool add_guards(PyObject* module);
 
 }  // namespace ckpt

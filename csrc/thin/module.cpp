@@ -1,8 +1,7 @@
 // The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher (direct_calls.h),
-// asks what small calls and converted models ask each time (guards, questions, sites), and packs and records what
-// outputs are let go of by (cells, graph, records, biases).
-//
-// Limited API of Python 3.10 and nothing of torch's C++; tensors.h reads tensors.
+// checks small calls and converted models at each call (guards, questions, sites), and packs and records tensors for
+// discarded outputs (cells, graph, records, biases). Limited API of Python 3.10, and no C++ API of torch; tensors.h
+// reads tensors.
 #include "tensors.h"
 
 #include <string.h>
@@ -20,7 +19,7 @@ constexpr Py_ssize_t most_arguments = 32;
 
 // The type of shapes, which are tuples.
 PyTypeObject* size_type = nullptr;
-// Functions of nothing: whether something sees all ops.
+// Functions without arguments, which tell whether something intercepts every op.
 PyObject* watchers = nullptr;
 
 Answer is_watched() {
@@ -32,7 +31,7 @@ Answer is_watched() {
   return no;
 }
 
-// Whether nothing but autograd is to see what is done with these tensors, where there are such.
+// Whether all tensors are None or plain, and only autograd intercepts ops.
 PyObject* is_plain(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   const Answer watched = is_watched();
   if (watched != no) return watched == yes ? PyBool_FromLong(0) : nullptr;
@@ -44,7 +43,7 @@ PyObject* is_plain(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return PyBool_FromLong(1);
 }
 
-// The words that a key is made of. Each list of them tells where it ends, so that no two calls have the same.
+// The words of a key. Each list in a key shows where the list ends, so that different calls have different keys.
 class Words {
  public:
   void add(int64_t word) {
@@ -62,8 +61,8 @@ class Words {
   int filled_ = 0;
 };
 
-// False of a dimension of one element whose stride is not that of a contiguous tensor. It says nothing of where
-// elements lie, but torch's ways of making a tensor like this one differ in what they make of it.
+// False if a dimension of one element has another stride than in a contiguous tensor. Such a stride does not change
+// where elements are, but torch's functions for creating a similar tensor treat it differently.
 bool has_usual_strides(const CkptTensor& t) {
   int64_t stride = 1;
   for (int64_t i = t.dim - 1; i >= 0; --i) {
@@ -73,7 +72,7 @@ bool has_usual_strides(const CkptTensor& t) {
   return true;
 }
 
-// Dtype and shape of each; no where a tensor is none that the checks know by these alone.
+// Adds dtype and shape of each tensor; `no` if the checks depend on more for a tensor.
 Answer describe_tensors(PyObject* tensors, Words* words) {
   const Py_ssize_t count = PyTuple_Size(tensors);
   words->add(count);
@@ -94,8 +93,8 @@ Answer describe_tensors(PyObject* tensors, Words* words) {
   return yes;
 }
 
-// The types of the options: some that are equal, as 1 and 1.0 are, differ to the checks. No for one of a type that may
-// have changed and be equal to what it was.
+// Adds the types of the options, because some options are equal but of different types, such as 1 and 1.0. False for an
+// option of a type whose objects may be changed and still compare as equal.
 bool describe_options(PyObject* options, Words* words) {
   PyTypeObject* const values[] = {&PyUnicode_Type, &PyLong_Type, &PyFloat_Type, &PyBool_Type, Py_TYPE(Py_None)};
   const Py_ssize_t count = PyTuple_Size(options);
@@ -117,8 +116,8 @@ bool describe_options(PyObject* options, Words* words) {
   return true;
 }
 
-// What the checks of a call depend on: the block's name, the options, and in bytes dtype and shape of each tensor and
-// the options' types. None where they depend on more. The arguments are (block, tensors, options); tensors may be None.
+// The key of a call: the block's name, the options, and as bytes the dtype and shape of each tensor and the types of
+// the options. None if the checks depend on more. The arguments are (block, tensors, options); tensors may be None.
 PyObject* key(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   if (count != 3 || !PyTuple_Check(objects[1]) || !PyTuple_Check(objects[2]))
     return PyErr_Format(PyExc_TypeError, "expected (block, tensors, options)");
@@ -158,8 +157,8 @@ Answer read_as(PyObject* object, char letter, CkptArgument* argument) {
   return PyErr_Occurred() ? failed : yes;
 }
 
-// An op: True if it ran; False if a tensor is none that can be read here, or none that the op takes. The full path
-// knows why, and says so.
+// Runs an op: True if the op ran; False if a tensor cannot be read here, or does not suit the op. The full path then
+// raises the error that explains why.
 PyObject* run(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
   const CkptCall* call = static_cast<const CkptCall*>(PyCapsule_GetPointer(self, nullptr));
   if (!call) return nullptr;
@@ -177,9 +176,10 @@ PyObject* run(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
   return PyBool_FromLong(ran);
 }
 
-PyMethodDef run_definition = {"run", CKPT_FAST(run), "Runs the op; False where it did not, and results are undefined."};
+PyMethodDef run_definition = {"run", CKPT_FAST(run),
+                              "Runs the op; False, with undefined results, if the op did not run."};
 
-// Keeps the functions and types for as long as the process lives.
+// Keeps the functions and types as long as the process lives.
 PyObject* set_up(PyObject*, PyObject* arguments) {
   PyObject *api, *tensor, *parameter, *size, *negative, *offset, *watching;
   if (!PyArg_ParseTuple(arguments, "OOOOOOO", &api, &tensor, &parameter, &size, &negative, &offset, &watching))
@@ -217,18 +217,19 @@ PyObject* function(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"set_up", set_up, METH_VARARGS,
-     "set_up(api, tensor, parameter, size, is_neg, storage_offset, watchers): how tensors are read, which types of "
-     "tensors and of shapes there are, what is asked of a tensor, and who may see ops."},
+     "set_up(api, tensor, parameter, size, is_neg, storage_offset, watchers): the table that reads tensors, the types "
+     "of tensors and shapes, two functions of a tensor, and functions that tell whether anything intercepts ops."},
     {"function", function, METH_VARARGS,
      "function(find, name): the op of that name; `find` is the address of ckpt_kernels_find_call in `_C`."},
     {"is_plain", CKPT_FAST(is_plain),
-     "is_plain(*tensors): whether nothing but autograd is to see what is done with them."},
-    {"key", CKPT_FAST(key), "key(block, tensors, options): what the checks of a call depend on; None where on more."},
+     "is_plain(*tensors): whether all tensors are plain or None, and only autograd intercepts ops."},
+    {"key", CKPT_FAST(key),
+     "key(block, tensors, options): everything that the checks of a call depend on; None if they depend on more."},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           "_thin",
-                          "The CPU ops without torch's dispatcher, and in C what is asked, packed and recorded.",
+                          "The CPU ops without torch's dispatcher, checks of calls, and packing and recording in C.",
                           -1,
                           methods,
                           nullptr,

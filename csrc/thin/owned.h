@@ -1,4 +1,4 @@
-// References to Python objects that are given back at the end of a scope, and what is asked of objects by names.
+// References to Python objects that are released at the end of a scope, and access to attributes and methods by name.
 #pragma once
 
 #include <initializer_list>
@@ -14,9 +14,9 @@ class Owned {
   Owned(Owned&& other) : object_(other.release()) {}
   ~Owned() { Py_XDECREF(object_); }
   Owned& operator=(Owned&& other) {
-    PyObject* before = object_;
+    PyObject* previous = object_;
     object_ = other.release();
-    Py_XDECREF(before);
+    Py_XDECREF(previous);
     return *this;
   }
 
@@ -33,22 +33,21 @@ class Owned {
   PyObject* object_;
 };
 
-// Of an object that is borrowed, or null.
+// A new reference to a borrowed object, or null.
 Owned shared(PyObject* object);
 
-// The following are null, with an error, of null.
+// The following functions return null, with an error, for null.
 Owned attribute(PyObject* object, PyObject* name);
 inline Owned attribute(const Owned& object, PyObject* name) { return attribute(object.get(), name); }
 
-// What a method gives that is called with nothing, and what a function gives.
+// The result of a method, and of a function, without arguments.
 Owned called(PyObject* object, PyObject* method);
 Owned called(const Owned& function);
 
-// An object of one of Python's classes that have slots, made without its __init__, with these values in them; null
-// after an error.
+// An object of a Python class with slots, created without __init__, with these attributes; null after an error.
 Owned made(PyTypeObject* type, std::initializer_list<std::pair<PyObject*, PyObject*>> values);
 
-// Makes the names that are asked for; false after an error.
+// Interns the names; false after an error.
 bool prepare_names(std::initializer_list<std::pair<PyObject**, const char*>> names);
 
 }  // namespace ckpt

@@ -4,12 +4,12 @@ namespace ckpt {
 
 namespace {
 
-// Python's OrderedDict, which modules hold hooks in.
+// Python's OrderedDict, in which modules hold hooks.
 PyTypeObject* ordered_dict = nullptr;
 PyObject *of_dict = nullptr, *of_order = nullptr, *of_parameters = nullptr, *of_weight = nullptr, *of_bias = nullptr;
 
-// A new reference to the holder's attribute, or to what a dict has under the name; null without an error where there is
-// none.
+// A new reference to the holder's attribute, or to the value in a dict under the name; null without an error if there
+// is none.
 PyObject* held_by(PyObject* holder, PyObject* name) {
   if (PyDict_CheckExact(holder)) {
     PyObject* value = PyDict_GetItemWithError(holder, name);
@@ -21,7 +21,7 @@ PyObject* held_by(PyObject* holder, PyObject* name) {
   return value;
 }
 
-// Whether no class but the last, Python's object, has something under the names itself.
+// Whether no class except the last, Python's object, defines one of the names.
 Answer are_inherited(PyObject* kind, PyObject* names) {
   if (PyTuple_Size(names) == 0) return yes;
   PyObject* order = PyObject_GetAttr(kind, of_order);

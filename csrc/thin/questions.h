@@ -1,4 +1,4 @@
-// What may be asked of code, classes, modules and tensors: the parts that the guards of converted models are made of.
+// The checks of code, classes, modules and tensors that the guards of converted models consist of.
 #pragma once
 
 #include <initializer_list>
@@ -7,27 +7,27 @@
 
 namespace ckpt {
 
-// Finds what the questions name; false after an error.
+// Interns names and finds classes; false after an error.
 bool prepare_questions();
 
-// Whether no load from it runs anybody's code.
+// Whether the object is a dict whose lookups run no user code.
 bool is_plain_dict(PyObject* object);
 
-// Whether the holder has this very value under the name. `missing`, which may be null, stands for what is not there.
+// Whether the holder has this object under the name. `missing`, which may be null, stands for an absent value.
 Answer has(PyObject* holder, PyObject* name, PyObject* value, PyObject* missing);
 
-// The same of each (holder, name, value).
+// The same check for each (holder, name, value).
 Answer are_all_the_same(PyObject* found, PyObject* missing);
 
-// Whether none of the names is in the dict, or mapping.
+// Whether none of the names is in the dict or mapping.
 Answer has_none(PyObject* held, PyObject* names);
 
-// Whether there is a dict with nothing in it under each of the names.
+// Whether an empty dict is under each of the names.
 Answer are_empty(PyObject* held, PyObject* names);
 
 bool is_tuple_of(PyObject* object, Py_ssize_t size);
 
-// The fields of a tuple, of which those from the given one on are tuples too; false, and an error, where they are not.
+// Reads the fields of a tuple. Fields from `tuples_from` on must be tuples; else false, with an error.
 bool read_fields(PyObject* object, std::initializer_list<PyObject**> fields, Py_ssize_t tuples_from);
 
 // The fields of Python's `ModuleGuard`.
@@ -35,7 +35,7 @@ struct Such {
   PyTypeObject* kind;
   PyObject *of_class, *same, *inherited, *empty, *absent;
 
-  // False, and an error, where it is none.
+  // False, with an error, if the object has another form.
   bool read(PyObject* such) {
     PyObject* kind_object;
     if (!read_fields(such, {&kind_object, &of_class, &same, &inherited, &empty, &absent}, 1)) return false;
@@ -45,18 +45,18 @@ struct Such {
   }
 };
 
-// Of a class alone, and of what a module holds itself.
+// The parts of the check for a class, and for the attributes that a module itself has.
 Answer is_such_class(PyTypeObject* type, const Such& such);
 Answer is_such_itself(PyObject* held, const Such& such);
 
-// Of a dtype and on a device.
+// Whether two tensors have the same dtype and device.
 bool are_beside(const DLTensor& a, const DLTensor& b);
 
-// Weight and bias, as a new tuple, of a linear layer that holds these; null, without an error, where it is none that
-// reads such an input.
+// Weight and bias, as a new tuple, of a linear layer with these attributes; null, without an error, if the layer does
+// not fit the input.
 PyObject* linear_of(PyObject* held, const DLTensor& input);
 
-// What an object holds itself; a new reference.
+// The object's own attributes (`__dict__`); a new reference.
 PyObject* held_by_itself(PyObject* object);
 
 }  // namespace ckpt

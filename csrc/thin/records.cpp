@@ -6,8 +6,8 @@ namespace ckpt {
 
 namespace {
 
-// Python's classes of what is made here and in it; and its functions: what backend is asked for, a new lock, and an
-// empty tensor of a dtype.
+// The Python classes of the objects created here; and Python functions that return the chosen backend, a new lock, and
+// an empty tensor of a dtype.
 PyTypeObject *recipe_type = nullptr, *entry_type = nullptr, *block_type = nullptr;
 PyObject *storage_reference = nullptr, *chosen = nullptr, *lock = nullptr, *nothing = nullptr, *one = nullptr;
 
@@ -20,13 +20,14 @@ Owned called_with(PyObject* function, const Owned& argument) {
   return Owned(argument ? PyObject_CallFunctionObjArgs(function, argument.get(), nullptr) : nullptr);
 }
 
-// The output of an op that was announced, and what the op's node has saved. Where `is_usual` says no, perhaps with an
-// error, Python is asked. After `record` has begun an error is raised: what was announced is gone then.
+// The output of an announced op, and the tensors that the op's node has saved. If `is_usual` returns false, perhaps
+// with an error, the case is left to Python. Once `record` has begun, errors are raised, because the announcement is
+// gone.
 class Recording {
  public:
   Recording(PyObject* discarder, PyObject* output) : discarder_(discarder), output_(output) {}
 
-  // Whether nothing but what the node keeps as it is goes into the recipe, of a plain output.
+  // Whether the output is plain, and the recipe reads only contents that the node keeps unchanged.
   bool is_usual() {
     DLTensor described;
     if (!is_tensor_type(Py_TYPE(output_)) || describe(output_, &described) != yes) return false;
@@ -52,7 +53,7 @@ class Recording {
     const Owned block = entry ? block_of(entry) : Owned();
     const Owned node = block ? attribute(output_, of_grad_fn) : Owned();
     if (!node || PyObject_SetAttr(node.get(), of_recomputed_block, block.get()) != 0) return false;
-    // The recipe lasts as long as the node that saves what it needs.
+    // The recipe lives as long as the node that saves the recipe's operands.
     Py_ssize_t at = 0;
     PyObject *key, *packed;
     if (!PyDict_Next(saved_.get(), &at, &key, &packed)) return false;
@@ -106,7 +107,7 @@ class Recording {
                              {of_recipe, reference.get()}});
   }
 
-  // With a tensor without memory that shares the output's version counter.
+  // The block's record, with an empty tensor that shares the output's version counter.
   Owned block_of(const Owned& entry) const {
     const Owned watch = called(output_, of_detach), dtype = watch ? attribute(watch, of_dtype) : Owned();
     const Owned empty = called_with(nothing, dtype);
@@ -139,11 +140,10 @@ PyObject* set_up_records(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"set_up_records", set_up_records, METH_VARARGS,
-     "set_up_records(recipe, entry, block, storage_reference, chosen, lock, nothing): the classes of what is made here "
-     "and in "
-     "it, and functions that give the backend asked for, a new lock, and an empty tensor of a dtype."},
+     "set_up_records(recipe, entry, block, storage_reference, chosen, lock, nothing): the classes of the objects "
+     "created here, and functions that return the chosen backend, a new lock, and an empty tensor of a dtype."},
     {"record", CKPT_FAST(record),
-     "record(discarder, output): Discarder.record; False in all but the usual case, when nothing was done."},
+     "record(discarder, output): Discarder.record; False, with nothing done, in all but the usual case."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,4 +1,4 @@
-// Recipes of blocks' outputs: the usual case of Python's `recompute.discarder.Discarder.record`.
+// Creates the recipes of blocks' outputs in the usual case of Python's `recompute.discarder.Discarder.record`.
 #pragma once
 
 #include "tensors.h"

@@ -10,18 +10,18 @@ constexpr int cpu = 1, cuda = 2;
 constexpr int64_t narrow_dtypes = 3;  // float32, bfloat16, float16
 
 PyObject *of_activation = nullptr, *of_in_place = nullptr;
-// What modules hold parameters, buffers and modules in.
+// The names under which modules hold parameters, buffers and submodules.
 PyObject* of_kinds[3] = {};
 
 // The fields of Python's `GlobalStateGuard`.
 struct Quiet {
   PyObject *still, *same, *without, *empty;
 
-  // False, and an error, where it is none.
+  // False, with an error, if the object has another form.
   bool read(PyObject* quiet) { return read_fields(quiet, {&still, &same, &without, &empty}, 0); }
 };
 
-// Asks a question of each (holder, names).
+// Makes a check for each (holder, names).
 Answer of_each(PyObject* pairs, Answer (*question)(PyObject* held, PyObject* names)) {
   Answer answer = yes;
   for (Py_ssize_t i = 0; answer == yes && i < PyTuple_Size(pairs); ++i) {
@@ -41,7 +41,7 @@ Answer is_quiet(const Quiet& quiet) {
   return answer == yes ? of_each(quiet.empty, are_empty) : answer;
 }
 
-// Whether a plain setting is what it was. Only what is surely the same is.
+// Whether a plain setting is unchanged; `no` if that is not certain.
 Answer is_same_setting(PyObject* now, PyObject* was) {
   if (PyFloat_CheckExact(now) && PyFloat_CheckExact(was))
     return PyFloat_AsDouble(now) == PyFloat_AsDouble(was) ? yes : no;
@@ -61,9 +61,9 @@ Answer are_same_settings(PyObject* held, PyObject* settings) {
   return answer;
 }
 
-// What is known of an activation: a name, of a function; or (such, settings, name), of modules of a class. A new
-// reference; null without an error where nothing is.
-PyObject* known_of(PyObject* act, PyObject* activations) {
+// The known form of an activation: the name of a function, or (such, settings, name) for modules of a class. A new
+// reference; null without an error if the activation is unknown.
+PyObject* known_form_of(PyObject* act, PyObject* activations) {
   PyObject* kind = reinterpret_cast<PyObject*>(Py_TYPE(act));
   for (Py_ssize_t i = 0; i < PyTuple_Size(activations); ++i) {
     PyObject* each = PyTuple_GetItem(activations, i);
@@ -79,7 +79,7 @@ PyObject* known_of(PyObject* act, PyObject* activations) {
   return known;
 }
 
-Answer is_as_known(PyObject* act, PyObject* known) {
+Answer has_known_form(PyObject* act, PyObject* known) {
   Such such;
   if (!such.read(PyTuple_GetItem(known, 0))) return failed;
   Answer answer = is_such_class(Py_TYPE(act), such);
@@ -95,17 +95,17 @@ Answer is_as_known(PyObject* act, PyObject* known) {
   return answer;
 }
 
-// The name of an activation, a new reference; null, perhaps without an error, where it is none that is known.
+// The name of an activation, a new reference; null, perhaps without an error, if the activation is unknown.
 PyObject* name_of(PyObject* act, PyObject* activations) {
-  PyObject* known = known_of(act, activations);
+  PyObject* known = known_form_of(act, activations);
   if (!known || PyUnicode_Check(known)) return known;
-  PyObject* name = is_tuple_of(known, 3) && is_as_known(act, known) == yes ? PyTuple_GetItem(known, 2) : nullptr;
+  PyObject* name = is_tuple_of(known, 3) && has_known_form(act, known) == yes ? PyTuple_GetItem(known, 2) : nullptr;
   Py_XINCREF(name);
   Py_DECREF(known);
   return name;
 }
 
-// Whether it is an ordinary tensor of at most 32 bits an element.
+// Whether the object is a plain tensor of at most 32 bits an element, on a CPU or a GPU.
 Answer is_narrow(PyObject* object, DLTensor* tensor) {
   const Answer answer = describe(object, tensor);
   if (answer != yes) return answer;
@@ -114,8 +114,8 @@ Answer is_narrow(PyObject* object, DLTensor* tensor) {
   return is_on_device && dtype >= 0 && dtype < narrow_dtypes ? yes : no;
 }
 
-// What a module has under a name, a new reference, if its class has nothing there, nor a way of its own to load it: in
-// the order in which torch looks. Null, perhaps without an error, where that is nothing, or may be something else.
+// A module's attribute, a new reference, looked up in torch's order; valid if the class neither defines the name nor
+// customizes the lookup. Null, perhaps without an error, if there is none or the outcome is uncertain.
 PyObject* attribute_of(PyObject* held, PyObject* name) {
   PyObject* value = PyDict_CheckExact(held) ? PyDict_GetItemWithError(held, name) : nullptr;
   for (int i = 0; !value && i < 3; ++i) {
@@ -127,13 +127,13 @@ PyObject* attribute_of(PyObject* held, PyObject* name) {
   return value;
 }
 
-// The values of a site, and the attributes of the first of them.
+// The values at a call site, and the attributes of the first value.
 class Values {
  public:
   Values(PyObject* const* objects, Py_ssize_t count) : objects_(objects), count_(count) {}
   ~Values() { Py_XDECREF(held_); }
 
-  // If attributes are wanted, whether no code runs to load them.
+  // If attributes are needed, whether loading them runs no user code.
   Answer may_load_from_first(const Such& owner) {
     if (PyTuple_Size(owner.inherited) == 0) return yes;
     if (count_ == 0) return no;
@@ -142,7 +142,7 @@ class Values {
     return answer == yes && !held_ ? failed : answer;
   }
 
-  // A new reference; null, perhaps without an error, where there is none.
+  // A new reference; null, perhaps without an error, if there is none.
   PyObject* at(PyObject* place_or_name) {
     if (PyUnicode_Check(place_or_name)) return held_ ? attribute_of(held_, place_or_name) : nullptr;
     const Py_ssize_t place = PyLong_AsSsize_t(place_or_name);
@@ -157,12 +157,12 @@ class Values {
   PyObject* held_ = nullptr;
 };
 
-// Reads the operands of one site, of which linear layers all read the first tensor.
+// Reads the operands of one call site. All linear layers read the first tensor.
 class Operands {
  public:
   Operands(PyObject* linear, PyObject* activations) : linear_(linear), activations_(activations) {}
 
-  // A new reference; null, perhaps without an error, where it is not what the letter says.
+  // A new reference; null, perhaps without an error, if the object is not of the kind that the letter says.
   PyObject* read(PyObject* object, Py_UCS4 letter) {
     if (letter == 'a') return name_of(object, activations_);
     if (letter == 'l') return weights_of(object);
@@ -181,7 +181,7 @@ class Operands {
 
   PyObject* weights_of(PyObject* module) {
     if (!has_input_) return nullptr;
-    if (Py_TYPE(module) != kind_) {  // a class is asked once
+    if (Py_TYPE(module) != kind_) {  // each class is checked once
       if ((!kind_ && !such_.read(linear_)) || is_such_class(Py_TYPE(module), such_) != yes) return nullptr;
       kind_ = Py_TYPE(module);
     }
@@ -224,7 +224,7 @@ PyObject* operands(PyObject*, PyObject* const* objects, Py_ssize_t count) {
     }
   }
   if (found) return found;
-  // An exception on the way is met again by whoever asks in Python.
+  // Python will raise an exception of this path again.
   if (PyErr_Occurred() && no_if_exception() == failed) return nullptr;
   Py_RETURN_NONE;
 }

@@ -7,12 +7,12 @@ namespace {
 constexpr int cpu = 1, integer = 0, floating = 2, bfloat = 4;
 
 const ExchangeApi* exchange = nullptr;
-// The types of tensors that nothing but autograd sees.
+// The types of tensors on which only autograd intercepts ops.
 PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
 PyObject *is_negative = nullptr, *storage_offset = nullptr;
 
-// Whether the tensor's storage was freed. Then its address is the offset in the storage and no more, below all that a
-// process is given: only for one so low, which some systems do give, is torch asked.
+// Whether the tensor's storage was freed. The address is then only the offset in the storage, below all addresses of a
+// process. torch is asked only for such a low address, which some systems do use.
 Answer is_freed(PyObject* object, const DLTensor& t) {
   if (!t.data) return yes;
   const uintptr_t address = reinterpret_cast<uintptr_t>(t.data);
@@ -66,7 +66,7 @@ int64_t dtype_of(const DLTensor& t) {
 
 Answer describe(PyObject* object, DLTensor* tensor) {
   if (!is_tensor_type(Py_TYPE(object))) return no;
-  // Torch has no such description of some tensors, sparse ones, say. What is no such error is not ours.
+  // torch cannot describe some tensors in this form, such as sparse ones. Other errors are passed on.
   return exchange->tensor_from_object(object, tensor) == 0 ? yes : no_if_exception();
 }
 

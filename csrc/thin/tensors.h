@@ -1,8 +1,6 @@
-// How the Python module `_thin` reads torch's tensors: by the DLPack C exchange API, a table of functions that
-// torch.Tensor has as `__dlpack_c_exchange_api__`. Declared here is what is used of it, in the layout of DLPack 1.x
-// (https://dmlc.github.io/dlpack).
-//
-// Limited API of Python 3.10 and nothing of torch's C++.
+// Reads torch's tensors for the Python module `_thin` by the DLPack C exchange API: a table of functions in
+// `torch.Tensor.__dlpack_c_exchange_api__`. The parts that are used are declared here, in the layout of DLPack 1.x
+// (https://dmlc.github.io/dlpack). Limited API of Python 3.10, and no C++ API of torch.
 #pragma once
 
 #define Py_LIMITED_API 0x030A0000
@@ -30,35 +28,35 @@ struct ExchangeApi {
   void* current_stream;
 };
 
-// What came of a question: `failed` where Python has raised.
+// The outcome of a check; `failed` after a Python exception.
 enum Answer { yes, no, failed };
 
-// Takes the reference.
+// The truth of a value. Takes the reference.
 Answer answer_of(PyObject* value);
 
-// After an error: no if it is one that a question may meet; the error is cleared then.
+// After an error: `no`, with the error cleared, if a check may meet such an error; else `failed`.
 Answer no_if_exception();
 
-// From now on tensors are read by this table, of these types, and with these functions of torch's: of a tensor, whether
-// its elements are to be negated, and where in its storage it begins. All are kept for as long as the process lives.
+// Sets the table of functions, the types of tensors, and two functions of torch: whether a tensor's elements are to be
+// negated, and its offset in the storage. All are kept as long as the process lives.
 void read_tensors_by(const ExchangeApi* api, PyTypeObject* tensor, PyTypeObject* parameter, PyObject* is_negative,
                      PyObject* storage_offset);
 bool tensors_are_read();
 
-// Whether tensors of a type are seen by nothing but autograd.
+// Whether only autograd intercepts ops on tensors of a type.
 bool is_tensor_type(const PyTypeObject* type);
 bool is_parameter_type(const PyTypeObject* type);
 
-// Whether `object` is a plain tensor that torch can describe so, on any device.
+// Whether `object` is a plain tensor, on any device, that torch can describe in this form.
 Answer describe(PyObject* object, DLTensor* tensor);
 
-// A ckpt::ScalarKind, or one of those in direct_calls.h.
+// A ckpt::ScalarKind, or a constant of direct_calls.h.
 int64_t dtype_of(const DLTensor& tensor);
 
-// Whether `object` is a plain tensor with memory of the CPU's.
+// Whether `object` is a plain tensor in CPU memory.
 Answer read(PyObject* object, CkptTensor* tensor);
 
-// The same of one whose memory holds its elements as they are.
+// The same for a tensor whose elements are not lazily negated.
 Answer is_as_it_lies(PyObject* object, CkptTensor* tensor);
 
 #define CKPT_FAST(function) reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL

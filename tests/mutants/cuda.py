@@ -64,7 +64,7 @@ CUDA = (
     Mutant(
         "a sum over a block is written again before all have read it",
         "csrc/cuda/team.cuh",
-        "// The next sum writes the partial sums again.\n    «__syncthreads();»",
+        "// The next sum overwrites the partial sums.\n    «__syncthreads();»",
         ";",
         EDGES.format("cuda_on_host and layer_norm and 20011"),
     ),

@@ -46,7 +46,7 @@ PYTHON = (
     Mutant(
         "writes that the graph does not know are not counted",
         "ckpt_kernels/recompute/provenance.py",
-        "version - block.entry.version != len(nodes)",
+        "version - block.entry.version != len(writers)",
         "False",
         "tests/test_recompute.py tests/test_provenance_writes.py -k 'written or write or unseen'",
     ),
@@ -82,8 +82,8 @@ PYTHON = (
     Mutant(
         "the last product of an MLP runs again, though nothing needs it",
         "ckpt_kernels/ops/linear.py",
-        "operands = products_of(input, firsts, ctx.dtype)\n        inner_needs",
-        "operands = products_of(input, firsts, ctx.dtype)\n"
+        "operands = products_of(input, first_parameters, ctx.dtype)\n        inner_needs",
+        "operands = products_of(input, first_parameters, ctx.dtype)\n"
         "        product_of(ctx.block.forward(operands)[0], weight, None, ctx.dtype)\n        inner_needs",
         "tests/test_linear.py -k one_product_less",
     ),

@@ -64,7 +64,7 @@ TRITON = (
     ),
     Mutant(
         "a piece of rows goes on into the next sample, in Triton",
-        "ckpt_kernels/backends/triton/channel_norm.py",
+        "ckpt_kernels/backends/triton/channel_norm_tiles.py",
         "end = «tl.minimum(begin + pieces.rows, (piece // pieces.count + 1) * pieces.size)»",
         "begin + pieces.rows",
         "tests/test_channel_norm.py -k 'every_shape and triton and 131'",

@@ -1,9 +1,9 @@
-"""The maths in plain torch: the specification that the other backends are held to.
+"""The reference backend: the maths in plain torch, which specifies the results of all other backends.
 
-The functions named after a block compute it, from (rows, columns) matrices where it goes by rows, and can be
-differentiated any number of times. The functions named `*_forward` and `*_backward` are the backend interface, the same
-in every backend: they fill tensors that the caller has allocated, and their gradients are written out here. An operand
-of None is one the block does not have; a gradient of None is one that nobody wants.
+A function named after a block computes the block and can be differentiated any number of times; row blocks take
+(rows, columns) matrices. The functions named `*_forward` and `*_backward` are the interface that every backend has:
+they fill tensors that the caller has allocated, and the backward functions write the gradients out. An operand is None
+if the block does not have that operand, and a gradient is None if the gradient is not needed.
 """
 
 import torch
@@ -71,5 +71,5 @@ __all__ = [
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve such tensors: it always can."""
+    """Return None: this backend serves every device and dtype."""
     return None

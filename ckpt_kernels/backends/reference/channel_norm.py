@@ -1,4 +1,4 @@
-"""The channel norms, a step at a time."""
+"""The channel norms in plain torch: the whole block, and each step of the forward and backward pass."""
 
 import math
 
@@ -19,10 +19,10 @@ def channel_norm(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """activation((x - mean) / sqrt(var + eps) * weight + bias + residual) of (samples, channels, *space).
+    """Compute activation((x - mean) / sqrt(var + eps) * weight + bias + residual) of (samples, channels, *space).
 
-    Mean and (biased) variance are those given for each channel, or over all samples for each channel (groups = 0), or
-    over each of `groups` runs of channels of a sample. Returns output, mean and variance.
+    Mean and (biased) variance are given for each channel, or are computed: with groups = 0 for each channel over all
+    samples, otherwise for each of `groups` groups of channels of a sample. Returns output, mean and variance.
     """
     x = input.to(compute_dtype(input.dtype))
     samples, channels = x.shape[:2]
@@ -50,21 +50,21 @@ def channel_norm(
 
 
 def _channels(matrix: Tensor, planes: bool, samples: int, channels: int) -> Tensor:
-    """A matrix of channel_* as (samples, size, channels), in the compute type."""
+    """Return a matrix of the channel_* functions as (samples, size, channels), in the compute dtype."""
     matrix = matrix.to(compute_dtype(matrix.dtype))
     return matrix.view(samples, channels, -1).transpose(1, 2) if planes else matrix.view(samples, -1, channels)
 
 
 def _rows(values: Tensor, planes: bool, shape: torch.Size) -> Tensor:
-    """Back from (samples, size, channels)."""
+    """Invert `_channels`: return (samples, size, channels) as a matrix."""
     return (values.transpose(1, 2) if planes else values).reshape(shape)
 
 
 def channel_moments(x, mean, squares, planes, piece_rows):
-    """Mean and sum of squared deviations of each piece of each channel of each sample.
+    """Compute mean and sum of squared deviations of each piece of each channel of each sample.
 
-    x is (samples * channels, size) where there are `planes`, else (samples * size, channels); mean and squares are
-    (samples, pieces, channels), of `piece_rows` rows but for the last piece of a sample.
+    x is (samples * channels, size) if `planes`, otherwise (samples * size, channels). mean and squares are (samples,
+    pieces, channels). A piece has `piece_rows` rows; the last piece of a sample may have fewer.
     """
     values = _channels(x, planes, mean.shape[0], mean.shape[2])
     for index, piece in enumerate(values.split(piece_rows, 1)):
@@ -73,10 +73,10 @@ def channel_moments(x, mean, squares, planes, piece_rows):
 
 
 def channel_statistics(means, squares, mean, var, groups, size, piece_rows):
-    """The statistics of what is normalised together.
+    """Combine the moments of pieces into the statistics of the norm.
 
-    `means` and `squares` are those of `channel_moments`, of `size` elements of each channel of each sample. For a batch
-    norm (groups = 0) mean and var are (channels,), else (samples, groups).
+    `means` and `squares` are from `channel_moments`, with `size` elements of each channel of each sample. For a batch
+    norm (groups = 0) mean and var are (channels,), otherwise (samples, groups).
     """
     samples, pieces, channels = means.shape
     split, over, count = (samples, pieces, channels), (0, 1), size * samples
@@ -84,7 +84,7 @@ def channel_statistics(means, squares, mean, var, groups, size, piece_rows):
         split, over, count = (samples, pieces, groups, channels // groups), (1, 3), size * channels // groups
     means, squares = means.view(split), squares.view(split)
     if size == pieces * piece_rows:
-        # Of pieces of equal size the variances' mean and the means' variance are what there is to add.
+        # For pieces of equal size the variance is the mean of the variances plus the variance of the means.
         spread, center = torch.var_mean(means, over, correction=0)
         mean.copy_(center)
         var.copy_(squares.sum(over).div_(count).add_(spread))
@@ -97,9 +97,9 @@ def channel_statistics(means, squares, mean, var, groups, size, piece_rows):
 
 
 def channel_coefficients(mean, var, weight, bias, coefficients, eps):
-    """What the norm is made with, (3, samples or 1, channels): mean, weight / sqrt(var + eps) and bias.
+    """Compute the coefficients of the forward pass, (3, samples or 1, channels): mean, weight / sqrt(var + eps), bias.
 
-    mean and var are those of `channel_statistics`.
+    mean and var are from `channel_statistics`.
     """
     _, rows, channels = coefficients.shape
     sets = mean.numel() // rows
@@ -114,11 +114,13 @@ def channel_coefficients(mean, var, weight, bias, coefficients, eps):
 def channel_backward_coefficients(
     first, second, var, weight, coefficients, grad_weight, grad_bias, groups, count, eps, fixed
 ):
-    """From the sums of `channel_sums` the gradients of weight and bias, and `channel_backward`'s coefficients.
+    """Compute the gradients of weight and bias, and the coefficients of `channel_backward`.
 
-    `coefficients` is (6, samples or 1, channels), of which the first three are there, those of the forward pass.
-
-    `count` elements were normalised together; with `fixed` statistics these have no gradient.
+    Args:
+        first, second: the sums of `channel_sums`.
+        coefficients: (6, samples or 1, channels); the caller fills the first three, those of the forward pass.
+        count: the number of elements that share their statistics.
+        fixed: whether the statistics are constants without a gradient.
     """
     sums = torch.stack((first, second)).sum(2)
     _, samples, channels = sums.shape
@@ -142,7 +144,10 @@ def channel_backward_coefficients(
 
 
 def channel_forward(x, residual, coefficients, output, planes, samples, activation):
-    """activation((x - mean) * scale + bias + residual); `coefficients` (3, samples or 1, channels) are the three."""
+    """Compute activation((x - mean) * scale + bias + residual).
+
+    `coefficients`, (3, samples or 1, channels), are mean, scale and bias.
+    """
     channels = coefficients.shape[2]
     mean, scale, bias = (c.unsqueeze(1) for c in coefficients)
     z = (_channels(x, planes, samples, channels) - mean) * scale + bias
@@ -152,7 +157,7 @@ def channel_forward(x, residual, coefficients, output, planes, samples, activati
 
 
 def _channel_slopes(grad_output, x, other, coefficients, planes, samples, activation, by_output):
-    """g = grad_output * activation'(z), and x - mean."""
+    """Return g = grad_output * activation'(z), and x - mean."""
     channels = coefficients.shape[2]
     mean, scale, bias = (c.unsqueeze(1) for c in coefficients[:3])
     g, d = _channels(grad_output, planes, samples, channels), _channels(x, planes, samples, channels) - mean
@@ -163,10 +168,10 @@ def _channel_slopes(grad_output, x, other, coefficients, planes, samples, activa
 
 
 def channel_sums(grad_output, x, other, coefficients, first, second, planes, piece_rows, activation, by_output):
-    """The sums of g and of g * (x - mean) over each piece of each channel of each sample: (samples, pieces, channels).
+    """Sum g and g * (x - mean) over each piece of each channel of each sample: (samples, pieces, channels).
 
-    g = grad_output * activation'(z) with z as in `channel_forward` and `other` the residual, or, `by_output`, with
-    `other` the output in the place of z.
+    g = grad_output * activation'(z), with z as in `channel_forward` and `other` the residual. With `by_output`, `other`
+    is the output, and the derivative is computed from the output in the place of z.
     """
     g, d = _channel_slopes(grad_output, x, other, coefficients, planes, first.shape[0], activation, by_output)
     for index, (piece, deviations) in enumerate(zip(g.split(piece_rows, 1), d.split(piece_rows, 1), strict=True)):
@@ -176,8 +181,10 @@ def channel_sums(grad_output, x, other, coefficients, first, second, planes, pie
 def channel_backward(
     grad_output, x, other, coefficients, grad_input, grad_residual, planes, samples, activation, by_output
 ):
-    """grad_input = g * factor + (x - mean) * c1 + c2, grad_residual = g; `coefficients` are mean, scale, bias,
-    factor, c1 and c2, and g is that of `channel_sums`."""
+    """Compute grad_input = g * factor + (x - mean) * c1 + c2, and grad_residual = g.
+
+    `coefficients` are mean, scale, bias, factor, c1 and c2; `channel_sums` defines g.
+    """
     g, d = _channel_slopes(grad_output, x, other, coefficients, planes, samples, activation, by_output)
     factor, c1, c2 = (c.unsqueeze(1) for c in coefficients[3:])
     for target, values in ((grad_input, g * factor + d * c1 + c2), (grad_residual, g)):

@@ -1,4 +1,4 @@
-"""What the families share: activations and their slopes, dropout, normalising, gradients by autograd."""
+"""Functions that several families share: activations and their derivatives, dropout, norms, gradients by autograd."""
 
 from collections.abc import Callable, Sequence
 
@@ -27,8 +27,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# grad * activation'(x), by the operators that torch's own backward passes consist of. Not by autograd, which is out of
-# reach where the dispatcher runs an op: torch.compile's graphs and batches of gradients do.
+# grad * activation'(x), by the operators of torch's own backward passes. Autograd is not available where the dispatcher
+# runs an op, as in torch.compile's graphs and in batched gradients.
 SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda grad, x: grad,
     "relu": lambda grad, x: aten.threshold_backward(grad, x, 0),
@@ -57,7 +57,7 @@ def slope(activation: str, z: Tensor, grad: Tensor) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What `dtype` is computed in: float32, or float64 for float64."""
+    """Return the dtype of the arithmetic: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -66,10 +66,10 @@ def _low_32_bits(x: Tensor) -> Tensor:
 
 
 def philox_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
-    """32 random bits for each element of a (rows, columns) matrix, as int64.
+    """Return 32 random bits for each element of a (rows, columns) matrix, as int64.
 
-    Lane `column % 4` of Philox4x32-10 (Salmon et al., 2011) with the counter (column // 4, row, row >> 32, 0) and
-    the 64-bit `seed` as the key.
+    The bits are lane `column % 4` of Philox4x32-10 (Salmon et al., 2011) with the counter (column // 4, row, row >> 32,
+    0) and the 64-bit `seed` as the key.
     """
     row = torch.arange(rows, device=seed.device).reshape(-1, 1)
     quad = torch.arange((columns + 3) // 4, device=seed.device).reshape(1, -1)
@@ -77,7 +77,8 @@ def philox_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
     words = [quad + zero, _low_32_bits(row) + zero, (row >> 32) + zero, zero]
     key = [_low_32_bits(seed.reshape(())), _low_32_bits(seed.reshape(()) >> 32)]
     for _ in range(10):
-        # The products wrap around to the right low 64 bits; an arithmetic shift then gives the right high word.
+        # The int64 products wrap around, but all their 64 bits are correct. The shift is arithmetic, so the high word
+        # is masked.
         first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
         words = [
             _low_32_bits(second >> 32) ^ words[1] ^ key[0],
@@ -90,7 +91,7 @@ def philox_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    """x / (1 - p) where the element's Philox bits are at least p * 2**32, else 0."""
+    """Return x / (1 - p) where the element's Philox bits are at least p * 2**32, and 0 elsewhere."""
     if seed is None or p == 0:
         return x
     keep = philox_bits(seed, *x.shape) >= int(p * 4294967296.0)
@@ -98,6 +99,7 @@ def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 
 def normalize(u: Tensor, eps: float, centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return x_hat, the mean (None unless centered) and rstd over the last dimension."""
     mean = u.mean(-1, keepdim=True) if centered else None
     if mean is not None:
         u = u - mean
@@ -111,17 +113,17 @@ def gradients(
     grad_outputs: Sequence[Tensor | None],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of block(*operands) for the operands wanted, as autograd finds them; None for the others.
+    """Return autograd's gradients of block(*operands) for the wanted operands, and None for the others.
 
-    `grad_outputs` are those of the block's first outputs; None stands for zero. The gradients have a graph if the
-    caller's grad mode is on.
+    `grad_outputs` are the gradients of the block's first outputs; None is zero. The gradients have an autograd graph if
+    the caller's grad mode is on.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         outputs = block(*operands)
         pairs = [(y, g) for y, g in zip(outputs, grad_outputs, strict=False) if g is not None and y.requires_grad]
         sources = [operand for operand, w in zip(operands, wanted, strict=True) if w]
-        found = iter(
+        results = iter(
             torch.autograd.grad(
                 [y for y, _ in pairs],
                 sources,
@@ -133,10 +135,11 @@ def gradients(
             if sources and pairs
             else [torch.zeros_like(source) for source in sources]
         )
-    return [next(found) if w else None for w in wanted]
+    return [next(results) if w else None for w in wanted]
 
 
 def fill(targets: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
+    """Copy each value into the target of the same position, where neither is None."""
     for target, value in zip(targets, values, strict=True):
         if target is not None and value is not None:
             target.copy_(value.reshape(target.shape))

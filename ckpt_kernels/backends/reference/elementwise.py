@@ -1,4 +1,4 @@
-"""Gates, biases with activations, and DyT."""
+"""The elementwise blocks in plain torch: gates, biases with activations, and DyT."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
 
 
 def bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
-    """dropout(activation(input + bias))."""
+    """Compute dropout(activation(input + bias))."""
     z = input.to(compute_dtype(input.dtype))
     if bias is not None:
         z = z + bias.to(z.dtype)
@@ -21,7 +21,7 @@ def bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation
 
 
 def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """tanh(alpha * input) * weight + bias, where alpha has one element."""
+    """Compute tanh(alpha * input) * weight + bias, where alpha has one element."""
     x = input.to(compute_dtype(input.dtype))
     output = torch.tanh(alpha.to(x.dtype).reshape(()) * x)
     if weight is not None:
@@ -45,13 +45,16 @@ def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activa
 
 
 def bias_act_forward(input, bias, seed, output, activation, dropout_p):
-    """`bias_act` into output."""
+    """Compute `bias_act` into output."""
     fill((output,), (bias_act(input, bias, seed, activation, dropout_p),))
 
 
 def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, output, activation, dropout_p):
-    """The gradients of `bias_act`, and its output where there is memory for it: d input = dropout(grad) *
-    activation'(input + bias), d bias is the sum of that over rows. No bias is one of zeros."""
+    """Compute the gradients of `bias_act`, and the output again unless `output` is None.
+
+    d input = dropout(grad) * activation'(input + bias), and d bias is the sum of d input over rows. A bias of None is
+    zero.
+    """
     dy, z = (t.to(compute_dtype(input.dtype)) for t in (grad_output, input))
     if bias is not None:
         z = z + bias.to(z.dtype)
@@ -62,13 +65,16 @@ def bias_act_backward(grad_output, input, bias, seed, grad_input, grad_bias, out
 
 
 def dyt_forward(input, alpha, weight, bias, output):
-    """`dyt` into output."""
+    """Compute `dyt` into output."""
     fill((output,), (dyt(input, alpha, weight, bias),))
 
 
 def dyt_backward(grad_output, input, alpha, weight, grad_input, grad_alpha, grad_weight, grad_bias):
-    """The gradients of `dyt`: with t = tanh(alpha * x) and s = grad * weight * (1 - t**2), the gradient of alpha * x,
-    d x = alpha * s, d alpha is the sum of s * x, d weight and d bias are those of grad * t and of grad over rows."""
+    """Compute the gradients of `dyt`.
+
+    With t = tanh(alpha * x) and the gradient of alpha * x, s = grad * weight * (1 - t**2): d x = alpha * s, d alpha is
+    the sum of s * x, and d weight and d bias are the sums of grad * t and of grad over rows.
+    """
     dy, x = (t.to(compute_dtype(input.dtype)) for t in (grad_output, input))
     scale = alpha.to(x.dtype).reshape(())
     t = torch.tanh(scale * x)

@@ -1,4 +1,4 @@
-"""Rotary embeddings, and the norm before them."""
+"""Rotary embeddings in plain torch, with an optional norm before the rotation."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from .common import compute_dtype, fill, normalize
 
 
 def rotary(block: Rotary) -> Tensor:
-    """What `Rotary` says, of an input of any shape, beside which tables are broadcast but for their last dimension."""
+    """Compute a `Rotary`, for an input of any shape; all dimensions of the tables but the last are broadcast."""
     return _rotated(_before_rotation(block)[0], block).to(block.input.dtype)
 
 
 def _before_rotation(block: Rotary) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """norm(input), x_hat and rstd, in the compute type."""
+    """Return norm(input), x_hat and rstd, in the compute dtype."""
     options, x = block.options, block.input.to(compute_dtype(block.input.dtype))
     if options.norm == "none":
         return x, None, None
@@ -39,7 +39,7 @@ def _table(table: Tensor, options: RotaryOptions, dtype: torch.dtype) -> tuple[T
 
 
 def _parts(heads: Tensor, options: RotaryOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """The columns before the rotated ones, these, and those after."""
+    """Split heads into the columns before the rotated columns, the rotated columns, and the columns after."""
     end = options.start + options.rotary_dim
     return heads[..., : options.start], heads[..., options.start : end], heads[..., end:]
 
@@ -54,7 +54,10 @@ def _rotated(z: Tensor, block: Rotary) -> Tensor:
 
 
 def rotated_back(grad: Tensor, block: Rotary) -> Tensor:
-    """The gradient of what is rotated, whose values it does not depend on; of any shape, as in `rotary`."""
+    """Return the gradient of the rotation's input, which does not depend on the values of that input.
+
+    Shapes are as in `rotary`.
+    """
     return _rotated_back(grad.to(compute_dtype(grad.dtype)), block).to(grad.dtype)
 
 
@@ -68,37 +71,40 @@ def _rotated_back(grad: Tensor, block: Rotary) -> Tensor:
 
 
 def rotary_table_gradients(block: Rotary, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of cos and sin, which nearly nobody wants: no backend has kernels for them."""
+    """Return the gradients of cos and sin, which are rarely needed: no backend has kernels for them."""
     options = block.options
     z = _before_rotation(block)[0]
     first, second = _pairs(_parts(z, options)[1], options.interleaved)
     grad1, grad2 = _pairs(_parts(grad_output.to(z.dtype), options)[1], options.interleaved_output)
-    found = []
+    gradients = []
     for table, pair in ((block.cos, (grad1 * first, grad2 * second)), (block.sin, (-grad1 * second, grad2 * first))):
         is_half = table.shape[-1] != options.rotary_dim
         whole = pair[0] + pair[1] if is_half else _joined_pairs(*pair, options.interleaved_output)
-        found.append(whole.sum_to_size(table.shape).to(table.dtype))
-    return found[0], found[1]
+        gradients.append(whole.sum_to_size(table.shape).to(table.dtype))
+    return gradients[0], gradients[1]
 
 
 def rotary_forward(block: Rotary, output: Tensor) -> None:
-    """`rotary` into output."""
+    """Compute `rotary` into output."""
     output.copy_(rotary(block))
 
 
 def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradients) -> None:
-    """The gradients of `rotary`, where there is no norm without its input: with h, what the rotation's transpose makes
-    of grad_output, that of z; grad_weight = sum of h * x_hat, grad_bias = sum of h, and that of the input as in
-    `row_norm_backward`. Statistics are those of the input, taken again."""
+    """Compute the gradients of `rotary`; without a norm the input is not needed.
+
+    The gradient of z is h, the transpose of the rotation applied to grad_output. grad_weight is the sum of h * x_hat,
+    grad_bias the sum of h, and the gradient of the input is as in `row_norm_backward`. The statistics are computed
+    again from the input.
+    """
     options = block.options
     h = _rotated_back(grad_output.to(compute_dtype(grad_output.dtype)), block)
     if options.norm == "none":
         fill((gradients.input,), (h,))
         return
     _, x_hat, rstd = _before_rotation(block)
-    seen = x_hat.to(block.input.dtype).to(h.dtype) if options.cast_before_weight else x_hat
+    rounded = x_hat.to(block.input.dtype).to(h.dtype) if options.cast_before_weight else x_hat
     leading = tuple(range(h.dim() - 1))
-    fill(gradients[1:], ((h * seen).sum(leading), h.sum(leading)))
+    fill(gradients[1:], ((h * rounded).sum(leading), h.sum(leading)))
     if block.weight is not None:
         h = h * (block.weight.to(h.dtype) + options.weight_offset)
     du = h - x_hat * (h * x_hat).mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The row norms."""
+"""The row norms in plain torch."""
 
 from torch import Tensor
 
@@ -7,14 +7,14 @@ from .common import ACTIVATIONS, compute_dtype, dropout, fill, normalize, slope
 
 
 def _grouped(rows: Tensor, coefficient: Tensor) -> Tensor:
-    """(groups, rows, columns), where each group has a row of `coefficient`."""
+    """Return rows as (groups, rows, columns); each group has a row of `coefficient`."""
     columns = rows.shape[-1]
     groups = coefficient.numel() // columns
     return rows.reshape(groups, rows.numel() // max(groups * columns, 1), columns)
 
 
 def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_offset: float) -> Tensor:
-    """x_hat * (weight + offset) + bias, where each row of weight and bias serves an equal share of the rows."""
+    """Compute x_hat * (weight + offset) + bias, where each row of weight and bias serves an equal share of the rows."""
     rows, columns = x_hat.shape
     grouped = x_hat
     if weight is not None:
@@ -27,10 +27,11 @@ def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_of
 
 
 def row_norm(block: RowNorm) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """What `RowNorm` says, of (rows, columns) matrices, and without given statistics.
+    """Compute a `RowNorm` of (rows, columns) matrices, statistics included.
 
     rstd = 1 / sqrt(mean((u - mean)**2) + eps); without `centered` the mean is taken as 0. Returns output, residual_out,
-    mean and rstd, where residual_out = residual + dropout(input), rounded to the input's dtype, is what is normalised.
+    mean and rstd. In a block with a residual, residual_out = residual + dropout(input), rounded to the input's dtype,
+    is normalised.
     """
     options, dtype = block.options, block.input.dtype
     u = block.input.to(compute_dtype(dtype))
@@ -54,19 +55,22 @@ def row_norm(block: RowNorm) -> tuple[Tensor, Tensor | None, Tensor | None, Tens
 
 
 def _matrix(rows: Tensor | None) -> Tensor | None:
-    """Rows that lie on several levels as one matrix."""
+    """Return (outer, middle, inner, columns) as (rows, columns)."""
     return None if rows is None else rows.reshape(-1, rows.shape[-1])
 
 
 def row_norm_forward(
     block: RowNorm, output: Tensor, residual_out: Tensor | None, given_statistics: bool = False
 ) -> None:
-    """`row_norm` into output, residual_out, and the block's mean and rstd, which with `given_statistics` are there."""
+    """Compute `row_norm` into output, residual_out, and the block's mean and rstd.
+
+    With `given_statistics` the block's mean and rstd are filled already.
+    """
     input, residual, gate = _matrix(block.input), _matrix(block.residual), _matrix(block.gate)
-    found = row_norm(block._replace(input=input, residual=residual, gate=gate))
-    fill((output, residual_out), found[:2])
+    results = row_norm(block._replace(input=input, residual=residual, gate=gate))
+    fill((output, residual_out), results[:2])
     if not given_statistics:
-        fill((block.mean, block.rstd), found[2:])
+        fill((block.mean, block.rstd), results[2:])
 
 
 def row_norm_backward(
@@ -76,13 +80,13 @@ def row_norm_backward(
     gradients: RowNormGradients,
     output: Tensor | None = None,
 ) -> None:
-    """The gradients of `row_norm`, and its output again where there is memory for it.
+    """Compute the gradients of `row_norm`, and the output again unless `output` is None.
 
     With z = x_hat * w + b, g = grad_output * activation'(z) and h = g * w, grad_weight = sum of g * x_hat and grad_bias
-    = sum of g over rows. Of a row of N, x_hat_j = (u_j - mean) * rstd, so d mean / d u_i = 1 / N and d rstd / d u_i =
-    -rstd**2 * x_hat_i / N, whence
+    = sum of g over rows. In a row of N elements, x_hat_j = (u_j - mean) * rstd, so d mean / d u_i = 1 / N and
+    d rstd / d u_i = -rstd**2 * x_hat_i / N, hence
         du_i = sum_j h_j * d x_hat_j / d u_i = rstd * (h_i - mean(h) - x_hat_i * mean(h * x_hat)),
-    without mean(h) where the mean is taken as 0 (Ba, Kiros and Hinton, "Layer Normalization", 2016).
+    without mean(h) if the mean is taken as 0 (Ba, Kiros and Hinton, "Layer Normalization", 2016).
     """
     options, dtype = block.options, block.input.dtype
     x, gate, dy, dh = (
@@ -94,8 +98,8 @@ def row_norm_backward(
         factor = ACTIVATIONS[options.activation](gate)
         u = u * factor
     x_hat = (u if block.mean is None else u - block.mean.unsqueeze(1)) * block.rstd.unsqueeze(1)
-    seen = x_hat.to(dtype).to(x.dtype) if options.cast_before_weight else x_hat
-    z = _affine(seen, block.weight, block.bias, options.weight_offset)
+    rounded = x_hat.to(dtype).to(x.dtype) if options.cast_before_weight else x_hat
+    z = _affine(rounded, block.weight, block.bias, options.weight_offset)
     grad_gate = None
     if gate is None:
         g = slope(options.activation, z, dy)
@@ -105,7 +109,7 @@ def row_norm_backward(
     else:
         g = dy * ACTIVATIONS[options.activation](gate)
         grad_gate = slope(options.activation, gate, dy * z)
-    for target, values in ((gradients.weight, g * seen), (gradients.bias, g)):
+    for target, values in ((gradients.weight, g * rounded), (gradients.bias, g)):
         if target is not None:
             target.copy_(_grouped(values, target).sum(1).reshape(target.shape))
     h = _affine(g, block.weight, None, options.weight_offset)

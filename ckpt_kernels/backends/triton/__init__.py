@@ -40,11 +40,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot serve such tensors; None if it can."""
+    """Return the reason why this backend cannot serve a device and dtype, or None."""
     if dtype not in _DTYPES:
         return f"it does not compute in {dtype}"
     if device_type == "meta":
-        return None  # Launches with such tensors are recorded at most.
+        return None  # Launches with meta tensors are recorded, never run.
     if knobs.runtime.interpret:
         return None if device_type in ("cpu", "cuda") else f"Triton's interpreter does not serve {device_type}"
     if device_type != "cuda":

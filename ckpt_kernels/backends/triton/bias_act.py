@@ -1,7 +1,7 @@
-"""The bias_act kernels: dropout(activation(x + bias)), and how they are launched.
+"""The bias_act kernels, dropout(activation(x + bias)), and their launchers.
 
-A program works on tiles of ROWS rows by BLOCK columns. The backward kernel takes a run of rows of one strip of columns,
-so that it can sum the gradient of the bias over them.
+A program works on tiles of ROWS rows by BLOCK columns. A program of the backward kernel processes a run of rows in one
+strip of columns, and sums the gradient of the bias over these rows.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .activations import activate, as_stored, differentiate
 from .glu import shape_of, tile_of
 from .launch import column_sum_tile, dropout_of, element_tile, launch, matrix_of, processors
 from .row_norm_tiles import dropout_factor, load_coefficient, load_rows, store_rows
-from .sums import add_up
+from .sums import sum_partials
 
 
 @triton.jit
@@ -31,15 +31,15 @@ def bias_act_backward_kernel(
     dy, x, B, dropout, dx, y, DB, shape, program_rows,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """DB is partial sums, a row of columns for each run of rows, in float32, which the caller adds up."""
+    """DB has float32 partial sums, one row of columns for each run of rows, which the caller adds up."""
     columns = shape.columns
-    share = (tl.program_id(0) // shape.column_tiles).to(tl.int64)
+    run = (tl.program_id(0) // shape.column_tiles).to(tl.int64)
     start = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
-    end = tl.minimum((share + 1) * program_rows, shape.rows)
+    end = tl.minimum((run + 1) * program_rows, shape.rows)
     b = load_coefficient(B, 0, 0, column, column < columns, 0.0)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(share * program_rows, end, ROWS):
+    for first in range(run * program_rows, end, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (column < columns)
         g = load_rows(dy.data, dy.stride, row, column, mask)
@@ -58,13 +58,13 @@ def bias_act_backward_kernel(
             store_rows(dx.data, dx.stride, row, column, mask, g)
         db += g
     if DB is not None:
-        tl.store(DB + share * columns + column, tl.sum(db, 0)[None, :], mask=column < columns)
+        tl.store(DB + run * columns + column, tl.sum(db, 0)[None, :], mask=column < columns)
 
 
 def bias_act_forward(
     input: Tensor, bias: Tensor | None, seed: Tensor | None, output: Tensor, activation: str, dropout_p: float
 ) -> None:
-    """`backends.reference.bias_act` into output."""
+    """Compute `backends.reference.bias_act` into output."""
     tile = element_tile(input.shape[1])
     shape = shape_of(input, tile)
     operands = (matrix_of(input), bias, dropout_of(seed, dropout_p), matrix_of(output), shape)
@@ -84,11 +84,11 @@ def bias_act_backward(
     activation: str,
     dropout_p: float,
 ) -> None:
-    """The gradients of `bias_act`, and its output where there is memory for it."""
+    """Compute `backends.reference.bias_act_backward`."""
     device, tile = input.device, column_sum_tile(input.shape[1])
     shape = shape_of(input, tile)
     row_tiles = triton.cdiv(shape.rows, tile.rows)
-    # With sums to keep, no more runs of rows than fill the device; without, a tile a program.
+    # With sums, no more runs than fill the device, since each run has its own sums; without, one tile a program.
     runs = row_tiles if grad_bias is None else min(row_tiles, triton.cdiv(8 * processors(device), shape.column_tiles))
     program_rows = triton.cdiv(row_tiles, runs) * tile.rows
     runs = triton.cdiv(shape.rows, program_rows)
@@ -100,4 +100,4 @@ def bias_act_backward(
     programs, activation = runs * shape.column_tiles, as_stored(activation, input, bias)
     launch(bias_act_backward_kernel, programs, tile, device, *operands, *results, shape, program_rows, activation)
     if sums is not None:
-        add_up((sums[None], None), (grad_bias, None))
+        sum_partials((sums[None], None), (grad_bias, None))

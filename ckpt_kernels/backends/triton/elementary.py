@@ -1,7 +1,7 @@
-"""The elementary functions that activations are made of, in Triton, on float32.
+"""Elementary functions for the activations, in Triton, on float32.
 
-The polynomials, but for those of the normal distribution, are those of csrc/cpu/polynomials.h, which says how they were
-found and how accurate they are; tests/test_polynomials.py compares the coefficients.
+Except those of the normal distribution, the polynomials are the same as in csrc/cpu/polynomials.h, which documents
+their derivation and accuracy; tests/test_polynomials.py compares the coefficients.
 """
 
 import triton
@@ -11,7 +11,7 @@ from triton.language.target_info import is_cuda
 
 @triton.jit
 def reciprocal(x):
-    """1 / x. NVIDIA's GPUs have one instruction for that, to an ulp, where a division takes eight."""
+    """1 / x. On NVIDIA GPUs this is one instruction with an error of 1 ulp; a division takes eight instructions."""
     if is_cuda():
         r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -21,16 +21,16 @@ def reciprocal(x):
 
 @triton.jit
 def exp(x):
-    """e^x as a power of 2, which GPUs have an instruction for: the product's rounding costs |x| ulp at most."""
+    """e^x as a power of 2, for which GPUs have an instruction; rounding the product costs at most |x| ulp."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def logistic(x):
-    """1 / (1 + exp(-x)) and its derivative, as a product: value - value^2 would lose all digits for a large x."""
+    """1 / (1 + exp(-x)) and the derivative. value - value^2 would lose all digits for large x; a product does not."""
     e = exp(-x)
     value = reciprocal(1.0 + e)
-    # Where the exponential is infinite and the value 0, their product is to be 0 and not NaN.
+    # Clamped, because infinity * 0 would be NaN where the exponential overflows.
     return value, tl.minimum(e, 3e38) * value * value
 
 
@@ -38,8 +38,9 @@ def logistic(x):
 def expm1_nonpositive(x):
     """e^x - 1 for x <= 0, as 2^n f + (2^n - 1).
 
-    e^x = 2^n (1 + f), where n is the integer nearest to x / log(2), and f is expm1 of the rest r = x - n log(2), by a
-    polynomial. log(2) is subtracted in two parts, so that n times the first is exact (Cody and Waite, 1980).
+    e^x = 2^n (1 + f), where n is the integer nearest to x / log(2), and a polynomial gives f = expm1(r) of the
+    remainder r = x - n log(2). log(2) is subtracted in two parts, so that n times the first part is exact (Cody and
+    Waite, 1980).
     """
     x = tl.where(x < -40.0, -40.0, x)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
@@ -67,10 +68,10 @@ def log1p_unit(x):
 
 @triton.jit
 def normal_cdf(x):
-    """The standard normal distribution function at x: at -|x| it is 2^p(|x|), with a polynomial p for its logarithm.
+    """The standard normal distribution function; at -|x| the value is 2^p(|x|), with a polynomial p for the logarithm.
 
-    That errs by 3.2e-6 of the tail's size at most. Beyond 6, where `python -m tools.polynomials` found it, p falls to
-    minus infinity, as the logarithm does.
+    The relative error of the tail is at most 3.2e-6. `python -m tools.polynomials` fits p up to 6; beyond, p falls to
+    minus infinity as the logarithm does.
     """
     a = tl.abs(x)
     p = -2.2847158831496017e-08 * a + 7.120326586118608e-07
@@ -89,9 +90,9 @@ def normal_cdf(x):
 
 @triton.jit
 def rough_normal_cdf(x):
-    """The same for results of 16 bits, whose rounding is 50 times as large and more.
+    """`normal_cdf` for 16-bit results, whose rounding error is more than 50 times as large.
 
-    It errs by 4.5e-6 of the tail's size at most.
+    The relative error of the tail is at most 4.5e-6.
     """
     a = tl.abs(x)
     p = -1.7937808252099785e-06 * a + 6.072616815799847e-05
@@ -107,11 +108,11 @@ def rough_normal_cdf(x):
 
 @triton.jit
 def normal_density(x):
-    """exp(-x^2 / 2) / sqrt(2 pi), with all factors in the exponent of the power."""
+    """exp(-x^2 / 2) / sqrt(2 pi), with all factors in the exponent of a power of 2."""
     return tl.exp2(x * x * -0.7213475204444817 - 1.3257480647361593)
 
 
 @triton.jit
 def gelu_tanh_gate(x):
-    """0.5 (1 + tanh(u)), where u is tanh-gelu's, as logistic(2u), which stays accurate where tanh(u) is near -1."""
+    """0.5 (1 + tanh(u)) with u of gelu_tanh, as logistic(2u), which stays accurate where tanh(u) is near -1."""
     return logistic(x * (1.5957691216057308 + 0.07135481627260025 * x * x))

@@ -17,7 +17,7 @@ from .row_norm_tiles import load_rows, store_rows
 
 
 class Shape(NamedTuple):
-    """A matrix, and how many tiles its columns are."""
+    """The shape of a matrix, and the number of tiles that cover the columns."""
 
     rows: int
     columns: int
@@ -30,7 +30,7 @@ def shape_of(matrix: Tensor, tile: Tile) -> Shape:
 
 @triton.jit
 def tile_of(shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows (ROWS, 1), first column, columns (1, BLOCK), and which of all these there are."""
+    """Return this program's rows (ROWS, 1), first column, columns (1, BLOCK), and the mask of the tile."""
     row = (tl.program_id(0) // shape.column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     start = (tl.program_id(0) % shape.column_tiles).to(tl.int64) * BLOCK
     column = start + tl.arange(0, BLOCK)[None, :]
@@ -39,7 +39,7 @@ def tile_of(shape, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def both_of(shape, row, start, BLOCK: tl.constexpr):
-    """The columns of gate and value that take turns, and which of them there are."""
+    """Return the columns of interleaved gate and value, and the mask of the tile."""
     column = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
     return column, (row < shape.rows) & (column < 2 * shape.columns)
 

@@ -1,10 +1,10 @@
-"""How the kernels are launched: tile shapes, warps and grid sizes, from a small table instead of autotuning.
+"""Launch parameters of the kernels: tile shapes, warps and grid sizes, by rule instead of autotuning.
 
-A tile is ROWS rows by BLOCK columns. Reasons for the numbers: 16 elements a thread keep two 16-byte loads of
-bfloat16 in flight for each operand and leave the registers of the widest backward tile unspilled on every
-architecture; a row norm's forward kernel, which holds less, takes 32, so that what is done once a thread is done less
-often; small rows are packed until a tile has 2,048 elements, because a program with less work than that spends its
-time on being scheduled; rows beyond one tile are walked in blocks.
+A tile is ROWS rows by BLOCK columns. A thread has 16 elements: each operand then has two 16-byte loads of bfloat16 in
+flight, and the registers of the widest backward tile do not spill on any architecture. The forward kernel of a row norm
+holds less and has 32 elements a thread, which amortizes the work once a thread. Short rows are packed until a tile has
+2,048 elements, because smaller programs are dominated by the cost of scheduling. Rows longer than a tile are processed
+in blocks.
 """
 
 import contextlib
@@ -15,22 +15,26 @@ from typing import NamedTuple
 import torch
 import triton
 
-# The widest row that a forward program holds in registers at once, and the widest that a backward program does beside
-# its sums of the gradients of weight and bias; without these, twice that.
+# The longest row that a forward program holds in registers, and the longest that a backward program holds together with
+# sums of the gradients of weight and bias; without these sums, a backward program holds twice as much.
 FORWARD_TILE = 16384
 BACKWARD_TILE = 8192
-# The longest head that rotary kernels take: they hold it whole, and backward sums besides.
+# The longest head of the rotary kernels, which hold whole heads in registers, and sums in the backward pass.
 LONGEST_HEAD = 4096
 _PACKED_ELEMENTS = 2048
-# What a thread of a backward kernel is held to, so that 16 warps fit a multiprocessor.
+# The limit of registers a thread of a backward kernel, so that 16 warps fit a multiprocessor.
 _REGISTERS = 128
 
 
 class Tile(NamedTuple):
-    """ROWS x BLOCK elements for a program of `warps` warps; `whole` if BLOCK covers a row.
+    """The tile of a program.
 
-    `registers` is what a thread may have of them at most, on NVIDIA's GPUs; `stages`, how many steps of a loop over
-    rows are in flight at once, those to come on their way to shared memory.
+    Attributes:
+        rows, block: ROWS and BLOCK.
+        warps: warps a program.
+        whole: whether BLOCK covers a row.
+        registers: the limit of registers a thread, on NVIDIA GPUs.
+        stages: the number of steps of a loop over rows in flight at once; later steps are copied to shared memory.
     """
 
     rows: int
@@ -42,7 +46,7 @@ class Tile(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """As Triton calls them."""
+        """The launch options under Triton's names."""
         limited = self.registers is not None and torch.version.hip is None
         return {"num_warps": self.warps} | ({"maxnreg": self.registers} if limited else {})
 
@@ -57,7 +61,7 @@ def _warps(elements: int) -> int:
 
 @functools.cache
 def forward_tile(columns: int) -> Tile:
-    """The tile of a forward kernel for rows of this length."""
+    """Return the tile of a forward kernel for rows of this length."""
     block = max(_next_power_of_two(columns), 16)
     if block > FORWARD_TILE:
         return Tile(1, 4096, 16, False)
@@ -67,7 +71,7 @@ def forward_tile(columns: int) -> Tile:
 
 @functools.cache
 def backward_tile(columns: int) -> Tile:
-    """The tile of a backward kernel: the widest with half as many registers a thread, of twice as many threads."""
+    """Return the tile of a backward kernel. The widest tiles have twice the threads, with half the registers each."""
     block = max(_next_power_of_two(columns), 16)
     if block > 2 * BACKWARD_TILE:
         return Tile(1, 4096, 16, False)
@@ -77,20 +81,20 @@ def backward_tile(columns: int) -> Tile:
 
 
 def sums_fit(columns: int, one_more: bool) -> bool:
-    """Whether a program that holds a row has registers for sums of the gradients of weight and bias besides.
+    """Whether a program that holds a row has registers left for sums of the gradients of weight and bias.
 
-    With one more operand to hold, a gate or an output that is written again, they are fewer.
+    `one_more` says that the program holds one more operand: a gate, or an output that is written again.
     """
     return columns <= (BACKWARD_TILE // 2 if one_more else BACKWARD_TILE)
 
 
-# The tile of a kernel that sums over rows in strips of columns: 64 of bfloat16 fill a memory transaction.
+# The tile of a kernel that sums over rows in strips of columns. 64 columns of bfloat16 fill a memory transaction.
 STRIP_TILE = Tile(16, 64, 4, False, _REGISTERS)
 
 
 @functools.cache
 def element_tile(columns: int) -> Tile:
-    """The tile of a kernel that goes element by element, columns beyond it in further tiles."""
+    """Return the tile of an elementwise kernel; longer rows take several tiles."""
     block = min(max(_next_power_of_two(columns), 16), _PACKED_ELEMENTS)
     rows = _PACKED_ELEMENTS // block
     return Tile(rows, block, _warps(rows * block), columns <= block)
@@ -98,26 +102,29 @@ def element_tile(columns: int) -> Tile:
 
 @functools.cache
 def column_sum_tile(columns: int) -> Tile:
-    """The same where columns are summed over rows: the sums of many short rows leave room for half as many elements."""
+    """Return the tile of an elementwise kernel with one sum over rows.
+
+    For short rows the sums take registers, so the tile has half as many rows.
+    """
     tile = element_tile(columns)
     return tile._replace(rows=tile.rows // 2) if tile.block < 128 else tile
 
 
 @functools.cache
 def sums_tile(columns: int) -> Tile:
-    """The tile where two sums or three are kept: of short rows half as many as `element_tile` has."""
+    """Return the tile of an elementwise kernel with two or three sums, of half as many rows as `element_tile`."""
     tile = element_tile(columns)
     return tile._replace(rows=max(tile.rows // 2, 1))
 
 
 @functools.cache
-def heads_tile(turning: int, passing: int, sums: bool) -> Tile:
-    """The tile of a kernel that takes whole heads: BLOCK of the columns that turn, beside those that pass.
+def heads_tile(rotated: int, passing: int, sums: bool) -> Tile:
+    """Return the tile of a kernel that holds whole heads. BLOCK counts the rotated columns, without the passing ones.
 
-    With sums to keep it has the power of two below the right number of rows, else the one above; and where columns
-    pass, with what belongs to them besides, more registers.
+    The number of rows is rounded to a power of two, down with sums and up without. With sums and passing columns the
+    limit of registers is higher.
     """
-    block = max(_next_power_of_two(turning), 2)
+    block = max(_next_power_of_two(rotated), 2)
     width = block + (_next_power_of_two(passing) if passing else 0)
     most = max(_PACKED_ELEMENTS // width, 1)
     rows = 1 << most.bit_length() - 1 if sums else _next_power_of_two(most)
@@ -126,10 +133,10 @@ def heads_tile(turning: int, passing: int, sums: bool) -> Tile:
 
 @functools.cache
 def channel_tile(columns: int, planes: bool) -> Tile:
-    """The tile of a kernel that sums over planes, or over rows whose columns are channels.
+    """Return the tile of a kernel that sums over planes, or over rows whose columns are channels (channels_last).
 
-    Two sums leave room for half the elements of one. Channels last, 64 columns of bfloat16 fill a memory transaction,
-    and more rows at a time keep more of them in flight.
+    Two sums halve the number of elements. In channels_last, 64 columns of bfloat16 fill a memory transaction, and more
+    rows keep more transactions in flight.
     """
     if planes:
         return sums_tile(columns)
@@ -140,19 +147,19 @@ def channel_tile(columns: int, planes: bool) -> Tile:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many programs' worth of processors the device has; a stand-in for one in the interpreter."""
+    """Return the number of multiprocessors of the device; in the interpreter a stand-in."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# What a program may have of a multiprocessor's shared memory where there is no GPU to ask, in bytes: an H100's, or that
-# of whatever `inspect` compiles for.
+# The shared memory in bytes available to a program where there is no GPU to query: that of an H100, or of the
+# architecture that `inspect` compiles for.
 recorded_shared_memory = 227 * 1024
 
 
 def shared_memory(device: torch.device) -> int:
-    """What a program may have of a multiprocessor's shared memory, in bytes."""
+    """Return the shared memory in bytes available to a program."""
     if device.type != "cuda":
         return recorded_shared_memory
     properties = torch.cuda.get_device_properties(device)
@@ -160,36 +167,40 @@ def shared_memory(device: torch.device) -> int:
 
 
 def _resident(tile: Tile) -> int:
-    """How many programs there are registers for on a multiprocessor."""
+    """Return the number of programs that a multiprocessor has registers for."""
     return max(2048 // (tile.registers or _REGISTERS) // tile.warps, 1)
 
 
 def stages_of(tile: Tile, rows: Sequence[torch.Tensor | None], device: torch.device) -> int:
-    """How many steps of a loop over these rows are in flight: three, if the two to come fit the shared memory of as
-    many programs as there are registers for, of which a quarter is for sums across threads; else one. Two were no
-    faster than one."""
+    """Return the number of steps of a loop over these rows that are in flight at once: three or one.
+
+    Three, if two steps of all resident programs fit in three quarters of the shared memory; the rest is for reductions
+    across threads. Two steps were no faster than one.
+    """
     step = tile.rows * tile.block * sum(t.element_size() for t in rows if t is not None)
     room = shared_memory(device) * 3 // 4 // _resident(tile)
     return 3 if 2 * step <= room else 1
 
 
 class Rows(NamedTuple):
-    """Contiguous rows, and where they begin, on three levels: (stride, middle rows, middle stride, inner rows, inner
-    stride). Plain matrices have one row on each of the lower levels."""
+    """Contiguous rows with strides on three levels: (stride, middle rows, middle stride, inner rows, inner stride).
+
+    A matrix has one row on each of the two lower levels.
+    """
 
     data: torch.Tensor | None
     strides: tuple[int, int, int, int, int]
 
 
 def rows_of(rows: torch.Tensor | None) -> Rows:
-    """Of (rows, columns), or (outer, middle, inner, columns)."""
+    """Return the `Rows` of a (rows, columns) or (outer, middle, inner, columns) tensor."""
     if rows is None or rows.dim() == 2:
         return Rows(rows, (0 if rows is None else rows.stride(0), 1, 0, 1, 0))
     return Rows(rows, (rows.stride(0), rows.shape[1], rows.stride(1), rows.shape[2], rows.stride(2)))
 
 
 class Matrix(NamedTuple):
-    """A matrix, and the stride of its rows."""
+    """A matrix and the stride of the rows."""
 
     data: torch.Tensor | None
     stride: int
@@ -200,7 +211,7 @@ def matrix_of(tensor: torch.Tensor | None) -> Matrix:
 
 
 class Dropout(NamedTuple):
-    """Philox bits from the threshold up are kept, and multiplied by the scale, which is 0 where nothing is kept."""
+    """A dropout: elements whose Philox bits reach the threshold are kept and scaled. With p = 1 the scale is 0."""
 
     seed: torch.Tensor | None
     threshold: int
@@ -212,7 +223,7 @@ def dropout_of(seed: torch.Tensor | None, p: float) -> Dropout:
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it is called with, and how many programs of it there are."""
+    """A kernel, the arguments, and the number of programs."""
 
     kernel: triton.JITFunction
     tile: Tile
@@ -220,13 +231,13 @@ class Launch(NamedTuple):
     programs: int
 
 
-# The recordings that go on, the innermost last.
+# The active recordings, innermost last.
 _recordings: list[list[Launch]] = []
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """A list of the launches within that have tensors of torch's meta device: these are not run, but can be compiled.
+    """Record the launches within that have tensors on torch's meta device, which can be compiled but not run.
 
     For one thread.
     """
@@ -238,32 +249,32 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: triton.JITFunction, programs: int, tile: Tile, device: torch.device, *arguments: object) -> None:
-    """Runs a kernel, whose last two parameters are the tile's."""
+    """Launch a kernel. Its last two parameters are ROWS and BLOCK of the tile."""
     arguments = (*arguments, tile.rows, tile.block)
     if device.type == "meta":
         if _recordings:
             _recordings[-1].append(Launch(kernel, tile, arguments, programs))
         return
-    # Triton launches on torch's current device, which need not be the tensors'.
+    # Triton launches on torch's current device, which may differ from the tensors' device.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*arguments, **tile.options)
 
 
 def backward_programs(device: torch.device, rows: int, tile: Tile) -> tuple[int, int]:
-    """How many programs share `rows` rows, and how many rows each takes: a persistent grid, fixed for a device.
+    """Return the number of programs of a persistent grid over `rows` rows, and the number of rows of each program.
 
-    Each program has a row of partial weight gradients of its own, so there are no more than fill the device.
+    Each program has its own row of partial weight gradients, so there are no more programs than fill the device.
     """
-    return _shared(rows, tile, processors(device) * _resident(tile))
+    return _split_rows(rows, tile, processors(device) * _resident(tile))
 
 
 def strip_programs(device: torch.device, rows: int, strips: int, tile: Tile) -> tuple[int, int]:
-    """The same for each of `strips` strips of columns."""
-    return _shared(rows, tile, max(processors(device) * _resident(tile) // strips, 1))
+    """Return the same as `backward_programs`, for each of `strips` strips of columns."""
+    return _split_rows(rows, tile, max(processors(device) * _resident(tile) // strips, 1))
 
 
-def _shared(rows: int, tile: Tile, most: int) -> tuple[int, int]:
-    """Rows in runs of whole tiles, to `most` programs at most."""
+def _split_rows(rows: int, tile: Tile, most: int) -> tuple[int, int]:
+    """Split rows into runs of whole tiles for at most `most` programs."""
     tiles = -(-rows // tile.rows)
     program_rows = -(-tiles // min(tiles, most)) * tile.rows
     return -(-rows // program_rows), program_rows

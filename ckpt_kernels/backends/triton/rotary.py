@@ -1,6 +1,7 @@
-"""The rotary kernels: heads whose pairs turn by the angles of two tables, and a norm before that; their launches.
+"""The rotary kernels, which rotate the pairs of a head after an optional norm, and their launchers.
 
-A program works on tiles of ROWS whole heads, of which BLOCK columns turn. Statistics and arithmetic are in float32.
+A program works on tiles of ROWS whole heads, of which BLOCK columns are rotated. Statistics and arithmetic are in
+float32.
 """
 
 from typing import NamedTuple
@@ -15,24 +16,24 @@ from ..blocks import Rotary, RotaryGradients
 from .launch import LONGEST_HEAD, Tile, backward_programs, heads_tile, launch
 from .rotary_tiles import (
     added,
+    cast_x_hat,
     first_row,
     load_head,
     load_weight,
     mean_of,
     normalized,
     operands_of,
-    places,
     pointers,
+    positions,
+    rotate,
     scaled,
-    seen_by_weight,
     store_head,
     strided,
-    turned,
 )
 
 
 class Sums(NamedTuple):
-    """Partial sums in float32, which the caller adds up: a row of columns a program."""
+    """Float32 partial sums, a row of columns for each program, which the caller adds up."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -40,30 +41,30 @@ class Sums(NamedTuple):
 
 @triton.jit
 def rotary_kernel(
-    levels, source, cos, sin, norm, target, chosen, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    levels, source, cos, sin, norm, target, chosen, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """target = norm(source), turned; or, BACK, source turned by the transpose, which is the gradient without a norm.
+    """Compute target = rotate(norm(source)); TRANSPOSED is the transpose of the rotation, the gradient without a norm.
 
-    `levels`, `norm` and `chosen` are `Levels`, `Norm` and `Choices`, the others `Strided`.
+    `levels`, `norm` and `chosen` are `Levels`, `Norm` and `Choices`; the others are `Strided`.
     """
-    place, live = places(levels, chosen, first_row(chosen, ROWS), levels.rows, ROWS)
-    at = pointers(source, place)
-    if BACK:
-        head = load_head(at, live, chosen, chosen.interleaved_output, BLOCK)
+    position, row_mask = positions(levels, chosen, first_row(chosen, ROWS), levels.rows, ROWS)
+    at = pointers(source, position)
+    if TRANSPOSED:
+        head = load_head(at, row_mask, chosen, chosen.interleaved_output, BLOCK)
     else:
-        head = load_head(at, live, chosen, chosen.interleaved, BLOCK)
+        head = load_head(at, row_mask, chosen, chosen.interleaved, BLOCK)
     if chosen.norm != "none":
-        x_hat, _ = normalized(head, norm, live, chosen, BLOCK)
+        x_hat, _ = normalized(head, norm, row_mask, chosen, BLOCK)
         head = scaled(
-            seen_by_weight(x_hat, source.data.dtype.element_ty, chosen),
+            cast_x_hat(x_hat, source.data.dtype.element_ty, chosen),
             load_weight(norm.weight, norm.weight_offset, 1.0, chosen, ROWS, BLOCK),
         )
         head = added(head, load_weight(norm.bias, 0.0, 0.0, chosen, ROWS, BLOCK))
-    head = turned(head, cos, sin, place, live, chosen, BACK, BLOCK)
-    if BACK:
-        store_head(pointers(target, place), live, chosen, head, chosen.interleaved, BLOCK)
+    head = rotate(head, cos, sin, position, row_mask, chosen, TRANSPOSED, BLOCK)
+    if TRANSPOSED:
+        store_head(pointers(target, position), row_mask, chosen, head, chosen.interleaved, BLOCK)
     else:
-        store_head(pointers(target, place), live, chosen, head, chosen.interleaved_output, BLOCK)
+        store_head(pointers(target, position), row_mask, chosen, head, chosen.interleaved_output, BLOCK)
 
 
 @triton.jit
@@ -71,10 +72,11 @@ def norm_rotary_backward_kernel(
     levels, grad_output, source, cos, sin, norm, grad_input, sums, program_rows, chosen,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With h, what the rotation's transpose makes of grad_output, that of z; c1 and c2 the means over a head of
-    h * w * x_hat and of h * w: the gradient of the input is (h * w - x_hat * c1 - c2) * rstd, without c2 in an RMSNorm.
+    """Compute the gradients of rotate(norm(source)).
 
-    Each program takes `program_rows` heads, in order, and has its part of the sums in registers.
+    The gradient of z = norm(source) is h, the transpose of the rotation applied to grad_output. With c1 and c2 the
+    means over a head of h * w * x_hat and of h * w, the gradient of the input is (h * w - x_hat * c1 - c2) * rstd,
+    without c2 in an RMSNorm. Each program processes `program_rows` heads, in order, with partial sums in registers.
     """
     begin = first_row(chosen, program_rows)
     end = tl.minimum(begin + program_rows, levels.rows)
@@ -84,13 +86,13 @@ def norm_rotary_backward_kernel(
     dw = (nothing, nothing, rest)
     db = (nothing, nothing, rest)
     for first in range(begin, end, ROWS):
-        place, live = places(levels, chosen, first, end, ROWS)
-        h = load_head(pointers(grad_output, place), live, chosen, chosen.interleaved_output, BLOCK)
-        h = turned(h, cos, sin, place, live, chosen, True, BLOCK)
-        head = load_head(pointers(source, place), live, chosen, chosen.interleaved, BLOCK)
-        x_hat, rstd = normalized(head, norm, live, chosen, BLOCK)
+        position, row_mask = positions(levels, chosen, first, end, ROWS)
+        h = load_head(pointers(grad_output, position), row_mask, chosen, chosen.interleaved_output, BLOCK)
+        h = rotate(h, cos, sin, position, row_mask, chosen, True, BLOCK)
+        head = load_head(pointers(source, position), row_mask, chosen, chosen.interleaved, BLOCK)
+        x_hat, rstd = normalized(head, norm, row_mask, chosen, BLOCK)
         if sums.weight is not None:
-            dw = added(dw, scaled(h, seen_by_weight(x_hat, source.data.dtype.element_ty, chosen)))
+            dw = added(dw, scaled(h, cast_x_hat(x_hat, source.data.dtype.element_ty, chosen)))
         if sums.bias is not None:
             db = added(db, h)
         if grad_input.data is not None:
@@ -101,7 +103,7 @@ def norm_rotary_backward_kernel(
                 c2 = -mean_of(wh, chosen)
                 du = added(du, (c2, c2, c2))
             du = scaled(du, (rstd, rstd, rstd))
-            store_head(pointers(grad_input, place), live, chosen, du, chosen.interleaved, BLOCK)
+            store_head(pointers(grad_input, position), row_mask, chosen, du, chosen.interleaved, BLOCK)
     if sums.weight is not None:
         store_sums(sums.weight, dw, chosen, BLOCK)
     if sums.bias is not None:
@@ -110,7 +112,7 @@ def norm_rotary_backward_kernel(
 
 @triton.jit
 def store_sums(S, head, chosen, BLOCK: tl.constexpr):
-    """This program's, over its rows."""
+    """Sum a head's gradients over the rows of this program, and store the sums."""
     at = S + tl.program_id(0).to(tl.int64) * chosen.columns + tl.zeros((1, 1), tl.int32)
     summed = (tl.sum(head[0], 0)[None, :], tl.sum(head[1], 0)[None, :], tl.sum(head[2], 0)[None, :])
     store_head(at, tl.full((1, 1), 1, tl.int1), chosen, summed, chosen.interleaved, BLOCK)
@@ -125,7 +127,7 @@ def rotary_forward(block: Rotary, output: Tensor) -> None:
 
 
 def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradients) -> None:
-    """`backends.reference.rotary_backward`; all sums in a fixed order."""
+    """`backends.reference.rotary_backward`, with all sums in a fixed order."""
     if grad_output.shape[-1] > LONGEST_HEAD:
         reference.rotary_backward(block, grad_output, gradients)
     elif block.options.norm != "none":
@@ -135,14 +137,14 @@ def rotary_backward(block: Rotary, grad_output: Tensor, gradients: RotaryGradien
 
 
 def _tile(block: Rotary, heads: Tensor, sums: bool) -> Tile:
-    turning = block.options.rotary_dim
-    return heads_tile(turning, heads.shape[-1] - turning, sums)
+    rotated = block.options.rotary_dim
+    return heads_tile(rotated, heads.shape[-1] - rotated, sums)
 
 
-def _launch(block: Rotary, source: Tensor, target: Tensor, back: bool) -> None:
+def _launch(block: Rotary, source: Tensor, target: Tensor, transposed: bool) -> None:
     tile = _tile(block, source, False)
     levels, cos, sin, norm, chosen, order = operands_of(block, source, tile)
-    arguments = levels, strided(source, order), cos, sin, norm, strided(target, order), chosen, back
+    arguments = levels, strided(source, order), cos, sin, norm, strided(target, order), chosen, transposed
     launch(rotary_kernel, triton.cdiv(levels.rows, tile.rows), tile, source.device, *arguments)
 
 

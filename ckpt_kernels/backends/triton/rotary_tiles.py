@@ -1,8 +1,8 @@
-"""The pieces that the rotary kernels are composed from.
+"""The inlined functions that the rotary kernels are composed of.
 
-A tile is ROWS whole heads. A `head` is three float32 tiles: the first elements of its pairs and the second ones, each
-(ROWS, BLOCK / 2), and the columns that pass, or one column of zeros where none do. `at` are pointers (ROWS, 1) to where
-heads begin, `live` says which heads there are.
+A tile is ROWS whole heads. A `head` is three float32 tiles: the first and the second elements of the pairs, each
+(ROWS, BLOCK / 2), and the columns that pass without rotation, or one column of zeros if all are rotated. `at` are
+pointers, (ROWS, 1), to the first elements of heads; `row_mask` is the mask of the heads.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .row_norm_tiles import load_at
 
 
 class Levels(NamedTuple):
-    """How many heads there are, and how many follow each other on the two inner levels of three."""
+    """The number of heads, and the sizes of the two inner levels of three."""
 
     rows: int
     middle: int
@@ -25,7 +25,7 @@ class Levels(NamedTuple):
 
 
 class Strided(NamedTuple):
-    """What has a row for each head, and its strides on the three levels: 0 where the rows are the same."""
+    """A tensor with a row for each head, and the strides on the three levels; a broadcast level has stride 0."""
 
     data: torch.Tensor | None
     outer: int
@@ -34,7 +34,7 @@ class Strided(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """What a norm has beside its input."""
+    """The parameters of the norm."""
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
@@ -43,10 +43,10 @@ class Norm(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What is compiled for: heads are of few sizes, and from sizes that are known follows how wide accesses may be.
+    """The compile-time arguments. Heads have few sizes, and the compiler derives access widths from constant sizes.
 
-    `passing` is the columns that pass, up to a power of two, or 0. `paired` tables have an entry for both elements of a
-    pair. `even` if tiles fill the heads exactly, `many` if 32 bits do not count the heads.
+    `passing` is the number of passing columns, rounded up to a power of two, or 0. `paired` tables have one entry for
+    both elements of a pair. `even` says that tiles cover the heads exactly; `many`, that the heads need 64-bit indices.
     """
 
     columns: tl.constexpr
@@ -63,7 +63,7 @@ class Choices(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """A `Rotary` as the kernels take it, and the order of levels that `strided` wants."""
+    """The kernel arguments for a `Rotary`, and the order of levels for `strided`."""
 
     levels: Levels
     cos: Strided
@@ -80,9 +80,9 @@ def strided(rows: torch.Tensor | None, order: tuple[int, ...]) -> Strided:
 
 
 def operands_of(block: Rotary, heads: torch.Tensor, tile: Tile) -> Operands:
-    """Of heads of the block's shape."""
+    """Return the kernel arguments; `heads` is a tensor of the block's shape."""
     options, (*sizes, columns) = block.options, heads.shape
-    # Levels on which tables are the same are the innermost, so that the heads of a tile share their entries.
+    # Levels over which the tables are broadcast become the innermost, so that the heads of a tile share table entries.
     order = tuple(sorted(range(3), key=lambda level: block.cos.shape[level] == block.sin.shape[level] == 1))
     levels = Levels(heads.numel() // columns, sizes[order[1]], sizes[order[2]])
     passing = columns - options.rotary_dim
@@ -100,7 +100,7 @@ def operands_of(block: Rotary, heads: torch.Tensor, tile: Tile) -> Operands:
 
 @triton.jit
 def first_row(chosen, program_rows):
-    """Of this program's rows."""
+    """Return the first row of this program."""
     program = tl.program_id(0)
     if chosen.many:
         program = program.to(tl.int64)
@@ -108,40 +108,40 @@ def first_row(chosen, program_rows):
 
 
 @triton.jit
-def places(levels, chosen, first, end, ROWS: tl.constexpr):
-    """Where the rows of a tile are on the three levels, and which there are, those from `end` on being others'."""
+def positions(levels, chosen, first, end, ROWS: tl.constexpr):
+    """Return the positions of a tile's rows on the three levels, and the mask of the rows before `end`."""
     row = first + tl.arange(0, ROWS)[:, None]
     if chosen.even:
-        live = tl.full(row.shape, 1, tl.int1)
+        row_mask = tl.full(row.shape, 1, tl.int1)
     else:
-        live = row < end
+        row_mask = row < end
     above = row // levels.inner
     outer = above // levels.middle
     return (
         outer.to(tl.int64),
         (above - outer * levels.middle).to(tl.int64),
         (row - above * levels.inner).to(tl.int64),
-    ), live
+    ), row_mask
 
 
 @triton.jit
-def pointers(rows, place):
-    return rows.data + (place[0] * rows.outer + place[1] * rows.middle + place[2] * rows.inner)
+def pointers(rows, position):
+    return rows.data + (position[0] * rows.outer + position[1] * rows.middle + position[2] * rows.inner)
 
 
 @triton.jit
-def within(live, column, count, chosen):
-    """Which elements of a tile there are. Where tiles fill the heads exactly the compiler knows that all are."""
+def within(row_mask, column, count, chosen):
+    """Return the mask of a tile's elements; a constant if tiles cover the heads exactly."""
     if chosen.even:
-        mask = tl.full((live.shape[0], column.shape[1]), 1, tl.int1)
+        mask = tl.full((row_mask.shape[0], column.shape[1]), 1, tl.int1)
     else:
-        mask = live & (column < count)
+        mask = row_mask & (column < count)
     return mask
 
 
 @triton.jit
 def passing_columns(chosen):
-    """Which columns pass, and which in their row each is, for `within`."""
+    """Return the passing columns, and the number of each among them, for `within`."""
     count = tl.arange(0, chosen.passing)[None, :]
     if chosen.start == 0:
         column = count + chosen.rotary_dim
@@ -153,85 +153,87 @@ def passing_columns(chosen):
 
 
 @triton.jit
-def load_pairs(at, live, chosen, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """The first and second elements of the pairs that lie from there on."""
+def load_pairs(at, row_mask, chosen, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the first and second elements of the pairs at `at`."""
     if INTERLEAVED:
         column = tl.arange(0, BLOCK)[None, :]
-        both = load_at(at + column, within(live, column, chosen.rotary_dim, chosen))
+        both = load_at(at + column, within(row_mask, column, chosen.rotary_dim, chosen))
         first, second = tl.split(tl.reshape(both, (at.shape[0], BLOCK // 2, 2)))
     else:
         column = tl.arange(0, BLOCK // 2)[None, :]
-        mask = within(live, column, chosen.rotary_dim // 2, chosen)
+        mask = within(row_mask, column, chosen.rotary_dim // 2, chosen)
         first = load_at(at + column, mask)
         second = load_at(at + (column + chosen.rotary_dim // 2), mask)
     return first, second
 
 
 @triton.jit
-def load_head(at, live, chosen, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    first, second = load_pairs(at + chosen.start, live, chosen, INTERLEAVED, BLOCK)
+def load_head(at, row_mask, chosen, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the head at `at`."""
+    first, second = load_pairs(at + chosen.start, row_mask, chosen, INTERLEAVED, BLOCK)
     if chosen.passing == 0:
         rest = tl.zeros(at.shape, tl.float32)
     else:
         column, count = passing_columns(chosen)
-        rest = load_at(at + column, within(live, count, chosen.columns - chosen.rotary_dim, chosen))
+        rest = load_at(at + column, within(row_mask, count, chosen.columns - chosen.rotary_dim, chosen))
     return first, second, rest
 
 
 @triton.jit
-def store_head(at, live, chosen, head, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+def store_head(at, row_mask, chosen, head, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a head at `at`, rounded to the dtype of the memory."""
     dtype = at.dtype.element_ty
     start = at + chosen.start
     if INTERLEAVED:
         column = tl.arange(0, BLOCK)[None, :]
         both = tl.reshape(tl.join(head[0], head[1]), (at.shape[0], BLOCK)).to(dtype)
-        tl.store(start + column, both, mask=within(live, column, chosen.rotary_dim, chosen))
+        tl.store(start + column, both, mask=within(row_mask, column, chosen.rotary_dim, chosen))
     else:
         column = tl.arange(0, BLOCK // 2)[None, :]
-        mask = within(live, column, chosen.rotary_dim // 2, chosen)
+        mask = within(row_mask, column, chosen.rotary_dim // 2, chosen)
         tl.store(start + column, head[0].to(dtype), mask=mask)
         tl.store(start + (column + chosen.rotary_dim // 2), head[1].to(dtype), mask=mask)
     if chosen.passing != 0:
         column, count = passing_columns(chosen)
-        mask = within(live, count, chosen.columns - chosen.rotary_dim, chosen)
+        mask = within(row_mask, count, chosen.columns - chosen.rotary_dim, chosen)
         tl.store(at + column, head[2].to(dtype), mask=mask)
 
 
 @triton.jit
 def load_weight(W, offset, default, chosen, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """W + offset for ROWS heads; `default` where there is none.
+    """Return W + offset for ROWS heads; `default` if W is None.
 
-    For as many as a tile has, it is read in the tile's layout, without a way through shared memory.
+    With the ROWS of the tile, W is loaded in the tile's layout and needs no conversion through shared memory.
     """
     if W is None:
         one = tl.full((1, 1), default, tl.float32)
         weight = (one, one, one)
     else:
-        at, live = W + tl.zeros((ROWS, 1), tl.int32), tl.full((ROWS, 1), 1, tl.int1)
-        first, second, rest = load_head(at, live, chosen, chosen.interleaved, BLOCK)
+        at, row_mask = W + tl.zeros((ROWS, 1), tl.int32), tl.full((ROWS, 1), 1, tl.int1)
+        first, second, rest = load_head(at, row_mask, chosen, chosen.interleaved, BLOCK)
         weight = (first + offset, second + offset, rest + offset)
     return weight
 
 
 @triton.jit
-def load_table(table, place, live, chosen, BLOCK: tl.constexpr):
-    """The entries for first and second elements."""
-    at = pointers(table, place)
+def load_table(table, position, row_mask, chosen, BLOCK: tl.constexpr):
+    """Return the table entries for the first and the second elements of pairs."""
+    at = pointers(table, position)
     if chosen.paired:
         column = tl.arange(0, BLOCK // 2)[None, :]
-        first = load_at(at + column, within(live, column, chosen.rotary_dim // 2, chosen))
+        first = load_at(at + column, within(row_mask, column, chosen.rotary_dim // 2, chosen))
         second = first
     else:
-        first, second = load_pairs(at, live, chosen, chosen.interleaved_output, BLOCK)
+        first, second = load_pairs(at, row_mask, chosen, chosen.interleaved_output, BLOCK)
     return first, second
 
 
 @triton.jit
-def turned(head, cos, sin, place, live, chosen, BACK: tl.constexpr, BLOCK: tl.constexpr):
-    """The head with its pairs turned by the tables' angles; or, BACK, by the transpose of that."""
-    cos1, cos2 = load_table(cos, place, live, chosen, BLOCK)
-    sin1, sin2 = load_table(sin, place, live, chosen, BLOCK)
-    if BACK:
+def rotate(head, cos, sin, position, row_mask, chosen, TRANSPOSED: tl.constexpr, BLOCK: tl.constexpr):
+    """Rotate the pairs of a head by the angles of the tables; with TRANSPOSED, by the transpose."""
+    cos1, cos2 = load_table(cos, position, row_mask, chosen, BLOCK)
+    sin1, sin2 = load_table(sin, position, row_mask, chosen, BLOCK)
+    if TRANSPOSED:
         first, second = head[0] * cos1 + head[1] * sin2, head[1] * cos2 - head[0] * sin1
     else:
         first, second = head[0] * cos1 - head[1] * sin1, head[1] * cos2 + head[0] * sin2
@@ -250,37 +252,37 @@ def added(head, other):
 
 @triton.jit
 def mean_of(head, chosen):
-    """Over each head, (ROWS, 1)."""
+    """Return the mean over each head, (ROWS, 1)."""
     return (tl.sum(head[0] + head[1], 1) + tl.sum(head[2], 1))[:, None] / chosen.columns
 
 
 @triton.jit
-def centered(head, live, chosen, BLOCK: tl.constexpr):
-    """Minus the mean; 0 stays where nothing is."""
+def centered(head, row_mask, chosen, BLOCK: tl.constexpr):
+    """Subtract the mean; masked elements stay 0."""
     mean = mean_of(head, chosen)
-    pairs = within(live, tl.arange(0, BLOCK // 2)[None, :], chosen.rotary_dim // 2, chosen)
+    pairs = within(row_mask, tl.arange(0, BLOCK // 2)[None, :], chosen.rotary_dim // 2, chosen)
     first, second = tl.where(pairs, head[0] - mean, 0.0), tl.where(pairs, head[1] - mean, 0.0)
     if chosen.passing == 0:
         rest = head[2]
     else:
         count = tl.arange(0, chosen.passing)[None, :]
-        rest = tl.where(within(live, count, chosen.columns - chosen.rotary_dim, chosen), head[2] - mean, 0.0)
+        rest = tl.where(within(row_mask, count, chosen.columns - chosen.rotary_dim, chosen), head[2] - mean, 0.0)
     return first, second, rest
 
 
 @triton.jit
-def normalized(head, norm, live, chosen, BLOCK: tl.constexpr):
-    """x_hat, which is 0 where nothing is, and rstd."""
+def normalized(head, norm, row_mask, chosen, BLOCK: tl.constexpr):
+    """Return x_hat, with masked elements 0, and rstd."""
     if chosen.norm == "layer":
-        head = centered(head, live, chosen, BLOCK)
-    # Of a head that is not there the variance is 0.
-    rstd = tl.where(live, tl.rsqrt(mean_of(scaled(head, head), chosen) + norm.eps), 0.0)
+        head = centered(head, row_mask, chosen, BLOCK)
+    # Masked heads have variance 0, so rstd would be large.
+    rstd = tl.where(row_mask, tl.rsqrt(mean_of(scaled(head, head), chosen) + norm.eps), 0.0)
     return scaled(head, (rstd, rstd, rstd)), rstd
 
 
 @triton.jit
-def seen_by_weight(x_hat, dtype: tl.constexpr, chosen):
-    """x_hat, rounded to the input's dtype where the norm does so."""
+def cast_x_hat(x_hat, dtype: tl.constexpr, chosen):
+    """Return x_hat, rounded to the input's dtype with `cast_before_weight`."""
     if chosen.cast_before_weight:
         x_hat = (
             x_hat[0].to(dtype).to(tl.float32),

@@ -1,7 +1,7 @@
-"""The row-norm kernels for rows that fit a tile, read once and kept in registers; and how all are launched.
+"""The row-norm kernels for rows that fit a tile, and the launchers of all row-norm kernels.
 
-A program works on tiles of ROWS rows by BLOCK columns. An operand that is None is left out when the kernel is
-compiled. Statistics and arithmetic are in float32.
+A row is read once and kept in registers. A program works on tiles of ROWS rows by BLOCK columns. Code for operands that
+are None is removed at compile time. Statistics and arithmetic are in float32.
 """
 
 import torch
@@ -26,41 +26,41 @@ from .long_row_norm import long_row_norm_backward_kernel, long_row_norm_forward_
 from .row_norm_tiles import (
     add_residual,
     affine_gradient,
-    finish,
+    cast_x_hat,
     load_coefficient,
     load_operand,
     load_scale,
     load_statistics,
     masks,
     operands_of,
-    seen_by_weight,
     store_input_gradients,
+    store_output,
     store_rows,
     store_statistics,
 )
-from .sums import add_up
+from .sums import sum_partials
 
 
 @triton.jit
 def row_norm_forward_kernel(
     norm, chosen, Y, RESIDUAL_OUT, tiles, GIVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Y = activation(x_hat * (W + offset) + B) and the row statistics, which may be GIVEN.
+    """Compute Y = activation(x_hat * (W + offset) + B), and the row statistics unless they are GIVEN.
 
-    `norm` and `chosen` are `Operands` and `Choices`. The grid is `tiles` programs for each group of rows.
+    `norm` and `chosen` are `Operands` and `Choices`. The grid has `tiles` programs for each group of rows.
     """
     # A tile never crosses a group, so that its rows share one row of weight and bias.
     group = (tl.program_id(0) // tiles).to(tl.int64)
     columns = norm.columns
     row = group * norm.rows_per_group + tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    live, there, mask = masks(norm, chosen, row, (group + 1) * norm.rows_per_group, column)
+    row_mask, column_mask, mask = masks(norm, chosen, row, (group + 1) * norm.rows_per_group, column)
     if norm.residual.data is None:
         u = load_operand(norm, chosen, row, column, mask)
     else:
         u = add_residual(norm, RESIDUAL_OUT, row, 0, column, mask, ROWS, BLOCK)
     if GIVEN:
-        mean, rstd = load_statistics(norm, row, live, ROWS)
+        mean, rstd = load_statistics(norm, row, row_mask, ROWS)
     else:
         if norm.mean is None:
             mean = tl.zeros((ROWS, 1), tl.float32)
@@ -70,23 +70,23 @@ def row_norm_forward_kernel(
             centered = tl.where(mask, u - mean, 0.0)
             variance = tl.sum(centered * centered, 1)[:, None] / columns
         rstd = tl.rsqrt(variance + norm.eps)
-        store_statistics(norm, mean, rstd, row, live)
-    w = load_scale(norm, group, column, there)
-    b = load_coefficient(norm.bias, group, columns, column, there, 0.0)
-    finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask)
+        store_statistics(norm, mean, rstd, row, row_mask)
+    w = load_scale(norm, group, column, column_mask)
+    b = load_coefficient(norm.bias, group, columns, column, column_mask, 0.0)
+    store_output(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask)
 
 
 @triton.jit
 def row_norm_backward_kernel(
     norm, chosen, grad_output, grad_sum, gradients, Y, programs, program_rows, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradients of the block, and its output again where there is Y.
+    """Compute the gradients of the block, and the output again unless Y is None.
 
-    With g the gradient before weight and bias, and c1 and c2 the means over a row of g * w * x_hat and of g * w:
-    du = (g * w - x_hat * c1 - c2) * rstd; `backends.reference.row_norm_backward` derives it.
+    With g the gradient of x_hat * w + b, and c1 and c2 the means over a row of g * w * x_hat and of g * w:
+    du = (g * w - x_hat * c1 - c2) * rstd; `backends.reference.row_norm_backward` has the derivation.
 
-    Each of a group's `programs` programs takes `program_rows` rows, in order. The gradients of weight and bias are
-    partial sums, one row of columns a program, in float32, which the caller adds up.
+    Each of the `programs` programs of a group processes `program_rows` rows, in order. The gradients of weight and bias
+    are float32 partial sums, one row of columns for each program, which the caller adds up.
     """
     group = (tl.program_id(0) // programs).to(tl.int64)
     columns = norm.columns
@@ -94,24 +94,24 @@ def row_norm_backward_kernel(
     end = tl.minimum(begin + program_rows, (group + 1) * norm.rows_per_group)
     partial = tl.program_id(0).to(tl.int64) * columns
     column = tl.arange(0, BLOCK)[None, :]
-    there = masks(norm, chosen, begin, end, column)[1]
-    w = load_scale(norm, group, column, there)
-    b = load_coefficient(norm.bias, group, columns, column, there, 0.0)
+    column_mask = masks(norm, chosen, begin, end, column)[1]
+    w = load_scale(norm, group, column, column_mask)
+    b = load_coefficient(norm.bias, group, columns, column, column_mask, 0.0)
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     per_column = 1.0 / columns
-    # Rows to come are copied to shared memory while one is worked on.
+    # Later rows are copied to shared memory while a row is processed.
     for first in tl.range(begin, end, ROWS, num_stages=chosen.stages):
         row = first + tl.arange(0, ROWS)[:, None]
-        live, there, mask = masks(norm, chosen, row, end, column)
-        mean, rstd = load_statistics(norm, row, live, ROWS)
+        row_mask, column_mask, mask = masks(norm, chosen, row, end, column)
+        mean, rstd = load_statistics(norm, row, row_mask, ROWS)
         x_hat = tl.where(mask, (load_operand(norm, chosen, row, column, mask) - mean) * rstd, 0.0)
-        seen = seen_by_weight(norm, chosen, x_hat)
-        g = affine_gradient(norm, chosen, grad_output, seen, w, b, gradients.gate, row, column, mask)
+        rounded = cast_x_hat(norm, chosen, x_hat)
+        g = affine_gradient(norm, chosen, grad_output, rounded, w, b, gradients.gate, row, column, mask)
         if Y is not None:
-            store_rows(Y, columns, row, column, mask, activate(seen * w + b, chosen.activation))
+            store_rows(Y, columns, row, column, mask, activate(rounded * w + b, chosen.activation))
         if gradients.weight is not None:
-            dw += g * seen
+            dw += g * rounded
         if gradients.bias is not None:
             db += g
         if gradients.input is not None:
@@ -121,9 +121,9 @@ def row_norm_backward_kernel(
                 du -= tl.sum(wg, 1)[:, None] * per_column
             store_input_gradients(norm, chosen, du * rstd, grad_sum, gradients, row, 0, column, mask, ROWS, BLOCK)
     if gradients.weight is not None:
-        tl.store(gradients.weight + partial + column, tl.sum(dw, 0)[None, :], mask=there)
+        tl.store(gradients.weight + partial + column, tl.sum(dw, 0)[None, :], mask=column_mask)
     if gradients.bias is not None:
-        tl.store(gradients.bias + partial + column, tl.sum(db, 0)[None, :], mask=there)
+        tl.store(gradients.bias + partial + column, tl.sum(db, 0)[None, :], mask=column_mask)
 
 
 def row_norm_forward(
@@ -149,16 +149,19 @@ def row_norm_backward(
     """`backends.reference.row_norm_backward`."""
     columns, device = block.options.columns, block.input.device
     summed = gradients.weight is not None or gradients.bias is not None
-    apart = summed and not sums_fit(columns, block.gate is not None or output is not None)
+    separate_sums = summed and not sums_fit(columns, block.gate is not None or output is not None)
     tile, read = backward_tile(columns), (block.input, block.gate, grad_output, grad_residual_out)
     tile = tile._replace(stages=stages_of(tile, read, device))
     norm, chosen, groups = operands_of(block, tile)
     programs, program_rows = backward_programs(device, norm.rows_per_group, tile)
     incoming = rows_of(grad_output), rows_of(grad_residual_out)
-    sums = gradients._replace(weight=None, bias=None) if apart else partial_sums(gradients, groups, programs, columns)
+    if separate_sums:
+        sums = gradients._replace(weight=None, bias=None)
+    else:
+        sums = partial_sums(gradients, groups, programs, columns)
     kernel = row_norm_backward_kernel if tile.whole else long_row_norm_backward_kernel
     launch(kernel, groups * programs, tile, device, norm, chosen, *incoming, sums, output, programs, program_rows)
-    if apart:
+    if separate_sums:
         tile, read = STRIP_TILE, (block.input, block.gate, grad_output)
         tile = tile._replace(stages=stages_of(tile, read, device))
         norm, chosen, groups = operands_of(block, tile)
@@ -167,7 +170,7 @@ def row_norm_backward(
         sums = partial_sums(gradients, groups, programs, columns)
         arguments = norm, chosen, incoming[0], sums.weight, sums.bias, strips, programs, program_rows
         launch(row_norm_strip_kernel, groups * programs * strips, tile, device, *arguments)
-    add_up((sums.weight, sums.bias), (gradients.weight, gradients.bias))
+    sum_partials((sums.weight, sums.bias), (gradients.weight, gradients.bias))
 
 
 def partial_sums(gradients: RowNormGradients, groups: int, programs: int, columns: int) -> RowNormGradients:

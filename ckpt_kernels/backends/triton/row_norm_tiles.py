@@ -1,7 +1,7 @@
-"""The pieces that the row-norm kernels are composed from.
+"""The inlined functions that the row-norm kernels are composed of.
 
-Each works on a tile of ROWS rows by BLOCK columns, in float32; `row` is (ROWS, 1) and int64, so that no offset
-overflows, `column` is (1, BLOCK). An operand that is None is left out when the kernel is compiled.
+Each works on a tile of ROWS rows by BLOCK columns, in float32. `row` is (ROWS, 1) and int64, so that offsets do not
+overflow; `column` is (1, BLOCK). Code for operands that are None is removed at compile time.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .launch import Dropout, Rows, Tile, dropout_of, rows_of
 
 
 class Operands(NamedTuple):
-    """A `RowNorm` as the kernels take it: pointers, with strides where rows need not follow each other, and numbers."""
+    """The kernel arguments for a `RowNorm`: pointers, strides and numbers."""
 
     input: Rows
     residual: Rows
@@ -34,7 +34,11 @@ class Operands(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What is compiled for."""
+    """The compile-time arguments.
+
+    `even` says that tiles cover rows and columns exactly, so that no masks are needed; `stages` is the number of steps
+    of a loop in flight.
+    """
 
     pre_activation: tl.constexpr
     activation: tl.constexpr
@@ -45,7 +49,7 @@ class Choices(NamedTuple):
 
 
 def operands_of(block: RowNorm, tile: Tile) -> tuple[Operands, Choices, int]:
-    """And how many groups of rows there are, each with a row of weight and bias of its own."""
+    """Return the kernel arguments, and the number of groups of rows, each with its own row of weight and bias."""
     options = block.options
     coefficient = block.bias if block.weight is None else block.weight
     groups = 1 if coefficient is None else coefficient.numel() // options.columns
@@ -69,7 +73,7 @@ def operands_of(block: RowNorm, tile: Tile) -> tuple[Operands, Choices, int]:
 
 @triton.jit
 def dropout_factor(dropout, row, start, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """0 or 1 / (1 - p) for ROWS x BLOCK elements from column `start`; one Philox call makes four columns."""
+    """Return 0 or 1 / (1 - p) for ROWS x BLOCK elements from column `start`; a Philox call serves four columns."""
     quad = (start // 4 + tl.arange(0, BLOCK // 4))[None, :] + tl.zeros((ROWS, 1), tl.int32)
     low = tl.zeros((1, BLOCK // 4), tl.uint32) + row.to(tl.uint32)
     high = tl.zeros((1, BLOCK // 4), tl.uint32) + (row >> 32).to(tl.uint32)
@@ -81,9 +85,9 @@ def dropout_factor(dropout, row, start, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def widened(x):
-    """In float32. Two numbers of bfloat16 that share a register are taken apart by one instruction each, not three.
+    """Convert to float32. Two bfloat16 numbers in a register are unpacked by one instruction each, instead of three.
 
-    For large operands only: coefficients are widened when they are needed, for which the compiler finds a better place.
+    For large operands only. Coefficients use plain conversions, which the compiler moves to the place of use.
     """
     if (x.dtype == tl.bfloat16) and is_cuda():
         y = tl.inline_asm_elementwise(
@@ -96,19 +100,19 @@ def widened(x):
 
 @triton.jit
 def load_at(pointers, mask):
-    """What lies there, in float32; zero where the mask is off."""
+    """Load in float32; zero where the mask is off."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_rows(X, stride, row, column, mask):
-    """A tile of X in float32; zero where the mask is off."""
+    """Load a tile of the matrix X in float32; zero where the mask is off."""
     return widened(tl.load(X + row * stride + column, mask=mask, other=0.0))
 
 
 @triton.jit
 def load(rows, row, column, mask):
-    """The same of `launch.Rows`."""
+    """Load a tile of `launch.Rows` in float32; zero where the mask is off."""
     stride, middle, middle_stride, inner, inner_stride = rows.strides
     start = row // inner // middle * stride + row // inner % middle * middle_stride + row % inner * inner_stride
     return widened(tl.load(rows.data + start + column, mask=mask, other=0.0))
@@ -121,52 +125,52 @@ def store_rows(Y, stride, row, column, mask, value):
 
 @triton.jit
 def masks(norm, chosen, row, end, column):
-    """Which rows, columns and elements of a tile there are, rows from `end` on being others'.
+    """Return the masks of the rows before `end`, of the columns, and of the elements of a tile.
 
-    Where tiles fill the rows exactly, the compiler knows that all are there, and leaves the masks out.
+    If tiles cover the rows exactly, the masks are constants, and the compiler removes them.
     """
     if chosen.even:
-        live, there = tl.full(row.shape, 1, tl.int1), tl.full(column.shape, 1, tl.int1)
+        row_mask, column_mask = tl.full(row.shape, 1, tl.int1), tl.full(column.shape, 1, tl.int1)
     else:
-        live, there = row < end, column < norm.columns
-    return live, there, live & there
+        row_mask, column_mask = row < end, column < norm.columns
+    return row_mask, column_mask, row_mask & column_mask
 
 
 @triton.jit
-def load_scale(norm, group, column, there):
-    """What is multiplied by: a group's weight, to which the offset belongs, or 1."""
+def load_scale(norm, group, column, column_mask):
+    """Return a group's weight plus the offset; 1 without a weight."""
     if norm.weight is None:
         w = tl.full(column.shape, 1.0, tl.float32)
     else:
-        w = load_at(norm.weight + group * norm.columns + column, there) + norm.weight_offset
+        w = load_at(norm.weight + group * norm.columns + column, column_mask) + norm.weight_offset
     return w
 
 
 @triton.jit
-def load_coefficient(C, group, columns, column, there, default):
-    """A group's row of coefficients; `default` where there are none."""
+def load_coefficient(C, group, columns, column, column_mask, default):
+    """Return a group's row of coefficients; `default` if C is None."""
     if C is None:
         c = tl.full(column.shape, default, tl.float32)
     else:
-        c = load_at(C + group * columns + column, there)
+        c = load_at(C + group * columns + column, column_mask)
     return c
 
 
 @triton.jit
 def load_operand(norm, chosen, row, column, mask):
-    """What is normalised: pre_activation(x), or x * activation(gate) where the gate comes first."""
+    """Return the input of the norm: pre_activation(x), or x * activation(gate) with a gate before the norm."""
     u = load(norm.input, row, column, mask)
     if chosen.gate_before_norm:
         u = u * activate(load(norm.gate, row, column, mask), chosen.activation)
     elif chosen.pre_activation != "identity":
-        # Off the mask an activation may not be zero, and the statistics must not see it.
+        # activate(0) may differ from zero, and masked elements must not change the statistics.
         u = tl.where(mask, activate(u, chosen.pre_activation), 0.0)
     return u
 
 
 @triton.jit
 def add_residual(norm, RESIDUAL_OUT, row, start, column, mask, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """residual + dropout(x), stored, and returned as stored."""
+    """Store residual + dropout(x), and return the sum as rounded by the store."""
     x = load(norm.input, row, column, mask)
     if norm.dropout.seed is not None:
         x = x * dropout_factor(norm.dropout, row, start, ROWS, BLOCK)
@@ -176,9 +180,9 @@ def add_residual(norm, RESIDUAL_OUT, row, start, column, mask, ROWS: tl.constexp
 
 
 @triton.jit
-def finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask):
-    """The output from the normalised operand, stored."""
-    y = seen_by_weight(norm, chosen, (u - mean) * rstd) * w + b
+def store_output(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask):
+    """Compute the output from the input of the norm, u, and store it in Y."""
+    y = cast_x_hat(norm, chosen, (u - mean) * rstd) * w + b
     if norm.gate.data is None:
         y = activate(y, chosen.activation)
     elif not chosen.gate_before_norm:
@@ -187,23 +191,26 @@ def finish(norm, chosen, u, mean, rstd, w, b, Y, row, column, mask):
 
 
 @triton.jit
-def seen_by_weight(norm, chosen, x_hat):
+def cast_x_hat(norm, chosen, x_hat):
+    """Return x_hat, rounded to the input's dtype with `cast_before_weight`."""
     if chosen.cast_before_weight:
         x_hat = x_hat.to(norm.input.data.dtype.element_ty).to(tl.float32)
     return x_hat
 
 
 @triton.jit
-def affine_gradient(norm, chosen, grad_output, seen, w, b, DGATE, row, column, mask):
-    """The gradient before weight and bias, g, of a tile; the gate's gradient stored, where there is DGATE."""
+def affine_gradient(norm, chosen, grad_output, rounded, w, b, DGATE, row, column, mask):
+    """Return g, the gradient of x_hat * w + b, and store the gate's gradient unless DGATE is None."""
     g = load(grad_output, row, column, mask)
     if norm.gate.data is None:
         if chosen.activation != "identity":
-            g = tl.where(mask, g * differentiate(seen * w + b, chosen.activation), 0.0)
+            g = tl.where(mask, g * differentiate(rounded * w + b, chosen.activation), 0.0)
     elif not chosen.gate_before_norm:
         gate = load(norm.gate, row, column, mask)
         if DGATE is not None:
-            store_rows(DGATE, norm.columns, row, column, mask, g * (seen * w) * differentiate(gate, chosen.activation))
+            store_rows(
+                DGATE, norm.columns, row, column, mask, g * (rounded * w) * differentiate(gate, chosen.activation)
+            )
         g = tl.where(mask, g * activate(gate, chosen.activation), 0.0)
     return g
 
@@ -212,7 +219,7 @@ def affine_gradient(norm, chosen, grad_output, seen, w, b, DGATE, row, column, m
 def store_input_gradients(
     norm, chosen, du, grad_sum, gradients, row, start, column, mask, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """From the gradient of what was normalised to the gradients of what it was made from, stored."""
+    """Compute the gradients of input, gate and residual from du, the gradient of the norm's input, and store them."""
     if chosen.gate_before_norm:
         x = load(norm.input, row, column, mask)
         gate = load(norm.gate, row, column, mask)
@@ -230,17 +237,17 @@ def store_input_gradients(
 
 
 @triton.jit
-def load_statistics(norm, row, live, ROWS: tl.constexpr):
-    rstd = load_at(norm.rstd + row, live)
+def load_statistics(norm, row, row_mask, ROWS: tl.constexpr):
+    rstd = load_at(norm.rstd + row, row_mask)
     if norm.mean is None:
         mean = tl.zeros((ROWS, 1), tl.float32)
     else:
-        mean = load_at(norm.mean + row, live)
+        mean = load_at(norm.mean + row, row_mask)
     return mean, rstd
 
 
 @triton.jit
-def store_statistics(norm, mean, rstd, row, live):
+def store_statistics(norm, mean, rstd, row, row_mask):
     if norm.mean is not None:
-        tl.store(norm.mean + row, mean, mask=live)
-    tl.store(norm.rstd + row, rstd, mask=live)
+        tl.store(norm.mean + row, mean, mask=row_mask)
+    tl.store(norm.rstd + row, rstd, mask=row_mask)

@@ -1,6 +1,6 @@
-"""The kernel that adds up programs' shares of the gradients of weight and bias: both in one launch, in a fixed order.
+"""The kernel that adds up partial sums of the gradients of weight and bias, both in one launch and in a fixed order.
 
-A program takes a strip of columns of one group, all rows of it.
+A program sums all rows of a strip of columns of one group.
 """
 
 import triton
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .launch import Tile, launch
 
-# 32 columns of float32 fill a memory transaction; 16 elements a thread are in flight at once.
+# 32 columns of float32 fill a memory transaction, and each thread has 16 elements in flight.
 _TILE = Tile(128, 32, 8, False)
 
 
@@ -25,7 +25,7 @@ def column_sums_kernel(FIRST, SECOND, first, second, rows, columns, strips, ROWS
 
 @triton.jit
 def column_sums(PARTS, total, group, rows, columns, column, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of (groups, rows, columns) into (groups, columns)."""
+    """Sum PARTS, (groups, rows, columns), over rows into total, (groups, columns)."""
     lane = tl.arange(0, ROWS)[:, None]
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, rows, ROWS):
@@ -35,12 +35,14 @@ def column_sums(PARTS, total, group, rows, columns, column, ROWS: tl.constexpr, 
     tl.store(total + group * columns + column, value, mask=column < columns)
 
 
-def add_up(parts: tuple[Tensor | None, Tensor | None], totals: tuple[Tensor | None, Tensor | None]) -> None:
-    """The sums over the middle dimension of parts, (groups, rows, columns) in float32, into totals of (groups, columns)
-    or as many elements; either of the two may be None."""
-    given = next((part for part in parts if part is not None), None)
-    if given is None:
+def sum_partials(parts: tuple[Tensor | None, Tensor | None], totals: tuple[Tensor | None, Tensor | None]) -> None:
+    """Sum each part, (groups, rows, columns) in float32, over rows into the total of the same position.
+
+    A total has groups * columns elements. Either part may be None.
+    """
+    present = next((part for part in parts if part is not None), None)
+    if present is None:
         return
-    groups, rows, columns = given.shape
+    groups, rows, columns = present.shape
     strips = triton.cdiv(columns, _TILE.block)
-    launch(column_sums_kernel, groups * strips, _TILE, given.device, *parts, *totals, rows, columns, strips)
+    launch(column_sums_kernel, groups * strips, _TILE, present.device, *parts, *totals, rows, columns, strips)
