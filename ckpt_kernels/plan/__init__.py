@@ -124,7 +124,8 @@ def plan(
 def _without_gradients(model: nn.Module) -> Iterator[None]:
     """Set the model's gradients aside, and restore them at the end.
 
-    A twin may reach a parameter of the model itself, such as by a weak reference to a module, and adds to its gradient.
+    A twin may reach a parameter of the model itself, such as through a weak reference to a module. The backward pass of
+    the twin then accumulates a gradient on that parameter.
     """
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
