@@ -31,9 +31,9 @@ _STEPS = ("int", "max", "min")
 # What code may name of tensors and of torch: arithmetic, and what norms are written with.
 _NAMES = frozenset(
     """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
-    layer_norm leaky_relu math mean mish movedim mul neg nn normalize normalized_shape permute pi pow relu rms_norm
-    rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as unsqueeze var
-    view weight""".split()
+    hardtanh layer_norm leaky_relu math mean mish movedim mul neg nn normalize normalized_shape permute pi pow relu
+    relu6 rms_norm rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as
+    unsqueeze var view weight""".split()
 )
 
 

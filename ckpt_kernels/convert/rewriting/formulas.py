@@ -16,7 +16,8 @@ from ..code.scope import UNKNOWN, Scope
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 # What a formula may be made of: functions of one tensor that write to nothing and draw nothing.
-_PURE = "add div elu erf gelu hardswish leaky_relu mish mul neg pow relu sigmoid silu softplus square sub tanh".split()
+_PURE = """add div elu erf gelu hardswish hardtanh leaky_relu mish mul neg pow relu relu6 sigmoid silu softplus square
+    sub tanh""".split()
 # The value in a formula.
 VALUE = "ckpt_value"
 _PURE_FUNCTIONS = frozenset(

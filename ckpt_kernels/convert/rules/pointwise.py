@@ -29,7 +29,10 @@ from .rule import Rule, Unary
 from .trial import POINTWISE, Outline, forward_of, in_a_thread_of_its_own, outline_of, result_of, takes_one
 
 # What the forwards of torch's activations, dropouts and gates read.
-_SETTINGS = ("alpha", "approximate", "beta", "dim", "inplace", "negative_slope", "p", "threshold", "training")
+_SETTINGS = (
+    *("alpha", "approximate", "beta", "dim", "inplace", "max_val", "min_val", "negative_slope", "p", "threshold"),
+    "training",
+)
 # Their own gradient needs no more than the output, which what reads it keeps too: nothing to win.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)

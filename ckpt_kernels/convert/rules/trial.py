@@ -23,7 +23,8 @@ from ..code.remembering import remembered
 # What may run in a trial, by the names of torch's operations: of one element at a time, and for norms. (Autograd
 # detaches the results that it keeps; what a forward detaches is seen by its gradient.)
 POINTWISE = frozenset(
-    "add detach div elu erf gelu hardswish leaky_relu mish mul neg pow relu rsub sigmoid silu softplus sub tanh".split()
+    """add detach div elu erf gelu hardswish hardtanh leaky_relu mish mul neg pow relu rsub sigmoid silu softplus sub
+    tanh""".split()
 )
 ROWS = frozenset(
     """_fused_rms_norm _to_copy add clamp_min detach div expand linalg_vector_norm mean mul native_layer_norm neg pow
