@@ -21,6 +21,10 @@ from .templates import Results, pattern
 
 # Weight and bias of a linear layer.
 Linear = tuple[Tensor, Tensor | None]
+# Of these eager torch keeps no more than the output: out of place, and where they write over their input. Of others that
+# do so it keeps a clone of the input, too.
+_BY_RESULT = ("sigmoid", "tanh")
+_BY_RESULT_IN_PLACE = ("relu", "leaky_relu", "elu")
 
 
 @pattern("gated MLP", "last(may_drop(act(gate(input)) * value(input)))")
@@ -53,9 +57,8 @@ def packed_mlp(
 def mlp(
     input: Tensor, first: Linear, act: Any, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
-    # Of these, eager torch keeps no more than the output.
     in_place = isinstance(act, nn.Module) and is_set(act, "inplace")
-    if recompute == "block" and (in_place or activation in ("sigmoid", "tanh")):
+    if recompute == "block" and activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
         return None
     recompute = level_for(recompute, first)
     if (output := known_mlp(input, first, last, activation, p, recompute)) is not None:
