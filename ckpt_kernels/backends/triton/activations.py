@@ -24,8 +24,6 @@ from .piecewise import (
     hardswish_grad,
     hardtanh,
     hardtanh_grad,
-    identity,
-    identity_grad,
     leaky_relu,
     leaky_relu_grad,
     relu,
@@ -46,6 +44,16 @@ def as_stored(activation: str, *stored: torch.Tensor | None) -> str:
     """
     short = all(tensor is None or tensor.element_size() == 2 for tensor in stored)
     return f"rough {activation}" if short and activation in _ROUGH else activation
+
+
+@triton.jit
+def identity(x):
+    return x
+
+
+@triton.jit
+def identity_grad(x):
+    return tl.full(x.shape, 1.0, x.dtype)
 
 
 @triton.jit

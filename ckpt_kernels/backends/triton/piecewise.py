@@ -1,17 +1,7 @@
-"""The activations that are polynomials between bends, and their derivatives: `name(x)` and `name_grad(x)`, on float32."""
+"""The activations that bend, and are polynomials between: `name(x)` and its derivative `name_grad(x)`, on float32."""
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def identity(x):
-    return x
-
-
-@triton.jit
-def identity_grad(x):
-    return tl.full(x.shape, 1.0, x.dtype)
 
 
 @triton.jit

@@ -21,8 +21,8 @@ from .templates import Results, pattern
 
 # Weight and bias of a linear layer.
 Linear = tuple[Tensor, Tensor | None]
-# Of these eager torch keeps no more than the output: out of place, and where they write over their input. Of others that
-# do so it keeps a clone of the input, too.
+# Of these eager torch keeps no more than the output: out of place, and where they write over their input. Where others
+# do it keeps a clone of the input, too.
 _BY_RESULT = ("sigmoid", "tanh")
 _BY_RESULT_IN_PLACE = ("relu", "leaky_relu", "elu")
 
