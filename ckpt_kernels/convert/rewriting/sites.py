@@ -21,8 +21,8 @@ from .templates import Results, pattern
 
 # Weight and bias of a linear layer.
 Linear = tuple[Tensor, Tensor | None]
-# Of these eager torch keeps no more than the output: out of place, and where they write over their input. Where others
-# do it keeps a clone of the input, too.
+# Of these eager torch keeps no more than the output, made anew or written over the input. Of others that write over
+# their input it keeps a clone of that, too.
 _BY_RESULT = ("sigmoid", "tanh")
 _BY_RESULT_IN_PLACE = ("relu", "leaky_relu", "elu")
 
