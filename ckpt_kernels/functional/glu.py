@@ -34,7 +34,7 @@ def glu(
 
     Returns:
         The gate's shape and dtype, and its strides where the gate is dense, in any order of its dimensions. Gradients
-        have the strides of the output's gradient.
+        have the strides of the output's gradient, with a limit those of the output.
 
     Kept for backward:
         Gate and value.

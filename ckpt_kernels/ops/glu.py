@@ -71,8 +71,10 @@ class _Glu(Block):
     def empty_gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: Options, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Both lie alike: as grad_output does, or as gate where grad_output is expanded."""
-        return [elementwise_empty(*grads, *kept) if w else None for w in wanted]
+        """Both lie alike: as grad_output does, or as gate where grad_output is expanded; with a limit, whose mask torch
+        computes of what is limited, as the output."""
+        like = (elementwise_empty(kept[0]), *grads) if options.limit < math.inf else (*grads, *kept)
+        return [elementwise_empty(*like) if w else None for w in wanted]
 
     def gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: Options, wanted: Sequence[bool]
