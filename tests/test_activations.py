@@ -138,7 +138,13 @@ def test_torchs_own_modules_and_functions_are_understood(given: object, name: st
     assert activation_name(given) == name
 
 
-OTHERS = (nn.ELU(alpha=2.0), nn.Softplus(beta=2.0), nn.Hardtanh(-1, 6), nn.PReLU(), "swish", None, 3, torch.sin)
+CHANGED_RELU6 = nn.ReLU6()
+CHANGED_RELU6.max_val = 4.0
+OTHERS = (
+    *(nn.ELU(alpha=2.0), nn.Softplus(beta=2.0), nn.PReLU(), CHANGED_RELU6),
+    *(nn.Hardtanh(-1, 6), nn.Hardtanh(0, 1), nn.Hardtanh(0, 4)),
+    *("swish", None, 3, torch.sin),
+)
 
 
 @pytest.mark.parametrize("given", OTHERS)

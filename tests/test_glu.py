@@ -6,6 +6,7 @@ import torch
 from ckpt_kernels import functional as F
 from ckpt_kernels import nn
 from ckpt_kernels.memory import saved_bytes
+from ckpt_kernels.ops import glu
 from ckpt_kernels.ops.glu import unpack
 
 from .conftest import DEVICE, serving
@@ -98,6 +99,53 @@ def test_limits_are_torchs_clamps_at_the_limits_too(layout: str, backend: str) -
         torch.testing.assert_close(torch.autograd.grad(found.sum(), packed)[0], slopes)
 
 
+CHOICES = ({}, {"limit": 0.5}, {"limit": 0.25}, {"offset": 1.0}, {"offset": -2.0}, {"limit": 0.5, "offset": 1.0})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_limit_and_offset_count_each_by_itself_in_calls_of_one_shape(layout: str, backend: str) -> None:
+    packed = randn(4, 16)
+    gate, value = (part.detach().clone().requires_grad_() for part in unpack(packed, layout))
+    g = torch.randn_like(gate)
+    for options in CHOICES:
+        limit, offset = options.get("limit", float("inf")), options.get("offset", 0.0)
+        expected = torch.nn.functional.silu(gate.clamp(max=limit)) * (value.clamp(-limit, limit) + offset)
+        slopes = torch.autograd.grad(expected, (gate, value), g)
+        found = F.glu(gate, value, **options)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, (gate, value), g), slopes)
+        found = F.packed_glu(packed, layout=layout, **options)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(unpack(torch.autograd.grad(found, packed, g)[0], layout), slopes)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_module_has_limits_in_every_dimension(layout: str, dim: int) -> None:
+    options = {"activation": "quick_gelu", "limit": 0.5, "offset": 1.0}
+    module = nn.GLU(dim, layout=layout, **options)
+    for x in (randn(4, 6, 8), randn(4, 6, 1).expand(4, 6, 8), randn(8, 6, 4).transpose(0, 2)):
+        gate, value = unpack(x.movedim(dim, -1), layout)
+        torch.testing.assert_close(module(x), limited(gate, value, 0.5).movedim(-1, dim))
+    torch.testing.assert_close(module(x, 2 * x), limited(x, 2 * x, 0.5))
+    assert repr(module).endswith(", limit=0.5, offset=1.0)")
+
+
+def test_nan_passes_the_limits(backend: str) -> None:
+    nan, one = torch.tensor([float("nan"), 1.0], device=DEVICE).repeat(8, 1).unbind(1)
+    for gate, value in ((nan, one), (one, nan)):
+        assert F.glu(gate.contiguous(), value.contiguous(), limit=7.0).isnan().all()
+
+
+def test_the_gradient_writes_the_limited_output_again(backend: str) -> None:
+    packed = randn(3, 14).detach()
+    options = glu.PackedOptions("silu", "interleaved", 0.5, 1.0)
+    for operands in ((packed,), tuple(part.contiguous() for part in unpack(packed, "interleaved"))):
+        expected = glu.forward(operands, options)
+        _, output = glu.gradient(torch.ones_like(expected), operands, options, (True, True), rewrite=True)
+        torch.testing.assert_close(output, expected)
+
+
 X = torch.randn(4, 8)
 BAD = {
     "not a tensor": (lambda: F.glu([1.0], X), TypeError, "gate is list"),
@@ -118,6 +166,8 @@ BAD = {
     "limit": (lambda: F.glu(X, X, limit=-7.0), ValueError, "limit is -7.0; expected a number above 0, or None"),
     "limit of nan": (lambda: F.packed_glu(X, limit=float("nan")), ValueError, "limit is nan"),
     "offset": (lambda: F.glu(X, X, offset="1"), TypeError, "offset is '1'; expected a number"),
+    "packed offset": (lambda: F.packed_glu(X, offset=None), TypeError, "offset is None; expected a number"),
+    "limit of another kind": (lambda: F.glu(X, X, limit="7"), TypeError, "limit is '7'; expected a number"),
     "module's limit": (lambda: nn.GLU(limit=0), ValueError, "limit is 0"),
     "layout": (lambda: F.packed_glu(X, layout="mixed"), ValueError, "layout is 'mixed'; expected one of gate_first"),
 }
