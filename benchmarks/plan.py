@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 
 import ckpt_kernels
@@ -150,6 +149,9 @@ def _compiled(case: Case, budget: float) -> nn.Module:
 
     The backend is a function of its own: models of one class would share the graph of the first budget.
     """
+
+    # Slow to import.
+    from torch._inductor.compile_fx import compile_fx
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         with torch._functorch.config.patch(activation_memory_budget=budget):

@@ -1,5 +1,6 @@
 """What the benchmarks say of their figures: which have moved, what the means are, which batch fits."""
 
+import argparse
 import json
 import pathlib
 from typing import Any
@@ -10,10 +11,12 @@ from torch import nn
 
 pytest.importorskip("rich", reason="rich is not installed")
 
-from benchmarks import baseline, report, sweep
+from benchmarks import baseline, plan, report, sweep
 from benchmarks.cases import CASES, Setting
 from benchmarks.measure import measure
 from benchmarks.models import Run, largest_batch
+from ckpt_kernels.levels import OF_MODELS
+from ckpt_kernels.memory import saved_bytes
 
 
 def result(provider: str, total_ms: float, spread: float = 0.01, case: str = "rms_norm+silu") -> dict[str, Any]:
@@ -77,3 +80,44 @@ def test_a_point_of_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
         found["copy_ms"] > 0 and found["total_ms"].keys() == found["fraction_of_copy"].keys() == found["spread"].keys()
     )
     assert "eager" in found["total_ms"]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def stack(layers: int, tokens: int) -> plan.Case:
+    model = nn.Sequential(*(Layer() for _ in range(layers)))
+    return plan.Case(model, (torch.randn(tokens, 8),), {}, list, None)
+
+
+def test_layers_are_checkpointed_one_of_every_k() -> None:
+    case = stack(5, 64)
+    (x,) = case.inputs
+    expected = torch.autograd.grad(case.model(x).square().sum(), list(case.model.parameters()))
+    for k in (2, 3):
+        model = plan._checkpoint_every(case, k)
+        found = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        torch.testing.assert_close(found, expected)
+        kept = [saved_bytes(layer, x.clone().requires_grad_()) == x.nbytes for layer in model]
+        assert kept == [number % k == 0 for number in range(5)]
+        assert model[1] is not case.model[1] and "forward" not in vars(case.model[0])
+
+
+def test_what_a_plan_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plan.CASES, "stack", stack)
+    options = argparse.Namespace(layers=4, tokens=512, budgets=[1e-6, 0.9], rounds=1, compile=False)
+    rows = {row["provider"]: row for row in plan.run("stack", options)["rows"]}
+    # The first budget fits no plan.
+    assert list(rows) == ["eager", *OF_MODELS, "checkpoint every 2", "checkpoint every 3", "plan 0.9"]
+    assert rows["eager"]["peak"] == rows["eager"]["time"] == 1.0
+    planned = rows["plan 0.9"]
+    assert planned["peak"] / planned["budget"] == pytest.approx(planned["of_budget"])
+    assert planned["budget"] == pytest.approx(0.9, rel=0.02) and planned["of_budget"] <= 1.01
+    others = [row["time"] for name, row in rows.items() if name != "plan 0.9" and row["peak"] <= planned["budget"]]
+    assert planned["best_other"] == min(others)

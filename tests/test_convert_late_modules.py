@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ckpt_kernels
+from ckpt_kernels.convert.late_modules import late_conversion_of
 from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE
@@ -245,15 +246,46 @@ def test_copies_go_on(copied: Callable[[nn.Module], nn.Module]) -> None:
     model.body.extra = nn.Dropout(0.5)
     report = ckpt_kernels.convert(model, exclude=["body.extra", "*.gate"])
     ckpt_kernels.revert(model.body.layers[0])
-    known = len(report.replaced)
+    known, names = len(report.replaced), set(vars(model))
     again = copied(copied(model))
-    names = set(vars(model))
+    assert set(vars(model)) == names
     adapted(again, 0.5)(rows())
     assert set(vars(again)) == names == set(vars(model))
     assert type(again.body.extra) is nn.Dropout and type(again.body.layers[0].norm) is nn.RMSNorm
     assert ckpt_kernels.is_converted(again.body.layers[0].mlp.last.drop["first"])
     assert not ckpt_kernels.is_converted(again.body.layers[0].mlp.gate.drop["first"])
     assert len(report.replaced) == known
+
+
+def test_a_shallow_copy_takes_nothing_from_the_model() -> None:
+    model = made()
+    ckpt_kernels.convert(model)
+    again = copy.copy(model)
+    again._modules = {**model._modules, "extra": nn.Dropout(0.5)}
+    again(rows())
+    assert ckpt_kernels.is_converted(again._modules["extra"])
+    del again
+    gc.collect()
+    adapted(model, 0.5)(rows())
+    assert ckpt_kernels.is_converted(model.body.layers[0].mlp.last.drop["first"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copied_by_pickle])
+def test_a_copy_of_a_part_stands_by_itself(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = made()
+    ckpt_kernels.convert(model)
+    part = copied(model.body)
+    assert late_conversion_of(model.body) is not None and late_conversion_of(part) is None
+
+
+def test_several_copies_of_one_state() -> None:
+    model = made()
+    ckpt_kernels.convert(model)
+    construct, arguments, state, *_ = model.__reduce_ex__(4)
+    for _ in range(2):
+        again = construct(*arguments)
+        again.__setstate__(state)
+        assert late_conversion_of(again) is not None
 
 
 class OwnActivation(nn.Module):

@@ -4,10 +4,11 @@ import copy
 import copyreg
 import gc
 import inspect
+import io
 import pickle
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -166,6 +167,87 @@ def test_a_reducer_that_is_registered_for_a_class(when: str, copied: Callable, m
             torch.testing.assert_close(copied(model).to(DEVICE)(rows()), expected)
     finally:
         reducer.pop(Registered, None)
+
+
+class Reduced(WithArguments):
+    """Is given a way of its own to be pickled, before or after it is converted."""
+
+    def __new__(cls, width: int = WIDTH) -> "Reduced":
+        return super().__new__(cls, width)
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+
+
+def restored(state: dict[str, Tensor]) -> Reduced:
+    made = Reduced()
+    made.load_state_dict(state)
+    made.is_restored = True
+    return made
+
+
+@pytest.mark.parametrize("name", ["__reduce__", "__reduce_ex__"])
+def test_a_reducer_that_a_class_is_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Reduced().to(DEVICE)
+    ckpt_kernels.convert(model, recompute="layer")
+    assert ckpt_kernels.is_converted(model)
+    reduce = lambda self, *protocol: (restored, (self.state_dict(),))  # noqa: E731
+    monkeypatch.setattr(Reduced, name, reduce, raising=False)
+    for copied in (copy.copy, copy.deepcopy, pickled):
+        made = copied(model)
+        assert type(made) is Reduced and made.is_restored
+    later = Reduced()
+    report = ckpt_kernels.convert(later, recompute="layer")
+    assert type(later) is Reduced and "is pickled in a way of its own" in str(report)
+
+
+class Stated(WithArguments):
+    """Whose state is not a dict."""
+
+    def __getstate__(self) -> tuple[dict[str, Any]]:
+        return (self.__dict__,)
+
+    def __setstate__(self, state: tuple[dict[str, Any]]) -> None:
+        self.__dict__.update(state[0], is_restored=True)
+
+
+class OwnDict(Stated):
+    """Whose state is the very dict of its attributes."""
+
+    def __getstate__(self) -> Any:
+        return self.__dict__
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__((state,))
+
+
+@pytest.mark.parametrize("kind", [Stated, OwnDict])
+def test_a_state_may_be_of_any_kind(kind: type[Stated]) -> None:
+    model = kind(WIDTH).to(DEVICE)
+    expected, names = model(rows()), set(vars(model))
+    ckpt_kernels.convert(model, recompute="layer")
+    for copied in (copy.copy, copy.deepcopy, pickled):
+        made = copied(model)
+        assert type(made) is type(model) and ckpt_kernels.is_converted(made) and made.is_restored
+        assert set(vars(model)) == names
+        torch.testing.assert_close(made(rows()), expected)
+
+
+class OwnTable(pickle.Pickler):
+    """Does not know the reducers that are registered for all picklers."""
+
+    dispatch_table: ClassVar[dict] = {}
+
+
+def test_a_pickler_with_a_table_of_its_own() -> None:
+    model = nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU()).to(DEVICE)
+    expected = model(rows())
+    ckpt_kernels.convert(model)
+    file = io.BytesIO()
+    OwnTable(file).dump(model)
+    made = pickle.loads(file.getvalue())
+    assert all(map(ckpt_kernels.is_converted, made))
+    torch.testing.assert_close(made(rows()), expected)
 
 
 # Scripts

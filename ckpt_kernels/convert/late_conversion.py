@@ -1,6 +1,7 @@
 """Converts modules that are added to a model after its conversion: the implementation of `late_modules`."""
 
 import contextlib
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -65,6 +66,10 @@ class ContinuedConversion(LateConversion):
 
     def begin(self, model: nn.Module, *others: nn.Module) -> None:
         """Has the forwards of the model, and of `others` in it, look for added modules from now on."""
+        if self._model() is not None:
+            # The model is a shallow copy, whose state holds the conversion of the first model.
+            copy.copy(self).begin(model, *others)
+            return
         self._model = weakref.ref(model)
         self.sizes.update((module, len(module_entries(module))) for module in (model, *others))
         set_late_conversion((model, *others), self)
