@@ -24,6 +24,15 @@ class Lazy(nn.Module):
         return x + self.batch_norm(self.second(F.gelu(self.first(self.norm(x)))))
 
 
+class LazyBuffers(Lazy):
+    """Lazy in nothing but buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.LazyBatchNorm1d(affine=False)
+        self.first, self.second = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+
 class Eager(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -45,10 +54,10 @@ class Model(nn.Module):
         return x
 
 
-def trained(level: Any) -> tuple[list[Tensor], list[Tensor]]:
+def trained(kind: type[nn.Module], level: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients and buffers of two steps of a lazy model, the first of which gives the parameters their shapes."""
     torch.manual_seed(0)
-    model, x = Model(Lazy), torch.randn(6, WIDTH)
+    model, x = Model(kind), torch.randn(6, WIDTH)
     if level is not None:
         ckpt_kernels.convert(model, recompute=level)
     for _ in range(2):
@@ -56,9 +65,10 @@ def trained(level: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [p.grad for p in model.parameters() if p.grad is not None], list(model.buffers())
 
 
+@pytest.mark.parametrize("kind", [Lazy, LazyBuffers])
 @pytest.mark.parametrize("level", LEVELS, ids=str)
-def test_lazy_models_train_as_they_do_unconverted(level: Any) -> None:
-    for found, expected in zip(trained(level), trained(None), strict=True):
+def test_lazy_models_train_as_they_do_unconverted(level: Any, kind: type[nn.Module]) -> None:
+    for found, expected in zip(trained(kind, level), trained(kind, None), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -66,6 +76,10 @@ def test_what_needs_a_copy_of_a_lazy_model_says_so() -> None:
     x = torch.randn(6, WIDTH)
     with pytest.raises(ValueError, match=r"layers\.0\.batch_norm.weight is a lazy parameter; expected the model to be"):
         ckpt_kernels.convert(Model(Lazy), inputs=x)
+    with pytest.raises(ValueError, match=r"layers\.0\.batch_norm.running_mean is a lazy parameter"):
+        ckpt_kernels.convert(Model(LazyBuffers), inputs=x)
+    with pytest.raises(ValueError, match=r"^weight is a lazy parameter"):
+        ckpt_kernels.convert(nn.LazyLinear(WIDTH), inputs=x)
     with pytest.raises(ValueError, match="is a lazy parameter"):
         plan(Model(Lazy), x, budget=1.0)
     assert memory.saved_bytes(Model(Lazy), x) > 0

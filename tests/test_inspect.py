@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from ckpt_kernels import backends
 from ckpt_kernels.catalogue.blocks import BLOCKS, BY_NAME, DROPOUT_BLOCKS
 from ckpt_kernels.inspect import (
     MACHINES,
@@ -284,3 +285,45 @@ def test_launches_are_recorded_only_where_that_is_asked_for() -> None:
     with launch.recording() as launched:
         BY_NAME["layer_norm"].call(**operands)
     assert not launched
+
+
+def test_recordings_nest() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from ckpt_kernels.backends.triton import launch
+    from ckpt_kernels.inspect.variants import block_operands
+
+    operands = block_operands("layer_norm", 64, torch.float32)
+
+    def run() -> None:
+        with backends.serving("triton"):
+            BY_NAME["layer_norm"].call(**operands)
+
+    with launch.recording() as outer:
+        with pytest.raises(KeyError), launch.recording() as inner:
+            run()
+            raise KeyError
+        assert (len(inner), len(outer)) == (1, 0)
+        run()
+    run()
+    assert (len(inner), len(outer)) == (1, 1)
+
+
+def test_variants_are_named_by_pass_and_have_the_columns_of_their_kernels() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from ckpt_kernels.inspect.variants import ROWS, block_operands, variants
+
+    every = list(variants(64, torch.bfloat16))
+    found = {one.name: one for one in every}
+    assert len(found) == len(every) and all(one.elements == ROWS * 64 for one in every)
+    # Contiguous operands without anything for each row or column are one row.
+    flat = ("glu (silu) forward", "glu (silu) backward", "glu (silu) backward and output")
+    flat += ("bias_act (gelu) backward and output",)
+    assert {name: one.columns for name, one in found.items()} == {
+        name: ROWS * 64 if name in flat else 64 for name in found
+    }
+    assert found["layer_norm+gelu again"].launch.kernel.fn.__name__ == "row_norm_forward_kernel"
+    assert {"rotary forward", "group_norm+silu (channels last) backward, row sums"} < found.keys()
+    assert not any("rotary" in one.name for one in variants(2048, torch.bfloat16))
+    operands = block_operands("rotary", 64, torch.bfloat16)
+    assert operands["input"].shape == (1, 9, ROWS, 64) and operands["input"].dtype == torch.bfloat16
+    assert operands["cos"].dtype == torch.float32

@@ -501,3 +501,87 @@ def test_where_saved_tensors_may_be_written_to() -> None:
     ckpt_kernels.convert(converted, recompute="layer")
     for found, expected in zip(gradients_of(converted), gradients_of(model), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class OfSums(nn.Module):
+    """An activation in the layer, of a sum with the layer's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(TF.silu(self.norm2(self.first(self.norm1(x))) + x))
+
+
+class Unsaved(OfSums):
+    """No node saves the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(TF.silu(self.first(TF.silu(x + 1))))
+
+
+class Forgetful(Stack):
+    """The first layer's input needs no gradient any more when the second layer runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers[0](x)
+        x.requires_grad_(False)
+        return self.layers[2](self.layers[1](y))
+
+
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_the_input_of_a_layer_is_read_by_recipes(is_leaf: bool) -> None:
+    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+    kept = {}
+    for kind in (OfSums, Unsaved):
+        model = Stack(kind).to(DEVICE)
+        ckpt_kernels.convert(model, recompute="layer")
+        kept[kind] = saved_bytes(model if is_leaf else lambda x, model=model: model(x * 1), x)
+    # Three inputs, the statistics of six norms, and copies of three biases.
+    assert kept[OfSums] == 3 * (x.nbytes + 4 * 2 * TOKENS * 4 + 4 * WIDTH)
+    assert kept[Unsaved] == x.nbytes
+
+
+def test_a_layer_input_that_needs_no_gradient_any_more() -> None:
+    torch.manual_seed(0)
+    model = Forgetful(OfSums).to(DEVICE)
+    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE)
+
+    def weights() -> list[Tensor]:
+        return list(torch.autograd.grad(model(x.clone().requires_grad_()).square().mean(), list(model.parameters())))
+
+    expected = weights()
+    ckpt_kernels.convert(model, recompute="layer")
+    for found, gradient in zip(weights(), expected, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+class Both(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 2 + grads[1] * 3
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_two_inputs_of_one_node(is_written: bool) -> None:
+    """A write after the sum leaves the gradient of the last weight as it is."""
+    torch.manual_seed(0)
+    module = OfSums().to(DEVICE)
+    x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
+
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        total = module.norm2(module.first(module.norm1(a) + module.norm1(b))) + b
+        if is_written:
+            b.mul_(2)
+        return module.second(TF.silu(total))
+
+    def weight(forward: Callable[..., Tensor]) -> Tensor:
+        return torch.autograd.grad(forward(*Both.apply(x)).square().mean(), module.second.weight)[0]
+
+    torch.testing.assert_close(weight(layer(forward)), weight(forward))

@@ -84,6 +84,8 @@ def test_a_class_that_cannot_be_subclassed_is_planned_as_a_part_of_the_model() -
 
 def test_gradients_are_left_as_they_are() -> None:
     model, x = made(HoldsItsChild)
+    plan(model, x, budget=1.0)
+    assert all(parameter.grad is None for parameter in model.parameters())
     model(x).sum().backward()
     before = [
         (parameter.grad, parameter.grad.clone()) for parameter in model.parameters() if parameter.grad is not None
