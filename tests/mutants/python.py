@@ -207,4 +207,32 @@ PYTHON = (
         "",
         "tests/test_convert_reads.py -k holds_may_write",
     ),
+    Mutant(
+        "a shallow copy of a converted model takes its late conversion",
+        "ckpt_kernels/convert/late_conversion.py",
+        "if «self._model() is not None»:\n            # The model is a shallow copy",
+        "False",
+        "tests/test_convert_late_modules.py -k shallow_copy",
+    ),
+    Mutant(
+        "a layer's input is taken for another output of its node",
+        "ckpt_kernels/recompute/layer_boundaries.py",
+        "tensor.output_nr != output",
+        "False",
+        "tests/test_layer.py -k two_inputs",
+    ),
+    Mutant(
+        "a layer's input is read after a write that autograd does not see",
+        "ckpt_kernels/recompute/layer_boundaries.py",
+        "return tensor if held.is_saved« and tensor._version == held.version»",
+        "",
+        "tests/test_layer.py -k two_inputs",
+    ),
+    Mutant(
+        "a plan of a gate serves calls with another offset",
+        "ckpt_kernels/functional/glu.py",
+        'call = "glu", (gate, value), (activation, limit«, offset»)',
+        "",
+        "tests/test_glu.py -k limit_and_offset",
+    ),
 )

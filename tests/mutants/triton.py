@@ -97,4 +97,18 @@ TRITON = (
         "head[0] - mean",
         "tests/test_rotary_triton.py -k 'in_part and 13-6-3-halves-layer'",
     ),
+    Mutant(
+        "no gradient passes at the limit of a gate, in Triton",
+        "ckpt_kernels/backends/triton/glu.py",
+        "given_u > LIMIT",
+        "given_u >= LIMIT",
+        "tests/test_glu.py -k 'at_the_limits and triton'",
+    ),
+    Mutant(
+        "the offset of a value counts only beside a limit, in Triton",
+        "ckpt_kernels/backends/triton/glu.py",
+        "if OFFSET != 0:",
+        "if LIMIT is not None:",
+        "tests/test_glu.py -k 'limit_and_offset and triton'",
+    ),
 )
