@@ -25,6 +25,8 @@ NAMES = (
     "tanh",
     "hardswish",
     "softplus",
+    "relu6",
+    "hardtanh",
 )
 # Activations whose output has the sign of the input, so that the derivative can be computed from the output.
 SIGNED_BY_OUTPUT = ("relu", "leaky_relu")
@@ -46,22 +48,27 @@ FUNCTIONS = {
     torch.tanh: "tanh",
     F.hardswish: "hardswish",
     F.softplus: "softplus",
+    F.relu6: "relu6",
+    F.hardtanh: "hardtanh",
 }
 
 _GELUS = {"none": "gelu", "tanh": "gelu_tanh"}
 
-# The settings that a module must have to mean the same as the name.
-_MODULES: dict[type[nn.Module], tuple[str, dict[str, object]]] = {
-    nn.Identity: ("identity", {}),
-    nn.ReLU: ("relu", {}),
-    nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
-    nn.ELU: ("elu", {"alpha": 1.0}),
-    nn.SiLU: ("silu", {}),
-    nn.Mish: ("mish", {}),
-    nn.Sigmoid: ("sigmoid", {}),
-    nn.Tanh: ("tanh", {}),
-    nn.Hardswish: ("hardswish", {}),
-    nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
+_FROM_0_TO_6 = {"min_val": 0.0, "max_val": 6.0}
+# For each class of module, the names that a module may mean, and the settings that the module must have for that.
+_MODULES: dict[type[nn.Module], dict[str, dict[str, float]]] = {
+    nn.Identity: {"identity": {}},
+    nn.ReLU: {"relu": {}},
+    nn.LeakyReLU: {"leaky_relu": {"negative_slope": 0.01}},
+    nn.ELU: {"elu": {"alpha": 1.0}},
+    nn.SiLU: {"silu": {}},
+    nn.Mish: {"mish": {}},
+    nn.Sigmoid: {"sigmoid": {}},
+    nn.Tanh: {"tanh": {}},
+    nn.Hardswish: {"hardswish": {}},
+    nn.Softplus: {"softplus": {"beta": 1.0, "threshold": 20.0}},
+    nn.ReLU6: {"relu6": _FROM_0_TO_6},
+    nn.Hardtanh: {"relu6": _FROM_0_TO_6, "hardtanh": {"min_val": -1.0, "max_val": 1.0}},
 }
 
 
@@ -100,9 +107,9 @@ def name_of(activation: object) -> str | None:
     elif isinstance(activation, nn.GELU) and type(activation.approximate) is str and activation.approximate in _GELUS:
         return _GELUS[activation.approximate]
     elif isinstance(activation, nn.Module) and type(activation) in _MODULES:
-        name, settings = _MODULES[type(activation)]
-        if all(_is_same(getattr(activation, key), value) for key, value in settings.items()):
-            return name
+        for name, settings in _MODULES[type(activation)].items():
+            if all(_is_same(getattr(activation, key), value) for key, value in settings.items()):
+                return name
     elif callable(activation) and activation in FUNCTIONS:
         return FUNCTIONS[activation]
     return None

@@ -1,5 +1,8 @@
-// What one glu block computes, as plain pointers: output = activation(gate) * value.
+// What one glu block computes, as plain pointers: output = activation(min(gate, limit)) * (clamp(value, -limit, limit)
+// + offset). No limit is an infinite one.
 #pragma once
+
+#include <math.h>
 
 #include "rows.h"
 
@@ -10,6 +13,7 @@ struct Glu {
   int64_t step = 1;  // 2 where gate and value are interleaved: value begins one element after gate, as do the gradients
   Rows gate, value;
   int activation = 0;
+  double limit = INFINITY, offset = 0;
 };
 
 struct GluForward : Glu {

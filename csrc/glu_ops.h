@@ -21,7 +21,7 @@ struct GluOps {
   }
 
   static void set_operands(Glu& a, const Operands& operands, const Tensor& gate, const Tensor& value,
-                           int64_t activation) {
+                           int64_t activation, double limit, double offset) {
     // What has another shape is in one piece, and one row.
     a.rows = gate.dim() == 2 ? gate.size(0) : 1;
     a.columns = gate.dim() == 2 ? gate.size(1) : gate.numel();
@@ -31,21 +31,24 @@ struct GluOps {
     STD_TORCH_CHECK(a.step == 1 || (a.step == 2 && take_turns(a.gate, a.value, operands.kind)),
                     "expected gate and value to take turns");
     a.activation = int(activation);
+    a.limit = limit;
+    a.offset = offset;
   }
 
-  static void forward(Tensor gate, Tensor value, Tensor output, int64_t activation) {
+  static void forward(Tensor gate, Tensor value, Tensor output, int64_t activation, double limit, double offset) {
     const Operands operands("gate", gate);
     GluForward a;
-    set_operands(a, operands, gate, value, activation);
+    set_operands(a, operands, gate, value, activation, limit, offset);
     a.output = operands.rows("output", output, a.rows, a.columns);
     Device::run_forward(a, gate, operands.kind);
   }
 
   static void backward(Tensor grad_output, Tensor gate, Tensor value, OptionalTensor grad_gate,
-                       OptionalTensor grad_value, OptionalTensor output, int64_t activation) {
+                       OptionalTensor grad_value, OptionalTensor output, int64_t activation, double limit,
+                       double offset) {
     const Operands operands("gate", gate);
     GluBackward a;
-    set_operands(a, operands, gate, value, activation);
+    set_operands(a, operands, gate, value, activation, limit, offset);
     a.grad_output = operands.rows("grad_output", grad_output, a.rows, a.columns);
     a.grad_gate = operands.rows("grad_gate", grad_gate, a.rows, a.columns, a.step);
     a.grad_value = operands.rows("grad_value", grad_value, a.rows, a.columns, a.step);

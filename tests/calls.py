@@ -133,6 +133,8 @@ _OPTIONS: dict[str, Callable[[_Shapes], Any]] = {
     "layout": lambda s: s.draw(st.sampled_from(("gate_first", "value_first", "interleaved"))),
     "recompute": lambda s: s.draw(st.sampled_from(("block", "output", "all"))),
     "process_group": lambda s: None,
+    "limit": lambda s: s.draw(st.sampled_from((None, None, 0.5))),
+    "offset": lambda s: s.draw(st.sampled_from((0.0, 1.0))),
 }
 _ROWS: dict[str, Callable[[_Shapes], Any]] = {
     **dict.fromkeys(("input", "residual", "gate", "value"), lambda s: s.tensor(*s.lead, s.columns)),

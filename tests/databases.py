@@ -34,6 +34,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "nn.functional.hardswish": nn.Hardswish,
     "nn.functional.softplus": nn.Softplus,
+    "nn.functional.relu6": nn.ReLU6,
+    "nn.functional.hardtanh": nn.Hardtanh,
 }
 _NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
 NAMESAKES = (

@@ -23,10 +23,10 @@ def whole_range(fine: bool = True) -> torch.Tensor:
         [
             torch.logspace(-45, 38, 400 if fine else 84, dtype=torch.float64).float(),
             torch.linspace(0, 100, 2001 if fine else 401),
-            torch.tensor([0.0, 1e-40, 20.0, 3.0, 88.7, 103.9, torch.finfo(torch.float32).max]),
+            torch.tensor([0.0, 1e-40, 1.0, 3.0, 6.0, 20.0, 88.7, 103.9, torch.finfo(torch.float32).max]),
         ]
     )
-    kinks = torch.tensor([3.0, 20.0])
+    kinks = torch.tensor([1.0, 3.0, 6.0, 20.0])
     magnitudes = torch.cat([magnitudes, torch.nextafter(kinks, torch.tensor(0.0)), torch.nextafter(kinks, kinks * 2)])
     return torch.cat([magnitudes, -magnitudes])
 
@@ -106,7 +106,8 @@ def test_every_table_has_every_activation() -> None:
     table = dict(re.findall(r"X\((\d+), (\w+)\)", header))
     assert [table[str(code)].lower() for code in CODES.values()] == [name.replace("_", "") for name in NAMES]
     assert f"activation_count = {len(NAMES)};" in header
-    triton = (ROOT / "ckpt_kernels" / "backends" / "triton" / "activations.py").read_text()
+    folder = ROOT / "ckpt_kernels" / "backends" / "triton"
+    triton = "".join((folder / f"{file}.py").read_text() for file in ("piecewise", "activations"))
     for name in NAMES:
         assert f"def {name}(x):" in triton and f"def {name}_grad(x):" in triton
         assert triton.count(f'ACTIVATION == "{name}"') == 2
@@ -121,10 +122,15 @@ def test_every_table_has_every_activation() -> None:
         (nn.LeakyReLU(), "leaky_relu"),
         (nn.Softplus(), "softplus"),
         (nn.Identity(), "identity"),
+        (nn.ReLU6(), "relu6"),
+        (nn.Hardtanh(), "hardtanh"),
+        (nn.Hardtanh(0, 6), "relu6"),
         (F.silu, "silu"),
         (F.gelu, "gelu"),
         (torch.tanh, "tanh"),
         (torch.relu, "relu"),
+        (F.relu6, "relu6"),
+        (F.hardtanh, "hardtanh"),
         ("mish", "mish"),
     ],
 )
@@ -132,7 +138,10 @@ def test_torchs_own_modules_and_functions_are_understood(given: object, name: st
     assert activation_name(given) == name
 
 
-@pytest.mark.parametrize("given", [nn.ELU(alpha=2.0), nn.Softplus(beta=2.0), nn.PReLU(), "swish", None, 3, torch.sin])
+OTHERS = (nn.ELU(alpha=2.0), nn.Softplus(beta=2.0), nn.Hardtanh(-1, 6), nn.PReLU(), "swish", None, 3, torch.sin)
+
+
+@pytest.mark.parametrize("given", OTHERS)
 def test_what_means_something_else_is_refused(given: object) -> None:
     with pytest.raises(ValueError, match="activation is"):
         activation_name(given)

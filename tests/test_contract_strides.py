@@ -129,8 +129,8 @@ def test_the_dispatchers_path_and_the_compilers_know_the_strides(block: Block, l
     options = {
         "bias_act": (*[None] * (3 - len(operands)), "silu", 0.0),
         "dyt": (*[None] * (4 - len(operands)),),
-        "glu": ("silu",),
-        "packed_glu": ("silu", block.options.get("layout")),
+        "glu": ops.glu.Options("silu"),
+        "packed_glu": ops.glu.PackedOptions("silu", block.options.get("layout")),
     }[block.function]
     overload = getattr(torch.ops.ckpt_kernels, block.function).default
     backward = getattr(torch.ops.ckpt_kernels, f"{block.function}_backward").default

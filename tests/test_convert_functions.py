@@ -77,6 +77,18 @@ class Plain(nn.Module):
         return self.last(own_gelu(self.first(x)))
 
 
+class Ramp(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.hardtanh(self.first(x), 0.0, 6.0))
+
+
+class WrittenHardswish(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h * F.relu6(h + 3.0) / 6.0
+        return self.last(h)
+
+
 class Halves(nn.Module):
     """A packed gate."""
 
@@ -122,6 +134,7 @@ def check(made: Callable[[], nn.Module], x: Tensor, said: str, units: int) -> nn
         (lambda: Gated(own_gelu), "gated MLP", 13),
         (lambda: Gated(own_silu), "gated MLP", 13),
         (Plain, "MLP", 9),
+        (WrittenHardswish, "MLP", 9),
         (Halves, "packed gated MLP", 13),
     ],
 )
@@ -129,6 +142,16 @@ def test_functions_of_the_file_are_activations(
     made: Callable[[], nn.Module], said: str, units: int, rows: Tensor
 ) -> None:
     check(made, rows, said, units)
+
+
+def test_one_of_torchs_functions_is_known_by_its_arguments(rows: Tensor) -> None:
+    model = Ramp().to(DEVICE)
+    eager = copy.deepcopy(model)
+    report = ckpt_kernels.convert(model, recompute="all")
+    assert [entry.by for entry in report.replaced] == ["MLP"]
+    for found, expected in zip(results(model, 4 * rows), results(eager, 4 * rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert saved_bytes(model, rows) == rows.nbytes
 
 
 @pytest.mark.parametrize("act", [cubed, counted, lambda x: x * torch.sigmoid(x)])

@@ -50,9 +50,9 @@ class Halved(nn.LayerNorm):
     ("make", "words"),
     (
         (lambda: nn.LeakyReLU(0.3), "computes none of our activations"),
-        (nn.ReLU6, "computes none of our activations"),
+        (nn.Hardsigmoid, "computes none of our activations"),
         (lambda: nn.LeakyReLU(0.3, inplace=True), "computes none of our activations"),
-        (nn.Hardtanh, "computes none of our activations"),
+        (lambda: nn.Hardtanh(-2, 2), "computes none of our activations"),
         (nn.RReLU, "computes none of our activations"),
         (nn.PReLU, "has parameters"),
         (SnakeActivation, "has parameters"),

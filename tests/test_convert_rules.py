@@ -65,6 +65,11 @@ SEQUENTIALS = {
         "norm, activation",
         (2, 3, 9, 9),
     ),
+    "conv, norm, relu6, conv": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.Conv2d(8, 4, 3)),
+        "norm, activation",
+        (2, 3, 9, 9),
+    ),
     "conv, group norm, act": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 4, 3)),
         "norm, activation",

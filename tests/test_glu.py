@@ -73,6 +73,31 @@ def test_the_output_lies_as_torchs_where_the_input_is_expanded(expanded: str, ba
     assert nn.GLU(dim, layout="gate_first")(input).stride() == expected.stride()
 
 
+def limited(gate: torch.Tensor, value: torch.Tensor, limit: float) -> torch.Tensor:
+    """As in GPT-OSS."""
+    gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+    return (value + 1) * (gate * torch.sigmoid(1.702 * gate))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_limits_are_torchs_clamps_at_the_limits_too(layout: str, backend: str) -> None:
+    edges = torch.tensor([-7.5, -7.0, -0.5, 0.0, 3.0, 7.0, 7.5, float("inf")], device=DEVICE)
+    gate, value = edges.repeat_interleave(8), edges.repeat(8)
+    pair = [value, gate] if layout == "value_first" else [gate, value]
+    packed = torch.stack(pair, -1).reshape(1, -1) if layout == "interleaved" else torch.cat(pair)[None]
+    packed.requires_grad_()
+    expected = limited(*unpack(packed, layout), 7.0)
+    (slopes,) = torch.autograd.grad(expected.sum(), packed)
+    options = {"activation": "quick_gelu", "limit": 7.0, "offset": 1.0}
+    for found in (
+        F.packed_glu(packed, layout=layout, **options),
+        F.glu(*unpack(packed, layout), **options),
+        nn.GLU(layout=layout, **options)(packed),
+    ):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), packed)[0], slopes)
+
+
 X = torch.randn(4, 8)
 BAD = {
     "not a tensor": (lambda: F.glu([1.0], X), TypeError, "gate is list"),
@@ -90,6 +115,10 @@ BAD = {
     "module's scalar": (lambda: nn.GLU()(X[0, 0]), RuntimeError, r"input has shape \(\); expected at least one"),
     "module's odd dim": (lambda: nn.GLU(0)(X[:3]), RuntimeError, "expected dimension 0 of even length"),
     "module's layout": (lambda: nn.GLU(layout="mixed"), ValueError, "layout is 'mixed'"),
+    "limit": (lambda: F.glu(X, X, limit=-7.0), ValueError, "limit is -7.0; expected a number above 0, or None"),
+    "limit of nan": (lambda: F.packed_glu(X, limit=float("nan")), ValueError, "limit is nan"),
+    "offset": (lambda: F.glu(X, X, offset="1"), TypeError, "offset is '1'; expected a number"),
+    "module's limit": (lambda: nn.GLU(limit=0), ValueError, "limit is 0"),
     "layout": (lambda: F.packed_glu(X, layout="mixed"), ValueError, "layout is 'mixed'; expected one of gate_first"),
 }
 

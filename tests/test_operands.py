@@ -64,6 +64,7 @@ def _row_norm_gradients() -> dict[str, Tensor]:
     return gradients | {"grad_weight": many(COLUMNS), "grad_bias": many(COLUMNS)}
 
 
+_GATE = {"activation": 1, "limit": 7.0, "offset": 1.0}
 _PIECES = {"planes": True, "samples": SAMPLES, "piece_rows": COLUMNS, "activation": 1, "by_output": False}
 _SETS = {"groups": 0, "count": 16.0, "eps": 1e-5, "fixed": False, "given_statistics": False}
 
@@ -96,12 +97,11 @@ CALLS: dict[str, tuple[str, Callable[[], dict[str, object]]]] = {
         "row_norm_backward",
         lambda: _row_norm(gate=matrix(), grad_gate=matrix(), **_row_norm_gradients() | {"output": None}),
     ),
-    "glu": ("glu_forward", lambda: {"gate": matrix(), "value": matrix(), "output": matrix(), "activation": 1}),
+    "glu": ("glu_forward", lambda: {"gate": matrix(), "value": matrix(), "output": matrix()} | _GATE),
     "glu backward": (
         "glu_backward",
         lambda: (
-            {name: matrix() for name in ("grad_output", "gate", "value", "grad_gate", "grad_value", "output")}
-            | {"activation": 1}
+            {name: matrix() for name in ("grad_output", "gate", "value", "grad_gate", "grad_value", "output")} | _GATE
         ),
     ),
     "bias_act": (

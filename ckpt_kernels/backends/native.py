@@ -25,9 +25,9 @@ _SCHEMAS = (
     " Tensor? bias, Tensor? seed, Tensor? mean, Tensor rstd, Tensor(a!)? grad_input, Tensor(b!)? grad_residual,"
     " Tensor(c!)? grad_gate, Tensor(d!)? grad_weight, Tensor(e!)? grad_bias, Tensor(f!)? output, int pre_activation,"
     " int activation, float weight_offset, bool cast_before_weight, float dropout_p, bool gate_before_norm) -> ()",
-    "glu_forward(Tensor gate, Tensor value, Tensor(a!) output, int activation) -> ()",
+    "glu_forward(Tensor gate, Tensor value, Tensor(a!) output, int activation, float limit, float offset) -> ()",
     "glu_backward(Tensor grad_output, Tensor gate, Tensor value, Tensor(a!)? grad_gate, Tensor(b!)? grad_value,"
-    " Tensor(c!)? output, int activation) -> ()",
+    " Tensor(c!)? output, int activation, float limit, float offset) -> ()",
     "bias_act_forward(Tensor input, Tensor? bias, Tensor? seed, Tensor(a!) output, int activation, float dropout_p)"
     " -> ()",
     "bias_act_backward(Tensor grad_output, Tensor input, Tensor? bias, Tensor? seed, Tensor(a!)? grad_input,"
@@ -181,8 +181,8 @@ def _by_name(op: torch._ops.OpOverload, after: int) -> Callable[..., None]:
     return launch
 
 
-glu_forward = _by_name(_ops.glu_forward.default, 0)
-glu_backward = _by_name(_ops.glu_backward.default, 0)
+glu_forward = _by_name(_ops.glu_forward.default, 2)
+glu_backward = _by_name(_ops.glu_backward.default, 2)
 bias_act_forward = _by_name(_ops.bias_act_forward.default, 1)
 bias_act_backward = _by_name(_ops.bias_act_backward.default, 1)
 dyt_forward, dyt_backward = _ops.dyt_forward.default, _ops.dyt_backward.default

@@ -130,16 +130,31 @@ def modulated_rms_norm(
 
 
 @block("glu", rows=("gate", "value"), kept=("gate", "value"), **_NO_NORM)
-def glu(gate: Tensor, value: Tensor, *, activation: str) -> Tensor:
+def glu(gate: Tensor, value: Tensor, *, activation: str, limit: float | None = None, offset: float = 0.0) -> Tensor:
     """act(gate) * value"""
+    gate, value = _limited(gate, value, limit, offset)
     return ACT[activation](gate) * value
 
 
 @block("packed_glu", packed=True, **_NO_NORM)
-def packed_glu(input: Tensor, *, activation: str, layout: str = "gate_first") -> Tensor:
+def packed_glu(
+    input: Tensor,
+    *,
+    activation: str,
+    layout: str = "gate_first",
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
     """act(gate) * value, both in one input"""
     first, second = (input[..., ::2], input[..., 1::2]) if layout == "interleaved" else input.chunk(2, -1)
-    return first * ACT[activation](second) if layout == "value_first" else ACT[activation](first) * second
+    gate, value = _limited(*((second, first) if layout == "value_first" else (first, second)), limit, offset)
+    return ACT[activation](gate) * value
+
+
+def _limited(gate: Tensor, value: Tensor, limit: float | None, offset: float) -> tuple[Tensor, Tensor]:
+    if limit is not None:
+        gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+    return gate, value + offset if offset else value
 
 
 @block("bias_act", _elementwise, **_NO_NORM | {"coefficients": ("bias",)})
@@ -279,6 +294,8 @@ BLOCKS = (
     packed_glu("packed_glu (gelu)", activation="gelu"),
     packed_glu("packed_glu (sigmoid, value first)", activation="sigmoid", layout="value_first"),
     packed_glu("packed_glu (silu, interleaved)", activation="silu", layout="interleaved"),
+    glu("glu (silu, limited)", activation="silu", limit=0.75),
+    packed_glu("packed_glu (limited)", activation="quick_gelu", layout="interleaved", limit=0.75, offset=1.0),
     bias_act("bias_act (gelu)", activation="gelu"),
     replace(bias_act("bias_act (silu, no bias)", activation="silu"), coefficients=()),
     bias_act("bias_act (relu)", activation="relu"),

@@ -22,7 +22,7 @@ from .code.memoization import forget_local_results
 from .late_modules import remove_late_conversion
 from .model_conversion import ModelConversion
 from .module_levels import Levels, LevelSource
-from .module_tree import modules_of, named_modules
+from .module_tree import check_initialized, modules_of, named_modules
 from .report import LeftAlone, Replaced, Report
 from .rules.heads import heads_in
 from .selection import choice_of
@@ -95,6 +95,8 @@ def convert(
     if levels.has_offloaded:
         offload.warn_if_simulated(model)
     choices = choice_of(model, include, "include"), choice_of(model, exclude, "exclude")
+    if inputs is not None:
+        check_initialized(model)
     before = None if inputs is None else kept_bytes(model, inputs, revert)
     revert(model)
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from .attribute_loads import is_set
-from .module_tree import modules_of, named_modules
+from .module_tree import initialized_parameters, modules_of, named_modules
 from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
 
@@ -72,11 +72,11 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 
 def _matrices(module: nn.Module) -> int:
-    return sum(p.dim() > 1 for m in modules_of(module) for p in m._parameters.values() if p is not None)
+    return sum(parameter.dim() > 1 for parameter in initialized_parameters(module))
 
 
 def _size(module: nn.Module) -> int:
-    return sum(p.numel() for m in modules_of(module) for p in m._parameters.values() if p is not None)
+    return sum(parameter.numel() for parameter in initialized_parameters(module))
 
 
 def above_lists(model: nn.Module) -> dict[nn.Module, None]:

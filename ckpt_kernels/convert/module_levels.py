@@ -86,7 +86,8 @@ class Levels:
         self.named: dict[nn.Module, tuple[Policy, tuple[Place, ...]]] = {}
         self._level: dict[nn.Module, str] = {}
         whole = recompute if isinstance(recompute, str) else getattr(recompute, "whole", None)
-        self.whole = Policy.of(whole or "output", OF_MODELS if isinstance(recompute, str) else OF_LAYERS, "recompute")
+        known = OF_MODELS if isinstance(recompute, str) else OF_LAYERS
+        self.whole = Policy.of("output" if whole is None else whole, known, "recompute")
         self.is_by_module = whole is None
         if isinstance(recompute, str):
             return

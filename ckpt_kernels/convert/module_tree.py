@@ -7,6 +7,7 @@ here read torch's own dicts (`_modules`, `_parameters`, `_buffers`) and never ta
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -33,6 +34,20 @@ def named_modules(model: nn.Module, duplicates: bool = False) -> Iterator[tuple[
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     """The module and all modules below, each once."""
     return (module for _, module in named_modules(model))
+
+
+def initialized_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the module and of all modules below, without lazy ones, which have no shape yet."""
+    return (p for m in modules_of(model) for p in m._parameters.values() if p is not None and not is_lazy(p))
+
+
+def check_initialized(model: nn.Module) -> None:
+    """Raises ValueError if a parameter or buffer is lazy: a model with such tensors cannot be copied."""
+    for name, module in named_modules(model):
+        for key, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None and is_lazy(tensor):
+                place = f"{name}.{key}" if name else key
+                raise ValueError(f"{place} is a lazy parameter; expected the model to be called once before")
 
 
 def has_children(module: nn.Module) -> bool:

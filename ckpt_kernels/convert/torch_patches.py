@@ -15,8 +15,8 @@ from torch import Tensor
 from .code.call_graph import belongs_to_torch
 from .native_guards import Binding, are_same_untraced
 
-_OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish instance_norm layer_norm leaky_relu linear mish
-    relu rms_norm sigmoid silu softplus tanh""".split()
+_OF_FUNCTIONAL = """batch_norm dropout elu gelu glu group_norm hardswish hardtanh instance_norm layer_norm leaky_relu
+    linear mish relu relu6 rms_norm sigmoid silu softplus tanh""".split()
 _OF_TORCH = """add addmm batch_norm chunk erf group_norm instance_norm layer_norm mul pow relu rms_norm rsqrt sigmoid
     sqrt square tanh""".split()
 _METHODS = """__add__ __iadd__ __getitem__ __mul__ __neg__ __radd__ __rmul__ __sub__ __truediv__ add chunk div float

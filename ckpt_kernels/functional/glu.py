@@ -1,37 +1,48 @@
 """Gates."""
 
+import math
+
 from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
-from .checks import check_like, check_tensor, promoted, shape_of
+from .checks import check_like, check_tensor, number, promoted, shape_of
 
 
-def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tensor:
+def glu(
+    gate: Tensor,
+    value: Tensor,
+    *,
+    activation: Activation = "silu",
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
     r"""A gate and its product with a value in one kernel a pass: SwiGLU, GEGLU, ReGLU and, with "sigmoid", GLU.
 
     .. math::
-        y = \mathrm{act}(g) \odot v
+        y = \mathrm{act}(\min(g, l)) \odot (\max(\min(v, l), -l) + o)
 
     Args:
         gate: g, of any shape; float32, bfloat16, float16 or float64.
         value: v, of the gate's shape and dtype.
         activation: act; "silu" makes SwiGLU, "gelu" GEGLU, "relu" ReGLU.
+        limit: l, above 0, of gate and value; None for none. As by `torch.clamp`, no gradient passes beyond it.
+        offset: o, added to the value. GPT-OSS has "quick_gelu", a limit of 7 and an offset of 1.
 
     Both may be views, such as the two halves of one product, and are not copied as long as their innermost dimension is
     contiguous.
 
     Returns:
         The gate's shape and dtype, and its strides where the gate is dense, in any order of its dimensions. Gradients
-        have the strides of the output's gradient.
+        have the strides of the output's gradient, with a limit those of the output.
 
     Kept for backward:
         Gate and value.
 
     Raises:
         RuntimeError: the value has another shape, dtype or device than the gate.
-        ValueError: the activation is unknown.
-        TypeError: an argument is no tensor.
+        ValueError: the activation is unknown, or the limit is not above 0.
+        TypeError: gate or value are no tensors, limit or offset no numbers.
 
     Example:
         >>> gate, value = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
@@ -43,31 +54,49 @@ def glu(gate: Tensor, value: Tensor, *, activation: Activation = "silu") -> Tens
 
     Source:
         Shazeer, "GLU Variants Improve Transformer", 2020; Dauphin et al., "Language Modeling with Gated Convolutional
-        Networks", 2017.
+        Networks", 2017; limits and offset: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025.
     """
-    call = "glu", (gate, value), (activation,)
+    call = "glu", (gate, value), (activation, limit, offset)
     plan = thin.plan_of(*call)
     if plan is not None:
         return plan(gate, value)
     gate, value = promoted(gate, value)
     check_tensor(gate, "gate", nested=True)
     check_like(value, "value", gate, "gate")
-    options = ops.glu.Options(activation_name(activation))
+    options = ops.glu.Options(activation_name(activation), *limits(limit, offset))
     thin.remember(thin.glu.glu(*call[1], options), *call)
     return ops.glu.glu(gate, value, options)
 
 
-def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = "gate_first") -> Tensor:
+def limits(limit: float | None, offset: float) -> tuple[float, float]:
+    """Both as numbers, infinity for no limit."""
+    highest = math.inf if limit is None else number(limit, "limit")
+    if not highest > 0:
+        raise ValueError(f"limit is {limit}; expected a number above 0, or None")
+    return highest, number(offset, "offset")
+
+
+def packed_glu(
+    input: Tensor,
+    *,
+    activation: Activation = "silu",
+    layout: str = "gate_first",
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
     r"""A gate and its product with a value, both of one tensor, in one kernel a pass.
 
     .. math::
-        y = \mathrm{act}(g) \odot v, \qquad x = [g, v],\ [v, g]\ \text{or}\ (g_0, v_0, g_1, v_1, \ldots)
+        y = \mathrm{act}(\min(g, l)) \odot (\max(\min(v, l), -l) + o), \\
+        x = [g, v],\ [v, g]\ \text{or}\ (g_0, v_0, g_1, v_1, \ldots)
 
     Args:
         input: x, `(*, 2 N)`; float32, bfloat16, float16 or float64.
         activation: act, applied to the gate.
         layout: "gate_first" (gate, then value: Phi-3), "value_first" (value, then gate: `torch.nn.functional.glu`), or
             "interleaved" (gate at even places, value at odd ones).
+        limit: l, above 0, of gate and value; None for none.
+        offset: o, added to the value.
 
     Returns:
         `(*, N)`, of the input's dtype; the dimensions lie in memory in the order of the input's.
@@ -77,8 +106,8 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
 
     Raises:
         RuntimeError: the last dimension is of odd length, or the dtype is none of the above.
-        ValueError: activation or layout are unknown.
-        TypeError: the input is no tensor.
+        ValueError: activation or layout are unknown, or the limit is not above 0.
+        TypeError: the input is no tensor, or limit or offset are no numbers.
 
     Example:
         >>> x = torch.randn(8, 128)
@@ -89,7 +118,7 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
     Source:
         Shazeer, "GLU Variants Improve Transformer", 2020; `torch.nn.functional.glu`.
     """
-    call = "packed_glu", (input,), (activation, layout)
+    call = "packed_glu", (input,), (activation, layout, limit, offset)
     plan = thin.plan_of(*call)
     if plan is not None:
         return plan(input)
@@ -98,7 +127,7 @@ def packed_glu(input: Tensor, *, activation: Activation = "silu", layout: str = 
     ragged = input.is_nested and getattr(input, "_ragged_idx", None) == input.dim() - 1
     if input.dim() == 0 or ragged or input.shape[-1] % 2:
         raise RuntimeError(f"input has shape {shape_of(input)}; expected a last dimension of even length")
-    options = ops.glu.PackedOptions(activation_name(activation), layout)
+    options = ops.glu.PackedOptions(activation_name(activation), layout, *limits(limit, offset))
     if not input.is_nested:
         thin.remember(thin.glu.packed_glu(input, options), *call)
     return ops.glu.packed_glu(input, options)

@@ -110,6 +110,9 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
     Returns:
         A `Report`, which prints as a table.
 
+    Raises:
+        TypeError: `model` is no module.
+
     Example:
         >>> model = torch.nn.Sequential(ckpt_kernels.nn.LayerNorm(64, activation="gelu"), torch.nn.Linear(64, 64))
         >>> report = ckpt_kernels.memory.report(model, torch.randn(8, 64))
@@ -118,6 +121,8 @@ def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
         >>> [(module.name, module.saved, module.discarding) for module in report.modules]
         [('0', 2112, 2112), ('1', 2048, 0)]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     plain = _measured(model, inputs, kwargs)
     with _replaced_forward(model, discard_outputs()(model.forward)):
         discarding = _measured(model, inputs, kwargs)

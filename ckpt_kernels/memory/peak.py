@@ -17,10 +17,15 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
     Returns:
         The number of bytes, as an int.
 
+    Raises:
+        TypeError: `fn` is not callable.
+
     Example:
         >>> ckpt_kernels.memory.peak_bytes(lambda: torch.ones(1024).sum()) >= 4096
         True
     """
+    if not callable(fn):
+        raise TypeError(f"fn is {type(fn).__name__}; expected a function")
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         start = torch.cuda.memory_allocated(device)

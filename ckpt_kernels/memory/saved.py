@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..nested_values import tensors_in
 
@@ -29,6 +30,9 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | N
 
     Returns:
         The number of bytes, as an int.
+
+    Raises:
+        TypeError: `fn` is not callable.
 
     Example:
         >>> x = torch.randn(8, 64, requires_grad=True)
@@ -108,10 +112,13 @@ def _module(fn: Callable[..., Any]) -> nn.Module | None:
 def _saved(
     fn: Callable[..., Any], args: tuple, kwargs: dict[str, Any], parameters_of: nn.Module | None, but_for_output: bool
 ) -> list[SavedTensor]:
+    if not callable(fn):
+        raise TypeError(f"fn is {type(fn).__name__}; expected a function or a module")
     modules: list[str] = [""]
     owned = set()
     if parameters_of is not None:
-        owned = {_storage(t) for t in (*parameters_of.parameters(), *parameters_of.buffers())}
+        tensors = (*parameters_of.parameters(), *parameters_of.buffers())
+        owned = {_storage(tensor) for tensor in tensors if not is_lazy(tensor)}
     packed: list[tuple[str, weakref.ref[_PackedTensor]]] = []
 
     def pack(tensor: Tensor) -> _PackedTensor:

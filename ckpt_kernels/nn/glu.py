@@ -1,11 +1,14 @@
 """Gated linear units as a module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..functional.glu import limits
 from ..ops.glu import layout_name
 from .extras import extras, recorded
 
@@ -14,7 +17,7 @@ class GLU(nn.Module):
     r"""A gate and its product with a value, as one block.
 
     .. math::
-        y = \mathrm{act}(g) \odot v
+        y = \mathrm{act}(\min(g, l)) \odot (\max(\min(v, l), -l) + o)
 
     `forward(input)` takes gate and value out of one tensor; as constructed by default it computes what `torch.nn.GLU`
     does. `forward(gate, value)` takes them as two. The output's dimensions lie in memory as the input's.
@@ -23,6 +26,8 @@ class GLU(nn.Module):
         dim: the dimension that packs the two.
         activation: act, applied to the gate.
         layout: "value_first" as torch's, "gate_first" or "interleaved".
+        limit: l, above 0, of gate and value; None for none.
+        offset: o, added to the value.
 
     Shape:
         `(*, 2 N, *)` to `(*, N, *)`; or twice any shape to the same.
@@ -42,24 +47,44 @@ class GLU(nn.Module):
     have.
     """
 
-    def __init__(self, dim: int = -1, *, activation: Activation = "sigmoid", layout: str = "value_first") -> None:
+    def __init__(
+        self,
+        dim: int = -1,
+        *,
+        activation: Activation = "sigmoid",
+        layout: str = "value_first",
+        limit: float | None = None,
+        offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.activation = activation_name(activation)
         self.layout = layout_name(layout)
+        limits(limit, offset)
+        self.limit, self.offset = limit, offset
 
     def forward(self, input: Tensor, value: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input, value)) is not None:
             return call
-        return _gated(input, value, self.dim, self.activation, self.layout)
+        return _gated(input, value, self.dim, self.activation, self.layout, self.limit, self.offset)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}" + extras(activation=(self.activation, "sigmoid"), layout=(self.layout, "value_first"))
+        layout = {"activation": (self.activation, "sigmoid"), "layout": (self.layout, "value_first")}
+        return f"dim={self.dim}" + extras(**layout, limit=(self.limit, None), offset=(self.offset, 0.0))
 
 
-def _gated(input: Tensor, value: Tensor | None, dim: int, activation: str, layout: str) -> Tensor:
+def _gated(
+    input: Tensor,
+    value: Tensor | None,
+    dim: int,
+    activation: str,
+    layout: str,
+    limit: float | None,
+    offset: float,
+) -> Tensor:
+    options: dict[str, Any] = {"activation": activation, "limit": limit, "offset": offset}
     if value is not None:
-        return F.glu(input, value, activation=activation)
+        return F.glu(input, value, **options)
     dims = input.dim()
     if dims == 0:
         raise RuntimeError("input has shape (); expected at least one dimension")
@@ -69,17 +94,17 @@ def _gated(input: Tensor, value: Tensor | None, dim: int, activation: str, layou
     if input.shape[dim] % 2:
         raise RuntimeError(f"input has shape {tuple(input.shape)}; expected dimension {dim} of even length")
     if dim == dims - 1:
-        return F.packed_glu(input, activation=activation, layout=layout)
+        return F.packed_glu(input, layout=layout, **options)
     if input.is_contiguous() and layout != "interleaved":
         # The halves of an inner dimension are the halves of it and all that follow.
-        halves = F.packed_glu(input.flatten(dim), activation=activation, layout=layout)
+        halves = F.packed_glu(input.flatten(dim), layout=layout, **options)
         return halves.unflatten(dim, (input.shape[dim] // 2, *input.shape[dim + 1 :]))
     if not input.is_nested and 0 in input.stride() and layout != "interleaved":
         # Of what is expanded each place in memory counts for several; how the result lies goes by the halves.
         first, second = input.chunk(2, dim)
         gate, value = (second, first) if layout == "value_first" else (first, second)
-        return F.glu(gate, value, activation=activation)
-    last = F.packed_glu(input.movedim(dim, -1), activation=activation, layout=layout)
+        return F.glu(gate, value, **options)
+    last = F.packed_glu(input.movedim(dim, -1), layout=layout, **options)
     return last.movedim(-1, dim)
 
 

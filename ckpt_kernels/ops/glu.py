@@ -1,4 +1,5 @@
-"""The glu ops: activation(gate) * value, from two tensors, or from one that packs both."""
+"""The glu ops: activation(gate) * value, from two tensors, or from one that packs both, with optional limits of gate
+and value and an offset of the value."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ from .sharding import Sharding, every_dim, like_input
 
 def forward(operands: Sequence[Tensor], options: "PackedOptions") -> Tensor:
     """The output of (gate, value), or of (packed,)."""
-    return (glu if len(operands) == 2 else packed_glu).forward(*operands, options)[0]
+    if len(operands) == 2:
+        return glu.forward(*operands, options.of_two)[0]
+    return packed_glu.forward(*operands, options)[0]
 
 
 def gradient(
@@ -43,7 +46,7 @@ def gradient(
     grads = [reuse_or_allocate(grad_output, gate) if wanted[0] else None, contiguous(value) if wanted[1] else None]
     if grad_output.numel():
         matrices = as_matrices(grad_output, grad_output, gate, value, *grads, output)
-        backends.select(grad_output).glu_backward(*matrices, options.activation)
+        backends.select(grad_output).glu_backward(*matrices, *options.of_two)
     return grads, None if output is None else with_elementwise_strides(gate, output)
 
 
@@ -52,6 +55,8 @@ def gradient(
 
 class Options(NamedTuple):
     activation: str
+    limit: float = math.inf
+    offset: float = 0.0
 
 
 class _Glu(Block):
@@ -68,14 +73,16 @@ class _Glu(Block):
     def forward(self, gate: Tensor, value: Tensor, options: Options) -> tuple[Tensor]:
         output = elementwise_empty(gate)
         if output.numel():
-            backends.select(gate).glu_forward(*as_matrices(output, gate, value, output), options.activation)
+            backends.select(gate).glu_forward(*as_matrices(output, gate, value, output), *options)
         return (output,)
 
     def empty_gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: Options, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Allocates both gradients with the strides of grad_output, or of gate if grad_output is expanded."""
-        return [elementwise_empty(*grads, *kept) if w else None for w in wanted]
+        """Allocates both gradients with the strides of grad_output, or of gate if grad_output is expanded; with a limit
+        with the strides of the output, as torch's clamp does."""
+        like = (elementwise_empty(kept[0]), *grads) if options.limit < math.inf else (*grads, *kept)
+        return [elementwise_empty(*like) if w else None for w in wanted]
 
     def gradients(
         self, grads: Sequence[Tensor], kept: Sequence[Tensor], options: Options, wanted: Sequence[bool]
@@ -83,11 +90,11 @@ class _Glu(Block):
         results = self.empty_gradients(grads, kept, options, wanted)
         like = next((t for t in results if t is not None), None)
         if like is not None and like.numel():
-            backends.select(like).glu_backward(*as_matrices(like, *grads, *kept, *results), None, options.activation)
+            backends.select(like).glu_backward(*as_matrices(like, *grads, *kept, *results), None, *options)
         return results
 
     def composition(self, gate: Tensor, value: Tensor, options: Options) -> tuple[Tensor]:
-        return (reference.glu(gate, value, options.activation),)
+        return (reference.glu(gate, value, *options),)
 
 
 glu = _Glu()
@@ -150,6 +157,13 @@ def _cut(packed: Tensor, layout: str) -> _Cut:
 class PackedOptions(NamedTuple):
     activation: str
     layout: str
+    limit: float = math.inf
+    offset: float = 0.0
+
+    @property
+    def of_two(self) -> Options:
+        """The options of gate and value as two tensors."""
+        return Options(self.activation, self.limit, self.offset)
 
 
 class _PackedGlu(Block):
@@ -172,7 +186,7 @@ class _PackedGlu(Block):
         (output,) = results = self.empty(packed)
         if output.numel():
             cut = _cut(packed, options.layout)
-            backends.select(packed).glu_forward(*cut.matrices(packed), cut.matrix(output), options.activation)
+            backends.select(packed).glu_forward(*cut.matrices(packed), cut.matrix(output), *options.of_two)
         return results
 
     def empty_gradients(
@@ -186,7 +200,7 @@ class _PackedGlu(Block):
         return (_packed_gradient(*grads, *kept, None, options),)
 
     def composition(self, packed: Tensor, options: PackedOptions) -> tuple[Tensor]:
-        return (reference.glu(*unpack(packed, options.layout), options.activation),)
+        return (reference.glu(*unpack(packed, options.layout), *options.of_two),)
 
 
 packed_glu = _PackedGlu()
@@ -197,5 +211,5 @@ def _packed_gradient(grad_output: Tensor, packed: Tensor, output: Tensor | None,
     if packed.numel():
         cut = _cut(packed, options.layout)
         operands = (cut.matrix(grad_output), *cut.matrices(packed), *cut.matrices(grad_packed), cut.matrix(output))
-        backends.select(packed).glu_backward(*operands, options.activation)
+        backends.select(packed).glu_backward(*operands, *options.of_two)
     return grad_packed

@@ -52,7 +52,7 @@ def glu_block(activation: str, layout: str, seed: Tensor | None, dropout_p: floa
 
     def composed(operands: Sequence[Tensor | None]) -> Tensor:
         if len(operands) == 2:
-            product = glu.glu(*operands, glu.Options(activation))
+            product = glu.glu(*operands, options.of_two)
         else:
             product = glu.packed_glu(*operands, options)
         return product if seed is None else bias_act.bias_act(product, None, seed, drop)

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from ..convert import convert, revert
 from ..convert.layers import layers_of
-from ..convert.module_tree import named_modules
+from ..convert.module_tree import check_initialized, named_modules
 from ..convert.swap import add_forward_context
 from ..levels import OF_MODULES, WITHIN_CHECKPOINT, Policy
 from ..memory import random_numbers_kept
@@ -185,12 +184,10 @@ def first_shape(args: tuple, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _check_can_be_copied(model: nn.Module) -> None:
     """Raise TypeError or ValueError if a twin would compute something else than the model, or change the model."""
+    check_initialized(model)
     for name, module in named_modules(model):
         if is_sharded(module):
             raise TypeError(f"{name or 'the model'} is sharded; expected a model that is not: plan, apply, then shard")
-        for key, parameter in module._parameters.items():
-            if isinstance(parameter, UninitializedParameter):
-                raise ValueError(f"{name}.{key} is a lazy parameter; expected the model to be called once before")
         for key, value in vars(module).items():
             if not key.endswith("_hooks") and _holds_modules(value):
                 raise TypeError(

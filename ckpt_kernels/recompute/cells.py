@@ -125,7 +125,7 @@ def _version_error(tensor: str, version: int, expected: int) -> RuntimeError:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is dense and no subclass."""
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def version_watch(tensor: Tensor | None) -> Tensor | None:

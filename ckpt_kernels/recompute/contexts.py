@@ -62,6 +62,7 @@ class discard_outputs(contextlib.ContextDecorator):
         A recipe instead of an output. The recipe holds the tensors that the block keeps anyway.
 
     Raises:
+        TypeError: `module` is no module.
         RuntimeError: in the backward pass, where a tensor that a recipe needs has been written to in place since.
 
     Example:
@@ -79,6 +80,8 @@ class discard_outputs(contextlib.ContextDecorator):
     """
 
     def __init__(self, module: nn.Module | None = None, *, products: bool = False, temporaries: bool = False) -> None:
+        if module is not None and not isinstance(module, nn.Module):
+            raise TypeError(f"module is {type(module).__name__}; expected a torch.nn.Module or None")
         self._module = module
         self._products = products
         self._temporaries = temporaries

@@ -34,6 +34,7 @@ class layer:
         of biases.
 
     Raises:
+        TypeError: `function` is not callable.
         RuntimeError: in the backward pass, where a tensor that is read again has been written to in place since.
 
     Example:
@@ -45,6 +46,8 @@ class layer:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
+        if not callable(function):
+            raise TypeError(f"function is {type(function).__name__}; expected a function or a module")
         self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

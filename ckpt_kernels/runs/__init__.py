@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from ..convert.module_tree import tensors_of
 from .arguments import are_plain
 from .calls import Call, Place, is_sharded
 from .run import Run
@@ -50,6 +52,9 @@ def run_in(
     if is_within or not torch.is_grad_enabled() or not hooks._saved_tensors_hooks_is_enabled():
         return inside(*args, **kwargs)
     if not are_plain((*args, *kwargs.values())):
+        return inside(*args, **kwargs)
+    # In the first call of a lazy layer the tensors have no values yet that a second pass could begin with.
+    if any(map(is_lazy, tensors_of(module, buffers=True))):
         return inside(*args, **kwargs)
     place = places[0]
     run = None if thread.open is None else thread.open()

@@ -25,14 +25,18 @@ class Input(NamedTuple):
 
 
 def are_plain(values: Sequence[Any]) -> bool:
-    """Whether all values are tensors, numbers, strings, and plain tuples and dicts of these."""
+    """Whether all values are dense tensors, numbers, strings, and plain tuples and dicts of these."""
     for value in values:
         if type(value) in (tuple, dict):
             if not are_plain(tuple(value.values()) if isinstance(value, dict) else value):
                 return False
-        elif not (isinstance(value, _PLAIN) or (isinstance(value, Tensor) and value.layout is torch.strided)):
+        elif not (isinstance(value, _PLAIN) or (isinstance(value, Tensor) and _is_dense(value))):
             return False
     return True
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 class _RunInput(torch.autograd.Function):

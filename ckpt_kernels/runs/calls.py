@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..bitwise_check import checksum_of
 from ..call_state import BufferSnapshot, RandomState, autocast_state
-from ..convert.module_tree import modules_of
+from ..convert.module_tree import initialized_parameters
 from ..nested_values import tensors_among
 
 if TYPE_CHECKING:
@@ -96,10 +96,7 @@ def _versions_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return []
     return [
-        (parameter, parameter._version)
-        for submodule in modules_of(module)
-        for parameter in submodule._parameters.values()
-        if parameter is not None and not parameter.is_inference()
+        (parameter, parameter._version) for parameter in initialized_parameters(module) if not parameter.is_inference()
     ]
 
 

@@ -22,13 +22,13 @@ class Glu(Plan):
     op = ops.glu.glu
 
     def __init__(self, options: ops.glu.Options) -> None:
-        self.options = options
-        self._code = CODES[options.activation]
+        activation, *limits = self.options = options
+        self._native = (CODES[activation], *limits)
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, value: Tensor, plan: "Glu") -> Tensor:
         output = _empty_like(gate)
-        if not _forward(gate, value, output, plan._code):
+        if not _forward(gate, value, output, *plan._native):
             return plan.fall_back(ctx, gate, value)
         if ctx is not None:
             ctx.plan, ctx.options = plan, plan.options
@@ -43,7 +43,7 @@ class Glu(Plan):
         gate, value = saved
         grad_gate = _empty_like(gate) if wanted[0] else None
         grad_value = _empty_like(value) if wanted[1] else None
-        if not _backward(grad_output, gate, value, grad_gate, grad_value, None, self._code):
+        if not _backward(grad_output, gate, value, grad_gate, grad_value, None, *self._native):
             return None
         return grad_gate, grad_value, None
 
@@ -54,9 +54,9 @@ class PackedGlu(Plan):
     op = ops.glu.packed_glu
 
     def __init__(self, packed: Tensor, options: ops.glu.PackedOptions) -> None:
-        activation, layout = self.options = options
+        activation, layout, *limits = self.options = options
         self._shape = (*packed.shape[:-1], packed.shape[-1] // 2)
-        self._native = (CODES[activation], ops.glu.LAYOUTS.index(layout))
+        self._native = (CODES[activation], ops.glu.LAYOUTS.index(layout), *limits)
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, plan: "PackedGlu") -> Tensor:

@@ -58,28 +58,29 @@ def glu_block(dtypes: set[torch.dtype], activation: str, layout: str, dropout_p:
     """The block of (gate, value), without dropout. For (packed,) the full block."""
     if len(dtypes) != 1 or dropout_p:
         return None
-    full, code = ops.linear_blocks.glu_block(activation, layout, None, 0.0), CODES[activation]
+    full, options = ops.linear_blocks.glu_block(activation, layout, None, 0.0), ops.glu.Options(activation)
     if packed:
         return full
+    native = (CODES[activation], options.limit, options.offset)
 
     def forward(operands: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor, ...]]:
         output = _empty_like(operands[0])
-        return (output, ()) if _glu_forward(*operands, output, code) else full.forward(operands)
+        return (output, ()) if _glu_forward(*operands, output, *native) else full.forward(operands)
 
     def backward(grad: Tensor, operands: Sequence[Tensor | None], rest: tuple, wanted: Sequence[bool], rewrite: bool):
         gate, value = operands
         if _overwrites(grad, gate) and is_plain(value) and value.is_contiguous():
             grad_gate, grad_value = (grad if wanted[0] else None), (_empty_like(value) if wanted[1] else None)
             output = _empty_like(gate) if rewrite else None
-            if _glu_backward(grad, gate, value, grad_gate, grad_value, output, code):
+            if _glu_backward(grad, gate, value, grad_gate, grad_value, output, *native):
                 return [grad_gate, grad_value], output
         return full.backward(grad, operands, rest, wanted, rewrite)
 
     def composed(operands: Sequence[Tensor | None]) -> Tensor:
-        call = "glu", tuple(operands), (activation,)
+        call = "glu", tuple(operands), (activation, None, 0.0)
         plan = plan_of(*call)
         if plan is None:
-            remember(glu.glu(*operands, ops.glu.Options(activation)), *call)
+            remember(glu.glu(*operands, options), *call)
             return full.composed(operands)
         return plan(*operands)
 

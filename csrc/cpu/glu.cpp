@@ -45,16 +45,19 @@ void set_packed(Glu& a, const Operands<View>& operands, const char* name, const 
   value = {layout == value_first ? data : data + half, 2 * a.columns};
 }
 
-void packed_glu_forward(View packed, View output, int64_t activation, int64_t layout) {
+void packed_glu_forward(View packed, View output, int64_t activation, int64_t layout, double limit, double offset) {
   const Operands<View> operands("packed", packed);
   GluForward a;
   set_packed(a, operands, "packed", packed, layout, a.gate, a.value);
   a.activation = int(activation);
+  a.limit = limit;
+  a.offset = offset;
   a.output = operands.rows("output", output, a.rows, a.columns);
   Cpu::run_forward(a, packed, operands.kind);
 }
 
-void packed_glu_backward(View grad_output, View packed, View grad_packed, int64_t activation, int64_t layout) {
+void packed_glu_backward(View grad_output, View packed, View grad_packed, int64_t activation, int64_t layout,
+                         double limit, double offset) {
   const Operands<View> operands("packed", packed);
   GluBackward a;
   set_packed(a, operands, "grad_packed", grad_packed, layout, a.grad_gate, a.grad_value);
@@ -62,6 +65,8 @@ void packed_glu_backward(View grad_output, View packed, View grad_packed, int64_
   set_packed(a, operands, "packed", packed, layout, a.gate, a.value);
   STD_TORCH_CHECK(a.columns == columns && grad_packed.numel() == packed.numel(), "grad_packed has not packed's shape");
   a.activation = int(activation);
+  a.limit = limit;
+  a.offset = offset;
   a.grad_output = operands.rows("grad_output", grad_output, a.rows, a.columns);
   Cpu::run_backward(a, packed, operands.kind);
 }

@@ -1,14 +1,15 @@
-// The glu kernels for CUDA, and how they are launched: y = act(gate) * value (Y. Dauphin et al., "Language modeling
-// with gated convolutional networks", 2017; N. Shazeer, "GLU variants improve transformer", 2020). elements.cuh says
-// what `launch` and VEC are.
+// The glu kernels for CUDA, and how they are launched: y = act(u) * w with u = min(gate, limit), w = clamp(value,
+// -limit, limit) + offset (Y. Dauphin et al., "Language modeling with gated convolutional networks", 2017; N. Shazeer,
+// "GLU variants improve transformer", 2020). elements.cuh says what `launch` and VEC are.
 //
-// Backward, by the product rule, with g = dL/dy: dL/dgate = g * value * act'(gate), dL/dvalue = g * act(gate).
+// Backward, by the product rule, with g = dL/dy: dL/du = g * w * act'(u), dL/dw = g * act(u).
 //
 // A thread takes VEC columns of a row at a time, in a loop over the whole grid. Where gate and value are interleaved in
 // memory (INTERLEAVED), g0 v0 g1 v1 ..., it reads 2 VEC elements and deinterleaves them.
 #pragma once
 
 #include "../glu.h"
+#include "../math/limits.h"
 #include "elements.cuh"
 
 namespace ckpt {
@@ -46,12 +47,14 @@ __device__ __forceinline__ void store_gradients(const GluBackward& a, int64_t ro
 template <class T, int VEC, bool INTERLEAVED>
 __global__ void __launch_bounds__(block_threads) glu_forward_kernel(GluForward a) {
   const int64_t packs = a.columns / VEC;
+  const float limit = float(a.limit), offset = float(a.offset);
   for (int64_t k = first_element(); k < a.rows * packs; k += grid_threads()) {
     const int64_t row = k / packs, j = k % packs * VEC;
     float gate[VEC], value[VEC];
     load_gate_and_value<T, VEC, INTERLEAVED>(a, row, j, gate, value);
+    for (int i = 0; i < VEC; ++i) gate[i] = limited_above(gate[i], limit);
     activate<VEC>(a.activation, gate);
-    for (int i = 0; i < VEC; ++i) value[i] *= gate[i];
+    for (int i = 0; i < VEC; ++i) value[i] = gate[i] * (limited(value[i], limit) + offset);
     store<VEC>(a.output.row<T>(row) + j, value);
   }
 }
@@ -59,18 +62,20 @@ __global__ void __launch_bounds__(block_threads) glu_forward_kernel(GluForward a
 template <class T, int VEC, bool INTERLEAVED>
 __global__ void __launch_bounds__(block_threads) glu_backward_kernel(GluBackward a) {
   const int64_t packs = a.columns / VEC;
+  const float limit = float(a.limit), offset = float(a.offset);
   for (int64_t k = first_element(); k < a.rows * packs; k += grid_threads()) {
     const int64_t row = k / packs, j = k % packs * VEC;
-    float gate[VEC], slope[VEC], value[VEC], g[VEC];
+    float gate[VEC], u[VEC], slope[VEC], value[VEC], g[VEC];
     load_gate_and_value<T, VEC, INTERLEAVED>(a, row, j, gate, value);
     load<VEC>(a.grad_output.row<const T>(row) + j, g);
-    for (int i = 0; i < VEC; ++i) slope[i] = gate[i];
+    for (int i = 0; i < VEC; ++i) slope[i] = u[i] = limited_above(gate[i], limit);
     differentiate<VEC>(a.activation, slope);
-    activate<VEC>(a.activation, gate);
+    activate<VEC>(a.activation, u);
     for (int i = 0; i < VEC; ++i) {
-      slope[i] *= g[i] * value[i];
-      value[i] *= gate[i];
-      gate[i] *= g[i];
+      const float w = limited(value[i], limit) + offset;
+      slope[i] = limited_above_gradient(gate[i], limit, g[i] * w * slope[i]);
+      gate[i] = limited_gradient(value[i], limit, g[i] * u[i]);
+      value[i] = w * u[i];
     }
     store_gradients<T, VEC, INTERLEAVED>(a, row, j, slope, gate);
     if (a.output) store<VEC>(a.output.row<T>(row) + j, value);

@@ -58,6 +58,28 @@ struct LeakyRelu {
   }
 };
 
+struct Relu6 {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return select(x <= T(0), T(0), select(x >= T(6), T(6), x));
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    return select(x > T(0), select(x < T(6), T(1), T(0)), T(0));
+  }
+};
+
+struct Hardtanh {
+  template <class T>
+  CKPT_HD static T value(T x) {
+    return select(x <= T(-1), T(-1), select(x >= T(1), T(1), x));
+  }
+  template <class T>
+  CKPT_HD static T derivative(T x) {
+    return select(x > T(-1), select(x < T(1), T(1), T(0)), T(0));
+  }
+};
+
 struct ReluSquared {
   template <class T>
   CKPT_HD static T value(T x) {
@@ -229,9 +251,11 @@ struct Softplus {
   X(10, Sigmoid)            \
   X(11, Tanh)               \
   X(12, Hardswish)          \
-  X(13, Softplus)
+  X(13, Softplus)           \
+  X(14, Relu6)              \
+  X(15, Hardtanh)
 
-constexpr int activation_count = 14;
+constexpr int activation_count = 16;
 
 // Calls `visitor(Struct{})` for the activation with this code. The ops have checked the code.
 template <class Visitor>

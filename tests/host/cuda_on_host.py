@@ -82,15 +82,16 @@ def row_norm_backward(block, grad_output, grad_residual_out, gradients, output=N
     _module().row_norm_backward(_KINDS[block.input.dtype], _operands(tensors, **options))
 
 
-def glu_forward(gate, value, output, activation):
+def glu_forward(gate, value, output, activation, limit, offset):
     tensors = {"gate": gate, "value": value, "output": output}
-    _module().glu_forward(_KINDS[gate.dtype], _operands(tensors, activation=CODES[activation], step=_step(gate)))
+    options = {"activation": CODES[activation], "limit": limit, "offset": offset, "step": _step(gate)}
+    _module().glu_forward(_KINDS[gate.dtype], _operands(tensors, **options))
 
 
-def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
+def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation, limit, offset):
     tensors = {"grad_output": grad_output, "gate": gate, "value": value}
     tensors |= {"grad_gate": grad_gate, "grad_value": grad_value, "output": output}
-    options = {"activation": CODES[activation], "step": _step(gate)}
+    options = {"activation": CODES[activation], "limit": limit, "offset": offset, "step": _step(gate)}
     _module().glu_backward(_KINDS[gate.dtype], _operands(tensors, **options))
 
 

@@ -103,6 +103,8 @@ void read(const Operands& operands, Glu& a) {
   a.gate = operands.rows("gate");
   a.value = operands.rows("value");
   a.activation = operands.option<int>("activation", 0);
+  a.limit = operands.option<double>("limit", INFINITY);
+  a.offset = operands.option<double>("offset", 0);
 }
 
 void glu_forward(int kind, py::dict named) {

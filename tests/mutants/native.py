@@ -23,8 +23,8 @@ NATIVE = (
     Mutant(
         "glu writes its output again without the gate",
         "csrc/cpu/glu_rows.h",
-        "store(output + j, «factor * x.second», lanes)",
-        "x.second",
+        "store(output + j, «factor * w», lanes)",
+        "w",
         DROPPED.format("native and gated"),
     ),
     Mutant(

@@ -57,7 +57,7 @@ TRITON = (
     ),
     Mutant(
         "hardswish slopes at -3, in Triton",
-        "ckpt_kernels/backends/triton/activations.py",
+        "ckpt_kernels/backends/triton/piecewise.py",
         "tl.where(x <= -3.0, 0.0,",
         "tl.where(x < -3.0, 0.0,",
         "tests/test_activations.py -k 'whole_range and hardswish and triton'",

@@ -24,6 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "hardswish": F.hardswish,
     "softplus": F.softplus,
+    "relu6": F.relu6,
+    "hardtanh": F.hardtanh,
 }
 
 
@@ -44,6 +46,8 @@ SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tanh": lambda grad, x: aten.tanh_backward(grad, torch.tanh(x)),
     "hardswish": lambda grad, x: aten.hardswish_backward(grad, x),
     "softplus": lambda grad, x: aten.softplus_backward(grad, x, 1, 20),
+    "relu6": lambda grad, x: aten.hardtanh_backward(grad, x, 0, 6),
+    "hardtanh": lambda grad, x: aten.hardtanh_backward(grad, x, -1, 1),
 }
 
 

@@ -1,15 +1,24 @@
 """The elementwise blocks in plain torch: gates, biases with activations, and DyT."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .common import ACTIVATIONS, compute_dtype, dropout, fill, slope
 
 
-def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
-    """activation(gate) * value."""
+def glu(gate: Tensor, value: Tensor, activation: str, limit: float = math.inf, offset: float = 0.0) -> Tensor:
+    """activation(min(gate, limit)) * (clamp(value, -limit, limit) + offset)."""
     compute = compute_dtype(gate.dtype)
-    return (ACTIVATIONS[activation](gate.to(compute)) * value.to(compute)).to(gate.dtype)
+    u, w = _limited(gate.to(compute), value.to(compute), limit, offset)
+    return (ACTIVATIONS[activation](u) * w).to(gate.dtype)
+
+
+def _limited(gate: Tensor, value: Tensor, limit: float, offset: float) -> tuple[Tensor, Tensor]:
+    if limit < math.inf:
+        gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+    return gate, value + offset if offset else value
 
 
 def bias_act(input: Tensor, bias: Tensor | None, seed: Tensor | None, activation: str, dropout_p: float) -> Tensor:
@@ -31,17 +40,21 @@ def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None, bias: Tensor | None
     return output.to(input.dtype)
 
 
-def glu_forward(gate, value, output, activation):
+def glu_forward(gate, value, output, activation, limit=math.inf, offset=0.0):
     """`glu` into output."""
-    fill((output,), (glu(gate, value, activation),))
+    fill((output,), (glu(gate, value, activation, limit, offset),))
 
 
-def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation):
-    """The gradients of `glu`, and its output where there is memory for it: d gate = grad * value * activation'(gate),
-    d value = grad * activation(gate)."""
-    dy, u, v = (t.to(compute_dtype(gate.dtype)) for t in (grad_output, gate, value))
+def glu_backward(grad_output, gate, value, grad_gate, grad_value, output, activation, limit=math.inf, offset=0.0):
+    """The gradients of `glu`, and its output where there is memory for it: with u and w, gate and value as they are
+    limited, d u = grad * w * activation'(u), d w = grad * activation(u), and 0 beyond the limits."""
+    dy, gate, value = (t.to(compute_dtype(gate.dtype)) for t in (grad_output, gate, value))
+    u, w = _limited(gate, value, limit, offset)
     factor = ACTIVATIONS[activation](u)
-    fill((grad_gate, grad_value, output), (slope(activation, u, dy * v), dy * factor, factor * v))
+    du, dw = slope(activation, u, dy * w), dy * factor
+    if limit < math.inf:
+        du, dw = torch.where(gate <= limit, du, 0.0), torch.where(value.abs() <= limit, dw, 0.0)
+    fill((grad_gate, grad_value, output), (du, dw, factor * w))
 
 
 def bias_act_forward(input, bias, seed, output, activation, dropout_p):

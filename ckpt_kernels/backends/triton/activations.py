@@ -1,7 +1,7 @@
 """Every activation and its derivative as Triton functions: `name(x)` and `name_grad(x)`, on float32.
 
-`activate` and `differentiate` choose by name when a kernel is compiled. An activation is two functions, and a line for
-each in these.
+`activate` and `differentiate` choose by name when a kernel is compiled. An activation is two functions, here or in
+`piecewise`, and a line for each in these.
 """
 
 import torch
@@ -18,6 +18,20 @@ from .elementary import (
     normal_density,
     reciprocal,
     rough_normal_cdf,
+)
+from .piecewise import (
+    hardswish,
+    hardswish_grad,
+    hardtanh,
+    hardtanh_grad,
+    leaky_relu,
+    leaky_relu_grad,
+    relu,
+    relu6,
+    relu6_grad,
+    relu_grad,
+    relu_squared,
+    relu_squared_grad,
 )
 
 _ROUGH = ("gelu", "tanh")  # those that have a shorter form for results of 16 bits
@@ -40,37 +54,6 @@ def identity(x):
 @triton.jit
 def identity_grad(x):
     return tl.full(x.shape, 1.0, x.dtype)
-
-
-@triton.jit
-def relu(x):
-    return tl.where(x <= 0, 0.0, x)
-
-
-@triton.jit
-def relu_grad(x):
-    return tl.where(x <= 0, 0.0, 1.0)
-
-
-@triton.jit
-def leaky_relu(x):
-    return tl.where(x > 0, x, x * 0.01)
-
-
-@triton.jit
-def leaky_relu_grad(x):
-    return tl.where(x > 0, 1.0, 0.01)
-
-
-@triton.jit
-def relu_squared(x):
-    r = relu(x)
-    return r * r
-
-
-@triton.jit
-def relu_squared_grad(x):
-    return 2.0 * relu(x)
 
 
 @triton.jit
@@ -201,18 +184,6 @@ def rough_tanh_grad(x):
 
 
 @triton.jit
-def hardswish(x):
-    ramp = x + 3.0
-    ramp = tl.where(ramp <= 0, 0.0, ramp)
-    return x * (tl.where(ramp >= 6.0, 6.0, ramp) * (1.0 / 6.0))
-
-
-@triton.jit
-def hardswish_grad(x):
-    return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, x / 3.0 + 0.5))
-
-
-@triton.jit
 def softplus(x):
     # torch's default: the identity above 20.
     return tl.where(x > 20.0, x, tl.where(x > 0, x, 0.0) + log1p_unit(exp(-tl.abs(x))))
@@ -256,9 +227,13 @@ def activate(x, ACTIVATION: tl.constexpr):
         y = rough_tanh(x)
     elif ACTIVATION == "hardswish":
         y = hardswish(x)
-    else:
-        tl.static_assert(ACTIVATION == "softplus")
+    elif ACTIVATION == "softplus":
         y = softplus(x)
+    elif ACTIVATION == "relu6":
+        y = relu6(x)
+    else:
+        tl.static_assert(ACTIVATION == "hardtanh")
+        y = hardtanh(x)
     return y
 
 
@@ -294,7 +269,11 @@ def differentiate(x, ACTIVATION: tl.constexpr):
         y = rough_tanh_grad(x)
     elif ACTIVATION == "hardswish":
         y = hardswish_grad(x)
-    else:
-        tl.static_assert(ACTIVATION == "softplus")
+    elif ACTIVATION == "softplus":
         y = softplus_grad(x)
+    elif ACTIVATION == "relu6":
+        y = relu6_grad(x)
+    else:
+        tl.static_assert(ACTIVATION == "hardtanh")
+        y = hardtanh_grad(x)
     return y

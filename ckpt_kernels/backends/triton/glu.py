@@ -1,9 +1,10 @@
-"""The glu kernels: activation(gate) * value, element by element, and how they are launched.
+"""The glu kernels: activation(gate) * value, element by element, with limits for both, and how they are launched.
 
 A program works on a tile of ROWS rows by BLOCK columns. Where gate and value take turns in memory (TURNS), 2 * BLOCK
 elements are read at once and taken apart.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -58,25 +59,45 @@ def load_gate_and_value(
 
 
 @triton.jit
+def limited(u, v, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    """Gate and value as they are computed with. NaN stays NaN."""
+    if LIMIT is not None:
+        u = tl.where(u > LIMIT, LIMIT, u)
+        v = tl.where(v > LIMIT, LIMIT, tl.where(v < -LIMIT, -LIMIT, v))
+    if OFFSET != 0:
+        v += OFFSET
+    return u, v
+
+
+@triton.jit
 def glu_forward_kernel(
-    gate, value, y, shape, ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate, value, y, shape,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, start, column, mask = tile_of(shape, ROWS, BLOCK)
-    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
+    given_u, given_v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
+    u, v = limited(given_u, given_v, LIMIT, OFFSET)
     store_rows(y.data, y.stride, row, column, mask, activate(u, ACTIVATION) * v)
 
 
 @triton.jit
 def glu_backward_kernel(
     dy, gate, value, dgate, dvalue, y, shape,
-    ACTIVATION: tl.constexpr, TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr,
+    TURNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, start, column, mask = tile_of(shape, ROWS, BLOCK)
-    u, v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
+    given_u, given_v = load_gate_and_value(gate, value, shape, row, start, column, mask, TURNS, ROWS, BLOCK)
+    u, v = limited(given_u, given_v, LIMIT, OFFSET)
     g = load_rows(dy.data, dy.stride, row, column, mask)
     du = g * v * differentiate(u, ACTIVATION)
     factor = activate(u, ACTIVATION)
     dv = g * factor
+    if LIMIT is not None:
+        # At the limit itself torch's clamp lets a gradient through.
+        du = tl.where(given_u > LIMIT, 0.0, du)
+        dv = tl.where(tl.abs(given_v) > LIMIT, 0.0, dv)
     if y.data is not None:
         store_rows(y.data, y.stride, row, column, mask, factor * v)
     if TURNS:
@@ -94,9 +115,11 @@ def _take_turns(gate: Tensor) -> bool:
     return gate.shape[1] > 1 and gate.stride(1) == 2
 
 
-def glu_forward(gate: Tensor, value: Tensor, output: Tensor, activation: str) -> None:
+def glu_forward(
+    gate: Tensor, value: Tensor, output: Tensor, activation: str, limit: float = math.inf, offset: float = 0.0
+) -> None:
     """`backends.reference.glu` into output."""
-    _launch(glu_forward_kernel, gate, map(matrix_of, (gate, value, output)), activation)
+    _launch(glu_forward_kernel, gate, map(matrix_of, (gate, value, output)), activation, limit, offset)
 
 
 def glu_backward(
@@ -107,16 +130,26 @@ def glu_backward(
     grad_value: Tensor | None,
     output: Tensor | None,
     activation: str,
+    limit: float = math.inf,
+    offset: float = 0.0,
 ) -> None:
     """The gradients of `glu`, and its output where there is memory for it."""
     operands = map(matrix_of, (grad_output, gate, value, grad_gate, grad_value, output))
-    _launch(glu_backward_kernel, gate, operands, activation)
+    _launch(glu_backward_kernel, gate, operands, activation, limit, offset)
 
 
-def _launch(kernel: triton.JITFunction, gate: Tensor, operands: Iterable[Matrix], activation: str) -> None:
+def _launch(
+    kernel: triton.JITFunction,
+    gate: Tensor,
+    operands: Iterable[Matrix],
+    activation: str,
+    limit: float,
+    offset: float,
+) -> None:
     tile = element_tile(gate.shape[1])
     shape = shape_of(gate, tile)
     given = tuple(operands)
     activation = as_stored(activation, *(matrix.data for matrix in given))
     programs = triton.cdiv(shape.rows, tile.rows) * shape.column_tiles
-    launch(kernel, programs, tile, gate.device, *given, shape, activation, _take_turns(gate))
+    choices = (activation, limit if limit < math.inf else None, offset, _take_turns(gate))
+    launch(kernel, programs, tile, gate.device, *given, shape, *choices)

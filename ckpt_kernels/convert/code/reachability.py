@@ -32,9 +32,9 @@ _PIECEWISE = ("int", "max", "min")
 # The attributes of tensors and of torch that code may name: arithmetic, and the parts of norms.
 _ALLOWED = frozenset(
     """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
-    layer_norm leaky_relu math mean mish movedim mul neg nn normalize normalized_shape permute pi pow relu rms_norm
-    rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as unsqueeze var
-    view weight""".split()
+    hardtanh layer_norm leaky_relu math mean mish movedim mul neg nn normalize normalized_shape permute pi pow relu
+    relu6 rms_norm rsqrt shape sigmoid silu size softplus sqrt square std sub sum tanh to torch transpose type type_as
+    unsqueeze var view weight""".split()
 )
 
 

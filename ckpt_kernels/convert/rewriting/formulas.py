@@ -18,7 +18,8 @@ from ..code.straight_line import Binding, Half
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 # The functions in formulas: of one tensor, without in-place writes and random numbers.
-_PURE = "add div elu erf gelu hardswish leaky_relu mish mul neg pow relu sigmoid silu softplus square sub tanh".split()
+_PURE = """add div elu erf gelu hardswish hardtanh leaky_relu mish mul neg pow relu relu6 sigmoid silu softplus square
+    sub tanh""".split()
 # The name of the value in the text of a formula.
 VALUE = "ckpt_value"
 _PURE_FUNCTIONS = frozenset(

@@ -24,6 +24,10 @@ from .templates import Results, pattern
 
 # The weight and bias of a linear layer.
 Linear = tuple[Tensor, Tensor | None]
+# Activations of which eager torch saves only the output, out of place and in place. Other activations in place save a
+# clone of the input too.
+_BY_RESULT = ("sigmoid", "tanh")
+_BY_RESULT_IN_PLACE = ("relu", "leaky_relu", "elu")
 
 
 @pattern("gated MLP", "last(may_drop(act(gate(input)) * value(input)))")
@@ -57,9 +61,9 @@ def packed_mlp(
 def mlp(
     input: Tensor, first: Linear, act: Any, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
-    # Eager torch saves only the output of these activations, which the last layer saves anyway.
+    # The output that eager torch saves is saved by the last layer anyway.
     in_place = isinstance(act, nn.Module) and is_set(act, "inplace")
-    if recompute == "block" and (in_place or activation in ("sigmoid", "tanh")):
+    if recompute == "block" and activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
         return None
     recompute = level_for_weights(recompute, first)
     if (output := known_mlp(input, first, last, activation, p, recompute)) is not None:

@@ -26,7 +26,10 @@ from .rule import Rule, UnaryRule
 from .trial import outline_of, takes_one_argument
 
 # The attributes that the forwards of torch's activations, dropouts and gates read.
-_SETTINGS = ("alpha", "approximate", "beta", "dim", "inplace", "negative_slope", "p", "threshold", "training")
+_SETTINGS = (
+    *("alpha", "approximate", "beta", "dim", "inplace", "max_val", "min_val", "negative_slope", "p", "threshold"),
+    "training",
+)
 # Activations whose gradient needs only the output, which the next layer saves too: converting them saves no memory.
 KEPT_BY_OUTPUT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)

@@ -23,7 +23,8 @@ from ..code.reachability import CodeSnapshot, NotTriable, Settings, has_finalize
 # The operations allowed in trials of activations and of norms, by torch's names. "detach" is allowed because autograd
 # detaches the results that it saves; the gradient shows where a forward itself detaches.
 POINTWISE = frozenset(
-    "add detach div elu erf gelu hardswish leaky_relu mish mul neg pow relu rsub sigmoid silu softplus sub tanh".split()
+    """add detach div elu erf gelu hardswish hardtanh leaky_relu mish mul neg pow relu rsub sigmoid silu softplus sub
+    tanh""".split()
 )
 ROWS = frozenset(
     """_fused_rms_norm _to_copy add clamp_min detach div expand linalg_vector_norm mean mul native_layer_norm neg pow

@@ -1,0 +1,28 @@
+// The limits of a gate and its value (OpenAI, "gpt-oss-120b & gpt-oss-20b model card", 2025), and what of a gradient
+// they let through. As by torch's clamp that is all of it at the limit itself, and NaN stays NaN.
+#pragma once
+
+#include "macros.h"
+#include "scalar.h"
+
+namespace ckpt {
+
+template <class T>
+CKPT_HD T limited_above(T x, T limit) {
+  return select(x > limit, limit, x);
+}
+template <class T>
+CKPT_HD T limited_above_gradient(T x, T limit, T gradient) {
+  return select(x > limit, T(0), gradient);
+}
+
+template <class T>
+CKPT_HD T limited(T x, T limit) {
+  return select(x > limit, limit, select(x < -limit, -limit, x));
+}
+template <class T>
+CKPT_HD T limited_gradient(T x, T limit, T gradient) {
+  return select(x > limit, T(0), select(x < -limit, T(0), gradient));
+}
+
+}  // namespace ckpt
