@@ -27,7 +27,7 @@ from .networks import LEVELS, Bottleneck, GPT2Layer, LlamaLayer, UNetBlock, runn
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer as a function of the level, and the shapes of the inputs. `unit` is the size in which kept bytes are counted."""
+    """A layer for a level, and the shapes of the inputs. Kept bytes are counted in multiples of `unit`."""
 
     name: str
     make: Callable[[str], nn.Module]
@@ -95,7 +95,7 @@ def layers(device: str) -> list[Layer]:
 
 
 def _compiled(module: Callable[..., Tensor], budget: float | None) -> Callable[..., Tensor]:
-    """The compiled module with an `activation_memory_budget`, which torch reads when the first call compiles the graph."""
+    """The compiled module with an `activation_memory_budget`, which torch reads at the first call."""
 
     def forward(*inputs: Tensor) -> Tensor:
         return module(*inputs)

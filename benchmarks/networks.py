@@ -1,8 +1,8 @@
 """Layers of real networks, of eager torch's modules or of ours, for the benchmarks and the tests of floors.
 
 Each class takes `level`: "eager" for torch's own modules, else the `recompute` of ours. At "output" and "all" a forward
-pass must run within `recompute.discard_outputs()`. At "layer" the modules are those of "all", and a forward pass must run
-as a `recompute.layer`. `runner` does both.
+pass must run within `recompute.discard_outputs()`. At "layer" the modules are those of "all", and a forward pass
+must run as a `recompute.layer`. `runner` does both.
 """
 
 from collections.abc import Callable
@@ -123,7 +123,7 @@ class OurBatchNormAct(ours.BatchNorm2d):
 
 
 class Bottleneck(nn.Module):
-    """A ResNet's bottleneck: 1x1, 3x3 and 1x1 convolutions with batch norms; (batch, 4 * width, height, width) to the same."""
+    """1x1, 3x3 and 1x1 convolutions with batch norms, as in ResNet; (batch, 4 * width, height, width) to the same."""
 
     def __init__(self, width: int, level: str) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class EagerGroupNormAct(nn.GroupNorm):
 
 
 class UNetBlock(nn.Module):
-    """A residual block of a diffusion UNet: twice GroupNorm, SiLU and a 3x3 convolution, with the time added between."""
+    """A residual block of a diffusion UNet: twice GroupNorm, SiLU and a 3x3 convolution; the time is added between."""
 
     def __init__(self, width: int, level: str) -> None:
         super().__init__()

@@ -78,8 +78,10 @@ MEANS_COLUMNS = ["blocks", "dtype", "cases", "eager", "torch.compile"]
 
 
 def means(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Geometric means of the others' times over ours, over shapes and blocks without the smallest shapes: for the blocks
-    of a norm and an activation, and for all."""
+    """Geometric means of the others' times over ours, over shapes and blocks without the smallest shapes.
+
+    One row is for the blocks of a norm and an activation, one for all blocks.
+    """
     found = []
     groups = (("norm and activation", lambda case: "norm" in case and "+" in case), ("all", lambda case: True))
     for name, member in groups:
@@ -197,7 +199,7 @@ def _bars(
     path: pathlib.Path,
     about: dict[str, Any],
 ) -> None:
-    """Draws a panel for each shape and dtype, with a group of bars for each block. `finding` compares eager with ours."""
+    """Draws a panel for each shape and dtype, with a group of bars for each block. `finding`: eager against ours."""
     panels = list(dict.fromkeys((result["shape"], result["dtype"]) for result in results))
     names = list(dict.fromkeys(result["provider"] for result in results))
     picture, axes = figures.panels(len(panels), 2, 6.5, 3.4, sharey=True)
