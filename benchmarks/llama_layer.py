@@ -114,7 +114,7 @@ def draw(path: pathlib.Path = PATH) -> None:
     _legend(axis, len(LAYER) + 1.9)
     figure.suptitle(
         f"A Llama layer keeps {sums['eager']:.1f} T·h for backward; {sums['output']:.1f} where outputs of blocks are "
-        f"let go of, {sums['all']:.1f} where gate and up run again, {sums['layer']:.1f} where all products do but the "
+        f"discarded, {sums['all']:.1f} where gate and up run again too, {sums['layer']:.1f} where all products do but the "
         "last",
         fontsize=12,
     )
