@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PATH = pathlib.Path(__file__).parent.parent / "docs" / "llama_layer.png"
 F = 2.69
 # How the backward pass gets a tensor that is not kept.
-KERNEL, PRODUCT = "made again in the block's kernel", "made again by its matrix product"
+KERNEL, PRODUCT = "recomputed in the block's kernel", "recomputed by the matrix product"
 
 
 class Row(NamedTuple):
@@ -114,7 +114,7 @@ def draw(path: pathlib.Path = PATH) -> None:
     _legend(axis, len(LAYER) + 1.9)
     figure.suptitle(
         f"A Llama layer keeps {sums['eager']:.1f} T·h for backward; {sums['output']:.1f} where outputs of blocks are "
-        f"discarded, {sums['all']:.1f} where gate and up run again too, {sums['layer']:.1f} where all products do but the "
+        f"discarded, {sums['all']:.1f} where gate and up run again, {sums['layer']:.1f} where all products do but the "
         "last",
         fontsize=12,
     )

@@ -37,9 +37,9 @@ def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timeout: float =
 
         def done(found: dict[str, Any]) -> None:
             results.append(found)
-            told = report.verdict(found)
-            if told:
-                progress.console.print(f"{found['name']}: {told[:160]}", highlight=False, markup=False)
+            problem = report.verdict(found)
+            if problem:
+                progress.console.print(f"{found['name']}: {problem[:160]}", highlight=False, markup=False)
             progress.update(task, advance=1, description=found["name"][:40].ljust(40))
             progress.refresh()
             # Without a terminal no bar is drawn.

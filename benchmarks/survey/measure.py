@@ -136,9 +136,9 @@ class Measured:
             changed += [f"after the {which} batch, buffers: {text}" for text in _few(found)]
         for what in ("structure", "attributes", "generators"):
             if what == "structure" or comparable:
-                told = state.difference(getattr(eager, what), getattr(ours, what), _CLOSE)
-                if told:
-                    changed.append(f"after the {which} batch, {what}: {told}")
+                difference = state.difference(getattr(eager, what), getattr(ours, what), _CLOSE)
+                if difference:
+                    changed.append(f"after the {which} batch, {what}: {difference}")
 
     def _reverted(self, model: nn.Module, initial: dict[str, torch.Tensor]) -> list[str]:
         """The differences that remain after the conversion is reverted."""
@@ -177,8 +177,8 @@ class Measured:
         return {"wrong": bad, "changed": [changed] if changed else [], "kept": subject.kept(model), "eager": eager}
 
 
-def _few(told: list[str]) -> list[str]:
-    return told if len(told) <= 4 else [*told[:3], f"{len(told) - 3} more"]
+def _few(items: list[str]) -> list[str]:
+    return items if len(items) <= 4 else [*items[:3], f"{len(items) - 3} more"]
 
 
 def checkpoint(model: nn.Module) -> bool:

@@ -33,21 +33,21 @@ class Reference:
 
     def wrong(self, ours: Named) -> list[str]:
         """Descriptions of the tensors of `ours` that are wrong by more than rounding explains, the worst first."""
-        told = [f"{name}: is missing" for name in self.eager if name not in ours]
-        told += [f"{name}: was not there" for name in ours if name not in self.eager]
+        problems = [f"{name}: is missing" for name in self.eager if name not in ours]
+        problems += [f"{name}: was not there" for name in ours if name not in self.eager]
         floats = []
         for name, value in self.eager.items():
             if name not in ours:
                 continue
             if not _alike(value, ours[name]):
-                told.append(f"{name}: has another shape or dtype")
+                problems.append(f"{name}: has another shape or dtype")
             elif value.is_floating_point():
                 floats.append(name)
             elif not torch.equal(value, ours[name]) and all(torch.equal(value, _of(s, name)) for s in self.shaken):
-                told.append(f"{name}: is another")
+                problems.append(f"{name}: is another")
         largest = max((_norm(self.eager[name]) for name in floats), default=0.0)
         excesses = sorted(((self._excess(name, ours[name], largest), name) for name in floats), reverse=True)
-        return told + [f"{name}: {excess:.1f}x what is allowed" for excess, name in excesses if excess > 1]
+        return problems + [f"{name}: {excess:.1f}x what is allowed" for excess, name in excesses if excess > 1]
 
     def _excess(self, name: str, ours: Tensor, largest: float) -> float:
         """The error as a multiple of the allowed error."""

@@ -65,9 +65,9 @@ def verdict(found: Found) -> str:
     """The verdict on a model in a few words, the worst first."""
     if not runs(found):
         return "not run: " + next((p["raised"] for p in found["phases"].values() if "raised" in p), "no reason known")
-    for what, told in (("raised", raised(found)), ("wrong", wrong(found)), ("changed", changed(found))):
-        if told:
-            return f"{what}, {told[0]}" + (f" (and {len(told) - 1} more)" if len(told) > 1 else "")
+    for what, problems in (("raised", raised(found)), ("wrong", wrong(found)), ("changed", changed(found))):
+        if problems:
+            return f"{what}, {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
     return ""
 
 
@@ -91,7 +91,7 @@ def _libraries(results: list[Found]) -> list[str]:
 
 def _summary_row(name: str, group: list[Found]) -> list[str]:
     running = [found for found in group if runs(found)]
-    counts = [sum(bool(told(found)) for found in running) for told in (raised, wrong, changed)]
+    counts = [sum(bool(problems_of(found)) for found in running) for problems_of in (raised, wrong, changed)]
     medians = [_median(ratio(found, level) for found in running) for level in LEVELS]
     return [name, str(len(group)), str(len(group) - len(running)), *map(str, counts), *medians]
 

@@ -95,7 +95,7 @@ class _Running:
         self.process.start()
         send.close()
 
-    def go_on(self) -> bool:
+    def advance(self) -> bool:
         """Receives the messages of the process. True once the run is complete."""
         try:
             while self.receive.poll():
@@ -113,13 +113,13 @@ class _Running:
         return self._ended(None)
 
     def _ended(self, code: int | None) -> bool:
-        told = pathlib.Path(self.errors).read_text(errors="replace")
+        output = pathlib.Path(self.errors).read_text(errors="replace")
         os.unlink(self.errors)
         self.receive.close()
         again = False
         if code != 0:
             how = f"timeout after {self.timeout:.0f} s" if code is None else f"crash: {_signal(code)}"
-            self.found["phases"][self.phase] = {"raised": how, "where": _last_frames(told)}
+            self.found["phases"][self.phase] = {"raised": how, "where": _last_frames(output)}
             # The new process runs the earlier phases again, but does not send them twice.
             rest = PHASES[PHASES.index(self.phase) + 1 :] if self.phase in PHASES[1:] else ()
             if rest and code is not None:
@@ -138,9 +138,9 @@ def _signal(code: int) -> str:
     return f"exit status {code}"
 
 
-def _last_frames(told: str) -> str:
+def _last_frames(output: str) -> str:
     """The innermost frames in the output of a crash."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', told)[:3]
+    frames = re.findall(r'File "([^"]+)", line (\d+)', output)[:3]
     return ", ".join(f"{os.path.basename(file)}:{line}" for file, line in frames)
 
 
@@ -158,7 +158,7 @@ def survey(
         while waiting and len(running) < jobs:
             running.append(_Running(waiting.pop(), timeout))
         wait([one.receive for one in running], timeout=1.0)
-        for one in [one for one in running if one.go_on()]:
+        for one in [one for one in running if one.advance()]:
             running.remove(one)
             finished[one.entry.name] = one.found
             done(one.found)

@@ -121,15 +121,15 @@ def main() -> int:
     for found in results:
         table.add_row(*cells(found))
     console.print(table)
-    told = summary(results)
-    console.print("\n".join(told))
+    lines_of_summary = summary(results)
+    console.print("\n".join(lines_of_summary))
     command = " ".join(["python -m benchmarks.survey.timing", *sys.argv[1:]])
     about = reports.machine(command, datetime.date.today().isoformat())
     options.out.mkdir(parents=True, exist_ok=True)
     whole = {"machine": about, "results": results}
     (options.out / "survey_times.json").write_text(json.dumps(whole, indent=1))
     lines = ["# Steps of the survey's wide models", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    lines += [*(f"- {line}" for line in told), "", "| " + " | ".join(COLUMNS) + " |"]
+    lines += [*(f"- {line}" for line in lines_of_summary), "", "| " + " | ".join(COLUMNS) + " |"]
     lines += ["| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells(found)) + " |" for found in results]
     (options.out / "survey_times.md").write_text("\n".join(lines) + "\n")
