@@ -28,7 +28,7 @@ from .survey.run import TIMEOUT
 
 
 def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The bytes kept by a forward pass in training mode, as it is and at each level, and the counts of the report."""
+    """The bytes kept by a forward pass in training mode, by level, and the counts of replaced and other modules."""
     model, inputs = build(name, dtype)
 
     def kept() -> int:
