@@ -67,12 +67,12 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _takes(shape: tuple[int, ...]) -> Callable[[Case], bool]:
-    """Whether the case's function does."""
+    """A test whether the function of a case accepts this shape."""
     return lambda case: len(shape) >= (2 if case.block.channels else 1)
 
 
 def plan(device: str, options: argparse.Namespace) -> Iterator[tuple[Case, Setting, torch.dtype]]:
-    """What is measured, in the order of the report."""
+    """The cases, settings and dtypes to measure, in the order of the report."""
     dtypes = (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16)
     if options.dtype:
         dtypes = (getattr(torch, options.dtype),)
@@ -80,7 +80,7 @@ def plan(device: str, options: argparse.Namespace) -> Iterator[tuple[Case, Setti
         cases = [case for case in CASES if case.family == family and options.case in case.name]
         settings = {case.name: _settings(case, device, options) for case in cases}
         for dtype, setting in itertools.product(dtypes, dict.fromkeys(itertools.chain(*settings.values()))):
-            # What a call costs does not depend on the dtype.
+            # The overhead of a call does not depend on the dtype.
             if not setting.small or dtype == dtypes[0]:
                 yield from ((case, setting, dtype) for case in cases if setting in settings[case.name])
 
@@ -101,7 +101,7 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """The figures of every provider for one block, shape and dtype."""
     torch._dynamo.reset()
-    # To compile takes longer than to measure.
+    # Compiling takes longer than measuring.
     compiled = not options.no_compile and (options.full or not (setting.channels_last or setting.small))
     everyone = providers(case, device, dtype, compiled, options.max_autotune)
     if options.quick:
@@ -137,7 +137,7 @@ def measured(
 
 
 def printed(console: Console, results: list[dict[str, Any]]) -> None:
-    """The table, the bandwidths of copies and the geometric means."""
+    """Prints the table, the bandwidths of copies and the geometric means."""
     table = Table(*report.COLUMNS, title="Blocks: forward and backward", title_justify="left")
     for previous, result in zip([None, *results], results, strict=False):
         if previous and any(previous[key] != result[key] for key in ("case", "shape", "dtype")):
@@ -157,7 +157,7 @@ def printed(console: Console, results: list[dict[str, Any]]) -> None:
 
 
 def compared(console: Console, options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """What has moved against the baseline."""
+    """Prints the times that changed against the baseline."""
     both = baseline.moves(options.before, results)
     moved = [move for move in both if move.beyond_noise]
     console.print(f"{len(both)} figures are in {options.baseline} too; {len(moved)} have moved beyond the noise.")

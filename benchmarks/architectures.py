@@ -1,6 +1,6 @@
-"""Models that people train, at toy size and with random weights: what `convert` is tried on.
+"""Common model architectures, at toy size and with random weights, on which `convert` is measured.
 
-Each function returns (model, inputs by name); `why_not` says which cannot be built for want of a package.
+Each function returns (model, inputs by name); `why_not` tells which cannot be built because a package is missing.
 """
 
 import functools
@@ -297,7 +297,7 @@ ARCHITECTURES = {build.__name__: build for builders in _PACKAGES.values() for bu
 
 @functools.cache
 def why_not(name: str) -> str | None:
-    """Why that model cannot be built here; None if it can."""
+    """The reason why the model of this name cannot be built here; None if it can."""
     package = PACKAGE_OF.get(name, "torch")
     try:
         importlib.import_module(package)
@@ -307,7 +307,7 @@ def why_not(name: str) -> str | None:
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Built:
-    """That model and inputs in that dtype, with dropout at 0, in training mode."""
+    """The model of this name, with inputs, in `dtype`, without dropout, in training mode."""
     torch.manual_seed(seed)
     model, inputs = ARCHITECTURES[name]()
     for module in model.modules():

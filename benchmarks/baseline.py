@@ -1,4 +1,4 @@
-"""Two runs beside each other: what has moved by more than the noise of both."""
+"""Compares two runs of the benchmarks, and finds the times that changed by more than the noise of both."""
 
 import json
 import pathlib
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 _KEY = ("case", "shape", "dtype", "provider")
-# Medians of one machine move by this much from run to run even where each run is quiet.
+# Medians on one machine vary by this fraction from run to run, even if each run is quiet.
 _FROM_RUN_TO_RUN = 0.05
 
 
 @dataclass(frozen=True)
 class Move:
-    """One provider's time of one block before and now; `noise` is by how much the ratio may differ from 1 by chance."""
+    """A provider's time for a block in both runs; the ratio may differ from 1 by `noise` by chance."""
 
     name: str
     before_ms: float
@@ -44,7 +44,7 @@ COLUMNS = ["block", "before ms", "now ms", "now / before", "noise", "copy, now /
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The results of an earlier run's results.json; ValueError if that is not one."""
+    """The results in an earlier run's results.json. Raises ValueError for any other file."""
     try:
         results = json.loads(path.read_text())["results"]
         for result in results:
@@ -55,10 +55,10 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def moves(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[Move]:
-    """Every block and provider that is in both runs, those that slowed down most first.
+    """The changes of every block and provider in both runs, the greatest slowdown first.
 
-    The noise is three times the spreads of both runs (half of what lies between the quartiles, over the median), and
-    what medians move from run to run in any case.
+    The noise is three times the spreads of both runs (half the distance between the quartiles, over the median), plus
+    the variation of medians from run to run.
     """
     earlier = {tuple(result[key] for key in _KEY): result for result in before}
     found = []

@@ -1,4 +1,4 @@
-"""What is measured: blocks of the catalogue, and the shapes.
+"""The benchmark cases: blocks of the catalogue, and their shapes.
 
 Shapes are those of real networks, scaled so that a run stays short: rows of transformers, the inner width of a
 Llama-like MLP, heads of attention, the first stage of a ResNet-50, the first blocks of the UNet of Stable Diffusion XL.
@@ -15,7 +15,7 @@ from ckpt_kernels.catalogue.block import Block, Operands
 
 @dataclass(frozen=True)
 class Setting:
-    """One shape, in one memory format; `full` if it is for long runs only."""
+    """A shape in a memory format. With `full`, only long runs measure the shape."""
 
     shape: tuple[int, ...]
     channels_last: bool = False
@@ -27,13 +27,13 @@ class Setting:
 
     @property
     def small(self) -> bool:
-        """Too small for anything but the overhead of a call to be seen."""
+        """Whether the shape is so small that the time is only the overhead of a call."""
         return torch.Size(self.shape).numel() < 10_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """A block and its settings; `traffic` is how many tensors of a setting's shape cross memory in either pass."""
+    """A block and its settings. `traffic` counts the tensors of a setting's shape that cross memory in each pass."""
 
     family: str
     block: Block
@@ -71,7 +71,7 @@ def _images(*shape: int) -> tuple[Setting, Setting]:
     return Setting(shape), Setting(shape, channels_last=True)
 
 
-# Beside what is in the catalogue already.
+# Blocks that the catalogue does not have.
 _BLOCKS = blocks.BY_NAME | {"packed_glu (silu)": blocks.packed_glu("packed_glu (silu)", activation="silu")}
 _FAMILIES = (
     (

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.convert`: what models keep for backward, as they are and converted at each level.
+"""`python -m benchmarks.convert`: the bytes that models keep for backward, unconverted and converted at each level.
 
-With `--survey`: whether hundreds of them, each in a process of its own, come through it as they were (see `survey`).
+`--survey` compares hundreds of models with their converted copies, each in a process of its own (see `survey`).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .survey.run import TIMEOUT
 
 
 def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Bytes kept by a forward pass in training mode, as it is and at each level, and what was replaced and left."""
+    """The bytes kept by a forward pass in training mode, by level, and the counts of replaced and other modules."""
     model, inputs = build(name, dtype)
 
     def kept() -> int:

@@ -1,4 +1,4 @@
-"""What all pictures share: panels side by side, one legend, and the machine that was measured."""
+"""Helpers for all pictures: panels side by side, one legend, and a footer with the measured machine."""
 
 import pathlib
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def panels(count: int, columns: int, width: float, height: float, **options: Any) -> "tuple[Figure, list[Axes]]":
-    """So many panels in rows of `columns`, each so many inches wide and high."""
+    """A figure of `count` panels in rows of `columns`, each `width` by `height` inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,7 +29,7 @@ def panels(count: int, columns: int, width: float, height: float, **options: Any
 
 
 def apart(points: "Sequence[tuple[float, float]]", width: float, height: float) -> list[tuple[float, float]]:
-    """The points, those that would lie on others moved to the right of these by `width`."""
+    """The points, where a point that would cover another is moved to the right by `width`."""
     shown: list[tuple[float, float]] = []
     for x, y in points:
         while near := [a for a, b in shown if abs(x - a) < 0.99 * width and abs(y - b) < height]:
@@ -39,13 +39,13 @@ def apart(points: "Sequence[tuple[float, float]]", width: float, height: float) 
 
 
 def legend(figure: "Figure", axes: "list[Axes]", columns: int, title: str | None = None) -> None:
-    """One for all panels, above them."""
+    """Adds one legend for all panels, above them."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=columns, fontsize=9, title=title)
 
 
 def save(figure: "Figure", path: pathlib.Path, about: dict[str, Any]) -> None:
-    """With the machine, torch's version and the date below the panels."""
+    """Saves the figure with the machine, torch's version and the date below the panels."""
     import matplotlib.pyplot as plt
 
     known = {"device": "{}", "threads": "{} threads", "torch": "torch {}", "date": "{}"}

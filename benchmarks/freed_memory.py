@@ -1,8 +1,8 @@
-"""A model's training step on the CPU, with the C library's defaults and with freed memory kept.
+"""Times a training step on the CPU, with the C library's defaults and with freed memory kept.
 
-`python -m benchmarks.freed_memory` runs two layers of a transformer, as they are and converted, each in a process of
-its own for either setting, and prints milliseconds a step, page faults a step and resident memory. With one thread time
-is that of the processor, so that what else the machine does is not in it.
+`python -m benchmarks.freed_memory` runs two layers of a transformer, unconverted and converted, with each setting in
+a process of its own. The table shows milliseconds and page faults of a step, and resident memory. With one thread the
+time is processor time, which excludes other work on the machine.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def model(converted: bool) -> nn.Module:
 
 
 def measured(name: str, setting: str, steps: int) -> dict[str, float]:
-    """Medians of the steps of one process, the first left out."""
+    """Medians over the steps of one process, without the first."""
     if setting == "kept" and not memory.keep_freed_memory():
         raise RuntimeError("freed memory cannot be kept here: the C library is not glibc")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Models of a size at which a step is more than the overhead of calls, for `python -m benchmarks.models`, and for
+"""Models so large that a step takes longer than the overhead of calls, for `python -m benchmarks.models` and for
 `ckpt-kernels convert-check`:
 
     ckpt-kernels convert-check benchmarks.larger:llama_bfloat16
@@ -102,7 +102,7 @@ def unet(dtype: torch.dtype = torch.float32, batch: int = 4) -> Built:
         "timestep": torch.arange(batch),
         "encoder_hidden_states": torch.randn(batch, 16, 128, dtype=dtype),
     }
-    # Cast where there is something to cast: diffusers warns of it.
+    # Cast only if the dtype differs: diffusers warns at each cast.
     return model if dtype == torch.float32 else model.to(dtype), inputs
 
 

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.layers`: what each level of recomputation keeps in whole layers, and what it costs, beside what
-others offer."""
+"""`python -m benchmarks.layers`: the kept memory and the time of whole layers at each recompute level, beside
+torch.compile and checkpointing."""
 
 import functools
 import pathlib
@@ -27,7 +27,7 @@ from .networks import LEVELS, Bottleneck, GPT2Layer, LlamaLayer, UNetBlock, runn
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, made for a level, and the shapes of what it reads; `unit` is what kept bytes are counted in."""
+    """A layer for a level, and the shapes of the inputs. Kept bytes are counted in multiples of `unit`."""
 
     name: str
     make: Callable[[str], nn.Module]
@@ -47,7 +47,7 @@ class Layer:
 
 
 def layers(device: str) -> list[Layer]:
-    """On the CPU small enough for a run to stay short."""
+    """The layers; on the CPU they are small, so that a run stays short."""
     width, heads, tokens, batch = (4096, 32, 2048, 4) if device == "cuda" else (1024, 16, 512, 1)
     hidden = int(2.69 * width)
     images = 64 if device == "cuda" else 8
@@ -95,12 +95,12 @@ def layers(device: str) -> list[Layer]:
 
 
 def _compiled(module: Callable[..., Tensor], budget: float | None) -> Callable[..., Tensor]:
-    """With an `activation_memory_budget`, which is read when the graph is compiled: in the first call."""
+    """The compiled module with an `activation_memory_budget`, which torch reads at the first call."""
 
     def forward(*inputs: Tensor) -> Tensor:
         return module(*inputs)
 
-    # Compiled code is kept by code object, and must not be shared by those of different budgets.
+    # torch caches compiled code by code object, and functions of different budgets must not share the cache.
     own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
     call = torch.compile(own, dynamic=False)
 
@@ -143,7 +143,7 @@ class Turn:
         self.backward: list[float] = []
 
     def take(self, device: str, record: bool) -> None:
-        # By the host's clock, as users see a step.
+        # The host's clock, because users see this time.
         watch = Stopwatch(device, host=True)
         output = self.call(*self.inputs)
         watch.mark()
@@ -160,7 +160,7 @@ class Turn:
 
 
 def measure(layer: Layer, device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
-    """Medians in turn, kept bytes and peak of every provider."""
+    """Median times (taken in turn), kept bytes and peak of every provider."""
     inputs = layer.inputs(device)
     turns = [Turn(name, module, call, inputs) for name, module, call in providers(layer, device, compiled)]
     for round in range(rounds + 2):
@@ -206,7 +206,7 @@ def row(result: dict[str, Any]) -> list[str]:
 
 
 def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
-    """A panel for each layer: what every provider keeps, against the time of its step."""
+    """Draws a panel for each layer: the kept bytes of every provider against the time of a step."""
     names = list(dict.fromkeys(result["layer"] for result in results))
     figure, axes = figures.panels(len(names), 2, 6.5, 4.2)
     for axis, name in zip(axes, names, strict=True):
@@ -218,7 +218,7 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any
 
 
 def _finding(results: list[dict[str, Any]]) -> str:
-    """What the level "output" does to one layer."""
+    """A sentence on the effect of the level "output" on a layer."""
     found = {result["provider"]: result for result in results}
     ours, eager = found["ours, output"], found["eager"]
     part = ours["saved_units"] / eager["saved_units"]
@@ -247,13 +247,13 @@ def _draw_layer(axis: Any, results: list[dict[str, Any]]) -> None:
     axis.grid(alpha=0.3)
 
 
-# Those whose names stand to the left, and by how many points a name is moved that would else stand on another's.
+# The providers whose names are left of their points, and the shifts, in points, of names that would overlap.
 _TO_THE_LEFT = ("eager", "torch.compile, budget 0.5")
 _RAISED = {"ours, output, compiled": -6, "torch.compile, budget 0.9": -9}
 
 
 def draw_overview(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
-    """The first layer alone, its points named."""
+    """Draws only the first layer, with the names of the points."""
     own = [result for result in results if result["layer"] == results[0]["layer"]]
     figure, (axis,) = figures.panels(1, 1, 10, 4.4)
     _draw_layer(axis, own)
@@ -290,7 +290,7 @@ def main() -> int:
         for layer in chosen:
             progress.update(task, description=f"{layer.name:<30}")
             torch._dynamo.reset()
-            # To compile convolutional layers takes longer than to measure all others.
+            # Compiling convolutional layers takes longer than measuring all others.
             compiled = not options.no_compile and (options.full or not layer.channels_last)
             found = measure(layer, device, options.rounds, compiled)
             for result in found:

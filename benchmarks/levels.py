@@ -1,6 +1,6 @@
-"""`python -m benchmarks.levels`: transformers' Llama at each level beside each layer checkpointed: kept, peak, step.
+"""`python -m benchmarks.levels`: kept tensors, peak and step of transformers' Llama, by level and checkpointed.
 
-In units of (tokens, width) for what is kept, a layer, and for the peak; a step's time as a multiple of eager's.
+The kept tensors of a layer and the peak are in units of (tokens, width); the time of a step is a multiple of eager's.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def checkpointed(model: Llama) -> None:
 
 
 def providers() -> dict[str, Callable[[Llama], object]]:
-    """What is done to the model, by name."""
+    """The changes to the model, by name."""
     found: dict[str, Callable[[Llama], object]] = {"eager": lambda model: None}
     for level in ("output", "all", "layer"):
         found[level] = lambda model, level=level: ckpt_kernels.convert(model, recompute=level)

@@ -1,8 +1,8 @@
-"""A drawing of a Llama layer, and of what is kept of it for backward at each level: docs/llama_layer.png.
+"""Draws a Llama layer and the tensors kept for backward at each level: docs/llama_layer.png.
 
     python -m benchmarks.llama_layer
 
-What is drawn is first checked against what `memory.saved_bytes` finds.
+The numbers in the drawing are first checked against `memory.saved_bytes`.
 """
 
 import functools
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 PATH = pathlib.Path(__file__).parent.parent / "docs" / "llama_layer.png"
 F = 2.69
-# How a tensor that is not kept is there in the backward pass.
-KERNEL, PRODUCT = "made again in the block's kernel", "made again by its matrix product"
+# How the backward pass gets a tensor that is not kept.
+KERNEL, PRODUCT = "recomputed in the block's kernel", "recomputed by the matrix product"
 
 
 class Row(NamedTuple):
-    """A tensor, and by level its size in T*h elements of bfloat16, if it is kept, or how it is made again."""
+    """A tensor, and for each level the size in T*h elements of bfloat16 if kept, else how the tensor is recomputed."""
 
     name: str
     kept: tuple[float | str, ...]
 
 
 class Step(NamedTuple):
-    """What the layer computes between two tensors."""
+    """A computation of the layer between two tensors."""
 
     name: str
     is_block: bool
@@ -66,7 +66,7 @@ LAYER: tuple[Row | Step, ...] = (
 
 
 def totals() -> dict[str, float]:
-    """What the drawing says is kept, by level, in T*h."""
+    """The kept sizes in the drawing, by level, in T*h."""
     rows = [row for row in LAYER if isinstance(row, Row)]
     return {
         level: sum(k for k in (row.kept[i] for row in rows) if not isinstance(k, str)) for i, level in enumerate(LEVELS)
@@ -74,20 +74,20 @@ def totals() -> dict[str, float]:
 
 
 def measured(width: int = 256, tokens: int = 128) -> dict[str, float]:
-    """What such a layer keeps, by level, in T*h; statistics are in it."""
+    """The measured kept sizes of such a layer, by level, in T*h, including statistics."""
     x = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
     found = {}
     for level in LEVELS:
         layer = LlamaLayer(width, 4, int(F * width), tokens, level).to(torch.bfloat16)
         owner = nn.Module()
-        owner.layer = layer  # whose parameters and buffers do not count
+        owner.layer = layer  # so that its parameters and buffers do not count
         owner.forward = functools.partial(runner(layer, level))
         found[level] = saved_bytes(owner, x) / x.nbytes
     return found
 
 
 def draw(path: pathlib.Path = PATH) -> None:
-    """A column of boxes for the layer, a column of bars for each level."""
+    """Draws a column of boxes for the layer, and a column of bars for each level."""
     figure, (axis,) = figures.panels(1, 1, 14.4, 8.6)
     axis.set(xlim=(0, 31.1), ylim=(len(LAYER) + 2.4, -2.2))
     axis.axis("off")
@@ -114,7 +114,7 @@ def draw(path: pathlib.Path = PATH) -> None:
     _legend(axis, len(LAYER) + 1.9)
     figure.suptitle(
         f"A Llama layer keeps {sums['eager']:.1f} T·h for backward; {sums['output']:.1f} where outputs of blocks are "
-        f"let go of, {sums['all']:.1f} where gate and up run again, {sums['layer']:.1f} where all products do but the "
+        f"discarded, {sums['all']:.1f} where gate and up run again, {sums['layer']:.1f} where all products do but the "
         "last",
         fontsize=12,
     )
@@ -160,7 +160,7 @@ def _legend(axis: "Axes", place: float) -> None:
 
 
 def check() -> None:
-    """RuntimeError where the drawing says another thing than what is kept."""
+    """Raises RuntimeError if the numbers in the drawing differ from the measured ones."""
     drawn, found = totals(), measured()
     for level in LEVELS:
         if not 0 <= found[level] - drawn[level] < 0.1:

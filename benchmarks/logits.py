@@ -1,7 +1,7 @@
-"""`python -m benchmarks.logits`: a step of a causal language model, with whole logits and without.
+"""`python -m benchmarks.logits`: a step of a causal language model, with whole logits and with logits in chunks.
 
-The peak of a step, forward and backward, and its time in turn with the others', of a Llama of transformers: eager,
-converted, and converted with `logits="lm_head"`.
+Measures the peak and the time of a step (forward and backward) of a Llama of transformers: eager, converted, and
+converted with `logits="lm_head"`. Steps are timed in turn.
 """
 
 import argparse

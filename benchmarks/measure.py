@@ -1,4 +1,4 @@
-"""How it is measured: in turn, over several sets of operands, medians; the copy bandwidth of the same run beside it."""
+"""Times providers in turn, over several sets of operands, with the bandwidth of a copy in the same run; medians."""
 
 import functools
 import itertools
@@ -21,11 +21,10 @@ from .report import spread
 
 @dataclass
 class Timing:
-    """Medians in milliseconds; `spread` is half of what lies between the quartiles of the total, over its median.
+    """Medians in milliseconds. `spread` is half the distance between the quartiles of the total, over the median.
 
-    `saved_bytes` are without the block's output, which its reader keeps anyway.
-    `allocations` are those of a pass, forward and backward, that are of 64 KiB or more; None on a GPU, where torch
-    takes them from memory that it holds.
+    `saved_bytes` exclude the block's output, which the reader keeps anyway. `allocations` counts the allocations of
+    64 KiB or more in a forward and backward pass; None on a GPU, where torch allocates from a cache.
     """
 
     forward: float
@@ -41,22 +40,22 @@ class Timing:
 
 
 def now(device: str) -> float:
-    """Seconds on the host's clock, when all that the device was given is done."""
+    """Seconds on the host's clock, after the device has finished all work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-# Longer than any pass here takes on the host: the GPU is still busy with waiting when the last kernel is given to it.
+# Longer than the host takes to launch any pass here, so the GPU still waits when the last kernel is launched.
 _AHEAD_MS = 3.0
 
 
 class Stopwatch:
     """Milliseconds between marks.
 
-    On the CPU, on a GPU for calls so small that the host's part is all there is to see (`host`), and for whole steps:
-    the host's clock. For a GPU's kernels: what the GPU took, by events. The GPU waits first, so that the kernels stand
-    in line before their turn comes, and neither the host nor gaps between launches are measured.
+    The host's clock serves on the CPU, and on a GPU for whole steps and for calls so small that only the overhead on
+    the host shows (`host`). For a GPU's kernels the GPU's events serve. The GPU waits first, so that all kernels are
+    queued before the first runs, and the time contains neither the host nor gaps between launches.
     """
 
     def __init__(self, device: str, host: bool = False) -> None:
@@ -87,7 +86,7 @@ class Stopwatch:
 
 @functools.cache
 def _cycles(milliseconds: float) -> int:
-    """Of the GPU's clock, measured once."""
+    """The cycles of the GPU's clock in this time. The frequency is measured once."""
     cycles = 10**7
     for _ in range(2):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -99,7 +98,7 @@ def _cycles(milliseconds: float) -> int:
 
 
 def _buffers(bytes_each: int) -> int:
-    """Enough of them that none is in cache when its turn comes again, within reason."""
+    """The number of buffers such that none is still in cache when its turn comes again, up to a limit."""
     return max(2, min(8, 256 * 2**20 // max(bytes_each, 1)))
 
 
@@ -109,7 +108,7 @@ def _copied(operand: Tensor) -> Tensor:
 
 
 class Turn:
-    """One provider's forward and backward pass, on the next of several sets of operands."""
+    """A provider's forward and backward pass, on the next of several sets of operands."""
 
     def __init__(self, provider: Provider, operand_sets: list[Operands], device: str, host: bool) -> None:
         self.provider, self.operand_sets, self.device, self.host = provider, operand_sets, device, host
@@ -138,7 +137,7 @@ class Turn:
 
 
 def _footprint(turn: Turn, device: str) -> tuple[int, int | None]:
-    """Bytes at the peak of a pass, and how many large blocks of memory it takes."""
+    """The peak bytes of a pass, and the number of large memory blocks that the pass allocates."""
     if device == "cuda":
         return peak_bytes(lambda: turn.take(record=False), device), None
     changes = allocations(lambda: turn.take(record=False))
@@ -146,7 +145,7 @@ def _footprint(turn: Turn, device: str) -> tuple[int, int | None]:
 
 
 class CopyTurn:
-    """A plain copy of one tensor into memory that is there already, of `targets` in turn: the floor's unit."""
+    """A plain copy of a tensor into mapped memory, into each of `targets` in turn: the unit of the floor."""
 
     def __init__(self, sources: list[Tensor], targets: int, device: str, host: bool) -> None:
         self.sources = sources
@@ -174,18 +173,21 @@ def measure(
     rounds: int,
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Timing], float, float]:
-    """Timings by provider, and the median milliseconds of a copy (one read, one write) of a tensor of that shape: into
-    targets that are in no cache, and into one that may be, as what the allocator gives again is."""
+    """Timings by provider, and the median milliseconds of two copies (one read, one write) of a tensor of that shape.
+
+    The first copy goes into targets that are in no cache; the second into a target that may be in cache, like memory
+    that the allocator returns again.
+    """
     first = case.operands(setting, dtype, device)
     bytes_each = sum(t.nbytes for t in first.values())
-    # To draw all of them anew would take longer than to measure.
+    # Drawing all operands anew would take longer than measuring.
     sets = [first, *({name: _copied(t) for name, t in first.items()} for _ in range(_buffers(bytes_each) - 1))]
     turns = [Turn(provider, sets, device, setting.small) for provider in providers]
     source = torch.randn(setting.shape, device=device).to(dtype)
     sources = [source.clone() for _ in sets]
     cold, warm = (CopyTurn(sources, count, device, setting.small) for count in (len(sources), 1))
     for round in range(rounds + 3):
-        # The order changes from round to round, so that nobody always follows the same neighbour.
+        # The order changes from round to round, so that no provider always follows the same one.
         for turn in turns[round % len(turns) :] + turns[: round % len(turns)]:
             cold.take(record=round >= 3)
             warm.take(record=round >= 3)

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.models`: a step of whole models at each level: what is kept, the peak, the time, and the
-largest batch that fits the memory that eager torch's step needs."""
+"""`python -m benchmarks.models`: kept bytes, peak and time of a step of whole models at each level, and the largest
+batch that fits into the memory of eager torch's step."""
 
 import pathlib
 import statistics
@@ -30,13 +30,13 @@ MODELS: dict[str, Callable[..., Built]] = {
     "UNet": larger.unet,
 }
 BATCH = 8
-# Peaks of equal computations differ by the statistics of a norm.
+# Peaks of equal computations may differ by the statistics of a norm.
 SLACK = 1.01
 
 
 @dataclass
 class Run:
-    """A model, computed in one way; `again` builds its inputs for another batch."""
+    """A model, computed in one way. `again` builds the inputs for another batch."""
 
     provider: str
     model: nn.Module
@@ -46,13 +46,13 @@ class Run:
     peaks: dict[int, int] = field(default_factory=dict)
 
     def step(self, inputs: dict[str, Any] | None = None) -> None:
-        """Forward and backward; gradients are let go of."""
+        """Runs forward and backward, and discards the gradients."""
         outputs = outputs_of(self.call, self.inputs if inputs is None else inputs)
         torch.autograd.backward([y.float().square().mean() for y in outputs])
         self.model.zero_grad()
 
     def peak(self, batch: int, device: str) -> int:
-        """Bytes that a step of that batch needs beside the model and its inputs."""
+        """The bytes that a step of this batch needs beside the model and the inputs."""
         if batch not in self.peaks:
             inputs = self.again(batch)
             self.peaks[batch] = peak_bytes(lambda: self.step(inputs), device)
@@ -64,7 +64,7 @@ def _to(inputs: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def runs(build: Callable[..., Built], device: str, compiled: bool) -> Iterator[Run]:
-    """Eager, ours at each level, the model's own checkpointing where it has that, and torch.compile."""
+    """Eager, ours at each level, the model's own checkpointing if available, and torch.compile."""
 
     def run(provider: str, change: Callable[[nn.Module], Any]) -> Run:
         torch.manual_seed(0)
@@ -78,7 +78,7 @@ def runs(build: Callable[..., Built], device: str, compiled: bool) -> Iterator[R
     for level in OF_MODELS:
         yield run(f"ours, {level}", lambda model, level=level: (ckpt_kernels.convert(model, recompute=level), None)[1])
     probe = build(batch=1)[0]
-    # transformers and diffusers have their own words for the same.
+    # transformers and diffusers name the switch differently.
     for supports, enable in (
         ("supports_gradient_checkpointing", "gradient_checkpointing_enable"),
         ("_supports_gradient_checkpointing", "enable_gradient_checkpointing"),
@@ -90,20 +90,20 @@ def runs(build: Callable[..., Built], device: str, compiled: bool) -> Iterator[R
 
 
 def largest_batch(run: Run, budget: int, device: str) -> int:
-    """The largest batch whose step needs at most `budget` bytes, found by running them."""
+    """The largest batch whose step needs at most `budget` bytes, found by running steps."""
     low, high = 0, None
     batch = BATCH
     while high is None or high - low > 1:
         needed = run.peak(batch, device)
         low, high = (batch, high) if needed <= budget else (low, batch)
-        # What a step needs grows by nearly the same for each more: the next guess is where it would meet the budget.
+        # The need of a step is nearly linear in the batch: the next guess is the batch that would meet the budget.
         guess = int(batch * budget / needed)
         batch = min(max(guess, low + 1), high - 1 if high else 8 * batch)
     return low
 
 
 def measure(build: Callable[..., Built], device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
-    """What each way of computing keeps and needs, and medians of its steps, taken in turn."""
+    """The kept bytes, the peak and the median time (taken in turn) of each way of computing."""
     everyone = list(runs(build, device, compiled))
     seconds: dict[str, list[float]] = {run.provider: [] for run in everyone}
     for round in range(rounds + 2):
@@ -124,7 +124,7 @@ def measure(build: Callable[..., Built], device: str, rounds: int, compiled: boo
                 "saved_bytes": saved_bytes(outputs_of, run.call, run.inputs, parameters_of=run.model),
                 "peak_bytes": run.peak(BATCH, device),
                 "budget_bytes": budget,
-                # A compiled model would be compiled again for every batch.
+                # torch would compile the model again for every batch.
                 "largest_batch": None if run.provider == "torch.compile" else largest_batch(run, budget, device),
             }
         )
@@ -149,7 +149,7 @@ def row(result: dict[str, Any], eager: dict[str, Any]) -> list[str]:
 
 
 def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
-    """A panel for each model: the time of a step against what is kept, each point with its largest batch."""
+    """Draws a panel for each model: the time of a step against the kept bytes, each point with the largest batch."""
     names = list(dict.fromkeys(result["model"] for result in results))
     figure, axes = figures.panels(len(names), 2, 6.5, 4.4)
     for axis, name in zip(axes, names, strict=True):
@@ -166,9 +166,9 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any
             x, y = result["saved_bytes"] / 2**20, result["times_eager"]
             axis.scatter(x, y, s=90, color=palette.color_of(result["provider"]), label=result["provider"], zorder=2)
             if result["largest_batch"]:
-                # What is far to the right is named to its left, within the picture.
+                # The names of points far to the right stand to the left, within the picture.
                 right = x > 0.8 * max(other["saved_bytes"] for other in own) / 2**20
-                # Eager's is below its point, where a level that keeps as much has its own above.
+                # Eager's name is below the point: the name of a level that keeps as much is above.
                 below = result["provider"] == "eager"
                 place = {"xytext": (-9 if right else 9, -14 if below else 6), "textcoords": "offset points"}
                 place |= {"fontsize": 9, "horizontalalignment": "right" if right else "left"}
@@ -184,7 +184,7 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any
 
 
 def _finding(results: list[dict[str, Any]]) -> str:
-    """What the level "output" does to one model."""
+    """A sentence on the effect of the level "output" on a model."""
     found = {result["provider"]: result for result in results}
     ours, eager = found["ours, output"], found["eager"]
     part = ours["saved_bytes"] / eager["saved_bytes"]

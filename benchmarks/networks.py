@@ -1,8 +1,8 @@
-"""Layers of real networks, as eager torch writes them and of our modules: what the benchmarks and floors are about.
+"""Layers of real networks, of eager torch's modules or of ours, for the benchmarks and the tests of floors.
 
 Each class takes `level`: "eager" for torch's own modules, else the `recompute` of ours. At "output" and "all" a forward
-pass is to be run within `recompute.discard_outputs()`, and at "layer", for which modules are made as for "all", as a
-`recompute.layer`; `runner` does so.
+pass must run within `recompute.discard_outputs()`. At "layer" the modules are those of "all", and a forward pass
+must run as a `recompute.layer`. `runner` does both.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ LEVELS = ("eager", *OF_MODELS)
 
 
 def runner(module: nn.Module, level: str) -> Callable[..., Tensor]:
-    """How a module of that level is called."""
+    """A callable that runs a module as this level requires."""
     if level == "layer":
         return layer(module)
     return discard_outputs()(module.forward) if level in ("output", "all") else module
 
 
 def _within(level: str) -> str:
-    """Of a module in a layer."""
+    """The level of the modules inside a layer."""
     return "all" if level == "layer" else level
 
 
@@ -123,7 +123,7 @@ class OurBatchNormAct(ours.BatchNorm2d):
 
 
 class Bottleneck(nn.Module):
-    """ResNet's: 1x1, 3x3 and 1x1 convolutions with batch norms; (batch, 4 * width, height, width) to the same."""
+    """1x1, 3x3 and 1x1 convolutions with batch norms, as in ResNet; (batch, 4 * width, height, width) to the same."""
 
     def __init__(self, width: int, level: str) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class EagerGroupNormAct(nn.GroupNorm):
 
 
 class UNetBlock(nn.Module):
-    """A residual block of a diffusion UNet: twice GroupNorm, SiLU and a 3x3 convolution, the time added between."""
+    """A residual block of a diffusion UNet: twice GroupNorm, SiLU and a 3x3 convolution; the time is added between."""
 
     def __init__(self, width: int, level: str) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Other libraries' kernels for the cases that they have: Liger-Kernel, quack, flash-attention and apex, if they import.
+"""Kernels of other libraries: Liger-Kernel, quack, flash-attention and apex, if they can be imported.
 
-All are for GPUs. Where a case has an activation after the norm, a peer computes the norm, and torch the activation.
+All are for GPUs. If a case has an activation after the norm, a peer computes the norm and torch the activation.
 """
 
 import importlib
@@ -64,7 +64,7 @@ PEERS: dict[str, Callable[[str], Call | None]] = {
 
 
 def peers(case: str) -> Iterator[tuple[str, Call]]:
-    """(name, call) of every peer that imports here and has the case of that name."""
+    """(name, call) of every peer that can be imported here and implements this case."""
     if not torch.cuda.is_available():
         return
     block, _, activation = case.partition("+")

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.plan`: plans for models at several budgets, beside what else fits them: peaks and times.
+"""`python -m benchmarks.plan`: peaks and times of plans at several budgets, beside the alternatives that fit.
 
 Each plan is compared with the levels of `convert` for the whole model, the model's own checkpointing, checkpoints of
 every k-th layer and, with `--compile`, torch.compile's activation memory budget, all by their own measured peaks. A
-step is forward and backward, with gradients there before; times are medians of ratios to eager's in the same turn.
+step is forward and backward, with gradients allocated before. Times are medians of ratios to eager's in the same turn.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from ckpt_kernels.levels import OF_MODELS
 from . import report as reports
 
 WIDTH, BATCH, VOCABULARY = 512, 2, 4096
-# One layer of every so many is checkpointed.
+# The intervals k: every k-th layer is checkpointed.
 EVERY = (2, 3)
 
 
 class Case(NamedTuple):
-    """A model, its inputs, its layers in order, and the function that turns the model's own checkpointing on."""
+    """A model, the inputs, the layers in order, and the function that enables the model's own checkpointing."""
 
     model: nn.Module
     inputs: tuple
@@ -147,7 +147,8 @@ def _checkpoint_every(case: Case, k: int) -> nn.Module:
 def _compiled(case: Case, budget: float) -> nn.Module:
     """A copy of the model that torch.compile compiles within an activation memory budget.
 
-    The backend is a function of its own: models of one class would share the graph of the first budget.
+    Each copy has a backend function of its own: otherwise models of one class would share the graph of the first
+    budget.
     """
 
     # Slow to import.
@@ -166,7 +167,7 @@ def _step(model: nn.Module, case: Case) -> None:
 
 
 def _measured(models: dict[str, nn.Module], case: Case, rounds: int) -> dict[str, tuple[int, float]]:
-    """Of each its peak in bytes and the seconds of a step, in units of eager's."""
+    """For each model the peak in bytes and the time of a step, in units of eager's."""
     peaks, seconds = {}, {name: [] for name in models}
     for name, model in models.items():
         _step(model, case)
@@ -176,13 +177,13 @@ def _measured(models: dict[str, nn.Module], case: Case, rounds: int) -> dict[str
             start = time.perf_counter()
             _step(model, case)
             seconds[name].append(time.perf_counter() - start)
-    # A machine that is slower for a turn is so for all in it.
+    # If the machine is slower for a turn, all models of the turn are.
     ratios = {n: [mine / eager for mine, eager in zip(seconds[n], seconds["eager"], strict=True)] for n in models}
     return {name: (peaks[name], statistics.median(ratios[name])) for name in models}
 
 
 def _others(case: Case, budgets: list[float], is_compiled: bool) -> dict[str, nn.Module]:
-    """Eager, the levels of `convert`, checkpointing, and torch.compile at its budgets, each a copy of the model."""
+    """Eager, the levels of `convert`, checkpointing, and torch.compile at the budgets, each a copy of the model."""
     models: dict[str, nn.Module] = {"eager": copy.deepcopy(case.model)}
     for level in OF_MODELS:
         models[level] = copy.deepcopy(case.model)

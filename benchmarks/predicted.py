@@ -1,9 +1,8 @@
-"""What the machine code of the kernels allows, beside what was measured of them.
+"""Compares bounds from the kernels' machine code with measured times.
 
 `python -m benchmarks.predicted benchmarks/results/nvidia-h200/results.json` compiles, without a GPU, the Triton kernels
-of the blocks in that file and prints a table: of each pass the share of a copy's bandwidth that `ckpt_kernels.inspect`
-estimates and the one that was measured, both of the bytes that the pass has to move. Needs Triton, not in its
-interpreter.
+of the blocks in that file and prints a table: for each pass the share of a copy's bandwidth that `ckpt_kernels.inspect`
+estimates and the measured share, both for the bytes that the pass must move. Needs Triton, and not the interpreter.
 """
 
 import argparse
@@ -36,7 +35,7 @@ class Line:
 
     @property
     def off(self) -> float:
-        """How far the prediction is off, of what was measured."""
+        """The error of the prediction, as a fraction of the measured share."""
         return self.predicted / self.measured - 1
 
 
@@ -52,8 +51,8 @@ def kernels(name: str, columns: int, arch: str) -> dict[str, list[Usage]]:
 
 
 def predicted(used: list[Usage], floor: int, machine: Machine) -> tuple[float, str]:
-    """The share of a copy's bandwidth of a pass that has to move `floor` bytes an element, and what binds its slowest
-    kernel."""
+    """The share of a copy's bandwidth of a pass that must move `floor` bytes for each element, and the limit that binds
+    the slowest kernel."""
     times = []
     for one in used:
         assert one.work is not None
@@ -63,7 +62,7 @@ def predicted(used: list[Usage], floor: int, machine: Machine) -> tuple[float, s
 
 
 def lines(results: dict[str, Any], only: Collection[int] = ()) -> Iterator[Line]:
-    """One for each pass of our Triton kernels in a file of a known machine's results, of rows of these lengths only."""
+    """A line for each pass of our Triton kernels in a known machine's results, only for rows of these lengths."""
     device = results["machine"]["device"]
     machine = next((name for name in MACHINES if name in device), None)
     if machine is None:
@@ -82,7 +81,7 @@ def lines(results: dict[str, Any], only: Collection[int] = ()) -> Iterator[Line]
 
 
 def table(found: list[Line]) -> str:
-    """In Markdown, and the errors in one line each for either pass."""
+    """The table in Markdown, and a line with the errors for each pass."""
     rows = [
         "| block | shape | pass | predicted | binds | measured | off |",
         "| --- | --- | --- | --- | --- | --- | --- |",

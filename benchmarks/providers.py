@@ -1,4 +1,4 @@
-"""Who computes: ours on each backend, eager torch, torch.compile, torch.utils.checkpoint, and peers that import."""
+"""The providers: ours on each backend, eager torch, torch.compile, torch.utils.checkpoint, and importable peers."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from .peers import peers
 
 @dataclass
 class Provider:
-    """`fn` computes the block's outputs, of operands by name; `context` is entered around its passes."""
+    """`fn` computes the block's outputs from operands by name; `context` is entered around the passes."""
 
     name: str
     fn: Callable[..., Sequence[Tensor]]
@@ -29,7 +29,7 @@ class Provider:
 def providers(
     case: Case, device: str, dtype: torch.dtype, compiled: bool = True, max_autotune: bool = False
 ) -> list[Provider]:
-    """All that can serve this case here. Ours on the backend that is chosen by itself comes first."""
+    """All providers that can serve this case here. Ours on the automatically chosen backend comes first."""
     ours, eager = case.block.call, case.block.eager
     chosen = backends.selected_name(device, dtype)
     names = [chosen, *(name for name in backends.NAMES if name != chosen)]
@@ -45,12 +45,12 @@ def providers(
         tuned = torch.compile(_own_code(eager), dynamic=False, mode="max-autotune-no-cudagraphs")
         found.append(Provider("torch.compile, max-autotune", tuned))
     found.append(Provider("checkpoint", functools.partial(checkpoint, eager, use_reentrant=False)))
-    # Peers take the operands by place.
+    # Peers take the operands by position.
     return found + [
         Provider(name, lambda call=call, **operands: call(*operands.values())) for name, call in peers(case.name)
     ]
 
 
 def _own_code(fn: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
-    """The same function with a code object of its own, by which torch.compile tells what it has compiled."""
+    """The same function with a code object of its own, because torch.compile caches by code object."""
     return types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)

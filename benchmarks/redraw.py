@@ -1,4 +1,4 @@
-"""The pictures of a folder of results, drawn again from the figures in it.
+"""Draws the pictures of a folder of results again, from the figures in the folder.
 
 python -m benchmarks.redraw benchmarks/results/cpu
 """

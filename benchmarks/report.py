@@ -16,7 +16,7 @@ from . import figures
 
 
 def machine(command: str, date: str) -> dict[str, Any]:
-    """Where and how the figures were measured."""
+    """The machine and the settings with which the figures were measured."""
     cuda = torch.cuda.is_available()
     return {
         "date": date,
@@ -78,8 +78,10 @@ MEANS_COLUMNS = ["blocks", "dtype", "cases", "eager", "torch.compile"]
 
 
 def means(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Geometric means over shapes and blocks of how many times as long as ours the others take, but for the smallest
-    shapes: of the blocks of a norm and an activation, and of all."""
+    """Geometric means of the others' times over ours, over shapes and blocks without the smallest shapes.
+
+    One row is for the blocks of a norm and an activation, one for all blocks.
+    """
     found = []
     groups = (("norm and activation", lambda case: "norm" in case and "+" in case), ("all", lambda case: True))
     for name, member in groups:
@@ -96,7 +98,7 @@ def means(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def spread(times: Sequence[float]) -> float:
-    """Half of what lies between the quartiles, over the median."""
+    """Half the distance between the quartiles, over the median."""
     if len(times) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(times, n=4)
@@ -104,8 +106,8 @@ def spread(times: Sequence[float]) -> float:
 
 
 def noise(spreads: Sequence[float]) -> list[str]:
-    """A sentence if the machine was too busy for the figures to mean anything: a quarter of them or more spread widely
-    from turn to turn."""
+    """A warning if the machine was too busy for reliable figures: a quarter of them or more vary widely from turn to
+    turn."""
     wide = sum(spread > WIDE_SPREAD for spread in spreads)
     if not spreads or wide * 4 < len(spreads):
         return []
@@ -116,7 +118,7 @@ def noise(spreads: Sequence[float]) -> list[str]:
 
 
 def _by_block(results: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
-    """For each block, shape and dtype the results by provider."""
+    """The results by provider, for each block, shape and dtype."""
     tables: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for result in results:
         key = (result["case"], result["shape"], result["dtype"])
@@ -125,12 +127,12 @@ def _by_block(results: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
 
 
 def _ours(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """That of the backend that serves by itself, which comes first."""
+    """The result of the automatically chosen backend, which comes first."""
     return next(iter(rows.values()))
 
 
 def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, Any]], notes: list[str]) -> None:
-    """results.json, results.md, summary.md, and for each family a picture of times and one of saved bytes."""
+    """Writes results.json, results.md, summary.md, and for each family a picture of times and one of saved bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"machine": about, "notes": notes, "results": results}, indent=1))
     lines = ["# Blocks: forward and backward", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
@@ -145,7 +147,7 @@ def write(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, A
 
 
 def draw(folder: pathlib.Path, about: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """For each family a picture of times and one of saved bytes."""
+    """Draws for each family a picture of times and one of saved bytes."""
     large = [result for result in results if result["times_floor"]]
     for family in dict.fromkeys(result["family"] for result in large):
         own = [result for result in large if result["family"] == family]
@@ -164,7 +166,7 @@ def write_table(
     columns: list[str],
     rows: list[list[str]],
 ) -> None:
-    """NAME.json, with all figures and the machine, and NAME.md, with the table."""
+    """Writes NAME.json, with all figures and the machine, and NAME.md, with the table."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({"machine": about, "results": results}, indent=1))
     lines = [*(f"- {key}: {value}" for key, value in about.items()), ""]
@@ -173,7 +175,7 @@ def write_table(
 
 
 def summary(results: list[dict[str, Any]]) -> str:
-    """A row for each block, shape and dtype: ours, and how many times as long the others take."""
+    """A row for each block, shape and dtype: our time, and the others' times over ours."""
     head = ["block", "shape", "dtype", "ours ms", "x floor", "eager", "torch.compile", "keeps", "eager keeps"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for by_name in _by_block(results):
@@ -197,7 +199,7 @@ def _bars(
     path: pathlib.Path,
     about: dict[str, Any],
 ) -> None:
-    """A panel for each shape and dtype; in it, a group of bars for each block. `finding` is of eager against ours."""
+    """Draws a panel for each shape and dtype, with a group of bars for each block. `finding`: eager against ours."""
     panels = list(dict.fromkeys((result["shape"], result["dtype"]) for result in results))
     names = list(dict.fromkeys(result["provider"] for result in results))
     picture, axes = figures.panels(len(panels), 2, 6.5, 3.4, sharey=True)

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.rotations`: which of transformers' architectures turn queries and keys by a function that
-`convert` knows, and whose norms of queries and keys it knows; and why not those of the others."""
+"""`python -m benchmarks.rotations`: the architectures of transformers whose rotation of queries and keys, and whose
+norms of queries and keys, `convert` recognises; with the reasons for the others."""
 
 import ast
 import functools
@@ -19,14 +19,17 @@ from ckpt_kernels.convert.code.source import NoSource, decorator_chain, definiti
 from ckpt_kernels.convert.rotations.recognition import rotation_of, why_not_rotation
 
 _ROTATES = re.compile(r"^_*(\w+_)?apply_(\w+_)?(rotary|rope)")
-# Of queries and keys, and not of what they are made of in latent attention.
+# Norms of queries and keys, and not of the latent vectors from which latent attention computes them.
 _NORMED = re.compile(r"^(q|k|qk|query|key)_?(layer)?_?(norm|layernorm|ln|layer_norm)s?$|^norm_[qk]$")
-# How norms are made, for heads of 16.
+# The arguments of norms, for heads of 16.
 _GIVEN: tuple[tuple[Any, ...], ...] = ((16,), ((4, 16),), (16, 4), (16, 1e-6), (4, 16), ())
 
 
 class Call(NamedTuple):
-    """A call that turns heads, in which class; why its function is not known, or ""; norms, and why not those."""
+    """A call that rotates heads, and the class of the caller.
+
+    `why` is the reason why the function is not recognised, or "". `norms` has such a reason for each norm.
+    """
 
     owner: str
     name: str
@@ -35,7 +38,7 @@ class Call(NamedTuple):
 
 
 def calls_in(module: types.ModuleType) -> Iterator[Call]:
-    """Of the methods of a file's modules."""
+    """The calls in the methods of a file's modules."""
     for node in ast.parse(pathlib.Path(module.__file__ or "").read_text()).body:
         owner = getattr(module, node.name, None) if isinstance(node, ast.ClassDef) else None
         if not (isinstance(owner, type) and issubclass(owner, nn.Module) and isinstance(node, ast.ClassDef)):
@@ -79,7 +82,7 @@ def _norms_made(init: ast.FunctionDef) -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def _why_no_norm(module: types.ModuleType, kind: str) -> str:
-    """Why a class of norms is not known; "" if it is, or holds those that are."""
+    """The reason why a class of norms is not recognised; "" if the class, or a norm that it holds, is recognised."""
     found = getattr(nn, kind[3:]) if kind.startswith("nn.") else getattr(module, kind, None)
     for given in _GIVEN:
         try:

@@ -1,10 +1,10 @@
-"""What a call costs on a tensor too small for its kernel to matter: every block against eager torch, in turn.
+"""Measures the overhead of calls on tensors so small that the kernels do not matter: every block against eager torch.
 
     python -m benchmarks.small [--seconds 1.5] [--out results/cpu/small.md]
 
-Forward and backward of modules at (8, 64) float32, by `autograd.grad` for the inputs and all parameters, one thread, on
-the CPU. Lower quartiles of short runs, eager and ours in turn; and how many Python functions of this package a step
-enters.
+A step is forward and backward of a module at (8, 64) in float32, by `autograd.grad` for the inputs and all parameters,
+on one thread of the CPU. Times are lower quartiles of short runs, eager and ours in turn. The table also counts the
+Python functions of this package that a step enters.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _PACKAGE = str(pathlib.Path(ckpt_kernels.__file__).parent)
 
 
 class Small(NamedTuple):
-    """A block: ours and eager torch's are called with `tensors` of (8, 64), or of a shape that is given."""
+    """A block: ours and eager torch's version are called with `tensors` tensors of (8, 64), or of the given shape."""
 
     name: str
     ours: Callable[..., object]
@@ -45,7 +45,7 @@ class Small(NamedTuple):
 
 
 class Composed(nn.Module):
-    """A function of a module, for what eager torch writes as several calls."""
+    """A module that calls a function, for blocks that are several calls in eager torch."""
 
     def __init__(self, function: Callable[..., object], *modules: nn.Module) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Composed(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """As models write it."""
+    """A gated MLP as models write it."""
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def _with_bias(module: nn.Module) -> nn.Module:
 
 
 def step(block: Callable[..., object], tensors: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Callable[[], None]:
-    """Forward and backward, for all that wants a gradient: `weights` too where the block is no module."""
+    """A forward and backward pass for all tensors that need a gradient, and for `weights` if the block is no module."""
     parameters = list(block.parameters()) if isinstance(block, nn.Module) else weights
     wanted = [*tensors, *parameters]
     outputs = block(*tensors)
@@ -166,7 +166,7 @@ def step(block: Callable[..., object], tensors: Sequence[Tensor], weights: Seque
 
 
 def own_calls(function: Callable[[], object]) -> int:
-    """How many Python functions of this package it enters."""
+    """The number of Python functions of this package that a call enters."""
     count = 0
 
     def see(frame: object, event: str, argument: object) -> None:
@@ -182,7 +182,7 @@ def own_calls(function: Callable[[], object]) -> int:
 
 
 def quartiles(steps: Sequence[Callable[[], None]], seconds: float, calls: int = 3) -> list[float]:
-    """Microseconds of each, in turn, after a warm-up: the lower quartile, which other programs disturb least."""
+    """Lower quartiles of the microseconds of each step, in turn, after a warm-up. Other programs affect these least."""
     for run in steps:
         for _ in range(20):
             run()
@@ -210,7 +210,7 @@ def table(seconds: float) -> str:
 
 
 def discarding(seconds: float) -> str:
-    """What `discard_outputs` adds to a layer of a norm and a Linear that reads it."""
+    """The time that `discard_outputs` adds to a norm and a Linear that reads the norm."""
     layer = nn.Sequential(ours.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
     eager = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
     x = torch.randn(8, WIDTH, requires_grad=True)
@@ -223,7 +223,7 @@ def discarding(seconds: float) -> str:
 
 
 def converted(seconds: float) -> str:
-    """What a call of a converted gated MLP costs beside the same op called by hand: alone, and as a part of a model."""
+    """The time of a converted gated MLP beside the same op called by hand: alone, and as a part of a model."""
     lines = [
         "| level | dtype | pass | eager, us | by hand, us | converted | in a model |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What every benchmark begins with: the options they share, the allocator's thresholds, and a word on the machine."""
+"""The start of every benchmark: shared options, the allocator's thresholds, and a description of the machine."""
 
 import argparse
 import datetime
@@ -18,7 +18,7 @@ from .malloc import raise_malloc_thresholds
 
 
 def named(parser: argparse.ArgumentParser, text: str, names: Sequence[str]) -> list[str]:
-    """The names that have the text of --case in them, which ends the command if none has."""
+    """The names that contain the text of --case. Ends the command if no name does."""
     found = [name for name in names if text.lower() in name.lower()]
     if not found:
         parser.error(f"--case is {text!r}; expected a part of one of {', '.join(names)}")
@@ -26,7 +26,7 @@ def named(parser: argparse.ArgumentParser, text: str, names: Sequence[str]) -> l
 
 
 class Start(NamedTuple):
-    """Where it runs, what is written beside the figures, and where it prints."""
+    """The device, the description that is written beside the figures, and the console."""
 
     device: str
     about: dict[str, Any]
@@ -34,7 +34,7 @@ class Start(NamedTuple):
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """One with the options that all share."""
+    """An argument parser with the shared options."""
     found = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     found.add_argument("--out", type=folder, default=pathlib.Path("out/benchmarks"), help="where results go")
     found.add_argument(
@@ -46,7 +46,7 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def start(module: str, options: argparse.Namespace) -> Start:
-    """In a process whose allocator keeps what is freed, if that is asked for, on the CPU."""
+    """Starts the benchmark; on the CPU, if requested, in a process whose allocator keeps freed memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     raised = device == "cpu" and options.raise_malloc_thresholds
     if raised:
@@ -61,5 +61,5 @@ def start(module: str, options: argparse.Namespace) -> Start:
 
 
 def progress(console: Console) -> Progress:
-    """What is measured now, how many of how many, and for how long."""
+    """A progress bar with the current measurement, the count and the elapsed time."""
     return Progress(TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console)

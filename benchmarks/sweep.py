@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sweep`: how near blocks come to the copy floor as rows grow longer, and more."""
+"""`python -m benchmarks.sweep`: blocks against the copy floor, by the length and the number of rows."""
 
 import pathlib
 import sys
@@ -14,24 +14,24 @@ from .cases import CASES, Case, Setting
 from .measure import measure
 from .providers import providers
 
-# Rows of these lengths, as many as make up the same number of elements; and this many rows of one length.
+# The lengths of rows, at a constant number of elements; and the numbers of rows, at one length.
 LENGTHS = tuple(2**power for power in range(6, 17, 2))
 COUNTS = tuple(4**power for power in range(8))
 COUNTED_LENGTH = 1024
 
 
 def settings(device: str) -> list[tuple[str, Setting]]:
-    """("by length" or "by count", the setting)."""
+    """Pairs of "by length" or "by count", and the setting."""
     elements = 2**26 if device == "cuda" else 2**22
     by_length = [("by length", Setting((elements // length, length))) for length in LENGTHS]
     return by_length + [("by count", Setting((count, COUNTED_LENGTH))) for count in COUNTS]
 
 
 def point(sweep: str, case: Case, setting: Setting, dtype: torch.dtype, device: str, compiled: bool) -> dict[str, Any]:
-    """Every provider's time, and the part of the copy bandwidth that it reaches."""
+    """Every provider's time, and the share of the copy bandwidth that the provider reaches."""
     torch._dynamo.reset()
     everyone = [p for p in providers(case, device, dtype, compiled) if p.name != "checkpoint"]
-    # Small ones are quick and noisy.
+    # Small settings are quick and noisy.
     rounds = min(max(2**24 // torch.Size(setting.shape).numel(), 5), 200)
     timings, copy_ms, _ = measure(case, setting, dtype, device, everyone, rounds)
     floor_ms = copy_ms * sum(case.traffic) / 2
@@ -49,7 +49,7 @@ def point(sweep: str, case: Case, setting: Setting, dtype: torch.dtype, device: 
 
 
 def draw(points: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]) -> None:
-    """A row of panels for each dtype: the fraction of the copy's bandwidth by length, and the time by count."""
+    """Draws a row of panels for each dtype: the share of the copy's bandwidth by length, and the time by count."""
     dtypes = list(dict.fromkeys(p["dtype"] for p in points))
     lines = list(dict.fromkeys((p["case"], name) for p in points for name in p["total_ms"]))
     styles = dict(zip(dict.fromkeys(case for case, _ in lines), ("-", "--", ":", "-."), strict=False))
@@ -87,7 +87,7 @@ def draw(points: list[dict[str, Any]], path: pathlib.Path, about: dict[str, Any]
 
 
 def _times_as_long(points: list[dict[str, Any]]) -> str:
-    """Of the fewest rows and of the most, eager's time over ours."""
+    """A sentence with eager's time over ours, for the fewest and the most rows."""
 
     def ratio(point: dict[str, Any]) -> float:
         ours = next(time for name, time in point["total_ms"].items() if name.startswith("ours"))

@@ -20,7 +20,7 @@ _WORDS = {"output 0": "output", "output 1": "r"}
 
 
 def of_functions() -> list[Sequence[str]]:
-    """What each function computes, and what it keeps; where that depends on the activation, the most usual first."""
+    """The formula and the kept tensors of each function. If they depend on the activation, the usual case is first."""
     rows: list[Sequence[str]] = [("function", "computes", "keeps for backward")]
     for formula, blocks in _grouped((*BLOCKS, *ACTIVATION_BLOCKS), lambda block: block.formula):
         functions = dict.fromkeys(f"`{block.function}`" for block in blocks)
@@ -36,7 +36,7 @@ def of_functions() -> list[Sequence[str]]:
 
 
 def level_of_blocks() -> list[Sequence[str]]:
-    """What eager torch keeps and what a block does, and its traffic, for each that differs from the one before."""
+    """The kept tensors in eager torch and in the block, and the traffic, for each block unlike the previous."""
     rows: list[Sequence[str]] = [
         ("block", "eager torch keeps", "kept", "forward, read + written", "backward, read + written")
     ]
@@ -46,7 +46,7 @@ def level_of_blocks() -> list[Sequence[str]]:
 
 
 def of_pairs() -> list[Sequence[str]]:
-    """What eager torch keeps of a block with its linear layers, and what is kept at each level."""
+    """The kept tensors of each block with linear layers, in eager torch and at each level."""
     levels = [f'"{level}"' for level in OF_FUNCTIONS]
     rows: list[Sequence[str]] = [("block and linear layers", "eager torch keeps", *levels, 'kept at "output"')]
     for pair in PAIRS:
@@ -55,7 +55,7 @@ def of_pairs() -> list[Sequence[str]]:
     return rows
 
 
-# By file the tables in it, by the name that stands at each.
+# For each file, the functions that write the tables, by the name of the table.
 TABLES: dict[str, dict[str, Callable[[], list[Sequence[str]]]]] = {
     "README.md": {"functions": of_functions},
     "docs/floors.md": {"blocks": level_of_blocks, "pairs": of_pairs},
@@ -80,7 +80,7 @@ def _figures(block: Block) -> tuple[str, ...]:
 
 
 def _eager_keeps(block: Block | Pair) -> str:
-    """Measured in tensors of the block's shape, so large that statistics, tables and rows of samples do not show."""
+    """The kept bytes in eager torch, in tensors so large that statistics, tables and rows of samples do not count."""
     lead, columns = (2, 512), 128 if isinstance(block, Pair) else 512
     lead = (64, 32) if isinstance(block, Block) and block.tables else lead
     found = saved_bytes(block.eager, **block.operands(lead, columns, torch.float32, "cpu"))
@@ -93,7 +93,7 @@ def markdown(rows: list[Sequence[str]]) -> str:
 
 
 def parts(text: str, name: str) -> tuple[str, str, str]:
-    """The text before a table, the table, and the text after it. Raises ValueError where no such table stands."""
+    """The text before a table, the table, and the text after it. Raises ValueError if there is no such table."""
     before, begin, rest = text.partition(BEGIN.format(name))
     table, end, after = rest.partition(END)
     if not end:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tiles`: a gated MLP in tiles of its rows: the peak of a step at "all", and its time."""
+"""`python -m benchmarks.tiles`: the peak and the time of a step of a gated MLP at "all", by the number of tiles."""
 
 import argparse
 import statistics

@@ -1,4 +1,4 @@
-"""The figures of benchmarks/results/cpu in the reference: a table below each function, and docs/measured/layers.md."""
+"""Puts the figures of benchmarks/results/cpu into the reference: a table in each entry, and docs/measured/layers.md."""
 
 import json
 import pathlib
@@ -10,9 +10,9 @@ from benchmarks import report
 DOCS = pathlib.Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results" / "cpu"
 MEASURED = json.loads((RESULTS / "results.json").read_text())
-# Measured in whole layers only, at the end of their page.
+# These functions are measured in whole layers only, at the end of their page.
 IN_LAYERS = ("norm_linear", "act_linear", "mlp", "gated_mlp")
-# Of each module the function that it calls, whose figures are its own.
+# For each module, the function that the module calls. The module shows the figures of this function.
 CALLED = {
     "LayerNorm": "layer_norm",
     "RMSNorm": "rms_norm",
@@ -41,14 +41,14 @@ CALLED = {
 
 
 def write_layers() -> None:
-    """docs/measured/layers.md, which the page of linear layers includes."""
+    """Writes docs/measured/layers.md, which the page of linear layers includes."""
     folder = DOCS / "measured"
     folder.mkdir(exist_ok=True)
     (folder / "layers.md").write_text((RESULTS / "layers.md").read_text().partition("\n\n")[2])
 
 
 def add_figures(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Adds its figures to the entry of a function, and to that of a module where they are."""
+    """Adds the figures to the entry of a function, or refers from the entry of a module to them."""
     package, _, own = name.rpartition(".")
     if what == "function" and package == "ckpt_kernels.functional":
         lines += ["", ".. rubric:: Measured", "", *_figures(own)]
@@ -57,7 +57,7 @@ def add_figures(app: Any, what: str, name: str, obj: Any, options: Any, lines: l
 
 
 def _figures(function: str) -> list[str]:
-    """As reStructuredText."""
+    """The table of a function's figures as reStructuredText."""
     if function in IN_LAYERS:
         return ["In whole layers: the table at the end of this page."]
     found = [result for result in MEASURED["results"] if _function_of(result["case"]) == function]
@@ -79,5 +79,5 @@ def _figures(function: str) -> list[str]:
 
 
 def _function_of(case: str) -> str:
-    """That which a case is of: `layer_norm` of "layer_norm+gelu", `bias_act` of "bias_act (gelu)"."""
+    """The function of a case: `layer_norm` for "layer_norm+gelu", `bias_act` for "bias_act (gelu)"."""
     return re.match(r"\w+", case)[0]

@@ -1,4 +1,4 @@
-"""A Llama of transformers, as it is and converted by one line, trained on the sources of Python's standard library."""
+"""Trains a Llama of transformers, as it is and converted by one line, on the sources of Python's standard library."""
 
 import sys
 
@@ -15,7 +15,7 @@ WIDTH, LAYERS, HEADS = (768, 8, 12) if DEVICE == "cuda" else (256, 3, 4)
 
 
 class LanguageModel(nn.Module):
-    """Bytes in, the loss out."""
+    """Takes bytes and returns the loss."""
 
     def __init__(self, level: str) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""A ResNet of transformers, as it is and converted by one line, learns to tell from which of four pictures a piece is:
-a photograph, a drawn flower and two maps of heights, which matplotlib brings along."""
+"""Trains a ResNet of transformers, unconverted and converted by one line, to tell from which of four pictures a piece
+comes: a photograph, a drawn flower and two maps of heights, which are part of matplotlib."""
 
 import functools
 import sys
@@ -20,7 +20,7 @@ SIZE, BATCH, CHANNELS = (96, 128, 256) if DEVICE == "cuda" else (64, 16, 128)
 
 
 class WhichPicture(nn.Module):
-    """Pieces and the numbers of their pictures in, the loss out."""
+    """Takes pieces and the numbers of their pictures, and returns the loss."""
 
     def __init__(self, level: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class WhichPicture(nn.Module):
 
 @functools.cache
 def pictures() -> list[Tensor]:
-    """Each (height, width), of mean 0 and deviation 1."""
+    """The pictures, each (height, width), of mean 0 and deviation 1."""
     found = []
     for name in ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png"):
         with matplotlib.cbook.get_sample_data(name, asfileobj=True) as file:
@@ -59,7 +59,7 @@ def draw_batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         picture = pictures()[number]
         top, left = (int(torch.randint(length - SIZE, (), generator=generator)) for length in picture.shape)
         piece = picture[top : top + SIZE, left : left + SIZE]
-        # Under noise, so that it takes more than a few steps.
+        # Noise makes the task take more than a few steps.
         pieces.append(piece - piece.mean() + torch.randn(SIZE, SIZE, generator=generator))
     return torch.stack(pieces).unsqueeze(1), numbers
 

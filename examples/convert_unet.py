@@ -1,8 +1,8 @@
-"""A diffusion UNet of diffusers: as it is, checkpointed, converted, and planned for a budget of memory.
+"""Trains a diffusion UNet of diffusers: unconverted, checkpointed, converted, and planned for a memory budget.
 
     python examples/convert_unet.py --recompute checkpoint output 0.5
 
-Needs diffusers. Trained to find the noise in images of rectangles, made as it goes.
+Needs diffusers. The model learns to find the noise in images of rectangles, which are generated during training.
 """
 
 import sys
@@ -19,7 +19,7 @@ WAYS = ("checkpoint", "output", "0.7")
 
 
 class Denoiser(nn.Module):
-    """Images, noise and times from 0 to 1 in, the loss of finding the noise out."""
+    """Takes images, noise and times from 0 to 1, and returns the loss of finding the noise."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""A vision transformer of transformers: as it is, checkpointed, converted, and planned for a budget of memory.
+"""Trains a vision transformer of transformers: unconverted, checkpointed, converted, and planned for a memory budget.
 
     python examples/convert_vit.py --recompute checkpoint output 0.4
 
-Needs transformers. Trained to tell wide rectangles from tall ones, made as it goes.
+Needs transformers. The model learns to tell wide rectangles from tall ones, in images that are generated during
+training.
 """
 
 import sys
@@ -20,7 +21,7 @@ WAYS = ("checkpoint", "output", "0.4")
 
 
 class Classifier(nn.Module):
-    """Images and labels in, the loss out."""
+    """Takes images and labels, and returns the loss."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

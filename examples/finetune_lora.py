@@ -1,9 +1,9 @@
-"""Fine-tuning a Llama with LoRA: as it is, checkpointed, converted, and planned for a budget of memory.
+"""Fine-tunes a Llama with LoRA: unconverted, checkpointed, converted, and planned for a memory budget.
 
     python examples/finetune_lora.py --recompute checkpoint output 16MiB
 
-Needs transformers and PEFT. The base has random weights, so that nothing is downloaded; the text is the sources of
-Python's standard library, as bytes.
+Needs transformers and PEFT. The base has random weights, so nothing is downloaded. The text is the sources of Python's
+standard library, as bytes.
 """
 
 import sys
@@ -21,7 +21,7 @@ WAYS = ("checkpoint", "output", "0.4")
 
 
 class Tuned(nn.Module):
-    """Bytes in, the loss out."""
+    """Takes bytes and returns the loss."""
 
     def __init__(self, way: str) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""How long a sequence, and how large a batch, a Llama takes in a given memory: as it is, at each level, checkpointed,
-and planned.
+"""Finds the longest sequence and the largest batch of a Llama that fit a given memory: unconverted, at each level,
+checkpointed, and planned.
 
     python examples/fit_a_budget.py --budget 48MiB
 
-Needs transformers. On the CPU, in a few minutes, with a small model of random weights; what counts is the ratio.
+Needs transformers. Runs on the CPU, in a few minutes, with a small model of random weights; only the ratios matter.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def plans(model: nn.Module, budget: int) -> Callable[[int, int], bool]:
 
 
 def largest(fits: Callable[[int], bool], step: int) -> int:
-    """The largest multiple of `step` that fits, to an eighth of it."""
+    """The largest multiple of `step` that fits, to within an eighth of the result."""
     low, high = 0, step
     while fits(high):
         low, high = high, 2 * high

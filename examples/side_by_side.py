@@ -1,8 +1,8 @@
-"""Trains one model several times at once: with eager torch's layers, and with ours at levels of recomputation, planned
-for a budget, or checkpointed.
+"""The shared code of the examples: trains one model several times at once, with eager torch's layers, and with ours at
+recompute levels, planned for a budget, or checkpointed.
 
-All start from the same weights and see the same batches, so their loss curves lie on each other; what differs is the
-memory kept for backward, the peak, and the time of a step. What the examples share.
+All models start from the same weights and see the same batches, so their loss curves coincide. They differ in the
+memory kept for backward, the peak, and the time of a step.
 """
 
 import argparse
@@ -27,18 +27,18 @@ from ckpt_kernels.memory import peak_bytes, saved_bytes
 from ckpt_kernels.palette import color_of
 from ckpt_kernels.recompute import discard_outputs
 
-# The C library keeps freed blocks instead of giving them back to the system, for all runs alike.
+# For all runs alike, the C library keeps freed blocks instead of returning them to the system.
 RAISED_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 LEVELS = ("block", "output", "all")
 CHECKPOINT = "checkpoint"
-# torch's profiler, which finds the peak, prints of each start and stop.
+# torch's profiler, which measures the peak, logs each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-# Of a loss: the model's, of a batch.
+# A function of a model and a batch that returns the loss.
 Batch = tuple[Tensor, ...]
 
 
 class Run:
-    """One model, its optimiser, and what it measured."""
+    """A model, the optimiser, and the measurements."""
 
     def __init__(self, level: str, model: nn.Module, learning_rate: float) -> None:
         ours = f"ours, {level}" if level in (*LEVELS, "layer") else f"planned, {level}"
@@ -60,8 +60,8 @@ class Run:
         self.seconds.append(time.perf_counter() - start)
 
     def measure_memory(self, batch: Batch, beside_gradients: bool) -> None:
-        """What a pass keeps, and the peak of what a forward and backward pass make beside the model, and beside its
-        gradients, which are there before then."""
+        """Measures the kept bytes of a pass, and the peak of a forward and backward pass beside the model; if
+        `beside_gradients`, gradients are allocated before and do not count."""
         self.model.zero_grad(set_to_none=not beside_gradients)
         self.saved = saved_bytes(self.forward, *batch, parameters_of=self.model)
         self.peak = peak_bytes(lambda: self.forward(*batch).backward(), batch[0].device)
@@ -69,8 +69,11 @@ class Run:
 
 
 def arrange(model: nn.Module, way: str, inputs: Any) -> None:
-    """A model of transformers or diffusers as it is, checkpointed by its own switch, or converted by our flag: a level,
-    or a budget as bytes, such as 64MiB, or as a fraction of eager's peak, such as 0.5."""
+    """Leaves a model of transformers or diffusers unchanged, checkpoints or converts the model.
+
+    Checkpointing uses the model's own switch. Converting uses our flag: a level, or a budget in bytes, such as 64MiB,
+    or as a fraction of eager's peak, such as 0.5.
+    """
     if way == CHECKPOINT:
         switches = ("activation_checkpointing_enable", "gradient_checkpointing_enable", "enable_gradient_checkpointing")
         next(getattr(model, name) for name in switches if hasattr(model, name))()
@@ -79,13 +82,13 @@ def arrange(model: nn.Module, way: str, inputs: Any) -> None:
 
 
 def apart(runs: dict[str, Any]) -> float:
-    """The greatest relative difference of a loss from eager's in the first 20 steps."""
+    """The greatest relative difference from eager's loss in the first 20 steps."""
     eager, *others = (run["losses"][:20] for run in runs.values())
     return max(abs(a - b) / abs(a) for other in others for a, b in zip(eager, other, strict=True))
 
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Loss curves laid over each other, and what each run kept and took; from what is written as JSON."""
+    """Draws the loss curves over each other, and the kept bytes and the time of each run, from the results in JSON."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,7 +99,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
         1, 4, figsize=(15, 4.2), width_ratios=(3, 1.2, 1.2, 1.2), layout="constrained"
     )
     for name, run in runs.items():
-        # Eager's wide and pale below the others.
+        # Eager's curve is wide and pale, below the others.
         below = {"linewidth": 5, "alpha": 0.35} if name == "eager" else {"linewidth": 1.2}
         curves.plot(run["losses"], label=name, color=color_of(name), **below)
     curves.set(xlabel="step", ylabel="loss", title=f"Training loss: {apart(runs):.0e} apart in the first 20 steps")
@@ -110,7 +113,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     ):
         axis.bar_label(axis.bar(list(runs), values, color=colors), fmt="%.1f", fontsize=8)
         axis.margins(y=0.08)
-        # Ratios of times are medians of ratios, step by step, which the table has.
+        # The table has ratios of times: medians of the ratios of single steps.
         found = "" if axis is times else f":\n{values[-1] / values[0]:.0%} of eager's, {list(runs)[-1]}"
         axis.set_title(title + found, fontsize=10)
         axis.tick_params("x", rotation=30, labelsize=8)
@@ -121,7 +124,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 class Picture:
-    """A picture in a file. A notebook shows it where a cell ends with it."""
+    """A picture in a file. A notebook shows the picture if it is the last value of a cell."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
@@ -141,8 +144,11 @@ def compare(
     beside_gradients: bool = True,
     out: pathlib.Path | None = None,
 ) -> Picture:
-    """Trains the models that `make(way)` makes, for "eager" and each of the ways, on the same batches; they return the
-    loss. Prints what each kept and took, and leaves that and its picture in `out`, otherwise in out/NAME."""
+    """Trains the models that `make(way)` returns, for "eager" and each of the ways, on the same batches.
+
+    The models return the loss. Prints the kept bytes and the time of each, and writes the results and a picture to
+    `out`, by default out/NAME.
+    """
     runs = []
     for way in ("eager", *ways):
         torch.manual_seed(0)
@@ -156,7 +162,7 @@ def compare(
         task = progress.add_task("training", total=steps)
         for step in range(steps):
             batch = tuple(tensor.to(device) for tensor in draw_batch(generator))
-            # In turn, and each first when its time comes.
+            # In turn, and each model is first in some steps.
             for run in runs[step % len(runs) :] + runs[: step % len(runs)]:
                 run.step(batch)
             progress.update(task, advance=1, description=f"loss {' / '.join(f'{r.losses[-1]:.4f}' for r in runs)}")
@@ -188,7 +194,7 @@ def compare(
 
 
 def table_of(runs: list[Run]) -> Table:
-    """What each run kept and took."""
+    """The table of kept bytes, peaks and times of the runs."""
     table = Table("", *(run.name for run in runs), title="Training", title_justify="left")
     for title, values in (
         ("final loss (mean of last 10)", [f"{statistics.mean(run.losses[-10:]):.4f}" for run in runs]),
@@ -211,10 +217,10 @@ def main(
     learning_rate: float = 1e-3,
     ways: tuple[str, ...] = (),
 ) -> int:
-    """`compare` by the command line of an example, for the levels asked for.
+    """Runs `compare` from the command line of an example, for the requested levels.
 
-    An example that has other ways than levels, as `arrange` takes them, names the usual ones; its peaks are beside
-    gradients, as budgets are.
+    An example with other ways than levels, as `arrange` takes them, passes the default ways. The peaks of such an
+    example exclude gradients, as budgets do.
     """
     name = pathlib.Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=description)

@@ -1,4 +1,4 @@
-"""A small pre-norm transformer language model, trained on the sources of Python's standard library, as bytes."""
+"""Trains a small pre-norm transformer language model on the sources of Python's standard library, as bytes."""
 
 import functools
 import pathlib
@@ -17,7 +17,7 @@ WIDTH, LAYERS, HEADS, CONTEXT, BATCH = (768, 8, 12, 512, 16) if DEVICE == "cuda"
 
 
 class EagerAddNorm(nn.LayerNorm):
-    """residual + input and its norm, as two steps of eager torch."""
+    """The sum of residual and input, and the norm of the sum, as two steps of eager torch."""
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         total = residual + input
@@ -62,7 +62,7 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes in, the loss of predicting the next byte out."""
+    """Takes bytes and returns the loss of predicting the next byte."""
 
     def __init__(self, level: str) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
 
 @functools.cache
 def corpus() -> Tensor:
-    """The standard library's own sources, end to end."""
+    """The sources of the standard library, concatenated."""
     files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8)
 

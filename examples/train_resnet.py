@@ -1,4 +1,4 @@
-"""A small ResNet of bottlenecks, trained to tell the direction of stripes under noise, in images made as it goes."""
+"""Trains a small ResNet of bottlenecks to tell the direction of stripes under noise, in generated images."""
 
 import math
 import sys
@@ -16,7 +16,7 @@ CLASSES = 8
 
 
 class EagerNormAct(nn.BatchNorm2d):
-    """Batch norm, the residual where there is one, and ReLU, as eager torch writes them."""
+    """Batch norm, the residual if there is one, and ReLU, in eager torch."""
 
     def __init__(self, channels: int, activation: str) -> None:
         super().__init__(channels)
@@ -52,7 +52,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images and the classes they are of in, the loss out."""
+    """Takes images and their classes, and returns the loss."""
 
     def __init__(self, level: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A small diffusion UNet, trained to find the noise that was added to images of rectangles, made as it goes."""
+"""Trains a small diffusion UNet to find the noise that was added to generated images of rectangles."""
 
 import sys
 
@@ -14,7 +14,7 @@ WIDTH, SIZE, BATCH = (128, 64, 32) if DEVICE == "cuda" else (64, 32, 8)
 
 
 class EagerNormAct(nn.GroupNorm):
-    """Group norm and SiLU, as eager torch writes them."""
+    """Group norm and SiLU, in eager torch."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(super().forward(input))
@@ -27,7 +27,7 @@ def norm(level: str, channels: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Twice norm, activation and convolution, with the time added between, and a shortcut around."""
+    """Norm, activation and convolution, twice, with the time added between, and a shortcut around."""
 
     def __init__(self, level: str, channels: int, width: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Images, noise and times in, the loss of finding the noise out."""
+    """Takes images, noise and times, and returns the loss of finding the noise."""
 
     def __init__(self, level: str) -> None:
         super().__init__()

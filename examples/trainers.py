@@ -1,8 +1,8 @@
-"""A small Llama trained by each trainer, as it is and with the one flag: losses, memory, and the time of a step.
+"""Trains a small Llama with each trainer, unconverted and with the flag: losses, memory, and the time of a step.
 
     python examples/trainers.py --steps 50
 
-Needs transformers, and runs those of accelerate, TRL with PEFT, and Lightning that are installed. On the sources of
+Needs transformers, and also runs accelerate, TRL with PEFT, and Lightning, if installed. The text is the sources of
 Python's standard library, as bytes.
 """
 
@@ -28,13 +28,13 @@ from train_lm import corpus
 from ckpt_kernels.memory import peak_bytes, saved_bytes
 
 LAYERS, WIDTH, BATCH, TOKENS = 3, 128, 4, 128
-# The flag's values: none, a level, a budget of half of eager's peak.
+# The values of the flag: none, a level, and a budget of half of eager's peak.
 WAYS = {"eager": None, '"output"': "output", "budget 0.5": 0.5}
 Rows = list[dict[str, torch.Tensor]]
 
 
 class Watch:
-    """The losses that a model returns and the seconds from one forward pass to the next: whole steps of any trainer."""
+    """Records the losses that a model returns, and the seconds between forward passes: whole steps of any trainer."""
 
     def __init__(self, model: nn.Module) -> None:
         self.losses: list[float] = []
@@ -47,7 +47,7 @@ class Watch:
 
 
 def steps_to_time(text: str) -> int:
-    """Enough steps for a median of those after the first."""
+    """The number of steps; at least enough for a median of the steps after the first."""
     if not text.isdecimal() or int(text) < 3:
         raise argparse.ArgumentTypeError(f"{text!r} given; expected a whole number from 3")
     return int(text)
@@ -99,7 +99,7 @@ def by_transformers(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, 
 
 
 def by_trl(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Watch]:
-    """Adapters on a base that is frozen."""
+    """Trains adapters on a frozen base with TRL."""
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from peft import LoraConfig
@@ -176,7 +176,7 @@ def by_lightning(recompute: Any, data: Rows, steps: int) -> tuple[nn.Module, Wat
 
 
 Trained = Callable[[Any, Rows, int], tuple[nn.Module, Watch]]
-# With what each needs.
+# The trainers, with the packages that each needs.
 TRAINERS: dict[str, tuple[Trained, tuple[str, ...]]] = {
     "transformers.Trainer": (by_transformers, ("transformers", "accelerate")),
     "trl.SFTTrainer, LoRA": (by_trl, ("trl", "peft", "datasets")),

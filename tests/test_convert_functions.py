@@ -115,8 +115,11 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def check(made: Callable[[], nn.Module], x: Tensor, said: str, units: int) -> nn.Module:
-    """`units`, of x, are kept: inputs of products, and what the activation, or the gate, is of. At one level: what is
-    kept within blocks is let go of at each."""
+    """Converts the model and checks that `units` tensors of x's size are kept.
+
+    These are the inputs of products, and the operands of the activation or gate. One level is enough: intermediates of
+    blocks are discarded at each level.
+    """
     model = made().to(DEVICE)
     eager = copy.deepcopy(model)
     report = ckpt_kernels.convert(model, recompute="block")

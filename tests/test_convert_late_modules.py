@@ -185,7 +185,7 @@ def test_the_report_and_revert_know_what_came_later(level: str) -> None:
     model(rows())
     by_name = {entry.name: entry.by for entry in report.replaced}
     assert by_name["body.layers.1.mlp.gate.drop.first"] == "bias_act (dropout)"
-    # Six dropouts; and where outputs are let go of, the six adapters that they are in.
+    # Six dropouts; and where outputs are discarded, the six adapters that contain them.
     new = 6 if level == "block" else 12
     assert by_name["body.norm"] == "layer_norm" and len(by_name) == len(report.replaced) == known + new
     ckpt_kernels.revert(model)

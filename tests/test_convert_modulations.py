@@ -1,5 +1,5 @@
-"""Modulations, `norm(x) * (1 + scale) + shift`, in forms that no pattern has: the sum saves neither of its operands, so
-that a copy of the shift, which is small, is what lets go of the result."""
+"""Modulations, `norm(x) * (1 + scale) + shift`, in forms that no pattern has: the sum saves neither of its operands,
+so the recipe of the result keeps a copy of the shift, which is small."""
 
 import weakref
 

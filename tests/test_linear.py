@@ -17,7 +17,7 @@ from .blocks import by_pair, with_gradients
 from .conftest import DEVICE, emulated, interprets, where
 from .test_contract_numbers import check_against_eager
 
-LETTING_GO = ("output", "all")
+DISCARDING_LEVELS = ("output", "all")
 
 
 def assert_same_bits(found: dict, expected: dict) -> None:
@@ -50,13 +50,13 @@ def test_every_level_gives_the_same_bits(pair: Pair, lead: tuple, columns: int, 
     _, dtype = served
     operands = pair.operands(lead, columns, dtype, DEVICE)
     expected = with_gradients(pair.at("block"), operands)
-    for level in LETTING_GO:
+    for level in DISCARDING_LEVELS:
         assert_same_bits(with_gradients(pair.at(level), operands), expected)
 
 
 # "all" writes the outputs again by the kernels of "output".
 @where(lambda backend, level: not emulated(backend) or level == "all")
-@pytest.mark.parametrize("level", LETTING_GO)
+@pytest.mark.parametrize("level", DISCARDING_LEVELS)
 @pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("function", ["norm_linear", "mlp", "gated_mlp"])
 def test_every_activation_and_dropout(function: str, activation: str, level: str, backend: str) -> None:
@@ -105,7 +105,7 @@ def test_keeps_the_floor(pair: Pair, level: str, served: tuple) -> None:
     assert saved_bytes(pair.at(level), **operands) == floor
 
 
-@pytest.mark.parametrize("level", LETTING_GO)
+@pytest.mark.parametrize("level", DISCARDING_LEVELS)
 @by_pair
 def test_frozen_weights_cost_nothing(pair: Pair, level: str) -> None:
     """As beside a LoRA adapter: the gradient flows through, and what only the weights' gradients need is not kept."""
@@ -123,7 +123,7 @@ def test_frozen_weights_cost_nothing(pair: Pair, level: str) -> None:
     assert saved_bytes(pair.at(level), **nothing) == 0
 
 
-@pytest.mark.parametrize("level", LETTING_GO)
+@pytest.mark.parametrize("level", DISCARDING_LEVELS)
 @by_pair
 def test_gradcheck_and_second_gradients(pair: Pair, level: str) -> None:
     operands = pair.operands((3,), 4, torch.float64, "cpu")

@@ -48,7 +48,7 @@ def test_gradients_are_the_same_to_the_last_bit(level: str | None, alive: weakre
     for got, want in zip(gradients(model, x), expected, strict=True):
         assert torch.equal(got, want)
     assert kept > 0 and saved_bytes(model, x) == 0
-    # What is let go of is not copied; what goes from one layer to the other may be kept by both.
+    # Discarded tensors are not copied. A tensor that passes from one layer to the next may be kept by both.
     loss = model(x).sum()
     assert kept <= sum(storage.host.nbytes for storage in alive) <= kept + x.nbytes
     del loss

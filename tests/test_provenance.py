@@ -1,4 +1,4 @@
-"""Letting go of what torch's own ops make: what is kept, the same gradients to the last bit, and what must stay."""
+"""Discarding the outputs of torch's own ops: the kept bytes, the same gradients to the bit, and outputs that stay."""
 
 import contextlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
 
 from .conftest import DEVICE
-from .letting_go import (
+from .discarded_outputs import (
     ROWS,
     STATISTICS,
     UNIT,
@@ -30,8 +30,8 @@ from .letting_go import (
 pytestmark = pytest.mark.skipif(not shows_saved, reason="this torch does not show what nodes hold")
 
 
-# What is let go of. Each is a model of x, how many tensors of x's size it keeps, at first and then, and how many bytes
-# of other things.
+# Cases whose outputs are discarded: a model of x, the tensors of x's size that the model keeps without and with
+# discarding, and the bytes of other tensors.
 
 
 def halves(h: Tensor) -> Tensor:

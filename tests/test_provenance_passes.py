@@ -1,4 +1,4 @@
-"""Letting go of what torch's own ops make, in every kind of pass over the graph, and beside hooks and checkpoints."""
+"""Discarding the outputs of torch's own ops, in every kind of pass over the graph, and beside hooks and checkpoints."""
 
 import contextlib
 import gc
@@ -16,7 +16,7 @@ from ckpt_kernels import recompute
 from ckpt_kernels.recompute import nodes
 
 from .conftest import DEVICE
-from .letting_go import (
+from .discarded_outputs import (
     STATISTICS,
     UNIT,
     WIDTH,
@@ -193,7 +193,7 @@ def test_operands_are_freed_as_the_pass_goes(options: dict, x: Tensor) -> None:
 
 
 def settles_at(count: int) -> bool:
-    """Soon: a GPU's backward passes run in a thread of their own, which lets go of its last tensors after the pass."""
+    """Whether so many bytes remain, soon: a GPU's backward passes run in another thread, which frees tensors later."""
     for _ in range(100):
         if live_bytes() == count:
             return True

@@ -1,4 +1,4 @@
-"""Letting go of what torch's own ops make, in random programs."""
+"""Discarding the outputs of torch's own ops, in random programs."""
 
 import random
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ckpt_kernels import functional as F
 
-from .letting_go import Parameters, assert_same_outcome, random_tensor, shows_saved
+from .discarded_outputs import Parameters, assert_same_outcome, random_tensor, shows_saved
 
 pytestmark = pytest.mark.skipif(not shows_saved, reason="this torch does not show what nodes hold")
 

@@ -13,7 +13,7 @@ from ckpt_kernels import recompute
 from ckpt_kernels.recompute.rules import CONVOLUTIONS, PRODUCTS, RULES_IN_LAYERS
 
 from .conftest import DEVICE
-from .letting_go import (
+from .discarded_outputs import (
     ROWS,
     STATISTICS,
     UNIT,

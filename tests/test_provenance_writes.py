@@ -1,4 +1,4 @@
-"""Letting go of what torch's own ops make, where it is written to, seen in other shapes, or laid out otherwise."""
+"""Discarding the outputs of torch's own ops, where these are written to, viewed, or have another memory layout."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ckpt_kernels import functional as F
 
-from .letting_go import (
+from .discarded_outputs import (
     WIDTH,
     Parameters,
     assert_same_outcome,

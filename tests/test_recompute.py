@@ -1,4 +1,4 @@
-"""Letting go of blocks' outputs: the same gradients to the last bit, from less memory, in any company."""
+"""Discarding the outputs of blocks: the same gradients to the last bit, from less memory, beside any other ops."""
 
 import contextlib
 import gc

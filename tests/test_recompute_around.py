@@ -1,4 +1,4 @@
-"""Letting go of outputs within hooks, checkpoints, autocast, threads and torch.compile, and beside exceptions."""
+"""Discarding outputs within hooks, checkpoints, autocast, threads and torch.compile, and beside exceptions."""
 
 import contextlib
 import gc

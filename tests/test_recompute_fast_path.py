@@ -16,7 +16,7 @@ from ckpt_kernels.recompute.cells import Cell, Kept
 from ckpt_kernels.recompute.discarder import Discarder
 from ckpt_kernels.recompute.recipes import Claim
 
-from .letting_go import Parameters, model_of_all, random_tensor, same_bits, shows_saved
+from .discarded_outputs import Parameters, model_of_all, random_tensor, same_bits, shows_saved
 from .test_provenance_programs import Square, random_program
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""Letting go of outputs in random graphs, and of tensors that have no storage or have been freed."""
+"""Discarding outputs in random graphs, and of tensors that have no storage or have been freed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Letting go of outputs, interrupted: a generator closed elsewhere, Ctrl-C at any step."""
+"""Discarding outputs, interrupted: a generator closed elsewhere, Ctrl-C at any step."""
 
 import ctypes
 import signal
@@ -71,7 +71,7 @@ def test_an_interrupt_is_heard_while_a_recipe_is_released(p: dict) -> None:
     try:
         with recompute.discard_outputs():
             y = F.layer_norm(x, WIDTH)
-            # Lists let go of what is last first.
+            # Lists free the last item first.
             held = [TF.linear(y, p["a"]), trigger]
             other = TF.linear(y, p["a"])
             del y, trigger

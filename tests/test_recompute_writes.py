@@ -1,4 +1,4 @@
-"""Letting go of outputs where a bias is written to, within inference mode, and for many blocks."""
+"""Discarding outputs where a bias is written to, within inference mode, and for many blocks."""
 
 import contextlib
 from collections.abc import Callable, Sequence

@@ -1,7 +1,8 @@
-"""The first page of a site of documentation that has a folder for each version: `python -m tools.docs_versions SITE`.
+"""Writes the first page of a documentation site with a folder for each version: `python -m tools.docs_versions SITE`.
 
 Writes `SITE/index.html`, a list of the folders with the newest version first, and `SITE/versions.json`, the same for
-programs. Folders that are named `dev`, for the sources of today, or like `0.1.0` are versions; all else is left alone.
+programs. The versions are the folders with a name like `0.1.0`, and `dev` for the current sources; other folders are
+ignored.
 """
 
 import json
@@ -13,7 +14,7 @@ DEVELOPMENT = "dev"
 
 
 def versions(site: pathlib.Path) -> list[str]:
-    """The names of a site's versions, the newest first, and what is not released yet at the end."""
+    """The names of a site's versions, the newest first, and the unreleased version at the end."""
     names = [path.parent.name for path in site.glob("*/index.html")]
     released = [name for name in names if re.fullmatch(r"\d+(\.\d+)*", name)]
     released.sort(key=lambda name: tuple(map(int, name.split("."))), reverse=True)

@@ -1,8 +1,8 @@
 """Writes the notebooks of examples from their scripts: `python -m tools.notebooks`.
 
-A script is cut into cells as it stands: its docstring, its imports, its constants together, and each class and function
-by itself. The last cell calls `compare` with what the script gives `main`, which reads a command line and starts Python
-again, and leaves freed memory with the process instead. Written without results.
+A script is cut into cells: the docstring, the imports, the constants together, and each class and function by itself.
+The last cell calls `compare` with the arguments that the script passes to `main`. (`main` reads a command line and
+restarts Python; the cell makes the allocator keep freed memory instead.) Notebooks are written without results.
 """
 
 import ast
@@ -34,7 +34,7 @@ def cells_of(name: str, script: str) -> list[tuple[str, str]]:
         text = "".join(lines[end : statement.end_lineno]).strip("\n")
         end = statement.end_lineno
         kind = ast.Import if isinstance(statement, (ast.Import, ast.ImportFrom)) else type(statement)
-        # Imports go together and constants do, but no two classes or functions.
+        # Imports share a cell, and so do constants; each class and function has a cell of its own.
         if kind is group and kind in (ast.Import, ast.Assign):
             cells[-1] = ("code", f"{cells[-1][1]}\n{text}")
         else:

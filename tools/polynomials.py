@@ -5,8 +5,8 @@ For each polynomial it prints
 - the coefficients that Remez's exchange algorithm finds in float64, rounded to float32, beside those in use;
 - the greatest relative error over the range: of the polynomial found, of the same with its coefficients rounded to
   float32, and of the one in use, all three evaluated in float64;
-- the greatest error of the function that is made of it, in units in the last place of the true result, where every
-  operation rounds to float32: once with fused multiply-adds, as AVX2 and AVX-512 compute, once without.
+- the greatest error of the function that uses the polynomial, in units in the last place of the true result, where
+  every operation rounds to float32: once with fused multiply-adds, as AVX2 and AVX-512 compute, once without.
 """
 
 import itertools
@@ -29,12 +29,12 @@ MultiplyAdd = Callable[[Tensor | float, Tensor | float, Tensor | float], Tensor]
 
 @dataclass(frozen=True)
 class Polynomial:
-    """A polynomial p of `degree` that stands for `target` over [low, high], and the function that is made of it.
+    """A polynomial p of `degree` that approximates `target` over [low, high], and the function that uses p.
 
     Of all such polynomials with the `fixed` coefficients (by power), p is the one whose greatest |p - target| * weight
     is least. `float32(x, coefficients, multiply_add)` computes the function in float32 for `arguments`; `truth` is the
-    function in float64. The coefficients in use are what is `written` under `name`: an array of csrc/cpu/polynomials.h,
-    without the `fixed` ones, or Triton's of that function.
+    function in float64. The coefficients in use are those `written` under `name`: an array of csrc/cpu/polynomials.h
+    without the `fixed` ones, or those of the Triton function.
     """
 
     name: str
@@ -70,7 +70,7 @@ def remez(p: Polynomial, points: int = 20_001, rounds: int = 50) -> list[float]:
     """The coefficients of the best polynomial on a grid of `points` Chebyshev points, by Remez's exchange algorithm.
 
     Each round finds the polynomial whose weighted error has one size and alternating signs at as many points as there
-    are unknowns, then moves each point to where the error is greatest in its stretch of one sign.
+    are unknowns, then moves each point to the greatest error within the stretch of one sign.
     """
     grid = p.low + (p.high - p.low) * 0.5 * (1 - torch.linspace(0, math.pi, points, dtype=torch.float64).cos())
     powers = [k for k in range(p.degree + 1) if k not in p.fixed]
@@ -98,7 +98,7 @@ def remez(p: Polynomial, points: int = 20_001, rounds: int = 50) -> list[float]:
 
 
 def extremes_by_sign(error: Tensor) -> list[int]:
-    """Where |error| is greatest in each stretch in which the error has one sign."""
+    """The places of the greatest |error| in each stretch in which the error has one sign."""
     negative = error < 0
     changes = (negative[1:] != negative[:-1]).nonzero().flatten() + 1
     edges = [0, *changes.tolist(), len(error)]
@@ -126,7 +126,7 @@ def in_float64(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tenso
 
 
 def fused(a: Tensor | float, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """a * b + c in float32, rounded once (twice where float64 does not hold the sum, which changes next to nothing)."""
+    """a * b + c in float32, rounded once (twice if float64 cannot hold the sum, which hardly changes the result)."""
     a, b, c = (torch.as_tensor(x, dtype=torch.float32).double() for x in (a, b, c))
     return (a * b + c).float()
 
@@ -144,7 +144,7 @@ def horner(values: Sequence[float], x: Tensor, multiply_add: MultiplyAdd) -> Ten
     return result
 
 
-# What csrc/cpu/vec_math.h does with the polynomials, one float32 operation at a time.
+# The functions of csrc/cpu/vec_math.h on the polynomials, one float32 operation at a time.
 
 
 def _expm1_of_rest(x: Tensor, values: Sequence[float], multiply_add: MultiplyAdd) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ def _rough_normal_tail(a: Tensor, values: Sequence[float], multiply_add: Multipl
     return horner(values, 1 / multiply_add(0.33, a, 1.0), multiply_add)
 
 
-# Targets in float64. Near 0, where a difference would cancel, a series.
+# Targets in float64. Near 0, where a difference would cancel, the target is a series.
 
 
 def _expm1_target(r: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _relative(target: Function) -> Function:
 _HALF = math.log(2) / 2
 _EXPM1 = (_expm1_target, _relative(_expm1_target), -_HALF, _HALF, 4)
 
-# exp and expm1 are made of one polynomial.
+# exp and expm1 share a polynomial.
 POLYNOMIALS = {
     "exp": Polynomial("expm1_coefficients", *_EXPM1, _exp, torch.exp, (-87.0, 88.0)),
     "expm1": Polynomial("expm1_coefficients", *_EXPM1, _expm1, torch.expm1, (-2.0, -1e-6)),
@@ -290,7 +290,7 @@ POLYNOMIALS = {
 
 
 def tritons(function: str) -> list[float]:
-    """The coefficients of Horner's rule in a function of Triton's, by rising powers, without the constant one."""
+    """The coefficients of Horner's rule in a Triton function, by rising powers, without the constant one."""
     body = TRITON.read_text().partition(f"def {function}(")[2].partition("\n@triton.jit")[0]
     first, *rest = re.findall(r"^    p = (.*)$", body, re.MULTILINE)
     signed = [first.partition(" *")[0], *(line.replace(" ", "") for line in (first, *rest))]
@@ -298,7 +298,8 @@ def tritons(function: str) -> list[float]:
     return falling[-2::-1]
 
 
-# Triton's, for the value and the slope of gelu: relative where the tail matters for itself, absolute where it is added.
+# Triton's polynomials for the value and the slope of gelu: the error is relative where the result is the tail itself,
+# and absolute where the tail is added.
 LOG2_NORMAL_TAIL = Polynomial(
     "normal_cdf",
     _log2_tail,

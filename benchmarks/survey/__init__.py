@@ -1,6 +1,6 @@
-"""Architectures by the hundred, tiny and with random weights, and what converting does to each.
+"""Converts hundreds of architectures, tiny and with random weights, and compares each with the unconverted model.
 
-`names` and `entry` are the catalogue; `run` measures it, each architecture in a process of its own; `report` tells.
+`catalogue` has the entries; `run` measures each architecture in a process of its own; `report` shows the results.
 """
 
 import fnmatch
@@ -12,7 +12,7 @@ import torch
 
 from .entry import Entry
 
-# By library, the modules of this package that have its entries.
+# For each library, the modules of this package that have the entries.
 _CATALOGUES = {
     "torch": ("of_torch",),
     "handwritten": ("handwritten",),
@@ -26,7 +26,7 @@ LIBRARIES = tuple(_CATALOGUES)
 
 @functools.cache
 def declare_missing_operators() -> None:
-    """torchvision without its own library of kernels imports if the two operators that it looks for are declared."""
+    """Declares two operators, so that torchvision can be imported without its library of kernels."""
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
@@ -34,8 +34,8 @@ def declare_missing_operators() -> None:
 
 @functools.cache
 def why_not(library: str) -> str | None:
-    """Why models of that library cannot be built here; None if they can."""
-    # transformers and diffusers look for the others.
+    """The reason why models of this library cannot be built here; None if they can."""
+    # transformers and diffusers check for the other packages.
     declare_missing_operators()
     try:
         importlib.import_module("torch" if library == "handwritten" else library)
@@ -46,16 +46,16 @@ def why_not(library: str) -> str | None:
 
 @functools.cache
 def catalogue() -> dict[str, Entry]:
-    """All entries by name, of those libraries that import."""
+    """All entries by name, of the libraries that can be imported."""
     modules = [name for library, names in _CATALOGUES.items() if why_not(library) is None for name in names]
     found = [entry for name in modules for entry in importlib.import_module(f".{name}", __name__).entries()]
     return {entry.name: entry for entry in found}
 
 
 def chosen(patterns: Iterable[str]) -> list[Entry]:
-    """Entries whose name fits one of the patterns, with * and ?, or ends in one after the library's; all if none.
+    """The entries that match a pattern, with * and ?, by the whole name or without the library; all without patterns.
 
-    Raises KeyError for a pattern that nothing fits.
+    Raises KeyError for a pattern without a match.
     """
     known = catalogue()
     patterns = list(patterns)
@@ -71,7 +71,7 @@ def chosen(patterns: Iterable[str]) -> list[Entry]:
 
 
 def left_out() -> dict[str, str]:
-    """What is not in the catalogue, with the reason: a whole library, or a type of models of one."""
+    """The libraries, and types of models of a library, that are not in the catalogue, with the reasons."""
     reasons = {library: why for library in LIBRARIES if (why := why_not(library))}
     if "transformers" not in reasons:
         from . import of_transformers

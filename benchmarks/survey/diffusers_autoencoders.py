@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers: how each is made and called."""
+"""Autoencoders of diffusers: the arguments and inputs of each."""
 
 from .diffusers_rows import CLIP, PIXELS, Row, noise
 

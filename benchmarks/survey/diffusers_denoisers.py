@@ -1,4 +1,4 @@
-"""Denoisers of diffusers, of images, videos and sound, and their ControlNets: how each is made and called."""
+"""Denoisers of diffusers, for images, videos and sound, and their ControlNets: the arguments and inputs of each."""
 
 import torch
 

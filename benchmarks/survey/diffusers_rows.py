@@ -1,4 +1,4 @@
-"""What a model of diffusers is given: rows of a table of models, and what their inputs are made by."""
+"""The rows of the tables of diffusers models, and the functions that make inputs."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ def part(shape: Shape) -> Tensor:
 
 
 def everything(shape: Shape) -> Tensor:
-    """A mask that hides nothing."""
+    """A mask that masks nothing."""
     return torch.ones(shape.batch, shape.length, dtype=torch.bool)
 
 

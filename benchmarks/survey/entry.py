@@ -1,4 +1,4 @@
-"""What a catalogue is made of."""
+"""The entries of the catalogue."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Shape(NamedTuple):
-    """Of a batch: how many examples, and how many tokens (or frames) each. Images keep their size."""
+    """The shape of a batch: the number of examples, and of tokens (or frames) in each. Images keep their size."""
 
     batch: int = 2
     length: int = 24
@@ -23,10 +23,10 @@ WIDE = 256
 
 @dataclass(frozen=True)
 class Entry:
-    """An architecture: how its model is made at a width, and inputs by name for a batch of a shape.
+    """An architecture: functions that make the model at a width, and inputs by name for a batch of a shape.
 
-    `has_wide` says that it can also be made at a width at which computing outweighs calling, to be timed. `random` is
-    for what is about randomness: its dropout stays. Inputs that are `differentiable` get gradients too.
+    With `has_wide`, the model can also be made so wide that computation outweighs the overhead of calls, for timing.
+    With `random`, the entry is about randomness, and dropout stays on. Inputs that are `differentiable` get gradients.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Modules that do more than return a tensor of their inputs: what conversion must leave as it is."""
+"""Modules with side effects, which conversion must preserve."""
 
 import dataclasses
 import random
@@ -20,7 +20,7 @@ def _mlp(width: int) -> nn.Module:
 
 
 class Teacher(nn.Module):
-    """A frozen copy without gradients, which follows slowly."""
+    """A frozen copy without gradients, which follows the model slowly."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Reverse(torch.autograd.Function):
 
 
 class Reversal(nn.Module):
-    """What the second head learns, the body unlearns."""
+    """Gradient reversal: the body unlearns the task of the second head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Reversal(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Computes every other layer again in backward."""
+    """Checkpoints every other layer."""
 
     def __init__(self, width: int, reentrant: bool) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Checkpointed(nn.Module):
 
 
 class Losses(nn.Module):
-    """Each expert's balance goes to a list that the caller reads."""
+    """Appends each expert's balance loss to a list that the caller reads."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Result:
 
 
 class Returning(nn.Module):
-    """Whatever it is told to return."""
+    """Returns outputs in a given structure."""
 
     def __init__(self, width: int, kind: Callable[[Tensor, Tensor], Any]) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def _model_output(out: Tensor, state: Tensor) -> Any:
 
 
 class Dropping(nn.Module):
-    """Dropout of torch's, a path dropped by Python's numbers, and noise of numpy's."""
+    """Dropout by torch's generator, a dropped path by Python's, and noise by numpy's."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Dropping(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Writes to what it has just made."""
+    """Writes to tensors that were just computed."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class InPlace(nn.Module):
 
 
 class Shared(nn.Module):
-    """One layer three times, one weight in two places, and a branch on data."""
+    """Calls one layer three times, has one weight in two places, and branches on data."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Shared(nn.Module):
 
 
 class Hooked(nn.Module):
-    """Hooks of its own keep what passes, and change it."""
+    """Has hooks that keep activations and change them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ def entries() -> list[Entry]:
     wide = ("swiglu", "block_pre", "block_post", "norms", "glu")
 
     def row(name: str, model: Callable[[int], nn.Module], image: bool) -> Entry:
-        # Inputs are as wide as the model, which is asked for in two widths.
+        # Inputs are as wide as the model, which is made in two widths.
         def inputs(made: nn.Module, shape: Shape) -> dict[str, Any]:
             sizes = (made.survey_width, 12, 12) if image else (shape.length, made.survey_width)
             return {"x": torch.randn(shape.batch, *sizes)}

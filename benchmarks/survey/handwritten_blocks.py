@@ -1,4 +1,4 @@
-"""Blocks as people write them by hand: gated MLPs, norms of their own, convolutions, mixers, experts."""
+"""Hand-written blocks: gated MLPs, custom norms, convolutions, mixers, experts."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class ChunkedSwiGLU(nn.Module):
-    """No children: the weights are its own, and one product is cut in two."""
+    """Has no children: the weights are parameters of the module, and one product is split in two."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class GatedByGLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """As in Llama, with eps written where it is used."""
+    """The norm of Llama, with a literal eps."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class RMSNorm(nn.Module):
 
 
 class ScaleNorm(nn.Module):
-    """By the norm of a row and one plus the weight."""
+    """Scales by the norm of a row and by one plus the weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class HandLayerNorm(nn.Module):
 
 
 class Norms(nn.Module):
-    """One after another, each before a product."""
+    """Several norms in sequence, each before a product."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer of a transformer, with its norms before or after."""
+    """A transformer layer, with pre-norms or post-norms."""
 
     def __init__(self, width: int, before: bool = True) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class Basic(nn.Module):
-    """Of ResNet: one activation used twice, in place."""
+    """The basic block of ResNet: one activation used twice, in place."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Mixer(nn.Module):
 
 
 class GMLP(nn.Module):
-    """A gate over places."""
+    """A spatial gate, over positions."""
 
     def __init__(self, width: int, length: int = 24) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class GMLP(nn.Module):
 
 
 class Experts(nn.Module):
-    """Each token goes to the best two of four."""
+    """Routes each token to the best two of four experts."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from .run import TIMEOUT, prepare, survey
 
 
 def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timeout: float = TIMEOUT) -> int:
-    """Surveys the entries that fit one of the patterns, or all, and writes what is found to `out`."""
+    """Surveys the entries that match a pattern, or all, and writes the results to `out`."""
     console = Console(width=None if sys.stdout.isatty() else 200)
     prepare()
     try:
@@ -29,7 +29,7 @@ def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timeout: float =
         if "/" not in name:
             console.print(f"left out: {reason}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # No thread of its own draws it: processes are forked meanwhile.
+    # The progress bar has no thread of its own, because processes are forked meanwhile.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task("surveying", total=len(entries))
 
@@ -37,16 +37,16 @@ def main(patterns: list[str], out: pathlib.Path, jobs: int = 2, timeout: float =
 
         def done(found: dict[str, Any]) -> None:
             results.append(found)
-            told = report.verdict(found)
-            if told:
-                progress.console.print(f"{found['name']}: {told[:160]}", highlight=False, markup=False)
+            problem = report.verdict(found)
+            if problem:
+                progress.console.print(f"{found['name']}: {problem[:160]}", highlight=False, markup=False)
             progress.update(task, advance=1, description=found["name"][:40].ljust(40))
             progress.refresh()
-            # Where no bar is drawn.
+            # Without a terminal no bar is drawn.
             if not console.is_terminal and len(results) % 25 == 0:
                 console.print(f"{len(results)} of {len(entries)}")
 
-        # What has come until it is broken off is told all the same.
+        # After an interrupt the results so far are still reported.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             survey(entries, jobs=jobs, timeout=timeout, done=done)

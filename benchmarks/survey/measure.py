@@ -1,4 +1,4 @@
-"""What is measured of one architecture: phase by phase, in a process that may die of any of them."""
+"""Measures one architecture, phase by phase, in a process that may die in any phase."""
 
 from typing import Any
 
@@ -14,20 +14,20 @@ from .numbers import EPS, Reference
 from .step import Step, Subject
 
 LEVELS = OF_MODELS
-# Gradient checkpointing of the model's own, switched on before the model is converted, or after.
+# The model's own gradient checkpointing, enabled before or after the conversion.
 CHECKPOINTED = ("checkpointed before", "checkpointed after")
 PHASES = ("eager", *LEVELS, *CHECKPOINTED)
 
-# Attributes that follow from activations may differ by this part of their norm.
+# Attributes that depend on activations may differ by this fraction of their norm.
 _CLOSE = 1e-3
-# How often a model is trained with its weights moved by some ulps.
+# The number of runs with weights changed by some ulps.
 _SHAKEN = 2
 
 Found = dict[str, Any]
 
 
 class Measured:
-    """An architecture, with what its model does as it is, to which everything else is compared."""
+    """An architecture, with the steps of the unconverted model, to which all other steps are compared."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -56,7 +56,7 @@ class Measured:
             subject.in_one_shape()
             model = subject.model()
             first, second = subject.step(model, 0), subject.step(model, 1)
-        # In the order in which a converted model is put through it.
+        # In the same order as for a converted model.
         state.restore(model, initial)
         kept = subject.kept(model)
         state.restore(model, initial)
@@ -86,7 +86,7 @@ class Measured:
             return None
 
     def _shaken(self, number: int) -> list[Step]:
-        """Steps of the model with each weight moved by up to four ulps."""
+        """Steps of the model with each weight changed by up to four ulps."""
         model = self.subject.model()
         state.seed(100 + number)
         with torch.no_grad():
@@ -96,7 +96,7 @@ class Measured:
         return [self.subject.step(model, batch) for batch in (0, 1)]
 
     def _reference(self, batch: int, what: str) -> Reference:
-        """What is to be compared to, of "outputs", "gradients" or "buffers"."""
+        """The reference for "outputs", "gradients" or "buffers"."""
         truth = getattr(self.truths[batch], what) if self.truths else None
         shaken = tuple(getattr(steps[batch], what) for steps in self.shaken)
         return Reference(getattr(self.steps[batch], what), truth, shaken)
@@ -124,7 +124,7 @@ class Measured:
         }
 
     def _compare(self, ours: Step, batch: int, bad: list[str], changed: list[str]) -> None:
-        """Adds to `bad` the numbers that are wrong, and to `changed` what else is not as the model leaves it."""
+        """Adds wrong numbers to `bad`, and all other differences from the unconverted model to `changed`."""
         eager = self.steps[batch]
         which = ("first", "second")[batch]
         comparable = self.repeatable and not self.entry.random
@@ -136,16 +136,16 @@ class Measured:
             changed += [f"after the {which} batch, buffers: {text}" for text in _few(found)]
         for what in ("structure", "attributes", "generators"):
             if what == "structure" or comparable:
-                told = state.difference(getattr(eager, what), getattr(ours, what), _CLOSE)
-                if told:
-                    changed.append(f"after the {which} batch, {what}: {told}")
+                difference = state.difference(getattr(eager, what), getattr(ours, what), _CLOSE)
+                if difference:
+                    changed.append(f"after the {which} batch, {what}: {difference}")
 
     def _reverted(self, model: nn.Module, initial: dict[str, torch.Tensor]) -> list[str]:
-        """What is not as it was after conversion has been undone."""
+        """The differences that remain after the conversion is reverted."""
         state.restore(model, initial)
         ours, eager = self.subject.step(model, 0), self.steps[2]
         found = state.difference(eager.attributes, ours.attributes, _CLOSE) if self.repeatable else None
-        # A model that has a state beside its buffers may carry the rounding of converted steps in it.
+        # A model with state outside of buffers may carry the rounding of converted steps in that state.
         if self.repeatable and _bits(self.steps[0], eager) is None:
             found = found or _bits(eager, ours)
         return [found] if found else []
@@ -177,12 +177,12 @@ class Measured:
         return {"wrong": bad, "changed": [changed] if changed else [], "kept": subject.kept(model), "eager": eager}
 
 
-def _few(told: list[str]) -> list[str]:
-    return told if len(told) <= 4 else [*told[:3], f"{len(told) - 3} more"]
+def _few(items: list[str]) -> list[str]:
+    return items if len(items) <= 4 else [*items[:3], f"{len(items) - 3} more"]
 
 
 def checkpoint(model: nn.Module) -> bool:
-    """Switches the model's own gradient checkpointing on; False if it has none."""
+    """Enables the model's own gradient checkpointing. False if the model has none."""
     if getattr(model, "supports_gradient_checkpointing", False):
         model.gradient_checkpointing_enable()
     elif getattr(model, "_supports_gradient_checkpointing", False):
@@ -193,7 +193,7 @@ def checkpoint(model: nn.Module) -> bool:
 
 
 def _changed_by_converting(model: nn.Module, level: str) -> list[str]:
-    """What converting changes by itself, and what reverting then does not put back."""
+    """The changes that converting makes without a step, and those that reverting does not undo."""
     tensors, attributes, classes = state.tensors(model), state.attributes(model, identity=True), state.classes(model)
     state.seed(3)
     generators = state.generators()
@@ -214,7 +214,7 @@ def _changed_by_converting(model: nn.Module, level: str) -> list[str]:
 
 
 def _bits(left: Step, right: Step, also: tuple[str, ...] = ()) -> str | None:
-    """Where two steps differ in a bit."""
+    """The first difference between two steps, to the bit; None if there is none."""
     for what in ("structure", "outputs", "gradients", "buffers", *also):
         found = state.difference(getattr(left, what), getattr(right, what))
         if found:

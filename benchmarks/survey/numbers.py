@@ -1,4 +1,4 @@
-"""Whether a converted model's numbers are as good as the model's own."""
+"""Compares a converted model's numbers with the unconverted model's, up to rounding."""
 
 from dataclasses import dataclass
 
@@ -9,48 +9,48 @@ EPS = torch.finfo(torch.float32).eps
 
 Named = dict[str, Tensor]
 
-# How many times the error that a model makes by itself is allowed, or that with its weights moved, and how many ulps of
-# the tensor beside.
+# An error may be this many times the unconverted model's own error, or this many times the change from weights that are
+# changed by some ulps, plus this many ulps of the tensor.
 _TIMES = 1.5
 _SHAKEN_TIMES = 3
 _ULPS = 32
-# A tensor may be as wrong as this part of the largest: a gradient that is zero but for rounding has no digits.
+# The error may also be this fraction of the largest tensor's: a gradient that is zero up to rounding has no digits.
 _SHARE = 0.05
-# Where there is no truth, as a part of a tensor's norm. There is none either where the model itself is further from it
-# than the second: a choice of experts, say, went the other way.
+# The allowed error without a float64 result, as a fraction of a tensor's norm. The float64 result does not count either
+# if the unconverted model differs from it by more than the second fraction, because a choice of experts differs, say.
 _CLOSE = 1e-4
 _LOST = 1e-2
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model does as it is; what it would do in float64, if it runs in that; and what it does with its weights
-    moved by some ulps, which is how much its numbers mean."""
+    """The results of the unconverted model, the results in float64 if the model runs in float64, and the results with
+    weights changed by some ulps, which show the precision of the numbers."""
 
     eager: Named
     truth: Named | None
     shaken: tuple[Named, ...]
 
     def wrong(self, ours: Named) -> list[str]:
-        """In words, the worst first: which tensors of `ours` are wrong by more than rounding explains."""
-        told = [f"{name}: is missing" for name in self.eager if name not in ours]
-        told += [f"{name}: was not there" for name in ours if name not in self.eager]
+        """Descriptions of the tensors of `ours` that are wrong by more than rounding explains, the worst first."""
+        problems = [f"{name}: is missing" for name in self.eager if name not in ours]
+        problems += [f"{name}: was not there" for name in ours if name not in self.eager]
         floats = []
         for name, value in self.eager.items():
             if name not in ours:
                 continue
             if not _alike(value, ours[name]):
-                told.append(f"{name}: has another shape or dtype")
+                problems.append(f"{name}: has another shape or dtype")
             elif value.is_floating_point():
                 floats.append(name)
             elif not torch.equal(value, ours[name]) and all(torch.equal(value, _of(s, name)) for s in self.shaken):
-                told.append(f"{name}: is another")
+                problems.append(f"{name}: is another")
         largest = max((_norm(self.eager[name]) for name in floats), default=0.0)
         excesses = sorted(((self._excess(name, ours[name], largest), name) for name in floats), reverse=True)
-        return told + [f"{name}: {excess:.1f}x what is allowed" for excess, name in excesses if excess > 1]
+        return problems + [f"{name}: {excess:.1f}x what is allowed" for excess, name in excesses if excess > 1]
 
     def _excess(self, name: str, ours: Tensor, largest: float) -> float:
-        """The error as a multiple of what is allowed."""
+        """The error as a multiple of the allowed error."""
         eager = self.eager[name]
         if not torch.equal(eager.isfinite(), ours.isfinite()):
             return float("inf")

@@ -1,6 +1,6 @@
-"""Models of diffusers: a row of a table says how a class is made and called.
+"""Models of diffusers: a row of a table has the arguments and inputs of a class.
 
-Settings that most classes know by the same name are filled in for them.
+Settings that most classes share by name are filled in.
 """
 
 import inspect
@@ -16,11 +16,11 @@ from .entry import Entry, Shape
 
 
 def _axes(head: int) -> tuple[int, int, int]:
-    """How the dimensions of a head are shared by three axes."""
+    """The dimensions of a head, divided among three axes."""
     return head // 4, head // 4, head // 2
 
 
-# What a class is given where it has a setting of that name and its row says nothing of it.
+# Values for settings that a class has and the row of the class does not give.
 _USUAL: dict[str, Callable[[int], Any]] = {
     "num_attention_heads": lambda width: 4,
     "num_heads": lambda width: 4,

@@ -1,7 +1,7 @@
-"""Models of timm by the names it gives them, of few blocks and for small images.
+"""Models of timm by timm's names, with few blocks and for small images.
 
-A row is a name and the settings beside those of its family. Transformers take a depth and a size of image and patch;
-networks of convolutions are made narrow and of one block a stage where their classes let them.
+A row is a name and the settings beside those of the family. Transformers take a depth and a size of image and patch.
+Convolutional networks are narrow, with one block in each stage, if their classes allow this.
 """
 
 from typing import Any
@@ -11,14 +11,14 @@ from torch import nn
 
 from .entry import NARROW, Entry, Shape
 
-# timm names the first model of a family and its usual settings; these make it small.
+# The settings that make the models of a family small.
 _PLAIN = {"img_size": 32, "patch_size": 8, "depth": 2}
 _STAGES = {"depths": (1, 1, 1, 1)}
 _MIXER = {"img_size": 64}
 _RESNET = {"layers": (1, 1, 1, 1)}
 _VIT = {"embed_dim": NARROW, "num_heads": 4}
 
-# Names by the settings that all of them take, and then those of each.
+# Names by the settings that all of them share, then the settings of each.
 _FAMILIES: tuple[tuple[dict[str, Any], dict[str, dict[str, Any]]], ...] = (
     (
         _PLAIN,
@@ -153,9 +153,9 @@ _FAMILIES: tuple[tuple[dict[str, Any], dict[str, dict[str, Any]]], ...] = (
     ),
 )
 _ROWS = {name: common | own for common, rows in _FAMILIES for name, own in rows.items()}
-# With a batch norm of what was pooled to a point: of two values it has no gradient but rounding.
+# Models with a batch norm after pooling to a point: over two values the gradient is only rounding.
 _POOLED = ("skresnet18",)
-# Of those that take a width: what is timed.
+# The models that take a width, which are timed.
 _WIDE = frozenset(name for name in _ROWS if "embed_dim" in _ROWS[name] and "img_size" in _ROWS[name])
 
 
@@ -172,7 +172,7 @@ def _inputs(name: str, model: nn.Module, shape: Shape) -> dict[str, Any]:
 
 
 def _size(model: nn.Module) -> int:
-    """Of the images of one that was made for a size, that; 64 of others."""
+    """The image size for which the model was made; 64 if any size fits."""
     fixed = model.default_cfg.get("fixed_input_size", False)
     return model.default_cfg["input_size"][-1] if fixed else 64
 

@@ -1,4 +1,4 @@
-"""torch.nn's own: transformers, recurrent networks, and what is made of its layers in a line."""
+"""Models of torch.nn: transformers, recurrent networks, and one-line compositions of layers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ def _transformer(**settings: Any) -> Callable[[int], nn.Module]:
 
 
 def _width(model: nn.Module) -> int:
-    """That of the first weight that has one."""
+    """The width of the first weight that has one."""
     return next(p.shape[-1] for p in model.parameters() if p.dim() > 1)
 
 

@@ -1,4 +1,4 @@
-"""Models of torchvision for small images, of one block a stage where their classes let them."""
+"""Models of torchvision for small images, with one block in each stage if their classes allow this."""
 
 import functools
 import itertools

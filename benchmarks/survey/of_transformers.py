@@ -1,4 +1,4 @@
-"""Models of transformers: one of every type that its `AutoModel` knows, with the head that its type is trained with."""
+"""Models of transformers: one of every type in `AutoModel`, with the head with which the type is trained."""
 
 import functools
 import re
@@ -11,7 +11,7 @@ from .shrink import shrunk
 from .transformers_inputs import Inputs, inputs
 from .transformers_special import SPECIAL
 
-# The first of these tasks that has a model of a type gives its class; the bare model does if none has.
+# The class of a type is that of the first of these tasks with a model of the type; else the bare model.
 _TASKS = (
     "SEQ_TO_SEQ_CAUSAL_LM",
     "MASKED_LM",
@@ -27,13 +27,13 @@ _TASKS = (
     "DEPTH_ESTIMATION",
 )
 
-# A type of these names that another type has without it is a part of that.
+# A type whose name is another type's plus one of these suffixes is a part of that other type.
 _PART = re.compile(r"(.+)_(vision|audio|encoder|decoder|vision_model|text_model)")
 
 _RESNET = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
 _DETR = {"use_timm_backbone": False, "backbone_config": _RESNET | {"out_features": ["stage2"]}}
 
-# Settings that the rule gets wrong.
+# Settings for which the rules give wrong values.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "blip-2": {"num_query_tokens": 8},
@@ -84,7 +84,7 @@ for _name in ("autoformer", "informer", "time_series_transformer"):
         "num_time_features": 2,
     }
 
-# The same models in the other ways in which people call them: (type, settings, inputs).
+# The same models called in other common ways: (type, settings, inputs).
 _VARIANTS: dict[str, tuple[str, dict[str, Any], Inputs]] = {
     "bert-as-tuple": ("bert", {}, {"return_dict": False}),
     "bert-all-states": ("bert", {}, {"output_hidden_states": True}),
@@ -95,7 +95,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any], Inputs]] = {
     "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu"}, {}),
 }
 
-# Types that are not in the catalogue, by the reason.
+# Types that are not in the catalogue, by reason.
 _LEFT_OUT: dict[str, str] = {
     "the rule's settings do not fit one another": """
         apertus1p5 aria chameleon cohere_compass cohere_compass_text csm cvt d_fine dab-detr deepseek_ocr2
@@ -186,7 +186,7 @@ def entries() -> list[Entry]:
     ]
 
 
-# Those that are timed: what is trained most, of every kind.
+# The timed models: those of each kind that are trained most.
 _WIDE = frozenset(
     """
     albert arcee bart bert cohere deberta-v2 deit distilbert electra ernie4_5 falcon gemma gemma2 glm4 gpt2 gpt_neox

@@ -1,4 +1,4 @@
-"""A survey as JSON, as Markdown, in the terminal and as a picture."""
+"""Reports a survey as JSON, as Markdown, in the terminal and as a picture."""
 
 import json
 import pathlib
@@ -20,12 +20,12 @@ SUMMARY = ["library", "models", "not run", "raised", "wrong numbers", "changed s
 
 
 def phases(found: Found) -> dict[str, Found]:
-    """What converting did, phase by phase."""
+    """The results of the phases after "eager", by phase."""
     return {name: found["phases"][name] for name in (*LEVELS, *CHECKPOINTED) if name in found["phases"]}
 
 
 def runs(found: Found) -> bool:
-    """Whether the model was built and trained as it is."""
+    """Whether the unconverted model was built and trained."""
     return "kept" in found["phases"].get("eager", {})
 
 
@@ -48,7 +48,7 @@ def changed(found: Found) -> list[str]:
 
 
 def ratio(found: Found, name: str) -> float | None:
-    """Bytes kept in that phase over those that the model keeps itself, checkpointed where that phase is."""
+    """The bytes kept in a phase over those of the unconverted model, which is checkpointed if the phase is."""
     phase = found["phases"].get(name, {})
     eager = phase.get("eager") or found["phases"].get("eager", {}).get("kept")
     return phase["kept"] / eager if eager and "kept" in phase else None
@@ -62,12 +62,12 @@ def _cell(found: Found, name: str) -> str:
 
 
 def verdict(found: Found) -> str:
-    """In a few words, the worst first."""
+    """The verdict on a model in a few words, the worst first."""
     if not runs(found):
         return "not run: " + next((p["raised"] for p in found["phases"].values() if "raised" in p), "no reason known")
-    for what, told in (("raised", raised(found)), ("wrong", wrong(found)), ("changed", changed(found))):
-        if told:
-            return f"{what}, {told[0]}" + (f" (and {len(told) - 1} more)" if len(told) > 1 else "")
+    for what, problems in (("raised", raised(found)), ("wrong", wrong(found)), ("changed", changed(found))):
+        if problems:
+            return f"{what}, {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
     return ""
 
 
@@ -91,7 +91,7 @@ def _libraries(results: list[Found]) -> list[str]:
 
 def _summary_row(name: str, group: list[Found]) -> list[str]:
     running = [found for found in group if runs(found)]
-    counts = [sum(bool(told(found)) for found in running) for told in (raised, wrong, changed)]
+    counts = [sum(bool(problems_of(found)) for found in running) for problems_of in (raised, wrong, changed)]
     medians = [_median(ratio(found, level) for found in running) for level in LEVELS]
     return [name, str(len(group)), str(len(group) - len(running)), *map(str, counts), *medians]
 
@@ -102,7 +102,7 @@ def _median(values: Iterable[float | None]) -> str:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """For the terminal."""
+    """A table for the terminal."""
     made = Table(title=title, title_justify="left")
     for column in columns:
         words = column in ("architecture", "class", "library", "found")
@@ -113,7 +113,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 
 
 def write(folder: pathlib.Path, about: Found, results: list[Found], left_out: dict[str, str]) -> None:
-    """survey.json, survey.md and survey.png."""
+    """Writes survey.json, survey.md and survey.png."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"machine": about, "left_out": left_out, "results": results}
     (folder / "survey.json").write_text(json.dumps(whole, indent=1))
@@ -139,7 +139,7 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def picture(path: pathlib.Path, results: list[Found], about: Found) -> None:
-    """A panel for each library; in it, for each level, the kept parts of its models from the least to the most."""
+    """Draws a panel for each library: for each level, the kept fractions of the models in ascending order."""
     libraries = [name for name in _libraries(results) if any(runs(f) for f in results if f["library"] == name)]
     if not libraries:
         return
@@ -167,7 +167,7 @@ def picture(path: pathlib.Path, results: list[Found], about: Found) -> None:
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8, loc="lower right")
-    # After all are drawn: all share one axis, which is no longer scaled from then on.
+    # Last, because all panels share an axis, which does not scale from here on.
     axes[0].set_ylim(bottom=0)
     figure.supylabel("kept for backward, as a part of what the model keeps itself", fontsize=9)
     figures.save(figure, path, about)

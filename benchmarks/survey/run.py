@@ -1,4 +1,4 @@
-"""Every architecture in a process of its own, so that one that crashes or hangs is a result like any other."""
+"""Runs every architecture in a process of its own, so that a crash or a hang is a result like any other."""
 
 import contextlib
 import faulthandler
@@ -24,7 +24,7 @@ from .measure import PHASES, Measured, said
 
 TIMEOUT = 120.0
 
-# What takes long to import; a fork of a process that has it does not take that time again.
+# Modules with a long import time. A fork of a process that has imported them does not import them again.
 _HEAVY = ("numpy", "transformers", "transformers.modeling_utils", "diffusers", "timm", "torchvision")
 
 Found = dict[str, Any]
@@ -32,7 +32,7 @@ _fork = multiprocessing.get_context("fork")
 
 
 def prepare() -> None:
-    """Imports what is heavy, with one thread: a process with threads cannot be forked safely."""
+    """Imports the heavy modules, with one thread: a process with threads cannot be forked safely."""
     torch.set_num_threads(1)
     declare_missing_operators()
     warnings.filterwarnings("ignore")
@@ -42,7 +42,7 @@ def prepare() -> None:
 
 
 def _child(send: Connection, errors: str, entry: Entry, phases: tuple[str, ...]) -> None:
-    """Sends (phase, what it found), one after another, and (phase, None) before each."""
+    """Sends (phase, None) before each phase, and (phase, results) after the phase."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     with open(errors, "w") as stream:
@@ -68,13 +68,13 @@ def _child(send: Connection, errors: str, entry: Entry, phases: tuple[str, ...])
 
 
 def _where(error: BaseException) -> str:
-    """The innermost three places, as file and line."""
+    """The innermost three frames, as file and line."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
     return ", ".join(f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in frames)
 
 
 class _Running:
-    """One architecture in work. A process that dies takes its phase with it; another goes on with the phases left."""
+    """The run of one architecture. If the process dies in a phase, another continues with the remaining phases."""
 
     def __init__(self, entry: Entry, timeout: float) -> None:
         self.entry = entry
@@ -95,8 +95,8 @@ class _Running:
         self.process.start()
         send.close()
 
-    def go_on(self) -> bool:
-        """Takes what the process has sent; True once there is no more to come."""
+    def advance(self) -> bool:
+        """Receives the messages of the process. True once the run is complete."""
         try:
             while self.receive.poll():
                 self.phase, found = self.receive.recv()
@@ -113,14 +113,14 @@ class _Running:
         return self._ended(None)
 
     def _ended(self, code: int | None) -> bool:
-        told = pathlib.Path(self.errors).read_text(errors="replace")
+        output = pathlib.Path(self.errors).read_text(errors="replace")
         os.unlink(self.errors)
         self.receive.close()
         again = False
         if code != 0:
             how = f"timeout after {self.timeout:.0f} s" if code is None else f"crash: {_signal(code)}"
-            self.found["phases"][self.phase] = {"raised": how, "where": _last_frames(told)}
-            # What comes before is made again, but not sent twice.
+            self.found["phases"][self.phase] = {"raised": how, "where": _last_frames(output)}
+            # The new process runs the earlier phases again, but does not send them twice.
             rest = PHASES[PHASES.index(self.phase) + 1 :] if self.phase in PHASES[1:] else ()
             if rest and code is not None:
                 self.left = ("eager", *rest)
@@ -138,9 +138,9 @@ def _signal(code: int) -> str:
     return f"exit status {code}"
 
 
-def _last_frames(told: str) -> str:
-    """The innermost frames that a crash has left."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', told)[:3]
+def _last_frames(output: str) -> str:
+    """The innermost frames in the output of a crash."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', output)[:3]
     return ", ".join(f"{os.path.basename(file)}:{line}" for file, line in frames)
 
 
@@ -151,14 +151,14 @@ def survey(
     timeout: float = TIMEOUT,
     done: Callable[[Found], None] = lambda found: None,
 ) -> list[Found]:
-    """What is found of each, in the order of `entries`; `done` is told of each as it comes."""
+    """The results of the entries, in the order of `entries`. Calls `done` with each result when it arrives."""
     entries = list(entries)
     waiting, running, finished = entries[::-1], [], {}
     while waiting or running:
         while waiting and len(running) < jobs:
             running.append(_Running(waiting.pop(), timeout))
         wait([one.receive for one in running], timeout=1.0)
-        for one in [one for one in running if one.go_on()]:
+        for one in [one for one in running if one.advance()]:
             running.remove(one)
             finished[one.entry.name] = one.found
             done(one.found)

@@ -1,8 +1,8 @@
-"""A configuration of transformers at toy size, made by the names of its settings.
+"""Shrinks a configuration of transformers to toy size, by the names of the settings.
 
-Every configuration class of transformers is a dataclass whose defaults are those of a model that people use. The rules
-below say by a setting's name what it is: a width, a number of layers, of heads, of experts, a size of a vocabulary or
-an image. Whatever has no rule keeps its default.
+Every configuration class of transformers is a dataclass whose defaults are those of a real model. The rules below map
+the name of a setting to a kind: a width, a number of layers, of heads, of experts, a size of a vocabulary or an image.
+Settings without a rule keep their defaults.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Size = Callable[[Any, int], Any]
 
 
 def _at_most(bound: int) -> Size:
-    """That, or the default where it is less already."""
+    """The bound, or the default if that is less."""
     return lambda value, width: min(value, bound)
 
 
@@ -30,7 +30,7 @@ def _exactly(number: int) -> Size:
 
 
 def _widths(times: float) -> Size:
-    """A multiple of the width; of a sequence, each a quarter or an eighth of what it is, so that ratios stay."""
+    """A multiple of the width. In a sequence, a quarter or an eighth of each entry, so that ratios stay."""
 
     def size(value: Any, width: int) -> Any:
         if isinstance(value, list | tuple):
@@ -47,7 +47,7 @@ def _part(value: Any, largest: Any, width: int) -> Any:
 
 
 def _depths(value: Any, width: int) -> Any:
-    """Two layers; of a sequence, one in each stage."""
+    """Two layers. In a sequence, one in each stage."""
     return type(value)(1 for _ in value) if isinstance(value, list | tuple) else min(value, LAYERS)
 
 
@@ -56,7 +56,7 @@ def _heads(value: Any, width: int) -> Any:
 
 
 def _zero(value: Any, width: int) -> Any:
-    """No dropout and nothing of its kind."""
+    """Zero, for dropout and similar settings."""
     return type(value)(0.0 for _ in value) if isinstance(value, list | tuple) else type(value)(0)
 
 
@@ -68,7 +68,7 @@ def _patch(value: Any, width: int) -> Any:
     return type(value)(min(v, PATCH) for v in value) if isinstance(value, list | tuple) else min(value, PATCH)
 
 
-# The first that fits a whole name decides. Sizes of heads come before numbers of heads, and both before widths.
+# The first pattern that matches a whole name decides. Sizes of heads precede numbers of heads, and both widths.
 _RULES: tuple[tuple[str, Size], ...] = (
     (r".*drop(?!less).*|.*pdrop|.*jitter_noise|mask_(time|feature)_prob", _zero),
     (r"(.*_)?vocab_size|number_output_channels", _at_most(VOCABULARY)),
@@ -105,12 +105,12 @@ _COMPILED = tuple((re.compile(pattern), size) for pattern, size in _RULES)
 
 
 def _turns(config: Any) -> bool:
-    """Whether its rotary embedding has sections for time, height and width."""
+    """Whether the rotary embedding has sections for time, height and width."""
     return "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ())
 
 
 def _sections(rope: dict[str, Any], width: int) -> list[int]:
-    """How the pairs that a head rotates are shared by time, height and width."""
+    """The rotated pairs of a head, divided among time, height and width."""
     pairs = int(width // HEADS * rope.get("partial_rotary_factor", 1.0)) // 2
     return [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
 
@@ -126,28 +126,28 @@ def _is_token(name: str) -> bool:
 
 
 def shrunk(config_class: type, width: int = 64, given: dict[str, Any] | None = None, like: Any = None) -> Any:
-    """A configuration of that class at toy size.
+    """A configuration of this class at toy size.
 
-    `given` has the last word; in it "vision_config" and its like are settings too. `like` is an instance whose
-    settings are taken for the defaults: that of a part, as the whole sets it.
+    `given` overrides the rules, and may contain "vision_config" and similar parts. The settings of the instance `like`
+    replace the defaults: for a part of a model, `like` is the part that the whole model configures.
     """
     given = dict(given or {})
     like = like if like is not None else config_class()
     settings: dict[str, Any] = {}
-    # From the top of the vocabulary down, so that none is among the first, which are special in other ways.
+    # From the top of the vocabulary down, because the first tokens have other special meanings.
     special = iter(range(VOCABULARY - 1, VOCABULARY // 2, -1))
     for field in dataclasses.fields(config_class):
         if not field.init or field.name == "transformers_version":
             continue
         value = getattr(like, field.name, None)
-        # A part of another type, given whole, stays as it is.
+        # A part of another type that is given as an instance is not shrunk.
         if hasattr(value, "to_dict") and "model_type" not in given.get(field.name, ()):
             settings[field.name] = shrunk(type(value), width, given.pop(field.name, None), value)
             continue
         if field.name == "rope_parameters" and isinstance(value, dict) and _turns(like):
             settings[field.name] = (value or {}) | {"mrope_section": _sections(value or {}, width)}
             continue
-        # What is None by default follows from the rest.
+        # Settings with the default None follow from the others.
         if field.default is None or not _is_number(value):
             continue
         if _is_token(field.name):
@@ -156,7 +156,7 @@ def shrunk(config_class: type, width: int = 64, given: dict[str, Any] | None = N
         rule = next((size for pattern, size in _COMPILED if pattern.fullmatch(field.name)), None)
         if rule is not None:
             settings[field.name] = rule(value, width)
-    # As many as heads of queries, or fewer, as by default.
+    # As many as heads of queries, or fewer, as in the defaults.
     if "num_key_value_heads" in settings and like.num_key_value_heads == getattr(like, "num_attention_heads", 0):
         settings["num_key_value_heads"] = settings.get("num_attention_heads", HEADS)
     return config_class(**settings | given)

@@ -1,4 +1,4 @@
-"""What a model is beside its parameters, as something that can be compared: attributes, outputs, generators."""
+"""Makes the state of a model beside the parameters comparable: attributes, outputs, generators."""
 
 import dataclasses
 import enum
@@ -12,30 +12,30 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-# What torch keeps in every module's __dict__ for itself: compared as parameters, buffers and names, not as attributes.
+# torch's own entries in every module's __dict__: compared as parameters, buffers and names, not as attributes.
 _TORCHS = ("_parameters", "_buffers", "_modules")
 # The one key that conversion may add.
 _MARKER = "_ckpt"
-# Deeper than this nothing is looked at; a model's configuration is four deep.
+# The greatest depth of a comparison. A model's configuration has depth four.
 _DEPTH = 8
 
 
 class Leaf:
-    """Something that is compared by `==` of its description, and is shown by it."""
+    """A value that is compared and shown by a description."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 def seed(number: int) -> None:
-    """All generators that a model may draw from."""
+    """Seeds all generators that a model may draw from."""
     random.seed(number)
     numpy.random.seed(number)
     torch.manual_seed(number)
 
 
 def generators() -> dict[str, Any]:
-    """Their states. Said only to differ: they are long."""
+    """The states of the generators, as leaves whose differences are not shown, because the states are long."""
     kind, keys, *rest = numpy.random.get_state()
     states = {
         "random": random.getstate(),
@@ -46,15 +46,15 @@ def generators() -> dict[str, Any]:
 
 
 class Freezer:
-    """Makes copies that later changes do not reach: dicts of mappings, sequences and objects; tensors; and leaves.
+    """Makes copies that later changes do not affect: dicts of mappings, sequences and objects; tensors; and leaves.
 
-    With `identity`, objects are told apart by which they are; without, only by what they are, as two builds of a model
-    are to be compared. What many modules share, a configuration say, is copied once.
+    With `identity`, objects are compared by identity; without, by value, to compare two builds of a model. An object
+    that many modules share, such as a configuration, is copied once.
     """
 
     def __init__(self, identity: bool) -> None:
         self.identity = identity
-        # With the values themselves, so that none of them makes room for another of the same id.
+        # Holds the values too, so that no id is used again.
         self._known: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
@@ -76,7 +76,7 @@ class Freezer:
         if items is None or depth > _DEPTH:
             return Leaf((kind, mark))
         if id(value) not in self._known:
-            # What holds itself is a leaf within itself.
+            # A value that contains itself is a leaf within itself.
             self._known[id(value)] = value, Leaf((kind, mark))
             found = {"type": Leaf(kind)} | {key: self(item, depth + 1) for key, item in items}
             self._known[id(value)] = value, found
@@ -84,7 +84,7 @@ class Freezer:
 
 
 def _held(value: Any) -> list[tuple[str, Any]] | None:
-    """What a value holds, by name; None for what holds nothing."""
+    """The members of a value by name; None for a value without members."""
     if isinstance(value, Mapping):
         return [(str(key), item) for key, item in value.items()]
     if isinstance(value, list | tuple):
@@ -93,7 +93,7 @@ def _held(value: Any) -> list[tuple[str, Any]] | None:
 
 
 def attributes(model: nn.Module, identity: bool) -> dict[str, Any]:
-    """Of every module all that `vars` shows but what conversion may add, with the names and order of what it holds."""
+    """For every module, `vars` without the entries that conversion may add, with the names and order of the members."""
     found = {}
     freeze = Freezer(identity)
     for name, module in model.named_modules():
@@ -108,7 +108,7 @@ def attributes(model: nn.Module, identity: bool) -> dict[str, Any]:
 
 
 def _unnumbered(key: str, value: Any, identity: bool) -> Any:
-    """Hooks are known by numbers, which no two builds share."""
+    """The value without the numbers of hooks, which differ between builds."""
     return list(value.values()) if key.endswith("_hooks") and isinstance(value, dict) and not identity else value
 
 
@@ -133,7 +133,7 @@ def restore(model: nn.Module, saved: dict[str, Tensor]) -> None:
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]] | None:
-    """What an output holds, by name; None for what holds nothing."""
+    """The members of an output by name; None for an output without members."""
     if isinstance(value, Mapping):
         return ((str(key), item) for key, item in value.items())
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -142,14 +142,14 @@ def _items(value: Any) -> Iterator[tuple[str, Any]] | None:
         return ((str(index), item) for index, item in enumerate(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    # A cache, say.
+    # For example, a cache.
     if hasattr(value, "__dict__") and not isinstance(value, type | nn.Module | torch.distributions.Distribution):
         return iter(vars(value).items())
     return None
 
 
 def structure(value: Any, depth: int = 0) -> Any:
-    """An output without its numbers: exact types, names, shapes, dtypes, and what needs a gradient."""
+    """An output without the numbers: exact types, names, shapes, dtypes, and which tensors need a gradient."""
     if isinstance(value, Tensor):
         return Leaf((type(value), tuple(value.shape), value.dtype, value.requires_grad))
     if value is None or isinstance(value, bool | int | str):
@@ -171,12 +171,12 @@ def leaves(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Te
 
 
 def difference(left: Any, right: Any, tolerance: float = 0.0, path: str = "") -> str | None:
-    """Where and how two frozen values differ first; None if they do not. Tensors may differ by a part of their norm."""
+    """The first difference between two frozen values; None without one. Tensors may differ by a part of their norm."""
     where = path or "the value"
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return _tensor_difference(left, right, tolerance, where)
     if isinstance(left, dict) and isinstance(right, dict):
-        # Those that both have first: they say more than that the keys are others.
+        # Common keys first: their differences say more than a difference of keys.
         for key in (key for key in left if key in right):
             found = difference(left[key], right[key], tolerance, f"{path}.{key}" if path else str(key))
             if found:

@@ -1,4 +1,4 @@
-"""An architecture's models, made anew and equal to the last bit, and one step of training of such a model."""
+"""Builds models of an architecture, equal to the last bit, and runs one training step of such a model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from .entry import FIRST, NARROW, SECOND, Entry, Shape
 
 @dataclass
 class Step:
-    """What one step left."""
+    """The results of one step."""
 
     structure: Any
     outputs: dict[str, Tensor]
@@ -25,7 +25,7 @@ class Step:
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """With all probabilities of dropping something at 0, those in configurations too."""
+    """The model with all dropout probabilities at 0, those in configurations too."""
     for module in model.modules():
         for holder in (module, getattr(module, "config", None)):
             for key, value in list(getattr(holder, "__dict__", {}).items()):
@@ -36,7 +36,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 class Subject:
-    """An architecture with two batches, of which the second has another shape where the model takes one."""
+    """An architecture with two batches. The second has another shape, if the model accepts one."""
 
     def __init__(self, entry: Entry, width: int = NARROW, shapes: tuple[Shape, Shape] = (FIRST, SECOND)) -> None:
         self.entry = entry
@@ -55,11 +55,11 @@ class Subject:
         return self.entry.inputs(model, shape)
 
     def in_one_shape(self) -> None:
-        """For a model that takes no other: the second batch in the first's."""
+        """Gives the second batch the shape of the first, for a model that accepts no other."""
         self.batches[1] = self._batch(self.model(), self.shapes[0], 1)
 
     def inputs(self, model: nn.Module, batch: int) -> dict[str, Any]:
-        """A copy, in the model's dtype."""
+        """A copy of a batch, in the model's dtype."""
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return {key: _copy(value, dtype, self.entry.differentiable) for key, value in self.batches[batch].items()}
 
@@ -86,7 +86,7 @@ class Subject:
         )
 
     def bare_step(self, model: nn.Module) -> None:
-        """The same for its time."""
+        """A step for timing, without results."""
         outputs = [
             t for _, t in state.leaves(model(**self.inputs(model, 0))) if t.requires_grad and t.is_floating_point()
         ]
@@ -94,7 +94,7 @@ class Subject:
         model.zero_grad(set_to_none=True)
 
     def kept(self, model: nn.Module) -> int:
-        """Bytes kept for backward by a pass on the first batch."""
+        """The bytes that a forward pass on the first batch keeps for backward."""
         inputs = self.inputs(model, 0)
         state.seed(10)
         return saved_bytes(model, **inputs)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.survey.timing`: steps of the survey's wide models, as they are and converted, in turn.
+"""`python -m benchmarks.survey.timing`: times steps of the survey's wide models, unconverted and converted, in turn.
 
 Each model is timed in a process of its own, on one thread: a step (forward and backward) of 256 tokens, for which calls
 in Python count as much as kernels, and one of 1,024. Images keep their size. The ratio is of lower quartiles, because
@@ -38,14 +38,14 @@ _fork = multiprocessing.get_context("fork")
 
 
 def times(entry: Entry, shape: Shape, turns: int = _TURNS) -> Found:
-    """Seconds of a step of the wide model as it is and converted at "output", taken in turn, and their ratio."""
+    """The seconds of a step of the wide model, unconverted and at "output", taken in turn, and their ratio."""
     subject = Subject(entry, WIDE, (shape, shape))
     model = subject.model()
     seconds: dict[str, list[float]] = {"eager": [], "output": []}
     for _ in range(turns):
         for name in seconds:
             ckpt_kernels.revert(model) if name == "eager" else ckpt_kernels.convert(model, recompute="output")
-            # The first after a change is not like the rest.
+            # The first step after a change differs from the others.
             subject.bare_step(model)
             for _ in range(2):
                 start = time.perf_counter()
@@ -58,7 +58,7 @@ def times(entry: Entry, shape: Shape, turns: int = _TURNS) -> Found:
 def _child(send: Any, entry: Entry) -> None:
     from .measure import said
 
-    # Threads that the parent has are not there after a fork.
+    # A fork does not have the threads of the parent.
     torch.set_num_threads(1)
     for name, shape in SHAPES.items():
         try:
@@ -75,7 +75,7 @@ def timed(entry: Entry, timeout: float) -> Found:
     send.close()
     found: Found = {"name": entry.name}
     deadline = time.perf_counter() + timeout
-    with contextlib.suppress(EOFError):  # with which the process has told all
+    with contextlib.suppress(EOFError):  # the process has sent everything
         while receive.poll(max(deadline - time.perf_counter(), 0.0)):
             name, value = receive.recv()
             found[name] = value
@@ -94,7 +94,7 @@ def cells(found: Found) -> list[str]:
 
 
 def summary(results: list[Found]) -> list[str]:
-    """For each shape how many were timed, the median of their ratios, and how many are above 1.10."""
+    """For each shape, the number of timed models, the median ratio, and the number of ratios above 1.10."""
     lines = []
     for shape in SHAPES:
         ratios = [found[shape]["ratio"] for found in results if "ratio" in found.get(shape, {})]
@@ -121,15 +121,15 @@ def main() -> int:
     for found in results:
         table.add_row(*cells(found))
     console.print(table)
-    told = summary(results)
-    console.print("\n".join(told))
+    lines_of_summary = summary(results)
+    console.print("\n".join(lines_of_summary))
     command = " ".join(["python -m benchmarks.survey.timing", *sys.argv[1:]])
     about = reports.machine(command, datetime.date.today().isoformat())
     options.out.mkdir(parents=True, exist_ok=True)
     whole = {"machine": about, "results": results}
     (options.out / "survey_times.json").write_text(json.dumps(whole, indent=1))
     lines = ["# Steps of the survey's wide models", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    lines += [*(f"- {line}" for line in told), "", "| " + " | ".join(COLUMNS) + " |"]
+    lines += [*(f"- {line}" for line in lines_of_summary), "", "| " + " | ".join(COLUMNS) + " |"]
     lines += ["| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells(found)) + " |" for found in results]
     (options.out / "survey_times.md").write_text("\n".join(lines) + "\n")

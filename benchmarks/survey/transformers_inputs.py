@@ -1,4 +1,4 @@
-"""Inputs of a model of transformers, by the names of its forward's parameters and its configuration."""
+"""Inputs of a transformers model, by the names of the parameters of forward, and the configuration."""
 
 import inspect
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .shrink import VOCABULARY
 
 Inputs = dict[str, Any]
 
-# Tokens are taken from these: the first few and the upper half of a vocabulary may be special.
+# The range of tokens: the first few and the upper half of a vocabulary may be special.
 _PLAIN = (3, VOCABULARY // 2)
 
 
@@ -21,7 +21,7 @@ def tokens(shape: Shape) -> Tensor:
 
 
 def find(config: Any, *names: str, otherwise: Any = None) -> Any:
-    """The first setting of these names that a configuration has, or one of its parts."""
+    """The first setting of these names in a configuration or one of the parts."""
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     for name in names:
         for part in parts:
@@ -32,7 +32,7 @@ def find(config: Any, *names: str, otherwise: Any = None) -> Any:
 
 
 def image_size(config: Any) -> int:
-    """As the model was made for; 64 for one that has stages, so that the last has more than one pixel."""
+    """The image size of the model; 64 for a model with stages, so that the last stage has more than one pixel."""
     found = find(config, "image_size", "input_size", otherwise=64)
     size = max(found) if isinstance(found, list | tuple) else found
     staged = isinstance(find(config, "depths", "hidden_sizes", "block_channels"), list | tuple)
@@ -61,7 +61,7 @@ def _boxes(config: Any, shape: Shape) -> Tensor:
 
 
 def _features(config: Any, shape: Shape) -> Tensor:
-    """Of sound: most have frames last, and as many as their positions ask for."""
+    """Features of sound: most models have frames last, and as many as there are positions."""
     bands = find(config, "num_mel_bins", "feature_size", "input_feat_per_channel", otherwise=80)
     positions = find(config, "max_source_positions")
     return torch.randn(shape.batch, bands, 2 * positions if positions else 64)
@@ -71,7 +71,7 @@ def _framed_features(config: Any, shape: Shape) -> Tensor:
     return _features(config, shape).transpose(1, 2).contiguous()
 
 
-# What a forward is given where it has a parameter of that name.
+# The inputs for parameters of these names.
 _BY_NAME: dict[str, Callable[[Any, Shape], Any]] = {
     "input_ids": lambda config, shape: tokens(shape),
     "decoder_input_ids": lambda config, shape: tokens(Shape(shape.batch, shape.length // 2)),
@@ -79,7 +79,7 @@ _BY_NAME: dict[str, Callable[[Any, Shape], Any]] = {
     "bbox": _boxes,
     "use_cache": lambda config, shape: False,
 }
-# The same for those that are not given unless there is no other way to call the model.
+# The inputs for parameters that are passed only if the model cannot be called otherwise.
 _MAIN: dict[str, Callable[[Any, Shape], Any]] = {
     "input_values": lambda config, shape: torch.randn(shape.batch, 64 * shape.length),
     "input_features": _features,
@@ -89,7 +89,7 @@ _LABELLED = ("ForCausalLM", "ForMaskedLM", "LMHeadModel")
 
 
 def inputs(model: nn.Module, shape: Shape) -> Inputs:
-    """What the rule gives."""
+    """The inputs by the general rules."""
     config = model.config
     parameters = inspect.signature(model.forward).parameters
     found = {name: make(config, shape) for name, make in _BY_NAME.items() if name in parameters}
@@ -103,7 +103,7 @@ def inputs(model: nn.Module, shape: Shape) -> Inputs:
     if "pixel_values" in found and "image_grid_thw" in parameters:
         found |= _patches(config, shape)
     if "pixel_values" in found and "pixel_attention_mask" in parameters:
-        # An example may have several.
+        # An example may have several images.
         found["pixel_values"] = found["pixel_values"].unsqueeze(1)
     if "pixel_values" in found and "input_ids" in found:
         found = _with_images(model, found)
@@ -113,7 +113,7 @@ def inputs(model: nn.Module, shape: Shape) -> Inputs:
 
 
 def _patches(config: Any, shape: Shape) -> Inputs:
-    """Of images that come as rows of pixels, patch by patch: four by four of them an example."""
+    """Images as rows of pixels, patch by patch: four by four patches for each example."""
     vision = getattr(config, "vision_config", config)
     patch, frames = getattr(vision, "patch_size", 14), getattr(vision, "temporal_patch_size", 1)
     values = torch.randn(16 * shape.batch, _channels(vision) * frames * patch**2)
@@ -121,7 +121,7 @@ def _patches(config: Any, shape: Shape) -> Inputs:
 
 
 def _with_images(model: nn.Module, found: Inputs) -> Inputs:
-    """With the tokens that stand for an image in place of the first, where the model has such."""
+    """The inputs with image tokens in the place of the first tokens, if the model has image tokens."""
     token = find(model.config, "image_token_id", "image_token_index")
     if token is None or not hasattr(model, "get_image_features"):
         return found
@@ -139,7 +139,7 @@ def _with_images(model: nn.Module, found: Inputs) -> Inputs:
     ids = found["input_ids"]
     ids = torch.cat((ids[:, :1], torch.full((batch, each), token), ids[:, 1:]), 1)
     found = found | {"input_ids": ids}
-    # 1 where an image is.
+    # 1 at image tokens.
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         found["mm_token_type_ids"] = (ids == token).long()
     return found

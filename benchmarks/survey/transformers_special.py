@@ -1,4 +1,4 @@
-"""Inputs of those models of transformers that the rule's do not fit."""
+"""Inputs of the transformers models that the general rules do not fit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +10,13 @@ from .transformers_inputs import Inputs, find, images, tokens, videos
 
 
 def _frames(config: Any, shape: Shape) -> Inputs:
-    """Sound with its bands last."""
+    """Sound with the frequency bands last."""
     bands = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
     return {"input_features": torch.randn(shape.batch, 64, bands)}
 
 
 def _encoded_frames(config: Any, shape: Shape) -> Inputs:
-    """The same for an encoder that is a part."""
+    """Sound for an encoder that is a part of a model."""
     return {"input_features": torch.randn(shape.batch, 128, find(config, "num_mel_bins", "feature_size", otherwise=80))}
 
 
@@ -25,7 +25,7 @@ def _spoken(config: Any, shape: Shape) -> Inputs:
 
 
 def _film(config: Any, shape: Shape) -> Inputs:
-    """Images in a row."""
+    """A sequence of images."""
     return {"pixel_values": videos(config, shape)}
 
 
@@ -34,7 +34,7 @@ def _read_film(config: Any, shape: Shape) -> Inputs:
 
 
 def _queried(config: Any, shape: Shape) -> Inputs:
-    """Fewer tokens than most take."""
+    """Fewer tokens than for most models."""
     return {"pixel_values": images(config, shape), "input_ids": tokens(Shape(shape.batch, 16))}
 
 
@@ -49,7 +49,7 @@ def _packed(config: Any, shape: Shape) -> Inputs:
 
 
 def _regions(config: Any, shape: Shape) -> Inputs:
-    """What a detector has found."""
+    """The regions found by a detector."""
     return {
         "input_ids": tokens(shape),
         "visual_feats": torch.randn(shape.batch, 10, config.visual_feat_dim),
@@ -90,7 +90,7 @@ def _decisions(config: Any, shape: Shape) -> Inputs:
     }
 
 
-# By type, what makes all of its inputs.
+# For each type, the function that makes all inputs.
 SPECIAL: dict[str, Callable[[Any, Shape], Inputs]] = {
     "audio-spectrogram-transformer": lambda c, s: {"input_values": torch.randn(s.batch, c.max_length, c.num_mel_bins)},
     "autoformer": _series,

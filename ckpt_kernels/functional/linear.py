@@ -1,16 +1,16 @@
-"""Blocks and the linear layers that read them; MLPs are in a file of their own.
+"""Blocks fused with the linear layers that read them; `mlps` has the MLPs.
 
-Each takes `recompute`, which says how far the backward pass goes back:
+Each function takes `recompute`, the tensors that the backward pass recomputes:
 
-- "block" keeps what the composition of the blocks and of F.linear keeps.
-- "output" (the default) lets go of the output of the block that a linear layer reads; the block's gradient kernel
-  writes it again in the pass that it makes anyway.
-- "all" lets go of the products before the block too, and runs these again, but never the last one. Where there is none
-  before the block, it is the same as "output".
+- "block" keeps the same tensors as the composition of the blocks and F.linear.
+- "output" (the default) discards the output of the block that a linear layer reads. The block's gradient kernel
+  recomputes this output in a pass that the kernel makes anyway.
+- "all" also discards the products before the block, and runs them again, but never the last product. Without a product
+  before the block, "all" is the same as "output".
 
-Weights may be frozen: one that wants no gradient costs neither a product nor a kept tensor. Under autocast the products
-are computed as those of F.linear; what is kept is the operand itself, not the copy that was cast. Gradients of
-gradients, and torch.compile, go through the composition.
+Weights may be frozen: a weight that requires no gradient costs neither a product nor a kept tensor. Under autocast the
+products are computed as those of F.linear, and the operand itself is kept, not the cast copy. Gradients of gradients,
+and torch.compile, use the composition.
 """
 
 from collections.abc import Callable, Sequence

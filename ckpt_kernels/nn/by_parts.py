@@ -37,8 +37,8 @@ def are_plain(*parts: nn.Module) -> bool:
     return True
 
 
-def letting_go(module: nn.Module, recompute: str) -> AbstractContextManager[Any]:
-    """In which parts called one by one keep about what the fused call does at that level."""
+def discarding_outputs(module: nn.Module, recompute: str) -> AbstractContextManager[Any]:
+    """A context in which parts called one by one keep about the same tensors as the fused call at this level."""
     if recompute == "block":
         return contextlib.nullcontext()
     return discard_outputs(module, products=recompute == "all")

@@ -14,7 +14,7 @@ from torch.fx import Proxy
 from .. import functional as F
 from ..activations import Activation, activation_name
 from ..functional.linear import level_name, norm_name
-from .by_parts import are_plain, letting_go
+from .by_parts import are_plain, discarding_outputs
 from .extras import extras, probability, recorded
 from .row_norm import LayerNorm, RMSNorm
 
@@ -84,7 +84,7 @@ class NormLinear(nn.Module):
         single = "linear" in self._modules
         linears: list[Any] = [self.linear] if single else list(self.linears)
         if not are_plain(norm, *linears):
-            with letting_go(self, self.recompute):
+            with discarding_outputs(self, self.recompute):
                 normalized = norm(input)
                 several = tuple(linear(normalized) for linear in linears)
             return several[0] if single else several

@@ -13,7 +13,7 @@ from ..activations import Activation, activation_name
 from ..functional.linear import level_name
 from ..functional.mlps import tiles_for
 from ..ops.glu import layout_name
-from .by_parts import are_plain, dropped, letting_go
+from .by_parts import are_plain, discarding_outputs, dropped
 from .extras import extras, probability, recorded
 
 
@@ -76,7 +76,7 @@ class MLP(nn.Module):
         first, last = self.fc1, self.fc2
         if not are_plain(first, last):
             drop = self.dropout
-            with letting_go(self, self.recompute):
+            with discarding_outputs(self, self.recompute):
                 act = F.bias_act(first(input), activation=self.activation, dropout_p=drop, training=self.training)
                 return last(act)
         return F.mlp(
@@ -170,7 +170,7 @@ class GatedMLP(nn.Module):
         value = None if self.packed else self.up_proj
         last = self.down_proj
         if not are_plain(gate, last) or not (value is None or are_plain(value)):
-            with letting_go(self, self.recompute):
+            with discarding_outputs(self, self.recompute):
                 if value is None:
                     product = F.packed_glu(gate(input), activation=self.activation, layout=self.layout)
                 else:

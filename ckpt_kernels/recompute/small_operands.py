@@ -42,20 +42,23 @@ class SmallOperands:
     """The small operands of one context. The notes hold them, and so does the autograd graph."""
 
     def __init__(self) -> None:
-        self._noted: weakref.WeakSet[SmallOperand] = weakref.WeakSet()
+        # A list, because a WeakSet takes as long to make as a small kernel runs.
+        self._noted: list[weakref.ref[SmallOperand]] = []
 
     def noted(self, operand: Tensor, result: Tensor, owner: Any) -> SmallOperand | None:
         """The small operand for a note; None for an operand that is not small."""
         if operand.nbytes * _SMALL > result.nbytes or not operand.dtype.is_floating_point:
             return None
         small = SmallOperand(operand, owner)
-        self._noted.add(small)
+        self._noted.append(weakref.ref(small))
         return small
 
     def clear(self) -> None:
         """Drops all small operands: later recipes find nothing to copy."""
         for noted in self._noted:
-            noted.tensor = None
+            small = noted()
+            if small is not None:
+                small.tensor = None
         self._noted.clear()
 
 

@@ -1,4 +1,4 @@
-"""For the tests of letting go of what torch's own ops make: models, what they keep, and gradients to the bit."""
+"""Helpers for the tests of discarded outputs of torch's own ops: models, kept bytes, and gradients to the bit."""
 
 import contextlib
 import weakref
@@ -54,7 +54,7 @@ class Parameters(dict):
 
 
 class Holder:
-    """What a hook around keeps, so that it shows when it is let go of."""
+    """The object that an outer hook keeps, so that a test sees when the object is freed."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -119,7 +119,7 @@ STATISTICS = ROWS * 2 * 4
 
 
 def assert_same_outcome(fn: Callable[[], Tensor], sources: Sequence[Tensor], **options: bool) -> None:
-    """The same gradients; where eager torch raises, what is let go of may still be had."""
+    """Asserts the same gradients. Where eager torch raises an error, discarded outputs may still be recomputed."""
 
     def run(around: contextlib.AbstractContextManager) -> Sequence[Tensor | None] | str:
         try:
