@@ -86,10 +86,10 @@ class Logits(Tensor):
     """A tensor in the place of logits; see the module. The head that `convert(model, logits=...)` names returns one.
 
     Raises:
-        RuntimeError: more than shape, dtype or device is asked of logits after the input, weight or bias of the head
+        RuntimeError: code asks logits for more than shape, dtype or device after the input, weight or bias of the head
             was written to or released; `retain_grad()` is called on logits whose loss was computed in chunks; the
-            gradient of such a loss with respect to its logits is asked for; logits that were written to are given to an
-            autograd.Function, or one writes to them.
+            gradient of such a loss with respect to its logits is requested; logits that were written to are given to an
+            autograd.Function, or an autograd.Function writes to logits.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 1000))

@@ -282,7 +282,7 @@ def test_errors_name_the_argument() -> None:
 
 def test_gate_and_value_take_turns_in_gradients_too() -> None:
     packed, grad = many(ROWS, 2 * COLUMNS), many(ROWS, 2 * COLUMNS)
-    operands = {"grad_output": matrix(), "gate": packed[:, ::2], "value": packed[:, 1::2], "activation": 1}
+    operands = {"grad_output": matrix(), "gate": packed[:, ::2], "value": packed[:, 1::2], **_GATE}
     _run("glu backward", operands | {"grad_gate": grad[:, ::2], "grad_value": grad[:, 1::2]})
     with pytest.raises(RuntimeError, match="take turns"):
         _run("glu backward", operands | {"grad_gate": grad[:, ::2], "grad_value": many(ROWS, 2 * COLUMNS)[:, ::2]})
