@@ -219,14 +219,14 @@ PYTHON = (
         "ckpt_kernels/recompute/layer_boundaries.py",
         "tensor.output_nr != output",
         "False",
-        "tests/test_layer.py -k two_inputs",
+        "tests/test_layer_converted.py -k two_inputs",
     ),
     Mutant(
         "a layer's input is read after a write that autograd does not see",
         "ckpt_kernels/recompute/layer_boundaries.py",
         "return tensor if held.is_saved« and tensor._version == held.version»",
         "",
-        "tests/test_layer.py -k two_inputs",
+        "tests/test_layer_converted.py -k two_inputs",
     ),
     Mutant(
         "a plan of a gate serves calls with another offset",
