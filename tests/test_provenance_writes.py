@@ -40,6 +40,18 @@ def written(h: Tensor, write: str) -> Tensor:
     return h
 
 
+def in_another_tensor(output: Tensor) -> Tensor:
+    """The memory of a block's output in a tensor with a version counter of its own, as `convert` returns LayerNorm2d's
+    output. Two autograd nodes lie between the two."""
+    return torch.ops.aten._unsafe_view(output.unsqueeze(0), output.shape)
+
+
+def written_times(h: Tensor, write: str, times: int) -> Tensor:
+    for _ in range(times):
+        written(h, write)
+    return h
+
+
 WRITES = ["no_grad", "detach", "a view", "in the graph", "a part in the graph"]
 WRITTEN: dict[str, Callable[[Tensor, Parameters, str], Tensor]] = {
     "what is read": lambda x, p, how: TF.linear(written(TF.silu(x * 1) * x.sin(), how), p["a"]),
@@ -94,6 +106,12 @@ WRITTEN: dict[str, Callable[[Tensor, Parameters, str], Tensor]] = {
         written(h, how),
         TF.linear(h.mul_(s), p["a"]),
     )[3],
+    **{
+        f"a block's memory in another tensor, {times} times": lambda x, p, how, times=times: TF.linear(
+            written_times(in_another_tensor(normed(x)), how, times), p["a"]
+        )
+        for times in (1, 2, 3)
+    },
     "a sigmoid": lambda x, p, how: TF.linear((h := x * 1) * written(h.sin().cos(), how), p["a"]),
 }
 

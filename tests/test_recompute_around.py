@@ -39,6 +39,39 @@ def counting_hooks(log: list) -> Iterator[None]:
         yield
 
 
+def contiguous_hooks() -> contextlib.AbstractContextManager:
+    """Hooks that give tensors back contiguous, as `torch.autograd.graph.save_on_cpu(pin_memory=True)` does."""
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), lambda tensor: tensor
+    )
+
+
+@pytest.mark.parametrize("dense", ["channels_last", "transposed"])
+@pytest.mark.parametrize("block", ["group_norm", "batch_norm", "bias_act", "glu", "torch's own"])
+def test_operands_that_hooks_give_back_in_other_strides(block: str, dense: str) -> None:
+    x = torch.randn(2, 8, 6, 4, dtype=torch.float64, device=DEVICE)
+    x = x.contiguous(memory_format=torch.channels_last) if dense == "channels_last" else x.transpose(2, 3)
+    weight = torch.randn(4, 8, 3, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    scale = torch.ones(8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    blocks: dict[str, Callable[[Tensor], Tensor]] = {
+        "group_norm": lambda h: F.group_norm(h, 2, scale, scale, activation="silu"),
+        "batch_norm": lambda h: F.batch_norm(h, None, None, scale, scale, training=True),
+        "bias_act": lambda h: F.bias_act(h, activation="gelu"),
+        "glu": lambda h: F.glu(h, h + 1),
+        "torch's own": lambda h: (h * 2).sigmoid() * h.cos(),
+    }
+
+    def gradients() -> list[Tensor]:
+        h = x.detach().requires_grad_()
+        return list(torch.autograd.grad(TF.conv2d(blocks[block](h), weight).square().sum(), [h, weight]))
+
+    expected = gradients()
+    with contiguous_hooks(), recompute.discard_outputs(products=True):
+        found = gradients()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_hooks_around_and_inside(p: dict) -> None:
     reader = READERS["q, k and v"]
     expected = gradients(reader, p, contextlib.nullcontext())

@@ -46,6 +46,21 @@ def test_a_bias_that_was_another_when_it_was_added() -> None:
     assert kept[0] - kept[1] == x.nbytes - WIDTH * 4
 
 
+def test_a_view_taken_under_no_grad_is_kept() -> None:
+    """Eager torch allows writes to what made the view: no gradient of the view goes there."""
+    weight, scale = (torch.ones(WIDTH, device=DEVICE, requires_grad=True) for _ in range(2))
+    x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    with recompute.discard_outputs():
+        output = F.layer_norm(x, WIDTH, weight)
+        with torch.no_grad():
+            row = output[0]
+        product = row * scale
+    expected = row.detach().clone()
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(torch.autograd.grad(product.sum(), scale)[0], expected)
+
+
 def test_a_backward_pass_in_inference_mode() -> None:
     weight = torch.ones(WIDTH, device=DEVICE, requires_grad=True)
 

@@ -63,13 +63,8 @@ class Block(Registered):
     def recipe(self, ctx: Any, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> recompute.Announcement:
         """A function and the kept tensors from which the function recomputes the first result; None if that is
         impossible."""
-        options, strides = arguments[-1], results[0].stride()
-
-        def rebuild(*operands: Tensor | None) -> Tensor:
-            output = self.forward(*operands, options)[0]
-            return output if output.stride() == strides else _with_strides(output, strides)
-
-        return rebuild, tuple(arguments[:-1])
+        options = arguments[-1]
+        return lambda *operands: self.forward(*operands, options)[0], tuple(arguments[:-1])
 
     def differentiated(
         self, grads: Sequence[Tensor | None], kept: Sequence[Tensor | None], options: Any, wanted: Sequence[bool]
@@ -186,8 +181,3 @@ class _Gradient(Registered):
 def _schema(options: type) -> str:
     """The schema of a NamedTuple class of options."""
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in options.__annotations__.items())
-
-
-def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
-    """A copy of the tensor with these strides."""
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)

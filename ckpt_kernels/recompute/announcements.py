@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .cells import Cell, Kept
+from .recipes import Layout
 
 _HAS_PROCESSES = torch.distributed.is_available()
 # A function, and the tensors from which the function computes the output.
@@ -25,6 +26,7 @@ class Total(NamedTuple):
     """A second result that the op saves itself, such as the sum that a norm normalizes."""
 
     storage: int
+    layout: Layout
     recipe: Announcement
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import fast_path, nodes
 from .active import discarding, has_innermost_hooks, innermost, thread
 from .announcements import Announced, Announcement, Total
+from .recipes import layout_of
 
 
 def announce(
@@ -27,7 +28,10 @@ def announce(
     if discarder.is_paused or not has_innermost_hooks(discarder):
         discarder.announced = None
         return
-    second = None if total is None or not discarder.is_in_layer else Total(total[0].untyped_storage()._cdata, total[1])
+    second = None
+    if total is not None and discarder.is_in_layer:
+        result, recipe = total
+        second = Total(result.untyped_storage()._cdata, layout_of(result), recipe)
     discarder.announced = Announced(announcement, elementwise, second)
 
 
@@ -55,7 +59,7 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
         return
     if recipe is None:
         fast_path.record(discarder, output)
-    elif output.requires_grad:
+    else:
         discarder.record(output, recipe)
 
 

@@ -7,7 +7,7 @@ tensor or a recipe. The recipe comes from the block that made the tensor, or fro
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, versio
 from .entries import Block, Entries, Entry, watch_of
 from .layer_boundaries import LayerBoundaries
 from .provenance import Trace
-from .recipes import LONGEST_CHAIN, Claim, Recipe, Step, geometry_of, recipe_of_step
+from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
 from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
 from .shared_results import register_keeper, replace_result
 from .small_operands import COPIED, SmallOperands, fills_memory
@@ -62,25 +62,28 @@ class Discarder:
 
     def held_at(self, node: Any, output: int) -> Operand | None:
         """The boundary tensor that a node made as this output, as an operand."""
-        tensor = self._boundaries.made_by(node, output)
-        return None if tensor is None else self._packed(tensor)
+        return None if (tensor := self._boundaries.made_by(node, output)) is None else self._packed(tensor)
 
     def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
         """Records the output of the announced op; with `recipe`, another output, as long as that output lives."""
+        # A recomputed tensor begins at the start of its storage.
+        layout, fits = layout_of(output), output.requires_grad and not output.storage_offset()
         if recipe is not None:
-            new_recipe = self._recipe(*recipe, {})
-            self.all_entries.add(Entry(output, lambda: new_recipe))
+            if fits:
+                new_recipe = self._recipe(recipe, {}, layout)
+                self.all_entries.add(Entry(output, lambda: new_recipe))
             return
         announced, self.announced = self.announced, None
-        if announced is None or announced.announcement is None or not output.requires_grad:
+        if announced is None or announced.announcement is None or not fits:
             return
         rebuild, tensors = announced.announcement
         saved, kept = announced.saved, announced.kept
         try:
             operands = list(map(kept.__getitem__, map(id, tensors)))
-            new_recipe, reads_saved_only, extra_bytes = Recipe(rebuild, operands, 1), True, 0
+            new_recipe, reads_saved_only, extra_bytes = Recipe(rebuild, operands, 1, layout), True, 0
         except KeyError:
-            new_recipe, reads_saved_only = self._recipe(rebuild, tensors, saved), share_memory_with(tensors, saved)
+            new_recipe = self._recipe(announced.announcement, saved, layout)
+            reads_saved_only = share_memory_with(tensors, saved)
             extra_bytes = self._extra_bytes(new_recipe, tensors, saved)
         if extra_bytes >= output.nbytes:
             return
@@ -96,12 +99,11 @@ class Discarder:
         else:
             self.all_entries.add(Entry(output, lambda: new_recipe))
 
-    def _recipe(
-        self, rebuild: Callable[..., Tensor], tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]
-    ) -> Recipe:
-        """A recipe that runs `rebuild` on these tensors."""
+    def _recipe(self, announcement: Announcement, saved: Mapping[int, Packed], layout: Layout) -> Recipe:
+        """A recipe that runs the announced function on the announced tensors."""
+        rebuild, tensors = announcement
         operands = [None if t is None else self._operand(t, saved) for t in tensors]
-        return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0))
+        return Recipe(rebuild, operands, 1 + max((o.depth for o in operands if o is not None), default=0), layout)
 
     def _extra_bytes(self, recipe: Recipe, tensors: Sequence[Tensor | None], saved: Mapping[int, Packed]) -> int:
         """The bytes that only the recipe keeps. A recipe that keeps as much as the output saves no memory."""
@@ -215,9 +217,10 @@ class Discarder:
         """The recipe of a tensor; the tensor itself if a later recipe may replace it; None if it is just kept."""
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_nested:
             return None
-        # A detached tensor may be read after an optimizer step, which changes the weights that a recipe needs.
+        # A detached tensor, or a view taken under no_grad, may be read after an optimizer step, which changes the
+        # weights that a recipe needs.
         root = tensor if tensor._base is None else tensor._base
-        if root.grad_fn is None or self._boundaries.of(tensor) is not None:
+        if root.grad_fn is None or tensor.grad_fn is None or self._boundaries.of(tensor) is not None:
             return None
         entry = self.all_entries.of(tensor)
         if entry is not None:
@@ -233,10 +236,10 @@ class Discarder:
             return None
         # Only once, because packing the operands calls this method again.
         announced.total = None
-        boundaries = [self._boundaries.of(t) for t in total.recipe[1] if t is not None]
-        if any(held is not None and not held.is_saved for held in boundaries):
+        tensors = [t for t in total.recipe[1] if t is not None]
+        if any((held := self._boundaries.of(t)) is not None and not held.is_saved for t in tensors):
             return None
-        recipe = self._recipe(*total.recipe, {})
+        recipe = self._recipe(total.recipe, {}, total.layout)
         if self._extra_bytes(recipe, total.recipe[1], {}) < tensor.nbytes and recipe.depth <= LONGEST_CHAIN:
             self.all_entries.add(Entry(tensor, lambda: recipe))
             return recipe
@@ -271,7 +274,7 @@ class Discarder:
         step = trace.step_for(node, root.output_nr)
         if step is None or not trace.is_grounded or step.depth >= LONGEST_CHAIN or not fills_memory(root):
             return root if name in BY_RESULT else None
-        recipe = recipe_of_step(step, root.shape, root.stride(), root.dtype)
+        recipe = recipe_of_step(step, layout_of(root))
         self.all_entries.add(Entry(root, weakref.ref(recipe)))
         return recipe
 
@@ -280,11 +283,10 @@ class Discarder:
     def share(self, source: Cell | Block) -> Operand | None:
         """The content of a cell, or a block's output, as an operand of another recipe."""
         if isinstance(source, Block):
-            recipe = source.entry.recipe()
-            return None if recipe is None else Claim(recipe, None)
+            return None if (recipe := source.entry.recipe()) is None else Claim(recipe, None)
         if isinstance(source.content, OuterPacked):
             # Outer hooks may unpack only once, as the hooks of torch's checkpoint do.
-            source.content = Claim(Recipe(source.content.get, (), 0), None)
+            source.content = Claim(Recipe(source.content.get, (), 0, None), None)
         claim = source.content
         if not isinstance(claim, Claim):
             return source

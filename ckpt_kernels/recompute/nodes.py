@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..autocast import is_autocast
 from .active import thread
 from .cells import Absent, Cell, version_watch
-from .recipes import Geometry
+from .recipes import Geometry, Layout
 from .rules import Rule
 from .small_operands import SmallOperand
 
@@ -28,9 +28,7 @@ Note = tuple[float | SmallOperand | None, ...]
 class Result(NamedTuple):
     """The result of a node that saves the result, with all cells that keep that tensor, the node's own cell first."""
 
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
+    layout: Layout
     keepers: list[tuple["weakref.ref[Cell]", Geometry]]
 
 

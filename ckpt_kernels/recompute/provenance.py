@@ -21,7 +21,7 @@ from .cells import Absent, Cell, Operand
 from .entries import Block, block_of
 from .nodes import Edge
 from .recipes import Step
-from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, Rule
+from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, WRITERS, Rule
 from .small_operands import SmallOperand
 from .stacked_weights import StackedWeights
 
@@ -155,7 +155,8 @@ class Trace:
             block = self._block(node)
             if block is not None:
                 return nodes, block if nodes and output == 0 else None
-            if output != 0 or node.name() not in RULES:
+            # A view, or a tensor that shares the memory and has a version counter of its own, is no write.
+            if output != 0 or node.name() not in WRITERS:
                 break
             nodes.append(node)
             node, output = node.next_functions[0]

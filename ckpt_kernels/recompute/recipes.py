@@ -20,6 +20,8 @@ _NUMBERS = (int, float)
 LONGEST_CHAIN = 8
 # The shape, strides and storage offset of a view.
 Geometry = tuple[Sequence[int], Sequence[int], int | torch.SymInt]
+# The shape, strides and dtype of a whole tensor, at the start of its storage.
+Layout = tuple[Sequence[int], Sequence[int], torch.dtype]
 
 
 class Remade:
@@ -47,16 +49,27 @@ class Recipe:
     """How to recompute a tensor: `rebuild(*operands)`. `depth` is the number of recipes in the chain, this one
     included.
 
+    The recomputed tensor gets the strides in `layout`, those of the original: claims are views by strides, and operands
+    may come back in other strides, for example from the hooks of torch's `save_on_cpu`. Without a layout no claim is a
+    view.
+
     The tensor is computed once in a backward pass for all readers, and freed after the last reader or at the end of the
     pass.
     """
 
-    __slots__ = ("__weakref__", "backend", "claims", "depth", "lock", "made", "operands", "rebuild")
+    __slots__ = ("__weakref__", "backend", "claims", "depth", "layout", "lock", "made", "operands", "rebuild")
 
-    def __init__(self, rebuild: Callable[..., Tensor], operands: Sequence[Operand | None], depth: int) -> None:
+    def __init__(
+        self,
+        rebuild: Callable[..., Tensor],
+        operands: Sequence[Operand | None],
+        depth: int,
+        layout: Layout | None,
+    ) -> None:
         self.depth = depth
         self.rebuild = rebuild
         self.operands = operands
+        self.layout = layout
         self.backend = backends.chosen()
         # Backward passes may run on several threads. Recipes are locked in the order of the graph, so there is no
         # deadlock.
@@ -105,14 +118,25 @@ class Recipe:
         same_backend = backends.chosen() == self.backend
         is_inference = torch.is_inference_mode_enabled()
         if same_backend and not is_inference and not torch.is_grad_enabled():
-            return self.rebuild(*[None if o is None else o.get() for o in self.operands])
+            return self._laid_out(self.rebuild(*[None if o is None else o.get() for o in self.operands]))
         # A tensor made in inference mode has no version counter, which would reveal an in-place write of a reader.
         with (
             contextlib.nullcontext() if same_backend else backends.serving(self.backend),
             torch.inference_mode(False) if is_inference else contextlib.nullcontext(),
             torch.no_grad(),
         ):
-            return self.rebuild(*[None if o is None else o.get() for o in self.operands])
+            return self._laid_out(self.rebuild(*[None if o is None else o.get() for o in self.operands]))
+
+    def _laid_out(self, value: Tensor) -> Tensor:
+        """The recomputed tensor, copied if its strides are not those of the original."""
+        if self.layout is None:
+            return value
+        shape, strides, dtype = self.layout
+        if value.shape != shape or value.dtype != dtype:
+            raise RuntimeError(f"made {value.dtype} {tuple(value.shape)} again; expected {dtype} {tuple(shape)}")
+        if value.stride() == strides and value.storage_offset() == 0:
+            return value
+        return torch.empty_strided(shape, strides, dtype=dtype, device=value.device).copy_(value)
 
 
 class Claim:
@@ -152,19 +176,14 @@ class Step(NamedTuple):
         return max([0 if isinstance(o, _NUMBERS) else o.depth for o in self.operands])
 
 
-def recipe_of_step(step: Step, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Recipe:
-    """A recipe that runs a step, and returns the value with the strides of the original tensor."""
-    return Recipe(functools.partial(_run_step, step, shape, strides, dtype), (), 1 + step.depth)
+def recipe_of_step(step: Step, layout: Layout) -> Recipe:
+    """A recipe that runs a step."""
+    return Recipe(functools.partial(_run_step, step), (), 1 + step.depth, layout)
 
 
-def _run_step(step: Step, shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _run_step(step: Step) -> Tensor:
     with _without_autocast():
-        value = step.get()
-    if value.shape != shape or value.dtype != dtype:
-        raise RuntimeError(f"made {value.dtype} {tuple(value.shape)} again; expected {dtype} {tuple(shape)}")
-    if value.stride() == strides and value.storage_offset() == 0:
-        return value
-    return torch.empty_strided(shape, strides, dtype=dtype, device=value.device).copy_(value)
+        return step.get()
 
 
 def _without_autocast() -> contextlib.AbstractContextManager:
@@ -178,6 +197,11 @@ def _without_autocast() -> contextlib.AbstractContextManager:
 def geometry_of(tensor: Tensor) -> Geometry:
     """The shape, strides and storage offset of a tensor."""
     return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """The shape, strides and dtype of a tensor."""
+    return tensor.size(), tensor.stride(), tensor.dtype
 
 
 def _stream(value: Tensor) -> Any:

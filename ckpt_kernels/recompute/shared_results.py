@@ -11,7 +11,7 @@ from torch import Tensor
 from . import nodes
 from .cells import Cell, version_watch
 from .nodes import Result
-from .recipes import Claim, Step, geometry_of, recipe_of_step
+from .recipes import Claim, Step, geometry_of, layout_of, recipe_of_step
 
 
 def register_keeper(root: Tensor, tensor: Tensor, cell: Cell) -> None:
@@ -19,7 +19,7 @@ def register_keeper(root: Tensor, tensor: Tensor, cell: Cell) -> None:
     keeper = weakref.ref(cell), geometry_of(tensor)
     result_cell = nodes.result_cell(root.grad_fn)
     if result_cell is None:
-        cell.attached = Result(root.shape, root.stride(), root.dtype, [keeper])
+        cell.attached = Result(layout_of(root), [keeper])
     elif isinstance(result_cell.attached, Result):
         result_cell.attached.keepers.append(keeper)
 
@@ -27,11 +27,11 @@ def register_keeper(root: Tensor, tensor: Tensor, cell: Cell) -> None:
 def replace_result(result_cell: Cell, step: Step) -> None:
     """Replaces a node's result by a recipe in all cells that keep the result, if all keep the same version."""
     result = result_cell.attached
-    if not isinstance(result, Result) or not result.dtype.is_floating_point:
+    if not isinstance(result, Result) or not result.layout[-1].is_floating_point:
         return
     keepers = [(cell, geometry) for reference, geometry in result.keepers if (cell := reference()) is not None]
     if any(cell.depth or cell.version != result_cell.version for cell, _ in keepers):
         return
-    recipe = recipe_of_step(step, result.shape, result.strides, result.dtype)
+    recipe = recipe_of_step(step, result.layout)
     for cell, geometry in keepers:
         cell.content, cell.watch = Claim(recipe, geometry), version_watch(cell.watch)

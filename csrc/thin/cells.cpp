@@ -45,6 +45,11 @@ class Packing {
     const Owned address = attribute(called(tensor_, of_untyped_storage), of_cdata);
     const Owned entry = address ? held_under(attribute(discarder_, of_entries), address) : Owned();
     if (PyErr_Occurred()) return Owned();
+    // A view taken under no_grad has no recipe.
+    if (entry && root != tensor_) {
+      const Owned own_node = attribute(tensor_, of_grad_fn);
+      if (!own_node || own_node.is(Py_None)) return Owned();
+    }
     if (entry) return claimed(entry, base);
     const Owned node = attribute(root, of_grad_fn);
     const Owned name = called(node.get(), of_name);

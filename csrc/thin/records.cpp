@@ -12,9 +12,9 @@ PyTypeObject *recipe_type = nullptr, *entry_type = nullptr, *block_type = nullpt
 PyObject *storage_reference = nullptr, *chosen = nullptr, *lock = nullptr, *nothing = nullptr, *one = nullptr;
 
 PyObject *of_add, *of_all_entries, *of_announced, *of_announcement, *of_attached, *of_backend, *of_claims, *of_data,
-    *of_depth, *of_detach, *of_dtype, *of_entry, *of_grad_fn, *of_kept, *of_lock, *of_made, *of_operands, *of_output,
-    *of_owner, *of_rebuild, *of_recipe, *of_recomputed_block, *of_requires_grad, *of_saved, *of_storage,
-    *of_tensor_version, *of_untyped_storage, *of_version, *of_watch;
+    *of_depth, *of_detach, *of_dtype, *of_entry, *of_grad_fn, *of_kept, *of_layout, *of_lock, *of_made, *of_operands,
+    *of_output, *of_owner, *of_rebuild, *of_recipe, *of_recomputed_block, *of_requires_grad, *of_saved, *of_size,
+    *of_storage, *of_storage_offset, *of_stride, *of_tensor_version, *of_untyped_storage, *of_version, *of_watch;
 
 Owned called_with(PyObject* function, const Owned& argument) {
   return Owned(argument ? PyObject_CallFunctionObjArgs(function, argument.get(), nullptr) : nullptr);
@@ -35,6 +35,8 @@ class Recording {
       if (described.sizes[dim] == 0) return false;
     }
     if (!attribute(output_, of_requires_grad).is(Py_True)) return false;
+    const Owned offset = called(output_, of_storage_offset);
+    if (!offset || PyLong_AsLong(offset.get()) != 0) return false;
     announced_ = attribute(discarder_, of_announced);
     if (!announced_ || announced_.is(Py_None)) return false;
     announcement_ = attribute(announced_, of_announcement);
@@ -48,8 +50,9 @@ class Recording {
   // False after an error.
   bool record() const {
     if (PyObject_SetAttr(discarder_, of_announced, Py_None) != 0) return false;
-    const Owned recipe = recipe_of();
-    const Owned entry = recipe ? entry_of(recipe) : Owned();
+    const Owned dtype = attribute(output_, of_dtype);
+    const Owned recipe = dtype ? recipe_of(dtype) : Owned();
+    const Owned entry = recipe ? entry_of(recipe, dtype) : Owned();
     const Owned block = entry ? block_of(entry) : Owned();
     const Owned node = block ? attribute(output_, of_grad_fn) : Owned();
     if (!node || PyObject_SetAttr(node.get(), of_recomputed_block, block.get()) != 0) return false;
@@ -78,7 +81,10 @@ class Recording {
     return found;
   }
 
-  Owned recipe_of() const {
+  Owned recipe_of(const Owned& dtype) const {
+    const Owned size = called(output_, of_size), stride = size ? called(output_, of_stride) : Owned();
+    const Owned layout(stride ? PyTuple_Pack(3, size.get(), stride.get(), dtype.get()) : nullptr);
+    if (!layout) return Owned();
     PyObject* rebuild = PyTuple_GetItem(announcement_.get(), 0);
     const Owned backend(rebuild ? PyObject_CallNoArgs(chosen) : nullptr);
     const Owned own_lock(backend ? PyObject_CallNoArgs(lock) : nullptr);
@@ -87,15 +93,15 @@ class Recording {
     return made(recipe_type, {{of_depth, one},
                               {of_rebuild, rebuild},
                               {of_operands, operands_.get()},
+                              {of_layout, layout.get()},
                               {of_backend, backend.get()},
                               {of_lock, own_lock.get()},
                               {of_made, Py_None},
                               {of_claims, claims.get()}});
   }
 
-  Owned entry_of(const Owned& recipe) const {
-    const Owned dtype = attribute(output_, of_dtype);
-    const Owned version = dtype ? attribute(output_, of_tensor_version) : Owned();
+  Owned entry_of(const Owned& recipe, const Owned& dtype) const {
+    const Owned version = attribute(output_, of_tensor_version);
     const Owned storage = version ? called_with(storage_reference, called(output_, of_untyped_storage)) : Owned();
     const Owned output(storage ? PyWeakref_NewRef(output_, nullptr) : nullptr);
     const Owned reference(output ? PyWeakref_NewRef(recipe.get(), nullptr) : nullptr);
@@ -166,6 +172,7 @@ bool add_records(PyObject* module) {
                         {&of_entry, "entry"},
                         {&of_grad_fn, "grad_fn"},
                         {&of_kept, "kept"},
+                        {&of_layout, "layout"},
                         {&of_lock, "lock"},
                         {&of_made, "made"},
                         {&of_operands, "operands"},
@@ -176,7 +183,10 @@ bool add_records(PyObject* module) {
                         {&of_recomputed_block, "recomputed_block"},
                         {&of_requires_grad, "requires_grad"},
                         {&of_saved, "saved"},
+                        {&of_size, "size"},
                         {&of_storage, "storage"},
+                        {&of_storage_offset, "storage_offset"},
+                        {&of_stride, "stride"},
                         {&of_tensor_version, "_version"},
                         {&of_untyped_storage, "untyped_storage"},
                         {&of_version, "version"},
