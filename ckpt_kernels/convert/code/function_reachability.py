@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .reachability import WRITING_OPCODES, CodeReader, CodeSnapshot, NotTriable, is_torch_callable
+from .reachability import WRITING_OPCODES, CodeReader, is_torch_callable
 from .size_independence import is_size_independent
+from .snapshots import CodeSnapshot, NotTriable
 
 # The only numbers that code may name, so that a trial reaches all cases.
 _SMALL_NUMBERS = tuple(range(-4, 5))

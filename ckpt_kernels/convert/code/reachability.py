@@ -1,26 +1,25 @@
 """Reachability analysis of a module's forward: whether the module may be tried out on sample inputs.
 
 A trial shows what the forward computes if the forward reads only parameters and plain settings, writes to nothing,
-names only what is on a list, and takes no decision by shape. A `CodeSnapshot` keeps what was read and reached, so that
-a call can check that all of that is unchanged.
+names only what is on a list, and takes no decision by shape.
 """
 
 import builtins
-import contextlib
 import dis
 import functools
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from ..native_guards import MISSING, Binding, are_same
+from ..native_guards import MISSING, Binding
 from .call_graph import belongs_to_torch, has_type
 from .code_objects import cell_value
 from .custom_autograd import METHODS, NAMES, is_plain_autograd_function
 from .dead_code import live_code
 from .settings import PLAIN_TYPES, Settings, as_setting, has_settings, is_constant, is_plain
+from .snapshots import CodeSnapshot, NotTriable
 
 _BUILTINS = """any float int len list max min range str sum super tuple NotImplementedError RuntimeError TypeError
     ValueError AssertionError""".split()
@@ -29,6 +28,7 @@ WRITING_OPCODES = tuple(
 )
 _SHAPES = {"shape", "size", "len"}
 _PIECEWISE = ("int", "max", "min")
+_CHOOSING_OPCODES = ("IS_OP", "CONTAINS_OP", "BINARY_SUBSCR", "COMPARE_OP")
 # The attributes of tensors and of torch that code may name: arithmetic, and the parts of norms.
 _ALLOWED = frozenset(
     """Tensor add bfloat16 bias contiguous div dtype elu erf float float16 float32 forward functional gelu hardswish
@@ -38,94 +38,20 @@ _ALLOWED = frozenset(
 )
 
 
-class NotTriable(Exception):
-    """The reason, for people, why a module cannot be tried out."""
-
-
-class CodeSnapshot:
-    """The dependencies of a forward, each with the value at the time of the trial.
-
-    Dependencies are globals, functions of torch's modules, methods of a class, closure variables, and defaults.
-
-    A deep copy is the same object. Unpickling analyses a module of the same class, settings and parameters anew; a
-    snapshot that then differs is never the same.
-    """
-
-    def __init__(
-        self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], dependencies: Iterable[Binding]
-    ) -> None:
-        self._module = module
-        unique = {(id(holder), name): (holder, name, value) for holder, name, value in dependencies}
-        self.dependencies = tuple(unique.values())
-
-    def is_same(self) -> bool:
-        """Whether all dependencies still have these values."""
-        return are_same(self.dependencies)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, CodeSnapshot) and self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
-
-    def _identity(self) -> tuple:
-        return tuple((id(holder), name, id(value)) for holder, name, value in self.dependencies)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CodeSnapshot":
-        return self
-
-    def __reduce__(self) -> tuple:
-        return _restored, (*self._module, self.text())
-
-    def text(self) -> tuple[str, ...]:
-        """The dependencies as text that another process can compare: code of functions, plain values, other names."""
-        return tuple(f"{name}: {_text(value)}" for _, name, value in self.dependencies)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, types.FunctionType):
-        return _text(value.__code__)
-    if isinstance(value, types.CodeType):
-        inner = [_text(constant) for constant in value.co_consts]
-        return f"{value.co_code.hex()} {value.co_names} {inner}"
-    if isinstance(value, tuple):
-        return str([_text(part) for part in value])
-    return repr(value) if isinstance(value, PLAIN_TYPES) else getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _restored(
-    kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]
-) -> CodeSnapshot:
-    """The snapshot of a module of that class in this process, if the text is the same."""
-    # The empty dict has no such item: the snapshot is never the same.
-    never_same = CodeSnapshot((kind, settings, parameters), [({}, "", None)])
-    if has_finalizer(kind):
-        return never_same
-    module = object.__new__(kind)
-    module.__dict__.update(nn.Module().__dict__ | dict(settings))
-    module.__dict__["_parameters"] = dict.fromkeys(parameters)
-    with contextlib.suppress(NotTriable):
-        snapshot = read_forward(module, gradients=True)[1]
-        if snapshot.text() == text:
-            return snapshot
-    return never_same
-
-
-def has_finalizer(kind: type) -> bool:
-    """Whether the class runs code when an object is destroyed, a trial's copy included."""
-    return hasattr(kind, "__del__")
-
-
-def read_forward(module: nn.Module, gradients: bool = False) -> tuple[Settings, CodeSnapshot]:
+def read_forward(
+    module: nn.Module, gradients: bool = False, every_dtype: bool = False
+) -> tuple[Settings, CodeSnapshot]:
     """The settings that a module's forward reads, by name, and a snapshot of the code that the forward reaches.
 
-    `gradients`: whether the trial covers gradients too, so that the code may use an `autograd.Function`. Raises
-    `NotTriable`.
+    `gradients`: whether the trial covers gradients too, so that the code may use an `autograd.Function`. `every_dtype`:
+    whether the trial covers each dtype, so that the code may decide by the dtype. Raises `NotTriable`.
     """
     reader = CodeReader(module, gradients)
     reader.read_function(type(module).forward, own=True)
     if depends_on_shapes(reader):
         raise NotTriable("decides by the shape of its input")
+    if depends_on_dtype(reader) and not every_dtype:
+        raise NotTriable("decides by the dtype of its input")
     reader.read_modules()
     settings = tuple(sorted(reader.settings.items()))
     return settings, CodeSnapshot((type(module), settings, tuple(module._parameters)), reader.dependencies)
@@ -134,6 +60,11 @@ def read_forward(module: nn.Module, gradients: bool = False) -> tuple[Settings, 
 def depends_on_shapes(reader: "CodeReader") -> bool:
     """Whether the result of the code may depend on the shapes of its inputs."""
     return bool(reader.names & _SHAPES) and (reader.has_branches or reader.is_piecewise)
+
+
+def depends_on_dtype(reader: "CodeReader") -> bool:
+    """Whether the function that the code computes may depend on the dtype of its input."""
+    return "dtype" in reader.names and (reader.has_branches or reader.has_choices)
 
 
 def is_unchanged(module: nn.Module, settings: Settings, code: CodeSnapshot | None) -> bool:
@@ -158,6 +89,8 @@ class CodeReader:
         self.has_branches = False
         # Whether the code computes a piecewise constant function, perhaps of the sizes in a shape.
         self.is_piecewise = False
+        # Whether the code compares values, or takes an item by a key.
+        self.has_choices = False
         self.dependencies: list[Binding] = []
         self._seen: set[types.CodeType] = set()
 
@@ -219,6 +152,7 @@ class CodeReader:
             self.has_branches |= is_conditional_jump or step.opname == "FOR_ITER"
             self.is_piecewise |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
             self.is_piecewise |= step.opname == "COMPARE_OP" or step.argval in _PIECEWISE
+            self.has_choices |= step.opname in _CHOOSING_OPCODES or step.argrepr == "[]"
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self.read_global(step.argval, names)
             elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):

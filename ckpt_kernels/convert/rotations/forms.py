@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...backends.blocks import RotaryOptions
 from ...ops.rotary import rotary
-from ..code.reachability import CodeSnapshot, NotTriable
+from ..code.snapshots import CodeSnapshot, NotTriable
 from ..operands import is_operand
 
 

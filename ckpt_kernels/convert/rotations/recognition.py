@@ -15,7 +15,7 @@ from ..code.call_graph import belongs_to_torch
 from ..code.code_objects import names_in
 from ..code.function_reachability import read_function
 from ..code.memoization import memoized
-from ..code.reachability import CodeSnapshot, NotTriable
+from ..code.snapshots import CodeSnapshot, NotTriable
 from ..rules.trial import in_own_thread
 from .checks import dtypes_of, has_same_gradients, holds_for_all, with_broadcast_dims
 from .forms import (

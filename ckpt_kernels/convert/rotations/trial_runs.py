@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...backends import reference
 from ...backends.blocks import Rotary
-from ..code.reachability import NotTriable
+from ..code.snapshots import NotTriable
 from ..rules.trial import TrialMode
 from .forms import CallConvention, Form
 

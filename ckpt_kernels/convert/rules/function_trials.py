@@ -9,7 +9,8 @@ from torch import nn
 
 from ..code.call_graph import belongs_to_torch
 from ..code.memoization import memoized
-from ..code.reachability import CodeReader, CodeSnapshot, NotTriable, depends_on_shapes
+from ..code.reachability import CodeReader, depends_on_dtype, depends_on_shapes
+from ..code.snapshots import CodeSnapshot, NotTriable
 from .activation_trials import activation_by_trial
 from .trial import POINTWISE, in_own_thread, result_of, takes_one_argument
 
@@ -58,7 +59,7 @@ def activation_function(value: Any) -> TriedFunction | None:
 def _tried(function: types.FunctionType) -> TriedFunction | None:
     reader = CodeReader(nn.Module())
     reader.read_function(function)
-    if depends_on_shapes(reader):
+    if depends_on_shapes(reader) or depends_on_dtype(reader):
         return None
     reader.read_modules()
     transposed = torch.ones(2, 3, dtype=torch.float64, device="cpu").t()

@@ -20,7 +20,7 @@ from ... import nn as ours
 from ..attribute_loads import loads_plainly
 from ..code.call_graph import is_unpatched
 from ..code.memoization import memoized
-from ..code.reachability import NotTriable
+from ..code.snapshots import NotTriable
 from ..module_tree import has_children, tensors_of
 from .channel_norms import BatchNorm, GroupNorm, InstanceNorm
 from .likeness import looks_like_norm
@@ -65,7 +65,7 @@ def norm_of(module: nn.Module) -> tuple[Norm | None, str]:
     if not _may_be_row_norm(module):
         return None, "computes what none of our row norms computes" if looks_like_norm(module) else ""
     try:
-        result = _tried(outline_of(module))
+        result = _tried(outline_of(module, every_dtype=True))
     except NotTriable as error:
         result = str(error)
     if isinstance(result, RowNorm):

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional as F
-from ..code.reachability import CodeSnapshot, Settings, is_unchanged
+from ..code.reachability import is_unchanged
+from ..code.settings import Settings
+from ..code.snapshots import CodeSnapshot
 from ..operands import is_ordinary
 from .rule import UnaryRule
 

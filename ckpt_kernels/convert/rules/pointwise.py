@@ -15,7 +15,9 @@ from ... import functional as F
 from ...activations import FUNCTIONS, name_of
 from ..attribute_loads import LOADS_PLAINLY, is_set, loads_plainly, only_instances_define
 from ..code.call_graph import is_unpatched
-from ..code.reachability import CodeSnapshot, NotTriable, Settings, is_unchanged
+from ..code.reachability import is_unchanged
+from ..code.settings import Settings
+from ..code.snapshots import CodeSnapshot, NotTriable
 from ..module_tree import has_children, tensors_of
 from ..native_guards import ActivationGuard, Binding, ModuleGuard
 from ..operands import CALLS_FORWARD, HOOKS, is_called_plainly

@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..code.memoization import memoized
-from ..code.reachability import CodeSnapshot, NotTriable, Settings, has_finalizer, read_forward
+from ..code.reachability import read_forward
+from ..code.settings import Settings
+from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 
 # The operations allowed in trials of activations and of norms, by torch's names. "detach" is allowed because autograd
 # detaches the results that it saves; the gradient shows where a forward itself detaches.
@@ -75,15 +77,16 @@ class Outline(NamedTuple):
         return module
 
 
-def outline_of(module: nn.Module, gradients: bool = False) -> Outline:
-    """The outline of a module. Raises NotTried where the module must not be tried.
+def outline_of(module: nn.Module, gradients: bool = False, every_dtype: bool = False) -> Outline:
+    """The outline of a module. Raises NotTriable where the module must not be tried.
 
-    An `autograd.Function` in the module's code is allowed only with `gradients`, by callers that try gradients too.
+    An `autograd.Function` in the module's code is allowed only with `gradients`, by callers that try gradients too, and
+    a decision by the dtype only with `every_dtype`, by callers that try each dtype.
     """
     if has_finalizer(type(module)):
         raise NotTriable("has a finalizer, which a trial would run")
     shapes = tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
-    settings, code = read_forward(module, gradients)
+    settings, code = read_forward(module, gradients, every_dtype)
     return Outline(type(module), type(module).forward, code, settings, shapes)
 
 
@@ -183,7 +186,7 @@ def in_own_thread(trial: Callable[..., Result]) -> Callable[..., Result]:
 def forward_of(
     module: nn.Module, input: torch.Tensor, allowed: frozenset[str], dimensions: tuple[int, ...] = ()
 ) -> torch.Tensor:
-    """The stand-in's output; raises NotTried where an operation is not allowed or the output is no tensor.
+    """The stand-in's output; raises NotTriable where an operation is not allowed or the output is no tensor.
 
     Args:
         module: the stand-in.
