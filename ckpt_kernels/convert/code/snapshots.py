@@ -1,0 +1,92 @@
+"""Snapshots of the code that a trial depends on, so that each call can check that the code is unchanged."""
+
+import contextlib
+import types
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..native_guards import Binding, are_same
+from .settings import PLAIN_TYPES, Settings
+
+
+class NotTriable(Exception):
+    """The reason, for people, why a module cannot be tried out."""
+
+
+class CodeSnapshot:
+    """The dependencies of a forward, each with the value at the time of the trial.
+
+    Dependencies are globals, functions of torch's modules, methods of a class, closure variables, and defaults.
+
+    A deep copy is the same object. Unpickling analyses a module of the same class, settings and parameters anew; a
+    snapshot that then differs is never the same.
+    """
+
+    def __init__(
+        self, module: tuple[type[nn.Module], Settings, tuple[str, ...]], dependencies: Iterable[Binding]
+    ) -> None:
+        self._module = module
+        unique = {(id(holder), name): (holder, name, value) for holder, name, value in dependencies}
+        self.dependencies = tuple(unique.values())
+
+    def is_same(self) -> bool:
+        """Whether all dependencies still have these values."""
+        return are_same(self.dependencies)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CodeSnapshot) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        return tuple((id(holder), name, id(value)) for holder, name, value in self.dependencies)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CodeSnapshot":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _restored, (*self._module, self.text())
+
+    def text(self) -> tuple[str, ...]:
+        """The dependencies as text that another process can compare: code of functions, plain values, other names."""
+        return tuple(f"{name}: {_text(value)}" for _, name, value in self.dependencies)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, types.FunctionType):
+        return _text(value.__code__)
+    if isinstance(value, types.CodeType):
+        inner = [_text(constant) for constant in value.co_consts]
+        return f"{value.co_code.hex()} {value.co_names} {inner}"
+    if isinstance(value, tuple):
+        return str([_text(part) for part in value])
+    return repr(value) if isinstance(value, PLAIN_TYPES) else getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _restored(
+    kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]
+) -> CodeSnapshot:
+    """The snapshot of a module of that class in this process, if the text is the same."""
+    # Reading code makes snapshots.
+    from .reachability import read_forward
+
+    # The empty dict has no such item: the snapshot is never the same.
+    never_same = CodeSnapshot((kind, settings, parameters), [({}, "", None)])
+    if has_finalizer(kind):
+        return never_same
+    module = object.__new__(kind)
+    module.__dict__.update(nn.Module().__dict__ | dict(settings))
+    module.__dict__["_parameters"] = dict.fromkeys(parameters)
+    with contextlib.suppress(NotTriable):
+        snapshot = read_forward(module, gradients=True, every_dtype=True)[1]
+        if snapshot.text() == text:
+            return snapshot
+    return never_same
+
+
+def has_finalizer(kind: type) -> bool:
+    """Whether the class runs code when an object is destroyed, a trial's copy included."""
+    return hasattr(kind, "__del__")
