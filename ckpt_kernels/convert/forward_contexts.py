@@ -104,4 +104,16 @@ def checkpointing_selectively(forward: Forward, module: nn.Module, args: tuple, 
     given = (*args, *kwargs.values())
     if is_set(module, "gradient_checkpointing") or not all(isinstance(a, _CHECKPOINTED_TYPES) for a in given):
         return forward(module, *args, **kwargs)
-    return checkpoint(forward, module, *args, use_reentrant=False, context_fn=_checkpoint_contexts, **kwargs)
+    return checkpointed(forward, module, args, kwargs, context_fn=_checkpoint_contexts)
+
+
+def checkpointed(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[str, Any], **options: Any) -> Any:
+    """Runs the forward in torch's checkpoint with these options.
+
+    Keyword arguments pass by position, because `checkpoint` takes some names, such as `debug`, for its own options.
+    """
+
+    def run(module: nn.Module, *values: Any) -> Any:
+        return forward(module, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+    return checkpoint(run, module, *args, *kwargs.values(), use_reentrant=False, **options)

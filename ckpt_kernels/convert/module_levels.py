@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
 from ..recompute import run_at
 from ..runs import Place, run_in
-from .forward_contexts import checkpointing_selectively, convert_late_modules_if_outermost
+from .forward_contexts import checkpointed, checkpointing_selectively, convert_late_modules_if_outermost
 from .module_tree import modules_of, named_modules
 from .rules.rule import Forward
 from .selection import Choice, Selection
@@ -53,7 +52,7 @@ class AtLevel:
         if not self.may_repeat or (self.level in (NONE, "block") and not self.places):
             return forward(module, *args, **kwargs)
         if self.places:
-            return checkpoint(forward, module, *args, use_reentrant=False, **kwargs)
+            return checkpointed(forward, module, args, kwargs)
         return checkpointing_selectively(forward, module, args, kwargs)
 
 

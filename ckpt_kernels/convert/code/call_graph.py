@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,44 +20,82 @@ from .source import NoSource, decorator_chain, definition_of
 _TORCH_DIRECTORY = os.path.join(os.path.dirname(torch.__file__), "")
 
 
+# How deep containers of functions may nest.
+_DEPTH = 3
+
+
 @memoized
 def reachable_functions(kind: type[nn.Module]) -> tuple[types.FunctionType, ...]:
-    """The forward of a class and all Python functions outside torch that the forward may call, without decorators.
+    """The forward of a class and all Python functions outside torch that the forward may call.
 
-    Candidates are methods of every kind, properties, and functions of the class's file and of the modules which that
-    file imports. A function whose decorators cannot be unwrapped stands for itself.
+    Candidates are methods of every kind in all classes of the method resolution order, properties, functions of the
+    class's file and of the modules which that file imports, functions in partial objects, lists and dicts, and the
+    wrappers of decorators in the function's own file. A function whose decorators cannot be unwrapped stands for
+    itself.
     """
     return functions_reachable_from(getattr(kind, "forward", None), kind)
 
 
-def functions_reachable_from(function: Any, kind: type) -> tuple[types.FunctionType, ...]:
-    """The function and all Python functions that it may call; attribute names are looked up on `kind`."""
-    reached: dict[types.FunctionType, types.FunctionType] = {}
-    waiting: list[Any] = [function]
+def functions_reachable_from(value: Any, kind: type) -> tuple[types.FunctionType, ...]:
+    """All Python functions that a call of the value may call; attribute names are looked up on `kind`."""
+    seen: set[types.FunctionType] = set()
+    reached: list[types.FunctionType] = []
+    waiting = list(functions_held_by(value))
     while waiting:
         function = waiting.pop()
-        if not has_type(function, types.FunctionType) or function in reached or belongs_to_torch(function):
+        if function in seen or belongs_to_torch(function):
             continue
+        seen.add(function)
         try:
-            undecorated = decorator_chain(function)[-1]
+            *wrappers, undecorated = decorator_chain(function)
         except NoSource:
-            undecorated = function
-        reached[function] = undecorated
-        modules = [value for value in undecorated.__globals__.values() if has_type(value, types.ModuleType)]
-        waiting += map(cell_value, undecorated.__closure__ or ())
-        for name in names_in(undecorated.__code__):
-            waiting += [*_accessors(inspect.getattr_static(kind, name, None)), undecorated.__globals__.get(name)]
-            waiting += [vars(module).get(name) for module in modules if not belongs_to_torch(module)]
-    return tuple(reached.values())
+            wrappers, undecorated = [], function
+        # Decorators of other files are trusted to do nothing with tensors and classes.
+        file = undecorated.__code__.co_filename
+        for part in (undecorated, *(wrapper for wrapper in wrappers if wrapper.__code__.co_filename == file)):
+            reached.append(part)
+            waiting += _named_in(part, kind)
+    return tuple(reached)
 
 
-def _accessors(attribute: Any) -> list[Any]:
-    """The functions that run when a class attribute is read, set, deleted or called."""
-    if isinstance(attribute, property):
-        return [attribute.fget, attribute.fset, attribute.fdel]
-    if isinstance(attribute, functools.cached_property):
-        return [attribute.func]
-    return [getattr(attribute, "__func__", attribute) if has_type(attribute, classmethod | staticmethod) else attribute]
+def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.FunctionType]:
+    """The functions behind the names in a function's code, and those in its closure."""
+    namespace = function.__globals__
+    modules = [m for m in namespace.values() if has_type(m, types.ModuleType) and not belongs_to_torch(m)]
+    values: list[Any] = list(map(cell_value, function.__closure__ or ()))
+    for name in names_in(function.__code__):
+        values += _defined(kind, name)
+        values += [namespace.get(name), *(vars(module).get(name) for module in modules)]
+    for value in values:
+        yield from functions_held_by(value)
+
+
+def _defined(kind: type, name: str) -> list[Any]:
+    """The values of a name in all classes of a class's method resolution order, because `super()` may call any."""
+    return [vars(owner)[name] for owner in kind.__mro__ if name in vars(owner) and not belongs_to_torch(owner)]
+
+
+def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.FunctionType]:
+    """The functions that run when a value is called, or read as an attribute; of containers, those of the items."""
+    if has_type(value, types.FunctionType):
+        yield value
+    if has_type(value, (type(None), type, types.FunctionType, types.ModuleType)) or not depth:
+        return
+    parts: list[Any] = []
+    if has_type(value, property):
+        parts = [value.fget, value.fset, value.fdel]
+    elif has_type(value, functools.cached_property):
+        parts = [value.func]
+    elif has_type(value, (classmethod, staticmethod, types.MethodType)):
+        parts = [value.__func__]
+    elif has_type(value, (functools.partial, functools.partialmethod)):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif has_type(value, dict):
+        parts = list(value.values())
+    elif has_type(value, (list, tuple, set, frozenset)):
+        parts = list(value)
+    for part in parts:
+        yield from functions_held_by(part, depth - 1)
 
 
 def has_type(value: Any, kind: Any) -> bool:
@@ -117,7 +155,10 @@ def _inspects_class(function: types.FunctionType, kind: type[nn.Module]) -> bool
                 and isinstance(parent.ctx, ast.Load)
                 and parent.attr not in _NOT_INHERITED
             )
-            is_called = isinstance(parent, ast.Call) and parent.func is child
+            # `str(type(self))` is the same for the converted class.
+            is_called = isinstance(parent, ast.Call) and (
+                parent.func is child or _is_name(parent.func, ("str", "repr"))
+            )
             if not (reads_inherited or is_called or isinstance(parent, ast.FormattedValue)):
                 return True
     return False
@@ -148,11 +189,11 @@ def _is_file_of_torch_module(module: str, file: str) -> bool:
 
 
 def belongs_to_torch(value: Any) -> bool:
-    """Whether a module or a function is torch's own, or built into Python.
+    """Whether a module, a class or a function is torch's own, or built into Python.
 
     A wrapper around a torch function has that function's name and `__module__`, but lies in another file.
     """
     if has_type(value, types.FunctionType) and not value.__code__.co_filename.startswith(_TORCH_DIRECTORY):
         return False
-    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__ or ""
+    name = value.__name__ if has_type(value, types.ModuleType) else value.__module__ or ""
     return name.partition(".")[0] in ("torch", "builtins")

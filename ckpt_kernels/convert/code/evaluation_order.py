@@ -34,8 +34,10 @@ def _assigned(tree: ast.Assign) -> list[ast.AST]:
 
 
 def _annotated(tree: ast.AnnAssign) -> list[ast.AST]:
-    """Without the annotation, which is not evaluated within a function."""
-    return [tree.target] if tree.value is None else [tree.value, tree.target]
+    """Without the annotation, which is not evaluated within a function. Without a value nothing is stored."""
+    if tree.value is not None:
+        return [tree.value, tree.target]
+    return [] if isinstance(tree.target, ast.Name) else list(evaluated_parts(tree.target) or ())
 
 
 # Conditional expressions, and chains of comparisons, `and` and `or`, have only operands that are always evaluated.

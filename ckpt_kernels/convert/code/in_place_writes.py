@@ -50,7 +50,7 @@ def in_place_writer(model: nn.Module) -> str:
     for module in modules_of(model):
         if is_set(module, "inplace"):
             return f"{type(module).__name__} (inplace=True)"
-        if writer := _writer_of(type(module)) or _writer_held(vars(module)):
+        if writer := _writer_of(type(module)) or _writer_held(vars(module), type(module)):
             return writer
     return ""
 
@@ -60,19 +60,22 @@ def _writer_of(kind: type[nn.Module]) -> str:
     return "" if kind.__module__.startswith("torch.nn.modules.") else _writer_among(reachable_functions(kind))
 
 
-def _writer_held(value: Any, depth: int = 4) -> str:
-    """The same for functions, callable objects, and containers of these that nest at most `depth` deep."""
+def _writer_held(value: Any, kind: type, depth: int = 4) -> str:
+    """The same for functions, callable objects, and containers of these that nest at most `depth` deep.
+
+    `kind`: the class of the module that holds the value.
+    """
     if has_type(value, _DATA) or not depth:
         return ""
     if has_type(value, (dict, list, tuple, set, frozenset)):
         values = list(value.values() if has_type(value, dict) else value)
-        return next(filter(None, (_writer_held(item, depth - 1) for item in values)), "")
+        return next(filter(None, (_writer_held(item, kind, depth - 1) for item in values)), "")
     if has_type(value, functools.partial):
-        return _writer_held((value.func, *value.args, *value.keywords.values()), depth)
+        return _writer_held((value.func, *value.args, *value.keywords.values()), kind, depth)
     if has_type(value, types.MethodType):
-        return _writer_held(value.__self__, depth) or _writer_held(value.__func__, depth)
+        return _writer_held(value.__self__, kind, depth) or _writer_held(value.__func__, kind, depth)
     if has_type(value, types.FunctionType):
-        return "" if belongs_to_torch(value) else _writer_among(functions_reachable_from(value, object))
+        return "" if belongs_to_torch(value) else _writer_among(functions_reachable_from(value, kind))
     return _writer_called(type(value))
 
 
@@ -147,7 +150,9 @@ def _written_by_call(call: ast.Call, scope: Scope) -> Iterator[str]:
     if any(isinstance(a, ast.Constant) and a.value is True for a in call.args[1:]) or _may_write(call, value):
         yield first
     for keyword in call.keywords:
-        if keyword.arg == "out" or (keyword.arg == "inplace" and getattr(keyword.value, "value", True)):
+        if keyword.arg == "out":
+            yield _root(keyword.value)
+        elif keyword.arg == "inplace" and getattr(keyword.value, "value", True):
             yield first
 
 

@@ -60,10 +60,10 @@ def replacing_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
 def replacing_module(module: nn.Module, rule: ActivationRule) -> Callable[[Any], Any]:
     """The same for an activation module that is a global, so that conversion does not reach the module itself."""
 
-    def call(input: Any, *args: Any, **kwargs: Any) -> Any:
-        is_plain_call = not args and not kwargs and is_operand(input) and is_called_plainly(module)
-        output = rule.apply(module, input) if is_plain_call else None
-        return module(input, *args, **kwargs) if output is None else output
+    def call(*args: Any, **kwargs: Any) -> Any:
+        is_plain_call = len(args) == 1 and not kwargs and is_operand(args[0]) and is_called_plainly(module)
+        output = rule.apply(module, args[0]) if is_plain_call else None
+        return module(*args, **kwargs) if output is None else output
 
     return lambda called: call if called is module else called
 
