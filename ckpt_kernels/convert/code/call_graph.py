@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .code_objects import cell_value, names_in
+from .code_objects import cell_value, has_type, names_in
 from .memoization import memoized
 from .source import NoSource, decorator_chain, definition_of
 
@@ -96,11 +96,6 @@ def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.Functio
         parts = list(value)
     for part in parts:
         yield from functions_held_by(part, depth - 1)
-
-
-def has_type(value: Any, kind: Any) -> bool:
-    """`isinstance` by the type alone: reading `__class__` of a lazy object would load the object."""
-    return issubclass(type(value), kind)
 
 
 @memoized

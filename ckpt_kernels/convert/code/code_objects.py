@@ -1,4 +1,4 @@
-"""Reading of Python's code objects and closure cells."""
+"""Reading of Python's code objects, closure cells and types."""
 
 import types
 from typing import Any
@@ -16,3 +16,8 @@ def cell_value(cell: types.CellType, default: Any = None) -> Any:
         return cell.cell_contents
     except ValueError:
         return default
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """`isinstance` by the type alone: reading `__class__` of a lazy object would load the object."""
+    return issubclass(type(value), kind)

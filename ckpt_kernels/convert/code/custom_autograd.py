@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch.autograd import Function
 
 from ..native_guards import Binding
+from .code_objects import has_type
 
 METHODS = ("forward", "backward")
 # The attributes of such a class: `_backward_cls` is torch's, all others but the methods are Python's.
@@ -24,4 +25,4 @@ def is_plain_autograd_function(kind: type) -> bool:
 
 def has_custom_gradient(dependencies: Iterable[Binding]) -> bool:
     """Whether the dependencies of code include an `autograd.Function`."""
-    return any(isinstance(holder, type) and issubclass(holder, Function) for holder, _, _ in dependencies)
+    return any(has_type(holder, type) and issubclass(holder, Function) for holder, _, _ in dependencies)

@@ -7,8 +7,8 @@ import ast
 import types
 from typing import Any
 
-from .call_graph import belongs_to_torch, has_type
-from .code_objects import names_in
+from .call_graph import belongs_to_torch
+from .code_objects import has_type, names_in
 from .source import NoSource, definition_of
 
 # Prefix of the names that a rewrite adds to a function.

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..attribute_loads import is_set
 from ..module_tree import modules_of
-from .call_graph import belongs_to_torch, functions_reachable_from, has_type, reachable_functions
+from .call_graph import belongs_to_torch, functions_reachable_from, reachable_functions
+from .code_objects import has_type
 from .memoization import memoized
 from .scope import UNKNOWN, Scope
 from .source import NoSource, definition_of
@@ -241,6 +242,6 @@ def _is_torch_function_or_method(called: Any, tree: ast.expr) -> bool:
     """
     if called is UNKNOWN:
         return isinstance(tree, ast.Attribute) and _name(tree.value) != "self"
-    return isinstance(called, types.BuiltinFunctionType | type) or (
-        isinstance(called, types.FunctionType) and belongs_to_torch(called)
+    return has_type(called, types.BuiltinFunctionType | type) or (
+        has_type(called, types.FunctionType) and belongs_to_torch(called)
     )

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..native_guards import MISSING, Binding
-from .call_graph import belongs_to_torch, has_type
-from .code_objects import cell_value
+from .call_graph import belongs_to_torch
+from .code_objects import cell_value, has_type
 from .custom_autograd import METHODS, NAMES, is_plain_autograd_function
 from .dead_code import live_code
 from .settings import PLAIN_TYPES, Settings, as_setting, has_settings, is_constant, is_plain
@@ -100,7 +100,7 @@ class CodeReader:
             function = function.func if isinstance(function, functools.partial) else function.__func__
         if is_torch_callable(function) and not own:
             return
-        if not isinstance(function, types.FunctionType):
+        if not has_type(function, types.FunctionType):
             raise NotTriable(
                 f"calls {getattr(function, '__name__', repr(function))}, which is no function of Python's or torch's"
             )
@@ -108,7 +108,7 @@ class CodeReader:
             value = cell_value(cell, MISSING)
             if value is MISSING:
                 raise NotTriable("reads a variable that has no value yet")
-            if value is not self.module and not isinstance(value, type):
+            if value is not self.module and not has_type(value, type):
                 if not callable(value):
                     raise NotTriable("reads a variable of the function around it")
                 self.dependencies.append((cell, "cell_contents", value))
@@ -122,7 +122,7 @@ class CodeReader:
 
     def read_modules(self) -> None:
         """Add the attributes of torch's modules, and of modules in them, that the code names."""
-        waiting = [value for _, _, value in self.dependencies if isinstance(value, types.ModuleType)]
+        waiting = [value for _, _, value in self.dependencies if has_type(value, types.ModuleType)]
         reached = set()
         while waiting:
             members = vars(waiting.pop())
@@ -184,15 +184,15 @@ class CodeReader:
 
     def read_value(self, value: Any) -> None:
         """Read the value of a global."""
-        if isinstance(value, types.ModuleType):
+        if has_type(value, types.ModuleType):
             if value.__name__ != "math" and value.__name__.partition(".")[0] != "torch":
                 raise NotTriable(f"uses {value.__name__}")
-        elif self._gradients and isinstance(value, type) and is_plain_autograd_function(value):
+        elif self._gradients and has_type(value, type) and is_plain_autograd_function(value):
             self._allowed_names |= NAMES
             for method in METHODS:
                 self.dependencies.append((value, method, getattr(value, method)))
                 self.read_function(getattr(value, method), own=True)
-        elif isinstance(value, type):
+        elif has_type(value, type):
             if not is_torch_callable(value) and not issubclass(value, Exception):
                 raise NotTriable(f"uses the class {value.__name__}")
         elif not isinstance(value, PLAIN_TYPES):
@@ -206,7 +206,7 @@ class CodeReader:
             raise NotTriable("depends on its mode or on buffers")
         if name in module.__dict__:
             value = module.__dict__[name]
-            if isinstance(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
+            if has_type(value, types.FunctionType | types.BuiltinFunctionType | functools.partial):
                 self.read_function(value)
             elif not is_plain(value):
                 raise NotTriable(f"reads {name}, which is no plain setting")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..attribute_loads import MISSING, load_attribute
-from .code_objects import cell_value
+from .code_objects import cell_value, has_type
 from .memoization import memoized
 
 UNKNOWN = object()
@@ -117,15 +117,15 @@ def _binds(node: ast.AST, name: str) -> bool:
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    if isinstance(owner, types.ModuleType):
+    if has_type(owner, types.ModuleType):
         return vars(owner).get(name, UNKNOWN)
-    value = load_attribute(owner, name) if isinstance(owner, nn.Module) else MISSING
+    value = load_attribute(owner, name) if has_type(owner, nn.Module) else MISSING
     return UNKNOWN if value is MISSING else value
 
 
 def _item(owner: Any, index: Any) -> Any:
     lists = (nn.ModuleList, nn.Sequential)
-    if type(index) is not int or not isinstance(owner, lists):
+    if type(index) is not int or not has_type(owner, lists):
         return UNKNOWN
     if type(owner).__getitem__ not in [kind.__getitem__ for kind in lists]:
         return UNKNOWN

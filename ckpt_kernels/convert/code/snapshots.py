@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..native_guards import Binding, are_same
+from .code_objects import has_type
 from .settings import PLAIN_TYPES, Settings
 
 
@@ -56,12 +57,12 @@ class CodeSnapshot:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, types.FunctionType):
+    if has_type(value, types.FunctionType):
         return _text(value.__code__)
-    if isinstance(value, types.CodeType):
+    if has_type(value, types.CodeType):
         inner = [_text(constant) for constant in value.co_consts]
         return f"{value.co_code.hex()} {value.co_names} {inner}"
-    if isinstance(value, tuple):
+    if has_type(value, tuple):
         return str([_text(part) for part in value])
     return repr(value) if isinstance(value, PLAIN_TYPES) else getattr(value, "__qualname__", type(value).__qualname__)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..code.code_objects import has_type
 from ..code.scope import UNKNOWN, Scope
 from ..code.straight_line import Binding, Half
 
@@ -111,5 +112,5 @@ class _FormulaParser:
     def _is_pure(self, callee: ast.expr) -> bool:
         value = self._scope.value(callee)
         if value is not UNKNOWN:
-            return isinstance(value, _FUNCTIONS) and value in _PURE_FUNCTIONS
+            return has_type(value, _FUNCTIONS) and value in _PURE_FUNCTIONS
         return isinstance(callee, ast.Attribute) and callee.attr in _PURE

@@ -16,6 +16,7 @@ from ... import recompute as recomputing
 from ...autocast import is_autocast
 from ...functional.mlps import known_gated_mlp, known_mlp
 from ..attribute_loads import is_set
+from ..code.code_objects import has_type
 from ..rules.in_place import out_of_place, writes_over
 from ..rules.norms import Norm, RowNorm
 from .aliases import are_views_of_one_base
@@ -62,7 +63,7 @@ def mlp(
     input: Tensor, first: Linear, act: Any, last: Linear, activation: str, p: float, recompute: str
 ) -> Results | None:
     # The output that eager torch saves is saved by the last layer anyway.
-    in_place = isinstance(act, nn.Module) and is_set(act, "inplace")
+    in_place = has_type(act, nn.Module) and is_set(act, "inplace")
     if recompute == "block" and activation in (_BY_RESULT_IN_PLACE if in_place else _BY_RESULT):
         return None
     recompute = level_for_weights(recompute, first)

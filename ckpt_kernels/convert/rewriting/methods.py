@@ -21,6 +21,7 @@ from ...activations import NAMES
 from ...backends.reference import ACTIVATIONS as FORMULAS
 from ..adapters import is_adapter
 from ..biased_linears import adds_bias
+from ..code.code_objects import has_type
 from ..code.frames import may_be_rewritten
 from ..code.memoization import memoized
 from ..code.scope import UNKNOWN, Scope
@@ -142,9 +143,7 @@ def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
     if not (names := set(function.__code__.co_names)).isdisjoint(_METHODS | set(children)):
         return True
     values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
-    return any(
-        isinstance(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in REPLACEMENTS) for value in values
-    )
+    return any(has_type(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in REPLACEMENTS) for value in values)
 
 
 # The names of functions and methods that a formula, a replacement or a note starts from.

@@ -15,6 +15,7 @@ import torch.nn.functional
 from torch import Tensor, nn
 
 from ... import functional as ours
+from ..code.code_objects import has_type
 from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
 from ..rotations.recognition import is_rotation, replacing_local_rotation, replacing_rotation, settings_in
 from ..rules.channel_norms import are_running_statistics
@@ -32,13 +33,13 @@ def replacement_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callabl
     `known` is the module or function that the callee stood for during conversion. `is_local`: the callee is a nested
     function, another object at each call.
     """
-    if isinstance(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
+    if has_type(known, nn.Module) and isinstance(rule := pointwise_of(known)[0], ActivationRule):
         return replacing_module(known, rule), str(rule)
-    if not isinstance(known, FUNCTION_TYPES):
+    if not has_type(known, FUNCTION_TYPES):
         return None
     if known in REPLACEMENTS:
         return replacing_function(known), known.__name__
-    if isinstance(known, types.FunctionType) and is_rotation(known):
+    if has_type(known, types.FunctionType) and is_rotation(known):
         rotation = replacing_local_rotation if is_local else replacing_rotation
         return rotation(known, settings_in(call, known)), "rotary"
     return None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ...levels import level_of_blocks
 from ...recompute import watch
+from ..code.code_objects import has_type
 from ..code.frames import PREFIX
 from ..code.in_place_writes import written_names
 from ..code.scope import Scope
@@ -216,7 +217,7 @@ class _Rewriter:
             return self._replaced_object(callee, *role.values)
         is_local = role.kind == "local replacement"
         (known,) = role.values or ((self.scope.local_function if is_local else self.scope.value)(callee),)
-        if self.makes_notes and isinstance(known, FUNCTION_TYPES) and known in NOTED_FUNCTIONS:
+        if self.makes_notes and has_type(known, FUNCTION_TYPES) and known in NOTED_FUNCTIONS:
             self.has_notes = True
             return self._mapped(callee, noted_function(known))
         replacement = replacement_for(known, call, is_local)

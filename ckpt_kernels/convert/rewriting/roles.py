@@ -9,6 +9,7 @@ from torch import nn
 
 from ...activations import FUNCTIONS as ACTIVATIONS
 from ..attribute_loads import load_attribute
+from ..code.code_objects import has_type
 from ..rotations.recognition import is_rotation
 from ..rules.function_trials import activation_function
 from ..rules.in_place import writes_over
@@ -60,7 +61,7 @@ def may_match_any(roles: Iterable[tuple[str, Role]], recompute: str = "output") 
 
 def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
     """The role of a module or a function. `may_touch` tells which modules the conversion covers."""
-    if isinstance(value, nn.Module):
+    if has_type(value, nn.Module):
         if not may_touch(value) or isinstance(value, torch.jit.ScriptModule):
             return Role()
         if isinstance(rule_of(value), Norm):
@@ -71,7 +72,7 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
             return Role("linear")
         # The adapter may be removed later: guards check the module at each call.
         base = load_attribute(value, "base_layer")
-        if isinstance(base, nn.Module) and is_linear(base) and may_touch(base):
+        if has_type(base, nn.Module) and is_linear(base) and may_touch(base):
             return Role("linear", ADAPTED)
         if (name := activation_of(value, made=True)) is not None:
             return Role("act", name)
@@ -79,7 +80,7 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
             return Role("write")
         is_act = rule_of(value) is None and isinstance(pointwise_of(value)[0], ActivationRule)
         return Role("replacement", values=(value,)) if is_act else Role(MODULE)
-    if not isinstance(value, FUNCTION_TYPES):
+    if not has_type(value, FUNCTION_TYPES):
         return Role()
     if value is F.dropout:
         return Role("F.dropout")

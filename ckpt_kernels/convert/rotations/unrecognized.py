@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..code.code_objects import has_type
 from ..code.scope import Scope
 from ..code.source import NoSource, definition_of
 from ..rewriting.methods import functions_in
@@ -36,5 +37,5 @@ def _called(function: types.FunctionType) -> Iterator[types.FunctionType]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and _NAMED.search(node.func.id):
             for value in (scope.value(node.func), scope.local_function(node.func)):
-                if isinstance(value, types.FunctionType):
+                if has_type(value, types.FunctionType):
                     yield value

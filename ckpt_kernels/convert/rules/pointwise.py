@@ -15,6 +15,7 @@ from ... import functional as F
 from ...activations import FUNCTIONS, name_of
 from ..attribute_loads import LOADS_PLAINLY, is_set, loads_plainly, only_instances_define
 from ..code.call_graph import is_unpatched
+from ..code.code_objects import has_type
 from ..code.reachability import is_unchanged
 from ..code.settings import Settings
 from ..code.snapshots import CodeSnapshot, NotTriable
@@ -139,9 +140,9 @@ def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | Non
     `wide`, which is float64. An in-place activation counts only where the caller has `made` the input just before, and
     nothing else reads the input.
     """
-    if isinstance(act, _FUNCTIONS):
+    if has_type(act, _FUNCTIONS):
         return FUNCTIONS.get(act)
-    if not isinstance(act, nn.Module) or not is_called_plainly(act) or (not made and is_set(act, "inplace")):
+    if not has_type(act, nn.Module) or not is_called_plainly(act) or (not made and is_set(act, "inplace")):
         return None
     rule = rule_of(act)
     if type(rule) is ActivationRule:
