@@ -1,4 +1,4 @@
-"""Conversion of code in which names stand for more than they seem: dtypes, `super()`, decorators, annotations, keywords."""
+"""Conversion of code in which names stand for more than they seem: dtypes, `super()`, decorators, keywords."""
 
 import functools
 from collections.abc import Callable
@@ -286,3 +286,66 @@ def test_lazy_objects_are_not_loaded() -> None:
     Lazy.loads.clear()
     ckpt_kernels.convert(ReadsLazy())
     assert not Lazy.loads
+
+
+class Counting(Keywords):
+    def forward(self, x: Tensor, debug: bool = False, early_stop: bool = False) -> Tensor:
+        self.last = x
+        return super().forward(x, debug, early_stop)
+
+
+class Counters(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Counting(), Counting()])
+
+
+def test_layers_that_set_attributes_compile_in_one_graph() -> None:
+    torch.manual_seed(0)
+    model, x = Counters().to(DEVICE), torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
+    expected = model(x)
+    ckpt_kernels.convert(model)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+
+
+class OwnNames(Keywords):
+    def forward(self, x: Tensor, module: Any = None, fn: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class NamedLikeOurs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([OwnNames()])
+
+    def forward(self, fn: Tensor) -> Tensor:
+        return self.layers[0](fn, module=1, fn=2)
+
+
+@pytest.mark.parametrize("recompute", ["output", {"layers.*": "checkpoint"}, {"layers.*": "layer"}])
+def test_arguments_named_like_ours(recompute: Any) -> None:
+    x = torch.randn(2, WIDTH, device=DEVICE)
+    model = NamedLikeOurs().to(DEVICE)
+    report = ckpt_kernels.convert(model, recompute=recompute, inputs={"fn": x})
+    assert "kept" in str(report) or "keeps" in str(report)
+    assert model(fn=x).shape == x.shape
+
+
+class NormWithTinyEps(nn.Module):
+    """Adds eps outside of the root, where it shows only in rows about as small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-12))
+
+
+def test_an_eps_outside_of_the_root_shows_in_small_rows() -> None:
+    model = nn.Sequential(NormWithTinyEps()).to(DEVICE)
+    x = torch.randn(4, WIDTH, device=DEVICE) * 1e-6
+    expected = model(x)
+    ckpt_kernels.convert(model)
+    torch.testing.assert_close(model(x), expected)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from .attribute_loads import is_set
+from .code.call_graph import stores_attributes
 from .module_tree import initialized_parameters, modules_of, named_modules
 from .rules.norms import Norm
 from .swap import may_be_swapped, rule_of
@@ -104,5 +105,8 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def may_not_repeat(module: nn.Module) -> bool:
-    """Whether the module is set to write to the input or to running statistics, which must not happen twice."""
-    return is_set(module, "inplace") or is_set(module, "track_running_stats")
+    """Whether the module may write to the input, to running statistics or to attributes, which must not happen twice.
+
+    Under torch.compile a checkpoint with such writes is an error, or breaks the graph.
+    """
+    return is_set(module, "inplace") or is_set(module, "track_running_stats") or stores_attributes(type(module))

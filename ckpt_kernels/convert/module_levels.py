@@ -43,7 +43,7 @@ class AtLevel:
             return run_at(level, functools.partial(forward, module), module, args, kwargs)
         return run_in(self.places, functools.partial(self._in_checkpoint, forward, module), module, args, kwargs)
 
-    def _in_checkpoint(self, forward: Forward, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _in_checkpoint(self, forward: Forward, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         if self.level in (NONE, "block"):
             return forward(module, *args, **kwargs)
         return run_at(self.level, functools.partial(forward, module), module, args, kwargs, alone=True)

@@ -253,7 +253,7 @@ _PYTHONS_OWN = ("_abc_impl",)
 def _converting_metaclass(metaclass: type[type]) -> type[type]:
     """The metaclass of converted classes: calling such a class constructs a module of the original class."""
 
-    def call(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def call(cls: type, /, *args: Any, **kwargs: Any) -> Any:
         conversion = vars(cls).get(_CONVERSION)
         construct = functools.partial(metaclass.__call__, cls) if conversion is None else conversion.original
         return construct(*args, **kwargs)

@@ -54,7 +54,7 @@ def unless_patched(original: type[nn.Module], name: str, snapshot: MethodSnapsho
     _ckpt_is_compiling, _ckpt_native_check = torch.compiler.is_compiling, native_same_check(_ckpt_bindings)
 
     @_in_place_of(snapshot.method)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         # A compiler must trace the Python check, to guard on the bindings.
         is_same = _ckpt_are_same(_ckpt_bindings) if _ckpt_is_compiling() else _ckpt_native_check()
         called = _ckpt_method if is_same else _ckpt_load(_ckpt_original, _ckpt_name)
@@ -68,7 +68,7 @@ def in_context(original: type[nn.Module], context: ForwardContext, forward: Forw
     _ckpt_context, _ckpt_forward, _ckpt_original = context, forward, original
 
     @_in_place_of(original.forward)
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return _ckpt_context(_ckpt_forward or _ckpt_original.forward, self, args, kwargs)
 
     return call

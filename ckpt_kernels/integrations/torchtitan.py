@@ -79,7 +79,7 @@ def with_conversion(spec: Spec, recompute: Recompute = "output", *, logits: str 
         raise TypeError(f"spec is {type(spec).__name__}; expected a ModelSpec, which has a parallelize_fn")
     parallelize: Callable[..., nn.Module] = spec.parallelize_fn
 
-    def parallelize_fn(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    def parallelize_fn(model: nn.Module, /, *args: Any, **kwargs: Any) -> nn.Module:
         converted(model, wanted, logits=logits, tiles=tiles)
         return parallelize(model, *args, **kwargs)
 

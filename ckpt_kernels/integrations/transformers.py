@@ -125,7 +125,7 @@ def patch_mapping(*layers: type[nn.Module], recompute: str = "output") -> dict[s
 def _self_converting(layer: type[nn.Module], recompute: str) -> type[nn.Module]:
     """A subclass whose instances convert themselves at the end of their constructor."""
 
-    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def init(self: nn.Module, /, *args: Any, **kwargs: Any) -> None:
         layer.__init__(self, *args, **kwargs)
         if type(self) is subclass:
             self.__class__ = layer

@@ -95,7 +95,7 @@ class _Measured(NamedTuple):
         return sum(tensor.counted for tensor in self.tensors if tensor.module == module)
 
 
-def report(model: nn.Module, *inputs: Any, **kwargs: Any) -> Report:
+def report(model: nn.Module, /, *inputs: Any, **kwargs: Any) -> Report:
     """The bytes that `model(*inputs, **kwargs)` keeps for backward, by module and by tensor, also with outputs
     discarded.
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..nested_values import tensors_in
 
 
-def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any) -> int:
+def saved_bytes(fn: Callable[..., Any], /, *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any) -> int:
     """The bytes of the distinct storages that `fn(*args, **kwargs)` keeps for backward.
 
     Each storage counts once and whole, even if several views of it are kept. The storages of parameters (of any
@@ -42,7 +42,7 @@ def saved_bytes(fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | N
     return sum(tensor.counted for tensor in saved_tensors(fn, *args, parameters_of=parameters_of, **kwargs))
 
 
-def saved_bytes_beside_output(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+def saved_bytes_beside_output(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     """`saved_bytes` without the first tensor of the result, which a reader of the result keeps anyway.
 
     So an activation that saves its output (relu, tanh) is not charged for a tensor that the next layer saves too.
@@ -82,7 +82,7 @@ class SavedTensor:
 
 
 def saved_tensors(
-    fn: Callable[..., Any], *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any
+    fn: Callable[..., Any], /, *args: Any, parameters_of: nn.Module | None = None, **kwargs: Any
 ) -> list[SavedTensor]:
     """The tensors that `fn(*args, **kwargs)` keeps for backward, in order; see `saved_bytes`.
 
@@ -172,7 +172,7 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
     names = {module: name for name, module in fn.named_modules()}
     call = nn.Module.__call__
 
-    def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def named(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         # A compiler traces this function, and the graph must not depend on measurements.
         if torch.compiler.is_compiling() or module not in names:
             return call(module, *args, **kwargs)

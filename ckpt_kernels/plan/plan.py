@@ -134,7 +134,7 @@ class Plan:
                 "plan was made for; expected the same, or a new plan"
             )
 
-    def predict(self, *inputs: Any, **kwargs: Any) -> StepCost:
+    def predict(self, /, *inputs: Any, **kwargs: Any) -> StepCost:
         """Estimate the cost of a step at another batch or length from shapes alone; no step is run.
 
         The estimate scales the measured bytes and seconds by the number of elements of the first tensor. Costs that do

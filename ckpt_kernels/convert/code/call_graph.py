@@ -1,6 +1,7 @@
 """Call graph of a module's forward: the Python functions that the forward may call, by the names in their code."""
 
 import ast
+import dis
 import functools
 import inspect
 import os
@@ -96,6 +97,17 @@ def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.Functio
         parts = list(value)
     for part in parts:
         yield from functions_held_by(part, depth - 1)
+
+
+@memoized
+def stores_attributes(kind: type[nn.Module]) -> bool:
+    """Whether methods that the forward may call set attributes of the module."""
+    return any(
+        step.opname in ("STORE_ATTR", "DELETE_ATTR")
+        for function in reachable_functions(kind)
+        if function.__code__.co_varnames[:1] == ("self",)
+        for step in dis.get_instructions(function)
+    )
 
 
 @memoized

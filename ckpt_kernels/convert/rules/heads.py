@@ -22,7 +22,7 @@ class Head(Rule):
     """The rule for a linear layer that returns logits which are computed when they are first read."""
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             operands = None
             # Without gradients, and within an autograd.Function, the logits are computed at once.
             if len(args) == 1 and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -43,6 +43,9 @@ _READ = """affine bias elementwise_affine eps momentum normalized_shape num_batc
     num_groups process_group running_mean running_var track_running_stats training weight""".split()
 _OURS = tuple(getattr(ours, kind.__name__) for kind in _RULES)
 
+# The smallest values tried. F.normalize, which bounds the norm at 1e-12 where an eps would be added, agrees with ours
+# above.
+_SMALLEST = 1e-8
 _WIDE: Dtypes = (torch.float32, torch.float32)
 _OTHERS: tuple[Dtypes, ...] = (
     (torch.float64, torch.float64),
@@ -198,8 +201,9 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
     ((dtypes, *_),) = rule.cases or ()
     generator = torch.Generator("cpu").manual_seed(0)
     module = outline.stand_in(dtypes[1], generator)
-    # One input has usual values, the other such small ones that the place of eps shows.
-    for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, 1e-3)):
+    # One input has usual values, the other such small ones that the place of eps shows, in float32 at least.
+    small = min(1e-3, max(math.sqrt(_eps_of(outline, rule)), _SMALLEST)) if dtypes == _WIDE else 1e-3
+    for sizes, scale in itertools.product(_sizes(outline, rule.channels_first), (1.0, small)):
         input = ((torch.randn(sizes, generator=generator, device="cpu") + 0.5) * scale).to(dtypes[0])
         try:
             expected = _with_gradients(module, input, lambda x: _output_of(module, rule, x))
@@ -214,6 +218,10 @@ def _agrees(outline: Outline, rule: RowNorm) -> bool:
         except (InputRefused, RuntimeError, ValueError, TypeError, IndexError):
             return False
     return True
+
+
+def _eps_of(outline: Outline, rule: RowNorm) -> float:
+    return dict(outline.settings)[rule.eps] if isinstance(rule.eps, str) else rule.eps
 
 
 def _output_of(module: nn.Module, rule: RowNorm, input: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class UnaryRule(Rule):
     """
 
     def methods(self, original: type[nn.Module]) -> Mapping[str, Forward]:
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             # A parametrization that was added since computes the weight at each load.
             if len(args) == 1 and not kwargs and "parametrizations" not in module._modules:
                 input, kind = as_plain_tensor(args[0])
