@@ -33,14 +33,16 @@ struct Cpu : CpuDevice {
     }
     const RowTasks tasks(a.rows, a.rows, a.columns);
     const PartialSums weight_sums(grad_weight, tasks, a.columns, kind), bias_sums(grad_bias, tasks, a.columns, kind);
-    double alpha_sums[RowTasks::most] = {};
+    // One sum a task.
+    const Scratch alpha_sums(tasks.count() * int64_t(sizeof(double)));
+    memset(alpha_sums.data(), 0, tasks.count() * sizeof(double));
     const int64_t shares = shares_of(tasks.wave, grain(a.columns * tasks.task_rows));
     for_tasks(tasks, shares, {&weight_sums, &bias_sums}, [&](int64_t, int64_t task) {
-      double* alpha_sum = grad_alpha ? &alpha_sums[task] : nullptr;
+      double* alpha_sum = grad_alpha ? alpha_sums.as<double>() + task : nullptr;
       loops.backward(a, {tasks.begin(task), tasks.end(task), 0, a.columns}, alpha_sum, weight_sums.of(task),
                      bias_sums.of(task));
     });
-    if (grad_alpha) add_up(alpha_sums, tasks.count(), grad_alpha, kind);
+    if (grad_alpha) add_up(alpha_sums.as<double>(), tasks.count(), grad_alpha, kind);
   }
 };
 

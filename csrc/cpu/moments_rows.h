@@ -4,8 +4,8 @@
 // n. There is no cancellation as long as the distance from c to the mean is small compared to the deviation. c is the
 // mean of the run's first `guess_columns` elements. If c is far from the mean, so are these elements, which makes the
 // variance large; hence the relative error of the variance is at most segment_columns / guess_columns times the
-// rounding of S. Longer runs are split into segments, whose moments are merged (T. Chan, G. Golub and R. LeVeque,
-// "Algorithms for computing the sample variance", 1983).
+// rounding of S. Longer runs are split into segments, whose moments are merged in float64 (T. Chan, G. Golub and
+// R. LeVeque, "Algorithms for computing the sample variance", 1983), so that the error does not grow with the length.
 #pragma once
 
 #include "target.h"
@@ -24,8 +24,15 @@ struct RowMoments {
   S mean, squares;
 };
 
+// The mean of a segment is center + offset, a sum that float32 may round.
+template <class S>
+struct SegmentMoments {
+  S center, offset, squares;
+};
+
 template <class S, class U, int count>
-CKPT_INLINE void segment_moments(const U* const (&u)[count], int64_t j0, int64_t n, RowMoments<S> (&moments)[count]) {
+CKPT_INLINE void segment_moments(const U* const (&u)[count], int64_t j0, int64_t n,
+                                 SegmentMoments<S> (&moments)[count]) {
   const int64_t few = n < guess_columns ? n : guess_columns;
   S center[count], total[count], squares[count];  // the center is near the mean
   for (int i = 0; i < count; ++i) {
@@ -44,20 +51,42 @@ CKPT_INLINE void segment_moments(const U* const (&u)[count], int64_t j0, int64_t
     total[i] = sum.total();
     squares[i] = sum_squares.total() - total[i] * total[i] / S(n);
   }
-  for (int i = 0; i < count; ++i) moments[i] = {center[i] + total[i] / S(n), squares[i] < 0 ? S(0) : squares[i]};
+  for (int i = 0; i < count; ++i) moments[i] = {center[i], total[i] / S(n), squares[i] < 0 ? S(0) : squares[i]};
 }
 
 template <class S, class U, int count>
 CKPT_INLINE void moments_of(const U* const (&u)[count], int64_t columns, RowMoments<S> (&moments)[count]) {
-  segment_moments(u, 0, columns < segment_columns ? columns : segment_columns, moments);
+  SegmentMoments<S> segment[count];
+  segment_moments(u, 0, columns < segment_columns ? columns : segment_columns, segment);
+  RowMoments<double> merged[count];
+  for (int i = 0; i < count; ++i) {
+    moments[i] = {segment[i].center + segment[i].offset, segment[i].squares};
+    merged[i] = {double(segment[i].center) + double(segment[i].offset), double(segment[i].squares)};
+  }
+  if (columns <= segment_columns) return;
   for (int64_t j0 = segment_columns; j0 < columns; j0 += segment_columns) {
     const int64_t n = columns - j0 < segment_columns ? columns - j0 : segment_columns;
-    RowMoments<S> segment[count];
     segment_moments(u, j0, n, segment);
     for (int i = 0; i < count; ++i) {
-      const S delta = segment[i].mean - moments[i].mean, share = S(n) / S(j0 + n);
-      moments[i].mean += delta * share;
-      moments[i].squares += segment[i].squares + delta * delta * S(j0) * share;
+      const double mean = double(segment[i].center) + double(segment[i].offset);
+      const double delta = mean - merged[i].mean, share = double(n) / double(j0 + n);
+      merged[i].mean += delta * share;
+      merged[i].squares += double(segment[i].squares) + delta * delta * double(j0) * share;
+    }
+  }
+  for (int i = 0; i < count; ++i) moments[i] = {S(merged[i].mean), S(merged[i].squares)};
+}
+
+// The sums of squares. Long rows are summed in segments, so that the error does not grow with their length.
+template <class S, class U, int count>
+CKPT_INLINE void squares_of(const U* const (&u)[count], int64_t columns, RowMoments<S> (&moments)[count]) {
+  for (int i = 0; i < count; ++i) {
+    moments[i] = {0, 0};
+    for (int64_t j0 = 0; j0 < columns; j0 += segment_columns) {
+      const int64_t n = columns - j0 < segment_columns ? columns - j0 : segment_columns;
+      Accumulator<S> squares;
+      sweep_values<S>(u[i] + j0, n, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
+      moments[i].squares += squares.total();
     }
   }
 }
@@ -80,11 +109,7 @@ CKPT_INLINE void statistics_of(const U* const (&u)[count], int64_t columns, bool
   if (centered) {
     moments_of(u, columns, moments);
   } else {
-    for (int i = 0; i < count; ++i) {
-      Accumulator<S> squares;
-      sweep_values<S>(u[i], columns, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
-      moments[i] = {0, squares.total()};
-    }
+    squares_of(u, columns, moments);
   }
   for (int i = 0; i < count; ++i)
     statistics[i] = {moments[i].mean, S(1) / square_root(moments[i].squares / S(columns) + eps)};

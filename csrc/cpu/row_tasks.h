@@ -65,17 +65,19 @@ inline int64_t shares_of(int64_t count, int64_t least) {
   return shares < threads ? shares : threads;
 }
 
-// Divides the rows of each group into at most `most` tasks, each with one partial sum. The tasks do not depend on the
+// Divides the rows of each group into at most `most` tasks, each with one partial sum, or into more where a task would
+// have more than `most_rows`: the rounding error grows with the rows of a task. The tasks do not depend on the
 // number of threads, so neither does the rounding of the sums. Tasks run in waves of just enough tasks to keep all
 // threads busy, so that the partial sums of only one wave need memory.
 struct RowTasks {
-  static constexpr int64_t most = 64, least_rows = 32, wave_elements = 1 << 21;
+  static constexpr int64_t most = 64, least_rows = 32, most_rows = 2048, wave_elements = 1 << 21;
   int64_t groups, group_rows, group_tasks, task_rows, wave;
 
   RowTasks(int64_t rows, int64_t rows_per_group, int64_t columns)
       : groups(rows / rows_per_group), group_rows(rows_per_group) {
     group_tasks = divide_up(group_rows, least_rows);
     if (group_tasks > most) group_tasks = most;
+    if (group_tasks * most_rows < group_rows) group_tasks = divide_up(group_rows, most_rows);
     task_rows = divide_up(divide_up(group_rows, group_tasks), tile_rows) * tile_rows;
     group_tasks = divide_up(group_rows, task_rows);
     wave = divide_up(wave_elements, task_rows * columns);
