@@ -1,4 +1,4 @@
-"""What is beyond what was tried of a module: other shapes, sizes, settings, errors."""
+"""Converted modules with inputs beyond those of the trials: other shapes, sizes, settings, errors."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ class Capped(nn.Module):
         (Capped, (3, 8)),
     ],
 )
-def test_what_is_beyond_what_was_tried(make, shape) -> None:
+def test_inputs_beyond_the_trials_give_the_same_results(make, shape) -> None:
     model, twin = twins(make)
     ckpt_kernels.convert(model)
     given = 200 * x(*shape)
@@ -83,7 +83,7 @@ def test_what_is_beyond_what_was_tried(make, shape) -> None:
     [lambda: torch.autocast(DEVICE, torch.bfloat16), torch.inference_mode, torch.no_grad],
     ids=["autocast", "inference", "no grad"],
 )
-def test_what_is_around_a_conversion_changes_nothing(around) -> None:
+def test_conversion_within_a_context_finds_the_same(around) -> None:
     class Fresh(Norm):
         def forward(self, h: Tensor) -> Tensor:
             return rms(h) * self.weight
@@ -97,7 +97,7 @@ def test_what_is_around_a_conversion_changes_nothing(around) -> None:
     assert found.items() >= {"0": "rms_norm", "1": "bias_act (silu)"}.items()
 
 
-def test_a_norm_that_gives_two() -> None:
+def test_a_norm_with_two_outputs() -> None:
     class PairNorm(Norm):
         def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
             return rms(h) * self.weight, h
@@ -107,7 +107,7 @@ def test_a_norm_that_gives_two() -> None:
     assert len(model(rows())) == 2
 
 
-def test_lazy() -> None:
+def test_a_lazy_norm_is_not_tried() -> None:
     class LazyNorm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -194,12 +194,12 @@ def test_a_weight_of_another_class() -> None:
 def test_errors_are_torchs(make, shape) -> None:
     model, twin = twins(make)
     ckpt_kernels.convert(model)
-    said = []
-    for each in (model, twin):
+    errors = []
+    for module in (model, twin):
         with pytest.raises((ValueError, RuntimeError)) as caught:
-            each(x(*shape))
-        said.append((caught.type, str(caught.value), [b.tolist() for b in each.buffers()]))
-    assert said[0] == said[1]
+            module(x(*shape))
+        errors.append((caught.type, str(caught.value), [b.tolist() for b in module.buffers()]))
+    assert errors[0] == errors[1]
 
 
 def test_group_norm_of_rows_keeps_no_more() -> None:
@@ -225,7 +225,7 @@ class WritesAfter(nn.Module):
         return y + h
 
 
-def test_a_write_to_what_eager_torch_does_not_keep() -> None:
+def test_a_write_to_a_tensor_that_eager_does_not_keep() -> None:
     model, twin = twins(WritesAfter)
     ckpt_kernels.convert(model)
     assert close(run(model, rows()), run(twin, rows()))
@@ -253,7 +253,7 @@ class Bent(torch.autograd.Function):
         return grad
 
 
-def test_patched_act_class(monkeypatch) -> None:
+def test_a_patched_forward_of_an_activation_class_runs(monkeypatch) -> None:
     class Act(nn.Module):
         def forward(self, h: Tensor) -> Tensor:
             return F.silu(h)
@@ -272,7 +272,7 @@ def test_patched_act_class(monkeypatch) -> None:
     torch.testing.assert_close(model(rows()), twin(rows()))
 
 
-def test_patched_torch_act(monkeypatch) -> None:
+def test_a_patched_forward_of_torchs_activation_runs(monkeypatch) -> None:
     monkeypatch.setattr(nn.GELU, "forward", lambda self, h: h.cumsum(-1))
     model, twin = twins(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()))
     ckpt_kernels.convert(model)
@@ -298,7 +298,7 @@ class OtherSlope(nn.Module):
         return h * torch.sigmoid(1.01 * h)
 
 
-def test_almost_silu() -> None:
+def test_a_function_close_to_silu_is_not_silu() -> None:
     model, twin = twins(OtherSlope)
     ckpt_kernels.convert(model)
     torch.testing.assert_close(model(rows()), twin(rows()))

@@ -1,4 +1,4 @@
-"""Which norms `convert` knows, by what they compute."""
+"""Norms that `convert` recognises by the function that they compute."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from .test_convert_rules import WIDTH, by, reason, run, x
 
 
 class Norm(nn.Module):
-    """A root mean square norm as people write it."""
+    """An RMS norm as models write it."""
 
     def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class EpsOutside(Norm):
 
 
 class OfHalf(Norm):
-    """Partial: only the first half counts."""
+    """A partial norm: the statistics are of the first half of a row."""
 
     def forward(self, input: Tensor) -> Tensor:
         wide = input.float()
@@ -90,7 +90,7 @@ class WithoutWeightNorm(nn.Module):
     ),
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_a_norm_is_known_by_what_it_computes(norm: nn.Module, found: str) -> None:
+def test_norms_are_recognised_by_their_function(norm: nn.Module, found: str) -> None:
     model = nn.Sequential(norm, nn.Linear(WIDTH, WIDTH)).to(DEVICE)
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
@@ -102,7 +102,7 @@ def test_a_norm_is_known_by_what_it_computes(norm: nn.Module, found: str) -> Non
 
 
 @pytest.mark.parametrize("kind", (Norm, RoundsFirst, Centered))
-def test_of_narrow_inputs_and_wide_weights_comes_what_came(kind: type[nn.Module]) -> None:
+def test_bfloat16_inputs_and_float32_weights_give_the_same_dtype(kind: type[nn.Module]) -> None:
     norm, input = kind().to(DEVICE), x(3, 4, WIDTH, dtype=torch.bfloat16)
     eager = norm(input)
     assert ckpt_kernels.convert(norm).replaced
@@ -112,7 +112,7 @@ def test_of_narrow_inputs_and_wide_weights_comes_what_came(kind: type[nn.Module]
 
 
 @pytest.mark.parametrize(("kind", "why"), ((EpsOutside, "none of our row norms"), (OfHalf, "a slice of")))
-def test_a_norm_that_computes_something_else_is_left_alone(kind: type[nn.Module], why: str) -> None:
+def test_a_norm_with_another_function_is_left_alone(kind: type[nn.Module], why: str) -> None:
     model = nn.Sequential(kind(), nn.Linear(WIDTH, WIDTH))
     type(model[0]).__name__ = "SomeNorm"
     report = ckpt_kernels.convert(model)
@@ -120,7 +120,7 @@ def test_a_norm_that_computes_something_else_is_left_alone(kind: type[nn.Module]
     assert "left alone" in str(report) and why in str(report)
 
 
-def test_a_norm_that_rounds_elsewhere_is_converted_where_it_does_not_round() -> None:
+def test_a_norm_that_rounds_bfloat16_is_fused_in_float32_only() -> None:
     norm = InBfloat16().to(DEVICE)
     report = ckpt_kernels.convert(norm)
     assert by(report, "") == "rms_norm" and "rounds bfloat16" in reason(report, "")
@@ -128,7 +128,7 @@ def test_a_norm_that_rounds_elsewhere_is_converted_where_it_does_not_round() -> 
     assert torch.equal(norm.to(torch.bfloat16)(narrow), InBfloat16.forward(norm, narrow))
 
 
-def test_a_norm_of_a_part_of_a_map_is_left_alone() -> None:
+def test_a_norm_of_a_part_of_an_image_is_left_alone() -> None:
     class OfACorner(nn.Module):
         def __init__(self) -> None:
             super().__init__()

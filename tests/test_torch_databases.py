@@ -169,7 +169,7 @@ def _after_many_draws(
     for seed in range(max(2 * ROUNDINGS // min(doubtful.values()), 10)):
         draw = sample.redrawn(seed)
         theirs.append(draw.run(eager, seed, twice))
-        packed.append(draw.lying(_packed).run(eager, seed, twice))
+        packed.append(draw.in_layout(_packed).run(eager, seed, twice))
         truth.append(draw.with_tensors(in_float64).run(eager, seed, twice))
         with serving(backend):
             ours.append(draw.run(mine, seed, twice))

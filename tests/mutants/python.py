@@ -1,4 +1,4 @@
-"""Faults in the Python of all floors."""
+"""Faults in the Python sources."""
 
 from .mutant import Mutant
 from .selections import DROPPED
