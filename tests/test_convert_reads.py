@@ -1,4 +1,4 @@
-"""What a module reads, from wherever, is asked for at every call; and what of a model is a write."""
+"""Converted modules check at every call whatever the original code reads; and the analysis of in-place writes."""
 
 import functools
 import importlib
@@ -43,7 +43,7 @@ class FromElsewhere(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Branches, Loops, FromElsewhere])
-def test_what_goes_by_a_length_that_is_not_tried(kind) -> None:
+def test_branches_on_lengths_beyond_the_trials(kind) -> None:
     module = kind()
     ckpt_kernels.convert(nn.Sequential(module))
     long = random(6000, 2)
@@ -61,7 +61,7 @@ class Scaled(nn.Module):
         return F.silu(x) * self.scale
 
 
-def test_a_setting_that_becomes_a_tensor_has_its_gradient() -> None:
+def test_a_setting_that_becomes_a_tensor_gets_a_gradient() -> None:
     module = Scaled()
     assert found_in(ckpt_kernels.convert(module)) == {"": "bias_act (silu)"}
     module.scale = torch.ones((), requires_grad=True)
@@ -75,7 +75,7 @@ class Held(Scaled):
         self.scale = torch.ones(())
 
 
-def test_a_tensor_that_is_no_buffer_is_no_setting() -> None:
+def test_a_tensor_attribute_is_read_at_every_call() -> None:
     module = Held()
     ckpt_kernels.convert(module)
     module.scale.fill_(3)
@@ -89,7 +89,7 @@ class OfClass(nn.Module):
         return F.silu(x) * self.scale
 
 
-def test_a_setting_of_the_class(monkeypatch) -> None:
+def test_a_changed_class_attribute_is_read(monkeypatch) -> None:
     module = OfClass()
     ckpt_kernels.convert(module)
     monkeypatch.setattr(OfClass, "scale", 3.0)
@@ -101,7 +101,7 @@ class KeywordDefault(nn.Module):
         return F.silu(x) * scale[0]
 
 
-def test_keyword_defaults() -> None:
+def test_changed_keyword_defaults_are_read() -> None:
     module = KeywordDefault()
     ckpt_kernels.convert(module)
     KeywordDefault.forward.__kwdefaults__["scale"][0] = 3.0
@@ -152,7 +152,7 @@ def enclosed() -> nn.Module:
 
 
 @pytest.mark.parametrize("how", ["method", "inner", "builtin", "import", "variable"])
-def test_changes(how, monkeypatch) -> None:
+def test_changed_functions_are_called(how, monkeypatch) -> None:
     make, change = {
         "method": (Method, lambda: monkeypatch.setattr(Method, "act", lambda self, x: F.relu(x))),
         "inner": (Inner, lambda: monkeypatch.setitem(globals(), "factor", lambda: 3.0)),
@@ -181,7 +181,7 @@ class StoresGlobal(nn.Module):
         return F.silu(x)
 
 
-def test_a_global_that_is_written() -> None:
+def test_an_assigned_global_is_assigned_only_by_calls() -> None:
     global LAST
     LAST = None
     module = StoresGlobal()
@@ -193,17 +193,17 @@ def test_a_global_that_is_written() -> None:
 
 
 @pytest.mark.parametrize("kind", [Sloped, Patched])
-def test_what_is_unpickled_asks_too(kind, monkeypatch) -> None:
+def test_an_unpickled_module_checks_too(kind, monkeypatch) -> None:
     module = kind()
     ckpt_kernels.convert(module)
-    again = pickle.loads(pickle.dumps(module))
+    loaded = pickle.loads(pickle.dumps(module))
     monkeypatch.setitem(vars(tried), "slope", F.relu)
     monkeypatch.setattr(F, "silu", F.relu)
-    assert torch.equal(again(rows()), kind.forward(again, rows()))
+    assert torch.equal(loaded(rows()), kind.forward(loaded, rows()))
 
 
 @pytest.mark.parametrize("forward", ["untried", "other"])
-def test_unpickled_where_the_class_is_another(forward, monkeypatch) -> None:
+def test_an_unpickled_module_of_a_changed_class(forward, monkeypatch) -> None:
     module = Sloped()
     ckpt_kernels.convert(module)
     data = pickle.dumps(module)
@@ -211,11 +211,11 @@ def test_unpickled_where_the_class_is_another(forward, monkeypatch) -> None:
     monkeypatch.setattr(swap, "_PROCESS", "another")
     function = (lambda self, x: x.cumsum(-1)) if forward == "untried" else (lambda self, x: F.gelu(x))
     monkeypatch.setattr(Sloped, "forward", function)
-    again = pickle.loads(data)
-    assert torch.equal(again(rows()), function(again, rows()))
+    loaded = pickle.loads(data)
+    assert torch.equal(loaded(rows()), function(loaded, rows()))
 
 
-def test_another_global_at_a_second_conversion(monkeypatch) -> None:
+def test_a_second_conversion_reads_changed_globals(monkeypatch) -> None:
     module = Sloped()
     assert found_in(ckpt_kernels.convert(module)) == {"": "bias_act (silu)"}
     monkeypatch.setitem(vars(tried), "slope", F.gelu)
@@ -458,7 +458,7 @@ WRITES = {k: v for k, v in list(globals().items()) if k.startswith("w_")}
 
 
 @pytest.mark.parametrize("how", WRITES)
-def test_what_is_a_write(how) -> None:
+def test_in_place_writes_are_found(how) -> None:
     kind = type("Writes", (nn.Module,), {"forward": WRITES[how]})
     assert in_place_writer(kind())
 
@@ -466,7 +466,7 @@ def test_what_is_a_write(how) -> None:
 @pytest.mark.parametrize(
     "how", [n_own, n_asks, n_sets_items, n_grows_a_list, n_a_flag_that_is_off], ids=lambda how: how.__name__
 )
-def test_what_is_no_write(how) -> None:
+def test_other_code_is_no_in_place_write(how) -> None:
     assert not in_place_writer(type("Own", (nn.Module,), {"forward": how})())
 
 
@@ -480,7 +480,7 @@ class Doubles:
     [Doubles(), [write_to], functools.partial(write_to), Doubles().__call__],
     ids=["object", "list", "partial", "method"],
 )
-def test_what_a_module_holds_may_write(held: Any) -> None:
+def test_callables_that_a_module_holds_may_write(held: Any) -> None:
     module = nn.Module()
     module.held = held
     assert in_place_writer(module)
@@ -488,7 +488,7 @@ def test_what_a_module_holds_may_write(held: Any) -> None:
     assert not in_place_writer(module)
 
 
-def test_inplace() -> None:
+def test_torchs_inplace_modules_write() -> None:
     assert in_place_writer(nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))) == "ReLU (inplace=True)"
 
 
