@@ -139,7 +139,7 @@ class ModulatedWrites(nn.Module):
         return y + h
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="torch's rms_norm on GPUs keeps its input, and so refuses the write")
+@pytest.mark.skipif(DEVICE == "cuda", reason="torch's rms_norm on GPUs keeps its input, so the write is an error")
 def test_a_write_after_a_modulated_norm_in_16_bits() -> None:
     model, twin = twins(ModulatedWrites)
     ckpt_kernels.convert(model.to(torch.bfloat16))

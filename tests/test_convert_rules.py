@@ -1,4 +1,4 @@
-"""What `convert` recognises, what it leaves alone and why, and what happens to a module whose parts change."""
+"""Modules that `convert` fuses or leaves alone, reasons in the report, and changes of a module's parts afterwards."""
 
 import random
 from typing import Any
@@ -85,7 +85,7 @@ SEQUENTIALS = {
 
 @pytest.mark.parametrize("name", SEQUENTIALS)
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-def test_sequentials(name: str, training: bool) -> None:
+def test_sequentials_are_fused(name: str, training: bool) -> None:
     build, found, shape = SEQUENTIALS[name]
 
     def built() -> nn.Module:
@@ -98,7 +98,7 @@ def test_sequentials(name: str, training: bool) -> None:
     eager, ours = built(), built()
     assert by(ckpt_kernels.convert(ours), "") == found
     assert close(run(ours, x(*shape)), run(eager, x(*shape)), 1e-5)
-    # torch's relu that writes over its input keeps no more.
+    # torch's in-place relu keeps no more either.
     assert kept(ours) < kept(eager) or (name == "linear, act, dropout, linear" and kept(ours) == kept(eager))
 
 
@@ -121,12 +121,12 @@ def test_transformer_layers_of_torch(kind: type[nn.Module], norm_first: bool, ac
     ckpt_kernels.revert(layer)
     torch.testing.assert_close(ours, layer(*inputs))
     with torch.no_grad():
-        # By torch's own fast path, which on GPUs has another gelu, that of tanh.
+        # torch's fast path, which on GPUs computes gelu by tanh.
         torch.testing.assert_close(fast, layer(*inputs))
 
 
 class BasicBlock(nn.Module):
-    """A residual block as torchvision writes it."""
+    """The residual block of torchvision."""
 
     def __init__(self, channels: int = 8, activation: nn.Module | None = None) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def test_a_residual_block_is_fused() -> None:
         torch.testing.assert_close(converted.state_dict()[key], value)
 
 
-def test_hooks_on_what_is_fused_are_called() -> None:
+def test_hooks_on_fused_modules_are_called() -> None:
     model = block()
     ckpt_kernels.convert(model)
     expected = run(model, x(*IMAGE))
@@ -169,7 +169,7 @@ def test_hooks_on_what_is_fused_are_called() -> None:
     seen: list[tuple[str, tuple]] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.shape)))
-        # Of what is written over, torch allows no such hook.
+        # torch allows no backward hook on an output that is written to in place.
         if name != "bn2":
             module.register_full_backward_hook(lambda m, i, o, name=name: seen.append((f"{name} back", o[0].shape)))
     model.relu.inplace = False
@@ -192,7 +192,7 @@ def test_hooks_on_the_parts_of_an_mlp_are_called() -> None:
 
 
 class WritesOver(nn.Module):
-    """What it writes over is read again, or is not its own."""
+    """In-place writes to a tensor that is read again, or that is an argument."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -216,9 +216,9 @@ class WritesOver(nn.Module):
             input *= torch.sigmoid(hidden)
         if self.how == "residual":
             total = input * 1.0
-            again = total.view_as(total)
+            alias = total.view_as(total)
             total += self.norm(hidden)
-            return torch.relu(total) + again
+            return torch.relu(total) + alias
         if self.how == "dropout":
             return torch.relu_(self.drop(hidden)) + hidden
         return hidden
@@ -226,7 +226,7 @@ class WritesOver(nn.Module):
 
 @pytest.mark.parametrize("how", ("function", "module", "relu", "gate", "argument", "residual", "dropout"))
 @torch.no_grad()
-def test_writes_that_somebody_sees_are_not_fused_away(how: str) -> None:
+def test_visible_in_place_writes_still_happen(how: str) -> None:
     torch.manual_seed(0)
     model, given = WritesOver(how).to(DEVICE), x(6, WIDTH)
     expected = model(given)
@@ -236,7 +236,7 @@ def test_writes_that_somebody_sees_are_not_fused_away(how: str) -> None:
     torch.testing.assert_close(ours, given)
 
 
-def test_what_is_read_twice_is_not_fused_away() -> None:
+def test_intermediates_with_other_readers_are_not_fused() -> None:
     class Twice(Decides):
         def forward(self, input: Tensor) -> Tensor:
             hidden = self.first(input)
@@ -251,7 +251,7 @@ def test_what_is_read_twice_is_not_fused_away() -> None:
         assert close(run(model, x(3, WIDTH)), eager, 1e-5)
 
 
-def test_a_hook_that_changes_an_output_changes_it() -> None:
+def test_a_hook_that_replaces_an_output_is_applied() -> None:
     model = block()
     ckpt_kernels.convert(model)
     handle = model.bn2.register_forward_hook(lambda module, inputs, output: output * 0)
@@ -260,7 +260,7 @@ def test_a_hook_that_changes_an_output_changes_it() -> None:
     assert not torch.equal(model(x(*IMAGE)), x(*IMAGE).relu())
 
 
-def test_replacing_a_part_and_changing_settings_is_noticed() -> None:
+def test_replaced_parts_and_changed_settings_are_read() -> None:
     model, twin = block(), block()
     ckpt_kernels.convert(model)
     run(model, x(*IMAGE)), run(twin, x(*IMAGE))
@@ -318,7 +318,7 @@ class Decides(nn.Module):
 
 
 @pytest.mark.parametrize("how", ("", "training", "dtype", "hasattr"))
-def test_branches_that_are_followed(how: str) -> None:
+def test_branches_are_followed_at_every_call(how: str) -> None:
     model = Decides(how).to(DEVICE)
     calls = (
         lambda: model(x(3, WIDTH)),
@@ -340,7 +340,7 @@ HOWS = ("value", "shape", "random", "random too", "attribute", "class", "mark", 
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_what_a_forward_does_besides_it_goes_on_doing(how: str) -> None:
+def test_side_effects_of_a_forward_stay(how: str) -> None:
     model, twin = Decides(how).to(DEVICE), Decides(how).to(DEVICE)
     twin.load_state_dict(model.state_dict())
     assert by(ckpt_kernels.convert(model), "") == "MLP"
@@ -352,7 +352,7 @@ def test_what_a_forward_does_besides_it_goes_on_doing(how: str) -> None:
     assert model.calls == twin.calls
 
 
-def test_settings_of_children_are_followed() -> None:
+def test_settings_of_children_are_read_at_every_call() -> None:
     model, twin = Decides("child").to(DEVICE), Decides("child").to(DEVICE)
     twin.load_state_dict(model.state_dict())
     ckpt_kernels.convert(model)
@@ -376,7 +376,7 @@ def test_a_gate_that_broadcasts_is_left_to_torch() -> None:
     assert close(run(model, x(*IMAGE)), eager, 1e-5)
 
 
-# What may be touched
+# Selections
 
 
 def mlps() -> nn.Sequential:
@@ -401,7 +401,7 @@ def test_include_and_exclude(options: dict[str, Any], expected: set[str]) -> Non
     assert {e.name for e in report.left_alone} == {f"{i}.{j}" for i in range(3) for j in (0, 2)} - expected
 
 
-def test_what_is_excluded_is_not_fused_either() -> None:
+def test_excluded_modules_are_not_fused() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
     report = ckpt_kernels.convert(model, exclude=["1"])
     assert not report.replaced and reason(report, "1") == "not selected"
@@ -419,7 +419,7 @@ def test_converting_twice_and_reverting_twice_change_nothing() -> None:
     assert equal(run(model, x(4, WIDTH)), run(fresh, x(4, WIDTH)))
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments_are_named() -> None:
     with pytest.raises(TypeError, match=r"model is int; expected a torch.nn.Module"):
         ckpt_kernels.convert(3)
     with pytest.raises(ValueError, match=r"recompute is 'some'; expected one of block, output, all"):
@@ -448,7 +448,7 @@ def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return nn.Sequential(mlps(), nn.Dropout(0.1)), (torch.randn(64, WIDTH),)
 
 
-def test_check_leaves_the_model_as_it_was_and_says_what_it_found() -> None:
+def test_check_reports_errors_and_does_not_change_the_model() -> None:
     model, inputs = block(), {"input": x(*IMAGE)}
     state = {key: value.clone() for key, value in model.state_dict().items()}
     found = check(model, inputs, turns=1)
