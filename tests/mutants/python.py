@@ -41,7 +41,7 @@ PYTHON = (
         "ckpt_kernels/recompute/provenance.py",
         "output == 0 and block.is_unwritten()",
         "output == 0",
-        "tests/test_recompute.py -k cast_of_what_was_written",
+        "tests/test_recompute.py -k cast_of_a_written",
     ),
     Mutant(
         "writes that the graph does not know are not counted",
@@ -55,7 +55,7 @@ PYTHON = (
         "ckpt_kernels/recompute/cells.py",
         "if tensor._version != self.version",
         "if False",
-        "tests/test_recompute.py -k write_to_what_is_kept",
+        "tests/test_recompute.py -k write_to_a_kept",
     ),
     Mutant(
         "a rebuilt output waits for one reader more",
@@ -184,7 +184,7 @@ PYTHON = (
         "ckpt_kernels/recompute/transforms.py",
         "if not discarder.is_closed:\n                    «hooks._push_saved_tensors_default_hooks(*pair)»",
         "pass",
-        "tests/test_convert_outside.py -k goes_on_after_a_transform",
+        "tests/test_convert_outside.py -k stays_open_after_a_transform",
     ),
     Mutant(
         "running statistics move after a block that runs again",
