@@ -33,8 +33,8 @@ def chain(level: str) -> nn.Module:
     return nn.Sequential(*(Bottleneck(16, level) for _ in range(3)), nn.Conv2d(64, 4, 1, bias=False))
 
 
-# The kept tensors at each level, in units of (tokens, width), or of the narrow feature maps of a bottleneck. "few" bounds
-# the statistics of rows or channels, which are kept too.
+# The kept tensors at each level, in units of (tokens, width), or of the narrow feature maps of a bottleneck. "few"
+# bounds the statistics of rows or channels, which are kept too.
 HIDDEN = int(2.69 * WIDTH)
 LLAMA = {"output": 6 + 2 * HIDDEN / WIDTH, "all": 6.0, "layer": 2.0}
 GPT2 = {"output": 10.0, "all": 6.0, "layer": 2.0}

@@ -107,7 +107,7 @@ PYTHON = (
         "ckpt_kernels/recompute/contexts.py",
         "is_recorded = torch.compiler.is_compiling() or «torch._C._get_tracing_state() is not None»",
         "False",
-        "tests/test_transforms_modules.py -k 'convolutions_each_time and output'",
+        "tests/test_transforms_modules.py -k 'network_with_convolutions and output'",
     ),
     Mutant(
         "dropout in eval",
