@@ -18,7 +18,7 @@ from .checks import (
     promoted,
     shape_of,
 )
-from .running_statistics import check_running, is_moved_by_torch, move_both, move_by_torch, want_gradients
+from .running_statistics import check_running, is_updated_by_torch, require_gradients, update_both, update_by_torch
 
 
 def batch_norm(
@@ -86,14 +86,14 @@ def batch_norm(
     tensors = (input, residual, running_mean, running_var, weight, bias)
     call = "batch_norm", tensors, (training, momentum, eps, activation, process_group)
     plan = thin.plan_of(*call)
-    if plan is not None and not want_gradients(running_mean, running_var):
+    if plan is not None and not require_gradients(running_mean, running_var):
         output, mean, var = plan(input, residual, weight, bias, None, None)
         count: float = input.numel() // input.shape[1]
-        move_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
+        update_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
         return output
     input, residual = promoted(input, residual)
     if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
-        # torch's own takes it, too: nothing of no channels.
+        # As torch's batch norm, accepts an empty input with no channels.
         if residual is not None:
             check_like(residual, "residual", input)
             residual = residual.view(0, 0)
@@ -124,10 +124,10 @@ def batch_norm(
         options = ops.channel_steps.Options(0, eps, name)
         thin.remember(thin.channel_norm.channel_norm(*tensors[:2], weight, bias, options), *call)
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, options)
-    if process_group is None and is_moved_by_torch():
-        move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
+    if process_group is None and is_updated_by_torch():
+        update_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
     elif count:
-        move_both(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
+        update_both(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
     return output
 
 
@@ -247,17 +247,17 @@ def instance_norm(
     tensors = (input, running_mean, running_var, weight, bias)
     call = "instance_norm", tensors, (use_input_stats, momentum, eps, activation)
     plan = thin.plan_of(*call)
-    if plan is not None and input.is_contiguous() and not want_gradients(running_mean, running_var):
+    if plan is not None and input.is_contiguous() and not require_gradients(running_mean, running_var):
         output, mean, var = plan(input, None, weight, bias, None, None)
         if running_mean is not None or running_var is not None:
             size = input.numel() // mean.numel()
-            move_both(running_mean, running_var, mean.mean(0), var.mean(0), float(momentum), size / (size - 1))
+            update_both(running_mean, running_var, mean.mean(0), var.mean(0), float(momentum), size / (size - 1))
         return output
     check_channels(input, weight, bias)
     check_running(running_mean, running_var, input)
     eps, momentum, name = number(eps, "eps"), number(momentum, "momentum"), activation_name(activation)
     if memory_format(input) != torch.contiguous_format:
-        # torch's own computes in a contiguous copy, and gives one back.
+        # Torch's instance norm computes from a contiguous copy and returns a contiguous output.
         input = input.contiguous()
     if not use_input_stats:
         return _by_running_statistics(input, None, running_mean, running_var, weight, bias, eps, name)
@@ -267,10 +267,10 @@ def instance_norm(
     options = ops.channel_steps.Options(input.shape[1], eps, name)
     thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)
-    if is_moved_by_torch():
-        move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
+    if is_updated_by_torch():
+        update_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
     elif input.numel():
-        move_both(running_mean, running_var, mean.mean(0), var.mean(0), momentum, size / max(size - 1, 1))
+        update_both(running_mean, running_var, mean.mean(0), var.mean(0), momentum, size / max(size - 1, 1))
     return output
 
 

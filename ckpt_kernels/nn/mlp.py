@@ -13,7 +13,7 @@ from ..activations import Activation, activation_name
 from ..functional.linear import level_name
 from ..functional.mlps import tiles_for
 from ..ops.glu import layout_name
-from .by_parts import are_plain, discarding_outputs, dropped
+from .by_parts import apply_dropout, are_plain, discarding_outputs
 from .extras import extras, probability, recorded
 
 
@@ -175,7 +175,7 @@ class GatedMLP(nn.Module):
                     product = F.packed_glu(gate(input), activation=self.activation, layout=self.layout)
                 else:
                     product = F.glu(gate(input), value(input), activation=self.activation)
-                return last(dropped(product, self.dropout, self.training))
+                return last(apply_dropout(product, self.dropout, self.training))
         return F.gated_mlp(
             input,
             gate.weight,
