@@ -187,9 +187,9 @@ PYTHON = (
         "tests/test_convert_outside.py -k stays_open_after_a_transform",
     ),
     Mutant(
-        "running statistics move after a block that runs again",
+        "running statistics are updated after a repeated block",
         "ckpt_kernels/nn/channel_norms_of_torch.py",
-        "if «counted and repeated» and process_group is None",
+        "if «is_counted and is_repeated» and process_group is None",
         "False",
         "tests/test_convert_around_it.py -k in_a_checkpoint",
     ),
