@@ -46,7 +46,7 @@ def rotary(
         weight, bias: the weight and bias of the norm, `(D)`, of any of these dtypes; None means 1 and 0.
         layout: "halves", where pairs have one element in each half, or "interleaved", where pairs are neighbours.
         output_layout: the layout of the output, and of tables with R entries; None means `layout`.
-        rotary_dim: R, an even number; None means the length of the tables' last dimension. Other columns are not rotated.
+        rotary_dim: R, an even number; None means the last dimension of the tables. Other columns are not rotated.
         rotary_start: the first column that is rotated.
         norm: "rms" or "layer" for a norm over the whole head before the rotation, or None.
         eps: the epsilon of the norm; None means that of the dtype of the arithmetic, or 1e-5 for a layer norm.

@@ -205,7 +205,7 @@ PYTHON = (
         "ckpt_kernels/convert/code/in_place_writes.py",
         "_writer_of(type(module)) «or _writer_held(vars(module))»",
         "",
-        "tests/test_convert_reads.py -k holds_may_write",
+        "tests/test_convert_in_place_writes.py -k holds_may_write",
     ),
     Mutant(
         "a shallow copy of a converted model takes its late conversion",
