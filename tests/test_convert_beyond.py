@@ -8,10 +8,8 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import kept, twins
-from .test_convert_composes import close
+from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
 from .test_convert_norms import Norm, RoundsFirst
-from .test_convert_rules import WIDTH, run, x
 from .test_convert_tried import found_in, rows
 from .test_convert_written import ChannelNorm
 
@@ -74,7 +72,7 @@ class Capped(nn.Module):
 def test_inputs_beyond_the_trials_give_the_same_results(make, shape) -> None:
     model, twin = twins(make)
     ckpt_kernels.convert(model)
-    given = 200 * x(*shape)
+    given = 200 * random_tensor(*shape)
     torch.testing.assert_close(model(given), twin(given))
 
 
@@ -143,8 +141,8 @@ class ModulatedWrites(nn.Module):
 def test_a_write_after_a_modulated_norm_in_16_bits() -> None:
     model, twin = twins(ModulatedWrites)
     ckpt_kernels.convert(model.to(torch.bfloat16))
-    given = x(4, WIDTH, dtype=torch.bfloat16)
-    assert close(run(model, given), run(twin.to(torch.bfloat16), given), 0.03)
+    given = random_tensor(4, WIDTH, dtype=torch.bfloat16)
+    assert close(results_of(model, given), results_of(twin.to(torch.bfloat16), given), 0.03)
 
 
 class Sums(nn.Module):
@@ -159,7 +157,7 @@ class Sums(nn.Module):
 def test_a_sum_of_narrow_inputs_and_a_wide_weight() -> None:
     model, twin = twins(Sums)
     ckpt_kernels.convert(model)
-    given = x(3, WIDTH, dtype=torch.bfloat16), x(3, WIDTH, dtype=torch.bfloat16)
+    given = random_tensor(3, WIDTH, dtype=torch.bfloat16), random_tensor(3, WIDTH, dtype=torch.bfloat16)
     given = [g.requires_grad_() for g in given]
     assert model(*given).dtype == twin(*given).dtype == torch.float32
 
@@ -197,7 +195,7 @@ def test_errors_are_torchs(make, shape) -> None:
     errors = []
     for module in (model, twin):
         with pytest.raises((ValueError, RuntimeError)) as caught:
-            module(x(*shape))
+            module(random_tensor(*shape))
         errors.append((caught.type, str(caught.value), [b.tolist() for b in module.buffers()]))
     assert errors[0] == errors[1]
 
@@ -205,7 +203,7 @@ def test_errors_are_torchs(make, shape) -> None:
 def test_group_norm_of_rows_keeps_no_more() -> None:
     model, twin = twins(lambda: nn.GroupNorm(2, 8))
     ckpt_kernels.convert(model)
-    assert kept(model, x(64, 8)) <= kept(twin, x(64, 8))
+    assert kept(model, random_tensor(64, 8)) <= kept(twin, random_tensor(64, 8))
 
 
 class Squares(nn.Module):
@@ -228,7 +226,7 @@ class WritesAfter(nn.Module):
 def test_a_write_to_a_tensor_that_eager_does_not_keep() -> None:
     model, twin = twins(WritesAfter)
     ckpt_kernels.convert(model)
-    assert close(run(model, rows()), run(twin, rows()))
+    assert close(results_of(model, rows()), results_of(twin, rows()))
 
 
 def test_a_dropout_that_becomes_in_place() -> None:
@@ -290,7 +288,7 @@ def test_an_activation_with_a_parameter() -> None:
 
     model, twin = twins(Swish)
     ckpt_kernels.convert(model)
-    assert close(run(model, rows()), run(twin, rows()))
+    assert close(results_of(model, rows()), results_of(twin, rows()))
 
 
 class OtherSlope(nn.Module):

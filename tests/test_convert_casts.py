@@ -6,9 +6,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, reason, run, x
+from .conversion import WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
 
 
 class Typed(nn.LayerNorm):
@@ -40,10 +38,10 @@ def between(norm: type[nn.Module]) -> nn.Module:
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
 def test_norms_that_cast_are_recognised(kind: type[nn.Module]) -> None:
     model, twin = twins(lambda: between(kind))
-    assert by(ckpt_kernels.convert(model), "1") == FOUND[kind]
-    assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model), "1") == FOUND[kind]
+    assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-5)
     # In units of the input: 1 and 3, and the norm's statistics, of 7 in eager torch. The norm's output is not kept.
-    assert kept(model, x(64, WIDTH)) / kept(twin, x(64, WIDTH)) <= 4.1 / 7
+    assert kept(model, random_tensor(64, WIDTH)) / kept(twin, random_tensor(64, WIDTH)) <= 4.1 / 7
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
@@ -51,8 +49,8 @@ def test_norms_that_cast_are_recognised(kind: type[nn.Module]) -> None:
 def test_norms_that_cast_return_the_same_dtype(kind: type[nn.Module], dtype: torch.dtype) -> None:
     model, twin = twins(lambda: kind(WIDTH))
     ckpt_kernels.convert(model)
-    given = x(64, WIDTH, dtype=dtype)
-    ours, theirs = run(model, given), run(twin, given)
+    given = random_tensor(64, WIDTH, dtype=dtype)
+    ours, theirs = results_of(model, given), results_of(twin, given)
     assert ours["output"].dtype == theirs["output"].dtype == dtype
     assert close(ours, theirs, 0.02 if dtype == torch.bfloat16 else 0.003)
 
@@ -86,6 +84,6 @@ class Wider(nn.LayerNorm):
 @pytest.mark.parametrize("kind", (ByName, Elsewhere, CastByName, Wider), ids=lambda kind: kind.__name__)
 def test_norms_with_other_casts_are_not_converted(kind: type[nn.Module]) -> None:
     report = ckpt_kernels.convert(nn.Sequential(kind(WIDTH)))
-    assert by(report, "0") is None
+    assert replacement_of(report, "0") is None
     expected = "names float64" if kind is Wider else "reads the type of its input"
-    assert expected in reason(report, "0")
+    assert expected in reason_of(report, "0")

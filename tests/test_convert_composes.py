@@ -15,7 +15,7 @@ from benchmarks import architectures
 from ckpt_kernels import memory
 
 from .conftest import DEVICE
-from .conversion import twins
+from .conversion import close, equal, twins
 from .test_convert import LEVELS, built, check_errors, in_float64, step
 
 pytest.importorskip("transformers", reason="the models are those of transformers")
@@ -25,17 +25,6 @@ def converted(name: str, dtype: torch.dtype = torch.float32, recompute: str = "o
     model, inputs = built(name, dtype)
     ckpt_kernels.convert(model, recompute=recompute)
     return model, inputs
-
-
-def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
-def close(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-4) -> bool:
-    largest = max(t.abs().max().item() for t in left.values())
-    return left.keys() == right.keys() and all(
-        (left[key] - right[key]).abs().max().item() <= tolerance * largest for key in left
-    )
 
 
 def with_dropout(model: nn.Module, p: float) -> nn.Module:

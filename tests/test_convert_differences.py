@@ -13,11 +13,8 @@ from torch._prims_common import suggest_memory_format
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import kept, twins
-from .test_convert_composes import close
+from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
 from .test_convert_outside import LEVELS, RMS, computed
-from .test_convert_rules import WIDTH, run
-from .test_convert_rules import x as random
 from .test_convert_tried import Gated, found_in, rows
 
 # Differences that trials must detect
@@ -67,7 +64,7 @@ class Packed(nn.Module):
 
 @pytest.mark.parametrize("kind", [Capped, CutOff, CappedFormula, CappedNorm, Lengths, Halves, Packed])
 def test_functions_that_differ_on_large_inputs_are_unchanged(kind: type[nn.Module]) -> None:
-    x = torch.cat((random(2, 600, WIDTH), 1000 * random(2, 600, WIDTH)))
+    x = torch.cat((random_tensor(2, 600, WIDTH), 1000 * random_tensor(2, 600, WIDTH)))
     assert computed(kind, x)
 
 
@@ -138,7 +135,7 @@ def test_outputs_of_norms_have_torchs_strides(make: Callable, shape: tuple[int, 
     model = nn.Sequential(make()).to(DEVICE)
     converted = copy.deepcopy(model)
     ckpt_kernels.convert(converted)
-    inner = random(*[shape[d] for d in order])
+    inner = random_tensor(*[shape[d] for d in order])
     x = inner.permute([order.index(d) for d in range(len(order))])
     for input in (x, x[:, :, :, :], x[1:]):
         expected, found = model(input), converted(input)
@@ -157,7 +154,7 @@ def test_a_part_of_a_large_tensor_does_not_keep_the_whole(make: Callable, requir
     model = nn.Sequential(make()).to(DEVICE)
     converted = copy.deepcopy(model)
     ckpt_kernels.convert(converted)
-    whole = random(2, 8, 64, 64)
+    whole = random_tensor(2, 8, 64, 64)
 
     def saved(model: nn.Module) -> int:
         part = whole[..., :4, :4].detach().requires_grad_(requires_grad)
@@ -188,7 +185,7 @@ class InPlaceResidual(nn.Module):
 def test_a_residual_written_in_place_under_autocast(level: str) -> None:
     model, converted = twins(InPlaceResidual)
     ckpt_kernels.convert(converted, recompute=level)
-    assert close(run(converted, rows()), run(model, rows()), 0.02)
+    assert close(results_of(converted, rows()), results_of(model, rows()), 0.02)
 
 
 @pytest.mark.parametrize("level", ["output", "all"])
@@ -197,7 +194,7 @@ def test_an_mlp_under_autocast_keeps_no_more(level: str) -> None:
     converted = copy.deepcopy(model)
     ckpt_kernels.convert(converted, recompute=level)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert kept(converted, random(256, 32)) <= kept(model, random(256, 32))
+        assert kept(converted, random_tensor(256, 32)) <= kept(model, random_tensor(256, 32))
 
 
 @pytest.mark.parametrize("make", [lambda: nn.RMSNorm(WIDTH), RMS, Bounded])
@@ -234,12 +231,12 @@ class Functional(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_functional_norms_whose_inputs_are_written_to(dtype: torch.dtype) -> None:
     model, converted = twins(Functional)
-    given = random(6, WIDTH, dtype=dtype)
+    given = random_tensor(6, WIDTH, dtype=dtype)
     ckpt_kernels.convert(converted.to(dtype))
     outcomes = []
     for module in (converted, model.to(dtype)):
         try:
-            outcomes.append(run(module, given))
+            outcomes.append(results_of(module, given))
         except RuntimeError:
             outcomes.append({})
     # If eager torch keeps the input, the write is an error: in float32, and on GPUs, where rms_norm is one op.
@@ -258,6 +255,6 @@ def test_a_group_norm_of_vectors_keeps_no_more() -> None:
             return F.group_norm(self.linear(x), 2)
 
     model = OfVectors().to(DEVICE)
-    eager = kept(model, random(64, 8))
+    eager = kept(model, random_tensor(64, 8))
     ckpt_kernels.convert(model)
-    assert kept(model, random(64, 8)) <= eager
+    assert kept(model, random_tensor(64, 8)) <= eager

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, run, x
+from .conversion import WIDTH, close, kept, random_tensor, replacement_of, results_of, twins
 
 ROOT = math.sqrt(2.0)
 
@@ -93,9 +91,9 @@ FOUND = {
 def test_formulas_of_a_product_are_fused(kind: type[nn.Module], level: str) -> None:
     model, twin = twins(kind)
     found, share = FOUND[kind]
-    assert by(ckpt_kernels.convert(model, recompute=level), "") == found
-    assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-5)
-    ratio = kept(model, x(64, WIDTH)) / kept(twin, x(64, WIDTH))
+    assert replacement_of(ckpt_kernels.convert(model, recompute=level), "") == found
+    assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-5)
+    ratio = kept(model, random_tensor(64, WIDTH)) / kept(twin, random_tensor(64, WIDTH))
     assert ratio <= (share + 0.02 if level != "block" else 1.0)
 
 
@@ -142,9 +140,9 @@ class TwoReaders(Two):
 @pytest.mark.parametrize("kind", (WrittenLater, Rebound, Given, TwoReaders), ids=lambda kind: kind.__name__)
 def test_formulas_of_other_tensors_are_unchanged(kind: type[nn.Module]) -> None:
     model, twin = twins(kind)
-    found = by(ckpt_kernels.convert(model), "")
+    found = replacement_of(ckpt_kernels.convert(model), "")
     assert found == ("gate" if kind is TwoReaders else None)
-    assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-5)
+    assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-5)
 
 
 ROUNDED = 1.4142135
@@ -202,11 +200,11 @@ def test_rounded_constants_are_fused_in_float32_only(kind: type[nn.Module]) -> N
     """In float32 a rounded constant equals the exact one; in float64 the two differ."""
     model, twin = twins(kind)
     ckpt_kernels.convert(model)
-    single = x(64, WIDTH)
-    assert close(run(model, single), run(twin, single), 1e-5)
+    single = random_tensor(64, WIDTH)
+    assert close(results_of(model, single), results_of(twin, single), 1e-5)
     assert kind is Alone or kept(model, single) < kept(twin, single)
     model.double(), twin.double()
-    assert close(run(model, single.double()), run(twin, single.double()), 1e-14)
+    assert close(results_of(model, single.double()), results_of(twin, single.double()), 1e-14)
 
 
 @pytest.mark.parametrize("kind", (GELU, InSteps), ids=lambda kind: kind.__name__)
@@ -214,4 +212,4 @@ def test_exact_constants_are_fused_in_float64(kind: type[nn.Module]) -> None:
     """Another order of operations rounds differently, but the constants are exact."""
     model, twin = twins(lambda: kind().double())
     ckpt_kernels.convert(model)
-    assert kept(model, x(64, WIDTH).double()) < kept(twin, x(64, WIDTH).double())
+    assert kept(model, random_tensor(64, WIDTH).double()) < kept(twin, random_tensor(64, WIDTH).double())

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, run, x
+from .conversion import WIDTH, close, kept, random_tensor, replacement_of, results_of, twins
 
 
 class Gate(nn.Module):
@@ -82,9 +80,9 @@ FOUND = {
 def test_a_gate_of_halves_keeps_only_the_whole(kind: type[nn.Module], level: str) -> None:
     model, twin = twins(lambda: between(kind()))
     found, halves = FOUND[kind]
-    assert by(ckpt_kernels.convert(model, recompute=level), "1") == found
-    given = x(2, 32, WIDTH)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model, recompute=level), "1") == found
+    given = random_tensor(2, 32, WIDTH)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     # The input has size 1, the whole tensor size 6, and a half size 3.
     most = 1.0 if level == "block" else 7 / (7 + 3 * halves)
     assert kept(model, given) / kept(twin, given) <= most + 0.01
@@ -92,17 +90,17 @@ def test_a_gate_of_halves_keeps_only_the_whole(kind: type[nn.Module], level: str
 
 def test_an_mlp_of_halves() -> None:
     model, twin = twins(Within)
-    assert by(ckpt_kernels.convert(model), "") == "packed gated MLP (where dimension 2 is the last)"
-    given = x(2, 32, WIDTH)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model), "") == "packed gated MLP (where dimension 2 is the last)"
+    given = random_tensor(2, 32, WIDTH)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     assert kept(model, given) / kept(twin, given) <= 3 / 5 + 0.01
 
 
 def test_a_dimension_that_is_not_the_last() -> None:
     model, twin = twins(Sigmoid)
     ckpt_kernels.convert(model)
-    given = x(2, 3, 4, 6)
-    assert close(run(model, given), run(twin, given), 1e-6) and model(given).shape == (2, 3, 2, 6)
+    given = random_tensor(2, 3, 4, 6)
+    assert close(results_of(model, given), results_of(twin, given), 1e-6) and model(given).shape == (2, 3, 2, 6)
 
 
 class OwnChunk(nn.Module):
@@ -153,5 +151,5 @@ class Separate(nn.Module):
 def test_operands_that_are_no_halves_are_unchanged(make: Callable[[], nn.Module]) -> None:
     model, twin = twins(make)
     ckpt_kernels.convert(model)
-    assert close(run(model, x(8, WIDTH)), run(twin, x(8, WIDTH)), 1e-5)
-    assert kept(model, x(8, WIDTH)) <= kept(twin, x(8, WIDTH))
+    assert close(results_of(model, random_tensor(8, WIDTH)), results_of(twin, random_tensor(8, WIDTH)), 1e-5)
+    assert kept(model, random_tensor(8, WIDTH)) <= kept(twin, random_tensor(8, WIDTH))

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import by, run, x
+from .conversion import close, kept, random_tensor, replacement_of, results_of, twins
 
 CHANNELS = 8
 
@@ -51,8 +49,8 @@ def test_in_place_activations_keep_one_feature_map(name: str) -> None:
     make, maps = FOUND[name]
     model, twin = twins(make)
     ckpt_kernels.convert(model, recompute="output")
-    given = x(2, 3, 14, 14)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    given = random_tensor(2, 3, 14, 14)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     image, feature_map = 3 * 14 * 14, CHANNELS * 12 * 12
     ratio = kept(model, given) / kept(twin, given)
     assert ratio <= (image + feature_map) / (image + maps * feature_map) + 0.02
@@ -79,9 +77,9 @@ def test_in_place_activations_of_a_product_run_out_of_place(act: nn.Module, kind
         return OfAProduct(act) if kind == "method" else nn.Sequential(nn.Linear(16, 48), act, nn.Linear(48, 16))
 
     model, twin = twins(make)
-    assert by(ckpt_kernels.convert(model, recompute=level), "") == "activation of a product, out of place"
-    given = x(2, 32, 16)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model, recompute=level), "") == "activation of a product, out of place"
+    given = random_tensor(2, 32, 16)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     ratio = kept(model, given) / kept(twin, given)
     assert ratio <= (1.0 if level == "block" else 4 / 7 + 0.01)
 
@@ -91,9 +89,9 @@ def test_in_place_activations_of_a_product_run_out_of_place(act: nn.Module, kind
 def test_in_place_activations_are_fused_into_an_mlp(act: nn.Module, level: str, most: float) -> None:
     """Eager torch keeps a clone of the product beside the output."""
     model, twin = twins(lambda: OfAProduct(act))
-    assert by(ckpt_kernels.convert(model, recompute=level), "") == "MLP"
-    given = x(2, 32, 16)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model, recompute=level), "") == "MLP"
+    given = random_tensor(2, 32, 16)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     assert kept(model, given) <= (most + 0.01) * kept(twin, given)
 
 
@@ -105,16 +103,16 @@ def test_in_place_activations_of_a_tensor_with_other_readers_stay() -> None:
             return self.last(activated) + h.mean()
 
     model, twin = twins(lambda: ReadTwice(nn.ReLU6(inplace=True)))
-    assert by(ckpt_kernels.convert(model), "") is None
-    given = x(2, 32, 16)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model), "") is None
+    given = random_tensor(2, 32, 16)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
 
 
 @torch.no_grad()
 def test_in_place_without_gradients_stays_in_place() -> None:
     model, twin = twins(lambda: OfAProduct(nn.ReLU6(inplace=True)))
     ckpt_kernels.convert(model)
-    assert torch.equal(model(x(2, 32, 16)), twin(x(2, 32, 16)))
+    assert torch.equal(model(random_tensor(2, 32, 16)), twin(random_tensor(2, 32, 16)))
 
 
 @pytest.mark.parametrize("act", (nn.ReLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)))
@@ -122,8 +120,8 @@ def test_in_place_activations_of_a_convolution_keep_only_the_output(act: nn.Modu
     """The backward pass of these activations reads only the output, in eager torch too."""
     model, twin = twins(lambda: after(act))
     ckpt_kernels.convert(model)
-    given = x(2, 3, 14, 14)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    given = random_tensor(2, 3, 14, 14)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     assert kept(model, given) == kept(twin, given)
 
 
@@ -140,6 +138,6 @@ def test_a_write_that_autograd_does_not_see() -> None:
 
     model, twin = twins(Hidden)
     ckpt_kernels.convert(model)
-    given = x(2, 3, 14, 14)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    given = random_tensor(2, 3, 14, 14)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     assert torch.equal(model(given), twin(given))

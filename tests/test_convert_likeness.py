@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .test_convert_rules import reason
+from .conversion import reason_of
 
 WIDTH = 16
 
@@ -67,9 +67,9 @@ def test_unknown_modules_have_a_reason(make: Callable[[], nn.Module], words: str
     report = ckpt_kernels.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH), make(), nn.Linear(WIDTH, WIDTH)))
     if words == "nothing to gain":  # within an MLP, fusion saves memory
         report = ckpt_kernels.convert(nn.Sequential(make(), nn.Linear(WIDTH, WIDTH)))
-        assert words in reason(report, "0")
+        assert words in reason_of(report, "0")
     else:
-        assert words in reason(report, "1")
+        assert words in reason_of(report, "1")
     assert not report.replaced and "the reasons are below" in str(report)
 
 

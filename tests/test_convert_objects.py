@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
+from .conversion import WIDTH, replacement_of
 from .test_convert_replaced import LEVELS, MLP
-from .test_convert_rules import WIDTH, by
 from .test_convert_source import twins
 from .test_convert_tried import rows
 from .test_convert_views import OverRows, Quick
@@ -62,7 +62,7 @@ def test_attributes_may_shadow_methods_of_modules(name: str) -> None:
     first = nn.Sequential(model[0], model[1])
     expected = first(rows())
     report = ckpt_kernels.convert(model)
-    assert by(report, "0.norm") and by(report, "2.0.norm")
+    assert replacement_of(report, "0.norm") and replacement_of(report, "2.0.norm")
     torch.testing.assert_close(first(rows()), expected)
     ckpt_kernels.convert(model, include=[Named], exclude=["1"])
     ckpt_kernels.revert(model)
@@ -327,7 +327,7 @@ def test_trials_do_not_copy_modules_with_finalizers(kind: type[nn.Module]) -> No
     assert Counted.live == before + 1
     reasons = [entry.reason for entry in report.left_alone if entry.name == "1"]
     assert all("finalizer" in reason for reason in reasons) and bool(reasons) == (kind is CountedNorm)
-    assert kind is Counted or by(report, "1") is None
+    assert kind is Counted or replacement_of(report, "1") is None
 
 
 # Frames

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ckpt_kernels.convert.code import evaluation_order
 
+from .conversion import WIDTH
 from .test_convert_replaced import MLP, alike
-from .test_convert_rules import WIDTH
 
 # Evaluation order
 

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, run
+from .conversion import WIDTH, close, results_of, twins
 from .test_convert_tried import found_in, rows
 
 LEVELS = ("block", "output", "all")
@@ -31,7 +29,7 @@ def computed(kind: Callable[[], nn.Module], *inputs: Tensor, level: str = "outpu
     torch.manual_seed(0)
     converted = kind().to(DEVICE)
     ckpt_kernels.convert(converted, recompute=level)
-    return close(run(converted, *inputs), run(model, *inputs))
+    return close(results_of(converted, *inputs), results_of(model, *inputs))
 
 
 # Names
@@ -238,11 +236,11 @@ def test_changed_defaults_and_globals_are_read(monkeypatch: pytest.MonkeyPatch) 
     model, converted = twins(Steps)
     assert found_in(ckpt_kernels.convert(converted, recompute="block")) == {"": "MLP"}
     monkeypatch.setattr(Steps.forward, "__defaults__", (5.0,))
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
     monkeypatch.setitem(globals(), "SLOPE", 0.5)
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
     assert found_in(ckpt_kernels.convert(converted, recompute="block")) == {}
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
 # Transforms within a forward
@@ -282,7 +280,7 @@ TRANSFORMS: dict[str, Callable] = {
 def test_transforms_within_a_forward(transform: str, level: str) -> None:
     model, converted = twins(functools.partial(Transforms, TRANSFORMS[transform]))
     ckpt_kernels.convert(converted, recompute=level)
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 

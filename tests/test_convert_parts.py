@@ -12,9 +12,7 @@ from torch.nn.utils import parametrize
 
 import ckpt_kernels
 
-from .conversion import twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, run, x
+from .conversion import WIDTH, close, random_tensor, results_of, twins
 from .test_convert_tried import RMS, rows
 
 
@@ -60,7 +58,7 @@ def test_a_frozen_gate_keeps_no_more() -> None:
 
     model, twin = twins(Gate)
     ckpt_kernels.convert(model)
-    assert memory.saved_bytes(model, x(64, WIDTH)) <= memory.saved_bytes(twin, x(64, WIDTH))
+    assert memory.saved_bytes(model, random_tensor(64, WIDTH)) <= memory.saved_bytes(twin, random_tensor(64, WIDTH))
 
 
 def test_a_last_layer_of_another_width_is_torchs_error() -> None:
@@ -95,13 +93,17 @@ class AddNorm(nn.Module):
         return self.norm(a + b)
 
 
-@pytest.mark.parametrize("other", [x(6, WIDTH).double(), x(WIDTH), x(1, WIDTH)], ids=["dtype", "row", "one"])
+@pytest.mark.parametrize(
+    "other",
+    [random_tensor(6, WIDTH).double(), random_tensor(WIDTH), random_tensor(1, WIDTH)],
+    ids=["dtype", "row", "one"],
+)
 def test_sums_of_operands_of_other_shape_or_dtype(other) -> None:
     model, twin = twins(AddNorm)
     ckpt_kernels.convert(model)
     if other.dtype == torch.float64:
         model.double(), twin.double()
-    assert close(run(model, rows(), other), run(twin, rows(), other))
+    assert close(results_of(model, rows(), other), results_of(twin, rows(), other))
 
 
 class Modulated(nn.Module):
@@ -126,15 +128,15 @@ class Modulated(nn.Module):
 def test_modulations_of_any_shape_and_dtype(shape, dtype, lead) -> None:
     model, twin = twins(Modulated)
     ckpt_kernels.convert(model)
-    given = x(*lead, WIDTH), x(*shape).to(dtype), x(*shape).to(dtype) + 1
-    ours, theirs = run(model, *given), run(twin, *given)
+    given = random_tensor(*lead, WIDTH), random_tensor(*shape).to(dtype), random_tensor(*shape).to(dtype) + 1
+    ours, theirs = results_of(model, *given), results_of(twin, *given)
     assert all(ours[k].dtype == theirs[k].dtype for k in theirs) and close(ours, theirs)
 
 
 def test_nested_tensors_take_the_eager_path() -> None:
     model, twin = twins(nn.GELU)
     ckpt_kernels.convert(model)
-    given = torch.nested.nested_tensor([x(3, WIDTH), x(5, WIDTH)], layout=torch.jagged)
+    given = torch.nested.nested_tensor([random_tensor(3, WIDTH), random_tensor(5, WIDTH)], layout=torch.jagged)
     torch.testing.assert_close(model(given).values(), twin(given).values())
 
 
@@ -147,7 +149,7 @@ def test_transforms_around() -> None:
         lambda m: torch.func.grad(lambda h: m(h).sum())(rows()),
         lambda m: torch.func.vmap(m)(rows()),
         lambda m: torch.func.jvp(m, (rows(),), (rows(),))[1],
-        lambda m: torch.func.hessian(lambda h: m(h).sum())(x(2, WIDTH)),
+        lambda m: torch.func.hessian(lambda h: m(h).sum())(random_tensor(2, WIDTH)),
     ):
         torch.testing.assert_close(f(model), f(twin), rtol=1e-4, atol=1e-4)
 
@@ -287,7 +289,7 @@ def test_control_flow_keeps_the_results(how) -> None:
         torch.manual_seed(3)
         module.parent = [Flows("after")]
     ckpt_kernels.convert(model)
-    given = x(6, WIDTH) if how != "columns" else x(4, 2, WIDTH // 2, 4)
+    given = random_tensor(6, WIDTH) if how != "columns" else random_tensor(4, 2, WIDTH // 2, 4)
     torch.testing.assert_close(model(given), twin(given), rtol=1e-4, atol=1e-5)
 
 
@@ -402,6 +404,6 @@ def test_norms_in_16_bits_round_as_before(kind, dtype) -> None:
     norms = importlib.import_module("tests.test_convert_norms")
     model, twin = twins(getattr(norms, kind))
     ckpt_kernels.convert(model.to(dtype))
-    given = x(64, WIDTH, dtype=dtype)
+    given = random_tensor(64, WIDTH, dtype=dtype)
     ours, theirs = model(given), twin.to(dtype)(given)
     assert (ours != theirs).float().mean() < 0.01

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from . import test_convert_tried as tried
-from .test_convert_rules import x as random
+from .conversion import random_tensor
 from .test_convert_tried import Patched, Sloped, found_in, rows
 
 
@@ -41,7 +41,7 @@ class FromElsewhere(nn.Module):
 def test_branches_on_lengths_beyond_the_trials(kind) -> None:
     module = kind()
     ckpt_kernels.convert(nn.Sequential(module))
-    long = random(6000, 2)
+    long = random_tensor(6000, 2)
     now = module(long)
     ckpt_kernels.revert(module)
     torch.testing.assert_close(now, module(long))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .test_convert_rules import WIDTH
+from .conversion import WIDTH
 
 
 def mean_only(norm: nn.Module) -> None:

@@ -13,8 +13,7 @@ from torch.nn.functional import layer_norm as layer_norm_by_name
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, run
+from .conversion import WIDTH, close, replacement_of, results_of
 from .test_convert_source import kept, twins
 from .test_convert_tried import found_in, rows
 
@@ -53,7 +52,7 @@ def alike(
             for step in (ckpt_kernels.convert, change) if after else (change, ckpt_kernels.convert):
                 step(converted, recompute=level) if step is ckpt_kernels.convert else step(converted)
             change(model)
-            same = close(run(converted, rows()), run(model, rows()))
+            same = close(results_of(converted, rows()), results_of(model, rows()))
             undo()
             if not same:
                 return False
@@ -88,7 +87,7 @@ def twice_linear(self: Any, x: Tensor) -> Tensor:
 def test_a_transposed_linear_layer_is_fused() -> None:
     model, converted = twins(Transposed)
     assert found_in(ckpt_kernels.convert(converted, recompute="block")) == {"": "MLP", "act": "bias_act (gelu)"}
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
     assert kept(converted, rows()) <= kept(model, rows())
 
 
@@ -120,7 +119,7 @@ def test_a_layer_with_replaced_code(layer: str, how: str, monkeypatch: pytest.Mo
             change(model)
             if not after:
                 ckpt_kernels.convert(converted)
-            assert close(run(converted, rows()), run(model, rows()))
+            assert close(results_of(converted, rows()), results_of(model, rows()))
         monkeypatch.undo()
 
 
@@ -229,7 +228,7 @@ class ByAnotherName(Packed):
 @pytest.mark.parametrize("kind", [Shadowed, Local, ByAnotherName, Packed])
 def test_chunk_is_the_function_that_the_name_is_bound_to(kind: type[nn.Module]) -> None:
     assert alike(kind)
-    found = by(ckpt_kernels.convert(kind(), recompute="block"), "") or ""
+    found = replacement_of(ckpt_kernels.convert(kind(), recompute="block"), "") or ""
     assert ("packed gated MLP" in found) is (kind in (ByAnotherName, Packed))
 
 
@@ -248,7 +247,7 @@ class Method(Packed):
 
 def test_a_tensor_subclass_with_its_own_chunk() -> None:
     model, converted = twins(Method)
-    assert "packed gated MLP" in by(ckpt_kernels.convert(converted), "")
+    assert "packed gated MLP" in replacement_of(ckpt_kernels.convert(converted), "")
     torch.testing.assert_close(converted(rows()), model(rows()))
     torch.testing.assert_close(converted(rows().as_subclass(Reversed)), model(rows().as_subclass(Reversed)))
 
@@ -283,9 +282,9 @@ class WritesToItsInput(nn.Module):
 
 def test_a_function_named_clone_that_returns_a_view() -> None:
     model, converted = twins(lambda: WritesToItsInput().to(torch.bfloat16))
-    assert by(ckpt_kernels.convert(converted), "norm")
+    assert replacement_of(ckpt_kernels.convert(converted), "norm")
     input = rows().to(torch.bfloat16)
-    assert close(run(converted, input), run(model, input), 0.02)
+    assert close(results_of(converted, input), results_of(model, input), 0.02)
 
 
 # Functions in place of torch's
@@ -334,7 +333,7 @@ def test_patched_functions_of_torch_run(
         change(model)
         if not after:
             ckpt_kernels.convert(converted)
-        patched = run(model, rows())
-        assert close(run(converted, rows()), patched)
+        patched = results_of(model, rows())
+        assert close(results_of(converted, rows()), patched)
         monkeypatch.undo()
-        assert close(run(converted, rows()), run(model, rows()))
+        assert close(results_of(converted, rows()), results_of(model, rows()))

@@ -15,9 +15,7 @@ import ckpt_kernels
 from ckpt_kernels.nested_values import tensors_in
 
 from .conftest import DEVICE
-from .conversion import INNER, kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, reason, run, x
+from .conversion import INNER, WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
 
 
 class Forward(nn.Module):
@@ -118,7 +116,7 @@ def test_converted_forwards_equal_the_original(how: str, recompute: str) -> None
     for rows in (3, 5):
         results = []
         for module in (model, twin):
-            given = x(rows, WIDTH).requires_grad_()
+            given = random_tensor(rows, WIDTH).requires_grad_()
             module.zero_grad()
             answer = module(given)
             outputs = list(tensors_in(answer))
@@ -136,7 +134,7 @@ def test_converted_forwards_equal_the_original(how: str, recompute: str) -> None
 def test_a_checkpoint_in_a_forward_keeps_no_more() -> None:
     model, twin = twins(lambda: Forward("checkpointed"))
     ckpt_kernels.convert(model)
-    assert kept(model, x(64, WIDTH)) <= kept(twin, x(64, WIDTH))
+    assert kept(model, random_tensor(64, WIDTH)) <= kept(twin, random_tensor(64, WIDTH))
 
 
 def test_conversion_changes_nothing_but_classes() -> None:
@@ -165,7 +163,7 @@ def test_conversion_changes_nothing_but_classes() -> None:
         new = dict(vars(module))
         assert new.keys() == old.keys() and all(new[key] is old[key] for key in old)
     assert model[0].seen == 0 and model[0].settings == {"problem": None}
-    assert by(ckpt_kernels.convert(model), "0") is None
+    assert replacement_of(ckpt_kernels.convert(model), "0") is None
 
 
 # Changes between calls
@@ -174,7 +172,7 @@ def test_conversion_changes_nothing_but_classes() -> None:
 def test_changed_attributes_are_read() -> None:
     model, twin = twins(lambda: nn.TransformerEncoderLayer(WIDTH, 4, INNER, 0.0, batch_first=True))
     ckpt_kernels.convert(model)
-    given = x(2, 5, WIDTH)
+    given = random_tensor(2, 5, WIDTH)
     torch.testing.assert_close(model(given), twin(given), rtol=1e-4, atol=1e-5)
     for module in (model, twin):
         module.activation = F.silu
@@ -199,19 +197,19 @@ def test_changed_attributes_are_read() -> None:
         module.layers.append(added)
         for step in range(20):
             module.epoch = step
-    torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+    torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
 
 
 def test_patched_methods_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = twins(lambda: Forward("mlp"))
     ckpt_kernels.convert(model)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, h: 2 * F.linear(h, self.weight, self.bias))
-    torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+    torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
     monkeypatch.setattr(Forward, "mlp", lambda self, h: self.first(h))
-    torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+    torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
     model.act.register_forward_hook(lambda module, args, output: output * 0)
     monkeypatch.undo()
-    torch.testing.assert_close(model(x(3, WIDTH)), model.last.bias.expand(3, -1))
+    torch.testing.assert_close(model(random_tensor(3, WIDTH)), model.last.bias.expand(3, -1))
 
 
 def test_hooks_for_all_modules_see_all_modules() -> None:
@@ -219,7 +217,7 @@ def test_hooks_for_all_modules_see_all_modules() -> None:
     ckpt_kernels.convert(model)
     seen: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
-    model(x(3, WIDTH))
+    model(random_tensor(3, WIDTH))
     handle.remove()
     assert seen == [model.first, model.act, model.last, model]
 
@@ -233,7 +231,7 @@ def test_threads_convert_and_run_concurrently() -> None:
             twin = copy.deepcopy(model)
             ckpt_kernels.convert(model)
             for _ in range(5):
-                torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+                torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
         except BaseException as error:
             errors.append(error)
 
@@ -251,7 +249,7 @@ def test_tracebacks_show_the_original_lines() -> None:
     ours, theirs = type(model).mlp.__wrapped__.__code__, Forward.mlp.__code__
     assert ours.co_filename == theirs.co_filename and ours.co_firstlineno == theirs.co_firstlineno
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes") as caught:
-        model(x(3, WIDTH + 1))
+        model(random_tensor(3, WIDTH + 1))
     lines = {entry.lineno + 1 for entry in caught.traceback if entry.path.name == "test_convert_source.py"}
     assert theirs.co_firstlineno + 1 in lines
 
@@ -279,8 +277,10 @@ def test_a_class_that_cannot_be_subclassed_is_reported() -> None:
 
     model, twin = twins(Final)
     report = ckpt_kernels.convert(model)
-    assert "subclassed" in reason(report, "") and by(report, "act") == "bias_act (gelu)"
-    assert type(model) is Final and close(run(model, x(3, WIDTH)), run(twin, x(3, WIDTH)), 1e-5)
+    assert "subclassed" in reason_of(report, "") and replacement_of(report, "act") == "bias_act (gelu)"
+    assert type(model) is Final and close(
+        results_of(model, random_tensor(3, WIDTH)), results_of(twin, random_tensor(3, WIDTH)), 1e-5
+    )
 
 
 def test_missing_modules_and_default_devices_are_no_error() -> None:
@@ -294,8 +294,8 @@ def test_missing_modules_and_default_devices_are_no_error() -> None:
             return self.norm(self.layers[0](h))
 
     model, twin = twins(Sparse)
-    assert by(ckpt_kernels.convert(model), "norm") == "rms_norm"
-    assert close(run(model, x(3, WIDTH)), run(twin, x(3, WIDTH)), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model), "norm") == "rms_norm"
+    assert close(results_of(model, random_tensor(3, WIDTH)), results_of(twin, random_tensor(3, WIDTH)), 1e-5)
     with torch.device("meta"):
         ckpt_kernels.convert(model)
-    assert close(run(model, x(3, WIDTH)), run(twin, x(3, WIDTH)), 1e-5)
+    assert close(results_of(model, random_tensor(3, WIDTH)), results_of(twin, random_tensor(3, WIDTH)), 1e-5)

@@ -14,14 +14,11 @@ from ckpt_kernels.convert import Report
 from ckpt_kernels.convert.code.in_place_writes import in_place_writer
 
 from .conftest import DEVICE
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, run
-from .test_convert_rules import x as random
+from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
 
 
 def rows() -> Tensor:
-    return random(6, WIDTH)
+    return random_tensor(6, WIDTH)
 
 
 def found_in(report: Report) -> dict[str, str]:
@@ -181,7 +178,7 @@ def test_spectral_norm_takes_the_same_steps() -> None:
         parametrizations.spectral_norm(module.gate)
     ckpt_kernels.convert(converted)
     for _ in range(3):
-        assert close(run(converted, rows()), run(model, rows()))
+        assert close(results_of(converted, rows()), results_of(model, rows()))
     for (name, buffer), other in zip(model.named_buffers(), converted.buffers(), strict=True):
         assert torch.equal(buffer, other), name
 
@@ -262,7 +259,7 @@ class Differentiates(nn.Module):
 def test_transforms_within_a_rewritten_method() -> None:
     model, converted = twins(Differentiates)
     assert found_in(ckpt_kernels.convert(converted)) == {"": "bias_act (gelu)"}
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
 class RMS(nn.Module):

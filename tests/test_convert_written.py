@@ -11,9 +11,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import INNER, kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, reason, run, x
+from .conversion import INNER, WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
 
 
 class SwiGLU(nn.Module):
@@ -90,9 +88,9 @@ def test_pointwise_modules_keep_less(name: str) -> None:
     levels = {}
     for level in ("block", "output", "all"):
         ckpt_kernels.convert(model, recompute=level)
-        assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-4)
-        levels[level] = kept(model, x(64, WIDTH)) - 64 * WIDTH * 4
-    eager = kept(twin, x(64, WIDTH)) - 64 * WIDTH * 4
+        assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-4)
+        levels[level] = kept(model, random_tensor(64, WIDTH)) - 64 * WIDTH * 4
+    eager = kept(twin, random_tensor(64, WIDTH)) - 64 * WIDTH * 4
     assert levels["output"] <= (share + 0.01) * eager
     assert levels["block"] <= 1.01 * eager and levels["all"] <= levels["output"]
 
@@ -109,8 +107,8 @@ def test_a_gate_of_tanh_and_sigmoid_keeps_no_more_at_any_level() -> None:
     model, twin = twins(Gate)
     for level in ("block", "output", "all"):
         ckpt_kernels.convert(model, recompute=level)
-        assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-4)
-        assert kept(model, x(64, WIDTH)) <= kept(twin, x(64, WIDTH))
+        assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-4)
+        assert kept(model, random_tensor(64, WIDTH)) <= kept(twin, random_tensor(64, WIDTH))
 
 
 class ChannelNorm(nn.Module):
@@ -182,13 +180,16 @@ class WithoutParameters(nn.Module):
 )
 def test_hand_written_norms_are_recognised(make: Callable[[], nn.Module], found: str, shape: tuple[int, ...]) -> None:
     model, twin = twins(make)
-    assert by(ckpt_kernels.convert(model), "") == found
-    assert close(run(model, x(*shape)), run(twin, x(*shape)), 1e-4)
-    last = x(*shape)
+    assert replacement_of(ckpt_kernels.convert(model), "") == found
+    assert close(results_of(model, random_tensor(*shape)), results_of(twin, random_tensor(*shape)), 1e-4)
+    last = random_tensor(*shape)
     if len(shape) == 4:
         last = last.to(memory_format=torch.channels_last)
-    assert model(x(*shape)).stride() == twin(x(*shape)).stride() and model(last).stride() == twin(last).stride()
-    narrow = x(*shape, dtype=torch.bfloat16)
+    assert (
+        model(random_tensor(*shape)).stride() == twin(random_tensor(*shape)).stride()
+        and model(last).stride() == twin(last).stride()
+    )
+    narrow = random_tensor(*shape, dtype=torch.bfloat16)
     for module in (model, twin):
         # torch's layer norm rejects bfloat16 weights with a float32 input.
         module.to(torch.float32 if isinstance(module, InFloat32) else torch.bfloat16)
@@ -199,12 +200,12 @@ def test_hand_written_norms_are_recognised(make: Callable[[], nn.Module], found:
 def test_points_of_zeros_are_normalized_as_in_eager(scale: float) -> None:
     model, twin = twins(lambda: NormalizedMaps(WIDTH))
     ckpt_kernels.convert(model)
-    given = x(2, WIDTH, 3, 4) * torch.where(torch.arange(4, device=DEVICE) > 1, 1.0, scale)
+    given = random_tensor(2, WIDTH, 3, 4) * torch.where(torch.arange(4, device=DEVICE) > 1, 1.0, scale)
     outputs, gradients = [], []
     for module in (model, twin):
         leaf = given.clone().requires_grad_()
         outputs.append(module(leaf))
-        gradients.append(torch.autograd.grad((outputs[-1] * x(2, WIDTH, 3, 4)).sum(), leaf)[0])
+        gradients.append(torch.autograd.grad((outputs[-1] * random_tensor(2, WIDTH, 3, 4)).sum(), leaf)[0])
     torch.testing.assert_close(*outputs)
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[1].abs().max()
 
@@ -223,9 +224,9 @@ def test_a_residual_written_in_place_after_a_norm_in_16_bits() -> None:
             return h
 
     model, twin = twins(Block)
-    given = x(8, WIDTH, dtype=torch.bfloat16)
+    given = random_tensor(8, WIDTH, dtype=torch.bfloat16)
     ckpt_kernels.convert(model.to(torch.bfloat16))
-    assert close(run(model, given), run(twin.to(torch.bfloat16), given), 0.02)
+    assert close(results_of(model, given), results_of(twin.to(torch.bfloat16), given), 0.02)
 
 
 def test_a_copy_of_a_norms_output_is_discarded() -> None:
@@ -241,8 +242,8 @@ def test_a_copy_of_a_norms_output_is_discarded() -> None:
 
     model, twin = twins(Attends)
     ckpt_kernels.convert(model)
-    assert close(run(model, x(2, 16, WIDTH)), run(twin, x(2, 16, WIDTH)), 1e-4)
-    saved = kept(twin, x(2, 16, WIDTH)) - kept(model, x(2, 16, WIDTH))
+    assert close(results_of(model, random_tensor(2, 16, WIDTH)), results_of(twin, random_tensor(2, 16, WIDTH)), 1e-4)
+    saved = kept(twin, random_tensor(2, 16, WIDTH)) - kept(model, random_tensor(2, 16, WIDTH))
     assert saved >= 2 * 16 * WIDTH * 4
 
 
@@ -250,9 +251,9 @@ def test_activations_keep_the_strides_of_images() -> None:
     for make in (nn.GELU, nn.SiLU, lambda: Written(F.gelu)):
         model, twin = twins(make)
         ckpt_kernels.convert(model)
-        maps = x(2, 8, 5, 6).to(memory_format=torch.channels_last)
+        maps = random_tensor(2, 8, 5, 6).to(memory_format=torch.channels_last)
         assert model(maps).stride() == twin(maps).stride() == maps.stride()
-        rows = x(2, 5, 8).transpose(1, 2)
+        rows = random_tensor(2, 5, 8).transpose(1, 2)
         assert model(rows).transpose(1, 2).view(2, 40).shape == (2, 40)
 
 
@@ -261,12 +262,13 @@ def test_activations_keep_the_strides_of_images() -> None:
 
 def test_the_report_measures_saved_bytes() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, INNER), nn.ReLU(), nn.Linear(INNER, WIDTH), nn.Dropout(0.0)).to(DEVICE)
-    report = ckpt_kernels.convert(model, inputs=x(8, WIDTH))
+    report = ckpt_kernels.convert(model, inputs=random_tensor(8, WIDTH))
     before, after = report.kept
-    assert before == after and by(report, "3") is None
+    assert before == after and replacement_of(report, "3") is None
     assert report.as_dict()["kept"] == report.kept and report.backend in str(report)
     report = ckpt_kernels.convert(
-        nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, 4)).to(DEVICE), inputs=x(8, WIDTH)
+        nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, 4)).to(DEVICE),
+        inputs=random_tensor(8, WIDTH),
     )
     assert (
         report.kept[1] < report.kept[0] and f"{report.kept[1]:,}" in str(report) and "<table>" in report._repr_html_()
@@ -287,6 +289,6 @@ def test_the_report_explains_unknown_modules() -> None:
             return h / h.abs().sum(-1, keepdim=True) * self.weight
 
     report = ckpt_kernels.convert(nn.Sequential(MyGELU(), OddNorm()))
-    assert "rand_like" in reason(report, "0") and "abs" in reason(report, "1")
+    assert "rand_like" in reason_of(report, "0") and "abs" in reason_of(report, "1")
     # No internal exception's name appears.
     assert not any(word in str(report) for word in ("Error", "Traceback", "NotTried"))
