@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..arguments import flag, number, whole
 from .checks import (
     autocast,
     check_channels,
     check_like,
     memory_format,
-    number,
     promoted,
     shape_of,
 )
@@ -105,13 +105,13 @@ def batch_norm(
         check_like(residual, "residual", input)
     check_running(running_mean, running_var, input)
     name, eps, momentum = activation_name(activation), number(eps, "eps"), number(momentum, "momentum")
-    if eps < 0 or (training and eps == 0):
+    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(f"process_group is {process_group!r}; expected a torch.distributed.ProcessGroup")
+    if eps < 0 or (flag(training, "training") and eps == 0):
         raise ValueError(f"eps is {eps}; expected a positive number, or, where training is False, 0")
     if not training:
         return _by_running_statistics(input, residual, running_mean, running_var, weight, bias, eps, name)
     if process_group is not None:
-        if not isinstance(process_group, torch.distributed.ProcessGroup):
-            raise TypeError(f"process_group is {process_group!r}; expected a torch.distributed.ProcessGroup")
         output, mean, var, count = ops.sync_batch_norm.sync_batch_norm(
             input, residual, weight, bias, eps, name, process_group
         )
@@ -182,11 +182,10 @@ def group_norm(
     if plan is not None:
         return plan(input, None, weight, bias, None, None)[0]
     check_channels(input, weight, bias)
-    if not hasattr(num_groups, "__index__"):
-        raise TypeError(f"num_groups is {num_groups!r}; expected an integer")
-    if num_groups < 1 or input.shape[1] % num_groups:
-        raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {shape_of(input)}")
-    options = ops.channel_steps.Options(int(num_groups), number(eps, "eps"), activation_name(activation))
+    groups = whole(num_groups, "num_groups")
+    if groups < 1 or input.shape[1] % groups:
+        raise RuntimeError(f"num_groups is {groups}; expected a divisor of the channels of {shape_of(input)}")
+    options = ops.channel_steps.Options(int(groups), number(eps, "eps"), activation_name(activation))
     thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     input, weight, bias = autocast(input, weight, bias)
     return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)[0]
@@ -259,7 +258,7 @@ def instance_norm(
     if memory_format(input) != torch.contiguous_format:
         # torch's own computes in a contiguous copy, and gives one back.
         input = input.contiguous()
-    if not use_input_stats:
+    if not flag(use_input_stats, "use_input_stats"):
         return _by_running_statistics(input, None, running_mean, running_var, weight, bias, eps, name)
     size = math.prod(input.shape[2:])
     if size == 1:

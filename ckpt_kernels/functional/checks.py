@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.nn.parameter import is_lazy
 
 from .. import ops
+from ..arguments import flag, number, probability, whole
 from ..autocast import is_autocast
 
 _SEEDS = (-(2**63), 2**63 - 1)
@@ -26,10 +28,8 @@ def check_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
     """The probability, and a seed drawn from torch's generator of the input's device, and left there."""
-    p = number(dropout_p, "dropout_p")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability between 0 and 1")
-    p = p if training else 0.0
+    p = probability(dropout_p, "dropout_p")
+    p = p if flag(training, "training") else 0.0
     if not p:
         return p, None
     if ops.sharding.is_sharded((input,)):
@@ -38,28 +38,6 @@ def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float
         sharded: Any = input
         return p, dtensor.replicated_seed(sharded, *_SEEDS)
     return p, torch.randint(*_SEEDS, (1,), device=input.device)
-
-
-def number(value: float, argument: str) -> float:
-    """`value` as a float; TypeError if it is no number."""
-    if isinstance(value, float | int):
-        return float(value)
-    if isinstance(value, torch.SymInt):
-        return float(int(value))
-    # Those of numpy, other symbols of torch.compile, tensors of one element.
-    if hasattr(value, "__float__"):
-        return float(value)
-    raise TypeError(f"{argument} is {value!r}; expected a number")
-
-
-def untraced(value: Any) -> Any:
-    """A size that torch.jit.trace follows, which is a tensor, as a number; whatever else as it is."""
-    return int(value) if isinstance(value, Tensor) and torch._C._get_tracing_state() is not None else value
-
-
-def is_count(value: object) -> bool:
-    """Whether it is a positive whole number, which True is not."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def rms_eps(input: Tensor, eps: float | None) -> float:
@@ -99,20 +77,16 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def normalized(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, int | torch.SymInt):
-        return (normalized_shape,)
-    # A size that torch.jit.trace follows.
-    if isinstance(normalized_shape, Tensor):
-        return (int(normalized_shape),)
-    if not isinstance(normalized_shape, Sequence):
-        raise TypeError(f"normalized_shape is {normalized_shape!r}; expected an integer or a sequence of them")
-    return tuple(normalized_shape)
+    sizes = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    return tuple([whole(size, "normalized_shape") for size in sizes])
 
 
 def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None:
     """A floating-point tensor with strides, or, where `nested` ones will do, a jagged one of such rows."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
+    if is_lazy(tensor):
+        raise ValueError(f"{argument} is an {type(tensor).__name__}; expected a tensor with a shape")
     if tensor.dtype not in DTYPES:
         # As torch's kernels do; it is a RuntimeError.
         raise NotImplementedError(
@@ -137,7 +111,9 @@ def check_input(input: Any, normalized_shape: int | Sequence[int], *, nested: bo
             "expected dimensions after the ragged one"
         )
     if len(shape) > input.dim() or input.shape[-len(shape) :] != shape:
-        raise RuntimeError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
+        raise RuntimeError(
+            f"input has shape {shape_of(input)}; expected its last dimensions to be normalized_shape, {shape}"
+        )
     # Of rows without elements there are as many results as of no rows of one.
     return math.prod(shape) or 1
 
@@ -147,8 +123,14 @@ def check_rms_input(input: Any, normalized_shape: int | Sequence[int]) -> int:
     check_tensor(input, "input", nested=True)
     shape = normalized(normalized_shape)
     if input.dim() < len(shape):
-        raise ValueError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
+        raise ValueError(
+            f"input has shape {shape_of(input)}; expected its last dimensions to be normalized_shape, {shape}"
+        )
     return check_input(input, shape)
+
+
+def _wrong_shape(input: Tensor, shape: tuple[int, ...]) -> str:
+    return f"input has shape {shape_of(input)}; expected its last dimensions to be normalized_shape, {shape}"
 
 
 def check_device(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:

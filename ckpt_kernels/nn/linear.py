@@ -13,9 +13,10 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..arguments import flag, probability, size
 from ..functional.linear import level_name, norm_name
 from .by_parts import are_plain, discarding_outputs
-from .extras import extras, probability, recorded
+from .extras import extras, recorded
 from .row_norm import LayerNorm, RMSNorm
 
 
@@ -146,7 +147,7 @@ class ActLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
+        self.dropout = probability(dropout, "dropout")
         self.recompute = level_name(recompute)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..arguments import flag, probability, size
 from ..functional.linear import level_name
 from ..functional.mlps import tiles_for
 from ..ops.glu import layout_name
 from .by_parts import are_plain, discarding_outputs, dropped
-from .extras import extras, probability, recorded
+from .extras import extras, recorded
 
 
 class MLP(nn.Module):
@@ -66,7 +67,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(in_features, hidden_features, bias, **factory)
         self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features, bias, **factory)
         self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
+        self.dropout = probability(dropout, "dropout")
         self.recompute, self.tiles = level_name(recompute), tiles
         tiles_for(tiles, recompute)
 
@@ -158,7 +159,7 @@ class GatedMLP(nn.Module):
         out = in_features if out_features is None else out_features
         self.down_proj = nn.Linear(hidden_features, out, bias, **factory)
         self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
+        self.dropout = probability(dropout, "dropout")
         self.packed, self.layout = packed, layout_name(layout)
         self.recompute, self.tiles = level_name(recompute), tiles
         tiles_for(tiles, recompute)

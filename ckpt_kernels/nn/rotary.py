@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import functional as F
+from ..arguments import flag, number, size
 from ..functional.rotary import check_rotation
 from .extras import extras, recorded
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import is_count
 from ..convert.swap import NotSwapped
-from ..functional.checks import is_count
 from ..model_argument import check_model
 from .bench import Bench
 from .budget import Budget, DoesNotFit, bytes_of

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import is_count
 from ..convert import Report, convert, revert
 from ..convert.module_tree import modules_of, named_modules
 from ..convert.swap import original_of
-from ..functional.checks import is_count
 from ..levels import NONE, OF_LAYERS, Policy
 from ..runs import Place, is_sharded
 from . import report
