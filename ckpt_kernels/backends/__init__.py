@@ -69,10 +69,15 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     Returns:
         The reason in words, or None.
 
+    Raises:
+        ValueError: the name is unknown.
+
     Example:
         >>> ckpt_kernels.backends.why_not("reference", "cpu", torch.float32) is None
         True
     """
+    if name not in NAMES:
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(NAMES)}")
     try:
         module = backend_module(name)
     except ImportError as error:
