@@ -41,11 +41,10 @@ def whole(value: Any, argument: str) -> int:
 
     Integers of numpy and tensors of one integer are whole numbers as well.
     """
-    if isinstance(value, bool):
-        pass
-    elif isinstance(value, int | torch.SymInt):
-        return value
-    elif hasattr(value, "__index__"):
+    if isinstance(value, torch.SymInt):
+        symbolic: Any = value
+        return symbolic
+    if hasattr(value, "__index__") and not isinstance(value, bool):
         try:
             return operator.index(value)
         # Tensors and arrays of several elements, or of other dtypes.

@@ -14,6 +14,7 @@ from .checks import (
     autocast,
     check_channels,
     check_like,
+    check_tensor,
     memory_format,
     promoted,
     shape_of,
@@ -92,7 +93,8 @@ def batch_norm(
         move_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
         return output
     input, residual = promoted(input, residual)
-    if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
+    check_tensor(input, "input")
+    if input.dim() == 1 and input.numel() == 0:
         # torch's own takes it, too: nothing of no channels.
         if residual is not None:
             check_like(residual, "residual", input)
