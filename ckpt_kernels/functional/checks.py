@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .. import ops
 from ..arguments import flag, number, probability, whole
@@ -85,7 +85,7 @@ def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None
     """A floating-point tensor with strides, or, where `nested` ones will do, a jagged one of such rows."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
-    if is_lazy(tensor):
+    if isinstance(tensor, UninitializedTensorMixin):
         raise ValueError(f"{argument} is an {type(tensor).__name__}; expected a tensor with a shape")
     if tensor.dtype not in DTYPES:
         # As torch's kernels do; it is a RuntimeError.

@@ -74,6 +74,7 @@ class _RowNorm(Block):
     options = RowNormOptions
     results = ("output", "residual_out", "mean", "rstd")
     returned = differentiable_results = 2
+    terms = 2
     sharding = Sharding(
         _rows,
         (*(like_input,) * 3, _samples_of_input, _samples_of_input, last_of_input, last_of_input, seed),

@@ -91,7 +91,7 @@ def philox_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
             _low_32_bits(first),
         ]
         key = [_low_32_bits(key[0] + 0x9E3779B9), _low_32_bits(key[1] + 0xBB67AE85)]
-    return torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns]
+    return torch.stack(words, dim=-1).flatten(1)[:, :columns]
 
 
 def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
