@@ -32,8 +32,8 @@ def bias_act(
         that is dense, in any order of its dimensions. Gradients have them too. A dropout mask goes by the shape alone.
 
     Kept for backward:
-        The input; for relu and leaky_relu the output instead, which whatever reads the output keeps too; for the
-        identity nothing. No dropout mask: the backward kernel draws the mask again from its seed.
+        The bias, and the input; for relu and leaky_relu the output instead, which whatever reads the output keeps too;
+        for the identity the bias alone. No dropout mask: the backward kernel draws the mask again from its seed.
 
     Raises:
         RuntimeError: a tensor has another shape, dtype or device than said above.

@@ -27,7 +27,7 @@ class BiasAct(nn.Module):
         `(*, N)` to the same. Parameter: `bias`, `(N)`.
 
     Kept for backward:
-        The input; for relu and leaky_relu the output instead, for the identity nothing; no dropout mask.
+        The input; for relu and leaky_relu the output instead, for the identity neither; no dropout mask.
 
     Example:
         >>> block = ckpt_kernels.nn.BiasAct(64, activation="gelu", dropout=0.1)

@@ -47,7 +47,7 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         `(N, C)` or `(N, C, L)`, and the same of a residual; to the same. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+        The input and two numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
 
     Example:
         >>> norm = ckpt_kernels.nn.BatchNorm1d(4, activation="relu")
@@ -74,7 +74,7 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
         `(N, C, H, W)`, and the same of a residual; to the same. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+        The input and two numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
 
     Example:
         >>> norm = ckpt_kernels.nn.BatchNorm2d(4, activation="relu")
@@ -101,7 +101,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
         `(N, C, D, H, W)`, and the same of a residual; to the same. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+        The input and two numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
 
     Example:
         >>> norm = ckpt_kernels.nn.BatchNorm3d(4, activation="relu")
@@ -132,7 +132,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         `(N, C, *)`, and the same of a residual; to the same. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+        The input and two numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
 
     Example:
         >>> norm = ckpt_kernels.nn.SyncBatchNorm(4, activation="relu")
@@ -166,7 +166,7 @@ class GroupNorm(nn.GroupNorm):
         `(N, C, *)` to the same. Parameters, as torch's: `weight` and `bias`, `(C)`.
 
     Kept for backward:
-        The input, two numbers a group and three a channel, of each sample.
+        The input and, of each sample, two numbers a group.
 
     Example:
         >>> norm = ckpt_kernels.nn.GroupNorm(2, 4, activation="silu")
@@ -223,7 +223,7 @@ class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
         `(N, C, L)`, or `(C, L)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers for each channel of each sample.
+        The input (of one that is channels last a contiguous copy) and two numbers for each channel of each sample.
 
     Example:
         >>> norm = ckpt_kernels.nn.InstanceNorm1d(4, activation="relu")
@@ -249,7 +249,7 @@ class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
         `(N, C, H, W)`, or `(C, H, W)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers for each channel of each sample.
+        The input (of one that is channels last a contiguous copy) and two numbers for each channel of each sample.
 
     Example:
         >>> norm = ckpt_kernels.nn.InstanceNorm2d(4, activation="relu")
@@ -275,7 +275,7 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
         `(N, C, D, H, W)`, or `(C, D, H, W)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers for each channel of each sample.
+        The input (of one that is channels last a contiguous copy) and two numbers for each channel of each sample.
 
     Example:
         >>> norm = ckpt_kernels.nn.InstanceNorm3d(4, activation="relu")
