@@ -36,10 +36,16 @@ class Errors:
 def errors_of(
     what: str, prefix: str, truth: dict[str, Tensor], eager: dict[str, Tensor], ours: dict[str, Tensor]
 ) -> Errors:
-    """The errors of the outputs or of the gradients, whose names start with `prefix`."""
+    """The errors of the outputs or of the gradients, whose names start with `prefix`.
+
+    Raises:
+        ValueError: no element is finite, so there is nothing to compare.
+    """
     names = [name for name in truth if name.startswith(prefix) and name in eager and name in ours]
     # `_compared` has checked that the same elements are nan or infinite; they have no error.
     finite = {n: truth[n].isfinite() & eager[n].isfinite() & ours[n].isfinite() for n in names}
+    if not any(mask.any() for mask in finite.values()):
+        raise ValueError(f"the model's {what} are nowhere finite; expected a model and inputs that give numbers")
     truth, eager, ours = ({n: torch.where(finite[n], each[n], 0) for n in names} for each in (truth, eager, ours))
     total = float(sum(truth[name].norm() ** 2 for name in names)) ** 0.5 or 1.0
 

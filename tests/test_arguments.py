@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ckpt_kernels import backends, convert, functional, memory, nn, offload, recompute
 from ckpt_kernels.activations import Activation
+from ckpt_kernels.check import check
 
 # Tensors and arrays of several elements are no scalars of any kind, and their repr may be large.
 SEVERAL = (torch.tensor([0.5, 0.25]), numpy.array([0.5, 0.25]), torch.nn.UninitializedParameter())
@@ -151,6 +152,11 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "least": (lambda: offload.offload(MODEL, "*", least=True), TypeError, "least is True; expected a whole number"),
     "rotary_dim": (lambda: nn.Rotary(8, rotary_dim=10), ValueError, "rotary_dim 10; expected an even number"),
     "norm": (lambda: nn.Rotary(8, norm="none"), ValueError, "norm is 'none'; expected one of rms, layer"),
+    "nothing finite": (
+        lambda: check(MODEL, (INPUT * float("nan"),), turns=1),
+        ValueError,
+        "outputs are nowhere finite; expected a model and inputs that give numbers",
+    ),
     "biases": (
         lambda: functional.norm_linear(ROWS, 8, None, None, [ROWS], 3),
         TypeError,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .. import ops
 from ..arguments import flag, number, probability, whole
@@ -27,17 +27,27 @@ def check_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 
 def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
-    """The probability, and a seed drawn from torch's generator of the input's device, and left there."""
+    """The probability, and a seed drawn from torch's generator of the input's device, and left there.
+
+    As torch's own dropout, one of no elements draws no random number, and one of p = 1 none either.
+    """
     p = probability(dropout_p, "dropout_p")
     p = p if flag(training, "training") else 0.0
-    if not p:
-        return p, None
+    if not p or (_has_known_size() and not input.numel()):
+        return 0.0, None
     if ops.sharding.is_sharded((input,)):
         from ..ops import dtensor
 
         sharded: Any = input
         return p, dtensor.replicated_seed(sharded, *_SEEDS)
+    if p == 1:
+        return p, torch.zeros(1, dtype=torch.int64, device=input.device)
     return p, torch.randint(*_SEEDS, (1,), device=input.device)
+
+
+def _has_known_size() -> bool:
+    """Whether sizes are numbers here, and not what a compiler or torch.jit.trace follows."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
 
 
 def rms_eps(input: Tensor, eps: float | None) -> float:
@@ -85,7 +95,7 @@ def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None
     """A floating-point tensor with strides, or, where `nested` ones will do, a jagged one of such rows."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
-    if isinstance(tensor, UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
         raise ValueError(f"{argument} is an {type(tensor).__name__}; expected a tensor with a shape")
     if tensor.dtype not in DTYPES:
         # As torch's kernels do; it is a RuntimeError.
