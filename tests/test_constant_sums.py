@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ckpt_kernels import functional, use_backend
 
@@ -28,7 +29,7 @@ def test_a_sum_has_a_gradient_where_its_terms_have(wanted: tuple[bool, ...], bac
 
 
 def test_the_dispatcher_says_the_same() -> None:
-    x, weight = torch.randn(4, 8), torch.ones(8, requires_grad=True)
-    compiled = torch.compile(lambda x: functional.add_rms_norm(x, x, 8, weight), backend="aot_eager", fullgraph=True)
-    output, total = compiled(x)
+    with FakeTensorMode():
+        x, weight = torch.randn(4, 8), torch.ones(8, requires_grad=True)
+        output, total = functional.add_rms_norm(x, x, 8, weight)
     assert output.requires_grad and not total.requires_grad
