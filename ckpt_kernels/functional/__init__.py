@@ -9,8 +9,9 @@ their common dtype, as a sum or product of them would be.
 
 An `activation` is a name (see `ckpt_kernels.activations.NAMES`), or the torch module or function that means the
 same. Errors, before anything is computed: RuntimeError for tensors of wrong shape, dtype or device, which for integers,
-booleans and complex numbers is a NotImplementedError, as torch's is; ValueError for an unknown activation and for a
-probability outside [0, 1]; TypeError for what is not a tensor.
+booleans and complex numbers is a NotImplementedError, as torch's is; ValueError for an unknown activation, another
+unknown name, and a probability outside [0, 1]; TypeError for what is not a tensor, a number, or, as in torch's own
+functions, a bool where one is expected. The error names the argument, what came, and what was expected.
 
 Examples run after `import torch`, `import ckpt_kernels`, `from ckpt_kernels import functional as F` and
 `from ckpt_kernels.memory import saved_bytes`.

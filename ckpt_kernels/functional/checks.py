@@ -121,9 +121,7 @@ def check_input(input: Any, normalized_shape: int | Sequence[int], *, nested: bo
             "expected dimensions after the ragged one"
         )
     if len(shape) > input.dim() or input.shape[-len(shape) :] != shape:
-        raise RuntimeError(
-            f"input has shape {shape_of(input)}; expected its last dimensions to be normalized_shape, {shape}"
-        )
+        raise RuntimeError(_wrong_shape(input, shape))
     # Of rows without elements there are as many results as of no rows of one.
     return math.prod(shape) or 1
 
@@ -133,9 +131,7 @@ def check_rms_input(input: Any, normalized_shape: int | Sequence[int]) -> int:
     check_tensor(input, "input", nested=True)
     shape = normalized(normalized_shape)
     if input.dim() < len(shape):
-        raise ValueError(
-            f"input has shape {shape_of(input)}; expected its last dimensions to be normalized_shape, {shape}"
-        )
+        raise ValueError(_wrong_shape(input, shape))
     return check_input(input, shape)
 
 
