@@ -277,7 +277,7 @@ def test_a_name_that_fits_nothing_is_refused_and_the_cpu_is_told_of() -> None:
     for arguments, said in (((3, "0"), "model is int"), ((blocks(), 3), "layers is int")):
         with pytest.raises(TypeError, match=said):
             offload.offload(*arguments)
-    with pytest.raises(TypeError, match="least is -1"):
+    with pytest.raises(ValueError, match="least is -1"):
         offload.offload(blocks(), "0", least=-1)
     with pytest.warns(UserWarning, match="simulated and saves no memory"):
         offload.offload(blocks(), "0")
