@@ -41,10 +41,11 @@ def whole(value: Any, argument: str) -> int:
 
     Integers of numpy and tensors of one integer are whole numbers as well.
     """
-    if isinstance(value, torch.SymInt):
-        symbolic: Any = value
-        return symbolic
-    if hasattr(value, "__index__") and not isinstance(value, bool):
+    is_flag = isinstance(value, bool)
+    if isinstance(value, int | torch.SymInt) and not is_flag:
+        integer: Any = value
+        return integer
+    if hasattr(value, "__index__") and not is_flag:
         try:
             return operator.index(value)
         # Tensors and arrays of several elements, or of other dtypes.

@@ -173,6 +173,12 @@ def test_other_calls_name_a_wrong_argument(name: str) -> None:
     assert text in str(raised.value)
 
 
+def test_numbers_of_groups_may_be_symbols() -> None:
+    compiled = torch.compile(lambda groups: functional.group_norm(IMAGES, groups), backend="eager", fullgraph=True)
+    for groups in (2, 4, 1):
+        torch.testing.assert_close(compiled(groups), functional.group_norm(IMAGES, groups))
+
+
 def test_numbers_of_other_libraries_are_numbers() -> None:
     expected = functional.layer_norm(ROWS, 8, eps=0.25)
     for eps in (numpy.float32(0.25), torch.tensor(0.25), numpy.array(0.25)):

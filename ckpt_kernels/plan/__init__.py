@@ -109,7 +109,7 @@ def plan(
         raise ValueError(f"the model is on {device}, where steps are not measured; expected a CPU or a CUDA device")
     bytes_of(budget, 1, device)
     try:
-        with _without_gradients(model):
+        with torch.inference_mode(False), _without_gradients(model):
             bench = Bench(model, inputs, kwargs, loss, progress or _print_progress)
             measurements, reason = _measurements(bench, tiles)
             if measurements is None:
