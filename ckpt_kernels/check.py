@@ -119,8 +119,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
 
     Raises:
         TypeError: `model` is no module, or is compiled already.
-        ValueError: no output has a gradient, no output or no gradient has a finite element, the level is unknown, or
-            the model is on meta.
+        ValueError: no output has a gradient, the level is unknown, or the model is on meta.
 
     Example:
         >>> from ckpt_kernels.check import check

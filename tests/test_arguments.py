@@ -152,11 +152,7 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "least": (lambda: offload.offload(MODEL, "*", least=True), TypeError, "least is True; expected a whole number"),
     "rotary_dim": (lambda: nn.Rotary(8, rotary_dim=10), ValueError, "rotary_dim 10; expected an even number"),
     "norm": (lambda: nn.Rotary(8, norm="none"), ValueError, "norm is 'none'; expected one of rms, layer"),
-    "nothing finite": (
-        lambda: check(MODEL, (INPUT * float("nan"),), turns=1),
-        ValueError,
-        "outputs are nowhere finite; expected a model and inputs that give numbers",
-    ),
+    "checked": (lambda: check(3, (INPUT,)), TypeError, "model is int; expected a torch.nn.Module"),
     "biases": (
         lambda: functional.norm_linear(ROWS, 8, None, None, [ROWS], 3),
         TypeError,
