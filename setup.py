@@ -1,10 +1,12 @@
-"""Builds the compiled libraries: `_C` and `_thin` wherever a C++ compiler is, `_C_cuda` wherever nvcc is.
+"""Builds the compiled libraries: `_C` and `_thin` with a C++ compiler, `_C_cuda` with nvcc.
 
-CKPT_KERNELS_BUILD=none|cpu|cuda forces what is built ("cuda" is both); forced, a failure stops the build, left
-alone it is a warning, and the package works without that library. CKPT_KERNELS_VERSION_SUFFIX=+name gives what is
-built a local version. The compiler is GCC or clang, on Windows clang-cl, or what CXX names. `_C` and `_C_cuda` use
-torch's stable ABI and nothing of Python's C API, `_thin` the limited API of Python and nothing of torch's, so one build
-serves every Python >= 3.10 and every torch >= 2.11.
+- CKPT_KERNELS_BUILD=none|cpu|cuda selects the libraries ("cuda" means all), and a failure stops the build. If it is not
+  set, a failure is a warning, and the package works without the library.
+- CKPT_KERNELS_VERSION_SUFFIX=+name adds a local version to the version of the build.
+- CXX names the compiler. By default it is GCC or clang, and on Windows clang-cl.
+
+`_C` and `_C_cuda` use torch's stable ABI and not Python's C API. `_thin` uses Python's limited API and not torch. So
+one build works with every Python >= 3.10 and every torch >= 2.11.
 """
 
 import os
@@ -22,16 +24,16 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 WINDOWS = sys.platform == "win32"
 DEFINES = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA"]
-# Rounding and NaN stay as written; what is given up is errno, floating-point traps and the sign of zero.
+# The flags keep rounding and NaN as written. They give up errno, floating-point traps and the sign of zero.
 MATH = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
-# By this variable whoever packages asks for the same bytes each time.
+# Packagers set this variable to request reproducible builds.
 REPRODUCIBLE = "SOURCE_DATE_EPOCH" in os.environ
-# Error messages name their source file; wherever that lay when it was compiled, the library is the same.
+# Error messages contain the path of their source file. The map makes the library independent of the build's folder.
 PATH_MAP = f"-ffile-prefix-map={pathlib.Path(__file__).resolve().parent}=."
-# The table of local symbols holds names of nvcc's temporary files. A library of Windows has no such table.
+# The table of local symbols contains names of nvcc's temporary files. Windows libraries have no such table.
 STRIP = {"darwin": ["-Wl,-x"], "win32": []}.get(sys.platform, ["-Wl,-s"])
-# For tests: a CPU library that stops at the first bad access or undefined operation. With -O3 the vector code takes the
-# compiler too long.
+# For tests: a CPU library that stops at the first invalid access or undefined operation. With -O3 the vector code would
+# compile for too long.
 SANITIZE = (
     ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
     if os.environ.get("CKPT_KERNELS_SANITIZE") == "1"
@@ -40,7 +42,7 @@ SANITIZE = (
 
 
 def wanted() -> str:
-    """What CKPT_KERNELS_BUILD asks for: none, cpu, cuda, or auto where it is not set."""
+    """The value of CKPT_KERNELS_BUILD: none, cpu or cuda; auto if the variable is not set."""
     value = os.environ.get("CKPT_KERNELS_BUILD", "") or "auto"
     if value not in ("auto", "none", "cpu", "cuda"):
         sys.exit(f"CKPT_KERNELS_BUILD is {value!r}; expected none, cpu or cuda")
@@ -48,13 +50,13 @@ def wanted() -> str:
 
 
 def version() -> str:
-    """That of `ckpt_kernels/version.py`, and CKPT_KERNELS_VERSION_SUFFIX ("+cu130") after it."""
+    """The version in `ckpt_kernels/version.py`, followed by CKPT_KERNELS_VERSION_SUFFIX (such as "+cu130")."""
     text = pathlib.Path("ckpt_kernels", "version.py").read_text()
     return re.search(r'__version__ = "(.*)"', text).group(1) + os.environ.get("CKPT_KERNELS_VERSION_SUFFIX", "")
 
 
 class BuildPython(build_py):
-    """What is built says the version it was built as; the source, and an editable install of it, says its own."""
+    """Writes the version with its suffix into the built package, but not into the source or an editable install."""
 
     def run(self) -> None:
         super().run()
@@ -64,19 +66,19 @@ class BuildPython(build_py):
 
 
 def compiler() -> str | None:
-    """What CXX names, or the usual one. On Windows that is clang-cl: Microsoft's own does not know vectors as types."""
+    """The compiler that CXX names, or the default one: on Windows clang-cl, because MSVC has no vector types."""
     usual, otherwise = ("clang-cl", "clang-cl") if WINDOWS else ("c++", "g++")
     return shutil.which(os.environ.get("CXX", "").split(" ")[0] or usual) or shutil.which(otherwise)
 
 
 def is_gcc() -> bool:
-    """Whether the compiler is GCC, and not one that takes its options (clang also goes by the name of c++)."""
+    """Whether the compiler is GCC, and not clang, which may be installed as c++ too."""
     printed = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
     return "Free Software Foundation" in printed
 
 
 def cxx_flags() -> list[str]:
-    """What C++ sources are compiled with."""
+    """The compiler's flags for C++ sources."""
     flags = [
         *(SANITIZE or ["-O3", "-g0"]),
         "-fvisibility=hidden",
@@ -88,14 +90,14 @@ def cxx_flags() -> list[str]:
         *MATH,
     ]
     if is_gcc():
-        # GCC 12 warns of its own intrinsics headers.
+        # GCC 12 warns about code in its own intrinsics headers.
         flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    # torch looks for the standard in the words of the system's own compiler, and would add another.
+    # torch looks for the flag of the C++ standard in the spelling of the system's compiler, and would else add another.
     return ["/std:c++17", *(f"/clang:{flag}" for flag in flags)] if WINDOWS else ["-std=c++17", *flags]
 
 
 def compiler_runtime() -> dict[str, list[str]]:
-    """The library that has what clang asks the processor by, where the linker, Microsoft's, does not look for it."""
+    """On Windows, the library with clang's functions for processor features, which Microsoft's linker does not find."""
     if not WINDOWS:
         return {}
     printed = subprocess.run([compiler(), "-print-resource-dir"], capture_output=True, text=True, check=True).stdout
@@ -104,10 +106,10 @@ def compiler_runtime() -> dict[str, list[str]]:
 
 
 def cpp_extension():
-    """torch's part of the build; the process ends with what to install where torch is not there, or is broken."""
+    """The build support of torch. Without a working torch, exits with the packages to install."""
     try:
         from torch.utils import cpp_extension
-    except Exception as error:  # OSError, say, of a library that is not there
+    except Exception as error:  # for example OSError for a missing shared library
         missing = isinstance(error, ModuleNotFoundError)
         sys.exit(
             "ckpt_kernels is compiled against torch, which cannot be imported here "
@@ -120,7 +122,7 @@ def cpp_extension():
 
 
 def cuda_home() -> pathlib.Path | None:
-    """The toolkit that nvcc belongs to, wherever nvcc itself, or a wrapper of it, lies."""
+    """The CUDA toolkit that nvcc belongs to. The nvcc on PATH may be a wrapper outside the toolkit."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(variable)
         if home and (pathlib.Path(home) / "bin" / "nvcc").exists():
@@ -155,7 +157,7 @@ def extensions(build: str) -> list:
         )
 
     if WINDOWS:
-        os.environ.setdefault("CXX", "clang-cl")  # read by torch's part of the build
+        os.environ.setdefault("CXX", "clang-cl")  # read by torch's build support
     flags = {"cxx": cxx_flags()}
     found = [
         extension("_C", "cpu", "cpp", flags, export_symbols=["ckpt_kernels_find_call"], **compiler_runtime()),
@@ -171,7 +173,7 @@ def extensions(build: str) -> list:
         nvcc = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden", *DEFINES]
         nvcc += [f"-Xcompiler={PATH_MAP}"]
         if REPRODUCIBLE:
-            # Names of what is internal to a file are drawn at random; the same ones each time, from nvcc 12.3.
+            # nvcc draws names for symbols that are internal to a file. From nvcc 12.3 on, a seed fixes these names.
             nvcc += ["-frandom-seed=ckpt_kernels"]
         found.append(
             extension(
@@ -182,8 +184,8 @@ def extensions(build: str) -> list:
                 include_dirs=[str(home / "include")],
                 library_dirs=[str(libraries)],
                 libraries=["cudart_static", "dl", "rt", "pthread"],
-                # The symbols of libtorch_cuda.so, which a CPU-only torch does not have, are found through libtorch.so,
-                # which the linker takes for one that is not needed.
+                # A CPU-only torch has no libtorch_cuda.so, so its symbols are found through libtorch.so, which the
+                # linker would drop as not needed.
                 link=["-Wl,--no-as-needed", "-ltorch"],
             )
         )
@@ -196,19 +198,22 @@ def build_command(build: str) -> type:
             self.failed = []
             try:
                 super().build_extensions()
-            except Exception as error:  # of the compiler itself, before anything is compiled
+            except Exception as error:  # torch's check of the compiler failed before any source was compiled
                 self._give_up(list(self.extensions), error)
             self.extensions = [extension for extension in self.extensions if extension not in self.failed]
 
         def build_extension(self, extension) -> None:
-            self._forget_outdated_cuda_objects(extension)
+            self._remove_outdated_cuda_objects(extension)
             try:
                 super().build_extension(extension)
             except Exception as error:
                 self._give_up([extension], error)
 
-        def _forget_outdated_cuda_objects(self, extension) -> None:
-            """ninja sees the headers of C++ sources, but under a CPU-only torch not those of CUDA sources."""
+        def _remove_outdated_cuda_objects(self, extension) -> None:
+            """Remove objects of CUDA sources that are older than a header.
+
+            With a CPU-only torch, ninja tracks the headers of C++ sources but not those of CUDA sources.
+            """
             headers = [path for path in map(pathlib.Path, extension.depends) if path.suffix in (".h", ".cuh")]
             changed = max(path.stat().st_mtime for path in headers)
             for source in extension.sources:

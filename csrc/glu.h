@@ -1,5 +1,5 @@
-// What one glu block computes, as plain pointers: output = activation(min(gate, limit)) * (clamp(value, -limit, limit)
-// + offset). No limit is an infinite one.
+// The operands of a glu block as plain pointers: output = activation(min(gate, limit)) * (clamp(value, -limit, limit) +
+// offset). Without a limit, `limit` is infinite.
 #pragma once
 
 #include <math.h>

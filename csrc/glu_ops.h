@@ -22,7 +22,7 @@ struct GluOps {
 
   static void set_operands(Glu& a, const Operands& operands, const Tensor& gate, const Tensor& value,
                            int64_t activation, double limit, double offset) {
-    // What has another shape is in one piece, and one row.
+    // Tensors of other dimensions are dense, and are processed as one row.
     a.rows = gate.dim() == 2 ? gate.size(0) : 1;
     a.columns = gate.dim() == 2 ? gate.size(1) : gate.numel();
     a.step = gate.dim() == 2 && a.columns > 1 ? gate.stride(1) : 1;

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Whether clang takes the C++ sources for other systems than this one: a table of targets and sources; fails where one
-# fails, or warns. No code is made. Arguments: targets, instead of the usual ones. Needs on PATH: python with torch and
-# ziglang, which is a clang with the headers of each system. Windows is that of MinGW: Microsoft's headers are not in it.
+# Checks that clang accepts the C++ sources for other systems, and prints a table of targets and sources. Fails on any
+# error or warning. Generates no code. Arguments: targets, instead of the default ones. Needs on PATH: python with torch
+# and ziglang, a clang with the headers of each system. For Windows these are MinGW's headers, not Microsoft's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 (($#)) || set -- x86_64-linux-gnu aarch64-linux-gnu aarch64-macos x86_64-windows-gnu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 read -r torch python < <(python -c "import sysconfig, torch; print(torch.__path__[0], sysconfig.get_path('include'))")
-# Python's headers take the pyconfig.h beside them, so that for Windows all of them lie beside another.
+# Python's headers include the pyconfig.h in their folder, so for Windows they are copied beside another pyconfig.h.
 cp -r "$python" "$work/windows"
 cp packaging/windows/pyconfig.h "$work/windows/"
 flags=(-std=c++17 -DTORCH_TARGET_VERSION=0x020b000000000000 -DUSE_CUDA -isystem "$torch/include"
     -isystem "$torch/include/torch/csrc/api/include")
-# ziglang's own command knows the headers, but waits for an object file; the clang below it knows neither the headers nor
-# how old a macOS is meant, and takes one that lacks the usual deallocation.
+# `ziglang c++` knows the headers but must write an object file, so it only preprocesses. `ziglang clang` checks the
+# syntax. By default its macOS is so old that it lacks sized deallocation.
 check() {
     python -m ziglang c++ -target "$1" "${flags[@]}" -isystem "$2" -E -o "$work/all.ii" "$3" &&
         python -m ziglang clang -target "$1" -std=c++17 -Wall -Wno-unknown-pragmas -Werror \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs the wheel of dist/ into a fresh environment and tries it there: the import, doctor, the contract tests in short.
-# Arguments: a python, and the torch to install beside the wheel ("torch==2.11.0"). Needs no compiler.
+# Installs the wheel in dist/ into a fresh environment, and runs `doctor` and some contract tests there.
+# Arguments: a python, and the torch to install ("torch==2.11.0"). Needs no compiler.
 set -euo pipefail
 python=${1:?a python}
 torch=${2:?a torch, such as torch==2.11.0}
@@ -11,7 +11,7 @@ trap 'rm -rf "$there"' EXIT
 "$python" -m venv "$there/venv"
 "$there/venv/bin/pip" install -q "$torch" pytest hypothesis numpy
 "$there/venv/bin/pip" install -q --no-deps "$wheel"
-# Away from the checkout, so that what is imported is what was installed.
+# Outside the checkout, so that the installed package is imported.
 cp -r tests "$there/tests"
 cd "$there"
 export PATH="$there/venv/bin:/usr/bin:/bin"

@@ -1,8 +1,8 @@
-"""The checks of a release, as a table: `make release-check`, or `python packaging/release_check.py NAME ...` for some.
+"""Checks a release and prints a table: `make release-check`, or `python packaging/release_check.py NAME ...`.
 
-They read the checkout and what `make wheel` left in dist/, an sdist and a wheel. Each check is a function of this file
-that returns what it found, and raises `Failed` with what is wrong. The last, `installed`, makes a fresh environment and
-downloads torch into it: $TORCH, by $PYTHON.
+The checks read the checkout, and the sdist and the wheel that `make wheel` left in dist/. Each check is a function that
+returns a summary, or raises `Failed` with the reason. The last one, `installed`, creates a fresh environment of $PYTHON
+and downloads $TORCH into it.
 """
 
 import contextlib
@@ -20,27 +20,27 @@ import zipfile
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# All that the files of a release may point to.
+# The hosts to which files of a release may link.
 HOSTS = {"www.apache.org", "dmlc.github.io", "matplotlib.org"}
-# Where every Linux has the same: none of these tells of the machine.
+# Folders that are the same on every Linux, so their paths reveal nothing about the machine of the build.
 EVERYWHERE = ("/bin/", "/dev/", "/lib/", "/lib64/", "/proc/", "/sys/", "/usr/bin/")
 LIBRARIES = {"none": set(), "cpu": {"_C", "_thin"}, "cuda": {"_C", "_thin", "_C_cuda"}}
 
 
 class Failed(Exception):
-    """What is wrong with a release."""
+    """A check found a fault in the release."""
 
 
-def said(*command: str, where: pathlib.Path = ROOT, **variables: str) -> str:
-    """What a command prints; `Failed`, with the end of that, where the command fails."""
-    done = subprocess.run(command, cwd=where, env=os.environ | variables, capture_output=True, text=True)
-    if done.returncode:
-        raise Failed("\n".join([" ".join(command), *(done.stdout + done.stderr).strip().splitlines()[-8:]]))
-    return done.stdout.strip()
+def output_of(*command: str, where: pathlib.Path = ROOT, **variables: str) -> str:
+    """The output of a command. If the command fails, raises `Failed` with the end of the output."""
+    completed = subprocess.run(command, cwd=where, env=os.environ | variables, capture_output=True, text=True)
+    if completed.returncode:
+        raise Failed("\n".join([" ".join(command), *(completed.stdout + completed.stderr).strip().splitlines()[-8:]]))
+    return completed.stdout.strip()
 
 
 def found(pattern: str, path: str) -> str:
-    """The one group of a pattern in a file of the checkout."""
+    """The text of the one group of a pattern in a file of the checkout."""
     match = re.search(pattern, (ROOT / path).read_text())
     if match is None:
         raise Failed(f"{path} has nothing of the form {pattern}")
@@ -48,7 +48,7 @@ def found(pattern: str, path: str) -> str:
 
 
 def built(pattern: str) -> pathlib.Path:
-    """The one file of that form in dist/."""
+    """The one file in dist/ that matches the pattern."""
     files = sorted((ROOT / "dist").glob(pattern))
     if len(files) != 1:
         raise Failed(f"expected one {pattern} in dist/, found {[path.name for path in files]}: make wheel")
@@ -56,7 +56,7 @@ def built(pattern: str) -> pathlib.Path:
 
 
 def contents(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-    """The files of an sdist, without the folder that all are in, or of a wheel."""
+    """The files of a wheel, or of an sdist with paths relative to its top folder."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             yield from ((name, wheel.read(name)) for name in wheel.namelist())
@@ -68,39 +68,41 @@ def contents(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
 
 
 def metadata(path: pathlib.Path) -> email.message.Message:
-    """What an sdist or a wheel says of itself."""
+    """The metadata of an sdist or a wheel."""
     name, text = next((n, d) for n, d in contents(path) if re.fullmatch(r"PKG-INFO|[^/]+\.dist-info/METADATA", n))
     return email.message_from_bytes(text)
 
 
 def version() -> str:
-    """One version in the package, the changelog, the conda recipe, the tag, and what was built."""
+    """The package, the changelog, the conda recipe, the tag, the sdist and the wheel have the same version."""
     name = found(r'__version__ = "(.*)"', "ckpt_kernels/version.py")
     heading = found(r"(?m)^## (.*)$", "CHANGELOG.md")
-    saying = {
+    versions = {
         "CHANGELOG.md": heading.split()[0],
         "packaging/conda/recipe.yaml": found(r'version: "(.*)"', "packaging/conda/recipe.yaml"),
         **{path.name: metadata(path)["Version"] for path in (built("*.tar.gz"), built("*.whl"))},
     }
     tags = [tag for tag in git("tag", "--points-at", "HEAD") if tag.startswith("v")]
-    saying |= {f"the tag {tag}": tag.removeprefix("v") for tag in tags}
-    other = {where: what for where, what in saying.items() if what.partition("+")[0] != name}
-    if other:
-        raise Failed(f"ckpt_kernels/version.py has {name}, but {other}")
+    versions |= {f"the tag {tag}": tag.removeprefix("v") for tag in tags}
+    different = {
+        where: found_version for where, found_version in versions.items() if found_version.partition("+")[0] != name
+    }
+    if different:
+        raise Failed(f"ckpt_kernels/version.py has {name}, but {different}")
     if tags and "unreleased" in heading:
         raise Failed(f"CHANGELOG.md calls {name} unreleased, and the commit is tagged")
-    return f"{name}, in {len(saying) + 1} places" + (", unreleased" if "unreleased" in heading else "")
+    return f"{name}, in {len(versions) + 1} places" + (", unreleased" if "unreleased" in heading else "")
 
 
 def git(*command: str) -> list[str]:
-    """The lines of what git says; none outside a checkout."""
+    """The lines of git's output; none outside a checkout."""
     with contextlib.suppress(Failed, FileNotFoundError):
-        return said("git", *command).splitlines()
+        return output_of("git", *command).splitlines()
     return []
 
 
 def sdist() -> str:
-    """The sdist has what the checkout has of the sources, the tests and the means to build, and nothing built."""
+    """The sdist contains the sources, the tests and the build files of the checkout, and no built files."""
     names = {name for name, _ in contents(built("*.tar.gz"))}
     folders = ("ckpt_kernels/", "csrc/", "tests/", "tools/", "examples/", "packaging/")
     needed = {name for name in git("ls-files") if name.startswith(folders) or name.endswith((".toml", "setup.py"))}
@@ -112,7 +114,7 @@ def sdist() -> str:
 
 
 def sdist_tests() -> str:
-    """Tests run where the sdist is unpacked, on the libraries of the wheel."""
+    """Tests pass in the unpacked sdist with the libraries of the wheel."""
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(built("*.tar.gz")) as archive:
             archive.extractall(folder, filter="data")
@@ -121,28 +123,27 @@ def sdist_tests() -> str:
             if name.endswith((".so", ".pyd")):
                 (there / name).write_bytes(data)
         tests = ("tests/test_activations.py", "tests/test_setup.py", "tests/test_documentation.py")
-        return said(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, where=there).splitlines()[
-            -1
-        ]
+        command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+        return output_of(*command, where=there).splitlines()[-1]
 
 
 def wheel() -> str:
-    """The wheel has the package with the libraries that were asked for, and nothing else."""
+    """The wheel contains the package with the requested libraries, and nothing else."""
     path = built("*.whl")
     names = [name for name, _ in contents(path)]
-    if strange := [name for name in names if not re.match(r"ckpt_kernels(/|-[^/]+\.dist-info/)", name)]:
-        raise Failed(f"not of the package: {strange[:8]}")
+    if unexpected := [name for name in names if not re.match(r"ckpt_kernels(/|-[^/]+\.dist-info/)", name)]:
+        raise Failed(f"not of the package: {unexpected[:8]}")
     libraries = {pathlib.Path(name).name.partition(".")[0] for name in names if name.endswith((".so", ".pyd"))}
-    asked = os.environ.get("CKPT_KERNELS_BUILD") or ("cuda" if shutil.which("nvcc") else "cpu")
-    if libraries != LIBRARIES[asked]:
-        raise Failed(f"has the libraries {sorted(libraries)}; expected {sorted(LIBRARIES[asked])}")
+    requested = os.environ.get("CKPT_KERNELS_BUILD") or ("cuda" if shutil.which("nvcc") else "cpu")
+    if libraries != LIBRARIES[requested]:
+        raise Failed(f"has the libraries {sorted(libraries)}; expected {sorted(LIBRARIES[requested])}")
     if libraries and "-cp310-abi3-" not in path.name:
         raise Failed(f"{path.name} is not for every Python from 3.10")
     return f"{', '.join(sorted(libraries)) or 'no library'}, {path.stat().st_size / 1e6:.1f} MB"
 
 
 def places() -> str:
-    """No path that is there on this machine, and no host but those that are meant, in any file of sdist and wheel."""
+    """No file of sdist and wheel contains a path that exists on this machine, or a host other than `HOSTS`."""
     wrong, count = set(), 0
     for archive in (built("*.tar.gz"), built("*.whl")):
         for name, data in contents(archive):
@@ -157,7 +158,7 @@ def places() -> str:
 
 
 def readme() -> str:
-    """README renders as an index shows it."""
+    """README renders as on a package index."""
     from readme_renderer import markdown
 
     text = metadata(built("*.whl"))
@@ -172,14 +173,14 @@ def readme() -> str:
 def installed() -> str:
     """The wheel works in a fresh environment."""
     python, torch = os.environ.get("PYTHON", sys.executable), os.environ["TORCH"]
-    return said("bash", "packaging/check_wheel.sh", python, torch).splitlines()[-1]
+    return output_of("bash", "packaging/check_wheel.sh", python, torch).splitlines()[-1]
 
 
 CHECKS = (version, sdist, wheel, places, readme, sdist_tests, installed)
 
 
 def main(names: list[str]) -> int:
-    """Runs the checks named, or all, and prints a line for each; 1 where one fails."""
+    """Run the named checks, or all, and print the result of each. Returns 1 if a check failed, else 0."""
     failed = False
     for check in CHECKS:
         if names and check.__name__ not in names:

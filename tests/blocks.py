@@ -1,4 +1,4 @@
-"""How tests walk the catalogue: a test of each block or pair, and outputs and gradients by name."""
+"""Decorators that run a test for each block or pair of the catalogue, and outputs and gradients of a block by name."""
 
 from collections.abc import Callable, Sequence
 

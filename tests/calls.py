@@ -1,7 +1,7 @@
-"""Calls of the public functions drawn at random: operands of any shape, layout and dtype, and now and then nonsense.
+"""Random calls of the public functions: operands of any shape, layout and dtype, sometimes with one invalid argument.
 
-Each parameter is drawn by its name, so that a function is covered as soon as it is public; a parameter that no entry
-here knows fails the test.
+Each parameter is drawn by name, so that a function is covered as soon as it is public. A parameter without an entry
+here fails the test.
 """
 
 import inspect
@@ -26,7 +26,7 @@ LAYOUTS = ("plain", "transposed", "sliced", "strided", "odd offset", "expanded")
 
 @dataclass(frozen=True)
 class Call:
-    """A public function and what it is called with, by name. `nonsense` names the argument that is wrong."""
+    """A public function and its arguments by name. `nonsense` is the name of the invalid argument."""
 
     function: str
     arguments: dict[str, Any]
@@ -44,7 +44,7 @@ class Call:
         return found
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Call":
-        """The same with each tensor changed."""
+        """The same call with `change` applied to each tensor."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -60,7 +60,7 @@ class Call:
 
 @dataclass
 class _Shapes:
-    """What the operands of one call have in common."""
+    """The sizes and the dtype that the operands of one call share."""
 
     draw: Draw
     dtype: torch.dtype
@@ -72,7 +72,7 @@ class _Shapes:
     drawn: int = field(default=0)
 
     def tensor(self, *shape: int, layout: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Random values of that shape, laid out in some way, wanting a gradient or not."""
+        """A tensor of random values, in a random memory layout, that may or may not require a gradient."""
         self.drawn += 1
         generator = torch.Generator().manual_seed(self.seed + self.drawn)
         layout = layout or self.draw(st.sampled_from(LAYOUTS))
@@ -85,7 +85,7 @@ class _Shapes:
         return value.requires_grad_(self.draw(st.booleans()))
 
     def vector(self, length: int) -> Tensor:
-        """A coefficient, of the input's dtype or another."""
+        """A vector of coefficients, of the input's dtype or float32."""
         return self.tensor(length, dtype=self.draw(st.sampled_from((self.dtype, torch.float32))))
 
     def maybe(self, length: int) -> Tensor | None:
@@ -96,7 +96,7 @@ class _Shapes:
         return 2 * min(self.hidden, self.columns // 2)
 
     def table(self) -> Tensor:
-        """Of angles: one entry for a pair or two, for some of the last leading dimensions."""
+        """A table of cosines or sines: one or two entries a rotated pair, for some of the last leading dimensions."""
         lead = self.lead[self.seed % (len(self.lead) + 1) :]
         sizes = [self.draw(st.sampled_from((size, 1))) for size in lead]
         entries = self.rotary_dim if self.seed // 8 % 2 else self.rotary_dim // 2
@@ -104,7 +104,7 @@ class _Shapes:
 
 
 def laid_out(value: Tensor, layout: str) -> Tensor:
-    """The same values (of one of them, where expanded), in other strides or at another offset."""
+    """The same values with other strides or at another offset; "expanded" repeats one of the values."""
     if layout == "transposed" and value.dim() > 1:
         return value.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "sliced" and value.dim():
@@ -118,7 +118,7 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     return value
 
 
-# By parameter: how a value that makes sense is drawn.
+# How a valid value is drawn, by parameter.
 _OPTIONS: dict[str, Callable[[_Shapes], Any]] = {
     "eps": lambda s: s.draw(st.sampled_from((1e-5, 1e-6, 1e-3))),
     "activation": lambda s: s.draw(st.sampled_from(NAMES)),
@@ -170,7 +170,7 @@ _ROTARY: dict[str, Callable[[_Shapes], Any]] = {
     "rotary_start": lambda s: s.draw(st.sampled_from((0, (s.columns - s.rotary_dim) // 2, s.columns - s.rotary_dim))),
     "norm": lambda s: s.draw(st.sampled_from((None, "rms", "layer"))),
 }
-_OF: dict[str, dict[str, Callable[[_Shapes], Any]]] = {
+_BY_FUNCTION: dict[str, dict[str, Callable[[_Shapes], Any]]] = {
     **dict.fromkeys(CHANNELS, _IMAGES),
     "bias_act": {**_ROWS, "bias": lambda s: s.maybe(s.columns)},
     "dyt": {**_ROWS, "alpha": lambda s: s.vector(1)},
@@ -184,7 +184,7 @@ _OF: dict[str, dict[str, Callable[[_Shapes], Any]]] = {
 
 
 def _nonsense(draw: Draw, value: Any) -> Any:
-    """Something else than `value`, a tensor where it is one more often than not."""
+    """An invalid replacement for `value`; for a tensor usually another tensor."""
     plain: list[Any] = [None, "x", -1, 0, 3.7, float("nan"), float("inf"), 2**40, [], (), object(), True, torch.float32]
     if not isinstance(value, Tensor) or draw(st.integers(0, 3)) == 0:
         return draw(st.sampled_from(plain))
@@ -208,7 +208,7 @@ def _nonsense(draw: Draw, value: Any) -> Any:
 
 
 def _parameters(function: Callable) -> tuple[str, ...]:
-    """Of `rotary_qk`, which hands on what it does not name, those of `rotary` too."""
+    """The names of the parameters. `rotary_qk` passes options to `rotary`, whose parameters are included."""
     parameters = inspect.signature(function).parameters
     if "options" not in parameters:
         return tuple(parameters)
@@ -216,13 +216,13 @@ def _parameters(function: Callable) -> tuple[str, ...]:
     return *(p for p in parameters if p != "options"), *(p.name for p in others if p.kind is p.KEYWORD_ONLY)
 
 
-# Of blocks: a loss also takes the numbers of classes.
+# The functions of blocks. A loss also takes class indices.
 _BLOCKS = tuple(name for name in functional.__all__ if name != "linear_cross_entropy")
 
 
 @st.composite
 def calls(draw: Draw, functions: tuple[str, ...] = _BLOCKS) -> Call:
-    """A call of one of the functions, one in three with one argument that is nonsense."""
+    """A call of one of the functions; one call in three has an invalid argument."""
     function = draw(st.sampled_from(functions))
     channels = function in CHANNELS
     sizes = st.integers(1, 9) | st.just(0)
@@ -236,10 +236,10 @@ def calls(draw: Draw, functions: tuple[str, ...] = _BLOCKS) -> Call:
         draw(st.integers(1, 9)),
         draw(st.integers(0, 2**20)),
     )
-    known = _OPTIONS | _OF.get(function, _ROWS)
+    drawers = _OPTIONS | _BY_FUNCTION.get(function, _ROWS)
     parameters = _parameters(getattr(functional, function))
-    # In tiles a call computes the same, or is an error by its level.
-    arguments = {name: known[name](shapes) for name in parameters if name != "tiles"}
+    # `tiles` changes no result, and is an error at some recompute levels.
+    arguments = {name: drawers[name](shapes) for name in parameters if name != "tiles"}
     if arguments.get("norm") == "layer_norm":
         arguments |= {"weight_offset": 0.0, "cast_before_weight": False}
     elif "norm_bias" in arguments:

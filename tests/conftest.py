@@ -1,9 +1,12 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter, which must be asked for before it is imported."""
+"""Fixtures and parameters that the tests share: backends, dtypes, and which of their pairs run on this machine.
+
+Without a GPU, Triton kernels run in Triton's interpreter. Triton reads the variable that selects it on import.
+"""
 
 import os
 
-# Must be asked for before torch is imported: threads that wait for work sleep. By default they spin, and take the cores
-# of the other processes of tests.
+# OpenMP reads this when torch is imported. Idle threads sleep; by default they spin, and take the cores from the other
+# test processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -26,13 +29,13 @@ from .host import cuda_on_host
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("default")
 
-# MKL picks the kernel of each of its vector functions at that function's first call; if two of torch's threads make it
-# at once, one of them may compute its share with a kernel of low accuracy (torch issue 188792). One element, one thread
+# MKL picks the kernel of a vector function at the function's first call. If two threads make the first call at once,
+# one of them may use a kernel of low accuracy (torch issue 188792). A call with one element runs on one thread.
 for function in (torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt, torch.tanh, torch.erf, torch.erfc):
-    for one in (torch.ones(1), torch.ones(1, dtype=torch.float64)):
-        function(one)
+    for argument in (torch.ones(1), torch.ones(1, dtype=torch.float64)):
+        function(argument)
 
-# Of convolutions too two runs are to give the same bits.
+# Tests compare two runs of a convolution bit for bit.
 torch.backends.cudnn.deterministic = True
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +45,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @contextlib.contextmanager
 def serving(backend: str) -> Iterator[None]:
-    """Every call in this block is served by `backend`, the tests' own `cuda_on_host` included."""
+    """Context in which `backend` serves every call; also accepts the tests' own `cuda_on_host`."""
     if backend != "cuda_on_host":
         with use_backend(backend):
             yield
@@ -50,7 +53,7 @@ def serving(backend: str) -> Iterator[None]:
     select = backends.select
     backends.select = lambda tensor: cuda_on_host
     try:
-        # Whoever calls the native backend without asking `select` does not do so then.
+        # Some code calls the native backend without `select`; with this backend selected the code does not.
         with use_backend("reference"):
             yield
     finally:
@@ -58,29 +61,29 @@ def serving(backend: str) -> Iterator[None]:
 
 
 def where(condition: Callable[..., bool]) -> pytest.MarkDecorator:
-    """Of all combinations of a test's parameters, those for which `condition`, which names some of them, holds."""
+    """Restricts a test to the combinations of parameters for which `condition`, a function of some of them, holds."""
     return pytest.mark.where.with_args(condition)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """No tests but those `where` they are wanted and served; the longest first, so that no process is left alone with
-    them."""
-    items[:] = filter(_is_wanted, items)
+    """Deselects combinations that `where` excludes or that no backend serves. Long tests run first, so that no process
+    is left alone with one at the end."""
+    items[:] = filter(_is_selected, items)
     items.sort(key=lambda item: not item.path.name.startswith(("test_triton_compile", "test_programs")))
 
 
 def pytest_collection_finish() -> None:
-    """What there is by now, torch and Triton, the collector need not walk again in every test that asks for it."""
+    """Excludes the objects of torch and Triton from garbage collections, so that `gc.collect` in a test is fast."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """At the end all may go."""
+    """Returns the frozen objects to the garbage collector."""
     gc.unfreeze()
 
 
-def _is_wanted(item: pytest.Item) -> bool:
+def _is_selected(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     conditions = [mark.args[0] for mark in item.iter_markers("where")]
     if "served" in item.fixturenames:
@@ -92,17 +95,17 @@ def _is_wanted(item: pytest.Item) -> bool:
 
 
 def emulated(backend: str) -> bool:
-    """Whether a GPU's kernels run on the CPU, interpreted or built for the host, a thousand times slower."""
+    """Whether GPU kernels run on the CPU, interpreted or compiled for the host, a thousand times slower."""
     return backend in ("triton", "cuda_on_host") and DEVICE == "cpu"
 
 
 def interprets(backend: str) -> bool:
-    """Whether kernels run in Triton's interpreter, the slower of the two."""
+    """Whether kernels run in Triton's interpreter, the slower of the two emulations."""
     return backend == "triton" and emulated(backend)
 
 
 def unserved(backend: str, dtype: torch.dtype, device: str = DEVICE) -> str | None:
-    """Why a backend cannot serve such tensors on this machine; None if it can."""
+    """The reason why a backend cannot serve tensors of this dtype on this machine; None if it can."""
     if backend == "cuda_on_host":
         return cuda_on_host.why_not(device, dtype)
     return backends.why_not(backend, device, dtype)
@@ -124,7 +127,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture
 def served(backend: str, dtype: torch.dtype) -> tuple[str, torch.dtype]:
-    """Every pair of backend and dtype that goes together; others are not collected, but where a backend is missing."""
+    """Every pair of a backend and a dtype that the backend serves. Other pairs are not collected; pairs of a missing
+    backend are skipped."""
     reason = unserved(backend, dtype)
     if reason:
         pytest.skip(f"{backend} on {DEVICE}: {reason}")
@@ -133,7 +137,7 @@ def served(backend: str, dtype: torch.dtype) -> tuple[str, torch.dtype]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """torch's threads, of which there is one within: small operations take less time so."""
+    """Limits torch to one thread, with which small operations are faster."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,6 +1,6 @@
-"""torch's own lists of samples, `op_db` and `module_db`: what here is held to them, and how a sample is run.
+"""Samples of torch's own databases, `op_db` and `module_db`, for the functions and modules here of the same name.
 
-Each run gives what the call returns and changes, the gradients of all that can have one, and theirs again.
+The results of a sample are the output, the arguments and buffers after the call, the gradients, and second gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +18,9 @@ from ckpt_kernels import functional
 from ckpt_kernels import nn as modules
 
 Results = dict[str, Tensor]
-# Everywhere: what torch's CUDA kernels make of strides is another matter.
+# Also on machines with a GPU: torch's CUDA kernels treat strides differently.
 DEVICE = "cpu"
-# Samples of activations have up to a million elements; of more than so many, none says anything new.
+# Samples of activations have up to a million elements; samples with more elements than this test nothing new.
 MOST = 2048
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -52,7 +52,7 @@ def _activation_module(module: type[nn.Module]) -> Callable[..., nn.Module]:
     return lambda *args, **settings: modules.BiasAct(1, bias=False, activation=module(*args, **settings))
 
 
-# By torch's names: what is called in their place.
+# The function or module here by torch's name.
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **{f"nn.functional.{name}": getattr(functional, name) for name in _NORMS},
     "nn.functional.glu": lambda input, dim=-1: modules.GLU(dim)(input),
@@ -68,7 +68,7 @@ MODULE_INFOS = {info.module_cls.__name__: info for info in module_db if info.mod
 
 @dataclass(frozen=True)
 class Sample:
-    """The arguments of one call; of a module's also what made it, its mode and its state."""
+    """The arguments of one call; for a module also the arguments of the constructor, the mode and the state."""
 
     args: tuple
     kwargs: dict[str, Any]
@@ -80,13 +80,13 @@ class Sample:
         args, kwargs, state = tree_map_only(Tensor, change, (self.args, self.kwargs, self.state))
         return replace(self, args=args, kwargs=kwargs, state=state)
 
-    def lying(self, lay: Callable[[Tensor], Tensor]) -> "Sample":
-        """The same with other strides of its arguments."""
+    def in_layout(self, lay: Callable[[Tensor], Tensor]) -> "Sample":
+        """The same sample with the arguments in another memory layout."""
         args, kwargs = tree_map_only(Tensor, lay, (self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
     def redrawn(self, seed: int) -> "Sample":
-        """Other numbers of about the same size."""
+        """The same sample with other values of about the same magnitude."""
         generator = torch.Generator().manual_seed(seed)
 
         def redraw(tensor: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ class Sample:
         return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
     def run(self, fn: Callable[..., Any], seed: int = 0, twice: bool = True) -> Results:
-        """What `fn`, a function or what makes a module, does with a copy of this sample.
+        """The results of `fn`, a function or a constructor of a module, on a copy of this sample.
 
-        Of the gradients' own gradients only where they are found `twice`.
+        They include second gradients if `twice` is set.
         """
         own = self.with_tensors(lambda t: _with_values(t, t))
         tensors = {f"argument {place}": t for place, t in enumerate(own.arguments)}
@@ -128,7 +128,7 @@ def made(module: Callable[..., nn.Module], made_by: tuple[tuple, dict[str, Any]]
 
 
 def _with_values(tensor: Tensor, values: Tensor) -> Tensor:
-    """A leaf of its own, which lies as the tensor does."""
+    """A new leaf with these values and the tensor's strides."""
     room = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     once = tuple(slice(None) if stride else slice(1) for stride in tensor.stride())
     room[once].copy_(values.detach()[once])
@@ -145,7 +145,7 @@ def _results(output: Tensor, tensors: dict[str, Tensor], seed: int, twice: bool)
     generator = torch.Generator().manual_seed(seed)
 
     def random(like: Tensor) -> Tensor:
-        # Of a few bits, so that they are the same numbers in every dtype.
+        # Values of a few bits are the same numbers in every dtype.
         return torch.empty_like(like).copy_(torch.randint(-8, 9, like.shape, generator=generator) / 8)
 
     found = {"output": output.detach()}
@@ -166,7 +166,7 @@ def _results(output: Tensor, tensors: dict[str, Tensor], seed: int, twice: bool)
 
 
 def function_samples(name: str, dtype: torch.dtype) -> Iterator[Sample]:
-    """Those for the function, and those that its reference is tried on: with numbers that are not finite."""
+    """The samples of a function, and of its reference, which include non-finite values."""
     for sample in OPS[name].reference_inputs(DEVICE, dtype, requires_grad=True):
         if sample.input.numel() <= MOST:
             yield Sample((sample.input, *sample.args), sample.kwargs)
@@ -179,7 +179,7 @@ def module_samples(name: str, dtype: torch.dtype, training: bool) -> Iterator[Sa
         generator = torch.Generator().manual_seed(1)
         state = {}
         for key, tensor in made(info.module_cls, made_by).to(dtype).state_dict().items():
-            # Away from the ones and zeros that a new module has.
+            # A new module has ones and zeros, which hide errors.
             added = torch.randint(1, 9, tensor.shape, generator=generator).to(tensor) / 8
             state[key] = tensor + added if tensor.is_floating_point() else tensor
         call = sample.forward_input
@@ -191,7 +191,7 @@ def _in_format(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=formats[tensor.dim()]) if tensor.dim() in formats else tensor
 
 
-# Other ways in which the tensors of a sample may lie.
+# Memory layouts for the tensors of a sample.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "not contiguous": lambda t: noncontiguous_like(t) if t.numel() > 1 else t,
     "channels last": _in_format,
@@ -200,12 +200,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def in_layouts(samples: Sequence[Sample]) -> Iterator[tuple[str, Sample]]:
-    """Each sample as it is given, and in each layout which is another for it."""
+    """Each sample as given, and in each memory layout that changes its strides."""
     for sample in samples:
         yield "", sample
         seen = {str(sample)}
         for name, lay in LAYOUTS.items():
-            laid = sample.lying(lambda t, lay=lay: lay(t.detach()).requires_grad_(t.requires_grad))
-            if str(laid) not in seen:
-                seen.add(str(laid))
-                yield name, laid
+            other = sample.in_layout(lambda t, lay=lay: lay(t.detach()).requires_grad_(t.requires_grad))
+            if str(other) not in seen:
+                seen.add(str(other))
+                yield name, other

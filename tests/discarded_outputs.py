@@ -37,7 +37,7 @@ def maps() -> Tensor:
 
 
 class Parameters(dict):
-    """Made as they are asked for: matrices "a" to "z", vectors "bias...", kernels "conv..."."""
+    """Parameters, made on first access: matrices "a" to "z", vectors "bias...", convolution weights "conv..."."""
 
     def __missing__(self, name: str) -> torch.nn.Parameter:
         seed = sum(map(ord, name))
@@ -61,9 +61,9 @@ class Holder:
 
 
 def kept_bytes(fn: Callable[[], Tensor]) -> int:
-    """Bytes of the storages that the graph of `fn()` keeps when it is finished, parameters not counted.
+    """Bytes of the storages that the autograd graph of `fn()` keeps after the call, without parameters.
 
-    Unlike `memory.saved_bytes` it does not count what was kept for a time only.
+    Unlike `memory.saved_bytes` this does not count tensors that were saved and then released during the call.
     """
     holders: list[weakref.ref[Holder]] = []
 
@@ -83,7 +83,7 @@ def kept_bytes(fn: Callable[[], Tensor]) -> int:
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Also where they are not numbers."""
+    """Whether two tensors are equal bit for bit; NaN equals NaN."""
     if a is None or b is None:
         return a is b
     return (
@@ -104,7 +104,7 @@ def loss_of(y: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def assert_unchanged(fn: Callable[[], Any], sources: Sequence[Tensor], **options: bool) -> None:
-    """Gradients within the context are those without it."""
+    """Asserts that gradients within the context are those without."""
     expected = torch.autograd.grad(loss_of(fn()), sources, allow_unused=True)
     with recompute.discard_outputs(**options):
         y = fn()

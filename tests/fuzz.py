@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: random calls, as `tests/test_fuzz.py` makes a few hundred, for as long as one likes."""
+"""`python -m tests.fuzz`: random calls, as in `tests/test_fuzz.py`, for a given time."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""What reads the output of a block, for the tests of `discard_outputs`; their gradients, to be the same to the bit."""
+"""Readers of a block's output, for the tests of `discard_outputs`, and helpers that compare gradients bit for bit."""
 
 import contextlib
 from collections.abc import Callable
@@ -17,7 +17,7 @@ WIDTH = 16
 
 
 class Sine(torch.autograd.Function):
-    """Somebody else's op, which keeps what it reads."""
+    """A user's op that saves its operand."""
 
     @staticmethod
     def forward(ctx, x):
@@ -45,7 +45,7 @@ def weights() -> dict[str, torch.nn.Parameter]:
     }
 
 
-# What reads the output n, (2, 8, WIDTH), of a norm; each keeps n, or a part or a view of it.
+# Each reads the output n of a norm, of shape (2, 8, WIDTH), and saves n or a part or a view of n.
 READERS: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
     "linear": lambda n, p: TF.linear(n, p["a"]),
     "q, k and v": lambda n, p: TF.linear(n, p["a"]) + TF.linear(n, p["b"]) * TF.linear(n, p["c"]).tanh(),

@@ -1,4 +1,4 @@
-"""A step of a chain walked through from its beginning to its end: the truth that recurrences are held against."""
+"""A simulated training step of a chain of stages: the reference for the planner's recurrences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from ckpt_kernels.plan.costs import Assignment, Stage, StageAt
 
 
 def simulated(stages: Sequence[Stage], assignment: Assignment) -> tuple[int, float]:
-    """The peak in bytes and the seconds of a step, walked through from its beginning to its end."""
+    """The peak in bytes and the seconds of a step that is simulated stage by stage."""
     clock = _Clock()
     _forward(stages, assignment, clock)
     _backward(stages, assignment, clock)
@@ -36,7 +36,7 @@ def _forward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) -> 
             first = stages[index].checkpointed
             if first is None:
                 raise ValueError(f"stage {stages[index].name!r} is in a run; expected one that may run twice")
-            # The output of the stage before stands until this one has its own.
+            # The output of the stage before is alive until this stage has made its own.
             before = stages[index - 1].output if index > part.first else 0
             clock.reach(before + first.forward_peak)
             clock.level += first.kept
@@ -54,9 +54,9 @@ def _backward(stages: Sequence[Stage], assignment: Assignment, clock: _Clock) ->
             continue
         last = stages[part.last]
         _forward(stages, part.inside, clock)
-        # Nobody asks for the last output of the second pass.
+        # No stage reads the last output of the second pass.
         clock.level -= last.output
         clock.seconds -= last.checkpointed.saved if last.checkpointed else 0.0
         _backward(stages, part.inside, clock)
-        # So far as if the run had kept nothing: what its first pass left goes now.
+        # Up to here as if the run had kept nothing; the tensors that its first pass kept are freed now.
         clock.level -= sum(c.kept for s in stages[part.first : part.last + 1] if (c := s.checkpointed))

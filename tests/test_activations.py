@@ -1,4 +1,4 @@
-"""Every activation and its derivative, over the whole range, in every implementation."""
+"""Every activation and derivative, over the whole range of float32, on every backend."""
 
 import pathlib
 import re
@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def whole_range(fine: bool = True) -> torch.Tensor:
-    """From denormals to the greatest float32, both signs, with the kinks and their neighbours."""
+    """Values from denormals to the greatest float32, of both signs, with kinks and their neighbours."""
     magnitudes = torch.cat(
         [
             torch.logspace(-45, 38, 400 if fine else 84, dtype=torch.float64).float(),
@@ -32,9 +32,9 @@ def whole_range(fine: bool = True) -> torch.Tensor:
 
 
 def value_and_derivative(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out of a block whose gate takes the activation of x, while all else in it is one.
+    """The activation and its derivative, by a block whose gate is the activation of x.
 
-    A row norm over one column of ones without eps is exactly one, so what is left is the activation.
+    A row norm over one column of ones without eps is exactly one, so the block returns the activation.
     """
     leaf = x.reshape(-1, 1).clone().requires_grad_()
     y = functional.gated_rms_norm(torch.ones_like(leaf), leaf, 1, eps=0.0, activation=name)
@@ -51,12 +51,12 @@ def eager(name: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_derivative_over_the_whole_range(name: str, backend: str) -> None:
-    # Emulated kernels take a while for each row.
+    # Emulated kernels are slow for each row.
     x = whole_range(fine=not emulated(backend)).to(DEVICE)
     for found, theirs, truth in zip(
         value_and_derivative(name, x), eager(name, x), eager(name, x.double()), strict=True
     ):
-        # Where float32 overflows, in the result or on eager's way to it, there is no error to compare.
+        # Where the result or an intermediate of eager torch overflows float32, there is no error to compare.
         inside = (truth.abs() < 1e38) & theirs.isfinite()
         allowed = 2e-6 * truth.abs() + 1.5 * (theirs.double() - truth).abs() + 3e-7
         wrong = inside & ~((found.double() - truth).abs() <= allowed)
@@ -67,7 +67,7 @@ def test_value_and_derivative_over_the_whole_range(name: str, backend: str) -> N
 def test_infinities_and_nan_are_torchs(name: str, backend: str) -> None:
     x = torch.tensor([float("inf"), -float("inf"), float("nan")], device=DEVICE)
     value, _ = value_and_derivative(name, x)
-    # At infinity eager's own kernels differ from one another between NaN and a limit; one or the other it must be.
+    # At infinity some of torch's kernels return NaN and others the limit; both are accepted.
     for found, theirs, wide in zip(value, eager(name, x)[0], eager(name, x.double())[0], strict=True):
         assert found.isnan() if theirs.isnan() and wide.isnan() else found in (theirs, wide) or found.isnan()
     assert value[2].isnan()
@@ -82,11 +82,11 @@ def test_float64_is_exact() -> None:
 
 @pytest.mark.parametrize("name", ["silu", "sigmoid"])
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float32, -85.0), (torch.float64, -690.0)])
-def test_slopes_that_are_nearly_zero(name: str, dtype: torch.dtype, least: float) -> None:
-    """As far out as the exponential is finite they are right to their own size."""
+def test_nearly_zero_slopes_have_a_small_relative_error(name: str, dtype: torch.dtype, least: float) -> None:
+    """As far out as the exponential is finite."""
     x = torch.linspace(least, -20, 400, dtype=dtype)
     found, truth = value_and_derivative(name, x)[1].double(), eager(name, x.double())[1]
-    # The argument of the exponential is a product whose rounding counts as often as it is large.
+    # The relative error of an exponential is the absolute error of the argument.
     assert (found / truth - 1).abs().max() <= 2 * -least * torch.finfo(dtype).eps
 
 
@@ -134,7 +134,7 @@ def test_every_table_has_every_activation() -> None:
         ("mish", "mish"),
     ],
 )
-def test_torchs_own_modules_and_functions_are_understood(given: object, name: str) -> None:
+def test_torchs_modules_and_functions_are_accepted(given: object, name: str) -> None:
     assert activation_name(given) == name
 
 
@@ -148,6 +148,6 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("given", OTHERS)
-def test_what_means_something_else_is_refused(given: object) -> None:
+def test_other_activations_are_an_error(given: object) -> None:
     with pytest.raises(ValueError, match="activation is"):
         activation_name(given)

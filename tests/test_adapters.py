@@ -1,4 +1,4 @@
-"""Frozen weights with LoRA beside them: what is kept of a layer, at each level, against its floor."""
+"""Layers with frozen weights and LoRA: saved bytes at each level, compared with the floor."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 class Adapter(nn.Module):
-    """LoRA as people write it."""
+    """A hand-written LoRA layer."""
 
     def __init__(self, base: nn.Linear, p: float) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class Adapter(nn.Module):
         return self.base(x) + 2.0 * self.up(self.down(self.drop(x)))
 
 
-def test_adapters_are_known_by_their_matrices() -> None:
+def test_adapters_are_recognised_by_their_matrices() -> None:
     frozen, deep = nn.Linear(2, 2).requires_grad_(False), nn.Sequential(nn.Sequential(nn.Linear(2, 2)))
     assert is_adapter(Adapter(nn.Linear(2, 2), 0.1)) and is_adapter(nn.ModuleList([frozen, nn.Linear(2, 2), deep]))
-    # All trained or all frozen; a vector beside a matrix; no matrix yet; a module that is deeper.
+    # All trained or all frozen; a trained vector; a lazy matrix; an adapter one level deeper.
     for others in ([nn.Linear(2, 2)], [frozen], [frozen, nn.LayerNorm(2)], [frozen, nn.LazyLinear(2)]):
         assert not is_adapter(nn.ModuleList(others))
     assert not is_adapter(nn.ModuleList([frozen, Adapter(nn.Linear(2, 2), 0.1)]))
@@ -76,7 +76,7 @@ def ids() -> Tensor:
 
 
 def kept_by_layer(adapted: Callable[[int, float], nn.Module], p: float, level: str | None) -> float:
-    """What one layer more keeps, in tensors of (tokens, width)."""
+    """The bytes that one more layer keeps, in units of a tensor of (tokens, width)."""
     kept = []
     for layers in (2, 3):
         model = adapted(layers, p)
@@ -92,15 +92,15 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-# Beside the floor: statistics, seeds, and what `down` makes.
+# Small tensors besides the floor: statistics, seeds, and the outputs of `down`.
 SMALL = 7 * RANK / WIDTH + 0.3
 either = pytest.mark.parametrize("adapted", [by_hand, by_peft])
 
 
 @either
-def test_what_a_layer_keeps(adapted: Callable[[int, float], nn.Module]) -> None:
+def test_layers_keep_their_floor(adapted: Callable[[int, float], nn.Module]) -> None:
     eager, inner = kept_by_layer(adapted, 0.0, None), INNER / WIDTH
-    # Inputs of both norms, queries, keys and values turned, attention's output, gate and value.
+    # Inputs of both norms, rotated queries and keys, values, attention's output, gate and value.
     floors = {"output": 6 + 2 * inner, "all": 6 + inner, "layer": 2}
     found = {level: kept_by_layer(adapted, 0.0, level) for level in floors}
     for level, floor in floors.items():
@@ -109,17 +109,17 @@ def test_what_a_layer_keeps(adapted: Callable[[int, float], nn.Module]) -> None:
 
 
 @either
-def test_what_a_layer_keeps_with_dropout(adapted: Callable[[int, float], nn.Module]) -> None:
+def test_layers_keep_their_floor_with_dropout(adapted: Callable[[int, float], nn.Module]) -> None:
     eager, inner = kept_by_layer(adapted, 0.1, None), INNER / WIDTH
     found = {level: kept_by_layer(adapted, 0.1, level) for level in ("output", "layer")}
-    # No mask, and of dropouts' outputs only those before the last products of attention and MLP.
+    # No mask is kept, and only the outputs of the dropouts before the last products of attention and MLP.
     assert found["output"] <= 7 + 3 * inner + SMALL
     assert found["layer"] <= min(3 + inner + SMALL, 0.35 * eager)
 
 
 @pytest.mark.parametrize("level", ["output", "all", "layer"])
 @either
-def test_gradients(adapted: Callable[[int, float], nn.Module], level: str) -> None:
+def test_gradients_equal_eager(adapted: Callable[[int, float], nn.Module], level: str) -> None:
     model = adapted(2, 0.0)
     twin = copy.deepcopy(model)
     ckpt_kernels.convert(twin, recompute=level)
@@ -133,7 +133,7 @@ def test_a_frozen_linear_keeps_no_input() -> None:
     )
     ckpt_kernels.convert(model)
     x = torch.randn(TOKENS, WIDTH, device=DEVICE, requires_grad=True)
-    # Each norm keeps its input, for the gradient of that, and a number a row.
+    # Each norm keeps the input, for the input's gradient, and one number a row.
     assert saved_bytes(model, x) == 2 * x.nbytes + 2 * TOKENS * 4
 
 
@@ -146,9 +146,9 @@ def test_a_dropout_before_an_adapter_is_drawn_again() -> None:
     x = torch.randn(TOKENS, WIDTH, device=DEVICE, requires_grad=True)
     assert saved_bytes(block, x) - saved_bytes(output, x) == x.nbytes
     results = []
-    for each in (block, output):
+    for module in (block, output):
         torch.manual_seed(1)
-        each(x).square().sum().backward()
-        results.append([p.grad for p in each.parameters()])
+        module(x).square().sum().backward()
+        results.append([p.grad for p in module.parameters()])
     for mine, theirs in zip(*results, strict=True):
         assert torch.equal(mine, theirs)

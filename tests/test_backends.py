@@ -1,4 +1,4 @@
-"""Which backend serves, what happens when one is missing, and what doctor says of it."""
+"""The choice of a backend, missing backends, instruction sets, and the findings of doctor."""
 
 import os
 import pathlib
@@ -34,7 +34,7 @@ print(backends.selected_name("cpu"))
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CKPT_KERNELS_BACKEND")}
     settings = inherited | {"PYTHONPATH": str(ROOT)} | environment
-    # Not from the checkout, whose package would come before the one in PYTHONPATH.
+    # In another folder than the checkout, whose package Python would import before the package in PYTHONPATH.
     return subprocess.run(
         [sys.executable, *command], cwd=tempfile.gettempdir(), env=settings, capture_output=True, text=True, timeout=300
     )
@@ -54,7 +54,7 @@ def test_use_backend_as_a_context_and_as_a_call() -> None:
     assert backends.selected_name("cpu") == before
 
 
-def test_nothing_changes_before_the_with_is_entered() -> None:
+def test_nothing_changes_before_the_context_is_entered() -> None:
     before = backends.chosen()
     prepared = use_backend("reference")
     assert backends.chosen() == before
@@ -67,8 +67,8 @@ def test_nothing_changes_before_the_with_is_entered() -> None:
     assert backends.chosen() == before
 
 
-def test_threads_choose_for_themselves() -> None:
-    """Four, which leave in the order in which they entered, so that each finds the next one inside."""
+def test_threads_choose_independently() -> None:
+    """Four threads leave their contexts in the order in which they entered, so that the contexts overlap."""
     names = ("reference", "native", "auto", "reference")
     before, barrier = backends.chosen(), threading.Barrier(len(names))
     seen: list[tuple[str, str]] = []
@@ -93,7 +93,7 @@ def test_threads_choose_for_themselves() -> None:
     assert backends.chosen() == before
 
 
-def test_a_with_that_ends_in_another_thread_ends() -> None:
+def test_a_context_may_end_in_another_thread() -> None:
     def steps() -> Iterator[None]:
         with use_backend("reference"):
             yield
@@ -114,7 +114,7 @@ def test_a_with_that_ends_in_another_thread_ends() -> None:
     assert (inside, found, backends.chosen()) == ("reference", ["native"], before)
 
 
-def test_an_interrupt_at_any_step_of_a_with_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_at_any_step_of_a_context_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     before, swallowed = backends.chosen(), []
     monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
 
@@ -130,8 +130,8 @@ def test_an_interrupt_at_any_step_of_a_with_leaves_nothing_behind(monkeypatch: p
     assert not swallowed
 
 
-def test_a_backward_pass_is_served_as_its_forward_pass_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a thread that knows of no choice, as autograd's own on a GPU."""
+def test_a_backward_pass_uses_the_backend_of_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass runs in a thread without a choice, as autograd's threads for a GPU."""
     served: list[str] = []
     reference = backends.backend_module("reference")
     for name in ("row_norm_backward", "glu_backward"):
@@ -147,7 +147,7 @@ def test_a_backward_pass_is_served_as_its_forward_pass_was(monkeypatch: pytest.M
     assert sorted(served) == ["glu_backward", "row_norm_backward", "row_norm_backward"]
 
 
-def test_unknown_and_impossible_choices_say_why() -> None:
+def test_unknown_and_unavailable_backends_are_errors() -> None:
     with pytest.raises(ValueError, match="backend is 'cudnn'; expected one of auto, triton, native, reference"):
         use_backend("cudnn")
     assert run("-c", CALL, CKPT_KERNELS_BACKEND="cudnn").stderr.count("CKPT_KERNELS_BACKEND is 'cudnn'") == 1
@@ -159,7 +159,7 @@ def test_unknown_and_impossible_choices_say_why() -> None:
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])
-def test_the_environment_chooses(name: str) -> None:
+def test_the_environment_variable_selects_the_backend(name: str) -> None:
     assert run("-c", CALL, CKPT_KERNELS_BACKEND=name).stdout.strip() == name
 
 
@@ -178,28 +178,28 @@ def copy_without_libraries(target: pathlib.Path) -> None:
 def test_works_without_the_libraries_and_doctor_says_so(tmp_path: pathlib.Path) -> None:
     copy_without_libraries(tmp_path)
     assert run("-c", CALL, PYTHONPATH=str(tmp_path)).stdout.strip() == "reference"
-    told = run("-m", "ckpt_kernels.cli", "doctor", PYTHONPATH=str(tmp_path))
-    assert told.returncode == 1
-    assert "the library _C was not built" in told.stdout and "served by reference" in told.stdout
+    done = run("-m", "ckpt_kernels.cli", "doctor", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "the library _C was not built" in done.stdout and "served by reference" in done.stdout
 
 
-def test_a_library_that_does_not_load_is_told_apart(tmp_path: pathlib.Path) -> None:
+def test_doctor_names_a_library_that_does_not_load(tmp_path: pathlib.Path) -> None:
     copy_without_libraries(tmp_path)
     (tmp_path / "ckpt_kernels" / "_C.abi3.so").write_bytes(b"not a library")
     assert run("-c", CALL, PYTHONPATH=str(tmp_path)).stdout.strip() == "reference"
-    told = run("-m", "ckpt_kernels.cli", "doctor", PYTHONPATH=str(tmp_path))
-    assert told.returncode == 1 and "_C.abi3.so does not load" in told.stdout
+    done = run("-m", "ckpt_kernels.cli", "doctor", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "_C.abi3.so does not load" in done.stdout
 
 
-def test_doctor_is_well_where_the_library_is() -> None:
-    told = run("-m", "ckpt_kernels.cli", "doctor")
-    assert told.returncode == 0, told.stdout
-    assert "cpu calls" in told.stdout and "served by native" in told.stdout
-    assert "instruction set" in told.stdout and "all is well" in told.stdout
+def test_doctor_finds_no_problem_with_the_library() -> None:
+    done = run("-m", "ckpt_kernels.cli", "doctor")
+    assert done.returncode == 0, done.stdout
+    assert "cpu calls" in done.stdout and "served by native" in done.stdout
+    assert "instruction set" in done.stdout and "all is well" in done.stdout
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_instruction_set_that_this_machine_has(isa: str) -> None:
+def test_every_instruction_set_of_this_machine(isa: str) -> None:
     program = """
 import torch
 from tests.blocks import BLOCKS, with_gradients
@@ -228,19 +228,20 @@ for block in BLOCKS:
     assert done.stdout.strip() == isa
 
 
-def test_an_unknown_instruction_set_is_refused() -> None:
+def test_an_unknown_instruction_set_is_an_error() -> None:
     done = run("-c", CALL, CKPT_KERNELS_CPU_ISA="sse9")
     assert "CKPT_KERNELS_CPU_ISA is 'sse9'; expected generic, avx2 or avx512" in done.stderr
 
 
 @pytest.mark.skipif(not list(PACKAGE.glob("_C_cuda.*so")), reason="the CUDA library is not built here")
 def test_the_cuda_library_finds_torchs_cuda_symbols() -> None:
-    """They are in libtorch_cuda.so, which a CPU-only torch does not have: libtorch.so, of either, leads to it."""
+    """libtorch_cuda.so has the symbols. A CPU-only torch lacks this library, so ours is linked to libtorch.so, which
+    every torch has."""
     library = next(PACKAGE.glob("_C_cuda.*so")).read_bytes()
     assert b"\0libtorch.so\0" in library
 
 
-def test_small_calls_are_direct_wherever_they_can_be() -> None:
-    """So that a library which was not built, or does not load, is no reason to skip the tests of small calls."""
+def test_small_calls_are_direct_if_torch_allows() -> None:
+    """A library that was not built or does not load must not skip the tests of small calls."""
     can_be = native.why_not("cpu", torch.float32) is None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
     assert direct.is_available == can_be, direct.why_not

@@ -1,4 +1,4 @@
-"""What the benchmarks say of their figures: which have moved, what the means are, which batch fits."""
+"""The benchmarks' evaluation: changes beyond noise, means, the largest batch, and plans compared with checkpoints."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ def result(provider: str, total_ms: float, spread: float = 0.01, case: str = "rm
     return names | {"total_ms": total_ms, "spread": spread, "copy_ms": 1.0, "times_floor": 1.0}
 
 
-def test_only_what_is_beyond_the_noise_has_moved() -> None:
+def test_changes_within_the_noise_are_marked() -> None:
     before = [result("ours", 1.0), result("eager", 1.0), result("compile", 1.0, 0.1), result("gone", 1.0)]
     now = [result("ours", 1.2), result("eager", 1.08), result("compile", 1.3, 0.01), result("new", 9.0)]
     found = {move.name.split()[-1]: move for move in baseline.moves(before, now)}
@@ -35,7 +35,7 @@ def test_only_what_is_beyond_the_noise_has_moved() -> None:
     assert faster.beyond_noise and faster.ratio < 1
 
 
-def test_a_baseline_that_is_none_is_refused(tmp_path: pathlib.Path) -> None:
+def test_an_invalid_baseline_is_an_error(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "results.json"
     for text in ("{", json.dumps({"results": [{"case": "x"}]}), json.dumps([])):
         path.write_text(text)
@@ -53,27 +53,27 @@ def test_geometric_means() -> None:
     assert everything == ["all", "float32", "2", "4.00x", "3.00x"]
 
 
-@pytest.mark.parametrize("of_each", [1, 7, 100])
-def test_the_largest_batch_is_the_largest(of_each: int) -> None:
+@pytest.mark.parametrize("bytes_per_sample", [1, 7, 100])
+def test_the_largest_batch_fits_exactly(bytes_per_sample: int) -> None:
     run = Run("ours", nn.Identity(), nn.Identity(), {}, lambda batch: {})
-    run.peak = lambda batch, device: 50 + of_each * batch
-    for budget in (50, 50 + of_each, 49 + 9 * of_each, 50 + 9 * of_each, 5000):
-        expected = (budget - 50) // of_each
+    run.peak = lambda batch, device: 50 + bytes_per_sample * batch
+    for budget in (50, 50 + bytes_per_sample, 49 + 9 * bytes_per_sample, 50 + 9 * bytes_per_sample, 5000):
+        expected = (budget - 50) // bytes_per_sample
         assert largest_batch(run, budget, "cpu") == expected
 
 
-def test_every_case_says_what_must_cross_memory() -> None:
+def test_every_case_has_its_memory_traffic() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     for case in CASES:
         forward, backward = case.traffic
-        # All operands are read and a result written; backward reads what is kept and the incoming gradient.
+        # The forward reads all operands and writes a result; the backward pass reads the kept tensors and the gradient.
         tensors, kept = len(case.block.rows), set(case.block.rows) & set(case.block.kept)
         assert forward >= tensors + 1 and backward >= len(kept) + 2, case.name
 
 
-def test_a_point_of_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_point_of_the_sweep_has_all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in CASES if case.name == "rms_norm+silu")
-    # In three rounds: of so small a block it would be 200.
+    # Three rounds; a block of this size would take 200.
     monkeypatch.setattr(sweep, "measure", lambda *given: measure(*given[:-1], 3))
     found = sweep.point("by length", case, Setting((64, 64)), torch.float32, "cpu", compiled=False)
     assert (
@@ -109,7 +109,7 @@ def test_layers_are_checkpointed_one_of_every_k() -> None:
         assert model[1] is not case.model[1] and "forward" not in vars(case.model[0])
 
 
-def test_what_a_plan_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_compared_with_levels_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(plan.CASES, "stack", stack)
     options = argparse.Namespace(layers=4, tokens=512, budgets=[1e-6, 0.9], rounds=1, compile=False)
     rows = {row["provider"]: row for row in plan.run("stack", options)["rows"]}

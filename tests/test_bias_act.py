@@ -1,4 +1,4 @@
-"""What is particular to bias_act: dropout, what is kept, and errors. The masks are those of the row norms."""
+"""`bias_act`: dropout, saved bytes, and errors. The dropout masks are those of the row norms."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_every_backend_draws_the_mask_of_the_row_norms() -> None:
         x = torch.ones(3, columns, device=DEVICE)
         torch.manual_seed(0)
         expected = F.add_rms_norm(x, torch.zeros_like(x), columns, dropout_p=0.3)[1]
-        # They are held, so that none finds another's mask in the memory that it is given.
+        # The outputs stay alive, so that no backend gets memory that already holds the mask.
         found = []
         for name in ("reference", "native", "triton", "cuda_on_host"):
             if not unserved(name, x.dtype):
@@ -72,7 +72,7 @@ def test_a_checkpointed_block_redraws_its_mask() -> None:
 
 
 @pytest.mark.parametrize("activation", NAMES)
-def test_what_is_kept(activation: str) -> None:
+def test_saved_bytes_are_the_input_and_a_seed(activation: str) -> None:
     x, bias = randn(8, 16), torch.nn.Parameter(randn(16).detach())
     tensors = 0 if activation == "identity" else 1
     assert saved_bytes(lambda: F.bias_act(x, bias, activation=activation)) == tensors * x.nbytes
@@ -80,7 +80,7 @@ def test_what_is_kept(activation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
-def test_what_keeps_its_output_shares_it_with_what_reads_it(activation: str) -> None:
+def test_activations_that_keep_the_output_share_it_with_the_reader(activation: str) -> None:
     x, linear = randn(8, 16), torch.nn.Linear(16, 4).to(DEVICE)
     assert saved_bytes(lambda: linear(F.bias_act(x, activation=activation))) == x.nbytes
 
@@ -98,13 +98,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_answered_by_its_error(case: str) -> None:
+def test_bad_input_is_a_named_error(case: str) -> None:
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
 
 
-def test_the_module_says_what_it_is() -> None:
+def test_repr_of_the_module() -> None:
     assert repr(nn.BiasAct(8)) == "BiasAct(8)"
     assert repr(nn.BiasAct(8, False, activation="gelu", dropout=0.1)) == (
         "BiasAct(8, bias=False, activation='gelu', dropout=0.1)"
@@ -112,7 +112,7 @@ def test_the_module_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("activation", ["identity", "gelu"])
-def test_no_columns(activation: str, backend: str) -> None:
+def test_tensors_without_columns(activation: str, backend: str) -> None:
     x, bias = (torch.zeros(*shape, 0, device=DEVICE, requires_grad=True) for shape in ((3,), ()))
     y = F.bias_act(x, bias, activation=activation)
     grad_x, grad_bias = torch.autograd.grad(y.sum(), (x, bias))

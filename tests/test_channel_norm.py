@@ -1,4 +1,4 @@
-"""What is particular to the channel norms: memory formats, running statistics, processes, and errors."""
+"""Channel norms: memory formats, running statistics, several processes, saved bytes, and errors."""
 
 import copy
 import socket
@@ -16,7 +16,6 @@ from ckpt_kernels.recompute import discard_outputs
 
 from .conftest import DEVICE, serving, where
 
-# The last has rows, channels last, that no whole number of pieces makes.
 SHAPES = (
     (4, 6, 5, 7),
     (3, 8, 11),
@@ -25,7 +24,7 @@ SHAPES = (
     (2, 6, 150, 3),
     (2, 4, 3, 3, 3),
     (1, 3, 2, 2500),
-    # Of a number of rows that no pieces divide, where channels are last.
+    # With channels last, no number of pieces divides the rows of this shape.
     (2, 6, 131, 1),
 )
 
@@ -46,7 +45,7 @@ def eager(kind, x, groups, w, b):
     return torch.nn.functional.batch_norm(x, None, None, w, b, training=True)
 
 
-# An instance of one value has no variance.
+# An instance with one value has no variance.
 @where(lambda kind, shape: kind != "instance" or shape[2:] not in ((), (1, 1)))
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -66,12 +65,12 @@ def test_every_shape_in_both_memory_formats(kind: str, shape: tuple, last: bool,
         ours = F.instance_norm(x, None, None, w, b, activation="silu")
     theirs = torch.nn.functional.silu(eager(kind, x, groups, w, b))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    # On GPUs torch's group norm gives contiguous tensors whatever the input is; ours keep the memory format of maps.
+    # On GPUs torch's group norm returns contiguous tensors; ours keeps the input's memory format.
     formats = [theirs.stride(), x.stride()] if kind == "group" and DEVICE == "cuda" else [theirs.stride()]
     if 1 not in shape:
         assert ours.stride() in formats
     found = torch.autograd.grad(ours, (x, w, b), g)
-    # Of one sample torch's instance norm finds wrong gradients where grad_output is channels last.
+    # torch's instance norm of one sample has wrong gradients if grad_output is channels last.
     expected = torch.autograd.grad(theirs, (x, w, b), g.contiguous() if kind == "instance" else g)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
@@ -87,7 +86,7 @@ def test_huge_means_stay_accurate(last: bool, backend: str) -> None:
     truth = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
     ours = F.batch_norm(x, None, None, training=True)
     theirs = torch.nn.functional.batch_norm(x, None, None, training=True)
-    # The mean itself is rounded to one in 2^-10.
+    # The mean, about 1e4, is rounded to a multiple of 2^-10.
     allowed = max(1.5 * (theirs - truth).abs().max().item(), 1e-3)
     assert (ours - truth).abs().max() <= allowed
 
@@ -118,38 +117,38 @@ def test_eval_gradients_of_every_operand(backend: str) -> None:
     ours = F.batch_norm(x, mean, var, w, b, activation="gelu", residual=r)
     theirs = torch.nn.functional.gelu(torch.nn.functional.batch_norm(x, mean, var, w, b) + r)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    wanted = (x, r, w, b)
-    for a, e in zip(torch.autograd.grad(ours, wanted, g), torch.autograd.grad(theirs, wanted, g), strict=True):
+    sources = (x, r, w, b)
+    for a, e in zip(torch.autograd.grad(ours, sources, g), torch.autograd.grad(theirs, sources, g), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_gradients_are_those_of_the_statistics_that_forward_read(activation: str, backend: str) -> None:
-    """No version counter shows that a later pass in training has moved the running statistics."""
+def test_gradients_use_the_statistics_of_the_forward(activation: str, backend: str) -> None:
+    """A later pass in training updates the running statistics without a change of their version counters."""
     x, g, w, b = randn(4, 6, 5, 5).requires_grad_(), randn(4, 6, 5, 5), randn(6).requires_grad_(), randn(6)
     mean, var = randn(6), randn(6).abs() + 0.5
     expected = torch.autograd.grad(F.batch_norm(x, mean, var, w, b, activation=activation), (x, w), g)
     output = F.batch_norm(x, mean, var, w, b, activation=activation)
     torch.nn.functional.batch_norm(5 * randn(4, 6, 5, 5) + 3, mean, var, training=True, momentum=0.9)
-    for found, wanted in zip(torch.autograd.grad(output, (x, w), g), expected, strict=True):
-        assert torch.equal(found, wanted)
+    for found, gradient in zip(torch.autograd.grad(output, (x, w), g), expected, strict=True):
+        assert torch.equal(found, gradient)
 
 
-def test_an_output_is_made_again_of_the_statistics_that_forward_read() -> None:
+def test_recomputed_outputs_use_the_statistics_of_the_forward() -> None:
     x, g, w = randn(4, 6).requires_grad_(), randn(4, 3), randn(3, 6).requires_grad_()
     mean, var = randn(6), randn(6).abs() + 0.5
     gradients = []
-    for moves in (False, True):
+    for update in (False, True):
         with discard_outputs():
             output = torch.nn.functional.linear(F.batch_norm(x, mean, var), w)
-        if moves:
+        if update:
             torch.nn.functional.batch_norm(5 * randn(4, 6) + 3, mean, var, training=True, momentum=0.9)
         gradients.append(torch.autograd.grad(output, w, g)[0])
     assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_in_evaluation_no_element_sees_another(last: bool, backend: str) -> None:
+def test_elements_are_independent_in_evaluation(last: bool, backend: str) -> None:
     x, mean, var = randn(3, 4, 4, 4), randn(4), randn(4).abs() + 0.5
     x[0, 0, 0, 0], x[1, 1, 1, 1] = float("inf"), float("nan")
     x = (channels_last(x) if last else x).requires_grad_()
@@ -157,7 +156,7 @@ def test_in_evaluation_no_element_sees_another(last: bool, backend: str) -> None
     assert grad.isfinite().sum() >= grad.numel() - 2
 
 
-def test_instance_norm_moves_its_running_statistics_as_torchs() -> None:
+def test_running_statistics_of_instance_norm_are_torchs() -> None:
     ours = nn.InstanceNorm2d(4, affine=True, track_running_stats=True).to(DEVICE)
     theirs = torch.nn.InstanceNorm2d(4, affine=True, track_running_stats=True).to(DEVICE)
     for _ in range(5):
@@ -170,9 +169,8 @@ def test_instance_norm_moves_its_running_statistics_as_torchs() -> None:
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_what_is_kept(last: bool) -> None:
-    """A norm and its activation keep one tensor, shared with nobody; a ResNet's block keeps its input and its output,
-    which the next convolution keeps as well."""
+def test_saved_bytes_are_the_input_and_statistics(last: bool) -> None:
+    """A norm with an activation and a residual also keeps its output, which the next convolution keeps as well."""
     x, r = randn(4, 8, 10, 10), randn(4, 8, 10, 10)
     x, r = ((channels_last(t) if last else t).requires_grad_() for t in (x, r))
     conv = torch.nn.Conv2d(8, 8, 1).to(DEVICE)
@@ -196,7 +194,7 @@ def test_very_large_groups_and_many_channels(backend: str) -> None:
             )
 
 
-# How many samples each of two processes has.
+# The batch sizes of the two processes.
 SHARES = ((3, 3), (5, 1))
 
 
@@ -218,7 +216,7 @@ def _one_process(rank: int, port: int, results: str) -> None:
     dist.destroy_process_group()
 
 
-def test_sync_batch_norm_is_one_process_with_the_whole_batch(tmp_path) -> None:
+def test_sync_batch_norm_equals_one_process_with_the_whole_batch(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -240,7 +238,7 @@ def test_sync_batch_norm_is_one_process_with_the_whole_batch(tmp_path) -> None:
                 torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_sync_batch_norm_by_itself_is_a_batch_norm() -> None:
+def test_sync_batch_norm_in_one_process_is_a_batch_norm() -> None:
     x = randn(4, 3, 5)
     torch.testing.assert_close(nn.SyncBatchNorm(3).to(DEVICE)(x), torch.nn.BatchNorm1d(3).to(DEVICE)(x))
 
@@ -286,7 +284,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_answered_by_its_error(case: str) -> None:
+def test_bad_input_is_a_named_error(case: str) -> None:
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
@@ -305,14 +303,14 @@ def test_running_statistics_are_unchanged_after_an_error() -> None:
         assert torch.equal(norm.state_dict()[name], value), name
 
 
-def test_modules_say_what_they_are() -> None:
+def test_repr_of_modules() -> None:
     assert repr(nn.GroupNorm(2, 6)) == repr(torch.nn.GroupNorm(2, 6))
     for module in (nn.GroupNorm(2, 6, activation="silu"), nn.BatchNorm2d(6, activation="silu")):
         assert "activation='silu'" in repr(module)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_running_statistics_that_torch_refuses(training: bool) -> None:
+def test_running_statistics_that_torch_rejects(training: bool) -> None:
     x, mean, var = randn(3, 4, 6), torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
     for given in ((mean, None), (None, var)):
         with pytest.raises(ValueError, match="expected both or neither"):
@@ -326,7 +324,7 @@ def test_running_statistics_that_torch_refuses(training: bool) -> None:
 
 
 def test_an_interrupt_leaves_gradients_on() -> None:
-    """Between any two steps of a call, torch's own contexts included."""
+    """An interrupt may come between any two steps of a call, so no step switches gradients off and on."""
     norm, x = nn.BatchNorm1d(4).to(DEVICE), randn(3, 4)
     switched = []
 
@@ -342,7 +340,6 @@ def test_an_interrupt_leaves_gradients_on() -> None:
     assert not switched
 
 
-def test_all_steps_in_one_call(backend: str) -> None:
-    """Where a backend has them so, which on a CPU is the compiled library."""
+def test_native_cpu_calls_run_all_steps_in_one_call(backend: str) -> None:
     whole = ops.channel_steps.single_call_backend(torch.randn(2, 4, 3, device=DEVICE))
     assert (whole is not None) == (backend == "native" and DEVICE == "cpu")

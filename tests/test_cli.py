@@ -1,4 +1,4 @@
-"""The command line: what it makes of a user's function, what it says before it runs, what it prints."""
+"""The command line: users' functions, messages before a run, errors, and output."""
 
 import argparse
 import dataclasses
@@ -50,7 +50,7 @@ def of_converted() -> tuple:
 
 
 def only_a_model() -> nn.Module:
-    """Of two modules, which can be unpacked."""
+    """A model of two modules, which could be unpacked like (model, inputs)."""
     return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
@@ -107,23 +107,23 @@ def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, st
         ("takes_an_argument", "takes arguments, (size: int) -> tuple; expected a function without any"),
     ],
 )
-def test_what_a_function_must_give_is_said(name: str, said: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_targets_are_named_errors(name: str, said: str, capsys: pytest.CaptureFixture) -> None:
     status, _, err = answer(capsys, "memory", f"tests.test_cli:{name}")
     assert status == 2 and said in err and "Traceback" not in err
 
 
-def test_a_users_own_exception_is_shown_as_theirs(
+def test_a_users_exception_is_shown_with_its_traceback(
     capsys: pytest.CaptureFixture, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status, _, err = answer(capsys, "memory", "tests.test_cli:fails")
     assert status == 2
     assert "Traceback" in err and "in helper" in err and "target.py" not in err
     assert "tests.test_cli:fails() failed, in its own code: TypeError: mine alone" in err
-    # Nor does the command end as if it had said something where that calls sys.exit, or the model does.
+    # A user's function or model that calls sys.exit(0) does not end the command with success.
     for name, said in (("leaves", "failed, in its own code"), ("gives_a_model_that_leaves", "cannot be run so")):
         status, _, err = answer(capsys, "memory", f"tests.test_cli:{name}")
         assert status == 2 and f"{said}: SystemExit: 0" in err and "Traceback" in err
-    # The same of what fails when it is imported, and not of a module that is not there.
+    # A module that fails on import has a traceback; a missing module has none.
     (tmp_path / "broken_module_of_a_user.py").write_text("import no_such_module_of_a_user\n")
     monkeypatch.chdir(tmp_path)
     status, _, err = answer(capsys, "memory", "broken_module_of_a_user:f")
@@ -142,11 +142,11 @@ def test_a_single_tensor_is_one_input(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("name", "title"), [("one_tensor", "converted, output"), ("of_converted", "converted, as given")]
 )
-def test_memory_shows_eager_beside_what_is_converted(name: str, title: str, capsys: pytest.CaptureFixture) -> None:
+def test_memory_compares_eager_and_converted(name: str, title: str, capsys: pytest.CaptureFixture) -> None:
     level = [] if name == "of_converted" else ["--convert", "output"]
     status, out, _ = answer(capsys, "memory", f"tests.test_cli:{name}", *level)
     assert status == 0 and out.splitlines()[0].split(maxsplit=2) == ["module", "eager", title]
-    # Of each block: the norm's input and a mean and a reciprocal deviation a row; as it is silu's input and output too.
+    # Each block keeps the norm's input and two numbers a row; eager also silu's input and output.
     (total,) = [line.split() for line in out.splitlines() if line.startswith("kept for backward")]
     assert total[3:] == [f"{12 * (3 * 4 + 0.5):.2f}", "KiB", f"{12 * (4 + 0.5):.2f}", "KiB"]
 
@@ -162,7 +162,7 @@ def test_equal_layers_are_one_row(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("command", ["memory", "convert-check"])
-def test_a_missing_matplotlib_is_said_before_the_run(
+def test_a_missing_matplotlib_is_an_error_before_the_run(
     command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -171,13 +171,13 @@ def test_a_missing_matplotlib_is_said_before_the_run(
     assert (status, out) == (2, "") and "pip install 'ckpt-kernels[bench]'" in err and "mine alone" not in err
 
 
-def test_nothing_of_the_profiler_is_printed() -> None:
+def test_the_profiler_prints_nothing() -> None:
     done = run("-m", "ckpt_kernels.cli", "memory", "tests.test_cli:one_tensor")
     assert done.returncode == 0 and "rofiler" not in done.stdout + done.stderr and done.stderr == ""
 
 
 def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
-    """What the benchmarks make of their arguments."""
+    """The parsed arguments of the benchmarks."""
     pytest.importorskip("rich", reason="rich is not installed")
     from benchmarks import __main__ as benchmarks
 
@@ -235,7 +235,7 @@ def test_benchmarks_take_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
             assert case.block.call(**operands)[0].shape == case.block.eager(**operands)[0].shape
 
 
-def test_benchmarks_say_when_a_run_was_too_noisy() -> None:
+def test_benchmarks_warn_of_a_noisy_run() -> None:
     pytest.importorskip("rich", reason="rich is not installed")
     from benchmarks import report
 
@@ -245,7 +245,7 @@ def test_benchmarks_say_when_a_run_was_too_noisy() -> None:
     assert said.startswith("TOO NOISY TO MEAN ANYTHING: of 8 figures 4 spread")
 
 
-def test_benchmarks_say_what_is_missing_before_they_run() -> None:
+def test_benchmarks_name_missing_packages_before_the_run() -> None:
     for missing in ("rich", "matplotlib"):
         program = (
             "import importlib.util, runpy, sys\n"
@@ -259,7 +259,7 @@ def test_benchmarks_say_what_is_missing_before_they_run() -> None:
         assert done.stderr.strip() == f"the benchmarks need {missing}: pip install 'ckpt-kernels[bench]'"
 
 
-def test_convert_check_says_when_its_times_mean_nothing() -> None:
+def test_convert_check_warns_of_noisy_times() -> None:
     report = convert(model())
     found = check.Check(report, "training", [], [], (2, 1), (2, 1), (1.0, 0.5), 0.4)
     assert "too noisy for the times to mean anything: steps spread by 40%" in str(found)
@@ -268,7 +268,7 @@ def test_convert_check_says_when_its_times_mean_nothing() -> None:
     assert single.noise is None and "a single step of each" in str(single)
 
 
-def with_what_cannot_be_copied() -> tuple[nn.Module, torch.Tensor]:
+def with_uncopyable_attributes() -> tuple[nn.Module, torch.Tensor]:
     made, inputs = one_tensor()
     made.lock, made.graph, made.items = threading.Lock(), torch.ones(2, requires_grad=True) * 2, iter_of_two()
     return made, inputs
@@ -281,14 +281,14 @@ def iter_of_two() -> Iterator[int]:
 @pytest.mark.parametrize(
     "arguments", [("memory", "--convert", "output"), ("convert-check", "--recompute", "all", "--turns", "1")]
 )
-def test_what_cannot_be_copied_is_no_hindrance(arguments: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+def test_models_with_uncopyable_attributes(arguments: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
     command, *given = arguments
-    status, out, err = answer(capsys, command, "tests.test_cli:with_what_cannot_be_copied", *given)
+    status, out, err = answer(capsys, command, "tests.test_cli:with_uncopyable_attributes", *given)
     assert (status, err) == (0, "") and "kept for backward" in out
 
 
-class AsksForItsClass(nn.Module):
-    """Computes something else when converted: what no conversion should do, and what the check is there to tell."""
+class ReadsItsClass(nn.Module):
+    """A model that computes another function when converted, which the check must detect."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,13 +301,13 @@ class AsksForItsClass(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "factor", "said"),
     [
-        (AsksForItsClass, 1.0, ["gradients", "outputs"]),
+        (ReadsItsClass, 1.0, ["gradients", "outputs"]),
         (model, 1.0, []),
         (model, math.nan, ["outputs"]),
         (model, 1e38, ["outputs"]),
     ],
 )
-def test_convert_check_tells_other_numbers(kind: Callable[[], nn.Module], factor: float, said: list[str]) -> None:
+def test_convert_check_reports_changed_results(kind: Callable[[], nn.Module], factor: float, said: list[str]) -> None:
     found = check.check(kind(), (factor * torch.randn(3, 16),), turns=1)
     assert sorted(change.split()[0] for change in found.changed) == said
 
@@ -335,7 +335,7 @@ def turns_gradients_off() -> tuple[nn.Module, torch.Tensor]:
         (("memory", "--depth", "-1"), "expected a whole number from 0"),
     ],
 )
-def test_what_cannot_work_is_said_before_the_run(
+def test_invalid_options_are_errors_before_the_run(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -346,7 +346,7 @@ def test_what_cannot_work_is_said_before_the_run(
         cli.main(("inspect", "--columns", "-5"))
 
 
-def test_devices_and_files_that_are_not_there_are_no_arguments() -> None:
+def test_missing_devices_and_files_are_argument_errors() -> None:
     for kind, text in ((kinds.device, "nowhere"), (kinds.device, "cuda:99"), (kinds.existing, "nothing.json")):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             kind(text)
@@ -354,14 +354,14 @@ def test_devices_and_files_that_are_not_there_are_no_arguments() -> None:
 
 
 @pytest.mark.parametrize("command", ["memory", "convert-check"])
-def test_a_model_that_cannot_run_is_no_difference(command: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_model_that_cannot_run_is_an_error(command: str, capsys: pytest.CaptureFixture) -> None:
     status, _, err = answer(capsys, command, "tests.test_cli:fails_when_called")
     assert status == 2 and "Traceback" in err and "the model cannot be run so" in err
     status, _, err = answer(capsys, command, "tests.test_cli:lazy")
     assert status == 2 and "Traceback" not in err and "call the model once on its inputs before" in err
 
 
-def test_what_is_kept_is_told_whatever_the_target_leaves(capsys: pytest.CaptureFixture) -> None:
+def test_memory_measures_with_gradients_on(capsys: pytest.CaptureFixture) -> None:
     try:
         assert answer(capsys, "memory", "tests.test_cli:turns_gradients_off") == answer(
             capsys, "memory", "tests.test_cli:one_tensor"
@@ -380,7 +380,7 @@ def test_what_is_kept_is_told_whatever_the_target_leaves(capsys: pytest.CaptureF
         ),
     ],
 )
-def test_what_is_no_fault_of_the_model_is_not_said_to_be(
+def test_errors_of_options_do_not_blame_the_model(
     command: tuple[str, ...], said: str, capsys: pytest.CaptureFixture
 ) -> None:
     name, *options = command
@@ -391,7 +391,7 @@ def test_what_is_no_fault_of_the_model_is_not_said_to_be(
 
 
 @pytest.mark.parametrize(("error", "said"), ((BrokenPipeError(), ""), (OSError("no space"), "cannot be written to")))
-def test_output_that_nobody_takes_is_no_fault_of_the_model(
+def test_a_closed_output_does_not_blame_the_model(
     error: OSError, said: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Closed(io.StringIO):

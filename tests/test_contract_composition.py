@@ -1,4 +1,4 @@
-"""The blocks in the company of the rest of torch."""
+"""Blocks with torch's transforms, compile, export, checkpoint, autocast, copies, and state dicts."""
 
 import copy
 import inspect
@@ -33,16 +33,17 @@ def test_gradcheck_and_double_backward(block: Block) -> None:
 
 @by_block
 def test_third_derivatives(block: Block) -> None:
-    """Whose truth is differences of the second: those of torch's layer_norm and batch_norm leave a part out."""
+    """Compared with finite differences of the second derivatives, because the third derivatives of torch's layer_norm
+    and batch_norm lack a term."""
     operands = block.operands((2, 3), 5, torch.float64, DEVICE)
     names = list(operands)
 
     def second(*tensors):
         outputs = block.call(**dict(zip(names, tensors, strict=True)))
-        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        sources = [tensor for tensor in tensors if tensor.requires_grad]
         for _ in range(2):
             loss = sum(output.sin().sum() for output in outputs)
-            outputs = torch.autograd.grad(loss, wanted, create_graph=True)
+            outputs = torch.autograd.grad(loss, sources, create_graph=True)
         return outputs
 
     if not block.options.get("cast_before_weight"):
@@ -73,7 +74,7 @@ def test_torch_utils_checkpoint_around_it(block: Block) -> None:
 
 @by_block
 def test_bitwise_the_same_from_run_to_run(block: Block, backend: str) -> None:
-    # Where kernels are interpreted, rows for two programs are enough.
+    # Rows for two programs are enough where kernels are interpreted.
     operands = block.operands((2, 20 if interprets(backend) else 50), 64, torch.float32, DEVICE)
     torch.use_deterministic_algorithms(True)
     try:
@@ -99,8 +100,8 @@ def test_bitwise_the_same_for_any_number_of_threads(block: Block, threads: int) 
         assert torch.equal(expected[name], found[name]), name
 
 
-# What channel norms normalise together is more than a row, and torch's own functions, of which the reference is made,
-# round differently at the end of a tensor.
+# Channel norms have statistics of several rows, and torch's functions, which the reference uses, round differently at
+# the end of a tensor.
 @where(lambda block, backend: not block.channels and backend != "reference")
 @by_block
 def test_a_row_does_not_depend_on_its_neighbours(block: Block, backend: str) -> None:
@@ -112,7 +113,7 @@ def test_a_row_does_not_depend_on_its_neighbours(block: Block, backend: str) -> 
 
 
 @by_block
-def test_nothing_given_is_written_to(block: Block, backend: str) -> None:
+def test_operands_and_gradients_are_not_written_to(block: Block, backend: str) -> None:
     operands = block.operands((2, 5), 48, torch.float32, DEVICE)
     copies = {name: t.detach().clone() for name, t in operands.items()}
     outputs = block.call(**operands)
@@ -138,7 +139,7 @@ def test_one_process_uses_every_backend_in_turn(block: Block) -> None:
 
 
 def op_arguments() -> dict[str, tuple]:
-    """By op, and what is special."""
+    """The arguments of each op; a name may have a variant after a comma."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -212,7 +213,7 @@ def test_torch_func_grad() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_does_what_it_does_for_torchs_norms(dtype: torch.dtype) -> None:
+def test_dtypes_under_autocast_are_torchs(dtype: torch.dtype) -> None:
     x = torch.randn(4, 16, device=DEVICE)
     for input in (x, x.to(dtype)):
         with torch.autocast(DEVICE, dtype):
@@ -221,7 +222,7 @@ def test_autocast_does_what_it_does_for_torchs_norms(dtype: torch.dtype) -> None
         assert ours.dtype == theirs.dtype
 
 
-MEETING = {
+MIXED_OPERANDS = {
     "residual": lambda a, b, w: functional.add_layer_norm(a, b, 16, w),
     "gate": lambda a, b, w: functional.gated_rms_norm(a, b, 16, w),
     "value": lambda a, b, w: functional.glu(a, b),
@@ -229,18 +230,18 @@ MEETING = {
 }
 
 
-@pytest.mark.parametrize("name", MEETING)
-def test_autocast_may_part_what_meets_in_a_block(name: str) -> None:
-    """A product in bfloat16 and a residual in float32, as in any network under autocast; without it, an error."""
+@pytest.mark.parametrize("name", MIXED_OPERANDS)
+def test_operands_of_mixed_dtypes_under_autocast(name: str) -> None:
+    """A product in bfloat16 and a residual in float32 are accepted under autocast, and are an error without."""
     a, b = torch.randn(4, 16, device=DEVICE).bfloat16(), torch.randn(4, 16, device=DEVICE)
     w = torch.ones(16, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
-        found = MEETING[name](a, b, w)
-    expected = MEETING[name](a.float(), b, w)
+        found = MIXED_OPERANDS[name](a, b, w)
+    expected = MIXED_OPERANDS[name](a.float(), b, w)
     for y, e in zip(*((t if isinstance(t, tuple) else (t,)) for t in (found, expected)), strict=True):
         assert y.dtype == torch.float32 and torch.equal(y, e)
     with pytest.raises(RuntimeError, match="has dtype"):
-        MEETING[name](a, b, w)
+        MIXED_OPERANDS[name](a, b, w)
 
 
 MODULES = [
@@ -269,15 +270,15 @@ MODULES = [
 def test_state_dict_both_ways_deepcopy_and_pickle(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert repr(again) == repr(ours)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert repr(copied) == repr(ours)
         for key, value in ours.state_dict().items():
-            assert torch.equal(again.state_dict()[key], value)
+            assert torch.equal(copied.state_dict()[key], value)
 
 
 def test_every_function_is_covered() -> None:
-    """A family taken out of the registry, or never put in, is noticed here. `rotary_qk` calls rotary twice, and
-    `linear_cross_entropy`, whose targets are no operand of a block, has tests of its own."""
+    """A function without an entry in the catalogue fails here. `rotary_qk` calls rotary twice, and
+    `linear_cross_entropy`, whose targets are no operand of a block, has its own tests."""
     public = {name for name, value in vars(functional).items() if inspect.isfunction(value)}
     assert public == set(functional.__all__)
     assert public == {block.function for block in BLOCKS} | {pair.function for pair in PAIRS} | {

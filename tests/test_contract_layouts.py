@@ -1,4 +1,4 @@
-"""Any leading shape, any strides, any incoming gradient."""
+"""Blocks with any leading shape, any strides of operands, and any incoming gradient."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,7 +12,7 @@ from .conftest import DEVICE, serving, where
 
 
 def strided(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values, laid out otherwise."""
+    """The same values in another memory layout."""
     values = tensor.detach()
     if layout == "sliced":
         wide = torch.full((*values.shape[:-1], values.shape[-1] + 5), float("nan"), dtype=values.dtype)
@@ -36,8 +36,8 @@ def test_strides_do_not_matter(block: Block, backend: str) -> None:
     operands = block.operands((3, 4), 24, torch.float32, DEVICE)
     expected = with_gradients(block.call, operands)
     for layout in ("sliced", "transposed", "leading", "every other"):
-        laid = {name: strided(t, layout) if name in block.rows else t for name, t in operands.items()}
-        found = with_gradients(block.call, laid)
+        rearranged = {name: strided(t, layout) if name in block.rows else t for name, t in operands.items()}
+        found = with_gradients(block.call, rearranged)
         for name, value in expected.items():
             torch.testing.assert_close(
                 found[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, at=(layout, name): f"{at}: {text}"
@@ -46,7 +46,7 @@ def test_strides_do_not_matter(block: Block, backend: str) -> None:
 
 @by_block
 def test_expanded_incoming_gradients(block: Block, backend: str) -> None:
-    """sum() hands back a gradient whose strides are all zero."""
+    """The backward pass of `sum` has a gradient with strides of zero."""
     operands = block.operands((3, 4), 24, torch.float32, DEVICE)
     tensors = [t for t in operands.values() if t.requires_grad]
     summed = torch.autograd.grad(sum(y.sum() for y in block.call(**operands)), tensors)
@@ -57,7 +57,7 @@ def test_expanded_incoming_gradients(block: Block, backend: str) -> None:
 
 
 @by_block
-def test_no_rows_at_all(block: Block, backend: str) -> None:
+def test_tensors_without_rows(block: Block, backend: str) -> None:
     operands = block.operands((0, 4), 24, torch.float32, DEVICE)
     results = with_gradients(block.call, operands)
     for name, value in results.items():
@@ -66,7 +66,7 @@ def test_no_rows_at_all(block: Block, backend: str) -> None:
             assert value.shape == operands[name.removeprefix("grad ")].shape and (value == 0).all()
 
 
-# There are no samples or channels without a leading dimension.
+# Blocks with samples or channels need a leading dimension.
 @where(lambda block: not block.samples and not block.channels)
 @by_block
 def test_one_dimension_only(block: Block, backend: str) -> None:
@@ -99,18 +99,18 @@ def test_normalized_shape_of_several_dimensions(backend: str) -> None:
     columns=st.integers(1, 700),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_native_is_the_reference_for_any_shape(data, block, samples, tokens, columns, dtype) -> None:
+def test_native_equals_the_reference_for_any_shape(data, block, samples, tokens, columns, dtype) -> None:
     hypothesis.assume(not block.channels or samples * columns > 2)
     backend = "native" if DEVICE == "cpu" else "triton"
     layout = data.draw(st.sampled_from(["plain", "sliced", "leading", "every other"]))
     operands = block.operands((samples, tokens), columns, dtype, DEVICE, seed=columns)
-    laid = {name: strided(t, layout) if name in block.rows else t for name, t in operands.items()}
+    rearranged = {name: strided(t, layout) if name in block.rows else t for name, t in operands.items()}
     with serving("reference"):
-        expected = with_gradients(block.call, laid)
+        expected = with_gradients(block.call, rearranged)
     with serving(backend):
-        found = with_gradients(block.call, laid)
+        found = with_gradients(block.call, rearranged)
     for name, value in expected.items():
-        # Rows of few columns have gradients that are differences of nearly equal numbers.
+        # Gradients of rows with few columns are differences of nearly equal numbers.
         scale = 1 + value.float().abs().max() if columns > 4 else 1e3
         error = (found[name].float() - value.float()).abs().max()
         assert error <= 4 * torch.finfo(dtype).eps * scale * (1 if columns > 4 else 10), (name, error)

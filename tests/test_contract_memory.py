@@ -1,4 +1,4 @@
-"""What is kept for backward is exactly the floor: the operands that must be, and a few bytes a row."""
+"""Saved bytes of every block equal the floor: the operands that the backward pass needs, and a few bytes a row."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def statistics_bytes(block: Block, dtype: torch.dtype) -> int:
     return block.statistics(*ROWS) * (8 if dtype == torch.float64 else 4)
 
 
-# What is kept is decided before a kernel is chosen.
+# Saved tensors do not depend on the kernel, so one dtype is enough for emulated backends.
 @where(lambda backend, dtype: not emulated(backend) or dtype == torch.bfloat16)
 @by_block
 def test_saved_bytes_are_the_floor(block: Block, served: tuple) -> None:
@@ -32,7 +32,7 @@ def test_saved_bytes_are_the_floor(block: Block, served: tuple) -> None:
 
 @by_block
 @pytest.mark.parametrize("frozen", ["weights", "activations"])
-def test_frozen_operands_never_raise_it(block: Block, frozen: str) -> None:
+def test_frozen_operands_never_raise_saved_bytes(block: Block, frozen: str) -> None:
     operands = block.operands(ROWS, COLUMNS, torch.float32, DEVICE)
     everything = saved_bytes(block.call, **operands)
     for name, tensor in operands.items():
@@ -45,7 +45,7 @@ def operands_of(block: Block) -> int:
     return len({*block.rows, *block.coefficients, *block.samples})
 
 
-# A slice is enough where kernels are interpreted.
+# The blocks with four and more operands are enough where kernels are interpreted.
 @where(lambda block, backend: not interprets(backend) or operands_of(block) >= 4)
 @by_block
 def test_each_gradient_alone_is_the_same(block: Block, backend: str) -> None:

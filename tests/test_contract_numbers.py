@@ -1,4 +1,4 @@
-"""Against float64 truth, every output and gradient errs no more than eager torch does on the same operands."""
+"""The error of every output and gradient against float64 is at most 1.5 times eager torch's on the same operands."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ckpt_kernels.catalogue.blocks import ACTIVATION_BLOCKS, BLOCKS, BY_NAME
 from .blocks import by_block, in_float64, with_gradients
 from .conftest import DEVICE, emulated, interprets, where
 
-# Numbers from which the root mean square of an error is taken, at least.
+# The least number of values for a root mean square of errors.
 ROUNDINGS = 40
 
 
@@ -29,12 +29,12 @@ def check_against_eager(
     roundings: int = ROUNDINGS,
     summed: float = 0.0,
 ) -> None:
-    """At most 1.5 times eager's error, and one unit in the last place: of the result, or, where the input's gradient is
-    the little that is left of a sum, of the size of what is `summed`.
+    """Asserts errors of at most 1.5 times eager torch's plus one unit in the last place of the result.
 
-    The error of a result is the root mean square over its elements and a few draws of the operands: as many draws as
-    give `roundings` numbers of each result, since that of six is a matter of luck. So is the greatest error of a few
-    hundred; it may be four times eager's.
+    If the terms of the input's gradient cancel, the unit is that of their magnitude, `summed`. The error is the root
+    mean square over the elements of a result and over `draws` or more draws of the operands, until each result has
+    `roundings` elements, since the error of a few elements is random. So is the greatest error, which may be four times
+    eager torch's.
     """
     ours, eager, truth = {}, {}, {}
     for seed in range(ROUNDINGS):
@@ -55,10 +55,10 @@ def check_against_eager(
         true, found, theirs = (torch.stack(results[name]).double() for results in (truth, ours, eager))
         assert found.isfinite().all(), name
         if dtype == torch.float64:
-            # The truth is no better than what is measured: a hundred roundings at the scale of the result.
+            # The truth has the same precision, so about a hundred roundings of the result's magnitude are allowed.
             assert (found - true).abs().max() <= 2e-14 * (1 + true.abs().max()), name
             continue
-        # Triton's interpreter truncates to bfloat16 where hardware rounds.
+        # Triton's interpreter truncates to bfloat16, where hardware rounds.
         size = summed if name in ("grad input", "grad residual") else 0.0
         units = 2 if backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16 else 1
         for measure, factor in ((_root_mean_square, 1.5), (_greatest, 4.0)):
@@ -76,23 +76,24 @@ def _greatest(values: torch.Tensor) -> float:
 
 
 def draws_for(backend: str) -> int:
-    """At least so many draws: no more than ROUNDINGS numbers need, where they are expensive."""
+    """The least number of draws; one for emulated kernels, which are slow."""
     return 1 if emulated(backend) else 3
 
 
 def is_quick(block: Block, backend: str, elements: int) -> bool:
-    """A gradient of one number takes many draws: where kernels do not run on their own device, small ones."""
+    """Whether the test is fast enough. A gradient of one number takes many draws, which must be small for emulated
+    kernels."""
     return not (block.numbers and emulated(backend) and elements > 1000)
 
 
-# One block of each function: a kernel takes one element as any other partly filled vector, and samples as any other
-# rows, whatever it computes.
+# One block of each function: how a kernel reads partly filled vectors and samples does not depend on the activation.
 ONE_OF_EACH = {block.function: block for block in BLOCKS}.values()
 
 
 def has_rows(block: Block, backend: str, dtype: torch.dtype, columns: int) -> bool:
-    """Of the emulated kernels for two bytes an element, bfloat16's are tried on longer rows too: tiles go by the size.
-    Where they are interpreted, one block of each function is, in float16 and on the long rows of channels."""
+    """Whether this combination is tested. Emulated kernels with two bytes an element run on long rows in bfloat16 only,
+    because tiles depend on the size of an element. Interpreted kernels run in float16, and on long rows of channels,
+    for one block of each function."""
     if emulated(backend) and dtype == torch.float16 and columns == 320:
         return False
     rare = dtype == torch.float16 or (block.channels and columns == 320)
@@ -111,13 +112,13 @@ def test_error_is_at_most_eagers(block: Block, columns: int, served: tuple) -> N
     )
 
 
-# The gate before the norm and the sum after it call the same functions of an activation as the other order does.
+# Variants whose kernels call the same functions of an activation as the others.
 ANOTHER_ORDER = ("gate first", "+add+")
 
 
 def has_dtypes(block: Block, backend: str, dtype: torch.dtype) -> bool:
-    """On a CPU float16 is tried of the loops that users run there. In emulated kernels an activation is a function of
-    float32 whatever is read, and where they are interpreted each function is called in one order."""
+    """Whether this combination is tested. On a CPU, float16 runs on the native backend only. Emulated kernels compute
+    activations in float32 whatever the dtype, and interpreted kernels run without variants of the same functions."""
     if interprets(backend) and any(order in block.name for order in ANOTHER_ORDER):
         return False
     if emulated(backend):
@@ -129,19 +130,20 @@ def has_dtypes(block: Block, backend: str, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("block", ACTIVATION_BLOCKS, ids=lambda block: block.name)
 def test_error_is_at_most_eagers_for_every_activation(block: Block, served: tuple) -> None:
     backend, dtype = served
-    # Errors as such are measured above, of every block: here another activation is in its place.
+    # The errors of every block are measured above; here fewer values suffice for another activation.
     roundings = 10 if interprets(backend) and not block.numbers else ROUNDINGS
     check_against_eager(
         block, lambda seed: block.operands((2, 5), 40, dtype, DEVICE, seed), backend, draws_for(backend), roundings
     )
 
 
-# Among them more than four samples, and three rows more than a block of four.
+# They include more than four samples, and numbers of rows that are no multiple of four.
 SIZES = (((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((7, 1), 16), ((1, 70), 16), ((1, 3), 20011))
 
 
 def has_sizes(block: Block, lead: tuple, columns: int, backend: str) -> bool:
-    """One value per channel is an error in training, and a slice is enough where kernels are interpreted."""
+    """Whether this combination is tested. One value per channel is an error in training, and interpreted kernels run a
+    part of the sizes."""
     if block.channels and lead[0] * columns == 1:
         return False
     if interprets(backend) and (columns == 1 or lead == (7, 1)) and block not in ONE_OF_EACH:
@@ -156,17 +158,17 @@ def has_sizes(block: Block, lead: tuple, columns: int, backend: str) -> bool:
 @by_block
 def test_edge_sizes(block: Block, lead: tuple, columns: int, backend: str) -> None:
     if block.channels and columns > 5003:
-        # Of two channels it would take many draws.
+        # Two channels would take many draws.
         lead, columns = (1, 8), 5003
-    # Errors as such are measured above: here they would be those of elements that are not there, or are left out. That
-    # of one or two elements is a matter of luck nevertheless.
+    # Errors of elements that are read beyond the end or left out are large, so fewer values suffice, but for one or two
+    # elements, whose error is random.
     roundings = 10 if emulated(backend) and columns > 2 and not block.numbers else ROUNDINGS
 
     def draw(seed: int) -> Operands:
         return block.operands(lead, columns, torch.float32, DEVICE, seed)
 
-    # A row of two has no gradient through a norm that centres it, but for eps: all terms cancel, each about as large as
-    # one over the row's deviation.
+    # The gradient through a layer norm of two columns is zero but for eps: the terms, each about one over the row's
+    # deviation, cancel.
     summed = 0.0
     if columns == 2 and "layer_norm" in block.name and "input" in draw(0):
         draws = [draw(seed) for seed in range(ROUNDINGS // columns)]
@@ -178,7 +180,7 @@ def test_edge_sizes(block: Block, lead: tuple, columns: int, backend: str) -> No
 @where(lambda block, backend: not interprets(backend) or block.name == "layer_norm+gelu")
 @pytest.mark.parametrize("block", BLOCKS[:2], ids=lambda block: block.name)
 def test_a_row_of_131072(block: Block, backend: str) -> None:
-    # Interpreted, which takes long, a row that has to be walked too, and ends within a block.
+    # The slow interpreter gets a shorter row, which also takes several steps and ends within a block.
     lead, columns = ((1, 1), 20000) if interprets(backend) else ((1, 2), 131072)
     check_against_eager(block, lambda seed: block.operands(lead, columns, torch.float32, DEVICE, seed), backend, 1)
 
@@ -190,7 +192,7 @@ def test_many_rows(block: Block) -> None:
 
 
 def test_huge_means_stay_accurate(backend: str) -> None:
-    """Rows of 1e4 +- 1, which a difference of sums of squares would lose."""
+    """Rows of 1e4 +- 1, whose variance E[x^2] - E[x]^2 would lose."""
     block = BY_NAME["layer_norm"]
 
     def draw(seed: int) -> Operands:
@@ -204,19 +206,19 @@ def test_huge_means_stay_accurate(backend: str) -> None:
 @pytest.mark.parametrize("block", BLOCKS[:4], ids=lambda block: block.name)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_another_dtype(block: Block, weight_dtype: torch.dtype, backend: str) -> None:
-    """bfloat16 activations with float32 weights, and the other way round."""
+    """bfloat16 activations with float32 weights, and vice versa."""
     input_dtype = torch.bfloat16 if weight_dtype == torch.float32 else torch.float32
     operands = block.operands((2, 9), 48, input_dtype, DEVICE)
     for name in block.coefficients:
         operands[name] = operands[name].detach().to(weight_dtype).requires_grad_()
     truth = with_gradients(block.eager, in_float64(operands))
-    # Eager does not take every such pair; what it can be held to is all in the lesser dtype.
-    lesser = {name: t.detach().bfloat16().requires_grad_() for name, t in operands.items()}
-    theirs = with_gradients(block.eager, lesser)
+    # Eager torch rejects some of these pairs, so its error is measured with all operands in bfloat16.
+    narrow = {name: t.detach().bfloat16().requires_grad_() for name, t in operands.items()}
+    theirs = with_gradients(block.eager, narrow)
     for name, value in with_gradients(block.call, operands).items():
         dtype = weight_dtype if name.removeprefix("grad ") in block.coefficients else input_dtype
         assert value.dtype == dtype
-        # Half a unit of our own rounding, which the interpreter's truncation doubles.
+        # Half a unit for the rounding of the result, which the interpreter's truncation doubles.
         allowed = 1.5 * _root_mean_square(theirs[name] - truth[name]) + 2 * ulp(_greatest(truth[name]), dtype)
         assert _greatest(value - truth[name]) <= allowed, name
 

@@ -1,4 +1,4 @@
-"""Blocks that go element by element leave tensors as they lie: results have the strides that eager torch gives them."""
+"""Results of elementwise blocks have the strides that eager torch gives them."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,17 +18,17 @@ ELEMENTWISE = [block for block in BLOCKS if block.function in ("bias_act", "dyt"
 
 
 def ordered(*order: int) -> Callable[[Tensor], Tensor]:
-    """The same values, whose dimensions lie in memory in this order."""
+    """A function that copies a tensor so that the dimensions have this order in memory."""
     back = [order.index(dim) for dim in range(len(order))]
     return lambda t: t.permute(order).contiguous().permute(back)
 
 
 def sliced(lay: Callable[[Tensor], Tensor], dim: int) -> Callable[[Tensor], Tensor]:
-    """The same values, as a part of a larger tensor that is laid out so."""
+    """A function that copies a tensor into a part of a larger tensor with this memory layout."""
     return lambda t: lay(torch.cat([t, t], dim)).narrow(dim, 0, t.shape[dim])
 
 
-# By name: the leading shape, and how a tensor of that shape and some columns is laid out.
+# The leading shape and the memory layout by name.
 LAYOUTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "contiguous": ((2, 3, 4), lambda t: t.contiguous()),
     "transposed": ((3, 5), ordered(0, 2, 1)),
@@ -76,29 +76,29 @@ def agree(block: Block, layout: str, incoming: str) -> None:
     found, expected = results(block.call, operands, incoming), results(block.eager, operands, incoming)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
-        # Those of a dense tensor: torch may hand on the incoming gradient itself, which need not be.
+        # The strides of a dense tensor: torch may return the incoming gradient itself, which need not be dense.
         strides = torch.empty_like(value).stride()
         if block.function == "packed_glu" and name == "grad input":
-            # One tensor, where torch puts two halves together.
+            # The gradient has the input's strides; torch concatenates two halves.
             strides = torch.empty_like(operands["input"]).stride()
         assert found[name].stride() == strides, (name, layout, incoming)
 
 
-# Matrices are made of tensors in the same way for all.
+# All backends view tensors as matrices in the same way, so a few layouts are enough for emulated ones.
 @where(
     lambda layout, backend: not emulated(backend) or layout in ("transposed", "channels last", "sliced channels last")
 )
 @pytest.mark.parametrize("block", ELEMENTWISE, ids=lambda block: block.name)
 @by_layout
-def test_results_lie_as_torchs_do(block: Block, layout: str, backend: str) -> None:
+def test_results_have_torchs_strides(block: Block, layout: str, backend: str) -> None:
     for name in INCOMING:
         agree(block, layout, name)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "identity"])
 @by_layout
-def test_masks_go_by_the_shape_whatever_the_strides(activation: str, layout: str) -> None:
-    """The same seed drops the same elements in every layout and by every backend, forward and backward."""
+def test_dropout_masks_do_not_depend_on_strides(activation: str, layout: str) -> None:
+    """The same seed drops the same elements in every memory layout, on every backend, forward and backward."""
     lead, lay = LAYOUTS[layout]
     values = lay(torch.randn(*lead, 6, device=DEVICE))
     grad_output = torch.randn_like(values, memory_format=torch.contiguous_format)
@@ -124,7 +124,7 @@ def test_masks_go_by_the_shape_whatever_the_strides(activation: str, layout: str
 
 @pytest.mark.parametrize("block", ELEMENTWISE, ids=lambda block: block.name)
 @by_layout
-def test_the_dispatchers_path_and_the_compilers_know_the_strides(block: Block, layout: str) -> None:
+def test_dispatcher_and_fake_tensors_have_the_same_strides(block: Block, layout: str) -> None:
     operands = tuple(operands_of(block, layout).values())
     options = {
         "bias_act": (*[None] * (3 - len(operands)), "silu", 0.0),
@@ -140,10 +140,10 @@ def test_the_dispatchers_path_and_the_compilers_know_the_strides(block: Block, l
     tensors = options[: len(options) - len(fast.options._fields)]
     output = fast(*operands, *tensors, fast.options(*options[len(tensors) :]))
     assert output.stride() == overload(*operands, *options).stride()
-    wanted = [index < len(operands) for index in range(fast.differentiable)]
+    needs_grad = [index < len(operands) for index in range(fast.differentiable)]
     for lay in INCOMING.values():
         grad_output = lay(torch.randn_like(output).detach(), output.detach())
-        given = (grad_output, *(t.detach() for t in operands), *options, wanted)
+        given = (grad_output, *(t.detach() for t in operands), *options, needs_grad)
         torch.library.opcheck(backward, given, test_utils=tests[:2])
 
 
@@ -168,8 +168,8 @@ def test_a_packed_dimension_anywhere(dim: int, layout: str, order: tuple[int, ..
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "sliced"])
-def test_a_view_of_what_was_transposed(dense: bool) -> None:
-    """What eager code writes around an activation, and what a contiguous result would break."""
+def test_an_activation_between_transposes(dense: bool) -> None:
+    """A view of the second transpose would be an error if the activation's result were contiguous."""
     x = torch.randn(2, 5, 12, device=DEVICE)
     x = x if dense else torch.cat([x, x], 1)[:, :5]
     y = F.bias_act(x.transpose(1, 2), activation="gelu").transpose(1, 2)
@@ -189,18 +189,18 @@ BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class _Contiguous(torch.autograd.graph.saved_tensors_hooks):
-    """Hands tensors back without their strides, as `torch.autograd.graph.save_on_cpu` does."""
+    """Unpacks contiguous copies of saved tensors, as `torch.autograd.graph.save_on_cpu` does."""
 
     def __init__(self) -> None:
         super().__init__(lambda t: t.detach().clone(memory_format=torch.contiguous_format), lambda t: t)
 
 
-# Outputs are rebuilt by the same functions whatever the backend.
+# The recomputation of outputs does not depend on the backend.
 @where(lambda backend: not emulated(backend))
 @pytest.mark.parametrize("hooks", [False, True], ids=["by itself", "within hooks"])
 @pytest.mark.parametrize("block", BEFORE)
 @pytest.mark.parametrize("reader", ["linear", "conv", "transposed linear", "product"])
-def test_a_rebuilt_output_lies_as_the_output_did(block: str, reader: str, hooks: bool, backend: str) -> None:
+def test_a_recomputed_output_has_the_outputs_strides(block: str, reader: str, hooks: bool, backend: str) -> None:
     torch.manual_seed(0)
     orders = {"conv": (0, 2, 3, 1), "linear": (3, 0, 1, 2), "transposed linear": (0, 1, 3, 2), "product": (3, 2, 1, 0)}
     x = ordered(*orders[reader])(torch.randn(2, 6, 6, 6, device=DEVICE)).requires_grad_()
@@ -226,7 +226,7 @@ def test_a_rebuilt_output_lies_as_the_output_did(block: str, reader: str, hooks:
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         if hooks:
-            # Other tensors that are saved lie otherwise than they did, and sums over them round otherwise.
+            # The hooks change the strides of other saved tensors, and sums over these round differently.
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
         else:
             assert torch.equal(found, expected)
@@ -236,7 +236,7 @@ def test_a_rebuilt_output_lies_as_the_output_did(block: str, reader: str, hooks:
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("order", [(1, 0, 2), (2, 0, 1), (0, 2, 1)], ids=str)
 def test_linear_layers_read_any_strides(order: tuple[int, ...], p: float, gated: bool, backend: str) -> None:
-    """At every level. F.linear's own product of what is not contiguous adds up in another order than ours."""
+    """At every level; F.linear adds up products of non-contiguous tensors in another order than this package."""
     x = ordered(*order)(torch.randn(3, 4, 6, device=DEVICE)).requires_grad_()
     weight = torch.randn(5, 6, device=DEVICE, requires_grad=True)
     wide, back = (torch.randn(*s, device=DEVICE, requires_grad=True) for s in ((16, 6), (5, 8)))

@@ -1,4 +1,4 @@
-"""`convert` on real architectures: results, names, what is kept, what is said."""
+"""`convert` on real architectures: results, parameter names, saved bytes, and the report."""
 
 import functools
 import math
@@ -27,14 +27,14 @@ def built(name: str, dtype: torch.dtype = torch.float32) -> architectures.Built:
 
 @functools.cache
 def projections(shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Random weights of outputs. They are made once: what is on the CPU cannot be copied into a CUDA graph."""
+    """Random weights of the outputs. They are made once: a copy from the CPU cannot be captured in a CUDA graph."""
     generator = torch.Generator().manual_seed(5)
     made = [torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(shape.numel()) for shape in shapes]
     return [weights.to(DEVICE) for weights in made]
 
 
 def step(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Outputs, and the parameters' gradients of a random projection of all outputs."""
+    """The outputs, and the gradients of a random projection of all outputs for the parameters."""
     model.zero_grad()
     outputs = [y for y in architectures.outputs_of(model, inputs) if y.requires_grad]
     weights = projections(tuple(y.shape for y in outputs))
@@ -46,7 +46,7 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def in_float64(name: str, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The truth for that model's weights and inputs."""
+    """The results in float64 for this model's weights and inputs."""
     wide, _ = built(name, torch.float64)
     wide.load_state_dict(model.state_dict())
     return step(
@@ -55,7 +55,8 @@ def in_float64(name: str, model: nn.Module, inputs: dict[str, Any]) -> dict[str,
 
 
 def check_errors(truth: dict[str, Tensor], eager: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    """Ours are at most 1.5 times eager's, an ulp allowed; of gradients that should be 0, of the largest gradient."""
+    """Asserts errors of at most 1.5 times eager's plus an ulp; for gradients an ulp of the largest gradient, since some
+    gradients are 0 in exact arithmetic."""
     assert truth.keys() == eager.keys() == ours.keys()
     largest = max(t.abs().max().item() for name, t in truth.items() if name.startswith("grad"))
     for name, t in truth.items():
@@ -67,7 +68,7 @@ def check_errors(truth: dict[str, Tensor], eager: dict[str, Tensor], ours: dict[
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
-def test_a_converted_model_computes_what_it_did_and_keeps_less(name: str, dtype: torch.dtype) -> None:
+def test_converted_model_gives_the_same_results_and_keeps_less(name: str, dtype: torch.dtype) -> None:
     model, inputs = built(name, dtype)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
@@ -83,11 +84,11 @@ def test_a_converted_model_computes_what_it_did_and_keeps_less(name: str, dtype:
     assert kept["output"] < min(kept["eager"], kept["block"]) and kept["all"] <= kept["output"]
     model.load_state_dict(state)
     ckpt_kernels.revert(model)
-    again = step(model, inputs)
-    assert all(torch.equal(again[key], value) for key, value in eager.items())
+    reverted = step(model, inputs)
+    assert all(torch.equal(reverted[key], value) for key, value in eager.items())
 
 
-# Architectures that nobody had in mind
+# Architectures that the benchmarks do not list
 
 
 def _unlisted(name: str) -> architectures.Built:

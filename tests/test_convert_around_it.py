@@ -1,4 +1,4 @@
-"""What is done around the calls of a converted model: measured, listed, initialised, compiled, trained in two modes."""
+"""`convert` with measurements, reports, lazy modules, torch.compile, and batch norms in two modes and checkpoints."""
 
 import copy
 import threading
@@ -31,7 +31,7 @@ def layers() -> nn.Sequential:
 
 
 class Remembering(nn.Module):
-    """Has what cannot be copied: a tensor with a graph, a lock, a generator."""
+    """Holds objects that cannot be copied: a tensor with a graph, a lock, a generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ class Doubling(nn.Module):
         return self.layers(x.mul_(2))
 
 
-def test_measuring_leaves_the_inputs_as_they_are() -> None:
+def test_measuring_does_not_change_the_inputs() -> None:
     x = torch.ones(4, WIDTH, device=DEVICE)
     ckpt_kernels.convert(Doubling(), inputs={"x": x})
     assert torch.equal(x, torch.ones_like(x))
 
 
-def test_measured_within_inference_mode() -> None:
+def test_measuring_within_inference_mode() -> None:
     model = layers()
     with torch.inference_mode():
         before, after = ckpt_kernels.convert(model, inputs=rows()).kept
@@ -114,7 +114,7 @@ class ActivationInTwo(Linear3):
 @pytest.mark.parametrize(
     "kind,found", [(GateInThree, "gated MLP"), (MLPInThree, "MLP"), (ActivationInTwo, "bias_act (gelu)")]
 )
-def test_what_stands_in_a_forward_once_is_listed_once(kind: Callable[[], nn.Module], found: str) -> None:
+def test_the_report_lists_one_expression_once(kind: Callable[[], nn.Module], found: str) -> None:
     assert [entry.by for entry in ckpt_kernels.convert(kind()).replaced] == [found]
 
 
@@ -129,7 +129,7 @@ class Child(nn.Module):
 
 
 class Parent(nn.Module):
-    """A module that is below itself."""
+    """A module whose child refers back to the module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,8 +142,8 @@ class Parent(nn.Module):
 
 
 @pytest.mark.parametrize("exclude", [None, ["child.*"]])
-def test_modules_may_be_below_themselves(exclude: list[str] | None) -> None:
-    # Moved part by part: torch's own `to` does not end.
+def test_cycles_of_modules_are_converted(exclude: list[str] | None) -> None:
+    # torch's own `to` recurses without end here.
     model = Parent()
     for part in (model.norm, model.child.linear):
         part.to(DEVICE)
@@ -167,7 +167,7 @@ def test_lazy_modules_are_initialised_by_the_first_call(level: str) -> None:
 
 @pytest.mark.parametrize("norm", [lambda: nn.RMSNorm(WIDTH), lambda: nn.LayerNorm(WIDTH)])
 @pytest.mark.parametrize("shape", [(), (WIDTH + 1,), (3, 1)])
-def test_inputs_that_do_not_fit_are_refused_by_torchs_own_error(norm: Callable[[], nn.Module], shape: tuple) -> None:
+def test_inputs_of_a_wrong_shape_raise_torchs_own_error(norm: Callable[[], nn.Module], shape: tuple) -> None:
     model, x = norm().to(DEVICE), torch.randn(shape, device=DEVICE)
     errors = []
     for _ in range(2):
@@ -181,7 +181,7 @@ def test_inputs_that_do_not_fit_are_refused_by_torchs_own_error(norm: Callable[[
 # Compiled
 
 
-def _with_a_forward_of_its_own(number: int) -> nn.Module:
+def _model_with_its_own_code(number: int) -> nn.Module:
     names: dict = {}
     exec(f"def forward(self, x): return self.linear(self.norm(x)) + {number}", names)
     model = type(f"Model{number}", (nn.Module,), names)()
@@ -189,11 +189,11 @@ def _with_a_forward_of_its_own(number: int) -> nn.Module:
     return model.to(DEVICE)
 
 
-def test_more_models_are_compiled_than_dynamo_compiles_a_function() -> None:
+def test_dynamos_recompile_limit_is_per_model() -> None:
     torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit
     for number in range(limit + 2):
-        model = _with_a_forward_of_its_own(number)
+        model = _model_with_its_own_code(number)
         ckpt_kernels.convert(model)
         torch.compile(model, backend="eager", fullgraph=True)(rows())
     torch._dynamo.reset()
@@ -203,8 +203,8 @@ def test_more_models_are_compiled_than_dynamo_compiles_a_function() -> None:
 
 
 @pytest.mark.parametrize("level", [None, *LEVELS])
-def test_a_pass_in_training_between_one_in_evaluation_and_its_backward_pass(level: str | None) -> None:
-    """Torch's batch norm moves running statistics where autograd does not see it."""
+def test_a_pass_in_training_between_an_evaluation_and_its_backward_pass(level: str | None) -> None:
+    """torch's batch norm updates running statistics without a change of the version counter."""
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1)).to(DEVICE)
     if level is not None:
         ckpt_kernels.convert(model, recompute=level)
@@ -215,11 +215,11 @@ def test_a_pass_in_training_between_one_in_evaluation_and_its_backward_pass(leve
     assert model[0].weight.grad.isfinite().all()
 
 
-# Weights that are not there
+# A norm without a weight
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
-def test_an_offset_belongs_to_a_weight(backend: str) -> None:
+def test_a_weight_offset_without_a_weight_is_ignored(backend: str) -> None:
     if reason := ckpt_kernels.backends.why_not(backend, DEVICE, torch.float32):
         pytest.skip(reason)
     x = rows().requires_grad_()
@@ -241,15 +241,15 @@ NORMS_WITH_STATISTICS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("last", ["norm", "activation", "convolution"])
 @pytest.mark.parametrize("kind", NORMS_WITH_STATISTICS)
-def test_running_statistics_move_as_often_as_torchs_in_a_checkpoint(kind: str, last: str, use_reentrant: bool) -> None:
-    """A checkpoint that stops early stops where the last tensor that it wants is saved."""
+def test_running_statistics_in_a_checkpoint_are_torchs(kind: str, last: str, use_reentrant: bool) -> None:
+    """A checkpoint with early stop ends the recomputation with the last tensor that the backward pass needs."""
     norm = NORMS_WITH_STATISTICS[kind]()
     after = {"norm": [], "activation": [nn.ReLU()], "convolution": [nn.SiLU(), nn.Conv2d(3, 3, 1)]}[last]
     model = nn.Sequential(nn.Conv2d(3, 3, 1), norm, *after)
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     twin = copy.deepcopy(model)
     ckpt_kernels.convert(twin)
-    for each in (model, twin):
-        checkpoint(each, x, use_reentrant=use_reentrant).sum().backward()
+    for module in (model, twin):
+        checkpoint(module, x, use_reentrant=use_reentrant).sum().backward()
     for (name, theirs), mine in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, msg=name)

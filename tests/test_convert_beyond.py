@@ -1,4 +1,4 @@
-"""What is beyond what was tried of a module: other shapes, sizes, settings, errors."""
+"""Converted modules with inputs beyond those of the trials: other shapes, sizes, settings, errors."""
 
 import pytest
 import torch
@@ -8,10 +8,8 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import kept, twins
-from .test_convert_composes import close
+from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
 from .test_convert_norms import Norm, RoundsFirst
-from .test_convert_rules import WIDTH, run, x
 from .test_convert_tried import found_in, rows
 from .test_convert_written import ChannelNorm
 
@@ -71,10 +69,10 @@ class Capped(nn.Module):
         (Capped, (3, 8)),
     ],
 )
-def test_what_is_beyond_what_was_tried(make, shape) -> None:
+def test_inputs_beyond_the_trials_give_the_same_results(make, shape) -> None:
     model, twin = twins(make)
     ckpt_kernels.convert(model)
-    given = 200 * x(*shape)
+    given = 200 * random_tensor(*shape)
     torch.testing.assert_close(model(given), twin(given))
 
 
@@ -83,7 +81,7 @@ def test_what_is_beyond_what_was_tried(make, shape) -> None:
     [lambda: torch.autocast(DEVICE, torch.bfloat16), torch.inference_mode, torch.no_grad],
     ids=["autocast", "inference", "no grad"],
 )
-def test_what_is_around_a_conversion_changes_nothing(around) -> None:
+def test_conversion_within_a_context_finds_the_same(around) -> None:
     class Fresh(Norm):
         def forward(self, h: Tensor) -> Tensor:
             return rms(h) * self.weight
@@ -97,7 +95,7 @@ def test_what_is_around_a_conversion_changes_nothing(around) -> None:
     assert found.items() >= {"0": "rms_norm", "1": "bias_act (silu)"}.items()
 
 
-def test_a_norm_that_gives_two() -> None:
+def test_a_norm_with_two_outputs() -> None:
     class PairNorm(Norm):
         def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
             return rms(h) * self.weight, h
@@ -107,7 +105,7 @@ def test_a_norm_that_gives_two() -> None:
     assert len(model(rows())) == 2
 
 
-def test_lazy() -> None:
+def test_a_lazy_norm_is_not_tried() -> None:
     class LazyNorm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -139,12 +137,12 @@ class ModulatedWrites(nn.Module):
         return y + h
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="torch's rms_norm on GPUs keeps its input, and so refuses the write")
+@pytest.mark.skipif(DEVICE == "cuda", reason="torch's rms_norm on GPUs keeps its input, so the write is an error")
 def test_a_write_after_a_modulated_norm_in_16_bits() -> None:
     model, twin = twins(ModulatedWrites)
     ckpt_kernels.convert(model.to(torch.bfloat16))
-    given = x(4, WIDTH, dtype=torch.bfloat16)
-    assert close(run(model, given), run(twin.to(torch.bfloat16), given), 0.03)
+    given = random_tensor(4, WIDTH, dtype=torch.bfloat16)
+    assert close(results_of(model, given), results_of(twin.to(torch.bfloat16), given), 0.03)
 
 
 class Sums(nn.Module):
@@ -159,7 +157,7 @@ class Sums(nn.Module):
 def test_a_sum_of_narrow_inputs_and_a_wide_weight() -> None:
     model, twin = twins(Sums)
     ckpt_kernels.convert(model)
-    given = x(3, WIDTH, dtype=torch.bfloat16), x(3, WIDTH, dtype=torch.bfloat16)
+    given = random_tensor(3, WIDTH, dtype=torch.bfloat16), random_tensor(3, WIDTH, dtype=torch.bfloat16)
     given = [g.requires_grad_() for g in given]
     assert model(*given).dtype == twin(*given).dtype == torch.float32
 
@@ -194,18 +192,18 @@ def test_a_weight_of_another_class() -> None:
 def test_errors_are_torchs(make, shape) -> None:
     model, twin = twins(make)
     ckpt_kernels.convert(model)
-    said = []
-    for each in (model, twin):
+    errors = []
+    for module in (model, twin):
         with pytest.raises((ValueError, RuntimeError)) as caught:
-            each(x(*shape))
-        said.append((caught.type, str(caught.value), [b.tolist() for b in each.buffers()]))
-    assert said[0] == said[1]
+            module(random_tensor(*shape))
+        errors.append((caught.type, str(caught.value), [b.tolist() for b in module.buffers()]))
+    assert errors[0] == errors[1]
 
 
 def test_group_norm_of_rows_keeps_no_more() -> None:
     model, twin = twins(lambda: nn.GroupNorm(2, 8))
     ckpt_kernels.convert(model)
-    assert kept(model, x(64, 8)) <= kept(twin, x(64, 8))
+    assert kept(model, random_tensor(64, 8)) <= kept(twin, random_tensor(64, 8))
 
 
 class Squares(nn.Module):
@@ -225,10 +223,10 @@ class WritesAfter(nn.Module):
         return y + h
 
 
-def test_a_write_to_what_eager_torch_does_not_keep() -> None:
+def test_a_write_to_a_tensor_that_eager_does_not_keep() -> None:
     model, twin = twins(WritesAfter)
     ckpt_kernels.convert(model)
-    assert close(run(model, rows()), run(twin, rows()))
+    assert close(results_of(model, rows()), results_of(twin, rows()))
 
 
 def test_a_dropout_that_becomes_in_place() -> None:
@@ -253,7 +251,7 @@ class Bent(torch.autograd.Function):
         return grad
 
 
-def test_patched_act_class(monkeypatch) -> None:
+def test_a_patched_forward_of_an_activation_class_runs(monkeypatch) -> None:
     class Act(nn.Module):
         def forward(self, h: Tensor) -> Tensor:
             return F.silu(h)
@@ -272,7 +270,7 @@ def test_patched_act_class(monkeypatch) -> None:
     torch.testing.assert_close(model(rows()), twin(rows()))
 
 
-def test_patched_torch_act(monkeypatch) -> None:
+def test_a_patched_forward_of_torchs_activation_runs(monkeypatch) -> None:
     monkeypatch.setattr(nn.GELU, "forward", lambda self, h: h.cumsum(-1))
     model, twin = twins(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()))
     ckpt_kernels.convert(model)
@@ -290,7 +288,7 @@ def test_an_activation_with_a_parameter() -> None:
 
     model, twin = twins(Swish)
     ckpt_kernels.convert(model)
-    assert close(run(model, rows()), run(twin, rows()))
+    assert close(results_of(model, rows()), results_of(twin, rows()))
 
 
 class OtherSlope(nn.Module):
@@ -298,7 +296,7 @@ class OtherSlope(nn.Module):
         return h * torch.sigmoid(1.01 * h)
 
 
-def test_almost_silu() -> None:
+def test_a_function_close_to_silu_is_not_silu() -> None:
     model, twin = twins(OtherSlope)
     ckpt_kernels.convert(model)
     torch.testing.assert_close(model(rows()), twin(rows()))

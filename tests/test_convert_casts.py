@@ -1,4 +1,4 @@
-"""Norms that are subclasses of torch's and cast around its forward: known by a trial, if they cast to dtypes alone."""
+"""Subclasses of torch's norms that cast before and after: a trial recognises them if they cast only to dtypes."""
 
 import pytest
 import torch
@@ -6,13 +6,11 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, reason, run, x
+from .conversion import WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
 
 
 class Typed(nn.LayerNorm):
-    """As CLIP writes it."""
+    """The layer norm of CLIP."""
 
     def forward(self, h: Tensor) -> Tensor:
         original = h.dtype
@@ -38,54 +36,54 @@ def between(norm: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
-def test_norms_that_cast(kind: type[nn.Module]) -> None:
+def test_norms_that_cast_are_recognised(kind: type[nn.Module]) -> None:
     model, twin = twins(lambda: between(kind))
-    assert by(ckpt_kernels.convert(model), "1") == FOUND[kind]
-    assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-5)
-    # Of rows of 1 and 3, and the statistics of a norm: the norm's output is not kept.
-    assert kept(model, x(64, WIDTH)) / kept(twin, x(64, WIDTH)) <= 4.1 / 7
+    assert replacement_of(ckpt_kernels.convert(model), "1") == FOUND[kind]
+    assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-5)
+    # In units of the input: 1 and 3, and the norm's statistics, of 7 in eager torch. The norm's output is not kept.
+    assert kept(model, random_tensor(64, WIDTH)) / kept(twin, random_tensor(64, WIDTH)) <= 4.1 / 7
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_norms_that_cast_give_the_dtype_that_they_gave(kind: type[nn.Module], dtype: torch.dtype) -> None:
+def test_norms_that_cast_return_the_same_dtype(kind: type[nn.Module], dtype: torch.dtype) -> None:
     model, twin = twins(lambda: kind(WIDTH))
     ckpt_kernels.convert(model)
-    given = x(64, WIDTH, dtype=dtype)
-    ours, theirs = run(model, given), run(twin, given)
+    given = random_tensor(64, WIDTH, dtype=dtype)
+    ours, theirs = results_of(model, given), results_of(twin, given)
     assert ours["output"].dtype == theirs["output"].dtype == dtype
     assert close(ours, theirs, 0.02 if dtype == torch.bfloat16 else 0.003)
 
 
 class ByName(nn.LayerNorm):
-    """Another function on another device."""
+    """Computes another function on a GPU."""
 
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h) * (1 + ("cuda" in h.type()))
 
 
 class Elsewhere(nn.LayerNorm):
-    """On the CPU, wherever the input is."""
+    """Returns a tensor on the CPU, whatever the input's device."""
 
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h).to("cpu")
 
 
-class OfAName(nn.LayerNorm):
+class CastByName(nn.LayerNorm):
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h).type("torch.FloatTensor")
 
 
 class Wider(nn.LayerNorm):
-    """More exact than ours."""
+    """Rounds to float64, in which the fused norm does not compute."""
 
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(h).type(torch.float64).type(h.dtype)
 
 
-@pytest.mark.parametrize("kind", (ByName, Elsewhere, OfAName, Wider), ids=lambda kind: kind.__name__)
-def test_norms_that_cast_to_more_than_their_dtypes(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("kind", (ByName, Elsewhere, CastByName, Wider), ids=lambda kind: kind.__name__)
+def test_norms_with_other_casts_are_not_converted(kind: type[nn.Module]) -> None:
     report = ckpt_kernels.convert(nn.Sequential(kind(WIDTH)))
-    assert by(report, "0") is None
-    said = "names float64" if kind is Wider else "reads the type of its input"
-    assert said in reason(report, "0")
+    assert replacement_of(report, "0") is None
+    expected = "names float64" if kind is Wider else "reads the type of its input"
+    assert expected in reason_of(report, "0")

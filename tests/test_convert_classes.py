@@ -1,4 +1,4 @@
-"""Classes that look at themselves, and are asked about: a converted module's answers are its original's."""
+"""Classes that inspect themselves or are inspected: a converted module answers as the original."""
 
 import abc
 import functools
@@ -97,7 +97,7 @@ def scale_of(module: nn.Module) -> float:
     [WrappedByBase, WrappedByMeta, ByProperty, ByHelper, ByClassMethod, WithTakenNames],
     ids=lambda k: k.__name__,
 )
-def test_classes_that_look_at_themselves(kind: type[nn.Module]) -> None:
+def test_classes_that_inspect_themselves(kind: type[nn.Module]) -> None:
     TABLE[kind] = 2.0
     model, converted = twins(kind())
     x = torch.randn(3, 16)
@@ -127,7 +127,7 @@ class Counted(MLP):
         return self.down(self.act(self.up(x)))
 
 
-def test_what_is_counted_in_a_class_or_on_a_wrapper() -> None:
+def test_counters_on_a_class_and_on_a_wrapper() -> None:
     model = Counted()
     ckpt_kernels.convert(model)
     model(torch.randn(3, 16))
@@ -145,7 +145,7 @@ class Optional(nn.Module):
         return self.norm(x + x)
 
 
-def test_signatures() -> None:
+def test_signatures_are_the_originals() -> None:
     model, converted = twins(Optional())
     for question in (
         lambda m: inspect.signature(m.forward),
@@ -188,7 +188,7 @@ def test_abstract_classes_answer_as_before() -> None:
     assert isinstance(_Derived(), _Concrete) and issubclass(_Derived, _Concrete)
 
 
-def test_a_class_of_a_function_is_freed() -> None:
+def test_a_local_class_is_freed() -> None:
     def run() -> list[weakref.ref]:
         teacher = torch.zeros(10)
 
@@ -210,8 +210,8 @@ def test_a_class_of_a_function_is_freed() -> None:
     assert [reference() for reference in found] == [None, None, None]
 
 
-def test_a_pickle_is_read_as_what_was_written_when_its_class_is_gone() -> None:
-    """Where the class was in memory there is another now, of another conversion."""
+def test_a_pickle_loads_after_its_class_was_freed() -> None:
+    """Another converted class has the address that the pickle names."""
     model, other = nn.Sequential(nn.GELU()), nn.Sequential(nn.SiLU())
     ckpt_kernels.convert(model, recompute="block")
     ckpt_kernels.convert(other, recompute="block")

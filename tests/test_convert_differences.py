@@ -1,4 +1,4 @@
-"""What a trial must not miss, how outputs lie in memory, and what autocast keeps."""
+"""Differences that trials must detect, strides of outputs, and saved bytes under autocast."""
 
 import copy
 import math
@@ -13,14 +13,11 @@ from torch._prims_common import suggest_memory_format
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import kept, twins
-from .test_convert_composes import close
+from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
 from .test_convert_outside import LEVELS, RMS, computed
-from .test_convert_rules import WIDTH, run
-from .test_convert_rules import x as random
 from .test_convert_tried import Gated, found_in, rows
 
-# What a trial must not miss
+# Differences that trials must detect
 
 
 class Capped(nn.Module):
@@ -66,13 +63,13 @@ class Packed(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Capped, CutOff, CappedFormula, CappedNorm, Lengths, Halves, Packed])
-def test_what_differs_beyond_what_is_tried(kind: type[nn.Module]) -> None:
-    x = torch.cat((random(2, 600, WIDTH), 1000 * random(2, 600, WIDTH)))
+def test_functions_that_differ_on_large_inputs_are_unchanged(kind: type[nn.Module]) -> None:
+    x = torch.cat((random_tensor(2, 600, WIDTH), 1000 * random_tensor(2, 600, WIDTH)))
     assert computed(kind, x)
 
 
 class Bounded(nn.Module):
-    """A norm whose parameters are exchanged for others after it was converted."""
+    """A norm whose parameters are replaced after the conversion."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +82,7 @@ class Bounded(nn.Module):
 
 @pytest.mark.parametrize("shape,dtype", [((1, 1, WIDTH), None), ((WIDTH,), torch.float64), ((1,), None)])
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_parameters_that_are_exchanged(name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+def test_replaced_parameters_are_read(name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
     model = nn.Sequential(Bounded()).to(DEVICE)
     assert found_in(ckpt_kernels.convert(model)) == {"0": "layer_norm"}
     setattr(model[0], name, nn.Parameter(torch.rand(shape, dtype=dtype, device=DEVICE)))
@@ -97,14 +94,14 @@ def test_parameters_that_are_exchanged(name: str, shape: tuple[int, ...], dtype:
 
 
 @pytest.mark.parametrize("make", [lambda: nn.LayerNorm(8), lambda: nn.BatchNorm1d(8), lambda: nn.GroupNorm(2, 8)])
-def test_dtypes_that_torch_refuses_are_refused(make: Callable[[], nn.Module]) -> None:
+def test_dtypes_that_torch_rejects_are_rejected(make: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(make())
     ckpt_kernels.convert(model)
     with pytest.raises(RuntimeError):
         model(torch.rand(4, 8, 8, dtype=torch.float64))
 
 
-def test_what_never_computes_is_not_said_to_be_replaced() -> None:
+def test_the_report_names_no_module_that_is_never_fused() -> None:
     class Squared(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return F.relu(x) ** 2
@@ -132,18 +129,18 @@ def test_what_never_computes_is_not_said_to_be_replaced() -> None:
     ids=["hand-written", "RMSNorm", "LayerNorm", "InstanceNorm", "GroupNorm", "BatchNorm"],
 )
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 3, 1), (2, 0, 1, 3), (0, 1, 3, 2)])
-def test_outputs_of_norms_lie_as_torchs_do(make: Callable, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
-    """`order` is that of the dimensions in memory."""
+def test_outputs_of_norms_have_torchs_strides(make: Callable, shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """`order` is the order of the dimensions in memory."""
     torch.manual_seed(0)
     model = nn.Sequential(make()).to(DEVICE)
     converted = copy.deepcopy(model)
     ckpt_kernels.convert(converted)
-    inner = random(*[shape[d] for d in order])
+    inner = random_tensor(*[shape[d] for d in order])
     x = inner.permute([order.index(d) for d in range(len(order))])
     for input in (x, x[:, :, :, :], x[1:]):
         expected, found = model(input), converted(input)
         if isinstance(model[0], nn.GroupNorm) and DEVICE == "cuda":
-            # There torch's are contiguous whatever the input is; ours keep its memory format, as on the CPU.
+            # On GPUs torch's output is always contiguous; ours keeps the input's memory format, as on the CPU.
             expected = expected.to(memory_format=suggest_memory_format(input))
         assert [s for s, n in zip(found.stride(), found.shape, strict=True) if n > 1] == [
             s for s, n in zip(expected.stride(), expected.shape, strict=True) if n > 1
@@ -157,7 +154,7 @@ def test_a_part_of_a_large_tensor_does_not_keep_the_whole(make: Callable, requir
     model = nn.Sequential(make()).to(DEVICE)
     converted = copy.deepcopy(model)
     ckpt_kernels.convert(converted)
-    whole = random(2, 8, 64, 64)
+    whole = random_tensor(2, 8, 64, 64)
 
     def saved(model: nn.Module) -> int:
         part = whole[..., :4, :4].detach().requires_grad_(requires_grad)
@@ -166,7 +163,7 @@ def test_a_part_of_a_large_tensor_does_not_keep_the_whole(make: Callable, requir
     assert saved(converted) <= max(saved(model) * 1.25, 2048)
 
 
-# Autocast, and what is not kept
+# Autocast, and inputs that are not kept
 
 
 class InPlaceResidual(nn.Module):
@@ -188,7 +185,7 @@ class InPlaceResidual(nn.Module):
 def test_a_residual_written_in_place_under_autocast(level: str) -> None:
     model, converted = twins(InPlaceResidual)
     ckpt_kernels.convert(converted, recompute=level)
-    assert close(run(converted, rows()), run(model, rows()), 0.02)
+    assert close(results_of(converted, rows()), results_of(model, rows()), 0.02)
 
 
 @pytest.mark.parametrize("level", ["output", "all"])
@@ -197,12 +194,12 @@ def test_an_mlp_under_autocast_keeps_no_more(level: str) -> None:
     converted = copy.deepcopy(model)
     ckpt_kernels.convert(converted, recompute=level)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert kept(converted, random(256, 32)) <= kept(model, random(256, 32))
+        assert kept(converted, random_tensor(256, 32)) <= kept(model, random_tensor(256, 32))
 
 
 @pytest.mark.parametrize("make", [lambda: nn.RMSNorm(WIDTH), RMS, Bounded])
-def test_data_that_is_written_to_between_calls(make: Callable[[], nn.Module]) -> None:
-    """Eager torch keeps nothing of an input that wants no gradient."""
+def test_data_may_be_written_to_between_calls(make: Callable[[], nn.Module]) -> None:
+    """Eager torch does not keep an input that requires no gradient."""
     model = nn.Sequential(make(), nn.Linear(WIDTH, WIDTH)).to(DEVICE)
     if DEVICE != "cpu" and isinstance(model[0], nn.RMSNorm):
         pytest.skip("on a GPU torch's own RMSNorm keeps its input")
@@ -218,7 +215,7 @@ def test_data_that_is_written_to_between_calls(make: Callable[[], nn.Module]) ->
 
 
 class Functional(nn.Module):
-    """F.rms_norm and F.group_norm, and writes to their inputs."""
+    """Calls of F.rms_norm with a write to the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,15 +231,15 @@ class Functional(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_functional_norms_whose_inputs_are_written_to(dtype: torch.dtype) -> None:
     model, converted = twins(Functional)
-    given = random(6, WIDTH, dtype=dtype)
+    given = random_tensor(6, WIDTH, dtype=dtype)
     ckpt_kernels.convert(converted.to(dtype))
     outcomes = []
-    for each in (converted, model.to(dtype)):
+    for module in (converted, model.to(dtype)):
         try:
-            outcomes.append(run(each, given))
+            outcomes.append(results_of(module, given))
         except RuntimeError:
             outcomes.append({})
-    # Where eager torch keeps the input, it refuses the write: in float32, and on GPUs, whose rms_norm is one operation.
+    # If eager torch keeps the input, the write is an error: in float32, and on GPUs, where rms_norm is one op.
     assert bool(outcomes[1]) == (dtype == torch.bfloat16 and DEVICE != "cuda")
     assert bool(outcomes[0]) or not outcomes[1]
     assert not outcomes[1] or close(*outcomes, 0.05 if dtype == torch.bfloat16 else 1e-4)
@@ -258,6 +255,6 @@ def test_a_group_norm_of_vectors_keeps_no_more() -> None:
             return F.group_norm(self.linear(x), 2)
 
     model = OfVectors().to(DEVICE)
-    eager = kept(model, random(64, 8))
+    eager = kept(model, random_tensor(64, 8))
     ckpt_kernels.convert(model)
-    assert kept(model, random(64, 8)) <= eager
+    assert kept(model, random_tensor(64, 8)) <= eager

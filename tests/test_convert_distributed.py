@@ -1,4 +1,4 @@
-"""Converted models under DDP and FSDP2: two processes compute what one does."""
+"""Converted models under DDP and FSDP2: two processes compute the same as one."""
 
 import os
 import socket
@@ -70,7 +70,7 @@ CASES: tuple[tuple[str, Callable[[nn.Module], nn.Module], str], ...] = (
     ("llama", sharded, "all"),
     ("llama", sharded_finely, "output"),
     ("llama", sharded_and_checkpointed, "all"),
-    # Where a layer reads what a norm of the layer before gives.
+    # Layers here read the output of the previous layer's norm.
     ("bert", sharded, "output"),
 )
 
@@ -88,12 +88,12 @@ def _process(rank: int, port: int, results: str) -> None:
         found.append((losses, weights))
     torch.save(found, f"{results}/{rank}.pt")
     dist.barrier()
-    # Not by way of the interpreter's end: DDP's and gloo's destructors may wait for each other there, over the GIL.
+    # Without the interpreter's shutdown, in which the destructors of DDP and gloo may deadlock over the GIL.
     os._exit(0)
 
 
 def test_two_processes_train_as_one(tmp_path: Any) -> None:
-    """The processes are started once, for all cases: to start them takes longer than a case."""
+    """All cases run in one pair of processes, because a start takes longer than a case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

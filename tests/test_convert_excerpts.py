@@ -1,4 +1,4 @@
-"""Definitions that are read by their own lines are those that the whole file has."""
+"""Definitions that are parsed from an excerpt of the file equal those parsed from the whole file."""
 
 import ast
 import functools
@@ -85,7 +85,7 @@ def nested(x: Any) -> Callable[[], Any]:
 
 
 def without_code() -> None:
-    """Of this nothing is compiled."""
+    """A function that compiles to no instructions but a return."""
 
 
 METHODS = [value for value in vars(Kinds).values() if isinstance(value, types.FunctionType)]
@@ -94,19 +94,19 @@ TORCHS = [nn.Linear.forward, nn.MultiheadAttention.forward, nn.Module._call_impl
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, *TORCHS], ids=lambda function: function.__qualname__)
-def test_they_are_those_of_the_whole_file(function: types.FunctionType) -> None:
+def test_excerpts_give_the_definitions_of_the_whole_file(function: types.FunctionType) -> None:
     function = decorator_chain(function)[-1]
     code = function.__code__
     with open(code.co_filename) as file:
         whole = source._from_file(file.read(), code, code.co_filename)
     found = definition_of(function)
     assert ast.dump(found.tree, include_attributes=True) == ast.dump(whole.tree, include_attributes=True)
-    assert [type(each) for each in found.enclosing] == [type(each) for each in whole.enclosing]
+    assert [type(node) for node in found.enclosing] == [type(node) for node in whole.enclosing]
     assert found is not whole or function is Kinds.ends_in_text
 
 
 @pytest.mark.parametrize("instead", ["", "def fits(x):\n    return x\n", "def fits(x):\n    return x +\n", "x = 1\n"])
-def test_what_compiles_to_anything_else_is_not_used(instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_excerpt_with_other_code_is_not_used(instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function = nn.Linear.forward
     expected = ast.dump(definition_of(function).tree)
     before = "\n" * (function.__code__.co_firstlineno - 1)
@@ -114,7 +114,7 @@ def test_what_compiles_to_anything_else_is_not_used(instead: str, monkeypatch: p
     assert ast.dump(definition_of(function).tree) == expected
 
 
-def test_lines_that_are_not_there() -> None:
+def test_missing_lines_give_no_excerpt() -> None:
     code = nn.Linear.forward.__code__
     assert excerpt_of(code, []) == "" and excerpt_of(code, ["\n"] * code.co_firstlineno) == ""
 
@@ -132,7 +132,7 @@ class Deep(nn.Module):
 
 
 @pytest.mark.parametrize("terms", [50, 400])
-def test_expressions_that_nest_deep(terms: int, tmp_path: Any) -> None:
+def test_deeply_nested_expressions(terms: int, tmp_path: Any) -> None:
     file = tmp_path / "deep.py"
     file.write_text(DEEP.format(sum=" + ".join(["h"] * terms)))
     names = {"nn": nn}

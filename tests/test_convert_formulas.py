@@ -1,4 +1,4 @@
-"""Activations that are written out over a local name that a product has just made: what they keep and compute."""
+"""Activations as formulas of a local variable that holds a product: kept tensors and results."""
 
 import math
 
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, run, x
+from .conversion import WIDTH, close, kept, random_tensor, replacement_of, results_of, twins
 
 ROOT = math.sqrt(2.0)
 
@@ -75,8 +73,8 @@ class GeGLU(Two):
         return self.b(h * 0.5 * (1.0 + torch.erf(h / math.sqrt(2.0))) * v)
 
 
-# What is found, and what is kept at "output" as a fraction of what eager torch keeps: with inputs of 1 and hidden rows
-# of 3, eager torch keeps three or four hidden tensors, and this package one.
+# What the report says, and the saved bytes at "output" as a fraction of eager torch's: with inputs of size 1 and hidden
+# tensors of size 3, eager torch keeps three or four hidden tensors, and this package one.
 FOUND = {
     GELU: ("MLP", 4 / 13),
     HalfFirst: ("MLP", 4 / 13),
@@ -90,17 +88,17 @@ FOUND = {
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("level", ("block", "output", "all"))
-def test_a_formula_of_what_was_just_made(kind: type[nn.Module], level: str) -> None:
+def test_formulas_of_a_product_are_fused(kind: type[nn.Module], level: str) -> None:
     model, twin = twins(kind)
     found, share = FOUND[kind]
-    assert by(ckpt_kernels.convert(model, recompute=level), "") == found
-    assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-5)
-    ratio = kept(model, x(64, WIDTH)) / kept(twin, x(64, WIDTH))
+    assert replacement_of(ckpt_kernels.convert(model, recompute=level), "") == found
+    assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-5)
+    ratio = kept(model, random_tensor(64, WIDTH)) / kept(twin, random_tensor(64, WIDTH))
     assert ratio <= (share + 0.02 if level != "block" else 1.0)
 
 
-class Seen(Two):
-    """What was made is seen by somebody else too, whom eager torch allows to write to it."""
+class WrittenLater(Two):
+    """The product is written to after the formula, which eager torch allows."""
 
     def forward(self, given: Tensor) -> Tensor:
         h = self.a(given)
@@ -109,7 +107,7 @@ class Seen(Two):
 
 
 class Rebound(Two):
-    """The name stands for two things."""
+    """The name is bound to two tensors within the formula."""
 
     def forward(self, given: Tensor) -> Tensor:
         h = self.a(given)
@@ -119,7 +117,7 @@ class Rebound(Two):
 
 
 class Given(Two):
-    """Nobody knows who made it, and who writes to it."""
+    """The formula reads an argument, whose caller may write to the tensor."""
 
     def act(self, h: Tensor) -> Tensor:
         return h * 0.5 * (1.0 + torch.erf(h / math.sqrt(2.0)))
@@ -132,19 +130,19 @@ class Given(Two):
 
 
 class TwoReaders(Two):
-    """The product is read by an activation and by its factor."""
+    """The product is both the operand of the activation and the factor of the gate."""
 
     def forward(self, given: Tensor) -> Tensor:
         h = self.a(given)
         return self.b(F.gelu(h) * h)
 
 
-@pytest.mark.parametrize("kind", (Seen, Rebound, Given, TwoReaders), ids=lambda kind: kind.__name__)
-def test_a_formula_of_something_else(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("kind", (WrittenLater, Rebound, Given, TwoReaders), ids=lambda kind: kind.__name__)
+def test_formulas_of_other_tensors_are_unchanged(kind: type[nn.Module]) -> None:
     model, twin = twins(kind)
-    found = by(ckpt_kernels.convert(model), "")
+    found = replacement_of(ckpt_kernels.convert(model), "")
     assert found == ("gate" if kind is TwoReaders else None)
-    assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-5)
+    assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-5)
 
 
 ROUNDED = 1.4142135
@@ -198,20 +196,20 @@ class Row(nn.Sequential):
 @pytest.mark.parametrize(
     "kind", (RoundedGELU, RoundedTanh, Called, CalledFunction, Alone, Row), ids=lambda kind: kind.__name__
 )
-def test_rounded_constants(kind: type[nn.Module]) -> None:
-    """To float32 they are the constants that they round, to float64 others."""
+def test_rounded_constants_are_fused_in_float32_only(kind: type[nn.Module]) -> None:
+    """In float32 a rounded constant equals the exact one; in float64 the two differ."""
     model, twin = twins(kind)
     ckpt_kernels.convert(model)
-    single = x(64, WIDTH)
-    assert close(run(model, single), run(twin, single), 1e-5)
+    single = random_tensor(64, WIDTH)
+    assert close(results_of(model, single), results_of(twin, single), 1e-5)
     assert kind is Alone or kept(model, single) < kept(twin, single)
     model.double(), twin.double()
-    assert close(run(model, single.double()), run(twin, single.double()), 1e-14)
+    assert close(results_of(model, single.double()), results_of(twin, single.double()), 1e-14)
 
 
 @pytest.mark.parametrize("kind", (GELU, InSteps), ids=lambda kind: kind.__name__)
-def test_exact_constants(kind: type[nn.Module]) -> None:
-    """In another order of rounding they are what they are, in float64 too."""
+def test_exact_constants_are_fused_in_float64(kind: type[nn.Module]) -> None:
+    """Another order of operations rounds differently, but the constants are exact."""
     model, twin = twins(lambda: kind().double())
     ckpt_kernels.convert(model)
-    assert kept(model, x(64, WIDTH).double()) < kept(twin, x(64, WIDTH).double())
+    assert kept(model, random_tensor(64, WIDTH).double()) < kept(twin, random_tensor(64, WIDTH).double())

@@ -1,4 +1,4 @@
-"""Activations that are functions of the file, which somebody wrote: known by trying them out."""
+"""Activations that are functions in a user's file: trials recognise them."""
 
 import copy
 import io
@@ -42,7 +42,7 @@ def with_a_global(x: Tensor) -> Tensor:
 
 
 class Gated(nn.Module):
-    """A gate whose activation is a function that it holds."""
+    """A gated MLP that holds a function as the activation."""
 
     def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Gated(nn.Module):
 
 
 class GatedByName(nn.Module):
-    """The same by the function's name in the file."""
+    """A gated MLP that calls a function of the file by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class WrittenHardswish(Plain):
 
 
 class Halves(nn.Module):
-    """A packed gate."""
+    """An MLP with a packed gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,10 +115,10 @@ def results(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def check(made: Callable[[], nn.Module], x: Tensor, said: str, units: int) -> nn.Module:
-    """Converts the model and checks that `units` tensors of x's size are kept.
+    """Converts the model and checks that the saved bytes are `units` times those of x.
 
-    These are the inputs of products, and the operands of the activation or gate. One level is enough: intermediates of
-    blocks are discarded at each level.
+    The kept tensors are the inputs of products, and the operands of the activation or gate. One level is enough: every
+    level discards the intermediates of blocks.
     """
     model = made().to(DEVICE)
     eager = copy.deepcopy(model)
@@ -147,7 +147,7 @@ def test_functions_of_the_file_are_activations(
     check(made, rows, said, units)
 
 
-def test_one_of_torchs_functions_is_known_by_its_arguments(rows: Tensor) -> None:
+def test_torchs_hardtanh_is_recognised_by_its_arguments(rows: Tensor) -> None:
     model = Ramp().to(DEVICE)
     eager = copy.deepcopy(model)
     report = ckpt_kernels.convert(model, recompute="all")
@@ -158,7 +158,7 @@ def test_one_of_torchs_functions_is_known_by_its_arguments(rows: Tensor) -> None
 
 
 @pytest.mark.parametrize("act", [cubed, counted, lambda x: x * torch.sigmoid(x)])
-def test_what_is_none_of_ours_runs(act: Callable[[Tensor], Tensor], rows: Tensor) -> None:
+def test_unrecognised_functions_run(act: Callable[[Tensor], Tensor], rows: Tensor) -> None:
     model = Gated(act).to(DEVICE)
     assert not ckpt_kernels.convert(model, recompute="block").replaced
     assert not calls
@@ -166,36 +166,36 @@ def test_what_is_none_of_ours_runs(act: Callable[[Tensor], Tensor], rows: Tensor
     assert len(calls) == (act is counted)
 
 
-def test_another_function_runs(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_function_runs(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = check(GatedByName, rows, "gated MLP", 13)
     monkeypatch.setitem(GatedByName.forward.__globals__, "own_gelu", counted)
     model(rows)
     assert calls
 
 
-def test_another_code_runs(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_code_runs(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = check(lambda: Gated(own_gelu), rows, "gated MLP", 13)
     monkeypatch.setattr(own_gelu, "__code__", counted.__code__)
     model(rows)
     assert calls
 
 
-def test_a_global_that_it_reads_may_change(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_global_of_the_function_is_read(rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = check(lambda: Gated(with_a_global), rows, "gated MLP", 13)
     monkeypatch.setitem(with_a_global.__globals__, "beta", 1.5)
     expected = model.last(with_a_global(model.gate(rows)) * model.value(rows))
     torch.testing.assert_close(model(rows), expected, rtol=0, atol=0)
 
 
-def test_copies_compute_so_too(rows: Tensor) -> None:
+def test_copies_are_fused_too(rows: Tensor) -> None:
     model = check(lambda: Gated(own_gelu), rows, "gated MLP", 13)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert ckpt_kernels.is_converted(again)
-        assert saved_bytes(again, rows) == saved_bytes(model, rows)
-        torch.testing.assert_close(again(rows), model(rows))
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert ckpt_kernels.is_converted(other)
+        assert saved_bytes(other, rows) == saved_bytes(model, rows)
+        torch.testing.assert_close(other(rows), model(rows))
 
 
 def test_torch_compile(rows: Tensor) -> None:

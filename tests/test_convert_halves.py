@@ -1,4 +1,4 @@
-"""Gates by halves of one tensor, whatever the activation: what they keep, and where the halves are none."""
+"""Gates of two halves of one tensor with any activation: kept tensors, and tensors that are no halves."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, run, x
+from .conversion import WIDTH, close, kept, random_tensor, replacement_of, results_of, twins
 
 
 class Gate(nn.Module):
@@ -40,7 +38,7 @@ class Slices(nn.Module):
 
 
 class Chooses(nn.Module):
-    """As timm's GluMlp does it."""
+    """The gate of timm's GluMlp."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +50,7 @@ class Chooses(nn.Module):
 
 
 class Within(nn.Module):
-    """One call from the first product to the last."""
+    """An MLP that is fused into one call, from the first product to the last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +65,7 @@ def between(gate: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 6 * WIDTH), gate, nn.Linear(3 * WIDTH, WIDTH))
 
 
-# What is found, and how many halves of rows eager torch keeps beside the whole, of which we keep none.
+# What the report says, and how many halves eager torch keeps beside the whole tensor. This package keeps no half.
 FOUND = {
     Gate: ("packed gate", 2),
     Sigmoid: ("packed gate (where dimension 2 is the last)", 2),
@@ -79,34 +77,34 @@ FOUND = {
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("level", ("block", "output", "all"))
-def test_a_gate_of_halves(kind: type[nn.Module], level: str) -> None:
+def test_a_gate_of_halves_keeps_only_the_whole(kind: type[nn.Module], level: str) -> None:
     model, twin = twins(lambda: between(kind()))
     found, halves = FOUND[kind]
-    assert by(ckpt_kernels.convert(model, recompute=level), "1") == found
-    given = x(2, 32, WIDTH)
-    assert close(run(model, given), run(twin, given), 1e-5)
-    # Rows of 1 are given, the whole is one of 6, and a half one of 3.
+    assert replacement_of(ckpt_kernels.convert(model, recompute=level), "1") == found
+    given = random_tensor(2, 32, WIDTH)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
+    # The input has size 1, the whole tensor size 6, and a half size 3.
     most = 1.0 if level == "block" else 7 / (7 + 3 * halves)
     assert kept(model, given) / kept(twin, given) <= most + 0.01
 
 
 def test_an_mlp_of_halves() -> None:
     model, twin = twins(Within)
-    assert by(ckpt_kernels.convert(model), "") == "packed gated MLP (where dimension 2 is the last)"
-    given = x(2, 32, WIDTH)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model), "") == "packed gated MLP (where dimension 2 is the last)"
+    given = random_tensor(2, 32, WIDTH)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     assert kept(model, given) / kept(twin, given) <= 3 / 5 + 0.01
 
 
 def test_a_dimension_that_is_not_the_last() -> None:
     model, twin = twins(Sigmoid)
     ckpt_kernels.convert(model)
-    given = x(2, 3, 4, 6)
-    assert close(run(model, given), run(twin, given), 1e-6) and model(given).shape == (2, 3, 2, 6)
+    given = random_tensor(2, 3, 4, 6)
+    assert close(results_of(model, given), results_of(twin, given), 1e-6) and model(given).shape == (2, 3, 2, 6)
 
 
-class OfTwo(nn.Module):
-    """Both seem to be parts of one tensor, and are made by somebody else."""
+class OwnChunk(nn.Module):
+    """Both operands look like parts of one tensor, but a method of the model makes them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +121,7 @@ class OfTwo(nn.Module):
 
 
 class WritesOver(nn.Module):
-    """The activation writes to the tensor that both are parts of."""
+    """The activation writes in place to the whole tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +134,7 @@ class WritesOver(nn.Module):
 
 
 class Separate(nn.Module):
-    """The product that the activation is of is not kept by eager torch, and written to."""
+    """The activation's operand, which eager torch does not keep, is written to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,9 +147,9 @@ class Separate(nn.Module):
         return y + u
 
 
-@pytest.mark.parametrize("make", (OfTwo, WritesOver, Separate))
-def test_halves_of_nothing(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("make", (OwnChunk, WritesOver, Separate))
+def test_operands_that_are_no_halves_are_unchanged(make: Callable[[], nn.Module]) -> None:
     model, twin = twins(make)
     ckpt_kernels.convert(model)
-    assert close(run(model, x(8, WIDTH)), run(twin, x(8, WIDTH)), 1e-5)
-    assert kept(model, x(8, WIDTH)) <= kept(twin, x(8, WIDTH))
+    assert close(results_of(model, random_tensor(8, WIDTH)), results_of(twin, random_tensor(8, WIDTH)), 1e-5)
+    assert kept(model, random_tensor(8, WIDTH)) <= kept(twin, random_tensor(8, WIDTH))

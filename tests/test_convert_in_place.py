@@ -1,4 +1,4 @@
-"""Activations that write over their input: what is kept of them after a norm, a product, a convolution."""
+"""In-place activations after a norm, a product or a convolution: saved bytes and results."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import by, run, x
+from .conversion import close, kept, random_tensor, replacement_of, results_of, twins
 
 CHANNELS = 8
 
@@ -31,7 +29,7 @@ def after(*modules: nn.Module) -> nn.Module:
 
 
 norms = {"batch norm": nn.BatchNorm2d, "instance norm": nn.InstanceNorm2d, "group norm": lambda c: nn.GroupNorm(2, c)}
-# What makes the module, and how many maps eager torch keeps; we keep one.
+# The module, and how many feature maps eager torch keeps. This package keeps one.
 FOUND: dict[str, tuple[Callable[[], nn.Module], int]] = {
     **{
         f"{name}, {act}": (lambda norm=norm, act=act: after(norm(CHANNELS), act), 2)
@@ -47,15 +45,15 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_activations_in_place(name: str) -> None:
+def test_in_place_activations_keep_one_feature_map(name: str) -> None:
     make, maps = FOUND[name]
     model, twin = twins(make)
     ckpt_kernels.convert(model, recompute="output")
-    given = x(2, 3, 14, 14)
-    assert close(run(model, given), run(twin, given), 1e-5)
-    image, one = 3 * 14 * 14, CHANNELS * 12 * 12
+    given = random_tensor(2, 3, 14, 14)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
+    image, feature_map = 3 * 14 * 14, CHANNELS * 12 * 12
     ratio = kept(model, given) / kept(twin, given)
-    assert ratio <= (image + one) / (image + maps * one) + 0.02
+    assert ratio <= (image + feature_map) / (image + maps * feature_map) + 0.02
 
 
 class OfAProduct(nn.Module):
@@ -72,58 +70,58 @@ class OfAProduct(nn.Module):
 @pytest.mark.parametrize("act", (nn.Hardtanh(-0.5, 0.7, True), nn.Hardsigmoid(True)), ids=str)
 @pytest.mark.parametrize("kind", ("method", "sequence"))
 @pytest.mark.parametrize("level", ("block", "output", "all"))
-def test_in_place_of_a_product(act: nn.Module, kind: str, level: str) -> None:
-    """Of more than two dimensions, which is a view: no graph shows what was there."""
+def test_in_place_activations_of_a_product_run_out_of_place(act: nn.Module, kind: str, level: str) -> None:
+    """A product of three dimensions is a view, and the autograd graph does not show the overwritten values."""
 
     def make() -> nn.Module:
         return OfAProduct(act) if kind == "method" else nn.Sequential(nn.Linear(16, 48), act, nn.Linear(48, 16))
 
     model, twin = twins(make)
-    assert by(ckpt_kernels.convert(model, recompute=level), "") == "activation of a product, out of place"
-    given = x(2, 32, 16)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model, recompute=level), "") == "activation of a product, out of place"
+    given = random_tensor(2, 32, 16)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     ratio = kept(model, given) / kept(twin, given)
     assert ratio <= (1.0 if level == "block" else 4 / 7 + 0.01)
 
 
 @pytest.mark.parametrize("act", (nn.ReLU6(True), nn.Hardtanh(0, 6, True), nn.Hardtanh(inplace=True), nn.SiLU(True)))
 @pytest.mark.parametrize(("level", "most"), (("block", 1.0), ("output", 4 / 7), ("all", 1 / 7)))
-def test_in_place_in_an_mlp(act: nn.Module, level: str, most: float) -> None:
-    """Of these eager torch keeps a clone of the product beside the output."""
+def test_in_place_activations_are_fused_into_an_mlp(act: nn.Module, level: str, most: float) -> None:
+    """Eager torch keeps a clone of the product beside the output."""
     model, twin = twins(lambda: OfAProduct(act))
-    assert by(ckpt_kernels.convert(model, recompute=level), "") == "MLP"
-    given = x(2, 32, 16)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model, recompute=level), "") == "MLP"
+    given = random_tensor(2, 32, 16)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     assert kept(model, given) <= (most + 0.01) * kept(twin, given)
 
 
-def test_in_place_of_what_others_see() -> None:
-    class Seen(OfAProduct):
+def test_in_place_activations_of_a_tensor_with_other_readers_stay() -> None:
+    class ReadTwice(OfAProduct):
         def forward(self, h: Tensor) -> Tensor:
             h = self.first(h)
-            again = self.act(h)
-            return self.last(again) + h.mean()
+            activated = self.act(h)
+            return self.last(activated) + h.mean()
 
-    model, twin = twins(lambda: Seen(nn.ReLU6(inplace=True)))
-    assert by(ckpt_kernels.convert(model), "") is None
-    given = x(2, 32, 16)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    model, twin = twins(lambda: ReadTwice(nn.ReLU6(inplace=True)))
+    assert replacement_of(ckpt_kernels.convert(model), "") is None
+    given = random_tensor(2, 32, 16)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
 
 
 @torch.no_grad()
 def test_in_place_without_gradients_stays_in_place() -> None:
     model, twin = twins(lambda: OfAProduct(nn.ReLU6(inplace=True)))
     ckpt_kernels.convert(model)
-    assert torch.equal(model(x(2, 32, 16)), twin(x(2, 32, 16)))
+    assert torch.equal(model(random_tensor(2, 32, 16)), twin(random_tensor(2, 32, 16)))
 
 
 @pytest.mark.parametrize("act", (nn.ReLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)))
-def test_what_a_convolution_alone_gave_is_not_there_any_more(act: nn.Module) -> None:
-    """Of these eager torch keeps no more than the output."""
+def test_in_place_activations_of_a_convolution_keep_only_the_output(act: nn.Module) -> None:
+    """The backward pass of these activations reads only the output, in eager torch too."""
     model, twin = twins(lambda: after(act))
     ckpt_kernels.convert(model)
-    given = x(2, 3, 14, 14)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    given = random_tensor(2, 3, 14, 14)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     assert kept(model, given) == kept(twin, given)
 
 
@@ -140,6 +138,6 @@ def test_a_write_that_autograd_does_not_see() -> None:
 
     model, twin = twins(Hidden)
     ckpt_kernels.convert(model)
-    given = x(2, 3, 14, 14)
-    assert close(run(model, given), run(twin, given), 1e-5)
+    given = random_tensor(2, 3, 14, 14)
+    assert close(results_of(model, given), results_of(twin, given), 1e-5)
     assert torch.equal(model(given), twin(given))

@@ -1,5 +1,5 @@
-"""What comes into a model after it was converted, adapters above all, and what is taken out again: it makes no
-difference which came first."""
+"""Modules that are added to a converted model, such as adapters, and removed again: the order of `convert` and the
+change makes no difference."""
 
 import copy
 import gc
@@ -23,7 +23,7 @@ LEVELS = ("block", "output", "all", "layer")
 
 
 class Adapter(nn.Module):
-    """Around a linear layer, as adapters of low rank are, with a dropout of its own for each."""
+    """LoRA adapters of a linear layer, each with a dropout."""
 
     def __init__(self, base_layer: nn.Linear, p: float) -> None:
         super().__init__()
@@ -116,11 +116,11 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def steps(level: str | None, p: float, order: str) -> list[tuple[int, list[Tensor]]]:
-    """Bytes kept and gradients: with adapters, with a second dropout in each, without that, and without adapters."""
+    """Saved bytes and gradients: with adapters, with a second adapter in each, with one again, and without adapters."""
     model, found = made(), []
 
-    def convert_if(now: str) -> None:
-        if level is not None and order == now:
+    def convert_if(moment: str) -> None:
+        if level is not None and order == moment:
             ckpt_kernels.convert(model, recompute=level)
 
     def measure() -> None:
@@ -148,22 +148,24 @@ def steps(level: str | None, p: float, order: str) -> list[tuple[int, list[Tenso
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("level", LEVELS)
-def test_adapters_before_and_after_are_the_same(level: str, p: float) -> None:
+def test_adapters_before_and_after_convert_are_the_same(level: str, p: float) -> None:
     before, after, eager = steps(level, p, "before"), steps(level, p, "after"), steps(None, p, "")
-    for (kept, mine), (as_much, others), (most, theirs) in zip(before, after, eager, strict=True):
-        assert kept == as_much
-        assert kept <= most
-        for gradient, other, its in zip(mine, others, theirs, strict=True):
+    for (kept, gradients), (kept_after, gradients_after), (kept_eager, expected) in zip(
+        before, after, eager, strict=True
+    ):
+        assert kept == kept_after
+        assert kept <= kept_eager
+        for gradient, other, eager_gradient in zip(gradients, gradients_after, expected, strict=True):
             torch.testing.assert_close(gradient, other, rtol=0, atol=0)
             if not p:
-                torch.testing.assert_close(gradient, its)
-    # Of a dropout eager torch keeps a mask, and what it makes: with them, without, and where there is a gate again.
+                torch.testing.assert_close(gradient, eager_gradient)
+    # Eager torch keeps the mask and the output of a dropout.
     bound = 0.95 if level == "block" else 0.75
-    assert all(kept < bound * most for (kept, _), (most, _) in zip(before, eager, strict=True) if p)
+    assert all(kept < bound * kept_eager for (kept, _), (kept_eager, _) in zip(before, eager, strict=True) if p)
     assert before[3][0] < 0.8 * eager[3][0]
 
 
-def test_the_body_lets_go_by_itself() -> None:
+def test_a_submodule_called_alone_discards_outputs() -> None:
     model, eager = made(), saved_bytes(made().body, rows())
     ckpt_kernels.convert(model)
     assert saved_bytes(model.body, rows()) < 0.8 * eager
@@ -173,21 +175,21 @@ def test_the_body_lets_go_by_itself() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_report_and_revert_know_what_came_later(level: str) -> None:
+def test_the_report_and_revert_include_late_modules(level: str) -> None:
     model = made()
     report = ckpt_kernels.convert(model, recompute=level)
-    known = len(report.replaced)
+    count = len(report.replaced)
     adapted(model, 0.5)
     model.body.norm = nn.LayerNorm(WIDTH).to(DEVICE)
     with torch.no_grad():
         model(rows())
-    assert len(report.replaced) == known
+    assert len(report.replaced) == count
     model(rows())
     by_name = {entry.name: entry.by for entry in report.replaced}
     assert by_name["body.layers.1.mlp.gate.drop.first"] == "bias_act (dropout)"
-    # Six dropouts; and where outputs are discarded, the six adapters that contain them.
+    # Six dropouts; at levels that discard outputs also the six adapters that contain the dropouts.
     new = 6 if level == "block" else 12
-    assert by_name["body.norm"] == "layer_norm" and len(by_name) == len(report.replaced) == known + new
+    assert by_name["body.norm"] == "layer_norm" and len(by_name) == len(report.replaced) == count + new
     ckpt_kernels.revert(model)
     assert not any(map(ckpt_kernels.is_converted, model.modules()))
     assert type(model.body.norm) is nn.LayerNorm
@@ -195,7 +197,7 @@ def test_the_report_and_revert_know_what_came_later(level: str) -> None:
     assert not any(map(ckpt_kernels.is_converted, model.modules()))
 
 
-def test_what_was_reverted_or_left_alone_stays_so() -> None:
+def test_reverted_and_excluded_modules_stay_unconverted() -> None:
     model = made()
     model.body.extra = nn.Dropout(0.5)
     ckpt_kernels.convert(model, exclude=["body.extra"])
@@ -219,7 +221,7 @@ def test_what_was_reverted_or_left_alone_stays_so() -> None:
         ({"recompute": {"*": "output", "*.layers.0": "none"}}, False, True),
     ],
 )
-def test_choices_hold_for_what_comes_later(choice: dict, first: bool, last: bool) -> None:
+def test_selections_apply_to_late_modules(choice: dict, first: bool, last: bool) -> None:
     model = made()
     report = ckpt_kernels.convert(model, **choice)
     adapted(model, 0.5)(rows())
@@ -228,7 +230,7 @@ def test_choices_hold_for_what_comes_later(choice: dict, first: bool, last: bool
     assert ckpt_kernels.is_converted(at_last.drop["first"]) is last
     reasons = {entry.name: entry.reason for entry in report.left_alone}
     assert first or "recompute" in choice or reasons["body.layers.0.mlp.gate.drop.first"] == "not selected"
-    # The adapters themselves, but where dropouts alone are excluded.
+    # The adapters themselves are converted too, unless their dropouts are excluded.
     if choice != {"exclude": [nn.Dropout]}:
         assert ckpt_kernels.is_converted(at_first) is first and ckpt_kernels.is_converted(at_last) is last
 
@@ -241,37 +243,37 @@ def copied_by_pickle(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copied_by_pickle])
-def test_copies_go_on(copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_convert_late_modules(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = made()
     model.body.extra = nn.Dropout(0.5)
     report = ckpt_kernels.convert(model, exclude=["body.extra", "*.gate"])
     ckpt_kernels.revert(model.body.layers[0])
-    known, names = len(report.replaced), set(vars(model))
-    again = copied(copied(model))
+    count, names = len(report.replaced), set(vars(model))
+    other = copied(copied(model))
     assert set(vars(model)) == names
-    adapted(again, 0.5)(rows())
-    assert set(vars(again)) == names == set(vars(model))
-    assert type(again.body.extra) is nn.Dropout and type(again.body.layers[0].norm) is nn.RMSNorm
-    assert ckpt_kernels.is_converted(again.body.layers[0].mlp.last.drop["first"])
-    assert not ckpt_kernels.is_converted(again.body.layers[0].mlp.gate.drop["first"])
-    assert len(report.replaced) == known
+    adapted(other, 0.5)(rows())
+    assert set(vars(other)) == names == set(vars(model))
+    assert type(other.body.extra) is nn.Dropout and type(other.body.layers[0].norm) is nn.RMSNorm
+    assert ckpt_kernels.is_converted(other.body.layers[0].mlp.last.drop["first"])
+    assert not ckpt_kernels.is_converted(other.body.layers[0].mlp.gate.drop["first"])
+    assert len(report.replaced) == count
 
 
 def test_a_shallow_copy_takes_nothing_from_the_model() -> None:
     model = made()
     ckpt_kernels.convert(model)
-    again = copy.copy(model)
-    again._modules = {**model._modules, "extra": nn.Dropout(0.5)}
-    again(rows())
-    assert ckpt_kernels.is_converted(again._modules["extra"])
-    del again
+    other = copy.copy(model)
+    other._modules = {**model._modules, "extra": nn.Dropout(0.5)}
+    other(rows())
+    assert ckpt_kernels.is_converted(other._modules["extra"])
+    del other
     gc.collect()
     adapted(model, 0.5)(rows())
     assert ckpt_kernels.is_converted(model.body.layers[0].mlp.last.drop["first"])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copied_by_pickle])
-def test_a_copy_of_a_part_stands_by_itself(copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_copy_of_a_submodule_converts_no_late_modules(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = made()
     ckpt_kernels.convert(model)
     part = copied(model.body)
@@ -283,9 +285,9 @@ def test_several_copies_of_one_state() -> None:
     ckpt_kernels.convert(model)
     construct, arguments, state, *_ = model.__reduce_ex__(4)
     for _ in range(2):
-        again = construct(*arguments)
-        again.__setstate__(state)
-        assert late_conversion_of(again) is not None
+        other = construct(*arguments)
+        other.__setstate__(state)
+        assert late_conversion_of(other) is not None
 
 
 class OwnActivation(nn.Module):
@@ -293,7 +295,7 @@ class OwnActivation(nn.Module):
         return x * torch.sigmoid(x)
 
 
-def test_nothing_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_modules_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = made(), []
     ckpt_kernels.convert(model)
     model.body.own = OwnActivation()
@@ -310,8 +312,8 @@ def test_nothing_is_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_what_runs_again_is_what_ran(reentrant: bool) -> None:
-    """A checkpoint may run its function first without gradients: a dropout must not be exchanged between."""
+def test_a_checkpoint_recomputes_with_the_same_dropout(reentrant: bool) -> None:
+    """A reentrant checkpoint runs the forward first without gradients; the dropout must not be converted in between."""
     model = nn.Sequential(nn.Dropout(0.5), nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Flatten(0))
     ckpt_kernels.convert(model)
     model[1] = nn.Dropout(0.5)
@@ -321,7 +323,7 @@ def test_what_runs_again_is_what_ran(reentrant: bool) -> None:
     torch.testing.assert_close(x.grad.flatten() * x.detach().flatten(), output.detach())
 
 
-def test_one_that_is_there_twice_is_converted_once() -> None:
+def test_a_module_with_two_names_is_converted_once() -> None:
     model = made()
     report = ckpt_kernels.convert(model)
     model.body.extra = model.extra = nn.GELU()
@@ -329,7 +331,7 @@ def test_one_that_is_there_twice_is_converted_once() -> None:
     assert [entry.by for entry in report.replaced if entry.kind == "GELU"] == ["bias_act (gelu)"]
 
 
-def test_adapters_that_are_fewer_than_there_were() -> None:
+def test_fewer_adapters_than_before_are_converted() -> None:
     model = made()
     ckpt_kernels.convert(model)
     adapted(model, 0.0)(rows())
@@ -339,7 +341,7 @@ def test_adapters_that_are_fewer_than_there_were() -> None:
     assert ckpt_kernels.is_converted(model.body.layers[0].mlp.last)
 
 
-def test_what_is_taken_out_is_forgotten() -> None:
+def test_removed_modules_are_freed() -> None:
     model = made()
     ckpt_kernels.convert(model)
     adapted(model, 0.5)(rows())
@@ -358,8 +360,8 @@ def test_what_is_taken_out_is_forgotten() -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_of_peft(order: str, dora: bool) -> None:
     peft = pytest.importorskip("peft")
-    wanted = ["gate", "value", "last"]
-    options = peft.LoraConfig(target_modules=wanted, lora_dropout=0.25, r=4, use_dora=dora)
+    targets = ["gate", "value", "last"]
+    options = peft.LoraConfig(target_modules=targets, lora_dropout=0.25, r=4, use_dora=dora)
     model, eager = made(), peft.get_peft_model(made(), options)
     if order == "before":
         ckpt_kernels.convert(model)

@@ -1,4 +1,4 @@
-"""The level "layer": convolutions, heads that are copied and split, attention that is written out, written norms."""
+"""The level "layer" with convolutions, split heads, attention as explicit matmuls, and hand-written norms."""
 
 import contextlib
 import copy
@@ -16,13 +16,13 @@ from ckpt_kernels.recompute import layer
 
 from .conftest import DEVICE
 from .conversion import twins
-from .test_layer import counted
+from .test_layer import backward_ops
 
 WIDTH, HEADS, TOKENS, CHANNELS = 32, 4, 24, 16
 
 
 class Attention(nn.Module):
-    """Written out, of heads that lie side by side in one product."""
+    """Attention as explicit matmuls, with all heads in one product. `written` says when the product is written to."""
 
     def __init__(self, written: str = "") -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Attention(nn.Module):
 
 
 class WrittenNorm(nn.LayerNorm):
-    """A norm that is a rewritten method, and none of ours: its weight is stored less 1."""
+    """A norm that stores the weight minus 1: no fused norm computes this, so the method is rewritten."""
 
     def forward(self, input: Tensor) -> Tensor:
         return TF.layer_norm(input, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
 
 
 class Layer(nn.Module):
-    """Sums of what other modules give; nothing is computed in the method itself."""
+    """A method that only adds the outputs of other modules."""
 
     def __init__(self, written: str = "") -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class Layer(nn.Module):
 def step(model: nn.Module, *operands: Tensor) -> list[Tensor | None]:
     given = [operand.clone().requires_grad_() for operand in operands]
     output = model(*given)
-    wanted = [*given, *(p for p in model.parameters() if p.requires_grad)]
-    return [output, *torch.autograd.grad(output.square().mean(), wanted, allow_unused=True)]
+    sources = [*given, *(p for p in model.parameters() if p.requires_grad)]
+    return [output, *torch.autograd.grad(output.square().mean(), sources, allow_unused=True)]
 
 
 def assert_same_bits(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
@@ -78,7 +78,7 @@ def assert_same_bits(found: list[Tensor | None], expected: list[Tensor | None]) 
 
 
 def at_levels(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
-    """The member of a list, at "block" and at "layer"."""
+    """Two copies of the module as the only layer of a list, converted at "block" and at "layer"."""
     plain, twin = twins(lambda: nn.ModuleList([make()]))
     ckpt_kernels.convert(plain, recompute="block")
     ckpt_kernels.convert(twin, recompute="layer")
@@ -91,19 +91,19 @@ def tokens() -> Tensor:
 
 
 @pytest.mark.parametrize("written", ["", "before", "after"])
-def test_attention_that_is_written_out(written: str) -> None:
-    """Queries, keys and values run again, where nobody wrote to them before they were read; the weights do not."""
+def test_attention_as_explicit_matmuls(written: str) -> None:
+    """Queries, keys and values run again unless they were written to before the read; the weights are kept."""
     plain, twin = at_levels(lambda: Layer(written))
     assert_same_bits(step(twin, tokens()), step(plain, tokens()))
     x = tokens().requires_grad_()
     weights = 2 * HEADS * TOKENS * TOKENS * 4
     kept = (saved_bytes(twin, x, parameters_of=twin) - weights) / x.nbytes
-    # The input and what attention gives, rows' statistics and copies of biases; else each part, once.
+    # The input, attention's output, statistics of rows and copies of biases; after a write also the three parts, once.
     assert kept < 2.5 if written != "before" else 4.5 < kept < 5.5
 
 
-def test_what_modules_give_is_kept_elsewhere() -> None:
-    """At other levels nothing is watched, and no method is rewritten for a module that is nothing to us."""
+def test_methods_are_rewritten_only_at_the_level_layer() -> None:
+    """Other levels do not recompute the outputs of unconverted modules, so they do not rewrite the method."""
     model = nn.ModuleList([Layer()])
     report = ckpt_kernels.convert(model, recompute="output")
     assert "Layer" not in {entry.kind for entry in report.replaced if "recipes" in entry.by}
@@ -112,7 +112,7 @@ def test_what_modules_give_is_kept_elsewhere() -> None:
 
 
 class Residual(nn.Module):
-    """A block of a diffusion UNet; `last` makes the second convolution."""
+    """A residual block of a diffusion UNet; `last` makes the convolutions."""
 
     def __init__(self, last: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "no bias": (lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), 1.0),
     "groups": (lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=2, dilation=2, groups=CHANNELS), 1.0),
     "transposed": (lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 3, padding=1), 1.0),
-    # Which the graph knows nothing of.
+    # The autograd graph does not show a frozen bias.
     "frozen bias": (frozen_bias, 2.0),
 }
 
@@ -158,22 +158,22 @@ def test_convolutions_run_again(name: str, around: str) -> None:
     x, time = images()
     if around == "channels last":
         x = x.to(memory_format=torch.channels_last)
-        plain, twin = (each.to(memory_format=torch.channels_last) for each in (plain, twin))
+        plain, twin = (model.to(memory_format=torch.channels_last) for model in (plain, twin))
     context = torch.autocast(DEVICE, torch.bfloat16) if around == "autocast" else contextlib.nullcontext()
     with context:
         assert_same_bits(step(twin, x, time), step(plain, x, time))
         given = x.requires_grad_()
-        kept, before = (saved_bytes(each, given, time, parameters_of=each) / x.nbytes for each in (twin, plain))
+        kept, before = (saved_bytes(model, given, time, parameters_of=model) / x.nbytes for model in (twin, plain))
     if around != "autocast":
         assert least <= kept < least + 0.5
     assert kept < 0.7 * before
 
 
-def test_no_last_convolution_runs_again() -> None:
+def test_the_last_convolution_runs_once() -> None:
     x, time = images()
     plain, twin = at_levels(lambda: Residual(CONVOLUTIONS["3x3"][0]))
     x.requires_grad_()
-    before, after = (counted(lambda x, each=each: each(x, time), x)["convolution"] for each in (plain, twin))
+    before, after = (backward_ops(lambda x, model=model: model(x, time), x)["convolution"] for model in (plain, twin))
     assert (before, after) == (0, 1)
 
 
@@ -192,8 +192,8 @@ class Bottleneck(nn.Module):
         return self.act(x + self.norm3(self.conv3(hidden)))
 
 
-def test_members_of_a_sequential() -> None:
-    """Of each bottleneck its input is kept; running statistics move once."""
+def test_modules_of_a_sequential_are_layers() -> None:
+    """Each bottleneck keeps its input; running statistics are updated once."""
     plain, twin = twins(lambda: nn.Sequential(*(Bottleneck() for _ in range(3))))
     ckpt_kernels.convert(plain, recompute="output")
     ckpt_kernels.convert(twin, recompute="layer")
@@ -202,13 +202,13 @@ def test_members_of_a_sequential() -> None:
     for name, buffer in twin.state_dict().items():
         assert torch.equal(buffer, plain.state_dict()[name]), name
     x.requires_grad_()
-    kept, before = (saved_bytes(each, x, parameters_of=each) / x.nbytes for each in (twin, plain))
-    # Inputs of the blocks, and the last output, of which relu keeps the sign.
+    kept, before = (saved_bytes(model, x, parameters_of=model) / x.nbytes for model in (twin, plain))
+    # The inputs of the three blocks, and the last output, which relu saves.
     assert kept < 4.2 < before
 
 
-def test_a_layer_by_hand() -> None:
-    """Convolutions that blocks read, without convert."""
+def test_convolutions_in_a_layer_without_convert() -> None:
+    """Blocks read the outputs of convolutions."""
     norm, first, last = (
         ckpt_kernels.nn.GroupNorm(4, CHANNELS, activation="silu").to(DEVICE),
         nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1).to(DEVICE),
@@ -229,61 +229,64 @@ class Within(nn.Module):
         return layer(self.inner)(x)
 
 
-def places(message: str) -> str:
-    """Asks where its caller is."""
+def location_of_caller(message: str) -> str:
+    """The file, line and function of the caller."""
     caller = inspect.getouterframes(inspect.currentframe())[1]
     return f"{message} in {caller.filename}, line {caller.lineno}, in {caller.function}"
 
 
-def names(message: str) -> list[str]:
-    """Asks for what its caller has."""
+def locals_of_caller(message: str) -> list[str]:
+    """The names of the caller's local variables."""
     caller = inspect.getouterframes(inspect.currentframe())[1]
     return [message, *caller.frame.f_locals]
 
 
-def passes_on(message: str) -> list[object]:
+def frame_of_caller(message: str) -> list[object]:
+    """The parts of the caller's frame record, in a call that may pass on any of them."""
     caller = inspect.getouterframes(inspect.currentframe())[1]
     return [message, *map(str, caller[1:4])]
 
 
-class Asking(nn.Module):
-    """What asks is another module's affair."""
+class AsksForLocation(nn.Module):
+    """A method that calls a function that inspects the caller."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.act, self.last = nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.said = places("here")
+        self.answer = location_of_caller("here")
         return self.last(self.act(self.first(x)))
 
 
-class Looking(Asking):
+class AsksForLocals(AsksForLocation):
     def forward(self, x: Tensor) -> Tensor:
-        self.said = names("here")
+        self.answer = locals_of_caller("here")
         return self.last(self.act(self.first(x)))
 
 
-class Passing(Asking):
+class AsksForFrame(AsksForLocation):
     def forward(self, x: Tensor) -> Tensor:
-        self.said = passes_on("here")
+        self.answer = frame_of_caller("here")
         return self.last(self.act(self.first(x)))
 
 
-@pytest.mark.parametrize(("kind", "is_rewritten"), [(Asking, True), (Looking, False), (Passing, False)])
-def test_who_asks_for_the_callers_place(kind: type[nn.Module], is_rewritten: bool) -> None:
-    """A rewritten method is where it was."""
+@pytest.mark.parametrize(
+    ("kind", "is_rewritten"), [(AsksForLocation, True), (AsksForLocals, False), (AsksForFrame, False)]
+)
+def test_functions_that_inspect_the_caller(kind: type[nn.Module], is_rewritten: bool) -> None:
+    """A rewritten method has the original's file and lines, but other local variables."""
     plain, twin = twins(kind)
     report = ckpt_kernels.convert(twin)
     assert ("MLP" in {entry.by for entry in report.replaced}) == is_rewritten
     x = torch.randn(4, 8, device=DEVICE)
     plain(x)
     twin(x)
-    assert twin.said == plain.said
+    assert twin.answer == plain.answer
 
 
-class GivenOtherData(nn.Module):
-    """A layer whose first bias is given other data after its product ran."""
+class ReplacesBias(nn.Module):
+    """A layer that assigns to `bias.data` after the product ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,8 +300,8 @@ class GivenOtherData(nn.Module):
 
 
 @pytest.mark.parametrize("recompute", ["output", "all", "layer"])
-def test_a_bias_that_is_given_other_data_after_the_product(recompute: str) -> None:
-    model = nn.ModuleList([GivenOtherData()]).double()
+def test_bias_data_replaced_after_the_product(recompute: str) -> None:
+    model = nn.ModuleList([ReplacesBias()]).double()
     other = copy.deepcopy(model)
     ckpt_kernels.convert(other, recompute=recompute)
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Models with lazy parameters, and layers of nested tensors: what has no shape, or no single shape, is left alone."""
+"""Models with lazy parameters, and layers of nested tensors: tensors without a single shape take the eager path."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ class Lazy(nn.Module):
 
 
 class LazyBuffers(Lazy):
-    """Lazy in nothing but buffers."""
+    """A module whose only lazy tensors are buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Model(nn.Module):
 
 
 def trained(kind: type[nn.Module], level: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients and buffers of two steps of a lazy model, the first of which gives the parameters their shapes."""
+    """The gradients and buffers of a lazy model after two steps; the first step materializes the parameters."""
     torch.manual_seed(0)
     model, x = Model(kind), torch.randn(6, WIDTH)
     if level is not None:
@@ -72,7 +72,7 @@ def test_lazy_models_train_as_they_do_unconverted(level: Any, kind: type[nn.Modu
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_needs_a_copy_of_a_lazy_model_says_so() -> None:
+def test_copies_of_a_lazy_model_are_an_error() -> None:
     x = torch.randn(6, WIDTH)
     with pytest.raises(ValueError, match=r"layers\.0\.batch_norm.weight is a lazy parameter; expected the model to be"):
         ckpt_kernels.convert(Model(Lazy), inputs=x)
@@ -86,7 +86,7 @@ def test_what_needs_a_copy_of_a_lazy_model_says_so() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS, ids=str)
-def test_nested_tensors(level: Any) -> None:
+def test_nested_tensors_give_eager_gradients(level: Any) -> None:
     def gradients(level: Any) -> list[Tensor]:
         torch.manual_seed(0)
         model = Model(Eager)

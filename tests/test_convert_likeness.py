@@ -1,4 +1,4 @@
-"""What looks like a norm, an activation, a gate or experts and is not known: the report says so, and why."""
+"""Unknown modules whose names suggest a norm, activation, gate or experts: the report lists each with a reason."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 
-from .test_convert_rules import reason
+from .conversion import reason_of
 
 WIDTH = 16
 
@@ -63,22 +63,22 @@ class Halved(nn.LayerNorm):
     ),
     ids=lambda given: getattr(given, "__name__", None),
 )
-def test_what_is_not_known_has_a_reason(make: Callable[[], nn.Module], words: str) -> None:
+def test_unknown_modules_have_a_reason(make: Callable[[], nn.Module], words: str) -> None:
     report = ckpt_kernels.convert(nn.Sequential(nn.Linear(WIDTH, WIDTH), make(), nn.Linear(WIDTH, WIDTH)))
-    if words == "nothing to gain":  # of what is computed within an MLP, more is won
+    if words == "nothing to gain":  # within an MLP, fusion saves memory
         report = ckpt_kernels.convert(nn.Sequential(make(), nn.Linear(WIDTH, WIDTH)))
-        assert words in reason(report, "0")
+        assert words in reason_of(report, "0")
     else:
-        assert words in reason(report, "1")
+        assert words in reason_of(report, "1")
     assert not report.replaced and "the reasons are below" in str(report)
 
 
-def test_what_is_known_has_none() -> None:
+def test_converted_modules_have_no_reason() -> None:
     report = ckpt_kernels.convert(nn.Sequential(Experts(nn.GELU), nn.Linear(WIDTH, WIDTH)))
     assert not report.left_alone and "MLP" in str(report)
 
 
-def test_what_is_not_selected_has_none() -> None:
+def test_unselected_modules_have_no_reason() -> None:
     report = ckpt_kernels.convert(nn.Sequential(HighwayGate(), nn.LayerNorm(WIDTH)), include=["1"])
     assert [entry.name for entry in report.replaced] == ["1"] and not report.left_alone
 

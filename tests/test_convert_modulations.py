@@ -1,5 +1,5 @@
-"""Modulations, `norm(x) * (1 + scale) + shift`, in forms that no pattern has: the sum saves neither of its operands,
-so the recipe of the result keeps a copy of the shift, which is small."""
+"""Modulations, `norm(x) * (1 + scale) + shift`, that match no pattern. The addition saves neither operand, so the
+recipe of the result keeps a copy of the small shift."""
 
 import weakref
 
@@ -19,7 +19,8 @@ WIDTH, TOKENS = 16, 24
 
 
 class Modulated(nn.Module):
-    """A norm and its modulation apart, as diffusion transformers write them; `written` says who writes to the shift."""
+    """A norm and a modulation in separate statements, as in diffusion transformers. `written` says when the shift is
+    written to."""
 
     def __init__(self, written: str = "", parts: int = 2) -> None:
         super().__init__()
@@ -45,8 +46,8 @@ class Modulated(nn.Module):
         return output
 
 
-class Turned(nn.Module):
-    """The form that has a pattern, of rows that the pattern's kernel does not take."""
+class Transposed(nn.Module):
+    """A modulation that matches a pattern, of rows with strides that the kernel does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class Turned(nn.Module):
         return self.linear(self.norm(x) * (1 + scale[:, None]) + shift[:, None])
 
 
-class Beside(nn.Module):
+class LargeOperand(nn.Module):
     """A sum whose second operand is as large as the first."""
 
     def __init__(self) -> None:
@@ -73,7 +74,7 @@ class Beside(nn.Module):
 
 
 class Positioned(nn.Module):
-    """A sum of a scaled norm and a parameter that is as large as one sequence, of which there are `views`."""
+    """A sum of a scaled norm and a parameter of the size of one sequence, read through a number of `views`."""
 
     def __init__(self, views: int = 0) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class Positioned(nn.Module):
 
 
 class Normed(nn.Module):
-    """The norm of a sum, a form that has a pattern, of operands that the pattern's kernel does not take."""
+    """The norm of a sum, which matches a pattern, with operands that the kernel does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,23 +111,23 @@ def kept(model: nn.Module, sequences: int = 2) -> float:
 
 
 @pytest.mark.parametrize("written", ["", "before", "after"])
-def test_same_bits_whoever_writes_to_the_shift(written: str) -> None:
+def test_a_written_shift_gives_the_same_gradients(written: str) -> None:
     model, twin = twins(lambda: nn.ModuleList([Modulated(written)]))
     ckpt_kernels.convert(model, recompute="block")
     ckpt_kernels.convert(twin, recompute="output")
     x = rows()
-    for one in (model, twin):
-        one[0](x).square().sum().backward()
+    for layers in (model, twin):
+        layers[0](x).square().sum().backward()
     for found, expected in zip(twin.parameters(), model.parameters(), strict=True):
         assert found.grad is not None and expected.grad is not None
         assert torch.equal(found.grad, expected.grad)
 
 
-@pytest.mark.parametrize("kind", [Modulated, Turned])
+@pytest.mark.parametrize("kind", [Modulated, Transposed])
 def test_a_modulation_is_not_kept(kind: type[nn.Module]) -> None:
     model, twin = twins(kind)
     ckpt_kernels.convert(twin, recompute="output")
-    # The norm's output, which the product reads, and the modulated one.
+    # Neither the norm's output nor the modulated output, which the product reads, is kept.
     assert kept(model) - kept(twin) > 1.8
 
 
@@ -137,20 +138,20 @@ def test_an_operand_that_was_written_to_is_not_copied() -> None:
     assert kept(written) - kept(other) > 0.9
 
 
-def test_no_more_is_kept_of_what_a_shift_is_a_part_of() -> None:
+def test_a_shift_does_not_keep_its_whole_storage() -> None:
     model, twin = twins(lambda: Modulated(parts=40 * TOKENS))
     ckpt_kernels.convert(twin, recompute="output")
     assert kept(twin) < kept(model)
 
 
 def test_a_large_operand_is_not_copied() -> None:
-    model, twin = twins(Beside)
+    model, twin = twins(LargeOperand)
     ckpt_kernels.convert(twin, recompute="output")
     assert kept(twin) <= kept(model)
 
 
-class Seen(nn.Module):
-    """A modulation of which nothing saves the result."""
+class Unread(nn.Module):
+    """A modulation whose result no op saves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class Seen(nn.Module):
 
 
 class Sums(nn.Module):
-    """A chain of sums, of each of which one operand is small."""
+    """A chain of sums, each with one small operand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,30 +174,30 @@ class Sums(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x) * 2
-        for each in self.many:
-            h = h + each.neg().repeat(1, 2, 1)
+        for table in self.many:
+            h = h + table.neg().repeat(1, 2, 1)
         return self.linear(h)
 
 
-def test_no_more_is_copied_than_a_recipe_gains() -> None:
+def test_copies_of_operands_are_no_larger_than_the_gain() -> None:
     model, twin = twins(Sums)
     ckpt_kernels.convert(twin, recompute="output")
     x = torch.randn(4, TOKENS, WIDTH, device=DEVICE).requires_grad_()
-    found, eager = (saved_bytes(each, x, parameters_of=each) for each in (twin, model))
+    found, eager = (saved_bytes(module, x, parameters_of=module) for module in (twin, model))
     assert found <= eager
 
 
-def test_small_operands_are_let_go_of_after_the_forward() -> None:
-    model = Seen().to(DEVICE)
+def test_small_operands_are_freed_after_the_forward() -> None:
+    model = Unread().to(DEVICE)
     ckpt_kernels.convert(model, recompute="output")
     output = model(rows().requires_grad_())
     assert output.grad_fn is not None
     assert model.seen[0]() is None
 
 
-def test_small_operands_are_let_go_of_with_the_graph() -> None:
-    """In a context that stays open, as one around a whole training does."""
-    model = Seen().to(DEVICE)
+def test_small_operands_are_freed_with_the_graph() -> None:
+    """In a context that stays open, such as one around a whole training."""
+    model = Unread().to(DEVICE)
     ckpt_kernels.convert(model, recompute="output")
     with discard_outputs():
         output = model(rows().requires_grad_())
@@ -218,7 +219,7 @@ def test_a_sum_within_a_call_is_not_kept() -> None:
     assert kept(model, 8) - kept(twin, 8) > 0.8
 
 
-def test_a_parameter_that_an_optimizer_has_written_to_is_copied() -> None:
+def test_a_parameter_after_an_optimizer_step_is_copied() -> None:
     model = Positioned().to(DEVICE)
     ckpt_kernels.convert(model, recompute="output")
     before = kept(model, 8)
@@ -227,20 +228,20 @@ def test_a_parameter_that_an_optimizer_has_written_to_is_copied() -> None:
     assert kept(model, 8) == before
 
 
-def test_a_long_past_of_a_small_operand_does_not_count() -> None:
-    """Of the other operand as many steps are looked at as without."""
+def test_a_long_history_of_a_small_operand_does_not_count() -> None:
+    """The search of the other operand's autograd graph still has the same number of steps."""
     few, many = Positioned(views=2).to(DEVICE), Positioned(views=12).to(DEVICE)
     for model in (few, many):
         ckpt_kernels.convert(model, recompute="output")
     assert kept(many, 8) == kept(few, 8)
 
 
-def test_memory_that_is_gone_is_not_copied() -> None:
-    """Such as that of weights that are sharded again."""
+def test_freed_memory_is_not_copied() -> None:
+    """FSDP frees the memory of weights when it shards them again."""
     operand = torch.ones(4, device=DEVICE)
     small = SmallOperand(operand, None)
     copy = small.copied()
     assert copy is not None and torch.equal(copy, operand)
-    # Half of it, so that a read of it would be no crash.
+    # Half of the memory stays, so that a read would not crash.
     operand.untyped_storage().resize_(operand.nbytes // 2)
     assert small.copied() is None

@@ -1,4 +1,4 @@
-"""What C says of modules and tensors at a site is what Python says of them."""
+"""The guards of call sites in C accept a call only if the guards in Python accept it."""
 
 import contextlib
 import types
@@ -83,49 +83,49 @@ CLASSES = [nn.Linear, nn.Bilinear, _OwnForward, _OwnWeight, _OwnCall, _OwnLoads]
 
 
 def _both(layer: object, input: Tensor) -> tuple[object, object]:
-    """What C knows of it, and what Python does."""
+    """The parameters of the layer as the guard in C returns them, and as the guard in Python does."""
     return native_guards.linear_parameters_natively([layer], guards.LINEAR, input), guards.linear_operands_in_python(
         [layer], input
     )
 
 
 @pytest.mark.parametrize("change", PLAIN)
-def test_c_knows_plain_layers(change: str) -> None:
+def test_c_accepts_plain_layers(change: str) -> None:
     layer = nn.Linear(4, 6)
     PLAIN[change](layer)
-    surely, found = _both(layer, torch.randn(2, 4))
-    assert isinstance(surely, list) and isinstance(found, list)
-    ((weight, bias),) = surely
+    in_c, found = _both(layer, torch.randn(2, 4))
+    assert isinstance(in_c, list) and isinstance(found, list)
+    ((weight, bias),) = in_c
     assert weight is found[0][0] and bias is found[0][1]
     assert native_guards.passes_natively(layer, operands._PLAIN_CALL)
 
 
 @pytest.mark.parametrize("change", CHANGED)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_c_says_nothing_where_python_does_not(change: str) -> None:
+def test_c_rejects_layers_that_python_rejects(change: str) -> None:
     layer = nn.Linear(4, 6)
     CHANGED[change](layer)
-    surely, found = _both(layer, torch.randn(2, 4))
-    assert surely is None or found is not None
-    plainly = operands.class_calls_forward(type(layer)) and operands.is_plain_instance(layer)
-    assert plainly or not native_guards.passes_natively(layer, operands._PLAIN_CALL)
+    in_c, found = _both(layer, torch.randn(2, 4))
+    assert in_c is None or found is not None
+    is_plain = operands.class_calls_forward(type(layer)) and operands.is_plain_instance(layer)
+    assert is_plain or not native_guards.passes_natively(layer, operands._PLAIN_CALL)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_classes(kind: type[nn.Module]) -> None:
+def test_c_accepts_only_torchs_own_class(kind: type[nn.Module]) -> None:
     layer: nn.Module = nn.Bilinear(4, 4, 6) if kind is nn.Bilinear else nn.Linear(4, 6)
     layer.__class__ = kind
-    surely, found = _both(layer, torch.randn(2, 4))
-    assert (surely is None) == (found is None) == (kind is not nn.Linear)
+    in_c, found = _both(layer, torch.randn(2, 4))
+    assert (in_c is None) == (found is None) == (kind is not nn.Linear)
 
 
-def test_what_is_no_module() -> None:
+def test_c_rejects_objects_that_are_no_modules() -> None:
     for other in (None, torch.randn(2, 4), types.SimpleNamespace(weight=1)):
         assert native_guards.linear_parameters_natively([other], guards.LINEAR, torch.randn(2, 4)) is None
         assert not native_guards.passes_natively(other, operands._PLAIN_CALL)
 
 
-def test_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c_rejects_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(4, 6)
     for holder, name in ((nn.Linear, "forward"), (nn.Module, "__call__"), (nn.Module, "__getattr__")):
         with monkeypatch.context() as patch:
@@ -137,7 +137,7 @@ def test_patched_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native_guards.linear_parameters_natively([layer], guards.LINEAR, torch.randn(2, 4)) is not None
 
 
-def test_are_same_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_are_same_equals_python(monkeypatch: pytest.MonkeyPatch) -> None:
     def function() -> None: ...
 
     held = {"name": 1}
@@ -158,7 +158,7 @@ def test_are_same_as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert True in in_c and False in in_c
 
 
-# All of a site
+# Whole call sites
 
 
 class MLP(nn.Module):
@@ -177,8 +177,8 @@ OPTIONS = {"recompute": "block"}
 NAMES = ("gate", "value", "last", "act")
 
 
-def _asked(model: Any, input: Any) -> tuple[list[Any], list[Any]]:
-    """What the native call says of it, and what Python does, of modules as they are loaded there."""
+def _guarded(model: Any, input: Any) -> tuple[list[Any], list[Any]]:
+    """The results of the guarded call in C and in Python, on the modules as a forward would load them."""
     in_c = native_call(fused_patterns.gated_mlp, {"input": 1} | {name: name for name in NAMES}, OPTIONS)
     assert in_c is not None
     operands = {name: getattr(model, name) for name in NAMES}
@@ -186,7 +186,7 @@ def _asked(model: Any, input: Any) -> tuple[list[Any], list[Any]]:
 
 
 class _Custom(nn.Module):
-    """An activation of somebody's own, which is known by a trial."""
+    """A user's activation, which a trial recognises."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,13 +197,13 @@ class _Custom(nn.Module):
 
 
 @pytest.mark.parametrize("act", [nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, lambda: nn.GELU("tanh"), _Custom])
-def test_c_knows_a_site(act: Callable[[], nn.Module]) -> None:
+def test_c_accepts_a_call_site(act: Callable[[], nn.Module]) -> None:
     model, input = MLP(act), torch.randn(2, 4, requires_grad=True)
     expected = model(input)
     ckpt_kernels.convert(model)
-    for asked_of in _asked(model, input):
-        assert asked_of.pop()
-        torch.testing.assert_close(asked_of.pop(), expected)
+    for outcome in _guarded(model, input):
+        assert outcome.pop()
+        torch.testing.assert_close(outcome.pop(), expected)
 
 
 class _Dispatch(TorchDispatchMode):
@@ -228,8 +228,8 @@ class _Attribute(MLP):
 def _patched(holder: Any, name: str, value: Any) -> Callable[..., Any]:
     @contextlib.contextmanager
     def patch(model: MLP):
-        with pytest.MonkeyPatch.context() as each:
-            each.setattr(holder, name, value, raising=False)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(holder, name, value, raising=False)
             yield
 
     return patch
@@ -269,7 +269,7 @@ AROUND: dict[str, Callable[[MLP], Any]] = {
     "an activation that was not converted": _changed(lambda model: setattr(model, "act", nn.SiLU())),
     "a function": _changed(lambda model: (delattr(model, "act"), setattr(model, "act", F.silu))),
     "another function": _changed(lambda model: (delattr(model, "act"), setattr(model, "act", torch.exp))),
-    "what is laid over a layer": _changed(lambda model: model.__dict__.__setitem__("gate", nn.Identity())),
+    "an instance attribute over a layer": _changed(lambda model: model.__dict__.__setitem__("gate", nn.Identity())),
     "a parameter in the place of a layer": _changed(lambda m: m._parameters.__setitem__("gate", m.last.weight)),
     "modules in a dict of one's own": _changed(lambda m: m.__dict__.__setitem__("_modules", _OwnDict(m._modules))),
     "loads of its own": _changed(lambda model: setattr(model, "__class__", _Loads)),
@@ -279,23 +279,23 @@ AROUND: dict[str, Callable[[MLP], Any]] = {
     "a frozen layer": _changed(lambda model: model.gate.requires_grad_(False)),
     "other shapes": _changed(lambda model: setattr(model, "last", nn.Linear(7, 4))),
 }
-# Of these nothing but the numbers changes.
-NATIVE_ACTIVATIONS = ("a frozen layer", "a function")
+# Changes that C accepts too.
+ACCEPTED = ("a frozen layer", "a function")
 
 
 @pytest.mark.parametrize("change", AROUND)
-def test_c_says_nothing_of_a_site_where_python_does_not(change: str) -> None:
+def test_c_rejects_call_sites_that_python_rejects(change: str) -> None:
     model, input = MLP(), torch.randn(2, 4, requires_grad=True)
     ckpt_kernels.convert(model)
-    assert _asked(model, input)[0].pop()
+    assert _guarded(model, input)[0].pop()
     with AROUND[change](model):
-        in_c, in_python = _asked(model, input)
-    assert in_c.pop() == (change in NATIVE_ACTIVATIONS)
+        in_c, in_python = _guarded(model, input)
+    assert in_c.pop() == (change in ACCEPTED)
     assert not in_c or in_python.pop()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse")
-def test_tensors_of_a_site() -> None:
+def test_c_accepts_ordinary_tensors_only() -> None:
     x = torch.randn(3, 4)
     jagged = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
     others = [x.double(), x.long(), x.to_sparse(), x.to_sparse_csr(), x.to_mkldnn(), x.to("meta"), x.cfloat(), jagged]
@@ -309,8 +309,8 @@ def test_tensors_of_a_site() -> None:
         assert found is not None and found[0] is given and operands.is_ordinary(given)
 
 
-def test_what_is_no_question() -> None:
-    """Errors of whoever asks, and no crashes."""
+def test_malformed_arguments_are_errors_or_rejected() -> None:
+    """Malformed arguments of the C function never crash."""
     ask = direct.thin_module.operands
     quiet, such = operands.GLOBAL_STATE, guards.LINEAR
     for given in (

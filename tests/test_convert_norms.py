@@ -1,4 +1,4 @@
-"""Which norms `convert` knows, by what they compute."""
+"""Norms that `convert` recognises by the function that they compute."""
 
 import pytest
 import torch
@@ -8,12 +8,11 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, reason, run, x
+from .conversion import WIDTH, close, random_tensor, reason_of, replacement_of, results_of
 
 
 class Norm(nn.Module):
-    """A root mean square norm as people write it."""
+    """An RMS norm as models write it."""
 
     def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class EpsOutside(Norm):
 
 
 class OfHalf(Norm):
-    """Partial: only the first half counts."""
+    """A partial norm: the statistics are of the first half of a row."""
 
     def forward(self, input: Tensor) -> Tensor:
         wide = input.float()
@@ -90,20 +89,20 @@ class WithoutWeightNorm(nn.Module):
     ),
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_a_norm_is_known_by_what_it_computes(norm: nn.Module, found: str) -> None:
+def test_norms_are_recognised_by_their_function(norm: nn.Module, found: str) -> None:
     model = nn.Sequential(norm, nn.Linear(WIDTH, WIDTH)).to(DEVICE)
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
-        eager = run(model, x(3, 4, WIDTH, dtype=dtype))
-        assert by(ckpt_kernels.convert(model), "0") == found
-        ours = run(model, x(3, 4, WIDTH, dtype=dtype))
+        eager = results_of(model, random_tensor(3, 4, WIDTH, dtype=dtype))
+        assert replacement_of(ckpt_kernels.convert(model), "0") == found
+        ours = results_of(model, random_tensor(3, 4, WIDTH, dtype=dtype))
         assert close(ours, eager, 1e-5 if dtype == torch.float32 else 0.02)
         ckpt_kernels.revert(model)
 
 
 @pytest.mark.parametrize("kind", (Norm, RoundsFirst, Centered))
-def test_of_narrow_inputs_and_wide_weights_comes_what_came(kind: type[nn.Module]) -> None:
-    norm, input = kind().to(DEVICE), x(3, 4, WIDTH, dtype=torch.bfloat16)
+def test_bfloat16_inputs_and_float32_weights_give_the_same_dtype(kind: type[nn.Module]) -> None:
+    norm, input = kind().to(DEVICE), random_tensor(3, 4, WIDTH, dtype=torch.bfloat16)
     eager = norm(input)
     assert ckpt_kernels.convert(norm).replaced
     ours = norm(input)
@@ -112,23 +111,23 @@ def test_of_narrow_inputs_and_wide_weights_comes_what_came(kind: type[nn.Module]
 
 
 @pytest.mark.parametrize(("kind", "why"), ((EpsOutside, "none of our row norms"), (OfHalf, "a slice of")))
-def test_a_norm_that_computes_something_else_is_left_alone(kind: type[nn.Module], why: str) -> None:
+def test_a_norm_with_another_function_is_left_alone(kind: type[nn.Module], why: str) -> None:
     model = nn.Sequential(kind(), nn.Linear(WIDTH, WIDTH))
     type(model[0]).__name__ = "SomeNorm"
     report = ckpt_kernels.convert(model)
-    assert by(report, "0") is None and why in reason(report, "0")
+    assert replacement_of(report, "0") is None and why in reason_of(report, "0")
     assert "left alone" in str(report) and why in str(report)
 
 
-def test_a_norm_that_rounds_elsewhere_is_converted_where_it_does_not_round() -> None:
+def test_a_norm_that_rounds_bfloat16_is_fused_in_float32_only() -> None:
     norm = InBfloat16().to(DEVICE)
     report = ckpt_kernels.convert(norm)
-    assert by(report, "") == "rms_norm" and "rounds bfloat16" in reason(report, "")
-    narrow = x(3, 4, WIDTH, dtype=torch.bfloat16)
+    assert replacement_of(report, "") == "rms_norm" and "rounds bfloat16" in reason_of(report, "")
+    narrow = random_tensor(3, 4, WIDTH, dtype=torch.bfloat16)
     assert torch.equal(norm.to(torch.bfloat16)(narrow), InBfloat16.forward(norm, narrow))
 
 
-def test_a_norm_of_a_part_of_a_map_is_left_alone() -> None:
+def test_a_norm_of_a_part_of_an_image_is_left_alone() -> None:
     class OfACorner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -140,7 +139,7 @@ def test_a_norm_of_a_part_of_a_map_is_left_alone() -> None:
 
     norm = OfACorner().to(DEVICE)
     ckpt_kernels.convert(norm)
-    assert norm(x(1, WIDTH, 64, 64)).shape == (1, WIDTH, 60, 60)
+    assert norm(random_tensor(1, WIDTH, 64, 64)).shape == (1, WIDTH, 60, 60)
 
 
 def test_scales_and_positions_are_no_norms() -> None:

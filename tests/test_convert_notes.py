@@ -1,4 +1,4 @@
-"""Sums and products in converted methods: what they make is made again, where nobody has written to their operands."""
+"""Sums and products in converted methods: their results are recomputed if no operand was written to."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ WIDTH, ROWS = 64, 96
 
 
 class Clamped(nn.Module):
-    """A gate whose halves are cut off, as GPT-OSS has it."""
+    """A gate with clamped halves, as in GPT-OSS."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Clamped(nn.Module):
 
 
 class Written(Clamped):
-    """Somebody writes to operands where autograd does not see it."""
+    """Operands are written to under no_grad before they are read."""
 
     def gated(self, both: Tensor) -> Tensor:
         gate, up = both[..., ::2], both[..., 1::2]
@@ -49,7 +49,7 @@ class Written(Clamped):
 
 
 class WrittenLater(Clamped):
-    """What was read is written to afterwards."""
+    """Operands are written to after they are read."""
 
     def gated(self, both: Tensor) -> Tensor:
         gate, up = both[..., ::2], both[..., 1::2]
@@ -76,7 +76,7 @@ def rows(dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("level", ["block", "output", "all", "layer"])
 @pytest.mark.parametrize("kind", [Clamped, Written, WrittenLater])
-def test_same_bits(kind: type, level: str) -> None:
+def test_gradients_equal_eager(kind: type, level: str) -> None:
     model, twin = twins(kind)
     ckpt_kernels.convert(twin, recompute=level)
     for found, expected in zip(step(twin, rows()), step(model, rows()), strict=True):
@@ -84,8 +84,8 @@ def test_same_bits(kind: type, level: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_kept(dtype: torch.dtype) -> None:
-    """The input and the product, both once; of what is written to, also what it made."""
+def test_input_and_product_are_kept(dtype: torch.dtype) -> None:
+    """Results of operands that were written to before the read are kept too."""
     x = rows(dtype).requires_grad_()
     kept = {}
     for kind in (Clamped, WrittenLater, Written):
@@ -97,13 +97,13 @@ def test_what_is_kept(dtype: torch.dtype) -> None:
     assert kept == {Clamped: 3, WrittenLater: 3, Written: 5}
 
 
-def test_the_report() -> None:
+def test_report_names_the_recipes() -> None:
     report = ckpt_kernels.convert(nn.Sequential(Clamped()))
     assert ["recipes of clamped tensors"] == [entry.by for entry in report.replaced if entry.kind == "Clamped"]
 
 
 class Sum(nn.Module):
-    """No product of a norm's output, and at no level below "layer" anything that runs again."""
+    """A method without products of a norm's output, and with nothing to recompute at levels below "layer"."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Sum(nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "level"), [(Clamped, "block"), (Sum, "output"), (Sum, "all")])
-def test_where_notes_gain_nothing_methods_stay(kind: type[nn.Module], level: str) -> None:
+def test_methods_are_not_rewritten_without_a_gain(kind: type[nn.Module], level: str) -> None:
     report = ckpt_kernels.convert(nn.Sequential(kind()), recompute=level)
     assert not [entry.by for entry in report.replaced if entry.kind == kind.__name__]
 
@@ -134,14 +134,13 @@ def kept_of(first: Tensor, second: Tensor, noted: bool) -> int:
     return saved_bytes(run, parameters_of=nn.ParameterList([weight]))
 
 
-def test_a_sum() -> None:
-    """Of what has been made of tensors that are kept."""
+def test_a_noted_sum_of_recomputable_operands_is_discarded() -> None:
     first, second = rows().requires_grad_(), rows().requires_grad_()
     assert kept_of(first, second, False) == 3 * first.nbytes
     assert kept_of(first, second, True) == 2 * first.nbytes
 
 
-def test_what_is_not_noted() -> None:
+def test_notes_of_other_results_are_ignored() -> None:
     x = rows().requires_grad_()
     with discard_outputs():
         y = x * 2
@@ -162,7 +161,7 @@ def test_what_is_not_noted() -> None:
 
 
 class Layer(nn.Module):
-    """The sum of a product of a product and a number, read by a norm."""
+    """A sum with a scaled product, read by a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +178,7 @@ class Layer(nn.Module):
         return residual + self.last(TF.gelu(self.first(x))) * self.scale
 
 
-def test_sums_of_layers() -> None:
+def test_sums_with_scaled_products_are_not_kept_in_layers() -> None:
     model, twin = twins(lambda: nn.Sequential(nn.ModuleList([Layer()])[0]))
     layers = nn.ModuleList(model)
     ckpt_kernels.convert(layers, recompute="layer")
@@ -190,7 +189,8 @@ def test_sums_of_layers() -> None:
 
 
 class Attending(nn.Module):
-    """A layer that puts its queries together from parts, and whose sum is read by a norm further on."""
+    """A layer that concatenates the queries from parts, and whose sum a norm reads. `written` names the tensor that is
+    written to."""
 
     def __init__(self, written: str = "") -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.first(x)
-        q, k, v = (each(normed).view(1, ROWS, 4, -1).transpose(1, 2) for each in (self.q, self.k, self.v))
+        q, k, v = (linear(normed).view(1, ROWS, 4, -1).transpose(1, 2) for linear in (self.q, self.k, self.v))
         k = k * 0.5
         rotated, passed = q[..., :4], q[..., 4:]
         if self.written == "a part before":
@@ -229,7 +229,7 @@ class Attending(nn.Module):
 
 
 class FunctionNorm(nn.Module):
-    """A norm whose weight is stored less 1."""
+    """A norm that stores the weight minus 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ WRITTEN = ["", "a part before", "a part after", "a view before", "the sum", "wha
 
 
 @pytest.mark.parametrize("written", WRITTEN)
-def test_a_layer_has_the_same_bits(written: str) -> None:
+def test_a_layer_gives_the_same_gradients(written: str) -> None:
     model, twin = twins(lambda: nn.ModuleList([Attending(written)]))
     ckpt_kernels.convert(model, recompute="block")
     ckpt_kernels.convert(twin, recompute="layer")
@@ -257,8 +257,8 @@ def test_a_layer_has_the_same_bits(written: str) -> None:
         assert torch.equal(found, expected)
 
 
-def test_what_a_layer_keeps() -> None:
-    """Its input, what attention gives, and a few numbers a row: not queries and keys, nor the sum that a norm reads."""
+def test_layer_keeps_input_and_attention_output() -> None:
+    """Neither the queries and keys nor the sum that a norm reads are kept, but a few numbers a row."""
     x = rows().requires_grad_()
     kept = {}
     for name, kind in (("own", Attending), ("written", lambda: Attending("a part before")), ("f", with_function_norms)):
@@ -267,5 +267,5 @@ def test_what_a_layer_keeps() -> None:
         kept[name] = saved_bytes(model[0], x, parameters_of=model) / x.nbytes
     assert kept["own"] < 2.3
     assert round(kept["f"] - kept["own"], 1) == 0
-    # The queries as they were put together.
+    # The concatenated queries.
     assert round(kept["written"] - kept["own"], 1) == 1

@@ -1,4 +1,4 @@
-"""A converted module as an object of Python: attributes of any name, copies, scripts, finalizers, frames."""
+"""A converted module as a Python object: attributes of any name, copies, TorchScript, finalizers, frames."""
 
 import copy
 import copyreg
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
+from .conversion import WIDTH, replacement_of
 from .test_convert_replaced import LEVELS, MLP
-from .test_convert_rules import WIDTH, by
 from .test_convert_source import twins
 from .test_convert_tried import rows
 from .test_convert_views import OverRows, Quick
@@ -28,7 +28,7 @@ from .test_convert_views import OverRows, Quick
 
 
 class Named(nn.Module):
-    """Whose attributes are called as nn.Module's methods are."""
+    """A module with attributes that have the names of nn.Module's methods."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ _METHODS = "parameters modules children named_modules named_parameters named_chi
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_attributes_may_be_called_as_methods_of_modules_are(name: str) -> None:
+def test_attributes_may_shadow_methods_of_modules(name: str) -> None:
     with torch.device(DEVICE):
         model = nn.Sequential(Named(name), NamedAct(), nn.ModuleList([Named(name)]))
     model.forward = None
@@ -62,7 +62,7 @@ def test_attributes_may_be_called_as_methods_of_modules_are(name: str) -> None:
     first = nn.Sequential(model[0], model[1])
     expected = first(rows())
     report = ckpt_kernels.convert(model)
-    assert by(report, "0.norm") and by(report, "2.0.norm")
+    assert replacement_of(report, "0.norm") and replacement_of(report, "2.0.norm")
     torch.testing.assert_close(first(rows()), expected)
     ckpt_kernels.convert(model, include=[Named], exclude=["1"])
     ckpt_kernels.revert(model)
@@ -70,7 +70,7 @@ def test_attributes_may_be_called_as_methods_of_modules_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("setting", [torch.tensor([True, False]), torch.tensor([0.5, 0.1]), [], "no", 1])
-def test_settings_of_any_kind_are_no_error(setting: Any) -> None:
+def test_settings_of_any_type_are_no_error(setting: Any) -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.GLU(), nn.LeakyReLU(), nn.Linear(8, 8), nn.GELU(), nn.Softplus())
     model[0].p = model[1].dim = model[2].negative_slope = model[4].approximate = model[5].beta = setting
     for module in model:
@@ -110,7 +110,7 @@ class WithKeywords(WithArguments):
 
 
 class Registered(WithArguments):
-    """For which a reducer is registered, without which it cannot be pickled."""
+    """A class that can be pickled only by a reducer registered with copyreg."""
 
     def __new__(cls) -> "Registered":
         return super().__new__(cls, WIDTH)
@@ -135,7 +135,7 @@ def pickled(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 @pytest.mark.parametrize("make", [lambda: WithArguments(WIDTH), lambda: WithKeywords(width=WIDTH)])
-def test_copies_are_made_with_what_their_class_is_made_with(make: Callable, copied: Callable) -> None:
+def test_copies_use_the_arguments_of_getnewargs(make: Callable, copied: Callable) -> None:
     model = make().to(DEVICE)
     expected = model(rows())
     ckpt_kernels.convert(model)
@@ -146,7 +146,7 @@ def test_copies_are_made_with_what_their_class_is_made_with(make: Callable, copi
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
-def test_a_reducer_that_is_registered_for_a_class(when: str, copied: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reducer_registered_with_copyreg(when: str, copied: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copyreg, "dispatch_table", copyreg.dispatch_table.copy())
     model = nn.Sequential(Registered()).to(DEVICE)
     expected = model(rows())
@@ -161,8 +161,8 @@ def test_a_reducer_that_is_registered_for_a_class(when: str, copied: Callable, m
     try:
         made = model[0].__reduce_ex__(4)
         assert made[0] is registered
-        again = made[0](*made[1]).to(DEVICE)
-        torch.testing.assert_close(again(rows()), expected)
+        restored_model = made[0](*made[1]).to(DEVICE)
+        torch.testing.assert_close(restored_model(rows()), expected)
         if copied is copy.deepcopy:
             torch.testing.assert_close(copied(model).to(DEVICE)(rows()), expected)
     finally:
@@ -170,7 +170,7 @@ def test_a_reducer_that_is_registered_for_a_class(when: str, copied: Callable, m
 
 
 class Reduced(WithArguments):
-    """Is given a way of its own to be pickled, before or after it is converted."""
+    """A class that gets a method `__reduce__` before or after the conversion."""
 
     def __new__(cls, width: int = WIDTH) -> "Reduced":
         return super().__new__(cls, width)
@@ -187,7 +187,7 @@ def restored(state: dict[str, Tensor]) -> Reduced:
 
 
 @pytest.mark.parametrize("name", ["__reduce__", "__reduce_ex__"])
-def test_a_reducer_that_a_class_is_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reduce_method_set_on_the_class_is_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Reduced().to(DEVICE)
     ckpt_kernels.convert(model, recompute="layer")
     assert ckpt_kernels.is_converted(model)
@@ -202,7 +202,7 @@ def test_a_reducer_that_a_class_is_given(name: str, monkeypatch: pytest.MonkeyPa
 
 
 class Stated(WithArguments):
-    """Whose state is not a dict."""
+    """A module whose pickled state is a tuple."""
 
     def __getstate__(self) -> tuple[dict[str, Any]]:
         return (self.__dict__,)
@@ -212,7 +212,7 @@ class Stated(WithArguments):
 
 
 class OwnDict(Stated):
-    """Whose state is the very dict of its attributes."""
+    """A module whose pickled state is `__dict__` itself, not a copy."""
 
     def __getstate__(self) -> Any:
         return self.__dict__
@@ -222,7 +222,7 @@ class OwnDict(Stated):
 
 
 @pytest.mark.parametrize("kind", [Stated, OwnDict])
-def test_a_state_may_be_of_any_kind(kind: type[Stated]) -> None:
+def test_pickled_states_of_any_type(kind: type[Stated]) -> None:
     model = kind(WIDTH).to(DEVICE)
     expected, names = model(rows()), set(vars(model))
     ckpt_kernels.convert(model, recompute="layer")
@@ -234,7 +234,7 @@ def test_a_state_may_be_of_any_kind(kind: type[Stated]) -> None:
 
 
 class OwnTable(pickle.Pickler):
-    """Does not know the reducers that are registered for all picklers."""
+    """A pickler with a dispatch table of its own, which ignores copyreg's."""
 
     dispatch_table: ClassVar[dict] = {}
 
@@ -254,7 +254,7 @@ def test_a_pickler_with_a_table_of_its_own() -> None:
 
 
 class Scripted(nn.Module):
-    """Which names globals of its file, one of them by a name that a wrapper might use."""
+    """A module that reads globals of this file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ _SCRIPTED = [
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", _SCRIPTED)
-def test_a_converted_model_is_scripted_as_the_original_is(kind: Callable[[], nn.Module], level: str) -> None:
+def test_torchscript_of_a_converted_model_equals_the_originals(kind: Callable[[], nn.Module], level: str) -> None:
     model, converted = twins(kind)
     ckpt_kernels.convert(converted, recompute=level)
     input = torch.randn(4, next(model.parameters()).shape[-1], device=DEVICE)
@@ -318,7 +318,7 @@ class CountedNorm(Counted):
 
 
 @pytest.mark.parametrize("kind", [Counted, CountedNorm])
-def test_finalizers_run_for_the_modules_that_there_were(kind: type[nn.Module]) -> None:
+def test_trials_do_not_copy_modules_with_finalizers(kind: type[nn.Module]) -> None:
     gc.collect()
     before = Counted.live
     model = nn.Sequential(nn.LayerNorm(16), kind())
@@ -327,7 +327,7 @@ def test_finalizers_run_for_the_modules_that_there_were(kind: type[nn.Module]) -
     assert Counted.live == before + 1
     reasons = [entry.reason for entry in report.left_alone if entry.name == "1"]
     assert all("finalizer" in reason for reason in reasons) and bool(reasons) == (kind is CountedNorm)
-    assert kind is Counted or by(report, "1") is None
+    assert kind is Counted or replacement_of(report, "1") is None
 
 
 # Frames
@@ -341,7 +341,7 @@ def names_two_above() -> list[str]:
     return sorted(sys._getframe(1).f_locals)
 
 
-class Looked(MLP):
+class ReadsOwnFrame(MLP):
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.up(x))
         y = self.down(h)
@@ -349,7 +349,7 @@ class Looked(MLP):
         return y
 
 
-class LookedAt(MLP):
+class ReadsFrameByDepth(MLP):
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.up(x))
         y = self.down(h)
@@ -357,8 +357,8 @@ class LookedAt(MLP):
         return y
 
 
-@pytest.mark.parametrize("kind", [Looked, LookedAt])
-def test_functions_that_look_at_the_frame_that_calls_them(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("kind", [ReadsOwnFrame, ReadsFrameByDepth])
+def test_functions_that_read_the_callers_frame(kind: type[nn.Module]) -> None:
     model, converted = twins(kind)
     ckpt_kernels.convert(converted)
     torch.testing.assert_close(converted(rows()), model(rows()))

@@ -1,4 +1,4 @@
-"""What is written first is evaluated first, and names that are read afterwards stand for what they stood for."""
+"""Rewritten methods keep Python's evaluation order and the values of local variables."""
 
 import ast
 import contextlib
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ckpt_kernels.convert.code import evaluation_order
 
+from .conversion import WIDTH
 from .test_convert_replaced import MLP, alike
-from .test_convert_rules import WIDTH
 
-# The order in which Python evaluates
+# Evaluation order
 
 
 class Value:
-    """Of which everything can be done."""
+    """An object that supports every operation."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -62,24 +62,24 @@ return f(1)[f(2)]""".split("\n")
 
 
 @pytest.mark.parametrize("statement", _STATEMENTS)
-def test_the_order_is_that_of_python(statement: str) -> None:
-    done: list[int] = []
+def test_evaluation_order_is_pythons(statement: str) -> None:
+    evaluated: list[int] = []
     names: dict[str, Any] = {}
     exec(f"def run(f, x):\n    {statement}", names)
-    names["run"](lambda number: (done.append(number), Value())[1], Value())
+    names["run"](lambda number: (evaluated.append(number), Value())[1], Value())
     tree = ast.parse(f"def run(f, x):\n    {statement}").body[0].body[0]
-    known = [
+    predicted = [
         node.args[0].value
         for node in evaluation_order.in_evaluation_order(tree)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "f"
     ]
     certain = not any(word in statement for word in (" if ", " and ", " < "))
-    assert known == (done if certain else done[: len(known)])
-    assert known
+    assert predicted == (evaluated if certain else evaluated[: len(predicted)])
+    assert predicted
 
 
 class Routed(MLP):
-    """Whose layers change places as it goes."""
+    """An MLP whose forward swaps two layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ _ORDERED = [AugmentedItem, AugmentedAttribute, Item, Keyword, Conditional, Walru
 
 
 @pytest.mark.parametrize("kind", _ORDERED)
-def test_what_is_written_first_is_evaluated_first(kind: type[nn.Module]) -> None:
+def test_rewritten_methods_keep_the_evaluation_order(kind: type[nn.Module]) -> None:
     def without_gradients(model: nn.Module) -> None:
         model.requires_grad_(False)
 
@@ -167,7 +167,7 @@ def test_what_is_written_first_is_evaluated_first(kind: type[nn.Module]) -> None
     assert alike(kind, without_gradients)
 
 
-# What names stand for afterwards
+# Local variables that are read later
 
 
 class Chained(MLP):
@@ -190,7 +190,7 @@ class ChainedLast(MLP):
 class Augmented(MLP):
     def __init__(self) -> None:
         super().__init__()
-        self.down.requires_grad_(False)  # for which the input, to which is written, is not kept
+        self.down.requires_grad_(False)  # so that the input, which is written to, is not saved
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.up(x))
@@ -237,5 +237,5 @@ _NAMED = [Chained, ChainedLast, Augmented, AugmentedLast, Broken, Suppressed]
 
 
 @pytest.mark.parametrize("kind", _NAMED)
-def test_names_that_are_read_afterwards(kind: type[nn.Module]) -> None:
+def test_local_variables_keep_their_values(kind: type[nn.Module]) -> None:
     assert alike(kind)

@@ -1,4 +1,4 @@
-"""Code around a converted model: names of users, code that asks for its class, copies, transforms."""
+"""Code around a converted model: users' attributes, code that reads the class, copies, transforms of torch.func."""
 
 import copy
 import functools
@@ -16,29 +16,27 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, run
+from .conversion import WIDTH, close, results_of, twins
 from .test_convert_tried import found_in, rows
 
 LEVELS = ("block", "output", "all")
 
 
 def computed(kind: Callable[[], nn.Module], *inputs: Tensor, level: str = "output") -> bool:
-    """Whether a converted twin computes, forward and backward, what the model does."""
+    """Whether a converted twin gives the same outputs and gradients as the model."""
     torch.manual_seed(0)
     model = kind().to(DEVICE)
     torch.manual_seed(0)
     converted = kind().to(DEVICE)
     ckpt_kernels.convert(converted, recompute=level)
-    return close(run(converted, *inputs), run(model, *inputs))
+    return close(results_of(converted, *inputs), results_of(model, *inputs))
 
 
 # Names
 
 
 class Wraps(nn.Module):
-    """Names that a converted class might want for itself."""
+    """Attributes with names that a converted class might use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +49,7 @@ class Wraps(nn.Module):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_names_of_the_users_are_theirs(level: str) -> None:
+def test_convert_takes_no_attribute_names(level: str) -> None:
     assert computed(Wraps, rows(), level=level)
     model = nn.Sequential(nn.LayerNorm(WIDTH)).to(DEVICE)
     before = set(vars(model[0]))
@@ -96,7 +94,7 @@ class Frozen(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [WithSettings, Frozen])
-def test_attributes_that_run_code_are_not_asked_for(kind: type[nn.Module]) -> None:
+def test_attributes_that_run_code_are_not_read(kind: type[nn.Module]) -> None:
     model = kind().to(DEVICE)
     expected = model(rows())
     ckpt_kernels.convert(model)
@@ -147,11 +145,11 @@ REGISTRY[ByRegistry] = 2.0
 
 @pytest.mark.parametrize("kind", [ByArgument, ByAnnotations, BySuper, ByRegistry])
 @pytest.mark.parametrize("level", ["block", "output"])
-def test_code_that_asks_for_its_class_sees_its_class(kind: type[nn.Module], level: str) -> None:
+def test_code_that_reads_its_class_sees_the_original(kind: type[nn.Module], level: str) -> None:
     assert computed(kind, rows(), level=level)
 
 
-def test_what_holds_a_forward_across_revert_and_another_class_goes_on() -> None:
+def test_a_held_forward_works_after_revert_and_a_new_class() -> None:
     model = nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).to(DEVICE)
     ckpt_kernels.convert(model)
     held = model[0].forward
@@ -190,11 +188,11 @@ class Restored(nn.LayerNorm):
 
 
 @pytest.mark.parametrize("make", [lambda: Reduced(WIDTH), lambda: nn.Sequential(Restored(WIDTH), nn.GELU())])
-def test_copies_of_modules_with_ways_of_their_own(make: Callable[[], nn.Module]) -> None:
+def test_copies_of_modules_with_own_pickling(make: Callable[[], nn.Module]) -> None:
     model = make().to(DEVICE)
     ckpt_kernels.convert(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        # Reduced makes its parameters anew.
+        # `Reduced.__reduce__` makes new parameters.
         other.to(DEVICE)
         torch.testing.assert_close(other(rows()), model(rows()))
         ckpt_kernels.revert(other)
@@ -211,7 +209,7 @@ class RMS(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-def test_what_is_unpickled_where_its_code_has_changed_runs_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_runs_the_changed_code(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(RMS())
     ckpt_kernels.convert(model)
     saved = io.BytesIO()
@@ -234,15 +232,15 @@ class Steps(nn.Module):
 SLOPE = 1.702
 
 
-def test_methods_and_numbers_that_change_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_defaults_and_globals_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model, converted = twins(Steps)
     assert found_in(ckpt_kernels.convert(converted, recompute="block")) == {"": "MLP"}
     monkeypatch.setattr(Steps.forward, "__defaults__", (5.0,))
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
     monkeypatch.setitem(globals(), "SLOPE", 0.5)
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
     assert found_in(ckpt_kernels.convert(converted, recompute="block")) == {}
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
 # Transforms within a forward
@@ -253,7 +251,7 @@ def norm_of(module: "Transforms", x: Tensor) -> Tensor:
 
 
 class Transforms(nn.Module):
-    """A forward in which one of torch.func's transforms is applied to what converted modules compute."""
+    """A forward that applies a transform of torch.func to converted modules."""
 
     def __init__(self, transform: Callable) -> None:
         super().__init__()
@@ -282,11 +280,11 @@ TRANSFORMS: dict[str, Callable] = {
 def test_transforms_within_a_forward(transform: str, level: str) -> None:
     model, converted = twins(functools.partial(Transforms, TRANSFORMS[transform]))
     ckpt_kernels.convert(converted, recompute=level)
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def test_a_context_goes_on_after_a_transform_within() -> None:
+def test_a_context_stays_open_after_a_transform() -> None:
     def fails(x: Tensor) -> Tensor:
         raise KeyError
 
@@ -298,7 +296,7 @@ def test_a_context_goes_on_after_a_transform_within() -> None:
         assert before is not None and ckpt_kernels.recompute.discarding() is before
 
 
-def test_hooks_of_others_are_refused_by_transforms_as_ever() -> None:
+def test_transforms_reject_users_hooks() -> None:
     converted = Transforms(TRANSFORMS["grad"])
     ckpt_kernels.convert(converted)
     with torch.autograd.graph.save_on_cpu(), pytest.raises(RuntimeError, match="saved tensor hooks"):

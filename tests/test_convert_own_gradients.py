@@ -1,4 +1,4 @@
-"""Activations that are somebody's `autograd.Function`: converted where values and gradient are an activation's."""
+"""Activations that are a user's `autograd.Function`: converted if values and gradient are those of an activation."""
 
 import pickle
 from typing import Any
@@ -27,7 +27,7 @@ def gelu_slope(x: Tensor) -> Tensor:
 
 
 class GELU(torch.autograd.Function):
-    """As Bloom's."""
+    """The activation of Bloom."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class GELU(torch.autograd.Function):
 
 
 class Swish(torch.autograd.Function):
-    """As EfficientNet's."""
+    """The activation of EfficientNet."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Swish(torch.autograd.Function):
 
 
 class Straight(torch.autograd.Function):
-    """Another gradient."""
+    """The values of GELU with the gradient of the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Straight(torch.autograd.Function):
 
 
 class Cut(torch.autograd.Function):
-    """The gradient of a GELU, of what comes in above zero."""
+    """GELU with a gradient that drops negative incoming gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Remembers(torch.autograd.Function):
 
 
 class More(torch.autograd.Function):
-    """Has more than the two methods."""
+    """A function with more attributes than the two methods."""
 
     generate_vmap_rule = True
 
@@ -154,26 +154,26 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(("act", "name"), [(GeluAct, "gelu_tanh"), (SwishAct, "silu")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_converted(act: type[nn.Module], name: str, dtype: torch.dtype) -> None:
-    """To float64, where constants are rounded, it is another activation, and runs as it is written."""
+def test_functions_with_a_known_gradient_are_converted(act: type[nn.Module], name: str, dtype: torch.dtype) -> None:
+    """In float64 rounded constants make another activation, so the user's code runs."""
     plain, twin = twins(lambda: nn.ModuleList([Layer(act)]).to(dtype))
     report = ckpt_kernels.convert(twin, recompute="layer")
     assert f"bias_act ({name})" in {entry.by for entry in report.replaced if entry.name == "0.act"}
     torch.testing.assert_close(step(twin[0], rows(dtype)), step(plain[0], rows(dtype)), rtol=1e-5, atol=1e-5)
     if dtype is torch.float32:
-        # The layer's input, statistics and copies of biases: neither the product nor what the activation makes.
+        # The layer's input, statistics and copies of biases are kept, neither the product nor the activation's output.
         assert kept(twin[0], rows()) - 2 * WIDTH * 4 < 1.8 * rows().nbytes < 8 * rows().nbytes < kept(plain[0], rows())
 
 
 @pytest.mark.parametrize("act", [StraightAct, CutAct, RemembersAct, MoreAct])
-def test_what_is_left(act: type[nn.Module]) -> None:
+def test_other_functions_are_left_alone(act: type[nn.Module]) -> None:
     plain, twin = twins(lambda: Layer(act))
     report = ckpt_kernels.convert(twin)
     assert [entry.name for entry in report.left_alone] == ["act"]
     torch.testing.assert_close(step(twin, rows()), step(plain, rows()), rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_that_is_put_in_its_place_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replaced_backward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, twin = twins(lambda: GeluAct())
     ckpt_kernels.convert(twin)
     x = rows().requires_grad_()
@@ -187,11 +187,10 @@ def test_a_gradient_that_is_put_in_its_place_later(monkeypatch: pytest.MonkeyPat
     assert torch.equal(found, expected)
 
 
-def test_pickled() -> None:
-    """What was converted is, in another process too."""
+def test_a_pickled_copy_is_converted() -> None:
     twin = Layer(GeluAct)
     ckpt_kernels.convert(twin)
-    again = pickle.loads(pickle.dumps(twin))
-    assert kept(again.to(DEVICE), rows()) == kept(twin.to(DEVICE), rows())
-    assert torch.equal(again(rows()), twin(rows()))
-    torch.testing.assert_close(again.act(rows()), TF.gelu(rows(), approximate="tanh"))
+    loaded = pickle.loads(pickle.dumps(twin))
+    assert kept(loaded.to(DEVICE), rows()) == kept(twin.to(DEVICE), rows())
+    assert torch.equal(loaded(rows()), twin(rows()))
+    torch.testing.assert_close(loaded.act(rows()), TF.gelu(rows(), approximate="tanh"))

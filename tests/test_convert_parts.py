@@ -1,4 +1,4 @@
-"""The parts of what is fused are what they were taken for, or compute by themselves."""
+"""Fused call sites fall back to the user's code if a part of the expression is not as the conversion found it."""
 
 import importlib
 import linecache
@@ -12,9 +12,7 @@ from torch.nn.utils import parametrize
 
 import ckpt_kernels
 
-from .conversion import twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, run, x
+from .conversion import WIDTH, close, random_tensor, results_of, twins
 from .test_convert_tried import RMS, rows
 
 
@@ -38,7 +36,7 @@ class FMLP(MLP):
         return self.last(F.dropout(self.act(self.first(h)), self.p, self.training))
 
 
-def test_two_dtypes() -> None:
+def test_weights_of_another_dtype_are_torchs_error() -> None:
     for model in twins(MLP):
         model.to(torch.bfloat16)
         ckpt_kernels.convert(model)
@@ -60,10 +58,10 @@ def test_a_frozen_gate_keeps_no_more() -> None:
 
     model, twin = twins(Gate)
     ckpt_kernels.convert(model)
-    assert memory.saved_bytes(model, x(64, WIDTH)) <= memory.saved_bytes(twin, x(64, WIDTH))
+    assert memory.saved_bytes(model, random_tensor(64, WIDTH)) <= memory.saved_bytes(twin, random_tensor(64, WIDTH))
 
 
-def test_a_last_layer_of_another_width() -> None:
+def test_a_last_layer_of_another_width_is_torchs_error() -> None:
     for model in twins(MLP):
         model.last = nn.Linear(63, WIDTH)
         ckpt_kernels.convert(model)
@@ -71,7 +69,7 @@ def test_a_last_layer_of_another_width() -> None:
             model(rows())
 
 
-def test_a_probability_out_of_range() -> None:
+def test_a_probability_out_of_range_is_torchs_error() -> None:
     model = FMLP()
     ckpt_kernels.convert(model)
     model.p = 1.5
@@ -95,13 +93,17 @@ class AddNorm(nn.Module):
         return self.norm(a + b)
 
 
-@pytest.mark.parametrize("other", [x(6, WIDTH).double(), x(WIDTH), x(1, WIDTH)], ids=["dtype", "row", "one"])
-def test_sums_of_unlike(other) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [random_tensor(6, WIDTH).double(), random_tensor(WIDTH), random_tensor(1, WIDTH)],
+    ids=["dtype", "row", "one"],
+)
+def test_sums_of_operands_of_other_shape_or_dtype(other) -> None:
     model, twin = twins(AddNorm)
     ckpt_kernels.convert(model)
-    for each in (model, twin):
-        each.double() if other.dtype == torch.float64 else each
-    assert close(run(model, rows(), other), run(twin, rows(), other))
+    if other.dtype == torch.float64:
+        model.double(), twin.double()
+    assert close(results_of(model, rows(), other), results_of(twin, rows(), other))
 
 
 class Modulated(nn.Module):
@@ -123,18 +125,18 @@ class Modulated(nn.Module):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_modulations(shape, dtype, lead) -> None:
+def test_modulations_of_any_shape_and_dtype(shape, dtype, lead) -> None:
     model, twin = twins(Modulated)
     ckpt_kernels.convert(model)
-    given = x(*lead, WIDTH), x(*shape).to(dtype), x(*shape).to(dtype) + 1
-    ours, theirs = run(model, *given), run(twin, *given)
+    given = random_tensor(*lead, WIDTH), random_tensor(*shape).to(dtype), random_tensor(*shape).to(dtype) + 1
+    ours, theirs = results_of(model, *given), results_of(twin, *given)
     assert all(ours[k].dtype == theirs[k].dtype for k in theirs) and close(ours, theirs)
 
 
-def test_nested() -> None:
+def test_nested_tensors_take_the_eager_path() -> None:
     model, twin = twins(nn.GELU)
     ckpt_kernels.convert(model)
-    given = torch.nested.nested_tensor([x(3, WIDTH), x(5, WIDTH)], layout=torch.jagged)
+    given = torch.nested.nested_tensor([random_tensor(3, WIDTH), random_tensor(5, WIDTH)], layout=torch.jagged)
     torch.testing.assert_close(model(given).values(), twin(given).values())
 
 
@@ -147,24 +149,24 @@ def test_transforms_around() -> None:
         lambda m: torch.func.grad(lambda h: m(h).sum())(rows()),
         lambda m: torch.func.vmap(m)(rows()),
         lambda m: torch.func.jvp(m, (rows(),), (rows(),))[1],
-        lambda m: torch.func.hessian(lambda h: m(h).sum())(x(2, WIDTH)),
+        lambda m: torch.func.hessian(lambda h: m(h).sum())(random_tensor(2, WIDTH)),
     ):
         torch.testing.assert_close(f(model), f(twin), rtol=1e-4, atol=1e-4)
 
 
-def test_dual_numbers() -> None:
+def test_forward_mode_derivatives_equal_eager() -> None:
     model, twin = twins(lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU()))
     ckpt_kernels.convert(model)
     fwAD = torch.autograd.forward_ad
     found = []
-    for each in (model, twin):
+    for module in (model, twin):
         with fwAD.dual_level():
-            found.append(fwAD.unpack_dual(each(fwAD.make_dual(rows(), rows()))).tangent)
+            found.append(fwAD.unpack_dual(module(fwAD.make_dual(rows(), rows()))).tangent)
     torch.testing.assert_close(*found)
 
 
 class Dispatched(Tensor):
-    """Does nothing but what torch does; sees its operations."""
+    """A tensor subclass that records the ops it is passed to."""
 
     seen: typing.ClassVar[list[str]] = []
 
@@ -181,30 +183,30 @@ class Dispatched(Tensor):
         return made
 
 
-def test_a_class_that_sees_operations() -> None:
+def test_a_dispatching_subclass_sees_torchs_ops() -> None:
     model, twin = twins(nn.GELU)
     ckpt_kernels.convert(model)
     torch.testing.assert_close(model(Dispatched(rows())), twin(rows()))
     assert "gelu" in Dispatched.seen
 
 
-def test_a_forward_put_on_a_part() -> None:
+def test_a_forward_set_on_an_activation_runs() -> None:
     model, twin = twins(lambda: MLP(0.0))
     ckpt_kernels.convert(model)
-    for each in (model, twin):
-        each.act.forward = lambda h: h * 2
+    for module in (model, twin):
+        module.act.forward = lambda h: h * 2
     torch.testing.assert_close(model(rows()), twin(rows()))
 
 
-def test_a_forward_put_on_a_linear_layer() -> None:
+def test_a_forward_set_on_a_linear_layer_runs() -> None:
     model, twin = twins(lambda: MLP(0.0))
     ckpt_kernels.convert(model)
-    for each in (model, twin):
-        each.first.forward = lambda h: torch.cat((h, h), -1)
+    for module in (model, twin):
+        module.first.forward = lambda h: torch.cat((h, h), -1)
     torch.testing.assert_close(model(rows()), twin(rows()))
 
 
-def test_a_call_of_its_own() -> None:
+def test_a_linear_layer_with_its_own_call_runs() -> None:
     class Twice(nn.Linear):
         def __call__(self, h: Tensor) -> Tensor:
             return 2 * super().__call__(h)
@@ -281,17 +283,17 @@ class Flows(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["after", "own", "nested", "loop", "columns", "caught", "two", "rebound"])
-def test_flows(how) -> None:
+def test_control_flow_keeps_the_results(how) -> None:
     model, twin = twins(lambda: Flows(how))
-    for each in (model, twin):
+    for module in (model, twin):
         torch.manual_seed(3)
-        each.parent = [Flows("after")]
+        module.parent = [Flows("after")]
     ckpt_kernels.convert(model)
-    given = x(6, WIDTH) if how != "columns" else x(4, 2, WIDTH // 2, 4)
+    given = random_tensor(6, WIDTH) if how != "columns" else random_tensor(4, 2, WIDTH // 2, 4)
     torch.testing.assert_close(model(given), twin(given), rtol=1e-4, atol=1e-5)
 
 
-def test_a_source_that_has_changed(tmp_path) -> None:
+def test_an_edited_source_file_is_not_used(tmp_path) -> None:
     file = tmp_path / "edited.py"
     lines = ("from torch import nn", "import torch.nn.functional as F", "class Edited(nn.Module):")
     lines += ("    def forward(self, h):", "        return F.gelu(h) + 1", "")
@@ -308,7 +310,7 @@ def test_a_source_that_has_changed(tmp_path) -> None:
 
 
 class Property(nn.Module):
-    """What a load gives is not what the module holds."""
+    """A property returns another module than the instance's `__dict__` holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,30 +341,30 @@ class OwnGetattr(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Property, OwnGetattr])
-def test_loads_of_its_own(kind) -> None:
+def test_attributes_with_own_loads_are_read_as_before(kind) -> None:
     model, twin = twins(kind)
     ckpt_kernels.convert(model)
-    for each in (model, twin):
-        each.loads = 0
+    for module in (model, twin):
+        module.loads = 0
     torch.testing.assert_close(model(rows()), twin(rows()))
     assert model.loads == twin.loads
 
 
-def test_patched_part(monkeypatch) -> None:
+def test_a_patched_forward_of_a_part_runs(monkeypatch) -> None:
     model, twin = twins(lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU()))
     ckpt_kernels.convert(model)
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, h: 2 * h)
     torch.testing.assert_close(model(rows()), twin(rows()))
 
 
-def test_patched_class(monkeypatch) -> None:
+def test_a_patched_forward_of_a_norm_runs(monkeypatch) -> None:
     model, twin = twins(lambda: nn.LayerNorm(WIDTH))
     ckpt_kernels.convert(model)
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, h: 2 * h)
     torch.testing.assert_close(model(rows()), twin(rows()))
 
 
-def test_super_of_its_own_class() -> None:
+def test_super_of_the_instances_class() -> None:
     class Old(nn.LayerNorm):
         def forward(self, h: Tensor) -> Tensor:
             return super(self.__class__, self).forward(h)
@@ -372,7 +374,7 @@ def test_super_of_its_own_class() -> None:
     torch.testing.assert_close(model(rows()), twin(rows()))
 
 
-def test_parametrized_since() -> None:
+def test_a_later_parametrization_runs_once() -> None:
     made = []
 
     class Counted(nn.Module):
@@ -388,7 +390,7 @@ def test_parametrized_since() -> None:
     assert len(made) == 1
 
 
-def test_channels_first_of_two_dims() -> None:
+def test_channel_norm_of_two_dimensions() -> None:
     from .test_convert_written import ChannelNorm
 
     model, twin = twins(lambda: ChannelNorm((WIDTH,)))
@@ -398,10 +400,10 @@ def test_channels_first_of_two_dims() -> None:
 
 @pytest.mark.parametrize("kind", ["InBfloat16", "RoundsFirst", "Norm"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_narrow_norms_round_where_they_did(kind, dtype) -> None:
+def test_norms_in_16_bits_round_as_before(kind, dtype) -> None:
     norms = importlib.import_module("tests.test_convert_norms")
     model, twin = twins(getattr(norms, kind))
     ckpt_kernels.convert(model.to(dtype))
-    given = x(64, WIDTH, dtype=dtype)
+    given = random_tensor(64, WIDTH, dtype=dtype)
     ours, theirs = model(given), twin.to(dtype)(given)
     assert (ours != theirs).float().mean() < 0.01

@@ -1,4 +1,4 @@
-"""Objects that a module calls with itself, as attention processors, and how such turn queries and keys."""
+"""Attention processors: objects that a module calls with itself as an argument, and that rotate queries and keys."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ HEADS, TOKENS, COLUMNS = 4, 6, 16
 
 
 def turn(x, tables, complex_tables=False, dimension=2, halves=False):
-    """Of heads before tokens or after them, by a pair of tables or one of complex numbers."""
+    """Rotates heads, before or after tokens, by a pair of tables or a table of complex numbers."""
     if not complex_tables:
         cos, sin = tables
         if dimension == 2:
@@ -102,32 +102,32 @@ def step(model: nn.Module, x: Tensor, tables: Any) -> list[Tensor]:
     return [output, *torch.autograd.grad(loss, [x, *model.parameters()])]
 
 
-def says(report: Any) -> list[str]:
+def rotary_entries(report: Any) -> list[str]:
     return [entry.by for entry in report.replaced if "rotary" in entry.by]
 
 
 @pytest.mark.parametrize("kind", [Imports, Defines])
-def test_what_turns_in_an_object(kind: type) -> None:
+def test_rotations_in_a_processor_are_fused(kind: type) -> None:
     model, twin = twins(lambda: Attention(kind()))
     processor = twin.processor
-    assert says(ckpt_kernels.convert(twin)) == ["2 x rotary"]
+    assert rotary_entries(ckpt_kernels.convert(twin)) == ["2 x rotary"]
     given = operands()
     torch.testing.assert_close(step(twin, *given), step(model, *given), rtol=1e-4, atol=1e-4)
     assert twin.processor is processor and type(processor) is kind and not vars(processor)
     x, tables = given[0].clone().requires_grad_(), given[1]
-    # Queries and keys as attention reads them.
-    before, after = (saved_bytes(each, x, tables, parameters_of=each) for each in (model, twin))
+    # The queries and keys before the rotation are not kept.
+    before, after = (saved_bytes(module, x, tables, parameters_of=module) for module in (model, twin))
     assert before - after >= 2 * x.nbytes
 
 
-def test_complex_tables() -> None:
+def test_rotations_by_complex_tables_are_fused() -> None:
     model, twin = twins(lambda: Attention(OfComplex()))
-    assert says(ckpt_kernels.convert(twin)) == ["2 x rotary"]
+    assert rotary_entries(ckpt_kernels.convert(twin)) == ["2 x rotary"]
     given = operands()
     torch.testing.assert_close(step(twin, *given), step(model, *given), rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16() -> None:
+def test_bfloat16_errors_are_at_most_eagers() -> None:
     for kind in (Imports, Defines, OfComplex):
         model, twin = twins(lambda kind=kind: Attention(kind()).bfloat16())
         ckpt_kernels.convert(twin)
@@ -143,8 +143,8 @@ class Turns:
         return attention.heads(x)[0] * 2
 
 
-def test_it_is_the_object_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another one since, and another method of its class."""
+def test_a_replaced_processor_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a replaced method of the processor's class."""
     model, twin = twins(lambda: Attention(Imports()))
     ckpt_kernels.convert(twin)
     given = operands()
@@ -173,8 +173,7 @@ def heads() -> Tensor:
     return torch.randn(2, TOKENS, TOKENS, COLUMNS, device=DEVICE)
 
 
-def test_settings() -> None:
-    """Each that was tried, and no other."""
+def test_only_tried_settings_are_fused() -> None:
     rotation = rotation_of(turn)
     assert rotation is not None
     pair = operands()[1]
@@ -255,7 +254,7 @@ def repeats(x, tables):
      writes_to_a_table, leaves_some, asserts, repeats],
     ids=lambda function: function.__name__,
 )  # fmt: skip
-def test_no_rotation(function: Any) -> None:
+def test_other_functions_are_no_rotations(function: Any) -> None:
     assert rotation_of(function) is None
 
 
@@ -286,9 +285,9 @@ class DefinesTwice:
 
 
 @pytest.mark.parametrize("kind", [ReadsAround, DefinesTwice, Turns])
-def test_objects_left_alone(kind: type) -> None:
+def test_processors_without_a_rotation_are_left_alone(kind: type) -> None:
     model, twin = twins(lambda: Attention(kind()))
-    assert not says(ckpt_kernels.convert(twin))
+    assert not rotary_entries(ckpt_kernels.convert(twin))
     given = operands()
     torch.testing.assert_close(twin(*given), model(*given))
 
@@ -301,7 +300,7 @@ def is_installed():
 
 
 class Norm(nn.Module):
-    """As it is written for a device that is not there."""
+    """A norm with a branch for a package that is not installed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -317,7 +316,7 @@ class Norm(nn.Module):
             return x * self.weight
 
 
-def test_what_is_written_for_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_norm_with_a_branch_for_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = twins(lambda: nn.Sequential(Norm()))
     assert [entry.by for entry in ckpt_kernels.convert(twin).replaced][-1].startswith("rms_norm")
     x = torch.randn(4, 48, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Running statistics that torch refuses are refused of a converted model, by the same kind of error."""
+"""Running statistics that torch rejects: a converted model raises the same type of error."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .test_convert_rules import WIDTH
+from .conversion import WIDTH
 
 
 def mean_only(norm: nn.Module) -> None:
@@ -25,7 +25,7 @@ def wide(norm: nn.Module) -> None:
     norm.running_mean = norm.running_mean.double()
 
 
-def wants_gradients(norm: nn.Module) -> None:
+def requires_gradients(norm: nn.Module) -> None:
     norm.running_var.requires_grad_()
 
 
@@ -49,19 +49,19 @@ class ByFunction(nn.Module):
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, 0.1)
 
 
-_REFUSED = [mean_only, variance_only, wide, wants_gradients, longer, momentum_is_a_tensor]
+_REJECTED = [mean_only, variance_only, wide, requires_gradients, longer, momentum_is_a_tensor]
 
 
 @pytest.mark.parametrize("around", [nn.Sequential, lambda norm: nn.Sequential(norm, nn.ReLU()), ByFunction])
 @pytest.mark.parametrize(
     "kind", [nn.BatchNorm1d, lambda width: nn.InstanceNorm1d(width, True, track_running_stats=True)]
 )
-@pytest.mark.parametrize("change", _REFUSED)
-def test_running_statistics_that_torch_refuses(
+@pytest.mark.parametrize("change", _REJECTED)
+def test_running_statistics_that_torch_rejects(
     change: Callable[[nn.Module], None], kind: Callable[[int], nn.Module], around: Callable[[nn.Module], nn.Module]
 ) -> None:
     if change is wide and DEVICE != "cpu":
-        pytest.skip("torch's GPU kernels take the statistics' memory for float32, whatever it is")
+        pytest.skip("torch's GPU kernels read the statistics as float32, whatever their dtype")
     results = []
     for convert in (False, True):
         norm = kind(WIDTH).to(DEVICE)

@@ -1,4 +1,4 @@
-"""Whatever stands in the place of what a model was known by: other code, weights, names, functions for torch's."""
+"""Replacements after or before `convert`: other code, weights and names, and functions in place of torch's."""
 
 import copy
 from collections.abc import Callable
@@ -13,8 +13,7 @@ from torch.nn.functional import layer_norm as layer_norm_by_name
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, run
+from .conversion import WIDTH, close, replacement_of, results_of
 from .test_convert_source import kept, twins
 from .test_convert_tried import found_in, rows
 
@@ -46,21 +45,21 @@ def alike(
     change: Callable[[nn.Module], None] = lambda model: None,
     undo: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Whether a twin computes what the model does, converted before and after a change of both."""
+    """Whether a twin that is converted before or after a change of both gives the same results as the model."""
     for level in LEVELS:
         for after in (True, False):
             model, converted = twins(kind)
             for step in (ckpt_kernels.convert, change) if after else (change, ckpt_kernels.convert):
                 step(converted, recompute=level) if step is ckpt_kernels.convert else step(converted)
             change(model)
-            same = close(run(converted, rows()), run(model, rows()))
+            same = close(results_of(converted, rows()), results_of(model, rows()))
             undo()
             if not same:
                 return False
     return True
 
 
-# What a layer is known by
+# The code of a layer
 
 
 def conv1d() -> type[nn.Module]:
@@ -85,16 +84,16 @@ def twice_linear(self: Any, x: Tensor) -> Tensor:
     return linear(x, self.weight, self.bias) * 2
 
 
-def test_a_transposed_layer_is_fused_while_it_is_as_it_was_written() -> None:
+def test_a_transposed_linear_layer_is_fused() -> None:
     model, converted = twins(Transposed)
     assert found_in(ckpt_kernels.convert(converted, recompute="block")) == {"": "MLP", "act": "bias_act (gelu)"}
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
     assert kept(converted, rows()) <= kept(model, rows())
 
 
 @pytest.mark.parametrize("how", ["forward", "code", "subclass"])
 @pytest.mark.parametrize("layer", ["Linear", "Conv1D"])
-def test_a_layer_whose_code_is_another(layer: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_with_replaced_code(layer: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, twice = (nn.Linear, twice_linear) if layer == "Linear" else (conv1d(), twice_transposed)
 
     def change(model: nn.Module) -> None:
@@ -120,31 +119,33 @@ def test_a_layer_whose_code_is_another(layer: str, how: str, monkeypatch: pytest
             change(model)
             if not after:
                 ckpt_kernels.convert(converted)
-            assert close(run(converted, rows()), run(model, rows()))
+            assert close(results_of(converted, rows()), results_of(model, rows()))
         monkeypatch.undo()
 
 
-def test_a_forward_of_torchs_in_the_place_of_another_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_forward_replaced_by_another_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, converted = twins(MLP)
     ckpt_kernels.convert(converted)
     monkeypatch.setattr(nn.Linear, "forward", nn.Identity.forward)
-    again = copy.deepcopy(model)
-    ckpt_kernels.convert(again)
-    for each in (converted, again):
-        torch.testing.assert_close(each(rows()), model(rows()))
+    converted_later = copy.deepcopy(model)
+    ckpt_kernels.convert(converted_later)
+    for module in (converted, converted_later):
+        torch.testing.assert_close(module(rows()), model(rows()))
 
 
-# What is read of a layer
+# The weights of a layer
 
 
-def fast(name: str, layer: str = "up") -> Callable[[nn.Module], None]:
-    def lay_over(model: nn.Module) -> None:
+def shadowing(name: str, layer: str = "up") -> Callable[[nn.Module], None]:
+    """A change that sets an instance attribute with the name of a parameter, as fast weights in meta-learning do."""
+
+    def shadow(model: nn.Module) -> None:
         held = getattr(getattr(model, layer), name)
         object.__setattr__(
             getattr(model, layer), name, torch.linspace(-1, 1, held.numel(), device=DEVICE).view(held.shape)
         )
 
-    return lay_over
+    return shadow
 
 
 class Normed(nn.Module):
@@ -160,11 +161,11 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("kind", [MLP, Transposed, Normed])
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("layer", ["up", "down"])
-def test_weights_that_are_laid_over_the_parameters(kind: type[nn.Module], name: str, layer: str) -> None:
-    assert alike(kind, fast(name, layer))
+def test_instance_attributes_that_shadow_parameters(kind: type[nn.Module], name: str, layer: str) -> None:
+    assert alike(kind, shadowing(name, layer))
 
 
-def test_weights_that_are_no_parameters_any_more() -> None:
+def test_weights_that_are_plain_tensors() -> None:
     def change(model: nn.Module) -> None:
         weight = model.up.weight.detach() * 2
         del model.up._parameters["weight"]
@@ -174,7 +175,7 @@ def test_weights_that_are_no_parameters_any_more() -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
-def test_weights_that_a_class_has_or_computes(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_as_class_attributes_or_properties(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
 
     def weight(self: nn.Module) -> Tensor:
@@ -194,11 +195,11 @@ def test_weights_that_a_class_has_or_computes(kind: type[nn.Module], monkeypatch
     assert len(loads) == 2 * count
 
 
-# Names that stand for something else
+# Names that are bound to other objects
 
 
 class Swapped:
-    """In the place of torch."""
+    """Stands in for the module torch."""
 
     @staticmethod
     def chunk(x: Tensor, n: int, dim: int) -> tuple[Tensor, ...]:
@@ -225,14 +226,14 @@ class ByAnotherName(Packed):
 
 
 @pytest.mark.parametrize("kind", [Shadowed, Local, ByAnotherName, Packed])
-def test_halves_are_made_by_what_their_name_stands_for(kind: type[nn.Module]) -> None:
+def test_chunk_is_the_function_that_the_name_is_bound_to(kind: type[nn.Module]) -> None:
     assert alike(kind)
-    found = by(ckpt_kernels.convert(kind(), recompute="block"), "") or ""
+    found = replacement_of(ckpt_kernels.convert(kind(), recompute="block"), "") or ""
     assert ("packed gated MLP" in found) is (kind in (ByAnotherName, Packed))
 
 
 class Reversed(Tensor):
-    """Whose halves come the other way round."""
+    """A tensor whose method chunk returns the parts in reverse."""
 
     def chunk(self, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
         return tuple(reversed(super().chunk(chunks, dim)))
@@ -244,9 +245,9 @@ class Method(Packed):
         return self.down(self.act(a) * b)
 
 
-def test_a_subclass_of_tensor_with_methods_of_its_own() -> None:
+def test_a_tensor_subclass_with_its_own_chunk() -> None:
     model, converted = twins(Method)
-    assert "packed gated MLP" in by(ckpt_kernels.convert(converted), "")
+    assert "packed gated MLP" in replacement_of(ckpt_kernels.convert(converted), "")
     torch.testing.assert_close(converted(rows()), model(rows()))
     torch.testing.assert_close(converted(rows().as_subclass(Reversed)), model(rows().as_subclass(Reversed)))
 
@@ -279,18 +280,18 @@ class WritesToItsInput(nn.Module):
         return n + y
 
 
-def test_a_function_that_bears_the_name_of_one_that_makes_a_tensor() -> None:
+def test_a_function_named_clone_that_returns_a_view() -> None:
     model, converted = twins(lambda: WritesToItsInput().to(torch.bfloat16))
-    assert by(ckpt_kernels.convert(converted), "norm")
+    assert replacement_of(ckpt_kernels.convert(converted), "norm")
     input = rows().to(torch.bfloat16)
-    assert close(run(converted, input), run(model, input), 0.02)
+    assert close(results_of(converted, input), results_of(model, input), 0.02)
 
 
-# Functions in the place of torch's
+# Functions in place of torch's
 
 
 class Written(nn.Module):
-    """With functions of torch, and by a name of its own file."""
+    """Calls torch's functions, one of them by a name of this file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,7 +314,7 @@ _PATCHED += [(torch, "layer_norm"), (torch, "rms_norm"), (torch, "chunk"), (Tens
 
 @pytest.mark.parametrize("kind", [MLP, Packed, Method, Written, leaves])
 @pytest.mark.parametrize("holder, name", _PATCHED)
-def test_functions_that_are_in_the_place_of_torchs(
+def test_patched_functions_of_torch_run(
     kind: Callable[[], nn.Module], holder: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function = getattr(holder, name)
@@ -332,7 +333,7 @@ def test_functions_that_are_in_the_place_of_torchs(
         change(model)
         if not after:
             ckpt_kernels.convert(converted)
-        patched = run(model, rows())
-        assert close(run(converted, rows()), patched)
+        patched = results_of(model, rows())
+        assert close(results_of(converted, rows()), patched)
         monkeypatch.undo()
-        assert close(run(converted, rows()), run(model, rows()))
+        assert close(results_of(converted, rows()), results_of(model, rows()))

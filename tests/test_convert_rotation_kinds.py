@@ -1,5 +1,5 @@
-"""Functions that turn heads of some sizes only, beside some tables only, or keep copies of them: ours compute where
-nothing tells them apart."""
+"""Rotary functions that rotate only some sizes or layouts, or that copy their tables: a call is fused only if nothing
+distinguishes the results."""
 
 import itertools
 from collections.abc import Callable
@@ -72,18 +72,18 @@ def twice_the_first(x):
 
 
 def many_columns(x, cos, sin):
-    """Otherwise from 64 columns on."""
+    """Differs from a rotation from 64 columns on."""
     return twice_the_first(x * cos + rotate_half(x) * sin)
 
 
 def many_tokens(x, cos, sin):
-    """Otherwise from 64 tokens on."""
+    """Differs from a rotation from 64 tokens on."""
     across = (x * cos + rotate_half(x) * sin).transpose(-1, -2)
     return torch.cat((twice_the_first(across).transpose(-1, -2),), -1)
 
 
 def two_of_all(x, cos, sin):
-    """None of other samples than two."""
+    """Rotates only a batch of two."""
     a, b = x.chunk(2, 0)
     return torch.stack((a * cos + rotate_half(a) * sin, b * cos + rotate_half(b) * sin), 0).flatten(0, 1)
 
@@ -93,18 +93,18 @@ def two_of_all(x, cos, sin):
     [in_four, viewed_as_four, half_at_most, many_columns, many_tokens, two_of_all],
     ids=lambda function: function.__name__,
 )
-def test_some_sizes_only(function: Callable[..., Any]) -> None:
+def test_rotations_of_some_sizes_are_not_recognised(function: Callable[..., Any]) -> None:
     assert rotation_of(function) is None
 
 
-def laid(shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random numbers whose dimensions lie in that order in memory."""
+def random_with_order(shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers; `order` is the order of the dimensions in memory."""
     memory = torch.randn([shape[dim] for dim in order], dtype=dtype, device=DEVICE)
     return memory.permute([order.index(dim) for dim in range(len(shape))])
 
 
 def both(function: Callable[..., Any], heads: Tensor, cos: Tensor, sin: Tensor) -> tuple[Any, Any]:
-    """What the function computes, or None where it raises, and what is computed in its place, or None."""
+    """The results of the function, or None if it raises, and of the fused call, or None if the guard rejects it."""
     rotation = rotation_of(function)
     assert rotation is not None
     ((way, _),) = rotation.conventions.values()
@@ -119,33 +119,34 @@ def both(function: Callable[..., Any], heads: Tensor, cos: Tensor, sin: Tensor) 
 
 
 def strides(tensor: Tensor) -> list[int]:
-    """Of the dimensions in which a step is possible."""
+    """The strides of the dimensions with more than one entry."""
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 
 
 @pytest.mark.parametrize("function", [heads_first, tables_first], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("lead", [(TOKENS,), (2, 1, TOKENS), (1, 1, TOKENS), (2, HEADS, TOKENS)], ids=str)
-def test_how_results_lie(function: Callable[..., Any], samples: int, lead: tuple[int, ...]) -> None:
-    """As the function's do, whatever way heads and tables lie in, or these are the function's to compute."""
+def test_results_have_the_functions_strides(function: Callable[..., Any], samples: int, lead: tuple[int, ...]) -> None:
+    """For each memory layout of heads and tables, the fused call has the function's strides or is not made."""
     lead = lead if len(lead) == 1 else (min(lead[0], samples), *lead[1:])
-    computed_by_us = 0
+    fused_calls = 0
     for order in itertools.permutations(range(3)):
-        heads = laid((samples, HEADS, TOKENS, COLUMNS), (*order, 3))
+        heads = random_with_order((samples, HEADS, TOKENS, COLUMNS), (*order, 3))
         contiguous = torch.randn(2, *lead, COLUMNS, device=DEVICE)
         across = torch.randn(2, *lead[:-1], COLUMNS, TOKENS, device=DEVICE).transpose(-1, -2)
         expanded = torch.randn(2, *(1,) * len(lead), COLUMNS, device=DEVICE).expand(2, *lead, COLUMNS)
         for tables in (contiguous, across, expanded):
             expected, found = both(function, heads, *tables)
             if found is not None:
-                computed_by_us += 1
+                fused_calls += 1
                 assert list(map(strides, found)) == list(map(strides, expected))
                 torch.testing.assert_close(found, expected)
-    # Tables of one sample that come first decide nothing where they are contiguous.
-    assert computed_by_us == 18 if function is heads_first else computed_by_us <= 6
+    # Tables that come first in a product decide the strides of the result, unless they are contiguous tables of one
+    # sample.
+    assert fused_calls == 18 if function is heads_first else fused_calls <= 6
 
 
-def test_expanded_heads() -> None:
+def test_expanded_heads_are_left_to_the_function() -> None:
     heads = torch.randn(2, TOKENS, 1, COLUMNS, device=DEVICE).expand(2, TOKENS, HEADS, COLUMNS)
     assert both(by_tokens, heads, *torch.randn(2, 2, TOKENS, COLUMNS, device=DEVICE))[1] is None
     assert both(by_tokens, heads.clone(), *torch.randn(2, 2, TOKENS, COLUMNS, device=DEVICE))[1] is not None
@@ -153,7 +154,7 @@ def test_expanded_heads() -> None:
 
 @pytest.mark.parametrize("function", [viewed_by_heads, viewed_by_tokens], ids=lambda function: function.__name__)
 def test_tables_that_are_viewed_by_heads(function: Callable[..., Any]) -> None:
-    """Of one sample, where there are two: eager torch has other numbers, or none."""
+    """With tables of one sample and heads of two, the view gives other numbers or an error, so no call is fused."""
     heads = torch.randn(2, TOKENS, TOKENS, COLUMNS, device=DEVICE)
     lead = (2, TOKENS) if function is viewed_by_heads else (TOKENS,)
     expected, found = both(function, heads, *torch.randn(2, *lead, COLUMNS, device=DEVICE))
@@ -191,10 +192,10 @@ B16, F32 = torch.bfloat16, torch.float32
         (half_tables, COLUMNS // 2, F32, F32, False),
     ],
 )  # fmt: skip
-def test_tables_that_are_written_to(
+def test_writes_to_tables_before_the_backward_pass(
     function: Callable[..., Any], entries: int, dtype: torch.dtype, table: torch.dtype, copies: bool
 ) -> None:
-    """Where eager torch keeps copies, they may be; else its error is ours."""
+    """If eager torch keeps copies of the tables, a write is allowed; else the error is the same."""
     shape = (2, TOKENS, HEADS, COLUMNS) if function is one else (2, HEADS, TOKENS, COLUMNS)
     heads = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
     lead = (TOKENS,) if function in (doubled, cast) else (2, TOKENS)
@@ -206,8 +207,8 @@ def test_tables_that_are_written_to(
         cos, sin = tables.clone()
         results = both(function, heads, cos, sin)[place]
         assert results is not None
-        for each in (cos, sin):
-            each.mul_(0.5)
+        for tensor in (cos, sin):
+            tensor.mul_(0.5)
         loss = weighted(results)
         if copies:
             grads += torch.autograd.grad(loss, heads)
@@ -235,7 +236,7 @@ def of_complex_after_tables(x, tables):
 
 
 def complex_tables(samples: int = 2) -> list[Tensor]:
-    """Contiguous, across, and expanded."""
+    """Complex tables that are contiguous, transposed, and expanded."""
     contiguous, across, sample = (
         torch.randn(shape, dtype=torch.complex64, device=DEVICE)
         for shape in ((samples, TOKENS, COLUMNS // 2), (samples, COLUMNS // 2, TOKENS), (1, 1, COLUMNS // 2))
@@ -247,27 +248,27 @@ def complex_tables(samples: int = 2) -> list[Tensor]:
     "function", [of_complex, of_copied_complex, of_complex_after_tables], ids=lambda function: function.__name__
 )
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-def test_how_results_lie_beside_complex_tables(function: Callable[..., Any], order: tuple[int, ...]) -> None:
+def test_complex_tables_give_the_functions_strides(function: Callable[..., Any], order: tuple[int, ...]) -> None:
     rotation = rotation_of(function)
     assert rotation is not None
-    heads = laid((2, TOKENS, HEADS, COLUMNS), (*order, 3))
+    heads = random_with_order((2, TOKENS, HEADS, COLUMNS), (*order, 3))
     for table in (*complex_tables(), *complex_tables(1)):
         found, expected = rotation.of((heads, table), {}), function(heads, table)
-        by_them = function is of_complex_after_tables and not (len(table) == 1 and table.is_contiguous())
-        assert found is not None or by_them
+        is_left = function is of_complex_after_tables and not (len(table) == 1 and table.is_contiguous())
+        assert found is not None or is_left
         if found is not None:
             assert strides(found) == strides(expected)
             torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("place", range(3), ids=("contiguous", "across", "expanded"))
-def test_complex_tables_that_are_written_to(place: int) -> None:
+def test_writes_to_complex_tables_before_the_backward_pass(place: int) -> None:
     heads = torch.randn(2, TOKENS, HEADS, COLUMNS, device=DEVICE, requires_grad=True)
     table = complex_tables()[place]
     kept, copied = rotation_of(of_complex), rotation_of(of_copied_complex)
     assert kept is not None and copied is not None
     (expected,) = torch.autograd.grad(weighted((of_complex(heads, table),)), heads)
-    losses = [weighted((each.of((heads, table), {}),)) for each in (kept, copied)]
+    losses = [weighted((rotation.of((heads, table), {}),)) for rotation in (kept, copied)]
     (table if place < 2 else table[:1, :1]).mul_(0.5)
     with pytest.raises(RuntimeError, match="modified by an in"):
         torch.autograd.grad(losses[0], heads)

@@ -1,4 +1,4 @@
-"""Functions that turn queries and keys, known by trying them out, and calls that are left to the function."""
+"""Rotary functions of queries and keys, which trials recognise, and calls that are left to the function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +84,7 @@ def one(x, sin, cos):
     return x * cos + rotate_every_two(x) * sin
 
 
-# The function, the tables' columns, and how it is called.
+# Functions with the columns of their tables.
 FORMS: dict[str, tuple[Callable[..., Any], int]] = {
     "halves": (halves, COLUMNS),
     "in float32": (in_float32, COLUMNS),
@@ -97,7 +97,7 @@ FORMS: dict[str, tuple[Callable[..., Any], int]] = {
 
 
 def turn(q, k, cos, sin):
-    """Which one is for the tests to say, as whoever patches a model does."""
+    """A placeholder, which the tests replace by one of the functions."""
     raise NotImplementedError
 
 
@@ -153,34 +153,34 @@ def assert_same(model: nn.Module, twin: nn.Module, given: tuple[Tensor, ...]) ->
     torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-4)
 
 
-def says(report: Any) -> str:
+def rotary_entry(report: Any) -> str:
     return next((entry.by for entry in report.replaced if "rotary" in entry.by), "")
 
 
 @pytest.mark.parametrize("level", ["output", "layer"])
 @pytest.mark.parametrize("name", FORMS)
-def test_a_form(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotary_functions_are_fused(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function, columns = FORMS[name]
     monkeypatch.setitem(globals(), "turn", function)
     model, twin = twins(Attention)
-    assert says(ckpt_kernels.convert(twin, recompute=level)) == "rotary"
+    assert rotary_entry(ckpt_kernels.convert(twin, recompute=level)) == "rotary"
     given = operands(columns)
     assert_same(model, twin, given)
-    # Of each head the norm's input alone, once; and in between nothing, but a table of another sign.
+    # Only the norm's input of each head is kept, and the negated table of a rotation in the other direction.
     given[0].requires_grad_()
     fewer = 2 * (HEADS + KEYS) * given[0][..., :COLUMNS].nbytes
     assert saved_bytes(twin, *given) <= saved_bytes(model, *given) - fewer + given[2].nbytes * (name == "turned back")
 
 
-def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rotation_of_queries_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "turn_one", one)
     model, twin = twins(OneByOne)
-    assert says(ckpt_kernels.convert(twin)) == "rotary"
+    assert rotary_entry(ckpt_kernels.convert(twin)) == "rotary"
     assert_same(model, twin, operands(COLUMNS // 2))
 
 
-def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the function would give another dtype, as float32 tables do beside bfloat16 heads, it computes."""
+def test_results_have_the_functions_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function runs itself where its result has another dtype, as with float32 tables and bfloat16 heads."""
     monkeypatch.setitem(globals(), "turn", halves)
     model, twin = twins(lambda: Attention().bfloat16())
     ckpt_kernels.convert(twin)
@@ -191,15 +191,14 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     for f, e, t in zip(found, expected, truth, strict=True):
         assert f.dtype == e.dtype
         assert (f - t).abs().max() <= 1.5 * (e - t).abs().max() + 2**-8 * t.abs().max()
-    # Attention takes no queries of another dtype than values have.
+    # Attention rejects queries with another dtype than the values'.
     with pytest.raises(RuntimeError, match="dtype"):
         model(x, *(table.float() for table in tables))
     with pytest.raises(RuntimeError, match="dtype"):
         twin(x, *(table.float() for table in tables))
 
 
-def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables that do not fit are the function's own error."""
+def test_tables_of_a_wrong_shape_are_the_functions_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "turn", halves)
     model, twin = twins(Attention)
     ckpt_kernels.convert(twin)
@@ -221,8 +220,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(twin(x, *bad), expected)
 
 
-def test_heads_whose_columns_are_no_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results lie as the function's do."""
+def test_heads_without_unit_stride_are_left_to_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(2, 7, COLUMNS, 4, device=DEVICE).permute(0, 3, 1, 2)
     table = torch.randn(2, 7, COLUMNS // 2, device=DEVICE)
     for function in (half_tables, a_leading_part):
@@ -232,8 +230,7 @@ def test_heads_whose_columns_are_no_neighbours(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("level", ["output", "layer"])
-def test_compiled(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole layers, without a break of the graph."""
+def test_layers_compile_without_a_graph_break(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "turn", halves)
     model, twin = twins(lambda: nn.ModuleList([Attention()]))
     ckpt_kernels.convert(twin, recompute=level)
@@ -246,8 +243,8 @@ def other(x: Tensor) -> Tensor:
     return torch.cat((x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1)
 
 
-def test_it_is_what_is_there_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another function under its name, and another one that it calls."""
+def test_replaced_functions_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotary function, or a function that it calls, is replaced after the conversion."""
     monkeypatch.setitem(globals(), "turn", halves)
     model, twin = twins(Attention)
     ckpt_kernels.convert(twin)
@@ -268,8 +265,8 @@ def given(columns: int = COLUMNS, entries: int = COLUMNS) -> list[Tensor]:
     return [torch.randn(shape, device=DEVICE) for shape in shapes]
 
 
-def test_what_is_left_to_the_function() -> None:
-    """Other dtypes, gradients, keywords and sizes than those that were tried."""
+def test_untried_arguments_are_left_to_the_function() -> None:
+    """Dtypes, gradients, keywords and sizes that no trial covers."""
     rotation, half = rotation_of(halves), rotation_of(half_tables)
     assert rotation is not None and half is not None
     q, k, cos, sin = given()
@@ -284,13 +281,13 @@ def test_what_is_left_to_the_function() -> None:
     assert rotation.of((q, k, cos, sin, 1, 2), {}) is None
     for dimension in (1.0, True, "1", [1]):
         assert rotation.of((q, k, cos, sin, dimension), {}) is None
-    # Half tables for less than a head, and heads of odd length.
+    # Half tables for a part of a head, and heads of odd length.
     assert half.of(given(16, 4), {}) is None and half.of(given(16, 8), {}) is not None
     assert rotation.of(given(7, 7), {}) is None
 
 
 @pytest.mark.parametrize("shapes", [((5, 3, 8), (5, 8)), ((2, 5, 3, 8), (2, 5, 8)), ((2, 3, 5, 8), (5, 8))], ids=str)
-def test_other_arrangements(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+def test_other_orders_of_dimensions_are_fused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     """Heads of three dimensions, heads after tokens, tables for all samples."""
     heads, table = shapes
     dimension = 1 if heads[-3] == table[-2] else 0
@@ -303,20 +300,20 @@ def test_other_arrangements(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> 
     torch.testing.assert_close(found, expected)
 
 
-def test_tables_that_want_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_that_require_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "turn", halves)
     model, twin = twins(Attention)
     ckpt_kernels.convert(twin)
     x, *tables = operands(COLUMNS)
     found = []
-    for each in (model, twin):
-        wanted = [t.clone().requires_grad_() for t in tables]
-        found.append(torch.autograd.grad(sum(o.sum() for o in each(x, *wanted)), wanted))
+    for module in (model, twin):
+        sources = [t.clone().requires_grad_() for t in tables]
+        found.append(torch.autograd.grad(sum(o.sum() for o in module(x, *sources)), sources))
     torch.testing.assert_close(*found)
 
 
 class Placed(Attention):
-    """With a setting that its call gives."""
+    """Passes a setting in the call of the rotary function."""
 
     dimension = 2
 
@@ -327,8 +324,8 @@ class Placed(Attention):
         return *one, *turn(q, k, cos, sin, unsqueeze_dim=self.dimension), *turn(q, k, cos, sin, *[self.dimension])
 
 
-def test_settings_that_a_call_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only these are tried out beside the defaults."""
+def test_settings_of_calls_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings but those of the calls and the defaults are tried."""
     monkeypatch.setitem(globals(), "turn", halves)
     served: list[bool] = []
     of = Rotation.of

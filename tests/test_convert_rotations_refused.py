@@ -1,4 +1,4 @@
-"""Functions like rotations that are none: they run as they are, and the report says why."""
+"""Functions that resemble rotations but are none: they run unchanged, and the report says why."""
 
 import sys
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 from ckpt_kernels.convert.rotations.recognition import rotation_of
 
-from .test_convert_rotations import COLUMNS, HEADS, KEYS, Attention, halves, rotate_half, says
+from .test_convert_rotations import COLUMNS, HEADS, KEYS, Attention, halves, rotary_entry, rotate_half
 
 _COUNT = [0]
 
@@ -212,10 +212,10 @@ def test_the_report_says_why(function: Any, reason: str, monkeypatch: pytest.Mon
     assert not any("calls" in entry.reason for entry in report.left_alone)
 
 
-def test_the_report_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_a_fused_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "apply_rotary_named", halves)
     report = ckpt_kernels.convert(nn.Sequential(Reported()))
-    assert says(report) == "rotary" and not report.left_alone
+    assert rotary_entry(report) == "rotary" and not report.left_alone
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_the_report_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
      with_a_function, in_16_bits, drops, prints, remembers, of_any, sys.getsizeof, TF.scaled_dot_product_attention],
     ids=lambda function: function.__name__,
 )  # fmt: skip
-def test_no_rotation(function: Any) -> None:
+def test_other_functions_are_no_rotations(function: Any) -> None:
     count = len(_COUNT)
     assert rotation_of(function) is None
     assert len(_COUNT) == count

@@ -1,4 +1,4 @@
-"""What `convert` recognises, what it leaves alone and why, and what happens to a module whose parts change."""
+"""Modules that `convert` fuses or leaves alone, reasons in the report, and changes of a module's parts afterwards."""
 
 import random
 from typing import Any
@@ -9,40 +9,9 @@ from torch import Tensor, nn
 
 import ckpt_kernels
 from ckpt_kernels import memory
-from ckpt_kernels.check import check
-from ckpt_kernels.cli import main
-from ckpt_kernels.convert.report import Report
 
 from .conftest import DEVICE
-from .test_convert_composes import close, equal
-
-WIDTH = 32
-
-
-def run(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    y = model(*leaves)
-    (y * torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape)).sum().backward()
-    found = {"output": y.detach()} | {f"grad {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}
-    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def by(report: Report, name: str) -> str | None:
-    return next((entry.by for entry in report.replaced if entry.name == name), None)
-
-
-def reason(report: Any, name: str) -> str | None:
-    return next((entry.reason for entry in report.left_alone if entry.name == name), None)
-
-
-def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-
-# Patterns of torch.nn
-
+from .conversion import WIDTH, close, random_tensor, replacement_of, results_of
 
 SEQUENTIALS = {
     "norm, act": (
@@ -85,7 +54,7 @@ SEQUENTIALS = {
 
 @pytest.mark.parametrize("name", SEQUENTIALS)
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
-def test_sequentials(name: str, training: bool) -> None:
+def test_sequentials_are_fused(name: str, training: bool) -> None:
     build, found, shape = SEQUENTIALS[name]
 
     def built() -> nn.Module:
@@ -93,12 +62,12 @@ def test_sequentials(name: str, training: bool) -> None:
         return build().to(DEVICE).train(training)
 
     def kept(model: nn.Module) -> int:
-        return memory.saved_bytes(lambda: model(x(*shape).requires_grad_()))
+        return memory.saved_bytes(lambda: model(random_tensor(*shape).requires_grad_()))
 
     eager, ours = built(), built()
-    assert by(ckpt_kernels.convert(ours), "") == found
-    assert close(run(ours, x(*shape)), run(eager, x(*shape)), 1e-5)
-    # torch's relu that writes over its input keeps no more.
+    assert replacement_of(ckpt_kernels.convert(ours), "") == found
+    assert close(results_of(ours, random_tensor(*shape)), results_of(eager, random_tensor(*shape)), 1e-5)
+    # torch's in-place relu keeps no more either.
     assert kept(ours) < kept(eager) or (name == "linear, act, dropout, linear" and kept(ours) == kept(eager))
 
 
@@ -108,11 +77,11 @@ def test_sequentials(name: str, training: bool) -> None:
 def test_transformer_layers_of_torch(kind: type[nn.Module], norm_first: bool, activation: Any) -> None:
     torch.manual_seed(0)
     layer = kind(WIDTH, 4, 64, 0.0, activation, batch_first=True, norm_first=norm_first).to(DEVICE)
-    inputs = [x(2, 5, WIDTH), x(2, 7, WIDTH)][: 1 + (kind is nn.TransformerDecoderLayer)]
-    eager, kept = run(layer, *inputs), memory.saved_bytes(lambda: layer(*[i.requires_grad_() for i in inputs]))
+    inputs = [random_tensor(2, 5, WIDTH), random_tensor(2, 7, WIDTH)][: 1 + (kind is nn.TransformerDecoderLayer)]
+    eager, kept = results_of(layer, *inputs), memory.saved_bytes(lambda: layer(*[i.requires_grad_() for i in inputs]))
     report = ckpt_kernels.convert(layer)
-    assert "MLP" in by(report, "") and by(report, "norm1") == "layer_norm"
-    assert close(run(layer, *inputs), eager, 1e-5)
+    assert "MLP" in replacement_of(report, "") and replacement_of(report, "norm1") == "layer_norm"
+    assert close(results_of(layer, *inputs), eager, 1e-5)
     assert memory.saved_bytes(lambda: layer(*[i.requires_grad_() for i in inputs])) < kept
     layer.eval()
     ours = layer(*inputs)
@@ -121,12 +90,12 @@ def test_transformer_layers_of_torch(kind: type[nn.Module], norm_first: bool, ac
     ckpt_kernels.revert(layer)
     torch.testing.assert_close(ours, layer(*inputs))
     with torch.no_grad():
-        # By torch's own fast path, which on GPUs has another gelu, that of tanh.
+        # torch's fast path, which on GPUs computes gelu by tanh.
         torch.testing.assert_close(fast, layer(*inputs))
 
 
 class BasicBlock(nn.Module):
-    """A residual block as torchvision writes it."""
+    """The residual block of torchvision."""
 
     def __init__(self, channels: int = 8, activation: nn.Module | None = None) -> None:
         super().__init__()
@@ -155,25 +124,25 @@ IMAGE = (2, 8, 7, 7)
 
 def test_a_residual_block_is_fused() -> None:
     eager_block, converted = block(), block()
-    assert by(ckpt_kernels.convert(converted), "") == "norm, activation"
-    assert close(run(converted, x(*IMAGE)), run(eager_block, x(*IMAGE)), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(converted), "") == "norm, activation"
+    assert close(results_of(converted, random_tensor(*IMAGE)), results_of(eager_block, random_tensor(*IMAGE)), 1e-5)
     for key, value in eager_block.state_dict().items():
         torch.testing.assert_close(converted.state_dict()[key], value)
 
 
-def test_hooks_on_what_is_fused_are_called() -> None:
+def test_hooks_on_fused_modules_are_called() -> None:
     model = block()
     ckpt_kernels.convert(model)
-    expected = run(model, x(*IMAGE))
+    expected = results_of(model, random_tensor(*IMAGE))
     model.load_state_dict(block().state_dict())
     seen: list[tuple[str, tuple]] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.shape)))
-        # Of what is written over, torch allows no such hook.
+        # torch allows no backward hook on an output that is written to in place.
         if name != "bn2":
             module.register_full_backward_hook(lambda m, i, o, name=name: seen.append((f"{name} back", o[0].shape)))
     model.relu.inplace = False
-    assert close(run(model, x(*IMAGE)), expected, 1e-5)
+    assert close(results_of(model, random_tensor(*IMAGE)), expected, 1e-5)
     names = [name for name, _ in seen]
     assert names.count("relu") == names.count("relu back") == 2
     assert names.count("bn1") == names.count("bn1 back") == names.count("") == 1
@@ -182,17 +151,17 @@ def test_hooks_on_what_is_fused_are_called() -> None:
 def test_hooks_on_the_parts_of_an_mlp_are_called() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH)).to(DEVICE)
     ckpt_kernels.convert(model, recompute="all")
-    expected = model(x(3, WIDTH))
+    expected = model(random_tensor(3, WIDTH))
     for part in model:
         seen: list[Tensor] = []
         handle = part.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
-        torch.testing.assert_close(model(x(3, WIDTH)), expected)
+        torch.testing.assert_close(model(random_tensor(3, WIDTH)), expected)
         assert len(seen) == 1
         handle.remove()
 
 
 class WritesOver(nn.Module):
-    """What it writes over is read again, or is not its own."""
+    """In-place writes to a tensor that is read again, or that is an argument."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -216,9 +185,9 @@ class WritesOver(nn.Module):
             input *= torch.sigmoid(hidden)
         if self.how == "residual":
             total = input * 1.0
-            again = total.view_as(total)
+            alias = total.view_as(total)
             total += self.norm(hidden)
-            return torch.relu(total) + again
+            return torch.relu(total) + alias
         if self.how == "dropout":
             return torch.relu_(self.drop(hidden)) + hidden
         return hidden
@@ -226,17 +195,17 @@ class WritesOver(nn.Module):
 
 @pytest.mark.parametrize("how", ("function", "module", "relu", "gate", "argument", "residual", "dropout"))
 @torch.no_grad()
-def test_writes_that_somebody_sees_are_not_fused_away(how: str) -> None:
+def test_visible_in_place_writes_still_happen(how: str) -> None:
     torch.manual_seed(0)
-    model, given = WritesOver(how).to(DEVICE), x(6, WIDTH)
+    model, given = WritesOver(how).to(DEVICE), random_tensor(6, WIDTH)
     expected = model(given)
     ckpt_kernels.convert(model)
-    ours = x(6, WIDTH)
+    ours = random_tensor(6, WIDTH)
     torch.testing.assert_close(model(ours), expected)
     torch.testing.assert_close(ours, given)
 
 
-def test_what_is_read_twice_is_not_fused_away() -> None:
+def test_intermediates_with_other_readers_are_not_fused() -> None:
     class Twice(Decides):
         def forward(self, input: Tensor) -> Tensor:
             hidden = self.first(input)
@@ -245,34 +214,34 @@ def test_what_is_read_twice_is_not_fused_away() -> None:
 
     for how in ("hidden", "active"):
         model = Twice(how).to(DEVICE)
-        eager = run(model, x(3, WIDTH))
+        eager = results_of(model, random_tensor(3, WIDTH))
         report = ckpt_kernels.convert(model)
-        assert by(report, "") is None and by(report, "act") == "bias_act (gelu)"
-        assert close(run(model, x(3, WIDTH)), eager, 1e-5)
+        assert replacement_of(report, "") is None and replacement_of(report, "act") == "bias_act (gelu)"
+        assert close(results_of(model, random_tensor(3, WIDTH)), eager, 1e-5)
 
 
-def test_a_hook_that_changes_an_output_changes_it() -> None:
+def test_a_hook_that_replaces_an_output_is_applied() -> None:
     model = block()
     ckpt_kernels.convert(model)
     handle = model.bn2.register_forward_hook(lambda module, inputs, output: output * 0)
-    torch.testing.assert_close(model(x(*IMAGE)), x(*IMAGE).relu())
+    torch.testing.assert_close(model(random_tensor(*IMAGE)), random_tensor(*IMAGE).relu())
     handle.remove()
-    assert not torch.equal(model(x(*IMAGE)), x(*IMAGE).relu())
+    assert not torch.equal(model(random_tensor(*IMAGE)), random_tensor(*IMAGE).relu())
 
 
-def test_replacing_a_part_and_changing_settings_is_noticed() -> None:
+def test_replaced_parts_and_changed_settings_are_read() -> None:
     model, twin = block(), block()
     ckpt_kernels.convert(model)
-    run(model, x(*IMAGE)), run(twin, x(*IMAGE))
+    results_of(model, random_tensor(*IMAGE)), results_of(twin, random_tensor(*IMAGE))
     for m in (model, twin):
         m.relu = nn.Hardtanh()
-    assert close(run(model, x(*IMAGE)), run(twin, x(*IMAGE)), 1e-5)
+    assert close(results_of(model, random_tensor(*IMAGE)), results_of(twin, random_tensor(*IMAGE)), 1e-5)
     for m in (model, twin):
         torch.manual_seed(1)
         m.downsample = nn.Conv2d(8, 8, 1).to(DEVICE)
         m.bn1.eps = 0.5
         m.bn2.momentum = None
-    assert close(run(model, x(*IMAGE)), run(twin, x(*IMAGE)), 1e-5)
+    assert close(results_of(model, random_tensor(*IMAGE)), results_of(twin, random_tensor(*IMAGE)), 1e-5)
     for key, value in twin.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value)
 
@@ -318,20 +287,20 @@ class Decides(nn.Module):
 
 
 @pytest.mark.parametrize("how", ("", "training", "dtype", "hasattr"))
-def test_branches_that_are_followed(how: str) -> None:
+def test_branches_are_followed_at_every_call(how: str) -> None:
     model = Decides(how).to(DEVICE)
     calls = (
-        lambda: model(x(3, WIDTH)),
-        lambda: model(x(6, WIDTH)),
-        lambda: model(x(3, WIDTH), 3.0),
-        lambda: model(x(3, WIDTH), mask=x(3, WIDTH)),
-        lambda: model(input=x(3, WIDTH), scale=2.0),
-        lambda: model.eval()(x(3, WIDTH)),
-        lambda: model.double()(x(3, WIDTH, dtype=torch.float64)),
+        lambda: model(random_tensor(3, WIDTH)),
+        lambda: model(random_tensor(6, WIDTH)),
+        lambda: model(random_tensor(3, WIDTH), 3.0),
+        lambda: model(random_tensor(3, WIDTH), mask=random_tensor(3, WIDTH)),
+        lambda: model(input=random_tensor(3, WIDTH), scale=2.0),
+        lambda: model.eval()(random_tensor(3, WIDTH)),
+        lambda: model.double()(random_tensor(3, WIDTH, dtype=torch.float64)),
     )
     expected = [call() for call in calls]
     model.float().train()
-    assert by(ckpt_kernels.convert(model), "") == "MLP"
+    assert replacement_of(ckpt_kernels.convert(model), "") == "MLP"
     for call, value in zip(calls, expected, strict=True):
         torch.testing.assert_close(call(), value)
 
@@ -340,25 +309,25 @@ HOWS = ("value", "shape", "random", "random too", "attribute", "class", "mark", 
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_what_a_forward_does_besides_it_goes_on_doing(how: str) -> None:
+def test_side_effects_of_a_forward_stay(how: str) -> None:
     model, twin = Decides(how).to(DEVICE), Decides(how).to(DEVICE)
     twin.load_state_dict(model.state_dict())
-    assert by(ckpt_kernels.convert(model), "") == "MLP"
+    assert replacement_of(ckpt_kernels.convert(model), "") == "MLP"
     assert model.calls == 0
     for n in (3, 6):
-        given = x(n, WIDTH), x(n, WIDTH)
+        given = random_tensor(n, WIDTH), random_tensor(n, WIDTH)
         torch.testing.assert_close(model(given[0]), twin(given[1]))
         assert hasattr(given[0], "mark") == hasattr(given[1], "mark")
     assert model.calls == twin.calls
 
 
-def test_settings_of_children_are_followed() -> None:
+def test_settings_of_children_are_read_at_every_call() -> None:
     model, twin = Decides("child").to(DEVICE), Decides("child").to(DEVICE)
     twin.load_state_dict(model.state_dict())
     ckpt_kernels.convert(model)
     for approximate in ("none", "tanh", "none"):
         model.act.approximate = twin.act.approximate = approximate
-        torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+        torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
 
 
 def test_a_gate_that_broadcasts_is_left_to_torch() -> None:
@@ -371,102 +340,6 @@ def test_a_gate_that_broadcasts_is_left_to_torch() -> None:
             return input * torch.sigmoid(self.fc(input.mean((2, 3), keepdim=True)))
 
     model = Squeeze().to(DEVICE)
-    eager = run(model, x(*IMAGE))
+    eager = results_of(model, random_tensor(*IMAGE))
     ckpt_kernels.convert(model)
-    assert close(run(model, x(*IMAGE)), eager, 1e-5)
-
-
-# What may be touched
-
-
-def mlps() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*[nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(3)])
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    (
-        ({}, {"0.0", "0.2", "1.0", "1.2", "2.0", "2.2"}),
-        ({"exclude": ["1"]}, {"0.0", "0.2", "2.0", "2.2"}),
-        ({"include": ["1"]}, {"1.0", "1.2"}),
-        ({"exclude": [nn.GELU]}, {"0.0", "1.0", "2.0"}),
-        ({"include": nn.LayerNorm, "exclude": "?.0"}, set()),
-        ({"include": ["*.2"], "exclude": ["0*"]}, {"1.2", "2.2"}),
-    ),
-)
-def test_include_and_exclude(options: dict[str, Any], expected: set[str]) -> None:
-    report = ckpt_kernels.convert(mlps(), **options)
-    assert {entry.name for entry in report.replaced} == expected
-    assert {e.name for e in report.left_alone} == {f"{i}.{j}" for i in range(3) for j in (0, 2)} - expected
-
-
-def test_what_is_excluded_is_not_fused_either() -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
-    report = ckpt_kernels.convert(model, exclude=["1"])
-    assert not report.replaced and reason(report, "1") == "not selected"
-
-
-def test_converting_twice_and_reverting_twice_change_nothing() -> None:
-    model = mlps().to(DEVICE)
-    first, kinds = ckpt_kernels.convert(model), [type(m) for m in model.modules()]
-    assert str(ckpt_kernels.convert(model)) == str(first) and [type(m) for m in model.modules()] == kinds
-    ckpt_kernels.revert(model)
-    ckpt_kernels.revert(model)
-    fresh = mlps().to(DEVICE)
-    assert [type(m) for m in model.modules()] == [type(m) for m in fresh.modules()]
-    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in fresh.modules()]
-    assert equal(run(model, x(4, WIDTH)), run(fresh, x(4, WIDTH)))
-
-
-def test_bad_arguments() -> None:
-    with pytest.raises(TypeError, match=r"model is int; expected a torch.nn.Module"):
-        ckpt_kernels.convert(3)
-    with pytest.raises(ValueError, match=r"recompute is 'some'; expected one of block, output, all"):
-        ckpt_kernels.convert(mlps(), recompute="some")
-    with pytest.raises(ValueError, match=r"exclude names 'layers.0'; expected a name"):
-        ckpt_kernels.convert(mlps(), exclude=["layers.0"])
-    with pytest.raises(TypeError, match=r"include has 3; expected names or classes"):
-        ckpt_kernels.convert(mlps(), include=[3])
-    with pytest.raises(TypeError, match=r"model is compiled already"):
-        ckpt_kernels.convert(torch.compile(mlps()))
-
-
-def test_a_forward_that_was_replaced_on_the_instance_is_left_alone() -> None:
-    model = mlps()
-    model[0][0].forward = lambda input: input
-    report = ckpt_kernels.convert(model)
-    assert reason(report, "0.0") == "its forward was replaced on the instance"
-    assert torch.equal(model[0][0](x(3, WIDTH)), x(3, WIDTH))
-
-
-# The check
-
-
-def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    torch.manual_seed(0)
-    return nn.Sequential(mlps(), nn.Dropout(0.1)), (torch.randn(64, WIDTH),)
-
-
-def test_check_leaves_the_model_as_it_was_and_says_what_it_found() -> None:
-    model, inputs = block(), {"input": x(*IMAGE)}
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    found = check(model, inputs, turns=1)
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert type(model) is BasicBlock and model.training
-    assert found.mode == "training" and found.kept[1] < found.kept[0] and min(found.seconds) > 0
-    for errors in found.errors:
-        assert 0 < errors.eager < 1e-5 and errors.converted <= 1.5 * errors.eager + 1e-7
-        assert errors.difference <= errors.eager + errors.converted
-
-
-def test_check_command(capsys: pytest.CaptureFixture) -> None:
-    assert main(["convert-check", "tests.test_convert_rules:example", "--turns", "1"]) == 0
-    text = capsys.readouterr().out
-    for words in ("layer_norm", "in evaluation mode", "gradients", "kept for backward", "peak", "time"):
-        assert words in text
-
-
-def test_check_needs_a_gradient() -> None:
-    with pytest.raises(ValueError, match=r"outputs have no gradient"):
-        check(mlps().to(DEVICE).requires_grad_(False), (x(3, WIDTH),))
+    assert close(results_of(model, random_tensor(*IMAGE)), eager, 1e-5)

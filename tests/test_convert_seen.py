@@ -1,4 +1,4 @@
-"""Converted models among other people's code: what it sees of them, and what it does to them and to torch."""
+"""Converted models with users' code that writes to tensors, changes weights, patches torch, or sets modes."""
 
 import copy
 import functools
@@ -41,23 +41,23 @@ class Gated(nn.Module):
 
 
 def twins(model: nn.Module, recompute: str = "output") -> tuple[nn.Module, nn.Module]:
-    """The model as it is, and converted."""
+    """The model and a converted copy."""
     converted = copy.deepcopy(model)
     ckpt_kernels.convert(converted, recompute=recompute)
     return model, converted
 
 
 def assert_same(model: nn.Module, converted: nn.Module, x: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    """Outputs and gradients."""
+    """Asserts equal outputs and gradients."""
     results = []
-    for one in (model, converted):
-        y = call(one, x)
-        results.append([y, *torch.autograd.grad(y.sin().sum(), list(one.parameters()))])
+    for module in (model, converted):
+        y = call(module, x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), list(module.parameters()))])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def plainly(model: nn.Module, x: Tensor) -> Tensor:
+def call_module(model: nn.Module, x: Tensor) -> Tensor:
     return model(x)
 
 
@@ -69,8 +69,9 @@ def test_an_output_may_be_written_to(make: Callable[[], nn.Module], shape: tuple
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_what_reads_a_detached_output_outlives_a_step(level: str) -> None:
-    """An actor beside a critic, whose weights, and those of the norm before both, are stepped first."""
+def test_a_reader_of_a_detached_output_after_an_optimizer_step(level: str) -> None:
+    """An actor and a critic: the weights of the critic and of the shared norm are updated before the actor's backward
+    pass."""
 
     def gradients(encoder: nn.Module) -> list[Tensor]:
         torch.manual_seed(0)
@@ -89,7 +90,7 @@ def test_what_reads_a_detached_output_outlives_a_step(level: str) -> None:
 
 
 class _Sine(torch.autograd.Function):
-    """Its gradient is written over what it saved, which nobody else has."""
+    """The backward pass overwrites the saved tensor with the gradient, as no one else holds the tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -113,8 +114,9 @@ class _TwoReaders(nn.Module):
         return other + _Sine.apply(y)
 
 
-def test_what_is_written_to_in_a_backward_pass_is_made_again_for_others() -> None:
-    assert_same(*twins(_TwoReaders()), torch.randn(3, 16), plainly)
+def test_a_backward_pass_that_writes_to_a_saved_tensor() -> None:
+    """The other reader of the recomputed output gets the right values."""
+    assert_same(*twins(_TwoReaders()), torch.randn(3, 16), call_module)
 
 
 def _bias_as_buffer(model: MLP) -> None:
@@ -147,13 +149,13 @@ def _weight_by_getattr(model: MLP) -> None:
 @pytest.mark.parametrize(
     "change", [_bias_as_buffer, _bias_of_one, _weight_of_one_dimension, _weight_by_getattr], ids=lambda f: f.__name__
 )
-def test_linear_layers_of_other_kinds(change: Callable[[MLP], None]) -> None:
+def test_linear_layers_with_unusual_parameters(change: Callable[[MLP], None]) -> None:
     model = MLP()
     change(model)
-    assert_same(*twins(model), torch.randn(3, 16), plainly)
+    assert_same(*twins(model), torch.randn(3, 16), call_module)
 
 
-# Each in a process of its own, which has imported torch already.
+# Each class in a forked process, which has imported torch already.
 _PATCHED = """
 import copy, os
 import torch, torch._dynamo
@@ -174,7 +176,7 @@ for kind in nn.LayerNorm, nn.Linear, nn.GELU:
 """
 
 
-def test_torchs_layers_that_were_patched_before_this_was_imported() -> None:
+def test_torchs_layers_patched_before_the_import() -> None:
     subprocess.run([sys.executable, "-c", _PATCHED], check=True)
 
 
@@ -203,7 +205,7 @@ class _Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", [_Functions, _Operations])
-def test_a_mode_that_changes_what_a_function_gives(mode: Callable[[], Any]) -> None:
+def test_modes_that_change_results(mode: Callable[[], Any]) -> None:
     model, converted = twins(MLP())
     x = torch.randn(3, 16)
     with mode():
@@ -213,10 +215,10 @@ def test_a_mode_that_changes_what_a_function_gives(mode: Callable[[], Any]) -> N
 
 
 @pytest.mark.parametrize("kind,name,value", [(nn.ELU, "alpha", 3), (nn.Softplus, "beta", 3)])
-def test_settings_that_are_whole_numbers(kind: type[nn.Module], name: str, value: int) -> None:
+def test_settings_that_are_integers(kind: type[nn.Module], name: str, value: int) -> None:
     model, converted = twins(nn.Sequential(kind(1)))
-    for one in (model, converted):
-        setattr(one[0], name, value)
+    for modules in (model, converted):
+        setattr(modules[0], name, value)
     x = torch.randn(3, 16)
     torch.testing.assert_close(converted(x), model(x))
 
@@ -229,7 +231,7 @@ class _Lazy:
 
 def test_lazy_objects_of_a_file_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     class Local(MLP):
-        """Of which nothing is known from another test."""
+        """A new class, of which no analysis is cached."""
 
         def forward(self, x: Tensor) -> Tensor:
             return self.down(self.act(self.up(x)))
@@ -263,8 +265,8 @@ class HandWrittenRMS(nn.Module):
     ],
     ids=["no hooks", "fake", "inference", "meta", "autocast"],
 )
-def test_trials_know_nothing_of_what_is_set_around_them(context: Callable[[], Any]) -> None:
-    """A class of each call's own, of which nothing is remembered."""
+def test_trials_are_independent_of_open_contexts(context: Callable[[], Any]) -> None:
+    """New classes, so that no trial is cached."""
     kinds = [
         type(kind.__name__, (kind,), {"__qualname__": f"<locals>.{kind.__name__}"})
         for kind in (QuickGELU, HandWrittenRMS)
@@ -275,7 +277,7 @@ def test_trials_know_nothing_of_what_is_set_around_them(context: Callable[[], An
     assert {entry.by for entry in report.replaced} == {"bias_act (quick_gelu)", "rms_norm"}
 
 
-def test_code_that_is_exchanged_in_torchs_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_code_of_torchs_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
     model, converted = twins(MLP())
     x = torch.randn(3, 16)
 
@@ -291,30 +293,30 @@ def _per_row(z: Tensor) -> Tensor:
 
 
 class Given(nn.Module):
-    """A norm whose output a function gets that the module is given or holds."""
+    """A norm whose output goes to a function that is an argument or an attribute."""
 
     def __init__(self, functions: list | None = None) -> None:
         super().__init__()
         self.norm, self.linear, self.functions = nn.LayerNorm(16), nn.Linear(16, 16), functions
 
     def forward(self, x: Tensor, function: Callable | None = None) -> Tensor:
-        for each in self.functions or [function or (lambda z: z)]:
-            x = each(self.norm(x))
+        for call in self.functions or [function or (lambda z: z)]:
+            x = call(self.norm(x))
         return self.linear(x)
 
 
 @pytest.mark.parametrize("how", ["argument", "list", "partial in a list", "later hook", "later pre-hook"])
-def test_transforms_that_come_from_elsewhere(how: str) -> None:
+def test_transforms_in_arguments_lists_and_hooks(how: str) -> None:
     torch.manual_seed(0)
     function = functools.partial(_per_row) if "partial" in how else _per_row
     model = Given([function] if "list" in how else None)
     twin = copy.deepcopy(model)
     ckpt_kernels.convert(twin, recompute="output")
     x = torch.randn(4, 16)
-    for each in (model, twin):
+    for given in (model, twin):
         if how == "later hook":
-            each.norm.register_forward_hook(lambda module, args, output: _per_row(output))
+            given.norm.register_forward_hook(lambda module, args, output: _per_row(output))
         if how == "later pre-hook":
-            each.linear.register_forward_pre_hook(lambda module, args: (_per_row(args[0]),))
+            given.linear.register_forward_pre_hook(lambda module, args: (_per_row(args[0]),))
     arguments = (x, _per_row) if how == "argument" else (x,)
     torch.testing.assert_close(twin(*arguments), model(*arguments))

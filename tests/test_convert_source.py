@@ -1,4 +1,4 @@
-"""What runs is what was written: forwards as people write them, converted, against themselves."""
+"""Converted forwards compute what their source says: many kinds of code, compared with the original."""
 
 import copy
 import threading
@@ -15,13 +15,11 @@ import ckpt_kernels
 from ckpt_kernels.nested_values import tensors_in
 
 from .conftest import DEVICE
-from .conversion import INNER, kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, reason, run, x
+from .conversion import INNER, WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
 
 
 class Forward(nn.Module):
-    """One forward pass, `how`, among those that torch's C code, autograd and Python's own see into."""
+    """A module with several forward passes, selected by `how`."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -54,26 +52,26 @@ class Forward(nn.Module):
 
     def distilled(self, h: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = self.mlp(h)
-        return (self.mlp(h) - wanted - self.teacher(h)) ** 2 + self.norm(h)
+            target = self.mlp(h)
+        return (self.mlp(h) - target - self.teacher(h)) ** 2 + self.norm(h)
 
-    def collects(self, h: Tensor) -> Tensor:
+    def has_side_effects(self, h: Tensor) -> Tensor:
         y = self.mlp(h)
         self.losses.append(y.square().mean())
         self.calls += 1
         return y
 
-    def gives_more(self, h: Tensor) -> Any:
+    def returns_a_mapping(self, h: Tensor) -> Any:
         return Answer(value=self.mlp(h), nothing=None, more=[(self.norm(h), None)])
 
-    def asks(self, h: Tensor) -> Tensor:
+    def compares_identities(self, h: Tensor) -> Tensor:
         q, k = h, h
         y = self.mlp(q)
         if q is k and h.dtype is torch.float32 and None not in [id(y)]:
             y = -y
         return y
 
-    def waits(self, h: Tensor) -> Tensor:
+    def catches_an_error(self, h: Tensor) -> Tensor:
         try:
             y = self.first(h)
             y = self.act(y)
@@ -96,31 +94,34 @@ class Reversed(torch.autograd.Function):
 
 
 class Answer(OrderedDict):
-    """A mapping with attributes, as libraries return."""
+    """A mapping with attributes, as transformers returns."""
 
     def __init__(self, **items: Any) -> None:
         super().__init__(items)
         self.__dict__.update(items)
 
 
-HOWS = ("sizes", "checkpointed", "reversed", "distilled", "collects", "gives_more", "asks", "waits")
+HOWS = (
+    *("sizes", "checkpointed", "reversed", "distilled"),
+    *("has_side_effects", "returns_a_mapping", "compares_identities", "catches_an_error"),
+)
 
 
 @pytest.mark.parametrize("recompute", ("block", "output", "all"))
 @pytest.mark.parametrize("how", HOWS)
-def test_forwards_do_what_is_written(how: str, recompute: str) -> None:
+def test_converted_forwards_equal_the_original(how: str, recompute: str) -> None:
     model, twin = twins(lambda: Forward(how))
     ckpt_kernels.convert(model, recompute=recompute)
     assert model.calls == 0 and model.losses == []
     for rows in (3, 5):
         results = []
-        for each in (model, twin):
-            given = x(rows, WIDTH).requires_grad_()
-            each.zero_grad()
-            answer = each(given)
+        for module in (model, twin):
+            given = random_tensor(rows, WIDTH).requires_grad_()
+            module.zero_grad()
+            answer = module(given)
             outputs = list(tensors_in(answer))
             sum((y * y.detach().cos()).sum() for y in outputs if y.requires_grad).backward()
-            grads = {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
+            grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
             results.append((type(answer), dict(enumerate(outputs)) | grads | {"input": given.grad}))
         (kind, ours), (their_kind, theirs) = results
         assert kind is their_kind and ours.keys() == theirs.keys()
@@ -130,10 +131,10 @@ def test_forwards_do_what_is_written(how: str, recompute: str) -> None:
     assert all(type(loss) is Tensor for loss in model.losses)
 
 
-def test_a_checkpoint_in_a_forward_keeps_what_it_kept() -> None:
+def test_a_checkpoint_in_a_forward_keeps_no_more() -> None:
     model, twin = twins(lambda: Forward("checkpointed"))
     ckpt_kernels.convert(model)
-    assert kept(model, x(64, WIDTH)) <= kept(twin, x(64, WIDTH))
+    assert kept(model, random_tensor(64, WIDTH)) <= kept(twin, random_tensor(64, WIDTH))
 
 
 def test_conversion_changes_nothing_but_classes() -> None:
@@ -159,22 +160,22 @@ def test_conversion_changes_nothing_but_classes() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     for old, module in zip(attributes, model.modules(), strict=True):
-        now = dict(vars(module))
-        assert now.keys() == old.keys() and all(now[key] is old[key] for key in old)
+        new = dict(vars(module))
+        assert new.keys() == old.keys() and all(new[key] is old[key] for key in old)
     assert model[0].seen == 0 and model[0].settings == {"problem": None}
-    assert by(ckpt_kernels.convert(model), "0") is None
+    assert replacement_of(ckpt_kernels.convert(model), "0") is None
 
 
-# Nothing of a call is remembered for the next
+# Changes between calls
 
 
-def test_what_changes_after_conversion_is_seen() -> None:
+def test_changed_attributes_are_read() -> None:
     model, twin = twins(lambda: nn.TransformerEncoderLayer(WIDTH, 4, INNER, 0.0, batch_first=True))
     ckpt_kernels.convert(model)
-    given = x(2, 5, WIDTH)
+    given = random_tensor(2, 5, WIDTH)
     torch.testing.assert_close(model(given), twin(given), rtol=1e-4, atol=1e-5)
-    for each in (model, twin):
-        each.activation = F.silu
+    for module in (model, twin):
+        module.activation = F.silu
     torch.testing.assert_close(model(given), twin(given), rtol=1e-4, atol=1e-5)
 
     class Stack(nn.Module):
@@ -191,24 +192,24 @@ def test_what_changes_after_conversion_is_seen() -> None:
     ckpt_kernels.convert(model)
     torch.manual_seed(1)
     added = nn.Linear(WIDTH, WIDTH).to(DEVICE)
-    for each in (model, twin):
-        each.layers[1] = nn.Tanh()
-        each.layers.append(added)
+    for module in (model, twin):
+        module.layers[1] = nn.Tanh()
+        module.layers.append(added)
         for step in range(20):
-            each.epoch = step
-    torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+            module.epoch = step
+    torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
 
 
-def test_patches_after_conversion_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patched_methods_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = twins(lambda: Forward("mlp"))
     ckpt_kernels.convert(model)
     monkeypatch.setattr(nn.Linear, "forward", lambda self, h: 2 * F.linear(h, self.weight, self.bias))
-    torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+    torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
     monkeypatch.setattr(Forward, "mlp", lambda self, h: self.first(h))
-    torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+    torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
     model.act.register_forward_hook(lambda module, args, output: output * 0)
     monkeypatch.undo()
-    torch.testing.assert_close(model(x(3, WIDTH)), model.last.bias.expand(3, -1))
+    torch.testing.assert_close(model(random_tensor(3, WIDTH)), model.last.bias.expand(3, -1))
 
 
 def test_hooks_for_all_modules_see_all_modules() -> None:
@@ -216,12 +217,12 @@ def test_hooks_for_all_modules_see_all_modules() -> None:
     ckpt_kernels.convert(model)
     seen: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
-    model(x(3, WIDTH))
+    model(random_tensor(3, WIDTH))
     handle.remove()
     assert seen == [model.first, model.act, model.last, model]
 
 
-def test_threads_convert_and_run_by_themselves() -> None:
+def test_threads_convert_and_run_concurrently() -> None:
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -230,7 +231,7 @@ def test_threads_convert_and_run_by_themselves() -> None:
             twin = copy.deepcopy(model)
             ckpt_kernels.convert(model)
             for _ in range(5):
-                torch.testing.assert_close(model(x(3, WIDTH)), twin(x(3, WIDTH)))
+                torch.testing.assert_close(model(random_tensor(3, WIDTH)), twin(random_tensor(3, WIDTH)))
         except BaseException as error:
             errors.append(error)
 
@@ -242,18 +243,18 @@ def test_threads_convert_and_run_by_themselves() -> None:
     assert not errors
 
 
-def test_tracebacks_and_debuggers_see_the_lines_that_were_written() -> None:
+def test_tracebacks_show_the_original_lines() -> None:
     model, _ = twins(lambda: Forward("mlp"))
     ckpt_kernels.convert(model)
     ours, theirs = type(model).mlp.__wrapped__.__code__, Forward.mlp.__code__
     assert ours.co_filename == theirs.co_filename and ours.co_firstlineno == theirs.co_firstlineno
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes") as caught:
-        model(x(3, WIDTH + 1))
+        model(random_tensor(3, WIDTH + 1))
     lines = {entry.lineno + 1 for entry in caught.traceback if entry.path.name == "test_convert_source.py"}
     assert theirs.co_firstlineno + 1 in lines
 
 
-def test_a_converted_module_makes_ordinary_ones() -> None:
+def test_the_converted_class_makes_original_modules() -> None:
     model, _ = twins(lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.GELU()))
     ckpt_kernels.convert(model)
     assert ckpt_kernels.is_converted(model[0]) and type(model[0]) is not nn.LayerNorm
@@ -261,7 +262,7 @@ def test_a_converted_module_makes_ordinary_ones() -> None:
     assert type(made) is nn.LayerNorm and not ckpt_kernels.is_converted(made)
 
 
-def test_a_class_that_cannot_be_subclassed_is_left_alone_and_said() -> None:
+def test_a_class_that_cannot_be_subclassed_is_reported() -> None:
     class Tagged(nn.Module):
         def __init_subclass__(cls, *, tag: str) -> None:
             cls.tag = tag
@@ -276,11 +277,13 @@ def test_a_class_that_cannot_be_subclassed_is_left_alone_and_said() -> None:
 
     model, twin = twins(Final)
     report = ckpt_kernels.convert(model)
-    assert "subclassed" in reason(report, "") and by(report, "act") == "bias_act (gelu)"
-    assert type(model) is Final and close(run(model, x(3, WIDTH)), run(twin, x(3, WIDTH)), 1e-5)
+    assert "subclassed" in reason_of(report, "") and replacement_of(report, "act") == "bias_act (gelu)"
+    assert type(model) is Final and close(
+        results_of(model, random_tensor(3, WIDTH)), results_of(twin, random_tensor(3, WIDTH)), 1e-5
+    )
 
 
-def test_what_converts_without_an_error() -> None:
+def test_missing_modules_and_default_devices_are_no_error() -> None:
     class Sparse(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -291,8 +294,8 @@ def test_what_converts_without_an_error() -> None:
             return self.norm(self.layers[0](h))
 
     model, twin = twins(Sparse)
-    assert by(ckpt_kernels.convert(model), "norm") == "rms_norm"
-    assert close(run(model, x(3, WIDTH)), run(twin, x(3, WIDTH)), 1e-5)
+    assert replacement_of(ckpt_kernels.convert(model), "norm") == "rms_norm"
+    assert close(results_of(model, random_tensor(3, WIDTH)), results_of(twin, random_tensor(3, WIDTH)), 1e-5)
     with torch.device("meta"):
         ckpt_kernels.convert(model)
-    assert close(run(model, x(3, WIDTH)), run(twin, x(3, WIDTH)), 1e-5)
+    assert close(results_of(model, random_tensor(3, WIDTH)), results_of(twin, random_tensor(3, WIDTH)), 1e-5)

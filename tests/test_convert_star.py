@@ -1,4 +1,4 @@
-"""StarReLU, `scale * relu(x) ** 2 + shift` with parameters: the sum is made again from what is squared."""
+"""StarReLU, `scale * relu(x) ** 2 + shift` with parameters: the sum is recomputed from relu's output."""
 
 import copy
 
@@ -43,21 +43,22 @@ def rows(dtype: torch.dtype = torch.float32) -> Tensor:
 def results(model: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.detach().clone().requires_grad_()
     output = model(x)
-    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-    return [output.detach(), *torch.autograd.grad(output.square().sum(), wanted)]
+    sources = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), sources)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_the_sum_is_made_again(inplace: bool, learned: bool, dtype: torch.dtype) -> None:
+def test_the_sum_is_recomputed(inplace: bool, learned: bool, dtype: torch.dtype) -> None:
     model = MLP(inplace, learned).to(DEVICE, dtype)
     eager, x = copy.deepcopy(model), rows(dtype)
     report = ckpt_kernels.convert(model)
     assert ("act", "square, scale and shift") in [(entry.name, entry.by) for entry in report.replaced]
     for found, expected in zip(results(model, x), results(eager, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    # x, what is squared (4), a copy of the shift. Eager torch keeps the sum too, and the square where scales learn.
+    # x, relu's output (4 times as large) and a copy of the shift. Eager torch also keeps the sum, and the square if the
+    # scale is trained.
     kept = saved_bytes(model, x)
     assert 5 * x.nbytes < kept <= 5 * x.nbytes + 16
     assert saved_bytes(eager, x) >= (13 if learned else 9) * x.nbytes
@@ -95,7 +96,7 @@ def test_torch_compile() -> None:
 
 
 class Large(nn.Module):
-    """Whose shift is as large as what is shifted: nothing to win."""
+    """A shift as large as the shifted tensor: a copy would save no memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class Large(nn.Module):
         return self.last(scale * self.act(x) ** 2 + shift)
 
 
-def test_large_ones_are_as_they_are() -> None:
+def test_large_shifts_are_not_copied() -> None:
     model = Large().to(DEVICE)
     eager = copy.deepcopy(model)
     ckpt_kernels.convert(model)

@@ -1,4 +1,4 @@
-"""Modules known by a trial, and parts that a site asks about: what they read is asked for again at every call, once."""
+"""Modules that a trial recognised, and guards of call sites: everything they read is read again at every call, once."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,11 @@ from ckpt_kernels.convert import Report
 from ckpt_kernels.convert.code.in_place_writes import in_place_writer
 
 from .conftest import DEVICE
-from .conversion import kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, run
-from .test_convert_rules import x as random
+from .conversion import WIDTH, close, kept, random_tensor, results_of, twins
 
 
 def rows() -> Tensor:
-    return random(6, WIDTH)
+    return random_tensor(6, WIDTH)
 
 
 def found_in(report: Report) -> dict[str, str]:
@@ -33,7 +30,7 @@ def slope(x: Tensor, steepness: float = 1.0) -> Tensor:
 
 
 class Sloped(nn.Module):
-    """A silu in which nothing is fixed: a function of the file, with a default."""
+    """A silu by a function of the file with a default argument, all of which may change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +46,7 @@ class Patched(nn.Module):
 
 
 def enclosed() -> tuple[nn.Module, Callable[[], None]]:
-    """A module that calls a variable of the function around it, and what binds that anew."""
+    """A module that calls a variable of the enclosing function, and a function that rebinds the variable."""
 
     def act(x: Tensor) -> Tensor:
         return F.silu(x)
@@ -85,20 +82,20 @@ CHANGES = ("variable", "function of torch", "default", "code", "global", "list",
 
 
 @pytest.mark.parametrize("how", CHANGES)
-def test_a_change_of_what_a_tried_module_reads_is_noticed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_of_a_tried_module_are_detected(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, change = changed(how, monkeypatch)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), module).to(DEVICE)
     report = ckpt_kernels.convert(model)
     assert found_in(report) == {"1": "bias_act (silu)"}
     assert "bias_act" in type(model(rows()).grad_fn).__name__
     change()
-    now = model(rows())
+    changed_output = model(rows())
     ckpt_kernels.revert(model)
-    assert torch.equal(now, model(rows()))
+    assert torch.equal(changed_output, model(rows()))
 
 
 def is_converted_by_itself(module: nn.Module) -> bool:
-    """Whether at least its forward runs within `discard_outputs`."""
+    """Whether the module's forward at least runs within `discard_outputs`."""
     model = nn.ModuleList([module])
     ckpt_kernels.convert(model)
     found = ckpt_kernels.is_converted(module)
@@ -106,7 +103,7 @@ def is_converted_by_itself(module: nn.Module) -> bool:
     return found
 
 
-def test_defaults_that_may_change_are_no_settings() -> None:
+def test_mutable_defaults_are_read_at_every_call() -> None:
     class Scaled(nn.Module):
         def forward(self, x: Tensor, scale=[1.0]) -> Tensor:  # noqa: B006
             return F.silu(x) * scale[0]
@@ -118,7 +115,7 @@ def test_defaults_that_may_change_are_no_settings() -> None:
     torch.testing.assert_close(module(rows()), 3 * F.silu(rows()))
 
 
-def test_a_variable_without_a_value_is_no_error() -> None:
+def test_an_unbound_variable_is_no_error() -> None:
     class Early(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return later(x)
@@ -155,7 +152,7 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize(("kind", "part"), [(Gated, "gate"), (Normed, "gate"), (Normed, "norm")])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_parametrized_weight_is_made_as_often_as_it_was(kind: type[nn.Module], part: str, when: str) -> None:
+def test_a_parametrized_weight_is_computed_once(kind: type[nn.Module], part: str, when: str) -> None:
     made = []
 
     class Counted(nn.Module):
@@ -174,20 +171,20 @@ def test_a_parametrized_weight_is_made_as_often_as_it_was(kind: type[nn.Module],
     assert len(made) == 1
 
 
-def test_power_iterations_take_the_steps_they_took() -> None:
+def test_spectral_norm_takes_the_same_steps() -> None:
     model, converted = twins(Gated)
-    for each in (model, converted):
+    for module in (model, converted):
         torch.manual_seed(1)
-        parametrizations.spectral_norm(each.gate)
+        parametrizations.spectral_norm(module.gate)
     ckpt_kernels.convert(converted)
     for _ in range(3):
-        assert close(run(converted, rows()), run(model, rows()))
+        assert close(results_of(converted, rows()), results_of(model, rows()))
     for (name, buffer), other in zip(model.named_buffers(), converted.buffers(), strict=True):
         assert torch.equal(buffer, other), name
 
 
 class Two(nn.Module):
-    """Two products, of which the first is of an activation."""
+    """Two linear layers with an activation in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,8 +235,8 @@ class Renamed(Two):
         (Renamed, "gate"),
     ],
 )
-def test_what_is_said_to_be_computed_is_computed(kind: type[nn.Module], found: str) -> None:
-    """A pattern that the place would always refuse does not hide another."""
+def test_the_report_names_the_pattern_that_is_fused(kind: type[nn.Module], found: str) -> None:
+    """A pattern whose guard would always fail does not hide another pattern."""
     model = kind().to(DEVICE)
     eager = kept(model, rows())
     report = ckpt_kernels.convert(model, recompute="block")
@@ -259,10 +256,10 @@ class Differentiates(nn.Module):
         return F.gelu(self.linear(x)) + torch.func.grad(energy)(x)
 
 
-def test_transforms_within_a_method_that_is_rewritten() -> None:
+def test_transforms_within_a_rewritten_method() -> None:
     model, converted = twins(Differentiates)
     assert found_in(ckpt_kernels.convert(converted)) == {"": "bias_act (gelu)"}
-    assert close(run(converted, rows()), run(model, rows()))
+    assert close(results_of(converted, rows()), results_of(model, rows()))
 
 
 class RMS(nn.Module):
@@ -276,7 +273,7 @@ class RMS(nn.Module):
 
 
 class WritesWithin(nn.Module):
-    """A write that is reached from a function within a method only."""
+    """A write that only a function within a method reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,7 +297,7 @@ def test_a_write_in_a_function_within_a_method_is_found() -> None:
     model(rows().bfloat16()).sum().backward()
 
 
-def test_a_probability_out_of_range_is_refused_as_torch_refuses_it() -> None:
+def test_a_probability_out_of_range_is_torchs_error() -> None:
     model = nn.Sequential(nn.GELU(), nn.Dropout(0.1))
     ckpt_kernels.convert(model)
     model[1].p = 1.5

@@ -1,4 +1,4 @@
-"""Outputs of a converted module are no views where the original's are none."""
+"""Outputs of a converted module are views only if the original's outputs are."""
 
 import copy
 from collections.abc import Callable
@@ -100,7 +100,7 @@ def layouts() -> dict[str, Tensor]:
     return {name: tensor.to(DEVICE) for name, tensor in made.items()}
 
 
-def made_of(module: nn.Module, input: Tensor, grad: bool) -> Tensor | type[Exception]:
+def outcome(module: nn.Module, input: Tensor, grad: bool) -> Tensor | type[Exception]:
     try:
         with torch.set_grad_enabled(grad):
             return module(input.detach().requires_grad_(grad))
@@ -110,14 +110,14 @@ def made_of(module: nn.Module, input: Tensor, grad: bool) -> Tensor | type[Excep
 
 @pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_outputs_are_no_views_where_they_were_none(kind: str, dtype: torch.dtype) -> None:
+def test_outputs_are_views_only_if_the_originals_are(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(_KINDS[kind]()).to(DEVICE, dtype)
     converted = copy.deepcopy(model)
     ckpt_kernels.convert(converted)
     for name, input in layouts().items():
         for grad in (True, False):
-            theirs, ours = (made_of(each, input.to(dtype), grad) for each in (model, converted))
+            theirs, ours = (outcome(module, input.to(dtype), grad) for module in (model, converted))
             if not isinstance(theirs, Tensor):
                 assert ours is theirs, name
                 continue

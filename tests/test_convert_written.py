@@ -1,4 +1,4 @@
-"""Modules as people write them, which are found by what they compute: what they keep, and what the report says."""
+"""Hand-written modules, which `convert` recognises by their function: saved bytes and the report."""
 
 import math
 from collections.abc import Callable
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 import ckpt_kernels
 
 from .conftest import DEVICE
-from .conversion import INNER, kept, twins
-from .test_convert_composes import close
-from .test_convert_rules import WIDTH, by, reason, run, x
+from .conversion import INNER, WIDTH, close, kept, random_tensor, reason_of, replacement_of, results_of, twins
 
 
 class SwiGLU(nn.Module):
@@ -58,7 +56,7 @@ def _halves(how: str) -> Callable[[Tensor], Tensor]:
     return gate
 
 
-# Name, what makes it, the most that it may keep at "output" as a fraction of eager's.
+# The module by name, and the bound of the saved bytes at "output" as a fraction of eager torch's.
 FOUND: dict[str, tuple[Callable[[], nn.Module], float]] = {
     "SwiGLU": (SwiGLU, 0.5),
     "nn.GLU": (nn.GLU, 0.67),
@@ -90,9 +88,9 @@ def test_pointwise_modules_keep_less(name: str) -> None:
     levels = {}
     for level in ("block", "output", "all"):
         ckpt_kernels.convert(model, recompute=level)
-        assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-4)
-        levels[level] = kept(model, x(64, WIDTH)) - 64 * WIDTH * 4
-    eager = kept(twin, x(64, WIDTH)) - 64 * WIDTH * 4
+        assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-4)
+        levels[level] = kept(model, random_tensor(64, WIDTH)) - 64 * WIDTH * 4
+    eager = kept(twin, random_tensor(64, WIDTH)) - 64 * WIDTH * 4
     assert levels["output"] <= (share + 0.01) * eager
     assert levels["block"] <= 1.01 * eager and levels["all"] <= levels["output"]
 
@@ -109,12 +107,12 @@ def test_a_gate_of_tanh_and_sigmoid_keeps_no_more_at_any_level() -> None:
     model, twin = twins(Gate)
     for level in ("block", "output", "all"):
         ckpt_kernels.convert(model, recompute=level)
-        assert close(run(model, x(64, WIDTH)), run(twin, x(64, WIDTH)), 1e-4)
-        assert kept(model, x(64, WIDTH)) <= kept(twin, x(64, WIDTH))
+        assert close(results_of(model, random_tensor(64, WIDTH)), results_of(twin, random_tensor(64, WIDTH)), 1e-4)
+        assert kept(model, random_tensor(64, WIDTH)) <= kept(twin, random_tensor(64, WIDTH))
 
 
 class ChannelNorm(nn.Module):
-    """Over channels, written out; `shape` of its weights."""
+    """A layer norm over channels; `shape` is the shape of the weight and the bias."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -143,7 +141,7 @@ class Normalized(nn.Module):
 
 
 class NormalizedMaps(nn.Module):
-    """As the norms of Wan's autoencoder are written."""
+    """The norm of Wan's autoencoder."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -180,36 +178,39 @@ class WithoutParameters(nn.Module):
     ),
     ids=("vector", "(C, 1, 1)", "(1, C, 1, 1)", "super().forward", "without parameters", "F.normalize"),
 )
-def test_norms_as_people_write_them(make: Callable[[], nn.Module], found: str, shape: tuple[int, ...]) -> None:
+def test_hand_written_norms_are_recognised(make: Callable[[], nn.Module], found: str, shape: tuple[int, ...]) -> None:
     model, twin = twins(make)
-    assert by(ckpt_kernels.convert(model), "") == found
-    assert close(run(model, x(*shape)), run(twin, x(*shape)), 1e-4)
-    last = x(*shape)
+    assert replacement_of(ckpt_kernels.convert(model), "") == found
+    assert close(results_of(model, random_tensor(*shape)), results_of(twin, random_tensor(*shape)), 1e-4)
+    last = random_tensor(*shape)
     if len(shape) == 4:
         last = last.to(memory_format=torch.channels_last)
-    assert model(x(*shape)).stride() == twin(x(*shape)).stride() and model(last).stride() == twin(last).stride()
-    narrow = x(*shape, dtype=torch.bfloat16)
-    for each in (model, twin):
-        # Which torch's own layer norm does not take beside an input in float32.
-        each.to(torch.float32 if isinstance(each, InFloat32) else torch.bfloat16)
+    assert (
+        model(random_tensor(*shape)).stride() == twin(random_tensor(*shape)).stride()
+        and model(last).stride() == twin(last).stride()
+    )
+    narrow = random_tensor(*shape, dtype=torch.bfloat16)
+    for module in (model, twin):
+        # torch's layer norm rejects bfloat16 weights with a float32 input.
+        module.to(torch.float32 if isinstance(module, InFloat32) else torch.bfloat16)
     torch.testing.assert_close(model(narrow).float(), twin(narrow).float(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-9, 1e4])
-def test_points_of_nothing_are_normalized_as_they_were(scale: float) -> None:
+def test_points_of_zeros_are_normalized_as_in_eager(scale: float) -> None:
     model, twin = twins(lambda: NormalizedMaps(WIDTH))
     ckpt_kernels.convert(model)
-    given = x(2, WIDTH, 3, 4) * torch.where(torch.arange(4, device=DEVICE) > 1, 1.0, scale)
+    given = random_tensor(2, WIDTH, 3, 4) * torch.where(torch.arange(4, device=DEVICE) > 1, 1.0, scale)
     outputs, gradients = [], []
-    for each in (model, twin):
+    for module in (model, twin):
         leaf = given.clone().requires_grad_()
-        outputs.append(each(leaf))
-        gradients.append(torch.autograd.grad((outputs[-1] * x(2, WIDTH, 3, 4)).sum(), leaf)[0])
+        outputs.append(module(leaf))
+        gradients.append(torch.autograd.grad((outputs[-1] * random_tensor(2, WIDTH, 3, 4)).sum(), leaf)[0])
     torch.testing.assert_close(*outputs)
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[1].abs().max()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="torch's rms_norm on GPUs keeps its input, and so refuses the write")
+@pytest.mark.skipif(DEVICE == "cuda", reason="torch's rms_norm on GPUs keeps its input, so the write is an error")
 def test_a_residual_written_in_place_after_a_norm_in_16_bits() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -223,12 +224,12 @@ def test_a_residual_written_in_place_after_a_norm_in_16_bits() -> None:
             return h
 
     model, twin = twins(Block)
-    given = x(8, WIDTH, dtype=torch.bfloat16)
+    given = random_tensor(8, WIDTH, dtype=torch.bfloat16)
     ckpt_kernels.convert(model.to(torch.bfloat16))
-    assert close(run(model, given), run(twin.to(torch.bfloat16), given), 0.02)
+    assert close(results_of(model, given), results_of(twin.to(torch.bfloat16), given), 0.02)
 
 
-def test_a_copy_of_a_norms_output_is_let_go_of() -> None:
+def test_a_copy_of_a_norms_output_is_discarded() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -241,39 +242,40 @@ def test_a_copy_of_a_norms_output_is_let_go_of() -> None:
 
     model, twin = twins(Attends)
     ckpt_kernels.convert(model)
-    assert close(run(model, x(2, 16, WIDTH)), run(twin, x(2, 16, WIDTH)), 1e-4)
-    saved = kept(twin, x(2, 16, WIDTH)) - kept(model, x(2, 16, WIDTH))
+    assert close(results_of(model, random_tensor(2, 16, WIDTH)), results_of(twin, random_tensor(2, 16, WIDTH)), 1e-4)
+    saved = kept(twin, random_tensor(2, 16, WIDTH)) - kept(model, random_tensor(2, 16, WIDTH))
     assert saved >= 2 * 16 * WIDTH * 4
 
 
-def test_activations_keep_the_strides_of_maps() -> None:
+def test_activations_keep_the_strides_of_images() -> None:
     for make in (nn.GELU, nn.SiLU, lambda: Written(F.gelu)):
         model, twin = twins(make)
         ckpt_kernels.convert(model)
-        maps = x(2, 8, 5, 6).to(memory_format=torch.channels_last)
+        maps = random_tensor(2, 8, 5, 6).to(memory_format=torch.channels_last)
         assert model(maps).stride() == twin(maps).stride() == maps.stride()
-        rows = x(2, 5, 8).transpose(1, 2)
+        rows = random_tensor(2, 5, 8).transpose(1, 2)
         assert model(rows).transpose(1, 2).view(2, 40).shape == (2, 40)
 
 
 # The report
 
 
-def test_the_report_is_true() -> None:
+def test_the_report_measures_saved_bytes() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, INNER), nn.ReLU(), nn.Linear(INNER, WIDTH), nn.Dropout(0.0)).to(DEVICE)
-    report = ckpt_kernels.convert(model, inputs=x(8, WIDTH))
+    report = ckpt_kernels.convert(model, inputs=random_tensor(8, WIDTH))
     before, after = report.kept
-    assert before == after and by(report, "3") is None
+    assert before == after and replacement_of(report, "3") is None
     assert report.as_dict()["kept"] == report.kept and report.backend in str(report)
     report = ckpt_kernels.convert(
-        nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, 4)).to(DEVICE), inputs=x(8, WIDTH)
+        nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, 4)).to(DEVICE),
+        inputs=random_tensor(8, WIDTH),
     )
     assert (
         report.kept[1] < report.kept[0] and f"{report.kept[1]:,}" in str(report) and "<table>" in report._repr_html_()
     )
 
 
-def test_what_looks_like_something_is_said() -> None:
+def test_the_report_explains_unknown_modules() -> None:
     class MyGELU(nn.Module):
         def forward(self, h: Tensor) -> Tensor:
             return h * torch.rand_like(h)
@@ -287,6 +289,6 @@ def test_what_looks_like_something_is_said() -> None:
             return h / h.abs().sum(-1, keepdim=True) * self.weight
 
     report = ckpt_kernels.convert(nn.Sequential(MyGELU(), OddNorm()))
-    assert "rand_like" in reason(report, "0") and "abs" in reason(report, "1")
-    # No name of an exception of our own.
+    assert "rand_like" in reason_of(report, "0") and "abs" in reason_of(report, "1")
+    # No internal exception's name appears.
     assert not any(word in str(report) for word in ("Error", "Traceback", "NotTried"))

@@ -1,4 +1,4 @@
-"""What the CUDA kernels ask of memory, on the host build of them, where a misaligned access is an error."""
+"""Memory accesses of the CUDA kernels in their host build, in which a misaligned access is an error."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def _part(tensor: Tensor, begin: int, rest: int) -> Tensor:
     return part
 
 
-# Accesses of 16 bytes want both: rows that begin at a multiple of 16, and are that far apart.
+# Accesses of 16 bytes need rows that begin at multiples of 16 bytes, with strides of multiples of 16 bytes.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "aligned": lambda t: _part(t, 8, 16),
     "beginning one element later": lambda t: _part(t, 9, 16),
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @by_block
-def test_wide_accesses_are_aligned_whichever_operand_is_not(block: Block, layout: str, dtype: torch.dtype) -> None:
+def test_wide_accesses_are_aligned_for_any_misaligned_operand(block: Block, layout: str, dtype: torch.dtype) -> None:
     operands = block.operands((2, 3), 24, dtype, DEVICE)
     for odd in (*block.rows, "grad_output"):
         found, expected = (_results(block, operands, odd, layout, name) for name in ("cuda_on_host", "reference"))
@@ -54,7 +54,7 @@ def _results(block: Block, operands: dict[str, Tensor], odd: str, layout: str, b
         return [*outputs, *torch.autograd.grad(outputs, list(given.values()), incoming)]
 
 
-# Rows that lie on three levels, on one of which they are no multiple of 16 bytes apart, or on none.
+# Strides of rows in three dimensions: one is no multiple of 16 bytes, or all are.
 @pytest.mark.parametrize("strides", [(680, 168, 33, 1), (744, 185, 36, 1), (680, 168, 32, 1)], ids=str)
 def test_wide_accesses_of_heads_are_aligned(strides: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Entries of the reference are complete, and what the documentation shows runs."""
+"""Entries of the reference are complete, and examples in the documentation run."""
 
 import doctest
 import importlib
@@ -16,7 +16,7 @@ from benchmarks import llama_layer
 from ckpt_kernels import functional, memory, nn
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Those of integrations need their framework. What memory.freed shows is run in a process of its own, by its tests.
+# Examples of integrations need their framework. The example of memory.freed_memory runs in its own test.
 MODULES = (
     "activations",
     "backends",
@@ -63,24 +63,24 @@ MODULES = (
 )
 FUNCTION = ("Args", "Returns", "Kept for backward", "Raises", "Example", "Source")
 MODULE = ("Args", "Shape", "Kept for backward", "Example")
-# The pages whose blocks of Python are one program each.
+# Pages whose Python code blocks form one program.
 PAGES = ("README.md", "docs/index.md", "docs/tutorial.md")
 
 
 def section(entry: str, title: str) -> str:
-    """What stands below a title; empty where there is no such title."""
+    """The text below a title; empty without this title."""
     found = re.search(rf"^{title}:\n((?:    .*\n?|\n)*)", entry, re.MULTILINE)
     return found[1].strip() if found else ""
 
 
 def missing(entry: str, titles: tuple[str, ...]) -> list[str]:
-    """What an entry lacks, of these sections and of a formula."""
+    """The missing parts of an entry: sections with these titles, and a formula."""
     lacks = [title for title in titles if not section(entry, title)]
     return lacks if ".. math::\n    " in entry else ["formula", *lacks]
 
 
 def arguments(entry: str) -> list[str]:
-    """The names that stand below "Args"."""
+    """The names of the arguments below "Args"."""
     lines = re.findall(r"^ {4}(\w[\w, ]*): ", "    " + section(entry, "Args"), re.MULTILINE)
     return [name for line in lines for name in line.split(", ")]
 
@@ -91,7 +91,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", functional.__all__)
-def test_a_function_says_all_of_itself(name: str) -> None:
+def test_function_docstrings_are_complete(name: str) -> None:
     function = getattr(functional, name)
     entry = inspect.getdoc(function)
     assert missing(entry, FUNCTION) == []
@@ -99,13 +99,13 @@ def test_a_function_says_all_of_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", nn.__all__)
-def test_a_module_says_all_of_itself(name: str) -> None:
+def test_module_docstrings_are_complete(name: str) -> None:
     module = getattr(nn, name)
     entry = inspect.getdoc(module)
     assert missing(entry, MODULE) == []
-    # The batch norms and their like hand all but the activation to torch's own, whose arguments differ by version.
-    taken = {name for kind in module.__mro__[:-1] if kind is not torch.nn.Module for name in parameters(kind)}
-    assert set(parameters(module)) <= set(arguments(entry)) <= taken
+    # Channel norms pass all arguments but the activation to torch's class, whose arguments depend on the version.
+    accepted = {name for kind in module.__mro__[:-1] if kind is not torch.nn.Module for name in parameters(kind)}
+    assert set(parameters(module)) <= set(arguments(entry)) <= accepted
     called = re.findall(r"`functional\.(\w+)`", entry.rpartition("Errors and source:")[2])
     assert called and set(called) <= set(functional.__all__)
 
@@ -117,7 +117,7 @@ def test_examples_run(name: str) -> None:
     try:
         module = importlib.import_module(f"ckpt_kernels.{name}")
     except ModuleNotFoundError as error:
-        # Its framework, or what that needs; never a module of this package.
+        # The framework or a dependency may be missing; a module of this package may not.
         if not name.startswith("integrations.") or str(error.name).startswith("ckpt_kernels"):
             raise
         pytest.skip(str(error))
@@ -127,22 +127,22 @@ def test_examples_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_runs(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its blocks of Python, one after the other as one program."""
+def test_pages_run(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python code blocks of a page run as one program."""
     pytest.importorskip("triton")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    # What README's `convert` is called with.
+    # The arguments of `convert` in README.md.
     model = torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.GELU(), torch.nn.Linear(64, 64))
     names = {"__name__": "page", "model": model, "batch": torch.randn(8, 64)}
     text = (ROOT / page).read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     assert blocks
     for block in blocks:
-        # At its own line, where Triton looks for the source of a kernel.
+        # At the line of the page, because Triton reads the source of a kernel from the file.
         before = "\n" * (text[: block.start()].count("\n") + 1)
         exec(compile(before + block[1], str(ROOT / page), "exec"), names)
 
 
-def test_the_drawing_of_a_llama_layer_says_what_is_kept() -> None:
+def test_the_drawing_of_a_llama_layer_shows_the_kept_tensors() -> None:
     llama_layer.check()

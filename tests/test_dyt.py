@@ -1,4 +1,4 @@
-"""What is particular to DyT: alpha and its gradient, what is kept, the module, and errors."""
+"""DyT: alpha and the gradient of alpha, saved bytes, the module, and errors."""
 
 import copy
 
@@ -28,8 +28,8 @@ def test_alpha_may_have_a_dimension_or_none(shape: tuple[int, ...], backend: str
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_alphas_gradient_is_exact_however_long_the_sum_is() -> None:
-    """A running sum of so many float32 numbers of one sign would lose four digits."""
+def test_alphas_gradient_is_exact_for_long_sums() -> None:
+    """A running sum of as many float32 numbers of one sign would lose four digits."""
     x = torch.rand(3000, 700, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     alpha = torch.full((1,), 0.5, device=DEVICE, requires_grad=True)
     (found,) = torch.autograd.grad(F.dyt(x, alpha).sum(), alpha)
@@ -48,9 +48,9 @@ def test_where_tanh_is_flat(large: float, backend: str) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 2100), (2, 17001), (300, 24)], ids=str)
 def test_sums_that_several_programs_share(shape: tuple[int, int], backend: str) -> None:
-    """Rows wider than a strip of columns on any floor, and more rows than one program takes."""
+    """Rows wider than a strip of columns in any kernel, and more rows than one program processes."""
     if interprets(backend) and shape[1] > 5000:
-        pytest.skip("a slice is enough where kernels are interpreted")
+        pytest.skip("the other shapes are enough where kernels are interpreted")
     torch.manual_seed(0)
     x, weight, alpha = randn(*shape), randn(shape[1]), torch.tensor([0.3], device=DEVICE, requires_grad=True)
     found = torch.autograd.grad(F.dyt(x, alpha, weight).square().sum(), (x, alpha, weight))
@@ -60,21 +60,21 @@ def test_sums_that_several_programs_share(shape: tuple[int, int], backend: str) 
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
 
 
-def test_its_output_is_let_go_of_and_gradients_are_the_same_bits() -> None:
+def test_the_output_is_discarded_and_gradients_are_the_same_bits() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(nn.DyT(64), torch.nn.Linear(64, 8)).to(DEVICE)
     x = randn(8, 64)
     assert saved_bytes(model, x) == 2 * x.nbytes
     assert saved_bytes(discard_outputs()(model), x) == x.nbytes
-    plain, again = (
+    plain, recomputed = (
         torch.autograd.grad(call(x).square().sum(), [x, *model.parameters()])
         for call in (model, discard_outputs()(model))
     )
-    assert all(map(torch.equal, plain, again))
+    assert all(map(torch.equal, plain, recomputed))
 
 
-class TwinOfThePapersCode(torch.nn.Module):
-    """With parameters of the same names and shapes."""
+class PapersDyT(torch.nn.Module):
+    """A module with the parameters' names and shapes of the paper's code."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -86,8 +86,8 @@ class TwinOfThePapersCode(torch.nn.Module):
         return torch.tanh(self.alpha * x) * self.weight + self.bias
 
 
-def test_the_module_takes_the_state_of_the_papers_code() -> None:
-    theirs = TwinOfThePapersCode(16)
+def test_the_module_loads_the_state_of_the_papers_code() -> None:
+    theirs = PapersDyT(16)
     ours = nn.DyT(16, alpha_init=0.1)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(3, 4, 16)
@@ -96,7 +96,7 @@ def test_the_module_takes_the_state_of_the_papers_code() -> None:
     assert ours.alpha.item() == pytest.approx(0.1) and (ours.weight == 1).all() and (ours.bias == 0).all()
 
 
-def test_the_module_says_what_it_is() -> None:
+def test_repr_of_the_module() -> None:
     assert repr(nn.DyT(8)) == "DyT(8)"
     assert repr(nn.DyT(8, 0.8, bias=False)) == "DyT(8, alpha_init=0.8, bias=False)"
     plain = nn.DyT(8, elementwise_affine=False)
@@ -107,7 +107,7 @@ def test_the_module_says_what_it_is() -> None:
 
 
 def test_alpha_under_vmap() -> None:
-    """Each sample with an alpha of its own, which torch's operators compute."""
+    """Each sample has another alpha, which torch's ops compute."""
     x, alphas = torch.randn(3, 5, 8), torch.tensor([0.2, 0.5, 0.9])
     found = torch.func.vmap(torch.func.grad(lambda x, alpha: F.dyt(x, alpha).sum(), argnums=1))(x, alphas)
     expected = (x * (1 - torch.tanh(alphas[:, None, None] * x) ** 2)).sum((1, 2))
@@ -140,7 +140,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_answered_by_its_error(case: str) -> None:
+def test_bad_input_is_a_named_error(case: str) -> None:
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()

@@ -1,8 +1,6 @@
-"""The examples that people run first, as notebooks and as scripts, at toy size: they run, the ways train alike, and the
-picture is drawn.
+"""Examples run as notebooks and as a script at toy size: losses of all ways to train agree, and the picture is drawn.
 
-The cells of a notebook run one after the other in one namespace, as in a kernel. A kernel itself, which takes longer to
-start than all of them to run, is not needed.
+The cells of a notebook run one after the other in one namespace, without a Jupyter kernel, which starts slowly.
 """
 
 import importlib
@@ -19,7 +17,7 @@ from tools import notebooks
 pytest.importorskip("rich", reason="rich is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-# Each with what it needs, its sizes, and the module and names of the sizes of its data.
+# For each example: required packages, toy sizes, the module of the data, and the sizes of the data.
 TOYS: dict[str, tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = {
     "finetune_lora": (
         ("transformers", "peft"),
@@ -39,7 +37,7 @@ TOYS: dict[str, tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = {
 
 @pytest.fixture
 def side_by_side(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What the examples share, imported anew, with them, as by a program in their folder."""
+    """The module that the examples share, imported anew, as by a program in the folder of the examples."""
     monkeypatch.syspath_prepend(str(notebooks.EXAMPLES))
     for name in ("side_by_side", "train_lm", "train_unet", *TOYS):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -55,7 +53,7 @@ def code_cells(name: str) -> list[str]:
 
 
 def make_small(name: str, example: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives an example, and the module of its data, toy sizes."""
+    """Sets toy sizes in an example and in the module of its data."""
     _, sizes, source, of_data = TOYS[name]
     for key, value in of_data.items():
         monkeypatch.setattr(importlib.import_module(source), key, value)
@@ -64,7 +62,7 @@ def make_small(name: str, example: dict[str, Any], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", notebooks.NAMES)
-def test_a_notebook_is_that_of_its_script(name: str) -> None:
+def test_notebooks_equal_their_scripts(name: str) -> None:
     written = (notebooks.EXAMPLES / f"{name}.ipynb").read_text()
     assert written == notebooks.notebook(name), "python -m tools.notebooks"
 
@@ -80,7 +78,7 @@ def test_a_notebook_runs(name: str, side_by_side: Any, monkeypatch: pytest.Monke
 
     side_by_side_compare = side_by_side.compare
     monkeypatch.setattr(side_by_side, "compare", compare)
-    # What this sets lasts as long as the process, which is that of other tests.
+    # The setting would stay for the other tests of this process.
     monkeypatch.setattr("ckpt_kernels.memory.keep_freed_memory", lambda: True)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""Layers of real networks keep what docs/recomputation.md derives for them, and gradients are the same bits."""
+"""Layers of real networks keep the floors that docs/recomputation.md derives, and gradients are the same bits."""
 
 from collections.abc import Callable
 
@@ -29,12 +29,12 @@ def text(dtype: torch.dtype) -> torch.Tensor:
 
 
 def chain(level: str) -> nn.Module:
-    """Three bottlenecks, and the convolution that reads the last."""
+    """Three bottlenecks, and a convolution that reads the last one."""
     return nn.Sequential(*(Bottleneck(16, level) for _ in range(3)), nn.Conv2d(64, 4, 1, bias=False))
 
 
-# For each level the tensors kept, in units of (tokens, width), or of a bottleneck's narrow maps; beside these a few
-# statistics a row or channel, which "few" bounds.
+# The kept tensors at each level, in units of (tokens, width), or of the narrow feature maps of a bottleneck. "few"
+# bounds the statistics of rows or channels, which are kept too.
 HIDDEN = int(2.69 * WIDTH)
 LLAMA = {"output": 6 + 2 * HIDDEN / WIDTH, "all": 6.0, "layer": 2.0}
 GPT2 = {"output": 10.0, "all": 6.0, "layer": 2.0}
@@ -75,8 +75,8 @@ def test_every_level_gives_the_same_bits(
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("level,beyond", [("output", (4, 8)), ("all", (0, 0))])
-def test_beyond_the_blocks_input(level: str, beyond: tuple[int, int], bias: bool) -> None:
-    """A norm and the MLP that reads it, inner width four times the width, dropout included."""
+def test_tensors_kept_beyond_the_blocks_input(level: str, beyond: tuple[int, int], bias: bool) -> None:
+    """A norm and an MLP with dropout, whose inner width is four times the width."""
     x = torch.randn(64, 32, device=DEVICE, requires_grad=True)
     plain = nn.Sequential(ours.LayerNorm(32), ours.MLP(32, 128, bias=bias, dropout=0.1, recompute=level)).to(DEVICE)
     gated = nn.Sequential(ours.RMSNorm(32), ours.GatedMLP(32, 128, bias=bias, dropout=0.1, recompute=level)).to(DEVICE)

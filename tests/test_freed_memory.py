@@ -1,4 +1,4 @@
-"""Freed memory that is kept: in processes of their own, because the setting is the process's."""
+"""`keep_freed_memory`, in processes of their own, because the setting applies to the whole process."""
 
 import platform
 import subprocess
@@ -11,7 +11,7 @@ from ckpt_kernels import doctor, memory
 from ckpt_kernels.memory import freed_memory
 from ckpt_kernels.memory.freed_memory import FreshMemory
 
-# Pages that the system hands out while a tensor beyond glibc's own threshold is made and filled four times.
+# Prints the page faults while a tensor above glibc's own threshold is made and filled four times.
 FAULTS = """
 import ctypes, resource, sys, torch
 from ckpt_kernels import memory
@@ -41,7 +41,7 @@ def glibc() -> bool:
     return sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc"
 
 
-@pytest.mark.skipif(not glibc(), reason="glibc's allocator is what is set")
+@pytest.mark.skipif(not glibc(), reason="the setting is of glibc's allocator")
 def test_kept_memory_is_not_faulted_in_again() -> None:
     by_default = faults()
     if by_default < 100:
@@ -49,13 +49,13 @@ def test_kept_memory_is_not_faulted_in_again() -> None:
     assert faults("keep") < by_default / 20
 
 
-def test_its_example_runs() -> None:
+def test_the_example_runs() -> None:
     code = "import doctest, ckpt_kernels.memory.freed_memory as module; print(doctest.testmod(module))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().startswith("TestResults(failed=0, attempted=2")
 
 
-def test_elsewhere_it_says_that_nothing_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_systems_return_false(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory.keep_freed_memory() is False
     monkeypatch.setattr(sys, "platform", "linux")
@@ -63,33 +63,33 @@ def test_elsewhere_it_says_that_nothing_was_done(monkeypatch: pytest.MonkeyPatch
     assert memory.keep_freed_memory() is False
 
 
-def test_doctor_says_when_page_faults_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_slow_page_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     for measured, advised in ((FreshMemory(2.0, 9.0), True), (FreshMemory(2.0, 2.5), False)):
         monkeypatch.setattr(doctor, "fresh_memory", lambda measured=measured: measured)
-        (found,) = (one for one in doctor.findings() if one.subject == "page faults")
+        (found,) = (finding for finding in doctor.findings() if finding.subject == "page faults")
         assert f"{measured.fresh:.1f} ms" in found.text and not found.problem
         assert ("keep_freed_memory" in found.text) is advised
 
 
-def test_fresh_memory_is_the_least_of_five_turns_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that is given: of each turn its start, after the warm fill, and after the fresh one."""
+def test_fresh_memory_is_the_least_of_five_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated clock is read at the start of each turn, after the warm fill, and after the fresh fill."""
     turns = [(3.0, 9.0), (2.0, 8.0), (4.0, 5.0), (2.5, 7.0), (6.0, 6.0)]
-    now, told = 0.0, []
+    now, times = 0.0, []
     for warm, fresh in turns:
-        told += [now, now + warm, now + warm + fresh]
+        times += [now, now + warm, now + warm + fresh]
         now += 100.0
-    monkeypatch.setattr(freed_memory.time, "perf_counter", iter(told).__next__)
+    monkeypatch.setattr(freed_memory.time, "perf_counter", iter(times).__next__)
     assert freed_memory.fresh_memory() == FreshMemory(warm=2000.0, fresh=5000.0)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is set")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no setting")
 @pytest.mark.parametrize("refused", [-1, -3, None])
-def test_both_thresholds_are_to_be_set(monkeypatch: pytest.MonkeyPatch, refused: int | None) -> None:
+def test_both_thresholds_must_be_set(monkeypatch: pytest.MonkeyPatch, refused: int | None) -> None:
     library = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda name, value: int(name != refused))
     monkeypatch.setattr(freed_memory.ctypes, "CDLL", lambda name: library)
     assert memory.keep_freed_memory() is (refused is None)
 
 
 @pytest.mark.parametrize(("warm", "fresh", "is_slow"), [(1.0, 1.0, False), (1.0, 2.0, False), (1.0, 2.1, True)])
-def test_fresh_memory_is_slow_beyond_twice_the_time(warm: float, fresh: float, is_slow: bool) -> None:
+def test_fresh_memory_is_slow_above_twice_the_time(warm: float, fresh: float, is_slow: bool) -> None:
     assert FreshMemory(warm, fresh).is_slow is is_slow

@@ -1,6 +1,6 @@
-"""Random calls of every public function: the right numbers or the right kind of error, and nothing changed.
+"""Random calls of every public function: right results or the right type of error, and unchanged operands.
 
-`python -m tests.fuzz --seconds 600` draws for as long as one likes.
+`python -m tests.fuzz --seconds 600` draws calls for 600 seconds.
 """
 
 from dataclasses import replace
@@ -12,16 +12,16 @@ from torch import Tensor
 from .calls import CHANNELS, Call, calls
 from .conftest import serving
 
-# What serves by itself: there are tensors, of device "meta", that not every backend can serve.
+# The automatic choice, because not every backend can serve tensors of the device "meta".
 SERVING = "auto"
 EXAMPLES = 400
 RUNNING = ("running_mean", "running_var")
-# Other names by which errors call arguments: two calls of `rotary` know them by its names.
+# Further names of arguments in errors: `rotary_qk` calls `rotary`, whose errors have the names of its own arguments.
 ALIASES = {"rotary_qk": ("input", "weight", "bias")}
 
 
 def outcome(call: Call, backend: str) -> tuple[dict[str, Tensor], Exception | None]:
-    """Outputs, gradients and running statistics, or the error. Errors of any other kind are not caught."""
+    """Outputs, gradients and running statistics, or the error. Errors of other types are not caught."""
     running = {name: call.arguments[name] for name in RUNNING if isinstance(call.arguments.get(name), Tensor)}
     own = {name: value.clone() for name, value in running.items()}
     call = replace(call, arguments=call.arguments | own)
@@ -35,19 +35,19 @@ def outcome(call: Call, backend: str) -> tuple[dict[str, Tensor], Exception | No
             return {}, error
         found = {f"output {i}": y.detach() for i, y in enumerate(outputs)} | {n: t.detach() for n, t in own.items()}
         graph = [y for y in outputs if y.requires_grad]
-        wanted = {name: t for name, t in call.tensors().items() if t.requires_grad}
-        if graph and wanted:
+        sources = {name: t for name, t in call.tensors().items() if t.requires_grad}
+        if graph and sources:
             generator = torch.Generator().manual_seed(1)
             incoming = [torch.randn(y.shape, generator=generator).to(y.dtype).to(y.device) for y in graph]
             if call.columns % 2:
                 incoming = [torch.ones((), device=y.device, dtype=y.dtype).expand(y.shape) for y in graph]
-            gradients = torch.autograd.grad(graph, list(wanted.values()), incoming, allow_unused=True)
-            found |= {f"grad {name}": g for name, g in zip(wanted, gradients, strict=True) if g is not None}
+            gradients = torch.autograd.grad(graph, list(sources.values()), incoming, allow_unused=True)
+            found |= {f"grad {name}": g for name, g in zip(sources, gradients, strict=True) if g is not None}
     return found, None
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, NaN being NaN; without values to compare, whether their shapes are."""
+    """Whether two tensors are equal, where NaN equals NaN; for tensors without values, whether their shapes are."""
     if a.shape != b.shape or a.device.type == "meta" or a.layout != torch.strided:
         return a.shape == b.shape
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
@@ -58,7 +58,7 @@ def in_float64(call: Call) -> Call:
 
 
 def check(call: Call) -> None:
-    """The backend that serves and the reference agree, in numbers or in errors."""
+    """Asserts that the serving backend and the reference give the same results or the same error."""
     before = {name: (t.detach().clone(), t._version) for name, t in call.tensors().items()}
     found, failed = outcome(call, SERVING)
     for name, t in call.tensors().items():
@@ -70,7 +70,7 @@ def check(call: Call) -> None:
         assert any(name in str(failed) for name in names), f"names no argument: {failed}"
         return
     assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
-    # Rows of very few columns have statistics that amplify a rounding beyond any bound; so do few values a channel.
+    # Statistics of rows with few columns, and of channels with few values, amplify a rounding beyond any bound.
     amplified = call.columns < 5 or call.function in CHANNELS
     if call.nonsense or call.special or amplified:
         return
@@ -80,11 +80,11 @@ def check(call: Call) -> None:
             continue
         true, theirs, ours = (t[name].double() for t in (truth, expected, found))
         inside = true.abs() < torch.finfo(value.dtype).max / 16
-        # What is computed from bfloat16 and float16 need be no better than these, whatever it is returned in.
+        # Results are as exact as the coarsest dtype among the result and the operands.
         coarsest = max(torch.finfo(t.dtype).eps for t in (value, *call.tensors().values()))
         ulp = coarsest * (1 + true[inside].abs().amax() if inside.any() else 1)
         if value.dtype == torch.float64:
-            # The reference is the truth; its own error is some roundings more.
+            # The truth is the reference itself in the same precision, so more roundings are allowed.
             ulp *= 64
         allowed = 4 * torch.where(inside, theirs - true, 0).abs().amax() + 4 * ulp
         worst = torch.where(inside, ours - true, 0).abs().amax()

@@ -1,4 +1,4 @@
-"""What is particular to the gated linear units: layouts in memory, torch's own module, and errors."""
+"""Gated linear units: packed layouts, strides, limits and offsets, torch's own module, and errors."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("columns", [1, 2, 7, 33, 128, 2100])
-def test_packed_is_the_two_halves(layout: str, columns: int, backend: str) -> None:
+def test_packed_equals_the_two_halves(layout: str, columns: int, backend: str) -> None:
     packed = randn(3, 5, 2 * columns)
     ours = F.packed_glu(packed, layout=layout)
     gate, value = unpack(packed, layout)
@@ -42,15 +42,15 @@ def test_the_module_is_torchs(dim: int) -> None:
 
 
 def test_halves_of_one_product_are_not_copied(backend: str) -> None:
-    """Two views of one tensor keep that tensor, and each is read where it lies."""
+    """Two views of one tensor keep this tensor, and are read without a copy."""
     product = randn(4, 3, 64).detach()
     gate, value = (half.requires_grad_() for half in product.chunk(2, -1))
     assert saved_bytes(F.glu, gate, value) == product.nbytes
     torch.testing.assert_close(F.glu(gate, value), torch.nn.functional.silu(gate) * value)
 
 
-def test_a_view_that_only_begins_one_element_later_is_not_taken_for_interleaved(backend: str) -> None:
-    """Rows of one tensor, shifted by one element against each other."""
+def test_views_that_overlap_are_not_taken_for_interleaved(backend: str) -> None:
+    """Gate and value are views of one tensor at offsets that differ by one element."""
     wide = randn(3, 65).detach()
     gate, value = wide[:, :64], wide[:, 1:]
     torch.testing.assert_close(F.glu(gate, value), torch.nn.functional.silu(gate) * value)
@@ -66,7 +66,7 @@ EXPANDED = {
 
 
 @pytest.mark.parametrize("expanded", EXPANDED)
-def test_the_output_lies_as_torchs_where_the_input_is_expanded(expanded: str, backend: str) -> None:
+def test_outputs_of_expanded_inputs_have_torchs_strides(expanded: str, backend: str) -> None:
     input, dim = EXPANDED[expanded]
     found, expected = nn.GLU(dim)(input), torch.nn.GLU(dim)(input)
     assert found.stride() == expected.stride()
@@ -75,13 +75,13 @@ def test_the_output_lies_as_torchs_where_the_input_is_expanded(expanded: str, ba
 
 
 def limited(gate: torch.Tensor, value: torch.Tensor, limit: float) -> torch.Tensor:
-    """As in GPT-OSS."""
+    """The limited gate of GPT-OSS."""
     gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
     return (value + 1) * (gate * torch.sigmoid(1.702 * gate))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_limits_are_torchs_clamps_at_the_limits_too(layout: str, backend: str) -> None:
+def test_limits_equal_torchs_clamp_also_at_the_limits(layout: str, backend: str) -> None:
     edges = torch.tensor([-7.5, -7.0, -0.5, 0.0, 3.0, 7.0, 7.5, float("inf")], device=DEVICE)
     gate, value = edges.repeat_interleave(8), edges.repeat(8)
     pair = [value, gate] if layout == "value_first" else [gate, value]
@@ -103,7 +103,7 @@ CHOICES = ({}, {"limit": 0.5}, {"limit": 0.25}, {"offset": 1.0}, {"offset": -2.0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_limit_and_offset_count_each_by_itself_in_calls_of_one_shape(layout: str, backend: str) -> None:
+def test_limit_and_offset_are_read_at_each_call_of_one_shape(layout: str, backend: str) -> None:
     packed = randn(4, 16)
     gate, value = (part.detach().clone().requires_grad_() for part in unpack(packed, layout))
     g = torch.randn_like(gate)
@@ -121,7 +121,7 @@ def test_limit_and_offset_count_each_by_itself_in_calls_of_one_shape(layout: str
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_module_has_limits_in_every_dimension(layout: str, dim: int) -> None:
+def test_the_module_applies_limits_along_every_dimension(layout: str, dim: int) -> None:
     options = {"activation": "quick_gelu", "limit": 0.5, "offset": 1.0}
     module = nn.GLU(dim, layout=layout, **options)
     for x in (randn(4, 6, 8), randn(4, 6, 1).expand(4, 6, 8), randn(8, 6, 4).transpose(0, 2)):
@@ -131,13 +131,13 @@ def test_the_module_has_limits_in_every_dimension(layout: str, dim: int) -> None
     assert repr(module).endswith(", limit=0.5, offset=1.0)")
 
 
-def test_nan_passes_the_limits(backend: str) -> None:
+def test_limits_propagate_nan(backend: str) -> None:
     nan, one = torch.tensor([float("nan"), 1.0], device=DEVICE).repeat(8, 1).unbind(1)
     for gate, value in ((nan, one), (one, nan)):
         assert F.glu(gate.contiguous(), value.contiguous(), limit=7.0).isnan().all()
 
 
-def test_the_gradient_writes_the_limited_output_again(backend: str) -> None:
+def test_the_gradient_recomputes_the_limited_output(backend: str) -> None:
     packed = randn(3, 14).detach()
     options = glu.PackedOptions("silu", "interleaved", 0.5, 1.0)
     for operands in ((packed,), tuple(part.contiguous() for part in unpack(packed, "interleaved"))):
@@ -174,7 +174,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_answered_by_its_error(case: str) -> None:
+def test_bad_input_is_a_named_error(case: str) -> None:
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()

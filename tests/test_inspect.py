@@ -1,4 +1,4 @@
-"""What is read from kernels' code, on short listings, and what is estimated from it."""
+"""The analysis of kernels' code, on short listings, and the estimates from the analysis."""
 
 import json
 
@@ -22,7 +22,7 @@ from ckpt_kernels.inspect import (
 )
 from ckpt_kernels.inspect.tables import required_work
 
-# A loop with a load, a store and a special function, a slow path behind the end that comes back, and the padding.
+# A loop with a load, a store and a special function, a slow path after the end that jumps back, and padding.
 LISTING = """
 	.target	sm_90a
 	.section	.text.scale,"ax",@progbits
@@ -54,11 +54,11 @@ LISTING = """
 """
 
 
-def test_a_loop_is_what_lies_between_a_branch_back_and_where_it_goes() -> None:
+def test_a_loop_lies_between_a_backward_branch_and_its_target() -> None:
     blocks = sass.parse(LISTING)
     (loop,) = sass.innermost_loops(blocks)
     inside = [one for number in loop for one in blocks[number].instructions]
-    # With the way over the code behind the end, which comes back into the loop.
+    # The slow path after the end jumps back, so it belongs to the loop.
     assert [one.name for one in inside] == [
         *("LDG", "FFMA", "MUFU", "BRA", "STG", "SHFL", "BAR", "ISETP", "BRA", "FADD", "BRA"),
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def test_a_loop_is_what_lies_between_a_branch_back_and_where_it_goes() -> None:
     assert (counts.loaded, counts.stored, counts.exchanges, counts.barriers) == (16, 8, 1, 1)
 
 
-def test_what_is_never_reached_is_not_counted() -> None:
+def test_unreachable_instructions_are_not_counted() -> None:
     everything = [one for block in sass.parse(LISTING) for one in block.instructions]
     assert len(everything) == 16
     assert "NOP" not in {one.name for one in everything}
@@ -83,7 +83,7 @@ def test_only_the_first_function_is_read() -> None:
     assert len(sass.parse(LISTING + second)) == len(sass.parse(LISTING))
 
 
-def test_of_loops_in_loops_the_innermost() -> None:
+def test_nested_loops_give_the_innermost() -> None:
     code = """
 .text.nested:
         /*0000*/                   MOV R1, RZ ;
@@ -99,14 +99,14 @@ def test_of_loops_in_loops_the_innermost() -> None:
     blocks = sass.parse(code)
     (loop,) = sass.innermost_loops(blocks)
     assert [one.name for number in loop for one in blocks[number].instructions] == ["FADD", "BRA"]
-    # A branch that asks a predicate by its operand may go on, too.
+    # A branch with a predicate as operand may fall through.
     assert blocks[-1].instructions[0].name == "EXIT"
 
 
 def test_copies_to_shared_memory_are_loads() -> None:
     copy = sass.Instruction("LDGSTS.E.BYPASS.128")
     assert sass.count([copy, copy, sass.Instruction("LDS.U16")])[1:4] == (32, 0, 34)
-    # What spills goes to the thread's own memory.
+    # Spilled registers are in local memory.
     assert sass.count([sass.Instruction("LDL.64"), sass.Instruction("STL")])[1:4] == (0, 0, 0)
 
 
@@ -115,7 +115,7 @@ def test_a_listing_without_instructions_is_an_error() -> None:
         sass.parse("nvdisasm: error")
 
 
-# One operand is read twice, its address carried by a loop; a second is written; a third is a single number.
+# One operand is read twice, once by an address that a loop carries; a second is written; a third is one number.
 CODE = """
   tt.func public @kernel(%X: !tt.ptr<bf16> {tt.divisibility = 16 : i32}, %n: i32, %Y: !tt.ptr<f32>, %S: !tt.ptr<i64>) {
     %s = tt.load %S : !tt.ptr<i64>
@@ -143,13 +143,13 @@ def test_accesses_are_known_by_operand() -> None:
     large = [one for one in found if one.operand < 2]
     assert accesses.bytes_once(large) == 128 * 2 + 128 * 4
     assert accesses.bytes_once([*large, large[0]._replace(store=True)]) == accesses.bytes_once(large) + 128 * 2
-    # What is read before a loop is a part of what the loop reads; a second loop is a second pass.
+    # The read before the loop is a part of the loop's reads; a second loop is a second pass.
     assert accesses.passes(large) == {0: 1} and accesses.bytes_again(large) == 0
     again = [*large, accesses.Access(0, 128, 2, False, loop=2)]
     assert accesses.passes(again) == {0: 2} and accesses.bytes_again(again) == 128 * 2
 
 
-def test_work_is_that_of_the_loop_for_the_elements_that_there_are() -> None:
+def test_work_is_counted_per_element_of_the_loop() -> None:
     from ckpt_kernels.backends.triton import launch
 
     x, y = (torch.empty(64, 48, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32))
@@ -163,7 +163,7 @@ def test_work_is_that_of_the_loop_for_the_elements_that_there_are() -> None:
     assert (stores.instructions, stores.loaded, stores.stored) == (11, 0, 8)
 
 
-# A copy in bfloat16: enough programs, next to no instructions.
+# A copy in bfloat16, with many programs and few instructions.
 COPY = Work(
     steady=3.0, instructions=3.0, fp32=0.0, integer=1.0, special=0.0, load_store=0.25, moved=4.0, memory=4.0, again=0.0,
     passes=1, elements=2048.0, reads=4096.0, programs=16, warps=4, stages=1, exchanges=0, barriers=0,
@@ -187,7 +187,7 @@ def test_a_copy_is_bound_by_memory() -> None:
         ({"again": 8.0}, "cache", H200.cache / H200.copy / 3),
     ],
 )
-def test_what_allows_least_binds(change: dict[str, float], binds: str, limit: float) -> None:
+def test_the_lowest_limit_binds(change: dict[str, float], binds: str, limit: float) -> None:
     found = estimate(COPY._replace(**change), H200)
     assert found.binds == binds and found.limits[binds] == pytest.approx(limit)
     assert 0.9 * limit < found.share <= limit + 1e-9
@@ -196,18 +196,18 @@ def test_what_allows_least_binds(change: dict[str, float], binds: str, limit: fl
 def test_one_small_program_waits_for_memory() -> None:
     found = estimate(COPY._replace(programs=1), H200)
     assert found.binds == "latency" and found.share < 0.4
-    # With loads of two further steps in flight it waits less.
+    # With the loads of two further steps in flight, the program waits less.
     assert found.share < estimate(COPY._replace(programs=1, stages=3), H200).share
     assert estimate(COPY._replace(stages=3), H200).in_flight == 2 * estimate(COPY, H200).in_flight
     for waited_for in ("exchanges", "barriers"):
         assert estimate(COPY._replace(programs=1, **{waited_for: 9}), H200).share < found.share
 
 
-def test_a_queue_comes_round_as_operational_analysis_has_it() -> None:
-    # One customer never waits for others; very many keep the slowest station busy.
+def test_rates_of_a_closed_queueing_network() -> None:
+    # One customer never waits for others; many customers keep the slowest station busy.
     assert roofline._rate(1, 10.0, 3.0, 5.0) == pytest.approx(1 / 18)
     assert roofline._rate(500, 10.0, 3.0, 5.0) == pytest.approx(1 / 5)
-    # Two customers, one station, no delay: it is always busy.
+    # With two customers, one station and no delay, the station is always busy.
     assert roofline._rate(2, 0.0, 4.0) == pytest.approx(1 / 4)
 
 
@@ -215,7 +215,7 @@ def kernel(name: str, work: Work | None, dtype: str = "bf16") -> Usage:
     return Usage(name, dtype, 64, 4, 32, 0, 0, 0, (16,), 100, 3.0, 3, 0.5, work)
 
 
-def test_the_worst_come_first_and_those_below_target_are_told() -> None:
+def test_the_worst_kernels_come_first_and_those_below_target_are_named() -> None:
     slow = kernel("slow forward", COPY._replace(instructions=62.0))
     usages = [kernel("fast forward", COPY), slow, kernel("slow too", slow.work, "fp32")]
     assert below_target(usages, "sm_90") == [slow]
@@ -224,7 +224,7 @@ def test_the_worst_come_first_and_those_below_target_are_told() -> None:
     assert first.startswith("slow") and second.startswith("slow") and "fast" not in text
     assert "H100" in head and "H200" in head and "B200" not in head
     assert "1 of 2 kernels in bfloat16 are below target on a H200" in text
-    # Every column is explained, or a machine's, or a pipe's, or what a kernel is called by.
+    # Every column is explained, or names a machine, a pipe, or a property of the kernel.
     for column in head.split():
         named = ("kernel", "columns", "dtype", "H100", "H200", "fp32", "integer", "special", "load/store")
         assert column in named or f"{column}: " in text or f"{column}, " in text, column
@@ -243,14 +243,14 @@ def test_targets_are_by_direction() -> None:
     assert roofline.target("glu backward") == roofline.target("group_norm+silu backward, plane sums") == 0.88
 
 
-def test_what_is_not_known_is_an_error() -> None:
+def test_unknown_work_and_machines_are_errors() -> None:
     with pytest.raises(ValueError, match="the work of 'k' is not known"):
         required_work(kernel("k", None))
     with pytest.raises(ValueError, match="arch is 'sm_80'; expected one of a known machine: sm_100, sm_90"):
         worst([kernel("k", COPY)], "sm_80", 1)
 
 
-def test_occupancy_counts_the_shared_memory_that_a_launch_is_given() -> None:
+def test_occupancy_counts_the_shared_memory_of_a_launch() -> None:
     from ckpt_kernels.inspect.kernels import PROCESSORS
 
     processor = PROCESSORS["sm_90"]
@@ -263,7 +263,7 @@ def test_every_kernel_of_the_catalogue_is_inspected() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from ckpt_kernels.inspect.variants import block_operands, launches, variants
 
-    # Rows that a program holds at once, and longer ones.
+    # Rows that a program holds at once, and longer rows.
     inspected = {one.launch.kernel.fn.__name__ for columns in (64, 32768) for one in variants(columns, torch.float32)}
     launched = {
         one.kernel.fn.__name__
@@ -274,14 +274,14 @@ def test_every_kernel_of_the_catalogue_is_inspected() -> None:
     assert launched <= inspected and len(launched) > 10
 
 
-def test_launches_are_recorded_only_where_that_is_asked_for() -> None:
+def test_launches_are_recorded_only_within_the_context() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from ckpt_kernels.backends.triton import launch
     from ckpt_kernels.inspect.variants import block_operands, launches
 
     operands = block_operands("layer_norm", 64, torch.float32)
     assert [len(launched) for launched in launches(BY_NAME["layer_norm"].call, operands).values()] == [1, 1]
-    # Tensors without memory, as of a model that is built on the meta device, go to the reference.
+    # The reference serves tensors without memory, such as those of a model on the meta device.
     with launch.recording() as launched:
         BY_NAME["layer_norm"].call(**operands)
     assert not launched
@@ -315,7 +315,7 @@ def test_variants_are_named_by_pass_and_have_the_columns_of_their_kernels() -> N
     every = list(variants(64, torch.bfloat16))
     found = {one.name: one for one in every}
     assert len(found) == len(every) and all(one.elements == ROWS * 64 for one in every)
-    # Contiguous operands without anything for each row or column are one row.
+    # Contiguous operands of a block without operands by row or column are viewed as one row.
     flat = ("glu (silu) forward", "glu (silu) backward", "glu (silu) backward and output")
     flat += ("bias_act (gelu) backward and output",)
     assert {name: one.columns for name, one in found.items()} == {

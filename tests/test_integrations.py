@@ -1,4 +1,4 @@
-"""One flag in trainers: what the flag may be, and each framework that is installed, trained with it and without."""
+"""The flag `recompute` of the integrations: accepted values, and training with and without it in each framework."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ VOCABULARY, BATCH, TOKENS = 32, 2, 16
 
 @pytest.fixture(scope="module")
 def gpt() -> nn.Module:
-    """In float64, so that what is trained twice may be held against each other to many digits."""
+    """A small GPT-2 in float64, so that two trainings agree to many digits."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_positions=TOKENS, n_embd=16, n_layer=2, n_head=2, use_cache=False,
@@ -51,28 +51,28 @@ class TestTheFlag:
     def test_budgets(self, budget: Any) -> None:
         assert parsed(budget) == Planned(budget)
 
-    def test_a_mapping_and_what_is_parsed_already(self) -> None:
+    def test_mappings_and_parsed_values(self) -> None:
         assert parsed({"layers.*": "all"}) == {"layers.*": "all"}
         assert parsed(parsed(0.5)) == Planned(0.5)
 
     @pytest.mark.parametrize("wrong", ["outputs", "", "12 parsecs", "1.5", 0, -1.0, float("nan"), "plan.yaml"])
-    def test_what_is_unknown_is_refused(self, wrong: Any) -> None:
+    def test_unknown_values_are_an_error(self, wrong: Any) -> None:
         with pytest.raises(ValueError, match=r"recompute is .*; expected a level \(block, output, all, layer\)"):
             parsed(wrong)
 
     @pytest.mark.parametrize("wrong", [None, True, ["output"]])
-    def test_what_is_of_another_type_is_refused(self, wrong: Any) -> None:
+    def test_values_of_another_type_are_an_error(self, wrong: Any) -> None:
         with pytest.raises(TypeError, match=r"recompute is .+, of type \w+; expected a level"):
             parsed(wrong)
 
-    def test_a_file_that_is_not_there_or_no_plan(self, tmp_path: pathlib.Path) -> None:
+    def test_missing_files_and_files_without_a_plan(self, tmp_path: pathlib.Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"recompute is .*, and there is no such file; expected a level"):
             parsed(str(tmp_path / "plan.json"))
         (tmp_path / "other.json").write_text("{}")
         with pytest.raises(ValueError, match="holds no plan"):
             parsed(tmp_path / "other.json")
 
-    def test_a_budget_and_the_plan_that_is_saved(self, tmp_path: pathlib.Path) -> None:
+    def test_budgets_and_saved_plans(self, tmp_path: pathlib.Path) -> None:
         model, x = blocks(), torch.randn(2, 8, 16)
         with pytest.raises(ValueError, match=r"recompute is 0\.9, a budget, and inputs is None"):
             converted(model, 0.9)
@@ -93,13 +93,13 @@ class TestTheFlag:
                 converted(blocks(), recompute, logits="head")
             with pytest.raises(ValueError, match="tiles is 0"):
                 converted(blocks(), recompute, tiles=0)
-            # What a plan leaves as it is depends on what was measured.
+            # A plan may leave all layers unconverted, depending on the measurements.
             assert converted(blocks(), recompute, tiles=2).replaced or recompute is made
         with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
             converted(blocks(), 0.9, inputs=x, logits="head")
         left = dataclasses.replace(made, whole="none")
         assert not left.apply(blocks()).replaced
-        # A plan that finds eager the fastest does not undo what is asked for beside it.
+        # A plan that chooses eager does not undo other options.
         assert left.apply(blocks(), tiles=2).replaced
         with pytest.raises(ValueError, match="logits names 'head', which fits no module"):
             left.apply(blocks(), logits="head")
@@ -117,7 +117,7 @@ class TestTheFlag:
         first, (second, third) = _moved_to({"x": x, "rest": [x, ("y", 3)]}, device).values()
         assert (first.device, second.device, third) == (device, device, ("y", 3))
 
-    def test_no_framework_is_imported_unasked(self) -> None:
+    def test_no_framework_is_imported_with_the_package(self) -> None:
         code = (
             "import sys, ckpt_kernels, ckpt_kernels.integrations.common\n"
             "print({'transformers', 'accelerate', 'lightning', 'pytorch_lightning', 'axolotl', 'torchtitan'}"
@@ -134,7 +134,7 @@ class TestTransformers:
         pytest.importorskip("accelerate")
 
         def run(*callbacks: Any, late: Any = None, losses: Any = None, **options: Any) -> nn.Module:
-            # Autocast leaves float64 as it is.
+            # Autocast does not cast float64.
             model = copy.deepcopy(gpt).to(torch.float32 if "bf16" in options else torch.float64)
             if losses is not None:
                 model.register_forward_hook(lambda module, args, output: losses.append(output.loss.item()))
@@ -173,7 +173,7 @@ class TestTransformers:
         same_weights(eager, ours)
 
     def test_under_autocast_the_forward_is_converted_before_it_is_wrapped(self, train: Callable) -> None:
-        """The forward that the Trainer calls, before each step: it runs under autocast, and what it keeps there."""
+        """Measured before each step: the forward that the Trainer calls runs under autocast, and keeps less."""
         transformers = pytest.importorskip("transformers")
         from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
 
@@ -195,7 +195,7 @@ class TestTransformers:
         train(ours, CheckpointKernelsCallback("output"), bf16=True)
         assert len(ours.kept) == 3 and max(ours.kept) < min(eager.kept)
 
-    def test_what_cannot_work_is_said(self, train: Callable) -> None:
+    def test_invalid_uses_are_named_errors(self, train: Callable) -> None:
         from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
 
         with pytest.raises(RuntimeError, match="expected this callback in the argument callbacks"):
@@ -226,14 +226,14 @@ class TestTransformers:
         ckpt_kernels.revert(model)
         assert type(model.transformer.h[0]) is GPT2Block
 
-    def test_a_level_that_a_layer_alone_cannot_have(self) -> None:
+    def test_the_level_layer_of_a_single_layer_is_an_error(self) -> None:
         pytest.importorskip("transformers")
         from ckpt_kernels.integrations.transformers import patch_mapping
 
         with pytest.raises(ValueError, match="recompute is 'layer'; expected one of block, output, all"):
             patch_mapping(nn.Linear, recompute="layer")
 
-    def test_classes_that_derive_from_a_layer_that_converts_itself_stay(self) -> None:
+    def test_subclasses_of_self_converting_layers_are_unchanged(self) -> None:
         pytest.importorskip("transformers")
         from ckpt_kernels.integrations.transformers import patch_mapping
 
@@ -241,7 +241,7 @@ class TestTransformers:
         derived = type("Derived", (made,), {})
         assert ckpt_kernels.is_converted(made(4)) and type(derived(4)) is derived
 
-    def test_a_budget_is_planned_with_the_cache_that_steps_have(self) -> None:
+    def test_a_budget_is_planned_without_a_cache_like_the_steps(self) -> None:
         pytest.importorskip("transformers")
         from ckpt_kernels.integrations.transformers import CheckpointKernelsCallback
 
@@ -277,7 +277,7 @@ class TestTransformers:
             trainer.train()
             return trainer.model
 
-        # A budget: TRL's arguments have the length of a step.
+        # A budget needs no inputs here, because TRL's arguments have the length of a step.
         callback = CheckpointKernelsCallback(0.9)
         eager, ours = run(), run(callback)
         same_weights(eager, ours)
@@ -286,7 +286,7 @@ class TestTransformers:
 
 
 def _tokenizer() -> Any:
-    """Of the numbers themselves."""
+    """A tokenizer whose words are the token ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""accelerate, diffusers' training loop, Lightning, axolotl and torchtitan: each with the real package where it is."""
+"""accelerate, diffusers' training loop, Lightning, axolotl and torchtitan, with the real packages if installed."""
 
 import copy
 import dataclasses
@@ -48,7 +48,7 @@ class TestAccelerate:
         assert saved_bytes(ours, batches()[0]) < saved_bytes(eager, batches()[0])
 
     def test_the_loop_of_a_script_of_diffusers(self) -> None:
-        """A UNet, a scheduler's noise, and an average of the weights, as these scripts go."""
+        """A UNet, a scheduler's noise, and an average of the weights, as in these scripts."""
         accelerate = pytest.importorskip("accelerate")
         diffusers = pytest.importorskip("diffusers")
         from diffusers.training_utils import EMAModel
@@ -139,7 +139,7 @@ class TestLightning:
         with pytest.raises(ValueError, match="module is 'net'; expected the name"):
             train("output", module="net")
 
-    def test_lists_are_seen_through(self) -> None:
+    def test_modules_are_found_in_nested_lists(self) -> None:
         pytest.importorskip("pytorch_lightning")
         from ckpt_kernels.integrations.lightning import _called_below
 
@@ -148,7 +148,7 @@ class TestLightning:
 
 
 class TestAxolotl:
-    """Its own manager of plugins and its own merged configuration; the rest of axolotl needs a GPU."""
+    """axolotl's plugin manager and merged configuration; the rest of axolotl needs a GPU."""
 
     def test_the_plugin_of_a_configuration(self) -> None:
         base = pytest.importorskip("axolotl.integrations.base")
@@ -182,7 +182,7 @@ class TestAxolotl:
                     manager.post_model_load(cfg, model)
             found = importlib.import_module(where)._largest(DictDefault(sizes))
             assert found["input_ids"].shape == (2, 16)
-            # What is no budget asks for no sizes.
+            # Levels, unlike budgets, need no sizes.
             with pytest.raises(ValueError, match="tiles is -1"):
                 manager.post_model_load(DictDefault({"ckpt_kernels_recompute": "all", "ckpt_kernels_tiles": -1}), model)
             cfg = DictDefault({"ckpt_kernels_recompute": "all", "ckpt_kernels_logits": "head"})
@@ -200,7 +200,7 @@ class TestTorchtitan:
         return importlib.import_module("ckpt_kernels.integrations.torchtitan")
 
     def test_its_own_container_of_converters(self, module: Any) -> None:
-        """Of version 0.2."""
+        """With version 0.2."""
         converters = pytest.importorskip("torchtitan.protocols.model_converter")
         converters.register_model_converter(module.converter("output"), "ckpt_kernels")
         try:
@@ -219,7 +219,7 @@ class TestTorchtitan:
 
     @pytest.mark.parametrize("real", [True, False])
     def test_a_specification(self, module: Any, real: bool) -> None:
-        """Of version 0.3, and a class of the same fields where that is not installed."""
+        """With version 0.3, or a class with the same fields if this version is not installed."""
 
         @dataclasses.dataclass
         class ModelSpec:
@@ -244,7 +244,7 @@ class TestTorchtitan:
             with pytest.raises(ValueError, match=message):
                 module.with_conversion(spec, "all", **options).parallelize_fn(blocks(), degree=3)
 
-    def test_a_budget_is_refused(self, module: Any) -> None:
+    def test_a_budget_is_an_error(self, module: Any) -> None:
         for make in (module.converter, lambda recompute: module.with_conversion(None, recompute)):
             with pytest.raises(ValueError, match=r"recompute is 0\.5, a budget"):
                 make(0.5)

@@ -1,4 +1,4 @@
-"""`recompute.layer`: what a layer keeps, what runs again in its backward pass, and that numbers are the same bits."""
+"""`recompute.layer`: the tensors that a layer keeps, the ops that its backward pass runs again, and equal gradients."""
 
 import contextlib
 import gc
@@ -26,7 +26,7 @@ PRODUCTS = ("mm", "addmm", "linear")
 
 
 class Layer(nn.Module):
-    """A transformer's, with the norm before what it is for, after it, or both."""
+    """A transformer layer with norms before ("pre") or after ("post") attention and MLP, or both ("sandwich")."""
 
     def __init__(self, norms: str = "pre", fused: bool = True, causal: bool = True) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Layer(nn.Module):
         self.register_buffer("sin", angles.sin())
 
     def attention(self, x: Tensor) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        q, k, v = (linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         q, k = F.rotary_qk(q, k, self.cos, self.sin, rotary_dim=WIDTH // HEADS)
         return self.o(TF.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(-2))
 
@@ -78,49 +78,47 @@ OPTIONS: list[dict[str, Any]] = [{}, {"fused": False}, {"norms": "post"}, {"norm
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_same_bits(options: dict[str, Any]) -> None:
+def test_layer_gradients_equal_eager(options: dict[str, Any]) -> None:
     model, x = made(**options)
     assert_same_bits(gradients(layer(model), model, x), gradients(model, model, x))
 
 
-def numbers(model: Layer) -> int:
-    """Bytes of what a layer keeps beside tensors: rstd of two norms, what attention has of each head, tables, and
-    copies of the biases of products that run again."""
+def small_tensors(model: Layer) -> int:
+    """Bytes of the small tensors that a layer keeps: rstd of two norms, attention's logsumexp for each head, rotary
+    tables, and copies of the biases of products that run again."""
     return (2 + HEADS) * 2 * TOKENS * 4 + 4 * WIDTH * 4 + model.cos.nbytes + model.sin.nbytes
 
 
-def test_what_a_layer_keeps() -> None:
-    """Its input and attention's result."""
+def test_layer_keeps_input_and_attention_output() -> None:
     model, x = made()
-    assert saved_bytes(layer(model), x) == 2 * x.nbytes + numbers(model)
+    assert saved_bytes(layer(model), x) == 2 * x.nbytes + small_tensors(model)
 
 
-def test_what_layers_keep() -> None:
-    """As many times that as there are layers, and nothing between them."""
+def test_stacked_layers_keep_nothing_more() -> None:
     models = [made()[0] for _ in range(3)]
 
     def stack(x: Tensor) -> Tensor:
-        for each in models:
-            x = layer(each)(x)
+        for model in models:
+            x = layer(model)(x)
         return x
 
     _, x = made()
-    assert saved_bytes(stack, x) == 3 * (2 * x.nbytes + numbers(models[0]))
+    assert saved_bytes(stack, x) == 3 * (2 * x.nbytes + small_tensors(models[0]))
 
 
 @pytest.mark.parametrize(
     ("options", "sums"), [({"fused": False}, 1), ({"norms": "post"}, 1), ({"norms": "sandwich"}, 1)]
 )
 def test_plain_sums_are_kept(options: dict[str, Any], sums: int) -> None:
-    """Nothing proves of them that what they are of was not written to, but of those of what norms made. Products that
-    norms read run again."""
+    """Only the operands that norms made are known to be unwritten, so other sums are kept. Products that norms read run
+    again."""
     model, x = made(**options)
-    assert saved_bytes(layer(model), x) <= (2 + sums + 0.5) * x.nbytes + 2 * numbers(model)
+    assert saved_bytes(layer(model), x) <= (2 + sums + 0.5) * x.nbytes + 2 * small_tensors(model)
     assert saved_bytes(layer(model), x) < 0.55 * saved_bytes(model, x)
 
 
 class Post(nn.Module):
-    """Norms of torch's layers after the sums, as in BERT, converted; and attention's output copied for its product."""
+    """A converted layer with norms after the sums, as in BERT, and a copy of attention's output before the product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,15 +126,15 @@ class Post(nn.Module):
         self.first, self.second = ours.LayerNorm(WIDTH), ours.LayerNorm(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        q, k, v = (linear(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         attended = TF.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         x, total = F.add_layer_norm(self.o(attended.clone().flatten(-2)), x, WIDTH, self.first.weight, self.first.bias)
         hidden = F.bias_act(self.up(x), activation="gelu")
         return F.add_layer_norm(self.down(hidden), x, WIDTH, self.second.weight, self.second.bias)[0]
 
 
-def test_no_recipe_leads_from_layer_to_layer() -> None:
-    """With norms last, each layer keeps what the first does."""
+def test_recipes_end_at_layer_boundaries() -> None:
+    """With norms last, each layer keeps as much as the first."""
     torch.manual_seed(0)
     model = nn.ModuleList(Post() for _ in range(4)).to(DEVICE)
     x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
@@ -144,23 +142,22 @@ def test_no_recipe_leads_from_layer_to_layer() -> None:
     def run(count: int, around: Callable[..., Any] = layer) -> Tensor:
         y = x
         with discard_outputs(model, products=True) if around is layer else contextlib.nullcontext():
-            for each in model[:count]:
-                y = around(each)(y)
+            for block in model[:count]:
+                y = around(block)(y)
             return y
 
     kept = [saved_bytes(run, count, parameters_of=model) for count in (2, 4)]
-    # What comes into a layer and attention's output; statistics, and the biases that are copied.
+    # The layer's input and attention's output; the rest is statistics and copies of biases.
     assert (kept[1] - kept[0]) / 2 <= 2.5 * x.nbytes
-    wanted = [x, *model.parameters()]
+    sources = [x, *model.parameters()]
     found, expected = (
-        torch.autograd.grad(run(4, around).square().mean(), wanted, allow_unused=True)
+        torch.autograd.grad(run(4, around).square().mean(), sources, allow_unused=True)
         for around in (layer, lambda module: module)
     )
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
 
 
-def test_operands_by_name() -> None:
-    """And results in a dict: both are edges of a layer."""
+def test_keyword_arguments_and_dict_results_are_boundaries() -> None:
     model, x = made()
 
     def forward(*, hidden: Tensor) -> dict[str, list[Tensor]]:
@@ -171,38 +168,39 @@ def test_operands_by_name() -> None:
             x = layer(forward)(hidden=x)["hidden"][0]
         return x
 
-    assert saved_bytes(stack, x) <= 2 * (2 * x.nbytes + numbers(model))
+    assert saved_bytes(stack, x) <= 2 * (2 * x.nbytes + small_tensors(model))
     assert_same_bits(gradients(stack, model, x), gradients(lambda x: model(model(x)), model, x))
 
 
-class Counts(TorchDispatchMode):
+class OpCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen[func.overloadpacket.__name__] += 1
+        self.counts[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
 
 
-def counted(call: Callable[[Tensor], Tensor], x: Tensor) -> Counter[str]:
+def backward_ops(call: Callable[[Tensor], Tensor], x: Tensor) -> Counter[str]:
+    """The number of calls of each op in the backward pass."""
     output = call(x)
-    with Counts() as counts:
+    with OpCounter() as counter:
         output.sum().backward()
-    return counts.seen
+    return counter.counts
 
 
-def test_what_runs_again() -> None:
-    """Six products of seven, and no attention."""
+def test_backward_runs_products_again_but_not_attention() -> None:
+    """Six of the seven products run again."""
     model, x = made()
-    plain, again = counted(model, x), counted(layer(model), x)
-    products = [sum(counts[name] for name in PRODUCTS) for counts in (plain, again)]
-    # "all" has run gate and value again in both.
+    plain, recomputed = backward_ops(model, x), backward_ops(layer(model), x)
+    products = [sum(counts[name] for name in PRODUCTS) for counts in (plain, recomputed)]
+    # The MLP's level "all" runs gate and value again in both.
     assert products[1] - products[0] == 4
-    assert not [name for name in again if "attention" in name and "backward" not in name]
+    assert not [name for name in recomputed if "attention" in name and "backward" not in name]
 
 
-def test_attention_that_is_written_out() -> None:
+def test_attention_as_explicit_matmuls() -> None:
     model, x = made()
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -214,8 +212,8 @@ def test_attention_that_is_written_out() -> None:
         assert saved_bytes(layer(model), x) < saved_bytes(model, x)
 
 
-def test_what_is_written_to_in_between() -> None:
-    """The layer's input, after it, and its output."""
+def test_in_place_writes_to_input_and_output() -> None:
+    """A write to the output is harmless; a write to the layer's input after the call is torch's own error."""
     model, x = made()
 
     def writes(x: Tensor) -> Tensor:
@@ -240,7 +238,7 @@ def test_what_is_written_to_in_between() -> None:
 
 
 @pytest.mark.parametrize("around", ["layer", "discard", "checkpoint", "frozen", "no gradient of x", "twice"])
-def test_within_others(around: str) -> None:
+def test_layer_composes_with(around: str) -> None:
     model, x = made()
     call: Callable[[Tensor], Tensor] = layer(model)
     plain: Callable[[Tensor], Tensor] = model
@@ -271,7 +269,7 @@ def test_within_others(around: str) -> None:
 
 
 def other_forwards() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """What a layer may do beside what transformers do, and its operands."""
+    """Forwards of layers that are no transformers, with their operands."""
     torch.manual_seed(0)
     lin, other = nn.Linear(WIDTH, WIDTH).to(DEVICE), nn.Linear(WIDTH, WIDTH).to(DEVICE)
     x = torch.randn(16, WIDTH, device=DEVICE).requires_grad_()
@@ -306,21 +304,19 @@ def other_forwards() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
 
 
 @pytest.mark.parametrize("name", ["drops", "parts", "writes", "picks"])
-def test_other_layers(name: str) -> None:
-    """The same bits, of what no transformer does."""
+def test_other_layers_gradients_equal_eager(name: str) -> None:
     forward, operands = other_forwards()[name]
     expected = torch.autograd.grad(forward(*operands).square().sum(), operands)
     with pytest.MonkeyPatch.context() as patch:
         if name in ("parts", "writes"):
-            # They have their layer within; as it is, without.
+            # These call `layer` themselves; the expected gradients are without a layer.
             patch.setitem(globals(), "layer", lambda function: function)
             expected = torch.autograd.grad(forward(*operands).square().sum(), operands)
     found = torch.autograd.grad(layer(forward)(*operands).square().sum(), operands)
     assert torch.equal(*found, *expected)
 
 
-def test_an_error_ends_the_layer() -> None:
-    """What follows in the same context keeps its products."""
+def test_products_after_an_error_in_a_layer_are_kept() -> None:
     lin, other = nn.Linear(WIDTH, WIDTH).to(DEVICE), nn.Linear(WIDTH, WIDTH).to(DEVICE)
     x = torch.randn(16, WIDTH, device=DEVICE).requires_grad_()
 
@@ -336,8 +332,7 @@ def test_an_error_ends_the_layer() -> None:
     assert kept[0] == kept[1]
 
 
-def test_an_error_within() -> None:
-    """Leaves nothing behind: what follows keeps what it kept."""
+def test_an_error_in_a_layer_changes_no_later_call() -> None:
     model, x = made()
 
     def fails(x: Tensor) -> Tensor:
@@ -365,19 +360,18 @@ def test_second_gradients() -> None:
     torch.testing.assert_close(second(layer(model)), second(model), rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_held_longer() -> None:
-    """Neither what goes in nor what comes out, once the graph is gone."""
+def test_input_and_output_are_freed_with_the_graph() -> None:
     model, x = made()
     start = x * 1
     output = layer(model)(start)
-    seen = [weakref.ref(start), weakref.ref(output)]
+    references = [weakref.ref(start), weakref.ref(output)]
     output.sum().backward()
     del start, output
     gc.collect()
-    assert [each() for each in seen] == [None, None]
+    assert [reference() for reference in references] == [None, None]
 
 
-def test_compiled() -> None:
+def test_compiled_layer_gradients() -> None:
     model, x = made()
     expected = gradients(model, model, x)
     found = gradients(torch.compile(layer(model), backend="aot_eager"), model, x)

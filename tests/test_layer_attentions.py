@@ -1,4 +1,4 @@
-"""Attentions that are somebody's `autograd.Function` or custom op: a layer keeps the output that they save, once."""
+"""Attention as a user's `autograd.Function` or custom op: a layer keeps the output that the op saves, once."""
 
 import contextlib
 import importlib
@@ -13,11 +13,11 @@ from ckpt_kernels.memory import saved_bytes
 from ckpt_kernels.recompute import layer
 
 from .conftest import DEVICE
-from .test_layer import HEADS, TOKENS, assert_same_bits, counted, gradients, made
+from .test_layer import HEADS, TOKENS, assert_same_bits, backward_ops, gradients, made
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and the logarithm of what each row of the weights was divided by."""
+    """The output, and the logsumexp of each row of scores."""
     scores = q @ k.transpose(-1, -2)
     total = scores.logsumexp(-1, keepdim=True)
     return (scores - total).exp() @ v, total
@@ -43,7 +43,7 @@ class Attention(torch.autograd.Function):
 
 
 class Second(Attention):
-    """The output is the second."""
+    """Returns attention's output as the second output."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -58,7 +58,7 @@ class Second(Attention):
 
 
 class Another(Attention):
-    """Saves a copy of the output, and what has the output's shape."""
+    """Saves a copy of the output."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ custom.register_autograd(_backward, setup_context=_set_up)
 
 
 def written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention, and a write to its output, which its gradient needs."""
+    """Attention, followed by a write to the output, which the backward pass needs."""
     out = Attention.apply(q, k, v)
     with torch.no_grad():
         out.mul_(2)
@@ -100,8 +100,8 @@ ATTENTIONS = {
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_what_a_layer_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its input and attention's output; not the copy that the product reads, for which heads are put side by side."""
+def test_layer_keeps_input_and_attention_output(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy with heads side by side, which the output product reads, is not kept."""
     attention, most = ATTENTIONS[name]
     monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v))
     model, x = made()
@@ -111,14 +111,13 @@ def test_what_a_layer_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_attention_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its products as many run in the backward pass as without."""
+    """The backward pass runs as many of attention's products as without a layer."""
     monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: Attention.apply(q, k, v))
     model, x = made()
-    assert counted(layer(model), x)["bmm"] == counted(model, x)["bmm"] > 0
+    assert backward_ops(layer(model), x)["bmm"] == backward_ops(model, x)["bmm"] > 0
 
 
-def test_a_write_to_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is the error that it is without a layer."""
+def test_a_write_to_the_output_is_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: written_to(q, k, v))
     model, x = made()
     for call in (model, layer(model)):
@@ -127,8 +126,8 @@ def test_a_write_to_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     assert x.device.type == DEVICE
 
 
-def test_a_write_to_the_output_that_a_product_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The product's own gradient is that of what it read."""
+def test_a_product_reads_the_written_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the product's weight is from the values that the product read."""
     monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: written_to(q, k, v))
     model, x = made()
     found, expected = (torch.autograd.grad(call(x).sum(), model.o.weight) for call in (layer(model), model))
@@ -136,12 +135,12 @@ def test_a_write_to_the_output_that_a_product_reads(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("around", ["attention", "layer"])
-def test_what_somebodys_hooks_packed_is_not_asked_for(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the backward pass: they may move tensors to another place, or give them once."""
-    asked: list[int] = []
+def test_users_hooks_unpack_only_in_the_backward_pass(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users' saved-tensor hooks may move tensors to another device, or return them only once."""
+    unpacked: list[int] = []
 
     def hooks() -> Any:
-        return torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda held: (asked.append(1), *held)[1])
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: (t,), lambda held: (unpacked.append(1), *held)[1])
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         with hooks() if around == "attention" else contextlib.nullcontext():
@@ -151,12 +150,12 @@ def test_what_somebodys_hooks_packed_is_not_asked_for(around: str, monkeypatch: 
     model, x = made()
     with hooks() if around == "layer" else contextlib.nullcontext():
         output = layer(model)(x)
-    assert not asked
+    assert not unpacked
     assert_same_bits(gradients(lambda _: output, model, x), gradients(model, model, x))
 
 
-def test_attention_whose_graph_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a gradient that somebody takes within the layer."""
+def test_attention_whose_graph_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that the forward takes frees attention's graph within the layer."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         output = Attention.apply(q, k, v)
@@ -169,12 +168,12 @@ def test_attention_whose_graph_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_bits(list(found), list(expected))
 
 
-def test_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU torch refuses it where a gradient is wanted, though it computes it."""
+def test_layer_keeps_one_output_of_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch rejects flex attention with gradients on a CPU, but computes them without this check."""
     flex = importlib.import_module("torch.nn.attention.flex_attention")
     monkeypatch.setattr(flex, "_validate_device", lambda *operands: None, raising=False)
     monkeypatch.setattr(TF, "scaled_dot_product_attention", lambda q, k, v, **_: flex.flex_attention(q, k, v))
     model, x = made()
     assert_same_bits(gradients(layer(model), model, x), gradients(model, model, x))
-    # A copy of the output would be one more.
+    # A copy of the output would add x.nbytes.
     assert 2 * x.nbytes <= saved_bytes(layer(model), x) < 2.5 * x.nbytes

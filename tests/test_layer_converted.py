@@ -1,4 +1,4 @@
-"""Models converted at "layer": what they keep, and the tensors at the boundaries of their layers."""
+"""Models that are converted at the level "layer": kept tensors, and tensors at the boundaries of layers."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .conftest import DEVICE
 from .test_layer import HEADS, TOKENS, WIDTH, assert_same_bits, gradients
 
 
-class OfTorch(nn.Module):
+class PreNorms(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
@@ -32,8 +32,8 @@ class OfTorch(nn.Module):
         return x + self.second(TF.gelu(self.first(self.norm2(x))))
 
 
-class PostNorms(OfTorch):
-    """Norms of sums."""
+class PostNorms(PreNorms):
+    """The norms read sums."""
 
     def attention(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -48,7 +48,7 @@ class PostNorms(OfTorch):
 
 
 class Sandwich(PostNorms):
-    """Norms before and after, and what is added times a number."""
+    """Norms before and after attention and MLP, and a branch that is multiplied by a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,19 +70,19 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList([kind() for _ in range(3)])
 
     def forward(self, x: Tensor) -> Tensor:
-        for each in self.layers:
-            x = each(x)
+        for module in self.layers:
+            x = module(x)
         return x
 
 
-def of_torch() -> nn.Module:
+def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, 0.0, batch_first=True, norm_first=True)
 
 
-@pytest.mark.parametrize(("kind", "kept"), [(OfTorch, 2.0), (PostNorms, 2.0), (Sandwich, 2.0), (of_torch, 7.0)])
-def test_converted(kind: Callable[[], nn.Module], kept: float) -> None:
-    """The level: every member of a list that norms what it was given is a layer. torch's own attention copies queries,
-    keys and values, and its sums are of what nothing keeps."""
+@pytest.mark.parametrize(("kind", "kept"), [(PreNorms, 2.0), (PostNorms, 2.0), (Sandwich, 2.0), (encoder_layer, 7.0)])
+def test_converted_layers_keep_input_and_attention_output(kind: Callable[[], nn.Module], kept: float) -> None:
+    """Every module of a list that norms its input is a layer. torch's own encoder layer keeps more: its attention
+    copies queries, keys and values, and nothing keeps the operands of its sums."""
     torch.manual_seed(0)
     model = Stack(kind).to(DEVICE)
     x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
@@ -91,19 +91,19 @@ def test_converted(kind: Callable[[], nn.Module], kept: float) -> None:
         ckpt_kernels.convert(model, recompute=level)
         found[level] = gradients(model, model, x)
     assert_same_bits(found["layer"], found["all"])
-    numbers = 2 * TOKENS * 4 * (8 + HEADS) + 10 * WIDTH * 4
-    assert saved_bytes(model, x) <= 3 * (kept * x.nbytes + numbers)
+    small_tensors = 2 * TOKENS * 4 * (8 + HEADS) + 10 * WIDTH * 4
+    assert saved_bytes(model, x) <= 3 * (kept * x.nbytes + small_tensors)
 
 
-class Bottleneck(OfTorch):
-    """An activation of the sum, whose recipe reads the input of the layer."""
+class Bottleneck(PreNorms):
+    """An activation of a sum, whose recipe reads the layer's input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return TF.relu(self.norm2(self.second(TF.relu(self.first(self.norm1(x))))) + x)
 
 
 def test_in_nested_checkpoints() -> None:
-    """The first layer reads a leaf, which the outer checkpoint hands to the inner one as another tensor."""
+    """The first layer reads a leaf, which the outer checkpoint passes to the inner checkpoint as another tensor."""
     torch.manual_seed(0)
     model = Stack(Bottleneck).to(DEVICE)
     x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
@@ -115,10 +115,10 @@ def test_in_nested_checkpoints() -> None:
     assert_same_bits(gradients(nested, model, x), gradients(model, model, x))
 
 
-def test_where_saved_tensors_may_be_written_to() -> None:
-    """Torch keeps the values that were saved, whatever is written later."""
+def test_allow_mutation_on_saved_tensors() -> None:
+    """Within torch's context, gradients are of the saved values, whatever is written later."""
     torch.manual_seed(0)
-    model = Stack(OfTorch).to(DEVICE)
+    model = Stack(PreNorms).to(DEVICE)
     x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
 
     def gradients_of(model: nn.Module) -> list[Tensor]:
@@ -136,7 +136,7 @@ def test_where_saved_tensors_may_be_written_to() -> None:
 
 
 class OfSums(nn.Module):
-    """An activation in the layer, of a sum with the layer's input."""
+    """An activation of a sum with the layer's input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,14 +148,14 @@ class OfSums(nn.Module):
 
 
 class Unsaved(OfSums):
-    """No node saves the input."""
+    """No autograd node saves the layer's input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(TF.silu(self.first(TF.silu(x + 1))))
 
 
 class Forgetful(Stack):
-    """The first layer's input needs no gradient any more when the second layer runs."""
+    """The first layer's input requires no gradient any more when the second layer runs."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layers[0](x)
@@ -164,7 +164,7 @@ class Forgetful(Stack):
 
 
 @pytest.mark.parametrize("is_leaf", [True, False])
-def test_the_input_of_a_layer_is_read_by_recipes(is_leaf: bool) -> None:
+def test_recipes_read_the_input_of_a_layer(is_leaf: bool) -> None:
     x = torch.randn(2, TOKENS, WIDTH, device=DEVICE).requires_grad_()
     kept = {}
     for kind in (OfSums, Unsaved):
@@ -176,7 +176,7 @@ def test_the_input_of_a_layer_is_read_by_recipes(is_leaf: bool) -> None:
     assert kept[Unsaved] == x.nbytes
 
 
-def test_a_layer_input_that_needs_no_gradient_any_more() -> None:
+def test_a_layer_input_that_stops_requiring_a_gradient() -> None:
     torch.manual_seed(0)
     model = Forgetful(OfSums).to(DEVICE)
     x = torch.randn(2, TOKENS, WIDTH, device=DEVICE)
@@ -202,7 +202,7 @@ class Both(torch.autograd.Function):
 
 @pytest.mark.parametrize("is_written", [False, True])
 def test_two_inputs_of_one_node(is_written: bool) -> None:
-    """A write after the sum, which autograd does not see, leaves the gradient of the last weight as it is."""
+    """A write after the sum, which autograd does not see, does not change the gradient of the last weight."""
     torch.manual_seed(0)
     module = OfSums().to(DEVICE)
     ckpt_kernels.convert(module, recompute="block")

@@ -1,4 +1,4 @@
-"""The level "layer" where models write by hand what torch has modules for: linear layers, heads picked by a list."""
+"""The level "layer" for linear layers with a forward of their own, and for heads that are indexed by a list."""
 
 import functools
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from ckpt_kernels.memory import saved_bytes
 
 from .conftest import DEVICE
 from .test_convert_layers import assert_same_bits, at_levels, step
-from .test_layer import counted
+from .test_layer import backward_ops
 
 WIDTH, TOKENS = 32, 24
 
 
 class Linear(nn.Linear):
-    """As Falcon's; `written` says when somebody writes to the product."""
+    """A linear layer as in Falcon. `written` says if the product is written to before or after the bias is added."""
 
     written = ""
 
@@ -36,16 +36,16 @@ class Linear(nn.Linear):
         return output
 
 
-class Called(Linear):
+class Matmul(Linear):
     def forward(self, input: Tensor) -> Tensor:
         return torch.matmul(input, self.weight.T) + self.bias
 
 
-class Before(Linear):
+class WrittenBefore(Linear):
     written = "before"
 
 
-class After(Linear):
+class WrittenAfter(Linear):
     written = "after"
 
 
@@ -65,14 +65,14 @@ def rows() -> Tensor:
 
 
 def kept(model: nn.Module) -> float:
-    """In tensors of the input's size."""
+    """The saved bytes, as a multiple of the input's bytes."""
     x = rows().requires_grad_()
     return saved_bytes(model, x, parameters_of=model) / x.nbytes
 
 
-@pytest.mark.parametrize(("linear", "most"), [(Linear, 1), (Called, 1), (After, 1), (Before, 5)])
+@pytest.mark.parametrize(("linear", "most"), [(Linear, 1), (Matmul, 1), (WrittenAfter, 1), (WrittenBefore, 5)])
 def test_linear_layers_that_add_the_bias_themselves(linear: type[nn.Linear], most: int) -> None:
-    """The layer's input is kept; where somebody wrote to the product before the sum, that too."""
+    """The layer's input is kept; with a write to the product before the sum, the products are kept too."""
     plain, twin = at_levels(lambda: Layer(linear))
     assert_same_bits(step(twin, rows()), step(plain, rows()))
     assert most <= kept(twin) < most + 0.5
@@ -80,18 +80,18 @@ def test_linear_layers_that_add_the_bias_themselves(linear: type[nn.Linear], mos
 
 def test_the_last_product_runs_once() -> None:
     plain, twin = at_levels(lambda: Layer(Linear))
-    before, after = (counted(each, rows().requires_grad_())["mm"] for each in (plain, twin))
+    before, after = (backward_ops(model, rows().requires_grad_())["mm"] for model in (plain, twin))
     assert after == before + 1
 
 
-def test_the_report() -> None:
+def test_report_names_the_linear_layers() -> None:
     report = ckpt_kernels.convert(nn.ModuleList([Layer(Linear), Layer(nn.Linear)]), recompute="all")
     named = [entry.name for entry in report.replaced if entry.by == "recipes of a linear layer's sum"]
     assert named == ["0.up", "0.down"]
 
 
 class Grouped(nn.Module):
-    """Attention of heads in groups, each of two queries, a key and a value, as Falcon's."""
+    """Attention with groups of two queries, a key and a value, as in Falcon."""
 
     def __init__(self, written: bool = False) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Attending(nn.Module):
 
 @pytest.mark.parametrize(("written", "most"), [(False, 2), (True, 3)])
 def test_heads_that_are_picked_by_a_list(written: bool, most: int) -> None:
-    """The input and what attention gives; where somebody wrote to the keys, those too."""
+    """The input and attention's output are kept; with a write to the keys, the keys are kept too."""
     plain, twin = at_levels(lambda: Attending(written))
     assert_same_bits(step(twin, rows()), step(plain, rows()))
     assert most <= kept(twin) < most + 0.5
@@ -189,7 +189,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_such_linear_layer(name: str) -> None:
+def test_other_forwards_are_not_recognised_as_linear(name: str) -> None:
     report = ckpt_kernels.convert(nn.ModuleList([OTHERS[name](), Decorated(WIDTH, WIDTH)]), recompute="all")
     named = [entry.name for entry in report.replaced if entry.by == "recipes of a linear layer's sum"]
     assert named == ["1"]

@@ -1,4 +1,4 @@
-"""Blocks with the linear layers that read them: the contracts, for every pair and level."""
+"""Blocks with linear layers that read them: the contracts, for every pair and recompute level."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def assert_same_bits(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if DEVICE == "cuda" and value.dtype == torch.float32 and name.startswith("grad "):
-            # cuBLAS chooses a product's kernel, and with it the order of its sums, by how the operands lie.
+            # cuBLAS selects the kernel of a product, and the order of the sums, by the operands' strides.
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(found[name], value), name
@@ -37,7 +37,8 @@ def test_error_is_at_most_eagers(pair: Pair, served: tuple) -> None:
 
 
 def has_shapes(backend: str, dtype: torch.dtype, lead: tuple, columns: int) -> bool:
-    """Every shape in float32, one in the others; and a slice where kernels are interpreted."""
+    """Whether this combination is tested: every shape in float32, one in other dtypes; fewer where kernels are
+    interpreted."""
     if (lead, columns) == ((2, 9), 24):
         return True
     return dtype == torch.float32 and (not interprets(backend) or lead == (0,))
@@ -54,7 +55,7 @@ def test_every_level_gives_the_same_bits(pair: Pair, lead: tuple, columns: int, 
         assert_same_bits(with_gradients(pair.at(level), operands), expected)
 
 
-# "all" writes the outputs again by the kernels of "output".
+# "all" recomputes outputs by the kernels of "output", so "all" is enough for emulated kernels.
 @where(lambda backend, level: not emulated(backend) or level == "all")
 @pytest.mark.parametrize("level", DISCARDING_LEVELS)
 @pytest.mark.parametrize("activation", NAMES)
@@ -72,7 +73,7 @@ def test_every_activation_and_dropout(function: str, activation: str, level: str
             y = F.mlp(x, w1, b1, w2, None, activation=activation, dropout_p=0.3, recompute=level)
         else:
             y = F.gated_mlp(x, w1, w1 * 2, w2, b1, activation=activation, dropout_p=0.3, recompute=level)
-        # The last weight's gradient is made of the block's output as it is written again, dropout and all.
+        # The gradient of the last weight reads the recomputed output of the block, including dropout.
         sources = (x, w1, b1) if function == "norm_linear" else (x, w1, b1, w2)
         return y, *torch.autograd.grad(y.sin().sum(), sources)
 
@@ -80,7 +81,7 @@ def test_every_activation_and_dropout(function: str, activation: str, level: str
         assert torch.equal(found, expected)
 
 
-def test_what_is_rounded_before_the_weight_is_so_when_it_is_written_again(backend: str) -> None:
+def test_recomputed_outputs_are_rounded_before_the_weight(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, product = (torch.randn(s, generator=generator).bfloat16().to(DEVICE) for s in ((9, 64), (64,), (8, 64)))
     product.requires_grad_()
@@ -93,7 +94,7 @@ def test_what_is_rounded_before_the_weight_is_so_when_it_is_written_again(backen
     assert torch.equal(*found)
 
 
-# What is kept is decided before a kernel is chosen.
+# Saved tensors do not depend on the kernel, so one dtype is enough for emulated backends.
 @where(lambda backend, dtype: not emulated(backend) or dtype == torch.bfloat16)
 @pytest.mark.parametrize("level", OF_FUNCTIONS)
 @by_pair
@@ -108,14 +109,16 @@ def test_keeps_the_floor(pair: Pair, level: str, served: tuple) -> None:
 @pytest.mark.parametrize("level", DISCARDING_LEVELS)
 @by_pair
 def test_frozen_weights_cost_nothing(pair: Pair, level: str) -> None:
-    """As beside a LoRA adapter: the gradient flows through, and what only the weights' gradients need is not kept."""
+    """As with a LoRA adapter: the input has a gradient, and tensors that only the weights' gradients need are not
+    kept."""
     operands = pair.operands((4, 25), 24, torch.float32, DEVICE)
     whole = with_gradients(pair.at(level), operands)
     frozen = {name: t.detach() if name == "input" else t.requires_grad_(False) for name, t in operands.items()}
     frozen["input"].requires_grad_()
     found = with_gradients(pair.at(level), frozen)
     assert torch.equal(found["grad input"], whole["grad input"])
-    # All keep what the block's own slope needs; the MLPs' input is for the first weights alone, or to run them again.
+    # All keep the operands of the block's derivative. The input of an MLP is only needed for the first weights'
+    # gradients, or to run the first products again.
     mlp_without_input = pair.function in ("mlp", "gated_mlp") and level == "output"
     floor = int((pair.units(level) - mlp_without_input) * frozen["input"].nbytes) + pair.statistics * 400
     assert saved_bytes(pair.at(level), **frozen) <= floor
@@ -133,14 +136,14 @@ def test_gradcheck_and_second_gradients(pair: Pair, level: str) -> None:
         return tuple(pair.at(level)(**dict(zip(names, tensors, strict=True))))
 
     tensors = tuple(t.detach().requires_grad_() for t in operands.values())
-    # Along one direction: every derivative by itself is compared with eager torch's elsewhere.
+    # In one random direction; other tests compare every derivative with eager torch's.
     assert torch.autograd.gradcheck(fn, tensors, fast_mode=True)
-    # Gradients of gradients are those of the composition, whatever the level.
+    # Second gradients are those of the composition at every level, so one level is enough.
     assert level != "all" or torch.autograd.gradgradcheck(fn, tensors, fast_mode=True)
 
 
 def products(fn) -> int:
-    """How many matrix products fn runs."""
+    """The number of matrix products that fn runs."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
         fn()
     return sum(event.name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm") for event in found.events())
@@ -169,7 +172,7 @@ def test_all_runs_one_product_less_than_checkpointing(function: str, usual: int)
 
 @pytest.mark.parametrize("level", OF_FUNCTIONS)
 @by_pair
-def test_autocast_does_what_it_does_for_linear(pair: Pair, level: str) -> None:
+def test_dtypes_under_autocast_are_those_of_linear(pair: Pair, level: str) -> None:
     operands = pair.operands((2, 9), 24, torch.float32, DEVICE)
 
     def under_autocast(fn):
@@ -185,13 +188,13 @@ def test_autocast_does_what_it_does_for_linear(pair: Pair, level: str) -> None:
         assert found[name].dtype == value.dtype, name
     assert_same_bits(found, with_gradients(under_autocast(pair.at("block")), operands))
     if level == "all":
-        # The input itself, and no copy that was cast.
+        # The input itself is kept, and no cast copy.
         statistics = pair.statistics * 4 * 18
         assert saved_bytes(under_autocast(pair.at(level)), **operands) == operands["input"].nbytes + statistics
 
 
 @by_pair
-def test_compiles_without_a_break(pair: Pair) -> None:
+def test_compiles_without_a_graph_break(pair: Pair) -> None:
     torch._dynamo.reset()
     operands = pair.operands((2, 9), 24, torch.float32, DEVICE)
     compiled = torch.compile(pair.at("output"), fullgraph=True, backend="aot_eager")
@@ -228,26 +231,26 @@ MODULES = [
 
 @pytest.mark.parametrize("level", OF_FUNCTIONS)
 @pytest.mark.parametrize("make,kept", MODULES)
-def test_modules(make, kept: dict, level: str) -> None:
+def test_modules_at_every_level(make, kept: dict, level: str) -> None:
     torch.manual_seed(0)
     module, plain = make(level).to(DEVICE), make("block").to(DEVICE)
     plain.load_state_dict(module.state_dict(), strict=True)
     x = torch.randn(50, 16, device=DEVICE, requires_grad=True)
     results = []
-    for each in (module, plain):
+    for given in (module, plain):
         torch.manual_seed(1)
-        outputs = each(x)
+        outputs = given(x)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        results.append([*outputs, *torch.autograd.grad(sum(y.sum() for y in outputs), (x, *each.parameters()))])
+        results.append([*outputs, *torch.autograd.grad(sum(y.sum() for y in outputs), (x, *given.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert f"recompute={level!r}" in repr(module) or level == "output"
     if level in kept:
-        # Beside the tensors a few statistics, and a dropout seed.
+        # A few statistics and a dropout seed are kept besides the tensors.
         assert 0 <= saved_bytes(module, x) - kept[level] * x.nbytes <= 50 * 2 * 4 + 8
     module.eval()
     with torch.no_grad():
         assert saved_bytes(module, x) == 0
-        # Nothing is dropped any more: the output depends on no seed.
+        # In evaluation there is no dropout, so two calls agree.
         torch.testing.assert_close(module(x), module(x), rtol=0, atol=0)
 
 
@@ -283,7 +286,7 @@ def test_bad_input_is_named(call, message: str) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["block", "output", "all"])
-def test_no_columns(recompute: str) -> None:
+def test_tensors_without_columns(recompute: str) -> None:
     x, weight = (torch.zeros(*shape, 0, device=DEVICE, requires_grad=True) for shape in ((2, 3), (4,)))
     bias = torch.ones(4, device=DEVICE, requires_grad=True)
     y = F.act_linear(x, weight, bias, recompute=recompute)
@@ -293,7 +296,7 @@ def test_no_columns(recompute: str) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["block", "output", "all"])
-def test_a_weight_of_another_dtype_is_an_error_but_under_autocast(recompute: str) -> None:
+def test_a_weight_of_another_dtype_is_an_error_except_under_autocast(recompute: str) -> None:
     x, weight = torch.randn(3, 8, device=DEVICE), torch.randn(4, 8, device=DEVICE, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"weight has dtype torch\.bfloat16; expected the input's, torch\.float32"):
         F.act_linear(x, weight, recompute=recompute)

@@ -1,4 +1,4 @@
-"""`linear_cross_entropy`: against eager torch and float64, in chunks that do not divide the rows."""
+"""`linear_cross_entropy`, compared with eager torch and float64, in chunks that do not divide the rows."""
 
 from collections.abc import Callable
 
@@ -43,9 +43,9 @@ def eager(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, so
 def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor], target: Tensor, **options) -> list[Tensor]:
     leaves = [t.clone().requires_grad_() for t in tensors]
     loss = function(leaves[0], leaves[1], target, leaves[2], **options)
-    # Powers of two, as a gradient scaler's: what comes from above, each row's its own.
-    above = 2.0 ** torch.arange(loss.numel(), device=DEVICE).remainder(5).reshape(loss.shape)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, above.to(loss.dtype))]
+    # Incoming gradients, another power of two for each row, as a gradient scaler's are powers of two.
+    grad_output = 2.0 ** torch.arange(loss.numel(), device=DEVICE).remainder(5).reshape(loss.shape)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, grad_output.to(loss.dtype))]
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
@@ -61,12 +61,12 @@ def test_error_is_at_most_eagers(dtype: torch.dtype, reduction: str, options: di
     for mine, theirs, true in zip(found, expected, truth, strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         error, allowed = ((t.double() - true).abs().max() for t in (mine, theirs))
-        # In float64 the truth is eager's own.
+        # In float64 the truth is eager torch's result itself.
         ulps = 16 if dtype == torch.float64 else 1
         assert error <= 1.5 * allowed + ulps * torch.finfo(dtype).eps * true.abs().max()
 
 
-def test_many_chunks_of_halves_add_up_in_float32() -> None:
+def test_many_chunks_in_bfloat16_accumulate_in_float32() -> None:
     tensors, target = operands(torch.bfloat16, (1024,))
     found = with_gradients(F.linear_cross_entropy, tensors, target, chunk=8)
     expected = with_gradients(eager, tensors, target)
@@ -78,7 +78,7 @@ def test_many_chunks_of_halves_add_up_in_float32() -> None:
 
 @pytest.mark.parametrize("lead", [(0,), (5,)], ids=["no rows", "all ignored"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_of_nothing_it_is_what_torchs_is(reduction: str, lead: tuple) -> None:
+def test_empty_and_ignored_targets_give_torchs_results(reduction: str, lead: tuple) -> None:
     tensors, target = operands(torch.float32, (5,))
     tensors[0], target = tensors[0][: lead[0]], torch.full(lead, -100, device=DEVICE)
     found = with_gradients(F.linear_cross_entropy, tensors, target, reduction=reduction, chunk=2)
@@ -87,7 +87,7 @@ def test_of_nothing_it_is_what_torchs_is(reduction: str, lead: tuple) -> None:
         torch.testing.assert_close(mine, theirs, equal_nan=True)
 
 
-def test_where_no_row_counts_a_division_by_their_number_harms_no_gradient() -> None:
+def test_no_row_counts_gives_zero_gradients_after_a_division_by_zero() -> None:
     tensors, _ = operands(torch.float32, (5,))
     target = torch.full((5,), -100, device=DEVICE)
     leaves = [t.requires_grad_() for t in tensors]
@@ -115,26 +115,26 @@ def test_backward_twice(reduction: str) -> None:
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     kept = [t.clone() for t in first]
     second = torch.autograd.grad(loss, leaves)
-    for before, again, given in zip(kept, second, first, strict=True):
-        torch.testing.assert_close(again, before)
+    for before, later, given in zip(kept, second, first, strict=True):
+        torch.testing.assert_close(later, before)
         assert torch.equal(given, before)
 
 
-def test_keeps_what_is_wanted() -> None:
+def test_keeps_operands_and_requested_gradients() -> None:
     (input, weight, bias), target = operands(torch.float32)
-    wanted = {"input": input, "weight": weight, "bias": bias}
-    seen: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+    tensors = {"input": input, "weight": weight, "bias": bias}
+    saved_shapes: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_shapes.append(t.shape) or t, lambda t: t):
         F.linear_cross_entropy(input.requires_grad_(), weight, target, bias, chunk=7)
-    assert (7, CLASSES) not in seen
+    assert (7, CLASSES) not in saved_shapes
     half = [t.half() for t in (input, weight)]
     operand_bytes = half[0].nbytes + half[1].nbytes + target.nbytes + 4
     assert saved_bytes(lambda: F.linear_cross_entropy(half[0].requires_grad_(), half[1], target)) == operand_bytes
     for names in ((), ("input",), ("input", "weight"), ("weight", "bias")):
-        for name, tensor in wanted.items():
+        for name, tensor in tensors.items():
             tensor.requires_grad_(name in names)
         kept = saved_bytes(lambda: F.linear_cross_entropy(input, weight, target, bias, chunk=7))
-        gradients = sum(wanted[name].nbytes for name in names)
+        gradients = sum(tensors[name].nbytes for name in names)
         operand_bytes = sum(t.nbytes for t in (input, weight, bias, target)) + 4
         assert kept == (operand_bytes + gradients if names else 0)
     with torch.no_grad():
@@ -147,12 +147,12 @@ def test_logits_are_never_whole(dtype: torch.dtype) -> None:
     weight = torch.randn(1000, 8, device=DEVICE, dtype=dtype, requires_grad=True)
     target = torch.randint(1000, (2048,), device=DEVICE)
     peak = peak_bytes(lambda: F.linear_cross_entropy(input, weight, target, chunk=64).backward(), DEVICE)
-    # A chunk's are alive four times: as they are, in float32, as logarithms, and their gradient.
+    # The logits of a chunk are alive four times: in their dtype, in float32, as log-probabilities, and as gradient.
     assert peak < 6 * 64 * 1000 * 4 + 4 * (input.nbytes + weight.nbytes)
     assert peak < 2048 * 1000 * 4 / 3
 
 
-def test_under_autocast() -> None:
+def test_autocast_gives_eager_dtypes_and_gradients() -> None:
     (input, weight, bias), target = operands(torch.float32)
     input.requires_grad_(), weight.requires_grad_()
     losses = []
@@ -196,7 +196,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("given,kind,message", WRONG.values(), ids=WRONG)
-def test_refuses(given: dict, kind: type[Exception], message: str) -> None:
+def test_bad_input_is_a_named_error(given: dict, kind: type[Exception], message: str) -> None:
     (input, weight, _), target = operands(torch.float32)
     arguments = {"input": input, "weight": weight, "target": target, **given}
     arguments = {n: v.to(DEVICE) if isinstance(v, Tensor) and not v.is_meta else v for n, v in arguments.items()}

@@ -1,4 +1,4 @@
-"""Modules of several parts whose parts are more than their parameters: these are called one by one."""
+"""Modules of several parts with hooks, replaced classes or computed weights: such parts are called one by one."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def outputs(module: torch.nn.Module, input: torch.Tensor = X) -> list[torch.Tens
 
 @by_level
 @by_module
-def test_hooks_of_parts_run_once_a_call_and_no_more_is_kept(name: str, level: str) -> None:
+def test_hooks_of_parts_run_once_and_keep_no_more(name: str, level: str) -> None:
     make, parts = MODULES[name]
     module = make(level).to(DEVICE)
     x = X.clone().requires_grad_()
@@ -50,7 +50,7 @@ def test_hooks_of_parts_run_once_a_call_and_no_more_is_kept(name: str, level: st
 
 @by_level
 @by_module
-def test_a_part_with_a_forward_of_its_own_counts(name: str, level: str) -> None:
+def test_a_part_with_its_own_forward_is_called(name: str, level: str) -> None:
     make, parts = MODULES[name]
     module = make(level).to(DEVICE)
     expected = outputs(module)
@@ -72,7 +72,7 @@ def test_a_part_whose_weight_is_computed_before_each_call_is_trained() -> None:
 
 
 @by_level
-def test_dropout_between_parts_drops_in_training_alone(level: str) -> None:
+def test_dropout_between_parts_drops_only_in_training(level: str) -> None:
     module = nn.MLP(8, 16, dropout=0.5, recompute=level).to(DEVICE)
     read: list[torch.Tensor] = []
     module.fc2.register_forward_pre_hook(lambda _, args: read.append(args[0]))

@@ -1,4 +1,4 @@
-"""Logits that are made when they are looked at: models' losses in chunks, and whatever else is done with logits."""
+"""Logits that are computed on the first access: losses in chunks, and other uses of logits."""
 
 import copy
 import inspect
@@ -21,7 +21,7 @@ CLASSES, COLUMNS = 500, 8
 
 
 class Model(nn.Module):
-    """A trunk, a head, and whatever is done with its logits."""
+    """A trunk, a head, and a function `use` of the logits."""
 
     def __init__(self, use: Callable[[Tensor, Tensor], Tensor], bias: bool = False) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def capped(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def scaled(logits: Tensor, target: Tensor) -> Tensor:
-    # A fifth of the rows do not count.
+    # A fifth of the rows is ignored.
     kept = target[:, :-1].reshape(-1).clamp_min(CLASSES // 5)
     return functional.cross_entropy((0.25 * logits)[:, 1:].reshape(-1, CLASSES), kept, ignore_index=CLASSES // 5)
 
@@ -59,7 +59,7 @@ CHUNKED = {"causal": causal, "capped": capped, "scaled": scaled, "each row": eac
 
 
 class Shared(torch.autograd.Function):
-    """A function of somebody's own, which saves what it was given."""
+    """A user's function that saves its operand."""
 
     @staticmethod
     def forward(ctx, logits: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def two_losses(logits: Tensor, target: Tensor) -> Tensor:
     return causal(logits, target) + 1e-4 * logits.logsumexp(-1).square().mean()
 
 
-# Uses of logits that see them whole.
+# Uses that compute all logits at once.
 WHOLE = {
     "function": lambda logits, target: Shared.apply(logits),
     "function of a view": lambda logits, target: Shared.apply((0.5 * logits.float()).view(-1, CLASSES)),
@@ -131,15 +131,15 @@ def pair(use: Callable[[Tensor, Tensor], Tensor], **options: bool) -> tuple[nn.M
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("use", [*CHUNKED.values(), *WHOLE.values()], ids=[*CHUNKED, *WHOLE])
-def test_a_model_computes_what_it_computed(use: Callable[[Tensor, Tensor], Tensor], bias: bool) -> None:
+def test_losses_and_gradients_equal_eager(use: Callable[[Tensor, Tensor], Tensor], bias: bool) -> None:
     model, twin = pair(use, bias=bias)
     for mine, theirs in zip(step(twin, *inputs()), step(model, *inputs()), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("use", CHUNKED.values(), ids=CHUNKED)
-def test_a_loss_makes_no_whole_logits(use: Callable[[Tensor, Tensor], Tensor]) -> None:
-    given = inputs(400)  # 3,200 rows, of which 256 are taken at once
+def test_a_loss_never_computes_all_logits_at_once(use: Callable[[Tensor, Tensor], Tensor]) -> None:
+    given = inputs(400)  # 3,200 rows in chunks of 256
     eager, chunked = (peak_bytes(lambda m=model: step(m, *given), DEVICE) for model in pair(use))
     assert chunked < 0.5 * eager
     assert chunked < 3200 * CLASSES * 4
@@ -169,7 +169,7 @@ def test_a_causal_model_takes_at_most_half_the_memory(name: str) -> None:
 
     for mine, theirs in zip(run(twin), run(model), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
-    peaks = [peak_bytes(lambda m=each: run(m), DEVICE) for each in (model, twin)]
+    peaks = [peak_bytes(lambda m=module: run(m), DEVICE) for module in (model, twin)]
     assert peaks[1] <= 0.5 * peaks[0]
     torch.testing.assert_close(twin(ids).logits + 0, model(ids).logits, rtol=1e-4, atol=1e-5)
 
@@ -179,7 +179,7 @@ def logits(**options: bool) -> tuple[nn.Module, Logits, Tensor]:
     return twin, twin(*inputs()), model(*inputs())
 
 
-def test_looks_like_a_tensor() -> None:
+def test_logits_behave_like_a_tensor() -> None:
     _, lazy, real = logits()
     assert isinstance(lazy, Tensor) and type(lazy) is Logits
     for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "layout"):
@@ -208,7 +208,7 @@ def test_errors_are_torchs() -> None:
 
 
 @pytest.mark.parametrize("index", [0, -1, (0, 1), ..., (..., slice(None)), (slice(1, 4), -1), (None, 0), (0, ..., 2)])
-def test_slices(index: object) -> None:
+def test_slices_equal_torchs(index: object) -> None:
     _, lazy, real = logits()
     assert lazy[index].shape == real[index].shape
     assert torch.equal(lazy[index] + 0, real[index] + 0)
@@ -226,7 +226,7 @@ def release(tensor: Tensor) -> None:
 @pytest.mark.parametrize("read", [Tensor.sum, lambda lazy: causal(lazy, inputs()[1])], ids=["look", "loss"])
 @pytest.mark.parametrize("change", [write, release])
 @pytest.mark.parametrize("operand", ["input", "weight", "bias"])
-def test_after_an_operand_was_changed_it_is_an_error(
+def test_an_access_after_a_change_of_an_operand_is_an_error(
     operand: str, change: Callable[[Tensor], None], read: Callable[[Logits], Tensor]
 ) -> None:
     _, model = pair(causal, bias=True)
@@ -246,7 +246,7 @@ def test_the_guide_lists_the_errors_of_the_docstring() -> None:
         assert f"- {error}" in guide
 
 
-def test_a_gradient_that_never_is_cannot_be_asked_for() -> None:
+def test_gradients_of_uncomputed_logits_are_an_error() -> None:
     model, lazy, _ = logits()
     loss = causal(lazy, inputs()[1])
     with pytest.raises(RuntimeError, match="they have no gradient"):
@@ -254,13 +254,13 @@ def test_a_gradient_that_never_is_cannot_be_asked_for() -> None:
     with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
         torch.autograd.grad(loss, lazy)
     model, lazy, real = logits()
-    for each in (lazy, real):
-        each.retain_grad()
-        causal(each, inputs()[1]).backward()
+    for given in (lazy, real):
+        given.retain_grad()
+        causal(given, inputs()[1]).backward()
     torch.testing.assert_close(lazy.grad, real.grad)
 
 
-def test_where_somebody_must_see_the_call_it_is_a_plain_tensor() -> None:
+def test_observed_calls_return_a_plain_tensor() -> None:
     model, lazy, real = logits(bias=True)
     seen: list[type] = []
     handle = model.head.register_forward_hook(lambda module, args, output: seen.append(type(output)))
@@ -281,14 +281,14 @@ def test_where_somebody_must_see_the_call_it_is_a_plain_tensor() -> None:
     assert type(model(*inputs())) is Tensor
 
 
-def test_losses_of_rows_run_again_under_the_autocast_that_they_ran_under() -> None:
+def test_recomputed_losses_run_under_the_same_autocast() -> None:
     gradients = []
-    for each in pair(each_row):
+    for model in pair(each_row):
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            loss = each(*inputs())
+            loss = model(*inputs())
         loss.backward()
-        gradients.append(each.head.weight.grad)
-    # Eager's are rounded to bfloat16.
+        gradients.append(model.head.weight.grad)
+    # Eager torch's gradients are rounded to bfloat16.
     rounding = torch.finfo(torch.bfloat16).eps / 2 * gradients[0].abs().max().item()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=rounding)
 
@@ -297,12 +297,12 @@ def test_without_gradients_and_under_autocast() -> None:
     model, twin = pair(causal)
     with torch.no_grad():
         torch.testing.assert_close(twin(*inputs()), model(*inputs()))
-    before, expected = (each.head(inputs()[0]) for each in (twin, model))
+    before, expected = (module.head(inputs()[0]) for module in (twin, model))
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         torch.testing.assert_close(twin(*inputs()), model(*inputs()), rtol=1e-3, atol=1e-3)
         for late in map(twin.head, (inputs()[0], inputs()[0].bfloat16())):
             assert type(late) is Logits and late.dtype == torch.bfloat16
-        # Made before it, they are of what they were then.
+        # Logits from before autocast are computed without autocast.
         torch.testing.assert_close(causal(before, inputs()[1]), causal(expected, inputs()[1]))
         torch.testing.assert_close(before.detach(), expected.detach())
     for mine, theirs in zip(step(twin, *inputs()), step(model, *inputs()), strict=True):
@@ -311,14 +311,14 @@ def test_without_gradients_and_under_autocast() -> None:
 
 def test_copies_and_revert() -> None:
     model, twin = pair(causal)
-    for each in (copy.deepcopy(twin), pickle.loads(pickle.dumps(pair(causal)[1]))):
-        torch.testing.assert_close(each(*inputs()), model(*inputs()))
-        assert type(each.head(inputs()[0])) is Logits
+    for copied in (copy.deepcopy(twin), pickle.loads(pickle.dumps(pair(causal)[1]))):
+        torch.testing.assert_close(copied(*inputs()), model(*inputs()))
+        assert type(copied.head(inputs()[0])) is Logits
     ckpt_kernels.revert(twin)
     assert type(twin.head) is nn.Linear and type(twin.head(inputs()[0])) is Tensor
 
 
 @pytest.mark.parametrize("name", ["nothing", "trunk*x", ""])
-def test_refuses_names(name: str) -> None:
+def test_names_of_no_linear_layer_are_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=r"expected the name of a torch\.nn\.Linear"):
         ckpt_kernels.convert(Model(causal), logits=name)

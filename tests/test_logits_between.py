@@ -1,5 +1,5 @@
-"""Logits that are made late, and what a model's own code may do between its head and its loss: gradients are those of
-the forward pass as it was."""
+"""Logits that are computed late, with a model's own code between the head and the loss: gradients are those of the
+forward pass."""
 
 import copy
 
@@ -16,7 +16,7 @@ from .test_logits import CLASSES, COLUMNS, Model, Shared
 
 
 def pair() -> tuple[Model, Model, Tensor, Tensor]:
-    """A model, the same with logits that are made late, an input, and classes of its rows."""
+    """A model, a copy with late logits, an input, and targets."""
     torch.manual_seed(0)
     eager = Model(lambda logits, _: logits).to(DEVICE)
     ours = copy.deepcopy(eager)
@@ -24,7 +24,7 @@ def pair() -> tuple[Model, Model, Tensor, Tensor]:
     return eager, ours, torch.randn(6, COLUMNS, device=DEVICE), torch.randint(CLASSES, (6,), device=DEVICE)
 
 
-def test_where_no_gradient_is_recorded_logits_are_plain() -> None:
+def test_logits_without_a_gradient_are_plain_tensors() -> None:
     _, ours, x, target = pair()
     with torch.no_grad():
         logits = ours(x, target)
@@ -39,7 +39,7 @@ def test_where_no_gradient_is_recorded_logits_are_plain() -> None:
 
 
 class Doubled(torch.autograd.Function):
-    """A head that is called within somebody's own function, with a gradient of its own."""
+    """A head that is called within a user's function, whose backward pass has another gradient."""
 
     @staticmethod
     def forward(ctx, hidden, head):
@@ -51,7 +51,7 @@ class Doubled(torch.autograd.Function):
         return 2 * grad @ ctx.head.weight, None
 
 
-# What a model's own code may do, from its hidden rows to a loss.
+# Code of a model between the hidden states and the loss.
 BETWEEN = {
     "a function's own gradient": lambda m, h, t: functional.cross_entropy(Doubled.apply(h, m.head), t),
     "reentrant checkpoint": lambda m, h, t: functional.cross_entropy(
@@ -60,20 +60,20 @@ BETWEEN = {
     "checkpoint of a loss": lambda m, h, t: checkpoint(
         lambda z: z.logsumexp(-1).square().mean() + functional.cross_entropy(z, t), m.head(h), use_reentrant=False
     ),
-    "frozen before the loss": lambda m, h, t: _after(m.head(h), m, False, t),
-    "looked at in inference": lambda m, h, t: _looked_at(m.head(h), t),
+    "frozen before the loss": lambda m, h, t: _frozen_loss(m.head(h), m, t),
+    "read in inference mode": lambda m, h, t: _read_in_inference_mode(m.head(h), t),
     "without hooks": lambda m, h, t: _without_hooks(m.head(h), t),
 }  # fmt: skip
 
 
-def _after(logits: Tensor, model: Model, wanted: bool, target: Tensor) -> Tensor:
-    model.head.weight.requires_grad_(wanted)
+def _frozen_loss(logits: Tensor, model: Model, target: Tensor) -> Tensor:
+    model.head.weight.requires_grad_(False)
     loss = functional.cross_entropy(logits, target)
-    model.head.weight.requires_grad_(not wanted)
+    model.head.weight.requires_grad_(True)
     return loss
 
 
-def _looked_at(logits: Tensor, target: Tensor) -> Tensor:
+def _read_in_inference_mode(logits: Tensor, target: Tensor) -> Tensor:
     with torch.inference_mode():
         assert not logits.argmax(-1).requires_grad
     return functional.cross_entropy(logits, target)
@@ -85,7 +85,7 @@ def _without_hooks(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", BETWEEN)
-def test_gradients_are_those_that_the_forward_pass_saw(name: str) -> None:
+def test_gradients_are_those_of_the_forward_pass(name: str) -> None:
     found = []
     for model in pair()[:2]:
         *_, x, target = pair()
@@ -98,7 +98,7 @@ def test_gradients_are_those_that_the_forward_pass_saw(name: str) -> None:
             torch.testing.assert_close(grad, expected)
 
 
-def test_frozen_while_the_head_ran_and_wanted_since() -> None:
+def test_a_weight_that_was_frozen_in_the_forward_has_no_gradient() -> None:
     _, ours, x, target = pair()
     ours.head.weight.requires_grad_(False)
     logits = ours(x, target)
@@ -107,7 +107,7 @@ def test_frozen_while_the_head_ran_and_wanted_since() -> None:
     assert ours.head.weight.grad is None and ours.trunk.weight.grad is not None
 
 
-def test_a_write_that_a_function_would_not_see_is_an_error() -> None:
+def test_a_written_operand_of_a_users_function_is_an_error() -> None:
     _, ours, x, target = pair()
     logits = ours(x, target)
     logits.mul_(3)
@@ -128,14 +128,14 @@ class Tripled(torch.autograd.Function):
         return 3 * grad
 
 
-def test_a_function_that_writes_to_them_is_an_error() -> None:
+def test_a_function_that_writes_to_logits_is_an_error() -> None:
     _, ours, x, target = pair()
     written = Tripled.apply(ours(x, target))
     with pytest.raises(RuntimeError, match="the gradient of the write would be lost"):
         written.square().sum()
 
 
-def test_gradients_that_were_given_may_be_written_to() -> None:
+def test_returned_gradients_may_be_written_to() -> None:
     eager, ours, x, target = pair()
     loss = functional.cross_entropy(ours(x, target), target)
     (grad,) = torch.autograd.grad(loss, ours.head.weight, retain_graph=True)
@@ -145,7 +145,7 @@ def test_gradients_that_were_given_may_be_written_to() -> None:
     torch.testing.assert_close(ours.head.weight.grad, eager.head.weight.grad)
 
 
-def test_a_loss_that_failed_has_read_nothing() -> None:
+def test_a_failed_loss_leaves_logits_uncomputed() -> None:
     _, ours, x, target = pair()
     logits = ours(x, target)
     with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""The memory report: what is kept, by whom, what discarding saves, and that rebuilding does not raise the peak."""
+"""The memory report: kept tensors by module, savings of `discard_outputs`, and peaks."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ class Model(torch.nn.Module):
 
 
 def example() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
-    """For the command line."""
+    """A target for the command line."""
     torch.manual_seed(0)
     return Model().to(DEVICE), (torch.randn(512, 64, device=DEVICE, requires_grad=True),)
 
@@ -38,24 +38,23 @@ def by_name() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 UNIT = 512 * 64 * 4
 
 
-def test_report_books_every_tensor_once() -> None:
+def test_report_counts_every_tensor_once() -> None:
     model, (x,) = example()
     report = memory.report(model, x)
     saved = {m.name: m.saved for m in report.modules}
-    # The norm keeps its input and a number a row, q its output. The products of gate and value share
-    # what they read.
+    # The norm keeps the input and a number a row; q keeps the norm's output; gate and value share their input.
     assert saved == {"norm": UNIT + 512 * 4, "q": UNIT, "": UNIT, "mlp": 9 * UNIT}
     assert report.saved == sum(saved.values()) == memory.saved_bytes(model, x)
     assert sum(t.counted for t in report.tensors) == report.saved
     shared = [t for t in report.tensors if t.counted == 0]
-    # Of k, whose output is detached, no graph holds anything in the end.
+    # No graph holds k's saved tensors, because k's output is detached.
     assert [(t.module, t.owner) for t in shared] == [("mlp", "mlp")]
     discarding = {m.name: m.discarding for m in report.modules}
     assert discarding == saved | {"q": 0}
     assert report.discarding == report.saved - UNIT == memory.saved_bytes(recompute.DiscardOutputs(model), x)
 
 
-def test_report_leaves_the_model_alone() -> None:
+def test_report_does_not_change_the_model() -> None:
     model, (x,) = example()
     model.q.weight.grad = torch.ones_like(model.q.weight)
     memory.report(model, x=x)
@@ -63,7 +62,7 @@ def test_report_leaves_the_model_alone() -> None:
     assert (model.q.weight.grad == 1).all() and model.k.weight.grad is None and x.grad is None
 
 
-def test_text_data_and_picture(tmp_path: pathlib.Path) -> None:
+def test_report_as_text_data_and_picture(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
     model, (x,) = example()
     report = memory.report(model, x)
@@ -77,7 +76,7 @@ def test_text_data_and_picture(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["tests.test_memory:example", "tests.test_memory:by_name"])
-def test_command(target: str, capsys: pytest.CaptureFixture, tmp_path: pathlib.Path) -> None:
+def test_the_command_saves_a_report(target: str, capsys: pytest.CaptureFixture, tmp_path: pathlib.Path) -> None:
     assert cli.main(["memory", target, "--json", str(tmp_path / "report.json")]) == 0
     assert "kept for backward" in capsys.readouterr().out
     assert json.loads((tmp_path / "report.json").read_text())["discarding"] > 0
@@ -87,8 +86,8 @@ def test_command(target: str, capsys: pytest.CaptureFixture, tmp_path: pathlib.P
 
 
 @pytest.mark.parametrize("level", ["block", "output", "all"])
-def test_rebuilding_does_not_raise_the_peak(level: str) -> None:
-    """Over that of eager torch's layers, in a chain long enough for what is kept to matter."""
+def test_recomputation_lowers_the_peak(level: str) -> None:
+    """Compared with eager torch's layers, in a chain long enough for saved tensors to matter."""
     torch.manual_seed(0)
 
     class Eager(torch.nn.Module):
@@ -117,14 +116,14 @@ def test_rebuilding_does_not_raise_the_peak(level: str) -> None:
     saved = [memory.saved_bytes(m, x) for m in (eager, ours)]
     assert peaks[1] <= peaks[0] * 1.01
     if level != "block":
-        # What is not kept is not there at the peak, but for what is made again at that time.
+        # Discarded tensors are not alive at the peak, except those that are recomputed at that time.
         assert peaks[0] - peaks[1] >= (saved[0] - saved[1]) / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scratch_memory_is_no_more_than_eagers(dtype: torch.dtype) -> None:
-    """Of the widest rows, in which the gradients of weights are summed for each thread: torch in the input's dtype, and
-    we in float32."""
+    """For very wide rows, with sums of the weights' gradients for each thread: torch's sums have the input's dtype,
+    ours are in float32."""
     columns = 65536
     x = torch.randn(192, columns, dtype=dtype, requires_grad=True)
     vectors = [torch.ones(columns, requires_grad=True) for _ in range(2)]
@@ -136,7 +135,7 @@ def test_scratch_memory_is_no_more_than_eagers(dtype: torch.dtype) -> None:
     with serving("native"):
         ours = functional.layer_norm(x, columns, *vectors)
         taken = memory.peak_bytes(lambda: torch.autograd.grad(ours, (x, *vectors), x.detach()))
-    # What is summed is seen, beside the three gradients.
+    # The measurement includes the sums, besides the three gradients.
     assert x.nbytes + 2 * columns * 4 < taken <= allowed
 
 
@@ -163,13 +162,13 @@ large()
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
-def test_where_memory_is_out_it_is_said() -> None:
+def test_out_of_memory_is_an_error() -> None:
     done = run("-c", OUT_OF_MEMORY)
     assert done.returncode == 1
     assert "RuntimeError" in done.stderr and "out of memory" in done.stderr
 
 
-def test_what_the_next_layer_keeps_anyway_is_not_counted_beside_the_output() -> None:
+def test_saved_bytes_beside_output_exclude_the_output() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     assert memory.saved_bytes(torch.relu, x) == x.nbytes
     assert memory.saved_bytes_beside_output(torch.relu, x) == 0
@@ -177,7 +176,7 @@ def test_what_the_next_layer_keeps_anyway_is_not_counted_beside_the_output() -> 
 
 
 class Scaled(torch.nn.Module):
-    """Keeps its buffer for the gradient of its input, and its input for that of its weight."""
+    """A module that saves a buffer, and the input for the weight's gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,16 +187,16 @@ class Scaled(torch.nn.Module):
         return x * self.weight * self.scale
 
 
-def test_whose_parameters_and_buffers_do_not_count() -> None:
+def test_parameters_and_buffers_of_the_module_do_not_count() -> None:
     model, x = Scaled(), torch.randn(4, 8, requires_grad=True)
     assert memory.saved_bytes(lambda x: model(x), x) == x.nbytes + model.scale.nbytes
     assert memory.saved_bytes(lambda x: model(x), x, parameters_of=model) == memory.saved_bytes(model, x) == x.nbytes
-    # Another module's in the place of its own.
+    # With another module, the model's own buffer counts.
     assert memory.saved_bytes(model, x, parameters_of=Scaled()) == x.nbytes + model.scale.nbytes
     kept = memory.saved_tensors(lambda x: model(x), x, parameters_of=model)
     assert [(tensor.shape, tensor.counted) for tensor in kept] == [((4, 8), x.nbytes)]
 
 
-def test_a_model_that_is_compiled_while_it_is_measured() -> None:
+def test_a_compiled_model_is_measured() -> None:
     model, x = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)), torch.randn(4, 8)
     assert memory.saved_bytes(torch.compile(model, backend="eager"), x) == memory.saved_bytes(model, x)

@@ -1,4 +1,4 @@
-"""Every fault of the table is one that its file can have: what it replaces is there, once."""
+"""Every mutant of the table applies: the replaced text occurs once in the file."""
 
 import pathlib
 
@@ -11,6 +11,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_fault_applies(mutant: Mutant) -> None:
+def test_mutant_applies(mutant: Mutant) -> None:
     before, original, after = mutant.parts((ROOT / mutant.file).read_text())
     assert original and before + mutant.replace + after != before + original + after

@@ -1,4 +1,4 @@
-"""Jagged nested tensors: blocks by rows and by elements compute what they compute of the rows."""
+"""Jagged nested tensors: row-wise and elementwise blocks give the results of plain rows."""
 
 from collections.abc import Callable
 
@@ -17,46 +17,46 @@ from .blocks import in_float64
 
 WIDTH = 6
 OFFSETS = (0, 5, 5, 12)
-# Samples of 3, 0 and 6 rows; what comes after them is no part of the tensor.
+# Samples of 3, 0 and 6 rows; the rows after each sample are no part of the tensor.
 LENGTHS = (3, 0, 6)
 
 BY_ROWS = [block for block in BLOCKS if not (block.channels or block.samples or block.tables)]
 
 
 def nested(values: Tensor, lengths: bool = False) -> Tensor:
-    """A leaf, of samples that lie in `values` one after the other, with holes between them where there are lengths."""
+    """A nested leaf with `values`; with lengths, the samples have unused rows in between."""
     parts = (torch.tensor(OFFSETS), torch.tensor(LENGTHS) if lengths else None)
     return torch.nested.nested_tensor_from_jagged(values.detach(), *parts).requires_grad_()
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """What belongs to it."""
+    """The rows of all samples."""
     return torch.cat(tensor.unbind())
 
 
 def own_rows(tensor: Tensor, lengths: bool) -> Tensor:
-    """Of what it is made of."""
+    """The rows of `tensor`, the values of a nested tensor, that belong to samples."""
     if not lengths:
         return tensor
     return torch.cat([tensor[start : start + n] for start, n in zip(OFFSETS, LENGTHS, strict=False)])
 
 
-def with_gradients(outputs: object, wanted: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The rows of outputs, and the gradients of these rows' cosines."""
+def with_gradients(outputs: object, sources: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The rows of outputs, and the gradients of the sum of their cosines."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     rows = [rows_of(y) if y.is_nested else y for y in outputs]
-    return rows, list(torch.autograd.grad(sum(y.cos().sum() for y in rows), wanted))
+    return rows, list(torch.autograd.grad(sum(y.cos().sum() for y in rows), sources))
 
 
 @pytest.mark.parametrize("lengths", (False, True))
 @pytest.mark.parametrize("block", BY_ROWS, ids=lambda block: block.name)
-def test_blocks(block: Block, lengths: bool) -> None:
+def test_blocks_equal_plain_rows(block: Block, lengths: bool) -> None:
     plain = in_float64(block.operands((1, OFFSETS[-1]), WIDTH, torch.float64, "cpu"))
     plain = {name: t.detach().flatten(0, -2) if name in block.rows else t.detach() for name, t in plain.items()}
     given = {
         name: nested(t, lengths) if name in block.rows else t.clone().requires_grad_() for name, t in plain.items()
     }
-    # Tensors of one size are those that have the same offsets.
+    # Nested tensors have the same size only if they share offsets.
     first = given[block.rows[0]]
     for name in block.rows[1:]:
         given[name] = torch.nested.nested_tensor_from_jagged(
@@ -74,7 +74,7 @@ def test_blocks(block: Block, lengths: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", ((3, 1, WIDTH), (3, WIDTH), (WIDTH,)))
-def test_modulated_by_samples(shape: tuple[int, ...]) -> None:
+def test_modulations_by_sample(shape: tuple[int, ...]) -> None:
     values, scale, shift = (torch.randn(s, dtype=torch.float64) for s in ((OFFSETS[-1], WIDTH), shape, shape))
     sample = torch.arange(3).repeat_interleave(torch.tensor(OFFSETS).diff())
     for norm, theirs in ((functional.modulated_layer_norm, F.layer_norm), (functional.modulated_rms_norm, F.rms_norm)):
@@ -92,7 +92,7 @@ def test_rows_of_a_nested_tensor_are_one_tile() -> None:
 
 
 def models() -> dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]]:
-    """Ours, and what torch computes with the same parameters."""
+    """Modules, and functions that compute the same in torch with the module's parameters."""
     return {
         "LayerNorm": (
             lambda: ours.LayerNorm(WIDTH, activation="gelu"),
@@ -127,7 +127,7 @@ def converted(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", models())
-def test_modules(name: str) -> None:
+def test_modules_equal_plain_rows(name: str) -> None:
     make, theirs = models()[name]
     torch.manual_seed(0)
     module = make().double()
@@ -139,7 +139,7 @@ def test_modules(name: str) -> None:
     torch.testing.assert_close([rows_of(gradients[0]), *gradients[1:]], truth)
 
 
-def test_compiled() -> None:
+def test_compiled_blocks_equal_eager() -> None:
     def blocks(x: Tensor, weight: Tensor) -> Tensor:
         y, total = functional.add_rms_norm(x, x.sin(), WIDTH, weight)
         return functional.bias_act(functional.glu(y, functional.layer_norm(total, WIDTH)), weight, activation="gelu")
@@ -155,8 +155,8 @@ def test_compiled() -> None:
     torch.testing.assert_close([*compiled, rows_of(compiled_grad), *compiled_more], [*eager, rows_of(grad), *more])
 
 
-def test_transposed() -> None:
-    """Rows that are ragged in a later dimension, as heads are."""
+def test_transposed_heads() -> None:
+    """The ragged dimension is the third."""
     values = torch.randn(OFFSETS[-1], 2, WIDTH)
     heads = nested(values).transpose(1, 2)
     found = functional.rms_norm(heads, WIDTH)
@@ -164,14 +164,14 @@ def test_transposed() -> None:
     torch.testing.assert_close(rows_of(found.transpose(1, 2)), F.rms_norm(values, (WIDTH,)))
 
 
-def test_dropout() -> None:
+def test_dropout_and_its_gradient() -> None:
     x = nested(torch.ones(OFFSETS[-1], 64))
     found = functional.bias_act(x, dropout_p=0.5)
     (grad,) = torch.autograd.grad(found.values().sum(), x)
     assert set(found.values().unique().tolist()) == {0.0, 2.0} and torch.equal(grad.values(), found.values())
 
 
-def test_errors() -> None:
+def test_bad_input_is_a_named_error() -> None:
     x, values = nested(torch.randn(OFFSETS[-1], WIDTH)), torch.randn(OFFSETS[-1], WIDTH)
     for shape in ((x.shape[1], WIDTH), (5, WIDTH), tuple(x.shape)):
         for norm in (functional.layer_norm, functional.rms_norm):

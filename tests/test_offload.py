@@ -1,4 +1,4 @@
-"""What layers keep in host memory: the same gradients, in time, and nothing left behind. Simulated on the CPU."""
+"""Offload of saved tensors to host memory: equal gradients, prefetching, and no leaks. Simulated on the CPU."""
 
 import copy
 import gc
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:the model is on the CPU, where o
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[weakref.WeakSet]:
-    """The storages that are offloaded."""
+    """The living offloaded storages."""
     storages: weakref.WeakSet = weakref.WeakSet()
-    made = offload.OffloadedStorage.__init__
+    original = offload.OffloadedStorage.__init__
 
     def init(self: offload.OffloadedStorage, *args: object) -> None:
-        made(self, *args)
+        original(self, *args)
         storages.add(self)
 
     monkeypatch.setattr(offload.OffloadedStorage, "__init__", init)
@@ -48,7 +48,7 @@ def test_gradients_are_the_same_to_the_last_bit(level: str | None, alive: weakre
     for got, want in zip(gradients(model, x), expected, strict=True):
         assert torch.equal(got, want)
     assert kept > 0 and saved_bytes(model, x) == 0
-    # Discarded tensors are not copied. A tensor that passes from one layer to the next may be kept by both.
+    # Discarded tensors are not copied. Two layers may both keep the tensor that passes from one to the other.
     loss = model(x).sum()
     assert kept <= sum(storage.host.nbytes for storage in alive) <= kept + x.nbytes
     del loss
@@ -56,18 +56,18 @@ def test_gradients_are_the_same_to_the_last_bit(level: str | None, alive: weakre
     assert not any(map(ckpt_kernels.is_converted, model))
 
 
-def test_what_is_small_stays_and_parameters_do() -> None:
+def test_small_tensors_and_parameters_stay() -> None:
     model, x = blocks(), torch.randn(2, 8, 16)
     kept = saved_bytes(model, x)
     offload.offload(model, "*", least=2**20)
     assert saved_bytes(model, x) == kept > 0
     ckpt_kernels.revert(model)
-    # The input and the output of the MLP's activation are the largest.
+    # The largest tensors are the input and the output of the MLP's activation.
     offload.offload(model, "*", least=x.nbytes + 1)
     assert 0 < saved_bytes(model, x) < kept
 
 
-def test_what_is_around_sees_what_stays() -> None:
+def test_a_checkpoint_around_an_offloaded_layer() -> None:
     model, x = blocks(), torch.randn(2, 8, 16)
     want = gradients(model, x)
     offload.offload(model, "0", least=x.nbytes + 1)
@@ -77,21 +77,21 @@ def test_what_is_around_sees_what_stays() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), want, strict=True))
 
 
-def back(alive: weakref.WeakSet) -> int:
-    """The bytes that are there."""
+def fetched_bytes(alive: weakref.WeakSet) -> int:
+    """The bytes of offloaded storages that are on the device."""
     return sum(storage.on_device[0].nbytes for storage in alive if storage.on_device is not None)
 
 
-def test_two_layers_tensors_are_there_and_none_after_the_pass(
+def test_tensors_of_at_most_two_layers_are_on_the_device(
     alive: weakref.WeakSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each turn, and at each tensor that comes; twice, in a graph that is retained."""
+    """Measured at the start of each layer and at each fetch, in two passes over a retained graph."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4)))
     x, turns, most = torch.randn(4, 8), [], []
     fetch, begin = offload.from_host, offload.PrefetchSchedule.begin
 
     def fetched(host: torch.Tensor, device: torch.device) -> tuple:
-        most.append(back(alive) + host.nbytes)
+        most.append(fetched_bytes(alive) + host.nbytes)
         found = fetch(host, device)
         assert found[0].data_ptr() != host.data_ptr()
         return found
@@ -100,7 +100,7 @@ def test_two_layers_tensors_are_there_and_none_after_the_pass(
         is_new = call.last_pass != torch._C._current_graph_task_id()
         begin(self, call)
         if is_new:
-            turns.append(back(alive))
+            turns.append(fetched_bytes(alive))
 
     monkeypatch.setattr(offload, "from_host", fetched)
     monkeypatch.setattr(offload.PrefetchSchedule, "begin", begun)
@@ -113,15 +113,15 @@ def test_two_layers_tensors_are_there_and_none_after_the_pass(
     for _ in range(2):
         turns.clear(), most.clear()
         loss.backward(retain_graph=True)
-        assert turns == [2 * layer] * 3 + [layer] and back(alive) == 0
-        # Each came once, and none beside two layers'.
+        assert turns == [2 * layer] * 3 + [layer] and fetched_bytes(alive) == 0
+        # Each tensor is fetched once, and at most two layers' tensors are there.
         assert len(most) == 8 and max(most) == 2 * layer
-    # Whoever looks at the graph brings nothing back.
+    # Reading an attribute of a node leaves no tensor on the device.
     node = loss.grad_fn.next_functions[0][0]
-    assert node._saved_self.shape == x.shape and back(alive) == 0
+    assert node._saved_self.shape == x.shape and fetched_bytes(alive) == 0
 
 
-def test_many_steps_leave_nothing(alive: weakref.WeakSet) -> None:
+def test_many_steps_leave_no_storages(alive: weakref.WeakSet) -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)))
     offload.offload(model, "*", least=1)
     x, counts = torch.randn(2, 4), set()
@@ -134,7 +134,7 @@ def test_many_steps_leave_nothing(alive: weakref.WeakSet) -> None:
     assert len(counts) == 1 and len(alive) == 0
 
 
-def test_a_graph_that_is_kept_is_walked_twice() -> None:
+def test_two_passes_over_a_retained_graph() -> None:
     model, x = blocks(), torch.randn(2, 8, 16)
     offload.offload(model, "*", least=1)
     loss = model(x).square().mean()
@@ -147,9 +147,7 @@ def test_a_graph_that_is_kept_is_walked_twice() -> None:
 @pytest.mark.parametrize("least", [1, 2**20])
 @pytest.mark.parametrize("written", ["weight", "input", "result"])
 @pytest.mark.parametrize("is_offloaded", [False, True])
-def test_what_is_written_to_between_the_passes_is_an_error_as_in_torch(
-    is_offloaded: bool, written: str, least: int
-) -> None:
+def test_a_write_between_the_passes_is_torchs_error(is_offloaded: bool, written: str, least: int) -> None:
     model, x = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))), torch.randn(2, 4)
     found = {"weight": model[0][2].weight, "input": x}
     model[0][1].register_forward_hook(lambda module, args, output: found.update(result=output))
@@ -163,7 +161,7 @@ def test_what_is_written_to_between_the_passes_is_an_error_as_in_torch(
 
 
 @pytest.mark.parametrize("least", [1, 2**20])
-def test_an_error_in_a_pass_leaves_nothing(alive: weakref.WeakSet, least: int) -> None:
+def test_an_error_in_a_pass_leaves_no_storages(alive: weakref.WeakSet, least: int) -> None:
     class Fails(torch.autograd.Function):
         @staticmethod
         def forward(ctx: object, input: torch.Tensor, where: str) -> torch.Tensor:
@@ -204,7 +202,7 @@ def test_an_error_in_a_pass_leaves_nothing(alive: weakref.WeakSet, least: int) -
             else:
                 raise AssertionError(f"{where} raises nothing")
             if where == "backward":
-                # The pass is made again, in the graph that is there, up to the same place.
+                # A second pass over the same graph fails at the same node.
                 with pytest.raises(ArithmeticError):
                     loss.backward()
                 del loss
@@ -216,9 +214,9 @@ def test_an_error_in_a_pass_leaves_nothing(alive: weakref.WeakSet, least: int) -
     assert all(map(torch.equal, gradients(model, x), want))
 
 
-def test_of_a_much_larger_memory_only_the_view_is_copied(alive: weakref.WeakSet) -> None:
+def test_only_the_view_of_a_large_storage_is_copied(alive: weakref.WeakSet) -> None:
     model, large = nn.Sequential(nn.Sequential(nn.Linear(4, 4))), torch.randn(100, 2, 4)
-    # What has as many bytes goes.
+    # Tensors with exactly `least` bytes are offloaded.
     offload.offload(model, "0", least=large[3].nbytes)
     loss = model(large[3]).sum()
     assert [storage.host.nbytes for storage in alive] == [large[3].nbytes]
@@ -227,7 +225,7 @@ def test_of_a_much_larger_memory_only_the_view_is_copied(alive: weakref.WeakSet)
 
 
 class Multiplying(nn.Module):
-    """By a buffer, by what it writes to in between, and by a conjugate."""
+    """Multiplies by a buffer, by a tensor that is written to in between, and by a conjugate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,47 +233,46 @@ class Multiplying(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = torch.full_like(x, 2.0)
-        # As long as this graph is there, so is what it keeps.
-        self.unwalked = x * scale
+        # This graph, over which no backward pass runs, keeps its saved tensors alive.
+        self.unused = x * scale
         scale.add_(5.0)
         turned = torch.complex(x, x) * torch.full((2, 4), 1 + 1j).conj()
         return x * self.buffer + x * scale + torch.view_as_real(turned).sum(-1)
 
 
-def test_buffers_stay_and_what_is_written_to_is_another_memory(alive: weakref.WeakSet) -> None:
+def test_buffers_stay_and_written_tensors_are_copied_again(alive: weakref.WeakSet) -> None:
     model, x = nn.Sequential(Multiplying()), torch.randn(2, 4, requires_grad=True)
     offload.offload(model, "0", least=1)
     model(x).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 3.0 + 7.0 + 2.0))
-    # Of the second kind, the one that no pass has walked.
+    # The offloaded storages that are left belong to the unused graph.
     assert model[0].buffer.tolist() not in [storage.host.view(torch.float32).view(2, 4).tolist() for storage in alive]
     with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
         model(x).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 24.0))
 
 
-def test_a_copy_has_a_chain_of_its_own(alive: weakref.WeakSet) -> None:
+def test_a_copy_of_the_model_has_its_own_chain(alive: weakref.WeakSet) -> None:
     model, x = blocks(), torch.randn(2, 8, 16)
     offload.offload(model, "*", least=1)
     twin = copy.deepcopy(model)
     assert all(map(torch.equal, gradients(twin, x), gradients(model, x)))
-    mine, its = model(x).sum(), twin(x).sum()
-    first = mine.grad_fn
+    losses = model(x).sum(), twin(x).sum()
     calls = {storage.call for storage in alive}
-    # Of each chain, one layer is the first.
+    # Each chain has one first layer.
     assert len(calls) == 4 and sum(call.before is None or call.before() is None for call in calls) == 2
-    del mine, its, first
+    del losses
 
 
-def test_a_name_that_begins_as_another_is_not_within_it() -> None:
+def test_names_with_a_common_prefix_are_not_nested() -> None:
     assert offload.offload(nn.Sequential(*(nn.Tanh() for _ in range(11))), "*") == [str(n) for n in range(11)]
 
 
-def test_a_name_that_fits_nothing_is_refused_and_the_cpu_is_told_of() -> None:
+def test_bad_arguments_are_errors_and_a_cpu_is_a_warning() -> None:
     with pytest.raises(ValueError, match="layers is 'layers'; expected a name"):
         offload.offload(blocks(), "layers")
-    for arguments, said in (((3, "0"), "model is int"), ((blocks(), 3), "layers is int")):
-        with pytest.raises(TypeError, match=said):
+    for arguments, message in (((3, "0"), "model is int"), ((blocks(), 3), "layers is int")):
+        with pytest.raises(TypeError, match=message):
             offload.offload(*arguments)
     with pytest.raises(ValueError, match="least is -1"):
         offload.offload(blocks(), "0", least=-1)
@@ -284,7 +281,7 @@ def test_a_name_that_fits_nothing_is_refused_and_the_cpu_is_told_of() -> None:
 
 
 def step_peak(model: nn.Module, x: torch.Tensor) -> int:
-    """Of a step, the gradients being there before; host memory is not of the device."""
+    """The peak in bytes of a step that accumulates into existing gradients, without host memory."""
 
     def step() -> None:
         model(x).square().mean().backward()
@@ -294,7 +291,7 @@ def step_peak(model: nn.Module, x: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("level", ("none", "block", "output", "all", "output, tiles=2"))
-def test_a_level_says_that_what_is_kept_is_offloaded(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_with_offload(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "LEAST", 1)
     model, x = blocks(layers=4), torch.randn(8, 32, 16)
     ckpt_kernels.convert(model, recompute={"?": level})
@@ -304,13 +301,13 @@ def test_a_level_says_that_what_is_kept_is_offloaded(level: str, monkeypatch: py
     for got, want in zip(gradients(model, x), expected, strict=True):
         assert torch.equal(got, want)
     assert saved_bytes(model, x) == 0
-    # Two layers' of four are there at most.
+    # The saved tensors of at most two of the four layers are on the device.
     assert step_peak(model, x) <= before - kept / 4
     ckpt_kernels.revert(model)
     assert not any(map(ckpt_kernels.is_converted, model.modules()))
 
 
-def test_one_layer_is_offloaded_and_its_neighbours_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_layer_may_be_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "LEAST", 1)
     model, x = blocks(layers=3), torch.randn(8, 32, 16)
     ckpt_kernels.convert(model, recompute={"?": "output"})
@@ -331,7 +328,7 @@ def test_memory_is_flat_over_many_steps(alive: weakref.WeakSet, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("spelled", ("checkpoint, offload", "output, offload, tiles=2", "output, offloaded", "offload"))
-def test_what_cannot_be_offloaded_is_refused(spelled: str) -> None:
+def test_levels_that_cannot_be_offloaded_are_an_error(spelled: str) -> None:
     with pytest.raises(ValueError, match=r"recompute\['0'\] is .*; all but checkpoint may end in ', offload'"):
         ckpt_kernels.convert(blocks(), recompute={"0": spelled})
     with pytest.raises(ValueError, match="recompute is 'output, offload'; expected one of block"):

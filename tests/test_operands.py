@@ -1,7 +1,7 @@
-"""The native ops check every tensor that they are handed, by name, before they read or write it.
+"""The native ops check every tensor before they read or write it; errors name the argument.
 
-What a call was given has passed the checks in Python; but the tensors of a backward pass come from whoever's hooks
-unpacked them, and a parameter's dtype and memory change under whoever has kept it.
+The arguments of a call have passed the checks in Python. But users' hooks may unpack other tensors in a backward pass,
+and the dtype and the memory of a parameter may change while the graph keeps the parameter.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def matrix() -> Tensor:
 
 
 def heads() -> Tensor:
-    """On three levels."""
+    """Rows in three dimensions."""
     return many(3, 2, 1, COLUMNS)
 
 
@@ -73,7 +73,7 @@ def _pieces() -> Tensor:
     return many(SAMPLES, 1, 3)
 
 
-# Each op with all its tensors; what belongs to a variant of a block only is a call of its own.
+# Each op with all its tensors; variants of a block with other tensors are separate calls.
 CALLS: dict[str, tuple[str, Callable[[], dict[str, object]]]] = {
     "residual": (
         "row_norm_forward",
@@ -211,7 +211,7 @@ if DEVICE == "cpu":
         ),
     }
 
-# Converted from any dtype that is computed in.
+# Arguments that an op converts from any floating-point dtype.
 _CONVERTED = ("alpha", "weight", "bias", "cos", "sin")
 
 
@@ -225,7 +225,7 @@ def _run(name: str, operands: dict[str, object]) -> None:
 
 
 def _freed(tensor: Tensor) -> Tensor:
-    """One of a larger storage, as a sharded parameter is, that was freed."""
+    """A part of a larger, freed storage, like a parameter that FSDP has sharded again."""
     whole = tensor.new_empty(tensor.numel() + 64)
     part = whole[64:].view(tensor.shape)
     whole.untyped_storage().resize_(0)
@@ -233,10 +233,10 @@ def _freed(tensor: Tensor) -> Tensor:
 
 
 def _of_another_dtype(name: str, argument: str, tensor: Tensor) -> list[Tensor]:
-    """For the first operand, others than it are then the wrong ones."""
+    """The tensor in wrong dtypes. If the first operand changes, the error names other operands."""
     if argument in _CONVERTED:
         return [tensor.long()]
-    # Moments are float32 of a bfloat16 input as well.
+    # A bfloat16 input also has float32 moments, so bfloat16 is no error there.
     dtypes = (
         (torch.float64, torch.int32) if (name, argument) == ("moments", "input") else (torch.bfloat16, torch.float64)
     )
@@ -265,7 +265,7 @@ def test_each_tensor_is_checked(name: str, argument: str) -> None:
             assert by_plan(*_arguments(name, operands | {argument: tensor})) is False
 
 
-def test_every_native_op_is_tried() -> None:
+def test_every_native_op_is_tested() -> None:
     declared = {schema.partition("(")[0] for schema in native._SCHEMAS}
     assert {op for op, _ in CALLS.values()} == declared - {"cpu_isa"}
 
@@ -280,7 +280,7 @@ def test_errors_name_the_argument() -> None:
         _run("residual", operands | {name: operands[name].bfloat16() for name in ("input", "residual")})
 
 
-def test_gate_and_value_take_turns_in_gradients_too() -> None:
+def test_interleaved_gate_and_value_need_interleaved_gradients() -> None:
     packed, grad = many(ROWS, 2 * COLUMNS), many(ROWS, 2 * COLUMNS)
     operands = {"grad_output": matrix(), "gate": packed[:, ::2], "value": packed[:, 1::2], **_GATE}
     _run("glu backward", operands | {"grad_gate": grad[:, ::2], "grad_value": grad[:, 1::2]})
@@ -305,7 +305,7 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_hooks_that_unpack_another_dtype(name: str, dtype: torch.dtype) -> None:
-    """By the full path and by a plan."""
+    """The first pass takes the full path, the second a plan."""
     x = matrix().requires_grad_()
     for _ in range(2):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t.to(dtype)):
@@ -325,7 +325,7 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 @pytest.mark.parametrize("wide_first", [True, False])
 def test_a_module_may_change_its_dtype_before_the_backward_pass(name: str, wide_first: bool) -> None:
-    """Its weights are then of another dtype than the input: the gradients are those of the weights as they are."""
+    """Weights and input then differ in dtype: the gradients are those with the weights in the new dtype."""
     if wide_first and DEVICE == "cuda":
         pytest.skip("CUDA kernels do not compute in float64")
     first, second = (torch.float64, torch.float32) if wide_first else (torch.float32, torch.bfloat16)
@@ -341,14 +341,14 @@ def test_a_module_may_change_its_dtype_before_the_backward_pass(name: str, wide_
         y.backward(grad)
         theirs.to(first)(expected).backward(grad)
         torch.testing.assert_close(x.grad, expected.grad, rtol=1e-4, atol=1e-5)
-        # Autograd makes of its dtype what it was in the forward pass.
+        # Autograd casts the weight's gradient to the dtype that the weight had in the forward pass.
         torch.testing.assert_close(norm.weight.grad.to(first), theirs.weight.grad, rtol=1e-2, atol=1e-2)
         norm.zero_grad()
         theirs.zero_grad()
 
 
-def test_memory_that_was_freed_is_an_error() -> None:
-    """As in torch, before and between the passes; a weight without memory is not the same as none."""
+def test_freed_memory_is_an_error() -> None:
+    """As in torch, before and between the passes; a weight without memory is not treated as None."""
     x, weight, bias = matrix(), many(COLUMNS), many(COLUMNS)
     for name in ("weight", "bias", "input"):
         for free in (_freed, lambda t: t.clone()):
@@ -367,7 +367,7 @@ def test_memory_that_was_freed_is_an_error() -> None:
             y.sum().backward()
 
 
-def test_a_plan_refuses_memory_that_was_freed() -> None:
+def test_a_plan_rejects_freed_memory() -> None:
     assert not thin.direct.is_plain(_freed(torch.randn(8)))
     assert not thin.direct.is_plain(_freed(torch.randn(8)).view(2, 4))
     if direct.is_available:

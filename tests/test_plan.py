@@ -1,4 +1,4 @@
-"""`plan`: budgets that are kept, models that stay as they were, models that are no chains, plans that are saved."""
+"""`plan`: peaks within the budget, unchanged models, models that are no chains, saved plans, and errors."""
 
 import copy
 import json
@@ -73,7 +73,7 @@ def made(**options: Any) -> tuple[Model, Tensor]:
 
 
 def peak(model: nn.Module, *inputs: Any, loss: Any = default_loss) -> int:
-    """Of a step, the gradients being there before."""
+    """The peak in bytes of a step that accumulates into existing gradients."""
 
     def step() -> None:
         output = model(*inputs)
@@ -96,7 +96,7 @@ def test_a_step_keeps_to_the_budget(budget: float) -> None:
 
 
 def test_costs_predict_peaks() -> None:
-    """Of all layers at one choice, and of random assignments with runs."""
+    """For random assignments with checkpoints over several layers."""
     model, tokens = made(layers=5)
     bench = Bench(model, (tokens,), {}, loss_of, lambda line: None)
     found = measure_choices(bench)
@@ -134,7 +134,7 @@ def plan_of(model: nn.Module, found: Any, parts: tuple) -> Plan:
     )
 
 
-def test_planning_leaves_the_model_as_it_was() -> None:
+def test_planning_does_not_change_the_model() -> None:
     model, tokens = made(dropout=0.2)
     stepped: list[str] = []
     for name, parameter in model.named_parameters():
@@ -154,7 +154,7 @@ def test_planning_leaves_the_model_as_it_was() -> None:
     assert stepped == []
 
 
-def test_a_plan_computes_what_the_model_computed() -> None:
+def test_a_plan_gives_the_models_gradients() -> None:
     model, tokens = made(layers=6)
 
     def gradients() -> list[Tensor]:
@@ -170,7 +170,7 @@ def test_a_plan_computes_what_the_model_computed() -> None:
         found.revert()
 
 
-def test_plans_are_saved_and_read(tmp_path: pathlib.Path) -> None:
+def test_plans_are_saved_and_loaded(tmp_path: pathlib.Path) -> None:
     model, tokens = made()
     found = plan(model, tokens, budget=0.4, loss=loss_of)
     found.save(tmp_path / "plan.json")
@@ -179,7 +179,7 @@ def test_plans_are_saved_and_read(tmp_path: pathlib.Path) -> None:
     assert str(read) == str(found)
     with pytest.raises(ValueError, match="expected a model"):
         read.apply()
-    # Another process's, or rank's, model of the same structure.
+    # A model of the same structure, as in another process or rank.
     other, _ = made()
     report = ckpt_kernels.convert(other, recompute=read)
     assert report.recompute.startswith("by module: ")
@@ -197,7 +197,7 @@ def test_plans_are_saved_and_read(tmp_path: pathlib.Path) -> None:
             Plan.load(tmp_path / "no.json")
 
 
-def test_a_plan_for_another_structure_is_refused() -> None:
+def test_a_plan_for_another_structure_is_an_error() -> None:
     model, tokens = made()
     found = plan(model, tokens, budget=None, loss=loss_of)
     found.apply()  # a converted model is of the same structure
@@ -210,7 +210,7 @@ def test_a_plan_for_another_structure_is_refused() -> None:
         ckpt_kernels.convert(made(layers=3)[0], recompute=found)
 
 
-def test_what_does_not_fit_says_what_would() -> None:
+def test_the_error_of_a_small_budget_names_the_least() -> None:
     model, tokens = made()
     with pytest.raises(DoesNotFit, match="budget is 1,000 bytes; expected at least") as raised:
         plan(model, tokens, budget=1000, loss=loss_of)
@@ -234,14 +234,14 @@ def test_what_does_not_fit_says_what_would() -> None:
         (None, None),
     ),
 )
-def test_budgets(budget: Any, expected: int | None) -> None:
+def test_budgets_in_bytes(budget: Any, expected: int | None) -> None:
     assert bytes_of(budget, 100, torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize(
     "budget", (0, -1, 0.0, float("nan"), float("inf"), "", "12 GiBs", "1.2.3k", ".", "device", 1.5)
 )
-def test_budgets_that_are_none(budget: Any) -> None:
+def test_invalid_budgets(budget: Any) -> None:
     with pytest.raises(ValueError, match="budget is"):
         bytes_of(budget, 100, torch.device("cpu"))
 
@@ -253,7 +253,7 @@ def test_budgets_of_another_type(budget: Any) -> None:
 
 
 class Shared(nn.Module):
-    """One layer, several times."""
+    """One layer that runs several times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ class Shared(nn.Module):
 
 
 class Towers(nn.Module):
-    """Two stacks side by side, the second read first by what follows."""
+    """Two parallel stacks of layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class Towers(nn.Module):
 
 
 class Ladder(nn.Module):
-    """Layers of which each hands on to one that is far away too, as in a U-Net."""
+    """Layers with skip connections, as in a U-Net."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -320,18 +320,18 @@ def test_models_that_are_no_plain_chains(kind: type[nn.Module]) -> None:
         assert "more than once" in str(found)
 
 
-def test_layers_that_are_computed_as_one_are_not_chosen_for_one_by_one() -> None:
+def test_layers_that_are_fused_are_planned_as_one() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
     found = plan(model, torch.randn(4, WIDTH), budget=None)
     assert found.whole is not None and "computed as one" in str(found)
 
 
-def test_layers_are_found_in_what_holds_them() -> None:
+def test_layers_are_found_in_nested_lists() -> None:
     model, _ = made()
     assert list(layers_of(model)) == [f"layers.{i}" for i in range(4)]
     stages = nn.ModuleList(nn.Sequential(Layer(), Layer()) for _ in range(2))
     assert list(layers_of(nn.Sequential(nn.Linear(4, 4), stages))) == ["1.0.0", "1.0.1", "1.1.0", "1.1.1"]
-    # Experts have no norms: the layer is the one that holds them.
+    # Experts have no norms, so the module that holds them is the layer.
     expert = Layer()
     expert.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 512), nn.Linear(512, WIDTH)) for _ in range(4))
     assert list(layers_of(nn.ModuleList([expert]))) == ["0"]
@@ -357,7 +357,7 @@ def test_layers_that_write_to_their_attributes_run_once() -> None:
 
 
 class Scaled(nn.Parameter):
-    """A class of a user's own."""
+    """A user's parameter class."""
 
 
 def test_parameters_of_other_classes_and_with_attributes_are_left_alone() -> None:
@@ -377,7 +377,7 @@ def test_parameters_of_other_classes_and_with_attributes_are_left_alone() -> Non
     assert torch.equal(head, before)
 
 
-def test_models_whose_copies_would_run_the_model_itself_are_refused() -> None:
+def test_models_whose_copies_would_run_the_model_itself_are_an_error() -> None:
     model, tokens = made()
     forward = model.layers[1].forward
     model.layers[1].forward = lambda x: forward(x) * 0.5  # type: ignore[method-assign]
@@ -386,7 +386,7 @@ def test_models_whose_copies_would_run_the_model_itself_are_refused() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_layers_that_are_left_out_at_random_are_not_chosen_for() -> None:
+def test_models_that_skip_layers_at_random_are_planned_as_a_whole() -> None:
     class Dropping(Model):
         def forward(self, tokens: Tensor) -> Tensor:
             x = self.embedding(tokens)
@@ -406,13 +406,13 @@ def test_layers_that_are_left_out_at_random_are_not_chosen_for() -> None:
     ("loss", "error"),
     ((3, TypeError), (lambda y: 1.0, TypeError), (lambda y: y, ValueError), (lambda y: y.detach().sum(), ValueError)),
 )
-def test_losses_that_are_none(loss: Any, error: type[Exception]) -> None:
+def test_invalid_losses(loss: Any, error: type[Exception]) -> None:
     model, tokens = made(layers=2)
     with pytest.raises(error, match="loss"):
         plan(model, tokens, budget=None, loss=loss)
 
 
-def test_layers_that_are_random_in_a_way_of_their_own_run_once() -> None:
+def test_layers_with_irreproducible_randomness_run_once() -> None:
     class Odd(Layer):
         def forward(self, x: Tensor) -> Tensor:
             noise = torch.tensor([float(b) for b in os.urandom(WIDTH)])
@@ -424,8 +424,8 @@ def test_layers_that_are_random_in_a_way_of_their_own_run_once() -> None:
     assert all(stage.checkpointed is None for stage in measure_choices(bench).stages)
 
 
-def test_inputs_are_left_as_they_are() -> None:
-    """Though one of them cannot be copied."""
+def test_planning_does_not_change_the_inputs() -> None:
+    """Also if one of the inputs cannot be copied."""
 
     class Masking(Model):
         def forward(self, x: Tensor, lock: Any) -> Tensor:  # type: ignore[override]
@@ -442,7 +442,7 @@ def test_inputs_are_left_as_they_are() -> None:
     assert x.grad is None
 
 
-def test_an_error_of_budgets_is_pickled() -> None:
+def test_the_error_of_a_small_budget_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(DoesNotFit(3, 5, "why")))
     assert (error.budget, error.least, str(error)) == (3, 5, str(DoesNotFit(3, 5, "why")))
 
@@ -461,8 +461,8 @@ def test_a_model_with_checkpointing_of_its_own_is_planned_as_a_whole() -> None:
     assert "checkpointing off" in found.note
 
 
-def test_seconds_are_told_apart_from_a_machine_that_slows() -> None:
-    """Steps of which each is slower than the last by an unknown factor, choices in turn."""
+def test_fitted_seconds_do_not_depend_on_the_machines_speed() -> None:
+    """Each step is slower by an unknown factor, and each step has other choices."""
     truth = {"a": 1.0, "b": 1.5, "c": 2.0}
     choices = list(truth)
     steps, chosen = [], []
@@ -479,8 +479,8 @@ def test_seconds_are_told_apart_from_a_machine_that_slows() -> None:
         assert found.of(("forward", 2), level) / found.of(("forward", 2), "a") == pytest.approx(seconds, rel=1e-6)
 
 
-def test_by_hand(recwarn: pytest.WarningsRecorder) -> None:
-    """Levels by names: each for all that is below, a later one before an earlier one."""
+def test_levels_by_name(recwarn: pytest.WarningsRecorder) -> None:
+    """A name applies to all modules below, and a later name overrides an earlier one."""
     model, tokens = made()
     expected = loss_of(model(tokens))
     report = ckpt_kernels.convert(
@@ -498,24 +498,24 @@ def test_by_hand(recwarn: pytest.WarningsRecorder) -> None:
 
 
 @pytest.mark.parametrize("choice", OF_MODULES)
-def test_each_level_by_layer_keeps_what_it_keeps_for_the_whole(choice: str) -> None:
+def test_a_level_for_each_layer_keeps_as_much_as_for_the_model(choice: str) -> None:
     model, tokens = made()
     ckpt_kernels.convert(model, recompute=ChoiceByLayer({f"layers.{i}": choice for i in range(4)}))
     other, _ = made()
     if choice not in ("none", "checkpoint"):
         ckpt_kernels.convert(other, recompute=choice)
-    by_layer, whole = (memory.saved_bytes(each, tokens) for each in (model, other))
+    by_layer, whole = (memory.saved_bytes(module, tokens) for module in (model, other))
     if choice == "checkpoint":
         assert by_layer < 0.2 * whole
     else:
-        # Beside the layers "output" holds.
+        # For the whole model a level also applies to the norm after the layers.
         assert abs(by_layer - whole) <= 2 * tokens.numel() * WIDTH * 4
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+def test_the_command_prints_saves_and_draws_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
     out, png = tmp_path / "plan.json", tmp_path / "plan.png"
-    target = f"{__name__}:for_the_command"
+    target = f"{__name__}:model_for_the_command"
     assert cli.main(["plan", target, "--budget", "0.6", "--out", str(out), "--png", str(png)]) == 0
     assert str(Plan.load(out)) == capsys.readouterr().out.rstrip("\n")
     assert png.stat().st_size > 10_000
@@ -526,6 +526,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path)
     assert "budget is 'much'" in capsys.readouterr().err
 
 
-def for_the_command() -> tuple[nn.Module, Tensor]:
+def model_for_the_command() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     return Model(layers=3), torch.randint(0, 50, (2, TOKENS))

@@ -1,4 +1,4 @@
-"""Plans for layers whose classes, or references, are unusual."""
+"""Plans for layers with unusual classes or references."""
 
 import abc
 import weakref
@@ -33,7 +33,7 @@ class Interface(abc.ABC):
 
 
 class AbstractFirst(Interface, Layer):
-    """Python finds the layout of a class by the first base."""
+    """The first base determines the memory layout of a Python object."""
 
     def forward(self, x: Tensor) -> Tensor:
         return Layer.forward(self, x)
@@ -44,7 +44,7 @@ class SlottedFirst(Slotted, Layer):
 
 
 class HoldsItsChild(Layer):
-    """A copy of the model refers to the model's own child."""
+    """A weak reference to a child, which a copy of the model shares."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_a_class_that_cannot_be_subclassed_is_planned_as_a_part_of_the_model() -
     assert "a layer cannot be marked: its class cannot be subclassed" in found.note
 
 
-def test_gradients_are_left_as_they_are() -> None:
+def test_planning_does_not_change_gradients() -> None:
     model, x = made(HoldsItsChild)
     plan(model, x, budget=1.0)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -96,7 +96,7 @@ def test_gradients_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("tiles", [2, True, "24"])
-def test_tiles_are_several_numbers(tiles: object) -> None:
+def test_tiles_of_another_type_are_an_error(tiles: object) -> None:
     model, x = made(Layer)
     with pytest.raises(TypeError, match=r"tiles is .*; expected several whole numbers above 1"):
         plan(model, x, budget=None, tiles=tiles)  # type: ignore[arg-type]

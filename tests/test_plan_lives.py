@@ -1,4 +1,4 @@
-"""Plans with what training is done with: processes, scaled and accumulated gradients, autocast, adapters, compile."""
+"""Plans with processes, gradient scaling and accumulation, autocast, adapters, and torch.compile."""
 
 import copy
 import os
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mixed(model: nn.Module) -> Plan:
-    """A plan by hand: a level, a checkpoint of a layer, and one of two."""
+    """A hand-made plan: a level, a checkpoint of one layer, and a checkpoint of two layers."""
     parts = (
         StageAt(0, "all"),
         Checkpoint((StageAt(1, "output"),)),
@@ -52,7 +52,7 @@ def test_copies_of_a_plan_keep_the_model_and_pickles_leave_it_out() -> None:
 
 
 def peak(found: Plan, model: nn.Module, tokens: Tensor) -> int:
-    """Of a step with a plan, the gradients being there before."""
+    """The peak in bytes of a step with a plan that accumulates into existing gradients."""
     found.apply(model)
     step(model, tokens)
     return memory.peak_bytes(lambda: step(model, tokens))
@@ -82,7 +82,7 @@ def cast(model: nn.Module, tokens: Tensor) -> None:
 
 
 def scaled(model: nn.Module, tokens: Tensor) -> None:
-    """An optimizer's step too, which is left out where a gradient is not finite."""
+    """A step with an optimizer, which the scaler skips if a gradient is not finite."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler.scale(loss_of(model(tokens))).backward()
@@ -95,7 +95,7 @@ WAYS = {step: 1e-5, accumulated: 1e-5, scaled: 1e-5, cast: 2**-6}
 
 
 @pytest.mark.parametrize(("way", "tolerance"), WAYS.items(), ids=[way.__name__ for way in WAYS])
-def test_ways_to_train(way: Callable[[nn.Module, Tensor], None], tolerance: float) -> None:
+def test_planned_models_train_as_the_original(way: Callable[[nn.Module, Tensor], None], tolerance: float) -> None:
     model, tokens = made()
     planned = copy.deepcopy(model)
     mixed(planned).apply(planned)
@@ -105,12 +105,12 @@ def test_ways_to_train(way: Callable[[nn.Module, Tensor], None], tolerance: floa
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
-    for mine, its in zip(model.parameters(), planned.parameters(), strict=True):
-        torch.testing.assert_close(its, mine, rtol=1e-4, atol=1e-4 if way is cast else 1e-6)
+    for parameter, other in zip(model.parameters(), planned.parameters(), strict=True):
+        torch.testing.assert_close(other, parameter, rtol=1e-4, atol=1e-4 if way is cast else 1e-6)
 
 
 @pytest.mark.parametrize("size", ((4, TOKENS), (2, TOKENS // 2)))
-def test_what_another_batch_or_length_takes_is_estimated(size: tuple[int, int]) -> None:
+def test_peaks_of_other_batches_and_lengths_are_estimated(size: tuple[int, int]) -> None:
     model, tokens = made()
     planned = copy.deepcopy(model)
     measured = StepCost(peak(mixed(planned), planned, tokens), 0.0)
@@ -126,7 +126,7 @@ def test_an_estimate_needs_a_tensor_like_the_first() -> None:
 
 
 class Adapted(nn.Module):
-    """A frozen linear layer with a narrow one beside it."""
+    """A frozen linear layer with a LoRA adapter."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -137,8 +137,8 @@ class Adapted(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-def test_adapters() -> None:
-    """The plan of a model without them is refused; with them only theirs have gradients."""
+def test_adapters_need_a_new_plan() -> None:
+    """The plan of the model without adapters is an error; with a new plan only adapters have gradients."""
     model, tokens = made()
     before = mixed(model)
     model.requires_grad_(False)
@@ -156,7 +156,7 @@ def test_adapters() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_single_layers_that_are_compiled() -> None:
+def test_compiled_layers_with_a_plan() -> None:
     model, tokens = made()
     planned = copy.deepcopy(model)
     mixed(planned).apply(planned)
@@ -190,11 +190,11 @@ def _process(rank: int, port: int, wraps: tuple[Callable, ...], folder: str) -> 
         found = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in named.items()}
         torch.save(found, f"{folder}/{wrap.__name__}{rank}.pt")
     dist.barrier()
-    # Not by way of the interpreter's end: DDP's and gloo's destructors may wait for each other there, over the GIL.
+    # Without the interpreter's shutdown, in which the destructors of DDP and gloo may deadlock over the GIL.
     os._exit(0)
 
 
-def test_each_of_two_processes_reads_the_plan(tmp_path: pathlib.Path) -> None:
+def test_two_processes_load_the_plan(tmp_path: pathlib.Path) -> None:
     model, tokens = made()
     mixed(model).save(tmp_path / "plan.json")
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""The search for a plan, with steps whose peaks are given: what is tried, what is taken, and what is refused."""
+"""The search for a plan, with steps of given peaks and seconds: candidates, the result, and errors."""
 
 import random
 import sys
@@ -26,7 +26,7 @@ from .test_plan_solve import alike, assignments, chain, choice_everywhere, compa
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_stages_that_are_alike_share_fronts(seed: int) -> None:
+def test_equal_stages_share_fronts(seed: int) -> None:
     rng = random.Random(seed)
     kinds = chain(rng, 2, 1, runs=True)
     picked = [rng.randrange(2) for _ in range(5)]
@@ -37,7 +37,7 @@ def test_stages_that_are_alike_share_fronts(seed: int) -> None:
     compare(stages, [simulated(stages, found) for found in assignments(stages, 0, len(stages) - 1)])
 
 
-def test_the_leanest_assignment_is_there_however_fronts_are_thinned() -> None:
+def test_thinned_fronts_keep_the_leanest_assignment() -> None:
     for seed in range(6):
         stages = chain(random.Random(seed), 7, 4, runs=True)
         exact, thinned = Solver(stages, limit=10**9), Solver(stages, limit=8)
@@ -46,8 +46,8 @@ def test_the_leanest_assignment_is_there_however_fronts_are_thinned() -> None:
 
 
 class Searching:
-    """The search with steps whose peaks are given one after the other, or are as predicted, and whose seconds are
-    those of `seconds` by what is timed, or as predicted."""
+    """A search with steps whose peaks are the given ones, one after the other, and whose seconds are given by name.
+    Other peaks and seconds are as predicted."""
 
     count = 0
     input_shape = (2, 3)
@@ -85,7 +85,7 @@ class Searching:
         return fastest(nn.Linear(2, 2), cast(Bench, self), measurements, budget)
 
 
-def test_a_plan_that_turns_out_above_the_budget_is_made_anew_for_less() -> None:
+def test_a_plan_measured_above_the_budget_is_replanned_for_less() -> None:
     search = Searching([70, 65, 60])
     found = search.found(60)
     first, second, *_ = search.predicted
@@ -95,26 +95,26 @@ def test_a_plan_that_turns_out_above_the_budget_is_made_anew_for_less() -> None:
     assert "too few at first" in found.note
 
 
-def test_no_plan_above_the_budget_is_given() -> None:
+def test_no_plan_above_the_budget_is_returned() -> None:
     with pytest.raises(DoesNotFit, match="at least 70"):
         Searching([70] * 10).found(60)
 
 
-def test_eager_is_taken_where_it_fits_and_is_faster() -> None:
+def test_eager_is_chosen_if_it_fits_and_is_faster() -> None:
     assert Searching([], {"eager": 0.0}, eager=130).found(60).whole is None
     assert Searching([], {"eager": 1e9}, eager=130).found(200).whole is None
     assert Searching([], {"eager": 0.0}, eager=130).found(200).whole == "none"
     assert Searching([], {"eager": 0.0}, eager=130).found(130).whole == "none"
 
 
-def test_of_plans_that_are_about_as_fast_the_one_of_least_memory() -> None:
+def test_the_leanest_of_equally_fast_plans_is_chosen() -> None:
     faster, leaner, slower = (Cost(kept, kept, 0, 1.0, after) for kept, after in ((90, 1.0), (50, 1.002), (10, 1.1)))
     stage = Stage("s", "S", 1, 0, {"none": faster, "output": leaner, "all": slower}, None, False, alike=0)
     for budget in (None, 100):
         assert _best(Solver([stage]), budget) == (StageAt(0, "output"),)
 
 
-def test_an_error_of_a_step_is_the_models_and_a_part_is_of_a_peak() -> None:
+def test_errors_of_steps_are_raised_and_a_fraction_needs_a_peak() -> None:
     class Failing(Searching):
         device = torch.device("cpu")
 
@@ -127,8 +127,8 @@ def test_an_error_of_a_step_is_the_models_and_a_part_is_of_a_peak() -> None:
         budget_bytes(0.5, {}, torch.device("cpu"))
 
 
-def test_one_level_for_all_is_taken_where_it_fits_and_is_faster() -> None:
-    """Of 60 bytes "all" takes 46 and "output" 76."""
+def test_one_level_for_all_layers_is_chosen_if_it_fits_and_is_faster() -> None:
+    """The budget is 60 bytes; "all" takes 46 and "output" 76."""
     search = Searching([], {"all at all": 0.5})
     found = search.found(60)
     assert set(search.timed) == {"the plan", "all at all"}
@@ -152,7 +152,7 @@ def test_places_of_layers_in_runs() -> None:
     }
 
 
-def test_layers_that_differ_when_they_run_again_are_offered_no_checkpoint() -> None:
+def test_layers_that_differ_when_recomputed_are_offered_no_checkpoint() -> None:
     class Fickle(Layer):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x * (1.0 + 0.1 * is_repeating()))
@@ -162,12 +162,12 @@ def test_layers_that_differ_when_they_run_again_are_offered_no_checkpoint() -> N
     found = measure_choices(Bench(model, (tokens,), {}, loss_of, lambda line: None))
     offered = [stage.checkpointed is not None for name, stage in zip(found.layers, found.stages, strict=True) if name]
     assert offered == [True, False, True, True]
-    # What is behind it in a checkpoint of several has another input then.
+    # In a checkpoint of several layers, the layers after this one would get another input.
     follows = [stage.follows for name, stage in zip(found.layers, found.stages, strict=True) if name]
     assert follows == [False, False, False, False]
 
 
-def test_bytes_of_a_step_are_those_beside_gradients() -> None:
+def test_peaks_of_steps_exclude_gradients() -> None:
     model, tokens = made()
     bench = Bench(model, (tokens,), {}, loss_of, lambda line: None)
     _, points = bench.step("", bench.twin(None), memory=True)
@@ -181,7 +181,7 @@ def test_bytes_of_a_step_are_those_beside_gradients() -> None:
     assert peak_of(points) == pytest.approx(memory.peak_bytes(step), rel=0.01)
 
 
-def test_no_step_is_recorded_after_one_that_failed() -> None:
+def test_a_failed_step_ends_the_recording() -> None:
     model, tokens = made()
 
     def failing(output: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def test_no_step_is_recorded_after_one_that_failed() -> None:
     assert sys.modules["ckpt_kernels.plan.marks"]._recorder is None
 
 
-def test_what_is_free_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_device_is_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 900)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)

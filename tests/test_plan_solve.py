@@ -1,4 +1,4 @@
-"""The solver: the same optimum as all assignments tried one by one, on random chains; fronts, bounds, times."""
+"""The solver: the optimum of exhaustive search on random chains; fronts and bounds."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from .simulated_steps import simulated
 
 
 def chain(rng: random.Random, stages: int, choices: int, runs: bool) -> list[Stage]:
-    """Costs without any order among them."""
+    """A chain of stages with random costs."""
     found: list[Stage] = []
     for index in range(stages):
         output = rng.randint(1, 20)
@@ -36,7 +36,7 @@ def chain(rng: random.Random, stages: int, choices: int, runs: bool) -> list[Sta
 
 
 def assignments(stages: list[Stage], first: int, last: int, nested: bool = False) -> Iterator[Assignment]:
-    """All there are, with runs within runs."""
+    """All assignments, including nested checkpoints."""
     if first > last:
         yield ()
         return
@@ -79,7 +79,7 @@ def test_the_optimum_of_small_chains_with_runs(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_optimum_of_chains_of_ten(seed: int) -> None:
-    """20 chains at a time, up to the 500 that are asked for of it, of as many choices as can be tried out."""
+    """20 chains a test, with as many choices as an exhaustive search allows."""
     for part in range(20):
         rng = random.Random(1000 * seed + part)
         count = rng.randint(1, 10)
@@ -99,7 +99,7 @@ def compare_some(stages: list[Stage], tried: list[tuple[int, float]]) -> None:
     for index, (memory, _) in enumerate(tried[:8]):
         best = min(seconds for need, seconds in tried if need <= memory)
         assert solver.front.at(memory) == pytest.approx(best, abs=1e-9)
-        # The assignment behind it takes longer to find than its time.
+        # To find an assignment takes longer than to find the seconds.
         if index > 1:
             continue
         found = solver.best(memory)
@@ -109,7 +109,7 @@ def compare_some(stages: list[Stage], tried: list[tuple[int, float]]) -> None:
 
 
 def alike(stages: int) -> list[Stage]:
-    """Layers as those of a language model are, in units of their output."""
+    """Layers with the costs of a language model's, in units of the output."""
     costs = {
         "none": Cost(21, 22, 5, 1.0, 2.0),
         "output": Cost(11, 15, 10, 1.0, 2.05),
@@ -120,7 +120,7 @@ def alike(stages: int) -> list[Stage]:
     return [replace(stage, name=f"layer {index}", follows=index > 0) for index in range(stages)]
 
 
-def test_time_falls_with_memory_and_fronts_hold_only_what_is_worth_having() -> None:
+def test_fronts_are_strictly_monotonic() -> None:
     front = Solver(alike(12)).front
     needs, seconds = front.needs.tolist(), front.seconds.tolist()
     assert needs == sorted(set(needs))
@@ -129,7 +129,7 @@ def test_time_falls_with_memory_and_fronts_hold_only_what_is_worth_having() -> N
     assert front.at(needs[-1] + 1000) == seconds[-1]
 
 
-def test_thinned_fronts_hold_real_assignments_and_a_bound_from_below() -> None:
+def test_thinned_fronts_hold_valid_assignments_and_a_lower_bound() -> None:
     rng = random.Random(3)
     stages = chain(rng, 8, 4, runs=True)
     exact, thinned = Solver(stages, limit=10**9), Solver(stages, limit=16)
@@ -147,8 +147,8 @@ def test_thinned_fronts_hold_real_assignments_and_a_bound_from_below() -> None:
             assert seconds <= thinned.front.at(memory) + 1e-9
 
 
-def test_many_layers_need_sublinear_memory_for_less_time_than_every_root() -> None:
-    """One checkpoint over each of sqrt(n) runs of sqrt(n) layers, eager inside, is the rule that is beaten."""
+def test_many_layers_need_sublinear_memory_and_less_time_than_sqrt_checkpointing() -> None:
+    """The baseline is a checkpoint over each of sqrt(n) runs of sqrt(n) layers."""
     count, root = 144, 12
     stages = alike(count)
     rule = tuple(Checkpoint(tuple(StageAt(i + j, "none") for j in range(root))) for i in range(0, count, root))
@@ -172,7 +172,7 @@ def choice_everywhere(count: int, level: str) -> Assignment:
     return tuple(StageAt(index, level) for index in range(count))
 
 
-def test_what_must_not_run_twice_is_in_no_run() -> None:
+def test_stages_that_must_run_once_are_in_no_checkpoint() -> None:
     stages = [replace(stage, checkpointed=None if i == 2 else stage.checkpointed) for i, stage in enumerate(alike(5))]
     least = Solver(stages).best(int(Solver(stages).front.needs[0]))
     assert least is not None
@@ -182,8 +182,7 @@ def test_what_must_not_run_twice_is_in_no_run() -> None:
         predicted(stages, (Checkpoint(choice_everywhere(5, "none")),))
 
 
-def test_what_may_not_be_inside_is_in_no_run() -> None:
-    """A choice that was measured at another one's first pass under a checkpoint."""
+def test_choices_that_may_not_be_inside_are_in_no_checkpoint() -> None:
     stages = [
         replace(s, costs={name: replace(cost, may_be_inside=name == "layer") for name, cost in s.costs.items()})
         for s in alike(9)

@@ -1,4 +1,4 @@
-"""MLPs in tiles as choices by layer: as they are spelled, as they are measured, and as they are planned."""
+"""MLPs in tiles as choices for layers: notation, measurements, and plans."""
 
 import pathlib
 import random
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Layer(nn.Module):
-    """A gated MLP, whose tensors of the inner width are nearly all that a step takes."""
+    """A gated MLP, whose tensors of the inner width take nearly all memory of a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def made(*kinds: type[nn.Module]) -> tuple[Stack, Tensor]:
 
 
 def peak(model: nn.Module, x: Tensor) -> int:
-    """Of a step, the gradients being there before."""
+    """The peak in bytes of a step that accumulates into existing gradients."""
 
     def step() -> None:
         model(x).sum().backward()
@@ -81,7 +81,7 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("level", ("output", "all", "layer", "checkpoint"))
-def test_a_level_says_how_many_tiles_there_are(level: str) -> None:
+def test_levels_with_tiles_lower_the_peak(level: str) -> None:
     model, x = made()
     expected = gradients(model, x)
     peaks = {}
@@ -90,11 +90,11 @@ def test_a_level_says_how_many_tiles_there_are(level: str) -> None:
         assert report.recompute == f"by module: 3 x {spelled.replace('checkpoint', 'checkpointed output')}"
         torch.testing.assert_close(gradients(model, x), expected, rtol=1e-4, atol=1e-4)
         peaks[spelled] = peak(model, x)
-    # Of three and more tensors of the inner width beside what is kept a quarter stands, and what a tile hands over.
+    # Of three and more temporary tensors of the inner width only a quarter is alive, and the results of a tile.
     assert peaks[f"{level}, tiles=4"] <= peaks[level] - TOKENS * INNER * x.element_size()
 
 
-def test_the_nearest_says_how_many_tiles_there_are() -> None:
+def test_the_most_specific_number_of_tiles_applies() -> None:
     model, x = made()
 
     def of(recompute: Any, tiles: int = 1) -> int:
@@ -103,7 +103,7 @@ def test_the_nearest_says_how_many_tiles_there_are() -> None:
 
     one, four = of("all"), of("all", tiles=4)
     assert four < one
-    # Of a whole model, of its layers, and of what is not told.
+    # The number for the model, for the layers, and the default.
     assert of("all, tiles=4") == of("all, tiles=4", tiles=2) == of({"layers.*": "all"}, tiles=4) == four
     assert of({"layers.*": "all, tiles=1"}, tiles=4) == one
     assert of({"*": "all, tiles=1", "layers.*": "all, tiles=4"}) == four
@@ -113,14 +113,14 @@ def test_the_nearest_says_how_many_tiles_there_are() -> None:
 @pytest.mark.parametrize(
     "spelled", ("none, tiles=2", "block, tiles=2", "all, tiles=0", "all, tiles=-1", "all, tile=2", "tiles=2", "", 3)
 )
-def test_what_cannot_be_in_tiles_is_refused(spelled: Any) -> None:
+def test_levels_without_tiles_are_an_error(spelled: Any) -> None:
     model, _ = made()
     with pytest.raises(ValueError, match=r"recompute\['layers.0'\] is .*expected one of none, .*, or one of output, "):
         ckpt_kernels.convert(model, recompute={"layers.0": spelled})
     assert not any(map(ckpt_kernels.is_converted, model.modules()))
 
 
-def test_a_level_is_read_as_it_is_spelled() -> None:
+def test_levels_are_parsed_and_printed() -> None:
     for text in (*OF_MODULES, "all, tiles=4", "checkpoint, tiles=12"):
         assert str(Policy.of(text, OF_MODULES, "level")) == text
     assert Policy.read("checkpoint", OF_MODULES[:-1]) is None
@@ -129,13 +129,13 @@ def test_a_level_is_read_as_it_is_spelled() -> None:
 
 @pytest.fixture(scope="module")
 def trials() -> tuple[Stack, Bench, Measurements]:
-    """Of a layer with no MLP between others; by one step for each choice, and few of them."""
+    """Measurements of a model with one layer without an MLP."""
     model, x = made(Layer, Mixer, Layer, Layer)
     bench = Bench(model, (x,), {}, None, lambda line: None)
     return model, bench, measure_choices(bench, (2, 4))
 
 
-def test_tiles_are_offered_where_they_lower_a_peak(trials: tuple[Stack, Bench, Measurements]) -> None:
+def test_tiles_are_offered_if_they_lower_a_peak(trials: tuple[Stack, Bench, Measurements]) -> None:
     _, _, found = trials
     for name, stage in zip(found.layers, found.stages, strict=True):
         tiled = {level for level in stage.costs if "tiles" in level}
@@ -145,14 +145,14 @@ def test_tiles_are_offered_where_they_lower_a_peak(trials: tuple[Stack, Bench, M
             if fewer is not None and fewer is not stage.costs[level]:
                 mine = Peaks(stage.costs[level].forward_peak, stage.costs[level].backward_peak)
                 assert mine.is_lower_than(Peaks(fewer.forward_peak, fewer.backward_peak))
-        # Within a checkpoint both forward passes are in the most tiles.
+        # In a checkpoint both forward passes have the largest number of tiles.
         inside = {level.partition(", ")[2] for level, cost in stage.costs.items() if cost.may_be_inside}
         if name:
             assert inside == {"tiles=4" if tiled else ""}
 
 
 def test_costs_predict_peaks(trials: tuple[Stack, Bench, Measurements]) -> None:
-    """Of random assignments, in runs and in none."""
+    """For random assignments, with and without checkpoints."""
     model, bench, found = trials
     rng = random.Random(0)
     tiles = set()
@@ -207,7 +207,7 @@ def test_a_budget_that_only_tiles_fit(tmp_path: pathlib.Path) -> None:
         Plan.load(tmp_path / "plan.json")
 
 
-def test_few_tokens_are_not_taken_apart() -> None:
+def test_no_tiles_are_tried_for_few_tokens() -> None:
     model, x = made()
     lines: list[str] = []
     plan(model, x[:256], budget=None, progress=lines.append)
@@ -215,7 +215,7 @@ def test_few_tokens_are_not_taken_apart() -> None:
 
 
 @pytest.mark.parametrize("tiles", ([1], [2, 0], ["2"], [True]))
-def test_numbers_of_tiles_that_are_none(tiles: Any) -> None:
+def test_invalid_numbers_of_tiles(tiles: Any) -> None:
     model, x = made()
     with pytest.raises(ValueError, match=r"tiles is .*; expected whole numbers above 1"):
         plan(model, x, budget=None, tiles=tiles)

@@ -1,4 +1,4 @@
-"""The polynomials of csrc/cpu/polynomials.h: found again, as accurate as they are said to be, the same in Triton."""
+"""The polynomials of csrc/cpu/polynomials.h: Remez finds them, errors are as stated, and Triton's are the same."""
 
 import ast
 import math
@@ -30,7 +30,7 @@ from .conftest import DEVICE, serving, unserved
 
 TRITON = HEADER.parent.parent.parent / "ckpt_kernels" / "backends" / "triton" / "elementary.py"
 STATED = {name: float(ulp) for ulp, name in re.findall(r"([\d.]+) ulp of ([\w ]+)[,.]", HEADER.read_text())}
-# One for each array.
+# One polynomial for each array of coefficients.
 ARRAYS = list({p.name: p for p in POLYNOMIALS.values()}.values())
 
 
@@ -48,7 +48,7 @@ def test_the_documentation_states_the_same_errors() -> None:
 
 @pytest.mark.parametrize("p", ARRAYS, ids=lambda p: p.name)
 def test_remez_finds_the_polynomial(p: Polynomial) -> None:
-    """Coefficients within 1e-4 of their size, and a greatest error, before and after rounding, that is no smaller."""
+    """Coefficients agree within 1e-4, and the polynomial in use is as accurate as the one found here."""
     found, used = remez(p, 5_001), p.in_use()
     assert all(abs(a - b) <= 1e-4 * abs(b) for a, b in zip(found, used, strict=True)), list(
         zip(found, used, strict=True)
@@ -72,8 +72,8 @@ def test_the_greatest_error_in_ulp_is_the_stated_one(function: str) -> None:
     assert 0.8 * STATED[function] <= measured <= STATED[function]
 
 
-def test_a_changed_coefficient_is_noticed() -> None:
-    """That the measure can fail: one coefficient of expm1 by 1e-5 of its size."""
+def test_a_changed_coefficient_is_detected() -> None:
+    """One coefficient of expm1 changes by a factor of 1.00001."""
     p = POLYNOMIALS["expm1"]
     used = coefficients(p.name)
     wrong = replace(p, float32=lambda x, _, mad: p.float32(x, [used[0], used[1] * 1.00001, *used[2:]], mad))
@@ -82,9 +82,9 @@ def test_a_changed_coefficient_is_noticed() -> None:
 
 @pytest.mark.parametrize("name", ["exp", "expm1"])
 def test_the_library_is_as_accurate_as_stated(name: str) -> None:
-    """ELU is expm1 below 0, and its derivative exp."""
+    """ELU below 0 is expm1, and the derivative is exp."""
     if unserved("native", torch.float32) or DEVICE != "cpu":
-        pytest.skip("the CPU library is not there")
+        pytest.skip("there is no CPU library")
     x = torch.linspace(-20, -1e-6, 200_001, dtype=torch.float64).float().requires_grad_()
     with serving("native"):
         y = functional.bias_act(x, activation="elu")
@@ -102,7 +102,7 @@ def test_the_library_is_as_accurate_as_stated(name: str) -> None:
     ],
 )
 def test_triton_has_the_same_coefficients(name: str, function: str, variable: str, last: str) -> None:
-    """Runs the lines of Triton's function that assign its polynomial, and those of Horner's rule, to the same bit."""
+    """The assignments of the polynomial in Triton's function give the bits of Horner's rule."""
     module = ast.parse(TRITON.read_text())
     body = next(node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == function).body
     lines = [
@@ -119,8 +119,8 @@ def test_triton_has_the_same_coefficients(name: str, function: str, variable: st
 
 
 @pytest.mark.parametrize("p", [LOG2_NORMAL_TAIL, ROUGH_LOG2_NORMAL_TAIL], ids=lambda p: p.name)
-def test_tritons_logarithm_of_the_normal_tail_is_what_the_script_finds(p: Polynomial) -> None:
-    """Its coefficients are within 1e-3 of their size of those found, and no less accurate in float32 than it says."""
+def test_remez_finds_tritons_logarithm_of_the_normal_tail(p: Polynomial) -> None:
+    """Coefficients agree within 1e-3, and the error in float32 is at most the stated one."""
     used, found = p.in_use(), remez(p, 5_001)
     assert all(abs(a - b) <= 1e-3 * abs(b) for a, b in zip(found, used, strict=True)), (found, used)
     assert greatest_error(p, used, 20_001) <= 1.05 * greatest_error(p, rounded(found), 20_001)

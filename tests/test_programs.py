@@ -1,4 +1,4 @@
-"""Generated models compute, converted, what they compute as they are; the last tests are of these tests."""
+"""Generated models give the same results when converted. The last tests check that the comparison detects faults."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ CHUNKS, EACH = 20, 15
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_generated_programs(chunk: int, tmp_path: Path) -> None:
+def test_generated_programs_give_the_same_results(chunk: int, tmp_path: Path) -> None:
     results = [run(write(seed), LEVELS[seed % 3], tmp_path) for seed in range(chunk * EACH, (chunk + 1) * EACH)]
     failed = [result for result in results if result.differences]
     assert not failed, "\n\n".join(map(str, failed))
@@ -25,16 +25,16 @@ def test_generated_programs(chunk: int, tmp_path: Path) -> None:
     assert sum(bool(result.replaced) for result in results) >= EACH // 2
 
 
-def test_a_program_is_the_same_each_time_and_others_are_others() -> None:
+def test_programs_are_reproducible_and_distinct() -> None:
     assert write(5) == write(5)
     assert len({write(seed).source for seed in range(50)}) == 50
 
 
-# Each does one thing wrong to a converted model.
+# Faulty conversions, with one fault each.
 
 
 def _changed(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Gives one module another forward, as `convert` would: by its class."""
+    """Gives a module another forward by a new class, as `convert` does."""
     kind = type(module)
     members = {"forward": forward, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     module.__class__ = type(kind.__name__, (kind,), members)
@@ -62,7 +62,7 @@ def _wrong_gradient(model: nn.Module) -> None:
 
 
 def _around(before: Callable[[nn.Module], Any], after: Callable[[nn.Module, Any, Any], Any]) -> Callable:
-    """A conversion that runs the whole model between `before` and `after`, which makes the output."""
+    """A conversion that calls `before` ahead of the model's forward, and returns the result of `after`."""
 
     def break_(model: nn.Module) -> None:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -105,12 +105,12 @@ WRONG: dict[str, tuple[Callable[[nn.Module], None], str]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_noticed(wrong: str, tmp_path: Path) -> None:
-    break_, told = WRONG[wrong]
+def test_faulty_conversions_are_detected(wrong: str, tmp_path: Path) -> None:
+    break_, message = WRONG[wrong]
 
     def convert(model: nn.Module, recompute: str) -> SimpleNamespace:
         break_(model)
         return SimpleNamespace(replaced=[])
 
     results = (run(write(seed), "output", tmp_path, convert) for seed in range(40))
-    assert any(told in difference for result in results for difference in result.differences)
+    assert any(message in difference for result in results for difference in result.differences)

@@ -1,4 +1,4 @@
-"""Discarding the outputs of torch's own ops: the kept bytes, the same gradients to the bit, and outputs that stay."""
+"""Discarding the outputs of torch's own ops: kept bytes, bitwise equal gradients, and outputs that are kept."""
 
 import contextlib
 from collections.abc import Callable
@@ -61,7 +61,7 @@ ALIKE = {
     "cube": lambda h: h**3,
     "prelu": lambda h: TF.prelu(h, torch.full((1,), 0.3, device=DEVICE, requires_grad=True)),
 }
-# What torch's logsigmoid keeps beside its input, on CPUs alone.
+# torch's logsigmoid also keeps a buffer of the input's size, on CPUs only.
 BUFFER = 0 if DEVICE == "cuda" else 1
 MODELS: dict[str, tuple[Callable[[Tensor, Parameters], Tensor], float, float, int]] = {
     "silu(g) * v": (
@@ -112,7 +112,7 @@ MODELS["prelu"] = (*MODELS["prelu"][:3], 4)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_kept(name: str, x: Tensor) -> None:
+def test_recomputable_outputs_are_not_kept(name: str, x: Tensor) -> None:
     model, eager, discarding, other = MODELS[name]
     p = Parameters()
     call = lambda: model(x, p)  # noqa: E731
@@ -122,7 +122,7 @@ def test_what_is_kept(name: str, x: Tensor) -> None:
 
 
 def test_a_bias_is_copied(x: Tensor) -> None:
-    """So that an optimizer's step before the backward pass is no error where it is none in eager torch."""
+    """An optimizer's step before the backward pass is no error in eager torch, so neither here."""
     p = Parameters()
 
     def gradients(around: contextlib.AbstractContextManager) -> tuple[Tensor, ...]:
@@ -141,7 +141,7 @@ def test_a_bias_is_copied(x: Tensor) -> None:
     assert_same_bits(gradients(recompute.discard_outputs()), expected)
 
 
-# Networks with a second way around
+# Residual networks
 
 
 def norm2d(t: Tensor) -> Tensor:
@@ -169,23 +169,23 @@ def network(image: Tensor, p: Parameters, kind: str, blocks: int = 5) -> Tensor:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kind", ["in place", "sum in place", "functional"])
-def test_residual_networks(kind: str, layout: torch.memory_format, image: Tensor) -> None:
+def test_residual_networks_keep_inputs_of_norms(kind: str, layout: torch.memory_format, image: Tensor) -> None:
     p = Parameters()
     x = image.detach().to(memory_format=layout).requires_grad_()
     call = lambda: network(x, p, kind)  # noqa: E731
-    # Of each norm its input, and two numbers for each of 8 channels.
+    # Each norm keeps the input, and two numbers for each of 8 channels.
     norms = 16 * (x.nbytes + 2 * 8 * 4)
     assert kept_bytes(call) == x.nbytes + norms + 16 * x.nbytes
     options = {"temporaries": kind == "functional"}
     assert kept_bytes(recompute.discard_outputs(**options)(call)) == x.nbytes + norms
     assert_unchanged(call, [x, *p.values()], **options)
-    # What nothing keeps, and might have been written to, is not gone through unless that is asked for.
+    # Without `temporaries`, unsaved results, which may have been written to, are not recomputed.
     kept = x.nbytes + norms + (5 * x.nbytes if kind == "functional" else 0)
     assert kept_bytes(recompute.discard_outputs()(call)) == kept
     assert_unchanged(call, [x, *p.values()])
 
 
-def test_temporaries(x: Tensor) -> None:
+def test_temporaries_are_recomputed_on_request(x: Tensor) -> None:
     p = Parameters()
 
     def call() -> Tensor:
@@ -202,7 +202,7 @@ def test_temporaries(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_that_elementwise_blocks_read(bias: bool, x: Tensor) -> None:
+def test_products_that_elementwise_blocks_read_are_discarded(bias: bool, x: Tensor) -> None:
     p = Parameters()
 
     def linear(t: Tensor, name: str) -> Tensor:

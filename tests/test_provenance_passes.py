@@ -1,4 +1,4 @@
-"""Discarding the outputs of torch's own ops, in every kind of pass over the graph, and beside hooks and checkpoints."""
+"""Discarding the outputs of torch's own ops, in every kind of backward pass, with hooks and checkpoints."""
 
 import contextlib
 import gc
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not shows_saved, reason="this torch does not sho
 
 
 @pytest.mark.parametrize("options", [{}, {"products": True, "temporaries": True}], ids=["default", "all"])
-def test_passes_over_the_graph(options: dict, x: Tensor) -> None:
+def test_repeated_partial_and_double_backward_passes(options: dict, x: Tensor) -> None:
     p = Parameters()
     model_of_all(x, p)
     sources = [x, *p.values()]
@@ -77,7 +77,7 @@ def test_under_autocast(dtype: torch.dtype, backward_within: bool, x: Tensor) ->
 
 @pytest.mark.parametrize("options", [{}, {"products": True, "temporaries": True}], ids=["default", "all"])
 def test_with_checkpoints(options: dict, x: Tensor) -> None:
-    """Also where what is saved within one was made outside it: a checkpoint counts what is saved."""
+    """A checkpoint counts saved tensors, so the count must be the same for operands that were made outside."""
     p = Parameters()
 
     def outside(around: Callable[[], contextlib.AbstractContextManager]) -> Tensor:
@@ -106,7 +106,7 @@ def test_with_checkpoints(options: dict, x: Tensor) -> None:
 
 
 def test_a_checkpoint_whose_input_is_freed_before_its_backward(x: Tensor) -> None:
-    """What it saves must not go by what nodes outside it hold, which is gone when it counts again."""
+    """The saved tensors of a checkpoint must not depend on nodes outside, which are freed before the recomputation."""
     p = Parameters()
 
     def part(h: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def test_a_checkpoint_whose_input_is_freed_before_its_backward(x: Tensor) -> Non
     assert_same_bits(torch.autograd.grad(y.sum(), [p["a"]]), expected)
 
 
-def test_hooks(x: Tensor) -> None:
+def test_tensor_hooks_and_saved_tensor_hooks(x: Tensor) -> None:
     p = Parameters()
 
     def hooked() -> Tensor:
@@ -153,7 +153,7 @@ def test_hooks(x: Tensor) -> None:
             assert_same_bits(torch.autograd.grad(loss_of(y), [x, *p.values()], allow_unused=True), expected)
 
 
-def test_a_graph_that_was_begun_outside(x: Tensor) -> None:
+def test_a_graph_that_starts_outside_the_context(x: Tensor) -> None:
     p = Parameters()
 
     def call(around: contextlib.AbstractContextManager) -> Tensor:
@@ -167,8 +167,8 @@ def test_a_graph_that_was_begun_outside(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"products": True, "temporaries": True}], ids=["default", "all"])
-def test_operands_are_freed_as_the_pass_goes(options: dict, x: Tensor) -> None:
-    """With the loss still held and the context open, no tensor is left, and none is left for the collector."""
+def test_operands_are_freed_during_the_pass(options: dict, x: Tensor) -> None:
+    """No tensor is left while the loss is alive and the context open, without a garbage collection."""
     p = Parameters()
     model_of_all(x, p)
     gc.collect()
@@ -181,9 +181,10 @@ def test_operands_are_freed_as_the_pass_goes(options: dict, x: Tensor) -> None:
                 torch.autograd.grad(loss, [x])
                 assert settles_at(before + loss.nbytes)
                 del loss
-                # A graph that no pass goes over, and one that goes on after another is cut off.
+                # A graph without a backward pass.
                 model_of_all(x, p)
                 assert settles_at(before)
+            # A chain of graphs that are cut by detach.
             h = x
             for _ in range(4):
                 h = model_of_all(h, p).detach().requires_grad_()
@@ -193,7 +194,8 @@ def test_operands_are_freed_as_the_pass_goes(options: dict, x: Tensor) -> None:
 
 
 def settles_at(count: int) -> bool:
-    """Whether so many bytes remain, soon: a GPU's backward passes run in another thread, which frees tensors later."""
+    """Whether soon exactly so many bytes are alive. Backward passes on a GPU run in another thread, which frees tensors
+    later."""
     for _ in range(100):
         if live_bytes() == count:
             return True
@@ -202,7 +204,7 @@ def settles_at(count: int) -> bool:
 
 
 def live_bytes() -> int:
-    """Of the tensors that Python and what nodes hold have, by the memory they take."""
+    """The bytes of the storages of all tensors that are alive in Python."""
     storages = {}
     for thing in gc.get_objects():
         if type(thing) is Tensor:
@@ -210,7 +212,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def test_a_torch_that_does_not_show_what_nodes_hold(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_that_hides_saved_tensors_of_nodes(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     p = Parameters()
     monkeypatch.setattr(nodes, "packed", lambda node, name: None)
     assert_unchanged(lambda: model_of_all(x, p), [x])
@@ -218,15 +220,15 @@ def test_a_torch_that_does_not_show_what_nodes_hold(x: Tensor, monkeypatch: pyte
     assert kept_bytes(call) == UNIT + STATISTICS + p["a"].nbytes // 2
 
 
-def test_what_is_made_of_parameters_alone_is_kept(x: Tensor) -> None:
-    """A cast of a bias is smaller than the copy it could be made of."""
+def test_results_of_parameters_alone_are_kept(x: Tensor) -> None:
+    """A cast of a bias is smaller than the copy of the bias that a recipe would keep."""
     p = Parameters()
     call = lambda: x.bfloat16() * p["bias"].bfloat16()  # noqa: E731
     assert kept_bytes(recompute.discard_outputs()(call)) == kept_bytes(call)
 
 
 def test_an_error_while_packing_leaves_nothing_behind(x: Tensor) -> None:
-    """A checkpoint stops its second forward pass by one."""
+    """A checkpoint stops the recomputation by an exception from a pack hook."""
     fails = [False]
 
     def pack(tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ TYPES = [torch.bfloat16, torch.float64, torch.float32]
 
 
 def random_program(seed: int, x: Tensor, p: Parameters, length: int) -> Tensor:
-    """Ops on values that were made before, some of them written to, in the graph and behind its back."""
+    """A sum of losses after random ops, some of which write to values, with or without autograd."""
     choose = random.Random(seed)
     values, losses = [x * 1.5], []
     for _ in range(length):
@@ -79,7 +79,7 @@ class Square(Parameters):
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_random_programs(part: int) -> None:
+def test_random_programs_have_the_same_outcome(part: int) -> None:
     p = Square()
     sources = [random_tensor(16, 16).requires_grad_(), p["a"], p["b"]]
     for seed in range(part * 75, part * 75 + 75):

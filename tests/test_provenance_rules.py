@@ -1,4 +1,4 @@
-"""Every rule of provenance once, and what no rule may take for what it is not."""
+"""Every rule of provenance once, and graphs that no rule may misread."""
 
 import contextlib
 
@@ -33,7 +33,7 @@ def x() -> Tensor:
     return random_tensor(ROWS, WIDTH, seed=1).requires_grad_()
 
 
-# Every rule once: what makes the node, of a block's output n.
+# An expression of a block's output n for each rule, by the name of the autograd node.
 three = lambda n: n.view(4, 16, WIDTH)  # noqa: E731
 MADE = {
     "AbsBackward0": lambda n, p: n.abs(),
@@ -99,13 +99,13 @@ MADE = {
 
 
 def grouped(n: Tensor, weight: Tensor) -> Tensor:
-    """The first rows by one weight, the others by another."""
+    """A grouped product: the first rows with one weight, the others with another."""
     ends = torch.tensor((5, ROWS), dtype=torch.int32, device=DEVICE)
     return torch._grouped_mm(n, torch.stack((weight, -weight)), offs=ends)
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_every_rule(name: str, x: Tensor) -> None:
+def test_every_rule_discards_an_output(name: str, x: Tensor) -> None:
     p = Parameters()
     p["r"] = random_tensor(ROWS, WIDTH, seed=5) + 3
     p["one"] = torch.full((1,), 0.3, device=DEVICE, requires_grad=True)
@@ -127,15 +127,15 @@ def test_every_rule(name: str, x: Tensor) -> None:
     assert_unchanged(call, [x, p["c"]], products=products)
 
 
-def test_there_is_no_other_rule() -> None:
-    """Convolutions run again in layers alone: see test_convert_layers."""
+def test_every_rule_is_tested() -> None:
+    """test_convert_layers tests convolutions, which run again only in layers."""
     others = {"AliasBackward0", "ReshapeAliasBackward0", *CONVOLUTIONS}
     assert RULES_IN_LAYERS.keys() - MADE.keys() == others
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before it is read", "after"])
-def test_an_index_that_is_written_to(late: bool, x: Tensor) -> None:
-    """An error, as in torch, whose own gradient needs the index too."""
+def test_a_write_to_an_index_is_torchs_error(late: bool, x: Tensor) -> None:
+    """torch's own gradient needs the index too."""
     p = Parameters()
 
     def call() -> Tensor:
@@ -146,12 +146,12 @@ def test_an_index_that_is_written_to(late: bool, x: Tensor) -> None:
         y = TF.linear(made, p["a"])
         return y if not late else y + 0 * index.zero_().sum()
 
-    for each in (call, recompute.discard_outputs()(call)):
+    for function in (call, recompute.discard_outputs()(call)):
         with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
-            torch.autograd.grad(each().sum(), [x])
+            torch.autograd.grad(function().sum(), [x])
 
 
-def test_the_other_output_of_a_block(x: Tensor) -> None:
+def test_readers_of_both_outputs_of_a_block(x: Tensor) -> None:
     p = Parameters()
 
     def call() -> Tensor:
@@ -178,8 +178,8 @@ def test_a_block_of_another_context(x: Tensor) -> None:
     assert_same_bits(torch.autograd.grad(y.sum(), [p["a"]]), expected)
 
 
-def test_known_but_written(x: Tensor) -> None:
-    """An operand that one node shows, written to before the tensor that is traced is read."""
+def test_a_saved_operand_that_is_written_to(x: Tensor) -> None:
+    """A node shows the operand, which is written to before the traced tensor is read."""
     p = Parameters()
 
     def call() -> Tensor:
@@ -214,7 +214,7 @@ def test_a_number_made_outside_and_written_to(x: Tensor) -> None:
     assert_same_bits(torch.autograd.grad(call(recompute.discard_outputs(temporaries=True)).sum(), sources), expected)
 
 
-def test_numbers_of_others_hooks(x: Tensor) -> None:
+def test_users_hooks_that_pack_indices(x: Tensor) -> None:
     p = Parameters()
     tensors: list[Tensor] = []
 
@@ -232,7 +232,7 @@ def test_numbers_of_others_hooks(x: Tensor) -> None:
     assert_unchanged(call, [x, *p.values()], temporaries=True)
 
 
-def test_conjugated(x: Tensor) -> None:
+def test_conjugate_views(x: Tensor) -> None:
     def call() -> Tensor:
         h = x * 1
         c = torch.complex(h, h.sin())
@@ -243,7 +243,7 @@ def test_conjugated(x: Tensor) -> None:
     assert_unchanged(call, [x], temporaries=True)
 
 
-def test_as_many_steps_as_are_said(x: Tensor) -> None:
+def test_recipes_have_at_most_most_steps(x: Tensor) -> None:
     from ckpt_kernels.recompute import provenance
 
     p = Parameters()
@@ -260,7 +260,7 @@ def test_as_many_steps_as_are_said(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("make", [normed, lambda h: TF.silu(h * 1)], ids=["block", "traced"])
-def test_views_of_another_type(make, x: Tensor) -> None:
+def test_views_of_another_dtype(make, x: Tensor) -> None:
     def call() -> Tensor:
         c = torch.view_as_complex(make(x).view(-1, 2))
         return torch.view_as_real(c * c.sin())
@@ -270,7 +270,7 @@ def test_views_of_another_type(make, x: Tensor) -> None:
 
 
 def test_results_read_before_and_after_a_write(x: Tensor) -> None:
-    """A result of which one reader keeps another state."""
+    """Two readers of a result save different values."""
     p = Parameters()
 
     def call() -> Tensor:
@@ -286,7 +286,7 @@ def test_results_read_before_and_after_a_write(x: Tensor) -> None:
         assert_same_outcome(call, [p[source]])
 
 
-def test_a_recipe_lasts_where_the_node_keeps_less(x: Tensor) -> None:
+def test_a_recipe_of_an_input_without_a_gradient(x: Tensor) -> None:
     p = Parameters()
 
     def call() -> Tensor:

@@ -1,4 +1,4 @@
-"""Discarding the outputs of torch's own ops, where these are written to, viewed, or have another memory layout."""
+"""Discarding the outputs of torch's own ops that are written to, viewed, or have other memory layouts."""
 
 from collections.abc import Callable
 
@@ -100,20 +100,20 @@ WRITTEN: dict[str, Callable[[Tensor, Parameters, str], Tensor]] = {
 
 @pytest.mark.parametrize("how", WRITES)
 @pytest.mark.parametrize("model", WRITTEN.values(), ids=WRITTEN)
-def test_written_to_in_place(model: Callable, how: str, x: Tensor) -> None:
+def test_written_tensors_give_the_same_outcome(model: Callable, how: str, x: Tensor) -> None:
     p = Parameters()
     assert_same_outcome(lambda: model(x, p, how), [x, p["a"], p["b"]])
 
 
 @pytest.mark.parametrize("how", ["no_grad", "detach"])
 def test_a_result_that_is_written_to_before_it_is_read(how: str, x: Tensor) -> None:
-    """In a pass that does not go through the node which keeps it, and which would notice."""
+    """The pass does not run the node that keeps the result, which would detect the write."""
     p = Parameters()
     assert_same_outcome(lambda: TF.linear(-written(TF.relu(normed(x)), how), p["a"]), [p["a"]])
 
 
 def test_an_operand_that_is_written_to_later(x: Tensor) -> None:
-    """Nothing is needed that eager torch does not keep: neither more memory, nor that it stays as it is."""
+    """Eager torch does not keep the operand, so a write is allowed, and neither is the operand kept here."""
     p = Parameters()
 
     def call() -> Tensor:
@@ -153,7 +153,7 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes_and_types(shape: Callable, x: Tensor) -> None:
+def test_views_dtypes_and_layouts(shape: Callable, x: Tensor) -> None:
     def call() -> Tensor:
         h = shape(x * 1)
         return h.sin() * h
@@ -164,8 +164,8 @@ def test_shapes_and_types(shape: Callable, x: Tensor) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("act", [TF.silu, TF.gelu, torch.sigmoid, TF.mish], ids=lambda act: act.__name__)
-def test_layouts_of_maps(act: Callable, layout: torch.memory_format, image: Tensor) -> None:
-    """What is made again lies in memory as the first one did, to which views of it go by."""
+def test_memory_formats_of_images(act: Callable, layout: torch.memory_format, image: Tensor) -> None:
+    """A recomputed output has the original's memory layout, which its views rely on."""
     kernel = torch.nn.Parameter(random_tensor(8, 8, 3, 3) / 5)
     x = image.detach().to(memory_format=layout).requires_grad_()
 
@@ -177,8 +177,8 @@ def test_layouts_of_maps(act: Callable, layout: torch.memory_format, image: Tens
 
 
 @pytest.mark.parametrize("products", [False, True], ids=["outputs", "products too"])
-def test_what_is_added_to_a_product_is_anybodys(products: bool) -> None:
-    """The first operand of torch.addmm, made by an op and written to where autograd does not see it."""
+def test_a_written_first_operand_of_addmm(products: bool) -> None:
+    """An op makes the first operand, which is then written to without autograd."""
     p = Parameters()
     x = random_tensor(16, WIDTH, seed=1).requires_grad_()
 

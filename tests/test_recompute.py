@@ -1,4 +1,4 @@
-"""Discarding the outputs of blocks: the same gradients to the last bit, from less memory, beside any other ops."""
+"""Discarding the outputs of blocks: bitwise equal gradients, less memory, and any other ops as readers."""
 
 import contextlib
 import gc
@@ -27,8 +27,8 @@ from .readers import (
 )
 
 
-class Watch(torch.autograd.Function):
-    """Keeps what it reads, and notes the memory of what it gets back in the backward pass."""
+class RecordStorage(torch.autograd.Function):
+    """Saves its operand, and records the storage of the tensor that it unpacks in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, seen):
@@ -42,8 +42,8 @@ class Watch(torch.autograd.Function):
         return grad, None
 
 
-class Note(torch.autograd.Function):
-    """Keeps what it reads, and notes what it gets back in the backward pass."""
+class RecordValue(torch.autograd.Function):
+    """Saves its operand, and records the values that it unpacks in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, noted):
@@ -76,7 +76,7 @@ def test_the_output_is_gone_after_the_forward_pass(reader: Callable, p: dict) ->
         return reader(n, p)
 
     loss = loss_of(watched, p, x, contextlib.nullcontext())
-    # An index reads it without keeping it.
+    # Indexing does not save the output.
     assert storages[0].expired() == (reader is READERS["an index"])
     del loss
     loss = loss_of(watched, p, x, recompute.discard_outputs())
@@ -108,25 +108,25 @@ BLOCKS: dict[str, Callable[[Tensor, dict], Tensor]] = {
 
 
 @pytest.fixture
-def young() -> None:
-    """The garbage collector looks at nothing that was there before: to look through all takes longer than a test."""
+def frozen_objects() -> None:
+    """Excludes the objects that exist from garbage collections, which take longer than a test otherwise."""
     gc.freeze()
 
 
-@pytest.mark.usefixtures("young")
+@pytest.mark.usefixtures("frozen_objects")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
-def test_every_block_is_rebuilt_to_the_bit(block: Callable, dtype: torch.dtype, p: dict, backend: str) -> None:
+def test_every_block_is_recomputed_bitwise(block: Callable, dtype: torch.dtype, p: dict, backend: str) -> None:
     def run(around: contextlib.AbstractContextManager) -> tuple[list, bool]:
         torch.manual_seed(5)
         x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype).requires_grad_()
         with around:
             y = block(x * 1.5, p)
             storage, noted = StorageWeakRef(y.untyped_storage()), []
-            z = Note.apply(y, noted)
+            z = RecordValue.apply(y, noted)
             del y
             if backend == "triton":
-                # Its interpreter leaves its operands to the collector.
+                # Triton's interpreter leaves reference cycles that hold operands.
                 gc.collect()
         gone = storage.expired()
         found = torch.autograd.grad(z.float().square().sum(), [x, p["norm"]], allow_unused=True)
@@ -148,7 +148,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("maker", ["a block", "torch's op"])
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_view_that_is_more_than_strides_is_kept(view: str, maker: str, p: dict) -> None:
-    """A recipe gives the memory in its own dtype, and as it is: not what such a view makes of it."""
+    """A recipe returns the memory in the output's dtype, without the conjugation or negation of a view."""
 
     def run(around: contextlib.AbstractContextManager) -> list:
         x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
@@ -161,7 +161,7 @@ def test_a_view_that_is_more_than_strides_is_kept(view: str, maker: str, p: dict
 
 
 class Folded(torch.autograd.Function):
-    """The same memory as rows, in a tensor that is no view of what it was called with, nor holds that."""
+    """The same memory as rows, in a tensor that is neither a view of the operand nor holds the operand."""
 
     @staticmethod
     def forward(ctx, x):
@@ -173,8 +173,8 @@ class Folded(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("fold", [lambda n: n.view(16, WIDTH), Folded.apply], ids=["a view", "no view"])
-def test_what_outlives_the_tensor_is_let_go_of(fold: Callable[[Tensor], Tensor], p: dict) -> None:
-    """It has the tensor's memory, by which it is known, also when the tensor itself is gone."""
+def test_an_alias_that_outlives_the_output_is_discarded(fold: Callable[[Tensor], Tensor], p: dict) -> None:
+    """The output is identified by the storage, also after the output tensor is freed."""
 
     def run(around: contextlib.AbstractContextManager) -> tuple[list, bool]:
         x = torch.randn(2, 8, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
@@ -194,7 +194,7 @@ def test_what_outlives_the_tensor_is_let_go_of(fold: Callable[[Tensor], Tensor],
     assert_same_bits(found, expected)
 
 
-def test_one_rebuild_serves_all_readers(p: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_recomputation_serves_all_readers(p: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     make = recipes.Recipe._make
     monkeypatch.setattr(recipes.Recipe, "_make", lambda recipe: calls.append(recipe) or make(recipe))
@@ -207,16 +207,16 @@ def test_one_rebuild_serves_all_readers(p: dict, monkeypatch: pytest.MonkeyPatch
         calls.pop()
 
 
-def test_a_rebuilt_output_is_freed_after_its_last_reader(p: dict) -> None:
-    """Also where some reader never asks."""
+def test_a_recomputed_output_is_freed_after_its_last_reader(p: dict) -> None:
+    """Also if a reader does not run in the backward pass."""
     x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
     seen = []
 
     with recompute.discard_outputs():
         n = F.rms_norm(x * 2, WIDTH, p["norm"])
-        watched, other = Watch.apply(n, seen), TF.linear(n, p["a"])
+        watched, other = RecordStorage.apply(n, seen), TF.linear(n, p["a"])
         del n
-    # The other reader is not run in this pass, and so does not ask.
+    # The other reader does not run in this pass, so it does not unpack the output.
     torch.autograd.grad(watched.sum(), x, retain_graph=True)
     assert seen.pop().expired()
     (watched.sum() + other.sum()).backward()
@@ -224,25 +224,25 @@ def test_a_rebuilt_output_is_freed_after_its_last_reader(p: dict) -> None:
 
 
 @pytest.mark.parametrize("retained", [False, True])
-def test_a_rebuilt_output_is_freed_before_the_pass_goes_on(retained: bool, p: dict) -> None:
-    """When the last who asks has it, those who are gone not counted, and not only when the pass ends."""
+def test_a_recomputed_output_is_freed_during_the_pass(retained: bool, p: dict) -> None:
+    """The output is freed once the last living reader has unpacked it, not only when the backward pass ends."""
     x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
-    seen, at_the_end = [], []
+    seen, expired = [], []
 
     with recompute.discard_outputs():
         hidden = x * 2
-        hidden.register_hook(lambda grad: at_the_end.extend(storage.expired() for storage in seen))
+        hidden.register_hook(lambda grad: expired.extend(storage.expired() for storage in seen))
         n = F.rms_norm(hidden, WIDTH, p["norm"])
-        loss = Watch.apply(n, seen).sum() + Watch.apply(n, seen).sum()
+        loss = RecordStorage.apply(n, seen).sum() + RecordStorage.apply(n, seen).sum()
         unused = TF.linear(n, p["a"])
         del n, hidden
     del unused
     loss.backward(retain_graph=retained)
-    assert seen[0].cdata == seen[1].cdata and at_the_end == [True, True]
+    assert seen[0].cdata == seen[1].cdata and expired == [True, True]
 
 
 def test_nothing_outlives_the_graph(p: dict) -> None:
-    """Also where an output is alive when the context ends, and without the garbage collector."""
+    """Also if an output is alive when the context ends, and without a garbage collection."""
     x = torch.randn(2, 8, WIDTH, device=DEVICE, requires_grad=True)
     gc.collect()
     gc.disable()
@@ -260,7 +260,7 @@ def test_nothing_outlives_the_graph(p: dict) -> None:
         gc.enable()
 
 
-def test_a_chain_is_rebuilt_without_its_middle(p: dict) -> None:
+def test_a_chain_of_blocks_is_recomputed(p: dict) -> None:
     x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
 
     def chain(x: Tensor) -> Tensor:
@@ -273,12 +273,12 @@ def test_a_chain_is_rebuilt_without_its_middle(p: dict) -> None:
     assert_same_bits(list(torch.autograd.grad(discarding(x).sum(), [x, p["norm"]])), list(expected))
     statistics = 6 * 2 * 64 * 4
     assert saved_bytes(chain, x) == 13 * x.nbytes + statistics
-    # Of twelve outputs in a row the one after the longest chain is kept.
+    # A chain of recipes has a longest length, after which an output is kept: one of these twelve.
     assert saved_bytes(discarding, x) == 2 * x.nbytes + statistics
 
 
-def test_written_in_place(p: dict) -> None:
-    """Who read before the write gets what it read; who reads afterwards keeps what there is."""
+def test_readers_before_and_after_an_in_place_write(p: dict) -> None:
+    """A reader before the write gets the old values in the backward pass; a reader after the write keeps the new."""
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
     with recompute.discard_outputs():
         n = F.rms_norm(x * 1, WIDTH, p["norm"])
@@ -292,8 +292,8 @@ def test_written_in_place(p: dict) -> None:
 
 
 @pytest.mark.parametrize("unseen", [False, True], ids=["in the graph", "under no_grad"])
-def test_a_cast_of_what_was_written_to(unseen: bool, p: dict) -> None:
-    """The cast is made again of what it was made of, or is kept: not of what the block made."""
+def test_a_cast_of_a_written_output(unseen: bool, p: dict) -> None:
+    """The cast is kept, or recomputed from the written values, not from the block's recomputed output."""
 
     def run(around: contextlib.AbstractContextManager) -> list:
         x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
@@ -308,7 +308,7 @@ def test_a_cast_of_what_was_written_to(unseen: bool, p: dict) -> None:
 
 
 @pytest.mark.parametrize("which", ["the block's input", "a kept input", "a kept output", "a weight"])
-def test_a_write_to_what_is_kept_is_an_error(which: str, p: dict) -> None:
+def test_a_write_to_a_kept_tensor_is_an_error(which: str, p: dict) -> None:
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
     with recompute.discard_outputs():
         hidden = x * 1
@@ -339,7 +339,7 @@ def test_frozen_parts_and_no_grad(p: dict) -> None:
 
 
 def test_a_weights_gradient_after_the_blocks_graph_is_freed(p: dict) -> None:
-    """What the recipe is made from is the recipe's own."""
+    """A recipe holds its operands itself, so they outlive the block's graph."""
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
     results = []
     for around in (contextlib.nullcontext(), recompute.discard_outputs()):

@@ -1,4 +1,4 @@
-"""Discarding outputs within hooks, checkpoints, autocast, threads and torch.compile, and beside exceptions."""
+"""Discarding outputs with saved-tensor hooks, checkpoints, autocast, threads, torch.compile and exceptions."""
 
 import contextlib
 import gc
@@ -48,8 +48,8 @@ def test_hooks_around_and_inside(p: dict) -> None:
     around: list = []
     with counting_hooks(around):
         assert_same_bits(gradients(reader, p, recompute.discard_outputs()), expected)
-    # All but the norm's output, which each of the three linear layers reads as a matrix, goes to the hooks around, and
-    # once: what the recipe shares with the norm is not handed out again.
+    # The outer hooks pack every saved tensor once, but the norm's output, which each of the three linear layers reads
+    # as a matrix. Operands that the recipe shares with the norm are not packed again.
     assert len(around) == len(alone) - 3
     assert around.count((16, WIDTH)) == alone.count((16, WIDTH)) - 3
     inside: list = []
@@ -76,7 +76,7 @@ def test_within_a_checkpoint(reader: Callable, p: dict) -> None:
     assert_same_bits(loss(recompute.discard_outputs), loss(contextlib.nullcontext))
 
 
-def test_under_autocast_the_casts_are_let_go_too(p: dict) -> None:
+def test_casts_of_autocast_are_discarded_too(p: dict) -> None:
     x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
 
     def model(x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def test_an_exception_leaves_nothing_behind(p: dict) -> None:
     assert not recompute.is_active() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     del n, y
     assert storages[0].expired()
-    # And a block that fails after it has announced its output.
+    # A block that fails after the announcement of its output leaves nothing behind either.
     with recompute.discard_outputs():
         with pytest.raises(RuntimeError):
             F.rms_norm(x, WIDTH + 1)
@@ -167,7 +167,7 @@ def test_decorator_wrapper_and_reentrance(p: dict) -> None:
     assert torch.equal(y, module(x))
 
 
-def test_compile_takes_no_notice(p: dict) -> None:
+def test_compile_ignores_the_context(p: dict) -> None:
     torch._dynamo.reset()
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
 
@@ -181,7 +181,7 @@ def test_compile_takes_no_notice(p: dict) -> None:
 
 
 def test_compile_recomputes_blocks_by_selective_contexts(p: dict) -> None:
-    """What the partitioner then keeps is what discarding keeps; gradients are those of eager code."""
+    """The partitioner then keeps the same tensors as `discard_outputs`, and gradients are those of eager code."""
     model = torch.nn.Sequential(nn.LayerNorm(WIDTH, activation="gelu"), torch.nn.Linear(WIDTH, WIDTH)).to(DEVICE)
     x = torch.randn(64, WIDTH, device=DEVICE, requires_grad=True)
 
@@ -203,7 +203,7 @@ def test_compile_recomputes_blocks_by_selective_contexts(p: dict) -> None:
 
 @pytest.mark.parametrize("entered", ["once", "every step"])
 def test_a_thousand_steps_hold_memory_flat(entered: str, p: dict) -> None:
-    """Nothing is left for the garbage collector, and nothing is left at all."""
+    """No step leaves tensors or recipes behind, without a garbage collection."""
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
     around = (recompute.discard_outputs(), contextlib.nullcontext())
     outside, inside = around if entered == "once" else reversed(around)

@@ -1,4 +1,4 @@
-"""What C makes of saved tensors and of outputs is what Python makes of them."""
+"""The C fast path of `recompute` builds the same cells and recipes as the Python code."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 @contextlib.contextmanager
-def python_alone() -> Iterator[None]:
+def python_only() -> Iterator[None]:
     library, fast_path.library = fast_path.library, None
     try:
         yield
@@ -44,7 +44,7 @@ def nodes_of(output: Tensor) -> list[Any]:
 
 
 def cells_of(output: Tensor) -> list[tuple[str, str, Cell]]:
-    """All cells in the graph behind a tensor, with the nodes' names and the names there."""
+    """All cells in the autograd graph of a tensor, each with the names of the node and of the attribute."""
     found = []
     for node in nodes_of(output):
         for name in sorted(name for name in dir(node) if name.startswith("_raw_saved")):
@@ -55,8 +55,8 @@ def cells_of(output: Tensor) -> list[tuple[str, str, Cell]]:
     return found
 
 
-def said(cell: Cell) -> list[Any]:
-    """All that a cell says, whoever made it."""
+def described(cell: Cell) -> list[Any]:
+    """The state of a cell, comparable between cells that C and Python made."""
     content, watch = cell.content, cell.watch
     found = [type(content), content.depth, cell.version, cell.is_clone, cell.is_unwritten(), type(cell.attached)]
     found += [type(watch), None if watch is None else (watch.numel(), watch._version)]
@@ -69,12 +69,12 @@ def said(cell: Cell) -> list[Any]:
     return found
 
 
-def all_said(output: Tensor) -> list[Any]:
-    return [(node, name, said(cell)) for node, name, cell in cells_of(output)]
+def all_described(output: Tensor) -> list[Any]:
+    return [(node, name, described(cell)) for node, name, cell in cells_of(output)]
 
 
 def model_of_casts(x: Tensor, p: Parameters) -> Tensor:
-    """As under autocast, with copies of products, and sums that norms read."""
+    """A model with casts of autocast, copies of products, and sums that norms read."""
     with torch.autocast(x.device.type, torch.bfloat16):
         h = TF.linear(F.layer_norm(x, 32), p["a"], p["bias"])
         q, k, v = (t.transpose(0, 1).contiguous() for t in TF.linear(h, p["b"]).view(8, 8, 4, 8).unbind(2)[:3])
@@ -87,25 +87,25 @@ MODELS = [model_of_all, model_of_casts]
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("level", ["block", "output", "all", "layer"])
-def test_cells_of_models(model: Callable[[Tensor, Parameters], Tensor], level: str) -> None:
+def test_cells_of_models_equal_pythons(model: Callable[[Tensor, Parameters], Tensor], level: str) -> None:
     p = Parameters()
     x = random_tensor(64, 32, seed=1).requires_grad_()
 
     def run() -> tuple[list[Any], list[Tensor]]:
         module = nn.Module()
         output = recompute.run_at(level, lambda: model(x, p), module, (), {})
-        found = all_said(output)
+        found = all_described(output)
         return found, list(torch.autograd.grad(output.square().sum(), [x, p["a"]]))
 
     found, gradients = run()
-    with python_alone():
+    with python_only():
         expected, expected_gradients = run()
     assert found == expected and len(found) > 10
     assert all(map(same_bits, gradients, expected_gradients))
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_cells_of_random_programs(part: int) -> None:
+def test_cells_of_random_programs_equal_pythons(part: int) -> None:
     p = Square()
     x = random_tensor(16, 16).requires_grad_()
     for seed in range(part * 25, part * 25 + 25):
@@ -113,10 +113,10 @@ def test_cells_of_random_programs(part: int) -> None:
 
         def run(seed: int = seed, options: dict[str, bool] = options) -> list[Any]:
             with recompute.discard_outputs(**options):
-                return all_said(random_program(seed, x, p, 3 + seed % 20))
+                return all_described(random_program(seed, x, p, 3 + seed % 20))
 
         found = run()
-        with python_alone():
+        with python_only():
             assert found == run()
 
 
@@ -131,7 +131,7 @@ def no_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_usual_cases_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usual_cases_run_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and inputs, their transposed views, views of products, sums of products, blocks' outputs and views."""
     x = random_tensor(4, 8, 32, seed=1).requires_grad_()
     p = Parameters()
@@ -153,7 +153,7 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changed_is_the_same_error(change: str) -> None:
+def test_a_changed_weight_is_the_same_error(change: str) -> None:
     def run() -> list[Any]:
         x, weight = random_tensor(4, 32).requires_grad_(), nn.Parameter(random_tensor(32, 32))
         with recompute.discard_outputs():
@@ -165,13 +165,13 @@ def test_what_changed_is_the_same_error(change: str) -> None:
             return [str(error)]
 
     found = run()
-    with python_alone():
+    with python_only():
         assert found == run()
     assert (len(found) == 1) == (change != "other data")
 
 
 def tensors() -> dict[str, Tensor]:
-    """Of many kinds."""
+    """Tensors of many kinds by name."""
     x = random_tensor(4, 4).requires_grad_()
     written = x * 1
     written += 1
@@ -203,7 +203,7 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("products", [False, True])
 @pytest.mark.parametrize("state", ["as it is", "closed", "paused", "within hooks", "in a layer"])
-def test_cells_of_tensors(state: str, products: bool) -> None:
+def test_cells_of_tensors_equal_pythons(state: str, products: bool) -> None:
     def packed(packing: Callable[[Discarder], Callable[[Tensor], Cell]]) -> dict[str, Any]:
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
         with hooks if state == "within hooks" else contextlib.nullcontext():
@@ -213,7 +213,7 @@ def test_cells_of_tensors(state: str, products: bool) -> None:
             discarder.hold(random_tensor(4).requires_grad_() * 1)
         pack = packing(discarder)
         assert pack.__self__ is discarder  # type: ignore[attr-defined]
-        return {name: said(pack(tensor)) for name, tensor in tensors().items()}
+        return {name: described(pack(tensor)) for name, tensor in tensors().items()}
 
     assert packed(fast_path.library.packer) == packed(lambda discarder: discarder.pack)
 
@@ -227,7 +227,7 @@ def test_inference_tensors_are_the_same_error() -> None:
             pack(tensor)
 
 
-def test_biases_of_modules() -> None:
+def test_versions_of_biases_equal_pythons() -> None:
     shared = nn.Linear(4, 4)
     module = nn.Sequential(
         shared, nn.BatchNorm1d(4), nn.ModuleList([shared, nn.Sequential(nn.Linear(4, 4, bias=False))])
@@ -244,7 +244,7 @@ def test_biases_of_modules() -> None:
     assert fast_path.biases(object()) is None
 
 
-def test_what_c_makes_has_all_that_its_class_has() -> None:
+def test_objects_made_in_c_have_every_slot() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     with recompute.discard_outputs():
         output = F.layer_norm(x, 8, activation="gelu")

@@ -1,4 +1,4 @@
-"""Discarding outputs in random graphs, and of tensors that have no storage or have been freed."""
+"""Discarding outputs in random graphs, and with tensors that have no storage or a freed storage."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ OPERATIONS = st.lists(
 
 
 def _random_graph(plan: list, p: dict, x: Tensor) -> Tensor:
-    """Branches, joins, views and reuse: each operation reads some of what there is."""
+    """A graph with branches, joins and views: each operation reads two of the values made before."""
     values = [x * 1.5]
     for name, first, second in plan:
         a, b = values[first % len(values)], values[second % len(values)]
@@ -60,7 +60,7 @@ def _random_graph(plan: list, p: dict, x: Tensor) -> Tensor:
 
 @settings(max_examples=150)
 @given(plan=OPERATIONS)
-def test_random_graphs(plan: list) -> None:
+def test_random_graphs_keep_gradients_and_save_memory(plan: list) -> None:
     p = {"norm": torch.nn.Parameter(torch.linspace(0.5, 1.5, WIDTH, device=DEVICE))}
     generator = torch.Generator().manual_seed(0)
     p |= {k: torch.nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator).to(DEVICE) / 4) for k in "abc"}

@@ -55,8 +55,8 @@ def test_a_generator_closed_in_another_thread_ends_its_context(p: dict) -> None:
     assert kept() == plain
 
 
-def test_an_interrupt_is_heard_while_a_recipe_is_released(p: dict) -> None:
-    """It is set by C code that runs as tensors go, as a signal may come: the first Python code after it raises it."""
+def test_an_interrupt_is_raised_while_a_recipe_is_released(p: dict) -> None:
+    """C code sets the interrupt as tensors are freed, as a signal would; the first Python code after it raises."""
     interrupt = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("PyErr_SetInterrupt", ctypes.pythonapi))
 
     class Trigger:
@@ -64,9 +64,9 @@ def test_an_interrupt_is_heard_while_a_recipe_is_released(p: dict) -> None:
 
     x, trigger = torch.randn(8, WIDTH, device=DEVICE, requires_grad=True), Trigger()
     reference = weakref.ref(trigger, interrupt)
-    unheard: list[object] = []
-    hook, sys.unraisablehook = sys.unraisablehook, unheard.append
-    # In a process that was started in the background interrupts are ignored.
+    swallowed: list[object] = []
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed.append
+    # A process that was started in the background ignores interrupts.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with recompute.discard_outputs():
@@ -81,8 +81,8 @@ def test_an_interrupt_is_heard_while_a_recipe_is_released(p: dict) -> None:
     finally:
         signal.signal(signal.SIGINT, handler)
         sys.unraisablehook = hook
-    assert reference() is None and not unheard
-    # And the reader that is left is served alone.
+    assert reference() is None and not swallowed
+    # The remaining reader still gets its tensor.
     (gradient,) = torch.autograd.grad(other.sum(), x)
     (expected,) = torch.autograd.grad(TF.linear(F.layer_norm(x, WIDTH), p["a"]).sum(), x)
     assert torch.equal(gradient, expected)

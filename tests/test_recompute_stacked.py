@@ -1,5 +1,5 @@
-"""Weights of several experts in one parameter, gathered for each token: they are gathered again, where nobody wrote to
-them."""
+"""Weights of several experts in one parameter, gathered for each token: the backward pass gathers again unless the
+parameter was written to."""
 
 import gc
 import weakref
@@ -23,7 +23,7 @@ GATHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Experts(nn.Module):
-    """As transformers' `batched_mm`, and whoever writes to the weights, between the ops that read them."""
+    """Experts as in transformers' `batched_mm`; `before` and `between` may write to the weights."""
 
     def __init__(self, gather: str = "brackets") -> None:
         super().__init__()
@@ -59,22 +59,21 @@ def assert_same_bits(found: list[Tensor], expected: list[Tensor]) -> None:
 COPY = TOKENS * INNER * WIDTH * 4
 
 
-def copies(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> int:
-    """How many gathered copies are kept."""
+def kept_copies(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> int:
+    """The number of gathered copies that are kept."""
     return saved_bytes(call, x, parameters_of=model) // COPY
 
 
 @pytest.mark.parametrize("gather", GATHERS)
 @pytest.mark.parametrize("around", [lambda model: discard_outputs(model)(model), layer], ids=["discard", "layer"])
-def test_copies_are_not_kept(gather: str, around: Callable[[Experts], Callable[[Tensor], Tensor]]) -> None:
+def test_gathered_copies_are_not_kept(gather: str, around: Callable[[Experts], Callable[[Tensor], Tensor]]) -> None:
     model, x = made(gather)
-    assert copies(model, model, x) == 2
-    assert copies(around(model), model, x) == 0
+    assert kept_copies(model, model, x) == 2
+    assert kept_copies(around(model), model, x) == 0
     assert_same_bits(gradients(around(model), model, x), gradients(model, model, x))
 
 
-def test_converted() -> None:
-    """And a graph that is walked twice."""
+def test_converted_model_gathers_again_in_two_backward_passes() -> None:
     model, x = made()
     stack = nn.ModuleList([nn.Sequential(nn.LayerNorm(WIDTH), model)]).to(DEVICE)
     ckpt_kernels.convert(stack, recompute="block")
@@ -83,7 +82,7 @@ def test_converted() -> None:
         ckpt_kernels.convert(stack, recompute=level)
         loss = stack[0](x).square().sum()
         found = [torch.autograd.grad(loss, [model.up, model.down], retain_graph=True) for _ in range(2)]
-        assert copies(stack[0], stack, x) == 0
+        assert kept_copies(stack[0], stack, x) == 0
         assert_same_bits([*found[0], *found[1]], [*expected, *expected])
 
 
@@ -95,17 +94,17 @@ def writes_to(weight: nn.Parameter) -> Callable[[], None]:
     return write
 
 
-def gives(weight: nn.Parameter) -> Callable[[], None]:
-    def give() -> None:
+def replaces_data_of(weight: nn.Parameter) -> Callable[[], None]:
+    def replace() -> None:
         weight.data = weight.data * 0.5
 
-    return give
+    return replace
 
 
-@pytest.mark.parametrize("how", [writes_to, gives])
+@pytest.mark.parametrize("how", [writes_to, replaces_data_of])
 @pytest.mark.parametrize("when", ["before", "between"])
 def test_a_weight_that_changes_in_the_forward(when: str, how: Callable[[nn.Parameter], Callable[[], None]]) -> None:
-    """Its copies are kept, and have the values that were there."""
+    """The gathered copies are kept, with the values at the time of the gather."""
     model, x = made()
     start = model.up.detach().clone()
     found = {}
@@ -114,11 +113,11 @@ def test_a_weight_that_changes_in_the_forward(when: str, how: Callable[[nn.Param
         setattr(model, when, how(model.up))
         found[name] = gradients(call, model, x)
     assert_same_bits(found["layer"], found["plain"])
-    assert copies(layer(model), model, x) == 1
+    assert kept_copies(layer(model), model, x) == 1
 
 
-def test_a_write_after_the_forward() -> None:
-    """Is an error, as for the weight of a linear layer."""
+def test_a_write_after_the_forward_is_an_error() -> None:
+    """As for the weight of a linear layer."""
     model, x = made()
     output = layer(model)(x)
     writes_to(model.down)()
@@ -126,27 +125,28 @@ def test_a_write_after_the_forward() -> None:
         output.sum().backward()
 
 
-def test_what_is_known_of_no_module_is_kept() -> None:
+def test_gathers_of_unknown_parameters_are_kept() -> None:
+    """A context without a module knows no parameters."""
     model, x = made()
-    assert copies(discard_outputs()(model), model, x) == 2
-    # Of a weight that came later from the second call on.
-    copies(layer(model), model, x)
+    assert kept_copies(discard_outputs()(model), model, x) == 2
+    # A parameter that is assigned later is known from the second call on.
+    kept_copies(layer(model), model, x)
     model.up = nn.Parameter(model.up.detach().clone())
-    assert [copies(layer(model), model, x) for _ in range(2)] == [1, 0]
+    assert [kept_copies(layer(model), model, x) for _ in range(2)] == [1, 0]
 
 
 class Own(nn.Parameter):
-    """A kind of parameter of somebody's, of which it is not known where the memory is."""
+    """A user's parameter class, which may have its memory elsewhere."""
 
 
-def test_a_parameter_of_a_kind_of_its_own_is_not_read_again() -> None:
+def test_a_parameter_of_another_class_is_not_gathered_again() -> None:
     model, x = made()
     model.up = Own(model.up.detach())
-    assert copies(layer(model), model, x) == 1
+    assert kept_copies(layer(model), model, x) == 1
 
 
 class Table(nn.Module):
-    """Reads another parameter than a stack of weights, or reads a stack and gathers nothing."""
+    """Reads a parameter that is no stack of weights, or reads a stack without a gather."""
 
     def __init__(self, shape: tuple[int, ...], read: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -165,8 +165,8 @@ TABLES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = 
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_write_to_another_parameter_after_the_forward(name: str) -> None:
-    """Is none of its gradient's concern, as without a layer."""
+def test_a_write_to_another_parameter_after_the_forward_is_no_error(name: str) -> None:
+    """The gradient does not need the parameter's values, with or without a layer."""
     model, x = Table(*TABLES[name]).to(DEVICE), made()[1]
     expected = gradients(model, model, x)
     output = layer(model)(x)
@@ -174,8 +174,8 @@ def test_a_write_to_another_parameter_after_the_forward(name: str) -> None:
     assert_same_bits(list(torch.autograd.grad(output.square().sum(), [x, model.table])), expected)
 
 
-def test_weights_that_were_made_in_inference_mode() -> None:
-    """Have no versions, and are kept as they were gathered."""
+def test_gathers_of_inference_tensors_are_kept() -> None:
+    """Tensors that were made in inference mode have no version counter."""
     with torch.inference_mode():
         model, _ = made()
     _, x = made()
@@ -184,20 +184,20 @@ def test_weights_that_were_made_in_inference_mode() -> None:
     assert torch.equal(found, expected)
 
 
-def test_a_weight_that_was_exchanged_is_not_held() -> None:
+def test_a_replaced_weight_is_freed() -> None:
     model, x = made()
     layer(model)(x).sum().backward()
-    seen = weakref.ref(model.up)
+    reference = weakref.ref(model.up)
     model.up = nn.Parameter(model.up.detach().clone())
     gc.collect()
-    assert seen() is None
+    assert reference() is None
 
 
-def test_nothing_holds_the_module() -> None:
+def test_the_module_is_freed() -> None:
     model, x = made()
     layer(model)(x).sum().backward()
-    seen = weakref.ref(model), weakref.ref(model.up)
+    references = weakref.ref(model), weakref.ref(model.up)
     del model
     x.grad = None
     gc.collect()
-    assert [each() for each in seen] == [None, None]
+    assert [reference() for reference in references] == [None, None]

@@ -1,4 +1,4 @@
-"""Discarding outputs where a bias is written to, within inference mode, and for many blocks."""
+"""Discarding outputs with writes to a bias, a backward pass in inference mode, and many blocks."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ WIDTH = 32
 
 
 class Shifted(nn.Module):
-    """A bias that is another while it is added than before and afterwards, as of noise that is taken back."""
+    """A bias that changes before the addition and changes back afterwards, as noise on weights does."""
 
     def __init__(self, write: Callable[[Tensor], None], unwrite: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class Shifted(nn.Module):
         return self.linear(y)
 
 
-def test_a_bias_that_was_another_when_it_was_added() -> None:
+def test_recomputation_reads_the_bias_as_added() -> None:
     torch.manual_seed(0)
     module = Shifted(lambda bias: bias.add_(1), lambda bias: bias.sub_(1)).to(DEVICE)
     x = torch.randn(4, WIDTH, device=DEVICE, requires_grad=True)
     (expected,) = torch.autograd.grad(module(x).sin().sum(), module.linear.weight)
     (found,) = torch.autograd.grad(recompute.DiscardOutputs(module)(x).sin().sum(), module.linear.weight)
     assert torch.equal(found, expected)
-    # Where nobody writes to it, a copy of it is all that is kept.
+    # Without a write, the context keeps a copy of the bias in place of the output.
     module.write = module.unwrite = lambda bias: None
     kept = [saved_bytes(call, x) for call in (module, recompute.DiscardOutputs(module))]
     assert kept[0] - kept[1] == x.nbytes - WIDTH * 4
@@ -61,8 +61,8 @@ def test_a_backward_pass_in_inference_mode() -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_entries_of_what_is_gone_are_swept() -> None:
-    """Seldom enough that the time for many blocks grows as their number."""
+def test_entries_of_freed_outputs_are_removed() -> None:
+    """The removals are rare enough that the time stays linear in the number of blocks."""
     weight = torch.ones(WIDTH, device=DEVICE, requires_grad=True)
     with recompute.discard_outputs():
         discarder = recompute.discarding()

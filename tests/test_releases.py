@@ -1,4 +1,4 @@
-"""packaging/release_check.py on a small release that is right, and on ones that are wrong in one thing each."""
+"""packaging/release_check.py on a small correct release, and on releases with one fault each."""
 
 import importlib.util
 import io
@@ -16,7 +16,7 @@ from tools import docs_versions
 
 ROOT = pathlib.Path(__file__).parent.parent
 SAYS = "Metadata-Version: 2.4\nName: ckpt-kernels\nVersion: 1.2.0\nDescription-Content-Type: text/markdown\n\n# Title\n"
-# In two parts, because this file is in a release too.
+# Split, because this file is in a release too and must not contain the address.
 ELSEWHERE = "https:" + "//index.example"
 FILES = {
     "ckpt_kernels/version.py": '__version__ = "1.2.0"\n',
@@ -63,7 +63,7 @@ def pack(root: pathlib.Path, sdist: dict[str, str] = SDIST, wheel: dict[str, str
             archive.writestr(name, text)
 
 
-def test_a_release_that_is_right(checks: ModuleType, capsys: pytest.CaptureFixture) -> None:
+def test_a_correct_release_passes(checks: ModuleType, capsys: pytest.CaptureFixture) -> None:
     assert checks.main(["version", "sdist", "wheel", "places"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [[name, "ok"] for name in ("version", "sdist", "wheel", "places")]
@@ -71,13 +71,13 @@ def test_a_release_that_is_right(checks: ModuleType, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_another_version_in_one_place(checks: ModuleType, tmp_path: pathlib.Path, name: str) -> None:
+def test_another_version_in_one_file_fails(checks: ModuleType, tmp_path: pathlib.Path, name: str) -> None:
     write(tmp_path, name, FILES[name].replace("1.2.0", "1.2.1"))
     with pytest.raises(checks.Failed, match=r"1\.2\.1"):
         checks.version()
 
 
-def test_a_tag_is_of_a_version_that_is_released(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tag_needs_a_released_version(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "git", lambda *command: ["v1.2.0"])
     with pytest.raises(checks.Failed, match="unreleased"):
         checks.version()
@@ -97,7 +97,7 @@ def test_a_tag_is_of_a_version_that_is_released(checks: ModuleType, monkeypatch:
         ("places", SDIST, WHEEL | {"ckpt_kernels/a.py": f"# {ELSEWHERE}/simple"}, "a.py: index.example"),
     ],
 )
-def test_what_is_packed_wrongly(
+def test_wrong_contents_fail(
     checks: ModuleType, tmp_path: pathlib.Path, check: str, sdist: dict[str, str], wheel: dict[str, str], says: str
 ) -> None:
     pack(tmp_path, sdist, wheel)
@@ -120,5 +120,5 @@ def test_versions_of_the_documentation(tmp_path: pathlib.Path) -> None:
     assert json.loads((tmp_path / "versions.json").read_text()) == ["0.10.0", "0.9.0", "0.2", "dev"]
     links = re.findall(r'href="(.*?)/"', (tmp_path / "index.html").read_text())
     assert links == ["0.10.0", "0.9.0", "0.2", "dev"]
-    # The list itself is no version.
+    # The page with the list is no version.
     assert docs_versions.versions(tmp_path) == links

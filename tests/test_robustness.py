@@ -1,4 +1,4 @@
-"""What a long run meets: many calls, threads, worker processes, and numbers that are none."""
+"""Conditions of long runs: many calls, threads, worker processes, and non-finite values."""
 
 import gc
 import pathlib
@@ -30,24 +30,24 @@ def test_ten_thousand_calls_hold_memory_flat() -> None:
         for index in range(count):
             block, operands = sets[index % len(sets)]
             outputs = block.call(**operands)
-            wanted = [operand for operand in operands.values() if operand.requires_grad]
-            torch.autograd.grad([y.sum() for y in outputs], wanted, allow_unused=True)
+            sources = [operand for operand in operands.values() if operand.requires_grad]
+            torch.autograd.grad([y.sum() for y in outputs], sources, allow_unused=True)
 
     run(2000)
     gc.collect()
-    # The list of all objects is large itself: it is made before memory is measured.
+    # The list of all objects is large, so it is made before memory is measured.
     tensors = sum(type(o) is Tensor for o in gc.get_objects())
     before = resident_bytes()
     run(10_000)
     gc.collect()
-    # A leak of the smallest of these tensors once a call would be twenty times this.
+    # A leak of the smallest of these tensors at each call would be twenty times as much.
     assert resident_bytes() - before < 2**19
     assert sum(type(o) is Tensor for o in gc.get_objects()) <= tensors
 
 
 def test_threads_calling_at_once() -> None:
     jobs = [(block, block.operands((4, 33), 65, torch.bfloat16, DEVICE, seed=i)) for i, block in enumerate(BLOCKS)]
-    # Large enough for the library's own threads to be used from each of these.
+    # Large enough for each thread to use the library's own threads.
     wide = BLOCKS[0].operands((8, 128), 1024, torch.float32, DEVICE)
     jobs.append((BLOCKS[0], wide))
     expected = [with_gradients(block.call, operands) for block, operands in jobs]
@@ -70,7 +70,7 @@ def test_threads_calling_at_once() -> None:
 
 
 class Normalized(torch.utils.data.Dataset):
-    """Items that are computed, with their gradients, in the worker that loads them."""
+    """A dataset whose items are gradients that the worker process computes."""
 
     def __init__(self) -> None:
         self.block = torch.nn.Sequential(nn.LayerNorm(64, activation="gelu"), nn.MLP(64, 128))
@@ -85,10 +85,10 @@ class Normalized(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_worker_processes(start: str) -> None:
+def test_blocks_run_in_worker_processes(start: str) -> None:
     torch.manual_seed(0)
     dataset = Normalized()
-    # The parent's own threads have run before it forks.
+    # The parent process starts its threads before the fork.
     functional.layer_norm(torch.randn(512, 1024), 1024, activation="silu")
     expected = torch.stack([dataset[index] for index in range(len(dataset))])
     loader = torch.utils.data.DataLoader(dataset, 2, num_workers=2, multiprocessing_context=start, timeout=120)
@@ -96,7 +96,7 @@ def test_worker_processes(start: str) -> None:
 
 
 def stormy(operands: Operands, names: tuple[str, ...], rows: Tensor, seed: int) -> Operands:
-    """One element in four of these rows of these operands is special."""
+    """The operands with a special value in about one of four elements in these rows."""
     generator = torch.Generator().manual_seed(seed)
     found = dict(operands)
     for name in names:
@@ -108,14 +108,14 @@ def stormy(operands: Operands, names: tuple[str, ...], rows: Tensor, seed: int) 
     return found
 
 
-# A slice is enough where kernels are interpreted.
+# One dtype is enough where kernels are interpreted.
 @where(lambda storm_dtype, backend: not interprets(backend) or storm_dtype == torch.float32)
 @by_block
 @pytest.mark.parametrize("storm_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_storm_of_special_numbers_stays_in_its_rows(block: Block, storm_dtype: torch.dtype, backend: str) -> None:
     operands = block.operands((6, 8), 40, storm_dtype, DEVICE)
     if block.function == "batch_norm":
-        # A channel is over all samples: a stormy channel is one, whatever the sample.
+        # The statistics of a channel include all samples, so special values are in whole channels.
         rows = (torch.arange(8) % 3 == 1).expand(6, 8)
         calm = (slice(None), ~rows[0])
     else:
@@ -127,6 +127,6 @@ def test_a_storm_of_special_numbers_stays_in_its_rows(block: Block, storm_dtype:
         for key in (f"grad {name}", f"{name} 0", f"{name} 1"):
             if key in before:
                 assert torch.equal(before[key][calm], after[key][calm]), key
-    # Bad numbers do not vanish.
+    # Rows with NaN have NaN in the output.
     lost = torch.stack([struck[name].isnan().any(-1) for name in block.rows]).any(0)
     assert lost.any() and block.call(**struck)[0].isnan().any(-1)[lost].all()

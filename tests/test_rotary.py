@@ -1,5 +1,4 @@
-"""What is particular to rotary embeddings: layouts of pairs, what turns, tables of any shape and dtype, and the norm
-before them."""
+"""Rotary embeddings: layouts of pairs, partial rotations, tables of any shape and dtype, and the norm before."""
 
 from typing import Any
 
@@ -29,14 +28,14 @@ def operands(
 
 
 def pairs_by_element(columns: int, start: int, turned: int, layout: str) -> list[tuple[int, int]]:
-    """Columns of the elements of each pair."""
+    """The two columns of each pair."""
     if layout == "halves":
         return [(start + k, start + turned // 2 + k) for k in range(turned // 2)]
     return [(start + 2 * k, start + 2 * k + 1) for k in range(turned // 2)]
 
 
 def truth(given: Operands, **options: Any) -> Tensor:
-    """Pair by pair, in float64: an implementation of its own, not the reference."""
+    """An independent implementation in float64, pair by pair."""
     x, cos, sin = (given[name].double() for name in ("input", "cos", "sin"))
     columns, turned = x.shape[-1], options.get("rotary_dim", cos.shape[-1])
     start, layout = options.get("rotary_start", 0), options.get("layout", "halves")
@@ -60,16 +59,16 @@ def truth(given: Operands, **options: Any) -> Tensor:
 
 def gradients(output: Tensor, given: Operands) -> list[Tensor]:
     incoming = drawn(*output.shape, dtype=torch.bfloat16, seed=9).to(output.dtype)
-    wanted = [t for t in given.values() if t.requires_grad]
-    return [output.detach(), *torch.autograd.grad(output, wanted, incoming)]
+    sources = [t for t in given.values() if t.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, sources, incoming)]
 
 
 def check(given: Operands, tables: bool = False, **options: Any) -> None:
-    """Output and gradients against the truth: one rounding of their own dtype and some of the type that is computed in,
-    of the largest number."""
-    wanting = {name: t.detach().requires_grad_(tables or name not in ("cos", "sin")) for name, t in given.items()}
-    found = gradients(F.rotary(**wanting, **options), wanting)
-    wide = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in wanting.items()}
+    """Compares output and gradients with the truth. The error is at most one rounding in their dtype and some roundings
+    in the dtype of the computation, relative to the largest value."""
+    leaves = {name: t.detach().requires_grad_(tables or name not in ("cos", "sin")) for name, t in given.items()}
+    found = gradients(F.rotary(**leaves, **options), leaves)
+    wide = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in leaves.items()}
     expected = gradients(truth(wide, **options), wide)
     computed = torch.finfo(torch.float64 if given["input"].dtype == torch.float64 else torch.float32).eps
     for ours, theirs in zip(found, expected, strict=True):
@@ -77,7 +76,7 @@ def check(given: Operands, tables: bool = False, **options: Any) -> None:
         assert ours.shape == theirs.shape and ((ours.double() - theirs).abs() <= bound).all(), options
 
 
-# What turns: all, or from some column on; of pairs that are whole vectors, that are not, and of one.
+# Columns of a head, rotated columns, and the first of these: whole vectors, parts of vectors, and a single pair.
 PARTS = {
     "all of 128": (128, 128, 0),
     "all of 96": (96, 96, 0),
@@ -117,7 +116,7 @@ def test_tables_of_two_dtypes(backend: str) -> None:
     check(given | {"cos": given["cos"].double(), "sin": given["sin"].half()}, rotary_dim=32)
 
 
-# Beside (2, 3, 4, 5, *): one for all, for each position, each sample, each row.
+# Shapes of tables for heads of (2, 3, 4, 5, *): one entry for all, for each position, each sample, each row.
 SHAPES = [(), (5,), (4, 1), (3, 1, 5), (1, 4, 5), (2, 1, 1, 1), (1, 1, 4, 1), (2, 3, 4, 5)]
 
 
@@ -129,14 +128,14 @@ def test_tables_are_broadcast(shape: tuple[int, ...], backend: str) -> None:
     few = {"input": given["input"][0] if len(shape) < 4 else given["input"][0, :, None, 0]}
     if len(shape) < 4:
         check(given | few)
-    # However the heads lie in memory: rows go in that order, and tables with them.
+    # Heads in other memory layouts: kernels read rows in the order in memory, and tables accordingly.
     x = given["input"]
     for dims in ((3, 2, 1, 0), (1, 0, 3, 2), (0, 2, 3, 1)):
         order = sorted(range(4), key=dims.__getitem__)
         check(given | {"input": x.permute(*dims, 4).contiguous().permute(*order, 4)})
 
 
-def test_tables_that_are_expanded_or_lie_apart(backend: str) -> None:
+def test_expanded_and_strided_tables(backend: str) -> None:
     given = operands((2, 3, 4), 16, (4, 16), torch.bfloat16)
     expected = F.rotary(**given)
     wide = {name: torch.cat([given[name], given[name]], -1)[:, :16] for name in ("cos", "sin")}
@@ -147,18 +146,18 @@ def test_tables_that_are_expanded_or_lie_apart(backend: str) -> None:
 
 
 def test_tables_at_any_address(backend: str) -> None:
-    """Wide accesses want what is aligned: of the tables the address, rows, and where second elements' entries begin."""
+    """Wide accesses need aligned addresses and rows of tables, and aligned entries of the pairs' second elements."""
     given = operands((2, 3, 4), 32, (4, 32))
     expected = F.rotary(**given)
     for before, after in ((1, 3), (4, 1), (4, 4)):
-        lying = {name: torch.nn.functional.pad(given[name], (before, after)) for name in ("cos", "sin")}
-        assert torch.equal(F.rotary(**given | {name: t[:, before:-after] for name, t in lying.items()}), expected)
+        padded = {name: torch.nn.functional.pad(given[name], (before, after)) for name in ("cos", "sin")}
+        assert torch.equal(F.rotary(**given | {name: t[:, before:-after] for name, t in padded.items()}), expected)
     check(operands((2, 3, 4), 32, (4, 24)), rotary_start=4)
 
 
 @pytest.mark.parametrize("norm", [None, "rms"])
 def test_heads_of_a_packed_projection(norm: str | None, backend: str) -> None:
-    """Queries and keys are read where they lie, and the gradient of the projection is made of theirs."""
+    """Queries and keys are read without a copy, and the projection gets their gradients."""
     cos, sin = drawn(5, 8, seed=1), drawn(5, 8, seed=2)
     weight = drawn(16, seed=3) if norm else None
 
@@ -182,8 +181,8 @@ def test_heads_of_a_packed_projection(norm: str | None, backend: str) -> None:
 
 @pytest.mark.parametrize("given", [("weight",), ("bias",), ("weight", "bias"), ()], ids=str)
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_norms(norm: str, given: tuple[str, ...], backend: str) -> None:
-    """With a weight alone, a bias alone, both and none, and with an offset."""
+def test_norms_with_optional_weight_and_bias(norm: str, given: tuple[str, ...], backend: str) -> None:
+    """With a weight, a bias, both, or neither, and with a weight offset."""
     every = operands((3, 7), 48, (7, 24), norm=True)
     some = {name: t for name, t in every.items() if name not in ("weight", "bias") or name in given}
     for layout in LAYOUTS:
@@ -203,7 +202,7 @@ def test_weights_of_another_dtype(backend: str) -> None:
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_rounded_before_the_weight(norm: str, backend: str) -> None:
-    """To the bit: a table of angles of 0 leaves the norm alone."""
+    """Bit for bit: with angles of 0 the result is the norm."""
     given = operands((4, 9), 32, (9, 16), torch.bfloat16)
     cos, sin = torch.ones_like(given["cos"]), torch.zeros_like(given["sin"])
     x = given["input"].requires_grad_()
@@ -214,7 +213,7 @@ def test_rounded_before_the_weight(norm: str, backend: str) -> None:
     wide = wide - wide.mean(-1, keepdim=True) if norm == "layer" else wide
     x_hat = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()
     expected = (x_hat.float() * weight).bfloat16()
-    # Triton's interpreter cuts digits off where it should round, twice.
+    # Triton's interpreter truncates twice, where hardware rounds.
     digits = 2 if interprets(backend) else 0
     assert (y - expected).abs().max() <= digits * 2**-7 * expected.abs().max()
     (found,) = torch.autograd.grad(y.sum(), weight)
@@ -241,13 +240,13 @@ def test_gradients_of_tables(backend: str) -> None:
 
 
 def test_sums_over_many_rows(backend: str) -> None:
-    """More rows than one task or thread takes, and no whole number of them."""
+    """More rows than one task or thread processes, and no multiple."""
     if interprets(backend):
         pytest.skip("slow where kernels are interpreted")
     check(operands((3, 131), 24, (131, 12), norm=True), norm="layer", eps=0.1, rotary_dim=24)
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's threads")
+@pytest.mark.skipif(DEVICE != "cpu", reason="the test is of the CPU's threads")
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
 def test_the_same_bits_on_any_number_of_threads(norm: str | None) -> None:
     given = operands((4, 9, 301), 64, (301, 64), torch.bfloat16, norm=norm is not None)
@@ -264,8 +263,8 @@ def test_the_same_bits_on_any_number_of_threads(norm: str | None) -> None:
         assert all(map(torch.equal, found[0], other))
 
 
-def test_a_turn_is_undone_by_its_opposite(backend: str) -> None:
-    """A turn by an angle and one by its opposite give back the heads, whose lengths stay."""
+def test_the_opposite_rotation_restores_the_heads(backend: str) -> None:
+    """Rotations keep the norms of heads."""
     angles = torch.outer(torch.arange(6.0), torch.linspace(0.1, 1, 8)).to(DEVICE)
     x = drawn(2, 3, 6, 16)
     for layout in LAYOUTS:

@@ -1,4 +1,4 @@
-"""Triton's rotary kernels beside the reference: layouts, heads that turn in part, tables of both widths, norms."""
+"""Triton's rotary kernels, compared with the reference: layouts, partial rotations, tables of both widths, norms."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def results(backend: str, grad_output: Tensor, operands: list[Tensor], tables: l
 
 
 def check(heads: tuple[int, ...], table: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> None:
-    """Tables are random numbers: of those of angles, the two entries of a pair are the same."""
+    """Compares the backends for random tables, in which the two entries of a pair differ."""
     operands = [randn(*heads, seed=0, dtype=dtype)]
     if options.get("norm") is not None:
         operands += [randn(heads[-1], seed=seed) for seed in (1, 2)]
@@ -62,13 +62,13 @@ def test_heads_that_turn_in_part(columns: int, turning: int, start: int, layout:
 
 @pytest.mark.parametrize("norm", [PLAIN, LAYER], ids=["plain", "layer"])
 @pytest.mark.parametrize("table", [(2, 1, 5, 1), (1, 3, 1, 1), (2, 3, 5, 7), (1, 1, 1, 1), (7,), (5, 1)], ids=str)
-def test_tables_that_are_the_same_on_any_level(table: tuple[int, ...], norm: dict[str, Any]) -> None:
+def test_tables_with_expanded_dimensions(table: tuple[int, ...], norm: dict[str, Any]) -> None:
     check((2, 3, 5, 7, 4), (*table, 4), **norm)
 
 
 @pytest.mark.parametrize("norm", [RMS, LAYER], ids=["rms", "layer"])
 def test_heads_that_several_programs_share(norm: dict[str, Any]) -> None:
-    """More of them than fill the tiles of the interpreter's processors, and no multiple of a tile."""
+    """More heads than fill the tiles of the interpreter's processors, and no multiple of a tile."""
     check((3, 101, 64), (101, 64), **norm)
 
 

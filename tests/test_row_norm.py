@@ -1,4 +1,4 @@
-"""What is particular to the row norms: options, dropout, and the errors that bad input gets."""
+"""Row norms: options, dropout, strided rows, and errors of bad input."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def test_llamas_rounding_is_matched_to_the_bit(backend: str) -> None:
-    """weight * x_hat.to(input dtype), as transformers writes it."""
+    """weight * x_hat.to(input dtype), as in transformers."""
     if backend == "triton" and DEVICE == "cpu":
         pytest.skip("Triton's interpreter truncates to bfloat16 where hardware rounds")
     torch.manual_seed(0)
@@ -23,7 +23,7 @@ def test_llamas_rounding_is_matched_to_the_bit(backend: str) -> None:
     wide = x.float()
     expected = w * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).bfloat16()
     found = F.rms_norm(x, 64, w, 1e-6, cast_before_weight=True)
-    # x_hat itself may round to either neighbour where the two float32 values differ in the last place.
+    # The two float32 values of x_hat may differ in the last place, and then round to different neighbours.
     assert (found == expected).float().mean() > 0.99
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
 
@@ -43,10 +43,10 @@ def test_weight_and_bias_are_each_optional(backend: str) -> None:
             ours = F.layer_norm(x, 20, weight, bias, activation="silu")
             theirs = torch.nn.functional.silu(torch.nn.functional.layer_norm(x, (20,), weight, bias))
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-            wanted = [t for t in (x, weight, bias) if t is not None]
+            sources = [t for t in (x, weight, bias) if t is not None]
             for a, e in zip(
-                torch.autograd.grad(ours.square().sum(), wanted),
-                torch.autograd.grad(theirs.square().sum(), wanted),
+                torch.autograd.grad(ours.square().sum(), sources),
+                torch.autograd.grad(theirs.square().sum(), sources),
                 strict=True,
             ):
                 torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
@@ -65,17 +65,17 @@ def test_modulation_shapes(shape: tuple, backend: str) -> None:
     ours = F.modulated_layer_norm(x, scale, shift, 7)
     theirs = torch.nn.functional.layer_norm(x, (7,)) * (1 + expanded[0]) + expanded[1]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    wanted = (x, scale, shift)
+    sources = (x, scale, shift)
     for a, e in zip(
-        torch.autograd.grad(ours.square().sum(), wanted),
-        torch.autograd.grad(theirs.square().sum(), wanted),
+        torch.autograd.grad(ours.square().sum(), sources),
+        torch.autograd.grad(theirs.square().sum(), sources),
         strict=True,
     ):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
 def dropped(x: torch.Tensor, p: float, seed: int = 0, **options: object) -> torch.Tensor:
-    """residual_out for a residual of zeros: just dropout(x)."""
+    """dropout(x), as the residual_out for a residual of zeros."""
     torch.manual_seed(seed)
     return F.add_rms_norm(x, torch.zeros_like(x), x.shape[-1], dropout_p=p, **options)[1]
 
@@ -110,7 +110,7 @@ def test_dropout_of_zero_and_one_is_exact(backend: str) -> None:
 
 @pytest.mark.parametrize("columns", [40, 1100, 17000])
 def test_dropout_gradients_use_the_forward_mask(columns: int, backend: str) -> None:
-    """Of every column: factors are drawn for some hundred columns at a time."""
+    """In every column, since kernels draw the factors of some hundred columns at a time."""
     x, residual = randn(3, columns), randn(3, columns)
     torch.manual_seed(3)
     y, total = F.add_layer_norm(x, residual, columns, dropout_p=0.4)
@@ -123,7 +123,7 @@ def test_dropout_gradients_use_the_forward_mask(columns: int, backend: str) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("centered", [True, False])
 def test_statistics_are_those_of_the_sum_as_it_is_stored(centered: bool, dtype: torch.dtype, backend: str) -> None:
-    """In the storage type, to the bit: the gradient and whoever makes the output again have no other sum."""
+    """Bit for bit in the storage dtype, because the backward pass and recomputations read the stored sum."""
     x, residual = randn(5, 40, dtype=dtype).detach(), randn(5, 40, dtype=dtype).detach()
     options, absent = row_norm.RowNormOptions(40, 1e-5, centered, activation="silu"), (None,) * 6
     output, total = row_norm.row_norm(x, residual, *absent, options)
@@ -215,13 +215,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_answered_by_its_error(case: str) -> None:
+def test_bad_input_is_a_named_error(case: str) -> None:
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
 
 
-def test_extra_repr_says_what_is_not_default() -> None:
+def test_extra_repr_shows_non_default_options() -> None:
     assert "activation='gelu_tanh'" in repr(nn.LayerNorm(8, activation=torch.nn.GELU("tanh")))
     assert repr(nn.LayerNorm(8)) == repr(torch.nn.LayerNorm(8))
     assert "weight_offset=1.0" in repr(nn.RMSNorm(8, weight_offset=1.0))
@@ -238,8 +238,8 @@ def heads(layout: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["packed", "transposed", "first token", "one head"])
-def test_strided_heads_are_read_where_they_lie(layout: str, served: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, the incoming gradient too, which comes out of attention transposed."""
+def test_strided_heads_are_read_without_a_copy(layout: str, served: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forward and backward, including the incoming gradient, which attention returns transposed."""
     _, dtype = served
     q = heads(layout, dtype)
     weight = (torch.arange(32, device=DEVICE) / 32 + 0.5).to(dtype)
@@ -251,19 +251,19 @@ def test_strided_heads_are_read_where_they_lie(layout: str, served: tuple, monke
         return [y, *torch.autograd.grad(y, (q, w), grad)]
 
     expected = run(q.contiguous(), grad.contiguous())
-    lie = operands.strided_rows
+    strided_rows = operands.strided_rows
 
     def checked(tensor: torch.Tensor, columns: int) -> torch.Tensor:
-        rows = lie(tensor, columns)
+        rows = strided_rows(tensor, columns)
         assert rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
         return rows
 
     monkeypatch.setattr(row_norm, "strided_rows", checked)
-    for found, wanted in zip(run(q, grad), expected, strict=True):
-        assert torch.equal(found, wanted)
+    for found, value in zip(run(q, grad), expected, strict=True):
+        assert torch.equal(found, value)
 
 
-def test_rows_on_more_levels_than_three_are_copied() -> None:
+def test_rows_with_more_than_three_strides_are_copied() -> None:
     x = torch.randn(3, 2, 4, 5, 8, device=DEVICE).permute(3, 1, 2, 0, 4).requires_grad_()
     torch.testing.assert_close(F.layer_norm(x, 8), torch.nn.functional.layer_norm(x, (8,)))
 
@@ -281,15 +281,15 @@ def test_rows_without_elements(kind: str, shape: tuple[int, ...], normalized: tu
 
 
 @pytest.mark.parametrize("processors", [2, 2000])
-def test_sums_of_weight_gradients_apart(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows whose sums do not fit a program: over more than a tile of rows, by one program and by several, and for
-    each sample's own weight and bias."""
+def test_sums_of_weight_gradients_in_a_kernel_of_their_own(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For rows whose sums do not fit a program: over more than a tile of rows, by one program or several, with a scale
+    and a shift for each sample."""
     if reason := unserved("triton", torch.float32):
         pytest.skip(reason)
     from ckpt_kernels.backends.triton import launch
 
     monkeypatch.setattr(launch, "processors", lambda device: processors)
-    # As if a program had registers for sums of 64 columns.
+    # As if a program had registers for the sums of 64 columns.
     monkeypatch.setattr(launch, "BACKWARD_TILE", 64)
     columns = 100
     assert not launch.sums_fit(columns, False)
@@ -304,7 +304,7 @@ def test_sums_of_weight_gradients_apart(processors: int, monkeypatch: pytest.Mon
 
 
 def test_rows_in_flight_fit_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps to come, of all that is read, beside a quarter for sums; else none."""
+    """Loads of two further steps are in flight if they fit three quarters of the shared memory; else none."""
     if reason := unserved("triton", torch.float32):
         pytest.skip(reason)
     from ckpt_kernels.backends.triton import launch

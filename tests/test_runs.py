@@ -1,4 +1,4 @@
-"""Checkpoints that span several calls: the same bits, what is kept, what runs twice, and loops that do more."""
+"""Runs, checkpoints over several calls of layers: equal gradients, saved tensors, randomness, and code in between."""
 
 import gc
 import random
@@ -30,7 +30,7 @@ class Layer(nn.Module):
 
 
 class Net(nn.Module):
-    """Layers in a loop, with something between two of them."""
+    """Layers in a loop, with a function that is called between them."""
 
     def __init__(self, count: int = 6, dropout: float = 0.0, between: Callable[[int, Tensor], Tensor] | None = None):
         super().__init__()
@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 
 class Tree:
-    """A level for each layer, and runs as nested lists."""
+    """A plan of levels by layer, with runs as nested lists."""
 
     def __init__(self, *parts: Any) -> None:
         self.found: list[tuple[str, list[tuple[int, int]]]] = []
@@ -112,7 +112,7 @@ def flat(tree: Tree) -> Tree:
 
 @pytest.mark.parametrize("dropout", (0.0, 0.2))
 @pytest.mark.parametrize("name", TREES)
-def test_gradients_are_the_same_bits_as_without_runs(name: str, dropout: float) -> None:
+def test_gradients_equal_those_without_runs(name: str, dropout: float) -> None:
     tree = TREES[name]
     x = inputs()
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_gradients_are_the_same_bits_as_without_runs(name: str, dropout: float) 
         assert all(map(torch.equal, expected, found))
 
 
-def test_numbers_are_the_models_own() -> None:
+def test_gradients_equal_the_unconverted_models() -> None:
     for tree in TREES.values():
         torch.testing.assert_close(results(made(tree), inputs()), results(made(None), inputs()), rtol=1e-4, atol=1e-5)
 
@@ -130,25 +130,25 @@ def test_numbers_are_the_models_own() -> None:
 @pytest.mark.parametrize(("name", "kept"), (("one", 1), ("two", 2)))
 def test_a_run_keeps_the_input_of_its_first_layer(name: str, kept: int) -> None:
     x = inputs()
-    # Of the first run that is the model's own input, which nobody saves.
+    # The first run's input is the model's input, a leaf that no hook saves.
     assert saved_bytes(made(TREES[name]), x) == (kept - 1) * x.nbytes
     net = made(TREES[name])
     before = whole_tensors()
     graph = net(x)
-    # The result, and what goes into the second run.
+    # The result, and the second run's input.
     assert len(whole_tensors() - before) == kept
     del graph
 
 
 def whole_tensors() -> set[int]:
-    """Where those of the size of an input are."""
+    """The addresses of the living tensors that have the size of an input."""
     gc.collect()
     whole = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (ROWS, WIDTH)]
     return {tensor.untyped_storage().data_ptr() for tensor in whole}
 
 
-def test_a_recipe_in_place_of_what_goes_into_a_run() -> None:
-    """A block's output that goes into a run is kept as a recipe by whoever keeps one."""
+def test_a_runs_input_may_be_kept_as_a_recipe() -> None:
+    """The run's input is the output of a block."""
 
     class Front(nn.Module):
         def __init__(self) -> None:
@@ -180,19 +180,19 @@ def between_early(index: int, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("between", (between_in_place, between_another, between_early))
 @pytest.mark.parametrize("name", ("one", "nested"))
-def test_loops_that_do_more_between_layers(name: str, between: Callable[[int, Tensor], Tensor]) -> None:
+def test_code_between_layers(name: str, between: Callable[[int, Tensor], Tensor]) -> None:
     expected = results(made(flat(TREES[name]), between=between), inputs())
     found = results(made(TREES[name], between=between), inputs())
     assert all(map(torch.equal, expected, found))
 
 
-def test_a_loop_that_begins_again_begins_another_run() -> None:
+def test_a_second_pass_over_the_layers_starts_another_run() -> None:
     net, x = made(TREES["one"]), inputs()
     before = whole_tensors()
     y = x
     for index in (0, 1, 0, 1):
         y = net.layers[index](y)
-    # The result, and what goes into the second run.
+    # The result, and the second run's input.
     assert len(whole_tensors() - before) == 2
 
 
@@ -210,7 +210,7 @@ def test_another_backward_pass_between_layers_leaves_a_run_open() -> None:
     del graph
 
 
-def test_a_step_after_one_that_failed_within_a_run() -> None:
+def test_a_step_after_an_error_within_a_run() -> None:
     def fail(index: int, x: Tensor) -> Tensor:
         if failing and index == 2:
             raise KeyError("mine")
@@ -224,7 +224,7 @@ def test_a_step_after_one_that_failed_within_a_run() -> None:
     assert all(map(torch.equal, results(net, x), results(made(flat(TREES["one"])), x)))
 
 
-def test_random_numbers_and_statistics_move_once() -> None:
+def test_random_numbers_and_statistics_advance_once() -> None:
     class Normed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -247,7 +247,7 @@ def test_random_numbers_and_statistics_move_once() -> None:
         assert torch.equal(buffer, dict(nets[1].named_buffers())[name]), name
 
 
-def test_second_derivatives_and_a_graph_that_is_used_twice() -> None:
+def test_second_derivatives_and_retained_graphs() -> None:
     def second(net: Net, x: Tensor) -> list[Tensor]:
         (first,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
         return [first, *torch.autograd.grad(first.square().sum(), [x, *net.parameters()], allow_unused=True)]
@@ -263,8 +263,8 @@ def test_second_derivatives_and_a_graph_that_is_used_twice() -> None:
             assert (expected is None and found is None) or torch.equal(expected, found)
 
 
-def test_state_that_moves_is_what_it_was() -> None:
-    """Generators, of a layer and of Python, and a buffer that the output depends on."""
+def test_recomputation_restores_state() -> None:
+    """The generators of a layer and of Python, and a buffer that the output depends on."""
 
     class Moving(nn.Module):
         def __init__(self) -> None:
@@ -288,7 +288,7 @@ def test_state_that_moves_is_what_it_was() -> None:
     assert all(map(torch.equal, *found))
 
 
-def test_a_checkpoint_within_a_checkpoint_is_the_outer_one() -> None:
+def test_the_outer_of_nested_checkpoints_applies() -> None:
     net, x = made(None), inputs()
     expected = results(net, x)
     ckpt_kernels.convert(net, recompute={"": "checkpoint", "layers.*": "checkpoint"})
@@ -309,7 +309,7 @@ def test_a_nested_run_within_torchs_checkpoint_and_under_torch_func() -> None:
     assert torch.func.grad(loss)(parameters).keys() == parameters.keys()
 
 
-def test_autocast_is_as_it_was() -> None:
+def test_recomputation_restores_autocast() -> None:
     def run(tree: Tree) -> list[Tensor]:
         net, x = made(tree), inputs()
         with torch.autocast("cpu", torch.bfloat16):
@@ -319,7 +319,7 @@ def test_autocast_is_as_it_was() -> None:
     assert all(map(torch.equal, run(flat(TREES["one"])), run(TREES["one"])))
 
 
-def test_an_argument_that_is_written_to_between_layers_is_two() -> None:
+def test_an_argument_that_is_written_to_between_layers() -> None:
     class Noted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -343,7 +343,7 @@ def test_an_argument_that_is_written_to_between_layers_is_two() -> None:
     net, x = Writing(), inputs()
     expected = results(net, x)
     ckpt_kernels.convert(net, recompute=Tree(["none"] * 2))
-    # The first layer's argument is no longer there to run again.
+    # The first layer's argument has been overwritten before the recomputation.
     with pytest.raises(RuntimeError, match="modified by an in-place"):
         results(net, x)
     ckpt_kernels.convert(net, recompute=Tree("none", ["none"]))
@@ -351,7 +351,7 @@ def test_an_argument_that_is_written_to_between_layers_is_two() -> None:
     torch.testing.assert_close(results(net, x), expected)
 
 
-def test_an_argument_that_is_written_to_afterwards_is_refused() -> None:
+def test_an_argument_that_is_written_to_afterwards_is_an_error() -> None:
     net, x, scale = made(TREES["two"]), inputs(), torch.ones(4 * WIDTH)
     output = net(x, scale)
     scale.mul_(2.0)
@@ -359,7 +359,7 @@ def test_an_argument_that_is_written_to_afterwards_is_refused() -> None:
         output.sum().backward()
 
 
-def test_a_layer_that_decides_otherwise_is_refused() -> None:
+def test_a_layer_with_another_shape_when_recomputed_is_an_error() -> None:
     class Fickle(Layer):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(x if not is_repeating() else x[:2])
@@ -380,15 +380,15 @@ def test_nothing_of_a_run_outlives_its_backward_pass(name: str) -> None:
         loss.backward()
         assert not any(isinstance(o, Run) for o in gc.get_objects() if type(o) is Run)
         big = [o for o in gc.get_objects() if type(o) is Tensor and o.shape in ((ROWS, WIDTH), (ROWS, 4 * WIDTH))]
-        # The input's gradient, and the result, which the graph's last node may keep.
+        # The input's gradient, and the result, which the last autograd node may keep.
         assert len({t.untyped_storage().data_ptr() for t in big} - before) <= 2
         del loss
     finally:
         gc.enable()
 
 
-def test_arguments_that_layers_could_write_to_are_not_handed_to_a_run() -> None:
-    """A cache would be filled twice."""
+def test_layers_with_mutable_arguments_are_in_no_run() -> None:
+    """A recomputation would fill a cache twice."""
 
     class Cached(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpointed layer's second pass begins with, and what is noticed where it is not the first one's."""
+"""The recomputation of checkpointed layers: restored state, and errors if the recomputation differs."""
 
 import random
 from collections.abc import Callable
@@ -28,15 +28,15 @@ def by_tree(layers: list[nn.Module], tree: Tree) -> Net:
 
 
 def derived(net: nn.Module, *rest: Any) -> list[Tensor]:
-    """Gradients of the layers one after the other."""
+    """The gradients of all layers in sequence."""
     x = y = inputs()
     for layer in net.layers:
         y = layer(y, *rest)
     return list(torch.autograd.grad(y.square().sum() + (y * x).sum(), [x, *net.parameters()]))
 
 
-class Of(nn.Module):
-    """A layer that computes a function of itself and its input."""
+class FunctionLayer(nn.Module):
+    """A layer that calls a function with the layer and the input."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -54,26 +54,26 @@ class Of(nn.Module):
         (lambda self, x: x.sin() if is_repeating() else x.sin().sin(), "saves 1 tensors; expected 2"),
     ),
 )
-def test_a_second_pass_that_saves_something_else_is_refused(function: Any, message: str) -> None:
-    net = by_tree([Of(function) for _ in range(2)], ONE)
+def test_a_recomputation_that_saves_other_tensors_is_an_error(function: Any, message: str) -> None:
+    net = by_tree([FunctionLayer(function) for _ in range(2)], ONE)
     with pytest.raises(RuntimeError, match=message):
         net(inputs()).sum().backward()
 
 
-def test_what_follows_the_last_saved_tensor_does_not_run_again() -> None:
+def test_the_recomputation_stops_at_the_last_saved_tensor() -> None:
     calls = []
 
-    def function(self: Of, x: Tensor) -> Tensor:
+    def function(self: FunctionLayer, x: Tensor) -> Tensor:
         y = x.sin()
         calls.append(is_repeating())
         return y
 
-    by_tree([Of(function), Of(function)], ONE)(inputs()).sum().backward()
+    by_tree([FunctionLayer(function), FunctionLayer(function)], ONE)(inputs()).sum().backward()
     assert calls == [False, False, True]
 
 
 @pytest.mark.parametrize("name", ("nested", "deeply"))
-def test_autocast_within_runs_within_runs(name: str) -> None:
+def test_autocast_within_nested_runs(name: str) -> None:
     def run(tree: Tree) -> list[Tensor]:
         net, x = made(tree), inputs()
         with torch.autocast("cpu", torch.bfloat16):
@@ -83,7 +83,7 @@ def test_autocast_within_runs_within_runs(name: str) -> None:
     assert all(map(torch.equal, run(flat(TREES[name])), run(TREES[name])))
 
 
-def test_statistics_within_runs_within_runs() -> None:
+def test_statistics_within_nested_runs() -> None:
     def run(tree: Tree) -> list[Tensor]:
         torch.manual_seed(0)
         net = by_tree([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(3)], tree)
@@ -114,7 +114,7 @@ class Paired(nn.Module):
 
 
 @pytest.mark.parametrize("tree", (Tree(["none"] * 3), NESTED))
-def test_arguments_in_tuples_and_by_name(tree: Tree) -> None:
+def test_tuple_and_keyword_arguments(tree: Tree) -> None:
     def run(tree: Tree) -> list[Tensor]:
         torch.manual_seed(0)
         net, x, shift = Paired(), inputs(), torch.randn(ROWS, WIDTH, requires_grad=True)
@@ -124,7 +124,7 @@ def test_arguments_in_tuples_and_by_name(tree: Tree) -> None:
     assert all(map(torch.equal, run(flat(tree)), run(tree)))
 
 
-def test_tensors_in_a_tuple_are_held_against_writes() -> None:
+def test_a_write_to_a_tensor_in_a_tuple_is_an_error() -> None:
     net = nn.Sequential(Pairs())
     ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
     shift = torch.ones(WIDTH)
@@ -135,11 +135,13 @@ def test_tensors_in_a_tuple_are_held_against_writes() -> None:
 
 
 class Exchanging(nn.Module):
-    """Layers that are given the last two results."""
+    """Layers whose arguments are the last two results."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Of(lambda self, pair: self.linear(pair[0].sin() * pair[1])) for _ in range(4))
+        self.layers = nn.ModuleList(
+            FunctionLayer(lambda self, pair: self.linear(pair[0].sin() * pair[1])) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         before = x
@@ -148,7 +150,7 @@ class Exchanging(nn.Module):
         return x
 
 
-def test_a_run_within_a_run_that_does_not_begin_it() -> None:
+def test_an_inner_run_in_the_middle_of_a_run() -> None:
     def run(tree: Tree) -> list[Tensor]:
         torch.manual_seed(0)
         net, x = Exchanging(), inputs()
@@ -159,14 +161,14 @@ def test_a_run_within_a_run_that_does_not_begin_it() -> None:
     assert all(map(torch.equal, run(flat(tree)), run(tree)))
 
 
-def test_a_layer_that_fails_leaves_runs_as_they_were() -> None:
-    def function(self: Of, x: Tensor) -> Tensor:
+def test_an_error_in_a_layer_closes_the_run() -> None:
+    def function(self: FunctionLayer, x: Tensor) -> Tensor:
         if failing:
             raise KeyError("mine")
         return self.linear(x).sin()
 
     failing = True
-    net, x = by_tree([Of(function) for _ in range(2)], ONE), inputs()
+    net, x = by_tree([FunctionLayer(function) for _ in range(2)], ONE), inputs()
     with pytest.raises(KeyError, match="mine"):
         net(x)
     failing = False
@@ -174,7 +176,7 @@ def test_a_layer_that_fails_leaves_runs_as_they_were() -> None:
 
 
 class Counter(nn.Module):
-    """Writes to a buffer and reads it."""
+    """A layer that writes to a buffer and reads the buffer."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -201,7 +203,7 @@ def test_buffers_that_a_layer_writes_to_and_reads() -> None:
 
 
 @pytest.mark.parametrize("kind", ("python", "numpy", "own"))
-def test_random_numbers_of_others(kind: str) -> None:
+def test_random_numbers_of_other_generators(kind: str) -> None:
     numpy = pytest.importorskip("numpy")
 
     class Noisy(nn.Module):
@@ -228,8 +230,8 @@ def test_random_numbers_of_others(kind: str) -> None:
         assert all(map(torch.equal, run(flat(tree)), run(tree)))
 
 
-def test_layers_that_differ_the_second_time_are_watched() -> None:
-    layers = [Of(lambda self, x: (x * (1.0 + is_repeating())).sin()), Of(lambda self, x: x.sin())]
+def test_layers_that_differ_when_recomputed_are_recorded() -> None:
+    layers = [FunctionLayer(lambda self, x: (x * (1.0 + is_repeating())).sin()), FunctionLayer(lambda self, x: x.sin())]
     net = by_tree(layers, Tree(["none"], ["none"]))
     with record_differences() as differing:
         net(inputs()).sum().backward()
@@ -237,9 +239,9 @@ def test_layers_that_differ_the_second_time_are_watched() -> None:
 
 
 def test_gradients_within_the_forward_of_a_layer() -> None:
-    """For them the layer runs again before its first pass is over, as it began."""
+    """A gradient in the forward recomputes the layer before the forward has ended, from the initial state."""
 
-    def function(self: Of, x: Tensor) -> Tensor:
+    def function(self: FunctionLayer, x: Tensor) -> Tensor:
         z = x.detach().requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(nn.functional.dropout(z, 0.3).sin().sum(), z)
@@ -247,7 +249,7 @@ def test_gradients_within_the_forward_of_a_layer() -> None:
 
     def run(level: str) -> list[Tensor]:
         torch.manual_seed(0)
-        net, x = nn.Sequential(Of(function)), inputs()
+        net, x = nn.Sequential(FunctionLayer(function)), inputs()
         ckpt_kernels.convert(net, recompute={"0": level})
         found = torch.autograd.grad(net(x).square().sum(), [x, *net.parameters()])
         return [*found, torch.get_rng_state()]
@@ -255,7 +257,7 @@ def test_gradients_within_the_forward_of_a_layer() -> None:
     assert all(map(torch.equal, run("none"), run("checkpoint")))
 
 
-def test_the_second_pass_is_served_by_the_backend_of_the_first() -> None:
+def test_the_recomputation_uses_the_backend_of_the_forward() -> None:
     def run(tree: Tree) -> list[Tensor]:
         torch.manual_seed(0)
         layers = (nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
@@ -269,7 +271,7 @@ def test_the_second_pass_is_served_by_the_backend_of_the_first() -> None:
 
 
 @pytest.mark.parametrize("tree", [TREES["one"], Tree([["none"] * 6])], ids=["one", "within"])
-def test_a_weight_that_is_written_to_before_the_backward_pass_is_refused(tree: Tree) -> None:
+def test_a_write_to_a_weight_before_the_backward_pass_is_an_error(tree: Tree) -> None:
     net = made(tree)
     output = net(inputs())
     with torch.no_grad():
@@ -288,7 +290,7 @@ class Two(torch.autograd.Function):
         return grad_outputs[0] * 2.0 + grad_outputs[1] * 3.0
 
 
-def test_two_results_of_one_node_go_into_a_layer() -> None:
+def test_two_results_of_one_node_as_arguments_of_a_layer() -> None:
     torch.manual_seed(0)
     x, w = torch.randn(8, 16, requires_grad=True), torch.randn(16, 16, requires_grad=True)
 
@@ -306,14 +308,14 @@ class Pair(NamedTuple):
     other: Tensor
 
 
-def test_a_named_tuple_is_not_handed_to_a_run() -> None:
-    """It would come back as a plain one."""
-    net, x = nn.Sequential(Of(lambda self, pair: self.linear(pair.one.sin() * pair.other))), inputs()
+def test_layers_with_named_tuples_are_in_no_run() -> None:
+    """The recomputation would get a plain tuple."""
+    net, x = nn.Sequential(FunctionLayer(lambda self, pair: self.linear(pair.one.sin() * pair.other))), inputs()
     ckpt_kernels.convert(net, recompute={"0": "checkpoint"})
     net(Pair(x, x)).sum().backward()
     assert x.grad is not None
 
 
-def test_the_level_within_a_checkpoint() -> None:
+def test_the_level_within_a_checkpoint_is_output() -> None:
     net = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     assert Levels(net, {"0": "checkpoint"}).of(net[0]) == "output"

@@ -1,4 +1,4 @@
-"""How the C++ sources are built: by which compilers, and what setup.py says where something is missing."""
+"""The build of the C++ sources: compilers, flags, and messages of setup.py if something is missing."""
 
 import importlib.util
 import os
@@ -14,9 +14,9 @@ import pytest
 from ckpt_kernels.libraries import library
 
 ROOT = pathlib.Path(__file__).parent.parent
-# The lines that install something before a wheel is built or tried.
+# The lines that install packages before a wheel is built or tested.
 WHEELS = re.compile(r"(?m)^before-build = .*(?:\n.*)*?^before-test = .*$")
-# Runs setup.py in a Python that does not find torch.
+# Runs setup.py in a Python without torch.
 WITHOUT_TORCH = """
 import runpy, sys
 sys.modules["torch"] = None
@@ -32,7 +32,7 @@ def run(build: str, program: str = WITHOUT_TORCH, **variables: str) -> subproces
 
 
 @pytest.mark.parametrize("build", ["auto", "cpu", "cuda"])
-def test_without_torch_it_says_what_to_install(build: str) -> None:
+def test_a_missing_torch_is_a_named_error(build: str) -> None:
     done = run("" if build == "auto" else build)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "compiled against torch, which cannot be imported here" in done.stderr
@@ -40,7 +40,7 @@ def test_without_torch_it_says_what_to_install(build: str) -> None:
 
 
 @pytest.mark.parametrize("error", ["OSError('libtorch_cpu.so: not found')", "ImportError('undefined symbol')"])
-def test_with_a_torch_that_does_not_load_it_says_what_to_install(error: str, tmp_path: pathlib.Path) -> None:
+def test_a_torch_that_does_not_load_is_a_named_error(error: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(f"raise {error}\n")
     program = WITHOUT_TORCH.replace('sys.modules["torch"] = None', f"sys.path.insert(0, {str(tmp_path)!r})")
@@ -50,14 +50,14 @@ def test_with_a_torch_that_does_not_load_it_says_what_to_install(error: str, tmp
     assert "pip install --force-reinstall 'torch>=2.11'" in done.stderr
 
 
-def test_nothing_is_needed_where_nothing_is_built() -> None:
+def test_a_build_of_nothing_needs_no_torch() -> None:
     from ckpt_kernels import __version__
 
     done = run("none")
     assert done.returncode == 0 and done.stdout.split()[-1] == __version__
 
 
-def test_without_a_compiler_it_says_so() -> None:
+def test_a_missing_compiler_is_a_named_error() -> None:
     done = run("cpu", PATH="/nowhere", CXX="")
     assert done.returncode == 1 and "no C++ compiler was found" in done.stderr
 
@@ -74,7 +74,7 @@ def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_windows_takes_clang_and_its_words(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_uses_clang_and_its_flags(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     here = setup.cxx_flags()
     assert here[0] == "-std=c++17" and setup.compiler_runtime() == {}
     called = []
@@ -84,7 +84,7 @@ def test_windows_takes_clang_and_its_words(setup: ModuleType, monkeypatch: pytes
     monkeypatch.setattr(setup.shutil, "which", lambda name: called.append(name) or f"C:/{name}.exe")
     assert setup.compiler() == "C:/clang-cl.exe" and set(called) == {"clang-cl"}
     there = setup.cxx_flags()
-    # All the rest goes to clang as it is.
+    # All other flags are passed to clang unchanged.
     assert there[0] == "/std:c++17" and {"/clang:" + flag for flag in setup.MATH} <= set(there[1:])
     assert all(flag.startswith("/clang:-") for flag in there[1:])
     printed = subprocess.CompletedProcess([], 0, "C:/LLVM/lib/clang/22\n")
@@ -94,14 +94,14 @@ def test_windows_takes_clang_and_its_words(setup: ModuleType, monkeypatch: pytes
     assert pathlib.Path(runtime["library_dirs"][0]) == pathlib.Path("C:/LLVM/lib/clang/22/lib/windows")
 
 
-def test_wheels_are_built_with_the_torch_that_is_tested() -> None:
+def test_wheels_are_built_with_the_tested_torch() -> None:
     pinned = re.search(r"TORCH \?= (torch==\S+)", (ROOT / "Makefile").read_text()).group(1)
-    asked = re.findall(r"\btorch\b[^\s\"']*", WHEELS.search((ROOT / "pyproject.toml").read_text()).group(0))
-    assert asked == [pinned, pinned]
+    installed = re.findall(r"\btorch\b[^\s\"']*", WHEELS.search((ROOT / "pyproject.toml").read_text()).group(0))
+    assert installed == [pinned, pinned]
 
 
 @pytest.mark.parametrize("name", ["_C.abi3.so", "_C.pyd"])
-def test_a_library_is_found_by_the_name_that_its_system_gives(name: str, tmp_path: pathlib.Path) -> None:
+def test_libraries_are_found_with_any_systems_suffix(name: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / name).touch()
     assert library("_C", tmp_path) == tmp_path / name
     assert library("_C_cuda", tmp_path) is None
@@ -114,7 +114,7 @@ def test_the_loops_have_no_warnings(compiler: str, source: str) -> None:
         pytest.skip(f"there is no {compiler}")
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas", "-Werror"]
     if compiler != "clang++":
-        # GCC 12 warns of its own intrinsics headers.
+        # GCC 12 has warnings in its own headers of intrinsics.
         warnings += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     command = [compiler, "-std=c++17", *warnings, "-fsyntax-only", f"csrc/cpu/{source}.cpp"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""DTensors: what two processes compute of their shards is what one computes of all.
+"""DTensors: two processes with shards compute the same as one process with whole tensors.
 
-The processes are started once, for all checks: each is a function that both run, and that raises where it finds fault.
+One pair of processes runs all checks. A check is a function that both run, and that raises if a result is wrong.
 """
 
 import functools
@@ -49,7 +49,7 @@ WIDTH, HIDDEN, HEADS = 16, 32, 4
 LEVELS = ("block", "output", "all")
 ONE_OF_EACH = {(block.function, *block.rows): block for block in reversed(BLOCKS)}.values()
 
-# Blocks, with their operands placed in every way
+# Blocks, with operands in every placement
 
 
 def placements_of(tensor: Tensor) -> list[Placement]:
@@ -57,7 +57,7 @@ def placements_of(tensor: Tensor) -> list[Placement]:
 
 
 def placed(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
-    """The tensor as a leaf that is so placed; both processes have the whole."""
+    """The tensor as a leaf with this placement; both processes have the whole tensor."""
     whole = tensor.detach()
     if isinstance(placement, Partial):
         part = whole * (0.25 if mesh.get_local_rank() == 0 else 0.75)
@@ -66,7 +66,7 @@ def placed(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
 
 
 def ways_of(block: Block, operands: Operands) -> Iterator[dict[str, Placement]]:
-    """Each way for the rows, and for each coefficient beside rows that are replicated, or split by samples."""
+    """Every placement of the rows, and of each coefficient with rows that are replicated or split by samples."""
     others = [name for name in operands if name not in block.rows]
     replicated = dict.fromkeys(operands, Replicate())
     for placement in placements_of(operands[block.rows[0]]):
@@ -81,7 +81,7 @@ def ways_of(block: Block, operands: Operands) -> Iterator[dict[str, Placement]]:
 
 
 def check_block(mesh: DeviceMesh, block: Block) -> None:
-    # Shards of 2 and 1 samples, and of 3 and 2 rows; where there are two ranks and one feature, an empty one.
+    # Shards of 2 and 1 samples, and of 3 and 2 rows; a dimension of size 1 has an empty shard.
     operands = in_float64(block.operands((3, 5) if not block.channels else (3, 4), 6, torch.float64, "cpu"))
     expected = with_gradients(block.eager, operands)
     for way in ways_of(block, operands):
@@ -94,7 +94,7 @@ def check_block(mesh: DeviceMesh, block: Block) -> None:
 
 
 def with_gradients_of_sharded(block: Block, operands: Operands, mesh: DeviceMesh) -> dict[str, Any]:
-    """As `with_gradients`, for the same incoming gradients, replicated."""
+    """`with_gradients` for DTensors, with the same incoming gradients, replicated."""
     generator = torch.Generator().manual_seed(1_000_003)
     outputs = block.call(**operands)
     incoming = [torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().double() for y in outputs]
@@ -159,7 +159,8 @@ class Layer(nn.Module):
 
 
 def layers(fused: bool = False, handwritten: bool = False, recompute: str = "output") -> nn.Module:
-    """Two layers, of the same weights however they are made: of torch's modules, or of ours, by ops or by MLPs."""
+    """Two layers with the same weights for all options: of torch's modules, of our norms and functions
+    (`handwritten`), or of our norms and MLPs (`fused`)."""
     norms = (ours.LayerNorm, ours.RMSNorm) if fused or handwritten else (nn.LayerNorm, nn.RMSNorm)
     mlps: tuple[Callable[[], nn.Module], ...] = (OurMLP, OurGatedMLP) if handwritten else (MLP, GatedMLP)
     if fused:
@@ -176,7 +177,7 @@ def layers(fused: bool = False, handwritten: bool = False, recompute: str = "out
 
 
 def in_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Each process has its own part of the sequence between modules that read it all, as torch's tutorial has it."""
+    """Sequence parallel between attention and MLP, tensor parallel within, as in torch's tutorial."""
     plan: dict[str, Any] = {}
     for place, (firsts, last) in enumerate(((("fc1",), "fc2"), (("gate_proj", "up_proj"), "down_proj"))):
         plan |= {f"{place}.norm1": SequenceParallel(), f"{place}.norm2": SequenceParallel()}
@@ -196,7 +197,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def trained(model: nn.Module, x: Tensor, share: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output after two steps; and the gradients of both, and what the parameters are then."""
+    """The output after two steps, the gradients of both steps, and the parameters afterwards."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.002)
     found = {}
     for step in range(2):
@@ -218,7 +219,7 @@ def check_training(make: Callable[[DeviceMesh], nn.Module], mesh: DeviceMesh) ->
 
 
 def check_sharded_training(make: Callable[[DeviceMesh], nn.Module], shape: tuple[int, int]) -> None:
-    """FSDP2 on top of tensor parallel: so many samples' processes, and so many of a layer."""
+    """FSDP2 with tensor parallel; `shape` has the number of processes for each."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
     model = make(mesh["tp"])
     for layer in model:
@@ -229,10 +230,10 @@ def check_sharded_training(make: Callable[[DeviceMesh], nn.Module], shape: tuple
 
 
 def compare_training(model: nn.Module, place: int, places: int, samples: slice) -> None:
-    """With one process that has all samples, and all of the sequence."""
+    """Compares with one process that has all samples and the whole sequence."""
     every = input_of_all()
     own = every[samples]
-    # Gradients are averaged over the processes that have samples.
+    # FSDP averages gradients over the processes.
     output, expected = trained(layers(), every, len(own) / len(every))
     own_output, found = trained(model, own.chunk(places, 1)[place])
     torch.testing.assert_close(own_output, output[samples].chunk(places, 1)[place], rtol=1e-9, atol=1e-9)
@@ -246,11 +247,11 @@ def converted(model: nn.Module, recompute: str) -> nn.Module:
     return model
 
 
-# What is not in the tables
+# Further checks
 
 
 def check_modules_of_linears(mesh: DeviceMesh) -> None:
-    """Called with what every process has, as tensors that are no DTensors: the hooks of the parts make them that."""
+    """Calls with plain tensors that every process has; the hooks of the parts make DTensors."""
     columns, rows = ColwiseParallel(), RowwiseParallel()
     gathered = ColwiseParallel(output_layouts=Replicate())
     torch.manual_seed(0)
@@ -269,7 +270,7 @@ def check_modules_of_linears(mesh: DeviceMesh) -> None:
 
 
 def check_modules_of_linears_with_dtensors(mesh: DeviceMesh) -> None:
-    """Inputs that are DTensors, placed in every way: beside parameters that all processes have, and split ones."""
+    """DTensor inputs in every placement, with replicated and with split parameters."""
     split = {"norm": SequenceParallel(), "linear": ColwiseParallel(use_local_output=False)}
     x = input_of_all()
     for recompute in LEVELS:
@@ -281,12 +282,12 @@ def check_modules_of_linears_with_dtensors(mesh: DeviceMesh) -> None:
             for placement in placements_of(x):
                 output = module(placed(x, mesh, placement)).full_tensor()
                 found = [output, *torch.autograd.grad(output.square().sum(), [*module.parameters()])]
-                for one, other in zip(found, expected, strict=True):
-                    torch.testing.assert_close(whole(one), other.detach(), rtol=1e-11, atol=1e-11)
+                for tensor, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(whole(tensor), other.detach(), rtol=1e-11, atol=1e-11)
 
 
 def check_placements(mesh: DeviceMesh) -> None:
-    """Results and gradients lie as those of torch's own norms do."""
+    """Placements and strides of results and gradients are those of torch's norms."""
     for norm, theirs in ((ours.LayerNorm, nn.LayerNorm), (ours.RMSNorm, nn.RMSNorm)):
         found = []
         for kind in (norm, theirs):
@@ -299,7 +300,7 @@ def check_placements(mesh: DeviceMesh) -> None:
 
 
 def check_dropout(mesh: DeviceMesh) -> None:
-    """Shards drop different elements, replicas the same, and backward those that forward dropped."""
+    """Shards drop different elements, replicas the same, and the backward pass the same as the forward."""
     torch.manual_seed(0)
     ones = torch.ones(64, 6, WIDTH)
     for placement, alike in ((Replicate(), True), (Shard(0), False), (Shard(1), False)):
@@ -345,7 +346,7 @@ def check_second_order(mesh: DeviceMesh) -> None:
     leaf = placed(x, mesh, Shard(0))
     (slope,) = torch.autograd.grad(leaf.to_local().pow(3).sum(), leaf, create_graph=True)
     if slope.grad_fn is None:
-        # The way from DTensors to their shards has no second derivative in torch 2.11.
+        # `to_local` has no second derivative in torch 2.11.
         return
     found = penalty(placed(x, mesh, Shard(0)), placed(weight, mesh, Replicate()))
     for ours_, theirs in zip(found, penalty(x, weight), strict=True):
@@ -428,7 +429,7 @@ def _process(rank: int, store: str, results: str) -> None:
     os._exit(0)
 
 
-def test_two_processes_compute_what_one_does(tmp_path: Any) -> None:
+def test_two_processes_compute_the_same_as_one(tmp_path: Any) -> None:
     mp.spawn(_process, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     faults = [
         f"{name}, rank {rank}: {fault}"

@@ -1,4 +1,4 @@
-"""Every header of csrc compiles by itself: it includes what it uses, whatever was included before it."""
+"""Every header of csrc compiles by itself: it includes all headers that it uses."""
 
 import pathlib
 import shutil
@@ -11,12 +11,12 @@ CSRC = ROOT / "csrc"
 
 
 def includes(path: pathlib.Path) -> list[str]:
-    """The names that a file includes, in their order, with their quotes or brackets."""
+    """The names of a file's includes, in order, with quotes or brackets."""
     return [line.split()[1] for line in path.read_text().splitlines() if line.startswith("#include")]
 
 
 def first_includes(path: pathlib.Path) -> set[pathlib.Path]:
-    """The header that a file includes before any other, the one that this header includes first, and so on."""
+    """The header that a file includes first, the header that this header includes first, and so on."""
     first = next(iter(includes(path)), "")
     if not first.startswith('"'):
         return set()
@@ -24,15 +24,15 @@ def first_includes(path: pathlib.Path) -> set[pathlib.Path]:
     return {header} | first_includes(header)
 
 
-def takes_torch(header: pathlib.Path) -> bool:
-    """Whether a header includes torch's, by itself or by another."""
+def includes_torch(header: pathlib.Path) -> bool:
+    """Whether a header includes torch's headers, directly or indirectly."""
     return any(
-        name.startswith("<torch/") or (name.startswith('"') and takes_torch(header.parent / name.strip('"')))
+        name.startswith("<torch/") or (name.startswith('"') and includes_torch(header.parent / name.strip('"')))
         for name in includes(header)
     )
 
 
-# What a source includes first is compiled by itself in every build. launcher.cuh takes CUDA's own headers.
+# The build compiles the header that a source includes first by itself. launcher.cuh needs CUDA's headers.
 BUILT = set().union(*(first_includes(source) for source in CSRC.rglob("*.cpp")))
 HEADERS = [path for path in sorted(CSRC.rglob("*.*h")) if path not in BUILT and path.name != "launcher.cuh"]
 
@@ -50,9 +50,9 @@ def test_a_header_compiles_by_itself(header: pathlib.Path) -> None:
         "-Werror",
     ]
     if header.parent.name == "cuda":
-        # In the place of CUDA's own headers, which need not be there.
+        # In place of CUDA's headers, which may be missing.
         options += ["-include", "tests/host/cuda_on_host.h", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
-    if takes_torch(header):
+    if includes_torch(header):
         from torch.utils import cpp_extension
 
         options += [option for path in cpp_extension.include_paths() for option in ("-isystem", path)]

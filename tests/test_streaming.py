@@ -1,4 +1,4 @@
-"""Results so large that they are written past the caches, which takes rows that are aligned."""
+"""Large results, which are written with streaming stores past the caches if their rows are aligned."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from ckpt_kernels import functional as F
 
 from .conftest import DEVICE
 
-# In float32 more than the 16 MiB from which on results are streamed.
+# Results in float32 are larger than 16 MiB, from which on they are streamed.
 ROWS = 4200
 BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
     "rms_norm": lambda x: F.rms_norm(x, x.shape[1]),
@@ -27,8 +27,8 @@ BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("columns", [1001, 1024], ids=["rows at any address", "aligned rows"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_large_results_are_those_of_their_rows(block: str, columns: int) -> None:
-    """To the bit: what is made of a row does not depend on how many there are."""
+def test_large_results_equal_those_of_few_rows(block: str, columns: int) -> None:
+    """Bit for bit: the result of a row does not depend on the number of rows."""
     x = torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def test_large_results_are_those_of_their_rows(block: str, columns: int) -> None
         y = BLOCKS[block](x)
         return y, torch.autograd.grad(y, x, x.detach())[0]
 
-    # The first rows are in both, because a batch norm's statistics are made of them.
+    # Both calls have the first rows, which are the statistics of the batch norm.
     some = torch.cat([torch.arange(40), torch.arange(ROWS - 7, ROWS)]).to(DEVICE)
     for whole, part in zip(run(x), run(x[some]), strict=True):
         assert torch.equal(whole[some], part)

@@ -1,4 +1,4 @@
-"""The survey of architectures: how many there are, and that whatever becomes of one is a result."""
+"""The survey of architectures: the size of the catalogue, and crashes, timeouts and wrong results as results."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from benchmarks import survey
 from benchmarks.survey import report, run
 from benchmarks.survey.entry import Entry, Shape
 
-# How many architectures the catalogue has at least, by library.
+# The least number of architectures in the catalogue, by library.
 AT_LEAST = {"torch": 12, "handwritten": 20, "transformers": 180, "diffusers": 40, "timm": 60, "torchvision": 10}
 
 
@@ -28,23 +28,23 @@ def test_catalogue_sizes(library):
     assert all(name.startswith(f"{library}/") for name in names)
 
 
-def test_enough_are_wide():
+def test_at_least_40_architectures_are_wide():
     if survey.why_not("transformers"):
         pytest.skip(survey.why_not("transformers"))
     assert sum(entry.has_wide for entry in survey.catalogue().values()) >= 40
 
 
-def test_every_type_of_transformers_is_in_the_catalogue_or_left_out_with_a_reason():
+def test_every_model_type_of_transformers_is_listed_or_left_out_with_a_reason():
     if survey.why_not("transformers"):
         pytest.skip(survey.why_not("transformers"))
     from transformers.models.auto import modeling_auto
 
-    known = {f"transformers/{name}" for name in modeling_auto.MODEL_MAPPING_NAMES}
-    assert known <= survey.catalogue().keys() | survey.left_out().keys()
+    model_types = {f"transformers/{name}" for name in modeling_auto.MODEL_MAPPING_NAMES}
+    assert model_types <= survey.catalogue().keys() | survey.left_out().keys()
     assert all(survey.left_out().values())
 
 
-def test_patterns_choose():
+def test_patterns_select_architectures():
     assert [entry.name for entry in survey.chosen(["handwritten/swiglu*"])] == [
         "handwritten/swiglu_chunked",
         "handwritten/swiglu",
@@ -55,7 +55,7 @@ def test_patterns_choose():
 
 
 class Crashing(nn.Module):
-    """Trains, and ends its process once a pass is the `fatal`th."""
+    """A model that aborts the process after `fatal` forward passes."""
 
     def __init__(self, fatal: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def test_a_crash_is_a_result():
     assert report.verdict(crashed) == "not run: crash: SIGABRT"
 
 
-def test_a_crash_in_one_phase_leaves_the_others(monkeypatch):
+def test_a_crash_in_one_phase_keeps_the_others(monkeypatch):
     import ckpt_kernels
 
     def convert(model: nn.Module, *, recompute: str):
@@ -114,7 +114,7 @@ class Hanging(nn.Module):
 
 
 class Writing(nn.Module):
-    """Its output depends on how often it was called."""
+    """A model whose output depends on the number of calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ class Writing(nn.Module):
         return self.product(x) * self.calls
 
 
-def test_what_conversion_gets_wrong_is_found(monkeypatch):
-    """A conversion that calls the model, draws numbers and scales a weight."""
+def test_faults_of_a_conversion_are_found(monkeypatch):
+    """The conversion changes an attribute, draws random numbers and scales a weight."""
     import ckpt_kernels
 
     class Report:
@@ -143,16 +143,16 @@ def test_what_conversion_gets_wrong_is_found(monkeypatch):
     monkeypatch.setattr(ckpt_kernels, "convert", convert)
     monkeypatch.setattr(ckpt_kernels, "revert", lambda model: None)
     (found,) = run.survey([_entry("writing", lambda width: Writing())], timeout=60)
-    told = "\n".join(report.changed(found))
-    assert "by converting: product.weight: 64 of 64 numbers differ" in told
-    assert "by converting: the model.calls: 0 became 1" in told
-    assert "by converting: torch" in told
+    changes = "\n".join(report.changed(found))
+    assert "by converting: product.weight: 64 of 64 numbers differ" in changes
+    assert "by converting: the model.calls: 0 became 1" in changes
+    assert "by converting: torch" in changes
     assert any("outputs" in text for text in report.wrong(found))
     assert any("gradients" in text for text in report.wrong(found))
 
 
 def test_end_to_end(tmp_path: pathlib.Path):
-    """Three models: nothing is wrong with them, and the report says so."""
+    """The survey of three models finds no fault."""
     names = ["torch/perceptron", "handwritten/block_pre", "handwritten/counting"]
     results = run.survey(survey.chosen(names), jobs=2, timeout=60)
     assert sorted(found["name"] for found in results) == sorted(names)

@@ -1,4 +1,4 @@
-"""The tables of blocks in README and docs say what the catalogue says."""
+"""The tables of blocks in README and docs equal those made from the catalogue."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ pytest.importorskip("rich", reason="rich is not installed")
 from benchmarks import tables
 
 FILES = [(file, name) for file, of_file in tables.TABLES.items() for name in of_file]
-# That whose figures of eager torch are in docs/floors.md.
+# The torch version of the figures for eager torch in docs/floors.md.
 MEASURED = "2.13."
 
 
 @pytest.mark.parametrize(("file", "name"), FILES)
-def test_a_table_is_what_the_catalogue_says(file: str, name: str) -> None:
+def test_tables_are_up_to_date(file: str, name: str) -> None:
     text = (tables.ROOT / file).read_text()
     written = [line.strip("|\n").split(" | ") for line in tables.parts(text, name)[1].splitlines()]
     made = [line.strip("|\n").split(" | ") for line in tables.markdown(tables.TABLES[file][name]()).splitlines()]
@@ -24,6 +24,6 @@ def test_a_table_is_what_the_catalogue_says(file: str, name: str) -> None:
     assert made == written, "python -m benchmarks.tables writes it anew"
 
 
-def test_where_no_table_stands_it_is_said() -> None:
+def test_a_missing_table_is_an_error() -> None:
     with pytest.raises(ValueError, match="there is no table 'blocks'; expected one between <!-- blocks"):
         tables.parts("# Floors", "blocks")

@@ -1,4 +1,4 @@
-"""Small calls: the same bits as the full path, which serves whatever a plan does not."""
+"""Small calls by plans give the same bits as the full path, which serves all calls without a plan."""
 
 import contextlib
 import threading
@@ -28,7 +28,7 @@ def clean() -> Iterator[None]:
 
 @contextlib.contextmanager
 def full_path() -> Iterator[None]:
-    """No call goes by a plan."""
+    """Context in which no call uses a plan."""
     key = plan_cache.key
     plan_cache.key = lambda *call: None
     try:
@@ -38,7 +38,7 @@ def full_path() -> Iterator[None]:
 
 
 class Counted:
-    """How many calls went by a plan and were not refused."""
+    """Counts the calls that found a plan, and those that the plan refused."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found = self.refused = 0
@@ -72,54 +72,54 @@ def tensors_of(block: Small, dtype: torch.dtype = torch.float32, columns: int | 
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(block.tensors)]
 
 
-def results(call: Callable[..., object], tensors: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
+def results(call: Callable[..., object], tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
     """Outputs and gradients, from the same seed."""
     torch.manual_seed(0)
     outputs = call(*tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = [torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape) for y in outputs]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
+    return [*outputs, *torch.autograd.grad(outputs, sources, grads)]
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_plan_gives_the_bits_of_the_full_path(name: str, counted: Counted) -> None:
     block = BY_NAME[name]
     call, tensors = block.ours, tensors_of(block)
-    wanted = [*tensors, *(call.parameters() if isinstance(call, nn.Module) else ())]
+    sources = [*tensors, *(call.parameters() if isinstance(call, nn.Module) else ())]
     buffers = [b.clone() for b in call.buffers()] if isinstance(call, nn.Module) else []
 
     def run() -> list[Tensor]:
         for buffer, value in zip(call.buffers() if buffers else (), buffers, strict=True):
             buffer.copy_(value)
-        return [*results(call, tensors, wanted), *(b.clone() for b in (call.buffers() if buffers else ()))]
+        return [*results(call, tensors, sources), *(b.clone() for b in (call.buffers() if buffers else ()))]
 
     with full_path():
         expected = run()
     first, second = run(), run()
-    assert counted.served == 1, "the second call is the one like an earlier one"
+    assert counted.served == 1, "only the second call finds a plan"
     for found in (first, second):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b) and a.stride() == b.stride()
     with torch.no_grad():
         torch.manual_seed(0)
-        again = call(*tensors)
-    assert torch.equal(again[0] if isinstance(again, tuple) else again, expected[0])
-    assert not (again[0] if isinstance(again, tuple) else again).requires_grad
+        outputs = call(*tensors)
+    output = outputs[0] if isinstance(outputs, tuple) else outputs
+    assert torch.equal(output, expected[0]) and not output.requires_grad
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_the_full_rule_goes_on_where_a_plan_has_begun(name: str, counted: Counted) -> None:
-    """For gradients of gradients, and for an output that nobody reads."""
+def test_second_gradients_after_a_plan_use_the_full_rule(name: str, counted: Counted) -> None:
+    """Also for blocks with a second output that is not read."""
     block = BY_NAME[name]
     call, tensors = block.ours, tensors_of(block)
-    wanted = [*tensors, *(call.parameters() if isinstance(call, nn.Module) else ())]
+    sources = [*tensors, *(call.parameters() if isinstance(call, nn.Module) else ())]
 
     def gradients() -> tuple[Tensor, ...]:
         torch.manual_seed(0)
         outputs = call(*tensors)
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         grad = torch.linspace(-1, 1, first.numel()).reshape(first.shape)
-        return torch.autograd.grad(first, wanted, grad, create_graph=True)
+        return torch.autograd.grad(first, sources, grad, create_graph=True)
 
     with full_path():
         expected = gradients()
@@ -132,7 +132,7 @@ def test_the_full_rule_goes_on_where_a_plan_has_begun(name: str, counted: Counte
 @pytest.mark.parametrize("columns", [1, 7, 63])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_other_widths_and_dtypes(columns: int, dtype: torch.dtype) -> None:
-    """Of the last dimension, which no vector holds a whole number of times."""
+    """Widths of the last dimension that are no multiples of a vector."""
     x = torch.randn(3, 5, columns, dtype=torch.float64).to(dtype).requires_grad_()
     packed = torch.randn(3, 5, 2 * columns, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(columns, requires_grad=True)
@@ -146,16 +146,16 @@ def test_other_widths_and_dtypes(columns: int, dtype: torch.dtype) -> None:
         (lambda: functional.glu(x, x * 2), [x]),
         *((lambda k=k: functional.packed_glu(packed, layout=k), [packed]) for k in ("gate_first", "interleaved")),
     )
-    for call, wanted in calls:
+    for call, sources in calls:
         with full_path():
-            expected = results(call, (), wanted)
+            expected = results(call, (), sources)
         call()
-        for a, b in zip(results(call, (), wanted), expected, strict=True):
+        for a, b in zip(results(call, (), sources), expected, strict=True):
             assert torch.equal(a, b)
 
 
 def layer() -> tuple[nn.Module, Tensor]:
-    """A norm whose plan is there."""
+    """A norm that has a plan, and its input."""
     norm, x = ours.LayerNorm(64), torch.randn(8, 64, requires_grad=True)
     norm(x)
     return norm, x
@@ -171,7 +171,7 @@ class _Subclass(Tensor):
     pass
 
 
-def test_whatever_must_see_the_op_sees_it(counted: Counted) -> None:
+def test_modes_transforms_and_profilers_see_the_op(counted: Counted) -> None:
     norm, x = layer()
     with full_path():
         expected = norm(x)
@@ -194,14 +194,14 @@ def test_whatever_must_see_the_op_sees_it(counted: Counted) -> None:
     assert counted.found == found
 
 
-def test_under_torch_compile() -> None:
+def test_torch_compile_gives_the_same_bits() -> None:
     norm, x = layer()
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), norm(x))
 
 
-def test_tensors_whose_memory_does_not_say_it_all(counted: Counted) -> None:
-    """Negated, sparse, without memory, and laid out in another way: all of the plan's shape."""
+def test_unusual_tensors_of_a_plans_shape(counted: Counted) -> None:
+    """Negated, sparse, without memory, and with other strides."""
     norm, x = layer()
     plain = x.detach()
     negated = torch.complex(torch.zeros(8, 64), -plain).conj().imag
@@ -242,8 +242,8 @@ def test_gradients_of_every_kind() -> None:
             assert torch.equal(a, b)
     batch = torch.randn(3, 8, 64)
     found = torch.autograd.grad(norm(x), parameters, batch, is_grads_batched=True)
-    for i, one in enumerate(batch):
-        for a, b in zip(found, torch.autograd.grad(norm(x), parameters, one), strict=True):
+    for i, sample in enumerate(batch):
+        for a, b in zip(found, torch.autograd.grad(norm(x), parameters, sample), strict=True):
             torch.testing.assert_close(a[i], b)
 
 
@@ -255,20 +255,20 @@ def test_gradients_of_gradients() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias", "input and weight"])
-def test_what_wants_no_gradient(frozen: str) -> None:
+def test_frozen_operands(frozen: str) -> None:
     norm, x = layer()
     for name, tensor in (("input", x), ("weight", norm.weight), ("bias", norm.bias)):
         tensor.requires_grad_(name not in frozen)
-    wanted = [t for t in (x, norm.weight, norm.bias) if t.requires_grad]
+    sources = [t for t in (x, norm.weight, norm.bias) if t.requires_grad]
     with full_path():
-        expected = results(norm, (x,), wanted)
-    for a, b in zip(results(norm, (x,), wanted), expected, strict=True):
+        expected = results(norm, (x,), sources)
+    for a, b in zip(results(norm, (x,), sources), expected, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_what_is_saved_is_what_the_full_path_saves(name: str) -> None:
-    """To the last tensor, its dtype, shape and strides: torch's checkpoint compares them."""
+def test_a_plan_saves_the_same_tensors_as_the_full_path(name: str) -> None:
+    """In number, dtype, shape and strides, which torch's checkpoint compares."""
     block = BY_NAME[name]
     call, tensors = block.ours, tensors_of(block)
 
@@ -289,8 +289,8 @@ def test_what_is_saved_is_what_the_full_path_saves(name: str) -> None:
     assert saved() == expected and expected
 
 
-def test_dtypes_that_meet_under_autocast_have_no_plan(counted: Counted) -> None:
-    """They are promoted first, and a plan would read the tensors as they are given."""
+def test_mixed_dtypes_under_autocast_have_no_plan(counted: Counted) -> None:
+    """Autocast promotes the operands first, and a plan would read the given tensors."""
     x, other = torch.randn(8, 64), torch.randn(8, 64).bfloat16()
     calls = (
         lambda a, b: functional.add_layer_norm(a, b, 64)[0],
@@ -308,7 +308,7 @@ def test_dtypes_that_meet_under_autocast_have_no_plan(counted: Counted) -> None:
             assert counted.found == found
 
 
-def test_running_statistics_that_require_a_gradient_are_refused() -> None:
+def test_running_statistics_that_require_a_gradient_are_an_error() -> None:
     x, running = torch.randn(8, 4, 3), [torch.zeros(4), torch.ones(4)]
     for norm in (functional.batch_norm, functional.instance_norm):
         call = (lambda n: lambda: n(x, *running, None, None, True))(norm)
@@ -319,7 +319,7 @@ def test_running_statistics_that_require_a_gradient_are_refused() -> None:
         running[0].requires_grad_(False)
 
 
-def test_writes_in_place_are_noticed() -> None:
+def test_in_place_writes_are_detected() -> None:
     norm, x = layer()
     y = x * 1
     out = norm(y)
@@ -328,7 +328,7 @@ def test_writes_in_place_are_noticed() -> None:
         out.sum().backward()
 
 
-def test_the_backend_is_that_of_the_thread_and_of_the_forward_pass(counted: Counted) -> None:
+def test_plans_respect_the_backend_of_the_thread_and_the_forward(counted: Counted) -> None:
     norm, x = layer()
     found = counted.found
     with use_backend("reference"):
@@ -359,7 +359,7 @@ def test_autocast_changes_nothing_on_the_cpu() -> None:
 
 
 def test_hooks_unpack_once() -> None:
-    """As torch's checkpoint demands, whichever way the backward pass goes."""
+    """torch's checkpoint allows one unpack a tensor, with a plan and on the full path."""
     norm, x = layer()
     for grad in (torch.ones(8, 64), torch.ones(1, 1).expand(8, 64)):
         unpacked = []
@@ -374,8 +374,8 @@ def test_hooks_unpack_once() -> None:
         assert len(unpacked) == 5
 
 
-def test_outputs_are_let_go_of() -> None:
-    """Within `discard_outputs` a plan's output has a recipe, as the full path's has."""
+def test_outputs_of_plans_are_discarded() -> None:
+    """Within `discard_outputs` a plan's output has a recipe, as on the full path."""
     model, x = nn.Sequential(ours.LayerNorm(64), nn.Linear(64, 64)), torch.randn(8, 64, requires_grad=True)
     expected = results(model, (x,), [x, *model.parameters()])
     for _ in range(2):
@@ -394,7 +394,7 @@ def test_outputs_are_let_go_of() -> None:
             assert torch.equal(a, b)
 
 
-def test_a_parametrized_weight_is_the_one_that_is_used() -> None:
+def test_a_parametrized_weight_is_used() -> None:
     class Twice(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return 2 * weight
@@ -411,7 +411,7 @@ def test_a_parametrized_weight_is_the_one_that_is_used() -> None:
     torch.testing.assert_close(shifted(x), torch.nn.functional.layer_norm(x, (64,), shifted.weight, shifted.bias))
 
 
-def test_a_layer_norm_is_few_calls() -> None:
+def test_a_layer_norm_makes_few_python_calls() -> None:
     norm, x = layer()
     grad = torch.randn(8, 64)
     out = norm(x)
@@ -419,21 +419,21 @@ def test_a_layer_norm_is_few_calls() -> None:
     assert own_calls(lambda: torch.autograd.grad(out, [x, *norm.parameters()], grad)) <= 6
 
 
-def test_plans_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_plans_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_cache, "MOST_PLANS", 3)
     for rows in range(1, 8):
         functional.bias_act(torch.ones(rows, 2), activation="gelu")
     assert len(plan_cache._plans) == 3
 
 
-def test_options_that_may_change_are_not_remembered() -> None:
+def test_mutable_options_are_read_at_every_call() -> None:
     gelu, x = nn.GELU(), torch.randn(8, 64)
     functional.bias_act(x, activation=gelu)
     gelu.approximate = "tanh"
     torch.testing.assert_close(functional.bias_act(x, activation=gelu), gelu(x))
 
 
-def test_without_the_module_nothing_changes() -> None:
+def test_calls_without_plans_work() -> None:
     norm, x = layer()
     with full_path():
         assert norm(x).shape == (8, 64)

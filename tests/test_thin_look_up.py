@@ -1,4 +1,4 @@
-"""Which calls a plan is found for: those that the checks of an earlier call were about, and no others."""
+"""The look-up of plans: a call finds a plan only if the checks of an earlier call also hold for this call."""
 
 import decimal
 import gc
@@ -36,7 +36,7 @@ class _EqualToGelu:
 
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-# A call, and one whose options are equal to its own, and wrong.
+# A call, and a wrong call whose options compare equal.
 EQUAL: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "float shape": (lambda: functional.layer_norm(X, 64), lambda: functional.layer_norm(X, 64.0)),
     "float in a shape": (lambda: functional.layer_norm(X, (64,)), lambda: functional.layer_norm(X, (64.0,))),
@@ -63,7 +63,7 @@ def _error(call: Callable[[], object]) -> str | None:
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_options_that_are_equal_and_of_another_type_are_checked(name: str) -> None:
+def test_equal_options_of_another_type_are_checked(name: str) -> None:
     right, wrong = EQUAL[name]
     expected = _error(wrong)
     right()
@@ -71,8 +71,7 @@ def test_options_that_are_equal_and_of_another_type_are_checked(name: str) -> No
     assert expected is not None and _error(wrong) == expected
 
 
-def test_a_key_tells_none_from_another_dtype() -> None:
-    """And where the shape of each tensor ends."""
+def test_keys_distinguish_none_dtypes_and_shapes() -> None:
     x, w1, w2, b2 = torch.randn(4, 8), torch.randn(6, 8), torch.randn(1, 6), torch.randn(1)
 
     def wrong() -> Tensor:
@@ -90,7 +89,7 @@ def test_a_key_tells_none_from_another_dtype() -> None:
     assert direct.key("a", (one(*(1,) * 20),) * 4, ()) is None, "too long to be told"
 
 
-# Inputs with a dimension of one element, whose stride is another than that of a contiguous tensor.
+# Inputs with a dimension of size one whose stride differs from that of a contiguous tensor.
 ODD: dict[str, Callable[[], Tensor]] = {
     "a row": lambda: torch.randn(1, 128)[:, :64],
     "transposed": lambda: torch.randn(1, 8, 64).transpose(0, 1),
@@ -115,10 +114,10 @@ LIKE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] =
 }
 
 
-# One value a channel is an error of torch's batch norm.
+# torch's batch norm rejects one value a channel.
 @pytest.mark.parametrize(("layout", "block"), [(a, b) for a in ODD for b in LIKE if (a, b) != ("a row", "batch_norm")])
 def test_strides_are_torchs_in_every_call(layout: str, block: str) -> None:
-    """Those of dimensions of one element too, of outputs and of gradients."""
+    """Strides of outputs and gradients, also in dimensions of size one."""
     x = ODD[layout]()
 
     def strides(call: Callable[[Tensor], Tensor]) -> list[tuple[int, ...]]:
@@ -130,7 +129,7 @@ def test_strides_are_torchs_in_every_call(layout: str, block: str) -> None:
     expected = strides(eager)
     usual = torch.randn(x.shape)
     for given in (None, usual, usual, None):
-        # The plan that the second leaves, and the third goes by, is not the one for `x`.
+        # The second call makes a plan for the usual strides, which must not serve `x`.
         if given is None:
             assert strides(call) == expected
         else:
@@ -164,10 +163,10 @@ def test_linear_layers_whose_hooks_unpack_a_lazy_negation(name: str, level: str,
     x, w, v, n = (torch.randn(shape) for shape in ((8, 64), (32, 64), (16, 32), (64,)))
     for tensor in (w, v) if frozen else (x, w, v, n):
         tensor.requires_grad_()
-    wanted = [t for t in (x, w, v, n) if t.requires_grad]
+    sources = [t for t in (x, w, v, n) if t.requires_grad]
 
     def gradients(output: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+        return torch.autograd.grad(output, sources, torch.ones_like(output), allow_unused=True)
 
     expected = gradients(LINEAR[name](x, w, v, n, recompute=level))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: -t.detach(), torch._neg_view):
@@ -189,7 +188,7 @@ class _FunctionMode(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_function_mode_sees_every_call_alike() -> None:
+def test_a_function_mode_sees_every_call() -> None:
     seen = []
     for _ in range(3):
         with _FunctionMode() as mode:
@@ -200,29 +199,29 @@ def test_a_function_mode_sees_every_call_alike() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_python_raises_in_a_look_up_is_raised(error: type[BaseException]) -> None:
+def test_errors_in_a_look_up_are_raised(error: type[BaseException]) -> None:
     functional.layer_norm(X, 64)
     with _FunctionMode(error), pytest.raises(error):
         functional.layer_norm(X, 64)
 
 
-def test_errors_of_what_the_look_up_asks_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_functions_that_the_look_up_calls_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> bool:
         raise KeyboardInterrupt
 
     from ckpt_kernels import _thin
 
-    asked = (torch.Tensor.__dlpack_c_exchange_api__, Tensor, nn.Parameter, torch.Size)
+    arguments = (torch.Tensor.__dlpack_c_exchange_api__, Tensor, nn.Parameter, torch.Size)
     functions = {"watcher": (Tensor.is_neg, (interrupted,)), "is_neg": (interrupted, ())}
     try:
         for negative, watchers in functions.values():
-            _thin.set_up(*asked, negative, Tensor.storage_offset, watchers)
+            _thin.set_up(*arguments, negative, Tensor.storage_offset, watchers)
             for call in (lambda: direct.key("a", (X,), ()), lambda: direct.is_plain(X)):
                 with pytest.raises(KeyboardInterrupt):
                     call()
     finally:
-        _thin.set_up(*asked, Tensor.is_neg, Tensor.storage_offset, direct.WATCHERS)
-    assert not direct.is_plain(X.to_sparse()), "which has no such memory, and is the full path's to refuse"
+        _thin.set_up(*arguments, Tensor.is_neg, Tensor.storage_offset, direct.WATCHERS)
+    assert not direct.is_plain(X.to_sparse()), "a sparse tensor takes the full path, which rejects it"
 
 
 @pytest.mark.parametrize("kind", [ours.LayerNorm, ours.RMSNorm])

@@ -1,4 +1,4 @@
-"""MLPs in tiles of rows: the same results, of which less stands in memory, and one gradient a parameter."""
+"""MLPs in tiles of rows: the same results, less memory, and one gradient a parameter."""
 
 import copy
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def in_tiles(pair: Pair, level: str, tiles: int) -> Callable[..., tuple[Tensor, 
 def with_gradients(function: Callable[..., tuple[Tensor, ...]], operands: dict) -> dict[str, Tensor]:
     leaves = {n: t.detach().clone().requires_grad_() for n, t in operands.items() if isinstance(t, Tensor)}
     (output,) = function(**(operands | leaves))
-    above = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=DEVICE).to(output.dtype)
-    gradients = torch.autograd.grad(output, list(leaves.values()), above.view_as(output))
+    grad_output = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=DEVICE).to(output.dtype)
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output.view_as(output))
     return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
@@ -49,12 +49,12 @@ def test_error_is_at_most_eagers(pair: Pair, dtype: torch.dtype, level: str) -> 
     for name, true in truth.items():
         assert found[name].dtype == eager[name].dtype and found[name].shape == eager[name].shape
         error, allowed = ((t[name].double() - true).abs().max() for t in (found, eager))
-        ulps = 16 if dtype == torch.float64 else 1  # where eager's is the truth
+        ulps = 16 if dtype == torch.float64 else 1  # in float64 the truth is eager torch's result
         assert error <= 1.5 * allowed + ulps * torch.finfo(dtype).eps * true.abs().max(), name
 
 
 @by_mlp
-def test_many_tiles_of_halves_add_up_in_float32(pair: Pair) -> None:
+def test_many_tiles_in_bfloat16_accumulate_in_float32(pair: Pair) -> None:
     operands = pair.operands((1024,), 8, torch.bfloat16, DEVICE)
     wide = {n: t.double() if isinstance(t, Tensor) else t for n, t in operands.items()}
     found, eager = with_gradients(in_tiles(pair, "all", 128), operands), with_gradients(pair.eager, operands)
@@ -64,7 +64,7 @@ def test_many_tiles_of_halves_add_up_in_float32(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_product_of_halves_is_not_rounded_before_it_is_added(dtype: torch.dtype) -> None:
+def test_products_in_16_bits_are_accumulated_without_rounding(dtype: torch.dtype) -> None:
     grad, input = (torch.randn(32, columns, device=DEVICE).to(dtype) for columns in (5, 7))
     buffer = accumulate.buffer_for(grad.new_empty(5, 7), dtype)
     for _ in range(2):
@@ -86,21 +86,21 @@ def test_all_runs_one_product_less_than_checkpointing(function: str, usual: int)
     (pair,) = [pair for pair in MLPS if pair.name == function]
     operands = pair.operands((8,), 8, torch.float32, DEVICE)
     for level, expected in (("output", usual * 4), ("all", (usual + usual // 3 - 1) * 4)):
-        # At "output" the first products are made whole.
+        # At "output" the first products run untiled.
         expected -= (usual // 3 - 1) * 3 if level == "output" else 0
         assert products(lambda level=level: in_tiles(pair, level, 4)(**operands)[0].sum().backward()) == expected
 
 
 @by_mlp
-def test_keeps_what_it_keeps_whole(pair: Pair) -> None:
+def test_tiles_keep_the_same_tensors(pair: Pair) -> None:
     operands = pair.operands((8,), 8, torch.float32, DEVICE)
-    for level in ("block", *LEVELS):  # at which the context is not asked
+    for level in ("block", *LEVELS):  # "block" ignores tiles
         whole, tiled = (saved_bytes(lambda f=f: f(**operands)) for f in (pair.at(level), in_tiles(pair, level, 4)))
         assert tiled == whole
 
 
 @pytest.mark.parametrize("name", ["mlp (gelu)", "gated_mlp (silu)"])
-def test_a_tiles_transient_is_its_part(name: str) -> None:
+def test_temporary_memory_shrinks_with_the_number_of_tiles(name: str) -> None:
     (pair,) = [pair for pair in MLPS if pair.name == name]
     operands = pair.operands((4096,), 8, torch.float32, DEVICE)
     x = operands["input"]
@@ -110,7 +110,7 @@ def test_a_tiles_transient_is_its_part(name: str) -> None:
         in_tiles(pair, "all", tiles)(**operands)[0].sum().backward()
 
     def transient(tiles: int) -> float:
-        """In inner tensors, beside the output, its gradient, the input's, and what is as small as the weights."""
+        """Temporary memory in units of an inner tensor, without the output and the gradients of input and output."""
         for tensor in operands.values():
             if isinstance(tensor, Tensor):
                 tensor.grad = None
@@ -124,7 +124,7 @@ def test_a_tiles_transient_is_its_part(name: str) -> None:
     assert forward[1] < forward[0] / 8 + 0.15 * inner
 
 
-def test_a_parameters_gradient_comes_once() -> None:
+def test_parameters_accumulate_one_gradient_a_pass() -> None:
     torch.manual_seed(0)
     mlp = ckpt_kernels.nn.GatedMLP(8, 24, recompute="all", tiles=4).to(DEVICE)
     twin = copy.deepcopy(mlp)
@@ -132,10 +132,10 @@ def test_a_parameters_gradient_comes_once() -> None:
     counts: list[str] = []
     for name, parameter in mlp.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda p, name=name: counts.append(name))
-    for seed in range(2):  # added up over two batches
+    for seed in range(2):  # gradients accumulate over two batches
         x = torch.randn(10, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        for each in (mlp, twin):
-            each(x).square().sum().backward()
+        for module in (mlp, twin):
+            module(x).square().sum().backward()
     assert sorted(counts) == sorted(2 * [name for name, _ in mlp.named_parameters()])
     for mine, theirs in zip(mlp.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
@@ -144,7 +144,7 @@ def test_a_parameters_gradient_comes_once() -> None:
 @pytest.mark.parametrize(
     "frozen", [("weight1",), ("weight2", "bias2"), ("input",), ("input", "weight1"), ("input", "weight1", "bias1")]
 )
-def test_frozen(frozen: tuple) -> None:
+def test_frozen_operands(frozen: tuple) -> None:
     (pair,) = [pair for pair in MLPS if pair.name == "mlp (gelu)"]
     operands = pair.operands((9,), 8, torch.float32, DEVICE)
     leaves = [
@@ -177,7 +177,7 @@ def test_second_derivatives_dropout_and_autocast() -> None:
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
 
 
-def test_each_tile_draws_a_dropout_of_its_own() -> None:
+def test_each_tile_draws_another_dropout_mask() -> None:
     eye = torch.eye(16, device=DEVICE)
     x, options = torch.ones(8, 16, device=DEVICE), dict(activation="relu", dropout_p=0.5, tiles=4)
     for output in (F.mlp(x, eye, None, eye, None, **options), F.gated_mlp(x, eye, eye, eye, **options)):
@@ -187,7 +187,7 @@ def test_each_tile_draws_a_dropout_of_its_own() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_norm_after_it_keeps_no_input_within_a_layer() -> None:
+def test_a_norm_after_a_tiled_mlp_keeps_no_input_within_a_layer() -> None:
     x, weight = torch.randn(64, 8, device=DEVICE, requires_grad=True), torch.randn(8, 8, device=DEVICE)
 
     def layer(x: Tensor, tiles: int) -> Tensor:
@@ -197,7 +197,7 @@ def test_a_norm_after_it_keeps_no_input_within_a_layer() -> None:
     assert kept[1] == kept[0]
 
 
-def test_under_transforms() -> None:
+def test_torch_func_grad_equals_untiled() -> None:
     x, weight = torch.randn(6, 8, device=DEVICE), torch.randn(8, 8, device=DEVICE)
     whole, tiled = (
         torch.func.grad(lambda x, n=n: F.mlp(x, weight, None, weight, None, tiles=n).sum())(x) for n in (1, 3)
@@ -205,14 +205,14 @@ def test_under_transforms() -> None:
     torch.testing.assert_close(tiled, whole)
 
 
-def test_a_context_is_of_a_thread_and_ends_by_an_error_too() -> None:
+def test_the_context_is_thread_local_and_ends_on_errors() -> None:
     with pytest.raises(KeyError), ckpt_kernels.ops.tiles.in_tiles(3), ThreadPoolExecutor(1) as others:
         assert others.submit(ckpt_kernels.ops.tiles.tiles_now).result() == 1
         raise KeyError
     assert ckpt_kernels.ops.tiles.tiles_now() == 1
 
 
-def test_compiled() -> None:
+def test_torch_compile_equals_untiled() -> None:
     x, weight, last = (
         torch.randn(6, 4, device=DEVICE),
         torch.randn(8, 4, device=DEVICE),
@@ -223,7 +223,7 @@ def test_compiled() -> None:
 
 
 @pytest.mark.parametrize("level", ["output", "all", "layer"])
-def test_converted(level: str) -> None:
+def test_converted_models_in_tiles(level: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -239,11 +239,11 @@ def test_converted(level: str) -> None:
         model(input_ids=ids).last_hidden_state.square().mean().backward()
 
     peaks = []
-    for each in (model, whole, tiled):
-        step(each)
-    for each in (whole, tiled):
-        peaks.append(peak_bytes(lambda each=each: step(each), DEVICE))
-        for mine, theirs in zip(each.parameters(), model.parameters(), strict=True):
+    for module in (model, whole, tiled):
+        step(module)
+    for module in (whole, tiled):
+        peaks.append(peak_bytes(lambda module=module: step(module), DEVICE))
+        for mine, theirs in zip(module.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(mine.grad / 2, theirs.grad, rtol=1e-3, atol=1e-6)
     assert peaks[1] < peaks[0]
     assert saved_bytes(lambda: tiled(ids)) <= saved_bytes(lambda: whole(ids))
@@ -252,7 +252,7 @@ def test_converted(level: str) -> None:
 
 
 @pytest.mark.parametrize("tiles", [0, -1, 1.5, True])
-def test_refuses(tiles: object) -> None:
+def test_bad_numbers_of_tiles_are_an_error(tiles: object) -> None:
     x = torch.randn(4, 4, device=DEVICE)
     for call in (
         lambda: F.mlp(x, x, None, x, None, tiles=tiles),

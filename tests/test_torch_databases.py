@@ -1,7 +1,7 @@
-"""Every sample and every error of torch's own lists, for the functions and modules that have a namesake here.
+"""Every sample and every error of torch's databases, for the functions and modules here of the same name.
 
-Results, gradients, their gradients, what is changed in place, dtypes, strides, kinds of errors, reprs. What is another
-on purpose is in `ON_PURPOSE`, with its reason.
+The tests compare results, first and second gradients, changed buffers, dtypes, strides, types of errors, and reprs.
+`ON_PURPOSE` lists deliberate differences with reasons.
 """
 
 import re
@@ -31,25 +31,25 @@ from .databases import (
 )
 from .test_contract_numbers import ROUNDINGS, ulp
 
-# By name: torch's, ours, and the dtypes that torch's list is for.
+# torch's and our function or module by name, and the dtypes of torch's samples.
 CASES = {
     **{name: (op.op, FUNCTIONS[name], op.dtypes) for name, op in OPS.items()},
     **{name: (info.module_cls, MODULES[name], info.dtypes) for name, info in MODULE_INFOS.items()},
 }
-# Whose, what of it, how it differs, and why.
+# Names, the result that differs, a pattern of the difference, and the reason.
 ON_PURPOSE = (
     (
         ("nn.functional.elu", "nn.functional.softplus", "nn.functional.hardtanh", "ELU", "LeakyReLU", "Softplus"),
         "outcome",
         r"is ValueError\(.activation is \w+\(\w+=.* at its default settings",
-        "An activation is known by a name, which has no settings: others than torch's defaults are refused.",
+        "Activations have names without settings, so settings other than torch's defaults are an error.",
     ),
     *(
         (
             ("nn.functional.hardtanh",),
             key,
             r"is AssertionError\(.max_val",
-            "Its settings are those of a module here, and torch's refuses two equal ones, and with another error.",
+            "The settings here are those of a module, which rejects two equal limits, with another error.",
         )
         for key in ("outcome", "error")
     ),
@@ -57,31 +57,31 @@ ON_PURPOSE = (
         ("nn.functional.hardtanh", "nn.functional.relu6"),
         "gradient of argument 0",
         r"errs by [-.\de]+$",  # in float64
-        "Of NaN torch's is 0 or the gradient that came in, by its place in a vector; ours is 0.",
+        "At NaN torch's gradient is 0 or the incoming gradient, depending on the position in a vector; ours is 0.",
     ),
     (
         ("nn.functional.gelu",),
         "error",
         r"is ValueError\(.activation is GELU",
-        "An unknown activation is a ValueError, as any other wrong choice among names here; torch's is a RuntimeError.",
+        "An unknown activation is a ValueError, as for any other wrong name here; torch raises a RuntimeError.",
     ),
     (
         ("nn.functional.glu", "GLU"),
         "gradient of argument 0",
         "has strides",
-        "The gradient is written once, as the input lies; torch's is contiguous whatever the input's strides are.",
+        "The gradient has the input's strides; torch's is always contiguous.",
     ),
     (
         ("RMSNorm",),
         "gradient of argument 0",
         "has strides",
-        "It is contiguous, as a layer norm's is; where the input is channels last, torch's lies as grad_output does.",
+        "The gradient is contiguous, as a layer norm's; for channels-last inputs torch's has grad_output's strides.",
     ),
 )
 
 
-def purposely(name: str, key: str, how: str) -> tuple | None:
-    """The entry which says so."""
+def listed_difference(name: str, key: str, how: str) -> tuple | None:
+    """The entry of `ON_PURPOSE` for this difference, if there is one."""
     return next((e for e in ON_PURPOSE if name in e[0] and key == e[1] and re.match(e[2], how)), None)
 
 
@@ -92,7 +92,7 @@ def samples(name: str, dtype: torch.dtype) -> list[Sample]:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What it returns or raises."""
+    """The result of the call, or the exception that it raises."""
     try:
         return call()
     except Exception as error:
@@ -100,7 +100,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def same_strides(one: Tensor, other: Tensor) -> bool:
-    """Along dimensions in which there is something to step over."""
+    """Whether two tensors have the same strides in dimensions of more than one element."""
     pairs = zip(one.shape, one.stride(), other.stride(), strict=True)
     return one.numel() == 0 or all(a == b for size, a, b in pairs if size > 1)
 
@@ -110,13 +110,13 @@ def root_mean_square(values: Tensor) -> float:
 
 
 def too_wrong(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], summed: float) -> str | None:
-    """Why the draws of one result break the contract: at most 1.5 times the error of torch's, and one unit.
+    """The reason if the draws of one result break the contract: at most 1.5 times torch's error plus one unit.
 
-    A unit of the result, or, where it is a mean, of the size of what was `summed`.
+    The unit is relative to the result, or, for a mean, to the magnitude of the terms, `summed`.
     """
     dtype = theirs[0].dtype
     found, eager, true = (torch.stack(draws).double() for draws in (ours, theirs, truth))
-    # What torch makes no number of may be one here, if it is the right one.
+    # Where torch's result is not finite, ours may be finite if the truth is.
     if not (found.isfinite() | ~eager.isfinite()).all() or (found.isfinite() & ~true.isfinite()).any():
         return "is not finite elsewhere"
     counted = found.isfinite()
@@ -125,18 +125,18 @@ def too_wrong(ours: list[Tensor], theirs: list[Tensor], truth: list[Tensor], sum
     if not dtype.is_floating_point:
         return None if error == 0 else "is another"
     if dtype == torch.float64:
-        # The truth is no better than what is measured: a hundred roundings at the scale of the result.
+        # The truth has the same precision, so about a hundred roundings of the result's magnitude are allowed.
         return f"errs by {error:.1e}" if error > 2e-14 * (1 + scale) else None
     allowed = 1.5 * root_mean_square(eager - true) + ulp(max(scale, summed), dtype)
     return f"errs by {error:.1e}, where {allowed:.1e} is allowed" if error > allowed else None
 
 
 def faults(name: str, sample: Sample, backends: Iterable[str], twice: bool = True) -> Iterator[tuple[str, str, str]]:
-    """What ours does otherwise: the backend, the result, and how it differs."""
+    """The differences from torch: the backend, the name of the result, and a description."""
     eager, mine, _ = CASES[name]
     theirs, truth = sample.run(eager, 0, twice), sample.with_tensors(in_float64).run(eager, 0, twice)
     for place, backend in enumerate(backends):
-        # Gradients of gradients are those of the composition, whichever backend computes the gradients.
+        # Second gradients are those of the composition on every backend, so one backend is enough.
         second = twice and place == 0
         with serving(backend):
             ours = outcome(lambda second=second: sample.run(mine, 0, second))
@@ -162,20 +162,20 @@ def faults(name: str, sample: Sample, backends: Iterable[str], twice: bool = Tru
 def _after_many_draws(
     name: str, sample: Sample, backend: str, doubtful: dict[str, int]
 ) -> Iterator[tuple[str, str, str]]:
-    """The error of few numbers is a matter of luck: that of as many as it takes."""
+    """The differences that remain over many draws, since the error of a few numbers is random."""
     eager, mine, _ = CASES[name]
     twice = any(key.startswith("second") for key in doubtful)
     ours, theirs, packed, truth = [], [], [], []
     for seed in range(max(2 * ROUNDINGS // min(doubtful.values()), 10)):
         draw = sample.redrawn(seed)
         theirs.append(draw.run(eager, seed, twice))
-        packed.append(draw.lying(_packed).run(eager, seed, twice))
+        packed.append(draw.in_layout(_packed).run(eager, seed, twice))
         truth.append(draw.with_tensors(in_float64).run(eager, seed, twice))
         with serving(backend):
             ours.append(draw.run(mine, seed, twice))
     for key in doubtful:
         found, true = ([results[key] for results in runs] for runs in (ours, truth))
-        # torch's loops over strided tensors may be more exact than those over packed ones, whose error is as good.
+        # torch may be more exact for strided tensors than for contiguous ones; either error is a valid bound.
         whys = [too_wrong(found, [r[key] for r in runs], true, _summed(sample, key)) for runs in (theirs, packed)]
         if all(whys):
             yield backend, key, whys[0]
@@ -186,12 +186,12 @@ def _packed(tensor: Tensor) -> Tensor:
 
 
 def _summed(sample: Sample, key: str) -> float:
-    """Running statistics are sums of the input, in which much may cancel out; torch's CPU code has them in float64."""
+    """The magnitude of the terms of running statistics, which may cancel; torch's CPU code sums them in float64."""
     return root_mean_square(sample.arguments[0].detach().double()) if key.endswith("afterwards") else 0.0
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_samples(name: str) -> None:
+def test_samples_give_torchs_results(name: str) -> None:
     found, purposes = [], set()
     for dtype in DTYPES:
         if dtype not in CASES[name][2]:
@@ -200,18 +200,18 @@ def test_samples(name: str) -> None:
         listed = samples(name, dtype)
         for layout, sample in in_layouts(listed) if dtype == torch.float32 else (("", sample) for sample in listed):
             for backend, key, why in faults(name, sample, backends, twice=not layout):
-                purpose = purposely(name, key, why)
+                purpose = listed_difference(name, key, why)
                 if purpose:
                     purposes.add(purpose)
                 else:
                     found.append(f"{dtype} {backend} {layout}: {key} {why}: {sample}")
     assert not found, "\n".join(found)
-    # An entry that nothing needs any more is one too many.
+    # Every entry of `ON_PURPOSE` must be needed.
     assert purposes == {entry for entry in ON_PURPOSE if name in entry[0] and entry[1] != "error"}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_slice_in_triton(name: str) -> None:
+def test_triton_gives_torchs_results_for_some_samples(name: str) -> None:
     reason = unserved("triton", torch.float32, "cpu")
     if reason:
         pytest.skip(f"triton on cpu: {reason}")
@@ -221,7 +221,7 @@ def test_a_slice_in_triton(name: str) -> None:
         theirs = sample.run(eager, 0, False)
         with serving("triton"):
             ours = outcome(lambda sample=sample: sample.run(mine, 0, False))
-        if purposely(name, "outcome", f"is {ours!r}"):
+        if listed_difference(name, "outcome", f"is {ours!r}"):
             continue
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -245,7 +245,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("name,given", ERRORS, ids=[f"{name}-{place}" for place, (name, _) in enumerate(ERRORS)])
-def test_errors(name: str, given: Any) -> None:
+def test_errors_have_torchs_types(name: str, given: Any) -> None:
     def call(fn: Callable[..., Any]) -> Any:
         if name in OPS:
             return fn(given.input, *given.args, **given.kwargs)
@@ -256,18 +256,18 @@ def test_errors(name: str, given: Any) -> None:
     eager, mine, _ = CASES[name]
     theirs, ours = (outcome(lambda fn=fn: call(fn)) for fn in (eager, mine))
     assert isinstance(theirs, Exception)
-    assert type(ours) is type(theirs) or purposely(name, "error", f"is {ours!r}"), (ours, theirs)
+    assert type(ours) is type(theirs) or listed_difference(name, "error", f"is {ours!r}"), (ours, theirs)
 
 
 @pytest.mark.parametrize("name", NAMESAKES)
-def test_reprs(name: str) -> None:
+def test_reprs_are_torchs(name: str) -> None:
     theirs, ours, _ = CASES[name]
     for sample in module_samples(name, torch.float32, True):
         assert repr(made(ours, sample.made_by)) == repr(made(theirs, sample.made_by))
 
 
 def test_a_layer_norm_of_one_element_has_no_gradient(backend: str) -> None:
-    """Whatever eps is: two terms cancel out, of which 1 / sqrt(eps) makes large numbers."""
+    """For any eps, although a factor 1 / sqrt(eps) makes the two terms that cancel large."""
     x = torch.randn(7, 1, device=DEVICE, requires_grad=True)
     weight = torch.randn(1, device=DEVICE, requires_grad=True)
     bias = torch.randn(1, device=DEVICE)
@@ -281,7 +281,7 @@ def test_a_layer_norm_of_one_element_has_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (4, 3, 0)], ids=str)
-def test_a_batch_without_elements_moves_no_running_statistics(shape: tuple[int, ...]) -> None:
+def test_an_empty_batch_does_not_update_running_statistics(shape: tuple[int, ...]) -> None:
     for kind in ("BatchNorm1d", "InstanceNorm1d"):
         norm = getattr(modules, kind)(3, affine=True, track_running_stats=True).to(DEVICE)
         norm.running_mean.fill_(2), norm.running_var.fill_(3)
@@ -294,7 +294,7 @@ def test_a_batch_without_elements_moves_no_running_statistics(shape: tuple[int, 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("eps", [1e-5, 0.0, -1e-9])
-def test_eps_is_refused_where_torch_refuses_it(eps: float, training: bool) -> None:
+def test_eps_is_an_error_if_torch_rejects_it(eps: float, training: bool) -> None:
     x, mean, var = torch.randn(4, 6, 5, device=DEVICE), torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE)
 
     def called(place: Any) -> dict[str, type]:
@@ -309,6 +309,6 @@ def test_eps_is_refused_where_torch_refuses_it(eps: float, training: bool) -> No
 
     expected = called(nn.functional)
     if eps == 0 and not training:
-        # torch before 2.13 refuses it.
+        # torch before 2.13 rejects this eps.
         expected["batch_norm"] = Tensor
     assert called(functional) == expected

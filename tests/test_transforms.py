@@ -1,7 +1,4 @@
-"""Transforms of torch's: whatever sees through torch's own layers sees through every block, with the same derivatives.
-
-In float64, against the eager composition under the same transform.
-"""
+"""torch.func and autograd transforms of every block give the derivatives of the eager composition, in float64."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -50,12 +47,12 @@ def _case(block: Block | Pair, level: str = "") -> Case:
 
 
 CASES = [_case(block) for block in BLOCKS] + [_case(pair, "all") for pair in PAIRS]
-# Levels differ in what an ordinary forward pass records, which these transforms then go through.
+# The other levels record other autograd graphs, which matters for transforms of a recorded graph.
 LEVELS = [_case(pair, level) for pair in PAIRS for level in ("block", "output")]
 
 
 def _loss(function: Function) -> Callable[..., Tensor]:
-    """A number whose derivatives of any order are not zero."""
+    """A scalar function of the outputs with nonzero second derivatives."""
 
     def loss(*tensors: Tensor) -> Tensor:
         outputs = function(*tensors)
@@ -107,15 +104,15 @@ def _vjp_of_vjp(f: Function, tensors: tuple[Tensor, ...]) -> Any:
     def first(cotangents: tuple[Tensor, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         return vjp(f, *tensors)[1](cotangents)
 
-    found, again = vjp(first, _like(outputs, 1), *tensors)
-    return outputs, pull(_like(outputs, 1)), again(_like(found, 2))
+    found, second = vjp(first, _like(outputs, 1), *tensors)
+    return outputs, pull(_like(outputs, 1)), second(_like(found, 2))
 
 
 def _grads_batched(f: Function, tensors: tuple[Tensor, ...]) -> Any:
     leaves = _leaves(tensors)
     outputs = f(*leaves)
     first = torch.autograd.grad(outputs, leaves, _like(outputs, 1, 2), is_grads_batched=True, retain_graph=True)
-    # Gradients of some operands alone.
+    # Gradients of some operands.
     some = torch.autograd.grad(outputs[-1], leaves[-1:], _like(outputs, 2, 2)[-1], is_grads_batched=True, **_ZEROS)
     assert not any(g.requires_grad for g in (*first, *some))
     return first, some
@@ -132,7 +129,7 @@ def _grads_batched_twice(f: Function, tensors: tuple[Tensor, ...]) -> Any:
 
 def _vmap_over_autograd(f: Function, tensors: tuple[Tensor, ...]) -> Any:
     found = []
-    # Gradients of all operands, and of an input beside constants, of which less is kept.
+    # Gradients of all operands, and of the input with constants, which keeps fewer tensors.
     for leaves in (_leaves(tensors), _leaves(tensors[:1])):
         outputs = f(*leaves, *tensors[len(leaves) :])
         pull = functools.partial(torch.autograd.grad, outputs, leaves, retain_graph=True)
@@ -159,7 +156,7 @@ def _forward_mode(f: Function, tensors: tuple[Tensor, ...]) -> Any:
     for is_grad_enabled in (True, False):
         with torch.set_grad_enabled(is_grad_enabled), fwAD.dual_level():
             dual = tuple(map(fwAD.make_dual, tensors, _like(tensors, 1)))
-            # Tangents of all operands, and of one alone.
+            # Tangents of all operands, and of one.
             found += [tuple(fwAD.unpack_dual(y)) for y in (*f(*dual), f(*tensors[:-1], dual[-1])[0])]
     return found
 
@@ -206,7 +203,7 @@ THROUGH_A_RECORDED_GRAPH = (
     "vmap of autograd.grad",
     "forward over a recorded graph",
 )
-# What torch itself has not, by names of functions: there is no truth to hold blocks of these to.
+# Transforms that torch lacks for these functions, so that there is no reference.
 TORCH_LACKS = {
     "is_grads_batched twice": ("group_norm",),
     "hessian vectorize": ("group_norm",),
@@ -224,25 +221,25 @@ TORCH_LACKS = {
         if not any(name in case.name for name in TORCH_LACKS.get(transform, ()))
     ],
 )
-def test_transforms_give_what_they_give_of_eager_torch(case: Case, transform: str) -> None:
+def test_transforms_equal_those_of_eager_torch(case: Case, transform: str) -> None:
     apply = TRANSFORMS[transform]
     try:
         expected = apply(case.eager, case.tensors)
     except NotImplementedError as error:
         if DEVICE == "cpu":
             raise
-        # Of rms_norm, say, which is one operation on GPUs, the backward has no forward derivative there.
-        pytest.skip(f"torch has not: {error}")
+        # For example, rms_norm is one op on GPUs, whose backward has no forward-mode derivative.
+        pytest.skip(f"torch lacks: {error}")
     torch.testing.assert_close(apply(case.ours, case.tensors), expected)
 
 
 @pytest.mark.parametrize("transform", ("is_grads_batched", "is_grads_batched twice"))
 @pytest.mark.parametrize("case", [case for case in CASES if "+" in case.name or "(" in case.name], ids=lambda c: c.name)
 def test_batches_of_gradients_in_the_reference(case: Case, transform: str) -> None:
-    """Which serves float64 on GPUs, and all where nothing else is there. The dispatcher hands it gradients one by one,
-    where autograd is out of reach."""
+    """The reference serves float64 on GPUs, and all calls if there is no other backend. The dispatcher passes it single
+    gradients, below autograd."""
     if any(name in case.name for name in TORCH_LACKS.get(transform, ())):
-        pytest.skip("torch has none of the eager composition")
+        pytest.skip("torch lacks the transform of the eager composition")
     with use_backend("reference"):
         found = TRANSFORMS[transform](case.ours, case.tensors)
     torch.testing.assert_close(found, TRANSFORMS[transform](case.eager, case.tensors))
@@ -258,7 +255,7 @@ def test_batches_of_gradients_in_the_reference(case: Case, transform: str) -> No
         lambda x, w: F.rms_norm(x, x.shape[1:]),
     ],
 )
-def test_sizes_that_are_symbols(call: Callable[..., Tensor]) -> None:
+def test_symbolic_sizes_are_traced(call: Callable[..., Tensor]) -> None:
     x, w = torch.randn(3, 4, 5), torch.randn(4)
     traced = make_fx(call, tracing_mode="symbolic")(x, w)
     torch.testing.assert_close(traced(x, w), call(x, w))

@@ -1,4 +1,4 @@
-"""Modules under the transforms of torch's that see a whole model: tracers, export, compilers, and no memory at all."""
+"""Modules with torch's whole-model transforms: tracers, export, compilers, torch.func, and the meta device."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ from ckpt_kernels import functional, nn, recompute
 from .conftest import DEVICE
 
 X = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-# Each module, how it is made and what it is called with.
+# The constructor and the arguments of each module.
 MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[Tensor, ...]]] = {
     "LayerNorm": (lambda: nn.LayerNorm(8, activation="gelu"), (X,)),
     "RMSNorm": (lambda: nn.RMSNorm(8), (X,)),
@@ -57,13 +57,13 @@ def _made(name: str) -> tuple[torch.nn.Module, tuple[Tensor, ...]]:
     return make().to(DEVICE), inputs
 
 
-def test_every_module_is_here() -> None:
+def test_every_module_is_tested() -> None:
     assert set(MODULES) == set(nn.__all__)
 
 
 @by_module
 def test_derivatives_of_modules_in_both_modes(name: str) -> None:
-    """By finite differences: the tangent forward, without gradients; the same number backward, by the input."""
+    """Forward-mode and reverse-mode directional derivatives equal finite differences."""
     module, inputs = _made(name)
     module, inputs = module.double().eval(), tuple(t.double() for t in inputs)
     direction = tuple(t.cos() for t in inputs)
@@ -94,7 +94,7 @@ class _Around(torch.nn.Module):
 
 @by_module
 def test_torch_fx_records_a_module_as_one_call(name: str) -> None:
-    """So that it follows the module's mode, as a call of torch.nn's modules does."""
+    """The traced call then follows the module's training mode, as with torch.nn's modules."""
     module, inputs = _made(name)
     traced = torch.fx.symbolic_trace(_Around(module, len(inputs)))
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["block"]
@@ -103,14 +103,14 @@ def test_torch_fx_records_a_module_as_one_call(name: str) -> None:
     torch.testing.assert_close(traced(inputs), module.eval()(*inputs), rtol=0, atol=0)
 
 
-def test_torch_fx_records_functions_and_a_module_that_is_traced_itself() -> None:
+def test_torch_fx_traces_functions_and_single_modules() -> None:
     traced = torch.fx.symbolic_trace(lambda x, w: functional.glu(functional.layer_norm(x, 8, w), x))
     assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [functional.layer_norm, functional.glu]
     weight = torch.randn(8, device=DEVICE)
     torch.testing.assert_close(traced(X, weight), functional.glu(functional.layer_norm(X, 8, weight), X))
     norm = nn.LayerNorm(8, activation="gelu").to(DEVICE)
     torch.testing.assert_close(torch.fx.symbolic_trace(norm)(X), norm(X))
-    # Of one tensor, or of two: a trace of the module itself is called as it is.
+    # A trace of GLU itself takes one tensor or two, as the module does.
     for gate in (nn.GLU(), nn.GLU(1, activation="silu", layout="gate_first")):
         traced = torch.fx.symbolic_trace(gate)
         torch.testing.assert_close(traced(X), gate(X))
@@ -133,7 +133,7 @@ def test_torch_jit_trace_makes_a_program_for_any_batch(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torch_jit_trace_of_a_batch_norm_in_training_moves_its_statistics() -> None:
+def test_torch_jit_trace_of_a_batch_norm_updates_running_statistics() -> None:
     ours = nn.BatchNorm1d(4).to(DEVICE)
     theirs = torch.nn.BatchNorm1d(4).to(DEVICE)
     traced = torch.jit.trace(ours, X, check_trace=False)
@@ -154,8 +154,8 @@ def _network() -> torch.nn.Module:
 
 @pytest.mark.parametrize("level", ["block", "output", "all"])
 @pytest.mark.filterwarnings("ignore")
-def test_torch_jit_trace_records_the_same_of_a_converted_network_with_convolutions_each_time(level: str) -> None:
-    # torch compares the graph with one made under no_grad, by the names of values too: see its `_check_trace`.
+def test_torch_jit_trace_is_stable_for_a_converted_network_with_convolutions(level: str) -> None:
+    # torch's `_check_trace` compares the graph with a second trace under no_grad, including the names of values.
     layers = [torch.nn.Conv1d(3, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.SiLU(), torch.nn.Conv1d(4, 4, 1)]
     model = torch.nn.Sequential(*layers).to(DEVICE)
     converted = copy.deepcopy(model)
@@ -194,8 +194,8 @@ def test_a_converted_model_is_traced_and_differentiated_as_before(level: str) ->
     torch.testing.assert_close(batched(converted), batched(model))
 
 
-def test_compiled_autograd_over_a_graph_that_was_recorded_within_discard_outputs() -> None:
-    """What stands in for an output is made of a product, which is made again, and of parameters."""
+def test_compiled_autograd_with_discarded_outputs() -> None:
+    """The recipe of an output reads a recomputed product and parameters."""
     from torch._dynamo import compiled_autograd
 
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), nn.BiasAct(8, activation="silu"), torch.nn.Linear(8, 8))
@@ -212,24 +212,24 @@ def test_compiled_autograd_over_a_graph_that_was_recorded_within_discard_outputs
 
 @by_module
 def test_a_meta_default_device(name: str) -> None:
-    """Made, converted and run without memory, under a default device and by tensors alone."""
+    """Construct, convert and run modules on the meta device, by a default device and by the device of tensors."""
     make, inputs = MODULES[name]
     with torch.device("meta"):
         module = make()
         ckpt_kernels.convert(module)
         outputs = module(*(torch.empty(t.shape) for t in inputs))
-    again = module(*(t.to("meta") for t in inputs))
+    meta_outputs = module(*(t.to("meta") for t in inputs))
     expected = _made(name)[0](*inputs)
-    for found in (outputs, again):
+    for found in (outputs, meta_outputs):
         for y, e in zip(*(t if isinstance(t, tuple) else (t,) for t in (found, expected)), strict=True):
             assert (y.device.type, y.shape, y.dtype, y.stride()) == ("meta", e.shape, e.dtype, e.stride())
     if list(module.parameters()):
-        sum(y.sum() for y in (again if isinstance(again, tuple) else (again,))).backward()
+        sum(y.sum() for y in (meta_outputs if isinstance(meta_outputs, tuple) else (meta_outputs,))).backward()
     assert all(p.grad is not None and p.grad.is_meta for p in module.parameters())
 
 
 def test_losses_and_casts_of_parameters_on_meta() -> None:
-    """Where autocast is, there is none for meta, which torch may not be asked."""
+    """torch has no autocast for the meta device, and raises if asked for its state."""
     layer = torch.nn.Linear(8, 8, device="meta")
     x, target = X.to("meta"), torch.zeros(3, 4, dtype=torch.int64, device="meta")
     for autocast in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
@@ -242,7 +242,7 @@ def test_losses_and_casts_of_parameters_on_meta() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_numbers_may_be_sizes_that_torch_jit_trace_follows() -> None:
+def test_options_may_be_traced_sizes() -> None:
     table, weight = X[0, :, :2], torch.eye(8, device=DEVICE)
     target = torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)
     for call in (
@@ -268,7 +268,7 @@ def test_dropout_within_vmap_is_as_random_as_torchs(name: str) -> None:
     with pytest.raises(RuntimeError) as ours:
         vmap(DROPOUTS[name])(ones)
     assert str(ours.value) == str(theirs.value)
-    for batched in (True, False):  # what is not batched is dropped out anew for each of a batch all the same
+    for batched in (True, False):  # an unbatched operand also gets another mask for each sample
         block = DROPOUTS[name] if batched else lambda x: DROPOUTS[name](ones[0]) + 0 * x
         same, different = (vmap(block, randomness=randomness)(ones) for randomness in ("same", "different"))
         assert all(torch.equal(row, same[0]) for row in same)
@@ -283,7 +283,7 @@ STATISTICS = {
     "batch_norm": (functional.batch_norm, F.batch_norm),
     "instance_norm": (functional.instance_norm, F.instance_norm),
 }
-MOVES = {
+UPDATES = {
     "grad": lambda norm, mean, var: grad(lambda x: norm(x, mean, var).sin().sum())(X),
     "jvp": lambda norm, mean, var: jvp(lambda x: norm(x, mean, var), (X,), (X.cos(),)),
     "vmap": lambda norm, mean, var: vmap(norm)(torch.stack([X, 2 * X]), mean, var),
@@ -291,9 +291,9 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("transform", MOVES)
+@pytest.mark.parametrize("transform", UPDATES)
 @pytest.mark.parametrize("name", STATISTICS)
-def test_running_statistics_move_under_transforms_as_torchs_do(name: str, transform: str) -> None:
+def test_running_statistics_under_transforms_are_torchs(name: str, transform: str) -> None:
     found = []
     for function in STATISTICS[name]:
         lead = (2,) if "vmap" in transform else ()
@@ -303,7 +303,7 @@ def test_running_statistics_move_under_transforms_as_torchs_do(name: str, transf
             return function(x, mean, var, None, None, True)
 
         try:
-            result = MOVES[transform](norm, *running)
+            result = UPDATES[transform](norm, *running)
         except RuntimeError as error:
             result = str(error)
         found.append((result, *running))
@@ -345,7 +345,7 @@ def test_torch_compile_of_transforms(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A program that was exported and saved."""
+    """The path of an exported and saved program."""
     model = torch.nn.Sequential(nn.LayerNorm(8, activation="gelu"), nn.BiasAct(8, activation="silu")).eval()
     file = str(tmp_path_factory.mktemp("saved") / "model.pt2")
     torch.export.save(torch.export.export(model, (X.cpu(),)), file)
@@ -371,7 +371,7 @@ def test_a_saved_program_under_transforms(saved: str) -> None:
     torch.testing.assert_close(everything(program), everything(block), rtol=1e-4, atol=1e-4)
 
 
-def test_a_saved_program_says_what_to_import(saved: str) -> None:
+def test_a_saved_program_names_the_package_to_import(saved: str) -> None:
     code = "import sys, torch\n{}\nprint(torch.export.load(sys.argv[1]).module()(torch.ones(3, 4, 8)).shape)"
     found = [
         subprocess.run([sys.executable, "-c", code.format(first), saved], capture_output=True, text=True)

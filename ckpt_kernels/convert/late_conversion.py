@@ -27,8 +27,8 @@ _lock = threading.Lock()
 class ContinuedConversion(LateConversion):
     """The conversion of a model, continued with the choices that it began with.
 
-    A module of torch's own classes is converted by class, an adapter by the source of the methods. No module is tried
-    out, and no code of the model runs, because this happens within a training step.
+    A module of torch's own classes is converted by class, an adapter by the source of the methods. No trials run, and
+    no code of the model runs, because this happens within a training step.
 
     Args:
         include, exclude: the choices that `convert` was given.
@@ -55,7 +55,7 @@ class ContinuedConversion(LateConversion):
         self._model: Callable[[], nn.Module | None] = lambda: None
 
     def __reduce__(self) -> tuple:
-        """For copies of the model, whose modules count as seen where those of this model do."""
+        """For copies of the model: the copy of each seen module counts as seen."""
         model = self._model()
         modules = modules_of(model) if model is not None else ()
         seen = [module for module in modules if weakref.ref(module) in self.seen]
@@ -65,7 +65,7 @@ class ContinuedConversion(LateConversion):
         return self._model() is module
 
     def begin(self, model: nn.Module, *others: nn.Module) -> None:
-        """Has the forwards of the model, and of `others` in it, look for added modules from now on."""
+        """Make calls of the model, and of the modules `others` in it, look for added modules from now on."""
         if self._model() is not None:
             # The model is a shallow copy, whose state holds the conversion of the first model.
             copy.copy(self).begin(model, *others)
@@ -79,7 +79,7 @@ class ContinuedConversion(LateConversion):
         with _lock:
             new = [module for module in dict.fromkeys(modules) if weakref.ref(module) not in self.seen]
             self.seen = {module for module in self.seen if module() is not None} | set(map(weakref.ref, new))
-            # A module that does not run torch's own forward would have to be tried out.
+            # A module that does not run torch's own forward would need a trial.
             new = [module for module in new if type(module) in LATE_CLASSES and is_unmodified_torch(module)]
             if model is not None and new:
                 with self._converter(model) as (converter, names):

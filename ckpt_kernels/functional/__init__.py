@@ -1,17 +1,18 @@
-"""The blocks as functions: torch.nn.functional's own signatures, with keyword-only extras.
+"""The blocks as functions with the signatures of torch.nn.functional, extended by keyword-only arguments.
 
-Each computes its whole chain in one kernel, and keeps for backward only what its docstring says; what is in
-between is computed again in the backward kernel. Arithmetic is in float32 (float64 for float64 input), whatever
-the dtype of the input (float32, bfloat16, float16, float64); outputs have the input's dtype. Weights and biases
-may be of another floating dtype. Under CUDA autocast the inputs of row norms and group norms are cast to float32, as
-those of torch's own are; under any autocast two tensors that meet (input and residual, gate and value) are brought to
-their common dtype, as a sum or product of them would be.
+Each function computes its whole chain in one kernel, and keeps for backward only the tensors that its docstring lists;
+the backward kernel computes intermediate results again. Inputs are float32, bfloat16, float16 or float64. Arithmetic is
+in float32, or in float64 for float64 inputs. Outputs have the input's dtype. Weights and biases may have another
+floating dtype. Under CUDA autocast the inputs of row norms and group norms are cast to float32, as for torch's norms.
+Under any autocast two operands of a sum or product (input and residual, gate and value) are cast to their common dtype,
+as torch's sums and products promote them.
 
-An `activation` is a name (see `ckpt_kernels.activations.NAMES`), or the torch module or function that means the
-same. Errors, before anything is computed: RuntimeError for tensors of wrong shape, dtype or device, which for integers,
-booleans and complex numbers is a NotImplementedError, as torch's is; ValueError for an unknown activation, another
-unknown name, and a probability outside [0, 1]; TypeError for what is not a tensor, a number, or, as in torch's own
-functions, a bool where one is expected. The error names the argument, what came, and what was expected.
+An `activation` is a name (see `ckpt_kernels.activations.NAMES`), or the equivalent torch module or function.
+
+Errors are raised before anything is computed: RuntimeError for tensors of wrong shape, dtype or device, or its subclass
+NotImplementedError for integers, booleans and complex numbers, as in torch; ValueError for an unknown activation
+or other name, and for a probability outside [0, 1]; TypeError for an argument of another type, such as a flag that is
+not a bool. An error names the argument, what came, and what was expected.
 
 Examples run after `import torch`, `import ckpt_kernels`, `from ckpt_kernels import functional as F` and
 `from ckpt_kernels.memory import saved_bytes`.
@@ -56,6 +57,6 @@ __all__ = [
     "rotary_qk",
 ]
 
-# Where torch.fx traces, a call of these is a node of the graph, as one of torch.nn.functional's is.
+# torch.fx records a call of these as one node of the graph, as a call of torch.nn.functional.
 for _name in __all__:
     torch.fx.wrap(_name)

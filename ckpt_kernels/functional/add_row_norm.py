@@ -32,7 +32,7 @@ def add_layer_norm(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    r"""Dropout, residual add and LayerNorm in one kernel a pass.
+    r"""Dropout, residual add and LayerNorm in one kernel per pass.
 
     .. math::
         r = \mathrm{residual} + \mathrm{dropout}(x), \qquad
@@ -44,24 +44,24 @@ def add_layer_norm(
         input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
         residual: of the input's shape and dtype.
         normalized_shape: the last dimensions, normalised together.
-        weight: w, `(normalized_shape)`, of any of these dtypes; None is 1.
-        bias: b, `(normalized_shape)`, of any of these dtypes; None is 0.
+        weight: w, `(normalized_shape)`, of any of these dtypes; None means 1.
+        bias: b, `(normalized_shape)`, of any of these dtypes; None means 0.
         eps: added to the variance.
         activation: act, applied to the normalised value.
-        dropout_p: the probability with which an element of the input is dropped.
+        dropout_p: the probability of dropping an element of the input.
         training: False switches dropout off.
 
     Returns:
         (y, r), both contiguous and of the input's shape and dtype.
 
     Kept for backward:
-        r, which is what the network goes on with, and two numbers a row. No dropout mask: the backward kernel draws the
-        mask again from its seed.
+        r, which the next residual add reads too, and two numbers per row. No dropout mask: the backward kernel draws
+        the mask again from the seed.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: the activation is unknown, or `dropout_p` is outside [0, 1].
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, residual = torch.randn(8, 64), torch.randn(8, 64)
@@ -93,7 +93,7 @@ def add_rms_norm(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""Dropout, residual add and RMSNorm in one kernel a pass.
+    r"""Dropout, residual add and RMSNorm in one kernel per pass.
 
     .. math::
         r = \mathrm{residual} + \mathrm{dropout}(x), \qquad
@@ -104,9 +104,9 @@ def add_rms_norm(
         residual: of the input's shape and dtype.
         normalized_shape: the last dimensions, normalised together.
         weight: w, `(normalized_shape)`, of any of these dtypes; None makes the factor 1.
-        eps: added to the mean square; None is the epsilon of the type that is computed in.
+        eps: added to the mean square; None means the epsilon of the dtype of the arithmetic.
         activation: act, applied to the normalised value.
-        dropout_p: the probability with which an element of the input is dropped.
+        dropout_p: the probability of dropping an element of the input.
         training: False switches dropout off.
         weight_offset: o; 1 is Gemma's 1 + weight.
         cast_before_weight: round the normalised value to the input's dtype before the product, as Llama does.
@@ -115,12 +115,12 @@ def add_rms_norm(
         (y, r), both contiguous and of the input's shape and dtype.
 
     Kept for backward:
-        r, which is what the network goes on with, and one number a row. No dropout mask.
+        r, which the next residual add reads too, and one number per row. No dropout mask.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: the activation is unknown, or `dropout_p` is outside [0, 1].
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, residual, weight = torch.randn(8, 64), torch.randn(8, 64), torch.ones(64)
@@ -139,7 +139,7 @@ def add_rms_norm(
 
 
 def _add_row_norm(tensors: Sequence[Any], given: tuple) -> tuple[Tensor, Tensor]:
-    """Of (input, residual, weight, bias), and the options as they were given."""
+    """A row norm of (input, residual, weight, bias), with the options of the public function."""
     input, residual, weight, bias = tensors
     normalized_shape, eps, centered, activation, dropout_p, training, weight_offset, cast_before_weight = given
     plan = thin.plan_of("add_row_norm", tensors, given)

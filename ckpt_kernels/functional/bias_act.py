@@ -15,30 +15,32 @@ def bias_act(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    r"""Bias, activation and dropout in one kernel a pass.
+    r"""Bias, activation and dropout in one kernel per pass.
 
     .. math::
         y = \mathrm{dropout}(\mathrm{act}(x + b))
 
     Args:
         input: x, `(*, N)`; float32, bfloat16, float16 or float64.
-        bias: b, `(N)`, of any of these dtypes; None is 0.
+        bias: b, `(N)`, of any of these dtypes; None means 0.
         activation: act.
-        dropout_p: the probability with which an element of the result is dropped.
+        dropout_p: the probability of dropping an element of the result.
         training: False switches dropout off.
 
     Returns:
-        The input's shape and dtype, with the strides that torch's own elementwise operators give: the input's where
-        that is dense, in any order of its dimensions. Gradients have them too. A dropout mask goes by the shape alone.
+        The input's shape and dtype, with the strides that torch's elementwise operators give: the input's strides if
+        the input is dense, in any order of the dimensions. Gradients have these strides too. The dropout mask does not
+        depend on strides.
 
     Kept for backward:
-        The bias, and the input; for relu and leaky_relu the output instead, which whatever reads the output keeps too;
-        for the identity the bias alone. No dropout mask: the backward kernel draws the mask again from its seed.
+        The bias, and the input; for relu and leaky_relu only the output, which a later op that saves its input keeps
+        too, and the bias; for the identity the bias alone. No dropout mask: the backward kernel draws the mask again
+        from the seed.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: the activation is unknown, or `dropout_p` is outside [0, 1].
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, bias = torch.randn(8, 64, requires_grad=True), torch.randn(64)

@@ -1,4 +1,4 @@
-"""Channel norms: of (N, C, ...)."""
+"""Norms of tensors (N, C, ...) with statistics by channel or by group of channels."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ from .checks import (
     promoted,
     shape_of,
 )
-from .running_statistics import check_running, is_moved_by_torch, move_both, move_by_torch, want_gradients
+from .running_statistics import check_running, is_updated_by_torch, require_gradients, update_both, update_by_torch
 
 
 def batch_norm(
@@ -41,38 +41,39 @@ def batch_norm(
     .. math::
         y = \mathrm{act}\left(\frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}}\, w_c + b_c + r\right)
 
-    In training the mean :math:`\mu_c` and the biased variance :math:`\sigma_c^2` of a channel are over samples and
-    space, and the running ones, if given, move towards them, the variance unbiased: :math:`m \leftarrow (1 - p)\, m +
-    p\, \mu_c` with the momentum p. Else they are the running ones. An input without elements leaves the running
-    statistics as they are.
+    In training, the mean :math:`\mu_c` and the biased variance :math:`\sigma_c^2` of a channel are taken over samples
+    and space, and update the running statistics, if given: :math:`m \leftarrow (1 - p)\, m + p\, \mu_c` with the
+    momentum p, and the same for the unbiased variance. Otherwise the running statistics are used. An input without
+    elements does not change the running statistics.
 
     Args:
-        input: x, `(N, C, *)`; float32, bfloat16, float16 or float64. Contiguous and channels-last tensors are computed
-            as they lie, others as if contiguous.
+        input: x, `(N, C, *)`; float32, bfloat16, float16 or float64. Tensors that are neither contiguous nor
+            channels-last are copied.
         running_mean: `(C)`, or None.
         running_var: `(C)`, or None.
-        weight: w, `(C)`, of any of these dtypes; None is 1.
-        bias: b, `(C)`, of any of these dtypes; None is 0.
+        weight: w, `(C)`, of any of these dtypes; None means 1.
+        bias: b, `(C)`, of any of these dtypes; None means 0.
         training: whether the statistics are those of the batch.
         momentum: p.
         eps: added to the variance.
         activation: act, applied to the sum.
-        residual: r, of the input's shape and dtype; None is 0.
-        process_group: the statistics of training are over the batches of all its processes, which may differ in size.
+        residual: r, of the input's shape and dtype; None means 0.
+        process_group: the processes over whose batches the statistics are taken in training; the batches may differ in
+            size.
 
     Returns:
         The input's shape, dtype and memory format.
 
     Kept for backward:
-        The input and two numbers a channel. With a residual also, for relu and leaky_relu, the output, which whatever
-        reads the output keeps too; for other activations but the identity, the residual.
+        The input and two numbers per channel. With a residual and relu or leaky_relu, also the output, which a later
+        op that saves its input keeps too; with a residual and another activation except the identity, the residual.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above; or `training` is False and a running
-            statistic is None; or one requires a gradient. An error leaves the running statistics as they were.
-        ValueError: the activation is unknown; `eps` is below 0, or 0 in training; there is one value a channel in
+        RuntimeError: a shape, dtype or device is not as described above; or `training` is False and a running
+            statistic is None; or one requires a gradient. After an error the running statistics are unchanged.
+        ValueError: the activation is unknown; `eps` is below 0, or 0 in training; there is one value per channel in
             training; or one running statistic is given without the other.
-        TypeError: an argument is no tensor, no number, or no process group.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, residual = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
@@ -87,15 +88,15 @@ def batch_norm(
     tensors = (input, residual, running_mean, running_var, weight, bias)
     call = "batch_norm", tensors, (training, momentum, eps, activation, process_group)
     plan = thin.plan_of(*call)
-    if plan is not None and not want_gradients(running_mean, running_var):
+    if plan is not None and not require_gradients(running_mean, running_var):
         output, mean, var = plan(input, residual, weight, bias, None, None)
         count: float = input.numel() // input.shape[1]
-        move_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
+        update_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
         return output
     input, residual = promoted(input, residual)
     check_tensor(input, "input")
     if input.dim() == 1 and input.numel() == 0:
-        # torch's own takes it, too: nothing of no channels.
+        # As torch's batch norm, accepts an empty input with no channels.
         if residual is not None:
             check_like(residual, "residual", input)
             residual = residual.view(0, 0)
@@ -126,10 +127,10 @@ def batch_norm(
         options = ops.channel_steps.Options(0, eps, name)
         thin.remember(thin.channel_norm.channel_norm(*tensors[:2], weight, bias, options), *call)
         output, mean, var = ops.channel_norm.channel_norm(input, residual, weight, bias, None, None, options)
-    if process_group is None and is_moved_by_torch():
-        move_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
+    if process_group is None and is_updated_by_torch():
+        update_by_torch(F.batch_norm, input, running_mean, running_var, momentum, eps)
     elif count:
-        move_both(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
+        update_both(running_mean, running_var, mean, var, momentum, count / max(count - 1, 1))
     return output
 
 
@@ -147,14 +148,14 @@ def group_norm(
     .. math::
         y = \mathrm{act}\left(\frac{x - \mu_{n,g}}{\sqrt{\sigma_{n,g}^2 + \epsilon}}\, w_c + b_c\right)
 
-    Mean and biased variance are those of a sample's group: of `C / num_groups` channels and space.
+    Mean and biased variance are taken over each sample's group of `C / num_groups` channels, and over space.
 
     Args:
-        input: x, `(N, C, *)`; float32, bfloat16, float16 or float64. Contiguous and channels-last tensors are computed
-            as they lie, others as if contiguous.
-        num_groups: how many groups the channels are divided into.
-        weight: w, `(C)`, of any of these dtypes; None is 1.
-        bias: b, `(C)`, of any of these dtypes; None is 0.
+        input: x, `(N, C, *)`; float32, bfloat16, float16 or float64. Tensors that are neither contiguous nor
+            channels-last are copied.
+        num_groups: the number of groups of channels.
+        weight: w, `(C)`, of any of these dtypes; None means 1.
+        bias: b, `(C)`, of any of these dtypes; None means 0.
         eps: added to the variance.
         activation: act, applied to the normalised value.
 
@@ -162,13 +163,13 @@ def group_norm(
         The input's shape, dtype and memory format.
 
     Kept for backward:
-        The input and, of each sample, two numbers a group.
+        The input, and two numbers per group of each sample.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above; or `num_groups` does not divide the
+        RuntimeError: a shape, dtype or device is not as described above; or `num_groups` does not divide the
             channels.
         ValueError: the activation is unknown.
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x = torch.randn(2, 4, 8, 8)
@@ -210,31 +211,31 @@ def instance_norm(
     .. math::
         y = \mathrm{act}\left(\frac{x - \mu_{n,c}}{\sqrt{\sigma_{n,c}^2 + \epsilon}}\, w_c + b_c\right)
 
-    With `use_input_stats` mean and biased variance are over space, and the running ones, if given, move by `momentum`
-    towards their means over the samples, the variance unbiased; without, they are the running ones.
+    With `use_input_stats`, mean and biased variance are taken over space, and their means over samples update the
+    running statistics, if given, as in `batch_norm`. Otherwise the running statistics are used.
 
     Args:
         input: x, `(N, C, *)`; float32, bfloat16, float16 or float64.
         running_mean: `(C)`, or None.
         running_var: `(C)`, or None.
-        weight: w, `(C)`, of any of these dtypes; None is 1.
-        bias: b, `(C)`, of any of these dtypes; None is 0.
+        weight: w, `(C)`, of any of these dtypes; None means 1.
+        bias: b, `(C)`, of any of these dtypes; None means 0.
         use_input_stats: whether the statistics are those of the input.
-        momentum: how far the running statistics move.
+        momentum: the weight of the new statistics in the running ones.
         eps: added to the variance.
         activation: act, applied to the normalised value.
 
     Returns:
-        The input's shape and dtype, contiguous, as torch's own.
+        The input's shape and dtype, contiguous, as in torch.
 
     Kept for backward:
-        The input (of one that is channels last a contiguous copy) and two numbers for each channel of each sample.
+        The input (for channels-last inputs a contiguous copy) and two numbers per channel of each sample.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above; or `use_input_stats` is False and a
+        RuntimeError: a shape, dtype or device is not as described above; or `use_input_stats` is False and a
             running statistic is None.
         ValueError: the activation is unknown, or space has one element.
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x = torch.randn(2, 4, 8, 8)
@@ -248,17 +249,17 @@ def instance_norm(
     tensors = (input, running_mean, running_var, weight, bias)
     call = "instance_norm", tensors, (use_input_stats, momentum, eps, activation)
     plan = thin.plan_of(*call)
-    if plan is not None and input.is_contiguous() and not want_gradients(running_mean, running_var):
+    if plan is not None and input.is_contiguous() and not require_gradients(running_mean, running_var):
         output, mean, var = plan(input, None, weight, bias, None, None)
         if running_mean is not None or running_var is not None:
             size = input.numel() // mean.numel()
-            move_both(running_mean, running_var, mean.mean(0), var.mean(0), float(momentum), size / (size - 1))
+            update_both(running_mean, running_var, mean.mean(0), var.mean(0), float(momentum), size / (size - 1))
         return output
     check_channels(input, weight, bias)
     check_running(running_mean, running_var, input)
     eps, momentum, name = number(eps, "eps"), number(momentum, "momentum"), activation_name(activation)
     if memory_format(input) != torch.contiguous_format:
-        # torch's own computes in a contiguous copy, and gives one back.
+        # Torch's instance norm computes from a contiguous copy and returns a contiguous output.
         input = input.contiguous()
     if not flag(use_input_stats, "use_input_stats"):
         return _by_running_statistics(input, None, running_mean, running_var, weight, bias, eps, name)
@@ -268,10 +269,10 @@ def instance_norm(
     options = ops.channel_steps.Options(input.shape[1], eps, name)
     thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     output, mean, var = ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)
-    if is_moved_by_torch():
-        move_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
+    if is_updated_by_torch():
+        update_by_torch(F.instance_norm, input, running_mean, running_var, momentum, eps)
     elif input.numel():
-        move_both(running_mean, running_var, mean.mean(0), var.mean(0), momentum, size / max(size - 1, 1))
+        update_both(running_mean, running_var, mean.mean(0), var.mean(0), momentum, size / max(size - 1, 1))
     return output
 
 

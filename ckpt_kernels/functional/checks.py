@@ -1,5 +1,7 @@
-"""What the functions check before anything is computed, each error naming the argument, what came and what was
-expected; and how they read arguments that may be given in several ways."""
+"""Checks of arguments before anything is computed, and conversions of arguments with several forms.
+
+Each error names the argument, its value, and the expected one.
+"""
 
 import math
 from collections.abc import Sequence
@@ -27,9 +29,9 @@ def check_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 
 def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
-    """The probability, and a seed drawn from torch's generator of the input's device, and left there.
+    """The probability, and a seed on the input's device, drawn from torch's generator; None without dropout.
 
-    As torch's own dropout, one of no elements draws no random number, and one of p = 1 none either.
+    As in torch, dropout of an empty tensor, and dropout with p = 1, draw no random number.
     """
     p = probability(dropout_p, "dropout_p")
     p = p if flag(training, "training") else 0.0
@@ -58,7 +60,7 @@ def rms_eps(input: Tensor, eps: float | None) -> float:
 
 
 def promoted(tensor: Tensor, other: Tensor | None) -> tuple[Tensor, Any]:
-    """Two tensors that meet in a sum or product, in their common dtype where autocast may have parted them."""
+    """Two operands of a sum or product, under autocast both in their common dtype."""
     if not isinstance(other, Tensor) or not isinstance(tensor, Tensor) or tensor.dtype == other.dtype:
         return tensor, other
     if not is_autocast(tensor):
@@ -68,15 +70,15 @@ def promoted(tensor: Tensor, other: Tensor | None) -> tuple[Tensor, Any]:
 
 
 def autocast(input: Tensor, *others: Tensor | None) -> Sequence[Any]:
-    """In float32 under CUDA autocast; torch's CPU autocast leaves norms alone."""
+    """The tensors, in float32 under CUDA autocast; torch's CPU autocast does not cast the inputs of norms."""
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         return [None if t is None else t.float() for t in (input, *others)]
     return (input, *others)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The one that torch's own layers give their results: channels last for 4 or 5 dimensions that lie so."""
-    # Of sizes that torch.jit.trace follows torch cannot tell.
+    """The memory format that torch's layers give outputs for this input: channels last or contiguous."""
+    # Under torch.jit.trace torch cannot suggest a format.
     if tensor.dim() not in (4, 5) or tensor.is_contiguous() or torch._C._get_tracing_state() is not None:
         return torch.contiguous_format
     return suggest_memory_format(tensor)
@@ -92,13 +94,13 @@ def normalized(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None:
-    """A floating-point tensor with strides, or, where `nested` ones will do, a jagged one of such rows."""
+    """Check that the argument is a floating-point tensor with strides, or if `nested`, perhaps a jagged tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
     if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
         raise ValueError(f"{argument} is an {type(tensor).__name__}; expected a tensor with a shape")
     if tensor.dtype not in DTYPES:
-        # As torch's kernels do; it is a RuntimeError.
+        # As torch's kernels raise; a subclass of RuntimeError.
         raise NotImplementedError(
             f"{argument} has dtype {tensor.dtype}; expected float32, bfloat16, float16 or float64"
         )
@@ -110,7 +112,7 @@ def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None
 
 
 def check_input(input: Any, normalized_shape: int | Sequence[int], *, nested: bool = True) -> int:
-    """The number of elements that are normalised together."""
+    """Check the input of a row norm, and return the number of elements that are normalised together."""
     check_tensor(input, "input", nested=nested)
     shape = normalized(normalized_shape)
     if not shape:
@@ -122,12 +124,12 @@ def check_input(input: Any, normalized_shape: int | Sequence[int], *, nested: bo
         )
     if len(shape) > input.dim() or input.shape[-len(shape) :] != shape:
         raise RuntimeError(_wrong_shape(input, shape))
-    # Of rows without elements there are as many results as of no rows of one.
+    # Rows without elements are computed as no rows of one element: the outputs are as empty.
     return math.prod(shape) or 1
 
 
 def check_rms_input(input: Any, normalized_shape: int | Sequence[int]) -> int:
-    """The same for `rms_norm`; ValueError, as torch's own raises, for too few dimensions."""
+    """As `check_input`, for `rms_norm`: too few dimensions raise a ValueError, as in torch."""
     check_tensor(input, "input", nested=True)
     shape = normalized(normalized_shape)
     if input.dim() < len(shape):
@@ -166,7 +168,7 @@ def check_coefficient(
 
 
 def check_last(tensor: Tensor | None, argument: str, input: Tensor) -> None:
-    """A weight or bias for each element of the last dimension."""
+    """Check that a weight or bias has one element for each element of the input's last dimension."""
     if tensor is None:
         return
     check_tensor(tensor, argument)

@@ -1,4 +1,4 @@
-"""DyT, which stands where a norm stood."""
+"""DyT, a replacement for norms."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from .checks import check_device, check_last, check_tensor, shape_of
 
 
 def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    r"""Dynamic tanh, in the place of a norm, in one kernel a pass.
+    r"""Dynamic tanh, a replacement for a norm, in one kernel per pass.
 
     .. math::
         y = \tanh(\alpha x) \odot w + b
@@ -15,19 +15,19 @@ def dyt(input: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor
     Args:
         input: x, `(*, N)`; float32, bfloat16, float16 or float64.
         alpha: one element, `(1)` or `()`, of any of these dtypes.
-        weight: w, `(N)`, of any of these dtypes; None is 1.
-        bias: b, `(N)`, of any of these dtypes; None is 0.
+        weight: w, `(N)`, of any of these dtypes; None means 1.
+        bias: b, `(N)`, of any of these dtypes; None means 0.
 
     Returns:
-        The input's shape and dtype, with the strides that torch's own elementwise operators give: the input's where
-        that is dense, in any order of its dimensions. Gradients have them too.
+        The input's shape and dtype, with the strides that torch's elementwise operators give: the input's strides if
+        the input is dense, in any order of the dimensions. Gradients have these strides too.
 
     Kept for backward:
-        The input. There are no statistics.
+        The input. No statistics.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
-        TypeError: an argument is no tensor.
+        RuntimeError: a shape, dtype or device is not as described above.
+        TypeError: an argument is not a tensor.
 
     Example:
         >>> x, alpha = torch.randn(8, 64, requires_grad=True), torch.nn.Parameter(torch.tensor([0.5]))

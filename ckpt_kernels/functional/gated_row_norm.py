@@ -28,7 +28,7 @@ def gated_rms_norm(
     activation: Activation = "silu",
     norm_before_gate: bool = True,
 ) -> Tensor:
-    r"""RMSNorm and a gate, in either order, in one kernel a pass.
+    r"""RMSNorm and a gate, in either order, in one kernel per pass.
 
     .. math::
         y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \odot w \odot \mathrm{act}(g)
@@ -39,8 +39,8 @@ def gated_rms_norm(
         input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
         gate: g, of the input's shape and dtype.
         normalized_shape: the last dimensions, normalised together.
-        weight: w, `(normalized_shape)`, of any of these dtypes; None is 1.
-        eps: added to the mean square; None is the epsilon of the type that is computed in.
+        weight: w, `(normalized_shape)`, of any of these dtypes; None means 1.
+        eps: added to the mean square; None means the epsilon of the dtype of the arithmetic.
         activation: act, applied to the gate.
         norm_before_gate: True computes the first form, False the second.
 
@@ -48,12 +48,12 @@ def gated_rms_norm(
         `(*, normalized_shape)`, contiguous, of the input's dtype.
 
     Kept for backward:
-        Input, gate, and one number a row.
+        Input, gate, and one number per row.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: the activation is unknown.
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, gate = torch.randn(8, 64), torch.randn(8, 64)

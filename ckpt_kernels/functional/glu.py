@@ -1,4 +1,4 @@
-"""Gates."""
+"""Gated linear units."""
 
 import math
 
@@ -18,7 +18,7 @@ def glu(
     limit: float | None = None,
     offset: float = 0.0,
 ) -> Tensor:
-    r"""A gate and its product with a value in one kernel a pass: SwiGLU, GEGLU, ReGLU and, with "sigmoid", GLU.
+    r"""The product of an activated gate and a value in one kernel per pass: SwiGLU, GEGLU, ReGLU or GLU.
 
     .. math::
         y = \mathrm{act}(\min(g, l)) \odot (\max(\min(v, l), -l) + o)
@@ -26,16 +26,17 @@ def glu(
     Args:
         gate: g, of any shape; float32, bfloat16, float16 or float64.
         value: v, of the gate's shape and dtype.
-        activation: act; "silu" makes SwiGLU, "gelu" GEGLU, "relu" ReGLU.
-        limit: l, above 0, of gate and value; None for none. As by `torch.clamp`, no gradient passes beyond it.
-        offset: o, added to the value. GPT-OSS has "quick_gelu", a limit of 7 and an offset of 1.
+        activation: act; "silu" for SwiGLU, "gelu" for GEGLU, "relu" for ReGLU, "sigmoid" for GLU.
+        limit: l, above 0, the limit of gate and value; None for no limit. As in `torch.clamp`, the gradient beyond the
+            limit is 0.
+        offset: o, added to the value. GPT-OSS uses "quick_gelu", a limit of 7 and an offset of 1.
 
-    Both may be views, such as the two halves of one product, and are not copied as long as their innermost dimension is
+    Gate and value may be views, such as the halves of one product. They are not copied if their innermost dimension is
     contiguous.
 
     Returns:
-        The gate's shape and dtype, and its strides where the gate is dense, in any order of its dimensions. Gradients
-        have the strides of the output's gradient, with a limit those of the output.
+        The gate's shape and dtype, and also the gate's strides if the gate is dense, in any order of the dimensions.
+        Gradients have the strides of the output's gradient, or with a limit the strides of the output.
 
     Kept for backward:
         Gate and value.
@@ -43,7 +44,7 @@ def glu(
     Raises:
         RuntimeError: the value has another shape, dtype or device than the gate.
         ValueError: the activation is unknown, or the limit is not above 0.
-        TypeError: gate or value are no tensors, limit or offset no numbers.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> gate, value = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
@@ -70,7 +71,7 @@ def glu(
 
 
 def limits(limit: float | None, offset: float) -> tuple[float, float]:
-    """Both as numbers, infinity for no limit."""
+    """Limit and offset as numbers, with infinity for no limit."""
     highest = math.inf if limit is None else number(limit, "limit")
     if not highest > 0:
         raise ValueError(f"limit is {limit}; expected a number above 0, or None")
@@ -85,7 +86,7 @@ def packed_glu(
     limit: float | None = None,
     offset: float = 0.0,
 ) -> Tensor:
-    r"""A gate and its product with a value, both of one tensor, in one kernel a pass.
+    r"""The product of an activated gate and a value, which are parts of one tensor, in one kernel per pass.
 
     .. math::
         y = \mathrm{act}(\min(g, l)) \odot (\max(\min(v, l), -l) + o), \\
@@ -96,19 +97,19 @@ def packed_glu(
         activation: act, applied to the gate.
         layout: "gate_first" (gate, then value: Phi-3), "value_first" (value, then gate: `torch.nn.functional.glu`), or
             "interleaved" (gate at even places, value at odd ones).
-        limit: l, above 0, of gate and value; None for none.
+        limit: l, above 0, the limit of gate and value; None for no limit.
         offset: o, added to the value.
 
     Returns:
-        `(*, N)`, of the input's dtype; the dimensions lie in memory in the order of the input's.
+        `(*, N)`, of the input's dtype, with the input's order of dimensions in memory.
 
     Kept for backward:
-        The input. Its gradient is written as one tensor, with the input's strides where the input is dense.
+        The input. The gradient is written as one tensor, with the input's strides if the input is dense.
 
     Raises:
-        RuntimeError: the last dimension is of odd length, or the dtype is none of the above.
-        ValueError: activation or layout are unknown, or the limit is not above 0.
-        TypeError: the input is no tensor, or limit or offset are no numbers.
+        RuntimeError: the last dimension has an odd length, or the dtype is not as described above.
+        ValueError: the activation or layout is unknown, or the limit is not above 0.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x = torch.randn(8, 128)

@@ -64,27 +64,27 @@ def norm_linear(
         normalized_shape: `in`; one dimension.
         norm_weight: `(in)`, or None.
         norm_bias: `(in)`, or None; None for "rms_norm".
-        weight: W, `(out, in)`, of the input's dtype; or a sequence of such, whose `out` may differ.
-        bias: b, `(out)`, of the input's dtype; or one, or None, for each weight.
-        eps: of the norm; None is 1e-5 for "layer_norm" and the default of `rms_norm` for "rms_norm".
+        weight: W, `(out, in)`, of the input's dtype; or a sequence of such weights, whose `out` may differ.
+        bias: b, `(out)`, of the input's dtype, or None; for several weights None or a sequence of biases and None.
+        eps: the epsilon of the norm; None means 1e-5 for "layer_norm" and the default of `rms_norm` for "rms_norm".
         norm: "layer_norm" or "rms_norm".
         activation: act, applied to the normalised value.
         pre_activation: pre, applied to the input.
-        weight_offset: of "rms_norm"; see `rms_norm`.
-        cast_before_weight: of "rms_norm"; see `rms_norm`.
+        weight_offset: for "rms_norm" only; see `rms_norm`.
+        cast_before_weight: for "rms_norm" only; see `rms_norm`.
         recompute: "block", "output" or "all", which is the same as "output" here.
 
     Returns:
-        `(*, out)`, of the input's dtype; a tuple of such where `weight` is a sequence.
+        `(*, out)`, of the input's dtype; a tuple of such tensors if `weight` is a sequence.
 
     Kept for backward:
-        The input and one or two numbers a row; at "block" also what the linear layers read, `(*, in)`.
+        The input and one or two numbers per row; at "block" also the input of the linear layers, `(*, in)`.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: an activation, the norm or the level is unknown; or an argument is given that the norm does not
-            have.
-        TypeError: an argument is no tensor, or no number.
+            take.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, weight = torch.randn(8, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
@@ -167,7 +167,7 @@ def act_linear(
         weight: W, `(out, in)`, of the input's dtype.
         bias: b, `(out)`, of the input's dtype, or None.
         activation: act.
-        dropout_p: the probability with which an element of act(x) is dropped.
+        dropout_p: the probability of dropping an element of act(x).
         training: False switches dropout off.
         recompute: "block", "output" or "all", which is the same as "output" here.
 
@@ -175,12 +175,12 @@ def act_linear(
         `(*, out)`, of the input's dtype.
 
     Kept for backward:
-        The input, and no dropout mask; at "block" also what the linear layer reads, `(*, in)`.
+        The input, and no dropout mask; at "block" also the input of the linear layer, `(*, in)`.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
-        ValueError: activation or level are unknown, or `dropout_p` is outside [0, 1].
-        TypeError: an argument is no tensor, or no number.
+        RuntimeError: a shape, dtype or device is not as described above.
+        ValueError: the activation or level is unknown, or `dropout_p` is outside [0, 1].
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, weight = torch.randn(8, 64), torch.randn(32, 64)
@@ -206,12 +206,12 @@ def act_linear(
 
 
 def level_name(recompute: str) -> str:
-    """`recompute`, if it is one of `OF_FUNCTIONS`; else ValueError."""
+    """Return `recompute` if it is one of `OF_FUNCTIONS`; else raise ValueError."""
     return one_of(recompute, OF_FUNCTIONS, "recompute")
 
 
 def norm_name(norm: str) -> str:
-    """`norm`, if it is one of `NORMS`; else ValueError."""
+    """Return `norm` if it is one of `NORMS`; else raise ValueError."""
     return one_of(norm, NORMS, "norm")
 
 
@@ -227,7 +227,7 @@ def _block_linear(
 
 
 def of_plan(recompute: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The same for a block that a plan has found: nothing but autograd sees the ops."""
+    """The op for a block with a plan. A plan is found only where nothing but autograd sees the ops."""
     is_fused = recompute != "block" and torch.is_grad_enabled()
     return ops.linear.fused_block_linear if is_fused else ops.linear.composed_linear
 

@@ -1,4 +1,4 @@
-"""A linear layer and the cross entropy of its output, without the logits of all rows at one time."""
+"""A linear layer and the cross entropy of the logits, without the logits of all rows at one time."""
 
 import torch
 import torch.nn.functional as functional
@@ -24,20 +24,21 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    r"""The cross entropy of a linear layer's output, whose logits are made for a chunk of the rows at a time.
+    r"""The cross entropy of a linear layer's output, with logits computed for one chunk of rows at a time.
 
     .. math::
         z = c \tanh\big((x W^\top + b) / c\big), \qquad
         \ell_i = \log \textstyle\sum_j e^{z_{ij}} - (1 - s)\, z_{i t_i} - s\, \frac{1}{C} \textstyle\sum_j z_{ij}
 
-    with s the smoothing and C the number of classes; z = x W^T + b where `softcap` is None. The losses of the rows that
-    count are returned ("none", 0 for the others), summed up ("sum"), or summed up and divided by their number ("mean").
+    with s the smoothing and C the number of classes; z = x W^T + b if `softcap` is None. Rows with the target
+    `ignore_index` do not count. The losses of the rows are returned ("none", with 0 for rows that do not count), summed
+    ("sum"), or averaged over the rows that count ("mean").
 
-    It is `F.cross_entropy(F.linear(input, weight, bias).float(), target, ...)`, of float64 logits without `float()`.
-    The gradients of "mean" and "sum" are made in the forward pass, with the logits of each chunk at hand; those of
-    "none" and of float16 in the backward pass, for which the product runs again. A weight that wants no gradient has
-    none computed, and without gradients nothing is kept. Under autocast the products are in its dtype.
-    Under torch.compile and torch.func, and for gradients of gradients, the logits are whole.
+    The result is that of `F.cross_entropy(F.linear(input, weight, bias).float(), target, ...)`, without `float()` for
+    float64 logits. For "mean" and "sum" the forward pass computes the gradients from the logits of each chunk. For
+    "none" and for float16 the backward pass computes them, after it has repeated the product. Only required gradients
+    are computed, and without any nothing is kept. Under autocast the products are in the autocast dtype. Under
+    torch.compile and torch.func, and for gradients of gradients, the logits of all rows exist at one time.
 
     Args:
         input: x, `(*, in)`; float32, bfloat16, float16 or float64.
@@ -45,21 +46,22 @@ def linear_cross_entropy(
         target: t, `(*)`, int64: the class of each row, or `ignore_index`.
         bias: b, `(classes)`, of the input's dtype, or None.
         ignore_index: the target of rows that do not count. As in torch, the mean of none is nan.
-        label_smoothing: s, how much of the target is spread over all classes, from 0 to 1.
+        label_smoothing: s, the share of the target that is spread over all classes, from 0 to 1.
         reduction: "mean" over the rows that count, "sum", or "none".
-        softcap: c, the limit that logits are bent to, as in Gemma 2; None leaves them as they are.
-        chunk: how many rows at a time; None is as many as make logits of the input's size, and 256 at least.
+        softcap: c, the limit of the capped logits, as in Gemma 2; None for no cap.
+        chunk: the number of rows in a chunk; None chooses chunks whose logits have the input's size, of at least 256
+            rows.
 
     Returns:
-        float32, or float64 for such input: a number, or `(*)` for "none".
+        A scalar, or `(*)` for "none"; float32, or float64 for float64 inputs.
 
     Kept for backward:
-        The input; for "mean" and "sum" also the gradients that are wanted, but in float16. No logits.
+        The input; for "mean" and "sum", except in float16, also the required gradients. No logits.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: the reduction is unknown, the smoothing is outside [0, 1], or `softcap` or `chunk` is not positive.
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, weight = torch.randn(8, 64, requires_grad=True), torch.randn(1000, 64)

@@ -1,6 +1,7 @@
-"""MLPs: products of the input, a block of them, and a product of the block.
+"""MLPs: one or two products of the input, a block that reads them, and a product of the block's output.
 
-Each takes `recompute`, the level of `functional.linear`, and `tiles`, the number of parts that the rows are taken in.
+Each function takes `recompute`, the level of `functional.linear`, and `tiles`, the number of parts in which rows are
+processed.
 """
 
 import math
@@ -39,25 +40,25 @@ def mlp(
         weight2: `(out, hidden)`, of the input's dtype.
         bias2: `(out)`, of the input's dtype, or None.
         activation: act.
-        dropout_p: the probability with which an element between the products is dropped.
+        dropout_p: the probability of dropping an element between the products.
         training: False switches dropout off.
         recompute: "block", "output" or "all".
-        tiles: how many parts the rows are taken in; None is one, or what `convert` was given. What is between the
-            products is there for one part at a time, in both passes, and each part draws a dropout of its own. The
-            gradients of weights are added up over the parts in float32 for 16-bit types, else in their own.
+        tiles: the number of parts in which rows are processed; None means one, or the number given to `convert`. In
+            both passes the tensors between the products exist for one part at a time, and each part draws its own
+            dropout. The gradients of weights are summed over the parts in float32 for 16-bit types, else in their own.
 
     Returns:
         `(*, out)`, of the input's dtype.
 
     Kept for backward:
-        The input; but for "all" the first product, `(*, hidden)`; at "block" what the second product reads too,
-        `(*, hidden)`.
+        The input; at "output" and "block" also the first product, `(*, hidden)`; at "block" also the input of the
+        second product, `(*, hidden)`.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
-        ValueError: activation or level are unknown; `dropout_p` is outside [0, 1]; `tiles` is no positive number, or is
-            given at "block", where what is between the products is kept whole.
-        TypeError: an argument is no tensor, or no number.
+        RuntimeError: a shape, dtype or device is not as described above.
+        ValueError: the activation or level is unknown; `dropout_p` is outside [0, 1]; `tiles` is not positive, or is
+            more than 1 at "block", where the tensors between the products are kept whole.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, w1, w2 = (torch.randn(shape, requires_grad=True) for shape in [(8, 16), (64, 16), (16, 64)])
@@ -117,33 +118,33 @@ def gated_mlp(
 
     Args:
         input: x, `(*, in)`; float32, bfloat16, float16 or float64.
-        gate_weight: W_g, `(hidden, in)`, of the input's dtype; where `value_weight` is None `(2 * hidden, in)`, and
-            packs both.
+        gate_weight: W_g, `(hidden, in)`, of the input's dtype; if `value_weight` is None, both weights packed,
+            `(2 * hidden, in)`.
         value_weight: W_v, `(hidden, in)`, of the input's dtype, or None.
         weight: W, `(out, hidden)`, of the input's dtype.
-        gate_bias: b_g, `(hidden)`, or `(2 * hidden)` where both are packed; or None.
+        gate_bias: b_g, `(hidden)`, or both biases packed, `(2 * hidden)`; or None.
         value_bias: b_v, `(hidden)`, or None.
         bias: b, `(out)`, or None.
         activation: act, applied to the gate.
         layout: how gate and value are packed: "gate_first", "value_first" or "interleaved"; see `packed_glu`.
-        dropout_p: the probability with which an element that the last product reads is dropped.
+        dropout_p: the probability of dropping an element of the last product's input.
         training: False switches dropout off.
         recompute: "block", "output" or "all".
-        tiles: how many parts the rows are taken in; see `mlp`.
+        tiles: the number of parts in which rows are processed; see `mlp`.
 
     Returns:
         `(*, out)`, of the input's dtype.
 
     Kept for backward:
-        The input; but for "all" gate and value, 2 `(*, hidden)`; at "block" what the last product reads too, `(*,
-        hidden)`.
+        The input; at "output" and "block" also gate and value, each `(*, hidden)`; at "block" also the input of the
+        last product, `(*, hidden)`.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
-        ValueError: activation, layout or level are unknown; `dropout_p` is outside [0, 1]; `value_bias` is given
-            where `value_weight` is None; or `tiles` is no positive number, or is given at "block", where what is
-            between the products is kept whole.
-        TypeError: an argument is no tensor, or no number.
+        RuntimeError: a shape, dtype or device is not as described above.
+        ValueError: the activation, layout or level is unknown; `dropout_p` is outside [0, 1]; `value_bias` is given
+            and `value_weight` is None; or `tiles` is not positive, or is more than 1 at "block", where the tensors
+            between the products are kept whole.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, gate, up, down = (torch.randn(s, requires_grad=True) for s in [(8, 16), (64, 16), (64, 16), (16, 64)])
@@ -202,7 +203,7 @@ Layer = tuple[Tensor, Tensor | None]
 
 
 def known_mlp(input: Tensor, first: Layer, last: Layer, activation: str, p: float, recompute: str) -> Tensor | None:
-    """What `mlp` gives where a call like this one was made before, so that there is nothing to check; else None."""
+    """The output of `mlp` without checks, if a like call has passed them before; else None."""
     if tiles_for(None, recompute) != 1:
         return None
     block = thin.plan_of("mlp", (input, *first, *last), (activation, p, True, recompute))
@@ -212,7 +213,7 @@ def known_mlp(input: Tensor, first: Layer, last: Layer, activation: str, p: floa
 def known_gated_mlp(
     input: Tensor, gate: Layer, value: Layer, last: Layer, activation: str, p: float, recompute: str
 ) -> Tensor | None:
-    """The same of `gated_mlp`."""
+    """As `known_mlp`, for `gated_mlp`."""
     if tiles_for(None, recompute) != 1:
         return None
     tensors = (input, gate[0], value[0], last[0], gate[1], value[1], last[1])
@@ -221,7 +222,7 @@ def known_gated_mlp(
 
 
 def tiles_for(tiles: int | None, recompute: str) -> int:
-    """How many tiles a call takes, which at "block" has to be one: told, or from the context."""
+    """The number of tiles of a call: the argument, or if None, the context's number. At "block" it must be one."""
     is_block = isinstance(recompute, str) and recompute == "block"
     if tiles is None:
         return 1 if is_block else ops.tiles.tiles_now()
@@ -234,9 +235,9 @@ def tiles_for(tiles: int | None, recompute: str) -> int:
 
 
 def _seeds(input: Tensor, tiles: int, dropout_p: float, training: bool) -> tuple[float, list[Tensor | None]]:
-    """The probability of dropout, and a seed for each tile: there are no more tiles than rows."""
-    # Of one tile the rows are not counted: a compiler may not know them. Jagged tensors, which have no such number, are
-    # taken as one tile.
+    """The probability of dropout, and a seed for each tile. There are no more tiles than rows."""
+    # For one tile the rows are not counted, because a compiler may not know their number. Jagged tensors are processed
+    # as one tile.
     count = 1 if tiles == 1 or input.is_nested else max(1, min(tiles, math.prod(input.shape[:-1])))
     drawn = [dropout_seed(input, dropout_p, training) for _ in range(count)]
     return drawn[0][0], [seed for _, seed in drawn]

@@ -1,4 +1,4 @@
-"""Row norms that are scaled and shifted by sample."""
+"""Row norms whose result is scaled and shifted by sample."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,19 +34,19 @@ def modulated_layer_norm(
     activation: Activation = "identity",
     pre_activation: Activation = "identity",
 ) -> Tensor:
-    r"""LayerNorm whose result is scaled and shifted by sample, in one kernel a pass.
+    r"""LayerNorm whose result is scaled and shifted by sample, in one kernel per pass.
 
     .. math::
         y = \mathrm{act}\left(\mathrm{LayerNorm}(\mathrm{pre}(x)) \odot (1 + s) + t\right)
 
     Args:
         input: x, `(*samples, *, normalized_shape)`; float32, bfloat16, float16 or float64.
-        scale: s, `(*samples, normalized_shape)`, where `samples` are the input's first dimensions. Dimensions of 1 may
-            stand for those in between, so `(B, 1, N)` and `(B, N)` both go with `(B, T, N)`.
+        scale: s, `(*samples, normalized_shape)`, where `samples` are the input's first dimensions. Dimensions of
+            length 1 may follow them, so for an input `(B, T, N)` both `(B, N)` and `(B, 1, N)` are possible.
         shift: t, of the shape of `scale`.
         normalized_shape: the last dimensions, normalised together.
-        weight: of the norm, `(normalized_shape)`, of any of these dtypes; None is 1.
-        bias: of the norm, `(normalized_shape)`, of any of these dtypes; None is 0.
+        weight: of the norm, `(normalized_shape)`, of any of these dtypes; None means 1.
+        bias: of the norm, `(normalized_shape)`, of any of these dtypes; None means 0.
         eps: added to the variance.
         activation: act, applied to the modulated value.
         pre_activation: pre, applied to the input.
@@ -55,12 +55,12 @@ def modulated_layer_norm(
         The input's shape and dtype, contiguous.
 
     Kept for backward:
-        Input, scale, shift, and two numbers a row.
+        Input, scale, shift, and two numbers per row.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: an activation is unknown.
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, scale, shift = torch.randn(2, 8, 64), torch.randn(2, 64), torch.randn(2, 64)
@@ -86,7 +86,7 @@ def modulated_rms_norm(
     activation: Activation = "identity",
     pre_activation: Activation = "identity",
 ) -> Tensor:
-    r"""RMSNorm whose result is scaled and shifted by sample, in one kernel a pass.
+    r"""RMSNorm whose result is scaled and shifted by sample, in one kernel per pass.
 
     .. math::
         y = \mathrm{act}\left(\mathrm{RMSNorm}(\mathrm{pre}(x)) \odot (1 + s) + t\right)
@@ -96,8 +96,8 @@ def modulated_rms_norm(
         scale: s, `(*samples, normalized_shape)`; see `modulated_layer_norm`.
         shift: t, of the shape of `scale`.
         normalized_shape: the last dimensions, normalised together.
-        weight: of the norm, `(normalized_shape)`, of any of these dtypes; None is 1.
-        eps: added to the mean square; None is the epsilon of the type that is computed in.
+        weight: of the norm, `(normalized_shape)`, of any of these dtypes; None means 1.
+        eps: added to the mean square; None means the epsilon of the dtype of the arithmetic.
         activation: act, applied to the modulated value.
         pre_activation: pre, applied to the input.
 
@@ -105,12 +105,12 @@ def modulated_rms_norm(
         The input's shape and dtype, contiguous.
 
     Kept for backward:
-        Input, scale, shift, and one number a row.
+        Input, scale, shift, and one number per row.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: an activation is unknown.
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, scale, shift = torch.randn(2, 8, 64), torch.randn(2, 1, 64), torch.randn(2, 1, 64)
@@ -125,7 +125,7 @@ def modulated_rms_norm(
 
 
 def _modulated(tensors: Sequence[Any], given: tuple) -> Tensor:
-    """Of (input, scale, shift, weight, bias), and the options as they were given."""
+    """A modulated row norm of (input, scale, shift, weight, bias), with the options of the public function."""
     plan = thin.plan_of("modulated_row_norm", tensors, given)
     input, scale, shift, weight, bias = tensors
     if plan is not None:
@@ -141,7 +141,7 @@ def _modulated(tensors: Sequence[Any], given: tuple) -> Tensor:
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     if input.is_nested:
-        # Samples have different numbers of rows there: torch knows which row is of which.
+        # Samples have different numbers of rows, and torch's sum broadcasts over the rows of each sample.
         if centered:
             normed = layer_norm(input, normalized_shape, weight, bias, eps, pre_activation=pre)
         else:
@@ -157,6 +157,6 @@ def _modulated(tensors: Sequence[Any], given: tuple) -> Tensor:
 
 
 def _beside(input: Tensor, given: Tensor, count: int) -> Tensor:
-    """What is given for samples, with dimensions of 1 for those of the input before its last `count`."""
+    """A scale or shift with all dimensions of the input; those between samples and the last `count` have length 1."""
     place = given.dim() - count
     return given.reshape(*given.shape[:place], *(1,) * (input.dim() - given.dim()), *given.shape[place:])

@@ -29,40 +29,40 @@ def rotary(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> Tensor:
-    r"""Turns the pairs of each head by the angles of a table, after a norm over the head if there is one, in one kernel
-    a pass.
+    r"""Rotate the pairs of each head by the angles of a table, after an optional norm over the head, in one kernel per
+    pass.
 
     .. math::
         (y_i, y_j) = (z_i \cos_i - z_j \sin_i,\; z_j \cos_j + z_i \sin_j), \qquad z = \mathrm{norm}(x)
 
-    where (i, j) is (i, i + R / 2) with halves and (2 i, 2 i + 1) where neighbours are pairs, of the R rotated columns.
-    Everything is computed in float32 (float64 of float64), and rounded once.
+    where (i, j) are columns among the R rotated ones: (i, i + R / 2) for "halves", (2 i, 2 i + 1) for "interleaved".
+    All arithmetic is in float32 (float64 for float64 inputs), and the result is rounded once.
 
     Args:
-        input: x, `(*, D)`, such as `(B, H, S, D)`, however it lies in memory; float32, bfloat16, float16 or float64.
+        input: x, `(*, D)`, such as `(B, H, S, D)`, with any strides; float32, bfloat16, float16 or float64.
         cos, sin: `(*, R)`, or `(*, R / 2)` with one entry for both elements of a pair; of any of these dtypes. Their
-            other dimensions are broadcast beside the input's, as in a product of both: `(S, R)` or `(B, 1, S, R)` for
-            an input of `(B, H, S, D)`, `(S, 1, R)` for one of `(B, S, H, D)`.
-        weight, bias: of the norm, `(D)`, of any of these dtypes; None are 1 and 0.
-        layout: "halves", where an element of the first half turns with one of the second, or "interleaved".
-        output_layout: how pairs lie in the output, and in tables of R entries; None is `layout`.
-        rotary_dim: R, an even number; None is the length of the tables' last dimension. The other columns pass.
-        rotary_start: the first column that turns.
-        norm: "rms" or "layer", over the whole head, before the rotation; None is none.
-        eps: of the norm; None is the epsilon of the type that is computed in, or 1e-5 of a layer norm.
+            other dimensions broadcast with the input's: `(S, R)` or `(B, 1, S, R)` for an input `(B, H, S, D)`,
+            `(S, 1, R)` for an input `(B, S, H, D)`.
+        weight, bias: the weight and bias of the norm, `(D)`, of any of these dtypes; None means 1 and 0.
+        layout: "halves", where pairs have one element in each half, or "interleaved", where pairs are neighbours.
+        output_layout: the layout of the output, and of tables with R entries; None means `layout`.
+        rotary_dim: R, an even number; None means the last dimension of the tables. Other columns are not rotated.
+        rotary_start: the first column that is rotated.
+        norm: "rms" or "layer" for a norm over the whole head before the rotation, or None.
+        eps: the epsilon of the norm; None means that of the dtype of the arithmetic, or 1e-5 for a layer norm.
         weight_offset: added to the weight.
-        cast_before_weight: rounds to the input's dtype before the weight, as Llama's norms do.
+        cast_before_weight: round the normalised value to the input's dtype before the product, as Llama does.
 
     Returns:
-        The input's shape and dtype, with the strides that torch's own elementwise operators give.
+        The input's shape and dtype, with the strides that torch's elementwise operators give.
 
     Kept for backward:
-        The tables; with a norm, or where gradients of the tables are wanted, the input too. There are no statistics.
+        The tables; with a norm, or if the tables require gradients, also the input. No statistics.
 
     Raises:
-        RuntimeError: a tensor has another dtype or device than said above, or dimensions that are not broadcast.
-        TypeError: an argument is no tensor, no whole number or no bool.
-        ValueError: another argument is none of what is said above, or heads are shorter than what is to turn.
+        RuntimeError: a dtype or device is not as described above, or shapes do not broadcast.
+        TypeError: an argument is not of the expected type.
+        ValueError: another argument is not as described above, or the rotated columns are not all within the head.
 
     Example:
         >>> angles = torch.outer(torch.arange(16.0), 10000.0 ** -torch.linspace(0, 1, 32))
@@ -107,29 +107,29 @@ def rotary_qk(
     key_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    r"""`rotary` of queries and of keys, by the same tables.
+    r"""`rotary` for queries and for keys, with the same tables.
 
     .. math::
         (y_i, y_j) = (z_i \cos_i - z_j \sin_i,\; z_j \cos_j + z_i \sin_j), \qquad z = \mathrm{norm}(x),\; x \in \{q, k\}
 
     Args:
         query, key: as `input` of `rotary`; they may have different numbers of heads.
-        cos, sin: as there.
-        query_weight, key_weight, query_bias, key_bias: those of the two norms.
+        cos, sin: as for `rotary`.
+        query_weight, key_weight, query_bias, key_bias: weights and biases of the two norms.
 
-    All other arguments of `rotary` are taken by name, the same for both.
+    Other arguments of `rotary` are passed by name, and apply to both.
 
     Returns:
-        Both, as `rotary` returns one.
+        The rotated queries and keys.
 
     Kept for backward:
-        What two calls of `rotary` keep.
+        The same tensors as for two calls of `rotary`.
 
     Raises:
-        RuntimeError, TypeError, ValueError: as `rotary`, by whose names arguments are called.
+        RuntimeError, TypeError, ValueError: as `rotary`. Messages use its argument names.
 
     Source:
-        As of `rotary`.
+        See `rotary`.
 
     Example:
         >>> q, k = torch.randn(2, 8, 16, 64), torch.randn(2, 2, 16, 64)
@@ -145,7 +145,7 @@ def rotary_qk(
 
 
 def check_rotation(layout: str, output_layout: str | None, norm: str | None) -> None:
-    """ValueError for a name that is none of `rotary`'s."""
+    """Raise ValueError for a layout or norm that `rotary` does not have."""
     one_of(layout, _LAYOUTS, "layout")
     if output_layout is not None:
         one_of(output_layout, _LAYOUTS, "output_layout")

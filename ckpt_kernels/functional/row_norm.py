@@ -30,7 +30,7 @@ def layer_norm(
     activation: Activation = "identity",
     pre_activation: Activation = "identity",
 ) -> Tensor:
-    r"""LayerNorm of the last dimensions, with an activation before and after it, in one kernel a pass.
+    r"""LayerNorm of the last dimensions, with an activation before and after it, in one kernel per pass.
 
     .. math::
         y = \mathrm{act}\left(\frac{u - \mu}{\sqrt{\sigma^2 + \epsilon}} \odot w + b\right), \qquad u = \mathrm{pre}(x)
@@ -40,8 +40,8 @@ def layer_norm(
     Args:
         input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
         normalized_shape: the last dimensions, normalised together.
-        weight: w, `(normalized_shape)`, of any of these dtypes; None is 1.
-        bias: b, `(normalized_shape)`, of any of these dtypes; None is 0.
+        weight: w, `(normalized_shape)`, of any of these dtypes; None means 1.
+        bias: b, `(normalized_shape)`, of any of these dtypes; None means 0.
         eps: added to the variance.
         activation: act, applied to the normalised value.
         pre_activation: pre, applied to the input.
@@ -50,12 +50,12 @@ def layer_norm(
         `(*, normalized_shape)`, contiguous, of the input's dtype.
 
     Kept for backward:
-        The input, and two numbers a row: the mean and :math:`1 / \sqrt{\sigma^2 + \epsilon}`.
+        The input, and two numbers per row: the mean and :math:`1 / \sqrt{\sigma^2 + \epsilon}`.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: an activation is unknown.
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x = torch.randn(8, 64, requires_grad=True)
@@ -86,7 +86,7 @@ def rms_norm(
     weight_offset: float = 0.0,
     cast_before_weight: bool = False,
 ) -> Tensor:
-    r"""RMSNorm of the last dimensions, with an activation before and after it, in one kernel a pass.
+    r"""RMSNorm of the last dimensions, with an activation before and after it, in one kernel per pass.
 
     .. math::
         y = \mathrm{act}\left(\frac{u}{\sqrt{\mathrm{mean}(u^2) + \epsilon}} \odot (o + w)\right),
@@ -96,22 +96,23 @@ def rms_norm(
         input: x, `(*, normalized_shape)`; float32, bfloat16, float16 or float64.
         normalized_shape: the last dimensions, normalised together.
         weight: w, `(normalized_shape)`, of any of these dtypes; None makes the factor 1.
-        eps: added to the mean square; None is the epsilon of the type that is computed in, as torch's.
+        eps: added to the mean square; None means the epsilon of the dtype of the arithmetic, as in torch.
         activation: act, applied to the normalised value.
         pre_activation: pre, applied to the input.
         weight_offset: o; 1 is Gemma's 1 + weight.
         cast_before_weight: round the normalised value to the input's dtype before the product, as Llama does.
 
     Returns:
-        `(*, normalized_shape)`, of the input's dtype; contiguous, or, as torch's, channels last where the input is.
+        `(*, normalized_shape)`, of the input's dtype; contiguous, or for channels-last inputs, as in torch, channels
+        last.
 
     Kept for backward:
-        The input, and one number a row: :math:`1 / \sqrt{\mathrm{mean}(u^2) + \epsilon}`.
+        The input, and one number per row: :math:`1 / \sqrt{\mathrm{mean}(u^2) + \epsilon}`.
 
     Raises:
-        RuntimeError: a tensor has another shape, dtype or device than said above.
+        RuntimeError: a shape, dtype or device is not as described above.
         ValueError: an activation is unknown, or the input has fewer dimensions than `normalized_shape`.
-        TypeError: an argument is no tensor, or no number.
+        TypeError: an argument is not of the expected type.
 
     Example:
         >>> x, weight = torch.randn(8, 64, requires_grad=True), torch.ones(64)
@@ -137,7 +138,7 @@ def rms_norm(
 
 
 def _row_norm(tensors: Sequence[Any], given: tuple) -> Tensor:
-    """Of (input, weight, bias), and the options as they were given."""
+    """A row norm of (input, weight, bias), with the options of the public function."""
     input, weight, bias = tensors
     normalized_shape, eps, centered, pre_activation, activation, weight_offset, cast_before_weight = given
     eps = number(eps, "eps") if centered else rms_eps(input, eps)

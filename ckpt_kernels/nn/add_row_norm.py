@@ -1,4 +1,4 @@
-"""Row norms of a sum as modules."""
+"""Dropout, residual add and row norm, as modules."""
 
 from collections.abc import Sequence
 
@@ -22,13 +22,14 @@ class AddLayerNorm(nn.LayerNorm):
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as `torch.nn.LayerNorm`'s.
         activation: act, applied to the normalised value.
-        dropout: the probability with which elements of the input are dropped in training.
+        dropout: the probability of dropping an element of the input in training.
 
     Shape:
-        Twice `(*, normalized_shape)` to twice the same. Parameters: `weight` and `bias`, `(normalized_shape)`.
+        Two tensors `(*, normalized_shape)` to two of the same shape. Parameters: `weight` and `bias`,
+        `(normalized_shape)`.
 
     Kept for backward:
-        r, and two numbers a row; no dropout mask.
+        r, and two numbers per row; no dropout mask.
 
     Example:
         >>> add_norm = ckpt_kernels.nn.AddLayerNorm(64, dropout=0.1).eval()
@@ -85,14 +86,14 @@ class AddRMSNorm(RMSNorm):
     Args:
         normalized_shape, eps, elementwise_affine, device, dtype: as `torch.nn.RMSNorm`'s.
         activation: act, applied to the normalised value.
-        dropout: the probability with which elements of the input are dropped in training.
+        dropout: the probability of dropping an element of the input in training.
         weight_offset, cast_before_weight: as `RMSNorm`'s.
 
     Shape:
-        Twice `(*, normalized_shape)` to twice the same. Parameter: `weight`, `(normalized_shape)`.
+        Two tensors `(*, normalized_shape)` to two of the same shape. Parameter: `weight`, `(normalized_shape)`.
 
     Kept for backward:
-        r, and one number a row; no dropout mask.
+        r, and one number per row; no dropout mask.
 
     Example:
         >>> add_norm = ckpt_kernels.nn.AddRMSNorm(64)

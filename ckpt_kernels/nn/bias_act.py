@@ -18,16 +18,16 @@ class BiasAct(nn.Module):
 
     Args:
         num_features: N, the length of the input's last dimension.
-        bias: whether there is one; it starts at zero.
-        device, dtype: of the bias.
+        bias: whether the module has a bias, which starts at 0.
+        device, dtype: the device and dtype of the bias.
         activation: act.
-        dropout: the probability with which elements of the result are dropped in training.
+        dropout: the probability of dropping an element of the result in training.
 
     Shape:
         `(*, N)` to the same. Parameter: `bias`, `(N)`.
 
     Kept for backward:
-        The input; for relu and leaky_relu the output instead, for the identity neither; no dropout mask.
+        The input; for relu and leaky_relu only the output; for the identity neither. No dropout mask.
 
     Example:
         >>> block = ckpt_kernels.nn.BiasAct(64, activation="gelu", dropout=0.1)

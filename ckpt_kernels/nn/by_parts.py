@@ -1,8 +1,8 @@
-"""Where the parts of a module are to be called one by one, as torch's Sequential would, and not by one fused call.
+"""Decides whether a module may make one fused call, or must call its parts one by one.
 
-A fused call reads the parameters of its parts and passes over the parts themselves. What hangs on their calls would be
-left out: hooks, such as those that make inputs DTensors (`ColwiseParallel`), gather weights (FSDP2) or compute them
-(pruning); and forwards of their own, such as an adapter's.
+A fused call reads the parameters of the parts and does not call them. It would skip their hooks, which may turn inputs
+into DTensors (`ColwiseParallel`), gather weights (FSDP2) or compute weights (pruning). It would also skip a replaced
+forward, such as an adapter's.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as everybody
+from torch.nn.modules import module as module_globals
 
 from .. import functional as F
 from ..recompute import discard_outputs
@@ -20,11 +20,11 @@ _FORWARDS = (nn.Linear.forward, LayerNorm.forward, RMSNorm.forward)
 
 
 def are_plain(*parts: nn.Module) -> bool:
-    """Whether a call of each part is what its parameters say, and nothing else."""
-    hooks: Any = everybody
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+    """Whether a call of each part runs the class's forward, without hooks."""
+    global_hooks: Any = module_globals
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return False
-    if hooks._global_backward_hooks or hooks._global_backward_pre_hooks:
+    if global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks:
         return False
     for part in parts:
         held = part.__dict__
@@ -38,11 +38,11 @@ def are_plain(*parts: nn.Module) -> bool:
 
 
 def discarding_outputs(module: nn.Module, recompute: str) -> AbstractContextManager[Any]:
-    """A context in which parts called one by one keep about the same tensors as the fused call at this level."""
+    """A context in which parts called one by one keep about the same tensors as the fused call at that level."""
     if recompute == "block":
         return contextlib.nullcontext()
     return discard_outputs(module, products=recompute == "all")
 
 
-def dropped(input: Tensor, dropout: float, training: bool) -> Tensor:
+def apply_dropout(input: Tensor, dropout: float, training: bool) -> Tensor:
     return F.bias_act(input, dropout_p=dropout) if dropout and training else input

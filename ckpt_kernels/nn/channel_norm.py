@@ -1,4 +1,4 @@
-"""Channel norms as modules: torch.nn's own, with an activation, and of batch norms a residual before it."""
+"""Channel norms as modules: torch.nn's norms with an activation, and in batch norms a residual before it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from ..activations import Activation, activation_name
 from .channel_norms_of_torch import batch_norm_of, group_of, instance_norm_of
 from .extras import extras, recorded, weight_and_bias
 
-if TYPE_CHECKING:  # what the two below are mixed into
+if TYPE_CHECKING:  # the classes that the two mixins below are combined with
     _OfBatchNorm = nn.modules.batchnorm._BatchNorm
     _OfInstanceNorm = nn.modules.instancenorm._InstanceNorm
 else:
@@ -18,7 +18,7 @@ else:
 
 
 class _BatchNorm(_OfBatchNorm):
-    """What the batch norms add to torch's, of which they are subclasses as well."""
+    """The part of the batch norms that is not in torch's classes, their other base."""
 
     def __init__(self, *args: Any, activation: Activation = "identity", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,10 +44,11 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         activation: act, applied to the sum.
 
     Shape:
-        `(N, C)` or `(N, C, L)`, and the same of a residual; to the same. Parameters and buffers are torch's.
+        `(N, C)` or `(N, C, L)`, and a residual of the same shape, to that shape. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and two numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+        The input and two numbers per channel; with a residual, also the output for relu and leaky_relu, else the
+        residual.
 
     Example:
         >>> norm = ckpt_kernels.nn.BatchNorm1d(4, activation="relu")
@@ -71,10 +72,11 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
         activation: act, applied to the sum.
 
     Shape:
-        `(N, C, H, W)`, and the same of a residual; to the same. Parameters and buffers are torch's.
+        `(N, C, H, W)`, and a residual of the same shape, to that shape. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and two numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+        The input and two numbers per channel; with a residual, also the output for relu and leaky_relu, else the
+        residual.
 
     Example:
         >>> norm = ckpt_kernels.nn.BatchNorm2d(4, activation="relu")
@@ -98,10 +100,11 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
         activation: act, applied to the sum.
 
     Shape:
-        `(N, C, D, H, W)`, and the same of a residual; to the same. Parameters and buffers are torch's.
+        `(N, C, D, H, W)`, and a residual of the same shape, to that shape. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and two numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+        The input and two numbers per channel; with a residual, also the output for relu and leaky_relu, else the
+        residual.
 
     Example:
         >>> norm = ckpt_kernels.nn.BatchNorm3d(4, activation="relu")
@@ -120,8 +123,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     .. math::
         y = \mathrm{act}(\mathrm{BatchNorm}(x) + r)
 
-    The statistics of training are over the batches of all processes. On the CPU as well as on GPUs, over any
-    torch.distributed backend. Where no process group was set up, or in eval mode, the module is a batch norm.
+    In training, the statistics are taken over the batches of all processes, on the CPU or on GPUs, with any
+    torch.distributed backend. Without a process group, or in eval mode, the module is a batch norm.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as torch's, which may
@@ -129,10 +132,11 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         activation: act, applied to the sum.
 
     Shape:
-        `(N, C, *)`, and the same of a residual; to the same. Parameters and buffers are torch's.
+        `(N, C, *)`, and a residual of the same shape, to that shape. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and two numbers a channel; with a residual the output for relu and leaky_relu, else the residual.
+        The input and two numbers per channel; with a residual, also the output for relu and leaky_relu, else the
+        residual.
 
     Example:
         >>> norm = ckpt_kernels.nn.SyncBatchNorm(4, activation="relu")
@@ -166,7 +170,7 @@ class GroupNorm(nn.GroupNorm):
         `(N, C, *)` to the same. Parameters, as torch's: `weight` and `bias`, `(C)`.
 
     Kept for backward:
-        The input and, of each sample, two numbers a group.
+        The input and two numbers per group of each sample.
 
     Example:
         >>> norm = ckpt_kernels.nn.GroupNorm(2, 4, activation="silu")
@@ -191,7 +195,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class _InstanceNorm(_OfInstanceNorm):
-    """What the instance norms add to torch's, of which they are subclasses as well."""
+    """The part of the instance norms that is not in torch's classes, their other base."""
 
     def __init__(self, *args: Any, activation: Activation = "identity", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What torch's own channel norms compute, by our functions."""
+"""The forward passes of torch's channel norm modules, computed by the functions of this package."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import functional as F
-from ..functional.running_statistics import move_by_torch
+from ..functional.running_statistics import update_by_torch
 from .extras import weight_and_bias
 
 
@@ -18,29 +18,29 @@ def batch_norm_of(
     activation: str,
     process_group: "torch.distributed.ProcessGroup | None" = None,
     *,
-    again: bool = False,
+    repeat_updates: bool = False,
 ) -> Tensor:
-    """What a batch norm of torch's makes of `input`, its running statistics moved as torch's forward moves them.
+    """The output of a batch norm of torch, with its running statistics updated.
 
-    Once a step: where a checkpoint runs the forward pass again for the backward pass, they stay where they are, but
-    with `again`, by which they move again, as torch's do.
+    When a checkpoint repeats the forward pass, the statistics stay as they are, so each step updates them once. With
+    `repeat_updates` they are updated again, as torch's batch norm does.
     """
     module._check_input_dim(input)
-    repeated = _recomputing()
-    counted = module.training and module.track_running_stats and (again or not repeated)
+    is_repeated = _is_recomputing()
+    is_counted = module.training and module.track_running_stats and (repeat_updates or not is_repeated)
     momentum = 0.0 if module.momentum is None else module.momentum
-    # Of what is counted nothing but a cumulative average is computed.
-    batches = module.num_batches_tracked if counted else None
+    # The count is read only for a cumulative average.
+    batches = module.num_batches_tracked if is_counted else None
     if batches is not None and module.momentum is None:
         momentum = 1.0 / float(batches + 1)
-    # Without running statistics those of the batch serve in eval mode too.
+    # Without running statistics, those of the batch are used in eval mode too.
     training = module.training or (module.running_mean is None and module.running_var is None)
-    if counted and repeated and process_group is None:
-        _move_first(functional.batch_norm, module, input, momentum)
+    if is_counted and is_repeated and process_group is None:
+        _update_first(functional.batch_norm, module, input, momentum)
         if batches is not None:
             batches.add_(1)
-        counted, batches = False, None
-    tracked = counted or not module.training
+        is_counted, batches = False, None
+    tracked = is_counted or not module.training
     weight, bias = weight_and_bias(module)
     output = F.batch_norm(
         input,
@@ -55,23 +55,23 @@ def batch_norm_of(
         residual=residual,
         process_group=process_group,
     )
-    # An error leaves the counter, too, as it was.
+    # After an error the counter is unchanged, so it is updated last.
     if batches is not None:
         batches.add_(1)
     return output
 
 
 def instance_norm_of(
-    module: nn.modules.instancenorm._InstanceNorm, input: Tensor, activation: str, *, again: bool = False
+    module: nn.modules.instancenorm._InstanceNorm, input: Tensor, activation: str, *, repeat_updates: bool = False
 ) -> Tensor:
-    """What an instance norm of torch's makes of a batch, its running statistics moved once a step, or `again`."""
+    """The output of an instance norm of torch for a batch, with running statistics updated as in `batch_norm_of`."""
     training = module.training or not module.track_running_stats
     momentum = module.momentum if module.momentum is not None else 0.0
-    tracked = again or not (training and _recomputing())
-    # Torch's instance norm, unlike the batch norm, moves them after the norm has saved, and so before the activation
-    # does: ours are to move first only where an activation is in the block.
-    if tracked and training and _recomputing() and activation != "identity":
-        _move_first(functional.instance_norm, module, input, momentum)
+    tracked = repeat_updates or not (training and _is_recomputing())
+    # Torch's instance norm updates the statistics after it has saved its tensors, and before an activation saves.
+    # Only with an activation in the block must they be updated first.
+    if tracked and training and _is_recomputing() and activation != "identity":
+        _update_first(functional.instance_norm, module, input, momentum)
         tracked = False
     return F.instance_norm(
         input,
@@ -86,16 +86,19 @@ def instance_norm_of(
     )
 
 
-def _move_first(
+def _update_first(
     norm: Callable[..., Tensor], module: nn.modules.batchnorm._NormBase, input: Tensor, momentum: float
 ) -> None:
-    """Moves the running statistics before the block runs again: a checkpoint stops a forward where the last tensor that
-    it wants is saved, which torch's code does after the statistics have moved, and the block before."""
-    move_by_torch(norm, input, module.running_mean, module.running_var, momentum, module.eps)
+    """Update the running statistics before a checkpoint repeats the block.
+
+    A checkpoint stops a repeated forward pass when the last tensor that the backward pass needs is saved. Torch's code
+    has updated the statistics by then, and the block has not.
+    """
+    update_by_torch(norm, input, module.running_mean, module.running_var, momentum, module.eps)
 
 
 def group_of(module: nn.SyncBatchNorm) -> "torch.distributed.ProcessGroup | None":
-    """The processes that it is synchronised with; None where there are none."""
+    """The processes that the module is synchronised with; None if there is only one process."""
     dist = torch.distributed
     if not dist.is_available() or not dist.is_initialized():
         return None
@@ -103,6 +106,6 @@ def group_of(module: nn.SyncBatchNorm) -> "torch.distributed.ProcessGroup | None
     return group if dist.get_world_size(group) > 1 else None
 
 
-def _recomputing() -> bool:
-    """Whether this forward pass is one within a backward pass."""
+def _is_recomputing() -> bool:
+    """Whether this forward pass runs within a backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -10,20 +10,20 @@ from .extras import extras, recorded
 
 
 class DyT(nn.Module):
-    r"""Dynamic tanh, in the place of a norm, as one block, with the input's strides.
+    r"""Dynamic tanh, a replacement for a norm, as one block, with the input's strides.
 
     .. math::
         y = \tanh(\alpha x) \odot w + b
 
     Args:
         num_features: N, the length of the input's last dimension.
-        alpha_init: where alpha starts.
+        alpha_init: the initial alpha.
         elementwise_affine: whether there are a weight, which starts at 1, and a bias, which starts at 0.
-        bias: whether there is a bias where there is a weight.
-        device, dtype: of the parameters.
+        bias: False for a weight without a bias.
+        device, dtype: the device and dtype of the parameters.
 
     Shape:
-        `(*, N)` to the same. Parameters, named as the paper's code names them: `alpha`, `(1)`, `weight` and `bias`,
+        `(*, N)` to the same. Parameters, with the names in the paper's code: `alpha`, `(1)`, `weight` and `bias`,
         `(N)`.
 
     Kept for backward:
@@ -63,7 +63,7 @@ class DyT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """An alpha of `alpha_init`, weights of 1 and biases of 0."""
+        """Set alpha to `alpha_init`, weights to 1 and biases to 0."""
         nn.init.constant_(self.alpha, self.alpha_init)
         if self.weight is not None:
             nn.init.ones_(self.weight)

@@ -1,4 +1,4 @@
-"""What the modules share: settings checked, and settings told, and how torch.fx sees a module."""
+"""Helpers that the modules share: checks and text of settings, reads of parameters, and calls in torch.fx graphs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch.fx import Proxy, Tracer
 
 
 def extras(**settings: tuple[object, object]) -> str:
-    """ ", name=value" for every setting that is not at its default."""
+    """Text ", name=value" for each setting that differs from its default, given as name=(value, default)."""
     return "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)
 
 
@@ -18,10 +18,10 @@ _kept_namespaces: dict[type, tuple[Mapping[str, Any], ...]] = {}
 
 
 def weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Both parameters, without torch's search for an attribute, which costs as much as a small kernel.
+    """The attributes `weight` and `bias` of a module.
 
-    From where they are registered; whatever puts something in their place takes them from there, or lays it over them
-    in the module's own attributes, or in its class, which may change at any time.
+    Torch's search for an attribute costs as much as a small kernel. So both are read from the registered parameters,
+    unless an attribute of the module or of a class replaces them. Classes may change at any time, so every call checks.
     """
     kind: Any = type(module)
     own = module.__dict__
@@ -44,9 +44,9 @@ def weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _namespaces(kind: type) -> tuple[Mapping[str, Any], ...]:
-    """What a class and its bases define, as it is at any time.
+    """The namespaces of a class and its bases, which show later changes of these classes.
 
-    Kept for the classes of this package, which live as long as the process does; others would be kept alive.
+    They are cached for the classes of this package only. A cache would keep other classes alive.
     """
     found = tuple([base.__dict__ for base in kind.__mro__])
     if kind.__module__.startswith(f"{__package__}.") and "<locals>" not in kind.__qualname__:
@@ -55,10 +55,10 @@ def _namespaces(kind: type) -> tuple[Mapping[str, Any], ...]:
 
 
 def recorded(module: nn.Module, *inputs: Any) -> Proxy | None:
-    """The module's call as one node of the graph that torch.fx makes, as is a call of torch.nn's modules.
+    """Record the module's call as one node of the torch.fx graph, as torch.fx records calls of torch.nn's modules.
 
-    So it follows the module's training mode and statistics, which functions of its parameters would not. None for the
-    module that is traced itself.
+    The node follows later changes of the training mode and of running statistics. A call of a function with the
+    module's parameters would not. None if this module is the one that is traced.
     """
     tracer = inputs[0].tracer
     if not isinstance(tracer, Tracer) or tracer.root is module:

@@ -25,10 +25,10 @@ class GatedRMSNorm(nn.RMSNorm):
         norm_before_gate: True computes the first form, False the second.
 
     Shape:
-        Twice `(*, normalized_shape)` to the same. Parameter: `weight`, `(normalized_shape)`.
+        Two tensors `(*, normalized_shape)` to one of the same shape. Parameter: `weight`, `(normalized_shape)`.
 
     Kept for backward:
-        Input, gate, and one number a row.
+        Input, gate, and one number per row.
 
     Example:
         >>> norm = ckpt_kernels.nn.GatedRMSNorm(64, norm_before_gate=False)

@@ -15,23 +15,24 @@ from .extras import extras, recorded
 
 
 class GLU(nn.Module):
-    r"""A gate and its product with a value, as one block.
+    r"""The product of an activated gate and a value, as one block.
 
     .. math::
         y = \mathrm{act}(\min(g, l)) \odot (\max(\min(v, l), -l) + o)
 
-    `forward(input)` takes gate and value out of one tensor; as constructed by default it computes what `torch.nn.GLU`
-    does. `forward(gate, value)` takes them as two. The output's dimensions lie in memory as the input's.
+    `forward(input)` reads gate and value from the halves of one tensor; with the default arguments the module computes
+    the same as `torch.nn.GLU`. `forward(gate, value)` reads two tensors. The output has the input's order of dimensions
+    in memory.
 
     Args:
-        dim: the dimension that packs the two.
+        dim: the dimension whose halves are gate and value.
         activation: act, applied to the gate.
-        layout: "value_first" as torch's, "gate_first" or "interleaved".
-        limit: l, above 0, of gate and value; None for none.
+        layout: "value_first" as in torch, "gate_first" or "interleaved".
+        limit: l, above 0, the limit of gate and value; None for no limit.
         offset: o, added to the value.
 
     Shape:
-        `(*, 2 N, *)` to `(*, N, *)`; or twice any shape to the same.
+        `(*, 2 N, *)` to `(*, N, *)`; or two tensors of one shape to that shape.
 
     Kept for backward:
         Gate and value.
@@ -97,11 +98,11 @@ def _gated(
     if dim == dims - 1:
         return F.packed_glu(input, layout=layout, **options)
     if input.is_contiguous() and layout != "interleaved":
-        # The halves of an inner dimension are the halves of it and all that follow.
+        # Flattened with all later dimensions, the halves of the dimension stay halves.
         halves = F.packed_glu(input.flatten(dim), layout=layout, **options)
         return halves.unflatten(dim, (input.shape[dim] // 2, *input.shape[dim + 1 :]))
     if not input.is_nested and 0 in input.stride() and layout != "interleaved":
-        # Of what is expanded each place in memory counts for several; how the result lies goes by the halves.
+        # In an expanded tensor several elements share one place in memory. The halves determine the output's layout.
         first, second = input.chunk(2, dim)
         gate, value = (second, first) if layout == "value_first" else (first, second)
         return F.glu(gate, value, **options)
@@ -109,5 +110,5 @@ def _gated(
     return last.movedim(-1, dim)
 
 
-# Where the module itself is traced by torch.fx, whether it is called with one tensor or two shows later.
+# While torch.fx traces the module itself, it is not known yet whether calls pass one tensor or two.
 torch.fx.wrap("_gated")

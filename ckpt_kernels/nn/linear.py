@@ -1,7 +1,7 @@
 """Blocks with the linear layers that read them, as modules.
 
-Each is one fused call of its parts' parameters; where the parts are more than these, they are called one by one: see
-`by_parts`.
+A module makes one fused call with the parameters of its parts. If the parts have hooks or other forwards, they are
+called one by one instead: see `by_parts`.
 """
 
 from collections.abc import Sequence
@@ -27,21 +27,21 @@ class NormLinear(nn.Module):
         y_i = \mathrm{act}(\mathrm{norm}(x))\, W_i^\top + b_i
 
     Args:
-        in_features: what is normalised, the input's last dimension.
-        out_features: of the linear layer, or a sequence of those of several.
-        bias: whether the linear layers have one.
-        eps: of the norm; None is its default.
-        device, dtype: of all parameters.
+        in_features: the length of the input's last dimension, which is normalised.
+        out_features: the output features of the linear layer, or a sequence with those of several layers.
+        bias: whether the linear layers have a bias.
+        eps: the epsilon of the norm; None means the norm's default.
+        device, dtype: the device and dtype of all parameters.
         norm: "layer_norm" or "rms_norm".
         activation: act, applied to the normalised value.
         recompute: "block", "output" or "all".
 
     Shape:
-        `(*, in_features)` to `(*, out_features)`, or to a tuple of such where `out_features` is a sequence. Parameters:
-        those of `norm`, and of `linear` or `linears.0`, `linears.1`, ...
+        `(*, in_features)` to `(*, out_features)`, or to a tuple of such tensors if `out_features` is a sequence.
+        Parameters: those of `norm`, and of `linear` or `linears.0`, `linears.1`, ...
 
     Kept for backward:
-        The input and one or two numbers a row; at "block" also what the linear layers read.
+        The input and one or two numbers per row; at "block" also the input of the linear layers.
 
     Example:
         >>> qkv = ckpt_kernels.nn.NormLinear(64, (64, 16, 16), norm="rms_norm", bias=False)
@@ -117,16 +117,16 @@ class ActLinear(nn.Linear):
         y = \mathrm{dropout}(\mathrm{act}(x))\, W^\top + b
 
     Args:
-        in_features, out_features, bias, device, dtype: as `torch.nn.Linear`'s.
+        in_features, out_features, bias, device, dtype: as for `torch.nn.Linear`.
         activation: act, applied to the input.
-        dropout: the probability with which elements of act(x) are dropped in training.
+        dropout: the probability of dropping an element of act(x) in training.
         recompute: "block", "output" or "all".
 
     Shape:
-        `(*, in_features)` to `(*, out_features)`. Parameters, as `torch.nn.Linear`'s: `weight` and `bias`.
+        `(*, in_features)` to `(*, out_features)`. Parameters, as in `torch.nn.Linear`: `weight` and `bias`.
 
     Kept for backward:
-        The input, and no dropout mask; at "block" also what the linear layer reads.
+        The input, and no dropout mask; at "block" also the input of the linear layer.
 
     Example:
         >>> layer = ckpt_kernels.nn.ActLinear(64, 32, activation="gelu")

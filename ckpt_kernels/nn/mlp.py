@@ -1,7 +1,7 @@
 """MLPs as modules.
 
-Each is one fused call of its parts' parameters; where the parts are more than these, they are called one by one: see
-`by_parts`.
+A module makes one fused call with the parameters of its parts. If the parts have hooks or other forwards, they are
+called one by one instead: see `by_parts`.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from ..arguments import flag, probability, size
 from ..functional.linear import level_name
 from ..functional.mlps import tiles_for
 from ..ops.glu import layout_name
-from .by_parts import are_plain, discarding_outputs, dropped
+from .by_parts import apply_dropout, are_plain, discarding_outputs
 from .extras import extras, recorded
 
 
@@ -27,19 +27,20 @@ class MLP(nn.Module):
         y = \mathrm{dropout}(\mathrm{act}(x W_1^\top + b_1))\, W_2^\top + b_2
 
     Args:
-        in_features, hidden_features: of the first linear layer.
-        out_features: of the second; None is `in_features`.
-        bias: whether they have one.
-        device, dtype: of all parameters.
-        activation, dropout: between the two.
+        in_features, hidden_features: the input and output features of the first linear layer.
+        out_features: the output features of the second linear layer; None means `in_features`.
+        bias: whether the linear layers have a bias.
+        device, dtype: the device and dtype of all parameters.
+        activation: act.
+        dropout: the probability of dropping an element between the linear layers in training.
         recompute: "block", "output" or "all".
-        tiles: how many parts the rows are taken in; see `functional.mlp`.
+        tiles: the number of parts in which rows are processed; see `functional.mlp`.
 
     Shape:
         `(*, in_features)` to `(*, out_features)`. Parameters: those of `fc1` and `fc2`.
 
     Kept for backward:
-        The input; but for "all" the first product; at "block" what the second product reads too.
+        The input; at "output" and "block" also the first product; at "block" also the input of the second product.
 
     Example:
         >>> mlp = ckpt_kernels.nn.MLP(16, 64, recompute="all")
@@ -109,23 +110,23 @@ class GatedMLP(nn.Module):
         y = \mathrm{dropout}(\mathrm{act}(x W_g^\top + b_g) \odot (x W_v^\top + b_v))\, W^\top + b
 
     Args:
-        in_features, hidden_features: of the products of the input.
-        out_features: of the last; None is `in_features`.
-        bias: whether they have one.
-        device, dtype: of all parameters.
+        in_features, hidden_features: the input and output features of the products of the input.
+        out_features: the output features of the last product; None means `in_features`.
+        bias: whether the linear layers have a bias.
+        device, dtype: the device and dtype of all parameters.
         activation: act, applied to the gate.
-        dropout: the probability with which elements that the last product reads are dropped in training.
-        packed: one weight for gate and value.
-        layout: of the packed weight: "gate_first", "value_first" or "interleaved".
+        dropout: the probability of dropping an element of the last product's input in training.
+        packed: whether one weight holds gate and value.
+        layout: the layout of a packed weight: "gate_first", "value_first" or "interleaved".
         recompute: "block", "output" or "all".
-        tiles: how many parts the rows are taken in; see `functional.mlp`.
+        tiles: the number of parts in which rows are processed; see `functional.mlp`.
 
     Shape:
-        `(*, in_features)` to `(*, out_features)`. Parameters: those of `gate_proj`, `up_proj` (the value's) and
-        `down_proj`, as in Llama; where packed of `gate_up_proj` and `down_proj`, as in Phi-3.
+        `(*, in_features)` to `(*, out_features)`. Parameters: those of `gate_proj`, `up_proj` (for the value) and
+        `down_proj`, as in Llama; if packed, those of `gate_up_proj` and `down_proj`, as in Phi-3.
 
     Kept for backward:
-        The input; but for "all" gate and value; at "block" what the last product reads too.
+        The input; at "output" and "block" also gate and value; at "block" also the input of the last product.
 
     Example:
         >>> mlp = ckpt_kernels.nn.GatedMLP(16, 64)  # "output"
@@ -179,7 +180,7 @@ class GatedMLP(nn.Module):
                     product = F.packed_glu(gate(input), activation=self.activation, layout=self.layout)
                 else:
                     product = F.glu(gate(input), value(input), activation=self.activation)
-                return last(dropped(product, self.dropout, self.training))
+                return last(apply_dropout(product, self.dropout, self.training))
         return F.gated_mlp(
             input,
             gate.weight,

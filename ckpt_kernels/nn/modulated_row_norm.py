@@ -1,4 +1,4 @@
-"""Row norms that are scaled and shifted by sample, as modules."""
+"""Row norms whose result is scaled and shifted by sample, as modules."""
 
 from collections.abc import Sequence
 
@@ -23,11 +23,11 @@ class ModulatedLayerNorm(LayerNorm):
         activation, pre_activation: as `LayerNorm`'s.
 
     Shape:
-        `(*samples, *, normalized_shape)` and twice `(*samples, normalized_shape)` to the first. Parameters: `weight`
-        and `bias`, `(normalized_shape)`.
+        `(*samples, *, normalized_shape)` and two tensors `(*samples, normalized_shape)` to the first shape. Parameters:
+        `weight` and `bias`, `(normalized_shape)`.
 
     Kept for backward:
-        Input, scale, shift, and two numbers a row.
+        Input, scale, shift, and two numbers per row.
 
     Example:
         >>> norm = ckpt_kernels.nn.ModulatedLayerNorm(64, elementwise_affine=False)
@@ -65,11 +65,11 @@ class ModulatedRMSNorm(nn.RMSNorm):
         pre_activation: pre, applied to the input.
 
     Shape:
-        `(*samples, *, normalized_shape)` and twice `(*samples, normalized_shape)` to the first. Parameter: `weight`,
-        `(normalized_shape)`.
+        `(*samples, *, normalized_shape)` and two tensors `(*samples, normalized_shape)` to the first shape. Parameter:
+        `weight`, `(normalized_shape)`.
 
     Kept for backward:
-        Input, scale, shift, and one number a row.
+        Input, scale, shift, and one number per row.
 
     Example:
         >>> norm = ckpt_kernels.nn.ModulatedRMSNorm(64)

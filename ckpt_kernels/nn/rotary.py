@@ -11,25 +11,25 @@ from .extras import extras, recorded
 
 
 class Rotary(nn.Module):
-    r"""The rotation of heads, after a norm over each head if there is one, as one block.
+    r"""The rotation of heads, after an optional norm over each head, as one block.
 
     .. math::
         (y_i, y_j) = (z_i \cos_i - z_j \sin_i,\; z_j \cos_j + z_i \sin_j), \qquad z = \mathrm{norm}(x)
 
     Args:
         head_dim: D, the length of a head.
-        layout, output_layout, rotary_dim, rotary_start, norm, eps, weight_offset, cast_before_weight: as of
+        layout, output_layout, rotary_dim, rotary_start, norm, eps, weight_offset, cast_before_weight: as for
             `functional.rotary`.
         elementwise_affine: whether a norm has a weight, which starts at 1.
-        bias: whether it has a bias too, which starts at 0. ValueError where there is no weight.
-        device, dtype: of the parameters.
+        bias: whether a norm with a weight also has a bias, which starts at 0. ValueError without a weight.
+        device, dtype: the device and dtype of the parameters.
 
     Shape:
-        `forward(input, cos, sin)`: `(*, D)` and two tables, which are broadcast beside it, to `(*, D)`. Parameters:
-        those of torch's norms, `weight` and `bias`, `(D)`; None where there is no norm.
+        `forward(input, cos, sin)`: `(*, D)` and two tables, which broadcast with the input, to `(*, D)`. Parameters, as
+        in torch's norms: `weight` and `bias`, `(D)`; None without a norm.
 
     Kept for backward:
-        The tables; with a norm the input too.
+        The tables; with a norm also the input.
 
     Example:
         >>> block = ckpt_kernels.nn.Rotary(64, norm="rms", eps=1e-6)
@@ -90,7 +90,7 @@ class Rotary(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights that are 1 with their offset, and biases of 0."""
+        """Set weights to 1 minus their offset, and biases to 0."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 1 - self.weight_offset)
         if self.bias is not None:

@@ -1,4 +1,4 @@
-"""Row norms as modules. Each says in `extra_repr` what torch's own says, and what it does beyond that."""
+"""Row norms as modules."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ class LayerNorm(nn.LayerNorm):
         `(*, normalized_shape)` to the same. Parameters, as torch's: `weight` and `bias`, `(normalized_shape)`.
 
     Kept for backward:
-        The input, and two numbers a row.
+        The input, and two numbers per row.
 
     Example:
         >>> norm = ckpt_kernels.nn.LayerNorm(64, activation="gelu")
@@ -95,7 +95,7 @@ class RMSNorm(nn.RMSNorm):
         `(*, normalized_shape)` to the same. Parameter, as torch's: `weight`, `(normalized_shape)`.
 
     Kept for backward:
-        The input, and one number a row.
+        The input, and one number per row.
 
     Example:
         >>> norm = ckpt_kernels.nn.RMSNorm(64, eps=1e-6, weight_offset=1.0)  # as Gemma's
@@ -128,7 +128,7 @@ class RMSNorm(nn.RMSNorm):
         self.cast_before_weight = flag(cast_before_weight, "cast_before_weight")
 
     def reset_parameters(self) -> None:
-        """Weights such that weight_offset + weight is 1."""
+        """Set the weights to 1 minus their offset."""
         if self.elementwise_affine:
             nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 

@@ -1,6 +1,6 @@
-// The glu kernels for CUDA, and how they are launched: y = act(u) * w with u = min(gate, limit), w = clamp(value,
+// The glu kernels for CUDA, and their launches: y = act(u) * w with u = min(gate, limit), w = clamp(value,
 // -limit, limit) + offset (Y. Dauphin et al., "Language modeling with gated convolutional networks", 2017; N. Shazeer,
-// "GLU variants improve transformer", 2020). elements.cuh says what `launch` and VEC are.
+// "GLU variants improve transformer", 2020). elements.cuh describes `launch` and VEC.
 //
 // Backward, by the product rule, with g = dL/dy: dL/du = g * w * act'(u), dL/dw = g * act(u).
 //

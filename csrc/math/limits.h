@@ -1,5 +1,5 @@
-// The limits of a gate and its value (OpenAI, "gpt-oss-120b & gpt-oss-20b model card", 2025), and what of a gradient
-// they let through. As by torch's clamp that is all of it at the limit itself, and NaN stays NaN.
+// The limits of gate and value (OpenAI, "gpt-oss-120b & gpt-oss-20b model card", 2025), and the gradients of these
+// limits. As in torch's clamp, the gradient at the limit itself is 1, and NaN stays NaN.
 #pragma once
 
 #include "macros.h"

@@ -1,5 +1,5 @@
-// What Python's headers ask of a Windows of 64 bits, for packaging/check_targets.sh alone: the headers are the same on
-// all systems but for this one file, and here there is the one of this system. Nothing that is built includes it.
+// The macros that Python's headers need for 64-bit Windows, used only by packaging/check_targets.sh. Only this one of
+// Python's headers depends on the system, and the installed one is for another system. No build includes it.
 #define MS_WINDOWS
 #define MS_WIN64
 #define HAVE_DECLSPEC_DLL

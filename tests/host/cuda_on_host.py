@@ -1,4 +1,4 @@
-"""A backend for the tests: the CUDA kernels of csrc/cuda, compiled by the host compiler and run as fibers."""
+"""A backend for the tests: the CUDA kernels of csrc/cuda, compiled by the host compiler, with threads as fibers."""
 
 import functools
 import pathlib
@@ -13,12 +13,12 @@ from ckpt_kernels.activations import CODES
 from ckpt_kernels.backends import native, reference
 from ckpt_kernels.backends.blocks import Rotary, RowNorm
 
-# The CUDA library has no kernels of its own for these.
+# The CUDA library has no kernels for these functions.
 channel_statistics, channel_coefficients = reference.channel_statistics, reference.channel_coefficients
 channel_backward_coefficients = reference.channel_backward_coefficients
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Of tables, which are read in any dtype.
+# Dtypes of rotary tables, which may be float64 too.
 _TABLE_KINDS = {**_KINDS, torch.float64: 3}
 
 
@@ -61,7 +61,7 @@ def _wide(tensor: Tensor | None, offset: float = 0.0) -> Tensor | None:
 
 
 def _row_norm(block: RowNorm) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """Its tensors, of which the first says what the matrices are, and its options."""
+    """The tensors of the block, of which the first has the shape of the matrices, and the options."""
     named, options = block._asdict(), block.options._asdict()
     del named["options"], options["columns"], options["centered"]
     named |= {"weight": _wide(block.weight, options.pop("weight_offset")), "bias": _wide(block.bias)}
@@ -124,7 +124,7 @@ def dyt_backward(grad_output, input, alpha, weight, grad_input, grad_alpha, grad
 
 
 def _rotary(block: Rotary, heads: Tensor) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """Its tensors, after one that says what the rows are, and all that is no tensor."""
+    """The tensors of the block, after the heads, which have the shape of the rows, and the options."""
     named, options = block._asdict(), block.options._asdict()
     del named["options"]
     named |= {"weight": _wide(block.weight, options.pop("weight_offset")), "bias": _wide(block.bias)}
@@ -138,7 +138,7 @@ def _rotary(block: Rotary, heads: Tensor) -> tuple[dict[str, Tensor | None], dic
 
 
 def _without_broadcast(table: Tensor) -> Tensor:
-    """Strides of 0 where there is one for all."""
+    """The table with strides of 0 in dimensions of size one."""
     strides = [0 if size == 1 else stride for size, stride in zip(table.shape[:-1], table.stride()[:-1], strict=True)]
     return table.as_strided(table.shape, (*strides, 1))
 

@@ -1,7 +1,7 @@
 """python -m tests.mutants [--list] [--only TEXT ...]: puts faults of the table into a copy, and runs their tests there.
 
-The copy is build/mutants/tree. Faults of C++ and CUDA sources are compiled into it together, each behind a number that
-the process is told by CKPT_KERNELS_MUTANT, so that each library is built once, and without much optimisation.
+The copy is build/mutants/tree. All faults of C++ and CUDA sources are compiled into one library with little
+optimisation; the environment variable CKPT_KERNELS_MUTANT selects the fault that runs.
 """
 
 import argparse
@@ -20,12 +20,12 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 TREE = ROOT / "build" / "mutants" / "tree"
 VARIABLE = "CKPT_KERNELS_MUTANT"
 SWITCH = f"""
-// Which of the faults that are compiled in is the one to show.
+// The number of the fault that runs.
 #include <stdlib.h>
 inline const int ckpt_mutant = getenv("{VARIABLE}") ? atoi(getenv("{VARIABLE}")) : 0;
 """
-# Of one run of the tests of a fault; one that makes them hang is noticed.
-LONGEST = 1200
+# Seconds for the tests of one fault. A fault that makes a test hang is detected.
+TIME_LIMIT = 1200
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(text in mutant.name or text in mutant.file for text in options.only)
     }
     if not numbered:
-        parser.error(f"--only is {' '.join(options.only)}; expected a part of a name or file that --list shows")
+        parser.error(f"--only is {' '.join(options.only)}; expected a part of a name or file that --list is_detected")
     if options.list:
         for mutant in numbered.values():
             print(f"{mutant.file}: {mutant.name}")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(numbered: dict[int, Mutant]) -> int:
-    """Runs all; 1 if a fault was not noticed that should be."""
+    """Runs all mutants; 1 if a fault was not detected that should be."""
     make_copy()
     build(any(mutant.is_in_library for mutant in numbered.values()))
     sound: dict[str, bool] = {}
@@ -58,9 +58,9 @@ def run(numbered: dict[int, Mutant]) -> int:
     for count, (number, mutant) in enumerate(numbered.items(), 1):
         begin = time.perf_counter()
         if mutant.tests not in sound:
-            sound[mutant.tests] = not notices(mutant.tests, 0)
+            sound[mutant.tests] = not fail_with(mutant.tests, 0)
         if sound[mutant.tests]:
-            result = "killed" if shows(number, mutant) else "survived"
+            result = "killed" if is_detected(number, mutant) else "survived"
         else:
             result = "tests fail without it"
         expected = "survived" if mutant.reason else "killed"
@@ -75,7 +75,7 @@ def run(numbered: dict[int, Mutant]) -> int:
 
 
 def make_copy() -> None:
-    """The sources as they are, with all faults of C++ behind their numbers. What has not changed keeps its date."""
+    """Copies the sources, with the faults of C++ sources switched in. Files without a change keep their dates."""
     named = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -89,7 +89,7 @@ def make_copy() -> None:
         if mutant.is_compiled:
             contents[mutant.file] = mutant.switched(text, number).encode()
         else:
-            mutant.applied(text)  # to see that it can be
+            mutant.applied(text)  # raises if the text is not in the file
     contents["csrc/math/macros.h"] += SWITCH.encode()
     contents["setup.py"] = contents["setup.py"].replace(b'"-O3"', b'"-O1"')
     for name, content in contents.items():
@@ -100,8 +100,8 @@ def make_copy() -> None:
 
 
 def build(with_faults: bool) -> None:
-    """The compiled library, where one with the faults is needed; else that of the sources will do, or an earlier one.
-    The tests build the kernels of CUDA themselves."""
+    """Compiles the library with the faults if needed; else copies the library of the sources, if there is no copy yet.
+    The tests compile the CUDA kernels themselves."""
     if not with_faults:
         for library in (ROOT / "ckpt_kernels").glob("_C.*so"):
             copy = TREE / "ckpt_kernels" / library.name
@@ -117,23 +117,23 @@ def build(with_faults: bool) -> None:
         sys.exit(done.stdout + done.stderr)
 
 
-def shows(number: int, mutant: Mutant) -> bool:
-    """Whether the tests notice the fault."""
+def is_detected(number: int, mutant: Mutant) -> bool:
+    """Whether the tests of the fault fail with it."""
     if mutant.is_compiled:
-        return notices(mutant.tests, number)
+        return fail_with(mutant.tests, number)
     path = TREE / mutant.file
     text = path.read_text()
     path.write_text(mutant.applied(text))
     try:
-        return notices(mutant.tests, 0)
+        return fail_with(mutant.tests, 0)
     finally:
         path.write_text(text)
 
 
-def notices(tests: str, number: int) -> bool:
-    """Whether these tests fail with the fault of this number, or hang, or crash."""
+def fail_with(tests: str, number: int) -> bool:
+    """Whether these tests fail, hang or crash with the fault of this number."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    # Two states of a source may have one date, by which Python would take the bytecode of one for the other's.
+    # Two versions of a source may have the same date, and Python would then run the bytecode of the other version.
     environment = os.environ | {VARIABLE: str(number), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
@@ -142,7 +142,7 @@ def notices(tests: str, number: int) -> bool:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=LONGEST,
+            timeout=TIME_LIMIT,
         )
     except subprocess.TimeoutExpired:
         return True

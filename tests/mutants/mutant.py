@@ -1,7 +1,8 @@
-"""A fault, and which tests are to notice it.
+"""A mutant: a fault in a source file, and the tests that must fail with the fault.
 
-In `find`, which must be in the file once, «» marks the replaced part where that is not all. Of C++ and CUDA sources
-that is an expression, or a statement with its semicolon, because both it and its replacement are compiled.
+The text `find` must occur once in the file; «» marks the replaced part of the text, if that is not all. In C++ and CUDA
+sources the replaced part is an expression, or a statement with the semicolon, because original and replacement are both
+compiled.
 """
 
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: what is replaced by what, the pytest arguments of the tests that are to fail by it, and, if none can,
-    the reason."""
+    """One fault: the text and the replacement, the pytest arguments of the tests that must fail, and the reason if no
+    test can fail."""
 
     name: str
     file: str
@@ -25,11 +26,11 @@ class Mutant:
 
     @property
     def is_in_library(self) -> bool:
-        """Of CUDA's kernels the tests have a build of their own."""
+        """Whether the fault is compiled into the library. The tests compile the CUDA kernels themselves."""
         return self.is_compiled and not self.file.startswith("csrc/cuda/")
 
     def parts(self, text: str) -> tuple[str, str, str]:
-        """What is before the fault, what it replaces, and what comes after."""
+        """The text before the fault, the replaced text, and the text after the fault."""
         before, mark, rest = self.find.partition("«")
         original, _, after = rest.partition("»") if mark else (self.find, "", "")
         before = before if mark else ""
@@ -44,7 +45,7 @@ class Mutant:
         return before + self.replace + after
 
     def switched(self, text: str, number: int) -> str:
-        """The file with both, the fault where `ckpt_mutant` has its number."""
+        """The file with the original and the fault, which runs where `ckpt_mutant` has this number."""
         before, original, after = self.parts(text)
         if original.endswith(";"):
             both = f"{{ if (ckpt_mutant == {number}) {{ {self.replace} }} else {{ {original} }} }}"

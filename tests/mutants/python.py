@@ -1,4 +1,4 @@
-"""Faults in the Python of all floors."""
+"""Faults in the Python sources."""
 
 from .mutant import Mutant
 from .selections import DROPPED
@@ -41,7 +41,7 @@ PYTHON = (
         "ckpt_kernels/recompute/provenance.py",
         "output == 0 and block.is_unwritten()",
         "output == 0",
-        "tests/test_recompute.py -k cast_of_what_was_written",
+        "tests/test_recompute.py -k cast_of_a_written",
     ),
     Mutant(
         "writes that the graph does not know are not counted",
@@ -55,7 +55,7 @@ PYTHON = (
         "ckpt_kernels/recompute/cells.py",
         "if tensor._version != self.version",
         "if False",
-        "tests/test_recompute.py -k write_to_what_is_kept",
+        "tests/test_recompute.py -k write_to_a_kept",
     ),
     Mutant(
         "a rebuilt output waits for one reader more",
@@ -107,7 +107,7 @@ PYTHON = (
         "ckpt_kernels/recompute/contexts.py",
         "is_recorded = torch.compiler.is_compiling() or «torch._C._get_tracing_state() is not None»",
         "False",
-        "tests/test_transforms_modules.py -k 'convolutions_each_time and output'",
+        "tests/test_transforms_modules.py -k 'network_with_convolutions and output'",
     ),
     Mutant(
         "a flag may be a number",
@@ -212,12 +212,12 @@ PYTHON = (
         "ckpt_kernels/recompute/transforms.py",
         "if not discarder.is_closed:\n                    «hooks._push_saved_tensors_default_hooks(*pair)»",
         "pass",
-        "tests/test_convert_outside.py -k goes_on_after_a_transform",
+        "tests/test_convert_outside.py -k stays_open_after_a_transform",
     ),
     Mutant(
-        "running statistics move after a block that runs again",
+        "running statistics are updated after a repeated block",
         "ckpt_kernels/nn/channel_norms_of_torch.py",
-        "if «counted and repeated» and process_group is None",
+        "if «is_counted and is_repeated» and process_group is None",
         "False",
         "tests/test_convert_around_it.py -k in_a_checkpoint",
     ),
@@ -233,7 +233,7 @@ PYTHON = (
         "ckpt_kernels/convert/code/in_place_writes.py",
         "_writer_of(type(module)) «or _writer_held(vars(module))»",
         "",
-        "tests/test_convert_reads.py -k holds_may_write",
+        "tests/test_convert_in_place_writes.py -k holds_may_write",
     ),
     Mutant(
         "a shallow copy of a converted model takes its late conversion",

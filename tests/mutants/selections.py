@@ -1,4 +1,4 @@
-"""Tests that notice faults on several floors; what stands for {} is the backend."""
+"""Selections of tests that detect faults in several languages; {} stands for the backend."""
 
 DROPPED = "tests/test_linear.py -k 'every_activation_and_dropout and gelu-all and {}'"
 MASKS = "tests/test_row_norm.py -k 'dropout_gradients and {}'"

@@ -1,8 +1,9 @@
-"""Generated programs: a model and its converted twin are called alike, and must not be told apart.
+"""Generated programs: a model and a converted twin take the same steps, and must give the same results.
 
-`grammar` writes the source of a model and what happens between its calls, from a seed and the fragments in `templates`
-and `actions`; `library` is the text that every source begins with. `runner` imports a source twice and runs the twins;
-`comparer` says in what they differ. `python -m tests.programs` runs as many as one likes, and shrinks what fails.
+`grammar` writes the source of a model and the steps, from a seed and the fragments in `templates`, `statements` and
+`actions`; `library` is the text at the start of every source. `runner` imports a source twice and runs the twins;
+`comparer` lists their differences. `python -m tests.programs` runs many programs, and `shrink` makes failing ones
+smaller.
 """
 
 from .grammar import Program, write

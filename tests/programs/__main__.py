@@ -1,6 +1,7 @@
-"""`python -m tests.programs`: runs generated programs on a model and its converted twin.
+"""`python -m tests.programs`: runs generated programs on a model and a converted twin.
 
-With --seed, one program: prints its source and what differed. Otherwise many, and a summary of those that failed.
+With --seed, runs one program and prints the source and the differences. Otherwise runs many programs and prints a
+summary of the failures.
 """
 
 import argparse
@@ -23,16 +24,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.programs", description=__doc__)
     parser.add_argument("--seed", type=int, help="run this program only")
     parser.add_argument(
-        "--level", choices=LEVELS, help="recompute level (default: all three of one program, or in turn)"
+        "--level", choices=LEVELS, help="recompute level (default: all three for one program, or in turn)"
     )
     parser.add_argument("--start", type=int, default=0, help="the first seed of many (default: 0)")
     parser.add_argument("--count", type=int, default=1000, help="how many programs (default: 1000)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--shrink", action="store_true", help="make what fails smaller before it is printed")
+    parser.add_argument("--shrink", action="store_true", help="make failing programs smaller before they are printed")
     parser.add_argument(
-        "--strict", action="store_true", help="a write that eager torch's backward refuses must be refused"
+        "--strict", action="store_true", help="a write that is an error in eager torch must be an error"
     )
-    parser.add_argument("--verbose", action="store_true", help="print the sources of all that fail")
+    parser.add_argument("--verbose", action="store_true", help="print the sources of failing programs")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
@@ -71,8 +72,8 @@ def _many(options: argparse.Namespace, folder: Path) -> int:
                 if options.shrink and result.differences:
                     result = shrunk(result, folder, ckpt_kernels.convert)
                 print(f"\n{result}\n")
-        told = ", ".join(f"{count} {what}" for what, count in counts.items())
-        print(f"\r{time.monotonic() - start:6.0f} s  {told}, seed {seed}", end="", file=sys.stderr, flush=True)
+        progress = ", ".join(f"{count} {what}" for what, count in counts.items())
+        print(f"\r{time.monotonic() - start:6.0f} s  {progress}, seed {seed}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print(", ".join(f"{count} {what}" for what, count in counts.items()))
     for what, seeds in sorted(failed.items(), key=lambda pair: -len(pair[1])):

@@ -1,7 +1,7 @@
-"""What is done with a model: calls of it, and what people do to models between calls.
+"""Steps of a program: calls of the model, and users' actions between calls.
 
-An action is the text of statements that run in the twin's own module; `$p` is the path of a child of a kind that is
-named, and SAMPLE a tensor.
+An action is the text of statements that run in the twin's own module; `$p` is the path of a child of one of the given
+kinds, and SAMPLE is a tensor.
 """
 
 import random
@@ -12,10 +12,11 @@ LEVELS = ("block", "output", "all")
 
 @dataclass(frozen=True)
 class Step:
-    """`text` is run; a call's is an expression of the model and its arguments x and y.
+    """A step whose `text` is run; for a call, an expression of the model and the arguments x and y.
 
-    `rows` is 0 for what is no call. `gradients`: the call is differentiated. `leaf`: x is the very leaf that wants a
-    gradient. `twin`: only the converted twin has it done.
+    `rows` is 0 for steps without a call. `gradients`: the call is followed by a backward pass. `leaf`: x itself is a
+    leaf. `wanted`: x requires a gradient. `tagged`: the arguments have a tensor subclass. `twin`: only the converted
+    twin takes the step.
     """
 
     text: str
@@ -131,7 +132,8 @@ WHOLE: tuple[tuple[str, str], ...] = (
 def steps(
     rng: random.Random, parameters: str, paths: list[tuple[str, str]], no_grad: bool, rows: tuple[int, ...]
 ) -> tuple[Step, ...]:
-    """Calls with so many rows, and in between what is done to a model whose children are found at `paths`, by kind."""
+    """Random calls with numbers of rows from `rows`, and actions in between; `paths` has the kinds and paths of the
+    model's children."""
     taken = [Step("model.eval()")] if rng.random() < 0.12 else []
     taken.append(_call(rng, parameters, no_grad, rows))
     for _ in range(rng.randint(1, 4)):

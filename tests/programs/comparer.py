@@ -1,4 +1,4 @@
-"""What can be seen of values after a call, and in what two of these differ."""
+"""Snapshots of values after a call, and the differences of two snapshots."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """A tensor as it was."""
+class TensorSnapshot:
+    """A snapshot of a tensor."""
 
     kind: str
     dtype: torch.dtype
@@ -22,28 +22,28 @@ class Seen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
-    """An object or a container as it was: its class, and what it holds by name or place."""
+class ContainerSnapshot:
+    """A snapshot of an object or a container: the class, and the items by name or index."""
 
     kind: str
     items: tuple[tuple[Any, Any], ...]
 
 
-def seen(value: Any) -> Any:
-    """A copy of all that may be told of a value, which later writes do not change."""
-    if isinstance(value, Seen | Held):
+def snapshot(value: Any) -> Any:
+    """A snapshot of a value, which later writes do not change."""
+    if isinstance(value, TensorSnapshot | ContainerSnapshot):
         return value
     if isinstance(value, Tensor):
         plain = value.detach().as_subclass(Tensor).clone()
-        return Seen(_kind(value), value.dtype, tuple(value.shape), value.requires_grad, plain)
+        return TensorSnapshot(_kind(value), value.dtype, tuple(value.shape), value.requires_grad, plain)
     if isinstance(value, nn.Module):
         return f"a module, {_kind(value)}"
     if isinstance(value, Mapping):
-        return Held(_kind(value), tuple((key, seen(one)) for key, one in value.items()))
+        return ContainerSnapshot(_kind(value), tuple((key, snapshot(item)) for key, item in value.items()))
     if isinstance(value, list | tuple):
-        return Held(_kind(value), tuple((index, seen(one)) for index, one in enumerate(value)))
+        return ContainerSnapshot(_kind(value), tuple((index, snapshot(item)) for index, item in enumerate(value)))
     if isinstance(value, types.SimpleNamespace) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        return Held(_kind(value), tuple((key, seen(one)) for key, one in vars(value).items()))
+        return ContainerSnapshot(_kind(value), tuple((key, snapshot(item)) for key, item in vars(value).items()))
     if isinstance(value, bool | int | float | str | type(None) | torch.dtype):
         return value
     return getattr(value, "__qualname__", None) or _kind(value)
@@ -55,9 +55,9 @@ def _kind(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """How far values of a dtype may be apart, as a part of the largest in their tensor.
+    """The allowed difference of values, relative to the largest in their tensor.
 
-    `scale`: where values cancel out, what they were made of is about so large, and says how much rounding there was.
+    `scale` is the magnitude of the terms where values cancel, which determines the rounding errors.
     """
 
     coarse: bool
@@ -67,17 +67,17 @@ class Tolerance:
     def of(self, dtype: torch.dtype) -> float:
         if self.coarse or dtype in (torch.bfloat16, torch.float16):
             return 1e-1 if self.gradients else 3e-2
-        # Not less: what was computed in float32 may have been cast since.
+        # A float64 value may be a cast of a value that was computed in float32.
         return 1e-5 if dtype == torch.float64 else 1e-4
 
 
 def differences(eager: Any, other: Any, tolerance: Tolerance, at: str) -> Iterator[str]:
-    """In what `other` differs from what the eager twin shows, each with where it is."""
+    """The differences of `other` from the eager twin's snapshot, each with its place."""
     if type(eager) is not type(other):
         yield f"{at}: {_short(eager)} became {_short(other)}"
-    elif isinstance(eager, Seen):
+    elif isinstance(eager, TensorSnapshot):
         yield from _of_tensors(eager, other, tolerance, at)
-    elif isinstance(eager, Held):
+    elif isinstance(eager, ContainerSnapshot):
         names, others = [key for key, _ in eager.items], [key for key, _ in other.items]
         if eager.kind != other.kind:
             yield f"{at}: {eager.kind} became {other.kind}"
@@ -94,7 +94,7 @@ def differences(eager: Any, other: Any, tolerance: Tolerance, at: str) -> Iterat
         yield f"{at}: {_short(eager)} became {_short(other)}"
 
 
-def _of_tensors(eager: Seen, other: Seen, tolerance: Tolerance, at: str) -> Iterator[str]:
+def _of_tensors(eager: TensorSnapshot, other: TensorSnapshot, tolerance: Tolerance, at: str) -> Iterator[str]:
     for name in ("kind", "dtype", "shape", "requires_grad"):
         if getattr(eager, name) != getattr(other, name):
             yield f"{at}: {name} {getattr(eager, name)} became {getattr(other, name)}"
@@ -117,5 +117,5 @@ def _of_tensors(eager: Seen, other: Seen, tolerance: Tolerance, at: str) -> Iter
 
 
 def _short(value: Any) -> str:
-    text = value.kind if isinstance(value, Seen | Held) else str(value)
+    text = value.kind if isinstance(value, TensorSnapshot | ContainerSnapshot) else str(value)
     return text if len(text) < 200 else f"{text[:200]} ..."

@@ -1,4 +1,4 @@
-"""Writes a program from a seed: the source of a model, and the steps that are taken with it."""
+"""Writes a program from a seed: the source of a model, and the steps that run."""
 
 import random
 import re
@@ -16,7 +16,7 @@ _LIBRARY = Path(__file__).with_name("library.py").read_text()
 
 @dataclass(frozen=True)
 class Program:
-    """A model's source (after the library's text), the shape of its argument after the rows, and what is done."""
+    """A model's source without the library's text, the shape of an argument after the rows, and the steps."""
 
     seed: int
     source: str
@@ -29,7 +29,7 @@ class Program:
 
     @property
     def coarse(self) -> bool:
-        """Whether some of it is computed in bfloat16."""
+        """Whether some of the program computes in bfloat16."""
         return "bfloat16" in self.source or any("bfloat16" in step.text or step.autocast for step in self.steps)
 
     def __str__(self) -> str:
@@ -41,14 +41,14 @@ class Program:
 
 @dataclass
 class Slot:
-    """What a name holds: whether an op keeps it for backward, so that a write would be an error."""
+    """The tensor of a name: `kept` if an op saves it for backward, so that a write would be an error."""
 
     kept: bool
 
 
 @dataclass
 class Class:
-    """A class being written, and the children of its instances by kind."""
+    """A class under construction, and the children of an instance by kind."""
 
     name: str
     rng: random.Random
@@ -60,10 +60,10 @@ class Class:
     helpers: int = 0
 
     def child(self, kind: str) -> str:
-        """An attribute that holds a child of that kind, new more often than not."""
+        """An attribute with a child of this kind, usually a new one."""
         if kind == "block" and not self.blocks:
             kind = "mlp"
-        old = [name for name, its in self.children.items() if its == kind]
+        old = [name for name, child_kind in self.children.items() if child_kind == kind]
         if old and self.rng.random() < 0.25:
             return f"self.{self.rng.choice(old)}"
         made = (
@@ -75,7 +75,7 @@ class Class:
         return f"self.{name}"
 
     def helper(self) -> str:
-        """Another method of one tensor, and how it is called."""
+        """Adds a method of one tensor, and returns the text of a call."""
         decorator, parameters, call = self.rng.choice(statements.HELPERS)
         self.helpers += 1
         name = f"helper{self.helpers}"
@@ -89,7 +89,7 @@ class Class:
         return call.format(name)
 
     def paths(self, of: str) -> list[tuple[str, str]]:
-        """Kinds and paths of all children, those of generated classes' instances included."""
+        """Kinds and paths of all children, including the children of generated classes."""
         found = [(kind, f"{of}.{name}") for name, kind in self.children.items()]
         by_name = {block.name: block for block in self.blocks}
         for line in self.init:
@@ -106,7 +106,7 @@ class Class:
 
 
 class Body:
-    """Statements being written. `names` are tensors of the argument's shape; one that is `free` has no `self`."""
+    """Statements under construction. `names` are tensors of the argument's shape; a `free` body has no `self`."""
 
     def __init__(self, owner: Class, names: dict[str, Slot], depth: int = 0, free: bool = False) -> None:
         self.owner, self.names, self.depth, self.free = owner, names, depth, free
@@ -128,7 +128,7 @@ class Body:
         return self.filled(template, nest=depth < 2 and table is templates.EXPRESSIONS, depth=depth)
 
     def write(self, template: str) -> None:
-        """The template's lines, and what they make of the names."""
+        """Appends the template's lines, and updates the names."""
         new = {key: self._new(key) for key in dict.fromkeys(_PLACEHOLDER.findall(template)) if key in "NMOnm"}
         while len(set(new.values())) < len(new):
             new = {key: self._new(key) for key in new}
@@ -137,13 +137,13 @@ class Body:
             self.lines.append(line)
         for key, name in new.items():
             self.names[name] = Slot(key in "NMO")
-        # What a nested body assigned anew may have been kept.
+        # A tensor that a nested body assigned may be saved.
         for name, slot in before.items():
             if name in self.names and self.names[name] is not slot and name not in new.values():
                 self.names[name] = Slot(True)
 
     def filled(self, template: str, new: dict[str, str] | None = None, nest: bool = False, depth: int = 0) -> str:
-        """The template with something for each of its names."""
+        """The template with a value for each placeholder."""
         values = dict(new or {})
         for key in dict.fromkeys(_PLACEHOLDER.findall(template)):
             if key in values:
@@ -191,7 +191,7 @@ class Body:
         return name
 
     def _nested(self, loop: bool) -> str:
-        # In a loop what is read once is read again after it was written.
+        # The next iteration of a loop reads a tensor again after a write.
         inner = {name: Slot(True) if loop else slot for name, slot in self.names.items()}
         body = Body(self.owner, inner, self.depth + 1, self.free)
         for _ in range(self.rng.randint(1, 3)):
@@ -208,10 +208,10 @@ class Body:
 
 
 def write(seed: int) -> Program:
-    """The program of that seed."""
+    """The program of this seed."""
     rng = random.Random(seed)
     shape = (8,) if rng.random() < 0.25 else (8, 8)
-    # A batch norm of two numbers gives plus and minus one, whose gradients are nothing but rounding.
+    # A batch norm of two numbers returns plus and minus one, with gradients of rounding errors only.
     rows = (2, 3, 3, 4, 5) if len(shape) > 1 else (5, 6, 7, 9)
     no_grad = rng.random() < 0.2
     classes: list[Class] = []
@@ -234,10 +234,10 @@ def write(seed: int) -> Program:
             steps = actions.steps(rng, parameters, one.paths("model"), no_grad, rows)
     source = "\n\n".join(texts)
     if "checkpoint(" in source or any("checkpoint(" in step.text for step in steps):
-        # A checkpoint gives its function plain tensors when it runs again: this is documented.
+        # As documented, the recomputation of a checkpoint gets plain tensors in place of a subclass.
         steps = tuple(replace(step, tagged=False) for step in steps)
     if "rand" in source:
-        # A checkpoint that draws numbers which torch does not put back computes something else the second time.
+        # The recomputation of a checkpoint draws other numbers from generators that torch does not restore.
         source = source.replace("checkpoint(", "called(")
         steps = tuple(replace(step, text=step.text.replace("checkpoint(", "called(")) for step in steps)
     return Program(seed, source, shape, steps)

@@ -1,4 +1,4 @@
-"""What every generated program begins with, as text: modules as people write them, and things that forwards touch."""
+"""The text at the start of every generated program: hand-written modules, and objects that forwards read and write."""
 
 import collections
 import contextlib
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# What a forward may read, and what it may leave behind. The twins have these each for itself.
+# Objects that a forward may read and write. Each twin has its own.
 CONFIG = types.SimpleNamespace(scale=1.0, act="silu", eps=1e-5, deep=True)
 ACTS = {"silu": F.silu, "gelu": F.gelu, "relu": torch.relu, "tanh": torch.tanh}
 STATE: dict = {}
@@ -26,7 +26,7 @@ USED = (math, random, numpy, contextlib, checkpoint)
 
 
 class Tagged(Tensor):
-    """A tensor of a class of its own, which results inherit."""
+    """A tensor subclass, which results inherit."""
 
 
 class Pair(typing.NamedTuple):
@@ -150,7 +150,7 @@ class SwiGLU(nn.Module):
 
 
 class PackedMLP(nn.Module):
-    """A gated MLP of one product, split in one of the ways there are."""
+    """A gated MLP with one product, which is split into halves in several ways."""
 
     def __init__(self, dim, hidden, how="chunk", act=None):
         super().__init__()
@@ -178,7 +178,7 @@ class PackedMLP(nn.Module):
 
 
 class LoRA(nn.Module):
-    """A wrapper that adds something to what it wraps."""
+    """A wrapper that adds a low-rank product to the result of the wrapped module."""
 
     def __init__(self, inner):
         super().__init__()
@@ -191,7 +191,7 @@ class LoRA(nn.Module):
 
 
 class Base(nn.Module):
-    """What the forwards of generated classes read and write."""
+    """The base of generated classes, with attributes that forwards read and write."""
 
     factor = 1.5
 
@@ -217,12 +217,12 @@ class Base(nn.Module):
 
 
 def called(function, *args, use_reentrant=False):
-    """In the place of a checkpoint."""
+    """Replaces `checkpoint` in programs with random numbers."""
     return function(*args)
 
 
 def logged(function):
-    """A decorator that notes calls."""
+    """A decorator that logs calls."""
 
     @functools.wraps(function)
     def wrapper(self, *args, **kwargs):
@@ -233,7 +233,7 @@ def logged(function):
 
 
 def doubled(function):
-    """A decorator that changes results, and says nothing of what it wraps."""
+    """A decorator that changes results, without `functools.wraps`."""
 
     def wrapper(*args, **kwargs):
         return 2 * function(*args, **kwargs)
@@ -251,7 +251,7 @@ def entered(name):
 
 
 def noting(name):
-    """A hook that notes what it sees, whichever kind of hook it is."""
+    """A hook of any kind that logs its arguments."""
 
     def hook(module, *seen):
         LOG.append((name, type(module).__name__, [_noted(value) for value in seen]))

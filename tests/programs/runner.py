@@ -1,4 +1,4 @@
-"""Runs a program: its model as it is, and a twin from the same seed that is converted, step by step alike."""
+"""Runs a program: a model and a converted twin of the same seed take the same steps, and are compared after each."""
 
 import contextlib
 import importlib.util
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import ckpt_kernels
 
 from .actions import Step
-from .comparer import Tolerance, differences, seen
+from .comparer import Tolerance, differences, snapshot
 from .grammar import Program
 
 Convert = Callable[..., Any]
@@ -30,7 +30,7 @@ _GLOBALS = ("CONFIG", "STATE", "LOG", "TOTAL")
 
 @dataclass
 class Result:
-    """What came of a program: `differences` of the first step that had any, named by `step`."""
+    """The result of a program: the differences of the first `step` with any, and errors of eager torch."""
 
     program: Program
     level: str
@@ -41,17 +41,18 @@ class Result:
     lenient: bool = False
 
     def __str__(self) -> str:
-        told = "\n".join(f"  {line}" for line in self.differences[:12])
+        differences = "\n".join(f"  {line}" for line in self.differences[:12])
         return (
-            f"seed {self.program.seed}, level {self.level}, after: {self.step or 'all steps'}\n{told or '  the same'}\n"
+            f"seed {self.program.seed}, level {self.level}, after: {self.step or 'all steps'}\n"
+            f"{differences or '  the same'}\n"
             f"python -m tests.programs --seed {self.program.seed} --level {self.level}\n\n{self.program}"
         )
 
 
 def run(program: Program, level: str, folder: Path, convert: Convert = ckpt_kernels.convert) -> Result:
-    """Runs both twins until they differ. The source is written into `folder`, from where it is imported."""
-    # A checkpoint runs its forward again up to the last tensor that is kept. What a fused call keeps comes earlier than
-    # eager's, so that what is written after it would be written once by one twin and twice by the other.
+    """Runs both twins until they differ. The source is written to a file in `folder` and imported from there."""
+    # With early stop, a checkpoint recomputes up to the last saved tensor. A fused call saves its last tensor earlier
+    # than eager torch, so later side effects would happen once for one twin and twice for the other.
     with _one_thread(), set_checkpoint_early_stop(False):
         return _run(program, level, folder, convert)
 
@@ -88,22 +89,22 @@ def _run(program: Program, level: str, folder: Path, convert: Convert) -> Result
 
 
 def _compared(one: dict[str, Any], two: dict[str, Any], program: Program, result: Result) -> Iterator[str]:
-    """All differences between what two twins show after a step."""
+    """All differences between the snapshots of the twins after a step."""
     if one["raised"] and not two["raised"] and one["raised"].startswith("backward"):
-        # Eager torch keeps what a fused call does not: a write to it is no error, and the gradient is right.
+        # A fused call keeps fewer tensors than eager torch, so a write may be no error, and the gradient is right.
         result.lenient = True
         return
     scale = max([1.0, *(g.value.abs().max().item() for g in one["gradients"].values() if g and g.value.numel())])
     for name, value in one.items():
-        # Hooks leave gradients in the globals.
+        # Hooks log gradients in the globals.
         backward = name in ("gradients", "globals")
         tolerance = Tolerance(program.coarse, scale if backward else 1.0, backward)
         if name != "gradients" or not one["raised"]:
-            yield from differences(seen(value), seen(two[name]), tolerance, name)
+            yield from differences(snapshot(value), snapshot(two[name]), tolerance, name)
 
 
 class _Twin:
-    """A model in a module of its own, and what is seen of it."""
+    """A model in a Python module of its own, and snapshots of its state."""
 
     def __init__(self, program: Program, path: Path) -> None:
         self.shape = program.shape
@@ -123,7 +124,7 @@ class _Twin:
         del sys.modules[self.name]
 
     def take(self, step: Step, index: int, convert: Convert) -> dict[str, Any]:
-        """Takes one step and tells what can be seen afterwards."""
+        """Takes one step and returns the snapshots afterwards."""
         arguments, leaves = self._arguments(step, index)
         around = self.module.__dict__
         around.update(SAMPLE=arguments["x"].detach(), convert=convert, revert=ckpt_kernels.revert)
@@ -149,7 +150,7 @@ class _Twin:
         return shown
 
     def _arguments(self, step: Step, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What x and y are in this step, and the leaves that they come from."""
+        """The arguments x and y of this step, and the leaves that they are made from."""
         generator = torch.Generator().manual_seed(index)
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         leaves = {
@@ -162,24 +163,24 @@ class _Twin:
         }, leaves
 
     def _generators_and(self, output: Any, arguments: dict[str, Tensor]) -> dict[str, Any]:
-        """The output and the arguments, which of their tensors are the same or share memory, and the generators."""
+        """Snapshots of the output, the arguments, identities and shared memory of tensors, and the generators."""
         tensors = [*arguments.values(), *_tensors(output)]
         firsts = [next(i for i, b in enumerate(tensors) if b is a) for a in tensors]
         memory = [t.untyped_storage().data_ptr() for t in tensors]
         return {
-            "output": seen(output),
-            "arguments": seen(arguments),
+            "output": snapshot(output),
+            "arguments": snapshot(arguments),
             "tensors that are the same": firsts,
             "tensors that share memory": [memory.index(pointer) for pointer in memory],
             "generators": _generators(),
         }
 
     def _shown(self, leaves: dict[str, Tensor]) -> dict[str, Any]:
-        """The state of the model, of its module and of the generators."""
-        wanting = {**dict(self.model.named_parameters()), **leaves}
+        """Snapshots of the model, the Python module and the generators."""
+        sources = {**dict(self.model.named_parameters()), **leaves}
         modules = dict(self.model.named_modules())
         return {
-            "gradients": {name: seen(t.grad) for name, t in wanting.items()},
+            "gradients": {name: snapshot(t.grad) for name, t in sources.items()},
             "parameters": dict(self.model.named_parameters()),
             "buffers": dict(self.model.named_buffers()),
             "classes": {
@@ -193,7 +194,7 @@ class _Twin:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a module holds, but for what `convert` adds; of hooks only how many there are."""
+    """The attributes of a module without those that `convert` adds; for hooks only their number."""
     for name, value in vars(module).items():
         if name.startswith("_ckpt") or name in ("_parameters", "_buffers"):
             continue
@@ -202,7 +203,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _backward(output: Any, index: int) -> None:
-    """The gradients of random projections of all that the call gave."""
+    """Runs the backward pass of a random projection of all outputs."""
     generator = torch.Generator().manual_seed(1000 + index)
     loss = torch.zeros(())
     for tensor in _tensors(output):
@@ -220,12 +221,12 @@ def _tensors(value: Any) -> list[Tensor]:
         return []
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     held = vars(value).values() if not held and hasattr(value, "others") else held
-    return [tensor for one in held for tensor in _tensors(one)]
+    return [tensor for item in held for tensor in _tensors(item)]
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors of a few numbers are not worth a second thread, and threads that wait for each other take long."""
+    """Limits torch to one thread, which is faster for tensors of a few numbers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -241,8 +242,8 @@ def _seed_all(seed: int) -> None:
 
 
 def _generators() -> Any:
-    """The states of the generators, short enough to be told."""
+    """Hashes of the generators' states."""
     state = numpy.random.get_state()
-    return seen(
+    return snapshot(
         [hash(torch.get_rng_state().numpy().tobytes()), hash(random.getstate()), hash(state[1].tobytes()), state[2]]
     )

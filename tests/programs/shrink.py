@@ -1,4 +1,4 @@
-"""Makes a program that fails smaller: leaves out steps and statements as long as it fails in the same way."""
+"""Makes a failing program smaller: removes steps and statements as long as the failure stays the same."""
 
 import ast
 import dataclasses
@@ -11,9 +11,9 @@ from .runner import Convert, Result, run
 
 def shrunk(result: Result, folder: Path, convert: Convert, most: int = 400) -> Result:
     """The smallest failing result found in `most` runs."""
-    again = True
-    while again:
-        again = False
+    is_smaller = True
+    while is_smaller:
+        is_smaller = False
         for change in (_without_step, _without_statement, _only_body):
             index = 0
             while (smaller := change(result.program, index)) is not None and most > 0:
@@ -22,12 +22,12 @@ def shrunk(result: Result, folder: Path, convert: Convert, most: int = 400) -> R
                 if found is None:
                     index += 1
                 else:
-                    result, again = found, most > 0
+                    result, is_smaller = found, most > 0
     return result
 
 
 def _failing(program: Program, like: Result, folder: Path, convert: Convert) -> Result | None:
-    """What comes of it if it fails like that; what eager torch does not run is no smaller program."""
+    """The result of the program if it fails in the same way; None if not, or if eager torch raises other errors."""
     try:
         found = run(program, like.level, folder, convert)
     except Exception:
@@ -37,12 +37,12 @@ def _failing(program: Program, like: Result, folder: Path, convert: Convert) -> 
 
 
 def _kind(result: Result) -> str:
-    """What differed first, without where and by how much."""
+    """The first difference, without place and magnitude."""
     return result.differences[0].partition("[")[0].partition(":")[0]
 
 
 def _without_step(program: Program, index: int) -> Program | None:
-    """The program without one of its steps; None where there is no such step. So are those below, by statement."""
+    """The program without one step; None if there is no step of this index. Statements below likewise."""
     if index >= len(program.steps):
         return None
     return dataclasses.replace(program, steps=(*program.steps[:index], *program.steps[index + 1 :]))
@@ -58,7 +58,7 @@ def _without_statement(program: Program, index: int) -> Program | None:
 
 
 def _only_body(program: Program, index: int) -> Program | None:
-    """What a compound statement holds, in its place."""
+    """The program with the body of a compound statement in place of the statement."""
     tree = ast.parse(program.source)
     for body, place in _place(tree, index):
         if isinstance(body[place], ast.If | ast.With | ast.For | ast.Try | ast.While):
@@ -68,7 +68,7 @@ def _only_body(program: Program, index: int) -> Program | None:
 
 
 def _place(tree: ast.AST, index: int) -> Iterator[tuple[list[ast.stmt], int]]:
-    """Where the statement of that number is, the outermost first: a list of statements and its place; or nothing."""
+    """The list that holds the statement of this index, outermost first, and the position there; or nothing."""
     for node in ast.walk(tree):
         for name in ("body", "orelse", "finalbody"):
             body = getattr(node, name, None)

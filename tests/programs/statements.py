@@ -1,6 +1,6 @@
-"""Statements as people write them; `templates` says what the names with a dollar mean."""
+"""Templates of statements; `templates` explains the placeholders."""
 
-# Runs of statements that a fused call computes, and uses of what they make that it must not disturb.
+# Statements that a fused call may compute, and other uses of their results.
 PATTERNS: tuple[str, ...] = (
     "$N = $e",
     "$N = $e",
@@ -81,7 +81,7 @@ PATTERNS: tuple[str, ...] = (
     "$N, $M = $N.to($x.dtype), $M.to($x.dtype)",
 )
 
-# Writes in place, and names for the same memory.
+# In-place writes, and aliases.
 WRITES: tuple[str, ...] = (
     "$w += $s",
     "$w *= 0.5",
@@ -202,7 +202,7 @@ CONTROL: tuple[str, ...] = (
     "with torch.autograd.profiler.record_function('block'):\n$body",
 )
 
-# Methods beside forward: what stands before, and how they are called.
+# Further methods: decorators, parameters, and calls.
 HELPERS: tuple[tuple[str, str, str], ...] = (
     ("", "self, t", "self.{}"),
     ("", "self, t, k=0.5, *more", "self.{}"),

@@ -1,11 +1,11 @@
 """The fragments that programs are made of.
 
-`$x $y $z` are tensors of the argument's shape (8 columns) that are read, `$s $t` such that no op keeps for backward.
-`$w` is one that nothing has kept yet and that may be written to; `$W` likewise, and something keeps it then. `$N $M $O`
-are new names for such tensors, `$n $m` new names of tensors that may be written to later, `$u $v $q $a` names of
-anything else. `$e` is an expression, `$smooth` one for autocast, `$cond` a condition, `$body` stands for more
-statements, `$loop` for some that run more than once, `$helper` for a method, and every other name for a child of that
-kind (see CHILDREN). A digit tells two of a kind apart.
+Placeholders: `$x $y $z` are tensors of the argument's shape (8 columns) that are read; `$s $t` are read too, but not
+saved for backward. `$w` is a tensor that no op has saved, so that a write is allowed; `$W` likewise, but an op saves
+the tensor afterwards. `$N $M $O` are new names of tensors; `$n $m` are new names of tensors that may be written to
+later; `$u $v $q $a` are names of other objects. `$e` is an expression, `$smooth` an expression for autocast, `$cond` a
+condition, `$body` a list of statements, `$loop` a list of statements that run several times, `$helper` a method, and
+any other name a child of this kind (see CHILDREN). A digit distinguishes two placeholders of a kind.
 """
 
 CHILDREN: dict[str, tuple[str, ...]] = {
@@ -79,7 +79,7 @@ CHILDREN: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Within an expression `$x` may be an expression itself, where it occurs once.
+# A `$x` that occurs once in an expression may be replaced by an expression.
 EXPRESSIONS: tuple[str, ...] = (
     "$norm($x)",
     "$act($x)",
@@ -173,7 +173,7 @@ EXPRESSIONS: tuple[str, ...] = (
     "$act(self.factor * $x)",
 )
 
-# What keeps close to what it computes whatever its precision; these run under autocast.
+# Expressions that are well conditioned, so that they may run under autocast.
 SMOOTH: tuple[str, ...] = (
     "$lin($x)",
     "$act($lin($x))",
@@ -187,7 +187,7 @@ SMOOTH: tuple[str, ...] = (
     "$x * torch.sigmoid($x)",
 )
 
-# Of the arguments of generated classes, and what makes `x` and `y` of them.
+# Parameters of generated forwards, and the statements that make `x` and `y`.
 SIGNATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("x", ("y = self.shift + x",)),
     ("x: Tensor, scale: float = 1.0", ("y = x * scale",)),
@@ -198,7 +198,7 @@ SIGNATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("x, *rest, **options", ("y = rest[0] if rest else options.get('y')", "y = x if y is None else y")),
 )
 
-# How what a class returns looks: of the whole model, of which the first belong to others too.
+# Return statements of the model; blocks use the first three.
 RETURNS: tuple[str, ...] = (
     "return $x",
     "return $e",

@@ -1,4 +1,4 @@
-"""The Triton backend. In Triton's interpreter (TRITON_INTERPRET=1) it also serves the CPU, for tests."""
+"""The Triton backend. With Triton's interpreter (TRITON_INTERPRET=1) it also computes on the CPU, for tests."""
 
 import torch
 from triton import knobs

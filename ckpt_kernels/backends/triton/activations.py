@@ -1,7 +1,7 @@
-"""Every activation and its derivative as Triton functions: `name(x)` and `name_grad(x)`, on float32.
+"""The activations, `name(x)`, and their derivatives, `name_grad(x)`, as Triton functions on float32.
 
-`activate` and `differentiate` choose by name when a kernel is compiled. An activation is two functions, here or in
-`piecewise`, and a line for each in these.
+`activate` and `differentiate` select one by name when a kernel is compiled. A new activation needs both functions, here
+or in `piecewise`, and a branch in each of these two.
 """
 
 import torch
@@ -34,16 +34,16 @@ from .piecewise import (
     relu_squared_grad,
 )
 
-_ROUGH = ("gelu", "tanh")  # those that have a shorter form for results of 16 bits
+_WITH_ROUGH_FORM = ("gelu", "tanh")  # activations with a shorter form for 16-bit results
 
 
 def as_stored(activation: str, *stored: torch.Tensor | None) -> str:
-    """The activation as `activate` knows it, where these are all tensors that are computed from it, or like them.
+    """The name of the activation for `activate`, given tensors of the dtypes in which results are stored.
 
-    Where all have 16 bits, a shorter polynomial errs by less than what they are rounded by.
+    If all have 16 bits, this is the rough form, whose error is smaller than the rounding of the results.
     """
     short = all(tensor is None or tensor.element_size() == 2 for tensor in stored)
-    return f"rough {activation}" if short and activation in _ROUGH else activation
+    return f"rough {activation}" if short and activation in _WITH_ROUGH_FORM else activation
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def silu_grad(x):
 
 @triton.jit
 def mish(x):
-    # tanh(log(1 + e^x)) written in e^-|x|, so that nothing overflows.
+    # tanh(log(1 + e^x)) in terms of e^-|x|, which does not overflow.
     e = exp(-tl.abs(x))
     n = tl.where(x >= 0, 1.0 + 2.0 * e, e * (e + 2.0))
     rest = tl.where(x >= 0, 2.0 * e * e, 2.0)
@@ -163,7 +163,7 @@ def tanh(x):
 
 @triton.jit
 def tanh_grad(x):
-    # Triton's own exponential, whose error does not grow with x: DyT's gradients are this and little else.
+    # Triton's own exponential, whose error does not grow with x, because DyT's gradients are mostly this derivative.
     e = tl.exp(-2.0 * tl.abs(x))
     r = reciprocal(1.0 + e)
     return 4.0 * e * r * r
@@ -171,7 +171,10 @@ def tanh_grad(x):
 
 @triton.jit
 def rough_tanh(x):
-    """For results of 16 bits: near 0 by its series, so that 1 - 2r loses no digits; to 3e-6 of its size."""
+    """`tanh` for 16-bit results, with a relative error of at most 3e-6.
+
+    Near 0 it is a series, because 1 - 2r would lose digits.
+    """
     r = reciprocal(1.0 + exp(2.0 * x))
     return tl.where(tl.abs(x) < 0.0625, x - x * x * x * (1.0 / 3.0), 1.0 - 2.0 * r)
 
@@ -185,7 +188,7 @@ def rough_tanh_grad(x):
 
 @triton.jit
 def softplus(x):
-    # torch's default: the identity above 20.
+    # By torch's default threshold, the identity above 20.
     return tl.where(x > 20.0, x, tl.where(x > 0, x, 0.0) + log1p_unit(exp(-tl.abs(x))))
 
 

@@ -1,4 +1,4 @@
-"""The activations that bend, and are polynomials between: `name(x)` and its derivative `name_grad(x)`, on float32."""
+"""The piecewise polynomial activations, `name(x)`, and their derivatives, `name_grad(x)`, on float32."""
 
 import triton
 import triton.language as tl

@@ -95,7 +95,7 @@ def is_rotation(function: Any) -> bool:
 
 
 def rotation_of(function: Any, settings: tuple[str, ...] | None = None) -> Rotation | None:
-    """What trials show of a rotation, None if the function is none.
+    """The rotation that trials recognize, or None if the function is not a rotation.
 
     `settings` are the names of the arguments that trials vary from their defaults; None stands for all with a default.
     """

@@ -24,7 +24,7 @@ class BatchNorm(Norm):
         if not (module.num_batches_tracked is None or is_plain_counter(module.num_batches_tracked)):
             return None
         group = group_of(module) if isinstance(module, nn.SyncBatchNorm) and module.training else None
-        return batch_norm_of(module, input, None, activation, group, again=True)
+        return batch_norm_of(module, input, None, activation, group, repeat_updates=True)
 
     def __str__(self) -> str:
         return "batch_norm"
@@ -60,7 +60,7 @@ class InstanceNorm(Norm):
         input = input.unsqueeze(0) if single else input
         # As in torch, the output is contiguous, and the saved input is no view of a larger tensor.
         input = input if is_dense_map(input) else input.contiguous()
-        output = instance_norm_of(module, input, activation, again=True).contiguous()
+        output = instance_norm_of(module, input, activation, repeat_updates=True).contiguous()
         return output.squeeze(0) if single else output
 
     def __str__(self) -> str:

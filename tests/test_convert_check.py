@@ -1,0 +1,41 @@
+"""`check` and the command `convert-check`."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ckpt_kernels.check import check
+from ckpt_kernels.cli import main
+
+from .conftest import DEVICE
+from .conversion import WIDTH, mlps, random_tensor
+from .test_convert_rules import IMAGE, BasicBlock, block
+
+
+def example() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    return nn.Sequential(mlps(), nn.Dropout(0.1)), (torch.randn(64, WIDTH),)
+
+
+def test_check_reports_errors_and_does_not_change_the_model() -> None:
+    model, inputs = block(), {"input": random_tensor(*IMAGE)}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = check(model, inputs, turns=1)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert type(model) is BasicBlock and model.training
+    assert found.mode == "training" and found.kept[1] < found.kept[0] and min(found.seconds) > 0
+    for errors in found.errors:
+        assert 0 < errors.eager < 1e-5 and errors.converted <= 1.5 * errors.eager + 1e-7
+        assert errors.difference <= errors.eager + errors.converted
+
+
+def test_check_command(capsys: pytest.CaptureFixture) -> None:
+    assert main(["convert-check", "tests.test_convert_check:example", "--turns", "1"]) == 0
+    text = capsys.readouterr().out
+    for words in ("layer_norm", "in evaluation mode", "gradients", "kept for backward", "peak", "time"):
+        assert words in text
+
+
+def test_check_needs_a_gradient() -> None:
+    with pytest.raises(ValueError, match=r"outputs have no gradient"):
+        check(mlps().to(DEVICE).requires_grad_(False), (random_tensor(3, WIDTH),))
