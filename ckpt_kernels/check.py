@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import memory
 from .convert import Report, convert, revert
+from .model_argument import check_model
 from .model_copies import copy_of
 from .model_errors import Errors, beyond_rounding, errors_of, lowest_precision
 from .model_state import different, state_of, types_in
@@ -117,6 +118,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         A `Check`, which prints as a table.
 
     Raises:
+        TypeError: `model` is no module, or is compiled already.
         ValueError: no output has a gradient, the level is unknown, or the model is on meta.
 
     Example:
@@ -128,6 +130,7 @@ def check(model: nn.Module, inputs: Inputs, *, recompute: str = "output", turns:
         >>> found.kept[1] < found.kept[0]
         True
     """
+    check_model(model, "convert")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "meta":
         raise ValueError("the model is on meta, where nothing is computed; expected a device that computes")

@@ -21,7 +21,8 @@ class Errors:
         eager: the norm of the model's error, divided by the norm of the float64 truth.
         converted: the same for the converted model.
         difference: the norm of the difference between the two, divided by the norm of the truth.
-        worst: the tensor with the largest ratio of the converted model's error to the model's own error.
+        worst: the tensor with the largest ratio of the converted model's error to the model's own error; "" if no
+            element is finite, so that there is nothing to compare.
         worst_ratio: that ratio.
     """
 
@@ -40,6 +41,8 @@ def errors_of(
     names = [name for name in truth if name.startswith(prefix) and name in eager and name in ours]
     # `_compared` has checked that the same elements are nan or infinite; they have no error.
     finite = {n: truth[n].isfinite() & eager[n].isfinite() & ours[n].isfinite() for n in names}
+    if not any(mask.any() for mask in finite.values()):
+        return Errors(what, 0.0, 0.0, 0.0, "", 1.0)
     truth, eager, ours = ({n: torch.where(finite[n], each[n], 0) for n in names} for each in (truth, eager, ours))
     total = float(sum(truth[name].norm() ** 2 for name in names)) ** 0.5 or 1.0
 
@@ -64,6 +67,8 @@ def lowest_precision(tensors: dict[str, Tensor]) -> float:
 
 def beyond_rounding(errors: Errors, eps: float) -> str:
     """A description of errors that the model's own errors and some ulps do not explain; "" if they do."""
+    if not errors.worst:
+        return f"{errors.what} are nowhere finite: there is nothing to compare"
     if errors.converted <= _TIMES * errors.eager + _ULPS * eps and errors.worst_ratio <= _WORST:
         return ""
     return (

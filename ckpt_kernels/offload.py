@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .arguments import size
 from .convert.module_tree import named_modules, tensors_of
 from .convert.rules.rule import Forward
 from .convert.swap import add_forward_context, may_be_swapped
@@ -63,8 +64,8 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
         Tensors of fewer than `least` bytes on the device; the rest in host memory.
 
     Raises:
-        ValueError: no module has such a name, or the forward of a layer is not a plain method.
-        TypeError: `model` is no module, `layers` no name, or `least` no number of bytes.
+        ValueError: no module has such a name, the forward of a layer is not a plain method, or `least` is negative.
+        TypeError: `model` is no module, `layers` no name, or `least` no whole number.
 
     Example:
         >>> model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()) for _ in "ab"))
@@ -79,8 +80,7 @@ def offload(model: nn.Module, layers: str, *, least: int = LEAST) -> list[str]:
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     if not isinstance(layers, str):
         raise TypeError(f"layers is {type(layers).__name__}; expected a name of modules, with * and ?")
-    if not isinstance(least, int) or least < 0:
-        raise TypeError(f"least is {least!r}; expected a number of bytes")
+    least = size(least, "least")
     names = dict(named_modules(model))
     chosen = [name for name in fnmatch.filter(names, layers) if name]
     chosen = [name for name in chosen if not any(name.startswith(f"{above}.") for above in chosen)]

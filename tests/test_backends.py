@@ -148,7 +148,7 @@ def test_a_backward_pass_uses_the_backend_of_the_forward(monkeypatch: pytest.Mon
 
 
 def test_unknown_and_unavailable_backends_are_errors() -> None:
-    with pytest.raises(ValueError, match="backend is 'cudnn'; expected auto, triton, native, reference"):
+    with pytest.raises(ValueError, match="backend is 'cudnn'; expected one of auto, triton, native, reference"):
         use_backend("cudnn")
     assert run("-c", CALL, CKPT_KERNELS_BACKEND="cudnn").stderr.count("CKPT_KERNELS_BACKEND is 'cudnn'") == 1
     failed = run("-c", "import ckpt_kernels; ckpt_kernels.use_backend('triton')")

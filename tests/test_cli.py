@@ -300,7 +300,12 @@ class ReadsItsClass(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "factor", "said"),
-    [(ReadsItsClass, 1.0, ["gradients", "outputs"]), (model, 1.0, []), (model, math.nan, []), (model, 1e38, [])],
+    [
+        (ReadsItsClass, 1.0, ["gradients", "outputs"]),
+        (model, 1.0, []),
+        (model, math.nan, ["outputs"]),
+        (model, 1e38, ["outputs"]),
+    ],
 )
 def test_convert_check_reports_changed_results(kind: Callable[[], nn.Module], factor: float, said: list[str]) -> None:
     found = check.check(kind(), (factor * torch.randn(3, 16),), turns=1)

@@ -274,7 +274,7 @@ def test_bad_arguments_are_errors_and_a_cpu_is_a_warning() -> None:
     for arguments, message in (((3, "0"), "model is int"), ((blocks(), 3), "layers is int")):
         with pytest.raises(TypeError, match=message):
             offload.offload(*arguments)
-    with pytest.raises(TypeError, match="least is -1"):
+    with pytest.raises(ValueError, match="least is -1"):
         offload.offload(blocks(), "0", least=-1)
     with pytest.warns(UserWarning, match="simulated and saves no memory"):
         offload.offload(blocks(), "0")

@@ -3,6 +3,7 @@
 import copy
 import os
 import pathlib
+import pickle
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ckpt_kernels import Plan, memory
 from ckpt_kernels.plan.bench import StepCost
 from ckpt_kernels.plan.costs import Checkpoint, StageAt
-from ckpt_kernels.plan.plan import structure_of
+from ckpt_kernels.plan.plan import ModelReference, structure_of
 
 from .test_plan import TOKENS, Model, made
 from .test_plan_solve import alike
@@ -36,6 +37,18 @@ def mixed(model: nn.Module) -> Plan:
     )
     nothing, names = StepCost(0, 0.0), [f"layers.{index}" for index in range(4)]
     return Plan(None, parts, nothing, nothing, {}, 0.0, [], alike(4), names, structure_of(model), {})
+
+
+def test_copies_of_a_plan_keep_the_model_and_pickles_leave_it_out() -> None:
+    model = Model()
+    plan = replace(mixed(model), _model=ModelReference(model))
+    copied = copy.deepcopy(plan)
+    assert copied == plan and copied._model() is model
+    received = pickle.loads(pickle.dumps(plan))
+    assert received == plan
+    with pytest.raises(ValueError, match="no model is given"):
+        received.apply()
+    assert received.apply(model).replaced
 
 
 def peak(found: Plan, model: nn.Module, tokens: Tensor) -> int:

@@ -22,6 +22,8 @@ from types import ModuleType, TracebackType
 
 import torch
 
+from ..arguments import one_of
+
 NAMES = ("triton", "native", "reference")
 _AUTOMATIC = {"cpu": ("native", "reference"), "meta": ("reference",)}
 _AUTOMATIC_ELSEWHERE = ("triton", "native", "reference")
@@ -69,10 +71,14 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     Returns:
         The reason in words, or None.
 
+    Raises:
+        ValueError: the name is unknown.
+
     Example:
         >>> ckpt_kernels.backends.why_not("reference", "cpu", torch.float32) is None
         True
     """
+    one_of(name, NAMES, "name")
     try:
         module = backend_module(name)
     except ImportError as error:
@@ -146,8 +152,7 @@ def _innermost() -> _Choice | None:
 
 
 def _check_name(name: str, argument: str) -> None:
-    if name not in ("auto", *NAMES):
-        raise ValueError(f"{argument} is {name!r}; expected auto, {', '.join(NAMES)}")
+    one_of(name, ("auto", *NAMES), argument)
 
 
 def _check_available(name: str) -> None:

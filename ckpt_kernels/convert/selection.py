@@ -29,6 +29,8 @@ def choice_of(model: nn.Module, given: Iterable[str | type[nn.Module]] | None, a
     """
     if given is None:
         return None
+    if not isinstance(given, Iterable) and not isinstance(given, type):
+        raise TypeError(f"{argument} is {type(given).__name__}; expected names or classes of modules, or None")
     choice = (given,) if isinstance(given, str | type) else tuple(given)
     for wanted in choice:
         if isinstance(wanted, str):

@@ -10,8 +10,9 @@ as torch's sums and products promote them.
 An `activation` is a name (see `ckpt_kernels.activations.NAMES`), or the equivalent torch module or function.
 
 Errors are raised before anything is computed: RuntimeError for tensors of wrong shape, dtype or device, or its subclass
-NotImplementedError for integers, booleans and complex numbers, as in torch; ValueError for an unknown activation and
-for a probability outside [0, 1]; TypeError for an argument that is not a tensor.
+NotImplementedError for integers, booleans and complex numbers, as in torch; ValueError for an unknown activation
+or other name, and for a probability outside [0, 1]; TypeError for an argument of another type, such as a flag that is
+not a bool. An error names the argument, what came, and what was expected.
 
 Examples run after `import torch`, `import ckpt_kernels`, `from ckpt_kernels import functional as F` and
 `from ckpt_kernels.memory import saved_bytes`.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..arguments import flag, number
 from ..backends.blocks import RowNormOptions
 from .checks import (
     autocast,
@@ -14,7 +15,6 @@ from .checks import (
     check_input,
     check_like,
     dropout_seed,
-    number,
     promoted,
     rms_eps,
 )
@@ -154,7 +154,9 @@ def _add_row_norm(tensors: Sequence[Any], given: tuple) -> tuple[Tensor, Tensor]
     check_coefficient(bias, "bias", input, normalized_shape)
     name, offset = activation_name(activation), number(weight_offset, "weight_offset")
     p, seed = dropout_seed(input, dropout_p, training)
-    options = RowNormOptions(columns, eps, centered, "identity", name, offset, bool(cast_before_weight), p)
+    options = RowNormOptions(
+        columns, eps, centered, "identity", name, offset, flag(cast_before_weight, "cast_before_weight"), p
+    )
     given_input, given_residual, *_ = tensors
     known = thin.row_norm.row_norm(given_input, given_residual, None, None, None, weight, bias, options)
     thin.remember(known, "add_row_norm", tensors, given)

@@ -33,8 +33,9 @@ def bias_act(
         depend on strides.
 
     Kept for backward:
-        The input; for relu and leaky_relu only the output, which a later op that saves its input keeps too; for the
-        identity nothing. No dropout mask: the backward kernel draws the mask again from the seed.
+        The bias, and the input; for relu and leaky_relu only the output, which a later op that saves its input keeps
+        too, and the bias; for the identity the bias alone. No dropout mask: the backward kernel draws the mask again
+        from the seed.
 
     Raises:
         RuntimeError: a shape, dtype or device is not as described above.

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..arguments import flag, number, whole
 from .checks import (
     autocast,
     check_channels,
     check_like,
+    check_tensor,
     memory_format,
-    number,
     promoted,
     shape_of,
 )
@@ -93,7 +94,8 @@ def batch_norm(
         update_both(running_mean, running_var, mean, var, float(momentum), count / (count - 1))
         return output
     input, residual = promoted(input, residual)
-    if isinstance(input, Tensor) and input.dim() == 1 and input.numel() == 0:
+    check_tensor(input, "input")
+    if input.dim() == 1 and input.numel() == 0:
         # As torch's batch norm, accepts an empty input with no channels.
         if residual is not None:
             check_like(residual, "residual", input)
@@ -106,13 +108,13 @@ def batch_norm(
         check_like(residual, "residual", input)
     check_running(running_mean, running_var, input)
     name, eps, momentum = activation_name(activation), number(eps, "eps"), number(momentum, "momentum")
-    if eps < 0 or (training and eps == 0):
+    if process_group is not None and not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(f"process_group is {process_group!r}; expected a torch.distributed.ProcessGroup")
+    if eps < 0 or (flag(training, "training") and eps == 0):
         raise ValueError(f"eps is {eps}; expected a positive number, or, where training is False, 0")
     if not training:
         return _by_running_statistics(input, residual, running_mean, running_var, weight, bias, eps, name)
     if process_group is not None:
-        if not isinstance(process_group, torch.distributed.ProcessGroup):
-            raise TypeError(f"process_group is {process_group!r}; expected a torch.distributed.ProcessGroup")
         output, mean, var, count = ops.sync_batch_norm.sync_batch_norm(
             input, residual, weight, bias, eps, name, process_group
         )
@@ -183,11 +185,10 @@ def group_norm(
     if plan is not None:
         return plan(input, None, weight, bias, None, None)[0]
     check_channels(input, weight, bias)
-    if not hasattr(num_groups, "__index__"):
-        raise TypeError(f"num_groups is {num_groups!r}; expected an integer")
-    if num_groups < 1 or input.shape[1] % num_groups:
-        raise RuntimeError(f"num_groups is {num_groups}; expected a divisor of the channels of {shape_of(input)}")
-    options = ops.channel_steps.Options(int(num_groups), number(eps, "eps"), activation_name(activation))
+    groups = whole(num_groups, "num_groups")
+    if groups < 1 or input.shape[1] % groups:
+        raise RuntimeError(f"num_groups is {groups}; expected a divisor of the channels of {shape_of(input)}")
+    options = ops.channel_steps.Options(int(groups), number(eps, "eps"), activation_name(activation))
     thin.remember(thin.channel_norm.channel_norm(input, None, weight, bias, options), *call)
     input, weight, bias = autocast(input, weight, bias)
     return ops.channel_norm.channel_norm(input, None, weight, bias, None, None, options)[0]
@@ -260,7 +261,7 @@ def instance_norm(
     if memory_format(input) != torch.contiguous_format:
         # Torch's instance norm computes from a contiguous copy and returns a contiguous output.
         input = input.contiguous()
-    if not use_input_stats:
+    if not flag(use_input_stats, "use_input_stats"):
         return _by_running_statistics(input, None, running_mean, running_var, weight, bias, eps, name)
     size = math.prod(input.shape[2:])
     if size == 1:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .. import ops
+from ..arguments import flag, number, probability, whole
 from ..autocast import is_autocast
 
 _SEEDS = (-(2**63), 2**63 - 1)
@@ -27,41 +29,27 @@ def check_channels(input: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 
 def dropout_seed(input: Tensor, dropout_p: float, training: bool) -> tuple[float, Tensor | None]:
-    """The probability, and a seed on the input's device, drawn from torch's generator; None without dropout."""
-    p = number(dropout_p, "dropout_p")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability between 0 and 1")
-    p = p if training else 0.0
-    if not p:
-        return p, None
+    """The probability, and a seed on the input's device, drawn from torch's generator; None without dropout.
+
+    As in torch, dropout of an empty tensor, and dropout with p = 1, draw no random number.
+    """
+    p = probability(dropout_p, "dropout_p")
+    p = p if flag(training, "training") else 0.0
+    if not p or (_has_known_size() and not input.numel()):
+        return 0.0, None
     if ops.sharding.is_sharded((input,)):
         from ..ops import dtensor
 
         sharded: Any = input
         return p, dtensor.replicated_seed(sharded, *_SEEDS)
+    if p == 1:
+        return p, torch.zeros(1, dtype=torch.int64, device=input.device)
     return p, torch.randint(*_SEEDS, (1,), device=input.device)
 
 
-def number(value: float, argument: str) -> float:
-    """The value as a float; TypeError for a value that is not a number."""
-    if isinstance(value, float | int):
-        return float(value)
-    if isinstance(value, torch.SymInt):
-        return float(int(value))
-    # Numbers of numpy, other symbols of torch.compile, tensors of one element.
-    if hasattr(value, "__float__"):
-        return float(value)
-    raise TypeError(f"{argument} is {value!r}; expected a number")
-
-
-def untraced(value: Any) -> Any:
-    """A size as a number. Under torch.jit.trace sizes are tensors. Other values are returned as they are."""
-    return int(value) if isinstance(value, Tensor) and torch._C._get_tracing_state() is not None else value
-
-
-def is_count(value: object) -> bool:
-    """Whether the value is a positive integer and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _has_known_size() -> bool:
+    """Whether sizes are numbers here, and not what a compiler or torch.jit.trace follows."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
 
 
 def rms_eps(input: Tensor, eps: float | None) -> float:
@@ -101,20 +89,16 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def normalized(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, int | torch.SymInt):
-        return (normalized_shape,)
-    # A size under torch.jit.trace.
-    if isinstance(normalized_shape, Tensor):
-        return (int(normalized_shape),)
-    if not isinstance(normalized_shape, Sequence):
-        raise TypeError(f"normalized_shape is {normalized_shape!r}; expected an integer or a sequence of them")
-    return tuple(normalized_shape)
+    sizes = normalized_shape if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+    return tuple([whole(size, "normalized_shape") for size in sizes])
 
 
 def check_tensor(tensor: Tensor, argument: str, *, nested: bool = False) -> None:
     """Check that the argument is a floating-point tensor with strides, or if `nested`, perhaps a jagged tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument} is {type(tensor).__name__}; expected a tensor")
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+        raise ValueError(f"{argument} is an {type(tensor).__name__}; expected a tensor with a shape")
     if tensor.dtype not in DTYPES:
         # As torch's kernels raise; a subclass of RuntimeError.
         raise NotImplementedError(
@@ -139,7 +123,7 @@ def check_input(input: Any, normalized_shape: int | Sequence[int], *, nested: bo
             "expected dimensions after the ragged one"
         )
     if len(shape) > input.dim() or input.shape[-len(shape) :] != shape:
-        raise RuntimeError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
+        raise RuntimeError(_wrong_shape(input, shape))
     # Rows without elements are computed as no rows of one element: the outputs are as empty.
     return math.prod(shape) or 1
 
@@ -149,8 +133,12 @@ def check_rms_input(input: Any, normalized_shape: int | Sequence[int]) -> int:
     check_tensor(input, "input", nested=True)
     shape = normalized(normalized_shape)
     if input.dim() < len(shape):
-        raise ValueError(f"input has shape {shape_of(input)}; expected its last dimensions to be {shape}")
+        raise ValueError(_wrong_shape(input, shape))
     return check_input(input, shape)
+
+
+def _wrong_shape(input: Tensor, shape: tuple[int, ...]) -> str:
+    return f"input has shape {shape_of(input)}; expected its last dimensions to be normalized_shape, {shape}"
 
 
 def check_device(tensor: Tensor, argument: str, input: Tensor, name: str = "input") -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..arguments import flag
 from ..backends.blocks import RowNormOptions
 from .checks import (
     autocast,
@@ -73,7 +74,8 @@ def gated_rms_norm(
     check_like(gate, "gate", input)
     check_coefficient(weight, "weight", input, normalized_shape)
     eps, name = rms_eps(input, eps), activation_name(activation)
-    options = RowNormOptions(columns, eps, False, activation=name, gate_before_norm=not norm_before_gate)
+    gate_first = not flag(norm_before_gate, "norm_before_gate")
+    options = RowNormOptions(columns, eps, False, activation=name, gate_before_norm=gate_first)
     thin.remember(thin.row_norm.row_norm(tensors[0], None, tensors[1], None, None, weight, None, options), *call)
     input, gate, weight = autocast(input, gate, weight)
     return ops.row_norm.row_norm(input, None, gate, None, None, weight, None, None, options)[0]

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
-from .checks import check_like, check_tensor, number, promoted, shape_of
+from ..arguments import number
+from .checks import check_like, check_tensor, promoted, shape_of
 
 
 def glu(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..arguments import flag, number, one_of
 from ..autocast import is_autocast
 from ..levels import OF_FUNCTIONS
 from .checks import (
@@ -30,7 +31,6 @@ from .checks import (
     check_input,
     check_tensor,
     dropout_seed,
-    number,
     rms_eps,
     shape_of,
 )
@@ -116,13 +116,14 @@ def norm_linear(
         raise RuntimeError(f"normalized_shape is {normalized_shape}; expected one dimension")
     if not centered and norm_bias is not None:
         raise ValueError("norm_bias is given; expected None where norm is 'rms_norm'")
-    if centered and (weight_offset or cast_before_weight):
+    offset, cast = number(weight_offset, "weight_offset"), flag(cast_before_weight, "cast_before_weight")
+    if centered and (offset or cast):
         raise ValueError("weight_offset or cast_before_weight is given; expected neither where norm is 'layer_norm'")
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     eps = (1e-5 if eps is None else number(eps, "eps")) if centered else rms_eps(input, eps)
     for w, b in zip(weights, biases, strict=True):
         check_linear(w, b, "weight", "bias", columns, input)
-    options = (columns, eps, centered, pre, post, number(weight_offset, "weight_offset"), bool(cast_before_weight))
+    options = (columns, eps, centered, pre, post, offset, cast)
     block = ops.linear_blocks.norm_block(*options)
     known = thin.linear.norm_block(dtypes_of(input, *weights, *biases), input, (norm_weight, norm_bias), options)
     thin.remember(known, "norm_linear", tensors, (single, len(weights), given))
@@ -137,6 +138,8 @@ def _as_sequences(
     single = isinstance(weight, Tensor)
     if not single and not isinstance(weight, Sequence):
         raise TypeError(f"weight is {weight!r}; expected a tensor or a sequence of them")
+    if not single and bias is not None and not isinstance(bias, Sequence):
+        raise TypeError(f"bias is {type(bias).__name__}; expected a sequence, as weight is, or None")
     weights: tuple[Tensor, ...] = (weight,) if isinstance(weight, Tensor) else tuple(weight)
     biases: tuple[Any, ...] = (bias,) * len(weights) if single or bias is None else tuple(bias)
     if len(biases) != len(weights):
@@ -204,16 +207,12 @@ def act_linear(
 
 def level_name(recompute: str) -> str:
     """Return `recompute` if it is one of `OF_FUNCTIONS`; else raise ValueError."""
-    if recompute not in OF_FUNCTIONS:
-        raise ValueError(f"recompute is {recompute!r}; expected one of {', '.join(OF_FUNCTIONS)}")
-    return recompute
+    return one_of(recompute, OF_FUNCTIONS, "recompute")
 
 
 def norm_name(norm: str) -> str:
     """Return `norm` if it is one of `NORMS`; else raise ValueError."""
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}")
-    return norm
+    return one_of(norm, NORMS, "norm")
 
 
 def _block_linear(

@@ -5,7 +5,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .. import ops
-from .checks import check_device, check_tensor, is_count, number, shape_of, untraced
+from ..arguments import is_count, number, one_of, probability, shown, untraced, whole
+from .checks import check_device, check_tensor, shape_of
 from .linear import check_linear
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -74,39 +75,36 @@ def linear_cross_entropy(
     Source:
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, for whole chunks of rows.
     """
-    chunk, ignore_index = untraced(chunk), untraced(ignore_index)
+    chunk, ignored = untraced(chunk), whole(ignore_index, "ignore_index")
     check_tensor(input, "input")
     if input.dim() == 0:
         raise RuntimeError("input has shape (); expected at least one dimension")
     columns, lead = input.shape[-1], input.shape[:-1]
     check_linear(weight, bias, "weight", "bias", columns, input)
     _check_target(target, input)
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(_REDUCTIONS)}")
-    smoothing = number(label_smoothing, "label_smoothing")
-    if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number between 0 and 1")
+    one_of(reduction, _REDUCTIONS, "reduction")
+    smoothing = probability(label_smoothing, "label_smoothing")
     cap = None if softcap is None else number(softcap, "softcap")
     if cap is not None and not cap > 0:
         raise ValueError(f"softcap is {softcap}; expected a positive number, or None")
     if chunk is not None and not is_count(chunk):
-        raise ValueError(f"chunk is {chunk!r}; expected a positive whole number, or None")
+        raise ValueError(f"chunk is {shown(chunk)}; expected a positive whole number, or None")
 
     def rows(logits: Tensor, target: Tensor) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         return functional.cross_entropy(
-            logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=smoothing
+            logits, target, reduction="none", ignore_index=ignored, label_smoothing=smoothing
         )
 
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index is {type(ignore_index).__name__}; expected a whole number")
+    if not -(2**63) <= ignored < 2**63:
+        raise ValueError(f"ignore_index is {ignored}; expected a number of 64 bits")
     matrix = ops.products.as_matrix(input)
     targets = target.reshape(-1)
     size = ops.linear_loss.default_chunk(len(matrix), columns, weight.shape[0]) if chunk is None else chunk
-    loss = ops.linear_loss.Loss(rows, ops.products.product_dtype(input), size, ignore_index)
-    count = ops.linear_loss.count_of(targets, input.dtype, ignore_index, reduction)
+    loss = ops.linear_loss.Loss(rows, ops.products.product_dtype(input), size, ignored)
+    count = ops.linear_loss.count_of(targets, input.dtype, ignored, reduction)
     output = ops.linear_loss.linear_loss(loss, matrix, weight, bias, targets, count)
     return output.reshape(lead) if reduction == "none" else output
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
-from .checks import check_tensor, dropout_seed, is_count, shape_of, untraced
+from ..arguments import is_count, shown, untraced
+from .checks import check_tensor, dropout_seed, shape_of
 from .linear import check_linear, dtypes_of, last_dimension, level_name
 
 
@@ -222,12 +223,13 @@ def known_gated_mlp(
 
 def tiles_for(tiles: int | None, recompute: str) -> int:
     """The number of tiles of a call: the argument, or if None, the context's number. At "block" it must be one."""
+    is_block = isinstance(recompute, str) and recompute == "block"
     if tiles is None:
-        return 1 if recompute == "block" else ops.tiles.tiles_now()
+        return 1 if is_block else ops.tiles.tiles_now()
     tiles = untraced(tiles)
     if not is_count(tiles):
-        raise ValueError(f"tiles is {tiles!r}; expected a positive whole number, or None")
-    if tiles > 1 and recompute == "block":
+        raise ValueError(f"tiles is {shown(tiles)}; expected a positive whole number, or None")
+    if tiles > 1 and is_block:
         raise ValueError(f"tiles is {tiles} and recompute is 'block'; expected recompute 'output' or 'all'")
     return tiles
 

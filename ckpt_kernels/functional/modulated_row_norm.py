@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..arguments import number
 from ..backends.blocks import RowNormOptions
 from .bias_act import bias_act
 from .checks import (
@@ -15,7 +16,6 @@ from .checks import (
     check_input,
     check_modulation,
     normalized,
-    number,
     rms_eps,
     shape_of,
 )

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import flag, number, one_of, untraced, whole
 from ..backends.blocks import RotaryOptions
-from .checks import check_device, check_last, check_tensor, number, rms_eps, shape_of, untraced
+from .checks import check_device, check_last, check_tensor, rms_eps, shape_of
 
 _LAYOUTS = ("halves", "interleaved")
-_NORMS = ("none", "rms", "layer")
+_NORMS = ("rms", "layer")
 
 
 def rotary(
@@ -89,12 +89,11 @@ def rotary(
         )
     check_last(weight, "weight", input)
     check_last(bias, "bias", input)
-    if not isinstance(cast_before_weight, bool):
-        raise TypeError(f"cast_before_weight is {cast_before_weight!r}; expected a bool")
+    cast = flag(cast_before_weight, "cast_before_weight")
     options = _options(input, cos, layout, output_layout, rotary_dim, rotary_start, norm, eps, weight_offset)
     if options.norm == "none" and (weight is not None or bias is not None):
         raise ValueError(f"norm is {norm!r}; expected 'rms' or 'layer' where there is a weight or a bias")
-    return ops.rotary.rotary(input, cos, sin, weight, bias, options._replace(cast_before_weight=cast_before_weight))
+    return ops.rotary.rotary(input, cos, sin, weight, bias, options._replace(cast_before_weight=cast))
 
 
 def rotary_qk(
@@ -147,11 +146,11 @@ def rotary_qk(
 
 def check_rotation(layout: str, output_layout: str | None, norm: str | None) -> None:
     """Raise ValueError for a layout or norm that `rotary` does not have."""
-    for name, given in (("layout", layout), ("output_layout", output_layout)):
-        if given not in _LAYOUTS and not (name == "output_layout" and given is None):
-            raise ValueError(f"{name} is {given!r}; expected one of {', '.join(_LAYOUTS)}")
-    if norm not in (None, *_NORMS):
-        raise ValueError(f"norm is {norm!r}; expected None, 'rms' or 'layer'")
+    one_of(layout, _LAYOUTS, "layout")
+    if output_layout is not None:
+        one_of(output_layout, _LAYOUTS, "output_layout")
+    if norm is not None:
+        one_of(norm, _NORMS, "norm")
 
 
 def _check_table(table: Tensor, argument: str, input: Tensor) -> None:
@@ -181,25 +180,21 @@ def _options(
     output_layout = layout if output_layout is None else output_layout
     check_rotation(layout, output_layout, norm)
     norm = "none" if norm is None else norm
-    columns, entries, rotary_dim, rotary_start = map(
-        untraced, (input.shape[-1], cos.shape[-1], rotary_dim, rotary_start)
-    )
-    turned = entries if rotary_dim is None else rotary_dim
-    for name, given in (("rotary_dim", turned), ("rotary_start", rotary_start)):
-        if not isinstance(given, int | torch.SymInt):
-            raise TypeError(f"{name} is {given!r}; expected a whole number")
+    columns, entries = untraced(input.shape[-1]), untraced(cos.shape[-1])
+    turned = entries if rotary_dim is None else whole(rotary_dim, "rotary_dim")
+    start = whole(rotary_start, "rotary_start")
     if turned % 2 or turned not in (entries, 2 * entries):
         raise ValueError(
             f"rotary_dim is {turned} and tables have {entries} columns; expected an even number, as many or twice that"
         )
-    if rotary_start < 0 or rotary_start + turned > columns:
+    if start < 0 or start + turned > columns:
         raise ValueError(
-            f"columns {rotary_start} to {rotary_start + turned} are to turn; expected them within the input's {columns}"
+            f"rotary_start is {start} and rotary_dim {turned}; expected columns within the input's {columns}"
         )
     epsilon = 1e-5 if norm == "layer" and eps is None else rms_eps(input, eps)
     return RotaryOptions(
         turned,
-        rotary_start,
+        start,
         layout == "interleaved",
         output_layout == "interleaved",
         norm,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops, thin
 from ..activations import Activation, activation_name
+from ..arguments import flag, number
 from ..backends.blocks import RowNormOptions
 from .checks import (
     autocast,
@@ -15,7 +16,6 @@ from .checks import (
     check_input,
     check_rms_input,
     memory_format,
-    number,
     rms_eps,
 )
 
@@ -147,7 +147,7 @@ def _row_norm(tensors: Sequence[Any], given: tuple) -> Tensor:
     check_coefficient(bias, "bias", input, normalized_shape)
     pre, post = activation_name(pre_activation, "pre_activation"), activation_name(activation)
     offset = number(weight_offset, "weight_offset")
-    options = RowNormOptions(columns, eps, centered, pre, post, offset, bool(cast_before_weight))
+    options = RowNormOptions(columns, eps, centered, pre, post, offset, flag(cast_before_weight, "cast_before_weight"))
     thin.remember(
         thin.row_norm.row_norm(input, None, None, None, None, weight, bias, options), "row_norm", tensors, given
     )

@@ -11,6 +11,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
+from ..arguments import size
 from ..convert import Report, convert
 from ..levels import OF_MODELS, Policy
 from ..plan import Plan, plan
@@ -134,8 +135,11 @@ def tokens(batch: int, length: int) -> dict[str, Any]:
     Args:
         batch: the number of sequences.
         length: the number of tokens in each.
+
+    Raises:
+        TypeError, ValueError: one of them is no whole number, or is negative.
     """
-    ids = torch.zeros(batch, length, dtype=torch.long)
+    ids = torch.zeros(size(batch, "batch"), size(length, "length"), dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
 
 

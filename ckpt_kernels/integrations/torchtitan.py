@@ -75,8 +75,8 @@ def with_conversion(spec: Spec, recompute: Recompute = "output", *, logits: str 
         True
     """
     wanted = _not_planned(recompute)
-    if not hasattr(spec, "parallelize_fn"):
-        raise TypeError(f"spec is {type(spec).__name__}; expected a ModelSpec, which has a parallelize_fn")
+    if isinstance(spec, type) or not dataclasses.is_dataclass(spec) or not hasattr(spec, "parallelize_fn"):
+        raise TypeError(f"spec is {type(spec).__name__}; expected a ModelSpec, a dataclass with a parallelize_fn")
     parallelize: Callable[..., nn.Module] = spec.parallelize_fn
 
     def parallelize_fn(model: nn.Module, /, *args: Any, **kwargs: Any) -> nn.Module:

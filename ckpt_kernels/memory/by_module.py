@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from ..arguments import size
 from ..nested_values import tensors_in
 from ..recompute import discard_outputs
 from . import table
@@ -76,11 +78,11 @@ class Report:
     def table(self, depth: int | None = None) -> str:
         """The report as text, with equal layers in one row. With `depth`, modules are merged by that many parts of
         their names."""
-        return table.text(self, depth)
+        return table.text(self, _checked_depth(depth))
 
     def draw(self, path: str | pathlib.Path, depth: int | None = None, most: int = 15) -> None:
         """Draws a PNG with bars for the `most` rows of the table that keep most. Needs matplotlib."""
-        table.draw(self, path, depth, most)
+        table.draw(self, path, _checked_depth(depth), size(most, "most"))
 
 
 class _Measured(NamedTuple):
@@ -112,6 +114,7 @@ def report(model: nn.Module, /, *inputs: Any, **kwargs: Any) -> Report:
 
     Raises:
         TypeError: `model` is no module.
+        ValueError: the model is on a device whose peak is not measured, such as meta. `saved_tensors` measures there.
 
     Example:
         >>> model = torch.nn.Sequential(ckpt_kernels.nn.LayerNorm(64, activation="gelu"), torch.nn.Linear(64, 64))
@@ -121,8 +124,7 @@ def report(model: nn.Module, /, *inputs: Any, **kwargs: Any) -> Report:
         >>> [(module.name, module.saved, module.discarding) for module in report.modules]
         [('0', 2112, 2112), ('1', 2048, 0)]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    _check(model, "model")
     plain = _measured(model, inputs, kwargs)
     with _replaced_forward(model, discard_outputs()(model.forward)):
         discarding = _measured(model, inputs, kwargs)
@@ -154,8 +156,19 @@ def report_beside(
         >>> report.discarding < report.saved
         True
     """
+    _check(model, "model")
+    _check(other, "other")
     measured = [_measured(each, inputs, kwargs) for each in (model, other)]
     return _reported(model, *measured, titles=titles)
+
+
+def _check(model: nn.Module, argument: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} is {type(model).__name__}; expected a torch.nn.Module")
+
+
+def _checked_depth(depth: int | None) -> int | None:
+    return None if depth is None else size(depth, "depth")
 
 
 def _reported(model: nn.Module, first: _Measured, second: _Measured, **titles: Any) -> Report:
@@ -168,9 +181,11 @@ def _reported(model: nn.Module, first: _Measured, second: _Measured, **titles: A
 
 
 def _measured(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Measured:
-    wanted: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    wanted += [t for t in tensors_in((inputs, kwargs)) if t.requires_grad]
-    device = next((t.device for t in (*model.parameters(), *tensors_in((inputs, kwargs)))), torch.device("cpu"))
+    tensors = (*model.parameters(), *tensors_in((inputs, kwargs)))
+    wanted: list[Tensor] = [t for t in tensors if t.requires_grad]
+    # A fake tensor names a device, and has no memory there.
+    is_fake = any(isinstance(t, FakeTensor) for t in tensors)
+    device = torch.device("meta") if is_fake else next((t.device for t in tensors), torch.device("cpu"))
 
     def step() -> None:
         outputs = [t for t in tensors_in(model(*inputs, **kwargs)) if t.requires_grad]
@@ -178,6 +193,8 @@ def _measured(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, An
             total: Any = sum(t.float().sum() for t in outputs)
             torch.autograd.grad(total, wanted, allow_unused=True)
 
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"model is on {device}; expected the CPU or a CUDA device, whose peak is measured")
     return _Measured(saved_tensors(model, *inputs, **kwargs), peak_bytes(step, device))
 
 

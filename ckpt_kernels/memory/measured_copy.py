@@ -20,6 +20,8 @@ def kept_bytes(model: nn.Module, inputs: Any, change: Callable[[nn.Module], obje
     `inputs` is a tensor, a tuple, or a dict by name. The model, the inputs, and the random number generators of torch,
     Python and numpy stay as they are.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     with random_numbers_kept(), torch.inference_mode(False), torch.enable_grad():
         twin, (args, kwargs) = copy_of(model), arguments_of(inputs)
         memo: dict[int, Any] = {}

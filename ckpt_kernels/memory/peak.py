@@ -19,14 +19,17 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
 
     Raises:
         TypeError: `fn` is not callable.
+        ValueError: the device is neither the CPU nor a CUDA device.
 
     Example:
         >>> ckpt_kernels.memory.peak_bytes(lambda: torch.ones(1024).sum()) >= 4096
         True
     """
-    if not callable(fn):
-        raise TypeError(f"fn is {type(fn).__name__}; expected a function")
-    if torch.device(device).type == "cuda":
+    _check(fn)
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; expected the CPU or a CUDA device, whose memory is counted")
+    if kind == "cuda":
         torch.cuda.synchronize(device)
         start = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -37,7 +40,13 @@ def peak_bytes(fn: Callable[[], Any], device: torch.device | str = "cpu") -> int
 
 def allocations(fn: Callable[[], Any]) -> list[int]:
     """The sizes of all blocks of CPU memory that tensors allocate while `fn()` runs; freed blocks are negative."""
+    _check(fn)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         fn()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def _check(fn: Callable[[], Any]) -> None:
+    if not callable(fn):
+        raise TypeError(f"fn is {type(fn).__name__}; expected a function")

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..nested_values import tensors_in
 
@@ -32,7 +34,7 @@ def saved_bytes(fn: Callable[..., Any], /, *args: Any, parameters_of: nn.Module 
         The number of bytes, as an int.
 
     Raises:
-        TypeError: `fn` is not callable.
+        TypeError: `fn` is not callable, or `parameters_of` is no module.
 
     Example:
         >>> x = torch.randn(8, 64, requires_grad=True)
@@ -115,15 +117,17 @@ def _saved(
     if not callable(fn):
         raise TypeError(f"fn is {type(fn).__name__}; expected a function or a module")
     modules: list[str] = [""]
-    owned = set()
+    if parameters_of is not None and not isinstance(parameters_of, nn.Module):
+        raise TypeError(f"parameters_of is {type(parameters_of).__name__}; expected a torch.nn.Module or None")
+    owned: set[StorageWeakRef] = set()
     if parameters_of is not None:
         tensors = (*parameters_of.parameters(), *parameters_of.buffers())
-        owned = {_storage(tensor) for tensor in tensors if not is_lazy(tensor)}
+        owned.update(*(_storages(tensor) for tensor in tensors if not is_lazy(tensor)))
     packed: list[tuple[str, weakref.ref[_PackedTensor]]] = []
 
     def pack(tensor: Tensor) -> _PackedTensor:
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-            owned.add(_storage(tensor))
+            owned.update(_storages(tensor))
         entry = _PackedTensor(tensor)
         packed.append((modules[-1], weakref.ref(entry)))
         return entry
@@ -131,20 +135,20 @@ def _saved(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.tensor), _naming(fn, modules):
         result = fn(*args, **kwargs)
     if but_for_output:
-        owned.update(map(_storage, itertools.islice(tensors_in(result), 1)))
+        owned.update(*map(_storages, itertools.islice(tensors_in(result), 1)))
     # The tensors that the graph still holds: some may have been discarded since they were packed.
     kept = [(module, reference()) for module, reference in packed]
     saved: list[SavedTensor] = []
-    owners: dict[int, str] = {}
+    owners: dict[StorageWeakRef, str] = {}
     for module, entry in kept:
         if entry is None:
             continue
         tensor = entry.tensor
-        storage = _storage(tensor)
-        if storage in owned or tensor.numel() == 0:
+        storages = {storage: size for storage, size in _storages(tensor).items() if storage not in owned}
+        if not storages or tensor.numel() == 0:
             continue
-        counted = 0 if storage in owners else tensor.untyped_storage().nbytes()
-        owner = owners.setdefault(storage, module)
+        counted = sum(size for storage, size in storages.items() if storage not in owners)
+        owner, *_ = [owners.setdefault(storage, module) for storage in storages]
         dtype = str(tensor.dtype).removeprefix("torch.")
         saved.append(SavedTensor(module, tuple(tensor.shape), dtype, counted, owner))
     del result
@@ -192,5 +196,15 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
         modules_of_torch.__call__ = call
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storages(tensor: Tensor) -> dict[StorageWeakRef, int]:
+    """The bytes of the storages that hold a tensor: of a DTensor or a jagged tensor, those of the tensors inside.
+
+    Known by a weak reference and not by an address: on the meta device every address is 0, and memory that is freed
+    while the call runs is used again.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        inner = [_storages(getattr(tensor, name)) for name in names]
+        return {storage: size for storages in inner for storage, size in storages.items()}
+    storage = tensor.untyped_storage()
+    return {StorageWeakRef(storage): storage.nbytes()}

@@ -8,7 +8,8 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, probability, recorded, weight_and_bias
+from ..arguments import probability
+from .extras import extras, recorded, weight_and_bias
 from .row_norm import RMSNorm
 
 
@@ -54,7 +55,7 @@ class AddLayerNorm(nn.LayerNorm):
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
+        self.dropout = probability(dropout, "dropout")
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:
@@ -127,7 +128,7 @@ class AddRMSNorm(RMSNorm):
             weight_offset=weight_offset,
             cast_before_weight=cast_before_weight,
         )
-        self.dropout = probability(dropout)
+        self.dropout = probability(dropout, "dropout")
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(input, Proxy) and (call := recorded(self, input, residual)) is not None:

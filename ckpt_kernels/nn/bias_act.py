@@ -6,7 +6,8 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
-from .extras import extras, probability, recorded
+from ..arguments import flag, probability, size
+from .extras import extras, recorded
 
 
 class BiasAct(nn.Module):
@@ -26,7 +27,7 @@ class BiasAct(nn.Module):
         `(*, N)` to the same. Parameter: `bias`, `(N)`.
 
     Kept for backward:
-        The input; for relu and leaky_relu only the output; for the identity nothing. No dropout mask.
+        The input; for relu and leaky_relu only the output; for the identity neither. No dropout mask.
 
     Example:
         >>> block = ckpt_kernels.nn.BiasAct(64, activation="gelu", dropout=0.1)
@@ -47,10 +48,10 @@ class BiasAct(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_features = num_features
+        self.num_features = size(num_features, "num_features")
         self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
-        if bias:
+        self.dropout = probability(dropout, "dropout")
+        if flag(bias, "bias"):
             self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)

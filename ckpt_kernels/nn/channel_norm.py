@@ -47,7 +47,7 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         `(N, C)` or `(N, C, L)`, and a residual of the same shape, to that shape. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers per channel; with a residual, also the output for relu and leaky_relu, else the
+        The input and two numbers per channel; with a residual, also the output for relu and leaky_relu, else the
         residual.
 
     Example:
@@ -75,7 +75,7 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
         `(N, C, H, W)`, and a residual of the same shape, to that shape. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers per channel; with a residual, also the output for relu and leaky_relu, else the
+        The input and two numbers per channel; with a residual, also the output for relu and leaky_relu, else the
         residual.
 
     Example:
@@ -103,7 +103,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
         `(N, C, D, H, W)`, and a residual of the same shape, to that shape. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers per channel; with a residual, also the output for relu and leaky_relu, else the
+        The input and two numbers per channel; with a residual, also the output for relu and leaky_relu, else the
         residual.
 
     Example:
@@ -135,7 +135,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         `(N, C, *)`, and a residual of the same shape, to that shape. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers per channel; with a residual, also the output for relu and leaky_relu, else the
+        The input and two numbers per channel; with a residual, also the output for relu and leaky_relu, else the
         residual.
 
     Example:
@@ -170,7 +170,7 @@ class GroupNorm(nn.GroupNorm):
         `(N, C, *)` to the same. Parameters, as torch's: `weight` and `bias`, `(C)`.
 
     Kept for backward:
-        The input, two numbers per group and three per channel of each sample.
+        The input and two numbers per group of each sample.
 
     Example:
         >>> norm = ckpt_kernels.nn.GroupNorm(2, 4, activation="silu")
@@ -227,7 +227,7 @@ class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
         `(N, C, L)`, or `(C, L)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers for each channel of each sample.
+        The input (of one that is channels last a contiguous copy) and two numbers for each channel of each sample.
 
     Example:
         >>> norm = ckpt_kernels.nn.InstanceNorm1d(4, activation="relu")
@@ -253,7 +253,7 @@ class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
         `(N, C, H, W)`, or `(C, H, W)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers for each channel of each sample.
+        The input (of one that is channels last a contiguous copy) and two numbers for each channel of each sample.
 
     Example:
         >>> norm = ckpt_kernels.nn.InstanceNorm2d(4, activation="relu")
@@ -279,7 +279,7 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
         `(N, C, D, H, W)`, or `(C, D, H, W)` of one sample; to the same, contiguous. Parameters and buffers are torch's.
 
     Kept for backward:
-        The input and five numbers for each channel of each sample.
+        The input (of one that is channels last a contiguous copy) and two numbers for each channel of each sample.
 
     Example:
         >>> norm = ckpt_kernels.nn.InstanceNorm3d(4, activation="relu")

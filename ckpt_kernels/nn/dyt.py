@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import functional as F
+from ..arguments import flag, number, size
 from .extras import extras, recorded
 
 
@@ -52,11 +53,11 @@ class DyT(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = num_features
-        self.alpha_init = alpha_init
-        self.elementwise_affine = elementwise_affine
+        self.num_features = size(num_features, "num_features")
+        self.alpha_init = number(alpha_init, "alpha_init")
+        self.elementwise_affine = flag(elementwise_affine, "elementwise_affine")
         self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
-        for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and bias)):
+        for name, wanted in (("weight", elementwise_affine), ("bias", elementwise_affine and flag(bias, "bias"))):
             values = torch.empty(num_features, device=device, dtype=dtype) if wanted else None
             self.register_parameter(name, None if values is None else nn.Parameter(values))
         self.reset_parameters()

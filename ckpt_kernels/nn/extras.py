@@ -13,12 +13,6 @@ def extras(**settings: tuple[object, object]) -> str:
     return "".join(f", {name}={value!r}" for name, (value, default) in settings.items() if value != default)
 
 
-def probability(dropout: float) -> float:
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout is {dropout}; expected a probability between 0 and 1")
-    return dropout
-
-
 _search, _search_of_objects = nn.Module.__getattr__, object.__getattribute__
 _kept_namespaces: dict[type, tuple[Mapping[str, Any], ...]] = {}
 

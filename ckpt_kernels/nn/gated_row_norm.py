@@ -8,6 +8,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..arguments import flag
 from .extras import extras, recorded
 
 
@@ -50,7 +51,7 @@ class GatedRMSNorm(nn.RMSNorm):
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.activation = activation_name(activation)
-        self.norm_before_gate = norm_before_gate
+        self.norm_before_gate = flag(norm_before_gate, "norm_before_gate")
 
     def forward(self, input: Tensor, gate: Tensor) -> Tensor:
         if isinstance(input, Proxy) and (call := recorded(self, input, gate)) is not None:

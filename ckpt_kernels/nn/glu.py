@@ -8,6 +8,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..arguments import whole
 from ..functional.glu import limits
 from ..ops.glu import layout_name
 from .extras import extras, recorded
@@ -58,7 +59,7 @@ class GLU(nn.Module):
         offset: float = 0.0,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = whole(dim, "dim")
         self.activation = activation_name(activation)
         self.layout = layout_name(layout)
         limits(limit, offset)

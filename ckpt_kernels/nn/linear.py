@@ -13,9 +13,10 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..arguments import flag, number, probability, size
 from ..functional.linear import level_name, norm_name
 from .by_parts import are_plain, discarding_outputs
-from .extras import extras, probability, recorded
+from .extras import extras, recorded
 from .row_norm import LayerNorm, RMSNorm
 
 
@@ -66,15 +67,18 @@ class NormLinear(nn.Module):
         super().__init__()
         self.recompute = level_name(recompute)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        columns, has_bias = size(in_features, "in_features"), flag(bias, "bias")
+        epsilon = None if eps is None else number(eps, "eps")
         self.norm: LayerNorm | RMSNorm
         if norm_name(norm) == "layer_norm":
-            self.norm = LayerNorm(in_features, 1e-5 if eps is None else eps, activation=activation, **factory)
+            self.norm = LayerNorm(columns, 1e-5 if epsilon is None else epsilon, activation=activation, **factory)
         else:
-            self.norm = RMSNorm(in_features, eps, activation=activation, **factory)
-        if isinstance(out_features, int):
-            self.linear = nn.Linear(in_features, out_features, bias, **factory)
+            self.norm = RMSNorm(columns, epsilon, activation=activation, **factory)
+        if isinstance(out_features, Sequence):
+            sizes = [size(out, "out_features") for out in out_features]
+            self.linears = nn.ModuleList(nn.Linear(columns, out, has_bias, **factory) for out in sizes)
         else:
-            self.linears = nn.ModuleList(nn.Linear(in_features, out, bias, **factory) for out in out_features)
+            self.linear = nn.Linear(columns, size(out_features, "out_features"), has_bias, **factory)
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, ...]:
         if isinstance(input, Proxy) and (call := recorded(self, input)) is not None:
@@ -146,7 +150,7 @@ class ActLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
+        self.dropout = probability(dropout, "dropout")
         self.recompute = level_name(recompute)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -4,17 +4,20 @@ A module makes one fused call with the parameters of its parts. If the parts hav
 called one by one instead: see `by_parts`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..arguments import flag, probability, size
 from ..functional.linear import level_name
 from ..functional.mlps import tiles_for
 from ..ops.glu import layout_name
 from .by_parts import apply_dropout, are_plain, discarding_outputs
-from .extras import extras, probability, recorded
+from .extras import extras, recorded
 
 
 class MLP(nn.Module):
@@ -63,11 +66,12 @@ class MLP(nn.Module):
         tiles: int | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(in_features, hidden_features, bias, **factory)
-        self.fc2 = nn.Linear(hidden_features, in_features if out_features is None else out_features, bias, **factory)
+        width, hidden, out = _sizes(in_features, hidden_features, out_features)
+        factory: dict[str, Any] = {"bias": flag(bias, "bias"), "device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(width, hidden, **factory)
+        self.fc2 = nn.Linear(hidden, out, **factory)
         self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
+        self.dropout = probability(dropout, "dropout")
         self.recompute, self.tiles = level_name(recompute), tiles
         tiles_for(tiles, recompute)
 
@@ -150,16 +154,16 @@ class GatedMLP(nn.Module):
         tiles: int | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        if packed:
-            self.gate_up_proj = nn.Linear(in_features, 2 * hidden_features, bias, **factory)
+        width, hidden, out = _sizes(in_features, hidden_features, out_features)
+        factory: dict[str, Any] = {"bias": flag(bias, "bias"), "device": device, "dtype": dtype}
+        if flag(packed, "packed"):
+            self.gate_up_proj = nn.Linear(width, 2 * hidden, **factory)
         else:
-            self.gate_proj = nn.Linear(in_features, hidden_features, bias, **factory)
-            self.up_proj = nn.Linear(in_features, hidden_features, bias, **factory)
-        out = in_features if out_features is None else out_features
-        self.down_proj = nn.Linear(hidden_features, out, bias, **factory)
+            self.gate_proj = nn.Linear(width, hidden, **factory)
+            self.up_proj = nn.Linear(width, hidden, **factory)
+        self.down_proj = nn.Linear(hidden, out, **factory)
         self.activation = activation_name(activation)
-        self.dropout = probability(dropout)
+        self.dropout = probability(dropout, "dropout")
         self.packed, self.layout = packed, layout_name(layout)
         self.recompute, self.tiles = level_name(recompute), tiles
         tiles_for(tiles, recompute)
@@ -197,3 +201,10 @@ class GatedMLP(nn.Module):
         return f"activation={self.activation!r}, dropout={self.dropout}" + extras(
             layout=(self.layout if self.packed else "", ""), recompute=(self.recompute, ""), tiles=(self.tiles, None)
         )
+
+
+def _sizes(in_features: int, hidden_features: int, out_features: int | None) -> tuple[int, int, int]:
+    """The three widths of an MLP, whose output is by default as wide as its input."""
+    width = size(in_features, "in_features")
+    out = width if out_features is None else size(out_features, "out_features")
+    return width, size(hidden_features, "hidden_features"), out

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .. import functional as F
+from ..arguments import flag, number, size
 from ..functional.rotary import check_rotation
 from .extras import extras, recorded
 
@@ -63,20 +64,26 @@ class Rotary(nn.Module):
     ) -> None:
         super().__init__()
         check_rotation(layout, output_layout, norm)
-        if bias and (norm is None or not elementwise_affine):
+        has_weight = flag(elementwise_affine, "elementwise_affine") and norm is not None
+        if flag(bias, "bias") and not has_weight:
             raise ValueError(
                 f"bias is True, norm {norm!r} and elementwise_affine {elementwise_affine}; expected a weight"
             )
-        self.head_dim = head_dim
+        self.head_dim = size(head_dim, "head_dim")
         self.layout = layout
         self.output_layout = output_layout
-        self.rotary_dim = rotary_dim
-        self.rotary_start = rotary_start
+        self.rotary_dim = None if rotary_dim is None else size(rotary_dim, "rotary_dim")
+        self.rotary_start = size(rotary_start, "rotary_start")
+        turned = self.rotary_dim or 0
+        if turned % 2 or self.rotary_start + turned > self.head_dim:
+            raise ValueError(
+                f"rotary_start is {rotary_start} and rotary_dim {rotary_dim}; expected an even number of columns "
+                f"within the {head_dim} of a head"
+            )
         self.norm = norm
-        self.eps = eps
-        self.weight_offset = weight_offset
-        self.cast_before_weight = cast_before_weight
-        has_weight = norm is not None and elementwise_affine
+        self.eps = None if eps is None else number(eps, "eps")
+        self.weight_offset = number(weight_offset, "weight_offset")
+        self.cast_before_weight = flag(cast_before_weight, "cast_before_weight")
         for name, wanted in (("weight", has_weight), ("bias", has_weight and bias)):
             values = torch.empty(head_dim, device=device, dtype=dtype) if wanted else None
             self.register_parameter(name, None if values is None else nn.Parameter(values))

@@ -8,6 +8,7 @@ from torch.fx import Proxy
 
 from .. import functional as F
 from ..activations import Activation, activation_name
+from ..arguments import flag, number
 from .extras import extras, recorded, weight_and_bias
 
 
@@ -120,11 +121,11 @@ class RMSNorm(nn.RMSNorm):
         weight_offset: float = 0.0,
         cast_before_weight: bool = False,
     ) -> None:
-        self.weight_offset = weight_offset
+        self.weight_offset = number(weight_offset, "weight_offset")
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.activation = activation_name(activation)
         self.pre_activation = activation_name(pre_activation, "pre_activation")
-        self.cast_before_weight = cast_before_weight
+        self.cast_before_weight = flag(cast_before_weight, "cast_before_weight")
 
     def reset_parameters(self) -> None:
         """Set the weights to 1 minus their offset."""

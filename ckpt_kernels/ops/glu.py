@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..arguments import one_of
 from ..backends import reference
 from .block import Block
 from .operands import (
@@ -108,9 +109,7 @@ LAYOUTS = ("gate_first", "value_first", "interleaved")
 
 def layout_name(layout: str) -> str:
     """Returns `layout` if it is one of `LAYOUTS`; else raises ValueError."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
-    return layout
+    return one_of(layout, LAYOUTS, "layout")
 
 
 def unpack(packed: Tensor, layout: str) -> tuple[Tensor, Tensor]:

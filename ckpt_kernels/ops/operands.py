@@ -13,7 +13,8 @@ from ..backends import reference
 def as_rows(tensor: Tensor, columns: int) -> Tensor:
     """The tensor as (rows, columns) with contiguous rows: a view if strides allow it, else a copy."""
     if tensor.dim() != 2 or tensor.shape[1] != columns:
-        tensor = tensor.reshape(-1, columns)
+        # Not -1 rows: a transform over no batches has no elements, which would leave the number open.
+        tensor = tensor.reshape(tensor.numel() // columns, columns)
     return tensor if columns == 1 or tensor.stride(1) == 1 else tensor.contiguous()
 
 
@@ -167,5 +168,5 @@ def column_sum(grad_output: Tensor, bias: Tensor) -> Tensor:
     """The gradient of a bias that is the last step of a block, which needs no tensor of the forward pass."""
     if bias.numel() == 0:
         return torch.zeros_like(bias)
-    rows = grad_output.reshape(-1, bias.numel())
+    rows = as_rows(grad_output, bias.numel())
     return rows.sum(0, dtype=reference.compute_dtype(rows.dtype)).to(bias.dtype).reshape(bias.shape)

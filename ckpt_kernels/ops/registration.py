@@ -36,6 +36,7 @@ class Registered:
     - `returned`: the number of results of a call; None for the only result itself. Further results are only kept for
       backward.
     - `differentiable_results`: the number of leading results that have gradients.
+    - `terms`: the number of leading tensors whose sum is the second result; None if the second result is no sum.
     - `has_recipe`: whether `recipe` says how to recompute an output.
     - `sharding`: how tensors may be split; None for ops that are never called with DTensors or nested tensors.
     - `forward(*tensors, options)`: computes the results, without autograd.
@@ -48,6 +49,7 @@ class Registered:
 
     returned: int | None = None
     differentiable_results: int = 1
+    terms: int | None = None
     has_recipe = False
     elementwise = False
     sharding: Sharding | None = None
@@ -100,6 +102,12 @@ class Registered:
         """The dispatcher's results, with None for missing tensors."""
         return results
 
+    def without_gradients(self, results: Sequence[Any], wanted: Sequence[bool]) -> Sequence[Tensor]:
+        """The results that have no gradients, where `wanted` says which operands have."""
+        is_sum_constant = self.terms is not None and not any(wanted[: self.terms])
+        first = 1 if is_sum_constant else self.differentiable_results
+        return [result for result in results[first:] if result is not None]
+
     def total(self, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> Any:
         """A result that the op saves itself, with the announcement of how to recompute that; None if there is none."""
         return None
@@ -121,7 +129,7 @@ class Registered:
             recompute.announce(self.recipe(ctx, arguments, results), self.elementwise, self.total(arguments, results))
         if self.returned is None:
             return results[0]
-        ctx.mark_non_differentiable(*results[self.differentiable_results : self.returned])
+        ctx.mark_non_differentiable(*self.without_gradients(results[: self.returned], ctx.needs_input_grad))
         return results[: self.returned]
 
     def full_backward(self, ctx: Any, *gradients: Tensor | None) -> tuple:
@@ -155,7 +163,7 @@ class Registered:
     def _dispatched_setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
         results = output if self._results > 1 else (output,)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*results[self.differentiable_results :])
+        ctx.mark_non_differentiable(*self.without_gradients(results, ctx.needs_input_grad))
         self.setup_context(ctx, self._arguments(inputs), results)
         ctx.count = len(inputs)
 

@@ -74,6 +74,7 @@ class _RowNorm(Block):
     options = RowNormOptions
     results = ("output", "residual_out", "mean", "rstd")
     returned = differentiable_results = 2
+    terms = 2
     sharding = Sharding(
         _rows,
         (*(like_input,) * 3, _samples_of_input, _samples_of_input, last_of_input, last_of_input, seed),
@@ -266,8 +267,8 @@ def _modulated(
     scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, columns: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(x_hat * weight + bias) * (1 + scale) + shift, as one weight and one bias for each sample."""
-    factor = 1 + scale.to(dtype).reshape(-1, columns)
-    offset = shift.to(dtype).reshape(-1, columns)
+    factor = 1 + as_rows(scale.to(dtype), columns)
+    offset = as_rows(shift.to(dtype), columns)
     # If rows have no elements, weight and bias have none either.
     if bias is not None and bias.numel():
         offset = offset + factor * bias.to(dtype).reshape(columns)
@@ -283,9 +284,9 @@ def _modulation_gradients(
     operands = kept.scale, kept.shift, kept.weight, kept.bias
     grads: list[Tensor | None] = [grad_factor, grad_offset, None, None]
     if wanted.scale and kept.weight is not None:
-        grads[0] = grad_factor * kept.weight.to(grad_factor.dtype).reshape(-1)
+        grads[0] = grad_factor * kept.weight.to(grad_factor.dtype).flatten()
     if wanted.scale and kept.bias is not None:
-        grads[0] = grads[0] + grad_offset * kept.bias.to(grad_offset.dtype).reshape(-1)
+        grads[0] = grads[0] + grad_offset * kept.bias.to(grad_offset.dtype).flatten()
     for place, wants, grad in ((2, wanted.weight, grad_factor), (3, wanted.bias, grad_offset)):
         if wants:
             grads[place] = (grad * (1 + kept.scale.to(grad.dtype).reshape(grad.shape))).sum(0)

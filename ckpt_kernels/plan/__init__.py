@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import is_count
 from ..convert.swap import NotSwapped
-from ..functional.checks import is_count
 from ..model_argument import check_model
 from .bench import Bench
 from .budget import Budget, DoesNotFit, bytes_of
@@ -109,7 +109,7 @@ def plan(
         raise ValueError(f"the model is on {device}, where steps are not measured; expected a CPU or a CUDA device")
     bytes_of(budget, 1, device)
     try:
-        with _without_gradients(model):
+        with torch.inference_mode(False), _without_gradients(model):
             bench = Bench(model, inputs, kwargs, loss, progress or _print_progress)
             measurements, reason = _measurements(bench, tiles)
             if measurements is None:

@@ -109,7 +109,7 @@ class Recorder:
         layer = self._layers[module]
         self.mark("forward_end", layer)
         tensors = [tensor for tensor in tensors_among(output) if tensor.requires_grad]
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
         self.outputs[layer] = sum(storages.values())
         self._last = (tensors[0], tensors[0]._version) if tensors else None
         if tensors and tensors[0].grad_fn is not None:

@@ -13,16 +13,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import is_count
 from ..convert import Report, convert, revert
 from ..convert.module_tree import modules_of, named_modules
 from ..convert.swap import original_of
-from ..functional.checks import is_count
 from ..levels import NONE, OF_LAYERS, Policy
 from ..runs import Place, is_sharded
 from . import report
 from .bench import StepCost, first_shape
 from .chain import predicted
 from .costs import FIXED, Assignment, Checkpoint, Stage, StageAt, stages_of
+
+
+class ModelReference:
+    """A weak reference to the model that a plan was made for. Copies of the plan share it, and pickles leave it out."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._reference = None if model is None else weakref.ref(model)
+
+    def __call__(self) -> nn.Module | None:
+        return None if self._reference is None else self._reference()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelReference":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return ModelReference, ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Plan:
     whole: str | None = None
     note: str = ""
     count: int = 0
-    _model: "list[weakref.ref[nn.Module]]" = field(default_factory=list, compare=False, repr=False)
+    _model: ModelReference = field(default_factory=ModelReference, compare=False, repr=False)
 
     def apply(self, model: nn.Module | None = None, *, logits: str | None = None, tiles: int = 1) -> Report:
         """Convert the model that the plan was made for, or another of the same structure.
@@ -98,7 +114,7 @@ class Plan:
 
     def _target(self, model: nn.Module | None) -> nn.Module:
         if model is None:
-            model = self._model[0]() if self._model else None
+            model = self._model()
         if model is None:
             raise ValueError("no model is given, and the one that the plan was made for is not there; expected a model")
         return model
@@ -179,7 +195,7 @@ class Plan:
             return plan
         except KeyError as error:
             raise ValueError(f"{path} holds no plan: it has no {error}; {_EXPECTED}") from error
-        except (IndexError, TypeError, AttributeError, ValueError) as error:
+        except (IndexError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} holds no plan: {error}; {_EXPECTED}") from error
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Turns measured costs into a plan: solves for the best assignment, then runs a step to check its memory and time."""
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from .budget import Budget, DoesNotFit, bytes_of, fraction_of
 from .chain import predicted
 from .costs import FIXED, Assignment, Checkpoint, StageAt
 from .measure import Measurements
-from .plan import Plan, structure_of
+from .plan import ModelReference, Plan, structure_of
 from .solve import Solver
 from .trials import step_name
 
@@ -101,7 +100,7 @@ class _Plans:
             "frontier": frontier,
             "structure": structure_of(model),
             "given": input_shape,
-            "_model": [weakref.ref(model)],
+            "_model": ModelReference(model),
         }
 
     def of(self, assignment: Assignment) -> Plan:
@@ -224,5 +223,5 @@ def one_level(model: nn.Module, bench: Bench, budget: Budget, reason: str) -> Pl
         whole=NONE if best == EAGER else best,
         note=reason,
         count=bench.count,
-        _model=[weakref.ref(model)],
+        _model=ModelReference(model),
     )

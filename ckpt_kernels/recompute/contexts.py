@@ -163,6 +163,9 @@ class DiscardOutputs(nn.Module):
     Args:
         module: any module.
 
+    Raises:
+        TypeError: `module` is no module.
+
     Example:
         >>> model = torch.nn.Sequential(ckpt_kernels.nn.RMSNorm(64), torch.nn.Linear(64, 8))
         >>> model = ckpt_kernels.recompute.DiscardOutputs(model)
@@ -172,6 +175,8 @@ class DiscardOutputs(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module is {type(module).__name__}; expected a torch.nn.Module")
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

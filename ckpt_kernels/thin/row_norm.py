@@ -63,6 +63,8 @@ class RowNorm(Plan):
             ctx.set_materialize_grads(False)
             kept = (input if residual is None else residual_out, *operands[2:], mean, rstd)
             ctx.save_for_backward(*kept)
+            if residual is not None and not (wanted[0] or wanted[1]):
+                ctx.mark_non_differentiable(residual_out)
             if thread.active:
                 results = (output, residual_out)
                 total = None if residual is None else plan.op.total((*operands, plan.options), results)

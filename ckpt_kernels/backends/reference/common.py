@@ -79,7 +79,9 @@ def philox_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
     quad = torch.arange((columns + 3) // 4, device=seed.device).reshape(1, -1)
     zero = torch.zeros_like(row + quad)
     words = [quad + zero, _low_32_bits(row) + zero, (row >> 32) + zero, zero]
-    key = [_low_32_bits(seed.reshape(())), _low_32_bits(seed.reshape(()) >> 32)]
+    # As a matrix: vmap over no batches fails on tensors without dimensions.
+    seed = seed.reshape(1, 1)
+    key = [_low_32_bits(seed), _low_32_bits(seed >> 32)]
     for _ in range(10):
         # The int64 products wrap around, but all their 64 bits are correct. The shift is arithmetic, so the high word
         # is masked.
@@ -91,7 +93,7 @@ def philox_bits(seed: Tensor, rows: int, columns: int) -> Tensor:
             _low_32_bits(first),
         ]
         key = [_low_32_bits(key[0] + 0x9E3779B9), _low_32_bits(key[1] + 0xBB67AE85)]
-    return torch.stack(words, dim=-1).reshape(rows, -1)[:, :columns]
+    return torch.stack(words, dim=-1).flatten(1)[:, :columns]
 
 
 def dropout(x: Tensor, seed: Tensor | None, p: float) -> Tensor:

@@ -134,11 +134,11 @@ def _saves_tables(trial: Trial, heads: Sequence[Tensor], *tables: Tensor) -> Ite
         storages: set[int] = set()
 
         def pack(tensor: Tensor, storages: set[int] = storages) -> Tensor:
-            storages.add(tensor.untyped_storage().data_ptr())
+            storages.add(tensor.untyped_storage()._cdata)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
             results = trial.run_with_tables([h.detach().requires_grad_() for h in heads], arguments)
         # Results hold the saved tensors. Without results the memory is free, and an address says nothing.
-        is_saved = [results is not None and table.untyped_storage().data_ptr() in storages for table in passed]
+        is_saved = [results is not None and table.untyped_storage()._cdata in storages for table in passed]
         yield is_saved[0], is_saved[1]

@@ -56,7 +56,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
     saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.data_ptr())
+        saved.append(tensor.untyped_storage()._cdata)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
@@ -69,7 +69,7 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
             return TrialResult()
         if not _is_gradient_linear(values, input) if has_function else _has_function(values):
             return TrialResult()
-        keeps_input = input.data_ptr() in saved
+        keeps_input = input.untyped_storage()._cdata in saved
         (slopes,) = torch.autograd.grad(values.sum(), input)
         for name in NAMES:
             other = points.clone().requires_grad_()

@@ -191,9 +191,13 @@ def _keeps_input(outline: Outline, rule: RowNorm, dtypes: Dtypes, requires_grad:
     input = torch.zeros(_sizes(outline, rule.channels_first)[0], dtype=dtypes[0], device="cpu")
     input.requires_grad_(requires_grad)
     saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda packed: packed):
+
+    def pack(tensor: Tensor) -> None:
+        saved.append(tensor.untyped_storage()._cdata)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         _output_of(module, rule, input)
-    return input.data_ptr() in saved
+    return input.untyped_storage()._cdata in saved
 
 
 def _agrees(outline: Outline, rule: RowNorm) -> bool:

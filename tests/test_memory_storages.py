@@ -1,0 +1,56 @@
+"""What is kept is counted by storages: also of tensors without addresses, and of tensors that hold other tensors."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ckpt_kernels import memory, nn
+
+
+def block(device: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), nn.LayerNorm(64, activation="gelu"), torch.nn.Tanh())
+    return model.to(device), torch.randn(8, 64, device=device)
+
+
+def chain(x: torch.Tensor) -> torch.Tensor:
+    """Keeps its input, and the results of tanh and relu."""
+    return torch.relu(torch.tanh(x.sin()))
+
+
+def test_meta_tensors_are_kept_one_by_one() -> None:
+    expected = memory.saved_tensors(block("cpu")[0], block("cpu")[1])
+    assert sum(tensor.counted for tensor in expected) > 0
+    assert memory.saved_tensors(*block("meta")) == expected
+    x = torch.randn(8, 64, device="meta", requires_grad=True)
+    assert memory.saved_bytes(chain, x) == 3 * x.nbytes
+
+
+@pytest.mark.filterwarnings("error")
+def test_fake_tensors_are_kept_one_by_one() -> None:
+    with FakeTensorMode():
+        x = torch.randn(8, 64, requires_grad=True)
+        assert memory.saved_bytes(chain, x) == 3 * x.nbytes
+        assert memory.saved_bytes(lambda x: (x.sin(), x.cos()), x) == x.nbytes
+
+
+def test_jagged_tensors_count_by_the_tensors_inside() -> None:
+    values, offsets = torch.randn(6, 64, requires_grad=True), torch.tensor([0, 2, 6])
+
+    def two_functions(values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        jagged = torch.nested.nested_tensor_from_jagged(values, offsets)
+        return jagged.sin(), jagged.cos()
+
+    kept = memory.saved_tensors(two_functions, values)
+    assert sum(tensor.counted for tensor in kept) == values.nbytes + offsets.nbytes
+
+
+def test_memory_that_is_used_again_is_no_parameter_of_before() -> None:
+    """A parameter that is freed while the call runs leaves its address to what is made next."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            (torch.nn.Parameter(torch.ones(8, 64)) * x.detach()).sum()
+        return chain(x)
+
+    x = torch.randn(8, 64, requires_grad=True)
+    assert memory.saved_bytes(function, x) == 3 * x.nbytes
