@@ -34,8 +34,9 @@ struct BackwardRow {
   const T *grad_output, *gate;
   T *grad_gate, *output;
   S mean, rstd;
-  S* grad_x_hat;              // scratch for h, with an epilogue
-  Vec<S> sum_h, sum_h_x_hat;  // one sum a lane
+  S* grad_x_hat;                    // scratch for h, with an epilogue
+  Vec<S> sum_h, sum_h_x_hat;        // one sum a lane
+  Vec<S> excess_h, excess_h_x_hat;  // by which rounding has made the sums too large
 
   CKPT_INLINE BackwardRow() {}
   template <class Lanes>
@@ -86,6 +87,15 @@ struct GateEpilogue {
   }
 };
 
+// Compensated summation (W. Kahan, "Further remarks on reducing truncation errors", 1965), so that the error does not
+// grow with the number of chunks in a row.
+template <class V>
+CKPT_INLINE void add_compensated(V& sum, V& excess, V value) {
+  const V exact = value - excess, total = sum + exact;
+  excess = (total - sum) - exact;
+  sum = total;
+}
+
 // The first pass over one chunk of a tile's columns: adds to the sums of h and h * x_hat of each row, and to the sums
 // for the gradients of weight and bias. Writes the output again if the block requests the output.
 template <class Epilogue, class S, class T, class U>
@@ -97,8 +107,7 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
   const T *next_u[tile_rows], *next_g[tile_rows];
   for (int i = 0; i < tile_rows; ++i) {
     row[i] = rows[i];
-    // The sums of a chunk are added to those of the row at the end: fewer additions, and fewer roundings, in a chain.
-    row[i].sum_h = row[i].sum_h_x_hat = Vec<S>(S(0));
+    row[i].sum_h = row[i].sum_h_x_hat = Vec<S>(S(0));  // of this chunk
     next_u[i] = a.input.row<const T>(rows[i].ahead) + j0;
     next_g[i] = a.grad_output.row<const T>(rows[i].ahead) + j0;
   }
@@ -123,8 +132,8 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
     store(grad_bias + j, gb, lanes);
   });
   for (int i = 0; i < tile_rows; ++i) {
-    rows[i].sum_h += row[i].sum_h;
-    rows[i].sum_h_x_hat += row[i].sum_h_x_hat;
+    add_compensated(rows[i].sum_h, rows[i].excess_h, row[i].sum_h);
+    add_compensated(rows[i].sum_h_x_hat, rows[i].excess_h_x_hat, row[i].sum_h_x_hat);
   }
 }
 
@@ -235,7 +244,7 @@ CKPT_INLINE void backward_tiles(const RowNormBackward& a, int64_t begin, int64_t
       r.index = row;
       r.ahead = ahead < a.rows ? ahead : row;
       r.grad_x_hat = grad_x_hat + i * width;
-      r.sum_h = r.sum_h_x_hat = Vec<S>(0.0);
+      r.sum_h = r.sum_h_x_hat = r.excess_h = r.excess_h_x_hat = Vec<S>(0.0);
       if (i < live) {
         r.u = source(row, i);
         r.grad_output = a.grad_output.row<const T>(row);
