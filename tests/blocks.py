@@ -25,7 +25,11 @@ def with_gradients(
         for y in outputs
     ]
     names = [name for name, t in operands.items() if t.requires_grad]
-    found = torch.autograd.grad(outputs, [operands[name] for name in names], incoming, allow_unused=True)
+    # The sum of an add norm has no gradient where only the norm's weights have one.
+    differentiable, grads = zip(
+        *((y, g) for y, g in zip(outputs, incoming, strict=True) if y.requires_grad), strict=True
+    )
+    found = torch.autograd.grad(differentiable, [operands[name] for name in names], grads, allow_unused=True)
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return results | {f"grad {name}": g for name, g in zip(names, found, strict=True)}
 

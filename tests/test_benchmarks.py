@@ -114,7 +114,7 @@ def test_a_plan_is_compared_with_levels_and_checkpoints(monkeypatch: pytest.Monk
     options = argparse.Namespace(layers=4, tokens=512, budgets=[1e-6, 0.9], rounds=1, compile=False)
     rows = {row["provider"]: row for row in plan.run("stack", options)["rows"]}
     # The first budget fits no plan.
-    assert list(rows) == ["eager", *OF_MODELS, "checkpoint every 2", "checkpoint every 3", "plan 0.9"]
+    assert list(rows) == ["eager", "eager again", *OF_MODELS, "checkpoint every 2", "checkpoint every 3", "plan 0.9"]
     assert rows["eager"]["peak"] == rows["eager"]["time"] == 1.0
     planned = rows["plan 0.9"]
     assert planned["peak"] / planned["budget"] == pytest.approx(planned["of_budget"])

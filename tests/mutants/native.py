@@ -52,7 +52,7 @@ NATIVE = (
     Mutant(
         "of three rows beyond the tiles of four, one counts twice",
         _BACKWARD,
-        "r.sum_h = r.sum_h_x_hat = Vec<S>(0.0);\n      if («i < live»)",
+        "r.sum_h = r.sum_h_x_hat = r.excess_h = r.excess_h_x_hat = Vec<S>(0.0);\n      if («i < live»)",
         "i < live || live == 3",
         EDGES.format("native and 7x1x16"),
     ),

@@ -19,10 +19,10 @@ def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, weight_of
     grouped = x_hat
     if weight is not None:
         grouped = _grouped(x_hat, weight)
-        grouped = grouped * (weight.to(x_hat.dtype).reshape(len(grouped), 1, columns) + weight_offset)
+        grouped = grouped * (weight.to(x_hat.dtype).reshape(grouped.shape[0], 1, columns) + weight_offset)
     if bias is not None:
         grouped = _grouped(grouped, bias)
-        grouped = grouped + bias.to(x_hat.dtype).reshape(len(grouped), 1, columns)
+        grouped = grouped + bias.to(x_hat.dtype).reshape(grouped.shape[0], 1, columns)
     return grouped.reshape(rows, columns)
 
 
