@@ -43,6 +43,11 @@ class Choosing(nn.Module):
         return [TF.gelu, TF.silu][x.dtype is torch.float32](x)
 
 
+class Casting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return TF.gelu(x) if x.float() is x else TF.silu(x)
+
+
 def activation_by_dtype(x: Tensor) -> Tensor:
     return TF.silu(x) if x.dtype in (torch.float32, torch.bfloat16) else TF.gelu(x)
 
@@ -52,7 +57,7 @@ class OfFunction(nn.Module):
         return activation_by_dtype(x)
 
 
-@pytest.mark.parametrize("act", [Branching, Choosing, OfFunction])
+@pytest.mark.parametrize("act", [Branching, Choosing, Casting, OfFunction])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_activation_that_decides_by_dtype(act: type[nn.Module], dtype: torch.dtype) -> None:
     same_as_eager(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), act(), nn.Linear(WIDTH, WIDTH)), dtype)
@@ -290,7 +295,11 @@ def test_lazy_objects_are_not_loaded() -> None:
 
 class Counting(Keywords):
     def forward(self, x: Tensor, debug: bool = False, early_stop: bool = False) -> Tensor:
-        self.last = x
+        def keep(y: Tensor) -> Tensor:
+            self.last = y
+            return y
+
+        x = keep(x)
         return super().forward(x, debug, early_stop)
 
 
@@ -349,3 +358,22 @@ def test_an_eps_outside_of_the_root_shows_in_small_rows() -> None:
     expected = model(x)
     ckpt_kernels.convert(model)
     torch.testing.assert_close(model(x), expected)
+
+
+class LazyTable(dict):
+    """Loads its items when they are asked for."""
+
+    def values(self) -> Any:
+        raise RuntimeError("no items yet")
+
+
+TABLE = LazyTable()
+
+
+class ReadsTable(Annotated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x))) * len(TABLE)
+
+
+def test_lazy_tables_are_not_loaded() -> None:
+    ckpt_kernels.convert(ReadsTable())

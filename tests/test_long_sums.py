@@ -1,4 +1,4 @@
-"""The error of sums over long rows, and over many rows, does not grow with their length."""
+"""Sums over long rows, and over many rows, are as exact as eager torch's."""
 
 from collections.abc import Callable
 
@@ -60,3 +60,16 @@ def test_many_rows(block: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, w, b = (torch.rand(shape, generator=generator).to(DEVICE) + 0.5 for shape in ((MANY, 4), (4,), (4,)))
     assert_as_exact_as_eager(*BLOCKS[block], [x, w, b], [1, 2])
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_an_infinite_gradient_spreads_over_the_row_as_in_eager(norm: str) -> None:
+    x = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    incoming = torch.ones_like(x)
+    incoming[0, 0] = float("inf")
+    gradients = []
+    for block in (getattr(F, norm), getattr(TF, norm)):
+        operand = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(block(operand, (2048,)), operand, incoming)
+    found, expected = (gradient.isnan() for gradient in gradients)
+    assert torch.equal(found[0, 1:], expected[0, 1:])

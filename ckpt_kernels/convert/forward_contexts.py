@@ -112,8 +112,10 @@ def checkpointed(forward: Forward, module: nn.Module, args: tuple, kwargs: dict[
 
     Keyword arguments pass by position, because `checkpoint` takes some names, such as `debug`, for its own options.
     """
+    # The checkpoint keeps this function, which must not keep the arguments.
+    count, names = len(args), tuple(kwargs)
 
     def run(module: nn.Module, *values: Any) -> Any:
-        return forward(module, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+        return forward(module, *values[:count], **dict(zip(names, values[count:], strict=True)))
 
     return checkpoint(run, module, *args, *kwargs.values(), use_reentrant=False, **options)

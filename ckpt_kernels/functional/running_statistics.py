@@ -37,7 +37,7 @@ def update_both(
 
 
 def _update(running: Tensor | None, target: Tensor, momentum: float, factor: float | Tensor = 1.0) -> None:
-    """running = (1 - momentum) * running + momentum * factor * towards."""
+    """running = (1 - momentum) * running + momentum * factor * target."""
     if isinstance(factor, Tensor):  # computed from a size under torch.jit.trace
         target, factor = target * factor, 1.0
     if running is not None:

@@ -147,10 +147,10 @@ def _rivals(plans: _Plans, plan: Plan) -> dict[str, Plan]:
 
 
 def _race(bench: Bench, planned: Plan, rivals: dict[str, Plan]) -> Plan:
-    """Time the plan, the rivals, and the model as it is; return the fastest that fits.
+    """Time the plan, the rivals, and the model as it is.
 
-    Another than the plan must have been faster in every turn: on a busy machine a single step shows little, and the
-    plan's costs come from many.
+    A rival replaces the plan only if it was faster in every turn: one timed step is noisy, while the plan's costs come
+    from many.
     """
     plans = {"the plan": planned, **{f"all at {name}": plan for name, plan in rivals.items()}}
     twins = {name: bench.twin(plan) for name, plan in plans.items()}
@@ -164,8 +164,8 @@ def _race(bench: Bench, planned: Plan, rivals: dict[str, Plan]) -> Plan:
     steps = planned.steps
     if EAGER in steps:
         steps = steps | {EAGER: StepCost(steps[EAGER].peak, seconds[EAGER])}
-    fits = {name for name in times if name != EAGER or planned.budget is None or steps[EAGER].peak <= planned.budget}
-    faster = [name for name in fits if all(map(operator.lt, times[name], times["the plan"]))]
+    fitting = {name for name in times if name != EAGER or planned.budget is None or steps[EAGER].peak <= planned.budget}
+    faster = [name for name in fitting if all(map(operator.lt, times[name], times["the plan"]))]
     winner = min(faster, key=seconds.__getitem__, default="the plan")
     instead = f"faster than planned ({seconds['the plan'] * 1e3:.1f} ms)"
     if winner == EAGER:

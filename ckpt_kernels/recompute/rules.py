@@ -183,7 +183,7 @@ _BY_NEITHER = {
     "SubBackward0": Rule(_sub, (None, None), _attributes("alpha")),
     "ToCopyBackward0": Rule(_cast, (None,), _kind),
 }
-# Nodes that ops with an in-place form have, whose output may have been written over the operand.
+# Nodes of ops whose output may have been written over the operand. Some of these ops have no such form.
 WRITERS = frozenset({*_BY_INPUT, *BY_RESULT, "AddBackward0", "AddcmulBackward0", "NegBackward0", "SubBackward0"})
 # Ops that return a view of their input, which shares the version counter of the input.
 _RESHAPED = Rule(torch.reshape, (None,), _shape)

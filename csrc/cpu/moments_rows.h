@@ -81,13 +81,14 @@ CKPT_INLINE void moments_of(const U* const (&u)[count], int64_t columns, RowMome
 template <class S, class U, int count>
 CKPT_INLINE void squares_of(const U* const (&u)[count], int64_t columns, RowMoments<S> (&moments)[count]) {
   for (int i = 0; i < count; ++i) {
-    moments[i] = {0, 0};
+    double total = 0;
     for (int64_t j0 = 0; j0 < columns; j0 += segment_columns) {
       const int64_t n = columns - j0 < segment_columns ? columns - j0 : segment_columns;
       Accumulator<S> squares;
       sweep_values<S>(u[i] + j0, n, [&](Vec<S> value, auto, auto slot) { squares.part[slot.index] += value * value; });
-      moments[i].squares += squares.total();
+      total += double(squares.total());
     }
+    moments[i] = {0, S(total)};
   }
 }
 

@@ -34,9 +34,8 @@ struct BackwardRow {
   const T *grad_output, *gate;
   T *grad_gate, *output;
   S mean, rstd;
-  S* grad_x_hat;                    // scratch for h, with an epilogue
-  Vec<S> sum_h, sum_h_x_hat;        // one sum a lane
-  Vec<S> excess_h, excess_h_x_hat;  // by which rounding has made the sums too large
+  S* grad_x_hat;              // scratch for h, with an epilogue
+  double sum_h, sum_h_x_hat;  // in float64, so that the error does not grow with the number of chunks
 
   CKPT_INLINE BackwardRow() {}
   template <class Lanes>
@@ -87,15 +86,6 @@ struct GateEpilogue {
   }
 };
 
-// Compensated summation (W. Kahan, "Further remarks on reducing truncation errors", 1965), so that the error does not
-// grow with the number of chunks in a row.
-template <class V>
-CKPT_INLINE void add_compensated(V& sum, V& excess, V value) {
-  const V exact = value - excess, total = sum + exact;
-  excess = (total - sum) - exact;
-  sum = total;
-}
-
 // The first pass over one chunk of a tile's columns: adds to the sums of h and h * x_hat of each row, and to the sums
 // for the gradients of weight and bias. Writes the output again if the block requests the output.
 template <class Epilogue, class S, class T, class U>
@@ -105,9 +95,10 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
   // Copies, because the compiler reads memory again after each store.
   BackwardRow<S, T, U> row[tile_rows];
   const T *next_u[tile_rows], *next_g[tile_rows];
+  Vec<S> sum_h[tile_rows], sum_h_x_hat[tile_rows];  // of this chunk, one sum a lane
   for (int i = 0; i < tile_rows; ++i) {
     row[i] = rows[i];
-    row[i].sum_h = row[i].sum_h_x_hat = Vec<S>(S(0));  // of this chunk
+    sum_h[i] = sum_h_x_hat[i] = Vec<S>(S(0));
     next_u[i] = a.input.row<const T>(rows[i].ahead) + j0;
     next_g[i] = a.grad_output.row<const T>(rows[i].ahead) + j0;
   }
@@ -124,16 +115,16 @@ CKPT_INLINE void reduce_chunk(const RowNormBackward& a, BackwardRow<S, T, U>* ro
       gw += g * rounded;
       gb += g;
       Vec<S> h = g * weight;
-      row[i].sum_h += h;
-      row[i].sum_h_x_hat += h * x_hat;
+      sum_h[i] += h;
+      sum_h_x_hat[i] += h * x_hat;
       if (Epilogue::stores_h) store(row[i].grad_x_hat + j0 + j, h, Full<S>{});
     }
     store(grad_weight + j, gw, lanes);
     store(grad_bias + j, gb, lanes);
   });
   for (int i = 0; i < tile_rows; ++i) {
-    add_compensated(rows[i].sum_h, rows[i].excess_h, row[i].sum_h);
-    add_compensated(rows[i].sum_h_x_hat, rows[i].excess_h_x_hat, row[i].sum_h_x_hat);
+    rows[i].sum_h += double(sum_lanes(sum_h[i]));
+    rows[i].sum_h_x_hat += double(sum_lanes(sum_h_x_hat[i]));
   }
 }
 
@@ -143,8 +134,8 @@ void distribute_row(const RowNormBackward& a, const BackwardRow<S, T, U>& r) {
   const int64_t row = r.index;
   Coefficients<S> weight(a.weight, row, a, constants<S>.ones.value);
   const bool h_is_stored = has_epilogue(a);
-  const S c2 = a.centered ? sum_lanes(r.sum_h) / S(a.columns) : S(0);
-  const S c1 = sum_lanes(r.sum_h_x_hat) / S(a.columns);
+  const S c2 = a.centered ? S(r.sum_h / double(a.columns)) : S(0);
+  const S c1 = S(r.sum_h_x_hat / double(a.columns));
   // dL/du = rstd * (h - x_hat * c1 - c2) = (u - mean) * by_deviation + (h * rstd + constant).
   const Vec<S> mean(r.mean), rstd(r.rstd), by_deviation(-r.rstd * r.rstd * c1), constant(-r.rstd * c2);
   const U* u = r.u;
@@ -244,7 +235,7 @@ CKPT_INLINE void backward_tiles(const RowNormBackward& a, int64_t begin, int64_t
       r.index = row;
       r.ahead = ahead < a.rows ? ahead : row;
       r.grad_x_hat = grad_x_hat + i * width;
-      r.sum_h = r.sum_h_x_hat = r.excess_h = r.excess_h_x_hat = Vec<S>(0.0);
+      r.sum_h = r.sum_h_x_hat = 0;
       if (i < live) {
         r.u = source(row, i);
         r.grad_output = a.grad_output.row<const T>(row);

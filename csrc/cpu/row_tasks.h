@@ -65,9 +65,9 @@ inline int64_t shares_of(int64_t count, int64_t least) {
   return shares < threads ? shares : threads;
 }
 
-// Divides the rows of each group into at most `most` tasks, each with one partial sum, or into more where a task would
-// have more than `most_rows`: the rounding error grows with the rows of a task. The tasks do not depend on the
-// number of threads, so neither does the rounding of the sums. Tasks run in waves of just enough tasks to keep all
+// Divides the rows of each group into up to `most` tasks, each with one partial sum; into more, of at most `most_rows`
+// rows, if there are very many rows, because the rounding error grows with the rows of a task. Tasks do not depend on
+// the number of threads, so neither does the rounding of the sums. Tasks run in waves of just enough tasks to keep all
 // threads busy, so that the partial sums of only one wave need memory.
 struct RowTasks {
   static constexpr int64_t most = 64, least_rows = 32, most_rows = 2048, wave_elements = 1 << 21;

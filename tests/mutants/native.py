@@ -52,15 +52,15 @@ NATIVE = (
     Mutant(
         "of three rows beyond the tiles of four, one counts twice",
         _BACKWARD,
-        "r.sum_h = r.sum_h_x_hat = r.excess_h = r.excess_h_x_hat = Vec<S>(0.0);\n      if («i < live»)",
+        "r.sum_h = r.sum_h_x_hat = 0;\n      if («i < live»)",
         "i < live || live == 3",
         EDGES.format("native and 7x1x16"),
     ),
     Mutant(
         "a norm that is not centred loses the gradient's mean",
         _BACKWARD,
-        "a.centered ? sum_lanes(r.sum_h) / S(a.columns) : S(0)",
-        "sum_lanes(r.sum_h) / S(a.columns)",
+        "a.centered ? S(r.sum_h / double(a.columns)) : S(0)",
+        "S(r.sum_h / double(a.columns))",
         EDGES.format("native and rms_norm and 7x1x16"),
     ),
     Mutant(

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -76,6 +76,18 @@ def _defined(kind: type, name: str) -> list[Any]:
     return [vars(owner)[name] for owner in kind.__mro__ if name in vars(owner) and not belongs_to_torch(owner)]
 
 
+# By the built-in type, because a method of a subclass could load what a lazy container holds.
+_ITEMS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    dict: dict.values,
+    **{kind: kind.__iter__ for kind in (list, tuple, set, frozenset)},
+}
+
+
+def items_of(value: Any) -> list[Any]:
+    """The items of a list, tuple or set, and the values of a dict; none for any other object."""
+    return next((list(items(value)) for kind, items in _ITEMS.items() if has_type(value, kind)), [])
+
+
 def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.FunctionType]:
     """The functions that run when a value is called, or read as an attribute; of containers, those of the items."""
     if has_type(value, types.FunctionType):
@@ -91,23 +103,24 @@ def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.Functio
         parts = [value.__func__]
     elif has_type(value, (functools.partial, functools.partialmethod)):
         parts = [value.func, *value.args, *value.keywords.values()]
-    elif has_type(value, dict):
-        parts = list(value.values())
-    elif has_type(value, (list, tuple, set, frozenset)):
-        parts = list(value)
+    else:
+        parts = items_of(value)
     for part in parts:
         yield from functions_held_by(part, depth - 1)
 
 
 @memoized
 def stores_attributes(kind: type[nn.Module]) -> bool:
-    """Whether methods that the forward may call set attributes of the module."""
-    return any(
-        step.opname in ("STORE_ATTR", "DELETE_ATTR")
-        for function in reachable_functions(kind)
-        if function.__code__.co_varnames[:1] == ("self",)
-        for step in dis.get_instructions(function)
-    )
+    """Whether methods that the forward may call set attributes of any object."""
+    owners = {owner.__qualname__ for owner in kind.__mro__}
+    methods = (f for f in reachable_functions(kind) if f.__qualname__.rpartition(".")[0] in owners)
+    return any(_stores_attributes(method.__code__) for method in methods)
+
+
+def _stores_attributes(code: types.CodeType) -> bool:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    stores = any(step.opname in ("STORE_ATTR", "DELETE_ATTR") for step in dis.get_instructions(code))
+    return stores or "setattr" in code.co_names or any(map(_stores_attributes, inner))
 
 
 @memoized

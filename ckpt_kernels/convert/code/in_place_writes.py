@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..attribute_loads import is_set
 from ..module_tree import modules_of
-from .call_graph import belongs_to_torch, functions_reachable_from, reachable_functions
+from .call_graph import belongs_to_torch, functions_reachable_from, items_of, reachable_functions
 from .code_objects import has_type
 from .memoization import memoized
 from .scope import UNKNOWN, Scope
@@ -68,13 +68,13 @@ def _writer_held(value: Any, kind: type, depth: int = 4) -> str:
     """
     if has_type(value, _DATA) or not depth:
         return ""
-    if has_type(value, (dict, list, tuple, set, frozenset)):
-        values = list(value.values() if has_type(value, dict) else value)
+    if values := items_of(value):
         return next(filter(None, (_writer_held(item, kind, depth - 1) for item in values)), "")
     if has_type(value, functools.partial):
         return _writer_held((value.func, *value.args, *value.keywords.values()), kind, depth)
     if has_type(value, types.MethodType):
-        return _writer_held(value.__self__, kind, depth) or _writer_held(value.__func__, kind, depth)
+        owner = value.__self__
+        return _writer_held(owner, kind, depth) or _writer_held(value.__func__, type(owner), depth)
     if has_type(value, types.FunctionType):
         return "" if belongs_to_torch(value) else _writer_among(functions_reachable_from(value, kind))
     return _writer_called(type(value))
@@ -200,8 +200,10 @@ def _values(function: ast.FunctionDef) -> dict[str, list[ast.expr | None]]:
             assigned[id(node.target)] = node.value
         elif isinstance(node, ast.arg):
             values.setdefault(node.arg, []).append(None)
+    # An annotation without a value binds nothing.
+    bare = {id(n.target) for n in ast.walk(function) if isinstance(n, ast.AnnAssign) and n.value is None}
     for node in ast.walk(function):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) and id(node) not in bare:
             values.setdefault(node.id, []).append(assigned.get(id(node)))
     return values
 

@@ -1,7 +1,7 @@
 """Reachability analysis of a module's forward: whether the module may be tried out on sample inputs.
 
 A trial shows what the forward computes if the forward reads only parameters and plain settings, writes to nothing,
-names only what is on a list, and takes no decision by shape.
+names only what is on a list, and takes no decision by shape or dtype.
 """
 
 import builtins
@@ -28,6 +28,7 @@ WRITING_OPCODES = tuple(
 )
 _SHAPES = {"shape", "size", "len"}
 _PIECEWISE = ("int", "max", "min")
+_CASTS = {"bfloat16", "contiguous", "float", "float16", "float32", "to", "type_as"}
 _CHOOSING_OPCODES = ("IS_OP", "CONTAINS_OP", "BINARY_SUBSCR", "COMPARE_OP")
 # The attributes of tensors and of torch that code may name: arithmetic, and the parts of norms.
 _ALLOWED = frozenset(
@@ -64,7 +65,9 @@ def depends_on_shapes(reader: "CodeReader") -> bool:
 
 def depends_on_dtype(reader: "CodeReader") -> bool:
     """Whether the function that the code computes may depend on the dtype of its input."""
-    return "dtype" in reader.names and (reader.has_branches or reader.has_choices)
+    reads_dtype = "dtype" in reader.names and (reader.has_branches or reader.has_choices)
+    # A cast returns the tensor itself if the dtype is the same.
+    return reads_dtype or (reader.has_identity_checks and bool(reader.names & _CASTS))
 
 
 def is_unchanged(module: nn.Module, settings: Settings, code: CodeSnapshot | None) -> bool:
@@ -91,6 +94,7 @@ class CodeReader:
         self.is_piecewise = False
         # Whether the code compares values, or takes an item by a key.
         self.has_choices = False
+        self.has_identity_checks = False
         self.dependencies: list[Binding] = []
         self._seen: set[types.CodeType] = set()
 
@@ -152,6 +156,7 @@ class CodeReader:
             self.has_branches |= is_conditional_jump or step.opname == "FOR_ITER"
             self.is_piecewise |= step.opname.startswith("BINARY_") and step.argrepr.rstrip("=") in ("//", "%")
             self.is_piecewise |= step.opname == "COMPARE_OP" or step.argval in _PIECEWISE
+            self.has_identity_checks |= step.opname == "IS_OP"
             self.has_choices |= step.opname in _CHOOSING_OPCODES or step.argrepr == "[]"
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self.read_global(step.argval, names)

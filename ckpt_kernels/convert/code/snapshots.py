@@ -71,7 +71,7 @@ def _restored(
     kind: type[nn.Module], settings: Settings, parameters: tuple[str, ...], text: tuple[str, ...]
 ) -> CodeSnapshot:
     """The snapshot of a module of that class in this process, if the text is the same."""
-    # Reading code makes snapshots.
+    # Imported here because `reachability` imports this module.
     from .reachability import read_forward
 
     # The empty dict has no such item: the snapshot is never the same.
