@@ -62,13 +62,12 @@ def test_many_rows(block: str) -> None:
     assert_as_exact_as_eager(*BLOCKS[block], [x, w, b], [1, 2])
 
 
-@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
-def test_an_infinite_gradient_spreads_over_the_row_as_in_eager(norm: str) -> None:
+def test_an_infinite_gradient_spreads_over_the_row_as_in_eager() -> None:
     x = torch.randn(1, 2048, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     incoming = torch.ones_like(x)
     incoming[0, 0] = float("inf")
     gradients = []
-    for block in (getattr(F, norm), getattr(TF, norm)):
+    for block in (F.rms_norm, TF.rms_norm):
         operand = x.clone().requires_grad_()
         gradients += torch.autograd.grad(block(operand, (2048,)), operand, incoming)
     found, expected = (gradient.isnan() for gradient in gradients)
