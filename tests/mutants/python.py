@@ -231,7 +231,7 @@ PYTHON = (
     Mutant(
         "what a module holds is not looked at for writes",
         "ckpt_kernels/convert/code/in_place_writes.py",
-        "_writer_of(type(module)) «or _writer_held(vars(module), type(module))»",
+        "_writer_of(type(module)) «or _writer_held(vars(module))»",
         "",
         "tests/test_convert_in_place_writes.py -k holds_may_write",
     ),

@@ -66,9 +66,12 @@ def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.Functi
     values: list[Any] = list(map(cell_value, function.__closure__ or ()))
     for name in names_in(function.__code__):
         values += _defined(kind, name)
-        values += [namespace.get(name), *(vars(module).get(name) for module in modules)]
+        values.append(namespace.get(name))
+        imported = (vars(module).get(name) for module in modules)
+        values += [value for value in imported if has_type(value, types.FunctionType)]
     for value in values:
-        yield from functions_held_by(value)
+        if has_type(value, _HOLDERS):
+            yield from functions_held_by(value)
 
 
 def _defined(kind: type, name: str) -> list[Any]:
@@ -81,6 +84,13 @@ _ITEMS: dict[type, Callable[[Any], Iterable[Any]]] = {
     dict: dict.values,
     **{kind: kind.__iter__ for kind in (list, tuple, set, frozenset)},
 }
+
+
+# The types of values that are or hold functions. Most values are of other types, and are not looked into.
+_HOLDERS = (
+    *(types.FunctionType, types.MethodType, classmethod, staticmethod, property, functools.cached_property),
+    *(functools.partial, functools.partialmethod, *_ITEMS),
+)
 
 
 def items_of(value: Any) -> list[Any]:
@@ -104,7 +114,7 @@ def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.Functio
     elif has_type(value, (functools.partial, functools.partialmethod)):
         parts = [value.func, *value.args, *value.keywords.values()]
     else:
-        parts = items_of(value)
+        parts = [item for item in items_of(value) if has_type(item, _HOLDERS)]
     for part in parts:
         yield from functions_held_by(part, depth - 1)
 

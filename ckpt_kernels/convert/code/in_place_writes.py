@@ -51,7 +51,7 @@ def in_place_writer(model: nn.Module) -> str:
     for module in modules_of(model):
         if is_set(module, "inplace"):
             return f"{type(module).__name__} (inplace=True)"
-        if writer := _writer_of(type(module)) or _writer_held(vars(module), type(module)):
+        if writer := _writer_of(type(module)) or _writer_held(vars(module)):
             return writer
     return ""
 
@@ -61,10 +61,10 @@ def _writer_of(kind: type[nn.Module]) -> str:
     return "" if kind.__module__.startswith("torch.nn.modules.") else _writer_among(reachable_functions(kind))
 
 
-def _writer_held(value: Any, kind: type, depth: int = 4) -> str:
+def _writer_held(value: Any, kind: type = object, depth: int = 4) -> str:
     """The same for functions, callable objects, and containers of these that nest at most `depth` deep.
 
-    `kind`: the class of the module that holds the value.
+    `kind`: the class of the object that a method belongs to.
     """
     if has_type(value, _DATA) or not depth:
         return ""
@@ -76,8 +76,13 @@ def _writer_held(value: Any, kind: type, depth: int = 4) -> str:
         owner = value.__self__
         return _writer_held(owner, kind, depth) or _writer_held(value.__func__, type(owner), depth)
     if has_type(value, types.FunctionType):
-        return "" if belongs_to_torch(value) else _writer_among(functions_reachable_from(value, kind))
+        return "" if belongs_to_torch(value) else _writer_behind(value, kind)
     return _writer_called(type(value))
+
+
+@memoized
+def _writer_behind(function: types.FunctionType, kind: type) -> str:
+    return _writer_among(functions_reachable_from(function, kind))
 
 
 @memoized
