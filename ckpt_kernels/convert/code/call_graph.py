@@ -70,8 +70,7 @@ def _named_in(function: types.FunctionType, kind: type) -> Iterator[types.Functi
         imported = (vars(module).get(name) for module in modules)
         values += [value for value in imported if has_type(value, types.FunctionType)]
     for value in values:
-        if has_type(value, _HOLDERS):
-            yield from functions_held_by(value)
+        yield from functions_held_by(value)
 
 
 def _defined(kind: type, name: str) -> list[Any]:
@@ -84,8 +83,6 @@ _ITEMS: dict[type, Callable[[Any], Iterable[Any]]] = {
     dict: dict.values,
     **{kind: kind.__iter__ for kind in (list, tuple, set, frozenset)},
 }
-
-
 # The types of values that are or hold functions. Most values are of other types, and are not looked into.
 _HOLDERS = (
     *(types.FunctionType, types.MethodType, classmethod, staticmethod, property, functools.cached_property),
@@ -102,7 +99,8 @@ def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.Functio
     """The functions that run when a value is called, or read as an attribute; of containers, those of the items."""
     if has_type(value, types.FunctionType):
         yield value
-    if has_type(value, (type(None), type, types.FunctionType, types.ModuleType)) or not depth:
+        return
+    if not has_type(value, _HOLDERS) or not depth:
         return
     parts: list[Any] = []
     if has_type(value, property):
@@ -114,7 +112,7 @@ def functions_held_by(value: Any, depth: int = _DEPTH) -> Iterator[types.Functio
     elif has_type(value, (functools.partial, functools.partialmethod)):
         parts = [value.func, *value.args, *value.keywords.values()]
     else:
-        parts = [item for item in items_of(value) if has_type(item, _HOLDERS)]
+        parts = items_of(value)
     for part in parts:
         yield from functions_held_by(part, depth - 1)
 
