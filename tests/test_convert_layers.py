@@ -192,6 +192,53 @@ class Bottleneck(nn.Module):
         return self.act(x + self.norm3(self.conv3(hidden)))
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.LayerNorm(WIDTH, elementwise_affine=False), nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) * self.scale
+
+
+class NormsInLists(nn.Module):
+    """Lists of a norm and a linear layer."""
+
+    def __init__(self, norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList((nn.ModuleList((norm(),)), nn.Linear(WIDTH, WIDTH))) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for (norm,), linear in self.layers:
+            x = x + linear(norm(x))
+        return x
+
+
+WITHOUT_LAYERS = {
+    **{
+        act.__name__: lambda act=act: nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), act(), nn.Linear(4 * WIDTH, WIDTH))
+        for act in (nn.Tanh, nn.GELU)
+    },
+    "a norm": lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)),
+    "norms in lists": lambda: NormsInLists(lambda: nn.LayerNorm(WIDTH)),
+    "scaled norms in lists": lambda: NormsInLists(Scaled),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_LAYERS)
+def test_a_model_without_layers_keeps_what_it_keeps_at_all(name: str) -> None:
+    """Linear layers, activations and norms in a list are no layers."""
+    x = torch.randn(8, WIDTH, device=DEVICE)
+    kept = {}
+    for level in ("output", "all", "layer"):
+        model = WITHOUT_LAYERS[name]().to(DEVICE)
+        ckpt_kernels.convert(model, recompute=level)
+        kept[level] = saved_bytes(model, x)
+    assert kept["layer"] <= kept["all"] <= kept["output"]
+
+
 def test_modules_of_a_sequential_are_layers() -> None:
     """Each bottleneck keeps its input; running statistics are updated once."""
     plain, twin = twins(lambda: nn.Sequential(*(Bottleneck() for _ in range(3))))

@@ -44,6 +44,23 @@ def test_jagged_tensors_count_by_the_tensors_inside() -> None:
     assert sum(tensor.counted for tensor in kept) == values.nbytes + offsets.nbytes
 
 
+def _sparse(layout: torch.layout) -> torch.Tensor:
+    given = {"blocksize": (2, 2)} if layout in (torch.sparse_bsr, torch.sparse_bsc) else {}
+    return torch.eye(4).to_sparse(layout=layout, **given)
+
+
+@pytest.mark.parametrize("layout", (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr))
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+def test_sparse_tensors_count_by_the_tensors_inside(layout: torch.layout) -> None:
+    model = torch.nn.Sequential(torch.nn.Tanh())
+    model.register_buffer("graph", _sparse(layout))
+    x = torch.randn(4, 8, requires_grad=True)
+    assert memory.saved_bytes(model, x) == x.nbytes
+    graph = _sparse(layout)
+    values = graph._values() if layout is torch.sparse_coo else graph.values()
+    assert memory.saved_bytes(lambda x: torch.sparse.mm(graph, x), x) > values.nbytes
+
+
 def test_memory_that_is_used_again_is_no_parameter_of_before() -> None:
     """A parameter that is freed while the call runs leaves its address to what is made next."""
 

@@ -27,7 +27,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     has_norms = any(map(_is_norm, names))
 
     def is_layer(module: nn.Module) -> bool:
-        if _matrices(module) < 2 or not _has_own_forward(module):
+        if count_matrices(module) < 2 or not _has_own_forward(module):
             return False
         return not has_norms or any(map(_is_norm, modules_of(module)))
 
@@ -72,8 +72,9 @@ def _has_own_forward(module: nn.Module) -> bool:
     )
 
 
-def _matrices(module: nn.Module) -> int:
-    return sum(parameter.dim() > 1 for parameter in initialized_parameters(module))
+def count_matrices(module: nn.Module) -> int:
+    """The number of parameters that are longer than 1 along several dimensions, unlike a norm's weight."""
+    return sum(sum(size > 1 for size in p.shape) > 1 for p in initialized_parameters(module))
 
 
 def _size(module: nn.Module) -> int:

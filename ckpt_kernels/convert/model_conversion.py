@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import backends, offload
 from ..levels import level_of_blocks
+from .attribute_loads import is_set
 from .forward_contexts import (
     ForwardContext,
     InTiles,
@@ -17,7 +18,7 @@ from .forward_contexts import (
     discarding_products,
 )
 from .late_conversion import ContinuedConversion, late_candidates
-from .layers import above_lists, has_forward, layers_of, may_not_repeat
+from .layers import above_lists, count_matrices, has_forward, layers_of, may_not_repeat
 from .module_levels import AtLevel, ConvertibleModules, Levels
 from .module_tree import modules_of, named_modules, tensors_of
 from .report import Report
@@ -29,11 +30,14 @@ from .rules.heads import Head
 from .rules.leaves import LeafConverter
 from .rules.likeness import looks_like_activation, looks_like_several
 from .rules.norms import Norm
+from .rules.pointwise import KEPT_BY_OUTPUT, name_of
 from .rules.rule import ContextOnly, Rule
 from .selection import Choice
 from .swap import NotSwapped, may_be_swapped, rule_of, swap, swap_back
 
 _ONE_BY_ONE = "its parts compute one by one: its code matches no known pattern"
+_KEEPS_OUTPUT = "keeps only its output, which the next layer keeps too: nothing to gain"
+_WRITES_OVER = "writes over its input, so it runs as written; a reader of its output keeps a recipe"
 
 
 class ModelConversion(LeafConverter):
@@ -108,7 +112,8 @@ class ModelConversion(LeafConverter):
         if several := looks_like_several(module):
             self.leave(name, module, f"looks like {several}, and {_ONE_BY_ONE}")
         elif not self.replaced and looks_like_activation(module):
-            self.leave(name, module, "keeps only its output, which the next layer keeps too: nothing to gain")
+            writes = is_set(module, "inplace") and name_of(module) not in KEPT_BY_OUTPUT
+            self.leave(name, module, _WRITES_OVER if writes else _KEEPS_OUTPUT)
 
     def _roots(self) -> Iterator[nn.Module]:
         """The modules whose forward gets contexts.
@@ -122,7 +127,9 @@ class ModelConversion(LeafConverter):
             if isinstance(parent, nn.ModuleList):
                 roots.update((layer, None) for layer in parent._modules.values() if layer is not None)
         if self.levels.whole.level == "layer" and not self.levels.is_by_module:
-            roots.update(dict.fromkeys(layers_of(self.model).values()))
+            # Members of lists that are single modules, such as linear layers, must remain as they are: fused calls read
+            # their weights.
+            roots.update(dict.fromkeys(filter(self._is_layer, layers_of(self.model).values())))
         for module in roots:
             covered = self.selection.covers(module) or any(m in self.rules for m in modules_of(module))
             # A module at "none" needs a context too: the module may be in a checkpoint, and keeps outputs that the
@@ -169,7 +176,10 @@ class ModelConversion(LeafConverter):
             swap(module, rule or ContextOnly(), contexts)
 
     def _is_layer(self, module: nn.Module) -> bool:
-        """Whether a norm inside is converted: most layers have one, and most experts have none."""
+        """Whether there are matrices and a norm that is converted: most experts have no norm, and norms have no
+        matrix."""
+        if not count_matrices(module):
+            return False
         rules = [self.rules[m] for m in modules_of(module) if m in self.rules]
         return any(isinstance(rule, Norm) or (isinstance(rule, RewrittenMethods) and rule.has_norm) for rule in rules)
 

@@ -197,14 +197,28 @@ def _naming(fn: Callable[..., Any], modules: list[str]) -> Iterator[None]:
 
 
 def _storages(tensor: Tensor) -> dict[StorageWeakRef, int]:
-    """The bytes of the storages that hold a tensor: of a DTensor or a jagged tensor, those of the tensors inside.
+    """The bytes of the storages that hold a tensor: of a DTensor, a jagged or a sparse tensor, those of the tensors
+    inside.
 
     Known by a weak reference and not by an address: on the meta device every address is 0, and memory that is freed
     while the call runs is used again.
     """
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        inner = [_storages(getattr(tensor, name)) for name in names]
-        return {storage: size for storages in inner for storage, size in storages.items()}
+    inner = _parts(tensor)
+    if inner is not None:
+        return {storage: size for part in inner for storage, size in _storages(part).items()}
     storage = tensor.untyped_storage()
     return {StorageWeakRef(storage): storage.nbytes()}
+
+
+def _parts(tensor: Tensor) -> list[Tensor] | None:
+    """The tensors that a tensor without a storage of its own consists of; None for a tensor with a storage."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [getattr(tensor, name) for name in names]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return None if tensor.layout is torch.strided else []

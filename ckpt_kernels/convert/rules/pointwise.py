@@ -130,7 +130,8 @@ def pointwise_of(module: nn.Module) -> tuple[Rule | None, str]:
 def _why_none(module: nn.Module) -> str:
     if any(True for _ in tensors_of(module)):
         return "has parameters, which none of our activations has"
-    return "computes none of our activations"
+    settings = module.extra_repr() if type(module).__module__.startswith("torch.nn.modules.") else ""
+    return "computes none of our activations" + (f" with {settings}" if settings else "")
 
 
 def activation_of(act: Any, made: bool = False, wide: bool = False) -> str | None:
