@@ -41,10 +41,14 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class Rewritten(NamedTuple):
-    """A recompiled function, and descriptions, for people, of what the rewrite computes."""
+    """A recompiled function, and descriptions, for people, of what the rewrite computes.
+
+    `fuses`: whether the rewrite computes anything, and does not only note operators.
+    """
 
     function: types.FunctionType
     descriptions: list[str]
+    fuses: bool
 
 
 def rewritten(function: types.FunctionType, roles: Roles, recompute: str) -> Rewritten | None:
@@ -52,13 +56,15 @@ def rewritten(function: types.FunctionType, roles: Roles, recompute: str) -> Rew
     definition = definition_of(function)
     rewriter = _Rewriter(function, definition, roles, recompute)
     body = rewriter.rewritten_body()
-    if not rewriter.descriptions and rewriter.has_notes:
+    fuses = bool(rewriter.descriptions)
+    if not fuses and rewriter.has_notes:
         rewriter.descriptions += reasons_to_note(function, roles, recompute, rewriter.multiplies)
     if not rewriter.descriptions:
         return None
     tree = copy.copy(definition.tree)
     tree.body = body
-    return Rewritten(rebuilt(function, definition._replace(tree=tree), rewriter.cells), rewriter.descriptions)
+    made = rebuilt(function, definition._replace(tree=tree), rewriter.cells)
+    return Rewritten(made, rewriter.descriptions, fuses)
 
 
 def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -> Rewritten | None:
@@ -67,8 +73,8 @@ def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -
     inner = rewritten(chain[-1], roles, recompute)
     if inner is None:
         return None
-    function, descriptions = inner
-    return Rewritten(redecorated(chain, function), descriptions)
+    function, descriptions, fuses = inner
+    return Rewritten(redecorated(chain, function), descriptions, fuses)
 
 
 class _Rewriter:
@@ -234,9 +240,8 @@ class _Rewriter:
             inner = None
         if inner is None:
             return callee
-        function, descriptions = inner
-        self.descriptions += descriptions
-        return self._mapped(callee, replacing_call(method, function))
+        self.descriptions += inner.descriptions
+        return self._mapped(callee, replacing_call(method, inner.function))
 
     def _mapped(self, callee: ast.expr, mapping: Callable[[Any], Any]) -> ast.expr:
         """The expression `mapping(callee)`."""
