@@ -36,7 +36,7 @@ from ..swap import is_plain_method
 from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
 from .guards import CHUNK
-from .note_reasons import ADAPTER, BIASED, INDEXING, indexes_by_list
+from .note_reasons import ADAPTER, BIASED, noted_roles
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
 from .rewrite import Rewritten, rewritten_method
 from .roles import GATE, Role, may_match_any, role_of
@@ -89,7 +89,7 @@ def rewritten_methods_of(
         return _rule(module, recompute, lambda _: BIASED, read_all=True)
 
     def roles_in(function: types.FunctionType) -> MethodRoles:
-        noted = ADAPTER if is_adapter(module) else INDEXING * (recompute == "layer" and indexes_by_list(function))
+        noted = ADAPTER if is_adapter(module) else noted_roles(function, recompute)
         return _roles(module, function, may_touch) + noted
 
     return _rule(module, recompute, roles_in, tries_gates=True)
@@ -118,8 +118,7 @@ def _rule(
         rewritten = None
         try:
             function = decorator_chain(method)[-1]
-            is_candidate = read_all or _names_any(function, children)
-            is_candidate = is_candidate or (recompute == "layer" and indexes_by_list(function))
+            is_candidate = read_all or _names_any(function, children) or bool(noted_roles(function, recompute))
             if is_candidate and may_be_rewritten(function):
                 roles = roles_in(function)
                 rewritten = _rewritten(method, roles, recompute) if may_match_any(roles, recompute) else None

@@ -28,8 +28,8 @@ from . import fused_patterns
 from .callable_objects import replacing_call
 from .matching import matches
 from .native_sites import native_site
-from .note_reasons import IN_LAYERS, is_indexed_by_list, reasons_to_note
-from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_function, noted_operator
+from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
+from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, replacement_for
 from .result_list import has_computed, next_result
@@ -90,6 +90,7 @@ class _Rewriter:
         self.written = set(written_names(self.tree, self.scope))
         # Above the level "block" outputs are discarded, and recipes need notes of sums and products.
         self.makes_notes = recompute != "block"
+        self.notes_casts = self.makes_notes and adds_casts(function)
         self.has_notes = False
         # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
         self.multiplies = False
@@ -167,7 +168,11 @@ class _Rewriter:
         return at(location, ast.Call(self._cell(watch), [tree], []))
 
     def _noted(self, tree: Any) -> Any:
-        """An operator with a note of its operands; any other tree unchanged."""
+        """An operator or a cast with a note of its operands; any other tree unchanged."""
+        callee = tree.func if self.notes_casts and isinstance(tree, ast.Call) else None
+        if isinstance(callee, ast.Attribute) and callee.attr == "to":
+            self.has_notes = True
+            return at(tree, ast.Call(self._cell(noted_cast), [callee.value, *tree.args], tree.keywords))
         compute = NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
         if compute is None:
             return tree
