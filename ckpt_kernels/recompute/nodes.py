@@ -16,6 +16,8 @@ from .small_operands import SmallOperand
 
 # A node, and the number of one of its outputs.
 Edge = tuple[Any, int]
+# The name of the node that accumulates the gradient of a leaf.
+LEAF = "torch::autograd::AccumulateGrad"
 # Keys in a node's metadata. Of a note, with an entry for each operand: the value of a number, the `SmallOperand` of a
 # small tensor, else None. (`csrc/thin/graph.cpp` reads notes too.) And of the version watch of an output, with the
 # number of that output.
@@ -137,5 +139,5 @@ def is_cast_by_autocast(node: Any) -> bool:
     if node is None or node.name() != "ToCopyBackward0":
         return False
     leaf_node = node.next_functions[0][0]
-    is_of_leaf = leaf_node is not None and leaf_node.name() == "torch::autograd::AccumulateGrad"
+    is_of_leaf = leaf_node is not None and leaf_node.name() == LEAF
     return is_of_leaf and is_autocast(leaf_node.variable)
