@@ -107,9 +107,10 @@ def _cell_or_absent(saved: Any) -> Cell | Absent | None:
 
 
 def is_unwritten(tensor: Tensor) -> bool:
-    """Whether a tensor has had no in-place write. The version of a parameter is compared later, when it is read."""
+    """Whether a tensor has had no in-place write. The version of a parameter, and so of a view of a parameter, is
+    compared later, when the parameter is read."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
-    return plain and (tensor._version == 0 or tensor.is_leaf)
+    return plain and (tensor._version == 0 or tensor.is_leaf or type(tensor._base) is nn.Parameter)
 
 
 def note(node: Any, operands: Note) -> None:
