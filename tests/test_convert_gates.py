@@ -257,9 +257,26 @@ class Scaled(Gated):
         return F.silu(gate) * value * self.down.sum()
 
 
+class Computed(Interleaved):
+    """Each load of an attribute runs code."""
+
+    def __getattribute__(self, name: str) -> object:
+        return 0.5 if name == "limit" else super().__getattribute__(name)
+
+
+class Property(Chunked):
+    @property
+    def act(self) -> Callable[[Tensor], Tensor]:
+        return torch.relu
+
+    @act.setter
+    def act(self, value: nn.Module) -> None:
+        self._modules["act"] = value
+
+
 @pytest.mark.parametrize(
     "kind",
-    (Exclusive, After, Wide, Bounded, Decides, Detached, Counts, Scaled),
+    (Computed, Property, Exclusive, After, Wide, Bounded, Decides, Detached, Counts, Scaled),
     ids=lambda kind: kind.__name__,
 )
 def test_other_functions_are_no_gates(kind: type[nn.Module]) -> None:
@@ -280,7 +297,7 @@ def test_the_experts_of_gpt_oss() -> None:
         nn.init.normal_(parameter)
     model, twin = twins(lambda: experts)
     report = ckpt_kernels.convert(model)
-    assert replacement_of(report, "") == "packed gate (quick_gelu, limit 7, offset 1)"
+    assert (replacement_of(report, "") or "").startswith("packed gate (quick_gelu, limit 7, offset 1)")
     x = random_tensor(12, 16)
     indices = torch.arange(12, device=DEVICE).remainder(2).unsqueeze(1)
     weights = torch.ones(12, 1, device=DEVICE)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends.reference import ACTIVATIONS
+from ..attribute_loads import LOADS_PLAINLY, loads_plainly, only_instances_define
 from ..code.call_graph import belongs_to_torch
 from ..code.code_objects import has_type, names_in
 from ..code.memoization import memoized
@@ -150,6 +151,8 @@ def outline_of_method(module: nn.Module, name: str) -> GateOutline | None:
     except NotTriable:
         return None
     outline = GateOutline(tuple(sorted(reader.settings.items())), tuple(sorted(reader.activations.items())))
+    if not loads_plainly(kind, *reader.settings) or not only_instances_define(kind, *reader.activations):
+        return None
     return None if gate_of_method(kind, name, outline) is None else outline
 
 
@@ -189,7 +192,8 @@ def _tried(
         trial = gate_by_trial(compute, reader.numbers)
     except NotTriable:
         return None
-    code = CodeSnapshot((nn.Module, (), ()), reader.dependencies)
+    plainly = [(type(module), name, value) for name, value in LOADS_PLAINLY]
+    code = CodeSnapshot((nn.Module, (), ()), [*plainly, *reader.dependencies])
     return None if trial is None else TriedGate(trial, outline, code)
 
 
