@@ -72,7 +72,24 @@ class Helped(Gated):
         return F.linear(clamped(F.linear(x, self.up)), self.down)
 
 
+class Within(Gated):
+    """Statements of a longer method. The names are bound again in each round."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for part in range(2):
+            packed = F.linear(x[part], self.up)
+            gate, up = packed[..., ::2], packed[..., 1::2]
+            gate = gate.clamp(min=None, max=self.limit)
+            up = up.clamp(min=-self.limit, max=self.limit)
+            glu = gate * torch.sigmoid(gate * self.alpha)
+            gated = (up + 1) * glu
+            total[part] = F.linear(gated, self.down)
+        return total
+
+
 FOUND = {
+    Within: "packed gate (quick_gelu, limit 1.5, offset 1)",
     Interleaved: "packed gate (quick_gelu, limit 1.5, offset 1)",
     Chunked: "packed gate (silu, limit 1.5)",
     Cast: "packed gate (silu)",
@@ -157,6 +174,16 @@ def test_changes_after_the_conversion_are_seen(change: Callable[[nn.Module], Non
     assert not close(results_of(model, given), before, 1e-2)
 
 
+@pytest.mark.parametrize("change", (changed_limit, changed_type), ids=lambda change: change.__name__)
+def test_changes_are_seen_within_a_method(change: Callable[[nn.Module], None]) -> None:
+    model, twin = twins(Within)
+    ckpt_kernels.convert(model)
+    given = random_tensor(2, 32, WIDTH)
+    for made in (model, twin):
+        change(made)
+    assert close(results_of(model, given), results_of(twin, given), 1e-6)
+
+
 @pytest.mark.parametrize("name", ("__defaults__", "__code__"))
 def test_changes_of_a_function_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = twins(Helped)
@@ -194,6 +221,30 @@ def test_inputs_of_every_shape(shape: tuple[int, ...], layout: Callable[[Tensor]
         return
     found, expected = model.gate(packed), twin.gate(packed)
     assert found.stride() == expected.stride() and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class ReadLater(Gated):
+    """A part of the gate is read after it, so the run cannot be one call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = F.linear(x, self.up)
+        gate, up = packed.chunk(2, dim=-1)
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(min=-self.limit, max=self.limit)
+        gated = F.silu(gate) * up
+        return F.linear(gated, self.down) * gate.sum()
+
+
+class Placed(Gated):
+    """The target of the last statement reads a name of the run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = F.linear(x, self.up)
+        gate, up = packed.chunk(2, dim=-1)
+        gate = gate.clamp(max=self.limit)
+        gated: dict[int, Tensor] = {}
+        gated[gate.dim()] = F.silu(gate) * up.clamp(min=-self.limit, max=self.limit)
+        return F.linear(gated[x.dim()], self.down)
 
 
 class Exclusive(Gated):
@@ -276,7 +327,7 @@ class Property(Chunked):
 
 @pytest.mark.parametrize(
     "kind",
-    (Computed, Property, Exclusive, After, Wide, Bounded, Decides, Detached, Counts, Scaled),
+    (Computed, Property, ReadLater, Placed, Exclusive, After, Wide, Bounded, Decides, Detached, Counts, Scaled),
     ids=lambda kind: kind.__name__,
 )
 def test_other_functions_are_no_gates(kind: type[nn.Module]) -> None:

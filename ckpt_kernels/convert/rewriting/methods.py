@@ -35,6 +35,7 @@ from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
 from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
+from .gate_runs import gate_run_roles
 from .guards import CHUNK
 from .note_reasons import ADAPTER, BIASED, noted_roles
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
@@ -68,7 +69,7 @@ class RewrittenMethods(Rule):
         for name, roles in self.roles:
             methods[name] = getattr(original, name)
             if (outline := _gate_in(roles)) is not None:
-                gate = gate_of_method(original, name, outline)
+                gate = gate_of_method(original, methods[name], outline)
                 methods[name] = methods[name] if gate is None else gated(gate, methods[name])
                 continue
             with contextlib.suppress(NoSource):  # an unpickled module may have no source here
@@ -125,11 +126,11 @@ def _rule(
         except NoSource as error:
             reason = str(error)
         is_fused = rewritten is not None and rewritten.fuses and not clamps_or_casts(method)
-        outline = outline_of_method(module, name) if tries_gates and not is_fused else None
+        outline = outline_of_method(module, method) if tries_gates and not is_fused else None
         if outline is not None:
             roles = (("", Role(GATE, values=outline)),)
             method_roles.append((name, roles))
-            descriptions.append(str(gate_of_method(type(module), name, outline)))
+            descriptions.append(str(gate_of_method(type(module), method, outline)))
         elif rewritten is not None:
             method_roles.append((name, roles))
             descriptions += rewritten.descriptions
@@ -201,6 +202,8 @@ def _roles(
         role = _formula_role(text, values, tuple(map(plain.value, functions)))
         if role.kind:
             roles[text] = role
+    if module is not None:
+        roles |= gate_run_roles(module, function)
     return tuple(sorted(roles.items()))
 
 

@@ -24,8 +24,10 @@ from ..code.source import Definition, NoSource, decorator_chain, definition_of, 
 from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
 from ..rules.function_trials import activation_function
+from ..rules.gates import TriedGate, gate_at_site
 from . import fused_patterns
 from .callable_objects import replacing_call
+from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
 from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
@@ -81,6 +83,7 @@ class _Rewriter:
     """Rewrites the body of one function, and collects the closure variables that the new body needs."""
 
     def __init__(self, function: types.FunctionType, definition: Definition, roles: Roles, recompute: str) -> None:
+        self.function = function
         self.scope = Scope(function, definition.tree)
         self.tree = copy.deepcopy(definition.tree)
         self.reader = Reader(roles, self.scope, self.tree)
@@ -109,6 +112,11 @@ class _Rewriter:
         """Replace runs of statements in place, those of the largest patterns first."""
         taken: set[int] = set()
         replacements: dict[int, tuple[int, ast.stmt]] = {}
+        for run in gate_runs(self.tree, block, self.scope):
+            gate = gate_of_run(self.function, run, self.reader.roles)
+            if gate is not None and not taken & (indices := set(range(run.begin, run.end + 1))):
+                taken |= indices
+                replacements[run.begin] = run.end, self._gate_statements(gate, run, block)
         candidates = run_matches(self.reader, self.tree, block, self.written)
         for match, begin, end, norm in sorted(candidates, key=lambda c: (_rank(c.match), c.begin - c.end)):
             indices = set(range(begin, end + 1))
@@ -130,6 +138,17 @@ class _Rewriter:
         first, *between, last = statements
         total = replaced(first, {id(match.root): next_result()})
         return self._if_computed(match, [total, *between, replaced(last, {id(norm): next_result()})], statements)
+
+    def _gate_statements(self, gate: TriedGate, run: GateRun, block: Block) -> ast.stmt:
+        """The replacement for a run that is a gate."""
+        original = block.statements[run.begin : run.end + 1]
+        owner, packed = ast.Name(self.scope.self_name, ast.Load()), ast.Name(run.packed, ast.Load())
+        condition = has_computed(ast.Call(self._cell(gate_at_site(gate)), [owner, packed], []))
+        last: Any = copy.copy(original[-1])
+        last.value = at(original[-1], next_result())
+        self.descriptions.append(str(gate))
+        self._originals.append(original)
+        return ast.copy_location(ast.If(at(original[0], condition), [last], original), original[0])
 
     def _if_computed(self, match: Match, computed: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> ast.stmt:
         """The `computed` statements if the fused call computes, else the original ones."""

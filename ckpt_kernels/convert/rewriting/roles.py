@@ -27,6 +27,8 @@ ADAPTED = "adapted"
 MODULE = "module"
 # The kind of a method that computes a gate of the halves of its argument.
 GATE = "gate"
+# The kind of a run of statements that does.
+GATE_RUN = "gate run"
 
 
 class Role(NamedTuple):
@@ -36,7 +38,8 @@ class Role(NamedTuple):
     that writes over the input), "halves" (`torch.chunk`), "replacement" (a callee with a replacement), "local
     replacement" (the same for a nested function), "object" (a callable object), "module" (any other module), "noted"
     (no load: the name says why the operators of the method are noted, see `note_reasons`), "gate" (no load: the method
-    is a gate, with the `rules.gates.GateOutline` as values), or "" (any other plain load).
+    is a gate, with the `rules.gates.GateOutline` as values), "gate run" (no load: a run of statements is a gate, with
+    the module's class and the `GateOutline` as values), or "" (any other plain load).
 
     `name` is the name of an activation, or ADAPTED for a linear layer with an adapter. `needs_computed_input`: the
     activation matches only if the pattern also computes its input: eager torch does not save that input, so that a user

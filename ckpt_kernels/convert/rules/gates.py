@@ -1,9 +1,10 @@
 """Gates of the two halves of a tensor in a method or a function of one tensor, such as `_apply_gate(gate_up)` of
 GPT-OSS, which are recognised by a trial (see `gate_trials`)."""
 
+import ast
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -16,7 +17,7 @@ from ..code.code_objects import has_type, names_in
 from ..code.memoization import memoized
 from ..code.reachability import CodeReader, is_torch_callable, is_unchanged
 from ..code.settings import Settings
-from ..code.size_independence import is_size_independent
+from ..code.size_independence import is_size_independent, is_tree_size_independent
 from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
 from ..operands import as_plain_tensor, has_global_hooks, is_operand
 from .gate_trials import GateTrial, gate_by_trial
@@ -74,8 +75,9 @@ class TriedGate(NamedTuple):
 class _GateReader(CodeReader):
     """Reads code that may take halves of a tensor, call activations among the module's children, and name numbers."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, trees: Mapping[types.FunctionType, ast.FunctionDef]) -> None:
         super().__init__(module)
+        self._trees = trees
         self._allowed_names = _NAMES
         self.activations: dict[str, str] = {}
         self._constants: list[Any] = []
@@ -91,7 +93,8 @@ class _GateReader(CodeReader):
     def read_function(self, function: Any, own: bool = False) -> None:
         super().read_function(function, own)
         if has_type(function, types.FunctionType) and not is_torch_callable(function):
-            if not is_size_independent(function):
+            tree = self._trees.get(function)
+            if not (is_size_independent(function) if tree is None else is_tree_size_independent(tree)):
                 raise NotTriable("decides by what it is given, or takes parts of it that are not bounded by its shape")
 
     def check_constant(self, value: Any) -> None:
@@ -141,29 +144,35 @@ def clamps_or_casts(function: types.FunctionType) -> bool:
     return not _CLAMPS_OR_CASTS.isdisjoint(names_in(function.__code__))
 
 
-def outline_of_method(module: nn.Module, name: str) -> GateOutline | None:
-    """The parts of the module that a method reads; None if the method must not be tried, or is no gate."""
+def outline_of_method(
+    module: nn.Module, method: types.FunctionType, tree: ast.FunctionDef | None = None
+) -> GateOutline | None:
+    """The parts of the module that a method reads; None if the method must not be tried, or is no gate.
+
+    `tree` is the source of a method that was made of a part of another one, and so is in no file.
+    """
     kind = type(module)
-    if has_finalizer(kind) or not may_be_gate(getattr(kind, name), 1):
+    if has_finalizer(kind) or not may_be_gate(method, 1):
         return None
     try:
-        reader = _read(module, getattr(kind, name))
+        reader = _read(module, method, tree)
     except NotTriable:
         return None
     outline = GateOutline(tuple(sorted(reader.settings.items())), tuple(sorted(reader.activations.items())))
     if not loads_plainly(kind, *reader.settings) or not only_instances_define(kind, *reader.activations):
         return None
-    return None if gate_of_method(kind, name, outline) is None else outline
+    return None if gate_of_method(kind, method, outline, tree) is None else outline
 
 
 @memoized
-def gate_of_method(kind: type[nn.Module], name: str, outline: GateOutline) -> TriedGate | None:
+def gate_of_method(
+    kind: type[nn.Module], method: types.FunctionType, outline: GateOutline, tree: ast.FunctionDef | None = None
+) -> TriedGate | None:
     """The gate that a method of modules of that class computes, by a trial with a stand-in."""
     module = object.__new__(kind)
     module.__dict__.update(nn.Module().__dict__ | dict(outline.settings))
     module._modules.update((child, _Activation(activation)) for child, activation in outline.activations)
-    method = getattr(kind, name)
-    return _tried(module, method, lambda packed: method(module, packed), outline)
+    return _tried(module, method, lambda packed: method(module, packed), outline, tree)
 
 
 @memoized
@@ -177,18 +186,22 @@ def gate_of_function(function: Any) -> TriedGate | None:
     return _tried(nn.Module(), function, function, GateOutline((), ()))
 
 
-def _read(module: nn.Module, function: types.FunctionType) -> _GateReader:
-    reader = _GateReader(module)
+def _read(module: nn.Module, function: types.FunctionType, tree: ast.FunctionDef | None = None) -> _GateReader:
+    reader = _GateReader(module, {} if tree is None else {function: tree})
     reader.read_function(function)
     reader.read_modules()
     return reader
 
 
 def _tried(
-    module: nn.Module, read: types.FunctionType, compute: Callable[[Tensor], Tensor], outline: GateOutline
+    module: nn.Module,
+    read: types.FunctionType,
+    compute: Callable[[Tensor], Tensor],
+    outline: GateOutline,
+    tree: ast.FunctionDef | None = None,
 ) -> TriedGate | None:
     try:
-        reader = _read(module, read)
+        reader = _read(module, read, tree)
         trial = gate_by_trial(compute, reader.numbers)
     except NotTriable:
         return None
@@ -216,6 +229,16 @@ def replacing_gate(function: types.FunctionType) -> Callable[[Any], Any]:
         return function(*args, **kwargs) if output is None else output
 
     return lambda called: call if called is function else called
+
+
+def gate_at_site(gate: TriedGate) -> Callable[[nn.Module, Any], list[Any]]:
+    """The function that a rewritten method calls in place of a run of statements, as in `templates.guarded_call`."""
+
+    def call(module: nn.Module, packed: Any) -> list[Any]:
+        output = _fused(gate, module, (packed,), {})
+        return [False] if output is None else [output, True]
+
+    return call
 
 
 def _fused(gate: TriedGate, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
