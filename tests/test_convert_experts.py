@@ -50,7 +50,7 @@ class Written(Experts):
             with torch.no_grad():
                 rows.mul_(2)
             rows = rows.to(total.dtype)
-            total = total.index_add(0, chosen, rows) * rows.sum()
+            total = total.index_add(0, chosen, rows.square())
         return total
 
 

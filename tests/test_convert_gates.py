@@ -2,7 +2,6 @@
 to the model's own code."""
 
 import copy
-import math
 import pickle
 from collections.abc import Callable
 
@@ -251,8 +250,8 @@ class Exclusive(Gated):
     """Torch's hardtanh has the gradient 0 at the limits, and its clamp 1."""
 
     def gate(self, packed: Tensor) -> Tensor:
-        gate, value = packed.clamp(max=100.0).chunk(2, dim=-1)
-        return F.silu(gate) * F.hardtanh(value, -1.5, 1.5)
+        gate, value = packed.chunk(2, dim=-1)
+        return F.silu(gate.clamp(max=1.5)) * F.hardtanh(value, -1.5, 1.5)
 
 
 class After(Gated):
@@ -275,16 +274,16 @@ class Bounded(Gated):
     """Parts that larger tensors than those of a trial would show."""
 
     def gate(self, packed: Tensor) -> Tensor:
-        gate, value = packed.clamp(max=1e30)[..., :4096].chunk(2, dim=-1)
+        gate, value = packed.float()[..., :4096].chunk(2, dim=-1)
         return F.silu(gate) * value
 
 
 class Decides(Gated):
     def gate(self, packed: Tensor) -> Tensor:
         gate, value = packed.chunk(2, dim=-1)
-        if gate.max() > 1e30:
+        if gate.max() > 1e40:
             return gate
-        return F.silu(gate.clamp(max=math.inf)) * value
+        return F.silu(gate.float()) * value
 
 
 class Detached(Gated):
@@ -296,7 +295,15 @@ class Detached(Gated):
 class Counts(Gated):
     def gate(self, packed: Tensor) -> Tensor:
         self.calls = 1
-        gate, value = packed.clamp(max=1e30).chunk(2, dim=-1)
+        gate, value = packed.float().chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class Widened(Gated):
+    """The gate has another dtype than the packed tensor, which shows in float64 only."""
+
+    def gate(self, packed: Tensor) -> Tensor:
+        gate, value = packed.float().chunk(2, dim=-1)
         return F.silu(gate) * value
 
 
@@ -304,7 +311,7 @@ class Scaled(Gated):
     """A parameter."""
 
     def gate(self, packed: Tensor) -> Tensor:
-        gate, value = packed.clamp(max=1e30).chunk(2, dim=-1)
+        gate, value = packed.float().chunk(2, dim=-1)
         return F.silu(gate) * value * self.down.sum()
 
 
@@ -327,7 +334,21 @@ class Property(Chunked):
 
 @pytest.mark.parametrize(
     "kind",
-    (Computed, Property, ReadLater, Placed, Exclusive, After, Wide, Bounded, Decides, Detached, Counts, Scaled),
+    (
+        Widened,
+        Computed,
+        Property,
+        ReadLater,
+        Placed,
+        Exclusive,
+        After,
+        Wide,
+        Bounded,
+        Decides,
+        Detached,
+        Counts,
+        Scaled,
+    ),
     ids=lambda kind: kind.__name__,
 )
 def test_other_functions_are_no_gates(kind: type[nn.Module]) -> None:

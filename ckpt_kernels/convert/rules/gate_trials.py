@@ -75,7 +75,10 @@ def gate_by_trial(function: Function, numbers: Collection[float]) -> GateTrial |
     """
 
     def compute(packed: Tensor) -> Tensor:
-        return result_of(function, packed, GATES, of_parts=True)
+        output = result_of(function, packed, GATES, of_parts=True)
+        if output.dtype != packed.dtype or output.shape != (*packed.shape[:-1], packed.shape[-1] // 2):
+            raise InputRefused("returns another kind of tensor than a gate")
+        return output
 
     for form in _candidates(compute, numbers):
         packed = _packed(_pairs(form), form.layout)
@@ -102,7 +105,7 @@ def _candidates(compute: Function, numbers: Collection[float]) -> Iterator[GateF
     points = torch.tensor([(1.0, v) for v in values], dtype=torch.float64, device="cpu")
     sample = torch.linspace(-2.9, 3.1, 14, dtype=torch.float64, device="cpu")
     for layout in LAYOUTS:
-        at_0, at_half, at_large, at_minus_large = _outputs(compute, points, layout)
+        at_0, at_half, at_large, at_minus_large = compute(_packed(points, layout)).flatten().tolist()
         slope = (at_half - at_0) * 2
         if not slope or not math.isfinite(slope):
             continue
@@ -115,12 +118,6 @@ def _candidates(compute: Function, numbers: Collection[float]) -> Iterator[GateF
             packed = _packed(torch.cartesian_prod(sample, sample), layout)
             if torch.allclose(compute(packed), form.reference(packed), rtol=1e-6, atol=1e-6):
                 yield form
-
-
-def _outputs(compute: Function, pairs: Tensor, layout: str) -> list[float]:
-    """The outputs for pairs of gate and value; none are finite if the function is no gate of pairs."""
-    outputs = compute(_packed(pairs, layout)).flatten()
-    return outputs.tolist() if len(outputs) == len(pairs) else [math.nan] * len(pairs)
 
 
 def _packed(pairs: Tensor, layout: str) -> Tensor:
@@ -167,22 +164,24 @@ class _Comparison(NamedTuple):
 
 
 def _compared(compute: Function, form: GateForm, packed: Tensor) -> _Comparison | None:
-    """The comparison with a gate in float64; None if the function makes another kind of tensor."""
+    """The comparison with a gate in float64; None if the function refuses the tensor, or makes another kind of
+    tensor."""
     saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
         saved.append(tensor.untyped_storage()._cdata)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-        input = packed.clone().requires_grad_()
-        output = compute(input)
+    input = packed.clone().requires_grad_()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+            output = compute(input)
+    except InputRefused:
+        return None
+    if not output.requires_grad or not output.is_contiguous() or contains_function(output):
+        return None
     wide = packed.double().requires_grad_()
     expected = form.reference(wide)
-    if output.dtype != packed.dtype or output.shape != expected.shape or not output.requires_grad:
-        return None
-    if not output.is_contiguous() or contains_function(output):
-        return None
     (gradient,) = torch.autograd.grad(output.sum(), input)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), wide)
     keeps_input = input.untyped_storage()._cdata in saved
@@ -193,8 +192,5 @@ def _has_form(compute: Function, form: GateForm, shape: tuple[int, ...]) -> bool
     """Whether the function is the gate for a tensor of that shape."""
     generator = torch.Generator("cpu").manual_seed(0)
     packed = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    try:
-        found = _compared(compute, form, packed)
-    except InputRefused:
-        return False
+    found = _compared(compute, form, packed)
     return found is not None and found.are_within(_ROUNDED, 4 * _ROUNDED)
