@@ -274,7 +274,7 @@ class Bounded(Gated):
     """Parts that larger tensors than those of a trial would show."""
 
     def gate(self, packed: Tensor) -> Tensor:
-        gate, value = packed.float()[..., :4096].chunk(2, dim=-1)
+        gate, value = packed.to(packed.dtype)[..., :4096].chunk(2, dim=-1)
         return F.silu(gate) * value
 
 
@@ -283,7 +283,7 @@ class Decides(Gated):
         gate, value = packed.chunk(2, dim=-1)
         if gate.max() > 1e40:
             return gate
-        return F.silu(gate.float()) * value
+        return F.silu(gate.to(packed.dtype)) * value
 
 
 class Detached(Gated):
@@ -293,9 +293,11 @@ class Detached(Gated):
 
 
 class Counts(Gated):
+    """A write amid the statements."""
+
     def gate(self, packed: Tensor) -> Tensor:
+        gate, value = packed.to(packed.dtype).chunk(2, dim=-1)
         self.calls = 1
-        gate, value = packed.float().chunk(2, dim=-1)
         return F.silu(gate) * value
 
 
@@ -311,7 +313,7 @@ class Scaled(Gated):
     """A parameter."""
 
     def gate(self, packed: Tensor) -> Tensor:
-        gate, value = packed.float().chunk(2, dim=-1)
+        gate, value = packed.to(packed.dtype).chunk(2, dim=-1)
         return F.silu(gate) * value * self.down.sum()
 
 
