@@ -21,7 +21,7 @@ from .cells import Absent, Cell, Operand
 from .entries import Block, block_of
 from .nodes import Edge
 from .recipes import Step
-from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, WRITERS, Rule
+from .rules import ATTENTIONS, BY_RESULT, KEEPING_RESULT, RULES, VIEWS, WRITERS, Rule
 from .small_operands import SmallOperand
 from .stacked_weights import StackedWeights, reads_stacked_weight
 
@@ -276,7 +276,7 @@ class Trace:
 def _saved_result(node: Any, output: int) -> Cell | None:
     """The cell of a node that saves this output."""
     name = node.name()
-    if name in BY_RESULT:
+    if name in BY_RESULT or name in KEEPING_RESULT:
         return nodes.result_cell(node)
     if name in ATTENTIONS and output == 0:
         content = nodes.packed(node, "output")

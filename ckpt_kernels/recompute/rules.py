@@ -173,6 +173,9 @@ ATTENTIONS = frozenset(
     f"ScaledDotProduct{kind}Attention{where}Backward0"
     for kind, where in (("Flash", ""), ("Flash", "ForCpu"), ("Efficient", ""), ("Cudnn", ""))
 )
+# Ops that save their result, and that do not run again: the result may be rounded otherwise for operands in another
+# memory layout.
+KEEPING_RESULT = frozenset(("SoftmaxBackward0",))
 # Ops that save none of their operands, or not all of them.
 _BY_NEITHER = {
     "AddBackward0": Rule(_add, (None, None), _attributes("alpha")),
