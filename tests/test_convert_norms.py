@@ -122,7 +122,7 @@ def test_a_norm_with_another_function_is_left_alone(kind: type[nn.Module], why: 
 def test_a_norm_that_rounds_bfloat16_is_fused_in_float32_only() -> None:
     norm = InBfloat16().to(DEVICE)
     report = ckpt_kernels.convert(norm)
-    assert replacement_of(report, "") == "rms_norm" and "rounds bfloat16" in reason_of(report, "")
+    assert replacement_of(report, "") == "rms_norm" and "weights are bfloat16" in reason_of(report, "")
     narrow = random_tensor(3, 4, WIDTH, dtype=torch.bfloat16)
     assert torch.equal(norm.to(torch.bfloat16)(narrow), InBfloat16.forward(norm, narrow))
 

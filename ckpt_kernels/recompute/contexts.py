@@ -14,13 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from .. import backends
-from . import fast_path, provenance
+from . import fast_path, nodes
 from .active import discarding, has_innermost_hooks, innermost, thread
 from .cells import Cell, Kept, empty_of
 from .discarder import Discarder
 from .entries import Block, Entry
 from .recipes import LONGEST_CHAIN, Claim, Recipe
-from .rules import ATTENTIONS, PASSING
+from .rules import ATTENTIONS, KEEPING_RESULT, PASSING
 from .transforms import allow_transforms
 
 _is_traced = torch.compiler.is_dynamo_compiling
@@ -138,7 +138,7 @@ def _hooked(module: nn.Module | None, products: bool, temporaries: bool) -> Gene
 
 def use_library(thin: Any) -> None:
     """Lets `thin`, the module `_thin`, pack and record in the usual cases."""
-    stops = ATTENTIONS | {provenance.LEAF}
+    stops = ATTENTIONS | KEEPING_RESULT | {nodes.LEAF}
     thin.set_up_cells(Cell, Kept, Claim, torch.strided, LONGEST_CHAIN, PASSING, stops, BackwardCFunction)
     thin.set_up_records(Recipe, Entry, Block, StorageWeakRef, backends.chosen, threading.RLock, empty_of)
     fast_path.library = thin

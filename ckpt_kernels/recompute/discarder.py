@@ -21,7 +21,7 @@ from .entries import Block, Entries, Entry, watch_of
 from .layer_boundaries import LayerBoundaries
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
-from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .rules import BY_RESULT, RULES, RULES_AND_EXPERTS, RULES_AND_PRODUCTS, RULES_IN_LAYERS
 from .shared_results import register_keeper, replace_result
 from .small_operands import COPIED, SmallOperands, fills_memory
 from .stacked_weights import StackedWeights
@@ -275,7 +275,7 @@ class Discarder:
         name = node.name()
         rules = self.rules
         if rules is RULES_AND_PRODUCTS and (self.announced is None or not self.announced.is_elementwise):
-            rules = RULES
+            rules = RULES_AND_EXPERTS
         if name not in rules:
             return None
         # A recomputed copy would lose the tangent.

@@ -16,6 +16,8 @@ from .small_operands import SmallOperand
 
 # A node, and the number of one of its outputs.
 Edge = tuple[Any, int]
+# The name of the node that accumulates the gradient of a leaf.
+LEAF = "torch::autograd::AccumulateGrad"
 # Keys in a node's metadata. Of a note, with an entry for each operand: the value of a number, the `SmallOperand` of a
 # small tensor, else None. (`csrc/thin/graph.cpp` reads notes too.) And of the version watch of an output, with the
 # number of that output.
@@ -105,9 +107,10 @@ def _cell_or_absent(saved: Any) -> Cell | Absent | None:
 
 
 def is_unwritten(tensor: Tensor) -> bool:
-    """Whether a tensor has had no in-place write. The version of a parameter is compared later, when it is read."""
+    """Whether a tensor has had no in-place write. The version of a parameter, and so of a view of a parameter, is
+    compared later, when the parameter is read."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
-    return plain and (tensor._version == 0 or tensor.is_leaf)
+    return plain and (tensor._version == 0 or tensor.is_leaf or type(tensor._base) is nn.Parameter)
 
 
 def note(node: Any, operands: Note) -> None:
@@ -137,5 +140,5 @@ def is_cast_by_autocast(node: Any) -> bool:
     if node is None or node.name() != "ToCopyBackward0":
         return False
     leaf_node = node.next_functions[0][0]
-    is_of_leaf = leaf_node is not None and leaf_node.name() == "torch::autograd::AccumulateGrad"
+    is_of_leaf = leaf_node is not None and leaf_node.name() == LEAF
     return is_of_leaf and is_autocast(leaf_node.variable)

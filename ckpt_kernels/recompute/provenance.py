@@ -21,15 +21,12 @@ from .cells import Absent, Cell, Operand
 from .entries import Block, block_of
 from .nodes import Edge
 from .recipes import Step
-from .rules import ATTENTIONS, BY_RESULT, RULES, VIEWS, WRITERS, Rule
+from .rules import ATTENTIONS, BY_RESULT, KEEPING_RESULT, RULES, VIEWS, WRITERS, Rule
 from .small_operands import SmallOperand
-from .stacked_weights import StackedWeights
+from .stacked_weights import StackedWeights, reads_stacked_weight
 
 # Beyond this number of ops the tensor is kept, so that traces and recipes stay short.
 MOST_STEPS = 12
-# The name of the node that accumulates the gradient of a leaf.
-
-LEAF = "torch::autograd::AccumulateGrad"
 # The most in-place writes to a block's output that a recipe repeats.
 MOST_WRITES = 4
 
@@ -78,6 +75,8 @@ class Trace:
         rule = self._rules.get(node.name())
         self._steps += 1
         if rule is None or (output != 0 and not rule.has_several_outputs) or self._steps > MOST_STEPS:
+            return None
+        if rule.of_experts and not reads_stacked_weight(node):
             return None
         omitted = rule.omitted(node)
         edges = node.next_functions[: len(node.next_functions) - omitted]
@@ -222,7 +221,7 @@ class Trace:
         saved_result = _saved_result(node, output)
         if saved_result is not None and saved_result.is_unwritten():
             return self._shared(saved_result)
-        if name == LEAF:
+        if name == nodes.LEAF:
             return self._copied_bias(node.variable)
         # The strides of a clone are unknown, and a reader may depend on them.
         is_clone = name == "CloneBackward0"
@@ -267,7 +266,7 @@ class Trace:
     def _stacked_weight(self, edge: Edge) -> Operand | None:
         """The stacked weight at an edge, whose rows the op gathered. The weight itself is read, without a copy."""
         node, _ = edge
-        weight = node.variable if node is not None and node.name() == LEAF else None
+        weight = node.variable if node is not None and node.name() == nodes.LEAF else None
         if not isinstance(weight, nn.Parameter) or not self._source.stacked.is_unchanged(weight):
             return None
         self.is_grounded = True
@@ -277,7 +276,7 @@ class Trace:
 def _saved_result(node: Any, output: int) -> Cell | None:
     """The cell of a node that saves this output."""
     name = node.name()
-    if name in BY_RESULT:
+    if name in BY_RESULT or name in KEEPING_RESULT:
         return nodes.result_cell(node)
     if name in ATTENTIONS and output == 0:
         content = nodes.packed(node, "output")

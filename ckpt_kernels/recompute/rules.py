@@ -24,6 +24,7 @@ class Rule(NamedTuple):
     - `omitted` counts the last operands that the node lacks.
     - `is_gather` says that the op gathers rows of a parameter and saves nothing of it. It runs again on the parameter
       itself (see `stacked_weights`).
+    - `of_experts` says that the op runs again only if its second operand is a stacked weight, or a part of one.
     """
 
     function: Callable[..., Any]
@@ -35,6 +36,7 @@ class Rule(NamedTuple):
     has_several_outputs: bool = False
     omitted: Callable[[Any], int] = lambda node: 0
     is_gather: bool = False
+    of_experts: bool = False
 
 
 def _attributes(*names: str) -> Callable[[Any], tuple]:
@@ -171,6 +173,9 @@ ATTENTIONS = frozenset(
     f"ScaledDotProduct{kind}Attention{where}Backward0"
     for kind, where in (("Flash", ""), ("Flash", "ForCpu"), ("Efficient", ""), ("Cudnn", ""))
 )
+# Ops that save their result, and that do not run again: the result may be rounded otherwise for operands in another
+# memory layout.
+KEEPING_RESULT = frozenset(("SoftmaxBackward0",))
 # Ops that save none of their operands, or not all of them.
 _BY_NEITHER = {
     "AddBackward0": Rule(_add, (None, None), _attributes("alpha")),
@@ -226,6 +231,10 @@ PRODUCTS = {
     "MmBackward0": Rule(torch.mm, ("self", "mat2")),
 }
 RULES_AND_PRODUCTS = RULES | PRODUCTS
+# The product with the router's weight, which is no block, reads the last product of an expert.
+RULES_AND_EXPERTS = RULES | {
+    name: PRODUCTS[name]._replace(of_experts=True) for name in ("GroupedMmBackward0", "MmBackward0")
+}
 CONVOLUTIONS = {
     "ConvolutionBackward0": Rule(
         _convolution, ("input", "weight", None), _of_convolution, autocast_operand=2, omitted=_has_no_bias

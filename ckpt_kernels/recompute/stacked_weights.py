@@ -6,10 +6,13 @@ gather. A later write is an error in the backward pass, as for the weight of a l
 """
 
 import weakref
+from typing import Any
 
 from torch import nn
 
 from .biases import address_of, parameters_in
+from .nodes import LEAF
+from .rules import VIEWS
 
 # The dimensions of a parameter with stacked matrices; the matrix of a linear layer has two.
 _STACKED = 3
@@ -34,7 +37,7 @@ class StackedWeights:
         recorded, version, address = self._versions.get(id(weight), (None, 0, 0))
         if (
             recorded is None
-            and weight.dim() == _STACKED
+            and _is_stacked(weight)
             and self._module is not None
             and (module := self._module()) is not None
         ):
@@ -43,12 +46,23 @@ class StackedWeights:
         return recorded is weight and weight._version == version and address_of(weight) == address
 
 
+def reads_stacked_weight(node: Any) -> bool:
+    """Whether the second operand of a product is a stacked weight or a part of one, perhaps cast by autocast."""
+    maker = node.next_functions[1][0]
+    while maker is not None and (maker.name() in VIEWS or maker.name() == "ToCopyBackward0"):
+        maker = maker.next_functions[0][0]
+    return maker is not None and maker.name() == LEAF and _is_stacked(maker.variable)
+
+
+def _is_stacked(weight: nn.Parameter) -> bool:
+    """Whether a parameter may stack the matrices of several experts."""
+    return weight.dim() == _STACKED
+
+
 def _weights_in(module: nn.Module) -> "list[weakref.ref[nn.Parameter]]":
     """The stacked weights of a module and its submodules."""
     references = _weights_by_module.get(module)
     if references is None:
-        weights = (
-            weight for weight in parameters_in(module) if type(weight) is nn.Parameter and weight.dim() == _STACKED
-        )
+        weights = (weight for weight in parameters_in(module) if type(weight) is nn.Parameter and _is_stacked(weight))
         references = _weights_by_module[module] = list(map(weakref.ref, weights))
     return references

@@ -29,6 +29,11 @@ def is_size_independent(function: types.FunctionType) -> bool:
         tree = definition_of(function).tree
     except NoSource:
         return False
+    return is_tree_size_independent(tree)
+
+
+def is_tree_size_independent(tree: ast.FunctionDef) -> bool:
+    """`is_size_independent` for the source of a function."""
     return _SizeUses(tree).are_allowed()
 
 

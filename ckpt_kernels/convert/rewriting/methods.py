@@ -29,16 +29,18 @@ from ..code.source import NoSource, decorator_chain, definition_of
 from ..code.straight_line import Binding, Run, blocks, runs_ending_at
 from ..rotations.recognition import is_rotation
 from ..rules.activation_trials import TrialResult, activation_by_trial
+from ..rules.gates import GateOutline, clamps_or_casts, gate_of_method, gated, may_be_gate, outline_of_method
 from ..rules.rule import Rule
 from ..rules.trial import in_own_thread
 from ..swap import is_plain_method
 from .callable_objects import method_called
 from .formulas import VALUE, Formula, formula_of
+from .gate_runs import gate_run_roles
 from .guards import CHUNK
-from .note_reasons import ADAPTER, BIASED, INDEXING, indexes_by_list
+from .note_reasons import ADAPTER, BIASED, noted_roles
 from .replacements import FUNCTION_TYPES, REPLACEMENTS
 from .rewrite import Rewritten, rewritten_method
-from .roles import Role, may_match_any, role_of
+from .roles import GATE, Role, may_match_any, role_of
 
 # The roles of the loads in one method, by their source text.
 MethodRoles = tuple[tuple[str, Role], ...]
@@ -66,6 +68,10 @@ class RewrittenMethods(Rule):
         methods = {}
         for name, roles in self.roles:
             methods[name] = getattr(original, name)
+            if (outline := _gate_in(roles)) is not None:
+                gate = gate_of_method(original, methods[name], outline)
+                methods[name] = methods[name] if gate is None else gated(gate, methods[name])
+                continue
             with contextlib.suppress(NoSource):  # an unpickled module may have no source here
                 if (rewritten := _rewritten(methods[name], roles, self.recompute)) is not None:
                     methods[name] = rewritten.function
@@ -84,10 +90,10 @@ def rewritten_methods_of(
         return _rule(module, recompute, lambda _: BIASED, read_all=True)
 
     def roles_in(function: types.FunctionType) -> MethodRoles:
-        noted = ADAPTER if is_adapter(module) else INDEXING * (recompute == "layer" and indexes_by_list(function))
+        noted = ADAPTER if is_adapter(module) else noted_roles(function, recompute)
         return _roles(module, function, may_touch) + noted
 
-    return _rule(module, recompute, roles_in)
+    return _rule(module, recompute, roles_in, tries_gates=True)
 
 
 def adapter_of(module: nn.Module, recompute: str) -> RewrittenMethods | None:
@@ -96,28 +102,45 @@ def adapter_of(module: nn.Module, recompute: str) -> RewrittenMethods | None:
 
 
 def _rule(
-    module: nn.Module, recompute: str, roles_in: Callable[[types.FunctionType], MethodRoles], read_all: bool = False
+    module: nn.Module,
+    recompute: str,
+    roles_in: Callable[[types.FunctionType], MethodRoles],
+    read_all: bool = False,
+    tries_gates: bool = False,
 ) -> tuple[RewrittenMethods | None, str]:
-    """`read_all`: whether to read methods that name neither a child nor a function with a replacement."""
-    method_roles, descriptions, reason = [], [], ""
+    """`read_all`: whether to read methods that name neither a child nor a function with a replacement; `tries_gates`:
+    whether methods may be tried."""
+    method_roles: list[tuple[str, MethodRoles]] = []
+    descriptions, reason = [], ""
     children = {name for name, child in module._modules.items() if child is not None}
     children |= {name for name, value in vars(module).items() if method_called(value) is not None}
     for name, method in _methods(type(module)):
+        roles: MethodRoles = ()
+        rewritten = None
         try:
             function = decorator_chain(method)[-1]
-            is_candidate = read_all or _names_any(function, children)
-            is_candidate = is_candidate or (recompute == "layer" and indexes_by_list(function))
-            if not is_candidate or not may_be_rewritten(function):
-                continue
-            roles = roles_in(function)
-            rewritten = _rewritten(method, roles, recompute) if may_match_any(roles, recompute) else None
+            is_candidate = read_all or _names_any(function, children) or bool(noted_roles(function, recompute))
+            if is_candidate and may_be_rewritten(function):
+                roles = roles_in(function)
+                rewritten = _rewritten(method, roles, recompute) if may_match_any(roles, recompute) else None
         except NoSource as error:
-            rewritten, reason = None, str(error)
-        if rewritten is not None:
+            reason = str(error)
+        is_fused = rewritten is not None and rewritten.fuses and not clamps_or_casts(method)
+        outline = outline_of_method(module, method) if tries_gates and not is_fused else None
+        if outline is not None:
+            roles = (("", Role(GATE, values=outline)),)
+            method_roles.append((name, roles))
+            descriptions.append(str(gate_of_method(type(module), method, outline)))
+        elif rewritten is not None:
             method_roles.append((name, roles))
             descriptions += rewritten.descriptions
     rule = RewrittenMethods(tuple(method_roles), recompute, tuple(descriptions)) if method_roles else None
     return rule, reason
+
+
+def _gate_in(roles: MethodRoles) -> GateOutline | None:
+    """The outline of a method that is a gate; None for other methods."""
+    return next((GateOutline(*role.values) for _, role in roles if role.kind == GATE), None)
 
 
 def functions_in(module: nn.Module) -> Iterator[types.FunctionType]:
@@ -143,7 +166,8 @@ def _names_any(function: types.FunctionType, children: Collection[str]) -> bool:
     if not (names := set(function.__code__.co_names)).isdisjoint(_METHODS | set(children)):
         return True
     values = (function.__globals__.get(name) for name in names | set(function.__code__.co_freevars))
-    return any(has_type(value, FUNCTION_TYPES) and (value in ACTIVATIONS or value in REPLACEMENTS) for value in values)
+    functions = [value for value in values if has_type(value, FUNCTION_TYPES)]
+    return any(value in ACTIVATIONS or value in REPLACEMENTS or may_be_gate(value, 0) for value in functions)
 
 
 # The names of functions and methods that a formula, a replacement or a note starts from.
@@ -178,6 +202,8 @@ def _roles(
         role = _formula_role(text, values, tuple(map(plain.value, functions)))
         if role.kind:
             roles[text] = role
+    if module is not None:
+        roles |= gate_run_roles(module, function)
     return tuple(sorted(roles.items()))
 
 

@@ -20,7 +20,22 @@ _NOTED = ""
 ADAPTER = ((_NOTED, Role("noted", "an adapter's sum")),)
 BIASED = ((_NOTED, Role("noted", "a linear layer's sum")),)
 # The method indexes by a list, perhaps to select heads, which copies.
-INDEXING = ((_NOTED, Role("noted", "indexed tensors")),)
+_INDEXING = ((_NOTED, Role("noted", "indexed tensors")),)
+# The method adds rows by index, as experts do: autograd saves the rows, which may be casts.
+_ADDING = ((_NOTED, Role("noted", "rows that are added by index")),)
+
+
+def noted_roles(function: types.FunctionType, recompute: str) -> tuple[tuple[str, Role], ...]:
+    """The role without a load that a function has by its code; () for most functions."""
+    if recompute != "block" and adds_casts(function):
+        return _ADDING
+    return _INDEXING if recompute == "layer" and indexes_by_list(function) else ()
+
+
+def adds_casts(function: types.FunctionType) -> bool:
+    """Whether a function names an addition by index, and casts."""
+    names = names_in(function.__code__)
+    return "to" in names and not names.isdisjoint(("index_add", "index_add_"))
 
 
 @memoized

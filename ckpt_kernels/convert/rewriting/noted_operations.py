@@ -33,6 +33,14 @@ def noted_operator(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], A
     return call
 
 
+def noted_cast(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """`value.to(...)`, with a note of a tensor that is cast."""
+    output = value.to(*args, **kwargs)
+    if output is not value:
+        note(output, value)
+    return output
+
+
 def noted_function(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """A function that maps `function` to a version that makes a note, and any other callee to itself."""
 

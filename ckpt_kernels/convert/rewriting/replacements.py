@@ -19,6 +19,7 @@ from ..code.code_objects import has_type
 from ..operands import as_plain_tensor, is_called_plainly, is_operand, is_ordinary
 from ..rotations.recognition import is_rotation, replacing_local_rotation, replacing_rotation, settings_in
 from ..rules.channel_norms import are_running_statistics
+from ..rules.gates import gate_of_function, replacing_gate
 from ..rules.norms import is_dense_map
 from ..rules.pointwise import ActivationRule, pointwise_of
 
@@ -42,6 +43,8 @@ def replacement_for(known: Any, call: ast.Call, is_local: bool) -> tuple[Callabl
     if has_type(known, types.FunctionType) and is_rotation(known):
         rotation = replacing_local_rotation if is_local else replacing_rotation
         return rotation(known, settings_in(call, known)), "rotary"
+    if (gate := gate_of_function(known)) is not None:
+        return replacing_gate(known), str(gate)
     return None
 
 

@@ -24,12 +24,14 @@ from ..code.straight_line import OPAQUE, Block, blocks
 from ..code.syntax_trees import at, replaced, with_changed_children
 from ..code.written_names import written_names
 from ..rules.function_trials import activation_function
+from ..rules.gates import TriedGate, gate_at_site
 from . import fused_patterns
 from .callable_objects import replacing_call
+from .gate_runs import GateRun, gate_of_run, gate_runs
 from .matching import matches
 from .native_sites import native_site
-from .note_reasons import IN_LAYERS, is_indexed_by_list, reasons_to_note
-from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_function, noted_operator
+from .note_reasons import IN_LAYERS, adds_casts, is_indexed_by_list, reasons_to_note
+from .noted_operations import NOTED_FUNCTIONS, NOTED_OPERATORS, noted_cast, noted_function, noted_operator
 from .reader import Match, Operand, Reader
 from .replacements import FUNCTION_TYPES, replacement_for
 from .result_list import has_computed, next_result
@@ -41,10 +43,14 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 class Rewritten(NamedTuple):
-    """A recompiled function, and descriptions, for people, of what the rewrite computes."""
+    """A recompiled function, and descriptions, for people, of what the rewrite computes.
+
+    `fuses`: whether the rewrite computes anything, and does not only note operators.
+    """
 
     function: types.FunctionType
     descriptions: list[str]
+    fuses: bool
 
 
 def rewritten(function: types.FunctionType, roles: Roles, recompute: str) -> Rewritten | None:
@@ -52,13 +58,15 @@ def rewritten(function: types.FunctionType, roles: Roles, recompute: str) -> Rew
     definition = definition_of(function)
     rewriter = _Rewriter(function, definition, roles, recompute)
     body = rewriter.rewritten_body()
-    if not rewriter.descriptions and rewriter.has_notes:
+    fuses = bool(rewriter.descriptions)
+    if not fuses and rewriter.has_notes:
         rewriter.descriptions += reasons_to_note(function, roles, recompute, rewriter.multiplies)
     if not rewriter.descriptions:
         return None
     tree = copy.copy(definition.tree)
     tree.body = body
-    return Rewritten(rebuilt(function, definition._replace(tree=tree), rewriter.cells), rewriter.descriptions)
+    made = rebuilt(function, definition._replace(tree=tree), rewriter.cells)
+    return Rewritten(made, rewriter.descriptions, fuses)
 
 
 def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -> Rewritten | None:
@@ -67,14 +75,15 @@ def rewritten_method(method: types.FunctionType, roles: Roles, recompute: str) -
     inner = rewritten(chain[-1], roles, recompute)
     if inner is None:
         return None
-    function, descriptions = inner
-    return Rewritten(redecorated(chain, function), descriptions)
+    function, descriptions, fuses = inner
+    return Rewritten(redecorated(chain, function), descriptions, fuses)
 
 
 class _Rewriter:
     """Rewrites the body of one function, and collects the closure variables that the new body needs."""
 
     def __init__(self, function: types.FunctionType, definition: Definition, roles: Roles, recompute: str) -> None:
+        self.function = function
         self.scope = Scope(function, definition.tree)
         self.tree = copy.deepcopy(definition.tree)
         self.reader = Reader(roles, self.scope, self.tree)
@@ -84,6 +93,7 @@ class _Rewriter:
         self.written = set(written_names(self.tree, self.scope))
         # Above the level "block" outputs are discarded, and recipes need notes of sums and products.
         self.makes_notes = recompute != "block"
+        self.notes_casts = self.makes_notes and adds_casts(function)
         self.has_notes = False
         # Whether a product is noted, perhaps of the output of a norm, which can be recomputed together with the norm.
         self.multiplies = False
@@ -102,6 +112,11 @@ class _Rewriter:
         """Replace runs of statements in place, those of the largest patterns first."""
         taken: set[int] = set()
         replacements: dict[int, tuple[int, ast.stmt]] = {}
+        for run in gate_runs(self.tree, block, self.scope):
+            gate = gate_of_run(self.function, run, self.reader.roles)
+            if gate is not None and not taken & (indices := set(range(run.begin, run.end + 1))):
+                taken |= indices
+                replacements[run.begin] = run.end, self._gate_statements(gate, run, block)
         candidates = run_matches(self.reader, self.tree, block, self.written)
         for match, begin, end, norm in sorted(candidates, key=lambda c: (_rank(c.match), c.begin - c.end)):
             indices = set(range(begin, end + 1))
@@ -123,6 +138,17 @@ class _Rewriter:
         first, *between, last = statements
         total = replaced(first, {id(match.root): next_result()})
         return self._if_computed(match, [total, *between, replaced(last, {id(norm): next_result()})], statements)
+
+    def _gate_statements(self, gate: TriedGate, run: GateRun, block: Block) -> ast.stmt:
+        """The replacement for a run that is a gate."""
+        original = block.statements[run.begin : run.end + 1]
+        owner, packed = ast.Name(self.scope.self_name, ast.Load()), ast.Name(run.packed, ast.Load())
+        condition = has_computed(ast.Call(self._cell(gate_at_site(gate)), [owner, packed], []))
+        last: Any = copy.copy(original[-1])
+        last.value = at(original[-1], next_result())
+        self.descriptions.append(str(gate))
+        self._originals.append(original)
+        return ast.copy_location(ast.If(at(original[0], condition), [last], original), original[0])
 
     def _if_computed(self, match: Match, computed: Sequence[ast.stmt], statements: Sequence[ast.stmt]) -> ast.stmt:
         """The `computed` statements if the fused call computes, else the original ones."""
@@ -161,7 +187,11 @@ class _Rewriter:
         return at(location, ast.Call(self._cell(watch), [tree], []))
 
     def _noted(self, tree: Any) -> Any:
-        """An operator with a note of its operands; any other tree unchanged."""
+        """An operator or a cast with a note of its operands; any other tree unchanged."""
+        callee = tree.func if self.notes_casts and isinstance(tree, ast.Call) else None
+        if isinstance(callee, ast.Attribute) and callee.attr == "to":
+            self.has_notes = True
+            return at(tree, ast.Call(self._cell(noted_cast), [callee.value, *tree.args], tree.keywords))
         compute = NOTED_OPERATORS.get(type(tree.op)) if isinstance(tree, ast.BinOp) and self.makes_notes else None
         if compute is None:
             return tree
@@ -234,9 +264,8 @@ class _Rewriter:
             inner = None
         if inner is None:
             return callee
-        function, descriptions = inner
-        self.descriptions += descriptions
-        return self._mapped(callee, replacing_call(method, function))
+        self.descriptions += inner.descriptions
+        return self._mapped(callee, replacing_call(method, inner.function))
 
     def _mapped(self, callee: ast.expr, mapping: Callable[[Any], Any]) -> ast.expr:
         """The expression `mapping(callee)`."""

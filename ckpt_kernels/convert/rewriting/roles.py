@@ -12,6 +12,7 @@ from ..attribute_loads import load_attribute
 from ..code.code_objects import has_type
 from ..rotations.recognition import is_rotation
 from ..rules.function_trials import activation_function
+from ..rules.gates import gate_of_function
 from ..rules.in_place import writes_over
 from ..rules.norms import Norm
 from ..rules.pointwise import ActivationRule, activation_of, pointwise_of
@@ -24,6 +25,10 @@ from .replacements import FUNCTION_TYPES, REPLACEMENTS
 ADAPTED = "adapted"
 # The kind of a module that has no other role.
 MODULE = "module"
+# The kind of a method that computes a gate of the halves of its argument.
+GATE = "gate"
+# The kind of a run of statements that does.
+GATE_RUN = "gate run"
 
 
 class Role(NamedTuple):
@@ -32,8 +37,9 @@ class Role(NamedTuple):
     `kind` is "linear", "act" (a load or a formula), "norm", "dropout", "F.dropout", "write" (an activation of torch
     that writes over the input), "halves" (`torch.chunk`), "replacement" (a callee with a replacement), "local
     replacement" (the same for a nested function), "object" (a callable object), "module" (any other module), "noted"
-    (no load: the name says why the operators of the method are noted, see `note_reasons`), or "" (any other plain
-    load).
+    (no load: the name says why the operators of the method are noted, see `note_reasons`), "gate" (no load: the method
+    is a gate, with the `rules.gates.GateOutline` as values), "gate run" (no load: a run of statements is a gate, with
+    the module's class and the `GateOutline` as values), or "" (any other plain load).
 
     `name` is the name of an activation, or ADAPTED for a linear layer with an adapter. `needs_computed_input`: the
     activation matches only if the pattern also computes its input: eager torch does not save that input, so that a user
@@ -91,6 +97,7 @@ def role_of(value: Any, may_touch: Callable[[nn.Module], bool]) -> Role:
     if (tried := activation_function(value)) is not None:
         return Role("act", tried.name, not tried.keeps_input, (value,))
     is_replaced = value in REPLACEMENTS or value in NOTED_FUNCTIONS or is_rotation(value)
+    is_replaced = is_replaced or gate_of_function(value) is not None
     return Role("replacement", values=(value,)) if is_replaced else Role()
 
 

@@ -60,14 +60,14 @@ def activation_by_trial(compute: Callable[[Tensor], Tensor], has_function: bool 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-        points = _points()
+        points = sample_points()
         input = points.clone().requires_grad_()
         values = compute(input)
         if type(values) is not Tensor or values.shape != points.shape or values.dtype != points.dtype:
             return TrialResult()
         if not values.requires_grad or input._version or not torch.equal(input, points):
             return TrialResult()
-        if not _is_gradient_linear(values, input) if has_function else _has_function(values):
+        if not _is_gradient_linear(values, input) if has_function else contains_function(values):
             return TrialResult()
         keeps_input = input.untyped_storage()._cdata in saved
         (slopes,) = torch.autograd.grad(values.sum(), input)
@@ -102,7 +102,7 @@ def _are_close(values: Tensor, expected: Tensor, bound: float, exceptions: int =
     return int((~torch.isclose(values, expected, rtol=bound, atol=bound)).sum()) <= exceptions
 
 
-def _points() -> Tensor:
+def sample_points() -> Tensor:
     """The points where activations are compared: dense near 0, where they bend, and up to the range of float32, where
     clamps show."""
     near = torch.linspace(-12, 12, 2403, dtype=torch.float64, device="cpu")
@@ -110,7 +110,7 @@ def _points() -> Tensor:
     return torch.cat((-far.flip(0), near, far))
 
 
-def _has_function(values: Tensor) -> bool:
+def contains_function(values: Tensor) -> bool:
     """Whether a user's autograd.Function, whose gradient may be anything, is in the autograd graph of the values."""
     waiting, seen = [values.grad_fn], set()
     while waiting:

@@ -12,6 +12,8 @@ from .norms import RowNorm
 from .pointwise import pointwise_of
 from .rule import Rule
 
+_IN_BFLOAT16 = "not converted while its weights are bfloat16: takes none, or rounds as none of our row norms does"
+
 
 class LeafConverter:
     """Converts modules one by one, and records each conversion in a report's lists and in `rules`.
@@ -49,7 +51,7 @@ class LeafConverter:
         else:
             self.apply(name, module, rule)
             if isinstance(rule, RowNorm) and not rule.takes_bfloat16:
-                self.leave(name, module, "rounds bfloat16 where none of our row norms does: not converted for 16 bits")
+                self.leave(name, module, _IN_BFLOAT16)
 
     def apply(self, name: str, module: nn.Module, rule: Rule) -> None:
         """Converts a module by a rule."""

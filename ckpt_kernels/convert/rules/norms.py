@@ -87,8 +87,8 @@ class RowNorm(Norm):
 
     @property
     def takes_bfloat16(self) -> bool:
-        """Whether the fused norm computes the same for an input in bfloat16, with weights of any dtype."""
-        return self.cases is None or any(input is torch.bfloat16 for (input, _), *_ in self.cases)
+        """Whether the fused norm computes the same for input and weight in bfloat16."""
+        return self.cases is None or any(case.dtypes == (torch.bfloat16, torch.bfloat16) for case in self.cases)
 
     def operands(self, module: nn.Module, input: Tensor) -> Operands:
         """The first arguments of the functional row norms: input, normalized_shape, weight, bias, eps."""

@@ -33,6 +33,11 @@ ROWS = frozenset(
     rsqrt rsub sqrt sub sum var""".split()
 )
 CHANNELS = ROWS | frozenset("alias clone permute slice transpose unsqueeze view".split())
+# Of the activations those whose results autocast leaves in the input's dtype, and the ways to take parts of a tensor.
+GATES = frozenset(
+    """_to_copy add alias clamp clamp_max clamp_min detach div elu erf gelu hardswish hardtanh leaky_relu mish mul neg
+    relu rsub sigmoid silu slice split split_with_sizes sub tanh unbind view""".split()
+)
 
 
 Result = TypeVar("Result")
@@ -101,12 +106,13 @@ class TrialMode(TorchDispatchMode):
 
 class _AllowedOperations(TrialMode):
     """Ends the trial at any operation that is not `allowed`, and at any reduction over other dimensions than
-    `dimensions`."""
+    `dimensions`. Parts of dimensions and clamps count only `of_parts`."""
 
-    def __init__(self, allowed: frozenset[str], dimensions: tuple[int, ...]) -> None:
+    def __init__(self, allowed: frozenset[str], dimensions: tuple[int, ...], of_parts: bool) -> None:
         super().__init__()
         self._allowed = allowed
         self._dimensions = dimensions
+        self._of_parts = of_parts
         self._is_suspended = False
 
     @contextlib.contextmanager
@@ -128,9 +134,9 @@ class _AllowedOperations(TrialMode):
         name = func.overloadpacket.__name__
         if name not in self._allowed:
             raise NotTriable(f"computes with {name.strip('_')}, which no fused function does")
-        if name == "slice" and not _is_whole(*args[1:]):
+        if name == "slice" and not self._of_parts and not _is_whole(*args[1:]):
             raise NotTriable("computes with a slice of its input")
-        if name == "clamp_min" and args[1] > _NEARLY_ZERO:
+        if name == "clamp_min" and not self._of_parts and args[1] > _NEARLY_ZERO:
             raise NotTriable("clamps the norm from below")
         if name in ("linalg_vector_norm", "mean", "sum", "var"):
             reduced = next((argument for argument in args[1:] if isinstance(argument, list | tuple)), None)
@@ -202,10 +208,11 @@ def result_of(
     input: torch.Tensor,
     allowed: frozenset[str],
     dimensions: tuple[int, ...] = (),
+    of_parts: bool = False,
 ) -> torch.Tensor:
-    """`forward_of` for a function of one tensor."""
+    """`forward_of` for a function of one tensor, or `of_parts` of it, which may be clamped."""
     try:
-        with _AllowedOperations(allowed, dimensions) as operations, _AllowedCalls(operations):
+        with _AllowedOperations(allowed, dimensions, of_parts) as operations, _AllowedCalls(operations):
             output = function(input)
     except NotTriable:
         raise

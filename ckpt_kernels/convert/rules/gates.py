@@ -1,0 +1,250 @@
+"""Gates of the two halves of a tensor in a method or a function of one tensor, such as `_apply_gate(gate_up)` of
+GPT-OSS, which are recognised by a trial (see `gate_trials`)."""
+
+import ast
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ... import recompute
+from ...backends.reference import ACTIVATIONS
+from ..attribute_loads import LOADS_PLAINLY, loads_plainly, only_instances_define
+from ..code.call_graph import belongs_to_torch
+from ..code.code_objects import has_type, names_in
+from ..code.memoization import memoized
+from ..code.reachability import CodeReader, is_torch_callable, is_unchanged
+from ..code.settings import Settings
+from ..code.size_independence import is_size_independent, is_tree_size_independent
+from ..code.snapshots import CodeSnapshot, NotTriable, has_finalizer
+from ..operands import as_plain_tensor, has_global_hooks, is_operand
+from .gate_trials import GateTrial, gate_by_trial
+from .pointwise import activation_of
+from .trial import takes_one_argument
+
+# The attributes of tensors, of torch and of modules that the code of a gate may name.
+_NAMES = frozenset(
+    """Tensor add chunk clamp clamp_max clamp_min div dtype elu erf float float32 functional gelu hardswish hardtanh
+    leaky_relu math mish mul neg nn relu relu6 shape sigmoid silu size split sqrt sub tanh to torch type_as unbind
+    unflatten""".split()
+)
+_TAKES_PARTS = frozenset(("chunk", "split", "unbind"))
+# A clamp or a cast, which no pattern has, saves tensors of its own.
+_CLAMPS_OR_CASTS = frozenset(("clamp", "clamp_max", "clamp_min", "float", "to", "type_as"))
+
+# Names of children, and the activations that they compute.
+Activations = tuple[tuple[str, str], ...]
+
+
+class GateOutline(NamedTuple):
+    """The parts of a module that a method reads."""
+
+    settings: Settings
+    activations: Activations
+
+
+class TriedGate(NamedTuple):
+    """A gate that a trial recognised, and all that it depends on."""
+
+    trial: GateTrial
+    outline: GateOutline
+    code: CodeSnapshot
+
+    def of(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        """The gate of a tensor, by the fused function; None where the code of the model must compute the gate."""
+        trial, (settings, activations) = self.trial, self.outline
+        keeps_input = trial.keeps_input.get(input.dtype)
+        if keeps_input is None or input.dim() not in trial.dims or input.shape[-1] % 2 or not input.is_contiguous():
+            return None
+        if not is_unchanged(module, settings, self.code) or (activations and has_global_hooks()):
+            return None
+        wide = input.dtype is torch.float64
+        children = module._modules
+        if any(activation_of(children.get(name), wide=wide) != activation for name, activation in activations):
+            return None
+        # The user may write in place to an input of which eager torch saves copies.
+        is_copied = not keeps_input and torch.is_grad_enabled() and input.requires_grad
+        return trial.form.compute(recompute.copied(input) if is_copied else input)
+
+    def __str__(self) -> str:
+        return f"packed gate ({self.trial.form})"
+
+
+class _GateReader(CodeReader):
+    """Reads code that may take halves of a tensor, call activations among the module's children, and name numbers."""
+
+    def __init__(self, module: nn.Module, trees: Mapping[types.FunctionType, ast.FunctionDef]) -> None:
+        super().__init__(module)
+        self._trees = trees
+        self._allowed_names = _NAMES
+        self.activations: dict[str, str] = {}
+        self._constants: list[Any] = []
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers among constants, settings, globals and defaults."""
+        bound = [value for _, _, value in self.dependencies]
+        defaults = [number for value in bound if type(value) is tuple for number in value]
+        values = [*self._constants, *self.settings.values(), *bound, *defaults]
+        return list(dict.fromkeys(value for value in values if type(value) in (int, float)))
+
+    def read_function(self, function: Any, own: bool = False) -> None:
+        super().read_function(function, own)
+        if has_type(function, types.FunctionType) and not is_torch_callable(function):
+            tree = self._trees.get(function)
+            if not (is_size_independent(function) if tree is None else is_tree_size_independent(tree)):
+                raise NotTriable("decides by what it is given, or takes parts of it that are not bounded by its shape")
+
+    def check_constant(self, value: Any) -> None:
+        self._constants.append(value)
+
+    def check_bounds(self, loads: Any) -> None:
+        pass  # `is_size_independent` checks them
+
+    def read_attribute(self, name: str) -> None:
+        if name in self.module._parameters:
+            raise NotTriable("reads a parameter")
+        child = self.module._modules.get(name)
+        if child is None:
+            super().read_attribute(name)
+        elif (activation := child.name if type(child) is _Activation else activation_of(child)) is not None:
+            self.names.add(name)
+            self.activations[name] = activation
+        else:
+            raise NotTriable(f"calls {name}, which computes none of our activations")
+
+
+class _Activation(nn.Module):
+    """Stands for a child that computes an activation."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](input)
+
+
+def may_be_gate(function: Any, bound: int) -> TypeGuard[types.FunctionType]:
+    """Whether a function takes one tensor, after so many bound arguments, and parts of a tensor."""
+    if (
+        type(function) is not types.FunctionType
+        or belongs_to_torch(function)
+        or not takes_one_argument(function, bound)
+    ):
+        return False
+    names = names_in(function.__code__)
+    return not _TAKES_PARTS.isdisjoint(names) or any(type(c) is slice or c is ... for c in function.__code__.co_consts)
+
+
+def clamps_or_casts(function: types.FunctionType) -> bool:
+    """Whether the code of a function may clamp or cast a tensor, which no pattern of expressions does."""
+    return not _CLAMPS_OR_CASTS.isdisjoint(names_in(function.__code__))
+
+
+def outline_of_method(
+    module: nn.Module, method: types.FunctionType, tree: ast.FunctionDef | None = None
+) -> GateOutline | None:
+    """The parts of the module that a method reads; None if the method must not be tried, or is no gate.
+
+    `tree` is the source of a method that was made of a part of another one, and so is in no file.
+    """
+    kind = type(module)
+    if has_finalizer(kind) or not may_be_gate(method, 1):
+        return None
+    try:
+        reader = _read(module, method, tree)
+    except NotTriable:
+        return None
+    outline = GateOutline(tuple(sorted(reader.settings.items())), tuple(sorted(reader.activations.items())))
+    if not loads_plainly(kind, *reader.settings) or not only_instances_define(kind, *reader.activations):
+        return None
+    return None if gate_of_method(kind, method, outline, tree) is None else outline
+
+
+@memoized
+def gate_of_method(
+    kind: type[nn.Module], method: types.FunctionType, outline: GateOutline, tree: ast.FunctionDef | None = None
+) -> TriedGate | None:
+    """The gate that a method of modules of that class computes, by a trial with a stand-in."""
+    module = object.__new__(kind)
+    module.__dict__.update(nn.Module().__dict__ | dict(outline.settings))
+    module._modules.update((child, _Activation(activation)) for child, activation in outline.activations)
+    return _tried(module, method, lambda packed: method(module, packed), outline, tree)
+
+
+@memoized
+def gate_of_function(function: Any) -> TriedGate | None:
+    """The gate that a function of a file computes; None for any other value."""
+    if not may_be_gate(function, 0):
+        return None
+    is_importable = getattr(sys.modules.get(function.__module__), function.__name__, None) is function
+    if not is_importable:
+        return None
+    return _tried(nn.Module(), function, function, GateOutline((), ()))
+
+
+def _read(module: nn.Module, function: types.FunctionType, tree: ast.FunctionDef | None = None) -> _GateReader:
+    reader = _GateReader(module, {} if tree is None else {function: tree})
+    reader.read_function(function)
+    reader.read_modules()
+    return reader
+
+
+def _tried(
+    module: nn.Module,
+    read: types.FunctionType,
+    compute: Callable[[Tensor], Tensor],
+    outline: GateOutline,
+    tree: ast.FunctionDef | None = None,
+) -> TriedGate | None:
+    try:
+        reader = _read(module, read, tree)
+        trial = gate_by_trial(compute, reader.numbers)
+    except NotTriable:
+        return None
+    plainly = [(type(module), name, value) for name, value in LOADS_PLAINLY]
+    code = CodeSnapshot((nn.Module, (), ()), [*plainly, *reader.dependencies])
+    return None if trial is None else TriedGate(trial, outline, code)
+
+
+def gated(gate: TriedGate, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, computed by the fused function where the operand is of a kind that was tried."""
+
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        output = _fused(gate, module, args, kwargs)
+        return method(module, *args, **kwargs) if output is None else output
+
+    return call
+
+
+def replacing_gate(function: types.FunctionType) -> Callable[[Any], Any]:
+    """A function that maps `function` to its replacement, and any other callee to itself."""
+    gate, module = gate_of_function(function), nn.Module()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        output = None if gate is None else _fused(gate, module, args, kwargs)
+        return function(*args, **kwargs) if output is None else output
+
+    return lambda called: call if called is function else called
+
+
+def gate_at_site(gate: TriedGate) -> Callable[[nn.Module, Any], list[Any]]:
+    """The function that a rewritten method calls in place of a run of statements, as in `templates.guarded_call`."""
+
+    def call(module: nn.Module, packed: Any) -> list[Any]:
+        output = _fused(gate, module, (packed,), {})
+        return [False] if output is None else [output, True]
+
+    return call
+
+
+def _fused(gate: TriedGate, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    if len(args) != 1 or kwargs:
+        return None
+    input, kind = as_plain_tensor(args[0])
+    output = gate.of(module, input) if is_operand(input) else None
+    return output if output is None or kind is None else output.as_subclass(kind)
