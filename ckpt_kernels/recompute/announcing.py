@@ -22,8 +22,7 @@ def announce(
             again, if the context asks for that.
         total: a second result that the op saves, and how to recompute that result within a layer.
     """
-    discarder = innermost()
-    if discarder is None:
+    if fast_path.announce(announcement, elementwise, total) or (discarder := innermost()) is None:
         return
     if discarder.is_paused or not has_innermost_hooks(discarder):
         discarder.announced = None
@@ -54,12 +53,10 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
     Without `recipe` the output is that of the announced op. With `recipe` the output is any tensor, and the recipe
     lives as long as the output.
     """
-    discarder = innermost() if recipe is None else discarding()
-    if discarder is None:
+    if recipe is None and fast_path.record(output):
         return
-    if recipe is None:
-        fast_path.record(discarder, output)
-    else:
+    discarder = innermost() if recipe is None else discarding()
+    if discarder is not None:
         discarder.record(output, recipe)
 
 

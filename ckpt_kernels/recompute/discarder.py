@@ -30,6 +30,27 @@ from .stacked_weights import StackedWeights
 class Discarder:
     """The state of one active context."""
 
+    # csrc/thin (cells.cpp, records.cpp) reads the public slots.
+    __slots__ = (
+        "__weakref__",
+        "_boundaries",
+        "_products",
+        "_temporaries",
+        "all_entries",
+        "announced",
+        "biases",
+        "held",
+        "is_apart",
+        "is_closed",
+        "is_in_layer",
+        "is_paused",
+        "may_be_sharded",
+        "outer",
+        "rules",
+        "small_operands",
+        "stacked",
+    )
+
     def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
         self._products = products
         self._temporaries = temporaries
@@ -48,8 +69,7 @@ class Discarder:
         self.is_paused = False
         self._boundaries = LayerBoundaries()
         self.small_operands = SmallOperands()
-        # csrc/thin (cells.cpp, records.cpp) reads the public attributes. `held` and `entries` stay the same two dicts.
-        self.held, self.entries = self._boundaries.held, self.all_entries.by_storage
+        self.held = self._boundaries.held
         self.rules = RULES_AND_PRODUCTS if products else RULES
 
     def hold(self, tensor: Tensor) -> None:
@@ -76,15 +96,10 @@ class Discarder:
         announced, self.announced = self.announced, None
         if announced is None or announced.announcement is None or not fits:
             return
-        rebuild, tensors = announced.announcement
-        saved, kept = announced.saved, announced.kept
-        try:
-            operands = list(map(kept.__getitem__, map(id, tensors)))
-            new_recipe, reads_saved_only, extra_bytes = Recipe(rebuild, operands, 1, layout), True, 0
-        except KeyError:
-            new_recipe = self._recipe(announced.announcement, saved, layout)
-            reads_saved_only = share_memory_with(tensors, saved)
-            extra_bytes = self._extra_bytes(new_recipe, tensors, saved)
+        (_, tensors), saved = announced.announcement, announced.saved
+        new_recipe = self._recipe(announced.announcement, saved, layout)
+        reads_saved_only = share_memory_with(tensors, saved)
+        extra_bytes = self._extra_bytes(new_recipe, tensors, saved)
         if extra_bytes >= output.nbytes:
             return
         entry = Entry(output, weakref.ref(new_recipe))
@@ -182,8 +197,6 @@ class Discarder:
             cell, is_replaceable = self._traced_or_kept(tensor, node)
         if announced is not None and not self.is_apart and tensor.layout is torch.strided:
             announced.saved[id(tensor)] = tensor, cell, is_replaceable
-            if type(cell.content) is Kept and not is_replaceable and not self.may_be_sharded:
-                announced.kept[id(tensor)] = cell.content
         return cell
 
     def _traced_or_kept(self, tensor: Tensor, node: Any) -> tuple[Cell, bool]:

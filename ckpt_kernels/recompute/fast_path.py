@@ -1,18 +1,22 @@
-"""Calls the module `_thin` to pack and record in C (`csrc/thin/cells.cpp`, `csrc/thin/records.cpp`), if that was built.
+"""Calls the module `_thin` to pack, record and unpack in C (`csrc/thin`: cells.cpp, records.cpp, unpacking.cpp), if that
+was built.
 
 In the usual cases C creates the same objects of the same classes as the Python code: cells of tensors that are
 certainly kept, cells of blocks' outputs and of their views, and recipes that read only tensors that a block's node
-keeps. In all other cases, and for every error, the Python code runs.
+keeps. C unpacks kept tensors, and runs such recipes for their only reader. In all other cases, and for every error, the
+Python code runs.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .cells import Cell
 
 if TYPE_CHECKING:
+    from .announcements import Announcement
     from .discarder import Discarder
 
 # The module `_thin`, None without the library: see `contexts.use_library`.
@@ -24,10 +28,24 @@ def packing(discarder: "Discarder") -> Callable[[Tensor], Cell]:
     return discarder.pack if library is None else library.packer(discarder)
 
 
-def record(discarder: "Discarder", output: Tensor) -> None:
-    """Records the output of the announced op."""
-    if library is None or not library.record(discarder, output):
-        discarder.record(output)
+def unpacking(unpack: Callable[[Cell], Tensor]) -> Callable[[Cell], Tensor]:
+    """The hook that unpacks saved tensors; `unpack` is that in Python."""
+    return unpack if library is None else library.unpack
+
+
+def announce(announcement: "Announcement | None", elementwise: bool, total: Any) -> bool:
+    """Announces a recipe. Returns False, with nothing done, where Python must do that."""
+    return library is not None and library.announce(announcement, elementwise, total)
+
+
+def record(output: Tensor) -> bool:
+    """Records the output of the announced op. Returns False, with nothing done, where Python must do that."""
+    return library is not None and library.record(output)
+
+
+def storage_reference(tensor: Tensor) -> Any:
+    """A weak reference to the storage of a tensor. While it exists, no other storage gets the address `cdata`."""
+    return StorageWeakRef(tensor.untyped_storage()) if library is None else library.storage_reference(tensor)
 
 
 def biases(module: nn.Module) -> "dict[int, tuple[nn.Parameter, int, int]] | None":

@@ -1,6 +1,6 @@
 // The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher (direct_calls.h),
 // checks small calls and converted models at each call (guards, questions, sites), and packs and records tensors for
-// discarded outputs (cells, graph, records, biases). Limited API of Python 3.10, and no C++ API of torch; tensors.h
+// discarded outputs (cells, graph, records, unpacking, classes, slots, storages, biases). Limited API of Python 3.10, and no C++ API of torch; tensors.h
 // reads tensors.
 #include "tensors.h"
 
@@ -8,8 +8,11 @@
 
 #include "biases.h"
 #include "cells.h"
+#include "classes.h"
 #include "guards.h"
 #include "records.h"
+#include "storages.h"
+#include "unpacking.h"
 
 using namespace ckpt;
 
@@ -237,11 +240,16 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                           nullptr,
                           nullptr};
 
+bool add_all(PyObject* module) {
+  return add_guards(module) && add_classes(module) && add_cells(module) && add_records(module) &&
+         add_storages(module) && add_unpacking(module) && add_biases(module);
+}
+
 }  // namespace
 
 PyMODINIT_FUNC PyInit__thin() {
   PyObject* module = PyModule_Create(&definition);
-  if (module && !(add_guards(module) && add_cells(module) && add_records(module) && add_biases(module))) {
+  if (module && !add_all(module)) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -1,23 +1,63 @@
 #include "records.h"
 
-#include "owned.h"
+#include "classes.h"
+#include "questions.h"
+#include "storages.h"
 
 namespace ckpt {
 
 namespace {
 
-// The Python classes of the objects created here; and Python functions that return the chosen backend, a new lock, and
-// an empty tensor of a dtype.
-PyTypeObject *recipe_type = nullptr, *entry_type = nullptr, *block_type = nullptr;
-PyObject *storage_reference = nullptr, *chosen = nullptr, *lock = nullptr, *nothing = nullptr, *one = nullptr;
+// The contexts of each thread, and the function that returns the innermost hooks of this thread.
+PyObject *thread = nullptr, *top_hooks = nullptr;
+// Functions that return the chosen backend, a new lock, and an empty tensor of a dtype.
+PyObject *chosen = nullptr, *lock = nullptr, *nothing = nullptr;
+PyObject* one = nullptr;
 
-PyObject *of_add, *of_all_entries, *of_announced, *of_announcement, *of_attached, *of_backend, *of_claims, *of_data,
-    *of_depth, *of_detach, *of_dtype, *of_entry, *of_grad_fn, *of_kept, *of_layout, *of_lock, *of_made, *of_operands,
-    *of_output, *of_owner, *of_rebuild, *of_recipe, *of_recomputed_block, *of_requires_grad, *of_saved, *of_size,
-    *of_storage, *of_storage_offset, *of_stride, *of_tensor_version, *of_untyped_storage, *of_version, *of_watch;
+PyObject *of_active, *of_add, *of_data, *of_detach, *of_dtype, *of_grad_fn, *of_recomputed_block, *of_requires_grad,
+    *of_size, *of_storage_offset, *of_stride, *of_version;
 
-Owned called_with(PyObject* function, const Owned& argument) {
-  return Owned(argument ? PyObject_CallFunctionObjArgs(function, argument.get(), nullptr) : nullptr);
+// The innermost context of this thread: None if there is none; null, perhaps with an error, if Python must look.
+Owned innermost() {
+  const Owned active = attribute(thread, of_active);
+  if (!active || !PyList_CheckExact(active.get())) return Owned();
+  const Py_ssize_t count = PyList_Size(active.get());
+  if (count == 0) return shared(Py_None);
+  Owned last = shared(PyList_GetItem(active.get(), count - 1));
+  const bool is_open = classes.discarder.is_type_of(last.get()) && classes.discarder.is_closed.is(last.get(), Py_False);
+  return is_open ? std::move(last) : Owned();
+}
+
+// Whether the hooks of this context are certainly the innermost on this thread.
+bool has_innermost_hooks(const Owned& discarder) {
+  const Owned hooks(PyObject_CallFunctionObjArgs(top_hooks, Py_True, nullptr));
+  if (!hooks || !PyTuple_Check(hooks.get())) return false;
+  PyObject* pack = PyTuple_GetItem(hooks.get(), 0);
+  return pack && PyCFunction_Check(pack) && PyCFunction_GetSelf(pack) == discarder.get();
+}
+
+// Announces an op without a second result that is recomputed; false, perhaps with an error, in other cases.
+bool announces(PyObject* announcement, PyObject* is_elementwise, PyObject* total) {
+  const Owned discarder = innermost();
+  if (!discarder) return false;
+  if (discarder.is(Py_None)) return true;
+  const DiscarderClass& slots = classes.discarder;
+  if (!slots.is_paused.is(discarder.get(), Py_False) || !has_innermost_hooks(discarder)) return false;
+  if (total != Py_None && !slots.is_in_layer.is(discarder.get(), Py_False)) return false;
+  const Owned announced = classes.announced.object(), saved(announced ? PyDict_New() : nullptr);
+  if (!saved) return false;
+  classes.announced.announcement.set(announced.get(), announcement);
+  classes.announced.is_elementwise.set(announced.get(), is_elementwise);
+  classes.announced.total.set(announced.get(), Py_None);
+  classes.announced.saved.set(announced.get(), saved.get());
+  slots.announced.set(discarder.get(), announced.get());
+  return true;
+}
+
+PyObject* announce(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "expected (announcement, is_elementwise, total)");
+  if (announces(objects[0], objects[1], objects[2])) return PyBool_FromLong(1);
+  return PyErr_Occurred() && no_if_exception() == failed ? nullptr : PyBool_FromLong(0);
 }
 
 // The output of an announced op, and the tensors that the op's node has saved. If `is_usual` returns false, perhaps
@@ -37,11 +77,11 @@ class Recording {
     if (!attribute(output_, of_requires_grad).is(Py_True)) return false;
     const Owned offset = called(output_, of_storage_offset);
     if (!offset || PyLong_AsLong(offset.get()) != 0) return false;
-    announced_ = attribute(discarder_, of_announced);
-    if (!announced_ || announced_.is(Py_None)) return false;
-    announcement_ = attribute(announced_, of_announcement);
+    announced_ = shared(classes.discarder.announced.of(discarder_));
+    if (!announced_ || !classes.announced.is_type_of(announced_.get())) return false;
+    announcement_ = shared(classes.announced.announcement.of(announced_.get()));
     if (!announcement_ || !PyTuple_Check(announcement_.get())) return false;
-    saved_ = attribute(announced_, of_saved);
+    saved_ = shared(classes.announced.saved.of(announced_.get()));
     if (!saved_ || !PyDict_CheckExact(saved_.get()) || PyDict_Size(saved_.get()) == 0) return false;
     operands_ = operands();
     return bool(operands_);
@@ -49,7 +89,7 @@ class Recording {
 
   // False after an error.
   bool record() const {
-    if (PyObject_SetAttr(discarder_, of_announced, Py_None) != 0) return false;
+    classes.discarder.announced.set(discarder_, Py_None);
     const Owned dtype = attribute(output_, of_dtype);
     const Owned recipe = dtype ? recipe_of(dtype) : Owned();
     const Owned entry = recipe ? entry_of(recipe, dtype) : Owned();
@@ -60,96 +100,124 @@ class Recording {
     Py_ssize_t at = 0;
     PyObject *key, *packed;
     if (!PyDict_Next(saved_.get(), &at, &key, &packed)) return false;
-    const Owned cell = shared(PyTuple_GetItem(packed, 1));
-    if (!cell || PyObject_SetAttr(cell.get(), of_attached, recipe.get()) != 0) return false;
-    const Owned entries = attribute(discarder_, of_all_entries);
-    return entries && Owned(PyObject_CallMethodObjArgs(entries.get(), of_add, entry.get(), nullptr));
+    classes.cell.attached.set(PyTuple_GetItem(packed, 1), recipe.get());
+    return add(entry);
   }
 
  private:
+  // The contents of cells that stay unchanged as long as the node lives.
   Owned operands() const {
     PyObject* tensors = PyTuple_GetItem(announcement_.get(), 1);
-    const Owned kept = attribute(announced_, of_kept);
-    if (!tensors || !PyTuple_Check(tensors) || !kept || !PyDict_CheckExact(kept.get())) return Owned();
+    if (!tensors || !PyTuple_Check(tensors)) return Owned();
+    if (!classes.discarder.may_be_sharded.is(discarder_, Py_False)) return Owned();
     const Py_ssize_t count = PyTuple_Size(tensors);
     Owned found(PyList_New(count));
     for (Py_ssize_t i = 0; found && i < count; ++i) {
-      const Owned identity(PyLong_FromVoidPtr(PyTuple_GetItem(tensors, i)));
-      PyObject* content = identity ? PyDict_GetItemWithError(kept.get(), identity.get()) : nullptr;
+      PyObject* tensor = PyTuple_GetItem(tensors, i);
+      PyObject* content = tensor == Py_None ? tensor : kept(tensor);
       if (!content || PyList_SetItem(found.get(), i, shared(content).release()) != 0) return Owned();
     }
     return found;
   }
 
+  // The content of the node's cell for a tensor, borrowed, if that is a `Kept` which no recipe may replace.
+  PyObject* kept(PyObject* tensor) const {
+    const Owned identity(PyLong_FromVoidPtr(tensor));
+    PyObject* packed = identity ? PyDict_GetItemWithError(saved_.get(), identity.get()) : nullptr;
+    if (!packed || !is_tuple_of(packed, 3) || PyTuple_GetItem(packed, 2) != Py_False) return nullptr;
+    PyObject* cell = PyTuple_GetItem(packed, 1);
+    PyObject* content = classes.cell.is_type_of(cell) ? classes.cell.content.of(cell) : nullptr;
+    return content && classes.kept.is_type_of(content) ? content : nullptr;
+  }
+
   Owned recipe_of(const Owned& dtype) const {
     const Owned size = called(output_, of_size), stride = size ? called(output_, of_stride) : Owned();
     const Owned layout(stride ? PyTuple_Pack(3, size.get(), stride.get(), dtype.get()) : nullptr);
-    if (!layout) return Owned();
-    PyObject* rebuild = PyTuple_GetItem(announcement_.get(), 0);
-    const Owned backend(rebuild ? PyObject_CallNoArgs(chosen) : nullptr);
+    const Owned backend(layout ? PyObject_CallNoArgs(chosen) : nullptr);
     const Owned own_lock(backend ? PyObject_CallNoArgs(lock) : nullptr);
     const Owned claims(own_lock ? PySet_New(nullptr) : nullptr);
-    if (!claims) return Owned();
-    return made(recipe_type, {{of_depth, one},
-                              {of_rebuild, rebuild},
-                              {of_operands, operands_.get()},
-                              {of_layout, layout.get()},
-                              {of_backend, backend.get()},
-                              {of_lock, own_lock.get()},
-                              {of_made, Py_None},
-                              {of_claims, claims.get()}});
+    Owned recipe = claims ? classes.recipe.object() : Owned();
+    if (!recipe) return Owned();
+    classes.recipe.depth.set(recipe.get(), one);
+    classes.recipe.rebuild.set(recipe.get(), PyTuple_GetItem(announcement_.get(), 0));
+    classes.recipe.operands.set(recipe.get(), operands_.get());
+    classes.recipe.layout.set(recipe.get(), layout.get());
+    classes.recipe.backend.set(recipe.get(), backend.get());
+    classes.recipe.lock.set(recipe.get(), own_lock.get());
+    classes.recipe.made.set(recipe.get(), Py_None);
+    classes.recipe.claims.set(recipe.get(), claims.get());
+    return recipe;
   }
 
   Owned entry_of(const Owned& recipe, const Owned& dtype) const {
-    const Owned version = attribute(output_, of_tensor_version);
-    const Owned storage = version ? called_with(storage_reference, called(output_, of_untyped_storage)) : Owned();
+    const Owned version = attribute(output_, of_version);
+    const Owned storage = version ? reference_to_storage(output_) : Owned();
     const Owned output(storage ? PyWeakref_NewRef(output_, nullptr) : nullptr);
     const Owned reference(output ? PyWeakref_NewRef(recipe.get(), nullptr) : nullptr);
-    if (!reference) return Owned();
-    return made(entry_type, {{of_storage, storage.get()},
-                             {of_output, output.get()},
-                             {of_dtype, dtype.get()},
-                             {of_version, version.get()},
-                             {of_recipe, reference.get()}});
+    Owned entry = reference ? classes.entry.object() : Owned();
+    if (!entry) return Owned();
+    classes.entry.storage.set(entry.get(), storage.get());
+    classes.entry.output.set(entry.get(), output.get());
+    classes.entry.dtype.set(entry.get(), dtype.get());
+    classes.entry.version.set(entry.get(), version.get());
+    classes.entry.recipe.set(entry.get(), reference.get());
+    return entry;
   }
 
   // The block's record, with an empty tensor that shares the output's version counter.
   Owned block_of(const Owned& entry) const {
     const Owned watch = called(output_, of_detach), dtype = watch ? attribute(watch, of_dtype) : Owned();
-    const Owned empty = called_with(nothing, dtype);
+    const Owned empty(dtype ? PyObject_CallFunctionObjArgs(nothing, dtype.get(), nullptr) : nullptr);
     if (!empty || PyObject_SetAttr(watch.get(), of_data, empty.get()) != 0) return Owned();
-    return made(block_type, {{of_owner, discarder_}, {of_entry, entry.get()}, {of_watch, watch.get()}});
+    Owned block = classes.block.object();
+    if (!block) return Owned();
+    classes.block.owner.set(block.get(), discarder_);
+    classes.block.entry.set(block.get(), entry.get());
+    classes.block.watch.set(block.get(), watch.get());
+    return block;
+  }
+
+  // Entries.add
+  bool add(const Owned& entry) const {
+    const Owned entries = shared(classes.discarder.all_entries.of(discarder_));
+    PyObject* by_storage = classes.entries.by_storage.of(entries.get());
+    const long sweep_size = PyLong_AsLong(classes.entries.sweep_size.of(entries.get()));
+    if (PyErr_Occurred()) return false;
+    if (PyDict_Size(by_storage) < sweep_size)
+      return PyDict_SetItem(by_storage, address_in(shared(classes.entry.storage.of(entry.get()))), entry.get()) == 0;
+    return bool(Owned(PyObject_CallMethodObjArgs(entries.get(), of_add, entry.get(), nullptr)));
   }
 
   PyObject *discarder_, *output_;
   Owned announced_, announcement_, saved_, operands_;
 };
 
-PyObject* record(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  if (count != 2) return PyErr_Format(PyExc_TypeError, "expected (discarder, output)");
-  Recording recording(objects[0], objects[1]);
-  if (recording.is_usual()) return recording.record() ? PyBool_FromLong(1) : nullptr;
+PyObject* record(PyObject*, PyObject* output) {
+  const Owned discarder = innermost();
+  if (discarder) {
+    if (discarder.is(Py_None)) return PyBool_FromLong(1);
+    Recording recording(discarder.get(), output);
+    if (recording.is_usual()) return recording.record() ? PyBool_FromLong(1) : nullptr;
+  }
   return PyErr_Occurred() && no_if_exception() == failed ? nullptr : PyBool_FromLong(0);
 }
 
 PyObject* set_up_records(PyObject*, PyObject* arguments) {
-  PyObject *recipe, *entry, *block;
-  if (!PyArg_ParseTuple(arguments, "O!O!O!OOOO", &PyType_Type, &recipe, &PyType_Type, &entry, &PyType_Type, &block,
-                        &storage_reference, &chosen, &lock, &nothing))
-    return nullptr;
-  for (PyObject* each : {recipe, entry, block, storage_reference, chosen, lock, nothing}) Py_INCREF(each);
-  recipe_type = reinterpret_cast<PyTypeObject*>(recipe);
-  entry_type = reinterpret_cast<PyTypeObject*>(entry);
-  block_type = reinterpret_cast<PyTypeObject*>(block);
+  if (!PyArg_ParseTuple(arguments, "OOOOO", &thread, &top_hooks, &chosen, &lock, &nothing)) return nullptr;
+  for (PyObject* each : {thread, top_hooks, chosen, lock, nothing}) Py_INCREF(each);
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
     {"set_up_records", set_up_records, METH_VARARGS,
-     "set_up_records(recipe, entry, block, storage_reference, chosen, lock, nothing): the classes of the objects "
-     "created here, and functions that return the chosen backend, a new lock, and an empty tensor of a dtype."},
-    {"record", CKPT_FAST(record),
-     "record(discarder, output): Discarder.record; False, with nothing done, in all but the usual case."},
+     "set_up_records(thread, top_hooks, chosen, lock, nothing): the contexts of each thread; functions that return the "
+     "innermost hooks of this thread, the chosen backend, a new lock, and an empty tensor of a dtype."},
+    {"announce", CKPT_FAST(announce),
+     "announce(announcement, is_elementwise, total): as in Python; False, with nothing done, in all but the usual "
+     "cases."},
+    {"record", record, METH_O,
+     "record(output): records the output of the announced op in the innermost context; False, with nothing done, in "
+     "all but the usual case."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -158,39 +226,18 @@ PyMethodDef methods[] = {
 bool add_records(PyObject* module) {
   one = PyLong_FromLong(1);
   return one &&
-         prepare_names({{&of_add, "add"},
-                        {&of_all_entries, "all_entries"},
-                        {&of_announced, "announced"},
-                        {&of_announcement, "announcement"},
-                        {&of_attached, "attached"},
-                        {&of_backend, "backend"},
-                        {&of_claims, "claims"},
+         prepare_names({{&of_active, "active"},
+                        {&of_add, "add"},
                         {&of_data, "data"},
-                        {&of_depth, "depth"},
                         {&of_detach, "detach"},
                         {&of_dtype, "dtype"},
-                        {&of_entry, "entry"},
                         {&of_grad_fn, "grad_fn"},
-                        {&of_kept, "kept"},
-                        {&of_layout, "layout"},
-                        {&of_lock, "lock"},
-                        {&of_made, "made"},
-                        {&of_operands, "operands"},
-                        {&of_output, "output"},
-                        {&of_owner, "owner"},
-                        {&of_rebuild, "rebuild"},
-                        {&of_recipe, "recipe"},
                         {&of_recomputed_block, "recomputed_block"},
                         {&of_requires_grad, "requires_grad"},
-                        {&of_saved, "saved"},
                         {&of_size, "size"},
-                        {&of_storage, "storage"},
                         {&of_storage_offset, "storage_offset"},
                         {&of_stride, "stride"},
-                        {&of_tensor_version, "_version"},
-                        {&of_untyped_storage, "untyped_storage"},
-                        {&of_version, "version"},
-                        {&of_watch, "watch"}}) &&
+                        {&of_version, "_version"}}) &&
          PyModule_AddFunctions(module, methods) == 0;
 }
 
