@@ -77,7 +77,7 @@ class Packing {
     // After an in-place write Python reads the graph in another way.
     const bool is_written = PyLong_AsLong(version.get()) != 0;
     if (is_written && PySequence_Contains(rules.get(), name.get()) != 0) return false;
-    return has_surely_no_recipe(node.get(), name.get(), rules.get()) == yes;
+    return has_surely_no_recipe(node.get(), name.get(), rules.get(), discarder_) == yes;
   }
 
   Owned kept(PyObject* is_clone) const {
