@@ -22,7 +22,11 @@ def announce(
             again, if the context asks for that.
         total: a second result that the op saves, and how to recompute that result within a layer.
     """
-    if fast_path.announce(announcement, elementwise, total) or (discarder := innermost()) is None:
+    library = fast_path.library
+    if library is not None and library.announce(announcement, elementwise, total):
+        return
+    discarder = innermost()
+    if discarder is None:
         return
     if discarder.is_paused or not has_innermost_hooks(discarder):
         discarder.announced = None
@@ -53,7 +57,8 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
     Without `recipe` the output is that of the announced op. With `recipe` the output is any tensor, and the recipe
     lives as long as the output.
     """
-    if recipe is None and fast_path.record(output):
+    library = fast_path.library
+    if recipe is None and library is not None and library.record(output):
         return
     discarder = innermost() if recipe is None else discarding()
     if discarder is not None:

@@ -96,14 +96,13 @@ class discard_outputs(contextlib.ContextDecorator):
         is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         # Torch keeps the saved values of tensors that are written to, which a recipe refuses to read.
         allows_writes = torch.autograd.graph._allow_mutation_on_saved_tensors_enabled
-        if is_recorded or allows_writes or not hooks._saved_tensors_hooks_is_enabled():
+        # Within another active context the outer one stays active: outputs may pass between the two.
+        if is_recorded or allows_writes or not hooks._saved_tensors_hooks_is_enabled() or discarding() is not None:
             self._entered.append(None)
             return self
-        # Within another active context the outer one stays active: outputs may pass between the two.
-        hooked = None if discarding() is not None else _hooked(self._module, self._products, self._temporaries)
+        hooked = _hooked(self._module, self._products, self._temporaries)
         self._entered.append(hooked)
-        if hooked is not None:
-            next(hooked)
+        next(hooked)
         return self
 
     def __exit__(

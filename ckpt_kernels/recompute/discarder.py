@@ -5,72 +5,29 @@ tensor or a recipe. The recipe comes from the block that made the tensor, or fro
 (see `provenance`).
 """
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .active import has_innermost_hooks, top_hooks
-from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, may_be_sharded, share_memory_with
-from .biases import Biases
+from .active import has_innermost_hooks
+from .announcements import Announced, Announcement, Packed, Total, copied_if_sharded, share_memory_with
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
-from .entries import Block, Entries, Entry, watch_of
-from .layer_boundaries import LayerBoundaries
+from .entries import Block, Entry, watch_of
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
-from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
+from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS
 from .shared_results import register_keeper, replace_result
-from .small_operands import COPIED, SmallOperands, fills_memory
-from .stacked_weights import StackedWeights
+from .small_operands import COPIED, fills_memory
+from .state import State
 
 
-class Discarder:
-    """The state of one active context."""
+class Discarder(State):
+    """One active context."""
 
-    # csrc/thin (cells.cpp, records.cpp) reads the public slots.
-    __slots__ = (
-        "__weakref__",
-        "_boundaries",
-        "_products",
-        "_temporaries",
-        "all_entries",
-        "announced",
-        "biases",
-        "held",
-        "is_apart",
-        "is_closed",
-        "is_in_layer",
-        "is_paused",
-        "may_be_sharded",
-        "outer",
-        "rules",
-        "small_operands",
-        "stacked",
-    )
-
-    def __init__(self, module: nn.Module | None, products: bool, temporaries: bool) -> None:
-        self._products = products
-        self._temporaries = temporaries
-        self.all_entries = Entries()
-        self.biases, self.stacked = Biases(module), StackedWeights(module)
-        self.may_be_sharded = may_be_sharded()
-        self.outer = top_hooks()
-        self.is_closed = False
-        # The op whose forward pass has run, and whose output `record` has not been given yet.
-        self.announced: Announced | None = None
-        # Whether a tensor is being packed for a recipe, and so does not count as saved by the announced op.
-        self.is_apart = False
-        # Within a layer matrix products run again, whatever reads them.
-        self.is_in_layer = False
-        # Whether only outputs recorded earlier are discarded.
-        self.is_paused = False
-        self._boundaries = LayerBoundaries()
-        self.small_operands = SmallOperands()
-        self.held = self._boundaries.held
-        self.rules = RULES_AND_PRODUCTS if products else RULES
+    __slots__ = ()
 
     def hold(self, tensor: Tensor) -> None:
         """Keeps a tensor at a layer's boundary, where recipes end, unless the tensor's recipe has one step."""
@@ -143,38 +100,6 @@ class Discarder:
         if isinstance(cell.content, OuterPacked) and cell.watch is not None:
             return Unwritten(cell.content, cell.watch, cell.version)
         return cell
-
-    @contextlib.contextmanager
-    def at(self, level: str) -> Iterator[None]:
-        """Discards outputs at another level of `convert` within the context, whatever the level around.
-
-        At "block", outputs made within are kept.
-        """
-        before = self.is_paused, self._products, self.is_in_layer, self.rules
-        self.is_paused, self._products = level == "block", level in ("all", "layer")
-        self.is_in_layer = level == "layer"
-        self.rules = RULES_IN_LAYERS if self.is_in_layer else RULES_AND_PRODUCTS if self._products else RULES
-        try:
-            yield
-        finally:
-            self.is_paused, self._products, self.is_in_layer, self.rules = before
-
-    @property
-    def level(self) -> str:
-        """The current level, as in `convert`."""
-        if self.is_paused:
-            return "block"
-        return "layer" if self.is_in_layer else "all" if self._products else "output"
-
-    def close(self) -> None:
-        """Closes the context: recipes live only through their claims, and tensors saved from now on are kept."""
-        self.is_closed = True
-        # Nodes refer to this context longer than they keep tensors, and the outer hooks may hold tensors.
-        self.outer = None
-        self.all_entries.clear()
-        self._boundaries.clear()
-        self.small_operands.clear()
-        self.announced = None
 
     def pack(self, tensor: Tensor) -> Cell:
         """The hook that packs a saved tensor."""

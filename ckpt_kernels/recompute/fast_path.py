@@ -1,10 +1,9 @@
-"""Calls the module `_thin` to pack, record and unpack in C (`csrc/thin`: cells.cpp, records.cpp, unpacking.cpp), if that
-was built.
+"""Calls the module `_thin` to pack, record and unpack in C (`csrc/thin`), if that was built.
 
-In the usual cases C creates the same objects of the same classes as the Python code: cells of tensors that are
-certainly kept, cells of blocks' outputs and of their views, and recipes that read only tensors that a block's node
-keeps. C unpacks kept tensors, and runs such recipes for their only reader. In all other cases, and for every error, the
-Python code runs.
+In the usual cases C (cells.cpp, records.cpp) creates the same objects of the same classes as the Python code: cells of
+tensors that are certainly kept, cells of blocks' outputs and of their views, and recipes that read only tensors that a
+block's node keeps. C (unpacking.cpp) unpacks kept tensors, and runs such recipes for their only reader. In all other
+cases, and for every error, the Python code runs.
 """
 
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .cells import Cell
 
 if TYPE_CHECKING:
-    from .announcements import Announcement
     from .discarder import Discarder
 
-# The module `_thin`, None without the library: see `contexts.use_library`.
+# The module `_thin`, None without the library: see `contexts.use_library`. Its functions `announce(announcement,
+# elementwise, total)` and `record(output)` return False, with nothing done, where Python must do that.
 library: Any = None
 
 
@@ -31,16 +30,6 @@ def packing(discarder: "Discarder") -> Callable[[Tensor], Cell]:
 def unpacking(unpack: Callable[[Cell], Tensor]) -> Callable[[Cell], Tensor]:
     """The hook that unpacks saved tensors; `unpack` is that in Python."""
     return unpack if library is None else library.unpack
-
-
-def announce(announcement: "Announcement | None", elementwise: bool, total: Any) -> bool:
-    """Announces a recipe. Returns False, with nothing done, where Python must do that."""
-    return library is not None and library.announce(announcement, elementwise, total)
-
-
-def record(output: Tensor) -> bool:
-    """Records the output of the announced op. Returns False, with nothing done, where Python must do that."""
-    return library is not None and library.record(output)
 
 
 def storage_reference(tensor: Tensor) -> Any:

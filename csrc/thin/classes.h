@@ -8,10 +8,9 @@ namespace ckpt {
 struct AnnouncedClass : Slotted {
   Slot announcement, is_elementwise, saved, total;
   bool read(PyObject* of) {
-    return find(of, {{&announcement, "announcement"},
-                     {&is_elementwise, "is_elementwise"},
-                     {&saved, "saved"},
-                     {&total, "total"}});
+    return find(
+        of,
+        {{&announcement, "announcement"}, {&is_elementwise, "is_elementwise"}, {&saved, "saved"}, {&total, "total"}});
   }
 };
 
@@ -35,11 +34,8 @@ struct CellClass : Slotted {
 struct ClaimClass : Slotted {
   Slot depth, geometry, made, recipe, served;
   bool read(PyObject* of) {
-    return find(of, {{&depth, "depth"},
-                     {&geometry, "geometry"},
-                     {&made, "made"},
-                     {&recipe, "recipe"},
-                     {&served, "served"}});
+    return find(
+        of, {{&depth, "depth"}, {&geometry, "geometry"}, {&made, "made"}, {&recipe, "recipe"}, {&served, "served"}});
   }
 };
 
@@ -67,19 +63,15 @@ struct EntriesClass : Slotted {
 struct EntryClass : Slotted {
   Slot dtype, output, recipe, storage, version;
   bool read(PyObject* of) {
-    return find(of, {{&dtype, "dtype"},
-                     {&output, "output"},
-                     {&recipe, "recipe"},
-                     {&storage, "storage"},
-                     {&version, "version"}});
+    return find(
+        of,
+        {{&dtype, "dtype"}, {&output, "output"}, {&recipe, "recipe"}, {&storage, "storage"}, {&version, "version"}});
   }
 };
 
 struct KeptClass : Slotted {
   Slot is_plain, tensor, version;
-  bool read(PyObject* of) {
-    return find(of, {{&is_plain, "is_plain"}, {&tensor, "tensor"}, {&version, "version"}});
-  }
+  bool read(PyObject* of) { return find(of, {{&is_plain, "is_plain"}, {&tensor, "tensor"}, {&version, "version"}}); }
 };
 
 struct RecipeClass : Slotted {

@@ -1,7 +1,7 @@
 // The Python module `_thin`: calls the CPU ops of `_C` on torch's tensors without torch's dispatcher (direct_calls.h),
-// checks small calls and converted models at each call (guards, questions, sites), and packs and records tensors for
-// discarded outputs (cells, graph, records, unpacking, classes, slots, storages, biases). Limited API of Python 3.10, and no C++ API of torch; tensors.h
-// reads tensors.
+// checks small calls and converted models at each call (guards, questions, sites), and packs, records and unpacks
+// tensors for discarded outputs (cells, graph, records, unpacking, storages, biases; classes and slots). Limited API of
+// Python 3.10, and no C++ API of torch; tensors.h reads tensors.
 #include "tensors.h"
 
 #include <string.h>

@@ -14,8 +14,7 @@ PyTypeObject* type = nullptr;
 PyObject *of_untyped_storage, *of_weak_reference;
 
 struct StorageReference {
-  PyObject_HEAD
-  PyObject* cdata;
+  PyObject_HEAD PyObject* cdata;
 };
 
 PyObject* expired(PyObject* self, PyObject*) {

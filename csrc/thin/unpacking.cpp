@@ -53,8 +53,6 @@ struct Geometry {
   }
 };
 
-
-
 // Whether the recipe's function may run as it is: with the backend of the forward pass, and without a new graph.
 bool runs_as_it_is(PyObject* recipe) {
   const Owned backend(PyObject_CallNoArgs(chosen));
@@ -84,7 +82,8 @@ Owned view(PyObject* claim, Owned whole) {
   if (!is_tuple_of(wanted, 3)) return Owned();
   const Geometry geometry(whole);
   if (!geometry) return Owned();
-  PyObject *size = PyTuple_GetItem(wanted, 0), *stride = PyTuple_GetItem(wanted, 1), *offset = PyTuple_GetItem(wanted, 2);
+  PyObject *size = PyTuple_GetItem(wanted, 0), *stride = PyTuple_GetItem(wanted, 1),
+           *offset = PyTuple_GetItem(wanted, 2);
   if (geometry.is(size, stride) && are_equal(geometry.offset.get(), offset)) return whole;
   return Owned(PyObject_CallMethodObjArgs(whole.get(), of_as_strided, size, stride, offset, nullptr));
 }
