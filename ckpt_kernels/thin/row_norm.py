@@ -89,7 +89,8 @@ class RowNorm(Plan):
         grad_gate = _empty_like(gate) if wants_gate or both else None
         grad_factor = _empty_like(factor) if wants_factor else None
         grad_offset = _empty_like(offset) if wants_offset else None
-        operands = (grad_output, grad_residual_out, input, gate, factor, offset, seed, mean, rstd)
+        grads = _with_adjacent_columns(grad_output), _with_adjacent_columns(grad_residual_out)
+        operands = (*grads, input, gate, factor, offset, seed, mean, rstd)
         gradients = (grad_input, grad_residual, grad_gate, grad_factor, grad_offset)
         if not _backward(*operands, *gradients, None, *self._native):
             return None
@@ -113,6 +114,11 @@ class RowNorm(Plan):
         if is_plain(*tensors) and _forward(*operands, *self._native_forward, True):
             return output
         return ops.row_norm.rebuilt(tensors, self.options)
+
+
+def _with_adjacent_columns(grad: Tensor | None) -> Tensor | None:
+    """The gradient, copied if the elements of a row are not adjacent, as in the expanded gradient of a sum."""
+    return grad if grad is None or grad.stride(-1) == 1 else grad.contiguous()
 
 
 def row_norm(
