@@ -1,5 +1,6 @@
 """Plans of the row norms."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,11 +90,13 @@ class RowNorm(Plan):
         grad_gate = _empty_like(gate) if wants_gate or both else None
         grad_factor = _empty_like(factor) if wants_factor else None
         grad_offset = _empty_like(offset) if wants_offset else None
-        grads = _with_adjacent_columns(grad_output), _with_adjacent_columns(grad_residual_out)
-        operands = (*grads, input, gate, factor, offset, seed, mean, rstd)
+        operands = (grad_output, grad_residual_out, input, gate, factor, offset, seed, mean, rstd)
         gradients = (grad_input, grad_residual, grad_gate, grad_factor, grad_offset)
         if not _backward(*operands, *gradients, None, *self._native):
-            return None
+            # The full path copies such gradients too.
+            grads = grad_output, grad_residual_out
+            copied = [_with_adjacent_columns(grad) for grad in grads]
+            return None if all(map(operator.is_, copied, grads)) else self.backward(ctx, saved, *copied)
         total = grad_input if grad_residual is None else grad_residual
         affine = (None, None, grad_factor, grad_offset) if scale is None else (grad_factor, grad_offset, None, None)
         return (

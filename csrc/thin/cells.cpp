@@ -2,6 +2,7 @@
 
 #include "classes.h"
 #include "graph.h"
+#include "members.h"
 
 namespace ckpt {
 
@@ -11,9 +12,7 @@ namespace {
 PyObject* strided = nullptr;
 long longest_chain = 0;
 
-PyObject *of_base, *of_cdata, *of_detach, *of_discard, *of_dtype, *of_grad_fn, *of_is_leaf, *of_is_neg, *of_is_nested,
-    *of_layout, *of_name, *of_pack, *of_recomputed_block, *of_size, *of_storage_offset, *of_stride, *of_untyped_storage,
-    *of_version, *nothing_served;
+PyObject *of_cdata, *of_discard, *of_name, *of_pack, *of_recomputed_block, *nothing_served;
 
 // The value under a key of a dict; null, perhaps with an error, if there is none.
 Owned held_under(PyObject* dict, const Owned& key) {
@@ -28,11 +27,12 @@ class Packing {
 
   Owned cell() {
     if (!is_usual()) return Owned();
-    version_ = attribute(tensor_, of_version);
-    const Owned base = attribute(tensor_, of_base);
+    version_ = tensor_members.version.of(tensor_);
+    const Owned base = tensor_members.base.of(tensor_);
     if (!version_ || !base) return Owned();
     PyObject* root = base.is(Py_None) ? tensor_ : base.get();
-    const Owned is_leaf = attribute(root, of_is_leaf);
+    if (!is_tensor_type(Py_TYPE(root))) return Owned();
+    const Owned is_leaf = tensor_members.is_leaf.of(root);
     // A leaf, or a view of one: no op made the tensor, so there is no recipe.
     if (is_leaf.is(Py_True)) return kept(Py_False);
     if (!is_leaf) return Owned();
@@ -40,11 +40,11 @@ class Packing {
     if (PyErr_Occurred()) return Owned();
     // A view taken under no_grad has no recipe.
     if (entry && root != tensor_) {
-      const Owned own_node = attribute(tensor_, of_grad_fn);
+      const Owned own_node = tensor_members.grad_fn.of(tensor_);
       if (!own_node || own_node.is(Py_None)) return Owned();
     }
     if (entry) return claimed(entry, base);
-    const Owned node = attribute(root, of_grad_fn);
+    const Owned node = tensor_members.grad_fn.of(root);
     const Owned name = called(node.get(), of_name);
     if (!name || !is_surely_kept(root, node, name)) return Owned();
     const bool is_clone = root == tensor_ && PyUnicode_CompareWithASCIIString(name.get(), "CloneBackward0") == 0;
@@ -54,7 +54,7 @@ class Packing {
  private:
   // Whether the tensor is dense and no subclass, there are no outer hooks, and no layer is open.
   bool is_usual() {
-    if (!is_tensor_type(Py_TYPE(tensor_)) || !attribute(tensor_, of_layout).is(strided)) return false;
+    if (!is_tensor_type(Py_TYPE(tensor_)) || !tensor_members.layout.of(tensor_).is(strided)) return false;
     if (!slots_.is_closed.is(discarder_, Py_False) || !slots_.outer.is(discarder_, Py_None)) return false;
     PyObject* held = slots_.held.of(discarder_);
     if (!held || !PyDict_CheckExact(held) || PyDict_Size(held) != 0) return false;
@@ -66,13 +66,13 @@ class Packing {
   Owned found_entry() const {
     const Owned entries = shared(classes.entries.by_storage.of(slots_.all_entries.of(discarder_)));
     if (PyDict_Size(entries.get()) == 0) return Owned();
-    return held_under(entries.get(), attribute(called(tensor_, of_untyped_storage), of_cdata));
+    return held_under(entries.get(), attribute(tensor_members.untyped_storage.of(tensor_), of_cdata));
   }
 
   // Whether there is certainly no recipe, for a tensor or view that a node made and that has no entry.
   bool is_surely_kept(PyObject* root, const Owned& node, const Owned& name) const {
     if (slots_.is_paused.is(discarder_, Py_True)) return true;
-    const Owned rules = shared(slots_.rules.of(discarder_)), version = attribute(root, of_version);
+    const Owned rules = shared(slots_.rules.of(discarder_)), version = tensor_members.version.of(root);
     if (!version) return false;
     // After an in-place write Python reads the graph in another way.
     const bool is_written = PyLong_AsLong(version.get()) != 0;
@@ -81,7 +81,7 @@ class Packing {
   }
 
   Owned kept(PyObject* is_clone) const {
-    const Owned tensor = called(tensor_, of_detach);
+    const Owned tensor = tensor_members.detach.of(tensor_);
     const Owned kept = tensor ? classes.kept.object() : Owned();
     if (!kept) return Owned();
     classes.kept.tensor.set(kept.get(), tensor.get());
@@ -104,8 +104,9 @@ class Packing {
 
   // The recipe of an entry, if the entry is for this tensor or a base of it, without an in-place write since.
   Owned recipe_of(const Owned& entry) const {
-    const bool is_plain = called(tensor_, of_is_neg).is(Py_False) && attribute(tensor_, of_is_nested).is(Py_False);
-    const Owned dtype = is_plain ? attribute(tensor_, of_dtype) : Owned();
+    const bool is_plain =
+        tensor_members.is_neg.of(tensor_).is(Py_False) && tensor_members.is_nested.of(tensor_).is(Py_False);
+    const Owned dtype = is_plain ? tensor_members.dtype.of(tensor_) : Owned();
     if (!dtype || !classes.entry.dtype.is(entry.get(), dtype.get())) return Owned();
     if (!are_equal(classes.entry.version.of(entry.get()), version_.get())) return Owned();
     Owned recipe(PyObject_CallNoArgs(classes.entry.recipe.of(entry.get())));
@@ -116,15 +117,16 @@ class Packing {
   Owned watch_of(const Owned& entry, const Owned& base) const {
     const Owned output(PyObject_CallNoArgs(classes.entry.output.of(entry.get())));
     if (!output || output.is(Py_None) || !(output.is(tensor_) || output.is(base.get()))) return Owned();
-    const Owned block = attribute(attribute(output, of_grad_fn), of_recomputed_block);
+    const Owned block = attribute(tensor_members.grad_fn.of(output), of_recomputed_block);
     if (!block || !classes.block.is_type_of(block.get())) return Owned();
     const bool is_for_entry = classes.block.entry.is(block.get(), entry.get());
     return is_for_entry ? shared(classes.block.watch.of(block.get())) : Owned();
   }
 
   Owned claim_of(const Owned& recipe, const Owned& depth) const {
-    const Owned size = called(tensor_, of_size), stride = called(tensor_, of_stride);
-    const Owned offset = called(tensor_, of_storage_offset), claims = shared(classes.recipe.claims.of(recipe.get()));
+    const Owned size = tensor_members.size.of(tensor_), stride = tensor_members.stride.of(tensor_);
+    const Owned offset = tensor_members.storage_offset.of(tensor_),
+                claims = shared(classes.recipe.claims.of(recipe.get()));
     if (!size || !stride || !offset) return Owned();
     const Owned geometry(PyTuple_Pack(3, size.get(), stride.get(), offset.get()));
     Owned claim = geometry ? classes.claim.object() : Owned();
@@ -201,24 +203,11 @@ PyMethodDef methods[] = {
 
 bool prepare_cells() {
   nothing_served = PyLong_FromLong(-1);
-  return nothing_served && prepare_names({{&of_base, "_base"},
-                                          {&of_cdata, "_cdata"},
-                                          {&of_detach, "detach"},
+  return nothing_served && prepare_names({{&of_cdata, "_cdata"},
                                           {&of_discard, "discard"},
-                                          {&of_dtype, "dtype"},
-                                          {&of_grad_fn, "grad_fn"},
-                                          {&of_is_leaf, "is_leaf"},
-                                          {&of_is_neg, "is_neg"},
-                                          {&of_is_nested, "is_nested"},
-                                          {&of_layout, "layout"},
                                           {&of_name, "name"},
                                           {&of_pack, "pack"},
-                                          {&of_recomputed_block, "recomputed_block"},
-                                          {&of_size, "size"},
-                                          {&of_storage_offset, "storage_offset"},
-                                          {&of_stride, "stride"},
-                                          {&of_untyped_storage, "untyped_storage"},
-                                          {&of_version, "_version"}});
+                                          {&of_recomputed_block, "recomputed_block"}});
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "records.h"
 
 #include "classes.h"
+#include "members.h"
 #include "questions.h"
 #include "storages.h"
 
@@ -14,8 +15,7 @@ PyObject *thread = nullptr, *top_hooks = nullptr;
 PyObject *chosen = nullptr, *lock = nullptr, *nothing = nullptr;
 PyObject* one = nullptr;
 
-PyObject *of_active, *of_add, *of_data, *of_detach, *of_dtype, *of_grad_fn, *of_recomputed_block, *of_requires_grad,
-    *of_size, *of_storage_offset, *of_stride, *of_version;
+PyObject *of_active, *of_add, *of_data, *of_recomputed_block;
 
 // The innermost context of this thread: None if there is none; null, perhaps with an error, if Python must look.
 Owned innermost() {
@@ -74,8 +74,8 @@ class Recording {
     for (int32_t dim = 0; dim < described.dim; ++dim) {
       if (described.sizes[dim] == 0) return false;
     }
-    if (!attribute(output_, of_requires_grad).is(Py_True)) return false;
-    const Owned offset = called(output_, of_storage_offset);
+    if (!tensor_members.requires_grad.of(output_).is(Py_True)) return false;
+    const Owned offset = tensor_members.storage_offset.of(output_);
     if (!offset || PyLong_AsLong(offset.get()) != 0) return false;
     announced_ = shared(classes.discarder.announced.of(discarder_));
     if (!announced_ || !classes.announced.is_type_of(announced_.get())) return false;
@@ -90,11 +90,11 @@ class Recording {
   // False after an error.
   bool record() const {
     classes.discarder.announced.set(discarder_, Py_None);
-    const Owned dtype = attribute(output_, of_dtype);
+    const Owned dtype = tensor_members.dtype.of(output_);
     const Owned recipe = dtype ? recipe_of(dtype) : Owned();
     const Owned entry = recipe ? entry_of(recipe, dtype) : Owned();
     const Owned block = entry ? block_of(entry) : Owned();
-    const Owned node = block ? attribute(output_, of_grad_fn) : Owned();
+    const Owned node = block ? tensor_members.grad_fn.of(output_) : Owned();
     if (!node || PyObject_SetAttr(node.get(), of_recomputed_block, block.get()) != 0) return false;
     // The recipe lives as long as the node that saves the recipe's operands.
     Py_ssize_t at = 0;
@@ -131,7 +131,7 @@ class Recording {
   }
 
   Owned recipe_of(const Owned& dtype) const {
-    const Owned size = called(output_, of_size), stride = size ? called(output_, of_stride) : Owned();
+    const Owned size = tensor_members.size.of(output_), stride = size ? tensor_members.stride.of(output_) : Owned();
     const Owned layout(stride ? PyTuple_Pack(3, size.get(), stride.get(), dtype.get()) : nullptr);
     const Owned backend(layout ? PyObject_CallNoArgs(chosen) : nullptr);
     const Owned own_lock(backend ? PyObject_CallNoArgs(lock) : nullptr);
@@ -150,7 +150,7 @@ class Recording {
   }
 
   Owned entry_of(const Owned& recipe, const Owned& dtype) const {
-    const Owned version = attribute(output_, of_version);
+    const Owned version = tensor_members.version.of(output_);
     const Owned storage = version ? reference_to_storage(output_) : Owned();
     const Owned output(storage ? PyWeakref_NewRef(output_, nullptr) : nullptr);
     const Owned reference(output ? PyWeakref_NewRef(recipe.get(), nullptr) : nullptr);
@@ -166,7 +166,7 @@ class Recording {
 
   // The block's record, with an empty tensor that shares the output's version counter.
   Owned block_of(const Owned& entry) const {
-    const Owned watch = called(output_, of_detach), dtype = watch ? attribute(watch, of_dtype) : Owned();
+    const Owned watch = tensor_members.detach.of(output_), dtype = watch ? tensor_members.dtype.of(watch) : Owned();
     const Owned empty(dtype ? PyObject_CallFunctionObjArgs(nothing, dtype.get(), nullptr) : nullptr);
     if (!empty || PyObject_SetAttr(watch.get(), of_data, empty.get()) != 0) return Owned();
     Owned block = classes.block.object();
@@ -229,15 +229,7 @@ bool add_records(PyObject* module) {
          prepare_names({{&of_active, "active"},
                         {&of_add, "add"},
                         {&of_data, "data"},
-                        {&of_detach, "detach"},
-                        {&of_dtype, "dtype"},
-                        {&of_grad_fn, "grad_fn"},
-                        {&of_recomputed_block, "recomputed_block"},
-                        {&of_requires_grad, "requires_grad"},
-                        {&of_size, "size"},
-                        {&of_storage_offset, "storage_offset"},
-                        {&of_stride, "stride"},
-                        {&of_version, "_version"}}) &&
+                        {&of_recomputed_block, "recomputed_block"}}) &&
          PyModule_AddFunctions(module, methods) == 0;
 }
 

@@ -4,6 +4,8 @@
 
 #include <cstddef>
 
+#include "members.h"
+
 namespace ckpt {
 
 namespace {
@@ -11,7 +13,7 @@ namespace {
 // Functions of torch that tell whether the storage at an address is gone, and that drop a weak reference to it.
 PyObject *is_gone = nullptr, *drop = nullptr;
 PyTypeObject* type = nullptr;
-PyObject *of_untyped_storage, *of_weak_reference;
+PyObject* of_weak_reference;
 
 struct StorageReference {
   PyObject_HEAD PyObject* cdata;
@@ -73,7 +75,7 @@ PyMethodDef functions[] = {
 }  // namespace
 
 Owned reference_to_storage(PyObject* tensor) {
-  const Owned storage = called(tensor, of_untyped_storage);
+  const Owned storage = tensor_members.untyped_storage.of(tensor);
   Owned address = storage ? called(storage.get(), of_weak_reference) : Owned();
   Owned reference(address ? PyType_GenericAlloc(type, 0) : nullptr);
   if (reference) reinterpret_cast<StorageReference*>(reference.get())->cdata = address.release();
@@ -84,8 +86,7 @@ PyObject* address_in(const Owned& reference) { return reinterpret_cast<StorageRe
 
 bool add_storages(PyObject* module) {
   type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&specification));
-  return type && prepare_names({{&of_untyped_storage, "untyped_storage"}, {&of_weak_reference, "_weak_ref"}}) &&
-         PyModule_AddFunctions(module, functions) == 0;
+  return type && prepare_names({{&of_weak_reference, "_weak_ref"}}) && PyModule_AddFunctions(module, functions) == 0;
 }
 
 }  // namespace ckpt

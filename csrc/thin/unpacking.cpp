@@ -1,6 +1,7 @@
 #include "unpacking.h"
 
 #include "classes.h"
+#include "members.h"
 #include "questions.h"
 
 namespace ckpt {
@@ -11,7 +12,7 @@ namespace {
 PyObject *unpack_in_python = nullptr, *seekers = nullptr, *graph_task = nullptr, *chosen = nullptr;
 PyObject *is_grad_enabled = nullptr, *is_inference = nullptr;
 
-PyObject *of_as_strided, *of_dtype, *of_laid_out, *of_size, *of_storage_offset, *of_stride, *of_version;
+PyObject *of_as_strided, *of_laid_out;
 
 // All functions below that return null do so, perhaps with an error, where Python must unpack.
 
@@ -20,7 +21,7 @@ Owned kept_tensor(PyObject* kept) {
   const KeptClass& slots = classes.kept;
   if (!slots.is_plain.is(kept, Py_True)) return Owned();
   Owned tensor = shared(slots.tensor.of(kept));
-  const Owned version = attribute(tensor, of_version);
+  const Owned version = tensor_members.version.of(tensor);
   if (!version || !are_equal(version.get(), slots.version.of(kept))) return Owned();
   DLTensor described;
   return describe(tensor.get(), &described) == yes && described.data ? std::move(tensor) : Owned();
@@ -44,9 +45,9 @@ struct Geometry {
   Owned size, stride, offset;
 
   explicit Geometry(const Owned& tensor)
-      : size(called(tensor.get(), of_size)),
-        stride(size ? called(tensor.get(), of_stride) : Owned()),
-        offset(stride ? called(tensor.get(), of_storage_offset) : Owned()) {}
+      : size(tensor_members.size.of(tensor.get())),
+        stride(size ? tensor_members.stride.of(tensor.get()) : Owned()),
+        offset(stride ? tensor_members.storage_offset.of(tensor.get()) : Owned()) {}
   explicit operator bool() const { return bool(offset); }
   bool is(PyObject* other_size, PyObject* other_stride) const {
     return are_equal(size.get(), other_size) && are_equal(stride.get(), other_stride);
@@ -67,7 +68,7 @@ Owned laid_out(PyObject* recipe, Owned value) {
   if (layout == Py_None) return value;
   if (!is_tuple_of(layout, 3)) return Owned();
   const Geometry geometry(value);
-  const Owned dtype = geometry ? attribute(value, of_dtype) : Owned();
+  const Owned dtype = geometry ? tensor_members.dtype.of(value) : Owned();
   if (!dtype) return Owned();
   if (dtype.is(PyTuple_GetItem(layout, 2)) && geometry.is(PyTuple_GetItem(layout, 0), PyTuple_GetItem(layout, 1)) &&
       PyLong_AsLong(geometry.offset.get()) == 0)
@@ -138,13 +139,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 bool add_unpacking(PyObject* module) {
-  return prepare_names({{&of_as_strided, "as_strided"},
-                        {&of_dtype, "dtype"},
-                        {&of_laid_out, "_laid_out"},
-                        {&of_size, "size"},
-                        {&of_storage_offset, "storage_offset"},
-                        {&of_stride, "stride"},
-                        {&of_version, "_version"}}) &&
+  return prepare_names({{&of_as_strided, "as_strided"}, {&of_laid_out, "_laid_out"}}) &&
          PyModule_AddFunctions(module, methods) == 0;
 }
 
