@@ -149,6 +149,31 @@ def test_usual_cases_run_without_python(monkeypatch: pytest.MonkeyPatch) -> None
         loss.backward()
 
 
+def test_sums_with_dropout_run_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dropout of a product has no recipe, because the recipe would keep the product; so the sum has none either."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        x, weight = random_tensor(4, 32, seed=1).requires_grad_(), random_tensor(32, 32).requires_grad_()
+        with recompute.discard_outputs():
+            dropped = F.bias_act(TF.linear(x, weight), dropout_p=0.5)
+            return dropped, TF.linear(x + dropped, weight)
+
+    with no_python(monkeypatch):
+        dropped, output = run()
+    with python_only():
+        expected, expected_output = run()
+    assert dropped.grad_fn.recomputed_block is expected.grad_fn.recomputed_block is None
+    assert all_described(output) == all_described(expected_output)
+
+
+def test_a_block_that_saves_its_output_is_not_marked() -> None:
+    x, weight = random_tensor(4, 32, seed=1).requires_grad_(), random_tensor(32, 32).requires_grad_()
+    for context in (contextlib.nullcontext(), python_only()):
+        with context, recompute.discard_outputs():
+            output = F.bias_act(TF.linear(x, weight), activation="relu")
+            assert not hasattr(output.grad_fn, "recomputed_block")
+
+
 def test_a_view_of_an_output_is_unpacked_without_python(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = random_tensor(4, 32, seed=1).requires_grad_(), random_tensor(8, 3)
     expected = torch.autograd.grad((F.layer_norm(x, 32)[1:, 4:12] @ weight.requires_grad_()).sum(), [x, weight])

@@ -57,10 +57,13 @@ class Discarder(State):
         new_recipe = self._recipe(announced.announcement, saved, layout)
         reads_saved_only = share_memory_with(tensors, saved)
         extra_bytes = self._extra_bytes(new_recipe, tensors, saved)
+        node: Any = output.grad_fn
         if extra_bytes >= output.nbytes:
+            if not share_memory_with((output,), saved):
+                # A mark for csrc/thin/graph.cpp: there is neither a recipe nor a cell of the output.
+                node.recomputed_block = None
             return
         entry = Entry(output, weakref.ref(new_recipe))
-        node: Any = output.grad_fn
         node.recomputed_block = Block(self, entry, version_watch(output))
         # A recipe that reads only saved tensors lives as long as the node that saves them. So the recipe still exists
         # when a trace of another tensor's graph reaches this node after the output is gone.

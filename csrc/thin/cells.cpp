@@ -3,6 +3,7 @@
 #include "classes.h"
 #include "graph.h"
 #include "members.h"
+#include "watches.h"
 
 namespace ckpt {
 
@@ -26,32 +27,44 @@ class Packing {
   Packing(PyObject* discarder, PyObject* tensor) : discarder_(discarder), tensor_(tensor) {}
 
   Owned cell() {
-    if (!is_usual()) return Owned();
+    const Fate fate = decide();
+    if (fate == unclear) return Owned();
     version_ = tensor_members.version.of(tensor_);
-    const Owned base = tensor_members.base.of(tensor_);
-    if (!version_ || !base) return Owned();
-    PyObject* root = base.is(Py_None) ? tensor_ : base.get();
-    if (!is_tensor_type(Py_TYPE(root))) return Owned();
-    const Owned is_leaf = tensor_members.is_leaf.of(root);
-    // A leaf, or a view of one: no op made the tensor, so there is no recipe.
-    if (is_leaf.is(Py_True)) return kept(Py_False);
-    if (!is_leaf) return Owned();
-    const Owned entry = found_entry();
-    if (PyErr_Occurred()) return Owned();
-    // A view taken under no_grad has no recipe.
-    if (entry && root != tensor_) {
-      const Owned own_node = tensor_members.grad_fn.of(tensor_);
-      if (!own_node || own_node.is(Py_None)) return Owned();
-    }
-    if (entry) return claimed(entry, base);
-    const Owned node = tensor_members.grad_fn.of(root);
-    const Owned name = called(node.get(), of_name);
-    if (!name || !is_surely_kept(root, node, name)) return Owned();
-    const bool is_clone = root == tensor_ && PyUnicode_CompareWithASCIIString(name.get(), "CloneBackward0") == 0;
-    return kept(is_clone ? Py_True : Py_False);
+    if (!version_) return Owned();
+    return fate == kept ? kept_cell() : claimed_cell();
   }
 
+  bool is_surely_kept() { return decide() == kept; }
+
  private:
+  // What becomes of the tensor; `unclear` perhaps with an error.
+  enum Fate { kept, claimed, unclear };
+
+  Fate decide() {
+    if (!is_usual()) return unclear;
+    base_ = tensor_members.base.of(tensor_);
+    if (!base_) return unclear;
+    PyObject* root = base_.is(Py_None) ? tensor_ : base_.get();
+    if (!is_tensor_type(Py_TYPE(root))) return unclear;
+    const Owned is_leaf = tensor_members.is_leaf.of(root);
+    // A leaf, or a view of one: no op made the tensor, so there is no recipe.
+    if (is_leaf.is(Py_True)) return kept;
+    if (!is_leaf) return unclear;
+    entry_ = found_entry();
+    if (PyErr_Occurred()) return unclear;
+    // A view taken under no_grad has no recipe.
+    if (entry_ && root != tensor_) {
+      const Owned own_node = tensor_members.grad_fn.of(tensor_);
+      if (!own_node || own_node.is(Py_None)) return unclear;
+    }
+    if (entry_) return claimed;
+    const Owned node = tensor_members.grad_fn.of(root);
+    const Owned name = called(node.get(), of_name);
+    if (!name || !has_no_recipe(root, node, name)) return unclear;
+    is_clone_ = root == tensor_ && PyUnicode_CompareWithASCIIString(name.get(), "CloneBackward0") == 0;
+    return kept;
+  }
+
   // Whether the tensor is dense and no subclass, there are no outer hooks, and no layer is open.
   bool is_usual() {
     if (!is_tensor_type(Py_TYPE(tensor_)) || !tensor_members.layout.of(tensor_).is(strided)) return false;
@@ -70,7 +83,7 @@ class Packing {
   }
 
   // Whether there is certainly no recipe, for a tensor or view that a node made and that has no entry.
-  bool is_surely_kept(PyObject* root, const Owned& node, const Owned& name) const {
+  bool has_no_recipe(PyObject* root, const Owned& node, const Owned& name) const {
     if (slots_.is_paused.is(discarder_, Py_True)) return true;
     const Owned rules = shared(slots_.rules.of(discarder_)), version = tensor_members.version.of(root);
     if (!version) return false;
@@ -80,47 +93,51 @@ class Packing {
     return has_surely_no_recipe(node.get(), name.get(), rules.get(), discarder_) == yes;
   }
 
-  Owned kept(PyObject* is_clone) const {
+  Owned kept_cell() const {
     const Owned tensor = tensor_members.detach.of(tensor_);
     const Owned kept = tensor ? classes.kept.object() : Owned();
     if (!kept) return Owned();
     classes.kept.tensor.set(kept.get(), tensor.get());
     classes.kept.version.set(kept.get(), version_.get());
     classes.kept.is_plain.set(kept.get(), Py_True);
-    return noted(cell_of(kept, tensor, is_clone));
+    return noted(cell_of(kept, tensor, is_clone_ ? Py_True : Py_False));
   }
 
   // One more claim on the recipe in the entry of the tensor's storage.
-  Owned claimed(const Owned& entry, const Owned& base) const {
-    const Owned recipe = recipe_of(entry);
+  Owned claimed_cell() const {
+    const Owned recipe = entry_recipe();
     if (!recipe || !classes.recipe.is_type_of(recipe.get())) return Owned();
     const Owned depth = shared(classes.recipe.depth.of(recipe.get()));
     if (PyLong_AsLong(depth.get()) > longest_chain || PyErr_Occurred()) return Owned();
-    const Owned watch = watch_of(entry, base);
+    const Owned watch = entry_watch();
     // As in `_recipe_for`, a Parameter has no recipe. The version watch is a plain Tensor, so the type decides.
     if (!watch || Py_TYPE(watch.get()) != Py_TYPE(tensor_)) return Owned();
     return noted(cell_of(claim_of(recipe, depth), watch, Py_False));
   }
 
   // The recipe of an entry, if the entry is for this tensor or a base of it, without an in-place write since.
-  Owned recipe_of(const Owned& entry) const {
+  Owned entry_recipe() const {
     const bool is_plain =
         tensor_members.is_neg.of(tensor_).is(Py_False) && tensor_members.is_nested.of(tensor_).is(Py_False);
     const Owned dtype = is_plain ? tensor_members.dtype.of(tensor_) : Owned();
-    if (!dtype || !classes.entry.dtype.is(entry.get(), dtype.get())) return Owned();
-    if (!are_equal(classes.entry.version.of(entry.get()), version_.get())) return Owned();
-    Owned recipe(PyObject_CallNoArgs(classes.entry.recipe.of(entry.get())));
+    if (!dtype || !classes.entry.dtype.is(entry_.get(), dtype.get())) return Owned();
+    if (!are_equal(classes.entry.version.of(entry_.get()), version_.get())) return Owned();
+    Owned recipe(PyObject_CallNoArgs(classes.entry.recipe.of(entry_.get())));
     return recipe.is(Py_None) ? Owned() : std::move(recipe);
   }
 
-  // The version watch of a block's output, also for a view of the output.
-  Owned watch_of(const Owned& entry, const Owned& base) const {
-    const Owned output(PyObject_CallNoArgs(classes.entry.output.of(entry.get())));
-    if (!output || output.is(Py_None) || !(output.is(tensor_) || output.is(base.get()))) return Owned();
-    const Owned block = attribute(tensor_members.grad_fn.of(output), of_recomputed_block);
-    if (!block || !classes.block.is_type_of(block.get())) return Owned();
-    const bool is_for_entry = classes.block.entry.is(block.get(), entry.get());
-    return is_for_entry ? shared(classes.block.watch.of(block.get())) : Owned();
+  // The version watch of a block's output, also for a view of the output; else a new one.
+  Owned entry_watch() const {
+    const Owned output(PyObject_CallNoArgs(classes.entry.output.of(entry_.get())));
+    if (!output) return Owned();
+    if (output.is(tensor_) || output.is(base_.get())) {
+      const Owned block = attribute(tensor_members.grad_fn.of(output), of_recomputed_block);
+      if (!block) return Owned();
+      const bool is_block = classes.block.is_type_of(block.get());
+      if (is_block && classes.block.entry.is(block.get(), entry_.get()))
+        return shared(classes.block.watch.of(block.get()));
+    }
+    return version_watch(tensor_);
   }
 
   Owned claim_of(const Owned& recipe, const Owned& depth) const {
@@ -163,7 +180,8 @@ class Packing {
 
   const DiscarderClass& slots_ = classes.discarder;
   PyObject *discarder_, *tensor_;
-  Owned announced_, version_;
+  Owned announced_, base_, entry_, version_;
+  bool is_clone_ = false;
 };
 
 PyObject* pack(PyObject* discarder, PyObject* tensor) {
@@ -211,6 +229,8 @@ bool prepare_cells() {
 }
 
 }  // namespace
+
+bool is_surely_kept(PyObject* discarder, PyObject* tensor) { return Packing(discarder, tensor).is_surely_kept(); }
 
 bool add_cells(PyObject* module) {
   return prepare_graph() && prepare_cells() && PyModule_AddFunctions(module, methods) == 0;

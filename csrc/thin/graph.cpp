@@ -65,11 +65,12 @@ bool add_edges(PyObject* node, Edges* queue) {
   return true;
 }
 
-// Whether the node of a function in Python is a block's of this context, of which only the first output has a recipe.
+// Whether the node of a function in Python is known to have no recipe for the output: a block's of this context has
+// none but for the first output, and a node that `Recording::drop` marked has none for that.
 Answer has_no_recipe_for(const Edge& edge, PyObject* discarder) {
-  if (edge.output == 0) return no;
   const Owned block = attribute(edge.node, of_recomputed_block);
   if (!block) return no_if_exception();
+  if (edge.output == 0) return block.is(Py_None) ? yes : no;
   return classes.block.is_type_of(block.get()) && classes.block.owner.is(block.get(), discarder) ? yes : no;
 }
 

@@ -1,9 +1,11 @@
 #include "records.h"
 
+#include "cells.h"
 #include "classes.h"
 #include "members.h"
 #include "questions.h"
 #include "storages.h"
+#include "watches.h"
 
 namespace ckpt {
 
@@ -11,11 +13,11 @@ namespace {
 
 // The contexts of each thread, and the function that returns the innermost hooks of this thread.
 PyObject *thread = nullptr, *top_hooks = nullptr;
-// Functions that return the chosen backend, a new lock, and an empty tensor of a dtype.
-PyObject *chosen = nullptr, *lock = nullptr, *nothing = nullptr;
+// Functions that return the chosen backend, and a new lock.
+PyObject *chosen = nullptr, *lock = nullptr;
 PyObject* one = nullptr;
 
-PyObject *of_active, *of_add, *of_data, *of_recomputed_block;
+PyObject *of_active, *of_add, *of_cdata, *of_recomputed_block;
 
 // The innermost context of this thread: None if there is none; null, perhaps with an error, if Python must look.
 Owned innermost() {
@@ -60,31 +62,69 @@ PyObject* announce(PyObject*, PyObject* const* objects, Py_ssize_t count) {
   return PyErr_Occurred() && no_if_exception() == failed ? nullptr : PyBool_FromLong(0);
 }
 
-// The output of an announced op, and the tensors that the op's node has saved. If `is_usual` returns false, perhaps
-// with an error, the case is left to Python. Once `record` has begun, errors are raised, because the announcement is
-// gone.
+int64_t bytes_of(const DLTensor& tensor) {
+  int64_t bytes = tensor.bits / 8;
+  for (int32_t dim = 0; dim < tensor.dim; ++dim) bytes *= tensor.sizes[dim];
+  return bytes;
+}
+
+// The address of a tensor's storage.
+Owned address_of(PyObject* tensor) { return attribute(tensor_members.untyped_storage.of(tensor), of_cdata); }
+
+// The output of an announced op, and the tensors that the op's node has saved. Where a question is answered with false,
+// perhaps with an error, the case is left to Python. Once `record` or `drop` has begun, errors are raised, because the
+// announcement is gone.
 class Recording {
  public:
   Recording(PyObject* discarder, PyObject* output) : discarder_(discarder), output_(output) {}
 
-  // Whether the output is plain, and the recipe reads only contents that the node keeps unchanged.
-  bool is_usual() {
-    DLTensor described;
-    if (!is_tensor_type(Py_TYPE(output_)) || describe(output_, &described) != yes) return false;
-    for (int32_t dim = 0; dim < described.dim; ++dim) {
-      if (described.sizes[dim] == 0) return false;
-    }
-    if (!tensor_members.requires_grad.of(output_).is(Py_True)) return false;
+  // Whether the output is plain, and an op with a recipe has been announced.
+  bool is_announced() {
+    if (!is_tensor_type(Py_TYPE(output_)) || describe(output_, &described_) != yes) return false;
+    if (bytes_of(described_) == 0 || !tensor_members.requires_grad.of(output_).is(Py_True)) return false;
     const Owned offset = tensor_members.storage_offset.of(output_);
     if (!offset || PyLong_AsLong(offset.get()) != 0) return false;
+    if (!classes.discarder.may_be_sharded.is(discarder_, Py_False)) return false;
     announced_ = shared(classes.discarder.announced.of(discarder_));
     if (!announced_ || !classes.announced.is_type_of(announced_.get())) return false;
     announcement_ = shared(classes.announced.announcement.of(announced_.get()));
-    if (!announcement_ || !PyTuple_Check(announcement_.get())) return false;
+    if (!announcement_ || !is_tuple_of(announcement_.get(), 2)) return false;
     saved_ = shared(classes.announced.saved.of(announced_.get()));
-    if (!saved_ || !PyDict_CheckExact(saved_.get()) || PyDict_Size(saved_.get()) == 0) return false;
+    return saved_ && PyDict_CheckExact(saved_.get()) && PyDict_Size(saved_.get()) != 0 &&
+           PyTuple_Check(PyTuple_GetItem(announcement_.get(), 1));
+  }
+
+  // Whether the recipe reads only contents that the node keeps unchanged.
+  bool reads_kept_contents() {
     operands_ = operands();
     return bool(operands_);
+  }
+
+  // Whether the recipe would read, and so keep, a tensor that takes as much memory as the output.
+  bool keeps_too_much() const {
+    PyObject* tensors = PyTuple_GetItem(announcement_.get(), 1);
+    for (Py_ssize_t i = 0; i < PyTuple_Size(tensors); ++i) {
+      DLTensor described;
+      PyObject* tensor = PyTuple_GetItem(tensors, i);
+      const Answer is_plain = tensor == Py_None ? no : describe(tensor, &described);
+      if (is_plain == failed) return false;
+      if (is_plain == no || bytes_of(described) < bytes_of(described_)) continue;
+      const Owned is_leaf = tensor_members.is_leaf.of(tensor);
+      const Answer shares = is_leaf.is(Py_False) ? shares_memory(tensor) : yes;
+      if (shares == no) return is_surely_kept(discarder_, tensor);
+      if (shares == failed) return false;
+    }
+    return false;
+  }
+
+  // Ends the announcement without a recipe. A node that does not save the output either is marked for graph.cpp. False
+  // after an error.
+  bool drop() const {
+    classes.discarder.announced.set(discarder_, Py_None);
+    const Answer shares = shares_memory(output_);
+    if (shares != no) return shares == yes;
+    const Owned node = tensor_members.grad_fn.of(output_);
+    return node && PyObject_SetAttr(node.get(), of_recomputed_block, Py_None) == 0;
   }
 
   // False after an error.
@@ -108,8 +148,6 @@ class Recording {
   // The contents of cells that stay unchanged as long as the node lives.
   Owned operands() const {
     PyObject* tensors = PyTuple_GetItem(announcement_.get(), 1);
-    if (!tensors || !PyTuple_Check(tensors)) return Owned();
-    if (!classes.discarder.may_be_sharded.is(discarder_, Py_False)) return Owned();
     const Py_ssize_t count = PyTuple_Size(tensors);
     Owned found(PyList_New(count));
     for (Py_ssize_t i = 0; found && i < count; ++i) {
@@ -118,6 +156,19 @@ class Recording {
       if (!content || PyList_SetItem(found.get(), i, shared(content).release()) != 0) return Owned();
     }
     return found;
+  }
+
+  // Whether the tensor shares its storage with a saved tensor.
+  Answer shares_memory(PyObject* tensor) const {
+    const Owned storage = address_of(tensor);
+    Py_ssize_t at = 0;
+    PyObject *key, *packed;
+    while (storage && PyDict_Next(saved_.get(), &at, &key, &packed)) {
+      const Owned other = is_tuple_of(packed, 3) ? address_of(PyTuple_GetItem(packed, 0)) : Owned();
+      if (!other) return failed;
+      if (are_equal(storage.get(), other.get())) return yes;
+    }
+    return PyErr_Occurred() ? failed : no;
   }
 
   // The content of the node's cell for a tensor, borrowed, if that is a `Kept` which no recipe may replace.
@@ -164,12 +215,9 @@ class Recording {
     return entry;
   }
 
-  // The block's record, with an empty tensor that shares the output's version counter.
   Owned block_of(const Owned& entry) const {
-    const Owned watch = tensor_members.detach.of(output_), dtype = watch ? tensor_members.dtype.of(watch) : Owned();
-    const Owned empty(dtype ? PyObject_CallFunctionObjArgs(nothing, dtype.get(), nullptr) : nullptr);
-    if (!empty || PyObject_SetAttr(watch.get(), of_data, empty.get()) != 0) return Owned();
-    Owned block = classes.block.object();
+    const Owned watch = version_watch(output_);
+    Owned block = watch ? classes.block.object() : Owned();
     if (!block) return Owned();
     classes.block.owner.set(block.get(), discarder_);
     classes.block.entry.set(block.get(), entry.get());
@@ -189,6 +237,7 @@ class Recording {
   }
 
   PyObject *discarder_, *output_;
+  DLTensor described_;
   Owned announced_, announcement_, saved_, operands_;
 };
 
@@ -197,14 +246,19 @@ PyObject* record(PyObject*, PyObject* output) {
   if (discarder) {
     if (discarder.is(Py_None)) return PyBool_FromLong(1);
     Recording recording(discarder.get(), output);
-    if (recording.is_usual()) return recording.record() ? PyBool_FromLong(1) : nullptr;
+    if (recording.is_announced()) {
+      if (recording.reads_kept_contents()) return recording.record() ? PyBool_FromLong(1) : nullptr;
+      if (!PyErr_Occurred() && recording.keeps_too_much()) return recording.drop() ? PyBool_FromLong(1) : nullptr;
+    }
   }
   return PyErr_Occurred() && no_if_exception() == failed ? nullptr : PyBool_FromLong(0);
 }
 
 PyObject* set_up_records(PyObject*, PyObject* arguments) {
+  PyObject* nothing;
   if (!PyArg_ParseTuple(arguments, "OOOOO", &thread, &top_hooks, &chosen, &lock, &nothing)) return nullptr;
-  for (PyObject* each : {thread, top_hooks, chosen, lock, nothing}) Py_INCREF(each);
+  if (!make_watches_by(nothing)) return nullptr;
+  for (PyObject* each : {thread, top_hooks, chosen, lock}) Py_INCREF(each);
   Py_RETURN_NONE;
 }
 
@@ -228,7 +282,7 @@ bool add_records(PyObject* module) {
   return one &&
          prepare_names({{&of_active, "active"},
                         {&of_add, "add"},
-                        {&of_data, "data"},
+                        {&of_cdata, "_cdata"},
                         {&of_recomputed_block, "recomputed_block"}}) &&
          PyModule_AddFunctions(module, methods) == 0;
 }

@@ -12,7 +12,7 @@ namespace {
 PyObject *unpack_in_python = nullptr, *seekers = nullptr, *graph_task = nullptr, *chosen = nullptr;
 PyObject *is_grad_enabled = nullptr, *is_inference = nullptr;
 
-PyObject *of_as_strided, *of_laid_out;
+PyObject *of_as_strided, *of_laid_out, *of_serve;
 
 // All functions below that return null do so, perhaps with an error, where Python must unpack.
 
@@ -80,7 +80,7 @@ Owned laid_out(PyObject* recipe, Owned value) {
 Owned view(PyObject* claim, Owned whole) {
   PyObject* wanted = classes.claim.geometry.of(claim);
   if (wanted == Py_None) return whole;
-  if (!is_tuple_of(wanted, 3)) return Owned();
+  if (!is_tuple_of(wanted, 3)) return Owned(PyErr_Format(PyExc_TypeError, "expected a tuple of 3 fields"));
   const Geometry geometry(whole);
   if (!geometry) return Owned();
   PyObject *size = PyTuple_GetItem(wanted, 0), *stride = PyTuple_GetItem(wanted, 1),
@@ -89,7 +89,8 @@ Owned view(PyObject* claim, Owned whole) {
   return Owned(PyObject_CallMethodObjArgs(whole.get(), of_as_strided, size, stride, offset, nullptr));
 }
 
-// The tensor of a recipe's only claim. No other claim can ask for it, so nothing is shared, and no lock is needed.
+// The whole tensor of a recipe's only claim. No other claim can ask for it, so nothing is shared, and no lock is
+// needed.
 Owned made_again(PyObject* claim) {
   const Owned recipe = shared(classes.claim.recipe.of(claim));
   if (!classes.recipe.is_type_of(recipe.get()) || !classes.recipe.made.is(recipe.get(), Py_None)) return Owned();
@@ -101,21 +102,30 @@ Owned made_again(PyObject* claim) {
   if (!task) return Owned();
   classes.claim.served.take(claim, task.release());
   classes.claim.made.set(claim, Py_None);
-  return view(claim, std::move(whole));
+  return whole;
 }
 
-Owned unpacked(PyObject* cell) {
-  if (!classes.cell.is_type_of(cell) || PyList_Size(seekers) != 0) return Owned();
-  const Owned content = shared(classes.cell.content.of(cell));
-  if (classes.kept.is_type_of(content.get())) return kept_tensor(content.get());
-  return classes.claim.is_type_of(content.get()) ? made_again(content.get()) : Owned();
+Owned unpacked(PyObject* content) {
+  if (classes.kept.is_type_of(content)) return kept_tensor(content);
+  Owned whole = classes.claim.is_type_of(content) ? made_again(content) : Owned();
+  return whole ? view(content, std::move(whole)) : Owned();
+}
+
+// The tensor of a claim, which Python computes, and shares between several claims. Null after an error.
+Owned served(PyObject* claim) {
+  Owned whole(PyObject_CallMethodObjArgs(classes.claim.recipe.of(claim), of_serve, claim, nullptr));
+  return whole ? view(claim, std::move(whole)) : Owned();
 }
 
 PyObject* unpack(PyObject*, PyObject* cell) {
-  Owned tensor = unpacked(cell);
-  if (tensor) return tensor.release();
-  // Python will raise an exception of this path again.
-  if (PyErr_Occurred() && no_if_exception() == failed) return nullptr;
+  if (classes.cell.is_type_of(cell) && PyList_Size(seekers) == 0) {
+    const Owned content = shared(classes.cell.content.of(cell));
+    Owned tensor = unpacked(content.get());
+    if (tensor) return tensor.release();
+    // Python will raise an exception of this path again.
+    if (PyErr_Occurred() && no_if_exception() == failed) return nullptr;
+    if (classes.claim.is_type_of(content.get())) return served(content.get()).release();
+  }
   return PyObject_CallFunctionObjArgs(unpack_in_python, cell, nullptr);
 }
 
@@ -139,7 +149,7 @@ PyMethodDef methods[] = {
 }  // namespace
 
 bool add_unpacking(PyObject* module) {
-  return prepare_names({{&of_as_strided, "as_strided"}, {&of_laid_out, "_laid_out"}}) &&
+  return prepare_names({{&of_as_strided, "as_strided"}, {&of_laid_out, "_laid_out"}, {&of_serve, "serve"}}) &&
          PyModule_AddFunctions(module, methods) == 0;
 }
 
