@@ -92,11 +92,11 @@ ONE_OF_EACH = {block.function: block for block in BLOCKS}.values()
 
 def has_rows(block: Block, backend: str, dtype: torch.dtype, columns: int) -> bool:
     """Whether this combination is tested. Emulated kernels with two bytes an element run on long rows in bfloat16 only,
-    because tiles depend on the size of an element. Interpreted kernels run in float16, and on long rows of channels,
-    for one block of each function."""
+    because tiles depend on the size of an element. Interpreted kernels run in float16, and on long rows, for one block
+    of each function."""
     if emulated(backend) and dtype == torch.float16 and columns == 320:
         return False
-    rare = dtype == torch.float16 or (block.channels and columns == 320)
+    rare = dtype == torch.float16 or columns == 320
     if rare and interprets(backend) and block not in ONE_OF_EACH:
         return False
     return is_quick(block, backend, 2 * 9 * columns)
@@ -143,10 +143,10 @@ SIZES = (((1, 1), 1), ((1, 1), 2), ((3, 2), 1009), ((7, 1), 16), ((1, 70), 16), 
 
 def has_sizes(block: Block, lead: tuple, columns: int, backend: str) -> bool:
     """Whether this combination is tested. One value per channel is an error in training, and interpreted kernels run a
-    part of the sizes."""
+    part of the sizes, for one block of each function."""
     if block.channels and lead[0] * columns == 1:
         return False
-    if interprets(backend) and (columns == 1 or lead == (7, 1)) and block not in ONE_OF_EACH:
+    if interprets(backend) and block not in ONE_OF_EACH:
         return False
     if not is_quick(block, backend, lead[0] * lead[1] * columns):
         return False

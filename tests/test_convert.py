@@ -74,14 +74,17 @@ def test_converted_model_gives_the_same_results_and_keeps_less(name: str, dtype:
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     truth, eager = in_float64(name, model, inputs), step(model, inputs)
     kept = {"eager": memory.saved_bytes(lambda: architectures.outputs_of(model, inputs))}
-    for recompute in LEVELS:
+    # "all" runs the kernels of the other levels too, so one level serves for the roundings of bfloat16.
+    for recompute in LEVELS if dtype == torch.float32 else ("all",):
         model.load_state_dict(state)
         ckpt_kernels.convert(model, recompute=recompute)
         assert dict(model.named_parameters()) == parameters and dict(model.named_modules()) == modules
         assert list(model.state_dict()) == list(state)
         check_errors(truth, eager, step(model, inputs))
         kept[recompute] = memory.saved_bytes(lambda: architectures.outputs_of(model, inputs))
-    assert kept["output"] < min(kept["eager"], kept["block"]) and kept["all"] <= kept["output"]
+    assert kept["all"] < kept["eager"]
+    if dtype == torch.float32:
+        assert kept["output"] < min(kept["eager"], kept["block"]) and kept["all"] <= kept["output"]
     model.load_state_dict(state)
     ckpt_kernels.revert(model)
     reverted = step(model, inputs)

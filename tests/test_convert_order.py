@@ -233,7 +233,45 @@ class Suppressed(MLP):
         return h + y
 
 
-_NAMED = [Chained, ChainedLast, Augmented, AugmentedLast, Broken, Suppressed]
+class ArgumentInLoop(MLP):
+    """All uses of the argument are in one run, which begins with a read of the value that the last turn bound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.down = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = 0.0
+        for _ in range(3):
+            x = self.act(self.up(x))
+            total = total + self.down(x)
+        return total
+
+
+class HalvesInLoop(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = 0.0
+        while not isinstance(total, Tensor) or total.dim() < 4:
+            x, gate = self.up(x).chunk(2, dim=-1)
+            total = (total + self.down(nn.functional.silu(gate) * x))[None]
+        return total
+
+
+class ArgumentInBranch(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = self.act(self.up(x))
+            return self.down(x)
+        return x
+
+
+_NAMED = [Chained, ChainedLast, Augmented, AugmentedLast, Broken, Suppressed, ArgumentInLoop, HalvesInLoop]
+_NAMED += [ArgumentInBranch]
 
 
 @pytest.mark.parametrize("kind", _NAMED)

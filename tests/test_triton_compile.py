@@ -95,9 +95,8 @@ ROW_NORMS, LONG_ROW_NORM, ELEMENTWISE, CHANNEL_NORMS, GATED = 10 + 2, 2 + 1, 14,
         # All kernels for one architecture, and a row norm on long rows, which a program reads in several steps.
         ("sm_90", 8192, "", ROW_NORMS + ELEMENTWISE + CHANNEL_NORMS),
         ("sm_90", 32768, "add_layer_norm", LONG_ROW_NORM),
-        # For the others only the block with the most operands, in which a spill is most likely.
+        # For another only the block with the most operands, in which a spill is most likely.
         ("sm_80", 8192, "gated_rms_norm", GATED),
-        ("sm_100", 8192, "gated_rms_norm", GATED),
     ],
 )
 def test_no_spills_and_full_width_accesses(
@@ -122,13 +121,13 @@ def test_no_spills_and_full_width_accesses(
 
 
 def test_rotary_kernels_of_heads(tmp_path: pathlib.Path) -> None:
-    file, columns = tmp_path / "kernels.json", (64, 128)
-    command = ["-c", NAMED, "rotary", "--arch", "sm_90", "--json", str(file), "--columns", *map(str, columns)]
+    file = tmp_path / "kernels.json"
+    command = ["-c", NAMED, "rotary", "--arch", "sm_90", "--json", str(file), "--columns", "128"]
     done = run(command, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads(file.read_text())["triton"]
     # Two passes of each block, in two dtypes.
-    assert len(found) == 4 * 2 * 2 * len(columns)
+    assert len(found) == 4 * 2 * 2
     for used in found:
         assert used["stack"] == 0 and used["local"] == 0, used
         # A program reads the weights and stores their sums once, with narrower accesses by all threads.

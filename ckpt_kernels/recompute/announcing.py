@@ -65,6 +65,19 @@ def record(output: Tensor, recipe: Announcement | None = None) -> None:
         discarder.record(output, recipe)
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """A copy, for a block that saves a tensor which the model may write to.
+
+    A context keeps no more for the copy than for the tensor.
+    """
+    copy = tensor.clone()
+    if not torch.compiler.is_compiling() and thread.active and type(copy) is Tensor and copy.grad_fn is not None:
+        discarder = discarding()
+        if discarder is not None:
+            discarder.record_copy(tensor, copy)
+    return copy
+
+
 def note(output: Any, *operands: Any) -> None:
     """Notes on the autograd node of a torch op, such as a sum, that no operand has been written to.
 

@@ -39,7 +39,23 @@ class Discarder(State):
 
     def held_at(self, node: Any, output: int) -> Operand | None:
         """The boundary tensor that a node made as this output, as an operand."""
-        return None if (tensor := self._boundaries.made_by(node, output)) is None else self._packed(tensor)
+        held = self._boundaries.made_by(node, output)
+        return self.share(held) if isinstance(held, Cell) else None if held is None else self._packed(held)
+
+    def record_copy(self, tensor: Tensor, copy: Tensor) -> None:
+        """Gives readers that save a copy of a tensor the tensor's recipe, if there is one.
+
+        The copy of a tensor at a layer's boundary is kept, and recipes read the copy in place of the tensor.
+        """
+        held = self._boundaries.of(tensor)
+        if held is not None:
+            self._boundaries.add(copy, held)
+        elif tensor._base is None and layout_of(copy) == layout_of(tensor):
+            was_apart, self.is_apart = self.is_apart, True
+            recipe = self._recipe_for(tensor)
+            self.is_apart = was_apart
+            if isinstance(recipe, Recipe) and recipe.depth <= LONGEST_CHAIN:
+                self.all_entries.add(Entry(copy, lambda: recipe))
 
     def record(self, output: Tensor, recipe: Announcement | None = None) -> None:
         """Records the output of the announced op; with `recipe`, another output, as long as that output lives."""
@@ -109,11 +125,11 @@ class Discarder(State):
         # If another thread closed the context, this call is the first that can remove these hooks.
         if self.is_closed and has_innermost_hooks(self):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        if self.held and is_plain(tensor):
-            held = self._boundaries.of(tensor)
-            if held is not None:
-                held.is_saved = True
-        return self._packed(tensor)
+        held = self._boundaries.of(tensor) if self.held and is_plain(tensor) else None
+        cell = self._packed(tensor)
+        if held is not None:
+            held.saved(cell)
+        return cell
 
     def _packed(self, tensor: Tensor) -> Cell:
         node, announced = tensor.grad_fn, self.announced

@@ -42,11 +42,12 @@ Binding = ast.expr | Half
 
 class Block(NamedTuple):
     """A list of consecutive statements. `is_body`: whether they are the function's body; `in_with`: whether a `with`
-    statement is around them, which may swallow an exception."""
+    statement is around them, which may swallow an exception; `in_loop`: whether they may run again in the same call."""
 
     statements: list[ast.stmt]
     is_body: bool
     in_with: bool
+    in_loop: bool
 
 
 class Run(NamedTuple):
@@ -63,16 +64,17 @@ class Run(NamedTuple):
 
 def blocks(function: ast.FunctionDef) -> Iterator[Block]:
     """All blocks of a function except those within `try`, whose handlers would see an exception amid a run."""
-    waiting = [Block(function.body, True, False)]
+    waiting = [Block(function.body, True, False, False)]
     while waiting:
         block = waiting.pop()
         yield block
         for statement in block.statements:
             if isinstance(statement, ast.If | ast.For | ast.While | ast.With):
                 in_with = block.in_with or isinstance(statement, ast.With)
-                waiting.append(Block(statement.body, False, in_with))
+                in_loop = block.in_loop or isinstance(statement, ast.For | ast.While)
+                waiting.append(Block(statement.body, False, in_with, in_loop))
                 if not isinstance(statement, ast.With):
-                    waiting.append(Block(statement.orelse, False, in_with))
+                    waiting.append(Block(statement.orelse, False, in_with, block.in_loop))
 
 
 def runs_ending_at(
@@ -170,8 +172,12 @@ def chunked_in_two(
 
 def is_dead(name: str, function: ast.FunctionDef, block: Block, begin: int, end: int) -> bool:
     """Whether no code reads, after the run, the value that the run binds a name to."""
-    if sum(count_uses(s, name) for s in block.statements[begin : end + 1]) == count_uses(function, name):
-        return True
+    run = block.statements[begin : end + 1]
+    if sum(count_uses(s, name) for s in run) == count_uses(function, name):
+        # In a loop the run may begin with a read of an argument that the run itself bound the last time.
+        first = next(filter(None, (first_use(s, name) for s in run)), None)
+        if first == "stored" or not block.in_loop:
+            return True
     if block.in_with:
         return False
     last = block.statements[end]
