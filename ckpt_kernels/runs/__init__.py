@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from ..convert.module_tree import tensors_of
 from .arguments import are_plain
 from .calls import Call, Place, is_sharded
+from .held import held_by
 from .run import Run
 from .state import is_repeating, thread
 
@@ -54,7 +53,7 @@ def run_in(
     if not are_plain((*args, *kwargs.values())):
         return inside(*args, **kwargs)
     # In the first call of a lazy layer the tensors have no values yet that a second pass could begin with.
-    if any(map(is_lazy, tensors_of(module, buffers=True))):
+    if (held := held_by(module)) is None:
         return inside(*args, **kwargs)
     place = places[0]
     run = None if thread.open is None else thread.open()
@@ -63,7 +62,7 @@ def run_in(
         run = Run(place.key)
     thread.within = True
     try:
-        output = run.call(Call(inside, module, places), args, kwargs)
+        output = run.call(Call(inside, module, places, held), held, args, kwargs)
     finally:
         thread.within = False
     if not place.is_last:

@@ -1,6 +1,7 @@
 """A run: consecutive calls of layers under one checkpoint, and how the run is repeated."""
 
 import contextlib
+import copy
 import threading
 import weakref
 from typing import Any
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor
 
 from ..bitwise_check import checksum_of, note_difference
-from ..call_state import BufferSnapshot, RandomState
-from ..convert.module_tree import modules_of
+from ..call_state import BufferSnapshot
 from ..nested_values import tensors_among
+from ..random_state import RandomState
 from ..recompute import discarding
 from ..recompute.discarder import Discarder
 from ..saved_tensor_hooks import as_is
 from .arguments import Input, Link, restore_argument, version_checked, version_of
 from .calls import Call, Place, Saved
+from .held import Held
 from .state import repeating
 
 
@@ -32,6 +34,10 @@ class Run:
         self._key = key
         self._depth = depth
         self._calls: list[Call] = []
+        # The last output of a call by the identity of the tensor, which may be gone.
+        self._links: dict[int, tuple[weakref.ref[Tensor], int | None, Link]] = {}
+        # The state of the generators at the start of the last call.
+        self._random: RandomState | None = None
         # With the versions at which they were kept: after an in-place write the tensor is another argument.
         self._kept: list[tuple[weakref.ref[Tensor], int | None, Input]] = []
         self._lock = threading.RLock()
@@ -45,23 +51,19 @@ class Run:
 
     def _link(self, tensor: Tensor) -> Link | None:
         """The link to the output of an earlier call that is this tensor, if the tensor has had no in-place write."""
-        for index in reversed(range(len(self._calls))):
-            for number, (output, version) in enumerate(self._calls[index].outputs):
-                if output() is tensor:
-                    return Link(index, number) if version_of(tensor) == version else None
-        return None
+        output, version, link = self._links.get(id(tensor), (None, None, None))
+        return link if output is not None and output() is tensor and version_of(tensor) == version else None
 
-    def call(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs a call in the first pass."""
+    def call(self, call: Call, held: Held, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Runs a call in the first pass. `held` is what the layer holds."""
         discarder = discarding()
         call.args = tuple(self._recorded(a, discarder) for a in args)
         call.kwargs = {name: self._recorded(a, discarder) for name, a in kwargs.items()}
-        self._calls.append(call)
-        buffers = [BufferSnapshot(b, m) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
         # The layer may ask for gradients within its forward pass. So while it runs, all buffers and generators count as
         # changed.
-        call.random = RandomState.capture(call.module, args, kwargs)
-        call.written = buffers
+        call.random = self._random_state(held, args, kwargs)
+        call.written = buffers = [BufferSnapshot(*buffer) for buffer in held.buffers]
+        self._calls.append(call)
 
         def pack(tensor: Tensor) -> Saved:
             saved = Saved(self, tensor)
@@ -70,11 +72,35 @@ class Run:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, Saved.get):
             output = call.function(*args, **kwargs)
-        if call.random.is_current():
-            call.random = None
+        if call.places[0].is_last:
+            self._forgets_random_state()
+            self._random = None
         call.written = [buffer for buffer in buffers if buffer.is_written()]
-        call.outputs = [(weakref.ref(tensor), version_of(tensor)) for tensor in tensors_among(output)]
+        for number, tensor in enumerate(tensors_among(output)):
+            link = Link(len(self._calls) - 1, number)
+            self._links[id(tensor)] = weakref.ref(tensor), version_of(tensor), link
         return output
+
+    def _random_state(self, held: Held, args: tuple, kwargs: dict[str, Any]) -> RandomState:
+        """The state of the generators before a call.
+
+        Reading all states takes as long as a small layer, so calls share a state while nothing is drawn.
+        """
+        devices = {tensor.device.index for tensor in tensors_among((args, kwargs)) if tensor.is_cuda}
+        on_devices = [torch.cuda.default_generators[index] for index in sorted(devices)]
+        generators = torch.default_generator, *on_devices, *held.generators
+        before = self._random
+        if before is not None and self._forgets_random_state() and before.covers(generators):
+            return before
+        self._random = RandomState.now(generators, before)
+        return self._random
+
+    def _forgets_random_state(self) -> bool:
+        """Whether nothing has been drawn since the last call began. That call then needs no random state."""
+        is_current = self._random is not None and self._random.is_current()
+        if is_current:
+            self._calls[-1].random = None
+        return is_current
 
     def _recorded(self, value: Any, discarder: Discarder | None) -> Any:
         """The recorded form of an argument: tensors are replaced by links and kept inputs."""
@@ -170,10 +196,7 @@ class Run:
         inner = Run(calls[0].places[self._depth + 1].key, self._depth + 1)
         start = len(outputs)
         for call in calls:
-            repeated = Call(call.function, call.module, call.places)
-            repeated.random, repeated.written, repeated.autocast = call.random, call.written, call.autocast
-            repeated.backend, repeated.parameters = call.backend, call.parameters
-            repeated.saved = call.saved
+            repeated = copy.copy(call)
             repeated.args = tuple(inner._inner_argument(a, start, inputs, outputs) for a in call.args)
             repeated.kwargs = {
                 name: inner._inner_argument(a, start, inputs, outputs) for name, a in call.kwargs.items()
