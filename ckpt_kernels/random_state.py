@@ -6,6 +6,7 @@ Torch's generators for the CPU, for the devices of a call's tensors and within t
 import contextlib
 import ctypes
 import random
+import struct
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
@@ -34,11 +35,42 @@ class _OfTorch:
         self._generator.set_state(self._state)
 
 
-class _OfPython:
-    def __init__(self) -> None:
-        self._state = random.getstate()
+class _InMemory:
+    """The words of a Mersenne Twister in memory, compared in place.
+
+    Python and numpy copy them number by number, which takes as long as a small layer.
+
+    Args:
+        address: the address of the words.
+        words: the bytes expected there.
+    """
+
+    def __init__(self, address: int, words: bytes) -> None:
+        self._address, self._words = address, words
+        self.is_known = ctypes.string_at(address, len(words)) == words
 
     def is_current(self) -> bool:
+        return ctypes.string_at(self._address, len(self._words)) == self._words
+
+
+class _OfPython:
+    """The state of Python's global generator, an object that holds the state itself."""
+
+    def __init__(self) -> None:
+        self._generator: Any = random.getstate.__self__  # type: ignore[attr-defined]
+        self._state = random.getstate()
+        _, (*words, position), self._normal = self._state
+        self._memory: _InMemory | None = None
+        if sys.implementation.name == "cpython":
+            # The position, then the words.
+            expected = struct.pack(f"=i{len(words)}I", position, *words)
+            start = id(self._generator)
+            offset = ctypes.string_at(start, type(self._generator).__basicsize__).find(expected)
+            self._memory = None if offset < 0 else _InMemory(start + offset, expected)
+
+    def is_current(self) -> bool:
+        if self._memory is not None:
+            return self._memory.is_current() and self._generator.gauss_next == self._normal
         return random.getstate() == self._state
 
     def restore(self) -> None:
@@ -46,29 +78,27 @@ class _OfPython:
 
 
 class _OfNumpy:
-    """The state of numpy's global generator.
+    """The state of numpy's global generator, at an address that numpy publishes.
 
-    numpy copies its state number by number, which takes as long as a small layer. So the state is compared in place, at
-    the address that numpy publishes, if the bytes there were the state when it was read. Of two normal numbers made
-    together numpy holds the second back, elsewhere; while it does so, numpy is asked.
+    Of two normal numbers made together numpy holds the second back, elsewhere; while it does so, numpy is asked.
     """
 
     def __init__(self) -> None:
         module: Any = sys.modules["numpy"].random
         self._random = module
         self._state = module.get_state(legacy=False)
-        self._generator: Any = module.get_bit_generator() if hasattr(module, "get_bit_generator") else None
-        self._bytes: bytes | None = None
-        if type(self._generator) is module.MT19937 and not self._state["has_gauss"]:
+        generator: Any = module.get_bit_generator() if hasattr(module, "get_bit_generator") else None
+        self._generator = generator
+        self._memory: _InMemory | None = None
+        if type(generator) is module.MT19937 and not self._state["has_gauss"]:
             words, position = self._state["state"]["key"], self._state["state"]["pos"]
-            state = words.tobytes() + int(position).to_bytes(4, sys.byteorder)
-            self._address = self._generator.ctypes.state_address
-            if ctypes.string_at(self._address, len(state)) == state:
-                self._bytes = state
+            expected = words.tobytes() + int(position).to_bytes(4, sys.byteorder)
+            memory = _InMemory(generator.ctypes.state_address, expected)
+            self._memory = memory if memory.is_known else None
 
     def is_current(self) -> bool:
-        if self._bytes is not None and self._random.get_bit_generator() is self._generator:
-            return ctypes.string_at(self._address, len(self._bytes)) == self._bytes
+        if self._memory is not None and self._random.get_bit_generator() is self._generator:
+            return self._memory.is_current()
         return _are_equal(self._random.get_state(legacy=False), self._state)
 
     def restore(self) -> None:

@@ -20,8 +20,8 @@ from ckpt_kernels.plan.search import _best, budget_bytes, fastest, one_level
 from ckpt_kernels.plan.solve import Solver
 from ckpt_kernels.runs import Place, is_repeating
 
+from .planned_models import Layer, loss_of, made
 from .simulated_steps import simulated
-from .test_plan import Layer, loss_of, made
 from .test_plan_solve import alike, assignments, chain, choice_everywhere, compare
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..levels import NONE, OF_LAYERS, OF_MODELS, OF_MODULES, Policy
-from ..recompute import is_active, run_at
+from ..recompute import run_at
 from ..runs import Place, run_in
 from .forward_contexts import checkpointed, checkpointing_selectively, convert_late_modules_if_outermost
 from .module_tree import modules_of, named_modules
@@ -40,9 +40,6 @@ class AtLevel:
             return self._compiled(forward, module, args, kwargs)
         if not self.places:
             level = "block" if self.level == NONE else self.level
-            # Without a context nothing is discarded, as at "block"; to open one takes as long as a small layer.
-            if level == "block" and not is_active():
-                return forward(module, *args, **kwargs)
             return run_at(level, functools.partial(forward, module), module, args, kwargs)
         return run_in(self.places, functools.partial(self._in_checkpoint, forward, module), module, args, kwargs)
 
