@@ -1,6 +1,7 @@
 """Autocast and buffers at the start of a layer's call, restored when the call is repeated."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 def autocast_state() -> list[tuple[str, dict[str, Any]]]:
     """The autocast settings of each device."""
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return [
         (
             device,
@@ -20,8 +20,13 @@ def autocast_state() -> list[tuple[str, dict[str, Any]]]:
                 "cache_enabled": torch.is_autocast_cache_enabled(),
             },
         )
-        for device in devices
+        for device in _devices()
     ]
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 class BufferSnapshot:

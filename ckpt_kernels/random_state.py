@@ -25,14 +25,21 @@ class _State(Protocol):
 
 
 class _OfTorch:
+    """The state of one of torch's generators, kept as bytes, which no measurement of torch's memory counts."""
+
     def __init__(self, generator: torch.Generator) -> None:
-        self._generator, self._state = generator, generator.get_state()
+        self._generator, self._state = generator, _bytes_of(generator)
 
     def is_current(self) -> bool:
-        return torch.equal(self._generator.get_state(), self._state)
+        return _bytes_of(self._generator) == self._state
 
     def restore(self) -> None:
-        self._generator.set_state(self._state)
+        self._generator.set_state(torch.frombuffer(bytearray(self._state), dtype=torch.uint8))
+
+
+def _bytes_of(generator: torch.Generator) -> bytes:
+    state = generator.get_state()
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
 
 
 class _InMemory:
@@ -126,11 +133,9 @@ class RandomState:
     def now(generators: Iterable[torch.Generator], before: "RandomState | None" = None) -> "RandomState":
         """The present state of these generators, Python's and numpy's. States of `before` that are current are used."""
         known = {} if before is None else before._states
-        return RandomState({source: _state_of(source, known.get(source)) for source in _sources(generators)})
-
-    def covers(self, generators: Iterable[torch.Generator]) -> bool:
-        """Whether the states are those of at least these generators, Python's and numpy's."""
-        return self._states.keys() >= _sources(generators)
+        numpy = sys.modules.get("numpy")
+        sources = *generators, random, *(() if numpy is None else (numpy,))
+        return RandomState({source: _state_of(source, known.get(source)) for source in sources})
 
     def is_current(self) -> bool:
         """Whether no random number has been drawn since."""
@@ -149,11 +154,6 @@ class RandomState:
             for state in current.values():
                 if not state.is_current():
                     state.restore()
-
-
-def _sources(generators: Iterable[torch.Generator]) -> set[Any]:
-    numpy = sys.modules.get("numpy")
-    return {*generators, random, *(() if numpy is None else (numpy,))}
 
 
 def _state_of(source: Any, known: _State | None) -> _State:

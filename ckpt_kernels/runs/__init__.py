@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nested_values import tensors_among
 from .arguments import are_plain
 from .calls import Call, Place, is_sharded
 from .held import held_by
@@ -56,13 +57,14 @@ def run_in(
     if (held := held_by(module)) is None:
         return inside(*args, **kwargs)
     place = places[0]
+    tensors = list(tensors_among((args, kwargs)))
     run = None if thread.open is None else thread.open()
     thread.open = None
-    if run is None or not run.continues_with(place, args, kwargs):
+    if run is None or not run.continues_with(place, tensors):
         run = Run(place.key)
     thread.within = True
     try:
-        output = run.call(Call(inside, module, places, held), held, args, kwargs)
+        output = run.call(Call(inside, module, places, held), held, args, kwargs, tensors)
     finally:
         thread.within = False
     if not place.is_last:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..saved_tensor_hooks import as_is
 from .arguments import Input, Link, restore_argument, version_checked, version_of
 from .calls import Call, Place, Saved
 from .held import Held
-from .state import repeating
+from .state import repeating, thread
 
 
 class _AllSaved(BaseException):
@@ -36,17 +37,15 @@ class Run:
         self._calls: list[Call] = []
         # The last output of a call by the identity of the tensor, which may be gone.
         self._links: dict[int, tuple[weakref.ref[Tensor], int | None, Link]] = {}
-        # The state of the generators at the start of the last call.
-        self._random: RandomState | None = None
         # With the versions at which they were kept: after an in-place write the tensor is another argument.
         self._kept: list[tuple[weakref.ref[Tensor], int | None, Input]] = []
         self._lock = threading.RLock()
 
-    def continues_with(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call is the next of the run: one that takes an output of the last call."""
+    def continues_with(self, place: Place, tensors: Sequence[Tensor]) -> bool:
+        """Whether a call with these tensors is the next of the run: one that takes an output of the last call."""
         if place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
             return False
-        links = [self._link(tensor) for tensor in tensors_among((args, kwargs)) if tensor.requires_grad]
+        links = [self._link(tensor) for tensor in tensors if tensor.requires_grad]
         return any(link is not None and link.call == len(self._calls) - 1 for link in links)
 
     def _link(self, tensor: Tensor) -> Link | None:
@@ -54,14 +53,14 @@ class Run:
         output, version, link = self._links.get(id(tensor), (None, None, None))
         return link if output is not None and output() is tensor and version_of(tensor) == version else None
 
-    def call(self, call: Call, held: Held, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs a call in the first pass. `held` is what the layer holds."""
+    def call(self, call: Call, held: Held, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> Any:
+        """Runs a call in the first pass. `held` is what the layer holds, and `tensors` are those in the arguments."""
         discarder = discarding()
         call.args = tuple(self._recorded(a, discarder) for a in args)
         call.kwargs = {name: self._recorded(a, discarder) for name, a in kwargs.items()}
         # The layer may ask for gradients within its forward pass. So while it runs, all buffers and generators count as
         # changed.
-        call.random = self._random_state(held, args, kwargs)
+        call.random = self._random_state(held, tensors)
         call.written = buffers = [BufferSnapshot(*buffer) for buffer in held.buffers]
         self._calls.append(call)
 
@@ -74,31 +73,33 @@ class Run:
             output = call.function(*args, **kwargs)
         if call.places[0].is_last:
             self._forgets_random_state()
-            self._random = None
         call.written = [buffer for buffer in buffers if buffer.is_written()]
         for number, tensor in enumerate(tensors_among(output)):
             link = Link(len(self._calls) - 1, number)
             self._links[id(tensor)] = weakref.ref(tensor), version_of(tensor), link
         return output
 
-    def _random_state(self, held: Held, args: tuple, kwargs: dict[str, Any]) -> RandomState:
+    def _random_state(self, held: Held, tensors: Sequence[Tensor]) -> RandomState:
         """The state of the generators before a call.
 
         Reading all states takes as long as a small layer, so calls share a state while nothing is drawn.
         """
-        devices = {tensor.device.index for tensor in tensors_among((args, kwargs)) if tensor.is_cuda}
-        on_devices = [torch.cuda.default_generators[index] for index in sorted(devices)]
-        generators = torch.default_generator, *on_devices, *held.generators
-        before = self._random
-        if before is not None and self._forgets_random_state() and before.covers(generators):
+        is_current = self._forgets_random_state()
+        before = thread.random
+        devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
+        if before is not None and is_current and not devices and not held.generators:
             return before
-        self._random = RandomState.now(generators, before)
-        return self._random
+        on_devices = [torch.cuda.default_generators[index] for index in sorted(devices)]
+        thread.random = RandomState.now((torch.default_generator, *on_devices, *held.generators), before)
+        return thread.random
 
     def _forgets_random_state(self) -> bool:
-        """Whether nothing has been drawn since the last call began. That call then needs no random state."""
-        is_current = self._random is not None and self._random.is_current()
-        if is_current:
+        """Whether nothing has been drawn since the last call in this thread began.
+
+        If that was a call of this run, the call needs no random state.
+        """
+        is_current = thread.random is not None and thread.random.is_current()
+        if is_current and self._calls and self._calls[-1].random is thread.random:
             self._calls[-1].random = None
         return is_current
 
