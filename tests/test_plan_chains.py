@@ -40,6 +40,8 @@ def test_each_kind_of_layers_has_each_choice_often_enough(kinds: list[int], choi
 
 def test_layers_that_are_alike_need_few_timed_steps_in_stretches() -> None:
     assert (Pattern([0] * 8, 7).steps, Pattern([0] * 8, 7).longest) == (4, 1)
+    # With tiles there are four choices more.
+    assert (Pattern([0] * 8, 11).steps, Pattern([0] * 22, 11).steps) == (6, 2)
     many = Pattern([0] * 1000, 7)
     assert (many.steps, many.longest) == (2, LONGEST)
     lengths = [len(list(same)) for _, same in itertools.groupby(many.choices(0))]
@@ -94,7 +96,10 @@ def test_a_plan_at_the_peak_of_the_square_root_rule_runs_no_layer_more_often(mon
     rule = by_the_rule(chain)
     assert rule.stretch == math.isqrt(25)
     budget = peak(rule, x)
-    plan = ckpt_kernels.plan(chain, x, budget=budget)
+    lines: list[str] = []
+    plan = ckpt_kernels.plan(chain, x, budget=budget, progress=lines.append)
+    # Memory at six choices, what runs twice, times, the plan's memory, two rivals twice, and eager once.
+    assert plan.count == len(lines) <= 6 + 1 + Pattern([0] * 25, 7).steps + 1 + 2 * 2 + 1 == 15
     plan.apply()
     assert peak(chain, x) <= budget
     runs.clear()

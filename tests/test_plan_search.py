@@ -107,6 +107,15 @@ def test_eager_is_chosen_if_it_fits_and_is_faster() -> None:
     assert Searching([], {"eager": 0.0}, eager=130).found(130).whole == "none"
 
 
+@pytest.mark.parametrize(("budget", "times"), ((60, 1), (200, 2)))
+def test_eager_is_timed_once_if_it_does_not_fit(budget: int, times: int) -> None:
+    search = Searching([], {"eager": 3.0}, eager=130)
+    found = search.found(budget)
+    assert search.timed.count("eager") == times
+    assert search.timed.count("the plan") == 2
+    assert found.steps["eager"].seconds == 3.0
+
+
 def test_the_leanest_of_equally_fast_plans_is_chosen() -> None:
     faster, leaner, slower = (Cost(kept, kept, 0, 1.0, after) for kept, after in ((90, 1.0), (50, 1.002), (10, 1.1)))
     stage = Stage("s", "S", 1, 0, {"none": faster, "output": leaner, "all": slower}, None, False, alike=0)
