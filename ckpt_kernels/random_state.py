@@ -24,40 +24,50 @@ class _State(Protocol):
     def restore(self) -> None: ...
 
 
+# How many bytes are compared at either end of a state. All generators on the CPU are Mersenne Twisters: a draw moves a
+# position or a number held back, which are kept at one of the ends, or makes all words anew. To read a whole state
+# takes as long as a small layer and empties the processor's first cache.
+_AT_END = 128
+
+
+def _ends_of(address: int, size: int) -> bytes:
+    """The first and the last bytes of a state in memory."""
+    length = min(size, _AT_END)
+    return ctypes.string_at(address, length) + ctypes.string_at(address + size - length, length)
+
+
 class _OfTorch:
     """The state of one of torch's generators, kept as bytes, which no measurement of torch's memory counts."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        self._generator, self._state = generator, _bytes_of(generator)
+        state = generator.get_state()
+        self._generator = generator
+        self._state = ctypes.string_at(state.data_ptr(), state.nbytes)
+        self._ends = _ends_of(state.data_ptr(), state.nbytes)
 
     def is_current(self) -> bool:
-        return _bytes_of(self._generator) == self._state
+        state = self._generator.get_state()
+        return _ends_of(state.data_ptr(), state.nbytes) == self._ends
 
     def restore(self) -> None:
         self._generator.set_state(torch.frombuffer(bytearray(self._state), dtype=torch.uint8))
 
 
-def _bytes_of(generator: torch.Generator) -> bytes:
-    state = generator.get_state()
-    return ctypes.string_at(state.data_ptr(), state.nbytes)
-
-
 class _InMemory:
-    """The words of a Mersenne Twister in memory, compared in place.
-
-    Python and numpy copy them number by number, which takes as long as a small layer.
+    """The words and the position of a Mersenne Twister in memory. Python and numpy copy them number by number.
 
     Args:
-        address: the address of the words.
-        words: the bytes expected there.
+        address: the address.
+        state: the bytes expected there.
     """
 
-    def __init__(self, address: int, words: bytes) -> None:
-        self._address, self._words = address, words
-        self.is_known = ctypes.string_at(address, len(words)) == words
+    def __init__(self, address: int, state: bytes) -> None:
+        self.is_known = ctypes.string_at(address, len(state)) == state
+        self._address, self._size = address, len(state)
+        self._ends = _ends_of(address, len(state))
 
     def is_current(self) -> bool:
-        return ctypes.string_at(self._address, len(self._words)) == self._words
+        return _ends_of(self._address, self._size) == self._ends
 
 
 class _OfPython:
