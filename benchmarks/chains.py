@@ -81,7 +81,6 @@ def peak(model: nn.Module, x: Tensor) -> int:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     model, x = Chain(options.layers, options.width), torch.randn(options.rows, options.width, requires_grad=True)
     models = {"eager": model, "rule": by_the_rule(model)}
     budget = peak(models["rule"], x)
@@ -124,6 +123,7 @@ def main() -> None:
     parser.add_argument("--json", type=file)
     options = parser.parse_args()
     command = " ".join(["python -m benchmarks.chains", *sys.argv[1:]])
+    torch.set_num_threads(1)
     found = {"machine": reports.machine(command, datetime.date.today().isoformat()), **run(options)}
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
