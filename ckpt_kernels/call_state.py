@@ -1,21 +1,16 @@
-"""The state at the start of a layer's call, restored when the call is repeated."""
+"""Autocast and buffers at the start of a layer's call, restored when the call is repeated."""
 
 import contextlib
-import random
-import sys
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .convert.module_tree import modules_of
-from .nested_values import tensors_among
-
 
 def autocast_state() -> list[tuple[str, dict[str, Any]]]:
     """The autocast settings of each device."""
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return [
         (
             device,
@@ -25,8 +20,13 @@ def autocast_state() -> list[tuple[str, dict[str, Any]]]:
                 "cache_enabled": torch.is_autocast_cache_enabled(),
             },
         )
-        for device in devices
+        for device in _devices()
     ]
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 class BufferSnapshot:
@@ -72,51 +72,3 @@ class BufferSnapshot:
             yield
         finally:
             self.tensor.data.copy_(current)
-
-
-class RandomState:
-    """The states of torch's generators for the CPU, for the devices of a call's tensors and within the layer; and of
-    Python's and numpy's."""
-
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._states = [(generator, generator.get_state()) for generator in generators]
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else numpy.random.get_state()
-
-    @staticmethod
-    def capture(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "RandomState":
-        """The state before a call of a module."""
-        generators = [torch.default_generator]
-        devices = {tensor.device.index for tensor in tensors_among((args, kwargs)) if tensor.is_cuda}
-        generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
-        attributes = (value for submodule in modules_of(module) for value in vars(submodule).values())
-        return RandomState([*generators, *(value for value in attributes if isinstance(value, torch.Generator))])
-
-    def is_current(self) -> bool:
-        """Whether no random number has been drawn since."""
-        if not all(torch.equal(generator.get_state(), state) for generator, state in self._states):
-            return False
-        if random.getstate() != self._python:
-            return False
-        if self._numpy is None:
-            return True
-        numpy = sys.modules["numpy"].random.get_state()
-        return numpy[2:] == self._numpy[2:] and bool((numpy[1] == self._numpy[1]).all())
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """A context in which the generators have these states; afterwards the current states return."""
-        current = RandomState([generator for generator, _ in self._states])
-        self._set()
-        try:
-            yield
-        finally:
-            current._set()
-
-    def _set(self) -> None:
-        for generator, state in self._states:
-            generator.set_state(state)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)

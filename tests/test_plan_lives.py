@@ -22,7 +22,7 @@ from ckpt_kernels.plan.bench import StepCost
 from ckpt_kernels.plan.costs import Checkpoint, StageAt
 from ckpt_kernels.plan.plan import ModelReference, structure_of
 
-from .test_plan import TOKENS, Model, made
+from .planned_models import TOKENS, Model, made
 from .test_plan_solve import alike
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,8 +20,8 @@ from ckpt_kernels.plan.search import _best, budget_bytes, fastest, one_level
 from ckpt_kernels.plan.solve import Solver
 from ckpt_kernels.runs import Place, is_repeating
 
+from .planned_models import Layer, loss_of, made
 from .simulated_steps import simulated
-from .test_plan import Layer, loss_of, made
 from .test_plan_solve import alike, assignments, chain, choice_everywhere, compare
 
 
@@ -105,6 +105,15 @@ def test_eager_is_chosen_if_it_fits_and_is_faster() -> None:
     assert Searching([], {"eager": 1e9}, eager=130).found(200).whole is None
     assert Searching([], {"eager": 0.0}, eager=130).found(200).whole == "none"
     assert Searching([], {"eager": 0.0}, eager=130).found(130).whole == "none"
+
+
+@pytest.mark.parametrize(("budget", "times"), ((60, 1), (200, 2)))
+def test_eager_is_timed_once_if_it_does_not_fit(budget: int, times: int) -> None:
+    search = Searching([], {"eager": 3.0}, eager=130)
+    found = search.found(budget)
+    assert search.timed.count("eager") == times
+    assert search.timed.count("the plan") == 2
+    assert found.steps["eager"].seconds == 3.0
 
 
 def test_the_leanest_of_equally_fast_plans_is_chosen() -> None:

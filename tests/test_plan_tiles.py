@@ -18,7 +18,7 @@ from ckpt_kernels.plan.costs import FIXED, Assignment, Checkpoint, StageAt, stag
 from ckpt_kernels.plan.measure import Measurements, measure_choices
 from ckpt_kernels.plan.trials import Peaks
 
-from .test_plan import plan_of
+from .planned_models import plan_of
 
 WIDTH, INNER, TOKENS = 16, 64, 1024
 pytestmark = pytest.mark.usefixtures("one_thread")

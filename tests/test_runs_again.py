@@ -202,28 +202,37 @@ def test_buffers_that_a_layer_writes_to_and_reads() -> None:
         counted("checkpoint", 8192)
 
 
-@pytest.mark.parametrize("kind", ("python", "numpy", "own"))
-def test_random_numbers_of_other_generators(kind: str) -> None:
+@pytest.mark.parametrize("every", (1, 2))
+@pytest.mark.parametrize("kind", ("torch", "python", "numpy", "normal", "own"))
+def test_random_numbers_of_all_generators(kind: str, every: int) -> None:
+    """If `every` is 2, every second layer draws a number, and so does the code behind each layer."""
     numpy = pytest.importorskip("numpy")
 
     class Noisy(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, number: int) -> None:
             super().__init__()
+            self.number = number
             self.linear, self.generator = nn.Linear(WIDTH, WIDTH), torch.Generator().manual_seed(3)
+            if every == 2:
+                self.register_forward_hook(lambda *given: None if is_repeating() else draw(self.generator) and None)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear((x * draw(self.generator)).sin())
+            factor = draw(self.generator) if self.number % every == 0 else 1.5
+            return self.linear((x * factor).sin())
 
     def draw(generator: torch.Generator) -> Any:
-        if kind == "own":
-            return torch.rand((), generator=generator)
-        return random.random() if kind == "python" else float(numpy.random.rand())
+        if kind in ("torch", "own"):
+            return torch.rand((), generator=generator if kind == "own" else None)
+        if kind == "python":
+            return random.random()
+        # Of two normal numbers made together numpy holds the second back.
+        return float(numpy.random.rand() if kind == "numpy" else numpy.random.standard_normal())
 
     def run(tree: Tree) -> list[Tensor]:
         torch.manual_seed(0)
         random.seed(0)
         numpy.random.seed(0)
-        net = by_tree([Noisy() for _ in range(3)], tree)
+        net = by_tree([Noisy(number) for number in range(3)], tree)
         return [*derived(net), torch.as_tensor(draw(net.layers[0].generator))]
 
     for tree in (Tree(["none"] * 3), NESTED):

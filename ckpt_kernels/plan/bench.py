@@ -8,7 +8,7 @@ count as bytes of the step.
 import functools
 import random
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..convert import convert, revert
 from ..convert.layers import layers_of
 from ..convert.module_tree import check_initialized, named_modules
 from ..convert.swap import add_forward_context
-from ..levels import OF_MODULES, WITHIN_CHECKPOINT, Policy
+from ..levels import NONE, OF_MODULES, WITHIN_CHECKPOINT, Policy
 from ..memory import random_numbers_kept
 from ..model_copies import copy_sharing_parameters, deep_copied
 from ..nested_values import tensors_in
@@ -38,18 +38,49 @@ class StepCost:
     seconds: float
 
 
-class ChoiceByLayer:
-    """A choice for each layer, in the form that `convert` accepts."""
+# A checkpoint in which layers are as they are. Only timed steps have this choice.
+PLAIN_CHECKPOINT = "checkpoint of none"
 
-    def __init__(self, choices: Mapping[str, str]) -> None:
+
+class ChoiceByLayer:
+    """A choice for each layer, in the form that `convert` accepts.
+
+    Args:
+        choices: the choice of each layer, in the order of the calls.
+        longest: the largest number of adjacent layers of equal choice that share a checkpoint.
+    """
+
+    def __init__(self, choices: Mapping[str, str], longest: int = 1) -> None:
         self.choices = choices
+        self.longest = longest
+
+    def runs(self) -> Iterator[list[str]]:
+        """Yield the layers of each checkpoint."""
+        run: list[str] = []
+        for name, choice in self.choices.items():
+            if run and (len(run) == self.longest or choice != self.choices[run[0]]):
+                yield run
+                run = []
+            if is_checkpoint(choice):
+                run.append(name)
+        if run:
+            yield run
 
     def levels_in(self, model: nn.Module) -> Mapping[str, tuple[str, tuple[Place, ...]]]:
-        policies = {name: Policy.of(choice, OF_MODULES, name) for name, choice in self.choices.items()}
-        return {
-            name: (str(policy.inside()), (Place(key, 0, True),) if policy.is_checkpoint else ())
-            for key, (name, policy) in enumerate(policies.items())
-        }
+        places: dict[str, tuple[Place, ...]] = dict.fromkeys(self.choices, ())
+        for key, run in enumerate(self.runs()):
+            for number, name in enumerate(run):
+                places[name] = (Place(key, number, number == len(run) - 1),)
+        return {name: (level_inside(choice), places[name]) for name, choice in self.choices.items()}
+
+
+def is_checkpoint(choice: str) -> bool:
+    return choice == PLAIN_CHECKPOINT or Policy.of(choice, OF_MODULES, "choice").is_checkpoint
+
+
+def level_inside(choice: str) -> str:
+    """Return the level of the layers within a checkpoint; any other choice is returned as it is."""
+    return NONE if choice == PLAIN_CHECKPOINT else str(Policy.of(choice, OF_MODULES, "choice").inside())
 
 
 class RunsOfLayers:

@@ -70,7 +70,8 @@ class Chain:
     def levels_of(self, index: int, nested: bool) -> Iterator[Transition]:
         for level, cost in self.stages[index].costs.items():
             if cost.may_be_inside or not nested:
-                yield Transition(level, index, cost.forward_peak, cost.kept, cost.backward_peak, cost.seconds)
+                seconds = cost.seconds + cost.inside if nested else cost.seconds
+                yield Transition(level, index, cost.forward_peak, cost.kept, cost.backward_peak, seconds)
 
     def level_of(self, index: int, level: str, nested: bool) -> Transition:
         by_level = {transition.level: transition for transition in self.levels_of(index, nested)}

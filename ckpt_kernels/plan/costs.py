@@ -23,6 +23,8 @@ class Cost:
         backward: seconds of the backward pass.
         may_be_inside: whether the choice may stand within a checkpoint. The first forward pass of a checkpoint runs
             with as many tiles as the choice inside, and was measured with one number of tiles only.
+        inside: seconds that the choice adds within a checkpoint, where the stage runs twice, beside those of
+            `Checkpointed`, which are the same for all choices.
     """
 
     kept: int
@@ -31,6 +33,7 @@ class Cost:
     forward: float
     backward: float
     may_be_inside: bool = True
+    inside: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -44,7 +47,7 @@ class Checkpointed:
     Attributes:
         kept: bytes that stay allocated beside the output.
         forward_peak: the peak of the pass, in bytes above the bytes at the start of the pass.
-        forward: seconds of the pass.
+        forward: seconds of the pass, and what a second run takes beyond the first, for the choice that adds least.
         saved: seconds that the second forward pass saves if the stage is the last of a checkpoint. That pass stops at
             the last tensor that the backward pass needs.
     """

@@ -64,6 +64,8 @@ class Recorder:
         self._device = device
         self._memory = memory
         self._readings: list[Any] = []
+        # Other work of the machine does not add to the processor time, which is the time of a step of one thread.
+        self._clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         self.marks: list[Mark] = []
         self.is_backward = False
         self.outputs: dict[int, int] = {}
@@ -80,7 +82,7 @@ class Recorder:
             with torch.profiler.record_function(f"{_PREFIX}{len(self.marks) - 1}"):
                 pass
         else:
-            self._readings.append(time.perf_counter())
+            self._readings.append(self._clock())
 
     def forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Record that a layer's forward pass begins.

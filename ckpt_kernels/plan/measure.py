@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..convert.module_tree import modules_of
-from ..levels import CHECKPOINT
-from .bench import Bench, StepCost
+from ..levels import CHECKPOINT, NONE
+from .bench import PLAIN_CHECKPOINT, Bench, StepCost
 from .costs import Stage
 from .marks import NotAChain, Recorder
 from .stages import Stages
@@ -58,7 +58,10 @@ def measure_choices(bench: Bench, tiles: Sequence[int] | None = None) -> Measure
     if any([bench.names[layer] for layer in recorder.outputs] != order for recorder in others):
         raise NotAChain("layers are called in another order from step to step")
     kinds = _kinds(bench, first, order)
-    seconds = seconds_of(bench, order, kinds, list(trials.memory))
+    timed = list(trials.memory)
+    if {NONE, CHECKPOINT} <= trials.memory.keys():
+        timed.append(PLAIN_CHECKPOINT)
+    seconds = seconds_of(bench, order, kinds, timed)
     stages, layers = Stages(bench, order, trials, seconds).stages()
     shapes = {name: first.shapes[bench.names.index(name)] for name in order}
     steps = {step_name(choice): StepCost(peak, seconds.of_step(choice)) for choice, peak in trials.peaks.items()}

@@ -156,15 +156,16 @@ def _race(bench: Bench, planned: Plan, rivals: dict[str, Plan]) -> Plan:
     twins = {name: bench.twin(plan) for name, plan in plans.items()}
     if EAGER in planned.steps:
         twins[EAGER] = bench.twin(None)
+    steps = planned.steps
+    fitting = {name for name in twins if name != EAGER or planned.budget is None or steps[EAGER].peak <= planned.budget}
     times: dict[str, list[float]] = {name: [] for name in twins}
     for turn in range(_TURNS):
-        for name, twin in twins.items():
-            times[name].append(bench.seconds(f"time of {name}, {turn + 1} of {_TURNS}", twin))
+        # A model that does not fit as it is cannot win. Its time is for comparison alone.
+        for name in (name for name in twins if turn == 0 or name in fitting):
+            times[name].append(bench.seconds(f"time of {name}, {turn + 1} of {_TURNS}", twins[name]))
     seconds = {name: min(own) for name, own in times.items()}
-    steps = planned.steps
     if EAGER in steps:
         steps = steps | {EAGER: StepCost(steps[EAGER].peak, seconds[EAGER])}
-    fitting = {name for name in times if name != EAGER or planned.budget is None or steps[EAGER].peak <= planned.budget}
     faster = [name for name in fitting if all(map(operator.lt, times[name], times["the plan"]))]
     winner = min(faster, key=seconds.__getitem__, default="the plan")
     instead = f"faster than planned ({seconds['the plan'] * 1e3:.1f} ms)"

@@ -2,9 +2,10 @@
 
 import statistics
 from dataclasses import replace
+from typing import NamedTuple
 
 from ..levels import CHECKPOINT, NONE, OF_MODULES, Policy
-from .bench import Bench
+from .bench import PLAIN_CHECKPOINT, Bench, level_inside
 from .costs import FIXED, Checkpointed, Cost, Stage
 from .timing import Seconds
 from .trials import Trials, tiles_in
@@ -89,7 +90,7 @@ class Stages:
         if checkpoint in self._memory and name not in self._trials.not_repeatable:
             within = tiles_in(checkpoint)
             costs = {level: replace(c, may_be_inside=tiles_in(level) == within) for level, c in costs.items()}
-            checkpointed = self._checkpointed(checkpoint, index, costs, output)
+            costs, checkpointed = self._checkpointed(checkpoint, index, costs, output)
             left = max(left, self._cost(checkpoint, index)[1])
         kind = type(dict(self._bench.model.named_modules())[name]).__name__
         return Stage(name, kind, output, left, _undominated(costs), checkpointed)
@@ -114,21 +115,54 @@ class Stages:
         tiled = str(Policy(CHECKPOINT, tiles))
         return tiled if tiled in self._memory else CHECKPOINT
 
-    def _checkpointed(self, choice: str, index: int, costs: dict[str, Cost], output: int) -> Checkpointed | None:
-        """Return the cost of the first forward pass in a checkpoint, or None if the checkpoint keeps no less."""
+    def _checkpointed(
+        self, choice: str, index: int, costs: dict[str, Cost], output: int
+    ) -> tuple[dict[str, Cost], Checkpointed | None]:
+        """Return the costs of a layer that may be checkpointed, and the cost of the first forward pass.
+
+        The latter is None if the checkpoint keeps no less.
+        """
         checkpoint, _ = self._cost(choice, index)
-        # The level inside the measured checkpoint. If a step at that level ran out of memory, the level that keeps
-        # least stands in.
-        within = str(Policy.of(choice, OF_MODULES, "choice").inside())
-        costs = {level: cost for level, cost in costs.items() if cost.may_be_inside}
-        inside = costs.get(within) or min(costs.values(), key=lambda cost: cost.kept)
-        if checkpoint.kept >= inside.kept:
-            return None
-        # The first forward pass does the work of an ordinary one, and the second one stops early, though not before
-        # half of the pass. Measurements outside these limits are noise.
-        forward = max(checkpoint.forward, 0.9 * min(cost.forward for cost in costs.values()))
-        saved = min(max(inside.seconds - checkpoint.backward, 0.0), inside.forward / 2)
-        return Checkpointed(max(checkpoint.kept - output, 0), checkpoint.forward_peak, forward, saved)
+        inside = {level: cost for level, cost in costs.items() if cost.may_be_inside}
+        # If a step at the level inside ran out of memory, the level that keeps least stands in.
+        within = level_inside(choice)
+        within = within if within in inside else min(inside, key=lambda level: inside[level].kept)
+        if checkpoint.kept >= inside[within].kept:
+            return costs, None
+        discarding = self._runs_twice(choice, index, inside[within])
+        plain = discarding
+        if NONE in inside and self._seconds.has(PLAIN_CHECKPOINT):
+            plain = self._runs_twice(PLAIN_CHECKPOINT, index, inside[NONE])
+        added = {}
+        for level, cost in inside.items():
+            # The first pass does the work of an ordinary one. Measurements below that are noise.
+            beyond = plain.beyond if level in (NONE, "block") else discarding.beyond
+            added[level] = cost.forward + max(beyond, -0.1 * cost.forward)
+        least = min(added.values())
+        costs = costs | {level: replace(inside[level], inside=more - least) for level, more in added.items()}
+        kept = max(checkpoint.kept - output, 0)
+        return costs, Checkpointed(kept, checkpoint.forward_peak, least, min(plain.saved, discarding.saved))
+
+    def _runs_twice(self, checkpoint: str, index: int, within: Cost) -> "_Twice":
+        """Compare a layer in a checkpoint with the same layer, at the level within, outside.
+
+        The second run stops early, though not before half of the pass.
+        """
+        forward, backward = (self._seconds.of((part, index), checkpoint) for part in ("forward", "backward"))
+        more = backward - within.seconds
+        return _Twice(forward - within.forward + max(more, 0.0), min(max(-more, 0.0), within.forward / 2))
+
+
+class _Twice(NamedTuple):
+    """What a checkpoint adds to a layer.
+
+    Attributes:
+        beyond: seconds beyond those of one more forward pass.
+        saved: seconds that the second forward pass saves because it stops early.
+    """
+
+    beyond: float
+    saved: float
 
 
 def _undominated(costs: dict[str, Cost]) -> dict[str, Cost]:
@@ -136,9 +170,8 @@ def _undominated(costs: dict[str, Cost]) -> dict[str, Cost]:
 
     def beats(one: str, other: str) -> bool:
         a, b = costs[one], costs[other]
-        no_worse = a.may_be_inside >= b.may_be_inside and all(
-            getattr(a, name) <= getattr(b, name) for name in ("kept", "forward_peak", "backward_peak", "seconds")
-        )
+        names = ("kept", "forward_peak", "backward_peak", "seconds", "inside")
+        no_worse = a.may_be_inside >= b.may_be_inside and all(getattr(a, name) <= getattr(b, name) for name in names)
         return no_worse and (a != b or order.index(one) < order.index(other))
 
     order = list(costs)

@@ -1,5 +1,10 @@
-"""Measures the seconds of each choice for each layer, in steps in which the layers have different choices."""
+"""Measures the seconds of each choice for each layer, in steps in which the layers have different choices.
 
+Of many layers, stretches of adjacent layers have the same choice, as in a plan: the first layers of a stretch are
+slower, because their code is in no cache of the processor yet. A stretch of checkpointed layers is one checkpoint.
+"""
+
+import math
 import statistics
 
 from torch import nn
@@ -7,31 +12,87 @@ from torch import nn
 from .bench import Bench, ChoiceByLayer
 from .marks import NotAChain, Position, Segment, segments
 
-# If each kind has at least this many layers on average, one round of steps is enough; otherwise there are three.
+# Each kind of layers has each choice at least this many times, if each kind has at least this many layers on average.
+# With fewer layers there are three rounds of steps, and each layer has each choice three times.
 MANY = 4
+# The most layers in a stretch. A machine that is slow for a while should slow down more than one stretch.
+LONGEST = 32
+# With fewer samples of a group, two or three disturbed ones would be a quarter of all.
+FEW = 16
+
+
+class Pattern:
+    """Which layer has which choice in which step.
+
+    Args:
+        kinds: the kind of each layer, in the order of the calls.
+        count: the number of choices.
+
+    Attributes:
+        steps: the number of steps.
+        longest: the number of layers in the longest stretch.
+    """
+
+    def __init__(self, kinds: list[int], count: int) -> None:
+        sizes = {kind: kinds.count(kind) for kind in kinds}
+        is_many = len(sizes) * MANY <= len(kinds)
+        enough = max(math.ceil(MANY * count / size) for size in sizes.values())
+        self.steps = max(min(enough, count), 2) if is_many else 3 * count
+        # At least MANY stretches of each choice.
+        lengths = {kind: size * self.steps // (MANY * count) if is_many else 1 for kind, size in sizes.items()}
+        self._lengths = {kind: max(min(length, LONGEST), 1) for kind, length in lengths.items()}
+        self.longest = max(self._lengths.values())
+        self._stretches = {kind: math.ceil(size / self._lengths[kind]) for kind, size in sizes.items()}
+        self._count = count
+        self._places: list[tuple[int, int]] = []
+        seen: dict[int, int] = {}
+        for kind in kinds:
+            self._places.append((kind, seen.get(kind, 0) // self._lengths[kind]))
+            seen[kind] = seen.get(kind, 0) + 1
+
+    def choices(self, step: int) -> list[int]:
+        """Return the number of each layer's choice in a step. All choices follow stretch by stretch, step by step."""
+        return [(stretch + step * self._stretches[kind]) % self._count for kind, stretch in self._places]
 
 
 def seconds_of(bench: Bench, order: list[str], kinds: list[int], levels: list[str]) -> "Seconds":
     """Time all choices.
 
-    In each step adjacent layers have different choices, and over one round of steps each layer has each choice. A
-    machine that is slow for a while therefore slows all choices down alike.
+    In each step the layers have different choices, so a machine that is slow for a while slows all choices down alike.
     """
-    rounds = 1 if len(set(kinds)) * MANY <= len(kinds) else 3
+    pattern = Pattern(kinds, len(levels))
     chosen, timed = [], []
-    turns = len(levels)
-    twins: dict[int, nn.Module] = {}
-    for step in range(rounds * turns):
-        turn = step % turns
-        choices = {name: levels[(place + turn) % turns] for place, name in enumerate(order)}
-        if turn not in twins:
-            twins[turn] = bench.twin(ChoiceByLayer(choices))
-        recorder, points = bench.step(f"times, {step + 1} of {rounds * turns}", twins[turn], memory=False)
+    twins: dict[tuple[int, ...], tuple[ChoiceByLayer, nn.Module]] = {}
+    for step in range(pattern.steps):
+        numbers = tuple(pattern.choices(step))
+        if numbers not in twins:
+            by_layer = ChoiceByLayer(
+                {name: levels[number] for name, number in zip(order, numbers, strict=True)}, pattern.longest
+            )
+            twins[numbers] = by_layer, bench.twin(by_layer)
+        by_layer, twin = twins[numbers]
+        recorder, points = bench.step(f"times, {step + 1} of {pattern.steps}", twin, memory=False)
         if [bench.names[layer] for layer in recorder.outputs] != order:
             raise NotAChain("layers are called in another order from step to step, or left out at random")
-        chosen.append(list(choices.values()))
-        timed.append(segments(points))
+        chosen.append(list(by_layer.choices.values()))
+        timed.append(_shared_in_runs(segments(points), by_layer, order))
     return Seconds.fitted(timed, chosen, kinds)
+
+
+def _shared_in_runs(
+    step: dict[Position, Segment], by_layer: ChoiceByLayer, order: list[str]
+) -> dict[Position, Segment]:
+    """Give all layers of a checkpoint the same share of its backward pass.
+
+    The backward pass of the last layer runs all of them again.
+    """
+    index_of = {name: index for index, name in enumerate(order)}
+    shared = dict(step)
+    for run in by_layer.runs():
+        positions = [("backward", index_of[name]) for name in run]
+        mean = statistics.fmean(step[position].seconds for position in positions)
+        shared |= {position: step[position]._replace(seconds=mean) for position in positions}
+    return shared
 
 
 # A pass, the kind of a layer, or the place of the code between layers, and the choice.
@@ -43,16 +104,21 @@ class Seconds:
 
     Segments of one pass, one kind of layer and one choice form a group. The model is: seconds of a segment = seconds of
     the group * slowness of the machine in that step. A disturbance of a single segment can only slow that segment down,
-    so the estimate of a group is the median of the faster half.
+    so the slower ones are left out of the estimate of a group (see `_typical`).
     """
 
     def __init__(self, by_group: dict[Group, float], kinds: list[int]) -> None:
         self._by_group = by_group
+        self._choices = {choice for _, _, choice in by_group}
         self._kinds = kinds
 
     def of(self, position: Position, choice: str) -> float:
         """Return the seconds of a layer's segment at a choice, or of the code between layers."""
         return self._by_group[_group_of(position, choice, self._kinds)]
+
+    def has(self, choice: str) -> bool:
+        """Whether the choice was timed."""
+        return choice in self._choices
 
     def of_step(self, choice: str) -> float:
         """Return the seconds of a whole step with all layers at one choice."""
@@ -70,7 +136,7 @@ class Seconds:
                 for position, segment in step.items():
                     group = _group_of(position, _choice_at(position, choices), kinds)
                     samples.setdefault(group, []).append(segment.seconds / slow)
-            by_group = {group: statistics.median(sorted(s)[: (len(s) + 1) // 2]) for group, s in samples.items()}
+            by_group = {group: _typical(own) for group, own in samples.items()}
             slowness = []
             for step, choices in zip(steps, chosen, strict=True):
                 ratios = []
@@ -82,6 +148,17 @@ class Seconds:
             usual = statistics.median(slowness)
             slowness = [slow / usual for slow in slowness]
         return Seconds(by_group, kinds)
+
+
+def _typical(samples: list[float]) -> float:
+    """Return the median of the faster half of a few samples; of many, the mean without the slowest quarter.
+
+    Only a mean adds up to the seconds of many layers: Python's garbage collection, for one, slows down some of them.
+    """
+    samples = sorted(samples)
+    if len(samples) < FEW:
+        return statistics.median(samples[: (len(samples) + 1) // 2])
+    return statistics.fmean(samples[: len(samples) * 3 // 4])
 
 
 def _choice_at(position: Position, choices: list[str]) -> str:

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from ..convert.module_tree import tensors_of
+from ..nested_values import tensors_among
 from .arguments import are_plain
 from .calls import Call, Place, is_sharded
+from .held import held_by
 from .run import Run
 from .state import is_repeating, thread
 
@@ -54,16 +54,17 @@ def run_in(
     if not are_plain((*args, *kwargs.values())):
         return inside(*args, **kwargs)
     # In the first call of a lazy layer the tensors have no values yet that a second pass could begin with.
-    if any(map(is_lazy, tensors_of(module, buffers=True))):
+    if (held := held_by(module)) is None:
         return inside(*args, **kwargs)
     place = places[0]
+    tensors = list(tensors_among((args, kwargs)))
     run = None if thread.open is None else thread.open()
     thread.open = None
-    if run is None or not run.continues_with(place, args, kwargs):
+    if run is None or not run.continues_with(place, tensors):
         run = Run(place.key)
     thread.within = True
     try:
-        output = run.call(Call(inside, module, places), args, kwargs)
+        output = run.call(Call(inside, module, places, held), held, args, kwargs, tensors)
     finally:
         thread.within = False
     if not place.is_last:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..bitwise_check import checksum_of
-from ..call_state import BufferSnapshot, RandomState, autocast_state
-from ..convert.module_tree import initialized_parameters
+from ..call_state import BufferSnapshot, autocast_state
 from ..nested_values import tensors_among
+from ..random_state import RandomState
+from .held import Held
 
 if TYPE_CHECKING:
     from .run import Run
@@ -54,19 +55,18 @@ class Saved:
 class Call:
     """A layer's call, and how to repeat it."""
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place]) -> None:
+    def __init__(self, function: Callable[..., Any], module: nn.Module, places: Sequence[Place], held: Held) -> None:
         self.function = function
         self.module = module
         self.places = places
         self.args: tuple = ()
         self.kwargs: dict[str, Any] = {}
         self.saved: list[weakref.ref[Saved]] = []
-        self.outputs: list[tuple[weakref.ref[Tensor], int | None]] = []
         self.written: list[BufferSnapshot] = []
         self.random: RandomState | None = None
         self.autocast = autocast_state()
         self.backend = backends.chosen()
-        self.parameters = _versions_of(module)
+        self.parameters = _versions_of(held.parameters)
 
     def repeat(self, args: list[Any], kwargs: dict[str, Any], alone: bool) -> list[Tensor]:
         """Repeats the call with the random numbers, autocast, backend and buffers of the first pass. Returns the
@@ -80,24 +80,27 @@ class Call:
         # A sharded layer gathers its weights in hooks of the module. For a single layer the backward pass has gathered
         # them.
         function = self.module if not alone and is_sharded(self.module) else self.function
+        # The contexts below usually change nothing, and take as long as a small kernel.
+        is_same_backend, is_same_autocast = backends.chosen() == self.backend, autocast_state() == self.autocast
+        if is_same_backend and is_same_autocast and not self.written and self.random is None:
+            return list(tensors_among(function(*args, **kwargs)))
         with contextlib.ExitStack() as stack:
             stack.enter_context(backends.serving(self.backend))
             for buffer in self.written:
                 stack.enter_context(buffer.restored())
             if self.random is not None:
                 stack.enter_context(self.random.restored())
-            for device, options in self.autocast:
-                stack.enter_context(torch.autocast(device, **options))
+            if not is_same_autocast:
+                for device, options in self.autocast:
+                    stack.enter_context(torch.autocast(device, **options))
             return list(tensors_among(function(*args, **kwargs)))
 
 
-def _versions_of(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """The versions of a module's parameters; none in distributed runs, where sharding gathers and frees parameters."""
+def _versions_of(parameters: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, int]]:
+    """The versions of parameters; none in distributed runs, where sharding gathers and frees parameters."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return []
-    return [
-        (parameter, parameter._version) for parameter in initialized_parameters(module) if not parameter.is_inference()
-    ]
+    return [(parameter, parameter._version) for parameter in parameters if not parameter.is_inference()]
 
 
 def is_sharded(module: nn.Module) -> bool:

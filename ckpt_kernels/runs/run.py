@@ -1,23 +1,26 @@
 """A run: consecutive calls of layers under one checkpoint, and how the run is repeated."""
 
 import contextlib
+import copy
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..bitwise_check import checksum_of, note_difference
-from ..call_state import BufferSnapshot, RandomState
-from ..convert.module_tree import modules_of
+from ..call_state import BufferSnapshot
 from ..nested_values import tensors_among
+from ..random_state import RandomState
 from ..recompute import discarding
 from ..recompute.discarder import Discarder
 from ..saved_tensor_hooks import as_is
 from .arguments import Input, Link, restore_argument, version_checked, version_of
 from .calls import Call, Place, Saved
-from .state import repeating
+from .held import Held
+from .state import repeating, thread
 
 
 class _AllSaved(BaseException):
@@ -32,36 +35,34 @@ class Run:
         self._key = key
         self._depth = depth
         self._calls: list[Call] = []
+        # The last output of a call by the identity of the tensor, which may be gone.
+        self._links: dict[int, tuple[weakref.ref[Tensor], int | None, Link]] = {}
         # With the versions at which they were kept: after an in-place write the tensor is another argument.
         self._kept: list[tuple[weakref.ref[Tensor], int | None, Input]] = []
         self._lock = threading.RLock()
 
-    def continues_with(self, place: Place, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call is the next of the run: one that takes an output of the last call."""
+    def continues_with(self, place: Place, tensors: Sequence[Tensor]) -> bool:
+        """Whether a call with these tensors is the next of the run: one that takes an output of the last call."""
         if place.key != self._key or place.number != self._calls[-1].places[0].number + 1:
             return False
-        links = [self._link(tensor) for tensor in tensors_among((args, kwargs)) if tensor.requires_grad]
+        links = [self._link(tensor) for tensor in tensors if tensor.requires_grad]
         return any(link is not None and link.call == len(self._calls) - 1 for link in links)
 
     def _link(self, tensor: Tensor) -> Link | None:
         """The link to the output of an earlier call that is this tensor, if the tensor has had no in-place write."""
-        for index in reversed(range(len(self._calls))):
-            for number, (output, version) in enumerate(self._calls[index].outputs):
-                if output() is tensor:
-                    return Link(index, number) if version_of(tensor) == version else None
-        return None
+        output, version, link = self._links.get(id(tensor), (None, None, None))
+        return link if output is not None and output() is tensor and version_of(tensor) == version else None
 
-    def call(self, call: Call, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Runs a call in the first pass."""
+    def call(self, call: Call, held: Held, args: tuple, kwargs: dict[str, Any], tensors: Sequence[Tensor]) -> Any:
+        """Runs a call in the first pass. `held` is what the layer holds, and `tensors` are those in the arguments."""
         discarder = discarding()
         call.args = tuple(self._recorded(a, discarder) for a in args)
         call.kwargs = {name: self._recorded(a, discarder) for name, a in kwargs.items()}
-        self._calls.append(call)
-        buffers = [BufferSnapshot(b, m) for m in modules_of(call.module) for b in m._buffers.values() if b is not None]
         # The layer may ask for gradients within its forward pass. So while it runs, all buffers and generators count as
         # changed.
-        call.random = RandomState.capture(call.module, args, kwargs)
-        call.written = buffers
+        call.random = self._random_state(held, tensors)
+        call.written = buffers = [BufferSnapshot(*buffer) for buffer in held.buffers]
+        self._calls.append(call)
 
         def pack(tensor: Tensor) -> Saved:
             saved = Saved(self, tensor)
@@ -70,11 +71,37 @@ class Run:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, Saved.get):
             output = call.function(*args, **kwargs)
-        if call.random.is_current():
-            call.random = None
+        if call.places[0].is_last:
+            self._forgets_random_state()
         call.written = [buffer for buffer in buffers if buffer.is_written()]
-        call.outputs = [(weakref.ref(tensor), version_of(tensor)) for tensor in tensors_among(output)]
+        for number, tensor in enumerate(tensors_among(output)):
+            link = Link(len(self._calls) - 1, number)
+            self._links[id(tensor)] = weakref.ref(tensor), version_of(tensor), link
         return output
+
+    def _random_state(self, held: Held, tensors: Sequence[Tensor]) -> RandomState:
+        """The state of the generators before a call.
+
+        Reading all states takes as long as a small layer, so calls share a state while nothing is drawn.
+        """
+        is_current = self._forgets_random_state()
+        before = thread.random
+        devices = {tensor.device.index for tensor in tensors if tensor.is_cuda}
+        if before is not None and is_current and not devices and not held.generators:
+            return before
+        on_devices = [torch.cuda.default_generators[index] for index in sorted(devices)]
+        thread.random = RandomState.now((torch.default_generator, *on_devices, *held.generators), before)
+        return thread.random
+
+    def _forgets_random_state(self) -> bool:
+        """Whether nothing has been drawn since the last call in this thread began.
+
+        If that was a call of this run, the call needs no random state.
+        """
+        is_current = thread.random is not None and thread.random.is_current()
+        if is_current and self._calls and self._calls[-1].random is thread.random:
+            self._calls[-1].random = None
+        return is_current
 
     def _recorded(self, value: Any, discarder: Discarder | None) -> Any:
         """The recorded form of an argument: tensors are replaced by links and kept inputs."""
@@ -170,10 +197,7 @@ class Run:
         inner = Run(calls[0].places[self._depth + 1].key, self._depth + 1)
         start = len(outputs)
         for call in calls:
-            repeated = Call(call.function, call.module, call.places)
-            repeated.random, repeated.written, repeated.autocast = call.random, call.written, call.autocast
-            repeated.backend, repeated.parameters = call.backend, call.parameters
-            repeated.saved = call.saved
+            repeated = copy.copy(call)
             repeated.args = tuple(inner._inner_argument(a, start, inputs, outputs) for a in call.args)
             repeated.kwargs = {
                 name: inner._inner_argument(a, start, inputs, outputs) for name, a in call.kwargs.items()

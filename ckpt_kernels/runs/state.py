@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..random_state import RandomState
+
 if TYPE_CHECKING:
     from .run import Run
 
@@ -19,6 +21,8 @@ class State(threading.local):
         self.open: weakref.ref[Run] | None = None
         self.within = False
         self.repeating = False
+        # The state of the generators at the start of the last call, for the next call if nothing is drawn in between.
+        self.random: RandomState | None = None
 
 
 thread = State()

@@ -1,0 +1,54 @@
+"""The tensors and generators that a layer holds, found in one walk at each call: a layer may change between calls."""
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+# Types of attributes that are no generators, and of parameters and buffers that are not lazy. One set operation over
+# all types takes less time than to ask `isinstance` of each value.
+_OTHER_TYPES = frozenset({type(None), bool, int, float, str, tuple, list, dict, collections.OrderedDict, set})
+_NOT_LAZY = frozenset({Tensor, nn.Parameter})
+
+
+class Held(NamedTuple):
+    """What a layer and the modules below hold.
+
+    Attributes:
+        parameters: the parameters.
+        buffers: each buffer, with the module that it belongs to.
+        generators: the generators among the modules' attributes.
+    """
+
+    parameters: list[nn.Parameter]
+    buffers: list[tuple[Tensor, nn.Module]]
+    generators: list[torch.Generator]
+
+
+def held_by(layer: nn.Module) -> Held | None:
+    """Return what a layer holds; None if a parameter or buffer is lazy, and so has no value yet."""
+    parameters: list[nn.Parameter | None] = []
+    buffers: list[tuple[Tensor, nn.Module]] = []
+    generators: list[torch.Generator] = []
+    modules, seen = [layer], set()
+    for module in modules:
+        if module in seen:
+            continue
+        seen.add(module)
+        parameters += module._parameters.values()
+        if module._buffers:
+            buffers += [(buffer, module) for buffer in module._buffers.values() if buffer is not None]
+        if module._modules:
+            modules += [child for child in module._modules.values() if child is not None]
+        own = vars(module).values()
+        if not _OTHER_TYPES.issuperset(map(type, own)):
+            generators += [value for value in own if isinstance(value, torch.Generator)]
+    held = Held([parameter for parameter in parameters if parameter is not None], buffers, generators)
+    return None if _is_any_lazy(held.parameters) or _is_any_lazy([buffer for buffer, _ in buffers]) else held
+
+
+def _is_any_lazy(tensors: Sequence[Tensor]) -> bool:
+    return not _NOT_LAZY.issuperset(map(type, tensors)) and any(map(is_lazy, tensors))

@@ -1,0 +1,112 @@
+"""Plans for many layers: the pattern of timed steps, the cost of runs, and the square-root rule."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ckpt_kernels
+from benchmarks.chains import Block, Chain, by_the_rule, peak
+from ckpt_kernels.plan.bench import PLAIN_CHECKPOINT, ChoiceByLayer
+from ckpt_kernels.plan.chain import predicted
+from ckpt_kernels.plan.costs import Checkpoint, Checkpointed, Cost, Stage, StageAt
+from ckpt_kernels.plan.marks import Segment
+from ckpt_kernels.plan.timing import LONGEST, MANY, Pattern, _shared_in_runs, _typical
+from ckpt_kernels.runs import Place
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "choices"),
+    (([0] * 8, 7), ([0] * 8, 11), ([0] * 1000, 7), ([0, 1] * 30, 7), ([*[0] * 20, 1], 6), (list(range(5)), 6)),
+)
+def test_each_kind_of_layers_has_each_choice_often_enough(kinds: list[int], choices: int) -> None:
+    pattern = Pattern(kinds, choices)
+    times = Counter(
+        (kind, choice)
+        for step in range(pattern.steps)
+        for kind, choice in zip(kinds, pattern.choices(step), strict=True)
+    )
+    sizes = Counter(kinds)
+    for kind, size in sizes.items():
+        enough = MANY if size >= MANY else 3 if len(sizes) * MANY > len(kinds) else 1
+        assert all(times[kind, choice] >= enough for choice in range(choices))
+    assert 2 <= pattern.steps <= (choices if len(sizes) * MANY <= len(kinds) else 3 * choices)
+
+
+def test_layers_that_are_alike_need_few_timed_steps_in_stretches() -> None:
+    assert (Pattern([0] * 8, 7).steps, Pattern([0] * 8, 7).longest) == (4, 1)
+    # With tiles there are four choices more.
+    assert (Pattern([0] * 8, 11).steps, Pattern([0] * 22, 11).steps) == (6, 2)
+    many = Pattern([0] * 1000, 7)
+    assert (many.steps, many.longest) == (2, LONGEST)
+    lengths = [len(list(same)) for _, same in itertools.groupby(many.choices(0))]
+    assert set(lengths[:-1]) == {LONGEST}
+
+
+def test_a_stretch_of_checkpointed_layers_is_one_run() -> None:
+    choices = dict(zip("abcdefg", ["all", *["checkpoint"] * 3, *[PLAIN_CHECKPOINT] * 2, "none"], strict=True))
+    levels = ChoiceByLayer(choices, longest=2).levels_in(nn.Module())
+    assert [levels[name][0] for name in "abcdefg"] == ["all", "output", "output", "output", "none", "none", "none"]
+    runs = [[Place(0, 0, False), Place(0, 1, True)], [Place(1, 0, True)], [Place(2, 0, False), Place(2, 1, True)]]
+    assert [levels[name][1] for name in "bcdef"] == [(place,) for run in runs for place in run]
+    assert levels["a"][1] == levels["g"][1] == ()
+
+
+def test_the_layers_of_a_run_share_its_backward_pass() -> None:
+    by_layer = ChoiceByLayer({"a": "checkpoint", "b": "checkpoint", "c": "none"}, longest=2)
+    step = {(part, i): Segment(float(i + 1), i, i) for part in ("forward", "backward") for i in range(3)}
+    shared = _shared_in_runs(step, by_layer, ["a", "b", "c"])
+    assert [shared["backward", i].seconds for i in range(3)] == [1.5, 1.5, 3.0]
+    assert [shared["forward", i].seconds for i in range(3)] == [1.0, 2.0, 3.0]
+    assert [shared["backward", i].net for i in range(3)] == [0, 1, 2]
+
+
+def test_disturbed_samples_are_left_out() -> None:
+    assert _typical([1.0]) == 1.0
+    assert _typical([1.0, 1.2, 50.0, 60.0]) == pytest.approx(1.1)
+    assert _typical([*[1.0] * 30, *[2.0] * 30, *[90.0] * 20]) == pytest.approx(1.5)
+
+
+def test_choices_cost_more_within_a_checkpoint() -> None:
+    cost = {"none": Cost(10, 10, 5, 1.0, 2.0, inside=0.5), "output": Cost(5, 10, 5, 1.0, 2.0)}
+    stage = Stage("s", "S", 1, 0, cost, Checkpointed(0, 10, 0.25, 0.0))
+    seconds = [predicted([stage], (part,))[1] for level in cost for part in (StageAt(0, level), _alone(level))]
+    assert seconds == [3.0, 3.75, 3.0, 3.25]
+
+
+def _alone(level: str) -> Checkpoint:
+    return Checkpoint((StageAt(0, level),))
+
+
+def test_a_plan_at_the_peak_of_the_square_root_rule_runs_no_layer_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: Counter[Block] = Counter()
+    forward = Block.forward
+
+    def counting(self: Block, x: Tensor) -> Tensor:
+        runs[self] += 1
+        return forward(self, x)
+
+    torch.manual_seed(0)
+    chain, x = Chain(16, 16), torch.randn(32, 16, requires_grad=True)
+    rule = by_the_rule(chain)
+    assert rule.stretch == math.isqrt(16)
+    budget = peak(rule, x)
+    lines: list[str] = []
+    plan = ckpt_kernels.plan(chain, x, budget=budget, progress=lines.append)
+    # Memory at six choices, what runs twice, times, the plan's memory, two rivals twice, and eager once.
+    assert plan.count == len(lines) <= 6 + 1 + Pattern([0] * 16, 7).steps + 1 + 2 * 2 + 1 == 15
+    plan.apply()
+    assert peak(chain, x) <= budget
+    runs.clear()
+    monkeypatch.setattr(Block, "forward", counting)
+    chain(x).sum().backward()
+    by_plan = [runs[layer] for layer in chain.layers]
+    runs.clear()
+    rule(x).sum().backward()
+    assert [runs[layer] for layer in rule.layers] == [2] * 16
+    assert max(by_plan) <= 2 and sum(by_plan) < 2 * 16
