@@ -19,6 +19,7 @@ from .biases import Biases
 from .cells import Cell, Kept, Operand, OuterPacked, Unwritten, is_plain, version_watch
 from .entries import Block, Entries, Entry, watch_of
 from .layer_boundaries import LayerBoundaries
+from .nodes import next_number
 from .provenance import Trace
 from .recipes import LONGEST_CHAIN, Claim, Layout, Recipe, Step, geometry_of, layout_of, recipe_of_step
 from .rules import BY_RESULT, RULES, RULES_AND_PRODUCTS, RULES_IN_LAYERS
@@ -36,7 +37,7 @@ class Discarder:
         self.all_entries = Entries()
         self.biases, self.stacked = Biases(module), StackedWeights(module)
         self.may_be_sharded = may_be_sharded()
-        self.outer = top_hooks()
+        self.outer, self.first_node = top_hooks(), next_number()
         self.is_closed = False
         # The op whose forward pass has run, and whose output `record` has not been given yet.
         self.announced: Announced | None = None

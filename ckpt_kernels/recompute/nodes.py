@@ -110,6 +110,19 @@ def is_unwritten(tensor: Tensor) -> bool:
     return plain and (tensor._version == 0 or tensor.is_leaf)
 
 
+def next_number() -> int:
+    """The sequence number of the next node that this thread makes."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def is_made_since(node: Any, first: int) -> bool:
+    """Whether this thread has made a node since the node numbered `first`.
+
+    Each thread counts its own nodes. A number that this thread has not reached shows that another thread made the node.
+    """
+    return first <= node._sequence_nr() < next_number()
+
+
 def note(node: Any, operands: Note) -> None:
     """Notes on a node that the operands have had no in-place write."""
     node.metadata[_NOTED] = operands

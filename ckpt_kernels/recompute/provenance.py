@@ -28,7 +28,6 @@ from .stacked_weights import StackedWeights
 # Beyond this number of ops the tensor is kept, so that traces and recipes stay short.
 MOST_STEPS = 12
 # The name of the node that accumulates the gradient of a leaf.
-
 LEAF = "torch::autograd::AccumulateGrad"
 # The most in-place writes to a block's output that a recipe repeats.
 MOST_WRITES = 4
@@ -40,6 +39,7 @@ class Source(Protocol):
 
     biases: Biases
     stacked: StackedWeights
+    first_node: int
 
     def share(self, source: Cell | Block) -> Operand | None: ...
 
@@ -77,7 +77,9 @@ class Trace:
         """
         rule = self._rules.get(node.name())
         self._steps += 1
-        if rule is None or (output != 0 and not rule.has_several_outputs) or self._steps > MOST_STEPS:
+        # An op that ran before the context may have read a parameter that has been written to since.
+        is_within = nodes.is_made_since(node, self._source.first_node)
+        if not is_within or rule is None or (output and not rule.has_several_outputs) or self._steps > MOST_STEPS:
             return None
         omitted = rule.omitted(node)
         edges = node.next_functions[: len(node.next_functions) - omitted]
