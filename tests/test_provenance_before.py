@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ckpt_kernels import functional as F
 from ckpt_kernels import recompute
 
+from .conftest import DEVICE
 from .discarded_outputs import (
     UNIT,
     WIDTH,
@@ -84,6 +85,24 @@ def test_another_threads_op_is_not_run_again(x: Tensor) -> None:
         p["bias"].add_(1)
     added(x, p, made[0])
     assert_unchanged(lambda: added(x, p, made[0]), [x, p["a"], p["c"]], temporaries=True)
+
+
+def test_a_bias_that_autocast_cast_before_the_context_is_copied_once(x: Tensor) -> None:
+    p = Parameters()
+
+    def call() -> Tensor:
+        return TF.linear(F.bias_act(TF.linear(x, p["a"], p["bias"]), activation="gelu"), p["c"])
+
+    first, second = (recompute.discard_outputs(products=True)(call) for _ in range(2))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert kept_bytes(first) == kept_bytes(second)
+        expected = call()
+        # The cast, and the products, keep the old value.
+        with torch.no_grad():
+            p["bias"].add_(1)
+        found = second()
+    sources = [x, *p.values()]
+    assert_same_bits(*(torch.autograd.grad(loss_of(y), sources) for y in (found, expected)))
 
 
 class Cached(nn.Module):

@@ -21,6 +21,8 @@ Edge = tuple[Any, int]
 # number of that output.
 _NOTED = "ckpt_kernels"
 _WATCHED = "ckpt_kernels watched"
+# And of the cast copy of a bias.
+_COPIED = "ckpt_kernels copied"
 NUMBERS = (int, float)
 Note = tuple[float | SmallOperand | None, ...]
 
@@ -131,6 +133,18 @@ def note(node: Any, operands: Note) -> None:
 def noted(node: Any) -> Note:
     """The note on a node; () if there is none."""
     return node.metadata.get(_NOTED, ())
+
+
+def note_copy(node: Any, operand: Tensor) -> Tensor:
+    """Notes on the node of a cast a copy of the operand, cast again. Returns the copy."""
+    output = node._input_metadata[0]
+    node.metadata[_COPIED] = operand.to(output.device, output.dtype)
+    return node.metadata[_COPIED]
+
+
+def noted_copy(node: Any) -> Tensor | None:
+    """The copy on the node of a cast; None if there is none."""
+    return node.metadata.get(_COPIED)
 
 
 def watch(tensor: Tensor) -> None:
